@@ -1,0 +1,39 @@
+"""What can go wrong that is not a bug, and the exit code of each; every command ends through `exit_code`."""
+
+import sys
+import traceback
+from collections.abc import Callable
+
+
+class InputError(Exception):
+    """The input or the environment is wrong. The message is one line a problem: what, where, the remedy."""
+
+    code = 2
+
+
+class NonFiniteLoss(Exception):
+    """Training stopped on a loss or gradient that is not finite; the last good step is kept."""
+
+    code = 3
+
+
+class Stopped(Exception):
+    """SIGTERM arrived and the state is saved."""
+
+    code = 143
+
+
+def exit_code(main: Callable[[list[str]], int | None], argv: list[str] | None = None) -> int:
+    """Runs a command; what it raises on purpose becomes one line on standard error and its exit code.
+
+    With `--debug` among the arguments the traceback is shown as well.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments
+    try:
+        return main([a for a in arguments if a != "--debug"]) or 0
+    except (InputError, NonFiniteLoss, Stopped) as error:
+        if debug:
+            traceback.print_exc()
+        print(error, file=sys.stderr)
+        return error.code

@@ -1,0 +1,75 @@
+"""The vision transformer's pre-norm block, and stacks of it that compile as one scanned block.
+
+Dosovitskiy et al., "An Image is Worth 16x16 Words", ICLR 2021, arXiv 2010.11929; block layout, initialisation and
+LayerNorm epsilon as in the official MAE code (facebookresearch/mae, on timm's blocks): qkv bias, exact GELU.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from jmae.errors import InputError
+from jmae.nn.attention import attention
+
+xavier = nnx.initializers.xavier_uniform()
+
+
+def linear(inputs: int, outputs: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.Linear:
+    """Dense layer, Xavier uniform, zero bias; float32 parameters, `dtype` arithmetic."""
+    return nnx.Linear(inputs, outputs, kernel_init=xavier, dtype=dtype, rngs=rngs)
+
+
+def layer_norm(width: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    """LayerNorm with the paper's epsilon 1e-6, statistics in float32, `dtype` output."""
+    return nnx.LayerNorm(width, epsilon=1e-6, dtype=dtype, use_fast_variance=False, rngs=rngs)
+
+
+class Block(nnx.Module):
+    """x + attention(norm x), then x + mlp(norm x)."""
+
+    def __init__(self, width: int, heads: int, mlp_ratio: float, dtype: jnp.dtype, *, rngs: nnx.Rngs):
+        if width % heads:
+            raise InputError(f"width {width} is not divisible by {heads} heads: choose heads that divide it")
+        self.heads = heads
+        self.norm1 = layer_norm(width, dtype, rngs)
+        self.qkv = linear(width, 3 * width, dtype, rngs)
+        self.out = linear(width, width, dtype, rngs)
+        self.norm2 = layer_norm(width, dtype, rngs)
+        self.fc1 = linear(width, int(width * mlp_ratio), dtype, rngs)
+        self.fc2 = linear(int(width * mlp_ratio), width, dtype, rngs)
+
+    def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
+        b, n, d = x.shape
+        q, k, v = jnp.moveaxis(self.qkv(self.norm1(x)).reshape(b, n, 3, self.heads, d // self.heads), 2, 0)
+        x = x + self.out(attention(q, k, v).reshape(b, n, d))
+        return x + self.fc2(jax.nn.gelu(self.fc1(self.norm2(x)), approximate=False))
+
+
+class Blocks(nnx.Module):
+    """`depth` blocks with their parameters stacked on a leading axis, applied by one scan.
+
+    `remat` recomputes each block in the backward pass: memory of one block instead of all.
+    """
+
+    def __init__(
+        self,
+        depth: int,
+        width: int,
+        heads: int,
+        mlp_ratio: float,
+        dtype: jnp.dtype,
+        remat: bool,
+        *,
+        rngs: nnx.Rngs,
+    ):
+        layers = [nnx.split(Block(width, heads, mlp_ratio, dtype, rngs=rngs)) for _ in range(depth)]
+        self.stack = nnx.merge(
+            layers[0][0], jax.tree.map(lambda *leaves: jnp.stack(leaves), *(s for _, s in layers))
+        )
+        self.remat = remat
+
+    def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
+        graph, parameters = nnx.split(self.stack)
+        block = lambda x, p: (nnx.merge(graph, p)(x), None)
+        return jax.lax.scan(jax.checkpoint(block) if self.remat else block, x, parameters)[0]

@@ -1,0 +1,237 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.stats
+from PIL import Image
+
+from jmae.data import transforms as tf
+
+
+def smooth(size, channels=1, seed=0):
+    """A random image in [0, 1] with structure at several scales."""
+    rng = np.random.default_rng(seed)
+    axes = np.meshgrid(*(np.linspace(0, 1, n) for n in size), indexing="ij")
+    frequencies = rng.normal(0, 15, (len(size), 6 * channels))
+    waves = np.sin(np.stack(axes, -1) @ frequencies + rng.random(6 * channels))
+    stack = waves.reshape(*size, channels, 6).mean(-1)
+    return ((stack - stack.min()) / np.ptp(stack)).astype(np.float32)
+
+
+# ------------------------------------------------------------------------------------------ host
+
+
+def test_eight_bits_keep_their_zero_and_other_depths_are_stretched():
+    np.testing.assert_allclose(tf.to_unit(np.array([[10, 200]], np.uint8), 8), [[10 / 255, 200 / 255]], 1e-6)
+    np.testing.assert_allclose(tf.to_unit(np.array([1000, 2000, 1250], np.uint16), 16), [0, 1, 0.25])
+    np.testing.assert_allclose(tf.to_unit(np.array([-3e38, 3e38, 0], np.float32), 32), [0, 1, 0.5])
+
+
+def test_constant_images_and_values_that_are_not_finite_become_defined_values():
+    assert not tf.to_unit(np.full((4, 4, 1), 700, np.int16), 16).any()
+    unit = tf.to_unit(np.array([2.0, np.nan, np.inf, 4.0, -np.inf]), 32)
+    np.testing.assert_array_equal(unit, np.float32([0, 0, 1, 1, 0]))
+    assert not tf.to_unit(np.full(3, np.nan), 32).any()
+    assert unit.dtype == np.float32
+
+
+def test_grey_is_pillows_luma_and_refuses_other_channel_counts():
+    rgb = np.random.default_rng(0).integers(0, 256, (9, 7, 3), np.uint8)
+    ours = tf.grey(rgb.astype(np.float32))
+    assert ours.shape == (9, 7, 1)
+    pillow = np.asarray(Image.fromarray(rgb).convert("L"), float)
+    assert np.abs(ours[..., 0] - pillow).max() <= 0.51  # Pillow rounds
+    single = np.ones((3, 4, 5, 1), np.float32)
+    assert tf.grey(single) is single
+    with pytest.raises(ValueError, match="4 channels"):
+        tf.grey(np.zeros((3, 3, 4)))
+
+
+@pytest.mark.parametrize("size", [(17, 12), (9, 8, 5)])
+def test_resize_is_the_identity_at_the_same_size_and_exact_on_constants(size):
+    image = smooth(size, 2)
+    np.testing.assert_array_equal(tf.resize(image, size), image)
+    smaller = tuple(n // 2 for n in size)
+    constant = tf.resize(np.full((*size, 2), 0.3, np.float32), smaller)
+    assert constant.shape == (*smaller, 2) and constant.dtype == np.float32
+    np.testing.assert_allclose(constant, 0.3, rtol=1e-5)
+
+
+def test_resize_follows_pillows_anti_aliased_filter():
+    image = smooth((128, 96))
+    pillow = Image.fromarray(image[..., 0]).resize((40, 50), Image.Resampling.BILINEAR)
+    error = tf.resize(image, (50, 40))[..., 0] - np.asarray(pillow)
+    # a Gaussian where Pillow has a triangle: the same cut-off, not the same shape
+    assert np.abs(error).max() < 0.03 and abs(error.mean()) < 1e-3
+
+
+def test_shrinking_does_not_alias():
+    board = np.indices((64, 64)).sum(0) % 2
+    assert np.ptp(tf.resize(board[..., None].astype(np.float32), (22, 22))[3:-3, 3:-3]) < 0.1
+
+
+def test_mask_resize_is_pillows_nearest_and_keeps_its_values():
+    mask = np.random.default_rng(1).random((37, 20)) > 0.5
+    pillow = Image.fromarray(mask).resize((13, 51), Image.Resampling.NEAREST)
+    resized = tf.resize_mask(mask, (51, 13))
+    np.testing.assert_array_equal(resized, np.asarray(pillow))
+    assert resized.dtype == bool
+    labels = np.arange(2 * 3 * 4 * 2).reshape(2, 3, 4, 2)
+    np.testing.assert_array_equal(tf.resize_mask(labels, (2, 3, 4)), labels)
+    np.testing.assert_array_equal(tf.resize_mask(labels, (4, 3, 2)), np.repeat(labels, 2, 0)[:, :, 1::2])
+
+
+@pytest.mark.parametrize("size", [(13, 11), (7, 6, 5)])
+def test_standardised_channels_have_zero_mean_and_unit_deviation_over_the_region(size):
+    rng = np.random.default_rng(2)
+    image = rng.normal([3, -200], [0.1, 50], (*size, 2)).astype(np.float32)
+    region = rng.random(size) > 0.4
+    out = tf.standardise(image, region)
+    np.testing.assert_allclose(out[region].mean(0), 0, atol=1e-5)
+    np.testing.assert_allclose(out[region].std(0), 1, atol=1e-5)
+    expected = (image - image[region].mean(0)) / image[region].std(0)
+    np.testing.assert_allclose(out, expected, atol=1e-3)
+    everywhere = tf.standardise(image)
+    np.testing.assert_allclose(everywhere.std((*range(len(size)),)), 1, atol=1e-5)
+    np.testing.assert_array_equal(tf.standardise(image, np.zeros(size, bool)), everywhere)
+
+
+def test_standardise_ignores_values_that_are_not_finite_and_leaves_constants_undivided():
+    image = np.float32([1, 3, np.nan, np.inf, 1, 3])[:, None, None]
+    np.testing.assert_array_equal(tf.standardise(image)[:, 0, 0], [-1, 1, 0, 0, -1, 1])
+    assert not tf.standardise(np.full((5, 5, 1), 0.1, np.float32)).any()
+
+
+def test_the_central_view_drops_the_same_margin_on_both_sides_of_every_axis():
+    image = np.arange(10 * 20 * 5).reshape(10, 20, 5)
+    view = tf.central(image)
+    np.testing.assert_array_equal(view, image[1:9, 2:18, 0:5])  # 0.5 voxels round to none
+    assert view.base is not None
+    np.testing.assert_array_equal(tf.central(image, 1.0), image)
+    assert tf.central(jnp.asarray(image), 0.5).shape == (6, 10, 3)
+
+
+# ---------------------------------------------------------------------------------------- device
+
+
+@pytest.mark.parametrize("box", [(3, 5, 40, 50), (0, 0, 96, 80), (10, 0, 60, 30)])
+def test_a_crop_is_pillows_bicubic_resize_of_its_box(box):
+    top, left, height, width = box
+    image = smooth((96, 80), 2)
+    ours = tf.crop_resized(jnp.asarray(image), jnp.float32([top, left]), jnp.float32([height, width]))
+    for c in range(2):
+        pillow = Image.fromarray(image[..., c]).resize(
+            (80, 96), Image.Resampling.BICUBIC, box=(left, top, left + width, top + height)
+        )
+        expected = np.clip(np.asarray(pillow), image[..., c].min(), image[..., c].max())
+        np.testing.assert_allclose(ours[..., c], expected, atol=2e-5)  # float32 weights on both sides
+
+
+@pytest.mark.parametrize("size", [(33, 20), (12, 9, 6)])
+def test_the_whole_box_is_the_image_itself(size):
+    image = jnp.asarray(smooth(size, 2))
+    whole = tf.crop_resized(image, jnp.zeros(len(size)), jnp.asarray(size, jnp.float32))
+    np.testing.assert_allclose(whole, image, atol=1e-5)
+    drawn = tf.random_resized_crop(image, jax.random.key(0), (1, 1), (1, 1))
+    np.testing.assert_allclose(drawn, image, atol=1e-5)
+
+
+def test_a_volumes_box_is_cut_along_each_of_its_axes():
+    ramp = np.stack(np.meshgrid(*(np.arange(n) for n in (12, 10, 8)), indexing="ij"), -1).astype(np.float32)
+    origin, edges = np.array([3, 2, 2]), np.array([6, 5, 4])
+    out = np.asarray(tf.crop_resized(jnp.asarray(ramp), jnp.float32(origin), jnp.float32(edges)))
+    for axis, n in enumerate((12, 10, 8)):  # cubic interpolation reproduces a ramp
+        line = np.moveaxis(out[..., axis], axis, 0).reshape(n, -1)[:, 0]
+        expected = origin[axis] + (np.arange(n) + 0.5) * edges[axis] / n - 0.5
+        np.testing.assert_allclose(line, expected, atol=1e-4)
+
+
+def test_crops_never_leave_the_range_of_their_image():
+    steps = jnp.asarray(np.indices((40, 40)).sum(0) // 10 % 2, jnp.float32)[..., None]
+    keys = jax.random.split(jax.random.key(0), 32)
+    out = jax.vmap(lambda key: tf.random_resized_crop(steps, key))(keys)
+    assert out.min() >= 0 and out.max() <= 1
+
+
+def boxes(size, scale, aspect, draws=4000):
+    keys = jax.random.split(jax.random.key(3), draws)
+    origin, edges = jax.vmap(lambda key: tf.crop_box(key, size, scale, aspect))(keys)
+    return np.asarray(origin), np.asarray(edges)
+
+
+def test_boxes_have_uniform_area_and_log_uniform_aspect_and_fit():
+    # at most half the area, so that each draw fits and nothing is rejected: the distributions are exact
+    origin, edges = boxes((1000, 1000), (0.2, 0.5), (3 / 4, 4 / 3))
+    area, log_aspect = edges.prod(1) / 1e6, np.log(edges[:, 1] / edges[:, 0])
+    assert scipy.stats.kstest(area, "uniform", (0.2, 0.3)).pvalue > 0.01
+    assert scipy.stats.kstest(log_aspect, "uniform", (np.log(3 / 4), 2 * np.log(4 / 3))).pvalue > 0.01
+    place = origin / (1000 - edges)
+    assert scipy.stats.kstest(place[:, 0], "uniform").pvalue > 0.01
+    assert scipy.stats.kstest(place[:, 1], "uniform").pvalue > 0.01
+    assert np.abs(np.corrcoef(np.c_[area, log_aspect, place].T) - np.eye(4)).max() < 0.06
+
+
+def test_boxes_are_distributed_as_torchvisions():
+    """torchvision's algorithm, written out in NumPy, on a square image where redraws are frequent."""
+    rng, expected = np.random.default_rng(0), []
+    while len(expected) < 4000:
+        for _ in range(10):
+            target, ratio = 64 * 64 * rng.uniform(0.5, 1), np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))
+            w, h = round(np.sqrt(target * ratio)), round(np.sqrt(target / ratio))
+            if 0 < w <= 64 and 0 < h <= 64:
+                expected.append((rng.integers(0, 64 - h + 1), rng.integers(0, 64 - w + 1), h, w))
+                break
+        else:
+            expected.append((0, 0, 64, 64))
+    ours = np.concatenate(boxes((64, 64), (0.5, 1.0), (3 / 4, 4 / 3)), 1)
+    for column in range(4):
+        assert scipy.stats.ks_2samp(ours[:, column], np.array(expected)[:, column]).pvalue > 0.01
+
+
+def test_boxes_of_volumes_share_the_volume_and_keep_the_images_proportions():
+    size = np.array([240, 168, 8])
+    origin, edges = boxes((240, 168, 8), (0.3, 0.6), (3 / 4, 4 / 3))
+    assert ((edges >= 1) & (origin >= 0) & (origin + edges <= size)).all()
+    np.testing.assert_allclose((edges / size).prod(1).mean(), 0.45, atol=0.01)
+    relative = np.log(edges[:, 1] / 168) - np.log(edges[:, 0] / 240)
+    assert np.abs(relative).max() < np.log(4 / 3) + 0.02 and abs(relative.mean()) < 0.02
+
+
+@pytest.mark.parametrize(("aspect", "edges"), [((3 / 4, 4 / 3), (60, 60)), ((2, 3), (30, 60)), ((0.2, 0.5), (60, 30))])
+def test_where_no_draw_fits_the_largest_centred_box_is_taken(aspect, edges):
+    origin, taken = tf.crop_box(jax.random.key(0), (60, 60), (20, 30), aspect)
+    np.testing.assert_array_equal(taken, edges)
+    np.testing.assert_array_equal(origin, (60 - np.array(edges)) // 2)
+
+
+@pytest.mark.parametrize("size", [(8, 6), (5, 4, 3)])
+def test_flips_mirror_each_named_axis_half_of_the_time(size):
+    image = np.arange(np.prod(size), dtype=np.float32).reshape(*size, 1)
+    keys = jax.random.split(jax.random.key(0), 400)
+    out = np.asarray(jax.vmap(lambda key: tf.random_flip(jnp.asarray(image), key, (0, 1)))(keys))
+    forms = [np.flip(image, axes) for axes in ((), (0,), (1,), (0, 1))]
+    counts = [sum(np.array_equal(o, form) for o in out) for form in forms]
+    assert sum(counts) == 400
+    assert scipy.stats.chisquare(counts).pvalue > 0.01
+
+
+def test_one_key_moves_an_image_and_its_companion_alike_and_batches_change_nothing():
+    image, keys = jnp.asarray(smooth((20, 24))), jax.random.split(jax.random.key(5), 3)
+    move = lambda image, key: tf.random_flip(tf.random_resized_crop(image, key), key, (1,))
+    batch = jax.jit(jax.vmap(move))(jnp.stack([image] * 3), keys)
+    for out, key in zip(batch, keys, strict=True):
+        np.testing.assert_allclose(out, move(image, key), atol=1e-5)
+        np.testing.assert_allclose(move(jnp.concatenate([image, image], -1), key)[..., 1:], out, atol=1e-5)
+
+
+def test_another_box_does_not_compile_again():
+    traces = []
+
+    @jax.jit
+    def crop(image, key):
+        traces.append(1)
+        return tf.random_resized_crop(image, key)
+
+    for seed in range(3):
+        crop(jnp.asarray(smooth((16, 16), seed=seed)), jax.random.key(seed))
+    assert len(traces) == 1

@@ -1,0 +1,95 @@
+"""Cheap baselines, printed beside every system: what brightness and linear statistics alone already tell.
+
+Image scores are computed on images shrunk to 64 x 64 (volumes: at most 32 a side) and, brightness apart,
+standardised per image. A system that does not beat them has not read the anatomy.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+COMPONENTS = 30
+NEIGHBOURS = 5
+
+
+def shrink(images: NDArray, limit: int) -> NDArray:
+    """Area-averages every spatial axis longer than `limit` down to it: (n, *size, c) -> (n, *small, c)."""
+    for axis in range(1, images.ndim - 1):
+        old = images.shape[axis]
+        if old > limit:
+            edges = np.linspace(0, old, limit + 1)
+            low, high = edges[:-1, None], edges[1:, None]
+            cell = np.arange(old)
+            overlap = np.clip(np.minimum(high, cell + 1) - np.maximum(low, cell), 0, None) / (high - low)
+            images = np.moveaxis(np.tensordot(overlap, images, (1, axis)), 0, axis)
+    return images
+
+
+def _flat(images: NDArray) -> NDArray[np.float64]:
+    return images.reshape(len(images), -1).astype(np.float64)
+
+
+def _standardise(rows: NDArray[np.float64]) -> NDArray[np.float64]:
+    return (rows - rows.mean(1, keepdims=True)) / np.maximum(rows.std(1, keepdims=True), 1e-12)
+
+
+def _principal(train: NDArray[np.float64]) -> tuple[NDArray, NDArray, NDArray]:
+    """Mean (d,), the leading components (k, d) and their variances (k,) of rows (n, d).
+
+    By the n x n Gram matrix: with n << d a thousand times cheaper than the covariance.
+    """
+    mean = train.mean(0)
+    centred = train - mean
+    values, vectors = np.linalg.eigh(centred @ centred.T)
+    rank = min(COMPONENTS, int((values > 1e-9 * values[-1]).sum()))
+    values, vectors = values[::-1][:rank], vectors[:, ::-1][:, :rank]
+    return mean, (vectors / np.sqrt(values)).T @ centred, values / len(train)
+
+
+def image_scores(train: NDArray, test: NDArray) -> dict[str, NDArray[np.float64]]:
+    """One score an image (m,), higher is more abnormal, of every cheap baseline.
+
+    - `mean intensity` and `low mean intensity`: the mean over pixels and channels, and its negative. Which of
+      the two is the better takes labels, so both are given.
+    - `PCA-30 error`: mean squared residual outside the span of 30 principal components of the normals.
+    - `Mahalanobis`: squared distance to the normals' mean within that span, each component divided by its
+      variance. With far fewer images than pixels the full covariance has no inverse.
+    - `5-NN`: mean Euclidean distance to the five nearest normals.
+
+    Args:
+        train: (n, *size, c) normal images at the system's working size.
+        test: (m, *size, c).
+    """
+    limit = 64 if train.ndim == 4 else 32
+    known, new = _flat(shrink(train, limit)), _flat(shrink(test, limit))
+    brightness = new.mean(1)
+    known, new = _standardise(known), _standardise(new)
+    mean, components, variances = _principal(known)
+    code = (new - mean) @ components.T
+    squared = (new**2).sum(1)[:, None] - 2 * new @ known.T + (known**2).sum(1)
+    nearest = np.sort(np.sqrt(np.maximum(squared, 0)), 1)[:, :NEIGHBOURS]
+    return {
+        "mean intensity": brightness,
+        "low mean intensity": -brightness,
+        "PCA-30 error": ((new - mean - code @ components) ** 2).mean(1),
+        "Mahalanobis": (code**2 / variances).sum(1),
+        "5-NN": nearest.mean(1),
+    }
+
+
+def pixel_maps(train: NDArray, test: NDArray) -> dict[str, NDArray[np.float32]]:
+    """Maps (m, *size) of the baselines that have one, at the working size and standardised per image.
+
+    `brightness` is the mean over channels, `PCA-30 error` the squared residual outside the span of 30 principal
+    components of the normals, mean over channels.
+
+    Args:
+        train: (n, *size, c) normal images.
+        test: (m, *size, c).
+    """
+    known, new = _standardise(_flat(train)), _standardise(_flat(test))
+    mean, components, _ = _principal(known)
+    residual = new - mean - ((new - mean) @ components.T) @ components
+    return {
+        "brightness": test.mean(-1, dtype=np.float32),
+        "PCA-30 error": (residual**2).reshape(test.shape).mean(-1).astype(np.float32),
+    }

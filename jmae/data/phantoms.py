@@ -1,0 +1,331 @@
+"""Built-in phantoms, drawn on the fly: chest radiographs (`chest`) and two-channel breast MRI (`breast`).
+
+They let every command run without data. Each image is a function of (name, split, index) alone: a Philox
+generator keyed by their SHA-256, of which only `Generator.random` is used, since NumPy promises no stable
+stream for normal variates. Images are quantised as an 8-bit or 12-bit acquisition, so that the last bit of a
+float, which differs between platforms, cannot change them. They are frozen: a test pins their digest.
+
+What varies in healthy images (exposure, film curve, contrast, pose, habitus, rib contrast, noise; coil
+sensitivity, glandular density) is larger than what a lesion changes in any global statistic. A lesion stands
+out only against the anatomy around it. Lesions come from a process of their own, never from one of
+`jmae.anomalies`, which would make detecting them circular.
+"""
+
+import hashlib
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+from numpy.random import Generator, Philox
+from numpy.typing import NDArray
+from scipy.ndimage import gaussian_filter
+
+from jmae.errors import InputError
+
+if TYPE_CHECKING:
+    from jmae.data.manifest import Row
+
+Field = NDArray[np.float64]
+
+
+class Phantom(NamedTuple):
+    """One drawn case."""
+
+    image: NDArray[np.float32]  # (*size, channels), whole numbers: 0..255 (chest), 0..4095 (breast)
+    mask: NDArray[np.bool_]  # (*size), what the lesion visibly changed
+    region: NDArray[np.bool_]  # (*size), where metrics count: lung fields, breast tissue
+    spacing: tuple[float, ...]  # mm
+    label: int  # 0 normal, 1 abnormal
+
+
+def _between(rng: Generator, low: float, high: float) -> float:
+    return low + (high - low) * float(rng.random())
+
+
+def _noise(rng: Generator, size: tuple[int, ...], sigma: float | tuple[float, ...]) -> Field:
+    """Gaussian-filtered white noise of mean 0 and variance 1; `sigma` in voxels."""
+    field = gaussian_filter(rng.random(size) - 0.5, sigma, mode="wrap", truncate=3.0)
+    field -= field.mean()
+    return field / field.std()
+
+
+def _step(distance: Field, softness: float) -> Field:
+    """Smooth inside (1) to outside (0) of a signed distance."""
+    return 0.5 + 0.5 * np.tanh(distance / softness)
+
+
+def _blob(shape: Field, radius: float, softness: float) -> Field:
+    return _step(radius - shape, softness)
+
+
+# --- chest: 128 x 128, one channel, 8 bit, 2.8 mm ---------------------------------------------------------------
+
+CHEST_SIZE = (128, 128)
+CHEST_SPACING_MM = (2.8, 2.8)
+CHEST_VISIBLE = 6.0  # grey levels of 255
+
+
+def chest(rng: Generator, label: int) -> Phantom:
+    """Draws a frontal radiograph: attenuations add up along the beam, then a film curve makes them grey.
+
+    Pose: rotation U(-8, 8) degrees, scale U(0.98, 1.22) a side, shift U(-0.09, 0.09) of half the image.
+    Lesions: 15 % enlarged heart, 40 % nodules, 45 % diffuse opacity; a heart comes with one of the others
+    every second time.
+    """
+    between = lambda low, high: _between(rng, low, high)
+    rows, cols = np.meshgrid(*(np.linspace(-1, 1, n) for n in CHEST_SIZE), indexing="ij")
+
+    # Pose of the patient and a smooth warp: (x, y) are the anatomy's coordinates, x > 0 the patient's left.
+    turn = np.deg2rad(between(-8, 8))
+    u, v = cols - between(-0.09, 0.09), rows - between(-0.09, 0.09)
+    x = (np.cos(turn) * u + np.sin(turn) * v) / between(0.98, 1.22)
+    y = (np.cos(turn) * v - np.sin(turn) * u) / between(0.98, 1.22)
+    x = x + 0.02 * _noise(rng, CHEST_SIZE, 20)
+    y = y + 0.02 * _noise(rng, CHEST_SIZE, 20)
+    side = np.tanh(x / 0.05)  # -1 right, +1 left
+    ax = np.abs(x)
+
+    # Trunk, neck and shoulders; outside is air.
+    width = between(0.88, 1.0)
+    shoulder = -0.78 + between(0.4, 0.6) * np.maximum(ax - 0.24, 0) - 4 * np.maximum(0.24 - ax, 0)
+    body = _step(np.minimum(width - ax, y - shoulder), 0.03)
+
+    # Lung fields: inside the rib cage, lateral to the mediastinum, above the diaphragm.
+    cage, base, apex = between(0.70, 0.80), between(0.42, 0.60), between(-0.78, -0.68)
+    lift = np.clip((base - y) / (base - apex), 0, 1)
+    wall = cage * np.sqrt(np.maximum(1 - lift**2.6, 0)) - ax
+    medial = ax - 0.13 - 0.06 * np.maximum(y, 0)
+    dome = base - between(0.10, 0.24) * (1 - ((ax - 0.36) / 0.42) ** 2) - between(0.0, 0.07) * (side < 0)
+    lung = _step(wall, 0.03) * _step(medial, 0.03) * _step(dome - y, 0.02)
+
+    # Heart and great vessels.
+    hx, hy = between(0.08, 0.14), between(0.16, 0.26)
+    ra, rb, tilt = between(0.27, 0.33), between(0.24, 0.29), between(0.3, 0.7)
+    p, q = x - hx, y - hy
+    along, across = np.cos(tilt) * p + np.sin(tilt) * q, np.cos(tilt) * q - np.sin(tilt) * p
+    heart_radius = np.sqrt((along / ra) ** 2 + (across / rb) ** 2)
+    knob = _blob(np.hypot(x - 0.12, y + between(0.18, 0.26)), between(0.08, 0.12), 0.03)
+    hilum = np.exp(-(((ax - 0.2) / 0.09) ** 2) - ((y - 0.02) / 0.16) ** 2)
+    spine = np.exp(-((x / 0.09) ** 4)) * (1 + 0.15 * np.cos(2 * np.pi * y / between(0.13, 0.16)))
+
+    # Bones: posterior ribs fall gently outwards, anterior ones steeply; clavicles.
+    inside = _step(wall + 0.05, 0.03) * body
+    gap, phase = between(0.17, 0.21), between(0, 1)
+    posterior = np.exp(5 * (np.cos(2 * np.pi * ((y - 0.5 * (ax - 0.3) ** 2 + 0.18 * ax) / gap + phase)) - 1))
+    anterior = np.exp(6 * (np.cos(2 * np.pi * ((y - 0.75 * ax) / (1.15 * gap) + phase)) - 1)) * _step(ax - 0.3, 0.1)
+    drop = between(-0.64, -0.54)
+    clavicle = np.exp(-(((y - drop + between(0.1, 0.3) * (ax - 0.15)) / 0.03) ** 2)) * _step(ax - 0.1, 0.03) * body
+    bone = between(0.04, 0.13) * inside * (posterior + 0.5 * anterior) + between(0.08, 0.2) * clavicle
+
+    tissue = 1 + between(-0.1, 0.1) * x + 0.03 * _noise(rng, CHEST_SIZE, 10)
+    abdomen = 0.12 * _step(y - dome, 0.03)
+    lung_depth, hilar, cardiac = between(0.58, 0.70), between(0.06, 0.14), between(0.10, 0.20)
+
+    def attenuation(enlarged: float) -> tuple[Field, Field]:
+        heart = _blob(heart_radius, enlarged, 0.07) * _step(dome + 0.06 - y, 0.04)
+        air = lung * (1 - 0.8 * np.maximum(heart, 0.7 * knob))
+        depth = tissue + abdomen - lung_depth * air + hilar * hilum * air + cardiac * np.maximum(heart, spine)
+        return np.maximum(body * depth + bone, 0), air
+
+    healthy, air = attenuation(1.0)
+    ill, extra = healthy, np.zeros(CHEST_SIZE)
+    kind, companion = rng.random(), rng.random() < 0.5
+    if label and kind < 0.15:
+        ill = attenuation(between(1.35, 1.6))[0]
+    if label and (0.15 <= kind < 0.55 or (kind < 0.075)):
+        extra = _nodules(rng, x, y, air)
+    elif label and (kind >= 0.55 or companion):
+        extra = _opacity(rng, x, y, air)
+
+    # Film: exposure, contrast, curve and noise are the acquisition's.
+    low, high, curve = between(10, 45), between(170, 240), between(0.75, 1.35)
+    film = lambda depth: low + (high - low) * (np.clip(depth, 0, 1.6) / 1.5) ** curve
+    grain = between(1.0, 4.0) * (_noise(rng, CHEST_SIZE, 0.5) + 0.6 * _noise(rng, CHEST_SIZE, 1.2))
+    grey = film(ill + extra)
+    mask = np.abs(grey - film(healthy)) > CHEST_VISIBLE
+    image = np.clip(np.rint(grey + grain), 0, 255).astype(np.float32)
+    return Phantom(image[..., None], mask, air > 0.5, CHEST_SPACING_MM, label)
+
+
+def _seat(rng: Generator, field: Field) -> tuple[int, ...]:
+    """A voxel drawn with probability proportional to `field` >= 0."""
+    cumulative = np.cumsum(field)
+    seat = np.searchsorted(cumulative, rng.random() * cumulative[-1])
+    return tuple(int(i) for i in np.unravel_index(seat, field.shape))
+
+
+def _nodules(rng: Generator, x: Field, y: Field, air: Field) -> Field:
+    """One to four soft-edged, lobulated nodules with a speckled texture; radius U(0.06, 0.13)."""
+    extra = np.zeros_like(x)
+    speckle = _noise(rng, x.shape, 1.2)
+    for _ in range(1 + int(4 * rng.random())):
+        seat = _seat(rng, (air > 0.7) * 1.0)
+        p, q = x - x[seat], y - y[seat]
+        angle = np.arctan2(q, p)
+        lobes = 1 + 0.15 * np.cos(3 * angle + _between(rng, 0, 6.28)) + 0.1 * np.cos(5 * angle + _between(rng, 0, 6.28))
+        core = _blob(np.hypot(p, q), _between(rng, 0.06, 0.13) * lobes, 0.02)
+        extra += core * _between(rng, 0.2, 0.45) * (1 + 0.35 * speckle)
+    return extra * (0.3 + 0.7 * air)
+
+
+def _opacity(rng: Generator, x: Field, y: Field, air: Field) -> Field:
+    """A fluffy consolidation over part of one lung, patchy at the scale of acini."""
+    seat = _seat(rng, (air > 0.7) * 1.0)
+    p, q = x - x[seat], y - y[seat]
+    radius = np.hypot(p / _between(rng, 0.16, 0.32), q / _between(rng, 0.16, 0.36))
+    extent = _step(1 - radius + 0.25 * _noise(rng, x.shape, 5), 0.3)
+    patches = _noise(rng, x.shape, 2.2)
+    return air * extent * _between(rng, 0.16, 0.4) * np.maximum(1 + 0.6 * patches, 0)
+
+
+# --- breast: 48 x 80 x 24 (P, L, S), two channels (without and with fat saturation), 12 bit, 3 mm -----------------
+
+BREAST_SIZE = (48, 80, 24)
+BREAST_SPACING_MM = (3.0, 3.0, 3.0)
+BREAST_VISIBLE = 120.0  # of 4095, in either channel
+
+
+def breast(rng: Generator, label: int) -> Phantom:
+    """Draws both breasts of a patient: P grows backwards, L to the patient's left, S upwards.
+
+    Channel 0, not fat-saturated: fat bright, gland and muscle dark. Channel 1, fat-saturated: fat dark, gland
+    bright. A lesion is darker than gland in the first and brighter in the second.
+    """
+    between = lambda low, high: _between(rng, low, high)
+    p, lr, s = np.meshgrid(*(np.arange(n) - (n - 1) / 2 for n in BREAST_SIZE), indexing="ij")  # voxels
+    p, lr, s = p + 0.8 * _noise(rng, BREAST_SIZE, 5), lr - between(-2, 2), s - between(-2, 2)
+
+    # Two half-ellipsoids before a curved chest wall.
+    wall = between(4, 9) + 0.006 * lr**2
+    reach, breadth, height = between(22, 28), between(14, 17), between(10, 13)
+    cleft = between(17, 20)
+    distance = []  # 0 at the nipple side's skin, 1 at the centre of the base
+    for sign in (-1, 1):
+        sag = np.sqrt(
+            ((p - wall) / (reach * between(0.93, 1.07))) ** 2 + ((lr - sign * cleft) / breadth) ** 2 + (s / height) ** 2
+        )
+        distance.append(sag)
+    sag = np.minimum(*distance)
+    behind = _step(p - wall, 1.0)
+    chest = behind * _step(39 - np.abs(lr) - 0.02 * (p - wall) ** 2, 1.0)
+    breasts = _step(1 - sag, 0.05) * (1 - behind)
+    body = np.maximum(breasts, chest)
+    skin = breasts * np.exp(-(((sag - 0.97) / 0.05) ** 2))
+    heart = _blob(np.sqrt((p - wall - 12) ** 2 + (lr - 6) ** 2 + (1.2 * s) ** 2), between(8, 11), 1.0) * chest
+    muscle = np.maximum(chest * np.exp(-(((p - wall - 2) / 2.2) ** 2)), heart)
+
+    # Glandular strands: the ridges of smooth noise, densest behind the nipple.
+    density = between(0.4, 1.1)
+    strands = np.exp(-((_noise(rng, BREAST_SIZE, 1.6) / between(0.3, 0.5)) ** 2))
+    patchy = _step(_noise(rng, BREAST_SIZE, 4) + 2.2 * (density - sag), 0.8)
+    gland = breasts * _step(0.88 - sag, 0.05) * strands * patchy
+
+    lesion, inside = np.zeros(BREAST_SIZE), breasts * _step(0.9 - sag, 0.05)
+    if label:
+        lesion = _mass(rng, p, lr, s, inside)
+
+    # Signal, coil sensitivity, noise.
+    speckle, tissue = 1 + 0.12 * lesion * _noise(rng, BREAST_SIZE, 1.0), 1 + 0.05 * _noise(rng, BREAST_SIZE, 2)
+    fat, depth = between(0.75, 1.0), between(0.3, 0.7)
+    plain = fat * (1 - (1 - between(0.3, 0.45)) * gland) - 0.45 * fat * muscle - 0.3 * skin
+    fatsat = between(0.15, 0.25) + 0.5 * gland + 0.3 * muscle + 0.3 * skin
+    bright, dark = between(0.75, 1.0), between(0.1, 0.3)
+    coil = [
+        np.exp(-depth * (p + 24) / 48 + between(-0.15, 0.15) * lr / 40 + 0.08 * _noise(rng, BREAST_SIZE, 9))
+        for _ in "01"
+    ]
+    gain, sigma = [between(1800, 2800) for _ in "01"], between(15, 45)
+
+    def scan(lesion: Field) -> Field:
+        a = body * tissue * ((1 - lesion) * plain + lesion * dark)
+        b = body * tissue * ((1 - lesion) * fatsat + lesion * bright)
+        return np.stack([gain[0] * coil[0] * a * speckle, gain[1] * coil[1] * b * speckle], -1)
+
+    signal = scan(lesion)
+    mask = np.any(np.abs(signal - scan(np.zeros(BREAST_SIZE))) > BREAST_VISIBLE, -1)
+    noise = sigma * np.stack([_noise(rng, BREAST_SIZE, 0.5) for _ in "01"], -1)
+    image = np.clip(np.rint(np.abs(signal + noise)), 0, 4095).astype(np.float32)
+    return Phantom(image, mask, breasts > 0.5, BREAST_SPACING_MM, label)
+
+
+def _mass(rng: Generator, p: Field, lr: Field, s: Field, inside: Field) -> Field:
+    """One spiculated mass of radius U(3.2, 6) voxels (10 to 18 mm): a core with spikes in drawn directions."""
+    seat = _seat(rng, (inside > 0.8) * 1.0)
+    ray = np.stack([p - p[seat], lr - lr[seat], s - s[seat]], -1)
+    reach = np.sqrt((ray**2).sum(-1)) + 1e-6
+    radius = _between(rng, 3.2, 6.0)
+    spikes = np.zeros_like(reach)
+    for _ in range(12):
+        z, turn = _between(rng, -1, 1), _between(rng, 0, 2 * np.pi)
+        axis = np.array([z, np.sqrt(1 - z * z) * np.cos(turn), np.sqrt(1 - z * z) * np.sin(turn)])
+        spikes = np.maximum(spikes, _between(rng, 0.3, 0.9) * np.exp(12 * ((ray @ axis) / reach - 1)))
+    return _blob(reach, radius * (0.85 + spikes), 0.7) * inside * _between(rng, 0.6, 1.0)
+
+
+# --- the frozen sets -------------------------------------------------------------------------------------------------
+
+# name: (how to draw, voxels of the midline or None, {split: (normal, abnormal)})
+_SETS: dict[str, tuple[Callable[[Generator, int], Phantom], int | None, dict[str, tuple[int, int]]]] = {
+    "chest": (chest, None, {"train": (256, 0), "unlabeled": (103, 153), "val": (40, 40), "test": (100, 100)}),
+    "breast": (breast, BREAST_SIZE[1] // 2, {"train": (48, 0), "test": (12, 12)}),
+}
+
+
+def _generator(*parts: object) -> Generator:
+    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
+    return Generator(Philox(key=int.from_bytes(digest[:16], "little")))
+
+
+def _labels(name: str, split: str) -> list[int]:
+    """Normals, then abnormals; in `unlabeled` shuffled, so that the order tells nothing."""
+    if name not in _SETS:
+        raise InputError(f"phantom {name!r} is unknown: choose one of {', '.join(_SETS)}")
+    splits = _SETS[name][2]
+    if split not in splits:
+        raise InputError(f"phantom {name!r} has no split {split!r}: it has {', '.join(splits)}")
+    normal, abnormal = splits[split]
+    labels = [0] * normal + [1] * abnormal
+    if split == "unlabeled":
+        labels = [labels[i] for i in np.argsort(_generator(name, split, "order").random(len(labels)), kind="stable")]
+    return labels
+
+
+def _id(name: str, split: str, index: int) -> str:
+    return f"{name}-{split}-{index:03d}"
+
+
+def draw(name: str, split: str, index: int) -> Phantom:
+    """Draws case `index` of a split; the same on every platform."""
+    labels = _labels(name, split)
+    if not 0 <= index < len(labels):
+        raise InputError(f"phantom {name}/{split} has cases 0 to {len(labels) - 1}, not {index}")
+    return _SETS[name][0](_generator(name, split, index), labels[index])
+
+
+def rows(name: str) -> "list[Row]":
+    """The phantom's manifest. Labels of `unlabeled` are hidden (None); every case is a patient of its own."""
+    if name not in _SETS:
+        raise InputError(f"phantom {name!r} is unknown: choose one of {', '.join(_SETS)}")
+    from jmae.data.manifest import Row
+
+    _, midline, splits = _SETS[name]
+    return [
+        Row(
+            id=_id(name, split, index),
+            patient=_id(name, split, index),
+            split=split,
+            label=None if split == "unlabeled" else label,
+            image=(f"phantom:{name}/{split}/{index}",),
+            mask=f"phantom:{name}/{split}/{index}" if split != "unlabeled" and label else None,
+            region=f"phantom:{name}/{split}/{index}",
+            boxes=(),
+            extra={} if midline is None else {"midline": str(midline)},
+        )
+        for split in splits
+        for index, label in enumerate(_labels(name, split))
+    ]
+
+
+def unlabeled_labels(name: str) -> dict[str, int]:
+    """The hidden labels of `unlabeled` by id: for analysis and the anomaly-ratio sweep, never for training."""
+    return {_id(name, "unlabeled", i): label for i, label in enumerate(_labels(name, "unlabeled"))}

@@ -1,0 +1,473 @@
+import json
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jmae import checkpoint
+from jmae.errors import InputError
+
+CONFIG = {"model": {"width": 192, "patch": (8, 8)}, "stage": "mae", "empty": {}, "rate": float("nan")}
+POSITION = {"seed": 2**80, "next": [3, 4], "text": "ü"}
+
+
+class State(NamedTuple):
+    params: dict
+    opt: Any
+    stats: dict
+    frozen: dict
+    step: Any
+
+
+def make_state(seed: int) -> State:
+    rng = np.random.default_rng(seed)
+    params = {
+        "encoder": {"kernel": jnp.asarray(rng.standard_normal((17, 5)), jnp.float32), "none": {}},
+        "odd name. ü": jnp.asarray(rng.standard_normal(7), jnp.bfloat16),
+    }
+    opt = optax.chain(optax.clip(1.0), optax.adamw(optax.constant_schedule(1e-3))).init(params)
+    stats = {
+        "nan": jnp.asarray([np.nan, -0.0, np.inf]),
+        "nothing": jnp.zeros((0, 3)),
+        "host": np.asarray([2**60 + seed, -1]),
+        "no_host": np.zeros((2, 0), np.float64),
+        "flag": jnp.asarray(True),
+        "byte": jnp.arange(5, dtype=jnp.uint8),
+    }
+    return State(params, opt, stats, {}, jnp.asarray(seed, jnp.int32))
+
+
+def blank(state: State) -> State:
+    return jax.tree.map(lambda x: jnp.zeros_like(x) if isinstance(x, jax.Array) else np.zeros_like(x), state)
+
+
+def assert_equal(got: Any, expected: Any) -> None:
+    assert jax.tree.structure(got) == jax.tree.structure(expected)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        assert isinstance(a, jax.Array) == isinstance(b, jax.Array)
+        assert a.dtype == b.dtype and a.shape == b.shape
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+def save(folder: Path, *numbers: int, **kwargs: Any) -> None:
+    for number in numbers:
+        checkpoint.save(folder, number, make_state(number), POSITION | {"n": number}, config=CONFIG, **kwargs)
+
+
+def restored(folder: Path, **kwargs: Any) -> tuple[int | None, list[str]]:
+    """The step restored, after checking that it is bit-equal to what was saved, and what was logged."""
+    lines: list[str] = []
+    result = checkpoint.restore(folder, blank(make_state(0)), config=CONFIG, log=lines.append, **kwargs)
+    if result is None:
+        return None, lines
+    assert_equal(result[1], make_state(result[0]))
+    assert result[2] == POSITION | {"n": result[0]}
+    return result[0], lines
+
+
+def files_of(path: Path) -> list[Path]:
+    return sorted(p for p in path.rglob("*") if p.is_file())
+
+
+def run(script: str, *arguments: Any) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-W", "error", "-c", script, *map(str, arguments)],
+        cwd=Path(__file__).parent,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def test_a_round_trip_is_bit_equal_and_keeps_dtypes(tmp_path):
+    save(tmp_path / "mae", 7)
+    assert restored(tmp_path / "mae") == (7, [])
+
+
+def test_a_fresh_folder_has_nothing_to_restore(tmp_path):
+    assert restored(tmp_path / "none") == (None, [])
+    (tmp_path / "some").mkdir()
+    (tmp_path / "some" / "notes.txt").write_text("not a step")
+    assert restored(tmp_path / "some") == (None, [])
+    assert checkpoint.steps(tmp_path / "none") == checkpoint.steps(tmp_path / "some") == []
+
+
+def test_a_state_without_arrays_and_one_of_python_numbers_survive(tmp_path):
+    for i, state in enumerate([{}, {"a": {}, "b": ()}, {"n": 3, "x": 2.5, "f": True, "s": np.float32(4)}]):
+        checkpoint.save(tmp_path / str(i), 0, state, {}, config={})
+        assert checkpoint.restore(tmp_path / str(i), state, config={}) == (0, state, {})
+
+
+def test_the_newest_steps_are_kept_and_an_older_one_can_be_asked_for(tmp_path):
+    save(tmp_path, 1, 2, 3, keep=2)
+    assert checkpoint.steps(tmp_path) == [2, 3]
+    assert restored(tmp_path, step=2) == (2, [])
+    with pytest.raises(InputError, match=r"no step 1; there are \[2, 3\]"):
+        restored(tmp_path, step=1)
+
+
+def test_a_step_can_be_saved_again(tmp_path):
+    save(tmp_path, 1, keep=1)
+    checkpoint.save(tmp_path, 1, {"a": jnp.ones(3)}, {}, config={}, keep=1)
+    step, state, position = checkpoint.restore(tmp_path, {"a": jnp.zeros(3)}, config={})
+    assert (step, position, state["a"].tolist()) == (1, {}, [1, 1, 1])
+    assert [p.name for p in tmp_path.iterdir()] == ["1"]
+
+
+def test_a_step_killed_while_it_was_replaced_is_still_there(tmp_path):
+    save(tmp_path, 1)
+    (tmp_path / "1").rename(tmp_path / "1.replaced")  # the moment between the two renames
+    assert checkpoint.steps(tmp_path) == [1]
+    assert restored(tmp_path) == (1, [])
+    save(tmp_path, 1)
+    assert [p.name for p in tmp_path.iterdir()] == ["1"]
+
+
+def count_detected_flips(folder: Path, count: int) -> int:
+    """Flips `count` bits, one at a time, over all files of the newest step; each must lead to the older one."""
+    save(folder, 10, 20)
+    rng = random.Random(0)
+    files = files_of(folder / "20")
+    assert len(files) > 10
+    detected = 0
+    for i in range(count):
+        file = files[i] if i < len(files) else rng.choice(files)
+        sound = file.read_bytes()
+        if not sound:
+            continue
+        damaged = bytearray(sound)
+        damaged[rng.randrange(len(sound))] ^= 1 << rng.randrange(8)
+        file.write_bytes(damaged)
+        step, lines = restored(folder)
+        detected += step == 10 and len(lines) == 1 and str(folder / "20") in lines[0]
+        file.write_bytes(sound)
+    assert restored(folder) == (20, [])
+    return detected
+
+
+def test_every_flipped_bit_is_detected_and_the_older_step_is_used(tmp_path):
+    assert count_detected_flips(tmp_path, 20) == 20
+
+
+def largest(path: Path) -> Path:
+    return max(files_of(path / "state"), key=lambda p: p.stat().st_size)
+
+
+def rewrite(path: Path, text: str) -> None:
+    path.write_text(text)
+
+
+def edit(path: Path, change: Any) -> None:
+    value = json.loads(path.read_text())
+    change(value)
+    path.write_text(json.dumps(value, indent=1) + "\n")
+
+
+MUTATIONS = {
+    "truncated": (lambda p: os.truncate(largest(p), 10), "has 10 bytes"),
+    "one byte longer": (lambda p: largest(p).write_bytes(largest(p).read_bytes() + b"x"), "bytes, expected"),
+    "file missing": (lambda p: largest(p).unlink(), "is missing"),
+    "file empty": (lambda p: largest(p).write_bytes(b""), "has 0 bytes"),
+    "metadata missing": (lambda p: (p / "state" / "_METADATA").unlink(), "'state/_METADATA' is missing"),
+    "foreign file": (lambda p: rewrite(p / "state" / "notes\n.txt", "?"), r"'state/notes\\n.txt' is foreign"),
+    "foreign link": (lambda p: (p / "link").symlink_to("/etc"), "'link' is foreign"),
+    "linked file": (lambda p: (largest(p).rename(p.parent / "x"), largest_link(p)), "cannot be read|missing"),
+    "pipe": (lambda p: os.mkfifo(p / "pipe"), "'pipe' is foreign"),
+    "file with a name that is no text": (lambda p: open(os.fsencode(p) + b"/\xff", "w").close(), "foreign"),
+    "empty folder": (lambda p: (shutil.rmtree(p), p.mkdir()), "empty"),
+    "a file": (lambda p: (shutil.rmtree(p), rewrite(p, "")), "not a folder"),
+    "a link": (lambda p: (p.rename(p.parent / "moved"), p.symlink_to("moved")), "not a folder"),
+    "a copy of another step": (
+        lambda p: (shutil.rmtree(p), shutil.copytree(p.parent / "10", p)),
+        "a copy of step 10",
+    ),
+    "no digests": (lambda p: (p / "digests.json").unlink(), "saving was interrupted"),
+    "half digests": (lambda p: os.truncate(p / "digests.json", 300), "is damaged"),
+    "empty digests": (lambda p: os.truncate(p / "digests.json", 0), "is damaged"),
+    "no step.json": (lambda p: (p / "step.json").unlink(), "'step.json' is missing"),
+    "half step.json": (lambda p: os.truncate(p / "step.json", 30), "'step.json' has 30 bytes"),
+    "later format": (lambda p: edit(p / "digests.json", lambda d: d.update(format=2)), "has format 2"),
+    "wrong types": (lambda p: edit(p / "digests.json", lambda d: d.update(files=[1])), "is damaged"),
+    "wrong entry": (lambda p: edit(p / "digests.json", lambda d: d["files"].update({"step.json": 3})), "damaged"),
+    "digests not a dict": (lambda p: rewrite(p / "digests.json", "[]\n"), "is damaged"),
+    "deep JSON": (lambda p: rewrite(p / "digests.json", "[" * 10**6), "is damaged"),
+    "not text": (lambda p: (p / "digests.json").write_bytes(b"\xff\xfe"), "is damaged"),
+    "other spacing": (
+        lambda p: rewrite(p / "digests.json", json.dumps(json.loads((p / "digests.json").read_text()))),
+        "is damaged",
+    ),
+}
+
+
+def largest_link(path: Path) -> None:
+    listed = json.loads((path / "digests.json").read_text())["files"]
+    gone = next(name for name in listed if not (path / name).exists())
+    (path / gone).symlink_to(path.parent / "x")
+
+
+@pytest.fixture(scope="module")
+def two_steps(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two")
+    save(folder, 10, 20)
+    return folder
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_a_damaged_step_is_named_and_passed_over_and_can_be_saved_again(name, two_steps, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(two_steps, folder)
+    mutate, reason = MUTATIONS[name]
+    mutate(folder / "20")
+    step, lines = restored(folder)
+    assert step == 10
+    assert len(lines) == 1 and "\n" not in lines[0] and str(folder / "20") in lines[0]
+    assert re.search(reason, lines[0]), lines[0]
+    assert (folder / "20").exists()  # looked at, not touched
+    with pytest.raises(InputError, match="no sound step"):
+        restored(folder, step=20)
+    save(folder, 20)
+    assert restored(folder) == (20, [])
+
+
+def test_training_never_restarts_silently_where_no_step_is_sound(tmp_path):
+    save(tmp_path, 1, 2)
+    for step in (1, 2):
+        os.truncate(tmp_path / str(step) / "step.json", 3)
+    with pytest.raises(InputError, match=r"no sound step to continue from .*2: step not used: 'step.json' has"):
+        restored(tmp_path)
+    empty = tmp_path / "other"
+    (empty / "5").mkdir(parents=True)
+    with pytest.raises(InputError, match="no sound step"):
+        restored(empty)
+
+
+def test_left_overs_of_an_interrupted_save_do_not_matter(tmp_path):
+    save(tmp_path, 1)
+    for name in ("2.tmp/state.orbax-checkpoint-tmp", "3.tmp/state"):
+        shutil.copytree(tmp_path / "1", tmp_path / name)
+    assert restored(tmp_path) == (1, [])
+    save(tmp_path, 2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["1", "2"]
+
+
+def test_pruning_never_counts_damaged_steps(tmp_path):
+    save(tmp_path, 1, 2)
+    shutil.rmtree(tmp_path / "2" / "state")
+    save(tmp_path, 3, keep=2)
+    assert checkpoint.steps(tmp_path) == [1, 3]
+
+
+def test_another_configuration_is_refused_with_the_first_differences(tmp_path):
+    save(tmp_path, 1)
+    other = {"model": {"width": 384, "patch": [8, 8]}, "stage": "mae", "empty": {}, "rate": float("nan"), "new": 1}
+    with pytest.raises(InputError) as error:
+        checkpoint.restore(tmp_path, make_state(0), config=other)
+    assert "model.width: checkpoint 192, recipe 384; new: checkpoint absent, recipe 1; remedy" in str(error.value)
+    assert "\n" not in str(error.value)
+    assert checkpoint.restore(tmp_path, make_state(0), config=None)[0] == 1
+
+
+def test_other_shapes_types_and_names_are_refused(tmp_path):
+    checkpoint.save(tmp_path, 1, {"a": jnp.ones((3, 4)), "b": jnp.ones(2), "c": jnp.ones(1)}, {}, config={})
+    target = {"a": jnp.ones((4, 3)), "b": jnp.ones(2, jnp.bfloat16), "d": jnp.ones(1)}
+    with pytest.raises(InputError) as error:
+        checkpoint.restore(tmp_path, target, config={})
+    assert "a: checkpoint float32[3, 4], recipe float32[4, 3]" in str(error.value)
+    assert "b: checkpoint float32[2], recipe bfloat16[2]" in str(error.value)
+    assert "c: checkpoint float32[1], recipe absent; and 1 more" in str(error.value)
+
+
+def test_shape_structs_serve_as_target(tmp_path):
+    state = {"a": jnp.ones((3, 4)), "z": jnp.ones((0, 2))}
+    checkpoint.save(tmp_path, 1, state, {}, config={})
+    target = jax.eval_shape(lambda: state)
+    assert_equal(checkpoint.restore(tmp_path, target, config={})[1], state)
+
+
+def test_names_that_would_collide_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="same name"):
+        checkpoint.save(tmp_path, 1, {"a/b": jnp.ones(1), "a": {"b": jnp.ones(1)}}, {}, config={})
+
+
+def test_a_disk_without_room_leaves_the_older_steps(tmp_path, monkeypatch):
+    save(tmp_path, 1)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(100, 95, 5))
+    with pytest.raises(InputError, match="2: not saved: 0 MB needed, 0 MB free; older steps are intact"):
+        save(tmp_path, 2)
+    monkeypatch.undo()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["1"]
+    assert restored(tmp_path) == (1, [])
+
+
+DISK_FULL = """
+import resource, sys
+from pathlib import Path
+import test_checkpoint as t
+folder = Path(sys.argv[1])
+t.save(folder, 1)
+for limit in (0, 5, 100, 300, 700, 3000):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    try:
+        t.save(folder, 2)
+        raise SystemExit(f"saved {limit}")
+    except t.InputError as error:
+        assert "2: not saved: " in str(error) and "File too large" in str(error), error
+        assert "\\n" not in str(error)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    assert [p.name for p in folder.iterdir()] == ["1"], limit
+    assert t.restored(folder) == (1, [])
+t.save(folder, 2)
+assert t.restored(folder) == (2, [])
+"""
+
+
+def test_a_write_that_fails_midway_is_one_line_and_leaves_the_older_steps(tmp_path):
+    done = run(DISK_FULL, tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+KILLED = """
+import os, random, signal, sys, time, warnings
+from pathlib import Path
+import test_checkpoint as t
+warnings.filterwarnings("ignore", "os.fork")  # no thread runs yet: the backend is started in the children alone
+folder, trials = Path(sys.argv[1]), int(sys.argv[2])
+
+def child(work):
+    def body():
+        try:
+            work()
+            os._exit(0)
+        except BaseException as error:
+            print(repr(error), flush=True)
+            os._exit(1)
+    pid = os.fork()
+    return pid or body()
+
+def save_on(write):
+    result = t.checkpoint.restore(folder, t.blank(t.make_state(0)), config=t.CONFIG)
+    first = 0 if result is None else result[0] + 1
+    for step in range(first, first + 100):
+        state = t.make_state(step)
+        os.write(write, b"%d " % step)
+        t.save(folder, step, keep=1 + step % 2)
+
+def check(completed):
+    step, lines = t.restored(folder)
+    assert step is None or step >= completed, (step, completed)
+    assert step is not None or completed < 0
+    assert lines == [], lines
+
+rng = random.Random(int(sys.argv[3]))
+for trial in range(trials):
+    read, write = os.pipe()
+    pid = child(lambda: save_on(write))
+    os.close(write)
+    seen = b""
+    while seen.count(b" ") < rng.choice([1, 2, 3]):
+        more = os.read(read, 100)
+        assert more, "ended early"
+        seen += more
+    time.sleep(rng.uniform(0, 0.08))
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    while more := os.read(read, 100):
+        seen += more
+    os.close(read)
+    pid = child(lambda: check(int(seen.split()[-1]) - 1))
+    assert os.waitpid(pid, 0)[1] == 0, (trial, seen)
+    print("tmp" if any(p.suffix == ".tmp" for p in folder.iterdir()) else "-", flush=True)
+"""
+
+
+def test_a_save_killed_at_any_moment_leaves_a_complete_step(tmp_path):
+    done = run(KILLED, tmp_path, 5, 0)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(done.stdout.split()) == 5
+
+
+EIGHT = """
+import sys
+from pathlib import Path
+import jax
+jax.config.update("jax_num_cpu_devices", 8)
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec as P
+from jmae import checkpoint
+mesh = jax.make_mesh((2, 4), ("data", "fsdp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+place = {"w": NamedSharding(mesh, P("fsdp", None)), "b": NamedSharding(mesh, P())}
+blank = {"w": np.zeros((8, 3), np.float32), "b": np.zeros(3, np.float32)}
+target = {k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=place[k]) for k, v in blank.items()}
+_, state, _ = checkpoint.restore(Path(sys.argv[1]), target, config={})
+assert state["w"].sharding == place["w"] and state["b"].sharding == place["b"]
+assert len({s.device for s in state["w"].addressable_shards}) == 8
+checkpoint.save(Path(sys.argv[2]), 5, jax.tree.map(lambda x: x + 1, state), {}, config={})
+"""
+
+
+def test_a_step_of_one_device_is_read_on_eight_and_back(tmp_path):
+    state = {"w": jnp.arange(24.0).reshape(8, 3) / 7, "b": jnp.arange(3.0)}
+    checkpoint.save(tmp_path / "one", 1, state, {}, config={})
+    done = run(EIGHT, tmp_path / "one", tmp_path / "eight")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    _, got, _ = checkpoint.restore(tmp_path / "eight", jax.tree.map(jnp.zeros_like, state), config={})
+    assert_equal(got, jax.tree.map(lambda x: x + 1, state))
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from jmae import checkpoint
+with checkpoint.workdir_lock(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_second_run_is_refused_until_the_first_ends_even_by_kill(tmp_path):
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    command = [sys.executable, "-c", HOLDER, str(tmp_path)]
+    holder = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+    assert holder.stdout.readline() == "held\n"
+    with pytest.raises(InputError, match=f"in use by process {holder.pid} on {os.uname().nodename}"):
+        with checkpoint.workdir_lock(tmp_path):
+            pass
+    holder.kill()
+    holder.communicate()
+    assert f"process {holder.pid}" in (tmp_path / ".lock").read_text()  # stale, and no obstacle
+    with checkpoint.workdir_lock(tmp_path):
+        with pytest.raises(InputError, match=f"in use by process {os.getpid()}"):
+            with checkpoint.workdir_lock(tmp_path):
+                pass
+    assert (tmp_path / ".lock").read_text() == ""
+
+
+def test_where_locks_are_not_supported_the_name_in_the_file_decides(tmp_path, monkeypatch):
+    def unsupported(*_):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(checkpoint.fcntl, "flock", unsupported)
+    with checkpoint.workdir_lock(tmp_path):
+        with pytest.raises(InputError, match="in use by"):
+            with checkpoint.workdir_lock(tmp_path):
+                pass
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    (tmp_path / ".lock").write_text(f"process {ended.pid} on {os.uname().nodename}")
+    with checkpoint.workdir_lock(tmp_path):
+        pass
+    (tmp_path / ".lock").write_text("process 1 on another-host")
+    with pytest.raises(InputError, match="another-host"):
+        with checkpoint.workdir_lock(tmp_path):
+            pass

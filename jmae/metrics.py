@@ -1,0 +1,387 @@
+"""How well scores tell abnormal from normal: exact, with intervals, on images and on pixels; NumPy, on the host.
+
+A higher score is more abnormal, and "called abnormal at t" means `score >= t` throughout. Everything follows
+from two sorted arrays, the scores of the negatives and those of the positives: AUROC is the rank statistic, AP
+the mean over positives of the precision at their own score; and as a threshold that is no positive's score only
+adds negatives, the best Dice and the best Youden index lie at a positive's score too. So nothing is argsorted,
+ties need no special case, and 10^8 float32 pixels take about 1 GB beside the caller's own arrays.
+
+Where one class is missing a measure is nan, never a guess; `json_ready` turns nan into null.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy import stats
+
+from jmae.errors import InputError
+
+CHUNK = 1 << 20  # positives looked up at a time; bounds the int64 counts to a few ten MB
+
+
+class Ranked(NamedTuple):
+    """The scores of each class, ascending."""
+
+    negatives: NDArray[Any]
+    positives: NDArray[Any]
+
+
+def _sort(negatives: NDArray[Any], positives: NDArray[Any]) -> Ranked:
+    """Sorts both in place (they must be nobody else's); InputError where scores are not finite."""
+    bad = sum(a.size - np.count_nonzero(np.isfinite(a)) for a in (negatives, positives))
+    if bad:
+        raise InputError(
+            f"{bad} of {negatives.size + positives.size} scores are not finite: a metric over them would be "
+            "silently wrong; look for empty or constant images, or for a training that diverged"
+        )
+    negatives.sort()
+    positives.sort()
+    return Ranked(negatives, positives)
+
+
+def _checked(labels: ArrayLike, scores: ArrayLike) -> tuple[NDArray[np.bool_], NDArray[Any]]:
+    """Flat booleans and floats (float32 stays so); ValueError unless equally many, and labels 0 or 1."""
+    labels, scores = np.asarray(labels).ravel(), np.asarray(scores).ravel()
+    if labels.shape != scores.shape:
+        raise ValueError(f"{labels.size} labels for {scores.size} scores: give one label a score")
+    if labels.dtype != bool and not np.all((labels == 0) | (labels == 1)):
+        raise ValueError("labels must be 0 (normal) or 1 (abnormal): leave out cases of unknown label")
+    return labels.astype(bool, copy=False), scores.astype(np.result_type(scores, np.float32), copy=False)
+
+
+def rank(labels: ArrayLike, scores: ArrayLike) -> Ranked:
+    """Sorts each class once; the inputs stay as they are."""
+    labels, scores = _checked(labels, scores)
+    return _sort(scores[~labels], scores[labels])
+
+
+def _one_class(ranked: Ranked) -> bool:
+    return not (ranked.negatives.size and ranked.positives.size)
+
+
+def _at_positives(ranked: Ranked) -> Iterator[tuple[NDArray[Any], NDArray[Any], NDArray[Any]]]:
+    """Chunks (thresholds, true positives, false positives), one entry a positive, thresholds ascending."""
+    for start in range(0, ranked.positives.size, CHUNK):
+        t = ranked.positives[start : start + CHUNK]
+        fp, tp = (a.size - np.searchsorted(a, t) for a in ranked)
+        yield t, tp, fp
+
+
+def _auroc(ranked: Ranked) -> float:
+    if _one_class(ranked):
+        return math.nan
+    negatives, positives = ranked
+    wins = 0  # in half pairs, a Python integer: exact beyond 2^53
+    for start in range(0, positives.size, CHUNK):
+        t = positives[start : start + CHUNK]
+        wins += int(np.searchsorted(negatives, t).sum() + np.searchsorted(negatives, t, "right").sum())
+    return wins / (2 * negatives.size * positives.size)
+
+
+def _average_precision(ranked: Ranked) -> float:
+    if _one_class(ranked):
+        return math.nan
+    return float(sum((tp / (tp + fp)).sum() for _, tp, fp in _at_positives(ranked)) / ranked.positives.size)
+
+
+def _best(ranked: Ranked, measure: Callable[[NDArray, NDArray], NDArray]) -> tuple[float, float]:
+    """The largest measure(tp, fp) over all thresholds, and the highest threshold that reaches it."""
+    if _one_class(ranked):
+        return math.nan, math.nan
+    best, threshold = -math.inf, math.nan
+    for t, tp, fp in _at_positives(ranked):
+        values = measure(tp, fp)
+        last = values.size - 1 - int(values[::-1].argmax())
+        if values[last] >= best:
+            best, threshold = float(values[last]), float(t[last])
+    return best, threshold
+
+
+def _best_dice(ranked: Ranked) -> tuple[float, float]:
+    return _best(ranked, lambda tp, fp: 2 * tp / (tp + fp + ranked.positives.size))
+
+
+def auroc(labels: ArrayLike, scores: ArrayLike) -> float:
+    """Area under the ROC curve: the chance that a positive scores above a negative, ties counting half.
+
+    Flat arrays of any size; nan where one class is missing; InputError where scores are not finite.
+    """
+    return _auroc(rank(labels, scores))
+
+
+def average_precision(labels: ArrayLike, scores: ArrayLike) -> float:
+    """AP = sum over thresholds of (R_n - R_{n-1}) P_n, without interpolation; tied scores are one threshold.
+
+    Flat arrays of any size; nan where one class is missing; InputError where scores are not finite.
+    """
+    return _average_precision(rank(labels, scores))
+
+
+def best_dice(labels: ArrayLike, scores: ArrayLike) -> tuple[float, float]:
+    """The largest Dice over all thresholds, and the threshold (the highest, where several reach it).
+
+    An oracle: the threshold is chosen on the very data that it is judged on, so this is an upper bound and is
+    to be named so. (nan, nan) where one class is missing.
+    """
+    return _best_dice(rank(labels, scores))
+
+
+def iou(labels: ArrayLike, scores: ArrayLike, threshold: float) -> float:
+    """Intersection over union of the positives and `score >= threshold`; nan where both are empty."""
+    labels, scores = _checked(labels, scores)
+    called = scores >= threshold
+    union = np.count_nonzero(labels | called)
+    return np.count_nonzero(labels & called) / union if union else math.nan
+
+
+def _operating_points(ranked: Ranked, points: int) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+    """Thresholds (descending) at evenly spread ranks of both classes, or all where they are few; tp; fp."""
+    some = [a[np.linspace(0, a.size - 1, min(a.size, points)).astype(int)] for a in ranked]
+    t = np.unique(np.concatenate(some))[::-1]
+    fp, tp = (a.size - np.searchsorted(a, t) for a in ranked)
+    return t, tp, fp
+
+
+def roc_curve(labels: ArrayLike, scores: ArrayLike, points: int = 200) -> tuple[NDArray, NDArray, NDArray]:
+    """(false-positive rate, true-positive rate, threshold), from (0, 0, inf) up to (1, 1, lowest score).
+
+    At most `2 * points + 1` exact points, evenly spread over the ranks of either class: the whole curve where
+    no class has more than `points` scores. Empty where one class is missing.
+    """
+    ranked = rank(labels, scores)
+    if _one_class(ranked):
+        return np.empty(0), np.empty(0), np.empty(0)
+    t, tp, fp = _operating_points(ranked, points)
+    return np.r_[0, fp] / ranked.negatives.size, np.r_[0, tp] / ranked.positives.size, np.r_[np.inf, t]
+
+
+def pr_curve(labels: ArrayLike, scores: ArrayLike, points: int = 200) -> tuple[NDArray, NDArray, NDArray]:
+    """(recall, precision, threshold), at the thresholds of `roc_curve`; empty where one class is missing."""
+    ranked = rank(labels, scores)
+    if _one_class(ranked):
+        return np.empty(0), np.empty(0), np.empty(0)
+    t, tp, fp = _operating_points(ranked, points)
+    return tp / ranked.positives.size, tp / (tp + fp), t
+
+
+def threshold_on(labels_val: ArrayLike, scores_val: ArrayLike) -> float:
+    """The validation score at which Youden's J = sensitivity + specificity - 1 is largest.
+
+    Among thresholds of equal J the highest is taken (the fewest false alarms). nan where a class is missing.
+    """
+    ranked = rank(labels_val, scores_val)
+    n, p = ranked.negatives.size, ranked.positives.size
+    return _best(ranked, lambda tp, fp: tp * n - fp * p)[1]  # J in integers, so that equal J are equal
+
+
+def at_threshold(labels: ArrayLike, scores: ArrayLike, threshold: float) -> dict[str, float]:
+    """Accuracy, F1 of the abnormal, sensitivity, specificity of `score >= threshold`; nan where undefined."""
+    labels, scores = _checked(labels, scores)
+    called = scores >= threshold
+    tp, fp = np.count_nonzero(called & labels), np.count_nonzero(called & ~labels)
+    p, n = np.count_nonzero(labels), np.count_nonzero(~labels)
+    ratio = lambda a, b: a / b if b and not math.isnan(threshold) else math.nan
+    return {
+        "accuracy": ratio(tp + n - fp, n + p),
+        "f1": ratio(2 * tp, tp + fp + p),
+        "sensitivity": ratio(tp, p),
+        "specificity": ratio(n - fp, n),
+        "threshold": float(threshold),
+    }
+
+
+def _clusters(patients: Sequence[Any]) -> NDArray[np.int64]:
+    """Patient numbers 0..k-1; a case without a patient ("" or None) is a patient of its own."""
+    number: dict[Any, int] = {}
+    keys = [("patient", p) if p not in ("", None) else ("case", i) for i, p in enumerate(patients)]
+    return np.array([number.setdefault(key, len(number)) for key in keys], np.int64)
+
+
+def bootstrap_interval(
+    metric: Callable[[NDArray, NDArray], float],
+    labels: ArrayLike,
+    scores: ArrayLike,
+    patients: Sequence[Any],
+    *,
+    draws: int = 2000,
+    seed: int = 0,
+    level: float = 0.95,
+) -> tuple[float, float]:
+    """Percentile interval of metric(labels, scores), resampling patients with all their images (clusters).
+
+    As many patients as there are, with replacement, `draws` times; a draw that lacks a class is left out.
+    (nan, nan) where no draw has both. Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13.
+    """
+    labels, scores = _checked(labels, scores)
+    if len(patients) != labels.size:
+        raise ValueError(f"{len(patients)} patients for {labels.size} scores: give one patient a score")
+    if labels.all() or not labels.any():
+        return math.nan, math.nan
+    clusters = _clusters(patients)
+    order, counts = np.argsort(clusters, kind="stable"), np.bincount(clusters)
+    starts = np.cumsum(counts) - counts
+    rng, values = np.random.default_rng(seed), []
+    for _ in range(draws):
+        drawn = rng.integers(counts.size, size=counts.size)
+        size = counts[drawn]
+        ends = np.cumsum(size)
+        cases = order[np.arange(ends[-1]) + np.repeat(starts[drawn] - ends + size, size)]
+        if (y := labels[cases]).any() and not y.all():
+            values.append(metric(y, scores[cases]))
+    if not values:
+        return math.nan, math.nan
+    lo, hi = np.quantile(values, ((1 - level) / 2, (1 + level) / 2))
+    return float(lo), float(hi)
+
+
+def chi2_distance(scores_normal: ArrayLike, scores_abnormal: ArrayLike, bins: int = 100) -> dict[str, float]:
+    """1/2 sum_b (h_b - k_b)^2 / (h_b + k_b) over equal bins of the min-max scaled scores of both classes.
+
+    `raw` on counts (it grows with the number of images), `normalised` on fractions (0 equal, 1 disjoint): AMAE
+    (Bozorgtabar et al. 2023) says neither which of the two nor how many bins; 100 is our reading.
+    """
+    classes = [np.array(s, np.float64).ravel() for s in (scores_normal, scores_abnormal)]
+    ranked = _sort(*classes)
+    if _one_class(ranked):
+        return {"raw": math.nan, "normalised": math.nan}
+    low, high = min(a[0] for a in ranked), max(a[-1] for a in ranked)
+    h, k = (np.histogram((a - low) / ((high - low) or 1), bins, (0, 1))[0] for a in ranked)
+    half = lambda h, k: float(0.5 * ((h - k) ** 2 / np.where(h + k, h + k, 1)).sum())
+    return {"raw": half(h, k), "normalised": half(h / h.sum(), k / k.sum())}
+
+
+def replicate_summary(values: Sequence[float]) -> dict[str, Any]:
+    """Mean over replicates (seeds) and 1.96 sample standard deviations (ddof 1; nan for one value)."""
+    values = [float(v) for v in values]
+    mean = float(np.mean(values)) if values else math.nan
+    half_width = 1.96 * float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
+    return {"mean": mean, "half_width": half_width, "values": values}
+
+
+def welch_test(a: Sequence[float], b: Sequence[float]) -> dict[str, float]:
+    """Two-sided t-test for unequal variances: t, Welch-Satterthwaite degrees of freedom, p.
+
+    nan where a group has fewer than two values or neither varies.
+    """
+    x, y = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    if min(x.size, y.size) < 2 or not (np.ptp(x) or np.ptp(y)):
+        return {"t": math.nan, "df": math.nan, "p": math.nan}
+    vx, vy = x.var(ddof=1) / x.size, y.var(ddof=1) / y.size
+    t = (x.mean() - y.mean()) / math.sqrt(vx + vy)
+    df = (vx + vy) ** 2 / (vx**2 / (x.size - 1) + vy**2 / (y.size - 1))
+    return {"t": float(t), "df": float(df), "p": float(2 * stats.t.sf(abs(t), df))}
+
+
+def image_metrics(
+    labels: ArrayLike, scores: ArrayLike, patients: Sequence[Any], *, draws: int = 2000, seed: int = 0
+) -> dict[str, Any]:
+    """AUROC and AP of image scores with 95 % intervals over patients, and how many images of each class."""
+    labels, scores = _checked(labels, scores)
+    ranked = rank(labels, scores)
+    interval = lambda f: list(bootstrap_interval(f, labels, scores, patients, draws=draws, seed=seed))
+    return {
+        "auroc": _auroc(ranked),
+        "auroc_ci": interval(auroc),
+        "ap": _average_precision(ranked),
+        "ap_ci": interval(average_precision),
+        "n_normal": ranked.negatives.size,
+        "n_abnormal": ranked.positives.size,
+    }
+
+
+Masks = Sequence[NDArray[np.bool_]]
+Maps = Sequence[NDArray[Any]]
+Regions = Sequence[NDArray[np.bool_] | None] | None
+
+
+def _pooled(masks: Masks, maps: Maps, regions: Regions) -> Ranked:
+    """The pixels of all images inside their regions, split by class straight away and sorted."""
+    regions = [None] * len(maps) if regions is None else regions
+    negatives, positives = [np.empty(0, np.float32)], [np.empty(0, np.float32)]
+    for i, (mask, scores, region) in enumerate(zip(masks, maps, regions, strict=True)):
+        shapes = [a.shape for a in (mask, scores, region) if a is not None]
+        if len(set(shapes)) != 1:
+            raise ValueError(f"image {i}: mask, map (and region) are {shapes}: bring them to one grid")
+        lesion = mask.astype(bool, copy=False)
+        inside = np.True_ if region is None else region.astype(bool, copy=False)
+        negatives.append(scores[inside & ~lesion])
+        positives.append(scores[inside & lesion])
+    return _sort(np.concatenate(negatives), np.concatenate(positives))
+
+
+def _prevalence(ranked: Ranked) -> float:
+    n = ranked.negatives.size + ranked.positives.size
+    return ranked.positives.size / n if n else math.nan
+
+
+def pixel_metrics(masks: Masks, maps: Maps, regions: Regions = None) -> dict[str, float | None]:
+    """Metrics over the pixels (voxels) of all images pooled, inside `regions` where given.
+
+    Args:
+      masks: one boolean array an image, True = lesion; all False for a normal image.
+      maps: one array of scores an image, of the mask's shape.
+      regions: where metrics count, one boolean array an image; None is everywhere, for one image or for all.
+
+    Returns: auroc, ap, prevalence (the AP of a random map), dice_best and iou at the oracle threshold (upper
+    bounds, see `best_dice`), froc None. nan where one class is missing.
+    """
+    ranked = _pooled(masks, maps, regions)
+    dice, _ = _best_dice(ranked)
+    return {
+        "auroc": _auroc(ranked),
+        "ap": _average_precision(ranked),
+        "prevalence": _prevalence(ranked),
+        "dice_best": dice,
+        "iou": dice / (2 - dice),  # at one threshold IoU = D / (2 - D), which rises with D
+        "froc": None,
+    }
+
+
+def pixel_metrics_per_patient(
+    masks: Masks, maps: Maps, patients: Sequence[Any], regions: Regions = None
+) -> list[dict[str, Any]]:
+    """One row {patient, auroc, ap, prevalence} a patient, in order of appearance, its images pooled.
+
+    auroc and ap are nan for a patient without a lesion pixel inside the region; `patient_mean` counts those.
+    """
+    clusters, rows = _clusters(patients), []
+    for k in range(int(clusters.max(initial=-1)) + 1):
+        own = np.flatnonzero(clusters == k).tolist()
+        inside = None if regions is None else [regions[i] for i in own]
+        ranked = _pooled([masks[i] for i in own], [maps[i] for i in own], inside)
+        rows.append(
+            {
+                "patient": patients[own[0]],
+                "auroc": _auroc(ranked),
+                "ap": _average_precision(ranked),
+                "prevalence": _prevalence(ranked),
+            }
+        )
+    return rows
+
+
+def patient_mean(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """The mean of `pixel_metrics_per_patient` over the patients with a lesion inside the region; n; skipped.
+
+    The figure that MAEMI (Lang et al. 2023) reports is this mean, not the pooled one.
+    """
+    used = [row for row in rows if not math.isnan(row["auroc"])]
+    mean = lambda name: float(np.mean([row[name] for row in used])) if used else math.nan
+    means = {name: mean(name) for name in ("auroc", "ap", "prevalence")}
+    return {**means, "n": len(used), "skipped": len(rows) - len(used)}
+
+
+def json_ready(value: Any) -> Any:
+    """The same in what JSON knows: arrays and tuples are lists, NumPy scalars Python's, nan and inf null."""
+    if isinstance(value, Mapping):
+        return {str(k): json_ready(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [json_ready(v) for v in value]
+    if isinstance(value, np.ndarray | np.generic):
+        return json_ready(value.tolist())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

@@ -1,0 +1,295 @@
+"""Metrics against scikit-learn, SciPy, brute force and algebra."""
+
+import json
+import math
+import time
+import tracemalloc
+
+import numpy as np
+import pytest
+from scipy import stats
+from sklearn import metrics as sk
+
+from jmae import metrics
+from jmae.errors import InputError
+
+
+def random_cases(n=60):
+    """Labels and scores of all kinds: few and many, with and without ties, float32 and float64, rare positives."""
+    for seed in range(n):
+        rng = np.random.default_rng(seed)
+        size = int(rng.integers(2, 300))
+        labels = rng.random(size) < rng.choice([0.03, 0.5, 0.9])
+        labels[:2] = False, True
+        scores = rng.normal(size=size) + labels * rng.normal()
+        if seed % 3:
+            scores = np.round(scores, seed % 3 - 1)  # to integers or tenths: many ties
+        yield rng.permutation(labels), scores.astype([np.float32, np.float64][seed % 2])
+
+
+def thresholds_by_force(labels, scores):
+    """Every distinct score as a threshold, descending, with its true and false positives."""
+    for t in np.unique(scores)[::-1]:
+        yield t, int((labels & (scores >= t)).sum()), int((~labels & (scores >= t)).sum())
+
+
+def test_auroc_and_ap_are_those_of_scikit_learn():
+    for labels, scores in random_cases():
+        assert metrics.auroc(labels, scores) == pytest.approx(sk.roc_auc_score(labels, scores), abs=1e-12)
+        expected = sk.average_precision_score(labels, scores)
+        assert metrics.average_precision(labels, scores) == pytest.approx(expected, abs=1e-12)
+
+
+def test_nothing_changes_when_positives_come_in_chunks(monkeypatch):
+    cases = list(random_cases(12))
+    measures = (metrics.auroc, metrics.average_precision, metrics.best_dice, metrics.threshold_on)
+    whole = [[f(*case) for f in measures] for case in cases]
+    monkeypatch.setattr(metrics, "CHUNK", 3)
+    for before, case in zip(whole, cases, strict=True):
+        assert np.allclose(np.hstack(before), np.hstack([f(*case) for f in measures]), rtol=1e-13, atol=0)
+
+
+def test_equal_scores_everywhere_are_chance():
+    labels = [0, 1, 1, 0, 0]
+    assert metrics.auroc(labels, np.ones(5)) == 0.5
+    assert metrics.average_precision(labels, np.ones(5)) == 0.4  # the prevalence
+
+
+def test_auroc_is_antisymmetric_and_blind_to_monotone_maps():
+    for labels, scores in random_cases(10):
+        value = metrics.auroc(labels, scores)
+        assert metrics.auroc(labels, -scores) == pytest.approx(1 - value, abs=1e-12)
+        assert metrics.auroc(labels, np.float64(scores) * 8 + 1) == value
+
+
+@pytest.mark.parametrize("labels", [[0, 0, 0], [1, 1, 1], []])
+def test_one_class_gives_nan_and_no_curve(labels):
+    scores = np.arange(len(labels), dtype=float)
+    assert math.isnan(metrics.auroc(labels, scores))
+    assert math.isnan(metrics.average_precision(labels, scores))
+    assert np.isnan(metrics.best_dice(labels, scores)).all()
+    assert math.isnan(metrics.threshold_on(labels, scores))
+    assert np.isnan(metrics.bootstrap_interval(metrics.auroc, labels, scores, labels)).all()
+    assert all(a.size == 0 for f in (metrics.roc_curve, metrics.pr_curve) for a in f(labels, scores))
+
+
+@pytest.mark.parametrize("metric", [metrics.auroc, metrics.average_precision, metrics.best_dice])
+def test_scores_that_are_not_finite_are_counted_in_the_error(metric):
+    with pytest.raises(InputError, match="3 of 5 scores are not finite"):
+        metric([0, 1, 0, 1, 0], [np.nan, np.inf, -np.inf, 1.0, 2.0])
+
+
+def test_wrong_labels_and_lengths_are_refused():
+    with pytest.raises(ValueError, match="3 labels for 2 scores"):
+        metrics.auroc([0, 1, 1], [0.0, 1.0])
+    for labels in ([0, 1, 2], [0, 1, None], [0, 1, np.nan]):
+        with pytest.raises(ValueError, match="labels must be 0"):
+            metrics.auroc(labels, [0.0, 1.0, 2.0])
+
+
+def test_the_callers_arrays_stay_as_they_are():
+    labels, scores = np.array([True, False, True]), np.array([3, 2, 1], np.float32)
+    metrics.auroc(labels, scores), metrics.pixel_metrics([labels], [scores])
+    assert scores.tolist() == [3, 2, 1] and labels.tolist() == [True, False, True]
+
+
+def test_pixels_take_little_memory_and_time():
+    n = 4_000_000
+    rng = np.random.default_rng(0)
+    scores, labels = rng.random(n, np.float32), rng.random(n, np.float32) < 0.05
+    start = time.perf_counter()
+    tracemalloc.start()
+    value = metrics.auroc(labels, scores)
+    metrics.average_precision(labels, scores)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert abs(value - 0.5) < 0.01
+    assert peak / n < 25, f"{peak / n:.1f} bytes a pixel: 10^8 pixels must fit in 4 GiB with their 5 bytes each"
+    assert time.perf_counter() - start < 8
+
+
+def test_curves_have_the_exact_areas():
+    for labels, scores in random_cases(20):
+        fpr, tpr, t = metrics.roc_curve(labels, scores, points=300)
+        assert sk.auc(fpr, tpr) == pytest.approx(metrics.auroc(labels, scores), abs=1e-12)
+        assert (fpr[0], tpr[0], fpr[-1], tpr[-1]) == (0, 0, 1, 1) and (np.diff(t) < 0).all()
+        recall, precision, _ = metrics.pr_curve(labels, scores, points=300)
+        area = (np.diff(recall, prepend=0) * precision).sum()
+        assert area == pytest.approx(metrics.average_precision(labels, scores), abs=1e-12)
+
+
+def test_thinned_curves_are_short_and_their_points_exact():
+    rng = np.random.default_rng(0)
+    labels = rng.random(20_000) < 0.3
+    scores = rng.normal(size=20_000) + labels
+    fpr, tpr, t = metrics.roc_curve(labels, scores, points=50)
+    assert fpr.size <= 101
+    assert sk.auc(fpr, tpr) == pytest.approx(metrics.auroc(labels, scores), abs=2e-3)
+    assert np.allclose(tpr[1:], [(scores[labels] >= x).mean() for x in t[1:]])
+
+
+def test_best_dice_is_the_largest_over_every_threshold():
+    for labels, scores in random_cases(30):
+        force = [(2 * tp / (tp + fp + labels.sum()), t) for t, tp, fp in thresholds_by_force(labels, scores)]
+        dice, threshold = metrics.best_dice(labels, scores)
+        assert dice == pytest.approx(max(d for d, _ in force), abs=1e-12)
+        assert dice == pytest.approx(sk.f1_score(labels, scores >= threshold), abs=1e-12)
+        assert metrics.iou(labels, scores, threshold) == pytest.approx(dice / (2 - dice), abs=1e-12)
+        assert metrics.iou(labels, scores, threshold) == sk.jaccard_score(labels, scores >= threshold)
+
+
+def test_the_threshold_maximises_youdens_j_and_ties_go_to_the_highest():
+    for labels, scores in random_cases(30):
+        n, p = (~labels).sum(), labels.sum()
+        force = [(tp * n - fp * p, t) for t, tp, fp in thresholds_by_force(labels, scores)]
+        best = max(j for j, _ in force)
+        positives = [t for j, t in force if j == best and t in scores[labels]]
+        assert metrics.threshold_on(labels, scores) == max(positives)
+    assert metrics.threshold_on([0, 1, 0, 1], [1.0, 2.0, 3.0, 4.0]) == 4.0  # J = 1/2 at 2 and at 4
+
+
+def test_decisions_at_a_threshold_are_those_of_scikit_learn():
+    for labels, scores in random_cases(20):
+        t = float(np.median(scores))
+        called, row = scores >= t, metrics.at_threshold(labels, scores, t)
+        assert row["accuracy"] == pytest.approx(sk.accuracy_score(labels, called))
+        assert row["f1"] == pytest.approx(sk.f1_score(labels, called))
+        assert row["sensitivity"] == pytest.approx(sk.recall_score(labels, called))
+        assert row["specificity"] == pytest.approx(sk.recall_score(~labels, ~called))
+        assert row["threshold"] == t
+
+
+def test_a_decision_without_a_class_or_a_threshold_is_nan():
+    row = metrics.at_threshold([0, 0], [1.0, 2.0], 1.5)
+    assert row["specificity"] == 0.5 and math.isnan(row["sensitivity"])
+    assert all(math.isnan(v) for v in metrics.at_threshold([0, 1], [1.0, 2.0], math.nan).values())
+
+
+def test_the_interval_is_that_of_a_plain_loop_over_patients():
+    rng = np.random.default_rng(5)
+    patients = [f"p{i}" for i in rng.integers(0, 12, 40)]
+    labels, scores = rng.random(40) < 0.4, rng.normal(size=40)
+    names = list(dict.fromkeys(patients))
+    members = [[i for i, p in enumerate(patients) if p == name] for name in names]
+    draw, values = np.random.default_rng(3), []
+    for _ in range(200):
+        cases = [i for k in draw.integers(len(names), size=len(names)) for i in members[k]]
+        if len(set(labels[cases])) == 2:
+            values.append(sk.roc_auc_score(labels[cases], scores[cases]))
+    expected = np.percentile(values, [5, 95])
+    got = metrics.bootstrap_interval(metrics.auroc, labels, scores, patients, draws=200, seed=3, level=0.9)
+    assert np.allclose(got, expected)
+
+
+def test_the_interval_covers_at_about_its_level():
+    """Scores N(0,1) and N(1,1): AUROC = Phi(1/sqrt 2)."""
+    truth, hits = stats.norm.cdf(1 / math.sqrt(2)), 0
+    labels = np.arange(80) % 2
+    for seed in range(100):
+        scores = np.random.default_rng(seed).normal(size=80) + labels
+        lo, hi = metrics.bootstrap_interval(metrics.auroc, labels, scores, range(80), draws=200)
+        hits += lo <= truth <= hi
+    assert 88 <= hits <= 99
+
+
+def test_images_of_one_patient_widen_the_interval():
+    rng = np.random.default_rng(0)
+    labels = np.arange(40) % 2
+    scores = rng.normal(size=40) + labels
+    width = lambda *a: float(np.diff(metrics.bootstrap_interval(metrics.auroc, *a, draws=500))[0])
+    alone = width(labels, scores, [""] * 40)
+    copied = np.repeat(labels, 9), np.repeat(scores, 9)
+    assert width(*copied, np.repeat(np.arange(40), 9)) == pytest.approx(alone, rel=0.15)
+    assert width(*copied, [None] * 360) < 0.5 * alone  # nine copies taken for nine patients
+
+
+def test_draws_with_one_class_are_left_out():
+    lo, hi = metrics.bootstrap_interval(metrics.auroc, [1, 0, 0], [2.0, 1.0, 0.0], "abc", draws=300)
+    assert (lo, hi) == (1, 1)
+
+
+def test_an_interval_of_400_images_takes_about_a_second():
+    rng = np.random.default_rng(0)
+    labels, scores = np.arange(400) % 2, rng.normal(size=400)
+    start = time.perf_counter()
+    metrics.bootstrap_interval(metrics.auroc, labels, scores, range(400))
+    assert time.perf_counter() - start < 3
+
+
+def test_chi2_of_equal_disjoint_and_hand_counted_histograms():
+    assert metrics.chi2_distance([0, 1, 2], [2, 1, 0]) == {"raw": 0, "normalised": 0}
+    assert metrics.chi2_distance([0.0, 0.1], [0.9, 1.0, 0.95]) == pytest.approx({"raw": 2.5, "normalised": 1})
+    got = metrics.chi2_distance([0, 0, 0, 10], [0, 10], bins=2)  # h = (3, 1), k = (1, 1)
+    assert got["raw"] == pytest.approx(0.5 * (4 / 4 + 0))
+    assert got["normalised"] == pytest.approx(0.5 * (0.25**2 / 1.25 + 0.25**2 / 0.75))
+    assert metrics.chi2_distance([7.0], [7.0, 7.0])["normalised"] == 0
+    assert math.isnan(metrics.chi2_distance([], [1.0])["raw"])
+
+
+def test_replicates_give_mean_and_1_96_standard_deviations():
+    got = metrics.replicate_summary([0.8, 0.9, 1.0])
+    assert got["mean"] == pytest.approx(0.9) and got["half_width"] == pytest.approx(0.196)
+    assert math.isnan(metrics.replicate_summary([0.8])["half_width"])
+
+
+def test_welch_is_that_of_scipy_and_nan_without_variance():
+    for seed in range(10):
+        rng = np.random.default_rng(seed)
+        a, b = rng.normal(size=4), rng.normal(1, 3, size=3 + seed)
+        got, expected = metrics.welch_test(a, b), stats.ttest_ind(a, b, equal_var=False)
+        assert got["t"] == pytest.approx(expected.statistic) and got["p"] == pytest.approx(expected.pvalue)
+        assert got["df"] == pytest.approx(expected.df)
+    assert math.isnan(metrics.welch_test([1, 1], [1, 1])["p"]) and math.isnan(metrics.welch_test([1], [1, 2])["p"])
+
+
+def test_image_metrics_hold_the_values_with_their_intervals():
+    rng = np.random.default_rng(0)
+    labels = np.arange(60) % 3 == 0
+    scores = rng.normal(size=60) + labels
+    got = metrics.image_metrics(labels, scores, [""] * 60, draws=200)
+    assert (got["n_normal"], got["n_abnormal"]) == (40, 20)
+    assert got["auroc_ci"][0] < got["auroc"] == sk.roc_auc_score(labels, scores) < got["auroc_ci"][1]
+    assert got["ap_ci"][0] < got["ap"] < got["ap_ci"][1]
+
+
+@pytest.mark.parametrize("size", [(9, 7), (5, 4, 3)])
+def test_pixels_are_pooled_over_images_and_only_inside_the_region(size):
+    rng = np.random.default_rng(0)
+    masks = [rng.random(size) < p for p in (0, 0.2, 0.4)]
+    maps = [rng.normal(size=size).astype(np.float32) + 0.5 * m for m in masks]
+    regions = [None, rng.random(size) < 0.5, rng.random(size) < 0.5]
+    everywhere = np.ones(size, bool)
+    inside = [everywhere if r is None else r for r in regions]
+    y, s = (np.concatenate([a[r] for a, r in zip(x, inside, strict=True)]) for x in (masks, maps))
+    got = metrics.pixel_metrics(masks, maps, regions)
+    assert got["auroc"] == pytest.approx(sk.roc_auc_score(y, s))
+    assert got["ap"] == pytest.approx(sk.average_precision_score(y, s))
+    assert got["prevalence"] == pytest.approx(y.mean()) and got["froc"] is None
+    dice, threshold = metrics.best_dice(y, s)
+    assert got["dice_best"] == pytest.approx(dice)
+    assert got["iou"] == pytest.approx(sk.jaccard_score(y, s >= threshold))
+
+
+def test_pixel_metrics_of_normals_alone_are_nan_and_shapes_must_agree():
+    blank, scores = np.zeros((2, 2), bool), np.ones((2, 2), np.float32)
+    assert math.isnan(metrics.pixel_metrics([blank], [scores])["auroc"])
+    with pytest.raises(ValueError, match=r"image 1: .*\(2, 2\), \(2, 3\)"):
+        metrics.pixel_metrics([blank, blank], [scores, np.ones((2, 3))])
+
+
+def test_patients_are_pooled_alone_then_averaged_and_the_lesionless_counted():
+    mask = np.array([[False, True], [False, True]])
+    good, bad = np.array([[0.0, 1.0], [0.0, 1.0]]), np.array([[1.0, 0.0], [1.0, 0.0]])
+    masks = [mask, mask, mask, np.zeros_like(mask)]
+    rows = metrics.pixel_metrics_per_patient(masks, [good, good, bad, good], ["a", "a", "b", ""])
+    assert [r["patient"] for r in rows] == ["a", "b", ""]
+    assert [r["auroc"] for r in rows[:2]] == [1, 0] and math.isnan(rows[2]["auroc"])
+    assert metrics.patient_mean(rows) == {"auroc": 0.5, "ap": 0.75, "prevalence": 0.5, "n": 2, "skipped": 1}
+    hidden = metrics.pixel_metrics_per_patient([mask], [good], ["a"], [~mask])
+    assert metrics.patient_mean(hidden)["skipped"] == 1
+
+
+def test_what_goes_to_json_is_strict_json():
+    value = {"a": np.float32(0.5), "b": (math.nan, math.inf, np.int64(3)), 4: np.array([1.0, np.nan]), "t": np.True_}
+    text = json.dumps(metrics.json_ready(value), allow_nan=False)
+    assert json.loads(text) == {"a": 0.5, "b": [None, None, 3], "4": [1.0, None], "t": True}

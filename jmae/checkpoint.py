@@ -5,8 +5,8 @@ iterator, configuration, shape and type of every array) and `digests.json` (size
 Orbax alone restores most flipped bits without a word, so nothing is read before its digest was checked.
 
 Orbax's low-level `Checkpointer` is used and not its `CheckpointManager`: the manager gives a step its final name
-before digests can be added and deletes old steps in the same call. Here everything is written to `STEP.tmp`, and
-one rename makes the step appear whole: a process killed at any moment leaves the older steps or the new one.
+before digests can be added and deletes old steps in the same call. Here everything is written to `STEP.NUMBER.tmp`,
+and one rename makes the step appear whole: a process killed at any moment leaves the older steps or the new one.
 The arrays go to orbax as one flat dict `{"params/encoder/kernel": array}`; the nesting (NamedTuples, empty states,
 empty dicts) comes from the target, so that no class is ever named in, or built from, a file.
 
@@ -16,12 +16,17 @@ arguments; process 0 alone looks at, checks, renames and deletes folders, and te
 
 import contextlib
 import fcntl
+import gc
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
 import socket
+import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -57,25 +62,21 @@ def save(folder: Path, step: int, state: PyTree, position: dict, *, config: dict
     if keep < 1:
         raise InputError(f"checkpoints to keep: {keep}, expected 1 or more")
     folder = Path(folder).absolute()
-    temporary = folder / f"{step}.tmp"
     leaves = _leaves(state)
     about = {"step": step, "position": position, "config": config, "leaves": _describe(leaves)}
     arrays = {name: _array(leaf) for name, leaf in leaves.items() if np.size(leaf)}
+    needed = sum(array.nbytes + 1024 for array in arrays.values())
     try:
-        _on_first(lambda: _make_room(folder, sum(array.nbytes for array in arrays.values())))
+        temporary = folder / _on_first(lambda: _make_room(folder, step, needed))
         if arrays:
-            _checkpointer().save(temporary / STATE, args=ocp.args.PyTreeSave(arrays))
-        _on_first(lambda: _commit(folder, step, about, keep))
-    except (OSError, ValueError) as error:
+            _orbax(lambda orbax: orbax.save(temporary / STATE, args=ocp.args.PyTreeSave(arrays)))
+        _on_first(lambda: _commit(folder, step, temporary, about, keep))
+    except OSError as error:
         if jax.process_index() == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
-        code = re.search(r"os_error_code='(\d+)'", str(error))  # how tensorstore reports a failed write
-        if not code and not isinstance(error, OSError):
-            raise
-        cause = os.strerror(int(code[1])) if code else error
+            _remove_temporary(folder)
         raise InputError(
-            f"{folder / str(step)}: not saved: {cause}; older steps are intact: free some space (or choose "
-            "another --workdir) and run the same command again"
+            f"{folder / str(step)}: not saved: {error.strerror or error}; older steps are intact: free some space "
+            "(or choose another --workdir) and run the same command again"
         ) from error
 
 
@@ -113,7 +114,15 @@ def restore(
     arrays = {name: np.zeros(leaf.shape, leaf.dtype) for name, leaf in leaves.items() if not np.size(leaf)}
     if wanted:
         item = {name: leaves[name] for name in wanted}
-        arrays |= _checkpointer().restore(path / STATE, args=ocp.args.PyTreeRestore(item, restore_args=wanted))
+        try:
+            args = ocp.args.PyTreeRestore(item, restore_args=wanted)
+            arrays |= _orbax(lambda orbax: orbax.restore(path / STATE, args=args))
+        except (OSError, ValueError) as error:
+            cause = str(error).split("\n")[0][:200]
+            raise InputError(
+                f"{path}: intact, but orbax {ocp.__version__} cannot read it: {cause}; "
+                "remedy: the orbax version that saved it, or another step"
+            ) from error
     values = [_like(leaf, arrays[name]) for name, leaf in leaves.items()]
     return about["step"], jax.tree.unflatten(jax.tree.structure(target), values), about["position"]
 
@@ -143,20 +152,26 @@ def workdir_lock(workdir: Path) -> Iterator[None]:
 # --- writing, on process 0 ---
 
 
-def _make_room(folder: Path, nbytes: int) -> None:
-    """Removes what interrupted saves left over, and fails early where the disk cannot hold the arrays."""
+def _make_room(folder: Path, step: int, needed: int) -> str:
+    """Name of a new temporary folder; fails early where the disk cannot hold `needed` bytes."""
     folder.mkdir(parents=True, exist_ok=True)
-    for path in folder.glob("*.tmp"):
-        if path.stem.isdecimal():
-            _remove(path)
+    _remove_temporary(folder)
     free = shutil.disk_usage(folder).free
-    if free < nbytes:
-        raise OSError(f"{nbytes / 1e6:.0f} MB needed, {free / 1e6:.0f} MB free")
+    if free < needed:
+        raise OSError(f"{needed / 1e6:.1f} MB needed, {free / 1e6:.1f} MB free")
+    name = f"{step}.{time.time_ns()}.tmp"  # after a failed save tensorstore may still write into the old one
+    (folder / name).mkdir()
+    return name
 
 
-def _commit(folder: Path, step: int, about: dict, keep: int) -> None:
-    final, temporary, replaced = (folder / f"{step}{suffix}" for suffix in ("", ".tmp", ".replaced"))
-    temporary.mkdir(exist_ok=True)
+def _remove_temporary(folder: Path) -> None:
+    for path in folder.glob("*.tmp"):
+        if re.fullmatch(r"[0-9]+\.[0-9]+\.tmp", path.name):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _commit(folder: Path, step: int, temporary: Path, about: dict, keep: int) -> None:
+    final, replaced = folder / str(step), folder / f"{step}.replaced"
     (temporary / ABOUT).write_text(_dumps(about))
     for name in _files(temporary):
         _sync(temporary / name)
@@ -171,9 +186,9 @@ def _commit(folder: Path, step: int, about: dict, keep: int) -> None:
     _remove(replaced)
     older = [other for other in steps(folder) if other < step]
     for other in older[: max(0, len(older) + 1 - keep)]:
-        rubbish = folder / f"{other}.tmp"  # renamed first: half a step never stands under a step's name
+        rubbish = folder / f"{other}.0.tmp"  # renamed first: half a step never stands under a step's name
         _find(folder)[other].rename(rubbish)
-        _remove(rubbish)
+        _remove_temporary(folder)
 
 
 def _remove(path: Path) -> None:
@@ -201,9 +216,14 @@ def _dumps(value: Any) -> str:
 def _find(folder: Path) -> dict[int, Path]:
     """Everything that has a step's name, sound or not."""
     found: dict[int, Path] = {}
-    for path in sorted(folder.iterdir()) if folder.is_dir() else []:  # STEP sorts before STEP.replaced
-        if match := re.fullmatch(r"(0|[1-9][0-9]{0,17})(\.replaced)?", path.name):
-            found.setdefault(int(match[1]), path)
+    try:
+        for name in sorted(os.listdir(folder)):  # STEP sorts before STEP.replaced
+            if match := re.fullmatch(r"(0|[1-9][0-9]{0,17})(\.replaced)?", name):
+                found.setdefault(int(match[1]), folder / name)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be read: {error.strerror}: check the path and its rights") from error
     return found
 
 
@@ -303,9 +323,35 @@ def _refuse_difference(path: Path, saved: dict[str, str], given: dict[str, str])
 # --- arrays ---
 
 
-def _checkpointer() -> ocp.Checkpointer:
-    # Without compression: trained float32 shrinks by 8 %, and zstd costs more time than writing those 8 %.
-    return ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_compression=False))
+def _orbax(work: Callable[[ocp.Checkpointer], Any]) -> Any:
+    """Runs `work`; what fails in orbax is raised once, as an OSError where the system refused, else a ValueError.
+
+    Left alone, orbax, asyncio and tensorstore print a failed write again for every array and thread, some of it
+    after the call has ended. So its threads are waited for, and its tasks collected, while their reports are muted;
+    the original exception is not chained because its traceback would keep those tasks alive.
+    """
+    # Without compression: trained float32 shrinks by 8 %, and zstd takes longer than writing those 8 %.
+    orbax = ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_compression=False))
+    levels = [(logger, logger.level) for logger in map(logging.getLogger, ("absl", "asyncio"))]
+    hook, threads = sys.unraisablehook, set(threading.enumerate())
+    try:
+        for logger, _ in levels:
+            logger.setLevel(logging.CRITICAL)
+        sys.unraisablehook = lambda _: None
+        try:
+            return work(orbax)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            code = re.search(r"os_error_code='(\d+)'", str(error))  # tensorstore's form of an OSError
+            number = int(code[1]) if code else error.errno if isinstance(error, OSError) else None
+            failure = ValueError(str(error)) if number is None else OSError(number, os.strerror(number))
+        for thread in set(threading.enumerate()) - threads:
+            thread.join(60)
+        gc.collect()
+    finally:
+        sys.unraisablehook = hook
+        for logger, level in levels:
+            logger.setLevel(level)
+    raise failure
 
 
 def _leaves(tree: PyTree) -> dict[str, Any]:

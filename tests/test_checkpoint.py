@@ -1,5 +1,7 @@
+import contextlib
 import json
 import os
+import pickle
 import random
 import re
 import shutil
@@ -252,9 +254,27 @@ def test_training_never_restarts_silently_where_no_step_is_sound(tmp_path):
         restored(empty)
 
 
+def test_a_crafted_step_runs_no_code(tmp_path):
+    class Canary:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "canary"),)
+
+    save(tmp_path / "mae", 1)
+    sound = tmp_path / "mae" / "1"
+    for i, file in enumerate(files_of(sound / "state")):
+        crafted = tmp_path / str(i) / "1"
+        shutil.copytree(sound, crafted)
+        (crafted / file.relative_to(sound)).write_bytes(pickle.dumps(Canary()))
+        names = checkpoint._files(crafted) - {"digests.json"}
+        edit(crafted / "digests.json", lambda d, c=crafted, n=names: d.update(files=checkpoint._digests(c, n)))
+        with contextlib.suppress(InputError):
+            restored(crafted.parent)
+    assert not (tmp_path / "canary").exists()
+
+
 def test_left_overs_of_an_interrupted_save_do_not_matter(tmp_path):
     save(tmp_path, 1)
-    for name in ("2.tmp/state.orbax-checkpoint-tmp", "3.tmp/state"):
+    for name in ("2.1.tmp/state.orbax-checkpoint-tmp", "3.99.tmp/state"):
         shutil.copytree(tmp_path / "1", tmp_path / name)
     assert restored(tmp_path) == (1, [])
     save(tmp_path, 2)
@@ -303,7 +323,7 @@ def test_names_that_would_collide_are_refused(tmp_path):
 def test_a_disk_without_room_leaves_the_older_steps(tmp_path, monkeypatch):
     save(tmp_path, 1)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(100, 95, 5))
-    with pytest.raises(InputError, match="2: not saved: 0 MB needed, 0 MB free; older steps are intact"):
+    with pytest.raises(InputError, match=r"2: not saved: 0\.0 MB needed, 0\.0 MB free; older steps are intact"):
         save(tmp_path, 2)
     monkeypatch.undo()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["1"]
@@ -316,7 +336,7 @@ from pathlib import Path
 import test_checkpoint as t
 folder = Path(sys.argv[1])
 t.save(folder, 1)
-for limit in (0, 5, 100, 300, 700, 3000):
+for limit in (0, 5, 100, 300, 700):
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
     try:
         t.save(folder, 2)
@@ -325,16 +345,18 @@ for limit in (0, 5, 100, 300, 700, 3000):
         assert "2: not saved: " in str(error) and "File too large" in str(error), error
         assert "\\n" not in str(error)
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-    assert [p.name for p in folder.iterdir()] == ["1"], limit
+    assert t.checkpoint.steps(folder) == [1] and not (folder / "2").exists()
     assert t.restored(folder) == (1, [])
 t.save(folder, 2)
+assert sorted(p.name for p in folder.iterdir()) == ["1", "2"]
 assert t.restored(folder) == (2, [])
 """
 
 
 def test_a_write_that_fails_midway_is_one_line_and_leaves_the_older_steps(tmp_path):
     done = run(DISK_FULL, tmp_path)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert done.returncode == 0, done.stderr
+    assert "absl" not in done.stderr and "never retrieved" not in done.stderr
 
 
 KILLED = """
@@ -392,9 +414,9 @@ for trial in range(trials):
 
 
 def test_a_save_killed_at_any_moment_leaves_a_complete_step(tmp_path):
-    done = run(KILLED, tmp_path, 5, 0)
+    done = run(KILLED, tmp_path, 4, 0)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert len(done.stdout.split()) == 5
+    assert len(done.stdout.split()) == 4
 
 
 EIGHT = """

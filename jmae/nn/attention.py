@@ -1,8 +1,13 @@
 """Softmax attention, one function for every network and device."""
 
+from math import ceil, prod
+
 import jax
 import jax.numpy as jnp
+from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Float
+
+WHOLE, BLOCK = 2**22, 2**20  # scores computed at once on the CPU: all below WHOLE, else blocks that fit its cache
 
 
 def attention(
@@ -11,7 +16,7 @@ def attention(
     """softmax(q k^T / sqrt(d)) v, for each head; softmax in float32.
 
     The platform decides the form when the program is lowered: cuDNN's flash kernel on NVIDIA GPUs in half
-    precision, `jax.nn.dot_product_attention` on other accelerators, plain batched products on the CPU.
+    precision, `jax.nn.dot_product_attention` on other accelerators, `_cpu` on the CPU.
     """
     half = q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] % 8 == 0
     flash = lambda q, k, v: jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
@@ -20,5 +25,125 @@ def attention(
 
 
 def _cpu(q: Array, k: Array, v: Array) -> Array:
-    scores = jnp.einsum("bnhd,bmhd->bhnm", q * q.shape[-1] ** -0.5, k, preferred_element_type=jnp.float32)
-    return jnp.einsum("bhnm,bmhd->bnhd", jax.nn.softmax(scores, axis=-1).astype(v.dtype), v)
+    """Heads first (g = b h), since XLA's CPU products want contiguous matrices, then blocks of scores."""
+    b, n, h, d = q.shape
+    first = lambda x: x.transpose(0, 2, 1, 3).reshape(b * h, -1, d)
+    return _attend(first(q * d**-0.5), first(k), first(v)).reshape(b, h, n, d).transpose(0, 2, 1, 3)
+
+
+@jax.custom_vjp
+def _attend(q: Float[Array, "g n d"], k: Float[Array, "g m d"], v: Float[Array, "g m d"]) -> Array:
+    """softmax(q k^T) v. The backward pass computes the probabilities again, block by block, from their
+    log-sum-exp (Dao et al., "FlashAttention", NeurIPS 2022, arXiv 2205.14135): five products a block, and no
+    array of n x m scores lives longer than its block."""
+    return _forward(q, k, v)[0]
+
+
+def _fwd(q: Array, k: Array, v: Array) -> tuple[Array, tuple[Array, ...]]:
+    out, lse = _forward(q, k, v)
+    return out, (q, k, v, out, lse)
+
+
+def _bwd(residuals: tuple[Array, ...], d_out: Array) -> tuple[Array, ...]:
+    return _backward(*residuals, d_out)
+
+
+_attend.defvjp(_fwd, _bwd)
+
+
+def _dot(a: Array, b: Array, i: int, j: int) -> Array:
+    """Product over axis i of `a` and j of `b`, for each head; accumulated in float32."""
+    return jax.lax.dot_general(a, b, (((i,), (j,)), ((0,), (0,))), preferred_element_type=jnp.float32)
+
+
+def _blocks(g: int, n: int, m: int) -> tuple[int, int]:
+    """(heads, query rows) of one block."""
+    if g * n * m <= WHOLE:
+        return g, n
+    heads = max(i for i in range(1, g + 1) if g % i == 0 and (i == 1 or i * n * m <= BLOCK))
+    return heads, n if heads > 1 else ceil(n / min(n, ceil(n * m / BLOCK)))
+
+
+def _over_heads(f, heads: int, *arrays: Array):
+    """f over blocks of `heads` leading entries."""
+    g = len(arrays[0])
+    if heads == g:
+        return f(*arrays)
+    out = jax.lax.map(lambda t: f(*t), tuple(x.reshape(g // heads, heads, *x.shape[1:]) for x in arrays))
+    return jax.tree.map(lambda x: x.reshape(g, *x.shape[2:]), out)
+
+
+def _rows(x: Array, rows: int) -> Array:
+    """(heads, n, d) as (blocks, heads, rows, d); the last block is filled up with zeros."""
+    heads, n, d = x.shape
+    x = jnp.pad(x, ((0, 0), (0, -n % rows), (0, 0)))
+    return x.reshape(heads, -1, rows, d).swapaxes(0, 1)
+
+
+def _unrows(x: Array, n: int) -> Array:
+    blocks, heads, rows, d = x.shape
+    return x.swapaxes(0, 1).reshape(heads, blocks * rows, d)[:, :n]
+
+
+def _folded(f):
+    """`f` such that vmap folds the mapped axis into the leading one: blocks stay as small as without vmap."""
+    f = custom_vmap(f)
+
+    @f.def_vmap
+    def rule(size, batched, *arrays):
+        whole = [x if b else jnp.broadcast_to(x, (size, *x.shape)) for x, b in zip(arrays, batched, strict=True)]
+        out = f(*(x.reshape(prod(x.shape[:2]), *x.shape[2:]) for x in whole))
+        return tuple(x.reshape(size, -1, *x.shape[1:]) for x in out), (True,) * len(out)
+
+    return f
+
+
+@_folded
+def _forward(q: Array, k: Array, v: Array) -> tuple[Array, Array]:
+    """(output, log-sum-exp of the scores)."""
+    (g, n, _), m = q.shape, k.shape[1]
+    heads, rows = _blocks(g, n, m)
+
+    def block(q, k, v):
+        scores = _dot(q, k, 2, 2)
+        top = scores.max(-1, keepdims=True)
+        weights = jnp.exp(scores - top)
+        total = weights.sum(-1, keepdims=True)
+        return (_dot(weights.astype(v.dtype), v, 2, 1) / total).astype(v.dtype), top + jnp.log(total)
+
+    def head(q, k, v):
+        if rows == n:
+            return block(q, k, v)
+        return jax.tree.map(lambda x: _unrows(x, n), jax.lax.map(lambda q: block(q, k, v), _rows(q, rows)))
+
+    return _over_heads(head, heads, q, k, v)
+
+
+@_folded
+def _backward(q: Array, k: Array, v: Array, out: Array, lse: Array, d_out: Array) -> tuple[Array, ...]:
+    """(dq, dk, dv). Rows of zeros that fill up the last block add nothing: their d_out is zero."""
+    (g, n, _), m = q.shape, k.shape[1]
+    heads, rows = _blocks(g, n, m)
+
+    def block(q, k, v, out, lse, d_out):
+        weights = jnp.exp(_dot(q, k, 2, 2) - lse)
+        dv = _dot(weights.astype(v.dtype), d_out, 1, 1)
+        inner = jnp.sum(out.astype(jnp.float32) * d_out, axis=-1, keepdims=True)
+        d_scores = (weights * (_dot(d_out, v, 2, 2) - inner)).astype(q.dtype)
+        return _dot(d_scores, k, 2, 1).astype(q.dtype), _dot(d_scores, q, 1, 1), dv
+
+    def head(q, k, v, *rest):
+        if rows == n:
+            dq, dk, dv = block(q, k, v, *rest)
+        else:
+
+            def add(total, t):
+                dq, dk, dv = block(t[0], k, v, *t[1:])
+                return (total[0] + dk, total[1] + dv), dq
+
+            zeros = jnp.zeros((heads, m, k.shape[-1]), jnp.float32)
+            (dk, dv), dq = jax.lax.scan(add, (zeros, zeros), tuple(_rows(x, rows) for x in (q, *rest)))
+            dq = _unrows(dq, n)
+        return dq, dk.astype(k.dtype), dv.astype(v.dtype)
+
+    return _over_heads(head, heads, q, k, v, out, lse, d_out)

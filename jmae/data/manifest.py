@@ -1,0 +1,322 @@
+"""The manifest: a CSV with one case a row. Everything wrong with it is said at once, and nothing is dropped in silence.
+
+Columns `id,patient,split,label,image,mask,region`, optionally `boxes`; further columns are carried along. `image`
+may join channels by ";". Paths are relative to the file.
+"""
+
+import csv
+import difflib
+import io
+import math
+import os
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import MappingProxyType
+from typing import NamedTuple
+
+import numpy as np
+
+from jmae.data.files import image_size, read_image, read_mask
+from jmae.errors import InputError
+
+COLUMNS = ("id", "patient", "split", "label", "image", "mask", "region")
+SPLITS = ("train", "unlabeled", "val", "test")
+SHOWN = 20  # problems of one kind that are spelled out
+ID_BYTES = 200  # a file name has 255, and "_confidence.nii.gz" is put behind the id
+PHANTOM = "phantom:"  # an image that is made, not read
+
+
+class Row(NamedTuple):
+    """One case. `label` is 0 normal, 1 abnormal, None unknown, and always None in `unlabeled`, as mask and boxes."""
+
+    id: str
+    patient: str  # "" where not known: a patient of its own
+    split: str
+    label: int | None
+    image: tuple[str, ...]  # the channels' absolute paths, or "phantom:..." specifiers
+    mask: str | None = None
+    region: str | None = None
+    boxes: tuple[tuple[float, ...], ...] = ()  # x0 y0 x1 y1, or x0 y0 z0 x1 y1 z1
+    extra: Mapping[str, str] = MappingProxyType({})
+
+
+def read_manifest(path: str | os.PathLike, *, normal_crops_only: bool = False) -> list[Row]:
+    """The rows of the four splits, in the file's order; `parse_manifest` tells what was left out besides.
+
+    Raises:
+      InputError: all problems of the file, a line each.
+    """
+    return parse_manifest(path, normal_crops_only=normal_crops_only)[0]
+
+
+def parse_manifest(path: str | os.PathLike, *, normal_crops_only: bool = False) -> tuple[list[Row], dict[str, int]]:
+    """The rows of the four splits, and how often what was ignored, for `summary`.
+
+    Args:
+      path: the CSV file; UTF-8 with or without BOM, any line ends.
+      normal_crops_only: abnormal rows may be in `train`, if they carry a mask.
+
+    Raises:
+      InputError: all problems of the file, a line each; of one kind at most 20.
+    """
+    folder = Path(os.path.abspath(path)).parent
+    problems: dict[str, list[str]] = defaultdict(list)  # kind -> lines
+    rows: list[Row] = []
+    other, dropped = Counter[str](), Counter[str]()
+    lines_of: dict[str, list[int]] = defaultdict(list)
+    for line, cells in _cells(path, problems):
+        row = _row(line, cells, folder, problems)
+        lines_of[row.id].append(line)
+        if row.split not in SPLITS:
+            other[row.split] += 1
+            continue
+        if row.split == "unlabeled":
+            for column, what in (("label", "labels"), ("mask", "masks"), ("boxes", "boxes")):
+                if cells.get(column):
+                    dropped[f"{what} of unlabeled rows"] += 1
+            row = row._replace(label=None, mask=None, boxes=())
+        elif row.split == "train" and row.label == 1 and not (normal_crops_only and row.mask):
+            remedy = "give it a mask" if normal_crops_only else "move it, or set data.normal_crops_only"
+            problems["abnormal"].append(f"line {line}: {row.id!r} is abnormal and in train: {remedy}")
+        rows.append(row)
+
+    for case, lines in lines_of.items():
+        if case and len(lines) > 1:
+            problems["id"].append(f"id {case!r} is in lines {', '.join(map(str, lines))}: give each row its own")
+    _leaks("patient", ((row.patient, row.split) for row in rows if row.patient), problems)
+    _leaks("image", ((file, row.split) for row in rows for file in row.image), problems)
+    if not rows and not problems:
+        seen = f", only {', '.join(map(repr, other))}" if other else ""
+        problems["empty"].append(f"no row of {', '.join(SPLITS)}{seen}: fill the column split")
+    if problems:
+        shown = [line for lines in problems.values() for line in _first(lines)]
+        raise InputError("\n".join(f"{os.fspath(path)}: {line}" for line in shown))
+    ignored = {f"rows of other splits ({', '.join(map(_other_split, other))})": other.total()} if other else {}
+    return rows, ignored | {what: n for what, n in dropped.items() if n}
+
+
+def check_files(rows: Sequence[Row], *, workers: int, decode: bool = True) -> list[str]:
+    """Opens every image, mask and region and returns all problems, a line each, in the order of the rows.
+
+    Missing and unreadable files, channels, masks and regions on another grid than their image, masks that
+    contradict the label, regions that mark nothing, boxes outside the image, and images whose rank or number of
+    channels is not that of most. With `decode=False` only headers are read: sizes, not contents. Phantoms pass.
+    """
+    real = [row for row in rows if not row.image[0].startswith(PHANTOM)]
+    with ThreadPoolExecutor(max(1, workers)) as pool:
+        found = list(pool.map(lambda row: _check_row(row, decode), real))
+    usual = Counter(shape for shape, _ in found if shape).most_common(1)
+    problems = []
+    for row, (shape, lines) in zip(real, found, strict=True):
+        problems += [f"{row.id}: {line}" for line in lines]
+        if shape and shape != usual[0][0]:
+            (rank, channels), (ranks, most) = shape, usual[0][0]
+            problems.append(
+                f"{row.id}: {row.image[0]}: {rank}D with {channels} channels where most are {ranks}D with {most}: "
+                "complete or convert it, or leave the case out"
+            )
+    return problems
+
+
+def summary(rows: Sequence[Row], ignored: Mapping[str, int] = MappingProxyType({})) -> str:
+    """What a run would use, in one line: "train 573 normal (432 patients), unlabeled 522, val 61+60, test ...".
+
+    "200+200" is normal + abnormal; `ignored` comes from `parse_manifest`.
+    """
+    parts = []
+    for split in SPLITS:
+        cases = [row for row in rows if row.split == split]
+        n = Counter(row.label for row in cases)
+        if not cases:
+            continue
+        if split == "train":
+            kinds = [f"{n[label]} {kind}" for label, kind in _KINDS.items() if n[label]]
+            patients = len({row.patient for row in cases if row.patient})
+            parts.append(f"train {' + '.join(kinds)}" + (f" ({patients} patients)" if patients else ""))
+        elif split == "unlabeled":
+            parts.append(f"unlabeled {len(cases)}")
+        else:
+            parts.append(f"{split} {n[0]}+{n[1]}" + (f"+{n[None]} of unknown label" if n[None] else ""))
+    notes = [f"{n} {what} ignored" for what, n in ignored.items()]
+    if blank := sum(not row.patient for row in rows):
+        notes.append(f"{blank} rows name no patient: not checkable for patients in two splits")
+    return "; ".join([", ".join(parts), *notes])
+
+
+_KINDS = {0: "normal", 1: "abnormal", None: "of unknown label"}
+
+
+def _cells(path: str | os.PathLike, problems: dict[str, list[str]]) -> Iterable[tuple[int, dict[str, str]]]:
+    """(line number, column -> stripped cell) of every row that is not blank."""
+    try:
+        data = Path(path).read_bytes()
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{os.fspath(path)}: not UTF-8 at byte {error.start}: save it as CSV UTF-8") from None
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise InputError(f"{os.fspath(path)}: not readable ({why}): check the path") from error
+    first = text.partition("\n")[0]
+    for name, mark in (("semicolons", ";"), ("tabs", "\t")):
+        if mark in first and "," not in first:
+            raise InputError(f"{os.fspath(path)}: is separated by {name}: save it with commas between columns")
+    # A quote that is never closed would swallow the rows behind it, unless strict.
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    lines: list[tuple[int, list[str]]] = []
+    try:
+        for cells in reader:
+            lines.append((reader.line_num, [cell.strip() for cell in cells]))
+    except csv.Error as error:
+        raise InputError(f"{os.fspath(path)}: line {reader.line_num}: {error}: repair the quotes") from None
+    lines = [(line, cells) for line, cells in lines if any(cells)]
+    if not lines:
+        raise InputError(f"{os.fspath(path)}: is empty: write the columns {','.join(COLUMNS)} and a row a case")
+    (_, columns), *body = lines
+    _check_columns(path, columns)
+    for line, cells in body:
+        if len(cells) != len(columns):
+            what = f"{len(cells)} cells for {len(columns)} columns"
+            problems["cells"].append(f"line {line}: {what}: put a cell that holds a comma in quotes")
+    fitting = ((line, cells) for line, cells in body if len(cells) == len(columns))
+    return [(line, dict(zip(columns, cells, strict=True))) for line, cells in fitting]
+
+
+def _check_columns(path: str | os.PathLike, columns: list[str]) -> None:
+    lines = [f"column {name!r} is there {n} times: keep one" for name, n in Counter(columns).items() if n > 1]
+    further = {column.lower(): column for column in columns if column not in COLUMNS}
+    for name in (*COLUMNS, "boxes"):
+        near = difflib.get_close_matches(name, further, n=1, cutoff=0.7)
+        if name not in columns and (near or name != "boxes"):
+            hint = f"rename {further[near[0]]!r}" if near else "add it, empty if there is nothing to say"
+            lines.append(f"column {name!r} is missing: {hint}")
+    if lines:
+        raise InputError("\n".join(f"{os.fspath(path)}: {line}" for line in lines))
+
+
+def _row(line: int, cells: Mapping[str, str], folder: Path, problems: dict[str, list[str]]) -> Row:
+    """One row with absolute paths; what is wrong with it goes to `problems`."""
+
+    def bad(kind: str, what: str) -> None:
+        problems[kind].append(f"line {line}: {what}")
+
+    case, label = cells["id"], cells["label"]
+    if not case:
+        bad("id", "no id: give each row its own")
+    elif case.startswith(".") or any(c in "/\\" or not c.isprintable() for c in case):
+        bad("id", f"id {case!r} cannot be a file name: leave out slashes, leading dots and control characters")
+    elif len(case.encode()) > ID_BYTES:
+        bad("id", f"id {case[:20]!r}... is longer than {ID_BYTES} bytes: shorten it")
+    if not cells["split"]:
+        bad("split", f"no split: write one of {', '.join(SPLITS)}")
+    if label not in ("", "0", "1"):
+        bad("label", f"label {label!r}: write 0 (normal), 1 (abnormal) or leave it empty")
+    images = [name.strip() for name in cells["image"].split(";")]
+    if not all(images) or len(set(images)) < len(images):
+        bad("image", f"image {cells['image']!r} is empty, has an empty channel or one twice: name one file a channel")
+    boxes = _boxes(cells.get("boxes", ""))
+    if boxes is None:
+        bad("boxes", f"boxes {cells['boxes']!r}: write x0 y0 x1 y1 (3D: x0 y0 z0 x1 y1 z1), several joined by ;")
+    place = lambda name: name if name.startswith(PHANTOM) else os.path.abspath(folder / name)
+    return Row(
+        id=case,
+        patient=cells["patient"],
+        split=cells["split"],
+        label=int(label) if label in ("0", "1") else None,
+        image=tuple(place(name) for name in images if name),
+        mask=place(cells["mask"]) if cells["mask"] else None,
+        region=place(cells["region"]) if cells["region"] else None,
+        boxes=boxes or (),
+        extra={name: cell for name, cell in cells.items() if name not in (*COLUMNS, "boxes")},
+    )
+
+
+def _boxes(text: str) -> tuple[tuple[float, ...], ...] | None:
+    try:
+        boxes = tuple(tuple(float(x) for x in box.split()) for box in text.split(";")) if text else ()
+    except ValueError:
+        return None
+    rank = len(boxes[0]) // 2 if boxes else 2
+    fits = all(
+        len(box) == 2 * rank and all(map(math.isfinite, box)) and all(np.less(box[:rank], box[rank:])) for box in boxes
+    )
+    return boxes if rank in (2, 3) and fits else None
+
+
+def _leaks(what: str, pairs: Iterable[tuple[str, str]], problems: dict[str, list[str]]) -> None:
+    splits: dict[str, set[str]] = defaultdict(set)
+    for name, split in pairs:
+        splits[name].add(split)
+    for name, found in splits.items():
+        if len(found) > 1:
+            where = " and ".join(split for split in SPLITS if split in found)
+            problems[f"{what} leak"].append(f"{what} {name!r} is in {where}: keep it in one split")
+
+
+def _first(lines: list[str]) -> list[str]:
+    more = len(lines) - SHOWN
+    return lines[:SHOWN] + ([f"and {more} more like the line before"] if more > 0 else [])
+
+
+def _other_split(name: str) -> str:
+    near = difflib.get_close_matches(name.lower(), SPLITS, n=1, cutoff=0.75)
+    return f"{name!r}, meant {near[0]!r}?" if near else repr(name)
+
+
+def _check_row(row: Row, decode: bool) -> tuple[tuple[int, int] | None, list[str]]:
+    """((rank, channels) of the image if it could be read, problems)."""
+    lines: list[str] = []
+    image, size, channels = None, None, 0
+    try:
+        if decode:
+            image = read_image(row.image)
+            size, channels = image.array.shape[:-1], image.array.shape[-1]
+        else:
+            size, channels = image_size(row.image[0]), len(row.image)
+            lines += [problem for file in row.image[1:] if (problem := _other_size(file, size, row.image[0]))]
+    except InputError as error:
+        each = [problem for file in row.image if (problem := _failure(read_image if decode else image_size, file))]
+        lines += each or [str(error)]
+
+    for name, file in (("mask", row.mask), ("region", row.region)):
+        if file is None:
+            continue
+        if not decode:
+            lines += [problem] if (problem := _other_size(file, size, "its image")) else []
+            continue
+        try:
+            marked = np.count_nonzero(read_mask(file, like=image))
+        except InputError as error:
+            lines.append(str(error))
+            continue
+        if name == "region" and not marked:
+            lines.append(f"{file}: the region marks nothing: leave it empty or repair it")
+        if name == "mask" and row.label is not None and bool(marked) != bool(row.label):
+            lines.append(f"{file}: the mask marks {marked} values and the label is {row.label}: repair one of them")
+
+    if size is not None:
+        ends = size[::-1] if len(size) == 2 else size  # x runs along the columns in 2D, along i in 3D
+        for box in row.boxes:
+            rank = len(box) // 2
+            if rank != len(ends) or min(box) < 0 or any(np.greater(box[rank:], ends)):
+                lines.append(f"{row.image[0]}: box {box} is not inside the image of size {size}: repair it")
+    return (len(size), channels) if size else None, lines
+
+
+def _failure(read: Callable[[str], object], file: str) -> str:
+    try:
+        read(file)
+    except InputError as error:
+        return str(error)
+    return ""
+
+
+def _other_size(file: str, expected: tuple[int, ...] | None, of: str) -> str:
+    try:
+        size = image_size(file)
+    except InputError as error:
+        return str(error)
+    if expected in (None, size):
+        return ""
+    return f"{file}: size {size} differs from {expected} of {of}: resample both to one grid"

@@ -366,9 +366,9 @@ def pixel_metrics_per_patient(
 def patient_mean(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """The mean of `pixel_metrics_per_patient` over the patients with a lesion inside the region; n; skipped.
 
-    The figure that MAEMI (Lang et al. 2023) reports is this mean, not the pooled one.
+    The figure that MAEMI (Lang et al. 2023) reports is this mean, not the pooled one. Rows may come from JSON.
     """
-    used = [row for row in rows if not math.isnan(row["auroc"])]
+    used = [row for row in rows if row["auroc"] is not None and not math.isnan(row["auroc"])]
     mean = lambda name: float(np.mean([row[name] for row in used])) if used else math.nan
     means = {name: mean(name) for name in ("auroc", "ap", "prevalence")}
     return {**means, "n": len(used), "skipped": len(rows) - len(used)}

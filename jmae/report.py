@@ -1,0 +1,459 @@
+"""One evaluation as one HTML page: numbers beside cheap baselines, curves, cases on one colour scale, recipe.
+
+The page holds everything itself and asks for nothing: no script, no font, no request (its content security policy
+forbids them), so it opens the same from a cluster's file share, a phone, or an archive in ten years. What comes
+from data (ids, names, configuration) is only ever written through Jinja's autoescape and never into a figure.
+
+Small to large: choosing cases, pictures, charts, words, the page. Each part takes plain values, so that a page on
+several runs can be made of the same parts.
+"""
+
+import base64
+import io
+import math
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jinja2
+import matplotlib
+import numpy as np
+from markupsafe import Markup
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from PIL import Image
+from skimage import measure
+
+from jmae import metrics
+
+NORMAL, ABNORMAL, INK, FAINT = "#2f6690", "#b4491f", "#1c1c1c", "#8a8a8a"
+PER_GROUP = 2  # cases shown of each of the six groups
+PERCENTILES = (50.0, 99.9)  # of the normals' map values: the two ends of the colour scale
+PICTURE_BYTES = 1_800_000  # for all pictures of a page, before base64 adds a third
+MAX_SIDE = 256  # pixels of a picture
+
+STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",  # text stays text: searchable, read aloud, in the page's own face
+    "font.size": 10,
+    "axes.edgecolor": FAINT,
+    "axes.linewidth": 0.6,
+    "axes.labelcolor": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "xtick.color": FAINT,
+    "ytick.color": FAINT,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+    "lines.linewidth": 1.6,
+    "lines.solid_capstyle": "round",
+}
+
+
+class Case(NamedTuple):
+    """One scored case as the report shows it."""
+
+    id: str
+    label: int | None  # 0 normal, 1 abnormal, None unknown
+    score: float
+    image: NDArray[Any]  # (*size, c), 2D or 3D; the first channel is shown
+    map: NDArray[Any]  # size, higher is more abnormal
+    mask: NDArray[np.bool_] | None = None  # size, True = lesion
+
+
+class Scale(NamedTuple):
+    """The colour scale of all maps on a page: values at and below `low` are black, at and above `high` pale yellow."""
+
+    low: float
+    high: float
+    source: str  # the words for where the two come from
+
+
+class Row(NamedTuple):
+    """A line of the comparison: its `kind` is primary, score, baseline or chance; None where not computed."""
+
+    name: str
+    kind: str
+    image: Mapping[str, Any]
+    pixel: Mapping[str, Any]
+
+
+def choose_cases(labels: Sequence[int | None], scores: Sequence[float], n: int = PER_GROUP) -> dict[str, list[int]]:
+    """The indices worth looking at, by group: of either class the `n` scored worst, best and in the middle.
+
+    Worst is most wrongly scored: the highest normals, the lowest abnormals. Cases of unknown label give the
+    highest, the middle and the lowest. No index comes twice (small classes fill worst, then best, then middle),
+    and choosing again among the chosen gives the same, so an evaluator needs to keep no other case.
+    """
+    groups: dict[str, list[int]] = {}
+    for label, titles in (
+        (1, ("Abnormal, most wrongly scored", "Abnormal, best scored", "Abnormal, in the middle")),
+        (0, ("Normal, most wrongly scored", "Normal, best scored", "Normal, in the middle")),
+        (None, ("Highest scores", "Lowest scores", "In the middle")),
+    ):
+        sign = 1 if label == 1 else -1
+        worst_first = sorted((sign * scores[i], i) for i in range(len(scores)) if labels[i] == label)
+        order = [i for _, i in worst_first]
+        worst, rest = order[:n], order[n:]
+        best = rest[max(0, len(rest) - n) :][::-1]
+        between = rest[: len(rest) - len(best)]
+        middle = between[(start := (len(between) - n + 1) // 2 if len(between) > n else 0) : start + n]
+        groups.update({t: g for t, g in zip(titles, (worst, best, middle), strict=True) if g})
+    return groups
+
+
+# Pictures
+
+
+def colour_scale(cases: Sequence[Case]) -> Scale:
+    """One scale for all maps from the normals among the cases; from all of them where no case is normal."""
+    normals = [case for case in cases if case.label == 0]
+    values = np.concatenate([np.ravel(case.map) for case in normals or cases])
+    low, high = (float(v) for v in np.percentile(values, PERCENTILES))
+    whose = f"the {len(normals)} normal maps" if normals else f"all {len(cases)} maps (none is known normal)"
+    ends = " and ".join(f"{p:g}th" for p in PERCENTILES)
+    return Scale(low, high if high > low else low + 1, f"{ends} percentile of the values of {whose} shown here")
+
+
+def _slice(case: Case) -> tuple[NDArray, NDArray, NDArray | None, int | None]:
+    """Image (h, w), map (h, w), mask, and for a volume the index on the last axis: most lesion, or highest map."""
+    image, mask = case.image[..., 0], case.mask if case.mask is not None and case.mask.any() else None
+    if case.map.ndim == 2:
+        return image, case.map, mask, None
+    k = int((case.map.max((0, 1)) if mask is None else mask.sum((0, 1))).argmax())
+    return image[:, :, k], case.map[:, :, k], None if mask is None else mask[:, :, k], k
+
+
+def _png(picture: Image.Image) -> str:
+    """A data URI."""
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _shrink(array: NDArray, side: int) -> NDArray:
+    """At most `side` pixels along the longer axis, by area means; never enlarged."""
+    h, w = array.shape
+    factor = min(1, side / max(h, w))
+    size = max(1, round(w * factor)), max(1, round(h * factor))
+    floats = Image.fromarray(np.ascontiguousarray(array, np.float32))
+    return np.asarray(floats if factor == 1 else floats.resize(size, Image.Resampling.BOX))
+
+
+def _outline(mask: NDArray, side: int) -> str:
+    """The mask's border as an SVG path in pixels of the whole slice."""
+    rings = measure.find_contours(np.pad(mask.astype(np.float32), 1), 0.5)
+    keep = [measure.approximate_polygon(ring, 0.4 * max(1, max(mask.shape) / side)) for ring in rings]
+    points = lambda ring: "L".join(f"{x - 0.5:.1f} {y - 0.5:.1f}" for y, x in ring)
+    return "".join(f"M{points(ring)}Z" for ring in keep if len(ring) > 2)
+
+
+def case_pictures(case: Case, scale: Scale, side: int = MAX_SIDE) -> dict[str, Any]:
+    """The case's image, map and overlay as data URIs, its mask's outline, and the slice where it is a volume.
+
+    The image is windowed to its own 1st to 99th percentile; the map's colours are the page's; the overlay is as
+    opaque as the map is high.
+    """
+    image, heat, mask, k = _slice(case)
+    image, heat = _shrink(image, side), _shrink(heat, side)
+    dark, bright = np.percentile(image, (1, 99))
+    grey = np.clip((image - dark) / ((bright - dark) or 1), 0, 1)
+    heat = np.clip((heat - scale.low) / (scale.high - scale.low), 0, 1)
+    palette = (matplotlib.colormaps["inferno"](np.arange(256))[:, :3] * 255).round().astype(np.uint8)
+    indices = (heat * 255).round().astype(np.uint8)
+    coloured = Image.fromarray(indices).convert("P")
+    coloured.putpalette(palette.tobytes())
+    opacity = 0.75 * heat[..., None]
+    blend = (255 * grey[..., None] * (1 - opacity) + palette[indices] * opacity).round().astype(np.uint8)
+    h, w = case.map.shape[:2]
+    return {
+        "image": _png(Image.fromarray((grey * 255).round().astype(np.uint8))),
+        "map": _png(coloured),
+        "overlay": _png(Image.fromarray(blend).quantize(256, Image.Quantize.FASTOCTREE)),
+        "outline": "" if mask is None else _outline(mask, side),
+        "width": w,
+        "height": h,
+        "slice": k,
+    }
+
+
+# Charts
+
+
+def chart(name: str, alt: str, draw: Callable[[Axes], None], size: tuple[float, float] = (4.6, 3.7)) -> Markup:
+    """An inline SVG drawn by `draw(axes)`, `size` in inches, described by `alt`; `name` keeps its ids unique."""
+    with matplotlib.rc_context({**STYLE, "svg.hashsalt": name}):
+        figure = Figure(figsize=size, layout="constrained")
+        draw(figure.add_subplot())
+        buffer = io.StringIO()
+        FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None})
+    svg = buffer.getvalue()
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.S)
+    svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", svg)
+    view = re.search(r'viewBox="[^"]*"', svg)
+    assert view is not None
+    opening = Markup('<svg {} role="img" aria-label="{}" xmlns:xlink="http://www.w3.org/1999/xlink">')
+    return opening.format(Markup(view[0]), alt) + Markup(svg[svg.index(">") + 1 :])
+
+
+def roc_chart(labels: NDArray, scores: NDArray, threshold: float | None = None) -> Markup:
+    """The ROC curve with chance and, where given, the point at the validation threshold."""
+    fpr, tpr, _ = metrics.roc_curve(labels, scores)
+    auroc = metrics.auroc(labels, scores)
+
+    def draw(ax: Axes) -> None:
+        ax.plot([0, 1], [0, 1], color=FAINT, lw=0.8, ls=(0, (4, 3)))
+        ax.plot(fpr, tpr, color=INK, clip_on=False)
+        if threshold is not None:
+            at = metrics.at_threshold(labels, scores, threshold)
+            ax.plot(1 - at["specificity"], at["sensitivity"], "o", ms=7, color=INK, clip_on=False)
+        ax.set(xlim=(0, 1), ylim=(0, 1), xlabel="1 - specificity", ylabel="sensitivity", aspect="equal")
+        ax.text(0.97, 0.06, f"AUROC {auroc:.3f}", ha="right", color=INK)
+
+    return chart("roc", f"ROC curve; the area under it is {auroc:.3f}, chance is 0.5.", draw)
+
+
+def pr_chart(labels: NDArray, scores: NDArray, threshold: float | None = None) -> Markup:
+    """The precision-recall curve as the steps that AP sums, with chance (the share of abnormal cases)."""
+    recall, precision, _ = metrics.pr_curve(labels, scores)
+    ap, share = metrics.average_precision(labels, scores), float(np.mean(labels))
+
+    def draw(ax: Axes) -> None:
+        ax.axhline(share, color=FAINT, lw=0.8, ls=(0, (4, 3)))
+        ax.plot(np.r_[0, recall], np.r_[precision[0], precision], color=INK, ds="steps-pre", clip_on=False)
+        if threshold is not None and np.any(called := scores >= threshold):
+            at = np.mean(called[labels]), np.mean(labels[called])
+            ax.plot(*at, "o", ms=7, color=INK, clip_on=False)
+        ax.set(xlim=(0, 1), ylim=(0, 1), xlabel="recall (sensitivity)", ylabel="precision", aspect="equal")
+        ax.text(0.03, 0.06, f"AP {ap:.3f}", color=INK)
+
+    return chart("pr", f"Precision-recall curve; average precision {ap:.3f}, chance is {share:.3f}.", draw)
+
+
+def score_chart(labels: NDArray | None, scores: NDArray, threshold: float | None = None) -> Markup:
+    """Histograms of the scores by class in common bins, as shares of their class; of all where labels is None."""
+    bins = np.histogram_bin_edges(scores, min(40, 2 + int(2 * math.sqrt(scores.size))))
+    parts: list[tuple[NDArray, str, str, Any]] = [(scores, INK, "all", "-")]
+    if labels is not None:
+        parts = [(scores[~labels], NORMAL, "normal", "-"), (scores[labels], ABNORMAL, "abnormal", (0, (5, 1.5)))]
+
+    def draw(ax: Axes) -> None:
+        for values, colour, word, line in parts:
+            if values.size:
+                heights = np.histogram(values, bins)[0] / values.size
+                ax.stairs(heights, bins, color=colour, fill=True, alpha=0.18)
+                ax.stairs(heights, bins, color=colour, lw=1.4, ls=line, label=f"{word} ({values.size})")
+        if threshold is not None:
+            ax.axvline(threshold, color=INK, lw=1, label="threshold")
+        ax.set(xlabel="score", ylabel="share of the cases" if labels is None else "share of the class", ylim=(0, None))
+        ax.legend(frameon=False, loc="lower left", bbox_to_anchor=(-0.02, 1), ncols=3, handlelength=1.6)
+
+    middles = ", ".join(f"median {np.median(v):.3g} of {v.size} {w}" for v, _, w, _ in parts if v.size)
+    return chart("scores", f"Histogram of the scores: {middles}.", draw, (6, 3.1))
+
+
+def loss_chart(number: int, steps: NDArray, losses: NDArray) -> Markup:
+    """A stage's training loss against the step, with a running mean over a fiftieth of the points."""
+    thin = np.unique(np.linspace(0, steps.size - 1, min(steps.size, 500)).astype(int))
+    width = max(1, steps.size // 50)
+    total = np.cumsum(np.r_[0, losses])
+    first = np.maximum(np.arange(steps.size) - width + 1, 0)
+    running = (total[1:] - total[first]) / (np.arange(steps.size) - first + 1)
+
+    def draw(ax: Axes) -> None:
+        ax.plot(steps[thin], losses[thin], color=NORMAL, lw=0.7, alpha=0.4)
+        ax.plot(steps[thin], running[thin], color=NORMAL, marker="o" if steps.size == 1 else None)
+        if losses.min() > 0 and losses.max() > 20 * losses.min():
+            ax.set_yscale("log")
+        ax.set(xlabel="step", ylabel="loss")
+
+    alt = f"Training loss from {losses[0]:.4g} at step {steps[0]:.0f} to {running[-1]:.4g} at step {steps[-1]:.0f}."
+    return chart(f"loss{number}", alt, draw, (4.6, 2.7))
+
+
+# Words and tables
+
+
+def comparison_rows(evaluation: Mapping[str, Any]) -> list[Row]:
+    """The primary score, the system's further scores, the baselines from best to worst, and chance."""
+    row = lambda name, kind, e: Row(name, kind, e.get("image") or {}, e.get("pixel") or {})
+    primary = str(evaluation["primary"])
+    further = {k: e for k, e in (evaluation.get("scores") or {}).items() if k != primary}
+    baselines = [row(k, "baseline", e) for k, e in (evaluation.get("baselines") or {}).items()]
+    baselines.sort(key=lambda r: -(r.image.get("auroc") or 0))
+    rows = [row(primary, "primary", evaluation), *(row(k, "score", e) for k, e in further.items()), *baselines]
+    n, k = evaluation["n_normal"], evaluation["n_abnormal"]
+    if n and k:
+        pixel = evaluation.get("pixel") or {}
+        by_chance = {"auroc": 0.5, "ap": pixel["prevalence"]} if pixel.get("prevalence") is not None else {}
+        rows.append(Row("chance", "chance", {"auroc": 0.5, "ap": k / (n + k)}, by_chance))
+    return rows
+
+
+def without_curves(evaluation: Mapping[str, Any]) -> str | None:
+    """Why there are no AUROC, AP and curves; None where there are."""
+    n, k = evaluation["n_normal"], evaluation["n_abnormal"]
+    if n and k:
+        return None
+    if not (n or k):
+        return "No case of this split has a label, so there is nothing to measure the scores against."
+    only = "normal" if n else "abnormal"
+    return f"All labelled cases of this split are {only}: AUROC, AP and their curves need both classes."
+
+
+def headline(evaluation: Mapping[str, Any]) -> list[str]:
+    """What the result means, in sentences for a reader who knows radiology better than statistics."""
+    if reason := without_curves(evaluation):
+        return [reason, "The scores below only rank the cases: higher is more abnormal to the model."]
+    image, n = evaluation["image"], evaluation["n_normal"] + evaluation["n_abnormal"]
+    auroc, ci = image["auroc"], image.get("auroc_ci")
+    lo, hi = ci if ci and None not in ci else (math.nan, math.nan)
+    between = "" if math.isnan(lo) else f" (95 % interval {100 * lo:.0f} to {100 * hi:.0f})"
+    words = [
+        "Shown one abnormal and one normal case at random, it gives the abnormal one the higher score "
+        f"{100 * auroc:.0f} times in 100{between}; a coin gets 50."
+    ]
+    rated = [r for r in comparison_rows(evaluation) if r.kind == "baseline" and r.image.get("auroc") is not None]
+    if lo <= 0.5 <= hi:
+        words.append(f"On these {n} cases that cannot be told from chance.")
+    elif auroc < 0.5:
+        words.append("That is worse than chance: the scores point the wrong way.")
+    if rated:
+        name, value = rated[0].name, rated[0].image["auroc"]
+        if value >= auroc:
+            words.append(f"The cheap baseline “{name}” does as well or better, with {100 * value:.0f} in 100.")
+        elif value >= lo:
+            words.append(
+                f"The best cheap baseline, “{name}”, gets {100 * value:.0f}, which lies inside that interval: "
+                "these cases do not settle which of the two is better."
+            )
+        else:
+            words.append(f"The best cheap baseline, “{name}”, gets {100 * value:.0f}.")
+    return words
+
+
+def flat(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Nested settings as (dotted key, value) in their own order."""
+    rows: list[tuple[str, str]] = []
+    for key, value in settings.items():
+        nested = isinstance(value, Mapping) and value
+        rows += flat(value, f"{prefix}{key}.") if nested else [(f"{prefix}{key}", str(value))]
+    return rows
+
+
+def stage_losses(history: Sequence[Mapping[str, Any]]) -> dict[str, tuple[NDArray, NDArray]]:
+    """Steps and finite losses of each stage, in order of appearance; of a step logged twice the later counts."""
+    stages: dict[str, dict[int, float]] = {}
+    for line in history:
+        loss = line.get("loss")
+        if loss is not None and math.isfinite(loss):
+            stages.setdefault(str(line.get("stage", "")), {})[int(line["step"])] = float(loss)
+    ordered = {stage: sorted(losses.items()) for stage, losses in stages.items()}
+    return {s: (np.array([k for k, _ in x]), np.array([v for _, v in x])) for s, x in ordered.items()}
+
+
+def _number(value: float | None, digits: int = 3) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+def _interval(pair: Sequence[float | None] | None, digits: int = 3) -> str:
+    return "–".join(_number(v, digits) for v in pair) if pair and None not in pair else ""
+
+
+# The page
+
+
+def _shown_cases(cases: Sequence[Case], normals: NDArray) -> tuple[Scale | None, list[dict[str, Any]]]:
+    """The colour scale, and the groups of cases with their pictures and how many normals score lower."""
+    groups = choose_cases([c.label for c in cases], [c.score for c in cases])
+    shown = [i for group in groups.values() for i in group]
+    if not shown:
+        return None, []
+    scale = colour_scale([cases[i] for i in shown])
+    side = min(MAX_SIDE, int(math.sqrt(PICTURE_BYTES / (3 * len(shown)))))  # palette PNG: at most a byte a pixel
+
+    def entry(case: Case) -> dict[str, Any]:
+        below = f"above {np.sum(normals < case.score)} of {normals.size} normals" if normals.size else ""
+        return {"case": case, "below": below, **case_pictures(case, scale, side)}
+
+    return scale, [{"title": t, "cases": [entry(cases[i]) for i in group]} for t, group in groups.items()]
+
+
+def write_report(
+    path: str | Path,
+    evaluation: Mapping[str, Any],
+    cases: Sequence[Case],
+    history: Sequence[Mapping[str, Any]],
+    config: Mapping[str, Any],
+    environment: Mapping[str, Any],
+) -> None:
+    """Writes the page in one piece: a reader sees the old file or the new one, never half of one.
+
+    Args:
+      path: the HTML file; its folder is made.
+      evaluation: the content of `metrics.json`, with `table`, a row {id, label, score, ...} a case.
+      cases: those worth showing, at least what `choose_cases` picks of the table.
+      history: the lines of `metrics.jsonl`.
+      config, environment: the content of `config.json` and `environment.json`.
+    """
+    evaluation = metrics.json_ready(evaluation)
+    table = evaluation.get("table") or []
+    known = [row for row in table if row.get("label") is not None and row.get("score") is not None]
+    labels = np.array([row["label"] for row in known], bool)
+    scores = np.array([row["score"] for row in known], float)
+    every = np.array([row["score"] for row in table if row.get("score") is not None], float)
+    threshold = (evaluation.get("decision") or {}).get("threshold")
+    reason = without_curves(evaluation)
+    curves = bool(known) and labels.any() and not labels.all()
+    scale, groups = _shown_cases(cases, scores[~labels])
+    rows = comparison_rows(evaluation)
+    bounds = [v for r in rows for v in (r.image.get("auroc"), *(r.image.get("auroc_ci") or ())) if v is not None]
+    stages = stage_losses(history)
+    colours = matplotlib.colormaps["inferno"](np.linspace(0, 1, 9))
+    patients = evaluation.get("per_patient")
+    by_score = sorted(table, key=lambda row: -math.inf if row["score"] is None else row["score"], reverse=True)
+
+    template = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    template.filters |= {"number": _number, "interval": _interval}
+    page = template.get_template("report.html.j2").render(
+        e=evaluation,
+        headline=headline(evaluation),
+        reason=reason,
+        rows=rows,
+        axis=min(0.4, math.floor(10 * min(bounds)) / 10) if bounds else 0.4,
+        pixels=any(r.pixel for r in rows),
+        patient_mean=metrics.patient_mean(patients) if patients else None,
+        roc=roc_chart(labels, scores, threshold) if curves else None,
+        pr=pr_chart(labels, scores, threshold) if curves else None,
+        histogram=score_chart(labels if curves else None, scores if curves else every, threshold)
+        if every.size
+        else None,
+        ranked=by_score[:100] if reason else [],
+        scale=scale,
+        gradient=", ".join(f"rgb({r * 255:.0f} {g * 255:.0f} {b * 255:.0f})" for r, g, b, _ in colours),
+        groups=groups,
+        losses=[(stage, loss_chart(i, *xy)) for i, (stage, xy) in enumerate(stages.items())],
+        config=flat(config),
+        environment=flat(environment),
+        normal=NORMAL,
+        abnormal=ABNORMAL,
+    )
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    half = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        half.write_text(page, encoding="utf-8", errors="backslashreplace")  # ids may hold undecodable bytes
+        os.replace(half, path)
+    finally:
+        half.unlink(missing_ok=True)

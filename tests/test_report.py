@@ -1,0 +1,364 @@
+"""The report: what it shows, what it must never do, and its words."""
+
+import base64
+import functools
+import io
+import json
+import re
+from html.parser import HTMLParser
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from jmae import metrics, report
+from jmae.report import Case, choose_cases, colour_scale, headline, write_report
+
+EVIL = "<script>alert('x')</script>\" onload=\"a()"
+
+
+def a_case(name, label, score, size=(40, 36), seed=0):
+    rng = np.random.default_rng(seed)
+    mask = np.zeros(size, bool)
+    heat = rng.gamma(2, 0.1, size).astype(np.float32)
+    if label:
+        mask[tuple(slice(n // 3, n // 2) for n in size)] = True
+        heat[mask] += 2
+    return Case(name, label, score, rng.random((*size, 2), np.float32), heat, mask if label else None)
+
+
+@functools.cache
+def metrics_json(n=40):
+    """A complete metrics.json of a made-up system that is better than its baselines."""
+    rng = np.random.default_rng(0)
+    labels = np.arange(n) % 2
+    scores = 2.0 * labels + rng.normal(size=n)
+    image = metrics.image_metrics(labels, scores, [""] * n, draws=100)
+    weak = metrics.image_metrics(labels, labels + 2 * rng.normal(size=n), [""] * n, draws=100)
+    pixel = metrics.pixel_metrics([c.mask for c in [a_case("", 1, 0)]], [a_case("", 1, 0).map])
+    evaluation = {
+        "system": "amae",
+        "split": "test",
+        "n": n,
+        "n_normal": n // 2,
+        "n_abnormal": n // 2,
+        "primary": "stage2",
+        "image": image,
+        "pixel": pixel,
+        "scores": {"stage2": {"image": image, "pixel": pixel}, "stage1": {"image": weak, "pixel": None}},
+        "subsets": {"first hospital": {"image": weak, "pixel": None, "n": 17}},
+        "baselines": {"mean intensity": {"image": weak, "pixel": None}},
+        "decision": metrics.at_threshold(labels, scores, 1.0),
+        "chi2": metrics.chi2_distance(scores[labels == 0], scores[labels == 1]),
+        "replicates": {"auroc": metrics.replicate_summary([0.8, 0.9, 1.0])},
+        "per_patient": [{"patient": "p", "auroc": 0.75, "ap": 0.5, "prevalence": 0.1}, {"patient": "q", "auroc": None}],
+        "seconds": 3.2,
+        "table": [
+            {"id": f"case{i}", "label": int(y), "score": float(s)}
+            for i, (y, s) in enumerate(zip(labels, scores, strict=True))
+        ],
+    }
+    return json.dumps(metrics.json_ready(evaluation), allow_nan=False)
+
+
+def an_evaluation(**changes):
+    return json.loads(metrics_json()) | changes
+
+
+def unlabelled(n=8):
+    table = [{"id": f"scan{i}", "label": None, "score": float(i)} for i in range(n)]
+    blank = dict.fromkeys(("image", "pixel", "decision", "chi2", "replicates", "per_patient"))
+    named: dict = {"scores": {}, "subsets": {}, "baselines": {}}
+    return an_evaluation(**blank, **named, n=n, n_normal=0, n_abnormal=0, table=table)
+
+
+def cases_of(evaluation, **kwargs):
+    table = evaluation["table"]
+    groups = choose_cases([r["label"] for r in table], [r["score"] for r in table])
+    kept = [table[i] for i in sorted(i for g in groups.values() for i in g)]
+    return [a_case(r["id"], r["label"], r["score"], seed=i, **kwargs) for i, r in enumerate(kept)]
+
+
+HISTORY = [
+    {"stage": stage, "step": k, "loss": 1 / (k + 1), "lr": 1e-3} for stage in ("proxy", "a & b") for k in range(30)
+]
+
+
+def write(path, evaluation, cases=None, history=HISTORY, config=None, environment=None):
+    cases = cases_of(evaluation) if cases is None else cases
+    write_report(path, evaluation, cases, history, config or {"seed": 0}, environment or {"jax": "0.10"})
+    return path.read_text(encoding="utf-8")
+
+
+class Page(HTMLParser):
+    """All tags with their attributes, the ids, the text, and whether every tag that opens closes."""
+
+    void = frozenset({"meta", "link", "img", "br"})
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.text, self.open = [], "", []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in self.void:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data if not self.open or self.open[-1] != "style" else ""
+
+    def of(self, tag):
+        return [attrs for name, attrs in self.tags if name == tag]
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    return write(tmp_path_factory.mktemp("report") / "evaluation" / "report.html", an_evaluation())
+
+
+def test_worst_cases_are_the_most_wrongly_scored_and_no_case_comes_twice():
+    labels = [0] * 10 + [1] * 10
+    scores = [*range(10), *range(10)]
+    groups = choose_cases(labels, scores, 2)
+    assert groups == {
+        "Abnormal, most wrongly scored": [10, 11],
+        "Abnormal, best scored": [19, 18],
+        "Abnormal, in the middle": [14, 15],
+        "Normal, most wrongly scored": [9, 8],
+        "Normal, best scored": [0, 1],
+        "Normal, in the middle": [5, 4],
+    }
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_choosing_among_the_chosen_changes_nothing(seed):
+    rng = np.random.default_rng(seed)
+    labels = rng.choice([0, 1, None], int(rng.integers(0, 30))).tolist()
+    scores = np.round(rng.normal(size=len(labels)), 1).tolist()
+    n = int(rng.integers(1, 4))
+    groups = choose_cases(labels, scores, n)
+    chosen = [i for group in groups.values() for i in group]
+    assert len(chosen) == len(set(chosen))
+    assert all(sum(labels[i] == y for i in chosen) == min(3 * n, labels.count(y)) for y in (0, 1, None))
+    kept = sorted(chosen)
+    again = choose_cases([labels[i] for i in kept], [scores[i] for i in kept], n)
+    assert {t: [kept[i] for i in g] for t, g in again.items()} == groups
+
+
+def test_the_page_asks_for_nothing_and_runs_nothing(page):
+    parsed = Page(page)
+    assert not parsed.open and not parsed.of("script")
+    for tag, attrs in parsed.tags:
+        assert not [name for name in attrs if name.startswith("on")], tag
+        for name in ("src", "href", "xlink:href", "data", "action", "poster", "srcset"):
+            assert (attrs.get(name) or "#").startswith(("#", "data:")), (tag, attrs[name][:60])
+    assert not re.search(r"@import|url\((?!#)", page)
+    policy = [a["content"] for a in parsed.of("meta") if a.get("http-equiv") == "Content-Security-Policy"]
+    assert policy == ["default-src 'none'; style-src 'unsafe-inline'; img-src data:"]
+
+
+def test_what_comes_from_data_is_harmless(tmp_path):
+    evaluation = an_evaluation(system=EVIL, split=EVIL, primary=EVIL)
+    evaluation["subsets"] = {EVIL: evaluation["subsets"]["first hospital"]}
+    evaluation["baselines"] = {EVIL: evaluation["baselines"]["mean intensity"]}
+    evaluation["scores"][EVIL + "1"] = evaluation["scores"]["stage1"]
+    evaluation["replicates"] = {EVIL: evaluation["replicates"]["auroc"]}
+    evaluation["table"][0]["id"] = EVIL
+    cases = [c._replace(id=EVIL) for c in cases_of(evaluation)[:3]]
+    history = [{"stage": EVIL + "$x_{", "step": 0, "loss": 1.0}]
+    text = write(tmp_path / "r.html", evaluation, cases, history, {EVIL: {EVIL: EVIL}}, {EVIL: [EVIL]})
+    parsed = Page(text)
+    assert "<script" not in text and not parsed.of("script")
+    assert not [a for _, a in parsed.tags if "onload" in a]
+    assert EVIL in parsed.text
+    assert f"{EVIL} on the test split" in Page(write(tmp_path / "u.html", unlabelled() | {"system": EVIL}, [], [])).text
+
+
+def test_ids_are_unique_and_every_reference_resolves(page):
+    ids = [attrs["id"] for _, attrs in Page(page).tags if "id" in attrs]
+    assert len(ids) == len(set(ids)) > 10
+    assert set(re.findall(r'(?:url\(#|href="#)([^)"]+)', page)) <= set(ids)
+
+
+def test_every_picture_has_words_and_every_chart_is_well_formed(page):
+    parsed = Page(page)
+    assert len(parsed.of("img")) == 3 * 12 and all(a["alt"] for a in parsed.of("img"))
+    for svg in re.findall(r"<svg.*?</svg>", page, re.S):
+        root = ElementTree.fromstring(svg)
+        assert root.get("aria-hidden") == "true" or root.get("aria-label")
+    assert parsed.of("html") == [{"lang": "en"}]
+    assert all(a.get("tabindex") == "0" and a.get("aria-label") for a in parsed.of("div") if a.get("class") == "scroll")
+
+
+def test_the_table_comes_first_and_everything_has_its_place(page):
+    words = Page(page).text
+    place = 0
+    for part in (
+        "for research, not for clinical use",
+        "times in 100",
+        "Beside cheap baselines",
+        "mean intensity",
+        "chance",
+        "first hospital",
+        "pixel AUROC",
+        "an upper bound",
+        "0.900 ± 0.196",
+        "As a yes or no",
+        "Curves",
+        "χ²",
+        "Cases",
+        "Abnormal, most wrongly scored",
+        "Loss of stage proxy",
+        "Loss of stage a & b",
+        "Recipe",
+        "Environment",
+    ):
+        place = words.index(part, place)
+    assert "percentile of the values of the 6 normal maps" in words
+    assert "mean over 1 patients" in words and "1 without a lesion left out" in words
+
+
+def test_the_numbers_are_those_of_the_evaluation(page):
+    e, words = an_evaluation(), Page(page).text
+    for image in (e["image"], e["baselines"]["mean intensity"]["image"]):
+        for name in ("auroc", "ap"):
+            lo, hi = image[f"{name}_ci"]
+            assert re.search(rf"{image[name]:.3f}\s+{lo:.3f}–{hi:.3f}", words)
+    found = round(e["decision"]["sensitivity"] * 20)
+    assert f"{found} of 20 abnormal cases are found" in words
+
+
+def test_baselines_stand_from_best_to_worst_with_chance_last():
+    e = an_evaluation()
+    e["baselines"] = {f"b{a}": {"image": {"auroc": a}, "pixel": None} for a in (0.6, 0.9, None, 0.7)}
+    rows = report.comparison_rows(e)
+    assert [r.name for r in rows] == ["stage2", "stage1", "b0.9", "b0.7", "b0.6", "bNone", "chance"]
+    assert rows[-1].image == {"auroc": 0.5, "ap": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("auroc", "ci", "baseline", "expected"),
+    [
+        (0.9, [0.85, 0.95], 0.7, "gets 70."),
+        (0.9, [0.85, 0.95], 0.87, "do not settle which of the two is better"),
+        (0.9, [0.85, 0.95], 0.92, "does as well or better, with 92 in 100"),
+        (0.55, [0.45, 0.65], 0.5, "cannot be told from chance"),
+        (0.3, [0.2, 0.4], 0.2, "point the wrong way"),
+        (0.9, [None, None], 0.7, "90 times in 100; a coin gets 50."),
+    ],
+)
+def test_the_headline_says_what_the_interval_and_the_baselines_allow(auroc, ci, baseline, expected):
+    e = an_evaluation(image={"auroc": auroc, "auroc_ci": ci, "ap": 0.5, "ap_ci": ci})
+    e["baselines"] = {"edges": {"image": {"auroc": baseline}, "pixel": None}}
+    assert expected in " ".join(headline(e))
+
+
+def test_unlabelled_data_get_their_scores_and_the_reason(tmp_path):
+    parsed = Page(write(tmp_path / "r.html", unlabelled(), history=[]))
+    assert "No case of this split has a label" in parsed.text and "No ROC or precision-recall" in parsed.text
+    assert parsed.text.index("scan7") < parsed.text.index("scan6") < parsed.text.index("scan0")
+    assert "none is known normal" in parsed.text and "AUROC of the primary" not in parsed.text
+
+
+def test_a_split_of_normals_alone_has_no_curves(tmp_path):
+    e = unlabelled()
+    e |= {"n_normal": 8, "table": [{**row, "label": 0} for row in e["table"]]}
+    text = Page(write(tmp_path / "r.html", e, [], [])).text
+    assert "All labelled cases of this split are normal" in text
+
+
+def test_a_page_without_cases_history_and_extras_still_stands(tmp_path):
+    e = an_evaluation(pixel=None, decision=None, chi2=None, replicates=None, per_patient=None, baselines={}, scores={})
+    text = Page(write(tmp_path / "r.html", {**e, "subsets": {}}, [], [])).text
+    assert "none was run here" in text and "Cases" not in text and "Training" not in text
+
+
+def test_volumes_are_shown_where_the_lesion_or_the_map_is_largest():
+    volume = a_case("v", 0, 1.0, (20, 16, 9))
+    volume.map[3, 4, 6] = 50
+    scale = colour_scale([volume])
+    assert report.case_pictures(volume, scale)["slice"] == 6
+    mask = np.zeros((20, 16, 9), bool)
+    mask[2:5, 3:6, 1], mask[2, 3, 2] = True, True
+    pictures = report.case_pictures(volume._replace(mask=mask), scale)
+    assert pictures["slice"] == 1 and (pictures["width"], pictures["height"]) == (16, 20)
+
+
+def test_the_outline_encloses_the_mask():
+    mask = np.zeros((30, 20), bool)
+    mask[5:12, 0:4] = True  # it touches the border and must close there
+    x, y = (
+        np.array(v, float) for v in zip(*re.findall(r"(-?[\d.]+) (-?[\d.]+)", report._outline(mask, 256)), strict=True)
+    )
+    assert abs(x.min() - 0) <= 0.5 and abs(x.max() - 4) <= 0.5
+    assert abs(y.min() - 5) <= 0.5 and abs(y.max() - 12) <= 0.5
+
+
+def test_all_maps_share_the_scale_of_the_normals():
+    flat = lambda v: np.full((10, 10), v, np.float32)
+    normal = a_case("n", 0, 0.0)._replace(map=np.linspace(0, 1, 1001, dtype=np.float32).reshape(7, 143))
+    hot = a_case("a", 1, 1.0, (10, 10))._replace(map=flat(9.0))
+    scale = colour_scale([normal, hot])
+    assert (scale.low, scale.high) == pytest.approx((0.5, 0.999))
+    decode = lambda uri: Image.open(io.BytesIO(base64.b64decode(uri.split(",")[1])))
+    colours = [
+        decode(report.case_pictures(hot._replace(map=flat(v)), scale)["map"]).convert("RGB").getpixel((5, 5))
+        for v in (0.1, 0.5, 0.999, 9.0)
+    ]
+    assert colours[0] == colours[1] == (0, 0, 4) and colours[2] == colours[3] == (252, 255, 164)  # inferno's ends
+
+
+def test_constant_images_and_maps_are_drawn():
+    case = Case("c", 0, 0.0, np.ones((8, 8, 1)), np.zeros((8, 8)), np.zeros((8, 8), bool))
+    assert report.case_pictures(case, colour_scale([case]))["outline"] == ""
+
+
+def test_pages_stay_small_with_large_noisy_images(tmp_path):
+    e = an_evaluation()
+    write(tmp_path / "r.html", e, cases_of(e, size=(400, 300)), [])
+    assert (tmp_path / "r.html").stat().st_size < 3_000_000
+
+
+def test_of_a_step_logged_twice_the_later_counts_and_gaps_are_left_out():
+    lines = [
+        {"stage": "b", "step": 1, "loss": 5.0},
+        {"stage": "b", "step": 2, "loss": 4.0},
+        {"stage": "b", "step": 2, "loss": 3.0},
+        {"stage": "b", "step": 3, "loss": None},
+        {"stage": "a", "step": 0, "loss": float("nan")},
+        {"stage": "a", "step": 7, "auroc": 1.0},
+    ]
+    stages = report.stage_losses(lines)
+    assert list(stages) == ["b"] and [v.tolist() for v in stages["b"]] == [[1, 2], [5, 3]]
+
+
+def test_a_failed_write_leaves_the_old_page_and_no_litter(tmp_path, monkeypatch):
+    path = tmp_path / "r.html"
+    path.write_text("old")
+
+    def fail(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(report.os, "replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        write(path, an_evaluation(), [], [])
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_ids_with_undecodable_bytes_are_written(tmp_path):
+    e = unlabelled()
+    e["table"][0]["id"] = b"scan\xff".decode(errors="surrogateescape")
+    assert r"scan\udcff" in write(tmp_path / "r.html", e, [], [])
+
+
+def test_the_same_input_gives_the_same_page(tmp_path, page):
+    assert write(tmp_path / "again.html", an_evaluation()) == page

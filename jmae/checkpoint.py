@@ -404,14 +404,14 @@ def _on_first(work: Callable[[], Any]) -> Any:
         try:
             reply = {"result": work()}
         except Exception as error:
-            failure, reply = error, {"error": str(error)[: REPLY_BYTES // 8]}
+            failure, reply = error, {"error": str(error)[: REPLY_BYTES // 8], "system": isinstance(error, OSError)}
     text = json.dumps(reply).encode().ljust(REPLY_BYTES)
     text = bytes(multihost_utils.broadcast_one_to_all(np.frombuffer(text, np.uint8)))
     if failure is not None:
         raise failure
     reply = json.loads(text)
     if "error" in reply:
-        raise InputError(reply["error"])
+        raise (OSError if reply["system"] else InputError)(reply["error"])
     return reply["result"]
 
 
@@ -422,17 +422,14 @@ def _lock(workdir: Path) -> TextIO:
     holder = file.read(200).strip()
     try:  # the kernel drops the lock when its holder ends, so a name left in the file by a killed run means nothing
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        held = False
+        held, remedy = False, ""
     except BlockingIOError:
-        held = True
+        held, remedy = True, "wait for it, stop it, or choose another --workdir"
     except OSError:  # a file system without locks: the name decides
-        held = bool(holder) and not _gone(holder)
+        held, remedy = bool(holder) and not _gone(holder), f"if it no longer runs, delete {workdir / LOCK}"
     if held:
         file.close()
-        raise InputError(
-            f"{workdir}: in use by {holder or 'another process'}: wait for it, stop it, or choose another "
-            f"--workdir (if it no longer runs, delete {workdir / LOCK})"
-        )
+        raise InputError(f"{workdir}: in use by {holder or 'another process'}: {remedy}")
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}")
     file.flush()

@@ -462,15 +462,13 @@ def _tiff(file: IO[bytes], length: int) -> _Found:
         array = array.transpose(order).reshape(*size, channels)
         if colours is not None:
             array = np.moveaxis(colours[:, array[..., 0]] >> 8, 0, -1)
-        array = array[..., : channels - len(alpha)] if all(alpha) and "C" not in axes else array
+        array = array[..., : channels - len(alpha)] if alpha and all(alpha) and "C" not in axes else array
         array = _one_grey(array) if photometric in (2, 3, 6) else array
         return _upright(array, orientation) if array.ndim == 3 else array
 
-    if orientation > 4 and len(size) == 2:
-        size = (size[1], size[0])
     full = (kind == "u" and depth in (8, 16)) or kind == "b" or colours is not None
     bits = (16 if depth == 16 and colours is None else 8) if full else None
-    return _Found(size, load, bits=bits, lossy=page.compression in (6, 7))
+    return _Found(size[::-1] if orientation > 4 else size, load, bits=bits, lossy=page.compression in (6, 7))
 
 
 # DICOM
@@ -520,7 +518,7 @@ def _dicom_values(dataset: pydicom.Dataset) -> np.ndarray:
             raise _Refused("holds more pixels than its header claims: export it again")
     if encapsulated:
         _check_codestream(pydicom.encaps.get_frame(dataset[name].value, 0, number_of_frames=1), shape)
-    array = pydicom.pixels.pixel_array(dataset)
+    array = pydicom.pixels.pixel_array(dataset, correct_unused_bits=False)
     if array.shape != (shape if shape[2] > 1 else shape[:2]):
         raise _Refused(f"its header says {shape} but its pixels are {array.shape}: export it again")
 
@@ -531,11 +529,12 @@ def _dicom_values(dataset: pydicom.Dataset) -> np.ndarray:
     if colours not in ("MONOCHROME1", "MONOCHROME2") or shape[2] != 1:
         raise _Refused(f"has the DICOM colour space {colours}: export it as MONOCHROME2 or RGB")
     if array.dtype.kind in "iu":
-        bits = int(dataset.BitsStored)
-        lowest, highest = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if array.dtype.kind == "i" else (0, 2**bits - 1)
+        bits, signed, array = int(dataset.BitsStored), array.dtype.kind == "i", array.astype(np.int64)
+        lowest, highest = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
+        if signed and array.min() >= 0 and array.max() < 2**bits:
+            array = np.where(array > highest, array - 2**bits, array)  # the bits above may lack the sign
         if array.min() < lowest or array.max() > highest:
             raise _Refused(f"has values beyond its {bits} stored bits, as an overlay inside them: export it again")
-        array = array.astype(np.int64)
         if colours == "MONOCHROME1":
             array = lowest + highest - array
     elif colours == "MONOCHROME1":
@@ -621,7 +620,7 @@ def _nifti(file: IO[bytes], length: int) -> _Found:
     affine = None
     if header["sform_code"] > 0 or header["qform_code"] > 0:
         affine = header.get_sform() if header["sform_code"] > 0 else header.get_qform()
-        affine = _check_affine(np.diag([unit, unit, unit, 1]) @ affine)
+        affine = np.diag([unit, unit, unit, 1]) @ _check_affine(affine)
         spacing = tuple(np.linalg.norm(affine[:3, : len(shape)], axis=0).tolist())
 
     def load() -> np.ndarray:

@@ -13,17 +13,15 @@ out only against the anatomy around it. Lesions come from a process of their own
 
 import hashlib
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.random import Generator, Philox
 from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter
 
+from jmae.data.manifest import Row
 from jmae.errors import InputError
-
-if TYPE_CHECKING:
-    from jmae.data.manifest import Row
 
 Field = NDArray[np.float64]
 
@@ -68,30 +66,30 @@ CHEST_VISIBLE = 6.0  # grey levels of 255
 def chest(rng: Generator, label: int) -> Phantom:
     """Draws a frontal radiograph: attenuations add up along the beam, then a film curve makes them grey.
 
-    Pose: rotation U(-8, 8) degrees, scale U(0.98, 1.22) a side, shift U(-0.09, 0.09) of half the image.
-    Lesions: 15 % enlarged heart, 40 % nodules, 45 % diffuse opacity; a heart comes with one of the others
-    every second time.
+    Pose: rotation U(-8, 8) degrees, scale U(0.92, 1.14) a side, shift U(-0.08, 0.08) of half the image.
+    Findings: 15 % enlarged heart (by U(1.35, 1.6); half of them with an opacity), 40 % nodules, 45 % a diffuse
+    opacity.
     """
     between = lambda low, high: _between(rng, low, high)
     rows, cols = np.meshgrid(*(np.linspace(-1, 1, n) for n in CHEST_SIZE), indexing="ij")
 
     # Pose of the patient and a smooth warp: (x, y) are the anatomy's coordinates, x > 0 the patient's left.
     turn = np.deg2rad(between(-8, 8))
-    u, v = cols - between(-0.09, 0.09), rows - between(-0.09, 0.09)
-    x = (np.cos(turn) * u + np.sin(turn) * v) / between(0.98, 1.22)
-    y = (np.cos(turn) * v - np.sin(turn) * u) / between(0.98, 1.22)
+    u, v = cols - between(-0.08, 0.08), rows - between(-0.08, 0.08)
+    x = (np.cos(turn) * u + np.sin(turn) * v) / between(0.92, 1.14)
+    y = (np.cos(turn) * v - np.sin(turn) * u) / between(0.92, 1.14)
     x = x + 0.02 * _noise(rng, CHEST_SIZE, 20)
     y = y + 0.02 * _noise(rng, CHEST_SIZE, 20)
     side = np.tanh(x / 0.05)  # -1 right, +1 left
     ax = np.abs(x)
 
     # Trunk, neck and shoulders; outside is air.
-    width = between(0.88, 1.0)
+    width = between(0.92, 1.08)
     shoulder = -0.78 + between(0.4, 0.6) * np.maximum(ax - 0.24, 0) - 4 * np.maximum(0.24 - ax, 0)
     body = _step(np.minimum(width - ax, y - shoulder), 0.03)
 
     # Lung fields: inside the rib cage, lateral to the mediastinum, above the diaphragm.
-    cage, base, apex = between(0.70, 0.80), between(0.42, 0.60), between(-0.78, -0.68)
+    cage, base, apex = between(0.68, 0.78), between(0.42, 0.60), between(-0.78, -0.68)
     lift = np.clip((base - y) / (base - apex), 0, 1)
     wall = cage * np.sqrt(np.maximum(1 - lift**2.6, 0)) - ax
     medial = ax - 0.13 - 0.06 * np.maximum(y, 0)
@@ -115,7 +113,8 @@ def chest(rng: Generator, label: int) -> Phantom:
     anterior = np.exp(6 * (np.cos(2 * np.pi * ((y - 0.75 * ax) / (1.15 * gap) + phase)) - 1)) * _step(ax - 0.3, 0.1)
     drop = between(-0.64, -0.54)
     clavicle = np.exp(-(((y - drop + between(0.1, 0.3) * (ax - 0.15)) / 0.03) ** 2)) * _step(ax - 0.1, 0.03) * body
-    bone = between(0.04, 0.13) * inside * (posterior + 0.5 * anterior) + between(0.08, 0.2) * clavicle
+    ribs = inside * (posterior + 0.5 * anterior) * (0.35 + 0.65 * _step(ax - 0.1, 0.04) * _step(dome - y, 0.05))
+    bone = between(0.04, 0.13) * ribs + between(0.08, 0.2) * clavicle
 
     tissue = 1 + between(-0.1, 0.1) * x + 0.03 * _noise(rng, CHEST_SIZE, 10)
     abdomen = 0.12 * _step(y - dome, 0.03)
@@ -129,18 +128,18 @@ def chest(rng: Generator, label: int) -> Phantom:
 
     healthy, air = attenuation(1.0)
     ill, extra = healthy, np.zeros(CHEST_SIZE)
-    kind, companion = rng.random(), rng.random() < 0.5
-    if label and kind < 0.15:
+    finding = rng.random() if label else np.nan
+    if finding < 0.15:
         ill = attenuation(between(1.35, 1.6))[0]
-    if label and (0.15 <= kind < 0.55 or (kind < 0.075)):
+    if 0.15 <= finding < 0.55:
         extra = _nodules(rng, x, y, air)
-    elif label and (kind >= 0.55 or companion):
+    elif finding < 0.075 or finding >= 0.55:
         extra = _opacity(rng, x, y, air)
 
     # Film: exposure, contrast, curve and noise are the acquisition's.
     low, high, curve = between(10, 45), between(170, 240), between(0.75, 1.35)
     film = lambda depth: low + (high - low) * (np.clip(depth, 0, 1.6) / 1.5) ** curve
-    grain = between(1.0, 4.0) * (_noise(rng, CHEST_SIZE, 0.5) + 0.6 * _noise(rng, CHEST_SIZE, 1.2))
+    grain = between(1.0, 3.0) * (_noise(rng, CHEST_SIZE, 0.5) + 0.6 * _noise(rng, CHEST_SIZE, 1.2))
     grey = film(ill + extra)
     mask = np.abs(grey - film(healthy)) > CHEST_VISIBLE
     image = np.clip(np.rint(grey + grain), 0, 255).astype(np.float32)
@@ -163,8 +162,8 @@ def _nodules(rng: Generator, x: Field, y: Field, air: Field) -> Field:
         p, q = x - x[seat], y - y[seat]
         angle = np.arctan2(q, p)
         lobes = 1 + 0.15 * np.cos(3 * angle + _between(rng, 0, 6.28)) + 0.1 * np.cos(5 * angle + _between(rng, 0, 6.28))
-        core = _blob(np.hypot(p, q), _between(rng, 0.06, 0.13) * lobes, 0.02)
-        extra += core * _between(rng, 0.2, 0.45) * (1 + 0.35 * speckle)
+        core = _blob(np.hypot(p, q), _between(rng, 0.06, 0.13) * lobes, 0.03)
+        extra += core * _between(rng, 0.22, 0.5) * (1 + 0.3 * speckle)
     return extra * (0.3 + 0.7 * air)
 
 
@@ -175,14 +174,14 @@ def _opacity(rng: Generator, x: Field, y: Field, air: Field) -> Field:
     radius = np.hypot(p / _between(rng, 0.16, 0.32), q / _between(rng, 0.16, 0.36))
     extent = _step(1 - radius + 0.25 * _noise(rng, x.shape, 5), 0.3)
     patches = _noise(rng, x.shape, 2.2)
-    return air * extent * _between(rng, 0.16, 0.4) * np.maximum(1 + 0.6 * patches, 0)
+    return air * extent * _between(rng, 0.2, 0.45) * np.maximum(1 + 0.6 * patches, 0)
 
 
 # --- breast: 48 x 80 x 24 (P, L, S), two channels (without and with fat saturation), 12 bit, 3 mm -----------------
 
 BREAST_SIZE = (48, 80, 24)
 BREAST_SPACING_MM = (3.0, 3.0, 3.0)
-BREAST_VISIBLE = 120.0  # of 4095, in either channel
+BREAST_VISIBLE = 300.0  # of 4095, in either channel
 
 
 def breast(rng: Generator, label: int) -> Phantom:
@@ -193,12 +192,12 @@ def breast(rng: Generator, label: int) -> Phantom:
     """
     between = lambda low, high: _between(rng, low, high)
     p, lr, s = np.meshgrid(*(np.arange(n) - (n - 1) / 2 for n in BREAST_SIZE), indexing="ij")  # voxels
-    p, lr, s = p + 0.8 * _noise(rng, BREAST_SIZE, 5), lr - between(-2, 2), s - between(-2, 2)
+    p, lr, s = p + 1.2 * _noise(rng, BREAST_SIZE, 6), lr - between(-2, 2), s - between(-2, 2)
 
     # Two half-ellipsoids before a curved chest wall.
-    wall = between(4, 9) + 0.006 * lr**2
-    reach, breadth, height = between(22, 28), between(14, 17), between(10, 13)
-    cleft = between(17, 20)
+    wall = between(2, 11) + 0.006 * lr**2
+    reach, breadth, height = between(19, 28), between(12.5, 17), between(9, 13)
+    cleft = between(16.5, 20.5)
     distance = []  # 0 at the nipple side's skin, 1 at the centre of the base
     for sign in (-1, 1):
         sag = np.sqrt(
@@ -215,7 +214,7 @@ def breast(rng: Generator, label: int) -> Phantom:
     muscle = np.maximum(chest * np.exp(-(((p - wall - 2) / 2.2) ** 2)), heart)
 
     # Glandular strands: the ridges of smooth noise, densest behind the nipple.
-    density = between(0.4, 1.1)
+    density = between(0.1, 0.9)
     strands = np.exp(-((_noise(rng, BREAST_SIZE, 1.6) / between(0.3, 0.5)) ** 2))
     patchy = _step(_noise(rng, BREAST_SIZE, 4) + 2.2 * (density - sag), 0.8)
     gland = breasts * _step(0.88 - sag, 0.05) * strands * patchy
@@ -225,16 +224,17 @@ def breast(rng: Generator, label: int) -> Phantom:
         lesion = _mass(rng, p, lr, s, inside)
 
     # Signal, coil sensitivity, noise.
-    speckle, tissue = 1 + 0.12 * lesion * _noise(rng, BREAST_SIZE, 1.0), 1 + 0.05 * _noise(rng, BREAST_SIZE, 2)
+    speckle, tissue = 1 + 0.25 * lesion * _noise(rng, BREAST_SIZE, 1.0), 1 + 0.02 * _noise(rng, BREAST_SIZE, 2)
     fat, depth = between(0.75, 1.0), between(0.3, 0.7)
-    plain = fat * (1 - (1 - between(0.3, 0.45)) * gland) - 0.45 * fat * muscle - 0.3 * skin
-    fatsat = between(0.15, 0.25) + 0.5 * gland + 0.3 * muscle + 0.3 * skin
-    bright, dark = between(0.75, 1.0), between(0.1, 0.3)
+    plain = fat * (1 - between(0.2, 0.4) * gland) - 0.45 * fat * muscle - 0.3 * skin
+    failure = between(0.2, 0.6) * _step(_noise(rng, BREAST_SIZE, 7) - between(0, 1), 0.5)  # of fat saturation
+    fatsat = between(0.12, 0.22) + failure + (0.35 - 0.6 * failure) * gland + 0.3 * muscle + 0.3 * skin
+    bright, dark = between(0.7, 1.0), between(0.25, 0.4)
     coil = [
-        np.exp(-depth * (p + 24) / 48 + between(-0.15, 0.15) * lr / 40 + 0.08 * _noise(rng, BREAST_SIZE, 9))
+        np.exp(-depth * (p + 24) / 48 + between(-0.15, 0.15) * lr / 40 + 0.25 * _noise(rng, BREAST_SIZE, 7))
         for _ in "01"
     ]
-    gain, sigma = [between(1800, 2800) for _ in "01"], between(15, 45)
+    gain, sigma = [between(1800, 2800) for _ in "01"], between(10, 30)
 
     def scan(lesion: Field) -> Field:
         a = body * tissue * ((1 - lesion) * plain + lesion * dark)
@@ -302,12 +302,10 @@ def draw(name: str, split: str, index: int) -> Phantom:
     return _SETS[name][0](_generator(name, split, index), labels[index])
 
 
-def rows(name: str) -> "list[Row]":
+def rows(name: str) -> list[Row]:
     """The phantom's manifest. Labels of `unlabeled` are hidden (None); every case is a patient of its own."""
     if name not in _SETS:
         raise InputError(f"phantom {name!r} is unknown: choose one of {', '.join(_SETS)}")
-    from jmae.data.manifest import Row
-
     _, midline, splits = _SETS[name]
     return [
         Row(

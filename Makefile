@@ -1,0 +1,30 @@
+# The two commands of the README. Each makes .venv from nothing where it is missing.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+
+$(VENV)/ready: pyproject.toml
+	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) else f"Python 3.11 to 3.13 is needed, {sys.executable} is {v[0]}.{v[1]}: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --upgrade pip
+	$(RUN) -m pip install --quiet --editable .
+	touch $@
+
+$(VENV)/ready-dev: $(VENV)/ready
+	$(RUN) -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+.PHONY: demo test check clean
+demo: $(VENV)/ready  ## AMAE on built-in phantoms: all stages, evaluation, report
+	$(RUN) -m jmae.train --config configs/amae.py --workdir runs/demo
+
+test: $(VENV)/ready-dev
+	$(RUN) -m pytest
+
+check: $(VENV)/ready-dev  ## format, lint, types
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+
+clean:
+	rm -rf $(VENV) runs

@@ -1,0 +1,124 @@
+"""Timing on a machine that others use too: every contestant in a process of its own, rounds interleaved.
+
+Interleaving gives every contestant the same neighbours; a process each gives it its own thread pool and a peak
+memory of its own. Medians and minima are reported, and the ratio of medians round by round.
+"""
+
+import importlib
+import json
+import multiprocessing
+import os
+import platform
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "torch", "transformers")
+
+
+def _serve(pipe: Any, target: str, arguments: dict[str, Any]) -> None:
+    module, function = target.split(":")
+    start = time.perf_counter()
+    run, facts = getattr(importlib.import_module(module), function)(**arguments)
+    run()
+    pipe.send(facts | {"prepare_s": time.perf_counter() - start})
+    while pipe.recv():
+        wall, cpu = time.perf_counter(), time.process_time()
+        run()
+        pipe.send((time.perf_counter() - wall, time.process_time() - cpu))
+    pipe.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10))
+
+
+def interleaved(
+    contestants: dict[str, tuple[str, dict[str, Any]]], *, rounds: int, warmup: int = 2
+) -> dict[str, dict[str, Any]]:
+    """Times contestants in turn, `rounds` times each after `warmup` untimed rounds.
+
+    Args:
+      contestants: name -> ("module:function", keyword arguments). The function prepares and returns
+        (run, facts): `run()` does one step and waits for its result, `facts` is copied to the result.
+
+    Returns:
+      For each name the wall seconds of all rounds, their median and minimum, the median of CPU seconds, the peak
+      resident memory in MiB, `prepare_s` (imports, compilation, first step) and the facts.
+    """
+    spawn = multiprocessing.get_context("spawn")
+    pipes, processes = {}, {}
+    results: dict[str, dict[str, Any]] = {}
+    for name, (target, arguments) in contestants.items():
+        pipes[name], theirs = spawn.Pipe()
+        processes[name] = spawn.Process(target=_serve, args=(theirs, target, arguments), daemon=True)
+        processes[name].start()
+        theirs.close()
+        results[name] = pipes[name].recv() | {"seconds": [], "cpu_seconds": []}
+    for number in range(warmup + rounds):
+        for name, pipe in pipes.items():
+            pipe.send(True)
+            wall, cpu = pipe.recv()
+            if number >= warmup:
+                results[name]["seconds"].append(wall)
+                results[name]["cpu_seconds"].append(cpu)
+    for name, pipe in pipes.items():
+        pipe.send(False)
+        results[name]["peak_mib"] = pipe.recv()
+        processes[name].join()
+        results[name]["median_s"] = statistics.median(results[name]["seconds"])
+        results[name]["least_s"] = min(results[name]["seconds"])
+        results[name]["cpu_median_s"] = statistics.median(results[name].pop("cpu_seconds"))
+    return results
+
+
+def ratio(numerator: dict[str, Any], denominator: dict[str, Any]) -> dict[str, float]:
+    """Median, least and greatest ratio of two contestants' rounds."""
+    each = [a / b for a, b in zip(numerator["seconds"], denominator["seconds"], strict=True)]
+    return {"median": statistics.median(each), "least": min(each), "greatest": max(each)}
+
+
+def machine() -> dict[str, Any]:
+    """Processor, cores, memory and load of this machine."""
+    name = platform.processor() or platform.machine()
+    if (info := Path("/proc/cpuinfo")).exists():
+        name = next((x.split(":")[1].strip() for x in info.read_text().splitlines() if "model name" in x), name)
+    return {
+        "processor": name,
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "load": os.getloadavg()[0],
+        "system": platform.platform(terse=True),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of what is compared; packages that are not installed are left out."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def table(head: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
+    """Aligned columns; numbers with three significant digits."""
+    show = lambda x: f"{x:.3g}" if isinstance(x, float) else str(x)
+    cells = [head, *(tuple(map(show, row)) for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells)
+
+
+def write(path: Path, case: str, result: dict[str, Any]) -> None:
+    """Puts one case into a JSON file of cases, with machine, versions and command; other cases stay."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    cases = json.loads(path.read_text()) if path.exists() else {}
+    command = "python -m " + " ".join([Path(sys.argv[0]).parent.name + "." + Path(sys.argv[0]).stem, *sys.argv[1:]])
+    cases[case] = {"command": command, "machine": machine(), "versions": versions(), **result}
+    path.write_text(json.dumps(cases, indent=1) + "\n")
+
+
+Prepared = tuple[Callable[[], Any], dict[str, Any]]

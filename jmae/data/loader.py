@@ -1,0 +1,239 @@
+"""From manifest rows to batches: images decoded once where they fit in memory, order and prefetch by grain."""
+
+import csv
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import grain
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from jmae.data import phantoms
+from jmae.data.files import Image, read_image, read_mask
+from jmae.data.manifest import Row, check_files, read_manifest, summary
+from jmae.data.transforms import grey, resize, to_unit
+from jmae.errors import InputError
+
+WORKERS = min(16, os.cpu_count() or 1)
+
+
+def stored_image(row: Row) -> Image:
+    """A row's image as stored."""
+    if not row.image[0].startswith("phantom:"):
+        return read_image([Path(p) for p in row.image])
+    drawn, volume = phantom(row), row.image[0].startswith("phantom:breast")
+    affine = np.diag([*drawn.spacing, 1.0]) if volume else None
+    return Image(drawn.image, drawn.spacing, affine, None if volume else 8)
+
+
+def read_case(row: Row, size: tuple[int, ...], channels: int) -> np.ndarray:
+    """A row's image as the networks see it: float32 (*size, channels) in [0, 1].
+
+    A colour image becomes grey where one channel is asked for. Raises InputError naming the file where it has another
+    number of channels or of axes, or values that are not finite.
+    """
+    stored = stored_image(row)
+    array = stored.array
+    if array.shape[-1] == 3 and channels == 1:
+        array = grey(array)
+    if array.shape[-1] != channels:
+        raise InputError(
+            f"{row.image[0]}: {array.shape[-1]} channels where the recipe has {channels}: set data.channels"
+        )
+    if array.ndim - 1 != len(size):
+        raise InputError(f"{row.image[0]}: {array.ndim - 1} axes where data.size has {len(size)}: use a recipe for it")
+    if not np.isfinite(array).all():
+        bad = np.size(array) - np.isfinite(array).sum()
+        raise InputError(f"{row.image[0]}: {bad} values are not finite: mend the file or drop its row")
+    return resize(to_unit(array, stored.bits), size).astype(np.float32)
+
+
+def phantom(row: Row) -> phantoms.Phantom:
+    """The phantom that a row's "phantom:NAME/SPLIT/INDEX" specifies."""
+    name, split, index = row.image[0].removeprefix("phantom:").split("/")
+    return phantoms.draw(name, split, int(index))
+
+
+def lesion_mask(row: Row) -> np.ndarray | None:
+    """The lesion mask (*size) on the image's own grid; None where the row names none."""
+    if row.mask and row.mask.startswith("phantom:"):
+        return phantom(row).mask
+    return read_mask(Path(row.mask)) if row.mask else None
+
+
+def region_mask(row: Row) -> np.ndarray | None:
+    """Where metrics count, (*size) on the image's own grid; None is everywhere."""
+    if row.region and row.region.startswith("phantom:"):
+        return phantom(row).region
+    return read_mask(Path(row.region)) if row.region else None
+
+
+def case_words(name: str) -> np.ndarray:
+    """The first 8 bytes of SHA-256 of a case's id as two uint32: all randomness of a case comes from them."""
+    return np.frombuffer(hashlib.sha256(name.encode()).digest()[:8], ">u4").astype(np.uint32)
+
+
+def load_rows(config: ConfigDict, log: Callable[[str], None] = print) -> list[Row]:
+    """The rows that `config.data` names: a phantom set, or a manifest whose every file has been opened once.
+
+    Raises InputError with all problems in one list.
+    """
+    data = config.data
+    if data.manifest:
+        rows = read_manifest(Path(data.manifest), normal_crops_only=data.normal_crops_only)
+        problems = check_files(rows, workers=WORKERS)
+        if problems:
+            raise InputError("\n".join(problems))
+        log(f"{data.manifest}: {summary(rows)}")
+    elif data.phantom:
+        rows = phantoms.rows(data.phantom)
+        log(f"phantoms {data.phantom}: {summary(rows)}")
+    else:
+        raise InputError("no data: set --config.data.manifest=MANIFEST.csv, or data.phantom")
+    return with_anomaly_ratio(rows, config) if data.anomaly_ratio >= 0 else rows
+
+
+def unlabeled_labels(config: ConfigDict) -> dict[str, int]:
+    """Hidden labels of unlabelled rows by id, for the anomaly-ratio sweep and analysis, never for training."""
+    if config.data.manifest and not config.data.unlabeled_labels:
+        return {}
+    if not config.data.manifest:
+        return phantoms.unlabeled_labels(config.data.phantom)
+    try:
+        with open(config.data.unlabeled_labels, newline="", encoding="utf-8-sig") as file:
+            return {row["id"]: int(row["label"]) for row in csv.DictReader(file)}
+    except (OSError, KeyError, ValueError, TypeError) as error:
+        raise InputError(
+            f"{config.data.unlabeled_labels}: not a CSV file with the columns id,label ({error!r})"
+        ) from None
+
+
+def with_anomaly_ratio(rows: Sequence[Row], config: ConfigDict) -> list[Row]:
+    """The rows with an unlabelled set of `data.unlabeled_size` images of which a share `data.anomaly_ratio` is
+    abnormal: the first int(size * ratio) abnormal and the first remaining normal ones (DDAD's rule, spec section 2)."""
+    labels, ratio = unlabeled_labels(config), config.data.anomaly_ratio
+    pools: dict[int, list[Row]] = {0: [], 1: []}
+    for row in rows:
+        if row.split == "unlabeled":
+            if row.id not in labels:
+                raise InputError(f"{row.id}: no hidden label: name them all in data.unlabeled_labels")
+            pools[labels[row.id]].append(row)
+    size = config.data.unlabeled_size or len(pools[0]) + len(pools[1])
+    abnormal = int(round(size * ratio, 9))  # 0.29 * 100 is 28.999... in floats
+    wanted = {1: abnormal, 0: size - abnormal}
+    for label, word in ((1, "abnormal"), (0, "normal")):
+        if wanted[label] > len(pools[label]):
+            raise InputError(
+                f"anomaly ratio {ratio} of {size} needs {wanted[label]} {word} unlabelled images, there are"
+                f" {len(pools[label])}: lower data.unlabeled_size or change data.anomaly_ratio"
+            )
+    chosen = {row.id for label in (0, 1) for row in pools[label][: wanted[label]]}
+    return [row for row in rows if row.split != "unlabeled" or row.id in chosen]
+
+
+class Images:
+    """The images of rows, each decoded once where all fit in a quarter of the memory, else at every use."""
+
+    def __init__(self, rows: Sequence[Row], config: ConfigDict, folder: Path | None = None):
+        self.rows = rows
+        self.size, self.channels = tuple(config.data.size), config.data.channels
+        self.words = np.stack([case_words(row.id) for row in rows])
+        self.folder = folder
+        needed = 4 * len(rows) * int(np.prod(self.size)) * self.channels
+        limit = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
+        self.cached: dict[str, np.ndarray] = {}
+        if needed <= limit:
+            with ThreadPoolExecutor(WORKERS) as pool:
+                self.cached["image"] = np.stack(list(pool.map(self._read, range(len(rows)))))
+
+    def _read(self, i: int) -> np.ndarray:
+        return read_case(self.rows[i], self.size, self.channels)
+
+    def image(self, index: np.ndarray) -> np.ndarray:
+        """Images (n, *size, c) of rows by number."""
+        return self.cached["image"][index] if self.cached else np.stack([self._read(int(i)) for i in index])
+
+    def host_arrays(
+        self, index: np.ndarray, make: Mapping[str, Callable[[np.ndarray], np.ndarray]]
+    ) -> dict[str, np.ndarray]:
+        """What `make` computes of each image, in the order of `index`; kept in the run folder by the images' digest, so
+        that it is computed once."""
+        out = {}
+        for name, function in make.items():
+            digest = hashlib.sha256(function.__name__.encode())
+            for i in index:
+                digest.update(self.image(np.array([i])).tobytes())
+            file = self.folder / f"{name}-{digest.hexdigest()[:16]}.npy" if self.folder else None
+            if file and file.exists():
+                try:
+                    out[name] = np.load(file, allow_pickle=False)
+                    continue
+                except (OSError, ValueError):
+                    file.unlink()  # torn by an interruption: made again
+            with ThreadPoolExecutor(WORKERS) as pool:
+                singles = (self.image(np.array([i]))[0] for i in index)
+                out[name] = np.stack(list(pool.map(function, singles)))
+            if file:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                temporary = file.with_suffix(".tmp.npy")
+                np.save(temporary, out[name])
+                temporary.replace(file)
+        return out
+
+
+def batches(
+    images: Images,
+    tables: Sequence[np.ndarray],
+    *,
+    batch: int,
+    seeds: Sequence[int],
+    shuffle: bool,
+    host: Mapping[str, Callable[[np.ndarray], np.ndarray]],
+) -> grain.DatasetIterator:
+    """An endless iterator of batches over index tables, one table a replicate; its state is its position.
+
+    A batch holds image (b, *size, c), index (b,): the sample's number in its table, case (b, 2): `case_words`, and the
+    host arrays; with several tables all have a leading replicate axis. With `shuffle`, every epoch has a new order by
+    seed and drops its last incomplete batch; a table shorter than a batch is repeated to fill one. Each process reads
+    its own part of every batch.
+    """
+    process, processes = jax.process_index(), jax.process_count()
+    if batch % processes:
+        raise InputError(f"batch {batch} is not divisible by {processes} processes: change the batch size")
+    tables = [np.tile(t, -(-batch // len(t))) if len(t) < batch else t for t in tables]
+    used = np.unique(np.concatenate(tables))
+    made = images.host_arrays(used, host)
+    place = {int(row): k for k, row in enumerate(used)}
+
+    def order(table: np.ndarray, seed: int) -> grain.MapDataset:
+        numbers = grain.MapDataset.range(len(table))
+        if shuffle:
+            return numbers.seed(seed).shuffle().batch(batch, drop_remainder=True).repeat()
+        return numbers.repeat().batch(batch, drop_remainder=True)
+
+    def gather(numbers: tuple[np.ndarray, ...]) -> dict[str, np.ndarray]:
+        parts = []
+        for table, number in zip(tables, numbers, strict=True):
+            number = number[process * batch // processes : (process + 1) * batch // processes]
+            row = table[number]
+            extra = {name: array[[place[int(r)] for r in row]] for name, array in made.items()}
+            parts.append(
+                {"image": images.image(row), "index": number.astype(np.int32), "case": images.words[row], **extra}
+            )
+        return parts[0] if len(parts) == 1 else {k: np.stack([p[k] for p in parts]) for k in parts[0]}
+
+    orders = [order(table, seed) for table, seed in zip(tables, seeds, strict=True)]
+    zipped = grain.experimental.ZipMapDataset(orders).map(gather)
+    return iter(zipped.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)))
+
+
+def in_order(images: Images, rows: np.ndarray, batch: int) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
+    """Every row once, in equal batches: (row numbers, batch); the last batch is filled with its own last row."""
+    for start in range(0, len(rows), batch):
+        part = rows[start : start + batch]
+        full = np.concatenate([part, np.repeat(part[-1:], batch - len(part))])
+        yield part, {"image": images.image(full), "case": images.words[full]}

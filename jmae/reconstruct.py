@@ -1,0 +1,112 @@
+"""What a masked autoencoder makes of images under random masks: the training loss, and the fused multi-mask pass."""
+
+import os
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key
+
+from jmae.losses import masked_mse
+from jmae.masking import fold_in, hidden, random_mask, take, visible_tokens
+from jmae.nn.mae import MAE
+from jmae.patches import patchify, unpatchify
+
+
+class Reconstruction(NamedTuple):
+    """Moments over the masks of one pass, each (b, *size, c)."""
+
+    mean: Float[Array, "b *size c"]
+    variance: Float[Array, "b *size c"]
+    error: Float[Array, "b *size c"]  # mean squared difference to the input; pasted patches count as 0
+
+
+def _mask_rows(keys: Key[Array, " b"], numbers: Array) -> Key[Array, " m*b"]:
+    """Keys of masks `numbers` of every sample, mask-major: a mask depends on its sample's key and its number only."""
+    return jax.vmap(partial(fold_in, keys))(numbers).reshape(-1)
+
+
+def _repeat(x: Float[Array, "b n d"], times: int) -> Float[Array, "m*b n d"]:
+    return jnp.broadcast_to(x, (times, *x.shape)).reshape(-1, *x.shape[1:])
+
+
+def masked_loss(
+    mae: MAE,
+    image: Float[Array, "b *size c"],
+    keys: Key[Array, " b"],
+    *,
+    patch: tuple[int, ...],
+    ratio: float,
+    masks: int,
+) -> Float[Array, ""]:
+    """Mean over `masks` masks of the masked-patch error (AMAE Eq. 3; with one mask He et al. 2022)."""
+    patches = patchify(image, patch)
+    kept = visible_tokens(patches.shape[1], ratio)
+    keep, restore = random_mask(_mask_rows(keys, jnp.arange(masks)), patches.shape[1], kept)
+    prediction = mae.decode(mae.encode(take(_repeat(mae.embed(patches), masks), keep)), restore)
+    return jnp.mean(masked_mse(prediction, _repeat(patches, masks), hidden(restore, kept)))
+
+
+def reconstruct(
+    mae: MAE,
+    image: Float[Array, "b *size c"],
+    keys: Key[Array, " b"],
+    *,
+    patch: tuple[int, ...],
+    ratio: float,
+    masks: int,
+    paste: bool = True,
+    chunk: int | None = None,
+) -> Reconstruction:
+    """All `masks` random masks of every image in one compiled pass: patches are embedded once, moments are
+    accumulated on the device.
+
+    `paste` puts the input back at visible patches (the decoder is never supervised there). `chunk` masks at a time
+    when memory asks for it, the same result up to rounding. Mask j of an image depends on its key and j alone.
+    """
+    patches = patchify(image, patch)
+    tokens = mae.embed(patches)
+    b, n, _ = patches.shape
+    kept = visible_tokens(n, ratio)
+    chunk = min(chunk or masks, masks)
+
+    def moments(numbers: Array) -> tuple[Array, Array]:
+        keep, restore = random_mask(_mask_rows(keys, numbers), n, kept)
+        prediction = mae.decode(mae.encode(take(_repeat(tokens, chunk), keep)), restore)
+        difference = prediction.reshape(chunk, b, n, -1) - patches
+        if paste:
+            difference = difference * hidden(restore, kept).reshape(chunk, b, n, 1)
+        used = (numbers < masks).astype(jnp.float32)  # the last chunk may be padded
+        return jnp.tensordot(used, difference, 1) / masks, jnp.tensordot(used, difference**2, 1) / masks
+
+    numbers = jnp.arange(-(-masks // chunk) * chunk).reshape(-1, chunk)
+    if len(numbers) == 1:
+        first, second = moments(numbers[0])
+    else:
+        add = lambda total, j: (jax.tree.map(jnp.add, total, moments(j)), None)
+        (first, second), _ = jax.lax.scan(add, (jnp.zeros_like(patches), jnp.zeros_like(patches)), numbers)
+    whole = partial(unpatchify, size=image.shape[1:-1], patch=patch)
+    # Moments of the difference to the input, not of the pixels: no cancellation where the variance is small.
+    return Reconstruction(whole(patches + first), whole(jnp.maximum(second - first**2, 0)), whole(second))
+
+
+def device_bytes() -> int:
+    """Memory that one pass may use: 80 % of an accelerator's limit, half of the host's memory on the CPU."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    if "bytes_limit" in stats:
+        return int(0.8 * (stats["bytes_limit"] - stats.get("bytes_in_use", 0)))
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+
+
+def fitting(lower: Callable[[int], Any], masks: int, limit: int | None = None) -> tuple[Any, int]:
+    """The compiled pass with the largest chunk of masks whose temporary memory fits in `limit` bytes (the device's
+    by default), and that chunk; halves from `masks` on. `lower(chunk)` gives the lowered program."""
+    limit, chunk = limit or device_bytes(), masks
+    while True:
+        compiled = lower(chunk).compile()
+        memory = compiled.memory_analysis()
+        if chunk == 1 or memory is None or memory.temp_size_in_bytes <= limit:
+            return compiled, chunk
+        chunk = -(-chunk // 2)

@@ -1,0 +1,120 @@
+"""What a system is: pure functions in two NamedTuples. The loop and the evaluator know nothing else."""
+
+import importlib
+from collections.abc import Callable, Mapping
+from operator import itemgetter
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Int, PyTree
+from ml_collections import ConfigDict
+
+from jmae.data.manifest import Row
+from jmae.errors import InputError
+
+SYSTEMS = ("amae",)
+
+Results = Mapping[str, Mapping[str, PyTree]]  # by stage: {"params", "stats"} of its last step
+
+
+class State(NamedTuple):
+    """All that a stage changes, and the frozen weights that it uses; `frozen` comes from earlier stages' results
+    and is not saved again."""
+
+    params: PyTree
+    opt: PyTree
+    stats: PyTree
+    frozen: PyTree
+    step: Int[Array, ""]
+
+
+class Stage(NamedTuple):
+    """One training stage.
+
+    rows(rows, results) -> manifest row numbers that it trains on (an index table).
+    steps(n) -> how many steps, for n rows.
+    init(key, results, n) -> State.
+    step(state, batch, key, *, steps, axis_name=None) -> (State, metrics): pure; with `axis_name` it averages
+        gradients and statistics over that axis. Samples' keys come from `key` and batch["index"].
+    shuffle: epochs in random order, the last incomplete batch dropped; else rows in order, round and round.
+    host: arrays made once an image on the host, by name: function of the image (*size, c).
+    table(rows, results) -> rows of a CSV file STAGE.csv in the run folder that a person can read, or None.
+    """
+
+    name: str
+    batch: int
+    rows: Callable[[list[Row], Results], np.ndarray]
+    steps: Callable[[int], int]
+    init: Callable[..., State]
+    step: Callable[..., tuple[State, dict[str, Array]]]
+    shuffle: bool = True
+    host: Mapping[str, Callable[[np.ndarray], np.ndarray]] = {}
+    table: Callable[[list[Row], Results], list[dict[str, Any]]] | None = None
+
+
+class System(NamedTuple):
+    """Stages in order, and the scores they serve.
+
+    score(results, batch, key, *, chunk=None) -> {"maps": {NAME: (b, *size)}, "scores": {NAME: (b,)}}; higher is more
+    abnormal; `chunk` masks at a time. `masks` is how many one pass has. `uses` names the stages whose results `score`
+    reads, `primary` the score that stands for the system.
+    """
+
+    name: str
+    stages: tuple[Stage, ...]
+    score: Callable[..., dict[str, dict[str, Array]]]
+    uses: tuple[str, ...]
+    primary: str
+    masks: int
+
+
+def load_system(config: ConfigDict) -> System:
+    """The system that `config.system` names, by import of `jmae.systems.NAME`."""
+    if config.system not in SYSTEMS:
+        raise InputError(f"system {config.system!r} is unknown: one of {', '.join(SYSTEMS)}")
+    return importlib.import_module(f"jmae.systems.{config.system}").build(config)
+
+
+def network(make: Callable[[nnx.Rngs], nnx.Module]) -> tuple[Callable[[Array], PyTree], Callable[..., Any]]:
+    """(init, bind) of a network: `init(key)` -> (params, stats) as plain nested dicts, `bind(params, stats)` -> the
+    module. Statistics after a call: `stats_of(module)`."""
+    graph, *_ = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))), nnx.Param, ...)
+
+    def init(key: Array) -> tuple[PyTree, PyTree]:
+        _, params, stats = nnx.split(make(nnx.Rngs(params=key)), nnx.Param, ...)
+        return nnx.to_pure_dict(params), nnx.to_pure_dict(stats)
+
+    return init, lambda params, stats=None: nnx.merge(graph, params, stats or {})
+
+
+def stats_of(module: nnx.Module) -> PyTree:
+    """A network's batch statistics as a plain dict."""
+    return nnx.to_pure_dict(nnx.split(module, nnx.Param, ...)[2])
+
+
+def steps_of(section: ConfigDict, budget: float) -> Callable[[int], int]:
+    """Steps of a stage for n rows: `steps` of its section, or else `epochs` of whole batches, times `budget`."""
+    if bool(section.get("steps")) == bool(section.get("epochs")):
+        raise InputError("a stage has either steps or epochs: set one of them and the other to 0")
+    if section.get("steps"):
+        return lambda n: max(1, round(section.steps * budget))
+    return lambda n: max(1, round(section.epochs * budget)) * max(1, n // section.batch)
+
+
+def averaged(tree: PyTree, axis_name: str | None) -> PyTree:
+    """Mean over the devices of `axis_name`; the tree itself without one."""
+    return tree if axis_name is None else jax.lax.pmean(tree, axis_name)
+
+
+def stage_keys(config: ConfigDict, number: int) -> Any:
+    """The key of a stage; with replicates one a seed."""
+    keys = [jax.random.fold_in(jax.random.key(config.seed + r), number) for r in range(config.replicates)]
+    return keys[0] if config.replicates == 1 else jnp.stack(keys)
+
+
+def split_replicates(results: Results, n: int) -> list[Results]:
+    """Results of each replicate."""
+    return [results] if n == 1 else [jax.tree.map(itemgetter(r), results) for r in range(n)]

@@ -1,0 +1,317 @@
+"""AMAE: a pre-trained masked autoencoder adapted to normal and unlabelled chest X-rays.
+
+Bozorgtabar, Mahapatra, Thiran, "AMAE: Adaptation of Pre-Trained Masked Autoencoder for Dual-Distribution Anomaly
+Detection in Chest X-Rays", MICCAI 2023, arXiv 2307.12721. No official code is known; consulted: medical_mae (weights'
+recipe), AnatPaste's code (proxy task and head), DDAD's (protocol). Equation numbers are the paper's.
+
+Stages: `pretrain` (Stage 0, where no weights are given), `proxy` (Stage 1), `labels` (pseudo-labels), `module_a` and
+`module_b` (Stage 2). Variants, the paper's comparisons: `stage2` (AMAE), `stage1` (proxy task alone), `no_pseudo`
+(module A on the normals, B on all unlabelled images), `mask_rec` (one module on both, reconstruction error), `mae` (not
+adapted, reconstruction error).
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jaxtyping import Array, Float
+from ml_collections import ConfigDict
+
+from jmae.anomalies.anatpaste import anatpaste, lung_field
+from jmae.data.manifest import Row
+from jmae.data.transforms import random_flip, random_resized_crop
+from jmae.errors import InputError
+from jmae.masking import case_keys, sample_keys
+from jmae.nn.mae import MAE
+from jmae.nn.transformer import linear
+from jmae.optim import adamw, warmup_cosine
+from jmae.patches import patchify
+from jmae.reconstruct import masked_loss, reconstruct
+from jmae.system import Results, Stage, State, System, averaged, network, stats_of, steps_of
+
+VARIANTS = {
+    "stage2": ("pretrain", "proxy", "labels", "module_a", "module_b"),
+    "stage1": ("pretrain", "proxy"),
+    "no_pseudo": ("pretrain", "module_a", "module_b"),
+    "mask_rec": ("pretrain", "module_a"),
+    "mae": ("pretrain",),
+}
+PRIMARY = {"no_pseudo": "stage2"}  # elsewhere the variant's own name
+
+
+class Head(nnx.Module):
+    """The proxy task's classifier: three dense layers with batch norm and ReLU between (AnatPaste's projection
+    head; the paper says "lightweight 3-layer MLP"). Logits in float32: 0 normal, 1 anomalous."""
+
+    def __init__(self, width: int, hidden: tuple[int, ...], *, rngs: nnx.Rngs):
+        widths = (width, *hidden)
+        norm = partial(nnx.BatchNorm, momentum=0.9, epsilon=1e-5, rngs=rngs)
+        self.layers = nnx.List([linear(a, b, jnp.float32, rngs) for a, b in zip(widths, hidden, strict=False)])
+        self.norms = nnx.List([norm(b) for b in hidden])
+        self.out = linear(widths[-1], 2, jnp.float32, rngs)
+
+    def __call__(self, x: Float[Array, "b d"], *, train: bool, axis_name: str | None = None) -> Float[Array, "b 2"]:
+        for layer, norm in zip(self.layers, self.norms, strict=True):
+            norm.axis_name = axis_name
+            x = jax.nn.relu(norm(layer(x), use_running_average=not train))
+        return self.out(x)
+
+
+def pseudo_labels(p1: np.ndarray, percentile: float, over: str = "class") -> tuple[np.ndarray, np.ndarray]:
+    """(predicted class, kept) of unlabelled images from their probability of being abnormal (spec section 5).
+
+    `over="class"`: of the images predicted as a class, those whose confidence reaches the class's `percentile`-th
+    percentile are kept (50: the more confident half, ties included); a class predicted less than twice keeps all.
+    `over="all"`: those whose probability of the class reaches the percentile over all images; an image selected for
+    both classes is dropped.
+    """
+    predicted = (p1 > 0.5).astype(np.int64)
+    kept = np.zeros(len(p1), bool)
+    if over == "all":
+        chosen = [p >= np.percentile(p, percentile) for p in (1 - p1, p1)]
+        return np.where(chosen[1], 1, 0), chosen[0] ^ chosen[1]
+    if over != "class":
+        raise InputError(f"adapt.percentile_over is {over!r}: 'class' or 'all'")
+    confidence = np.where(predicted == 1, p1, 1 - p1)
+    for c in (0, 1):
+        of = predicted == c
+        if of.any():
+            kept |= of & (confidence >= (np.percentile(confidence[of], percentile) if of.sum() > 1 else 0))
+    return predicted, kept
+
+
+def build(config: ConfigDict) -> System:
+    """The AMAE system that a recipe describes; raises InputError on settings that do not fit together."""
+    if config.variant not in VARIANTS:
+        raise InputError(f"variant {config.variant!r} is unknown: one of {', '.join(VARIANTS)}")
+    model, adapt, proxy = config.model, config.adapt, config.proxy
+    names = VARIANTS[config.variant]
+    patch, ratio = tuple(model.patch), adapt.mask_ratio
+    dtype = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}.get(
+        model.dtype, jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    )
+    make = lambda rngs: MAE(
+        size=tuple(config.data.size),
+        patch=patch,
+        channels=model.channels,
+        width=model.width,
+        depth=model.depth,
+        heads=model.heads,
+        decoder_width=model.decoder_width,
+        decoder_depth=model.decoder_depth,
+        decoder_heads=model.decoder_heads,
+        dtype=dtype,
+        remat=model.remat,
+        rngs=rngs,
+    )
+    mae_init, mae_of = network(make)
+    head_init, head_of = network(lambda rngs: Head(model.width, tuple(proxy.head), rngs=rngs))
+
+    def normalise(image: Float[Array, "b *size c"]) -> Float[Array, "b *size c"]:
+        """[0, 1] to the network's range: the recipe's mean and deviation, or each image's own (`ours:` where exposure
+        differs between images); one channel is repeated to as many as the network has."""
+        if config.data.normalise == "image":
+            axes = tuple(range(1, image.ndim - 1))
+            mean, std = jnp.mean(image, axes, keepdims=True), jnp.std(image, axes, keepdims=True)
+            image = (image - mean) / jnp.maximum(std, 1e-3)
+        else:
+            image = (image - config.data.mean) / config.data.std
+        return jnp.broadcast_to(image, (*image.shape[:-1], model.channels))
+
+    def augment(image: Array, keys: Array) -> Array:
+        """Random resized crop and horizontal flip, as medical_mae's pre-training (spec sections 3 and 6)."""
+        crop, flip = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
+        image = jax.vmap(partial(random_resized_crop, scale=tuple(config.data.crop_scale)))(image, crop)
+        return jax.vmap(partial(random_flip, axes=(image.ndim - 3,)))(image, flip)
+
+    # --- loss: masked reconstruction (Stages 0 and 2) ------------------------------------------------------------
+
+    def reconstruction(section: ConfigDict):
+        """(init, step) of a MAE trained by Eq. 3 from `start(key, results)`."""
+        optimiser = lambda lr: adamw(lr, betas=tuple(section.betas), decay=section.decay)
+        lr = section.lr * (section.batch / 256 if section.lr_is_base else 1)
+
+        def init(start, key, results, n):
+            params = start(key, results)
+            return State(params, optimiser(0.0).init(params), {}, {}, jnp.int32(0))
+
+        def loss(params, image, keys):
+            return masked_loss(mae_of(params), image, keys, patch=patch, ratio=section.mask_ratio, masks=section.masks)
+
+        def step(state, batch, key, *, steps, axis_name=None):
+            schedule = warmup_cosine(lr, warmup=section.warmup * steps, steps=steps, least=section.lr_least)
+            mask, view = jnp.moveaxis(jax.vmap(jax.random.split)(sample_keys(key, batch["index"])), 1, 0)
+            image = normalise(batch["image"])
+            image = augment(image, view) if section.augment else image
+            value, grads = averaged(jax.value_and_grad(loss)(state.params, image, mask), axis_name)
+            updates, opt = optimiser(schedule(state.step)).update(grads, state.opt, state.params)
+            metrics = {"loss": value, "lr": schedule(state.step), "grad_norm": optax.global_norm(grads)}
+            return State(optax.apply_updates(state.params, updates), opt, {}, {}, state.step + 1), metrics
+
+        return init, step
+
+    def unlabelled(rows: list[Row]) -> np.ndarray:
+        chosen = [i for i, row in enumerate(rows) if row.split == "unlabeled"]
+        return np.array(chosen, np.int64)
+
+    def normals(rows: list[Row]) -> np.ndarray:
+        return np.array([i for i, row in enumerate(rows) if row.split == "train"], np.int64)
+
+    def pseudo_labelled(rows: list[Row], results: Results, label: int) -> np.ndarray:
+        predicted, kept = pseudo_labels(
+            np.asarray(results["labels"]["stats"]["p1"]), adapt.percentile, adapt.percentile_over
+        )
+        chosen = unlabelled(rows)[kept & (predicted == label)]
+        if label == 1 and len(chosen) == 0:
+            raise InputError("no unlabelled image is predicted abnormal: train the proxy task longer (proxy.steps)")
+        return chosen
+
+    def rows_a(rows, results):
+        if config.variant == "mask_rec":
+            return np.concatenate([normals(rows), unlabelled(rows)])
+        if config.variant == "no_pseudo":
+            return normals(rows)
+        return np.concatenate([normals(rows), pseudo_labelled(rows, results, 0)])
+
+    def rows_b(rows, results):
+        return unlabelled(rows) if config.variant == "no_pseudo" else pseudo_labelled(rows, results, 1)
+
+    # --- Stage 1: the proxy task -----------------------------------------------------------------------------------
+
+    def features(params, image: Float[Array, "b *size c"]) -> Float[Array, "b d"]:
+        """Mean over all patch tokens of the frozen encoder, its final norm applied, without the class token."""
+        mae = mae_of(params)
+        return jnp.mean(mae.encode(mae.embed(patchify(normalise(image), patch)))[:, 1:].astype(jnp.float32), axis=1)
+
+    def proxy_init(key, results, n):
+        params, stats = head_init(key)
+        opt = adamw(0.0, betas=tuple(proxy.betas), decay=proxy.decay).init(params)
+        return State(params, opt, stats, results["pretrain"]["params"], jnp.int32(0))
+
+    def proxy_step(state, batch, key, *, steps, axis_name=None):
+        schedule = warmup_cosine(proxy.lr, warmup=proxy.warmup * steps, steps=steps, least=proxy.lr_least)
+        paste = partial(
+            anatpaste,
+            area=tuple(proxy.area),
+            aspect=tuple(proxy.aspect),
+            fill=tuple(proxy.fill),
+            blur=tuple(proxy.blur),
+            margin=proxy.margin,
+            jitter=proxy.jitter,
+        )
+        pasted, _, _ = jax.vmap(paste)(batch["image"], batch["lungs"], sample_keys(key, batch["index"]))
+        x = jax.lax.stop_gradient(features(state.frozen, jnp.concatenate([batch["image"], pasted])))
+        target = jnp.repeat(jnp.arange(2), len(batch["image"]))
+
+        def loss(params):  # Eq. 2: the two terms, each a mean over the batch
+            head = head_of(params, state.stats)
+            logits = head(x, train=True, axis_name=axis_name)
+            terms = optax.softmax_cross_entropy_with_integer_labels(logits, target)
+            return 2 * jnp.mean(terms), (stats_of(head), jnp.mean(jnp.argmax(logits, 1) == target))
+
+        (value, (stats, accuracy)), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
+        value, grads, stats, accuracy = averaged((value, grads, stats, accuracy), axis_name)
+        optimiser = adamw(schedule(state.step), betas=tuple(proxy.betas), decay=proxy.decay)
+        updates, opt = optimiser.update(grads, state.opt, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics = {
+            "loss": value,
+            "accuracy": accuracy,
+            "lr": schedule(state.step),
+            "grad_norm": optax.global_norm(grads),
+        }
+        return State(params, opt, stats, state.frozen, state.step + 1), metrics
+
+    def p_abnormal(results, image) -> Float[Array, " b"]:
+        """Stage 1's score: softmax(h_0(f_0(x)))_1."""
+        head = head_of(results["proxy"]["params"], results["proxy"]["stats"])
+        return jax.nn.softmax(head(features(results["pretrain"]["params"], image), train=False))[:, 1]
+
+    # --- the pseudo-labels: one sweep over the unlabelled images ---------------------------------------------------
+
+    def labels_init(key, results, n):
+        frozen = {name: {k: results[name][k] for k in ("params", "stats")} for name in ("pretrain", "proxy")}
+        return State({}, {}, {"p1": jnp.zeros(n)}, frozen, jnp.int32(0))
+
+    def labels_step(state, batch, key, *, steps, axis_name=None):
+        p1 = p_abnormal(state.frozen, batch["image"])
+        index, p1 = (
+            (batch["index"], p1)
+            if axis_name is None
+            else jax.lax.all_gather((batch["index"], p1), axis_name, tiled=True)
+        )
+        stats = {"p1": state.stats["p1"].at[index].set(p1)}
+        return state._replace(stats=stats, step=state.step + 1), {"abnormal_share": jnp.mean(p1 > 0.5)}
+
+    def labels_table(rows, results):
+        p1 = np.asarray(results["labels"]["stats"]["p1"])
+        predicted, kept = pseudo_labels(p1, adapt.percentile, adapt.percentile_over)
+        ids = [rows[i].id for i in unlabelled(rows)]
+        return [
+            {"id": name, "p_abnormal": float(p), "predicted": int(c), "kept": int(k)}
+            for name, p, c, k in zip(ids, p1, predicted, kept, strict=True)
+        ]
+
+    # --- score (Eq. 4) -----------------------------------------------------------------------------------------------
+
+    def score(results, batch, key, *, chunk=None):
+        keys, image = case_keys(key, batch["case"]), normalise(batch["image"])
+        view = partial(
+            reconstruct,
+            image=image,
+            keys=keys,
+            patch=patch,
+            ratio=ratio,
+            masks=adapt.test_masks,
+            paste=adapt.paste,
+            chunk=chunk,
+        )
+        passes = {
+            name: view(mae_of(results[name]["params"]))
+            for name in names
+            if name in ("pretrain", "module_a", "module_b")
+        }
+        maps = {"mae": jnp.mean(passes["pretrain"].error, axis=-1)}
+        if "module_b" in passes:
+            maps["stage2"] = jnp.mean(jnp.abs(passes["module_a"].mean - passes["module_b"].mean), axis=-1)
+        if "module_a" in passes:
+            maps["mask_rec"] = jnp.mean(passes["module_a"].error, axis=-1)
+        scores = {name: jnp.mean(m, axis=tuple(range(1, m.ndim))) for name, m in maps.items()}
+        if "proxy" in names:
+            scores["stage1"] = p_abnormal(results, batch["image"])
+        return {"maps": maps, "scores": scores}
+
+    def everything(rows, results):
+        return np.concatenate([normals(rows), unlabelled(rows)])
+
+    adapted = lambda key, results: results["pretrain"]["params"]
+    fresh = lambda key, results: mae_init(key)[0]
+    pretrain_init, pretrain_step = reconstruction(config.pretrain)
+    adapt_init, adapt_step = reconstruction(adapt)  # one function for both modules: one compiled program
+    pretrain_steps, proxy_steps, adapt_steps = (steps_of(c, config.budget) for c in (config.pretrain, proxy, adapt))
+    init_a = partial(adapt_init, adapted)
+    normal_rows, unlabelled_rows = (lambda rows, results: normals(rows)), (lambda rows, results: unlabelled(rows))
+    sweep = lambda n: -(-n // proxy.batch)
+    lungs = {"lungs": lung_field}
+    stages = (
+        Stage(
+            "pretrain", config.pretrain.batch, everything, pretrain_steps, partial(pretrain_init, fresh), pretrain_step
+        ),
+        Stage("proxy", proxy.batch, normal_rows, proxy_steps, proxy_init, proxy_step, host=lungs),
+        Stage(
+            "labels", proxy.batch, unlabelled_rows, sweep, labels_init, labels_step, shuffle=False, table=labels_table
+        ),
+        Stage("module_a", adapt.batch, rows_a, adapt_steps, init_a, adapt_step),
+        Stage("module_b", adapt.batch, rows_b, adapt_steps, init_a, adapt_step),
+    )
+    return System(
+        "amae",
+        tuple(stage for stage in stages if stage.name in names),
+        score,
+        tuple(name for name in names if name != "labels"),
+        PRIMARY.get(config.variant, config.variant),
+        adapt.test_masks,
+    )

@@ -1,0 +1,301 @@
+"""The manifest: each rule by the smallest file that breaks it."""
+
+import csv
+import os
+
+import numpy as np
+import pytest
+from PIL import Image as pillow
+
+from jmae.data.files import write_map
+from jmae.data.manifest import COLUMNS, Row, check_files, parse_manifest, read_manifest, summary
+from jmae.errors import InputError
+
+HEAD = ",".join(COLUMNS)
+GOOD = [
+    "n1,P1,train,0,n1.png,,",
+    "n2,P2,train,0,n2.png,,",
+    "v1,P3,val,0,v1.png,,",
+    "t1,P4,test,0,t1.png,,r.png",
+    "t2,P5,test,1,a.png;b.png,m.png,r.png",
+]
+
+
+def manifest(tmp_path, *rows, head=HEAD, end="\n", name="manifest.csv"):
+    path = tmp_path / name
+    path.write_bytes(end.join([head, *rows, ""]).encode())
+    return path
+
+
+def problems(path, **options):
+    """All lines of the refusal, each without the path that it starts with."""
+    with pytest.raises(InputError) as caught:
+        read_manifest(path, **options)
+    lines = str(caught.value).split("\n")
+    assert all(line.startswith(f"{path}: ") for line in lines)
+    return [line.removeprefix(f"{path}: ") for line in lines]
+
+
+def test_a_row_has_absolute_paths_labels_boxes_and_its_further_columns(tmp_path):
+    head = f"{HEAD},boxes,age"
+    path = manifest(tmp_path, "t,P,test,1,a.png;sub/b c.png,../m.png,/far/r.png,1 2 3.5 4;0 0 9 9,63", head=head)
+    assert read_manifest(path) == [
+        Row(
+            id="t",
+            patient="P",
+            split="test",
+            label=1,
+            image=(f"{tmp_path}/a.png", f"{tmp_path}/sub/b c.png"),
+            mask=str(tmp_path.parent / "m.png"),
+            region="/far/r.png",
+            boxes=((1.0, 2.0, 3.5, 4.0), (0.0, 0.0, 9.0, 9.0)),
+            extra={"age": "63"},
+        )
+    ]
+
+
+def test_a_relative_manifest_path_gives_absolute_image_paths(tmp_path, monkeypatch):
+    manifest(tmp_path, *GOOD)
+    monkeypatch.chdir(tmp_path)
+    assert read_manifest("manifest.csv")[0].image == (f"{tmp_path}/n1.png",)
+
+
+@pytest.mark.parametrize("start, end", [("", "\n"), ("\ufeff", "\r\n"), ("", "\r")])
+def test_bom_and_line_ends_do_not_matter(tmp_path, start, end):
+    rows = read_manifest(manifest(tmp_path, *GOOD, "", "  ,,,,,,", head=start + HEAD, end=end))
+    assert [row.id for row in rows] == ["n1", "n2", "v1", "t1", "t2"]
+    assert [row.label for row in rows] == [0, 0, 0, 0, 1]
+
+
+def test_cells_may_hold_other_scripts_spaces_and_quoted_commas(tmp_path):
+    row = read_manifest(manifest(tmp_path, '胸部 1,Пётр,train,0,"a, b é.png",,', name="список 1.csv"))[0]
+    assert row.id == "胸部 1" and row.patient == "Пётр" and row.image == (f"{tmp_path}/a, b é.png",)
+
+
+def test_an_empty_label_is_unknown_not_normal(tmp_path):
+    assert read_manifest(manifest(tmp_path, "a,P,test,,a.png,,"))[0].label is None
+
+
+FAULTS = {
+    "bad label": (["a,P,train,2,a.png,,"], "line 2: label '2'"),
+    "label as a decimal": (["a,P,train,0.0,a.png,,"], "label '0.0'"),
+    "no id": ([",P,train,0,a.png,,"], "no id"),
+    "id with a slash": (["a/b,P,train,0,a.png,,"], "cannot be a file name"),
+    "id that climbs": (["..,P,train,0,a.png,,"], "cannot be a file name"),
+    "id with a backslash": (["a\\b,P,train,0,a.png,,"], "cannot be a file name"),
+    "id with a control character": (["a\x07b,P,train,0,a.png,,"], "cannot be a file name"),
+    "id that is too long": (["é" * 101 + ",P,train,0,a.png,,"], "longer than 200 bytes"),
+    "no split": (["a,P,,0,a.png,,"], "no split"),
+    "no image": (["a,P,train,0,,,"], "image ''"),
+    "empty channel": (["a,P,train,0,a.png;;b.png,,"], "empty channel"),
+    "channel twice": (["a,P,train,0,a.png;a.png,,"], "one twice"),
+    "too few cells": (["a,P,train,0,a.png"], "line 2: 5 cells for 7 columns"),
+    "too many cells": (["a,P,train,0,a,b.png,,"], "line 2: 8 cells for 7 columns"),
+    "patient in two splits": (["a,P,train,0,a.png,,", "b,P,test,0,b.png,,"], "patient 'P' is in train and test"),
+    "patient in unlabeled": (["a,P,train,0,a.png,,", "b,P,unlabeled,,b.png,,"], "in train and unlabeled"),
+    "image in two splits": (["a,P,train,0,x/../a.png,,", "b,Q,test,0,a.png,,"], "is in train and test"),
+    "abnormal in train": (["a,P,train,1,a.png,,"], "'a' is abnormal and in train: move it, or set"),
+    "abnormal in train with a mask": (["a,P,train,1,a.png,m.png,"], "data.normal_crops_only"),
+    "only other splits": (["a,P,Train,0,a.png,,"], "no row of train, unlabeled, val, test, only 'Train'"),
+    "no rows": ([], "no row of"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_each_fault_is_one_line_with_its_place_and_remedy(tmp_path, fault):
+    rows, words = FAULTS[fault]
+    (line,) = problems(manifest(tmp_path, *rows))
+    assert words in line and ": " in line
+
+
+@pytest.mark.parametrize(
+    "boxes",
+    ["1 2 3", "1 2 3 4 5", "1 2 x 4", "1 2 1 4", "4 2 1 4", "1 2 nan 4", "1 2 3 4;", "1 2 3 4;1 2 3 4 5 6", "1,2,3,4"],
+)
+def test_boxes_that_are_none_are_refused(tmp_path, boxes):
+    (line,) = problems(manifest(tmp_path, f'a,P,test,1,a.png,,,"{boxes}"', head=f"{HEAD},boxes"))
+    assert f"line 2: boxes '{boxes}'" in line
+
+
+def test_a_missing_column_is_named_with_the_nearest_one(tmp_path):
+    lines = problems(manifest(tmp_path, head="ID,patients,split,label,images,mask,boxs"))
+    assert lines == [
+        "column 'id' is missing: rename 'ID'",
+        "column 'patient' is missing: rename 'patients'",
+        "column 'image' is missing: rename 'images'",
+        "column 'region' is missing: add it, empty if there is nothing to say",
+        "column 'boxes' is missing: rename 'boxs'",
+    ]
+    assert problems(manifest(tmp_path, head=HEAD + ",mask")) == ["column 'mask' is there 2 times: keep one"]
+
+
+def test_all_problems_are_told_at_once_and_many_of_a_kind_are_counted(tmp_path):
+    rows = [f"a{i},P{i},{split},0,{split}{i}.png,," for i in range(30) for split in ("train", "test")]
+    lines = problems(manifest(tmp_path, *rows, "b,Q,val,x,b.png,,"))
+    assert sum("is in lines" in line for line in lines) == 20
+    assert sum("is in train and test" in line for line in lines) == 20
+    assert sum("and 10 more like" in line for line in lines) == 2
+    assert sum("label 'x'" in line for line in lines) == 1 and len(lines) == 43
+
+
+def test_duplicate_ids_are_refused_even_where_one_row_is_ignored(tmp_path):
+    (line,) = problems(manifest(tmp_path, "a,P,test,0,a.png,,", "b,P,test,0,b.png,,", "a,Q,extra,0,c.png,,"))
+    assert line == "id 'a' is in lines 2, 4: give each row its own"
+
+
+def test_blank_patients_are_patients_of_their_own(tmp_path):
+    assert len(read_manifest(manifest(tmp_path, "a,,train,0,a.png,,", "b,,test,0,b.png,,"))) == 2
+
+
+def test_abnormal_training_rows_need_a_mask_even_for_normal_crops(tmp_path):
+    path = manifest(tmp_path, "a,P,train,1,a.png,m.png,", "b,Q,train,0,b.png,,")
+    assert [row.label for row in read_manifest(path, normal_crops_only=True)] == [1, 0]
+    (line,) = problems(manifest(tmp_path, "a,P,train,1,a.png,,"), normal_crops_only=True)
+    assert "give it a mask" in line
+
+
+def test_unlabeled_rows_lose_label_mask_and_boxes_and_it_is_said(tmp_path):
+    head = f"{HEAD},boxes"
+    path = manifest(tmp_path, "a,P,unlabeled,1,a.png,m.png,r.png,1 2 3 4", "b,Q,unlabeled,0,b.png,,,", head=head)
+    rows, ignored = parse_manifest(path)
+    assert all(row.label is None and row.mask is None and row.boxes == () for row in rows)
+    assert rows[0].region == f"{tmp_path}/r.png"
+    assert ignored == {"labels of unlabeled rows": 2, "masks of unlabeled rows": 1, "boxes of unlabeled rows": 1}
+
+
+@pytest.mark.parametrize(
+    "data, word",
+    [
+        (b"", "is empty"),
+        (b"\n\n", "is empty"),
+        (HEAD.replace(",", ";").encode() + b"\na;P;train;0;a.png;;\n", "separated by semicolons"),
+        (HEAD.replace(",", "\t").encode() + b"\n", "separated by tabs"),
+        ("id,Größe".encode("latin-1"), "not UTF-8"),
+        (HEAD.encode("utf-16"), "not UTF-8"),
+        (HEAD.encode() + b'\n"a,P,train,0,a.png,,\nb,Q,test,0,b.png,,\n', "quotes"),
+        (b"\x89PNG\r\n\x1a\n", "not UTF-8"),
+    ],
+)
+def test_files_that_are_no_such_csv_are_refused(tmp_path, data, word):
+    (tmp_path / "m.csv").write_bytes(data)
+    (line,) = problems(tmp_path / "m.csv")
+    assert word in line
+
+
+def test_a_missing_manifest_or_a_folder_is_refused(tmp_path):
+    assert "No such file" in problems(tmp_path / "none.csv")[0]
+    assert "directory" in problems(tmp_path)[0]
+
+
+def test_ten_thousand_rows_keep_their_order(tmp_path):
+    rows = [f"c{i},P{i},train,0,{i}.png,," for i in range(10_000)]
+    assert [row.id for row in read_manifest(manifest(tmp_path, *rows))] == [f"c{i}" for i in range(10_000)]
+
+
+def test_the_summary_counts_every_row_used_or_ignored(tmp_path):
+    rows = [
+        *("a,P,train,0,a.png,,", "b,P,train,0,b.png,,", "c,,train,0,c.png,,", "d,,unlabeled,,d.png,,"),
+        *("e,,val,0,e.png,,", "f,,val,1,f.png,,", "g,,test,1,g.png,,", "h,,test,,h.png,,"),
+        *("i,,extra,1,i.png,,", "j,,extra,1,j.png,,", "k,,unlabelled,1,k.png,,"),
+    ]
+    assert summary(*parse_manifest(manifest(tmp_path, *rows))) == (
+        "train 3 normal (1 patients), unlabeled 1, val 1+1, test 0+1+1 of unknown label; "
+        "3 rows of other splits ('extra', 'unlabelled', meant 'unlabeled'?) ignored; "
+        "6 rows name no patient: not checkable for patients in two splits"
+    )
+
+
+# The files behind it
+
+
+def picture(path, array):
+    pillow.fromarray(np.asarray(array, np.uint8)).save(path)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    grey = np.arange(35).reshape(7, 5)
+    for name in ("n1", "n2", "v1", "t1", "a", "b"):
+        picture(tmp_path / f"{name}.png", grey + len(name))
+    picture(tmp_path / "m.png", grey > 30)
+    picture(tmp_path / "r.png", grey > 3)
+    picture(tmp_path / "zero.png", grey * 0)
+    picture(tmp_path / "wide.png", grey.T)
+    picture(tmp_path / "rgb.png", np.stack([grey, grey + 1, grey], -1))
+    (tmp_path / "bad.png").write_bytes((tmp_path / "a.png").read_bytes()[:-20])
+    return tmp_path
+
+
+def checked(folder, *rows, head=HEAD, **options):
+    return check_files(read_manifest(manifest(folder, *rows, head=head)), workers=3, **options)
+
+
+def test_good_files_have_no_problems(folder):
+    rows = [row for row in GOOD if not row.startswith("t2")]
+    for decode in (True, False):
+        assert checked(folder, *rows, decode=decode) == []
+
+
+@pytest.mark.parametrize(
+    "row, words",
+    [
+        ("x,P,test,0,none.png,,", ["none.png: not found"]),
+        ("x,P,test,0,bad.png,,", ["bad.png: not readable"]),
+        ("x,P,test,0,.,,", ["is a folder"]),
+        ("x,P,test,1,a.png,wide.png,", ["wide.png: size (5, 7) differs from (7, 5)"]),
+        ("x,P,test,0,a.png,,wide.png", ["wide.png: size (5, 7) differs from (7, 5)"]),
+        ("x,P,test,1,a.png,none.png,bad.png", ["none.png: not found", "bad.png: not readable"]),
+        ("x,P,test,0,none.png;bad.png;a.png,,", ["none.png: not found", "bad.png: not readable"]),
+        ("x,P,test,0,a.png;wide.png,,", ["wide.png: size (5, 7) differs from (7, 5)"]),
+        ("x,P,test,0,none.png,bad.png,", ["none.png: not found", "bad.png: not readable"]),
+        ("x,P,test,0,rgb.png,,", ["2D with 3 channels where most are 2D with 1"]),
+        ("x,P,test,0,a.png;b.png,,", ["2D with 2 channels where most are 2D with 1"]),
+        ("x,P,test,0,a.png,m.png,", ["the mask marks 4 values and the label is 0"]),
+        ("x,P,test,1,a.png,zero.png,", ["the mask marks 0 values and the label is 1"]),
+        ("x,P,test,0,a.png,,zero.png", ["the region marks nothing"]),
+    ],
+)
+def test_each_fault_of_a_file_is_one_line_with_the_case(folder, row, words):
+    lines = checked(folder, *GOOD[:4], row)
+    assert len(lines) == len(words)
+    for line, word in zip(lines, words, strict=True):
+        assert line.startswith(f"x: {folder}") and word in line and "\n" not in line
+
+
+def test_headers_alone_show_missing_files_and_other_sizes(folder):
+    lines = checked(folder, *GOOD[:4], "x,P,test,1,a.png;wide.png,none.png,wide.png", decode=False)
+    assert [line.split(": ")[1] for line in lines] == [
+        str(folder / name) for name in ("wide.png", "none.png", "wide.png", "a.png")
+    ]
+    assert "channels" in lines[3]
+
+
+@pytest.mark.parametrize(
+    "box, inside",
+    [("0 0 5 7", True), ("0 0 5.5 7", False), ("0 0 5 8", False), ("-1 0 4 4", False), ("0 0 0 1 1 1", False)],
+)
+def test_boxes_are_x_along_columns_and_must_lie_in_the_image(folder, box, inside):
+    row = f"x,P,test,1,a.png,,,{box}"
+    if len(box.split()) == 6:
+        row = row.replace("0 0 0 1 1 1", "0 0 0 5 7 1")
+    assert (checked(folder, row, head=f"{HEAD},boxes") == []) == inside
+
+
+def test_a_volume_among_pictures_is_told(folder):
+    from jmae.data.files import Image
+
+    write_map(folder / "v", np.ones((3, 4, 5)), Image(np.zeros((3, 4, 5, 1)), (1.0,) * 3, None, None))
+    (line,) = checked(folder, *GOOD[:4], "x,P,test,0,v.nii.gz,,")
+    assert "3D with 1 channels where most are 2D with 1" in line
+
+
+def test_phantom_rows_need_no_files():
+    rows = [Row(f"c{i}", "", "train", 0, (f"phantom:chest/{i}",)) for i in range(3)]
+    assert check_files(rows, workers=2) == []
+
+
+def test_names_with_spaces_and_other_scripts_are_opened(folder):
+    os.rename(folder / "a.png", folder / "胸部, снимок é.png")
+    with open(folder / "m.csv", "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([COLUMNS, ("x", "P", "test", "0", "胸部, снимок é.png", "", "")])
+    assert check_files(read_manifest(folder / "m.csv"), workers=1) == []

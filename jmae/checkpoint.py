@@ -92,7 +92,7 @@ def restore(
 
     Args:
         target: pytree of arrays or `jax.ShapeDtypeStruct`; gives the nesting, and the sharding where it has one
-            (the first device otherwise). NumPy leaves stay NumPy.
+            (the first device otherwise; replicated, with several processes). NumPy leaves stay NumPy.
         config: refused where it differs from the saved one; None: not compared.
         log: receives one line for every step that is damaged and passed over.
 
@@ -256,7 +256,7 @@ def _fault(path: Path, *, thorough: bool) -> str | None:
             return f"no {DIGESTS}: saving was interrupted" if there else "empty"
         if (path / DIGESTS).stat().st_size > LARGEST_DIGESTS_BYTES:
             return f"{DIGESTS} is damaged"
-        text = (path / DIGESTS).read_text()
+        text = (path / DIGESTS).read_bytes().decode()
         listed = json.loads(text)
         if listed["format"] != FORMAT:
             return f"{DIGESTS} has format {listed['format']!r}, expected {FORMAT}"
@@ -328,7 +328,7 @@ def _orbax(work: Callable[[ocp.Checkpointer], Any]) -> Any:
 
     Left alone, orbax, asyncio and tensorstore print a failed write again for every array and thread, some of it
     after the call has ended. So its threads are waited for, and its tasks collected, while their reports are muted;
-    the original exception is not chained because its traceback would keep those tasks alive.
+    the original exception is not chained, as its traceback would keep those tasks alive.
     """
     # Without compression: trained float32 shrinks by 8 %, and zstd takes longer than writing those 8 %.
     orbax = ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_compression=False))
@@ -345,7 +345,8 @@ def _orbax(work: Callable[[ocp.Checkpointer], Any]) -> Any:
             number = int(code[1]) if code else error.errno if isinstance(error, OSError) else None
             failure = ValueError(str(error)) if number is None else OSError(number, os.strerror(number))
         for thread in set(threading.enumerate()) - threads:
-            thread.join(60)
+            with contextlib.suppress(Exception):  # orbax's threads raise their own error again when joined
+                thread.join(60)
         gc.collect()
     finally:
         sys.unraisablehook = hook

@@ -41,9 +41,7 @@ VISIBLE = 0.5 / 255  # the smallest change that survives rounding to 8 bits
 # ------------------------------------------------------------------------------------------ host
 
 
-def lung_field(
-    image: Float[np.ndarray, "h w c"], share: tuple[float, float] = FIELD_SHARE
-) -> Bool[np.ndarray, "h w"]:
+def lung_field(image: Float[np.ndarray, "h w c"], share: tuple[float, float] = FIELD_SHARE) -> Bool[np.ndarray, "h w"]:
     """The lungs of a chest X-ray in [0, 1], lungs dark (MONOCHROME2): where AnatPaste may paste.
 
     CLAHE, Otsu, the dark side without the darkest value, opening, parts that touch the border removed,
@@ -135,12 +133,11 @@ def draw(
     # blur of the largest centred box inside the shape.
     source = image[tuple((candidates.corner + edges // 2).T)]
     pasted = jax.vmap(colour_jitter)(source, patch_mean(image, candidates), candidates)
-    half = half_extents(edges, size, margin)
-    inscribed = jnp.where(candidates.ellipse[:, None], (half + 0.5) / np.sqrt(2), half)
+    rim = reach(edges, size, margin)
+    inscribed = jnp.ceil(jnp.where(candidates.ellipse[:, None], rim / np.sqrt(2), rim)) - 0.5
     deviation = jnp.maximum(candidates.blur[:, None] * n / REFERENCE, 1e-3)
-    peak = jnp.prod(jax.scipy.special.erf((jnp.floor(inscribed) + 0.5) / deviation / np.sqrt(2)), axis=1)
+    peak = jnp.prod(jax.scipy.special.erf(jnp.maximum(inscribed, 0) / deviation / np.sqrt(2)), axis=1)
     change = jnp.abs(pasted - image[tuple(centre)]).max(axis=1) * peak * candidates.fill / 255
-    change = jnp.where(jnp.all(half >= 0, axis=1), change, 0)
     good = jnp.all(edges > 2 * margin * n / REFERENCE, axis=1) & (change >= VISIBLE)
     taken = jnp.where(good.any(), jnp.argmax(good), jnp.argmax(change))
     return jax.tree.map(lambda values: values[taken], candidates)
@@ -164,13 +161,13 @@ def apply(
     inside = jnp.ones(size, bool)
     squares: Any = 0.0
     patch = jnp.ones(size, bool)
-    for axis, half in enumerate(half_extents(p.edges, size, margin)):
+    for axis, rim in enumerate(reach(p.edges, size, margin)):
         offset = jax.lax.broadcasted_iota(jnp.int32, size, axis) - p.centre[axis]
-        inside &= jnp.abs(offset) <= half
-        squares += (offset / (half + 0.5)) ** 2  # Pillow's ellipse fills the pixels of its box to their rim
+        inside &= jnp.abs(offset) < rim
+        squares += (offset / rim) ** 2
         first = -(p.edges[axis] // 2)
         patch &= (offset >= first) & (offset < first + p.edges[axis])
-    shape = inside & (~p.ellipse | (squares <= 1))
+    shape = inside & (~p.ellipse | (squares < 1))
 
     soft = shape.astype(image.dtype)
     for axis, n in enumerate(size):
@@ -217,9 +214,13 @@ def true_pixel(mask: Bool[Array, "*size"], u: Float[Array, ""]) -> Int[Array, " 
     return jnp.stack(index)
 
 
-def half_extents(edges: Int[Array, "*k d"], size: tuple[int, ...], margin: float) -> Float[Array, "*k d"]:
-    """Pixels from the centre to the shape's last pixel, each way; negative where no shape is left."""
-    return edges // 2 - margin * jnp.asarray(size, jnp.float32) / REFERENCE
+def reach(edges: Int[Array, "*k d"], size: tuple[int, ...], margin: float) -> Float[Array, "*k d"]:
+    """Pixels from the paste's centre to the shape's rim, each way; not positive where no shape is left.
+
+    At 256 pixels the shape has edge // 2 - margin whole pixels on each side of the centre pixel; its rim is half
+    a pixel further, which is also the radius of the ellipse that Pillow fills.
+    """
+    return edges // 2 - margin * jnp.asarray(size, jnp.float32) / REFERENCE + 0.5
 
 
 def patch_mean(image: Float[Array, "h w c"], parameters: Parameters) -> Float[Array, " k"]:

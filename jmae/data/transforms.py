@@ -149,9 +149,7 @@ def random_resized_crop(
     return crop_resized(image, *crop_box(key, image.shape[:-1], scale, aspect))
 
 
-def random_flip(
-    image: Float[Array, "*size c"], key: PRNGKeyArray, axes: Sequence[int]
-) -> Float[Array, "*size c"]:
+def random_flip(image: Float[Array, "*size c"], key: PRNGKeyArray, axes: Sequence[int]) -> Float[Array, "*size c"]:
     """Mirrors each of the space `axes` (0 is the first) with probability 1/2, independently."""
     for axis, coin in zip(axes, jax.random.bernoulli(key, 0.5, (len(axes),)), strict=True):
         image = jnp.where(coin, jnp.flip(image, axis), image)

@@ -413,10 +413,61 @@ for trial in range(trials):
 """
 
 
+KILLED_AT = """
+import os, signal, sys, warnings
+from pathlib import Path
+import test_checkpoint as t
+warnings.filterwarnings("ignore", "os.fork")
+prepared, trials, step = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+
+def save_and_die(folder, moment):
+    left = [moment]
+    state = t.make_state(step)
+    def hook(event, arguments):  # open, os.rename, os.mkdir, os.remove, os.rmdir, os.listdir, os.scandir, ...
+        if (event == "open" or event.startswith("os.")) and arguments and str(folder) in str(arguments[0]):
+            left[0] -= 1
+            if left[0] < 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+    sys.addaudithook(hook)
+    t.save(folder, step, keep=1)
+    os._exit(0)
+
+for moment in map(int, sys.argv[4:]):
+    folder = trials / str(moment)
+    t.shutil.copytree(prepared, folder)
+    pid = os.fork() or save_and_die(folder, moment)
+    print(moment, os.waitpid(pid, 0)[1], flush=True)
+"""
+
+
+def check_saves_killed_at(tmp_path: Path, step: int, moments: list[int]) -> list[int]:
+    """Kills a save of `step` (over steps 1 and 2, which it replaces) at its n-th use of the folder; exit codes."""
+    save(tmp_path / "prepared", 1, 2)
+    done = run(KILLED_AT, tmp_path / "prepared", tmp_path / "trials", step, *moments)
+    assert done.returncode == 0, done.stderr
+    codes = [int(line.split()[1]) for line in done.stdout.splitlines()]
+    assert len(codes) == len(moments)
+    for moment, code in zip(moments, codes, strict=True):
+        folder = tmp_path / "trials" / str(moment)
+        found, lines = restored(folder)
+        assert found in ({step} if code == 0 else {2, step}), moment
+        assert lines == [], moment
+        save(folder, step, keep=1)
+        assert restored(folder) == (step, [])
+        shutil.rmtree(folder)
+    return codes
+
+
+@pytest.mark.parametrize("step", [2, 3])
+def test_a_save_killed_at_any_use_of_its_folder_leaves_a_complete_step(step, tmp_path):
+    codes = check_saves_killed_at(tmp_path, step, [5, 90, 104, 1000])
+    assert codes[0] != 0 and codes[-1] == 0
+
+
 def test_a_save_killed_at_any_moment_leaves_a_complete_step(tmp_path):
-    done = run(KILLED, tmp_path, 4, 0)
+    done = run(KILLED, tmp_path, 2, 0)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert len(done.stdout.split()) == 4
+    assert len(done.stdout.split()) == 2
 
 
 EIGHT = """

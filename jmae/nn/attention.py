@@ -1,9 +1,10 @@
 """Softmax attention, one function for every network and device."""
 
-from math import ceil, prod
+from math import ceil
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Float
 
@@ -15,13 +16,49 @@ def attention(
 ) -> Float[Array, "b n h d"]:
     """softmax(q k^T / sqrt(d)) v, for each head; softmax in float32.
 
-    The platform decides the form when the program is lowered: cuDNN's flash kernel on NVIDIA GPUs in half
-    precision, `jax.nn.dot_product_attention` on other accelerators, `_cpu` on the CPU.
+    The platform decides the form when the program is lowered: cuDNN's flash kernel on NVIDIA GPUs where it may
+    run, `jax.nn.dot_product_attention` on other accelerators, `_cpu` on the CPU.
     """
-    half = q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] % 8 == 0
-    flash = lambda q, k, v: jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
     plain = lambda q, k, v: jax.nn.dot_product_attention(q, k, v)
-    return jax.lax.platform_dependent(q, k, v, cpu=_cpu, cuda=flash if half else plain, default=plain)
+    cuda = _flash if _flash_may_run(q) else plain
+    return jax.lax.platform_dependent(q, k, v, cpu=_cpu, cuda=cuda, default=plain)
+
+
+def _flash_may_run(q: Array) -> bool:
+    """Half precision, heads of 8, 16, ... 128 channels, NVIDIA GPUs from Ampere on. Asked of the devices of this
+    process, since JAX raises at tracing where it finds no cuDNN, even in programs for a CPU or a TPU."""
+    device = jax.local_devices()[0]
+    half = q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
+    return half and "cuda" in device.client.platform_version and float(device.compute_capability) >= 8
+
+
+def _flash(q: Array, k: Array, v: Array) -> Array:
+    return jax.nn.dot_product_attention(*_together(q, k, v), implementation="cudnn")
+
+
+@jax.custom_vjp
+def _together(*arrays: Array) -> tuple[Array, ...]:
+    """The identity; under vmap all arrays become mapped ones, since cuDNN's kernel refuses a mix (keys and values
+    that all replicates share)."""
+    return _mapped(*arrays)
+
+
+@custom_vmap
+def _mapped(*arrays: Array) -> tuple[Array, ...]:
+    return arrays
+
+
+@_mapped.def_vmap
+def _(size: int, batched: list[bool], *arrays: Array) -> tuple[tuple[Array, ...], tuple[bool, ...]]:
+    return _mapped(*_broadcast(size, batched, arrays)), (True,) * len(arrays)
+
+
+_together.defvjp(lambda *arrays: (_together(*arrays), None), lambda _, gradients: tuple(gradients))
+
+
+def _broadcast(size: int, batched: list[bool], arrays: tuple[Array, ...]) -> tuple[Array, ...]:
+    both = zip(arrays, batched, strict=True)
+    return tuple(x if b else jnp.broadcast_to(x, (size, *x.shape)) for x, b in both)
 
 
 def _cpu(q: Array, k: Array, v: Array) -> Array:
@@ -40,7 +77,7 @@ def _attend(q: Float[Array, "g n d"], k: Float[Array, "g m d"], v: Float[Array, 
 
 
 def _fwd(q: Array, k: Array, v: Array) -> tuple[Array, tuple[Array, ...]]:
-    out, lse = _forward(q, k, v)
+    out, lse = (checkpoint_name(x, "attention") for x in _forward(q, k, v))
     return out, (q, k, v, out, lse)
 
 
@@ -90,9 +127,8 @@ def _folded(f):
     f = custom_vmap(f)
 
     @f.def_vmap
-    def rule(size, batched, *arrays):
-        whole = [x if b else jnp.broadcast_to(x, (size, *x.shape)) for x, b in zip(arrays, batched, strict=True)]
-        out = f(*(x.reshape(prod(x.shape[:2]), *x.shape[2:]) for x in whole))
+    def rule(size: int, batched: list[bool], *arrays: Array) -> tuple[tuple[Array, ...], tuple[bool, ...]]:
+        out = f(*(x.reshape(-1, *x.shape[2:]) for x in _broadcast(size, batched, arrays)))
         return tuple(x.reshape(size, -1, *x.shape[1:]) for x in out), (True,) * len(out)
 
     return f

@@ -1,0 +1,240 @@
+"""AMAE against its specification."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from ml_collections import ConfigDict
+
+from configs import amae as recipe
+from jmae.data import phantoms
+from jmae.errors import InputError
+from jmae.patches import patchify
+from jmae.system import load_system
+from jmae.systems.amae import VARIANTS, pseudo_labels
+
+KEY = jax.random.key(0)
+
+
+def config(**changes) -> ConfigDict:
+    c = recipe.get_config("smoke")
+    c.data.size, c.model.patch = (32, 32), (8, 8)
+    for name, value in changes.items():
+        c.update_from_flattened_dict({name.replace("__", "."): value})
+    return c
+
+
+def batch(n: int = 16, seed: int = 0) -> dict:
+    rng = np.random.default_rng(seed)
+    lungs = np.zeros((n, 32, 32), bool)
+    lungs[:, 6:26, 4:14] = lungs[:, 6:26, 18:28] = True
+    return {
+        "image": jnp.asarray(rng.uniform(size=(n, 32, 32, 1)), jnp.float32),
+        "index": jnp.arange(n),
+        "case": jnp.asarray(rng.integers(0, 2**32, (n, 2)), jnp.uint32),
+        "lungs": jnp.asarray(lungs),
+    }
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """(stages by name, results) of the whole system, a step each."""
+    system = load_system(config())
+    results, stages = {}, {stage.name: stage for stage in system.stages}
+    for name, stage in stages.items():
+        state = stage.init(KEY, results, 16)
+        step = jax.jit(lambda s, b, k, stage=stage: stage.step(s, b, k, steps=10))
+        for k in range(2):
+            state, _ = step(state, batch(seed=k), jax.random.fold_in(KEY, k))
+        results[name] = {"params": state.params, "stats": state.stats}
+    return stages, results
+
+
+def leaves_equal(a, b) -> bool:
+    return all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+
+
+# --- the recipe's sizes -------------------------------------------------------------------------------------------
+
+
+def test_the_paper_preset_has_the_papers_parameter_counts():
+    system = load_system(recipe.get_config("paper"))
+    pretrain, proxy = (jax.eval_shape(lambda s=s: s.init(KEY, FAKE, 1)) for s in system.stages[:2])
+    count = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))
+    decoder = {k: v for k, v in pretrain.params.items() if k.startswith(("decoder", "mask", "predict"))}
+    assert count(pretrain.params) == 28_487_424
+    assert count(decoder) == 6_897_408
+    assert count(proxy.params) == 264_322
+
+
+FAKE = {"pretrain": {"params": {}, "stats": {}}}
+
+
+def test_the_paper_preset_keeps_49_of_196_patches_and_the_papers_schedule():
+    c = recipe.get_config("paper")
+    assert int(14 * 14 * (1 - c.adapt.mask_ratio)) == 49
+    assert (c.adapt.masks, c.adapt.test_masks, c.adapt.batch, c.adapt.epochs, c.adapt.lr) == (2, 4, 16, 150, 2.5e-4)
+    stages = {stage.name: stage for stage in load_system(c).stages}
+    assert stages["proxy"].steps(3851) == 36_000  # 240 steps an epoch, the last incomplete batch dropped
+    assert stages["module_a"].steps(4651) == 290 * 150
+
+
+# --- pseudo-labels (section 5) ------------------------------------------------------------------------------------
+
+
+def test_the_more_confident_half_of_each_predicted_class_is_kept():
+    p1 = np.random.default_rng(0).permutation(np.linspace(0.01, 0.99, 41))
+    predicted, kept = pseudo_labels(p1, 50)
+    assert np.array_equal(predicted, p1 > 0.5)
+    for c, confidence in ((0, 1 - p1), (1, p1)):
+        of = predicted == c
+        assert kept[of].sum() == -(-of.sum() // 2)
+        assert confidence[of & kept].min() >= confidence[of & ~kept].max()
+
+
+def test_ties_at_the_threshold_are_kept_and_a_lone_class_keeps_all():
+    assert pseudo_labels(np.array([0.9, 0.8, 0.8, 0.8, 0.1]), 50)[1].tolist() == [True] * 5
+    assert pseudo_labels(np.array([0.9, 0.8, 0.7, 0.6]), 50)[1].tolist() == [True, True, False, False]
+
+
+def test_the_other_reading_takes_percentiles_over_all_and_drops_what_both_classes_select():
+    predicted, kept = pseudo_labels(np.array([0.1, 0.2, 0.3, 0.4, 0.45]), 50, "all")
+    # median of p1 is 0.3, of p0 is 0.7: both select the third image
+    assert predicted[kept].tolist() == [0, 0, 1, 1] and kept.tolist() == [True, True, False, True, True]
+    with pytest.raises(InputError, match="percentile_over"):
+        pseudo_labels(np.array([0.5]), 50, "none")
+
+
+def test_modules_train_on_disjoint_sets_and_the_labels_sweep_scores_every_image(trained):
+    stages, results = trained
+    rows = [row for row in phantoms.rows("chest") if row.split in ("train", "unlabeled")][248:272]
+    stats = {"p1": np.random.default_rng(0).uniform(size=sum(r.split == "unlabeled" for r in rows))}
+    fake = {**results, "labels": {"params": {}, "stats": stats}}
+    a, b = (stages[name].rows(rows, fake) for name in ("module_a", "module_b"))
+    assert not set(a) & set(b)
+    assert {i for i in range(len(rows)) if rows[i].split == "train"} <= set(a)
+    assert {rows[i].split for i in b} == {"unlabeled"}
+    table = stages["labels"].table(rows, fake)
+    kept = {line["id"] for line in table if line["kept"]}
+    assert kept == {rows[i].id for i in (*a, *b) if rows[i].split == "unlabeled"}
+    assert (results["labels"]["stats"]["p1"] > 0).all()  # every place was written
+
+
+# --- stages ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_encoder_stays_frozen_in_the_proxy_task_and_only_the_head_learns(trained):
+    stages, results = trained
+    stage = stages["proxy"]
+    state = stage.init(KEY, results, 16)
+    after, _ = jax.jit(lambda s: stage.step(s, batch(), KEY, steps=10)[0])(state._replace(step=jnp.int32(5))), None
+    assert leaves_equal(after.frozen, results["pretrain"]["params"])
+    assert not leaves_equal(after.params, state.params)
+    assert not leaves_equal(after.stats, state.stats)
+
+
+def test_the_proxy_loss_is_the_sum_of_two_mean_cross_entropies(trained):
+    """Eq. 2, with a head whose logits are known: all weights of its last layer 0, so both terms are log 2."""
+    stages, results = trained
+    state = stages["proxy"].init(KEY, results, 16)
+    state.params["out"]["kernel"] = jnp.zeros_like(state.params["out"]["kernel"])
+    _, metrics = stages["proxy"].step(state, batch(), KEY, steps=10)
+    assert float(metrics["loss"]) == pytest.approx(2 * np.log(2), rel=1e-6)
+    state.params["out"]["bias"] = jnp.array([1.0, 0.0])
+    _, metrics = stages["proxy"].step(state, batch(), KEY, steps=10)
+    both = optax.softmax_cross_entropy_with_integer_labels(jnp.array([[1.0, 0.0]] * 2), jnp.arange(2))
+    assert float(metrics["loss"]) == pytest.approx(float(both.sum()), rel=1e-6)
+
+
+def test_both_modules_start_from_the_pretrained_weights_and_move(trained):
+    stages, results = trained
+    for name in ("module_a", "module_b"):
+        assert leaves_equal(stages[name].init(KEY, results, 1).params, results["pretrain"]["params"])
+        assert not leaves_equal(results[name]["params"], results["pretrain"]["params"])
+
+
+def test_a_sample_is_masked_alike_wherever_it_stands_in_the_batch(trained):
+    stages, results = trained
+    stage = stages["module_a"]
+    state, whole = stage.init(KEY, results, 1), batch()
+    turned = {name: value[::-1] for name, value in whole.items()}
+    losses = [float(jax.jit(lambda b: stage.step(state, b, KEY, steps=10)[1]["loss"])(b)) for b in (whole, turned)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+# --- score (section 7) ------------------------------------------------------------------------------------------------
+
+
+def score(c, results, data):
+    return jax.jit(lambda r, b: load_system(c).score(r, b, KEY))(results, data)
+
+
+def test_equal_modules_have_no_discrepancy(trained):
+    _, results = trained
+    same = {**results, "module_b": results["module_a"]}
+    out = score(config(), same, batch(4))
+    assert not np.asarray(out["maps"]["stage2"]).any() and not np.asarray(out["scores"]["stage2"]).any()
+
+
+def test_the_score_is_the_mean_absolute_difference_of_mean_reconstructions(trained):
+    """Eq. 4 written out: the same four masks for both modules, visible patches pasted."""
+    from jmae.masking import case_keys, fold_in, hidden, random_mask
+    from jmae.nn.mae import MAE
+    from jmae.system import network
+
+    _, results = trained
+    c, data = config(), batch(3)
+    m = c.model
+    sizes = {k: m[k] for k in ("width", "depth", "heads", "decoder_width", "decoder_depth", "decoder_heads")}
+    _, bind = network(lambda rngs: MAE(size=(32, 32), patch=(8, 8), channels=1, **sizes, rngs=rngs))
+    image = np.asarray(data["image"])
+    image = (image - image.mean((1, 2, 3), keepdims=True)) / image.std((1, 2, 3), keepdims=True)
+    patches, means = patchify(jnp.asarray(image), (8, 8)), []
+    for name in ("module_a", "module_b"):
+        drawn = []
+        for j in range(4):
+            keep, restore = random_mask(fold_in(case_keys(KEY, data["case"]), j), 16, 4)
+            prediction = bind(results[name]["params"])(patches, keep, restore)
+            drawn.append(np.asarray(jnp.where(hidden(restore, 4)[..., None], prediction, patches)))
+        means.append(np.mean(drawn, axis=0))
+    expected = np.abs(means[0] - means[1]).mean((1, 2))
+    np.testing.assert_allclose(score(c, results, data)["scores"]["stage2"], expected, rtol=1e-4)
+
+
+def test_the_map_and_the_score_agree_and_every_score_is_given(trained):
+    _, results = trained
+    out = score(config(), results, batch(4))
+    assert set(out["scores"]) == {"mae", "mask_rec", "stage1", "stage2"}
+    for name, m in out["maps"].items():
+        assert m.shape == (4, 32, 32)
+        np.testing.assert_allclose(np.asarray(m).mean((1, 2)), out["scores"][name], rtol=1e-5)
+    assert ((np.asarray(out["scores"]["stage1"]) > 0) & (np.asarray(out["scores"]["stage1"]) < 1)).all()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_variant_scores_what_it_trained(variant, trained):
+    _, results = trained
+    c = config(variant=variant)
+    system = load_system(c)
+    out = score(c, {name: results[name] for name in system.uses}, batch(2))
+    assert system.primary in out["scores"]
+    assert {stage.name for stage in system.stages} == set(VARIANTS[variant])
+
+
+def test_the_variants_train_on_the_papers_sets(trained):
+    rows = [row for row in phantoms.rows("chest") if row.split in ("train", "unlabeled")]
+    of = lambda variant, name: next(s for s in load_system(config(variant=variant)).stages if s.name == name).rows(
+        rows, {}
+    )
+    normal = [i for i, row in enumerate(rows) if row.split == "train"]
+    unlabelled = [i for i, row in enumerate(rows) if row.split == "unlabeled"]
+    assert of("mask_rec", "module_a").tolist() == normal + unlabelled
+    assert of("no_pseudo", "module_a").tolist() == normal
+    assert of("no_pseudo", "module_b").tolist() == unlabelled
+    assert of("stage1", "proxy").tolist() == normal
+
+
+def test_a_wrong_variant_is_refused():
+    with pytest.raises(InputError, match="one of stage2, stage1"):
+        load_system(config(variant="stage3"))

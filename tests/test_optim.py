@@ -1,0 +1,54 @@
+"""The schedule and the optimiser."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jmae.losses import masked_mse
+from jmae.optim import adamw, warmup_cosine
+
+
+def test_the_schedule_is_linear_then_half_a_cosine():
+    schedule = warmup_cosine(2.0, warmup=10, steps=110, least=0.5)
+    at = lambda step: float(schedule(jnp.int32(step)))
+    assert at(0) == 0
+    assert at(5) == pytest.approx(1.0)
+    assert at(10) == pytest.approx(2.0)
+    assert at(60) == pytest.approx(1.25)
+    assert at(35) == pytest.approx(0.5 + 1.5 * (1 + np.cos(np.pi / 4)) / 2)
+    assert at(110) == at(500) == pytest.approx(0.5)
+
+
+def test_adamw_equals_its_written_out_form_and_spares_biases_and_norms():
+    rng = np.random.default_rng(0)
+    start = {
+        "layer": {"kernel": rng.normal(size=(3, 2)), "bias": rng.normal(size=(4, 2))},
+        "norm": {"scale": np.ones(2)},
+    }
+    params = {k: {n: jnp.asarray(v, jnp.float32) for n, v in d.items()} for k, d in start.items()}
+    tx = adamw(0.1, betas=(0.9, 0.95), decay=0.05)
+    state = tx.init(params)
+    first = {k: {n: np.zeros_like(v) for n, v in d.items()} for k, d in start.items()}
+    second = {k: {n: np.zeros_like(v) for n, v in d.items()} for k, d in start.items()}
+    for t in range(1, 4):
+        grads = {k: {n: rng.normal(size=np.shape(v)) for n, v in d.items()} for k, d in start.items()}
+        updates, state = tx.update(
+            {k: {n: jnp.asarray(g, jnp.float32) for n, g in d.items()} for k, d in grads.items()}, state, params
+        )
+        params = {k: {n: v + updates[k][n] for n, v in d.items()} for k, d in params.items()}
+        for k, d in grads.items():
+            for n, g in d.items():
+                first[k][n] = 0.9 * first[k][n] + 0.1 * g
+                second[k][n] = 0.95 * second[k][n] + 0.05 * g**2
+                step = (first[k][n] / (1 - 0.9**t)) / (np.sqrt(second[k][n] / (1 - 0.95**t)) + 1e-8)
+                start[k][n] = start[k][n] - 0.1 * (step + (0.05 * start[k][n] if n == "kernel" else 0))
+    for k, d in start.items():
+        for n, v in d.items():
+            np.testing.assert_allclose(params[k][n], v, atol=1e-5)
+
+
+def test_the_masked_loss_ignores_visible_patches():
+    target = jnp.zeros((1, 4, 2))
+    prediction = jnp.array([[[1.0, 3.0], [100.0, 100.0], [2.0, 2.0], [-50.0, 0.0]]])
+    hidden = jnp.array([[True, False, True, False]])
+    assert float(masked_mse(prediction, target, hidden)[0]) == pytest.approx(((1 + 9) / 2 + 4) / 2)

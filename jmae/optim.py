@@ -29,7 +29,7 @@ def decayed(params: PyTree) -> PyTree:
 
 
 def adamw(
-    lr: float | Callable[[Array], Array], *, betas: tuple[float, float], decay: float
+    lr: float | Array | Callable[[Array], Array], *, betas: tuple[float, float], decay: float
 ) -> optax.GradientTransformation:
     """AdamW with decoupled decay scaled by the learning rate (PyTorch's form)."""
     return optax.adamw(lr, b1=betas[0], b2=betas[1], weight_decay=decay, mask=decayed)

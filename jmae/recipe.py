@@ -2,16 +2,15 @@
 
 import difflib
 import json
-from collections.abc import Iterator
+import math
+import runpy
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
 from jmae.errors import InputError
-
-CONFIGS = Path(__file__).parent.parent / "configs"
 
 
 def keys_of(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -23,61 +22,112 @@ def keys_of(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield f"{prefix}{key}", value
 
 
-def parse(argv: list[str], usage: str, **strings: str | None) -> flags.FlagValues:
-    """Flags of a command with a recipe: `--config`, its overrides, and `strings` (name -> default) as string flags.
+def arguments(argv: Sequence[str], usage: str, known: Sequence[str]) -> dict[str, str]:
+    """{NAME: VALUE} of a command line of `--NAME=VALUE` and `--NAME VALUE`; `--config.KEY` takes "=" alone, and without
+    a value is true. `--help` prints `usage` and exits 0.
 
-    Raises InputError for an unknown flag or recipe key (naming the nearest), a value of another type, a missing file or
-    preset. `--help` prints `usage` and exits 0.
+    Raises InputError for a flag that is neither `known` nor an override, naming the nearest, and for what is no flag.
     """
     if "--help" in argv or "-h" in argv:
         print(usage)
         raise SystemExit(0)
-    values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=["jmae", *argv])
-    for name, default in strings.items():
-        flags.DEFINE_string(name, default, "", flag_values=values)
-    recipe = next((a.split("=", 1)[1] for a in argv if a.startswith("--config=")), None)
-    if recipe is None and "--config" in argv and argv.index("--config") + 1 < len(argv):
-        recipe = argv[argv.index("--config") + 1]
-    if recipe is None:
-        raise InputError("no recipe: --config configs/NAME.py[:PRESET]")
-    file = Path(recipe.partition(":")[0])
-    if not file.is_file():
-        there = ", ".join(sorted(str(p) for p in file.parent.glob("*.py")))
-        raise InputError(f"{file}: no such recipe: one of {there or 'none there'}")
+    out, rest = {}, iter(argv)
+    for word in rest:
+        if not word.startswith("--"):
+            raise InputError(f"{word!r} is no flag: write --NAME=VALUE; flags: {', '.join(f'--{k}' for k in known)}")
+        name, equals, value = word.removeprefix("--").partition("=")
+        if name.startswith("config.") and "config" in known:
+            value = value if equals else "true"
+        elif name not in known:
+            raise InputError(f"--{name} is unknown: did you mean --{nearest(name, known)}?")
+        elif not equals and (value := next(rest, "--")).startswith("--"):
+            raise InputError(f"--{name} has no value: write --{name}=VALUE")
+        out[name] = value
+    return out
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """The most similar of the known names."""
+    return difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+
+
+def parse(argv: Sequence[str], usage: str, known: Sequence[str] = ()) -> tuple[ConfigDict, dict[str, str]]:
+    """The recipe that `--config` names with its overrides, and the other flags, of which `known` are allowed.
+
+    Raises InputError for an unknown flag or recipe key (naming the nearest), a value of another type, a missing file or
+    preset.
+    """
+    given = arguments(argv, usage, ["config", *known])
+    if "config" not in given:
+        raise InputError("no recipe: write --config=configs/NAME.py[:PRESET]")
+    config = load(given.pop("config"))
+    defaults = dict(keys_of(config))
+    for flag in [name for name in given if name.startswith("config.")]:
+        key, text = flag.removeprefix("config."), given.pop(flag)
+        if key not in defaults:
+            raise InputError(f"--{flag} is unknown: did you mean --config.{nearest(key, list(defaults))}?")
+        config.update_from_flattened_dict({key: typed(flag, text, defaults[key])})
+    return config, given
+
+
+def load(recipe: str) -> ConfigDict:
+    """`get_config(PRESET)` of FILE[:PRESET], the recipe's default without a preset."""
+    name, colon, preset = recipe.rpartition(":") if not Path(recipe).is_file() else (recipe, "", "")
+    file = Path(name if colon else recipe)
+    if not file.is_file() or file.suffix != ".py":
+        there = ", ".join(sorted(str(p) for p in (file if file.is_dir() else file.parent).glob("*.py")))
+        raise InputError(f"{file}: no recipe: there {f'are {there}' if there else 'is none'}")
     try:
-        rest = values(["jmae", *argv])[1:]
-    except flags.UnrecognizedFlagError as error:
-        raise InputError(unknown(error.flagname, recipe, strings)) from None
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
-        # Where the recipe itself raised, its message stands last, behind a traceback.
-        raise InputError(" ".join(str(error).split()).rpartition("Error: ")[2]) from None
-    if rest:
-        raise InputError(f"{rest[0]!r} is no flag: write --config.KEY=VALUE")
-    return values
+        names = runpy.run_path(str(file))
+        if "get_config" not in names:
+            raise ValueError("has no get_config(preset)")
+        return names["get_config"](*[preset] if preset else [])
+    except Exception as error:
+        what = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        raise InputError(f"{file}: {what}") from error
 
 
-def unknown(flag: str, recipe: str, strings: dict[str, str | None]) -> str:
-    """The one line for an unknown flag: what it may have meant."""
-    values = flags.FlagValues()
-    holder = config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=["jmae", f"--config={recipe}"])
-    values(["jmae", f"--config={recipe}"])
-    known = [f"config.{key}" for key, _ in keys_of(holder.value)] + ["config", "debug", *strings]
-    near = difflib.get_close_matches(flag, known, n=1, cutoff=0.0)
-    return f"--{flag} is unknown: did you mean --{near[0]}?"
+def typed(flag: str, text: str, default: Any) -> Any:
+    """The value that `text` means where the recipe has `default`; a tuple is written 64,64 or (64, 64)."""
+    if isinstance(default, str):
+        return text
+    if isinstance(default, tuple):
+        parts = [part.strip(" '\"") for part in text.strip(" ()[]").split(",")]
+        like = next((1.0 for d in default if isinstance(d, float)), default[0] if default else "")
+        return tuple(typed(flag, part, like) for part in parts if part)
+    words = {"true": True, "1": True, "false": False, "0": False}
+    try:
+        value = words[text.lower()] if isinstance(default, bool) else type(default)(text)
+        if not math.isfinite(value):
+            raise ValueError
+    except (KeyError, ValueError):
+        kind = {bool: "true or false", int: "a whole number", float: "a finite number"}[type(default)]
+        raise InputError(f"--{flag}: {text!r} is not {kind}, as {default} is") from None
+    return value
 
 
 def to_json(config: ConfigDict) -> str:
     """A recipe as JSON; tuples become lists."""
-    return json.dumps(config.to_dict(), indent=1, default=list)
+    return json.dumps(config.to_dict(), indent=1)
 
 
 def from_json(text: str) -> ConfigDict:
     """The recipe back from its JSON: data only, nothing is executed; lists become tuples again."""
 
     def tuples(value: Any) -> Any:
-        if isinstance(value, dict):
+        if isinstance(value, Mapping):
             return {k: tuples(v) for k, v in value.items()}
         return tuple(tuples(v) for v in value) if isinstance(value, list) else value
 
     return ConfigDict(tuples(json.loads(text)))
+
+
+def read(workdir: Path) -> ConfigDict:
+    """The recipe of a run folder; raises InputError where there is none."""
+    file = workdir / "config.json"
+    try:
+        return from_json(file.read_text(encoding="utf-8"))
+    except OSError:
+        raise InputError(f"{workdir}: no config.json: name the folder of a run (python -m jmae.train)") from None
+    except (ValueError, TypeError, RecursionError) as error:
+        raise InputError(f"{file}: is no recipe ({error}): restore it, or train again") from None

@@ -17,22 +17,30 @@ from ml_collections import ConfigDict
 
 from jmae import recipe
 from jmae.data.manifest import Row
+from jmae.errors import InputError
 
 # A checkpoint does not depend on these: they may change between a run and its continuation.
 FREE = ("log_every", "checkpoint_every", "tensorboard", "evaluation", "data.manifest", "data.unlabeled_labels")
 
 
 def log(line: str) -> None:
-    """One line on standard error."""
-    print(line, file=sys.stderr, flush=True)
+    """One line on standard error, of the first process alone."""
+    if jax.process_index() == 0:
+        print(line, file=sys.stderr, flush=True)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a text file under a temporary name and renames it: a reader sees the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Writes a text file under a temporary name and renames it: a reader sees the old file or the new one. Of several
+    processes the first writes. Raises InputError where that fails."""
+    if jax.process_index() != 0:
+        return
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        raise InputError(f"{path}: not written ({error.strerror or error}): free space or change the folder") from None
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -63,18 +71,7 @@ def digest(rows: Sequence[Row]) -> str:
 
 def describe_run(config: ConfigDict, workdir: Path) -> None:
     """Writes config.json and environment.json."""
-    libraries = (
-        "jmae",
-        "jax",
-        "jaxlib",
-        "flax",
-        "optax",
-        "orbax-checkpoint",
-        "grain",
-        "numpy",
-        "scipy",
-        "scikit-image",
-    )
+    libraries = "jmae jax jaxlib flax optax orbax-checkpoint grain numpy scipy scikit-image".split()
     environment = {
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -86,16 +83,30 @@ def describe_run(config: ConfigDict, workdir: Path) -> None:
     write_text(workdir / "environment.json", json.dumps(environment, indent=1))
 
 
+def read_history(file: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl; one torn by a kill is left out, its step comes again."""
+    lines = []
+    for text in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            continue
+    return lines
+
+
 def cut_history(file: Path, stage: str, step: int) -> None:
     """Drops the lines of a stage beyond `step`: its continuation writes them again."""
-    if not file.exists():
+    if file.exists():
+        kept = [line for line in read_history(file) if line["stage"] != stage or line["step"] <= step]
+        write_text(file, "".join(f"{json.dumps(line)}\n" for line in kept))
+
+
+def add_history(file: Path, line: Mapping[str, Any]) -> None:
+    """Appends a line to metrics.jsonl; raises InputError where that fails."""
+    if jax.process_index() != 0:
         return
-    kept = []
-    for text in file.read_text().splitlines():
-        try:
-            line = json.loads(text)
-        except json.JSONDecodeError:
-            continue  # torn by a kill; its step comes again
-        if line["stage"] != stage or line["step"] <= step:
-            kept.append(text)
-    write_text(file, "".join(f"{text}\n" for text in kept))
+    try:
+        with file.open("a", encoding="utf-8") as out:
+            out.write(json.dumps(line) + "\n")
+    except OSError as error:
+        raise InputError(f"{file}: not written ({error.strerror or error}): free space, then run again") from None

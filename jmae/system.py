@@ -84,7 +84,7 @@ def network(make: Callable[[nnx.Rngs], nnx.Module]) -> tuple[Callable[[Array], P
     graph, *_ = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))), nnx.Param, ...)
 
     def init(key: Array) -> tuple[PyTree, PyTree]:
-        _, params, stats = nnx.split(make(nnx.Rngs(params=key)), nnx.Param, ...)
+        params, stats = nnx.state(make(nnx.Rngs(params=key)), nnx.Param, ...)
         return nnx.to_pure_dict(params), nnx.to_pure_dict(stats)
 
     return init, lambda params, stats=None: nnx.merge(graph, params, stats or {})
@@ -92,7 +92,7 @@ def network(make: Callable[[nnx.Rngs], nnx.Module]) -> tuple[Callable[[Array], P
 
 def stats_of(module: nnx.Module) -> PyTree:
     """A network's batch statistics as a plain dict."""
-    return nnx.to_pure_dict(nnx.split(module, nnx.Param, ...)[2])
+    return nnx.to_pure_dict(nnx.state(module, nnx.Param, ...)[1])
 
 
 def steps_of(section: ConfigDict, budget: float) -> Callable[[int], int]:

@@ -1,15 +1,14 @@
 """python -m jmae.train --config configs/NAME.py[:PRESET] [--workdir DIR] [--config.KEY=VALUE ...] [--debug]
 
 Trains every stage of a system, picks up where an interrupted run stopped, and evaluates the test split where it has
-labels. Exit codes: 0 done; 2 the input or the environment is wrong; 3 a loss was not finite, last good step kept; 143
-stopped by SIGTERM after saving.
+labels. The run folder is runs/SYSTEM where none is named. Exit codes: 0 done; 2 the input or the environment is wrong;
+3 a loss was not finite, last good step kept; 143 stopped by SIGTERM after saving.
 """
 
-import json
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -18,24 +17,26 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import PyTree
+from jaxtyping import Array, Bool, PyTree
 from ml_collections import ConfigDict
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from jmae import checkpoint, recipe
 from jmae.data.loader import Images, batches, load_rows
 from jmae.errors import InputError, NonFiniteLoss, Stopped, exit_code
 from jmae.evaluate import evaluate
-from jmae.run_folder import cut_history, describe_run, digest, fixed, log, write_csv
-from jmae.sharding import device_mesh, place_batch, replicated
+from jmae.run_folder import add_history, cut_history, describe_run, digest, fixed, log, write_csv
+from jmae.sharding import device_mesh, keep_compiled, place_batch, replicated
 from jmae.system import Results, Stage, State, System, load_system, split_replicates, stage_keys
+
+SECONDS_BETWEEN_LINES = 10  # where standard error is no terminal
 
 
 def main(argv: list[str]) -> int:
-    flags = recipe.parse(argv, __doc__, workdir=None)
-    config = flags.config
-    workdir = Path(flags.workdir or f"runs/{config.system}")
+    config, flags = recipe.parse(argv, __doc__, ["workdir"])
+    keep_compiled()
+    workdir = Path(flags.get("workdir", f"runs/{config.system}"))
     with checkpoint.workdir_lock(workdir):
         return run(config, workdir)
 
@@ -43,14 +44,15 @@ def main(argv: list[str]) -> int:
 def run(config: ConfigDict, workdir: Path) -> int:
     """Trains and evaluates in `workdir`; the caller holds its lock."""
     system = load_system(config)
-    rows = load_rows(config)
-    describe_run(config, workdir)
+    if config.tensorboard:
+        board()
+    rows = load_rows(config, log)
     images = Images([row for row in rows if row.split in ("train", "unlabeled")], config, workdir / "cache")
     train(config, system, images, workdir)
-    if not any(row.split == "test" and row.label is not None for row in rows):
-        print("the test split has no labels: no evaluation")
-        return 0
-    evaluate(config, system, rows, workdir, split="test", out=workdir / "evaluation")
+    if any(row.split == "test" and row.label is not None for row in rows):
+        evaluate(config, system, rows, workdir, split="test", out=workdir / "evaluation")
+    else:
+        log("no test row has a label: not evaluated")
     return 0
 
 
@@ -73,16 +75,14 @@ def train_stage(
     """One stage from its newest sound checkpoint, or from its start, to its last step.
 
     Resume order: 1. rows and steps from the manifest and the earlier stages' results; 2. a fresh state; 3. the newest
-    sound checkpoint over it; 4. the data iterator's position from there; 5. metrics.jsonl cut back to that step.
+    sound checkpoint over it; 4. metrics.jsonl cut back to that step; 5. the data iterator's position.
     """
-    n = config.replicates
-    folder = workdir / "checkpoints" / stage.name
+    n, name, folder = config.replicates, stage.name, workdir / "checkpoints" / stage.name
     tables = [stage.rows(images.rows, part) for part in split_replicates(results, n)]
     if not min(len(table) for table in tables):
-        raise InputError(f"stage {stage.name}: no rows to train on: see the manifest's splits")
+        raise InputError(f"stage {name}: no rows to train on: give the manifest rows of its splits")
     steps = round(np.mean([stage.steps(len(table)) for table in tables]))
-    keys = stage_keys(config, number)
-    mesh = device_mesh()
+    keys, mesh = stage_keys(config, number), device_mesh()
 
     def init(key: Any, results: Results) -> State:
         return stage.init(key, results, len(tables[0]))
@@ -91,71 +91,76 @@ def train_stage(
     frozen = state.frozen
     identity = {"recipe": fixed(config), "rows": digest(images.rows)}
     found = checkpoint.restore(folder, state._replace(frozen={}), config=identity, log=log)
-    position, start = None, 0
+    if number == 0:  # not before a folder of another configuration is refused, and stays as it is
+        describe_run(config, workdir)
+    start = 0
+    position: dict[str, Any] = {}
     if found:
         start, saved, position = found
         state = saved._replace(frozen=frozen)
     elif number == 0 and config.model.weights:
-        state = adopt(Path(config.model.weights), stage, state, n)
-        start = steps
+        state, start = adopt(Path(config.model.weights), name, state, n), steps
         checkpoint.save(folder, steps, state._replace(frozen={}), {}, config=identity)
     history = workdir / "metrics.jsonl"
-    cut_history(history, stage.name, start)
+    cut_history(history, name, start)
     if start >= steps:
-        log(f"{stage.name}: done before, {start} steps")
+        log(f"{name}: done before, {start} steps")
         return state
 
-    short = [len(table) for table in tables if len(table) < stage.batch]
-    if short:
-        log(f"warning: {stage.name}: {min(short)} rows are fewer than a batch of {stage.batch}: rows repeat within it")
+    if (least := min(len(table) for table in tables)) < stage.batch:
+        log(f"warning: {name}: {least} images are fewer than a batch of {stage.batch}: they repeat within it")
     seeds = [config.seed + r for r in range(n)]
     iterator = batches(images, tables, batch=stage.batch, seeds=seeds, shuffle=stage.shuffle, host=stage.host)
     if position:
-        iterator.set_state(position)
-    log(f"{stage.name}: {len(tables[0])} images, steps {start} to {steps}, batch {stage.batch}")
-
+        iterator.set_state(position["data"])
     step = compiled_step(stage.step, steps, n)
-    pending: list[tuple[int, np.ndarray, dict]] = []
+    pending: list[tuple[int, np.ndarray, dict]] = []  # steps whose metrics are still on the device
+    seen: list[dict[str, float]] = position.get("seen", [])  # metrics since the last line
     saved_at = start
 
-    def flush() -> None:
-        """Fetches the pending steps' metrics; one that is not finite ends the run."""
-        fetched = jax.device_get([metrics for _, _, metrics in pending])
-        for (k, index, _), metrics in zip(pending, fetched, strict=True):
-            bad = [name for name, value in metrics.items() if not np.isfinite(value).all()]
-            if bad:
-                ids = ", ".join(images.rows[i].id for i in tables[0][np.ravel(index) % len(tables[0])][:4])
+    def look(some: Sequence[tuple[int, np.ndarray, dict]]) -> None:
+        """Fetches the metrics of steps; ends the run at one that is not finite; writes a line every `log_every`."""
+        for (k, index, _), metrics in zip(some, jax.device_get([metrics for *_, metrics in some]), strict=True):
+            if bad := [metric for metric, value in metrics.items() if not np.isfinite(value).all()]:
+                r = int(np.argmin(np.isfinite(metrics[bad[0]])))  # the first bad replicate
+                rows = tables[r][np.atleast_2d(index)[r] % len(tables[r])]
                 raise NonFiniteLoss(
-                    f"stage {stage.name}, step {k}: {' and '.join(bad)} not finite (batch of {ids}, ...): lower the"
-                    f" stage's lr or mend these images; step {saved_at} is kept in {folder}"
+                    f"stage {name}, step {k}: {' and '.join(bad)} not finite; batch: "
+                    f"{', '.join(images.rows[i].id for i in rows)}; {kept()}"
                 )
-        if fetched:
-            means = {name: float(np.mean([m[name] for m in fetched])) for name in fetched[0]}
-            line = {"stage": stage.name, "step": pending[-1][0], **means, "time": round(time.time(), 3)}
-            with history.open("a") as file:
-                file.write(json.dumps(line) + "\n")
-            show(line)
-        pending.clear()
+            seen.append({metric: float(np.mean(value)) for metric, value in metrics.items()})
+            if k % config.log_every == 0 or k == steps:
+                line = {"stage": name, "step": k} | {m: float(np.mean([s[m] for s in seen])) for m in seen[0]}
+                add_history(history, line | {"time": round(time.time(), 3)})
+                show(line)
+                draw(line)
+                seen.clear()
 
-    def save(k: int) -> None:
-        nonlocal saved_at
-        checkpoint.save(folder, k, state._replace(frozen={}), iterator.get_state(), config=identity)
-        saved_at = k
+    def kept() -> str:
+        what = f"step {saved_at} is kept in {folder}" if saved_at else "no step was saved yet"
+        return f"{what}: lower the stage's lr, or mend these images"
 
-    with progress(stage.name, start, steps, config) as show, stop_requested() as stopped:
+    log(f"{name}: {len(tables[0])} images, steps {start} to {steps}, batch {stage.batch}")
+    with progress(name, start, steps) as show, drawing(config, workdir, name, start) as draw, sigterm() as stopped:
         for k in range(start + 1, steps + 1):
             batch = next(iterator)
-            placed = place_batch(batch, mesh, axis=int(n > 1))
-            state, metrics = step(state, placed, keys)
-            # Metrics are fetched while the next step runs; a state is saved only after all its losses were looked at.
-            if len(pending) == config.log_every:
-                flush()
+            state, metrics = step(state, place_batch(batch, mesh, axis=int(n > 1)), keys)
             pending.append((k, batch["index"], metrics))
-            if k % config.checkpoint_every == 0 or k == steps or stopped():
-                flush()
-                save(k)
-            if stopped():
-                raise Stopped(f"stopped by SIGTERM: stage {stage.name}, step {k} saved in {folder}")
+            stop = stopped()
+            if k % config.checkpoint_every == 0 or k == steps or stop:
+                # A state is saved only after its losses and its weights were looked at.
+                look(pending)
+                pending.clear()
+                if not finite(state._replace(frozen={})):
+                    raise NonFiniteLoss(f"stage {name}, step {k}: weights not finite; {kept()}")
+                position = {"data": iterator.get_state(), "seen": seen}
+                checkpoint.save(folder, k, state._replace(frozen={}), position, config=identity)
+                saved_at = k
+            elif len(pending) > config.log_every:  # the newest step goes on while the others' metrics are fetched
+                look(pending[:-1])
+                del pending[:-1]
+            if stop:
+                raise Stopped(f"stopped by SIGTERM: stage {name}, step {k} saved in {folder}: run again to go on")
     return state
 
 
@@ -169,25 +174,33 @@ def compiled_step(step: Callable, steps: int, n: int) -> Callable:
     return jax.jit(one if n == 1 else jax.vmap(one), donate_argnums=0)
 
 
-def adopt(workdir: Path, stage: Stage, state: State, n: int) -> State:
+@jax.jit
+def finite(tree: PyTree) -> Bool[Array, ""]:
+    """Whether every number of a tree is finite."""
+    return jnp.all(jnp.array([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]))
+
+
+def adopt(workdir: Path, stage: str, state: State, n: int) -> State:
     """The first stage's parameters from another run folder; one set serves all replicates."""
-    folder = workdir / "checkpoints" / stage.name
-    if not checkpoint.steps(folder):
-        raise InputError(f"model.weights: {folder} has no finished stage: name the folder of an earlier run")
-    single = state if n == 1 else jax.tree.map(lambda x: x[0], state)
-    _, saved, _ = checkpoint.restore(folder, single._replace(frozen={}), config=None, log=log)  # type: ignore[misc]
-    log(f"{stage.name}: taken over from {folder}")
+    folder = workdir / "checkpoints" / stage
+    single = (state if n == 1 else jax.tree.map(lambda x: x[0], state))._replace(frozen={})
+    found = checkpoint.restore(folder, single, config=None, log=log)
+    if not found:
+        raise InputError(f"model.weights: {folder} has no checkpoint: name the folder of an earlier run")
+    step, saved, _ = found
+    log(f"{stage}: taken over from {folder}, step {step}")
     params = saved.params if n == 1 else jax.tree.map(lambda x: jnp.stack([x] * n), saved.params)
-    return state._replace(params=params)
+    return state._replace(params=jax.device_put(params, jax.tree.map(lambda x: x.sharding, state.params)))
 
 
 # --- signs of life --------------------------------------------------------------------------------------------------
 
 
 @contextmanager
-def stop_requested():
-    """Gives a function that tells whether SIGTERM has arrived."""
-    arrived = []
+def sigterm() -> Iterator[Callable[[], bool]]:
+    """Gives a function that tells whether SIGTERM has arrived. Elsewhere the signal ends the process at once, which a
+    shell sees as 143 too: nothing but these steps is lost with it."""
+    arrived: list[bool] = []
     before = signal.signal(signal.SIGTERM, lambda *_: arrived.append(True))
     try:
         yield lambda: bool(arrived)
@@ -196,46 +209,56 @@ def stop_requested():
 
 
 @contextmanager
-def progress(stage: str, start: int, steps: int, config: ConfigDict):
-    """Gives a function that shows a line of metrics: a bar on a terminal, else a plain line about every 10 seconds."""
-    console = Console(stderr=True)
-    began, last = time.monotonic(), [0.0]
+def progress(stage: str, start: int, steps: int) -> Iterator[Callable[[Mapping], None]]:
+    """Gives a function that shows a line of metrics: a bar on a terminal, else now and then a plain line."""
+    console, marks, shown = Console(stderr=True), [], [-1e9]
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[text]}"))
+    terminal = console.is_terminal and jax.process_index() == 0
+    with Progress(*columns, console=console, disable=not terminal) as bar:
+        task = bar.add_task(stage, total=steps, completed=start, text="compiling")
 
-    def rate(step: int) -> float:
-        return (step - start) / max(time.monotonic() - began, 1e-9)
+        def show(line: Mapping) -> None:
+            now, step = time.monotonic(), line["step"]
+            marks.append((now, step))  # the rate is that since the first line: without the compilation
+            seconds, done = now - marks[0][0], step - marks[0][1]
+            pace = f"  {done / seconds:.2f} steps/s  {(steps - step) * seconds / done:.0f} s left" if done else ""
+            if terminal:
+                bar.update(task, completed=step, text=headline(line) + pace)
+            elif now - shown[0] > SECONDS_BETWEEN_LINES or step == steps:
+                shown[0] = now
+                log(f"{stage} {step}/{steps}  {headline(line)}{pace}")
 
-    if console.is_terminal:
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[text]}"),
-        )
-        with Progress(*columns, TimeRemainingColumn(), console=console) as bar:
-            task = bar.add_task(stage, total=steps, completed=start, text="compiling")
-
-            def show(line: dict) -> None:
-                text = f"{rate(line['step']):.1f} steps/s  {headline(line)}"
-                bar.update(task, completed=line["step"], text=text)
-
-            yield show
-        return
-
-    def plain(line: dict) -> None:
-        now = time.monotonic()
-        if now - last[0] > 10 or line["step"] == steps:
-            last[0] = now
-            left = (steps - line["step"]) / rate(line["step"])
-            log(
-                f"{stage} {line['step']}/{steps}  {rate(line['step']):.2f} steps/s  {headline(line)}  {left:.0f} s left"
-            )
-
-    yield plain
+        yield show
 
 
-def headline(line: dict) -> str:
+def headline(line: Mapping) -> str:
     """The metrics of a line that are worth a look while it runs."""
     return "  ".join(f"{name} {line[name]:.4f}" for name in ("loss", "accuracy", "abnormal_share") if name in line)
+
+
+def board() -> Any:
+    """tensorboardX, an optional dependency."""
+    try:
+        import tensorboardX
+    except ImportError:
+        raise InputError("tensorboard=True needs tensorboardX: pip install 'jmae[tensorboard]'") from None
+    return tensorboardX
+
+
+@contextmanager
+def drawing(config: ConfigDict, workdir: Path, stage: str, start: int) -> Iterator[Callable[[Mapping], None]]:
+    """Gives a function that writes a line of metrics to TensorBoard files, where the recipe asks for them."""
+    if not config.tensorboard or jax.process_index() != 0:
+        yield lambda line: None
+        return
+    # What a killed run wrote beyond its checkpoint is purged: its continuation writes it again.
+    with board().SummaryWriter(str(workdir / "tensorboard" / stage), purge_step=start + 1) as writer:
+
+        def draw(line: Mapping) -> None:
+            for name in line.keys() - {"stage", "step"}:
+                writer.add_scalar(name, line[name], line["step"])
+
+        yield draw
 
 
 if __name__ == "__main__":

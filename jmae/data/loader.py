@@ -5,7 +5,10 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import grain
 import jax
@@ -14,18 +17,22 @@ from ml_collections import ConfigDict
 
 from jmae.data import phantoms
 from jmae.data.files import Image, read_image, read_mask
-from jmae.data.manifest import Row, check_files, read_manifest, summary
+from jmae.data.manifest import PHANTOM, Row, check_files, read_manifest, summary
 from jmae.data.transforms import grey, resize, to_unit
 from jmae.errors import InputError
 
 WORKERS = min(16, os.cpu_count() or 1)
+SHOWN = 20  # unusable images that are spelled out
+
+Host = Mapping[str, Callable[[np.ndarray], np.ndarray]]  # arrays made once an image, by name
 
 
 def stored_image(row: Row) -> Image:
     """A row's image as stored."""
-    if not row.image[0].startswith("phantom:"):
-        return read_image([Path(p) for p in row.image])
-    drawn, volume = phantom(row), row.image[0].startswith("phantom:breast")
+    if not row.image[0].startswith(PHANTOM):
+        return read_image(row.image)
+    drawn = phantom(row.image[0])
+    volume = drawn.image.ndim == 4
     affine = np.diag([*drawn.spacing, 1.0]) if volume else None
     return Image(drawn.image, drawn.spacing, affine, None if volume else 8)
 
@@ -49,27 +56,28 @@ def read_case(row: Row, size: tuple[int, ...], channels: int) -> np.ndarray:
     if not np.isfinite(array).all():
         bad = np.size(array) - np.isfinite(array).sum()
         raise InputError(f"{row.image[0]}: {bad} values are not finite: mend the file or drop its row")
-    return resize(to_unit(array, stored.bits), size).astype(np.float32)
+    return resize(to_unit(array, stored.bits or 0), size)
 
 
-def phantom(row: Row) -> phantoms.Phantom:
-    """The phantom that a row's "phantom:NAME/SPLIT/INDEX" specifies."""
-    name, split, index = row.image[0].removeprefix("phantom:").split("/")
+@lru_cache(maxsize=1024)  # image, mask and region of a case come apart, and drawing takes longer than all else
+def phantom(specifier: str) -> phantoms.Phantom:
+    """The phantom that "phantom:NAME/SPLIT/INDEX" specifies."""
+    name, split, index = specifier.removeprefix(PHANTOM).split("/")
     return phantoms.draw(name, split, int(index))
 
 
 def lesion_mask(row: Row) -> np.ndarray | None:
     """The lesion mask (*size) on the image's own grid; None where the row names none."""
-    if row.mask and row.mask.startswith("phantom:"):
-        return phantom(row).mask
-    return read_mask(Path(row.mask)) if row.mask else None
+    if row.mask and row.mask.startswith(PHANTOM):
+        return phantom(row.mask).mask
+    return read_mask(row.mask) if row.mask else None
 
 
 def region_mask(row: Row) -> np.ndarray | None:
     """Where metrics count, (*size) on the image's own grid; None is everywhere."""
-    if row.region and row.region.startswith("phantom:"):
-        return phantom(row).region
-    return read_mask(Path(row.region)) if row.region else None
+    if row.region and row.region.startswith(PHANTOM):
+        return phantom(row.region).region
+    return read_mask(row.region) if row.region else None
 
 
 def case_words(name: str) -> np.ndarray:
@@ -136,53 +144,71 @@ def with_anomaly_ratio(rows: Sequence[Row], config: ConfigDict) -> list[Row]:
 
 
 class Images:
-    """The images of rows, each decoded once where all fit in a quarter of the memory, else at every use."""
+    """The images of rows, each decoded once where all fit in a quarter of the memory, else at every use.
+
+    Raises InputError with all unusable images in one list; those decoded at use are named one by one.
+    """
 
     def __init__(self, rows: Sequence[Row], config: ConfigDict, folder: Path | None = None):
-        self.rows = rows
+        self.rows = list(rows)
         self.size, self.channels = tuple(config.data.size), config.data.channels
-        self.words = np.stack([case_words(row.id) for row in rows])
-        self.folder = folder
-        needed = 4 * len(rows) * int(np.prod(self.size)) * self.channels
-        limit = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
-        self.cached: dict[str, np.ndarray] = {}
-        if needed <= limit:
+        self.words = np.array([case_words(row.id) for row in rows], np.uint32).reshape(-1, 2)
+        self.folder = folder  # of host arrays
+        shape = (len(rows), *self.size, self.channels)
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        self.decoded = np.empty(shape, np.float32) if 4 * np.prod(shape, dtype=float) <= memory / 4 else None
+        if self.decoded is not None:
             with ThreadPoolExecutor(WORKERS) as pool:
-                self.cached["image"] = np.stack(list(pool.map(self._read, range(len(rows)))))
+                problems = [line for line in pool.map(self._decode, range(len(rows))) if line]
+            if problems:
+                more = [f"and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
+                raise InputError("\n".join([*problems[:SHOWN], *more]))
 
-    def _read(self, i: int) -> np.ndarray:
-        return read_case(self.rows[i], self.size, self.channels)
+    def _decode(self, i: int) -> str | None:
+        assert self.decoded is not None
+        try:
+            self.decoded[i] = read_case(self.rows[i], self.size, self.channels)
+        except InputError as error:
+            return str(error)
+        return None
 
     def image(self, index: np.ndarray) -> np.ndarray:
         """Images (n, *size, c) of rows by number."""
-        return self.cached["image"][index] if self.cached else np.stack([self._read(int(i)) for i in index])
+        if self.decoded is not None:
+            return self.decoded[index]
+        return np.stack([read_case(self.rows[i], self.size, self.channels) for i in index])
 
-    def host_arrays(
-        self, index: np.ndarray, make: Mapping[str, Callable[[np.ndarray], np.ndarray]]
-    ) -> dict[str, np.ndarray]:
-        """What `make` computes of each image, in the order of `index`; kept in the run folder by the images' digest, so
-        that it is computed once."""
-        out = {}
-        for name, function in make.items():
-            digest = hashlib.sha256(function.__name__.encode())
-            for i in index:
-                digest.update(self.image(np.array([i])).tobytes())
-            file = self.folder / f"{name}-{digest.hexdigest()[:16]}.npy" if self.folder else None
-            if file and file.exists():
-                try:
-                    out[name] = np.load(file, allow_pickle=False)
-                    continue
-                except (OSError, ValueError):
-                    file.unlink()  # torn by an interruption: made again
-            with ThreadPoolExecutor(WORKERS) as pool:
-                singles = (self.image(np.array([i]))[0] for i in index)
-                out[name] = np.stack(list(pool.map(function, singles)))
-            if file:
-                file.parent.mkdir(parents=True, exist_ok=True)
-                temporary = file.with_suffix(".tmp.npy")
-                np.save(temporary, out[name])
-                temporary.replace(file)
-        return out
+    def host_arrays(self, index: np.ndarray, make: Host) -> dict[str, np.ndarray]:
+        """What `make` computes of each image, in the order of `index`; kept in the run folder by the digest of the
+        images and the function's name, so that it is computed once."""
+        return {name: self._host_array(index, name, function) for name, function in make.items()}
+
+    def _host_array(self, index: np.ndarray, name: str, function: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+        single = lambda i: self.image(np.array([i]))[0]
+        digest = hashlib.sha256(function.__name__.encode())
+        for i in index:
+            digest.update(single(i).tobytes())
+        file = self.folder / f"{name}-{digest.hexdigest()[:16]}.npy" if self.folder else None
+        with suppress(OSError, ValueError, EOFError):  # not there yet, or torn: made (again)
+            if file and len(kept := np.load(file, allow_pickle=False)) == len(index):
+                return kept
+        with ThreadPoolExecutor(WORKERS) as pool:
+            array = np.stack(list(pool.map(lambda i: function(single(i)), index)))
+        if file:
+            save_array(file, array)
+        return array
+
+
+def save_array(file: Path, array: np.ndarray) -> None:
+    """Writes a .npy file that has its name only when it is whole."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_name(f".{file.stem}.{os.getpid()}.npy")
+    try:
+        np.save(part, array)
+        part.replace(file)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise InputError(f"{file}: not written ({error.strerror or error}): free space or change --workdir") from None
 
 
 def batches(
@@ -192,22 +218,22 @@ def batches(
     batch: int,
     seeds: Sequence[int],
     shuffle: bool,
-    host: Mapping[str, Callable[[np.ndarray], np.ndarray]],
+    host: Host,
 ) -> grain.DatasetIterator:
     """An endless iterator of batches over index tables, one table a replicate; its state is its position.
 
     A batch holds image (b, *size, c), index (b,): the sample's number in its table, case (b, 2): `case_words`, and the
     host arrays; with several tables all have a leading replicate axis. With `shuffle`, every epoch has a new order by
-    seed and drops its last incomplete batch; a table shorter than a batch is repeated to fill one. Each process reads
-    its own part of every batch.
+    seed and drops its last incomplete batch, else rows come in order, round and round; a table shorter than a batch is
+    repeated to fill one. Each process reads its own part of every batch.
     """
     process, processes = jax.process_index(), jax.process_count()
     if batch % processes:
         raise InputError(f"batch {batch} is not divisible by {processes} processes: change the batch size")
-    tables = [np.tile(t, -(-batch // len(t))) if len(t) < batch else t for t in tables]
+    own = slice(process * batch // processes, (process + 1) * batch // processes)
+    tables = [np.tile(t, -(-batch // len(t))) for t in tables]  # once, unless the table is shorter than a batch
     used = np.unique(np.concatenate(tables))
     made = images.host_arrays(used, host)
-    place = {int(row): k for k, row in enumerate(used)}
 
     def order(table: np.ndarray, seed: int) -> grain.MapDataset:
         numbers = grain.MapDataset.range(len(table))
@@ -215,25 +241,24 @@ def batches(
             return numbers.seed(seed).shuffle().batch(batch, drop_remainder=True).repeat()
         return numbers.repeat().batch(batch, drop_remainder=True)
 
-    def gather(numbers: tuple[np.ndarray, ...]) -> dict[str, np.ndarray]:
-        parts = []
-        for table, number in zip(tables, numbers, strict=True):
-            number = number[process * batch // processes : (process + 1) * batch // processes]
-            row = table[number]
-            extra = {name: array[[place[int(r)] for r in row]] for name, array in made.items()}
-            parts.append(
-                {"image": images.image(row), "index": number.astype(np.int32), "case": images.words[row], **extra}
-            )
-        return parts[0] if len(parts) == 1 else {k: np.stack([p[k] for p in parts]) for k in parts[0]}
+    def part(table: np.ndarray, number: np.ndarray) -> dict[str, np.ndarray]:
+        row = table[number]
+        extra = {name: array[np.searchsorted(used, row)] for name, array in made.items()}
+        return {"image": images.image(row), "index": number.astype(np.int32), "case": images.words[row], **extra}
+
+    def gather(numbers: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
+        parts = [part(table, number[own]) for table, number in zip(tables, numbers, strict=True)]
+        return parts[0] if len(parts) == 1 else {name: np.stack([p[name] for p in parts]) for name in parts[0]}
 
     orders = [order(table, seed) for table, seed in zip(tables, seeds, strict=True)]
     zipped = grain.experimental.ZipMapDataset(orders).map(gather)
-    return iter(zipped.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)))
+    threads = WORKERS if images.decoded is None else 2
+    return iter(zipped.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)))
 
 
-def in_order(images: Images, rows: np.ndarray, batch: int) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
-    """Every row once, in equal batches: (row numbers, batch); the last batch is filled with its own last row."""
+def in_order(images: Images, rows: np.ndarray, batch: int) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Every row once, in equal batches: (how many rows, batch); the last is filled up with its own last row."""
     for start in range(0, len(rows), batch):
         part = rows[start : start + batch]
         full = np.concatenate([part, np.repeat(part[-1:], batch - len(part))])
-        yield part, {"image": images.image(full), "case": images.words[full]}
+        yield len(part), {"image": images.image(full), "case": images.words[full]}

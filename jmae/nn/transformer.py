@@ -38,6 +38,11 @@ def layer_norm(width: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.LayerNorm:
     return nnx.LayerNorm(width, epsilon=1e-6, dtype=dtype, use_fast_variance=False, rngs=rngs)
 
 
+def gelu(x: Float[Array, "*n"]) -> Float[Array, "*n"]:
+    """x Phi(x), exact; by erf as in PyTorch, which takes a third of the time of JAX's erfc on a CPU."""
+    return 0.5 * x * (1 + jax.lax.erf(x * 0.5**0.5))
+
+
 class Block(nnx.Module):
     """x + attention(norm x), then x + mlp(norm x)."""
 
@@ -54,9 +59,11 @@ class Block(nnx.Module):
 
     def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
         b, n, d = x.shape
-        q, k, v = jnp.moveaxis(self.qkv(self.norm1(x)).reshape(b, n, 3, self.heads, d // self.heads), 2, 0)
-        x = x + self.out(attention(q, k, v).reshape(b, n, d))
-        return x + self.fc2(jax.nn.gelu(self.fc1(self.norm2(x)), approximate=False))
+        x = x.reshape(b * n, d)  # matrices: XLA's CPU copies a transpose for each gradient of a wider product
+        qkv = self.qkv(self.norm1(x)).reshape(b, n, 3, self.heads, d // self.heads)
+        x = x + self.out(attention(*jnp.moveaxis(qkv, 2, 0)).reshape(b * n, d))
+        x = x + self.fc2(gelu(self.fc1(self.norm2(x))))
+        return x.reshape(b, n, d)
 
 
 class Blocks(nnx.Module):

@@ -75,6 +75,7 @@ def get_config(preset: str = "phantom") -> ConfigDict:
     c.adapt.augment = True
     c.adapt.percentile, c.adapt.percentile_over = 50.0, "class"
     c.adapt.test_masks = 4
+    c.adapt.discrepancy = "reconstruction"  # the primary score: Eq. 4; "error" (ours): error of A less error of B
     c.adapt.paste = True  # False: raw decoder output everywhere
 
     c.checkpoint_every = 500  # steps

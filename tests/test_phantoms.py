@@ -1,12 +1,11 @@
 import hashlib
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 from numpy.random import Generator, Philox
+from skimage import exposure, filters, morphology, segmentation
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
-from skimage import exposure, filters, morphology, segmentation
 
 from jmae import baselines
 from jmae.data import phantoms
@@ -101,8 +100,8 @@ def test_breast_lesions_lie_in_one_breast(sets):
     midline = {int(row.extra["midline"]) for row in phantoms.rows("breast")}
     assert midline == {40}
     for case in sets["breast"][1]:
-        left, right = case.mask[:, :40].any(), case.mask[:, 40:].any()
-        assert left + right == case.label
+        breasts = case.mask[:, :40], case.mask[:, 40:]
+        assert sum(int(breast.any()) for breast in breasts) == case.label
 
 
 def test_an_exact_image_is_drawn_again():
@@ -111,9 +110,19 @@ def test_an_exact_image_is_drawn_again():
     assert not np.array_equal(first.image, phantoms.draw("chest", "test", 151).image)
 
 
+SAMPLED = {
+    "chest": [
+        *(("train", i) for i in (0, 100, 255)),
+        *(("unlabeled", i) for i in (0, 100, 255)),
+        ("val", 0),
+        ("val", 79),
+    ]
+    + [("test", i) for i in (0, 100, 150, 199)],
+    "breast": [("train", 0), ("train", 47), ("test", 0), ("test", 12), ("test", 23)],
+}
 FROZEN = {
-    "chest": "",
-    "breast": "",
+    "chest": "2f4fafcb8ac3fe96f17793cbfa7f9a516d6f333f1926cb217f5c66cfe73a7aee",
+    "breast": "c34588fe524234f1bb884cdc16e992d031bde0711bcb5108f025864ff4340aea",
 }
 
 
@@ -121,7 +130,7 @@ FROZEN = {
 def test_phantoms_are_frozen(name):
     """Published numbers rest on these images. If this fails, undo what changed them; do not renew the digest."""
     digest = hashlib.sha256()
-    for split, index in [(split, index) for split, _ in COUNTS[name] for index in (0, 11, 23)]:
+    for split, index in SAMPLED[name]:
         case = phantoms.draw(name, split, index)
         digest.update(case.image.astype("<u2").tobytes() + np.packbits(case.mask).tobytes())
         digest.update(np.packbits(case.region).tobytes())
@@ -170,7 +179,7 @@ def test_breast_baseline_maps_lie_between_chance_and_080(sets):
         assert 0.5 <= max(value, 1 - value) <= 0.8, (key, value)
 
 
-@pytest.mark.parametrize(("name", "count", "limit"), [("chest", 400, 64), ("breast", 60, 32)])
+@pytest.mark.parametrize(("name", "count", "limit"), [("chest", 256, 64), ("breast", 40, 32)])
 def test_a_supervised_linear_probe_stays_below_098(sets, name, count, limit):
     draw = {"chest": phantoms.chest, "breast": phantoms.breast}[name]
     fresh = [draw(Generator(Philox(key=10**6 + i)), i % 2) for i in range(count)]

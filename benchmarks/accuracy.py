@@ -1,0 +1,98 @@
+"""AMAE on real images: the paper's settings on one data pack, one after the other, each once.
+
+    JMAE_DATA=FOLDER python -m benchmarks.accuracy cxr_peds                      # all settings, recipe `small`
+    JMAE_DATA=FOLDER python -m benchmarks.accuracy cxr_peds --budget 2 --settings stage2
+    JMAE_DATA=FOLDER python -m benchmarks.accuracy cxr_nih --subsets matched --settings stage2
+
+Trains with `python -m jmae.train --config configs/amae.py:small`, as the README does. All settings start from the
+first one's Stage 0, as they would from one checkpoint (`model.weights`). Prints a table and writes
+benchmarks/results/accuracy.json: AUROC and AP with 95 % intervals over patients, on the whole image and on the central
+80 % of the map, beside the cheap baselines; seconds of training on this machine.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.timing import table, write
+
+SETTINGS = ("stage2", "stage1", "mask_rec", "no_pseudo")
+RESULTS = Path(__file__).parent / "results" / "accuracy.json"
+
+
+def train(arguments: list[str]) -> float:
+    """Runs one training as a process; wall seconds."""
+    began = time.monotonic()
+    subprocess.run([sys.executable, "-m", "jmae.train", *arguments], check=True)
+    return time.monotonic() - began
+
+
+def figures(evaluation: dict[str, Any]) -> dict[str, Any]:
+    """What of metrics.json stands in the table."""
+    crop = next(name for name in evaluation["subsets"] if name.startswith("central"))
+    out = {
+        "primary": evaluation["primary"],
+        "scores": {name: score["image"] for name, score in evaluation["scores"].items()},
+        "baselines": {name: score["image"] for name, score in evaluation["baselines"].items()},
+        "subsets": {
+            name: {
+                "n": subset["n"],
+                "scores": {k: v["image"] for k, v in subset["scores"].items()},
+                "baselines": {k: v["image"] for k, v in subset["baselines"].items()},
+            }
+            for name, subset in evaluation["subsets"].items()
+        },
+    }
+    return out | {"central": crop}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("pack", help="a folder of JMAE_DATA")
+    parser.add_argument("--settings", nargs="+", default=SETTINGS, choices=SETTINGS)
+    parser.add_argument("--budget", type=float, default=1.0)
+    parser.add_argument("--subsets", nargs="*", default=())
+    parser.add_argument("--workdir", type=Path, default=Path("runs/accuracy"))
+    parser.add_argument("overrides", nargs="*", help="--config.KEY=VALUE, after --")
+    options = parser.parse_args()
+    manifest = Path(os.environ.get("JMAE_DATA", "")) / options.pack / "manifest.csv"
+    if not os.environ.get("JMAE_DATA") or not manifest.is_file():
+        print(f"not run: {manifest} is not there; set JMAE_DATA to the folder of the packs")
+        return
+    rows, first = [], None
+    for setting in options.settings:
+        folder = options.workdir / f"{options.pack}-{options.budget:g}-{setting}"
+        arguments = [
+            "--config=configs/amae.py:small",
+            f"--config.data.manifest={manifest}",
+            f"--config.variant={setting}",
+            f"--config.budget={options.budget}",
+            f"--config.evaluation.subsets={tuple(options.subsets)!r}",
+            "--config.evaluation.maps=False",
+            f"--workdir={folder}",
+            *options.overrides,
+        ]
+        seconds = train(arguments + ([f"--config.model.weights={first}"] if first else []))
+        result = figures(json.loads((folder / "evaluation" / "metrics.json").read_text()))
+        shown = [a for a in arguments if "manifest" not in a and "workdir" not in a]
+        result |= {"seconds": seconds, "stage0": "own" if first is None else "shared", "arguments": shown}
+        first = first or folder
+        write(RESULTS, f"{options.pack}, budget {options.budget:g}, {setting}", result)
+        views = {"whole": result, **result["subsets"]}
+        for view, part in views.items():
+            for kind in ("scores", "baselines"):
+                for name, image in part[kind].items():
+                    if image:
+                        interval = f"[{image['auroc_ci'][0]:.3f}, {image['auroc_ci'][1]:.3f}]"
+                        mark = " *" if name == result["primary"] else ""
+                        rows.append((setting, view, name + mark, image["auroc"], interval, image["ap"]))
+    print(table(("setting", "view", "score", "AUROC", "95 %", "AP"), rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,5 +1,6 @@
 """The masked autoencoder against the official code (tests/golden), and what must hold by construction."""
 
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -16,6 +17,7 @@ from jmae.nn.transformer import gelu
 from jmae.optim import adamw
 from jmae.patches import grid_of, patchify, sincos_positions, unpatchify
 
+jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # half the time to compile
 GOLDEN = Path(__file__).parent / "golden"
 SHAPES = {"2D": ((24, 16), (8, 4), 3), "3D": ((8, 12, 4), (4, 4, 2), 2)}  # size, patch, channels
 
@@ -93,7 +95,7 @@ def golden(request):
 def test_official_codes_latent_prediction_loss_and_reconstruction_are_reproduced(golden):
     gold, _, size, patch, image, model, kept = golden
 
-    @jax.jit
+    @jit
     def everything(image, noise):
         keep, restore = order_of(noise, kept)
         target = patchify(image, patch)
@@ -125,19 +127,25 @@ def sizes(rank, **changes):
     return dict(size=size, patch=patch, channels=channels) | widths | changes
 
 
-def network(graph, given):
-    return lambda params: nnx.merge(graph, params)(*given)
+def predictor(graph, given):
+    _, keep, restore = given
+    return lambda params, patches: nnx.merge(graph, params)(patches, keep, restore)
 
 
-def loss_of(graph, given):
-    patches, keep, restore = given
-    absent = hidden(restore, keep.shape[1])
-    return lambda params: masked_mse(network(graph, given)(params), patches, absent).mean()
+def slopes(graph, given):
+    """((loss, prediction), gradients by parameters and by the patches that the encoder is given)."""
+
+    def loss(params, patches):
+        prediction = predictor(graph, given)(params, patches)
+        absent = hidden(given[2], given[1].shape[1])
+        return masked_mse(prediction, given[0], absent).mean(), prediction
+
+    return lambda params: jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(params, given[0])
 
 
 @pytest.fixture(scope="module", params=SHAPES)
 def small(request):
-    """(rank, graph, params, (patches, keep, restore), gradient) of a small model, all parameters random."""
+    """(rank, graph, params, (patches, keep, restore), compiled slopes) of a small model, all parameters random."""
     size, patch, channels = SHAPES[request.param]
     graph, shapes = structure(**sizes(request.param))
     rng = np.random.default_rng(0)
@@ -147,7 +155,7 @@ def small(request):
     patches = rng.standard_normal((2, tokens, np.prod(patch) * channels), np.float32)
     order = np.argsort(rng.random((2, tokens)))
     given = patches, order[:, :4], np.argsort(order)
-    return request.param, graph, params, given, jax.jit(jax.grad(loss_of(graph, given)))(params)
+    return request.param, graph, params, given, jit(slopes(graph, given))
 
 
 def assert_trees_close(found, expected):
@@ -155,44 +163,45 @@ def assert_trees_close(found, expected):
 
 
 def test_hidden_patches_do_not_reach_the_encoder(small):
-    _, graph, params, (patches, keep, restore), _ = small
-    energy = lambda patches: jnp.sum(network(graph, (patches, keep, restore))(params) ** 2)
-    size = np.abs(jax.jit(jax.grad(energy))(patches)).sum(-1)
+    _, _, params, (_, keep, restore), run = small
+    size = np.abs(run(params)[1][1]).sum(-1)
     absent = np.asarray(hidden(restore, keep.shape[1]))
     assert (size[absent] == 0).all() and (size[~absent] > 0).all()
 
 
 def test_jit_equals_no_jit(small):
-    _, graph, params, given, _ = small
-    model = network(graph, given)
-    np.testing.assert_allclose(jax.jit(model)(params), model(params), rtol=1e-5, atol=1e-5)
+    _, graph, params, given, run = small
+    np.testing.assert_allclose(run(params)[0][1], predictor(graph, given)(params, given[0]), rtol=1e-5, atol=1e-5)
 
 
 def test_recomputing_blocks_changes_no_gradient(small):
-    rank, _, params, given, gradient = small
-    assert_trees_close(jax.jit(jax.grad(loss_of(structure(**sizes(rank, remat=True))[0], given)))(params), gradient)
+    rank, _, params, given, run = small
+    graph, _ = structure(**sizes(rank, remat=True))
+    assert_trees_close(jit(slopes(graph, given))(params), run(params))
 
 
 def test_gradient_is_the_slope_of_the_loss(small):
-    _, graph, params, given, gradient = small
-    loss = jax.jit(loss_of(graph, given))
+    _, _, params, _, run = small
+    gradient = run(params)[1][0]
     square = sum(float(np.sum(np.square(g))) for g in jax.tree.leaves(gradient))
     scale = 0.02 / square**0.5
-    ahead, behind = (jax.tree.map(lambda p, g, s=s: p + s * g, params, gradient) for s in (scale, -scale))
-    assert (float(loss(ahead)) - float(loss(behind))) / (2 * scale) == pytest.approx(square, rel=1e-2)
+    moved = (jax.tree.map(lambda p, g, s=s: p + s * g, params, gradient) for s in (scale, -scale))
+    ahead, behind = (float(run(p)[0][0]) for p in moved)
+    assert (ahead - behind) / (2 * scale) == pytest.approx(square, rel=1e-2)
 
 
 def test_models_under_vmap_equal_single_ones(small):
-    _, graph, params, given, gradient = small
+    _, graph, params, given, run = small
     both = jax.tree.map(lambda x: np.stack([0.5 * x, x]), params)
-    mapped = jax.jit(jax.vmap(jax.grad(loss_of(graph, given))))(both)
-    assert_trees_close(jax.tree.map(lambda x: x[1], mapped), gradient)
+    mapped = jit(jax.vmap(slopes(graph, given)))(both)
+    assert_trees_close(jax.tree.map(lambda x: x[1], mapped), run(params))
 
 
 def test_half_precision_is_within_its_rounding_and_predicts_in_single(small):
-    rank, graph, params, given, _ = small
-    exact = np.asarray(jax.jit(network(graph, given))(params))
-    rounded = jax.jit(network(structure(**sizes(rank, dtype=jnp.bfloat16))[0], given))(params)
+    rank, _, params, given, run = small
+    exact = np.asarray(run(params)[0][1])
+    graph, _ = structure(**sizes(rank, dtype=jnp.bfloat16))
+    rounded = jit(predictor(graph, given))(params, given[0])
     assert rounded.dtype == jnp.float32
     assert np.abs(rounded - exact).max() < 0.05 * np.abs(exact).max()
 
@@ -201,7 +210,7 @@ def test_every_parameter_but_biases_and_norms_decays(small):
     params = small[2]
     optimizer = adamw(1e-2, betas=(0.9, 0.95), decay=0.5)
     update = lambda params: optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
-    for path, change in jax.tree_util.tree_leaves_with_path(jax.jit(update)(params)[0]):
+    for path, change in jax.tree_util.tree_leaves_with_path(jit(update)(params)[0]):
         assert np.any(np.asarray(change) != 0) == (path[-1].key not in ("bias", "scale")), path
 
 

@@ -3,7 +3,8 @@
 Same sizes, batch, mask ratio, float32, AdamW, on the same processor in the same run:
 
     python -m benchmarks.throughput            # ViT-S/16, the small CPU recipe, four seeds at once, attention
-    python -m benchmarks.throughput --small    # the small ones only, under a minute
+    python -m benchmarks.throughput --small    # the small ones only
+    python -m benchmarks.throughput --cores 1  # compares CPU seconds where others use the machine, too
 
 Each contestant has a process of its own and all of them take turns (benchmarks/timing.py). A step is forward,
 backward and update on a batch that is there already, with fresh random masks; compile time stands apart. PyTorch
@@ -11,6 +12,7 @@ runs eagerly, with its default scaled-dot-product attention and the faster of it
 """
 
 import argparse
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -243,7 +245,11 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="the small CPU recipe only")
     parser.add_argument("--rounds", type=int, default=7, help="timed rounds each, at least 5")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "throughput.json")
+    parser.add_argument("--cores", type=int, help="use only so many; default all")
     arguments = parser.parse_args()
+    if arguments.cores:
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: arguments.cores])  # contestants inherit it
+        os.environ["OMP_NUM_THREADS"] = str(arguments.cores)
     rounds, rows = max(arguments.rounds, 5), []
     cases = {
         "small": lambda: steps("small", rounds),
@@ -253,7 +259,7 @@ def main() -> None:
         cases |= {"vit_s": lambda: steps("vit_s", rounds), "attention": lambda: attentions(rounds)}
     for case, measure in cases.items():
         result = measure()
-        write(arguments.out, case, result)
+        write(arguments.out, f"{case}, cores {arguments.cores}" if arguments.cores else case, result)
         for name, part in result.get("cases", {case: result}).items():
             (pair, each) = next((k, v) for k, v in part.items() if "/" in k)
             for who, r in part["contestants"].items():

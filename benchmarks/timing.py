@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "torch", "transformers")
+SETTINGS = ("XLA_FLAGS", "OMP_NUM_THREADS", "GLIBC_TUNABLES")
 
 
 def _serve(pipe: Any, target: str, arguments: dict[str, Any]) -> None:
@@ -89,6 +90,7 @@ def machine() -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "load": os.getloadavg()[0],
+        "environment": {name: os.environ[name] for name in SETTINGS if name in os.environ},
         "system": platform.platform(terse=True),
     }
 

@@ -86,6 +86,7 @@ def get_config(preset: str = "phantom") -> ConfigDict:
     c.evaluation.chunk = 0  # masks at a time; 0: as many as the memory holds
     c.evaluation.subsets = ()  # manifest columns; rows with another value than 0 or empty are scored apart too
     c.evaluation.maps = True  # write the maps of the split
+    c.evaluation.draws = 2000  # of patients, for the intervals
 
     if preset == "paper":
         return c
@@ -117,4 +118,5 @@ def get_config(preset: str = "phantom") -> ConfigDict:
         c.pretrain.steps, c.proxy.steps, c.adapt.steps = 20, 10, 10
         c.checkpoint_every = 5
         c.log_every = 5
+        c.evaluation.draws = 200
     return c

@@ -8,6 +8,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -162,9 +163,10 @@ def mean_of(each: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
 
 
 def figures(
-    scored: Scored, rows: Sequence[Row], truth: Truth, inside: np.ndarray, share: float = 1.0
+    scored: Scored, inside: np.ndarray, *, rows: Sequence[Row], truth: Truth, draws: int, share: float = 1.0
 ) -> dict[str, dict[str, Any]]:
-    """{NAME: {"image", "pixel"}} of every score and map over the rows `inside`; pixels are cut to the central `share`.
+    """{NAME: {"image", "pixel"}} of every score and map over the rows `inside`; pixels are cut to the central `share`;
+    `draws` of the bootstrap.
 
     With replicates each figure is the mean over them, and "replicates" holds their means and 1.96 deviations.
     """
@@ -173,7 +175,8 @@ def figures(
     lesions = any(truth[i][0].any() for i in truth if inside[i])
     out: dict[str, dict[str, Any]] = {}
     for name in [*scored.scores, *(scored.maps.keys() - scored.scores.keys())]:
-        image = [metrics.image_metrics(labels, values[inside], patients) for values in scored.scores.get(name, ())]
+        values = scored.scores.get(name, ())
+        image = [metrics.image_metrics(labels, v[inside], patients, draws=draws) for v in values]
         maps = scored.maps.get(name, ()) if lesions else ()
         pixel = [metrics.pixel_metrics(*pixel_inputs(truth, m, inside, share)) for m in maps]
         out[name] = {"image": mean_of(image), "pixel": mean_of(pixel)}
@@ -188,12 +191,10 @@ def central_scores(scored: Scored) -> Scored:
     return Scored(scored.maps, {name: mean(scored.maps[name]) for name in scored.scores if name in scored.maps})
 
 
-def part_figures(
-    scored: Scored, cheap: Scored, rows: Sequence[Row], truth: Truth, inside: np.ndarray, primary: str, share: float = 1
-) -> dict[str, Any]:
-    """What metrics.json says of one part of the split: the primary score's figures at the top, then all scores'."""
-    scores = figures(scored, rows, truth, inside, share)
-    baseline = figures(cheap, rows, truth, inside, share)
+def part_figures(scored: Scored, cheap: Scored, inside: np.ndarray, *, primary: str, **how: Any) -> dict[str, Any]:
+    """What metrics.json says of one part of the split: the primary score's figures at the top, then those of all
+    scores, and of the baselines `cheap`; `how` goes to `figures`."""
+    scores, baseline = figures(scored, inside, **how), figures(cheap, inside, **how)
     # Which end of the brightness scale is abnormal is not the library's to know: the better one is the baseline.
     ends = [name for name in ("mean intensity", "low mean intensity") if name in baseline]
     for name in sorted(ends, key=lambda name: baseline[name]["image"]["auroc"])[:-1]:
@@ -248,17 +249,16 @@ def evaluate(
         cheap = {
             s: baseline_scores(normals, images, len(chosen), s) if normals else Scored({}, {}) for s in (1, CENTRAL)
         }
-        part = lambda inside: part_figures(scored, cheap[1], chosen, truth, inside, primary)
-        evaluation |= part(known) | {"n": len(chosen)}
+        part = partial(part_figures, primary=primary, rows=chosen, truth=truth, draws=config.evaluation.draws)
+        evaluation |= part(scored, cheap[1], known) | {"n": len(chosen)}
         for column in config.evaluation.subsets:
             if column not in chosen[0].extra:
                 log(f"warning: no column {column!r} in the manifest: no figures of that subset")
                 continue
-            evaluation["subsets"][column] = part(
-                known & np.array([row.extra[column] not in ("", "0") for row in chosen])
-            )
-        evaluation["subsets"][f"central {CENTRAL:.0%}"] = part_figures(
-            central_scores(scored), cheap[CENTRAL], chosen, truth, known, primary, CENTRAL
+            inside = known & np.array([row.extra[column] not in ("", "0") for row in chosen])
+            evaluation["subsets"][column] = part(scored, cheap[1], inside)
+        evaluation["subsets"][f"central {CENTRAL:.0%}"] = part(
+            central_scores(scored), cheap[CENTRAL], known, share=CENTRAL
         )
         if truth and maps is not None:
             masks, grown, regions = pixel_inputs(truth, maps[0], known)

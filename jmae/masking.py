@@ -25,9 +25,7 @@ def order_of(noise: Float[Array, "b n"], kept: int) -> tuple[Int[Array, "b k"], 
     return order[:, :kept], jnp.argsort(order, axis=1)
 
 
-def random_mask(
-    keys: Key[Array, " b"], tokens: int, kept: int
-) -> tuple[Int[Array, "b k"], Int[Array, "b n"]]:
+def random_mask(keys: Key[Array, " b"], tokens: int, kept: int) -> tuple[Int[Array, "b k"], Int[Array, "b n"]]:
     """One uniformly random mask a key: `order_of` noise from U(0, 1)."""
     return order_of(jax.vmap(lambda key: jax.random.uniform(key, (tokens,)))(keys), kept)
 

@@ -19,9 +19,7 @@ AXES = "ijk"
 def grid_of(size: tuple[int, ...], patch: tuple[int, ...]) -> tuple[int, ...]:
     """Tokens per axis of an image of `size` voxels. Raises InputError where the patch does not divide it."""
     if len(size) != len(patch):
-        raise InputError(
-            f"size {size} has {len(size)} axes, patch {patch} has {len(patch)}: give one value an axis"
-        )
+        raise InputError(f"size {size} has {len(size)} axes, patch {patch} has {len(patch)}: give one value an axis")
     if any(s % p or s < p for s, p in zip(size, patch, strict=True)):
         padded = tuple(-(-s // p) * p for s, p in zip(size, patch, strict=True))
         raise InputError(f"size {size} is not divisible by patch {patch}: set data.size to {padded}")
@@ -61,9 +59,7 @@ def sincos_positions(grid: tuple[int, ...], width: int) -> np.ndarray:
     """
     k = width // (2 * len(grid))
     if not k:
-        raise InputError(
-            f"width {width} is too small for position codes of {len(grid)} axes: at least {2 * len(grid)}"
-        )
+        raise InputError(f"width {width} is too small for position codes of {len(grid)} axes: at least {2 * len(grid)}")
     frequency = 10000.0 ** -(np.arange(k) / k)
     codes = []
     for coordinate in reversed(np.meshgrid(*(np.arange(g) for g in grid), indexing="ij")):

@@ -126,7 +126,10 @@ def read(workdir: Path) -> ConfigDict:
     """The recipe of a run folder; raises InputError where there is none."""
     file = workdir / "config.json"
     try:
-        return from_json(file.read_text(encoding="utf-8"))
+        text = file.read_text(encoding="utf-8")
+        if not isinstance(json.loads(text), dict) or "system" not in json.loads(text):
+            raise ValueError("it names no system")
+        return from_json(text)
     except OSError:
         raise InputError(f"{workdir}: no config.json: name the folder of a run (python -m jmae.train)") from None
     except (ValueError, TypeError, RecursionError) as error:

@@ -145,13 +145,16 @@ def train_stage(
         for k in range(start + 1, steps + 1):
             batch = next(iterator)
             state, metrics = step(state, place_batch(batch, mesh, axis=int(n > 1)), keys)
+            if k == start + 1:
+                jax.block_until_ready(state)  # compiled: the pace is measured from here
+                show({"step": k})
             pending.append((k, batch["index"], metrics))
             stop = stopped()
             if k % config.checkpoint_every == 0 or k == steps or stop:
                 # A state is saved only after its losses and its weights were looked at.
                 look(pending)
                 pending.clear()
-                if not finite(state._replace(frozen={})):
+                if not finite((state.params, state.stats)):
                     raise NonFiniteLoss(f"stage {name}, step {k}: weights not finite; {kept()}")
                 position = {"data": iterator.get_state(), "seen": seen}
                 checkpoint.save(folder, k, state._replace(frozen={}), position, config=identity)
@@ -210,23 +213,25 @@ def sigterm() -> Iterator[Callable[[], bool]]:
 
 @contextmanager
 def progress(stage: str, start: int, steps: int) -> Iterator[Callable[[Mapping], None]]:
-    """Gives a function that shows a line of metrics: a bar on a terminal, else now and then a plain line."""
-    console, marks, shown = Console(stderr=True), [], [-1e9]
+    """Gives a function that shows a line of metrics: a bar on a terminal, else now and then a plain line. Its first
+    line is the mark from which the pace is measured."""
+    console, marks, shown = Console(stderr=True), list[tuple[float, int]](), [-1e9]
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[text]}"))
     terminal = console.is_terminal and jax.process_index() == 0
     with Progress(*columns, console=console, disable=not terminal) as bar:
         task = bar.add_task(stage, total=steps, completed=start, text="compiling")
 
         def show(line: Mapping) -> None:
-            now, step = time.monotonic(), line["step"]
-            marks.append((now, step))  # the rate is that since the first line: without the compilation
-            seconds, done = now - marks[0][0], step - marks[0][1]
-            pace = f"  {done / seconds:.2f} steps/s  {(steps - step) * seconds / done:.0f} s left" if done else ""
+            step, text = line["step"], headline(line)
+            marks.append((time.monotonic(), step))
+            seconds, done = marks[-1][0] - marks[0][0], step - marks[0][1]
+            if done:
+                text += f"  {done / seconds:.2f} steps/s  {(steps - step) * seconds / done:.0f} s left"
             if terminal:
-                bar.update(task, completed=step, text=headline(line) + pace)
-            elif now - shown[0] > SECONDS_BETWEEN_LINES or step == steps:
-                shown[0] = now
-                log(f"{stage} {step}/{steps}  {headline(line)}{pace}")
+                bar.update(task, completed=step, text=text)
+            elif text and (marks[-1][0] - shown[0] > SECONDS_BETWEEN_LINES or step == steps):
+                shown[0] = marks[-1][0]
+                log(f"{stage} {step}/{steps}  {text}")
 
         yield show
 

@@ -189,9 +189,10 @@ class Images:
         for i in index:
             digest.update(single(i).tobytes())
         file = self.folder / f"{name}-{digest.hexdigest()[:16]}.npy" if self.folder else None
-        with suppress(OSError, ValueError, EOFError):  # not there yet, or torn: made (again)
-            if file and len(kept := np.load(file, allow_pickle=False)) == len(index):
-                return kept
+        with suppress(FileNotFoundError, ValueError):  # not there yet, or torn: made (again)
+            if file:
+                with file.open("rb") as stream:
+                    return np.lib.format.read_array(stream, allow_pickle=False)
         with ThreadPoolExecutor(WORKERS) as pool:
             array = np.stack(list(pool.map(lambda i: function(single(i)), index)))
         if file:

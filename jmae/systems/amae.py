@@ -150,7 +150,7 @@ def build(config: ConfigDict) -> System:
             image = augment(image, view) if section.augment else image
             value, grads = averaged(jax.value_and_grad(loss)(state.params, image, mask), axis_name)
             updates, opt = optimiser(schedule(state.step)).update(grads, state.opt, state.params)
-            metrics = {"loss": value, "lr": schedule(state.step), "grad_norm": optax.global_norm(grads)}
+            metrics = {"loss": value, "lr": schedule(state.step), "grad_norm": optax.tree.norm(grads)}
             return State(optax.apply_updates(state.params, updates), opt, {}, {}, state.step + 1), metrics
 
         return init, step
@@ -223,7 +223,7 @@ def build(config: ConfigDict) -> System:
             "loss": value,
             "accuracy": accuracy,
             "lr": schedule(state.step),
-            "grad_norm": optax.global_norm(grads),
+            "grad_norm": optax.tree.norm(grads),
         }
         return State(params, opt, stats, state.frozen, state.step + 1), metrics
 

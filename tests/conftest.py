@@ -1,0 +1,132 @@
+"""What several test files share: one folder of compiled programs, one small data set, one uninterrupted run on it."""
+
+import os
+import tempfile
+
+# Before JAX is imported, and for the processes that tests start: equal programs are compiled once a session.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="jmae-programs-"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+
+import csv
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import nibabel as nib
+import numpy as np
+import pytest
+from PIL import Image
+
+from jmae import checkpoint, train
+from jmae.errors import exit_code
+
+# The smoke recipe on a small set, its programs as they are, so that all runs share them. log_every divides neither
+# checkpoint_every nor the steps.
+SMALL = "checkpoint_every=4 log_every=3 evaluation.subsets=matched".split()
+
+
+def arguments(manifest: Path | None, workdir: Path, *changes: str) -> list[str]:
+    """The command line of a small training run; `changes` are KEY=VALUE."""
+    data = [f"data.manifest={manifest}"] if manifest else []
+    return [
+        "--config=configs/amae.py:smoke",
+        f"--workdir={workdir}",
+        *(f"--config.{change}" for change in [*SMALL, *data, *changes]),
+    ]
+
+
+def draw(rng: np.random.Generator, size: tuple[int, ...], abnormal: bool) -> tuple[np.ndarray, np.ndarray]:
+    """A smooth image of the given size in 0..255, and its lesion mask: a bright block somewhere."""
+    axes = np.meshgrid(*(np.linspace(-1, 1, n) for n in size), indexing="ij")
+    image = 90 + 50 * sum(np.sin(rng.uniform(1, 3) * a + rng.uniform(0, 6)) for a in axes) + rng.normal(0, 4, size)
+    mask = np.zeros(size, bool)
+    if abnormal:
+        start = [int(rng.integers(2, n // 2)) for n in size]
+        mask[tuple(slice(s, s + n // 4) for s, n in zip(start, size, strict=True))] = True
+    return np.clip(image + 70 * mask, 0, 255).astype(np.uint8), mask
+
+
+def write_set(folder: Path, counts: dict[tuple[str, int | None], int], seed: int = 0) -> Path:
+    """A manifest of 2D images, 40 x 36, as PNG of 8 and of 16 bits, .npy and NIfTI in turn; masks are PNG."""
+    rng, rows = np.random.default_rng(seed), []
+    folder.mkdir(parents=True, exist_ok=True)
+    for (split, label), n in counts.items():
+        for i in range(n):
+            name = f"{split}-{'x' if label is None else label}-{i}"
+            image, mask = draw(rng, (40, 36), bool(label) or (label is None and i % 2 == 1))
+            kind = ("png", "png", "npy", "nii.gz")[i % 4]
+            file = folder / f"{name}.{kind}"
+            if kind == "npy":
+                np.save(file, image)
+            elif kind == "nii.gz":
+                nib.save(nib.Nifti1Image(image.T, np.diag([0.7, 0.8, 1, 1])), file)
+            else:
+                Image.fromarray(image if i % 4 == 0 else image.astype(np.uint16) * 257).save(file)
+            marked = label == 1 and i % 4 != 3  # the NIfTI's grid has positions, a PNG has none
+            if marked:
+                Image.fromarray(mask.astype(np.uint8) * 255).save(folder / f"{name}-mask.png")
+            rows.append(
+                {
+                    "id": name,
+                    "patient": f"p-{split}-{label}-{i // 2}",
+                    "split": split,
+                    "label": "" if label is None else label,
+                    "image": file.name,
+                    "mask": f"{name}-mask.png" if marked else "",
+                    "region": "",
+                    "matched": int(i < 4),
+                }
+            )
+    with open(folder / "manifest.csv", "w", newline="") as out:
+        writer = csv.DictWriter(out, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    return folder / "manifest.csv"
+
+
+def content(workdir: Path) -> dict:
+    """All that a run leaves, without the clock: metrics, scores, history, and the last state of each stage in bytes."""
+    metrics = json.loads((workdir / "evaluation" / "metrics.json").read_text())
+    history = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    weights = {}
+    for stage in sorted((workdir / "checkpoints").iterdir()):
+        step = max(int(path.name) for path in stage.iterdir())
+        leaves = json.loads((stage / str(step) / "step.json").read_text())["leaves"]
+        empty = lambda dtype, shape: np.zeros(json.loads(f"[{shape}"), dtype)
+        target = {name: empty(*text.split("[")) for name, text in leaves.items()}
+        _, arrays, _ = checkpoint.restore(stage, target, config=None)
+        weights[stage.name] = step, {name: array.tobytes() for name, array in arrays.items()}
+    return {
+        "metrics": {k: v for k, v in metrics.items() if not k.startswith("seconds")},
+        "scores": (workdir / "evaluation" / "scores.csv").read_text(),
+        "history": sorted((h["stage"], h["step"], json.dumps(h | {"time": 0})) for h in history),
+        "labels": (workdir / "labels.csv").read_text(),
+        "weights": weights,
+    }
+
+
+@pytest.fixture(scope="session")
+def tools() -> SimpleNamespace:
+    return SimpleNamespace(arguments=arguments, draw=draw, write_set=write_set, content=content)
+
+
+@pytest.fixture(scope="session")
+def small_set(tmp_path_factory) -> Path:
+    counts = {("train", 0): 16, ("unlabeled", None): 16, ("val", 0): 3, ("val", 1): 3, ("test", 0): 6, ("test", 1): 6}
+    return write_set(tmp_path_factory.mktemp("set"), counts)
+
+
+@pytest.fixture(scope="session")
+def programs() -> list:
+    """The compiled steps of `finished`, a stage each."""
+    return []
+
+
+@pytest.fixture(scope="session")
+def finished(small_set, programs, tmp_path_factory) -> Path:
+    """The folder of a run that nothing interrupted; nobody writes into it."""
+    workdir, real = tmp_path_factory.mktemp("finished") / "run", train.compiled_step
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "compiled_step", lambda *args: programs.append(real(*args)) or programs[-1])
+        assert exit_code(train.main, arguments(small_set, workdir)) == 0
+    return workdir

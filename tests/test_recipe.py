@@ -1,0 +1,163 @@
+"""Recipes resolve, overrides are checked, and what is wrong is one line."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from jmae import evaluate, recipe, train
+from jmae.errors import InputError, exit_code
+from jmae.system import load_system
+
+CONFIGS = sorted(Path("configs").glob("*.py"))
+AMAE = "--config=configs/amae.py"
+KNOWN = ["workdir"]
+
+
+def test_there_are_recipes():
+    assert CONFIGS, "run the tests in the folder of the repository"
+
+
+@pytest.mark.parametrize("preset", ["", ":phantom", ":smoke", ":small", ":paper"])
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
+def test_every_preset_of_every_recipe_resolves_and_survives_json(file, preset):
+    config, _ = recipe.parse([f"--config={file}{preset}"], "")
+    system = load_system(config)
+    assert system.stages and system.masks > 0
+    again = recipe.from_json(recipe.to_json(config))
+    assert again.to_dict() == config.to_dict()
+    assert recipe.to_json(again) == recipe.to_json(config)
+    assert [type(v) for _, v in recipe.keys_of(again)] == [type(v) for _, v in recipe.keys_of(config)]
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "value"),
+    [
+        ("seed=3", "seed", 3),
+        ("seed=-3", "seed", -3),
+        ("budget=2", "budget", 2.0),
+        ("pretrain.lr=1e-4", "pretrain.lr", 1e-4),
+        ("variant=stage1", "variant", "stage1"),
+        ("data.manifest=a b=c:d.csv", "data.manifest", "a b=c:d.csv"),
+        ("data.manifest=", "data.manifest", ""),
+        ("tensorboard", "tensorboard", True),
+        ("tensorboard=True", "tensorboard", True),
+        ("adapt.paste=false", "adapt.paste", False),
+        ("adapt.paste=0", "adapt.paste", False),
+        ("data.size=48,56", "data.size", (48, 56)),
+        ("data.size=(48, 56, 8)", "data.size", (48, 56, 8)),
+        ("proxy.head=[7]", "proxy.head", (7,)),
+        ("proxy.head=()", "proxy.head", ()),
+        ("pretrain.betas=0.9,1", "pretrain.betas", (0.9, 1.0)),
+        ("evaluation.subsets=matched,ward", "evaluation.subsets", ("matched", "ward")),
+        ("evaluation.subsets=('matched',)", "evaluation.subsets", ("matched",)),
+    ],
+)
+def test_every_kind_of_value_can_be_overridden(override, key, value):
+    config, rest = recipe.parse([AMAE, f"--config.{override}", "--workdir", "x"], "", KNOWN)
+    got = dict(recipe.keys_of(config))[key]
+    assert got == value and type(got) is type(value) and rest == {"workdir": "x"}
+    if isinstance(value, tuple):
+        assert list(map(type, got)) == list(map(type, value))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (
+            ["--config.adapt.test_mask=3"],
+            "--config.adapt.test_mask is unknown: did you mean --config.adapt.test_masks?",
+        ),
+        (["--config.Seed=3"], "--config.Seed is unknown: did you mean --config.seed?"),
+        (["--config.data=3"], "--config.data is unknown: did you mean --config.data."),
+        (["--workdirr=x"], "--workdirr is unknown: did you mean --workdir?"),
+        (["--config.seed=x"], "--config.seed: 'x' is not a whole number, as 0 is"),
+        (["--config.seed=1.5"], "--config.seed: '1.5' is not a whole number"),
+        (["--config.budget=fast"], "--config.budget: 'fast' is not a finite number, as 1.0 is"),
+        (["--config.budget=nan"], "--config.budget: 'nan' is not a finite number"),
+        (["--config.tensorboard=maybe"], "--config.tensorboard: 'maybe' is not true or false, as False is"),
+        (["--config.data.size=64,x"], "--config.data.size: 'x' is not a whole number, as 64 is"),
+        (["--config.data.size=1.5,2"], "--config.data.size: '1.5' is not a whole number"),
+        (["--config.seed"], "--config.seed: 'true' is not a whole number"),
+        (["runs/a"], "'runs/a' is no flag: write --NAME=VALUE"),
+        (["--workdir"], "--workdir has no value: write --workdir=VALUE"),
+        (["--workdir", "--debug2"], "--workdir has no value"),
+        (
+            ["--config=configs/amae.py:huge"],
+            "configs/amae.py: preset 'huge' is unknown: phantom, smoke, small or paper",
+        ),
+        (["--config=configs/mae.py"], "configs/mae.py: no recipe: there are configs/amae.py"),
+        (["--config=configs"], "configs: no recipe: there are configs/amae.py"),
+        (["--config=pyproject.toml"], "pyproject.toml: no recipe"),
+        (["--config=/nowhere/x.py:smoke"], "/nowhere/x.py: no recipe: there is none"),
+        (["--config.system=nothing"], "system 'nothing' is unknown: one of amae"),
+        (["--config.variant=stage3"], "variant 'stage3' is unknown: one of stage2"),
+        (["--config.data.phantom="], "no data: set --config.data.manifest=MANIFEST.csv, or data.phantom"),
+        (["--config.data.manifest=nowhere.csv"], "nowhere.csv: not readable"),
+    ],
+)
+def test_what_is_wrong_is_one_line_and_exit_code_2(arguments, line, capsys, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    where = [] if any("--workdir" in a for a in arguments) else [f"--workdir={tmp_path / 'run'}"]
+    assert exit_code(train.main, [AMAE, *where, *arguments]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and line in said, said
+    assert not list(tmp_path.glob("run/*.json"))
+
+
+def test_a_command_without_its_recipe_or_run_is_one_line(capsys, tmp_path):
+    assert exit_code(train.main, []) == 2
+    assert capsys.readouterr().err == "no recipe: write --config=configs/NAME.py[:PRESET]\n"
+    assert exit_code(evaluate.main, []) == 2
+    assert capsys.readouterr().err == "no run folder: write --workdir=DIR\n"
+    assert exit_code(evaluate.main, [f"--workdir={tmp_path}"]) == 2
+    assert f"{tmp_path}: no config.json: name the folder of a run" in capsys.readouterr().err
+    assert exit_code(evaluate.main, [f"--workdir={tmp_path}", "--config.seed=1"]) == 2
+    assert "--config.seed is unknown" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        ("import nothing_of_this_name", "ModuleNotFoundError: No module named 'nothing_of_this_name'"),
+        ("def (", "SyntaxError"),
+        ("x = 1", "has no get_config(preset)"),
+    ],
+)
+def test_a_broken_recipe_is_named(text, what, tmp_path):
+    (tmp_path / "broken.py").write_text(text)
+    with pytest.raises(InputError) as caught:
+        recipe.load(f"{tmp_path / 'broken.py'}:smoke")
+    assert str(caught.value).startswith(f"{tmp_path / 'broken.py'}: {what}")
+
+
+@pytest.mark.parametrize("command", [train, evaluate])
+def test_help_is_the_usage_and_debug_shows_the_traceback(command, capsys):
+    with pytest.raises(SystemExit) as ended:
+        exit_code(command.main, ["--help"])
+    assert ended.value.code == 0 and f"python -m {command.__name__}" in capsys.readouterr().out
+    assert exit_code(command.main, ["--debug"]) == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_nothing_of_a_run_folder_is_executed(tmp_path, capsys):
+    canary = tmp_path / "canary"
+    attack = f"__import__('pathlib').Path({str(canary)!r}).touch()"
+    run = tmp_path / "run"
+    run.mkdir()
+    for text in (attack, json.dumps({"system": attack}), '{"py/object": "x"}', "[1]", "[" * 100_000, "\x80", ""):
+        (run / "config.json").write_text(text)
+        (run / "recipe.py").write_text(attack)
+        assert exit_code(evaluate.main, [f"--workdir={run}"]) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+    for value in (attack, f"({attack},)"):
+        assert exit_code(train.main, [AMAE, f"--config.data.size={value}"]) == 2
+    assert not canary.exists()
+
+
+def test_the_command_itself_ends_with_its_code():
+    """Once in a process of its own: everything above runs `main` within the tests'."""
+    done = subprocess.run([sys.executable, "-m", "jmae.train", AMAE, "--config.x=1"], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1

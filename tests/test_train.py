@@ -1,0 +1,396 @@
+"""The loop: stages, resume, faults, signs of life. Runs of seconds on a small set (conftest.py); most of them equal."""
+
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from rich.console import Console
+
+from jmae import checkpoint, recipe, train
+from jmae.data import loader
+from jmae.errors import exit_code
+from jmae.run_folder import add_history, cut_history, read_history
+
+ONE_STAGE = ("variant=mae", "evaluation.maps=false")
+
+
+@pytest.fixture
+def go(small_set, tools, capfd):
+    """Runs a small training in this process: (exit code, standard error)."""
+
+    def run(workdir: Path, *changes: str) -> tuple[int, str]:
+        capfd.readouterr()
+        code = exit_code(train.main, tools.arguments(small_set, workdir, *changes))
+        return code, capfd.readouterr().err
+
+    return run
+
+
+def count_calls(monkeypatch, module, name, act) -> None:
+    """`act(number of the call)` before every call of module.name."""
+    real, calls = getattr(module, name), []
+
+    def counted(*args, **kwargs):
+        calls.append(1)
+        act(len(calls))
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(module, name, counted)
+
+
+# --- a run ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_smoke_recipe_trains_saves_scores_and_reports(tmp_path):
+    run = tmp_path / "smoke"
+    assert exit_code(train.main, ["--config=configs/amae.py:smoke", f"--workdir={run}"]) == 0
+    assert {"config.json", "environment.json", "metrics.jsonl", "checkpoints", "evaluation"} <= set(os.listdir(run))
+    assert set(os.listdir(run / "evaluation")) == {"metrics.json", "scores.csv", "report.html", "maps"}
+    assert len(os.listdir(run / "evaluation" / "maps")) == 200
+    assert len((run / "labels.csv").read_text().splitlines()) == 1 + 256
+
+
+def test_a_run_folder_holds_what_the_design_promises(finished):
+    config = recipe.read(finished)
+    assert config.data.size == (64, 64) and config.evaluation.subsets == ("matched",)
+    environment = json.loads((finished / "environment.json").read_text())
+    assert environment["versions"]["jax"] == jax.__version__ and environment["devices"]
+    stages = ["pretrain", "proxy", "labels", "module_a", "module_b"]
+    assert sorted(os.listdir(finished / "checkpoints")) == sorted(stages)
+    assert checkpoint.steps(finished / "checkpoints" / "pretrain") == [16, 20]
+    lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line["stage"] == "pretrain"] == [3, 6, 9, 12, 15, 18, 20]
+    assert list(dict.fromkeys(line["stage"] for line in lines)) == stages
+    assert all(np.isfinite(line["loss"]) for line in lines if line["stage"] != "labels")
+
+
+def test_a_line_is_the_mean_over_its_steps(go, tmp_path):
+    assert go(tmp_path / "every", *ONE_STAGE, "log_every=1")[0] == 0
+    assert go(tmp_path / "third", *ONE_STAGE)[0] == 0
+    every, third = (read_history(tmp_path / name / "metrics.jsonl") for name in ("every", "third"))
+    loss = {line["step"]: line["loss"] for line in every}
+    assert sorted(loss) == list(range(1, 21))
+    for last, line in zip([3, 6, 9, 12, 15, 18, 20], third, strict=True):
+        first = (last - 1) // 3 * 3 + 1
+        assert line["step"] == last and line["loss"] == np.mean([loss[k] for k in range(first, last + 1)])
+
+
+def test_a_test_split_without_labels_is_not_evaluated(tools, tmp_path, capfd):
+    manifest = tools.write_set(tmp_path / "set", {("train", 0): 4, ("test", None): 2})
+    assert exit_code(train.main, tools.arguments(manifest, tmp_path / "run", *ONE_STAGE)) == 0
+    said = capfd.readouterr().err
+    assert "no test row has a label: not evaluated" in said
+    assert "warning: pretrain: 4 images are fewer than a batch of 32: they repeat within it" in said
+    assert not (tmp_path / "run" / "evaluation").exists()
+
+
+def test_rows_that_a_stage_lacks_are_an_error(tools, tmp_path, capfd):
+    manifest = tools.write_set(tmp_path / "set", {("test", 0): 2, ("test", 1): 2})
+    assert exit_code(train.main, tools.arguments(manifest, tmp_path / "run")) == 2
+    assert "stage pretrain: no rows to train on" in capfd.readouterr().err
+
+
+# --- interruptions ----------------------------------------------------------------------------------------------------
+
+KILLER = """
+import os, signal, sys
+from jmae import checkpoint, train
+from jmae.errors import exit_code
+module, name, number = {"place": (train, "place_batch"), "digests": (checkpoint, "_digests")}[sys.argv[1]] + (
+    int(sys.argv[2]),)
+real, calls = getattr(module, name), []
+def deadly(*args, **kwargs):
+    calls.append(1)
+    if len(calls) == number:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(*args, **kwargs)
+setattr(module, name, deadly)
+sys.exit(exit_code(train.main, sys.argv[3:]))
+"""
+
+
+def test_killed_three_times_a_run_ends_as_if_it_never_was(finished, small_set, tools, tmp_path, capfd):
+    run = tmp_path / "run"
+    arguments = tools.arguments(small_set, run)
+    moments = {
+        "Stage 0, at step 7": ("place", 7),
+        # Continued from step 4: 16 steps of Stage 0, 10 of the proxy task, 1 of the labels, 10 of module A are left.
+        "module B, at its step 6": ("place", 16 + 10 + 1 + 10 + 6),
+        # Five stages are verified before module B goes on from step 4: the sixth time step 8 is being saved.
+        "inside a save": ("digests", 6),
+    }
+    for moment, (what, number) in moments.items():
+        killed = subprocess.run(
+            [sys.executable, "-c", KILLER, what, str(number), *arguments], capture_output=True, text=True
+        )
+        assert killed.returncode == -signal.SIGKILL, f"{moment}: {killed.stderr}"
+    assert list((run / "checkpoints").glob("*/*.tmp")), "the last kill fell inside a save"
+    assert exit_code(train.main, arguments) == 0
+    assert tools.content(run) == tools.content(finished)
+
+
+def test_sigterm_saves_and_exits_143_and_the_run_goes_on(finished, go, tools, tmp_path, monkeypatch):
+    # Between two lines of metrics; at the last step of Stage 0, 18 later; in the proxy task.
+    for calls, stage, step in ((2, "pretrain", 2), (18, "pretrain", 20), (3, "proxy", 3)):
+        began = []
+
+        def stop(call: int, calls=calls, began=began) -> None:
+            if call == calls:
+                began.append(time.monotonic())
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        with monkeypatch.context() as patch:
+            count_calls(patch, train, "place_batch", stop)
+            code, said = go(tmp_path / "run")
+        assert code == 143 and time.monotonic() - began[0] < 30
+        assert said.splitlines()[-1].startswith(f"stopped by SIGTERM: stage {stage}, step {step} saved in ")
+        assert checkpoint.steps(tmp_path / "run" / "checkpoints" / stage)[-1] == step
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert go(tmp_path / "run")[0] == 0
+    assert tools.content(tmp_path / "run") == tools.content(finished)
+
+
+def test_a_second_run_on_a_folder_is_refused(finished, go, tmp_path):
+    with checkpoint.workdir_lock(tmp_path / "run"):
+        code, said = go(tmp_path / "run")
+    assert code == 2 and said.count("\n") == 1
+    assert f"{tmp_path / 'run'}: in use by process {os.getpid()}" in said
+
+
+def test_another_configuration_is_refused_and_the_folder_stays_as_it_was(finished, go, tmp_path, tools):
+    run = shutil.copytree(finished, tmp_path / "run")
+    before = (run / "config.json").read_bytes()
+    code, said = go(run, "adapt.mask_ratio=0.6", "model.width=24")
+    assert code == 2 and "saved by another configuration" in said
+    assert "recipe.adapt.mask_ratio: checkpoint 0.75, recipe 0.6" in said
+    assert "recipe.model.width: checkpoint 48, recipe 24" in said
+    assert (run / "config.json").read_bytes() == before
+    # What touches no state may change; a finished run is only evaluated again.
+    code, said = go(run, "log_every=7", "evaluation.batch=8")
+    assert code == 0 and said.count("done before") == 5
+    assert json.loads((run / "config.json").read_text())["evaluation"]["batch"] == 8
+    again, first = tools.content(run), tools.content(finished)
+    assert again["weights"] == first["weights"] and again["history"] == first["history"]
+
+
+def test_other_rows_are_refused(finished, tools, tmp_path, capfd):
+    counts = {("train", 0): 15, ("unlabeled", None): 16, ("test", 0): 2, ("test", 1): 2}
+    run = shutil.copytree(finished, tmp_path / "run")
+    arguments = tools.arguments(tools.write_set(tmp_path / "set", counts), run)
+    assert exit_code(train.main, arguments) == 2
+    assert "rows: checkpoint" in capfd.readouterr().err
+
+
+def test_a_flipped_bit_is_named_and_the_step_before_it_used(finished, go, tools, tmp_path):
+    run = shutil.copytree(finished, tmp_path / "run")
+    newest = run / "checkpoints" / "module_b" / "10"
+    file = max((path for path in newest.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    damaged = bytearray(file.read_bytes())
+    damaged[len(damaged) // 2] ^= 4
+    file.write_bytes(damaged)
+    code, said = go(run)
+    assert code == 0
+    assert f"{newest}: step not used: '{file.relative_to(newest)}' is damaged" in said
+    assert "images, steps 8 to 10, batch 16" in said
+    assert tools.content(run) == tools.content(finished)
+
+
+def test_lines_beyond_the_checkpoint_are_cut(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    cut_history(file, "a", 3)
+    assert not file.exists()
+    for line in ({"stage": "a", "step": 3}, {"stage": "b", "step": 9}, {"stage": "a", "step": 6, "loss": 0.1}):
+        add_history(file, line)
+    with file.open("a") as torn:
+        torn.write('{"stage": "a", "st')
+    cut_history(file, "a", 3)
+    assert file.read_text() == '{"stage": "a", "step": 3}\n{"stage": "b", "step": 9}\n'
+
+
+# --- losses that are not finite ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("replicates", [1, 2])
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_batch(go, tmp_path, monkeypatch, replicates):
+    real = loader.read_case
+    sick = lambda row, *args: real(row, *args) * (np.nan if row.id == "train-0-3" else 1)
+    monkeypatch.setattr(loader, "read_case", sick)
+    seen, at = [], train.place_batch
+    monkeypatch.setattr(train, "place_batch", lambda batch, *a, **k: seen.append(batch) or at(batch, *a, **k))
+    code, said = go(tmp_path / "run", *ONE_STAGE, f"replicates={replicates}", "checkpoint_every=1")
+    first = next(k for k, batch in enumerate(seen, 1) if not np.isfinite(batch["image"]).all())
+    bad = np.isfinite(seen[first - 1]["image"]).reshape(replicates, -1).all(1).argmin()
+    assert code == 3
+    last = said.splitlines()[-1]
+    assert last.startswith(f"stage pretrain, step {first}: ") and "loss" in last and "not finite; batch: " in last
+    named = last.partition("batch: ")[2].partition(";")[0].split(", ")
+    words = np.array([loader.case_words(name) for name in named])
+    np.testing.assert_array_equal(words, seen[first - 1]["case"].reshape(replicates, 32, 2)[bad])
+    assert "train-0-3" in named
+    kept = checkpoint.steps(tmp_path / "run" / "checkpoints" / "pretrain")
+    assert (kept[-1] if kept else 0) == first - 1
+    assert (f"step {first - 1} is kept" if kept else "no step was saved yet") in last
+
+
+def test_weights_that_are_not_finite_are_never_saved(go, tmp_path, monkeypatch):
+    real = train.compiled_step
+
+    def broken(step, steps, n):
+        one = real(step, steps, n)
+
+        def poisoned(state, batch, key):
+            state, metrics = one(state, batch, key)
+            late = jnp.where(state.step > 6, jnp.nan, 0.0)
+            return state._replace(params=jax.tree.map(lambda x: x + late, state.params)), metrics
+
+        return poisoned
+
+    monkeypatch.setattr(train, "compiled_step", broken)
+    code, said = go(tmp_path / "run", *ONE_STAGE, "checkpoint_every=7")
+    assert code == 3 and "stage pretrain, step 7: weights not finite; no step was saved yet" in said
+    assert not checkpoint.steps(tmp_path / "run" / "checkpoints" / "pretrain")
+    assert train.finite({"a": jnp.ones(3), "b": jnp.arange(2), "c": jnp.zeros(0)})
+    assert not train.finite({"a": jnp.ones(3), "b": jnp.array([1.0, jnp.inf])})
+
+
+# --- weights of another run, replicates ------------------------------------------------------------------------------
+
+
+def last_weights(run: Path, stage: str) -> dict[str, np.ndarray]:
+    """The parameters of a stage's last step, by name."""
+    folder = run / "checkpoints" / stage
+    step = checkpoint.steps(folder)[-1]
+    leaves = json.loads((folder / str(step) / "step.json").read_text())["leaves"]
+    empty = lambda dtype, shape: np.zeros(json.loads(f"[{shape}"), dtype)
+    target = {name: empty(*text.split("[")) for name, text in leaves.items()}
+    arrays = checkpoint.restore(folder, target, config=None)[1]
+    return {name: array for name, array in arrays.items() if name.startswith("params/")}
+
+
+def test_stage_0_is_taken_over_from_another_run(finished, go, tmp_path):
+    run = tmp_path / "run"
+    changes = (*ONE_STAGE, f"model.weights={finished}", "replicates=2")
+    code, said = go(run, *changes)
+    assert code == 0 and f"pretrain: taken over from {finished / 'checkpoints' / 'pretrain'}, step 20" in said
+    assert not read_history(run / "metrics.jsonl")
+    twice = last_weights(run, "pretrain")
+    for name, value in last_weights(finished, "pretrain").items():
+        np.testing.assert_array_equal(twice[name], np.stack([value, value]))
+    again, said = go(run, *changes)
+    assert again == 0 and "pretrain: done before, 20 steps" in said
+
+
+def test_weights_that_are_not_there_or_do_not_fit_are_one_line(finished, go, tmp_path):
+    code, said = go(tmp_path / "a", f"model.weights={tmp_path / 'nothing'}")
+    assert code == 2 and f"model.weights: {tmp_path / 'nothing'}/checkpoints/pretrain has no checkpoint" in said
+    code, said = go(tmp_path / "b", f"model.weights={finished}", "pretrain.batch=16", "model.width=24")
+    assert code == 2 and "float32[2, 192], recipe float32[2, 96]" in said.splitlines()[-1]
+    assert not checkpoint.steps(tmp_path / "b" / "checkpoints" / "pretrain")
+
+
+def test_replicates_are_the_runs_of_their_seeds(finished, go, tmp_path):
+    assert go(tmp_path / "both", *ONE_STAGE, "replicates=2")[0] == 0
+    assert go(tmp_path / "second", *ONE_STAGE, "seed=1")[0] == 0
+    both = last_weights(tmp_path / "both", "pretrain")
+    for r, run in enumerate((finished, tmp_path / "second")):
+        for name, value in last_weights(run, "pretrain").items():
+            # Not to the last digit: Adam turns the rounding of a gradient near zero into a step of either sign.
+            assert np.linalg.norm(both[name][r] - value) < 0.02 * np.linalg.norm(value) + 1e-3, name
+    metrics = json.loads((tmp_path / "both" / "evaluation" / "metrics.json").read_text())
+    summary = metrics["replicates"]["auroc"]
+    assert len(summary["values"]) == 2 and summary["mean"] == np.mean(summary["values"])
+    assert summary["half_width"] == pytest.approx(1.96 * np.std(summary["values"], ddof=1))
+    assert metrics["image"]["auroc"] == pytest.approx(summary["mean"]) and metrics["image"]["n_normal"] == 6
+
+
+# --- programs ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_stage_is_one_program_for_all_its_batches_and_the_modules_share_theirs(finished, programs):
+    assert [program._cache_size() for program in programs] == [1] * 5
+    assert programs[3] is programs[4] and len(set(map(id, programs))) == 4
+
+
+def test_compiled_programs_are_kept_where_jax_was_told_nothing(tmp_path):
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("JAX_")}
+    code = (
+        "import jax; from jmae import sharding; sharding.keep_compiled(); print(jax.config.jax_compilation_cache_dir)"
+    )
+    told = lambda **more: subprocess.run(
+        [sys.executable, "-c", code], env=environment | more, capture_output=True, text=True, check=True
+    )
+    folder = told(XDG_CACHE_HOME=str(tmp_path)).stdout.strip()
+    assert Path(folder).is_dir() and Path(folder).parent == tmp_path / "jmae"
+    assert told(JAX_COMPILATION_CACHE_DIR="/elsewhere").stdout.strip() == "/elsewhere"
+    assert told(JAX_ENABLE_COMPILATION_CACHE="false").stdout.strip() == "None"
+    nowhere = told(XDG_CACHE_HOME="/proc/nowhere")
+    assert nowhere.stdout.strip() == "None" and nowhere.stderr == ""
+
+
+# --- signs of life ----------------------------------------------------------------------------------------------------
+
+LINES = [{"step": 1}, {"step": 10, "loss": 0.5, "lr": 0.1}, {"step": 20, "loss": 0.25, "accuracy": 0.75}]
+
+
+def test_a_terminal_shows_a_bar_with_pace_loss_and_time_left(monkeypatch):
+    screen = io.StringIO()
+    monkeypatch.setattr(train, "Console", lambda **_: Console(file=screen, force_terminal=True, width=120))
+    with train.progress("pretrain", 0, 40) as show:
+        for line in LINES:
+            time.sleep(0.12)  # the bar is drawn ten times a second
+            show(line)
+    shown = screen.getvalue()
+    assert "pretrain" in shown and "20/40" in shown and "loss 0.2500  accuracy 0.7500" in shown
+    assert "steps/s" in shown and "s left" in shown and "lr" not in shown
+
+
+def test_elsewhere_plain_lines_come_now_and_then_and_at_the_end(monkeypatch, capsys):
+    with train.progress("pretrain", 0, 20) as show:
+        for line in [*LINES[:2], {"step": 15, "loss": 9.0}, LINES[2]]:
+            time.sleep(0.01)
+            show(line)
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 2 and "\x1b" not in "".join(said)
+    assert said[0].startswith("pretrain 10/20  loss 0.5000  ") and said[0].endswith(" s left")
+    assert said[1].startswith("pretrain 20/20  loss 0.2500  accuracy 0.7500  ") and "steps/s  0 s left" in said[1]
+
+
+def test_tensorboard_files_hold_the_lines_of_metrics_jsonl(go, tmp_path, monkeypatch):
+    from tensorboardX.proto.event_pb2 import Event
+    from tensorboardX.record_writer import RecordWriter  # noqa: F401  (the reader below knows its framing)
+
+    def stop(call):
+        if call == 11:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        count_calls(patch, train, "place_batch", stop)
+        assert go(tmp_path / "run", *ONE_STAGE, "tensorboard=true")[0] == 143
+    assert go(tmp_path / "run", *ONE_STAGE, "tensorboard=true")[0] == 0
+    got = {}
+    for file in sorted((tmp_path / "run" / "tensorboard" / "pretrain").iterdir()):
+        data = file.read_bytes()
+        while data:  # TFRecord: length (8), its checksum (4), the event, its checksum (4)
+            n = int.from_bytes(data[:8], "little")
+            event = Event.FromString(data[12 : 12 + n])
+            got |= {(event.step, value.tag): value.simple_value for value in event.summary.value}
+            data = data[16 + n :]
+    history = read_history(tmp_path / "run" / "metrics.jsonl")
+    expected = {(h["step"], k): np.float32(v) for h in history for k, v in h.items() if k not in "stage step time"}
+    assert len(history) == 7 and got == expected
+
+
+def test_tensorboard_without_its_package_is_one_line(go, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    code, said = go(tmp_path / "run", "tensorboard=true")
+    assert code == 2 and said == "tensorboard=True needs tensorboardX: pip install 'jmae[tensorboard]'\n"

@@ -192,8 +192,8 @@ def torch_attention(*, shape: tuple[int, ...], gradient: bool) -> Prepared:
         x.requires_grad_(gradient)
 
     def run() -> None:
-        first = (x.transpose(1, 2) for x in (q, k, v))
-        out = torch.nn.functional.scaled_dot_product_attention(*first).transpose(1, 2)
+        heads = [x.transpose(1, 2) for x in (q, k, v)]
+        out = torch.nn.functional.scaled_dot_product_attention(heads[0], heads[1], heads[2]).transpose(1, 2)
         if gradient:
             torch.autograd.grad(out, (q, k, v), d_out)
 
@@ -241,7 +241,7 @@ def attentions(rounds: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--small", action="store_true", help="the small CPU recipe only")
     parser.add_argument("--rounds", type=int, default=7, help="timed rounds each, at least 5")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "throughput.json")

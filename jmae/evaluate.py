@@ -114,15 +114,19 @@ def scorer(config: ConfigDict, system: System, results: Results) -> Callable[[Im
     return run
 
 
-def baseline_scores(normals: Images, images: Images, n: int, share: float) -> Scored:
-    """The cheap baselines on the first `n` of `images`, fitted to the training normals; both cut to the central
-    `share`. The maps are those of whole images alone."""
-    cut = lambda x: x if share == 1 else np.stack([central(i, share) for i in np.moveaxis(x, -1, 0)], -1)
-    crop = lambda x: np.stack([cut(image) for image in x])
-    train, test = crop(normals.image(np.arange(len(normals.rows)))), crop(images.image(np.arange(n)))
-    maps = baselines.pixel_maps(train, test) if share == 1 else {}
+def baseline_scores(normals: Images, images: Images, n: int, *, share: float = 1.0, pixels: bool = False) -> Scored:
+    """The cheap baselines on the first `n` of `images`, fitted to the training normals, both cut to the central
+    `share`; with `pixels` also their maps. Images are shrunk one by one, as all may not fit in memory at once."""
+    side = 64 if len(images.size) == 2 else 32
+    cut = lambda image: np.stack([central(channel, share) for channel in np.moveaxis(image, -1, 0)], -1)
+    small = lambda i, of: baselines.shrink(cut(of.image(np.array([i]))[0])[None], side)[0]
+    train, test = (np.stack([small(i, of) for i in range(m)]) for of, m in ((normals, len(normals.rows)), (images, n)))
+    scores, maps = baselines.image_scores(train, test), {}
+    if pixels:
+        whole = lambda of, m: of.image(np.arange(m))
+        maps = baselines.pixel_maps(whole(normals, len(normals.rows)), whole(images, n))
     lead = lambda values: {name: np.asarray(value)[None] for name, value in values.items()}
-    return Scored(lead(maps), lead(baselines.image_scores(train, test)))
+    return Scored(lead(maps), lead(scores))
 
 
 # --- figures ----------------------------------------------------------------------------------------------------------
@@ -174,7 +178,7 @@ def figures(
     patients = [row.patient for row, used in zip(rows, inside, strict=True) if used]
     lesions = any(truth[i][0].any() for i in truth if inside[i])
     out: dict[str, dict[str, Any]] = {}
-    for name in [*scored.scores, *(scored.maps.keys() - scored.scores.keys())]:
+    for name in scored.scores | scored.maps:
         values = scored.scores.get(name, ())
         image = [metrics.image_metrics(labels, v[inside], patients, draws=draws) for v in values]
         maps = scored.maps.get(name, ()) if lesions else ()
@@ -246,20 +250,19 @@ def evaluate(
     truth = read_truth(chosen) if scored.maps else {}
     if known.any():
         normals = Images(train, config) if train else None
-        cheap = {
-            s: baseline_scores(normals, images, len(chosen), s) if normals else Scored({}, {}) for s in (1, CENTRAL)
-        }
+        whole = cropped = Scored({}, {})
+        if normals:
+            whole = baseline_scores(normals, images, len(chosen), pixels=bool(truth))
+            cropped = baseline_scores(normals, images, len(chosen), share=CENTRAL)
         part = partial(part_figures, primary=primary, rows=chosen, truth=truth, draws=config.evaluation.draws)
-        evaluation |= part(scored, cheap[1], known) | {"n": len(chosen)}
+        evaluation |= part(scored, whole, known) | {"n": len(chosen)}
         for column in config.evaluation.subsets:
             if column not in chosen[0].extra:
                 log(f"warning: no column {column!r} in the manifest: no figures of that subset")
                 continue
             inside = known & np.array([row.extra[column] not in ("", "0") for row in chosen])
-            evaluation["subsets"][column] = part(scored, cheap[1], inside)
-        evaluation["subsets"][f"central {CENTRAL:.0%}"] = part(
-            central_scores(scored), cheap[CENTRAL], known, share=CENTRAL
-        )
+            evaluation["subsets"][column] = part(scored, whole, inside)
+        evaluation["subsets"][f"central {CENTRAL:.0%}"] = part(central_scores(scored), cropped, known, share=CENTRAL)
         if truth and maps is not None:
             masks, grown, regions = pixel_inputs(truth, maps[0], known)
             patients = [chosen[i].patient for i in truth]

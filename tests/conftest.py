@@ -20,9 +20,12 @@ from PIL import Image
 from jmae import checkpoint, train
 from jmae.errors import exit_code
 
-# The smoke recipe on a small set, its programs as they are, so that all runs share them. log_every divides neither
-# checkpoint_every nor the steps.
-SMALL = "checkpoint_every=4 log_every=3 evaluation.subsets=matched".split()
+# The smoke recipe on a small set, with its own steps and batches, so that all runs share their programs. log_every
+# divides neither checkpoint_every nor the steps; this rule for the pseudo-labels always gives both modules images.
+SMALL = """
+pretrain.steps=20 pretrain.batch=32 proxy.steps=10 proxy.batch=32 adapt.steps=10 adapt.batch=16
+adapt.percentile_over=all checkpoint_every=4 log_every=3 evaluation.subsets=matched
+""".split()
 
 
 def arguments(manifest: Path | None, workdir: Path, *changes: str) -> list[str]:

@@ -240,7 +240,7 @@ def test_all_problems_of_a_manifest_come_in_one_list(tmp_path, small_set):
 
 
 def test_no_data_at_all_is_one_line():
-    with pytest.raises(InputError, match="no data: set --config.data.manifest"):
+    with pytest.raises(InputError, match="no data: set --config"):
         load_rows(config(), lambda line: None)
 
 

@@ -1,0 +1,74 @@
+"""What tests/test_devices.py runs in a process with eight virtual devices. Prints one line of JSON."""
+
+import json
+import sys
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jmae import recipe, train
+from jmae.errors import exit_code
+from jmae.system import load_system, stage_keys
+
+STEPS = 3
+
+
+def small_system(*changes: str):
+    """Recipe and system of 16 tokens and width 24; `changes` are KEY=VALUE."""
+    config, _ = recipe.parse(["--config=configs/amae.py:smoke", *(f"--config.{change}" for change in changes)], "")
+    tiny = {"data.size": (32, 32), "model.patch": (8, 8), "model.width": 24, "model.heads": 2, "proxy.head": (16, 8)}
+    config.update_from_flattened_dict(tiny | {"model.decoder_width": 16, "model.decoder_heads": 2})
+    return config, load_system(config)
+
+
+def batch(n: int) -> dict:
+    rng = np.random.default_rng(0)
+    lungs = np.zeros((n, 32, 32), bool)
+    lungs[:, 6:26, 4:28] = True
+    image = rng.uniform(size=(n, 32, 32, 1)).astype(np.float32)
+    return {"image": image, "index": np.arange(n, dtype=np.int32), "case": np.zeros((n, 2), np.uint32), "lungs": lungs}
+
+
+def difference(a, b) -> float:
+    """|a - b| / |b| over all leaves together: a leaf whose gradient is zero but for rounding says nothing."""
+    flat = lambda tree: np.concatenate(
+        [np.ravel(leaf).astype(float) for leaf in jax.tree.leaves(tree)] or [np.zeros(0)]
+    )
+    return float(np.linalg.norm(flat(a) - flat(b)) / max(np.linalg.norm(flat(b)), 1e-12))
+
+
+def mapped_against_jitted() -> dict:
+    """A step of every stage under pmap on two devices beside the jitted step on the whole batch:
+    {stage: [difference of metrics, of gradients (as Adam's moments) and statistics, equal shapes, all finite]}."""
+    config, system = small_system()
+    out, results, known = {}, {}, {}
+    for number, stage in enumerate(system.stages):
+        key = stage_keys(config, number)
+        # One step on: in the first the learning rate is zero.
+        init = jax.jit(lambda key, results, init=stage.init: init(key, results, 16)._replace(step=jnp.int32(1)))
+        state = init(key, results)
+        if stage.step not in known:  # modules A and B share theirs
+            step = partial(stage.step, steps=STEPS)
+            mapped = jax.pmap(partial(step, axis_name="d"), axis_name="d", in_axes=(None, 0, None))
+            known[stage.step] = jax.jit(step), mapped
+        jitted, mapped = known[stage.step]
+        whole, metrics = jitted(state, batch(16), key)
+        parts, said = mapped(state, jax.tree.map(lambda x: x.reshape(2, 8, *x.shape[1:]), batch(16)), key)
+        compared = lambda s: (s.opt, s.stats)
+        shapes = lambda s: [np.shape(leaf) for leaf in jax.tree.leaves((s.params, s.opt, s.stats))]
+        for half in range(2):
+            mine, own = jax.tree.map(lambda x, half=half: np.asarray(x[half]), (parts, said))
+            finite = all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((mine.params, mine.stats, own)))
+            differences = [difference(own, metrics), difference(compared(mine), compared(whole))]
+            out[f"{stage.name} {half}"] = [*differences, shapes(mine) == shapes(whole), finite]
+        results[stage.name] = {"params": whole.params, "stats": whole.stats}
+    return out
+
+
+if __name__ == "__main__":
+    assert jax.device_count() == 8
+    code = exit_code(train.main, sys.argv[2:])
+    wrong = exit_code(train.main, [*sys.argv[2:], "--config.pretrain.batch=12", f"--workdir={sys.argv[1]}-12"])
+    print(json.dumps({"code": code, "indivisible": wrong, "mapped": mapped_against_jitted()}))

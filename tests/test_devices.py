@@ -1,0 +1,84 @@
+"""One device and eight give the same; a step is the same with jit, without, and under pmap."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from on_8_devices import batch, small_system
+
+from jmae.data.files import read_image
+from jmae.run_folder import read_history
+from jmae.sharding import device_mesh, place_batch, replicated, split
+
+
+@pytest.fixture(scope="module")
+def on_eight(small_set, tools, tmp_path_factory):
+    """(folder of the run on eight virtual devices, what the process said)."""
+    run = tmp_path_factory.mktemp("eight") / "run"
+    # Compiled with less effort: a third of the time, and the results must not depend on it.
+    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "8", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    script = str(Path(__file__).with_name("on_8_devices.py"))
+    command = [sys.executable, script, str(run), *tools.arguments(small_set, run)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return run, json.loads(done.stdout.splitlines()[-1]), done.stderr
+
+
+def test_one_device_and_eight_train_alike(finished, on_eight):
+    run, said, _ = on_eight
+    assert said["code"] == 0
+    one, eight = (read_history(folder / "metrics.jsonl") for folder in (finished, run))
+    assert [(h["stage"], h["step"]) for h in one] == [(h["stage"], h["step"]) for h in eight]
+    for a, b in zip(one, eight, strict=True):
+        for name in a.keys() & {"loss", "accuracy", "abnormal_share"}:
+            assert b[name] == pytest.approx(a[name], rel=1e-5), (a["stage"], a["step"], name)
+
+
+def test_one_device_and_eight_give_the_same_maps_and_scores(finished, on_eight):
+    run, _, _ = on_eight
+    names = sorted(os.listdir(finished / "evaluation" / "maps"))
+    assert names == sorted(os.listdir(run / "evaluation" / "maps")) and len(names) == 12
+    for name in names:
+        one, eight = (read_image(folder / "evaluation" / "maps" / name).array for folder in (finished, run))
+        np.testing.assert_allclose(eight, one, rtol=1e-3, atol=1e-4 * np.abs(one).max())
+
+
+def test_a_batch_that_does_not_divide_among_the_devices_is_one_line(on_eight):
+    _, said, stderr = on_eight
+    assert said["indivisible"] == 2
+    assert "a batch of 12 is not divisible by 8 devices: use a multiple, or fewer devices" in stderr
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "labels", "module_a", "module_b"])
+def test_under_pmap_a_step_equals_the_jitted_one(on_eight, stage):
+    for half in (0, 1):
+        metrics, moments, shapes, finite = on_eight[1]["mapped"][f"{stage} {half}"]
+        assert metrics < 1e-5 and moments < 1e-5 and shapes and finite
+
+
+def test_under_pmap_the_head_s_batch_norm_gives_finite_values_of_equal_shape(on_eight):
+    for half in (0, 1):
+        _, _, shapes, finite = on_eight[1]["mapped"][f"proxy {half}"]
+        assert shapes and finite
+
+
+def test_batches_are_split_over_the_data_axis_and_states_are_whole():
+    mesh = device_mesh()
+    assert dict(mesh.shape) == {"data": jax.device_count(), "fsdp": 1}
+    placed = place_batch({"x": np.zeros((3, 2 * jax.device_count()))}, mesh, axis=1)["x"]
+    assert placed.sharding == split(mesh, 1) and replicated(mesh).is_fully_replicated
+
+
+def test_a_score_is_the_same_without_jit():
+    _, system = small_system("variant=mae", "adapt.test_masks=2", "model.depth=1")
+    state = jax.jit(lambda key: system.stages[0].init(key, {}, 2))(jax.random.key(0))
+    results = {"pretrain": {"params": state.params, "stats": {}}}
+    compiled = jax.jit(system.score)(results, batch(2), jax.random.key(1))
+    with jax.disable_jit():
+        plain = system.score(results, batch(2), jax.random.key(1))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), compiled, plain)

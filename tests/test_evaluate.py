@@ -1,0 +1,331 @@
+"""What an evaluation writes: against scikit-learn on the written files, for images and volumes, for every kind of
+split. Most use a system of one line instead of a trained one: the evaluator knows only its functions."""
+
+import csv
+import json
+import os
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import nibabel as nib
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+from sklearn.metrics import average_precision_score, roc_auc_score
+
+from jmae import evaluate as ev
+from jmae import recipe
+from jmae.data.files import read_image, read_mask
+from jmae.data.loader import Images, load_rows
+from jmae.data.transforms import central, resize
+from jmae.errors import InputError, exit_code
+from jmae.masking import case_keys
+from jmae.system import System, load_system
+
+KEYS = (
+    "system split n n_normal n_abnormal primary image pixel scores subsets per_patient baselines decision chi2".split()
+)
+IMAGE = {"auroc", "auroc_ci", "ap", "ap_ci", "n_normal", "n_abnormal"}
+PIXEL = {"auroc", "ap", "prevalence", "dice_best", "iou", "froc"}
+CENTRAL = "central 80%"
+
+
+def score(results, batch, key, *, chunk=None):
+    """Brightness with noise from the case's key as a map; the brightest value as a score without one."""
+    image = batch["image"]
+    noise = jax.vmap(lambda k: jax.random.uniform(k, image.shape[1:-1]))(case_keys(key, batch["case"]))
+    maps = jnp.mean(image, -1) + 0.1 * noise
+    axes = tuple(range(1, maps.ndim))
+    return {"maps": {"bright": maps}, "scores": {"bright": jnp.mean(maps, axes), "peak": jnp.max(image, (*axes, -1))}}
+
+
+SYSTEM = System(name="toy", stages=(), score=score, uses=(), primary="bright", masks=4)
+
+
+def config(manifest: Path, size: tuple[int, ...], channels: int, **changes) -> ConfigDict:
+    c, _ = recipe.parse(["--config=configs/amae.py:smoke"], "")
+    c.data.manifest, c.data.size, c.data.channels = str(manifest), size, channels
+    c.evaluation.subsets, c.evaluation.batch = ("matched",), 5
+    c.update_from_flattened_dict(changes)
+    return c
+
+
+def write_volumes(folder: Path, tools) -> Path:
+    """A manifest of NIfTI volumes 12 x 10 x 8 of two channels on an oblique grid, with masks and regions."""
+    rng, rows, shape = np.random.default_rng(1), [], (12, 10, 8)
+    affine = np.array([[0, -2, 0, 30], [1.5, 0, 0, -7], [0, 0.3, 3, 11], [0, 0, 0, 1]], float)
+    for split, label, n in [("train", 0, 6), ("val", 0, 2), ("val", 1, 2), ("test", 0, 3), ("test", 1, 4)]:
+        for i in range(n):
+            name, region = f"{split}{label}{i}", np.zeros(shape, np.uint8)
+            image, mask = tools.draw(rng, shape, bool(label))
+            region[1:-1, 1:] = 1
+            for part, array in (("a", image), ("b", 255 - image), ("m", mask.astype(np.uint8)), ("r", region)):
+                nib.save(nib.Nifti1Image(array, affine), folder / f"{name}-{part}.nii.gz")
+            marked = f"{name}-m.nii.gz" if label and (split, i) != ("test", 3) else ""
+            rows.append([name, "", split, label, f"{name}-a.nii.gz;{name}-b.nii.gz", marked, f"{name}-r.nii.gz", i < 2])
+    with open(folder / "manifest.csv", "w", newline="") as out:
+        csv.writer(out).writerows(["id patient split label image mask region matched".split(), *rows])
+    return folder / "manifest.csv"
+
+
+@pytest.fixture(scope="module", params=["images", "volumes"])
+def evaluated(request, small_set, tools, tmp_path_factory):
+    """(rows of the split, folder, what `evaluate` returned) of a set of images, and of one of volumes."""
+    folder = tmp_path_factory.mktemp(request.param)
+    if request.param == "images":
+        c = config(small_set, (24, 20), 1)
+    else:
+        c = config(write_volumes(folder, tools), (8, 8, 8), 2)
+    rows = load_rows(c, lambda line: None)
+    result = ev.evaluate(c, SYSTEM, rows, folder, split="test", out=folder / "out")
+    return [row for row in rows if row.split == "test"], folder / "out", result
+
+
+def table_of(folder: Path) -> list[dict]:
+    with open(folder / "scores.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def written_map(folder: Path, name: str) -> Path:
+    (file,) = (folder / "maps").glob(f"{name}_anomaly.*")
+    return file
+
+
+# --- the files --------------------------------------------------------------------------------------------------------
+
+
+def test_metrics_json_has_the_keys_of_the_design(finished):
+    metrics = json.loads((finished / "evaluation" / "metrics.json").read_text())
+    assert set(KEYS) | {"seconds", "seconds_per_case"} == set(metrics)
+    assert [metrics[k] for k in KEYS[:6]] == ["amae", "test", 12, 6, 6, load_system(recipe.read(finished)).primary]
+    assert set(metrics["image"]) == IMAGE and set(metrics["pixel"]) == PIXEL
+    assert set(metrics["scores"]) >= {"stage2", "stage1", "mask_rec", "mae"}
+    assert metrics["scores"][metrics["primary"]] == {"image": metrics["image"], "pixel": metrics["pixel"]}
+    assert metrics["scores"]["stage1"]["pixel"] is None
+    assert set(metrics["baselines"]) >= {"PCA-30 error", "Mahalanobis", "5-NN"}
+    assert len({"mean intensity", "low mean intensity"} & set(metrics["baselines"])) == 1
+    for part in [*metrics["scores"].values(), *metrics["baselines"].values()]:
+        assert set(part) == {"image", "pixel"}
+    for name in ("matched", CENTRAL):
+        part = metrics["subsets"][name]
+        assert set(part) == {"n", "image", "pixel", "scores", "baselines"}
+        assert set(part["image"]) == IMAGE and set(part["scores"]) == set(metrics["scores"]) - (
+            {"stage1"} if name == CENTRAL else set()
+        )
+    assert set(metrics["decision"]) == {"accuracy", "f1", "sensitivity", "specificity", "threshold"}
+    assert set(metrics["chi2"]) == {"raw", "normalised"}
+    assert 0 < metrics["seconds_per_case"] < metrics["seconds"]
+
+
+def test_scores_csv_has_a_line_a_case_and_a_column_a_further_score(finished):
+    table = table_of(finished / "evaluation")
+    assert list(table[0])[:4] == ["id", "label", "score", "p_value"]
+    system = load_system(recipe.read(finished))
+    assert set(list(table[0])[4:]) >= {"mae", "mask_rec", "stage1"} and system.primary not in table[0]
+    assert [row["id"] for row in table] == [f"test-{label}-{i}" for label in (0, 1) for i in range(6)]
+    assert all(row["p_value"] == "" and np.isfinite(float(row["score"])) for row in table)
+
+
+def test_figures_follow_from_the_written_files(evaluated):
+    rows, folder, result = evaluated
+    table = table_of(folder)
+    labels = np.array([row.label for row in rows])
+    assert [int(line["label"]) for line in table] == labels.tolist()
+    scores = {name: np.array([float(line[name]) for line in table]) for name in ("score", "peak")}
+    for name, figures in (("score", result["image"]), ("peak", result["scores"]["peak"]["image"])):
+        assert figures["auroc"] == pytest.approx(roc_auc_score(labels, scores[name]))
+        assert figures["ap"] == pytest.approx(average_precision_score(labels, scores[name]))
+        assert figures["auroc_ci"][0] <= figures["auroc"] <= figures["auroc_ci"][1]
+    assert result["n"] == len(rows) == result["n_normal"] + result["n_abnormal"]
+
+    matched = np.array([row.extra["matched"] not in ("0", "") for row in rows])
+    part = result["subsets"]["matched"]
+    assert part["n"] == matched.sum()
+    assert part["image"]["auroc"] == pytest.approx(roc_auc_score(labels[matched], scores["score"][matched]))
+
+    # Pixels: every map as written, on the row's own grid, inside its region; abnormal rows without a mask left out.
+    grids = [read_image(row.image) for row in rows]
+    maps = [read_image(written_map(folder, row.id)).array[..., 0] for row in rows]
+    for row, grid, own in zip(rows, grids, maps, strict=True):
+        assert own.shape == grid.array.shape[:-1], row.id
+    used = [i for i, row in enumerate(rows) if row.label == 0 or row.mask]
+    assert len(used) == len(rows) - sum(row.label == 1 and not row.mask for row in rows) < len(rows)
+    masks = {i: read_mask(rows[i].mask) if rows[i].mask else np.zeros(maps[i].shape, bool) for i in used}
+    regions = {i: read_mask(rows[i].region) if rows[i].region else np.ones(maps[i].shape, bool) for i in used}
+    for figures, view in ((result["pixel"], lambda x: x), (result["subsets"][CENTRAL]["pixel"], central)):
+        truth = np.concatenate([view(masks[i])[view(regions[i])] for i in used])
+        values = np.concatenate([view(maps[i])[view(regions[i])] for i in used])
+        assert figures["auroc"] == pytest.approx(roc_auc_score(truth, values))
+        assert figures["ap"] == pytest.approx(average_precision_score(truth, values))
+        assert figures["prevalence"] == pytest.approx(truth.mean())
+    patients = result["per_patient"]
+    assert len(patients) == len({rows[i].patient or rows[i].id for i in used})
+
+
+def test_maps_are_the_systems_own_enlarged_and_lie_where_the_image_lies(evaluated):
+    rows, folder, _ = evaluated
+    working = (24, 20) if read_image(rows[0].image).array.ndim == 3 else (8, 8, 8)
+    images = Images(rows, config(Path("unused"), working, 1 if len(working) == 2 else 2))
+    batch = {"image": images.image(np.arange(len(rows))), "case": images.words}
+    maps = np.asarray(score({}, batch, jax.random.key(0))["maps"]["bright"])
+    for own, row in zip(maps, rows, strict=True):
+        file, image = written_map(folder, row.id), read_image(row.image)
+        written = read_image(file)
+        np.testing.assert_allclose(written.array, resize(own[..., None], image.array.shape[:-1]), atol=2e-6)
+        if len(working) == 3:
+            assert file.name.endswith("_anomaly.nii.gz")
+            np.testing.assert_array_equal(nib.load(file).affine, nib.load(row.image[0]).affine)
+        else:
+            assert file.suffix == ".tif"
+
+
+def test_the_central_crop_scores_the_middle_of_the_map_and_only_scores_with_a_map(evaluated):
+    rows, _, result = evaluated
+    part = result["subsets"][CENTRAL]
+    assert set(part["scores"]) == {"bright"} and part["n"] == len(rows)
+    assert part["image"] == part["scores"]["bright"]["image"]
+    assert set(part["baselines"]) >= {"PCA-30 error", "Mahalanobis", "5-NN"}
+
+
+def test_the_decision_uses_the_threshold_of_val(evaluated):
+    rows, folder, result = evaluated
+    scores = np.array([float(line["score"]) for line in table_of(folder)])
+    labels, at = np.array([row.label for row in rows]), result["decision"]
+    called = scores >= at["threshold"]
+    assert at["sensitivity"] == pytest.approx(called[labels == 1].mean())
+    assert at["specificity"] == pytest.approx(1 - called[labels == 0].mean())
+    assert at["accuracy"] == pytest.approx((called == labels).mean())
+
+
+def test_the_report_is_one_page_with_the_figures(evaluated):
+    _, folder, result = evaluated
+    page = (folder / "report.html").read_text()
+    assert f"{result['image']['auroc']:.3f}" in page and "5-NN" in page and "matched" in page
+
+
+# --- a case is a case -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def scorers(finished):
+    """(images of the test split, a scorer for batches of 1 and of 16) of the trained run."""
+    c = recipe.read(finished)
+    rows = [row for row in load_rows(c, lambda line: None) if row.split == "test"]
+    system = load_system(c)
+    results = ev.restore_results(c, system, finished)
+    made = {}
+    for batch in (1, 16):
+        c.evaluation.batch = batch
+        made[batch] = ev.scorer(c, system, results)
+    return Images(rows, c), made
+
+
+def test_a_case_scores_the_same_alone_in_a_batch_and_in_another_order(scorers):
+    images, run = scorers
+    whole = run[16](images, np.arange(12))
+    seven = run[16](images, np.arange(3, 10))
+    backwards = run[16](images, np.arange(12)[::-1])
+    alone = [run[1](images, np.array([i])) for i in (0, 5)]
+    for kind in ("maps", "scores"):
+        for name, values in getattr(whole, kind).items():
+            same = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=3e-6)
+            same(getattr(seven, kind)[name], values[:, 3:10])
+            same(getattr(backwards, kind)[name][:, ::-1], values)
+            for i, one in zip((0, 5), alone, strict=True):
+                same(getattr(one, kind)[name][:, 0], values[:, i])
+
+
+def test_an_evaluation_afterwards_repeats_the_one_after_training(finished, tmp_path):
+    out = tmp_path / "again"
+    assert exit_code(ev.main, [f"--workdir={finished}", f"--out={out}"]) == 0
+    first, again = (json.loads((folder / "metrics.json").read_text()) for folder in (finished / "evaluation", out))
+    assert {k: first[k] for k in KEYS} == {k: again[k] for k in KEYS}
+    assert (finished / "evaluation" / "scores.csv").read_text() == (out / "scores.csv").read_text()
+    assert sorted(os.listdir(finished / "evaluation" / "maps")) == sorted(os.listdir(out / "maps"))
+
+
+# --- other splits, other data -----------------------------------------------------------------------------------------
+
+
+def toy(tmp_path, tools, counts, capfd=None, split="test", **changes):
+    c = config(tools.write_set(tmp_path / "set", counts), (16, 16), 1, **changes)
+    return ev.evaluate(c, SYSTEM, load_rows(c, lambda line: None), tmp_path, split=split, out=tmp_path / "out")
+
+
+def test_an_unlabelled_split_gets_scores_and_no_figures(tools, tmp_path):
+    result = toy(tmp_path, tools, {("train", 0): 3, ("unlabeled", None): 4}, split="unlabeled")
+    assert (result["n"], result["n_normal"], result["n_abnormal"]) == (4, 0, 0)
+    assert [result[k] for k in ("image", "pixel", "per_patient", "decision", "chi2")] == [None] * 5
+    assert [result[k] for k in ("scores", "subsets", "baselines")] == [{}] * 3
+    table = table_of(tmp_path / "out")
+    assert len(table) == 4 and all(line["label"] == "" and float(line["score"]) for line in table)
+    assert len(os.listdir(tmp_path / "out" / "maps")) == 4 and (tmp_path / "out" / "report.html").exists()
+
+
+@pytest.mark.parametrize("label", [0, 1])
+def test_a_split_of_one_class_has_nulls_where_nothing_is_defined(tools, tmp_path, label):
+    toy(tmp_path, tools, {("train", 0): 8, ("test", label): 3, ("val", 0): 2, ("val", 1): 2})
+    result = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert result["image"]["auroc"] is None and result["image"]["auroc_ci"] == [None, None]
+    assert result["n_normal"] + result["n_abnormal"] == 3
+    # The lesions of abnormal images alone still tell pixels apart; normals have none.
+    assert (result["pixel"] is None) == (label == 0)
+    at = result["decision"]
+    assert (at["specificity"] is None, at["sensitivity"] is None) == (label == 1, label == 0)
+
+
+def test_cases_without_a_label_are_scored_beside_those_with_one(tools, tmp_path):
+    result = toy(tmp_path, tools, {("test", 0): 3, ("test", 1): 3, ("test", None): 2})
+    assert (result["n"], result["n_normal"], result["n_abnormal"]) == (8, 3, 3)
+    assert result["baselines"] == {} and result["decision"] is None, "neither training images nor val are there"
+    assert len(table_of(tmp_path / "out")) == 8
+
+
+def test_replicates_are_averaged_and_summed_up(tools, tmp_path):
+    counts = {("train", 0): 8, ("test", 0): 4, ("test", 1): 4, ("val", 0): 2, ("val", 1): 2}
+    result = toy(tmp_path, tools, counts, replicates=3)
+    c = config(tmp_path / "set" / "manifest.csv", (16, 16), 1)
+    rows = [row for row in load_rows(c, lambda line: None) if row.split == "test"]
+    labels, each = [row.label for row in rows], []
+    for seed in range(3):
+        c.seed = seed
+        each.append(ev.scorer(c, SYSTEM, {})(Images(rows, c), np.arange(8)).scores["bright"][0])
+    aurocs = [roc_auc_score(labels, values) for values in each]
+    assert result["replicates"]["auroc"]["values"] == pytest.approx(aurocs)
+    assert result["image"]["auroc"] == pytest.approx(np.mean(aurocs))
+    assert result["replicates"]["auroc"]["half_width"] == pytest.approx(1.96 * np.std(aurocs, ddof=1))
+    np.testing.assert_allclose(
+        [float(line["score"]) for line in table_of(tmp_path / "out")], np.mean(each, axis=0), rtol=1e-6
+    )
+    assert isinstance(result["image"]["n_normal"], int)
+
+
+def test_a_subset_that_the_manifest_does_not_know_is_said(tools, tmp_path, capfd):
+    counts = {("train", 0): 4, ("test", 0): 2, ("test", 1): 2}
+    result = toy(tmp_path, tools, counts, **{"evaluation.subsets": ("ward",)})
+    assert set(result["subsets"]) == {CENTRAL}
+    assert "warning: no column 'ward' in the manifest" in capfd.readouterr().err
+
+
+def test_other_data_go_into_a_folder_of_their_own(finished, tools, tmp_path):
+    manifest = tools.write_set(tmp_path / "set", {("val", 0): 1, ("new", 1): 1, ("test", 0): 2, ("test", 1): 2}, seed=7)
+    before = {path: path.read_bytes() for path in finished.rglob("*.json*")}
+    arguments = [f"--workdir={finished}", f"--manifest={manifest}", "--out", str(tmp_path / "out")]
+    assert exit_code(ev.main, arguments) == 0
+    result = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert result["n"] == 4 and result["baselines"] == {}
+    assert before == {path: path.read_bytes() for path in finished.rglob("*.json*")}
+
+
+def test_what_is_missing_is_one_line(finished, small_set, tmp_path, capfd):
+    assert exit_code(ev.main, [f"--workdir={finished}", "--split=exam"]) == 2
+    assert "split 'exam' has no rows: one of test, train, unlabeled, val" in capfd.readouterr().err
+    run = tmp_path / "run"
+    shutil.copytree(finished, run, ignore=shutil.ignore_patterns("module_b", "evaluation"))
+    assert exit_code(ev.main, [f"--workdir={run}"]) == 2
+    assert f"{run}: stage module_b has no checkpoint: train it first" in capfd.readouterr().err
+    c = config(small_set, (16, 16), 1)
+    with pytest.raises(InputError, match="split 'test' has no rows: one of"):
+        ev.evaluate(c, SYSTEM, [], tmp_path, split="test", out=tmp_path / "out")

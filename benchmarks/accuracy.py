@@ -3,6 +3,7 @@
     JMAE_DATA=FOLDER python -m benchmarks.accuracy cxr_peds                      # all settings, recipe `small`
     JMAE_DATA=FOLDER python -m benchmarks.accuracy cxr_peds --budget 2 --settings stage2
     JMAE_DATA=FOLDER python -m benchmarks.accuracy cxr_nih --subsets matched --settings stage2
+    JMAE_DATA=FOLDER python -m benchmarks.accuracy cxr_nih64 --replicates 4      # means, 1.96 deviations, Welch tests
 
 Trains with `python -m jmae.train --config configs/amae.py:small`, as the README does. All settings start from the
 first one's Stage 0, as they would from one checkpoint (`model.weights`). Prints a table and writes
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.timing import table, write
+from jmae.metrics import welch_test
 
 SETTINGS = ("stage2", "stage1", "mask_rec", "no_pseudo")
 RESULTS = Path(__file__).parent / "results" / "accuracy.json"
@@ -48,7 +50,14 @@ def figures(evaluation: dict[str, Any]) -> dict[str, Any]:
             for name, subset in evaluation["subsets"].items()
         },
     }
-    return out | {"central": crop}
+    return out | {"central": crop, "replicates": evaluation.get("replicates")}
+
+
+def against_first(results: dict[str, dict[str, Any]]) -> list[tuple[str, str, float]]:
+    """Welch's two-sided p of every setting's primary AUROC over replicates against the first setting's."""
+    values = {name: r["replicates"][r["primary"]]["auroc"]["values"] for name, r in results.items()}
+    first, *others = values
+    return [(first, other, welch_test(values[first], values[other])["p"]) for other in others]
 
 
 def main() -> None:
@@ -56,6 +65,7 @@ def main() -> None:
     parser.add_argument("pack", help="a folder of JMAE_DATA")
     parser.add_argument("--settings", nargs="+", default=SETTINGS, choices=SETTINGS)
     parser.add_argument("--budget", type=float, default=1.0)
+    parser.add_argument("--replicates", type=int, default=1)
     parser.add_argument("--subsets", nargs="*", default=())
     parser.add_argument("--workdir", type=Path, default=Path("runs/accuracy"))
     parser.add_argument("overrides", nargs="*", help="--config.KEY=VALUE, after --")
@@ -64,7 +74,7 @@ def main() -> None:
     if not os.environ.get("JMAE_DATA") or not manifest.is_file():
         print(f"not run: {manifest} is not there; set JMAE_DATA to the folder of the packs")
         return
-    rows, first = [], None
+    rows, first, results = [], None, {}
     for setting in options.settings:
         folder = options.workdir / f"{options.pack}-{options.budget:g}-{setting}"
         arguments = [
@@ -72,6 +82,7 @@ def main() -> None:
             f"--config.data.manifest={manifest}",
             f"--config.variant={setting}",
             f"--config.budget={options.budget}",
+            f"--config.replicates={options.replicates}",
             f"--config.evaluation.subsets={tuple(options.subsets)!r}",
             "--config.evaluation.maps=False",
             f"--workdir={folder}",
@@ -81,7 +92,7 @@ def main() -> None:
         result = figures(json.loads((folder / "evaluation" / "metrics.json").read_text()))
         shown = [a for a in arguments if "manifest" not in a and "workdir" not in a]
         result |= {"seconds": seconds, "stage0": "own" if first is None else "shared", "arguments": shown}
-        first = first or folder
+        first, results[setting] = first or folder, result
         write(RESULTS, f"{options.pack}, budget {options.budget:g}, {setting}", result)
         views = {"whole": result, **result["subsets"]}
         for view, part in views.items():
@@ -92,6 +103,8 @@ def main() -> None:
                         mark = " *" if name == result["primary"] else ""
                         rows.append((setting, view, name + mark, image["auroc"], interval, image["ap"]))
     print(table(("setting", "view", "score", "AUROC", "95 %", "AP"), rows))
+    if options.replicates > 1 and len(results) > 1:
+        print(table(("setting", "against", "Welch p"), against_first(results)))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ Bozorgtabar, Mahapatra, Thiran, MICCAI 2023, arXiv 2307.12721.
 Expected (RSNA, anomaly ratio 60 %, four seeds): Stage 1 AUROC 86.8 / AP 84.9, Stage 2 AUROC 91.4 / AP 91.7 (Table 1).
 The paper's figures need its data and the chest X-ray checkpoint; ours are in benchmarks/results.
 
-  python -m jmae.train --config configs/amae.py                                            phantoms, 2 cores, < 6 minutes
+  python -m jmae.train --config configs/amae.py                                            phantoms, 2 cores, 6 minutes
   python -m jmae.train --config configs/amae.py:small --config.data.manifest=MANIFEST.csv  own data, 2 cores, 15 minutes
   python -m jmae.train --config configs/amae.py:paper --config.data.manifest=MANIFEST.csv  the paper's numbers, one GPU
 
@@ -74,14 +74,14 @@ def get_config(preset: str = "phantom") -> ConfigDict:
     c.adapt.betas, c.adapt.decay = (0.9, 0.95), 0.05
     c.adapt.augment = True
     c.adapt.percentile, c.adapt.percentile_over = 50.0, "class"
-    c.adapt.test_masks = 4
-    c.adapt.discrepancy = "reconstruction"  # the primary score: Eq. 4; "error" (ours): error of A less error of B
-    c.adapt.paste = True  # False: raw decoder output everywhere
 
     c.checkpoint_every = 500  # steps
     c.log_every = 10  # steps
     c.tensorboard = False
     c.evaluation = ConfigDict()
+    c.evaluation.masks = 4  # a test image, the same for modules A and B
+    c.evaluation.discrepancy = "reconstruction"  # the primary score: Eq. 4; "error" (ours): error of A less error of B
+    c.evaluation.paste = True  # visible patches as they are; False: raw decoder output everywhere
     c.evaluation.batch = 16
     c.evaluation.chunk = 0  # masks at a time; 0: as many as the memory holds
     c.evaluation.subsets = ()  # manifest columns; rows with another value than 0 or empty are scored apart too
@@ -100,17 +100,17 @@ def get_config(preset: str = "phantom") -> ConfigDict:
     c.data.size, c.model.patch, c.model.channels = (96, 96), (12, 12), 1
     c.model.width, c.model.depth, c.model.heads = 192, 6, 6
     c.model.decoder_width, c.model.decoder_depth, c.model.decoder_heads = 128, 2, 4
-    c.pretrain.steps, c.pretrain.epochs, c.pretrain.batch, c.pretrain.mask_ratio = 1500, 0, 32, 0.75
+    c.pretrain.steps, c.pretrain.epochs, c.pretrain.batch, c.pretrain.mask_ratio = 2000, 0, 32, 0.75
     c.pretrain.lr, c.pretrain.lr_is_base = 1e-3, False
     c.proxy.steps, c.proxy.epochs, c.proxy.batch, c.proxy.lr = 800, 0, 32, 2e-3
     c.adapt.steps, c.adapt.epochs = 800, 0
-    c.adapt.discrepancy = "error"
+    c.evaluation.discrepancy, c.evaluation.masks = "error", 32  # masks: less noise in the score
     if preset in ("phantom", "smoke"):
         c.data.phantom = "chest"
         c.data.size, c.model.patch = (64, 64), (8, 8)
         c.model.width, c.model.depth, c.model.heads = 128, 4, 4
         c.model.decoder_width, c.model.decoder_heads = 64, 4
-        c.pretrain.steps, c.proxy.steps, c.adapt.steps = 800, 500, 400
+        c.pretrain.steps, c.proxy.steps, c.adapt.steps = 600, 500, 800
     if preset == "smoke":
         c.model.width, c.model.depth, c.model.heads = 48, 2, 3
         c.model.patch = (16, 16)

@@ -74,7 +74,7 @@ FAKE = {"pretrain": {"params": {}, "stats": {}}}
 def test_the_paper_preset_keeps_49_of_196_patches_and_the_papers_schedule():
     c = recipe.get_config("paper")
     assert int(14 * 14 * (1 - c.adapt.mask_ratio)) == 49
-    assert (c.adapt.masks, c.adapt.test_masks, c.adapt.batch, c.adapt.epochs, c.adapt.lr) == (2, 4, 16, 150, 2.5e-4)
+    assert (c.adapt.masks, c.evaluation.masks, c.adapt.batch, c.adapt.epochs, c.adapt.lr) == (2, 4, 16, 150, 2.5e-4)
     stages = {stage.name: stage for stage in load_system(c).stages}
     assert stages["proxy"].steps(3851) == 36_000  # 240 steps an epoch, the last incomplete batch dropped
     assert stages["module_a"].steps(4651) == 290 * 150

@@ -121,7 +121,7 @@ SAMPLED = {
     "breast": [("train", 0), ("train", 47), ("test", 0), ("test", 12), ("test", 23)],
 }
 FROZEN = {
-    "chest": "2f4fafcb8ac3fe96f17793cbfa7f9a516d6f333f1926cb217f5c66cfe73a7aee",
+    "chest": "aeba38eb7f78d10b81aafad783def455d625911eb5bf51efe550b9cf1cb18ec4",
     "breast": "c34588fe524234f1bb884cdc16e992d031bde0711bcb5108f025864ff4340aea",
 }
 

@@ -44,8 +44,8 @@ def test_every_preset_of_every_recipe_resolves_and_survives_json(file, preset):
         ("data.manifest=", "data.manifest", ""),
         ("tensorboard", "tensorboard", True),
         ("tensorboard=True", "tensorboard", True),
-        ("adapt.paste=false", "adapt.paste", False),
-        ("adapt.paste=0", "adapt.paste", False),
+        ("evaluation.paste=false", "evaluation.paste", False),
+        ("evaluation.paste=0", "evaluation.paste", False),
         ("data.size=48,56", "data.size", (48, 56)),
         ("data.size=(48, 56, 8)", "data.size", (48, 56, 8)),
         ("proxy.head=[7]", "proxy.head", (7,)),
@@ -68,7 +68,7 @@ def test_every_kind_of_value_can_be_overridden(override, key, value):
     [
         (
             ["--config.adapt.test_mask=3"],
-            "--config.adapt.test_mask is unknown: did you mean --config.adapt.test_masks?",
+            "--config.evaluation.mask is unknown: did you mean --config.evaluation.masks?",
         ),
         (["--config.Seed=3"], "--config.Seed is unknown: did you mean --config.seed?"),
         (["--config.data=3"], "--config.data is unknown: did you mean --config.data."),

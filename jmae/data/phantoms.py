@@ -63,8 +63,8 @@ def chest(rng: Generator, label: int) -> Phantom:
     """Draws a frontal radiograph: attenuations add up along the beam, then a film curve makes them grey.
 
     Pose: rotation U(-7, 7) degrees, scale U(0.94, 1.12) a side, shift U(-0.07, 0.07) of half the image.
-    Findings: 15 % enlarged heart (by U(1.35, 1.6); half of them with an opacity), 40 % nodules, 45 % a diffuse
-    opacity.
+    Soft tissue is lumpy outside the lungs, by a log-uniform 0.015 to 0.17; grain is log-uniform, 0.8 to 4 grey levels.
+    Findings: 30 % enlarged heart (by U(1.4, 1.7); half of them with an opacity), 20 % nodules, 50 % a diffuse opacity.
     """
     between = lambda low, high: _between(rng, low, high)
     rows, cols = np.meshgrid(*(np.linspace(-1, 1, n) for n in CHEST_SIZE), indexing="ij")
@@ -112,7 +112,8 @@ def chest(rng: Generator, label: int) -> Phantom:
     ribs = inside * (posterior + 0.5 * anterior) * (0.35 + 0.65 * _step(ax - 0.1, 0.04) * _step(dome - y, 0.05))
     bone = between(0.03, 0.09) * ribs + between(0.08, 0.2) * clavicle
 
-    tissue = 1 + between(-0.1, 0.1) * x + 0.03 * _noise(rng, CHEST_SIZE, 10)
+    lumps = np.exp(between(np.log(0.015), np.log(0.17))) * _noise(rng, CHEST_SIZE, 6) * (1 - 0.85 * lung)
+    tissue = 1 + between(-0.1, 0.1) * x + lumps
     abdomen = 0.12 * _step(y - dome, 0.03)
     lung_depth, hilar, cardiac = between(0.58, 0.70), between(0.06, 0.14), between(0.10, 0.20)
 
@@ -126,17 +127,19 @@ def chest(rng: Generator, label: int) -> Phantom:
     ill, air = healthy, field
     extra: Field = np.zeros(CHEST_SIZE)
     finding = rng.random() if label else np.nan
-    if finding < 0.15:
-        ill, air = attenuation(between(1.35, 1.6))
-    if 0.15 <= finding < 0.55:
+    if finding < 0.3:
+        ill, air = attenuation(between(1.4, 1.7))
+    if 0.3 <= finding < 0.5:
         extra = _nodules(rng, x, y, air)
-    elif finding < 0.075 or finding >= 0.55:
+    elif finding < 0.15 or finding >= 0.5:
         extra = _opacity(rng, x, y, air)
 
     # Film: exposure, contrast, curve and noise are the acquisition's.
     low, high, curve = between(10, 45), between(170, 240), between(0.75, 1.35)
     film = lambda depth: low + (high - low) * (np.clip(depth, 0, 1.6) / 1.5) ** curve
-    grain = between(1.0, 3.0) * (_noise(rng, CHEST_SIZE, 0.5) + 0.6 * _noise(rng, CHEST_SIZE, 1.2))
+    grain = np.exp(between(np.log(0.8), np.log(4.0))) * (
+        _noise(rng, CHEST_SIZE, 0.5) + 0.6 * _noise(rng, CHEST_SIZE, 1.2)
+    )
     grey = film(ill + extra)
     mask = np.abs(grey - film(healthy)) > CHEST_VISIBLE
     image = np.clip(np.rint(grey + grain), 0, 255).astype(np.float32)
@@ -151,7 +154,7 @@ def _seat(rng: Generator, field: Field) -> tuple[int, ...]:
 
 
 def _nodules(rng: Generator, x: Field, y: Field, air: Field) -> Field:
-    """One to four soft-edged, lobulated nodules with a speckled texture; radius U(0.07, 0.13)."""
+    """One to four soft-edged, lobulated nodules with a speckled texture; radius U(0.1, 0.17)."""
     extra = np.zeros_like(x)
     speckle = _noise(rng, x.shape, 1.2)
     for _ in range(1 + int(4 * rng.random())):
@@ -159,8 +162,8 @@ def _nodules(rng: Generator, x: Field, y: Field, air: Field) -> Field:
         p, q = x - x[seat], y - y[seat]
         angle = np.arctan2(q, p)
         lobes = 1 + 0.15 * np.cos(3 * angle + _between(rng, 0, 6.28)) + 0.1 * np.cos(5 * angle + _between(rng, 0, 6.28))
-        core = _step(_between(rng, 0.07, 0.13) * lobes - np.hypot(p, q), 0.03)
-        extra += core * _between(rng, 0.28, 0.5) * (1 + 0.3 * speckle)
+        core = _step(_between(rng, 0.1, 0.17) * lobes - np.hypot(p, q), 0.03)
+        extra += core * _between(rng, 0.28, 0.5) * (1 + 0.15 * speckle)
     return extra * (0.3 + 0.7 * air)
 
 
@@ -168,10 +171,10 @@ def _opacity(rng: Generator, x: Field, y: Field, air: Field) -> Field:
     """A fluffy consolidation over part of one lung, patchy at the scale of acini."""
     seat = _seat(rng, (air > 0.7) * 1.0)
     p, q = x - x[seat], y - y[seat]
-    radius = np.hypot(p / _between(rng, 0.16, 0.32), q / _between(rng, 0.16, 0.36))
+    radius = np.hypot(p / _between(rng, 0.32, 0.55), q / _between(rng, 0.34, 0.7))
     extent = _step(1 - radius + 0.25 * _noise(rng, x.shape, 5), 0.3)
-    patches = _noise(rng, x.shape, 2.2)
-    return air * extent * _between(rng, 0.26, 0.5) * np.maximum(1 + 0.6 * patches, 0)
+    patches = _noise(rng, x.shape, 4)
+    return air * extent * _between(rng, 0.26, 0.5) * np.maximum(1 + 0.3 * patches, 0)
 
 
 # --- breast: 48 x 80 x 24 (P, L, S), two channels (without and with fat saturation), 12 bit, 3 mm -----------------

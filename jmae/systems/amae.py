@@ -87,9 +87,9 @@ def build(config: ConfigDict) -> System:
     """The AMAE system that a recipe describes; raises InputError on settings that do not fit together."""
     if config.variant not in VARIANTS:
         raise InputError(f"variant {config.variant!r} is unknown: one of {', '.join(VARIANTS)}")
-    if config.adapt.discrepancy not in DISCREPANCIES:
-        raise InputError(f"adapt.discrepancy is {config.adapt.discrepancy!r}: one of {', '.join(DISCREPANCIES)}")
-    model, adapt, proxy = config.model, config.adapt, config.proxy
+    model, adapt, proxy, evaluation = config.model, config.adapt, config.proxy, config.evaluation
+    if evaluation.discrepancy not in DISCREPANCIES:
+        raise InputError(f"evaluation.discrepancy is {evaluation.discrepancy!r}: one of {', '.join(DISCREPANCIES)}")
     names = VARIANTS[config.variant]
     patch, ratio = tuple(model.patch), adapt.mask_ratio
     dtype = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}.get(
@@ -267,8 +267,8 @@ def build(config: ConfigDict) -> System:
             keys=keys,
             patch=patch,
             ratio=ratio,
-            masks=adapt.test_masks,
-            paste=adapt.paste,
+            masks=evaluation.masks,
+            paste=evaluation.paste,
             chunk=chunk,
         )
         passes = {
@@ -318,6 +318,6 @@ def build(config: ConfigDict) -> System:
         tuple(stage for stage in stages if stage.name in names),
         score,
         tuple(name for name in names if name != "labels"),
-        DISCREPANCIES[adapt.discrepancy] if "module_b" in names else config.variant,
-        adapt.test_masks,
+        DISCREPANCIES[evaluation.discrepancy] if "module_b" in names else config.variant,
+        evaluation.masks,
     )

@@ -55,7 +55,7 @@ def figures(evaluation: dict[str, Any]) -> dict[str, Any]:
 
 def against_first(results: dict[str, dict[str, Any]]) -> list[tuple[str, str, float]]:
     """Welch's two-sided p of every setting's primary AUROC over replicates against the first setting's."""
-    values = {name: r["replicates"][r["primary"]]["auroc"]["values"] for name, r in results.items()}
+    values = {name: r["replicates"]["auroc"]["values"] for name, r in results.items()}
     first, *others = values
     return [(first, other, welch_test(values[first], values[other])["p"]) for other in others]
 
@@ -76,7 +76,8 @@ def main() -> None:
         return
     rows, first, results = [], None, {}
     for setting in options.settings:
-        folder = options.workdir / f"{options.pack}-{options.budget:g}-{setting}"
+        replicated = f", {options.replicates} seeds" if options.replicates > 1 else ""
+        folder = options.workdir / f"{options.pack}-{options.budget:g}-{options.replicates}-{setting}"
         arguments = [
             "--config=configs/amae.py:small",
             f"--config.data.manifest={manifest}",
@@ -93,7 +94,7 @@ def main() -> None:
         shown = [a for a in arguments if "manifest" not in a and "workdir" not in a]
         result |= {"seconds": seconds, "stage0": "own" if first is None else "shared", "arguments": shown}
         first, results[setting] = first or folder, result
-        write(RESULTS, f"{options.pack}, budget {options.budget:g}, {setting}", result)
+        write(RESULTS, f"{options.pack}, budget {options.budget:g}, {setting}{replicated}", result)
         views = {"whole": result, **result["subsets"]}
         for view, part in views.items():
             for kind in ("scores", "baselines"):

@@ -417,8 +417,11 @@ def _on_first(work: Callable[[], Any]) -> Any:
 
 
 def _lock(workdir: Path) -> TextIO:
-    workdir.mkdir(parents=True, exist_ok=True)
-    file = open(workdir / LOCK, "a+")
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        file = open(workdir / LOCK, "a+")
+    except OSError as error:
+        raise InputError(f"{workdir}: no run folder ({error.strerror}): choose another --workdir") from None
     file.seek(0)
     holder = file.read(200).strip()
     try:  # the kernel drops the lock when its holder ends, so a name left in the file by a killed run means nothing

@@ -32,6 +32,11 @@ def exit_code(main: Callable[[list[str]], int | None], argv: list[str] | None = 
     debug = "--debug" in arguments
     try:
         return main([a for a in arguments if a != "--debug"]) or 0
+    except KeyboardInterrupt:
+        if debug:
+            traceback.print_exc()
+        print("interrupted: the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
     except (InputError, NonFiniteLoss, Stopped) as error:
         if debug:
             traceback.print_exc()

@@ -99,7 +99,7 @@ def train_stage(
         start, saved, position = found
         state = saved._replace(frozen=frozen)
     elif number == 0 and config.model.weights:
-        state, start = adopt(Path(config.model.weights), name, state, n), steps
+        state, start = adopt(config, name, state), steps
         checkpoint.save(folder, steps, state._replace(frozen={}), {}, config=identity)
     history = workdir / "metrics.jsonl"
     cut_history(history, name, start)
@@ -183,16 +183,31 @@ def finite(tree: PyTree) -> Bool[Array, ""]:
     return jnp.all(jnp.array([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]))
 
 
-def adopt(workdir: Path, stage: str, state: State, n: int) -> State:
-    """The first stage's parameters from another run folder; one set serves all replicates."""
+def adopt(config: ConfigDict, stage: str, state: State) -> State:
+    """The first stage's parameters from another run folder; one set serves all replicates.
+
+    Raises InputError where there is none, where that run is of another network or preparation of images.
+    """
+    workdir, n = Path(config.model.weights), config.replicates
     folder = workdir / "checkpoints" / stage
-    single = (state if n == 1 else jax.tree.map(lambda x: x[0], state))._replace(frozen={})
+    if not (workdir / "config.json").is_file():
+        raise InputError(f"model.weights: {folder} has no checkpoint: name the folder of an earlier run")
+    source = recipe.from_json((workdir / "config.json").read_text(encoding="utf-8"))
+    ours, theirs = (dict(recipe.keys_of(c)) for c in (config, source))
+    shared = [k for k in ours if k.startswith("model.") and k not in ("model.weights", "model.dtype", "model.remat")]
+    for key in [*shared, "data.size", "data.normalise", "data.mean", "data.std"]:
+        if ours[key] != theirs.get(key):
+            raise InputError(
+                f"model.weights: {workdir} has {key}={theirs.get(key)}, the recipe {ours[key]}: make them equal"
+            )
+    stacked = n > 1 and source.replicates == n
+    single = (state if n == 1 or stacked else jax.tree.map(lambda x: x[0], state))._replace(frozen={})
     found = checkpoint.restore(folder, single, config=None, log=log)
     if not found:
         raise InputError(f"model.weights: {folder} has no checkpoint: name the folder of an earlier run")
     step, saved, _ = found
     log(f"{stage}: taken over from {folder}, step {step}")
-    params = saved.params if n == 1 else jax.tree.map(lambda x: jnp.stack([x] * n), saved.params)
+    params = saved.params if n == 1 or stacked else jax.tree.map(lambda x: jnp.stack([x] * n), saved.params)
     return state._replace(params=jax.device_put(params, jax.tree.map(lambda x: x.sharding, state.params)))
 
 

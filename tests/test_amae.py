@@ -190,7 +190,7 @@ def test_the_score_is_the_mean_absolute_difference_of_mean_reconstructions(train
     _, bind = network(lambda rngs: MAE(size=(32, 32), patch=(8, 8), channels=1, **sizes, rngs=rngs))
     image = np.asarray(data["image"])
     image = (image - image.mean((1, 2, 3), keepdims=True)) / image.std((1, 2, 3), keepdims=True)
-    patches, means = patchify(jnp.asarray(image), (8, 8)), []
+    patches, means, errors = patchify(jnp.asarray(image), (8, 8)), [], []
     for name in ("module_a", "module_b"):
         drawn = []
         for j in range(4):
@@ -198,14 +198,17 @@ def test_the_score_is_the_mean_absolute_difference_of_mean_reconstructions(train
             prediction = bind(results[name]["params"])(patches, keep, restore)
             drawn.append(np.asarray(jnp.where(hidden(restore, 4)[..., None], prediction, patches)))
         means.append(np.mean(drawn, axis=0))
-    expected = np.abs(means[0] - means[1]).mean((1, 2))
-    np.testing.assert_allclose(score(c, results, data)["scores"]["stage2"], expected, rtol=1e-4)
+        errors.append(np.mean((np.stack(drawn) - np.asarray(patches)) ** 2, axis=(0, 2, 3)))
+    scores = score(c, results, data)["scores"]
+    np.testing.assert_allclose(scores["stage2"], np.abs(means[0] - means[1]).mean((1, 2)), rtol=1e-4)
+    # ours: positive where B, which saw anomalies, explains an image better than A
+    np.testing.assert_allclose(scores["stage2_error"], errors[0] - errors[1], rtol=1e-3, atol=1e-6)
 
 
 def test_the_map_and_the_score_agree_and_every_score_is_given(trained):
     _, results = trained
     out = score(config(), results, batch(4))
-    assert set(out["scores"]) == {"mae", "mask_rec", "stage1", "stage2", "stage2_error"}
+    assert set(out["scores"]) == {"mae", "module_a", "stage1", "stage2", "stage2_error"}
     for name, m in out["maps"].items():
         assert m.shape == (4, 32, 32)
         np.testing.assert_allclose(np.asarray(m).mean((1, 2)), out["scores"][name], rtol=1e-4, atol=1e-7)
@@ -235,6 +238,33 @@ def test_the_variants_train_on_the_papers_sets(trained):
     assert of("stage1", "proxy").tolist() == normal
 
 
-def test_a_wrong_variant_is_refused():
-    with pytest.raises(InputError, match="one of stage2, stage1"):
-        load_system(config(variant="stage3"))
+@pytest.mark.parametrize(
+    "setting, value, words",
+    [
+        ("variant", "stage3", "one of stage2, stage1"),
+        ("data__normalise", "Image", "'fixed' or 'image'"),
+        ("model__dtype", "bf16", "one of auto, float32, bfloat16"),
+        ("evaluation__discrepancy", "ratio", "one of reconstruction, error"),
+        ("data__normal_crops_only", True, "whole images"),
+    ],
+)
+def test_a_setting_that_means_nothing_is_refused(setting, value, words):
+    with pytest.raises(InputError, match=words):
+        load_system(config(**{setting: value}))
+
+
+def test_the_proxy_task_learns_to_call_pasted_images_abnormal():
+    """Polarity decides which images module B sees: after training on one batch, p(abnormal) is high where pasted."""
+    c = config(variant="stage1", proxy__lr=1e-2, proxy__steps=60)
+    system = load_system(c)
+    pretrain, proxy = system.stages
+    results = {"pretrain": {"params": pretrain.init(KEY, {}, 1).params, "stats": {}}}
+    state, data = proxy.init(KEY, results, 16), batch()
+    data["image"] = jnp.full_like(data["image"], 0.2) + 0.3 * data["lungs"][..., None]
+    data["image"] = data["image"].at[:, :6].set(0.9)  # what is cut from there shows inside the lungs
+    step = jax.jit(lambda s: proxy.step(s, data, KEY, steps=60))
+    for _ in range(60):
+        state, metrics = step(state)
+    assert float(metrics["accuracy"]) > 0.8
+    results["proxy"] = {"params": state.params, "stats": state.stats}
+    assert float(np.mean(score(c, results, data)["scores"]["stage1"])) < 0.4  # the plain images are the normal ones

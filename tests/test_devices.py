@@ -75,7 +75,7 @@ def test_batches_are_split_over_the_data_axis_and_states_are_whole():
 
 
 def test_a_score_is_the_same_without_jit():
-    _, system = small_system("variant=mae", "adapt.test_masks=2", "model.depth=1")
+    _, system = small_system("variant=mae", "evaluation.masks=2", "model.depth=1")
     state = jax.jit(lambda key: system.stages[0].init(key, {}, 2))(jax.random.key(0))
     results = {"pretrain": {"params": state.params, "stats": {}}}
     compiled = jax.jit(system.score)(results, batch(2), jax.random.key(1))

@@ -67,7 +67,7 @@ def test_every_kind_of_value_can_be_overridden(override, key, value):
     ("arguments", "line"),
     [
         (
-            ["--config.adapt.test_mask=3"],
+            ["--config.evaluation.mask=3"],
             "--config.evaluation.mask is unknown: did you mean --config.evaluation.masks?",
         ),
         (["--config.Seed=3"], "--config.Seed is unknown: did you mean --config.seed?"),

@@ -61,7 +61,7 @@ class Head(nnx.Module):
 
 
 def pseudo_labels(p1: np.ndarray, percentile: float, over: str = "class") -> tuple[np.ndarray, np.ndarray]:
-    """(predicted class, kept) of unlabelled images from their probability of being abnormal (spec section 5).
+    """(pseudo-label, kept) of unlabelled images from their probability of being abnormal (spec section 5).
 
     `over="class"`: of the images predicted as a class, those whose confidence reaches the class's `percentile`-th
     percentile are kept (50: the more confident half, ties included); a class predicted less than twice keeps all.
@@ -90,11 +90,17 @@ def build(config: ConfigDict) -> System:
     model, adapt, proxy, evaluation = config.model, config.adapt, config.proxy, config.evaluation
     if evaluation.discrepancy not in DISCREPANCIES:
         raise InputError(f"evaluation.discrepancy is {evaluation.discrepancy!r}: one of {', '.join(DISCREPANCIES)}")
+    if config.data.normalise not in ("fixed", "image"):
+        raise InputError(f"data.normalise is {config.data.normalise!r}: 'fixed' or 'image'")
+    if config.data.normal_crops_only:
+        raise InputError("amae trains on whole images: take abnormal rows out of train and data.normal_crops_only back")
     names = VARIANTS[config.variant]
     patch, ratio = tuple(model.patch), adapt.mask_ratio
-    dtype = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}.get(
-        model.dtype, jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
-    )
+    auto = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    dtypes = {"auto": auto, "float32": jnp.float32, "bfloat16": jnp.bfloat16}
+    if model.dtype not in dtypes:
+        raise InputError(f"model.dtype is {model.dtype!r}: one of {', '.join(dtypes)}")
+    dtype = dtypes[model.dtype]
     make = lambda rngs: MAE(
         size=tuple(config.data.size),
         patch=patch,
@@ -157,6 +163,10 @@ def build(config: ConfigDict) -> System:
 
     def unlabelled(rows: list[Row]) -> np.ndarray:
         chosen = [i for i, row in enumerate(rows) if row.split == "unlabeled"]
+        if not chosen and config.variant not in ("stage1", "mae"):
+            raise InputError(
+                f"variant {config.variant} needs rows of split 'unlabeled': or choose --config.variant=stage1"
+            )
         return np.array(chosen, np.int64)
 
     def normals(rows: list[Row]) -> np.ndarray:
@@ -168,7 +178,10 @@ def build(config: ConfigDict) -> System:
         )
         chosen = unlabelled(rows)[kept & (predicted == label)]
         if label == 1 and len(chosen) == 0:
-            raise InputError("no unlabelled image is predicted abnormal: train the proxy task longer (proxy.steps)")
+            raise InputError(
+                "no unlabelled image is predicted abnormal: train the proxy task longer (proxy.steps) in another --workdir,"
+                " with --config.model.weights=THIS_WORKDIR to keep Stage 0; or choose --config.variant=stage1"
+            )
         return chosen
 
     def rows_a(rows, results):
@@ -176,6 +189,7 @@ def build(config: ConfigDict) -> System:
             return np.concatenate([normals(rows), unlabelled(rows)])
         if config.variant == "no_pseudo":
             return normals(rows)
+        pseudo_labelled(rows, results, 1)  # module B must have rows too: said before module A is trained
         return np.concatenate([normals(rows), pseudo_labelled(rows, results, 0)])
 
     def rows_b(rows, results):
@@ -204,6 +218,8 @@ def build(config: ConfigDict) -> System:
             margin=proxy.margin,
             jitter=proxy.jitter,
         )
+        # ours: no colour jitter of the whole image before the paste (AnatPaste's step 1): Eq. 2's normals have none,
+        # and jitter on one side alone would be the easier thing to tell.
         pasted, _, _ = jax.vmap(paste)(batch["image"], batch["lungs"], sample_keys(key, batch["index"]))
         x = jax.lax.stop_gradient(features(state.frozen, jnp.concatenate([batch["image"], pasted])))
         target = jnp.repeat(jnp.arange(2), len(batch["image"]))
@@ -250,11 +266,17 @@ def build(config: ConfigDict) -> System:
 
     def labels_table(rows, results):
         p1 = np.asarray(results["labels"]["stats"]["p1"])
-        predicted, kept = pseudo_labels(p1, adapt.percentile, adapt.percentile_over)
+        label, kept = pseudo_labels(p1, adapt.percentile, adapt.percentile_over)
         ids = [rows[i].id for i in unlabelled(rows)]
         return [
-            {"id": name, "p_abnormal": float(p), "predicted": int(c), "kept": int(k)}
-            for name, p, c, k in zip(ids, p1, predicted, kept, strict=True)
+            {
+                "id": name,
+                "p_abnormal": float(p),
+                "predicted": int(p > 0.5),
+                "kept": int(k),
+                "module": "AB"[c] if k else "",
+            }
+            for name, p, c, k in zip(ids, p1, label, kept, strict=True)
         ]
 
     # --- score (Eq. 4) -----------------------------------------------------------------------------------------------
@@ -284,7 +306,9 @@ def build(config: ConfigDict) -> System:
             # grows as well where A is the better one, on normals; short training shows it (benchmarks/results).
             maps["stage2_error"] = jnp.mean(a.error - b.error, axis=-1)
         if "module_a" in passes:
-            maps["mask_rec"] = jnp.mean(passes["module_a"].error, axis=-1)
+            # The paper's Mask Rec. where the module was trained on both sets, else module A's reconstruction error.
+            name = "mask_rec" if config.variant == "mask_rec" else "module_a"
+            maps[name] = jnp.mean(passes["module_a"].error, axis=-1)
         scores = {name: jnp.mean(m, axis=tuple(range(1, m.ndim))) for name, m in maps.items()}
         if "proxy" in names:
             scores["stage1"] = p_abnormal(results, batch["image"])

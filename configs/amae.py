@@ -110,7 +110,7 @@ def get_config(preset: str = "phantom") -> ConfigDict:
         c.data.size, c.model.patch = (64, 64), (8, 8)
         c.model.width, c.model.depth, c.model.heads = 128, 4, 4
         c.model.decoder_width, c.model.decoder_heads = 64, 4
-        c.pretrain.steps, c.proxy.steps, c.adapt.steps = 600, 500, 800
+        c.pretrain.steps, c.proxy.steps, c.adapt.steps = 600, 500, 600
     if preset == "smoke":
         c.model.width, c.model.depth, c.model.heads = 48, 2, 3
         c.model.patch = (16, 16)

@@ -164,9 +164,7 @@ def build(config: ConfigDict) -> System:
     def unlabelled(rows: list[Row]) -> np.ndarray:
         chosen = [i for i, row in enumerate(rows) if row.split == "unlabeled"]
         if not chosen and config.variant not in ("stage1", "mae"):
-            raise InputError(
-                f"variant {config.variant} needs rows of split 'unlabeled': or choose --config.variant=stage1"
-            )
+            raise InputError(f"variant {config.variant} needs rows of split 'unlabeled': or take variant=stage1")
         return np.array(chosen, np.int64)
 
     def normals(rows: list[Row]) -> np.ndarray:

@@ -32,7 +32,7 @@ def main() -> None:
     smooth = {name: np.maximum(gaussian_filter(m, 3), 0) for name, m in maps.items()}
     top = 2 * np.percentile(np.stack([smooth[row["id"]] for row in normal]), 99.5)
 
-    figure = Figure(figsize=(9, 3.1), dpi=110, layout="constrained")
+    figure = Figure(figsize=(9, 1.85), dpi=110, layout="constrained")
     for part, row in zip(figure.subfigures(1, 3, wspace=0.03), chosen, strict=True):
         case = phantoms.draw("chest", "test", int(row["id"].rsplit("-", 1)[1]))
         kind = "abnormal" if case.label else "normal"

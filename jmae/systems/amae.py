@@ -177,7 +177,7 @@ def build(config: ConfigDict) -> System:
         chosen = unlabelled(rows)[kept & (predicted == label)]
         if label == 1 and len(chosen) == 0:
             raise InputError(
-                "no unlabelled image is predicted abnormal: train the proxy task longer (proxy.steps) in another --workdir,"
+                "no unlabelled image is predicted abnormal: raise proxy.steps in another --workdir,"
                 " with --config.model.weights=THIS_WORKDIR to keep Stage 0; or choose --config.variant=stage1"
             )
         return chosen

@@ -68,8 +68,9 @@ def main() -> None:
     parser.add_argument("--replicates", type=int, default=1)
     parser.add_argument("--subsets", nargs="*", default=())
     parser.add_argument("--workdir", type=Path, default=Path("runs/accuracy"))
-    parser.add_argument("overrides", nargs="*", help="--config.KEY=VALUE, after --")
-    options = parser.parse_args()
+    options, overrides = parser.parse_known_args()
+    if wrong := [override for override in overrides if not override.startswith("--config.")]:
+        parser.error(f"{wrong[0]} is unknown; recipe values are --config.KEY=VALUE")
     manifest = Path(os.environ.get("JMAE_DATA", "")) / options.pack / "manifest.csv"
     if not os.environ.get("JMAE_DATA") or not manifest.is_file():
         print(f"not run: {manifest} is not there; set JMAE_DATA to the folder of the packs")
@@ -87,7 +88,7 @@ def main() -> None:
             f"--config.evaluation.subsets={tuple(options.subsets)!r}",
             "--config.evaluation.maps=False",
             f"--workdir={folder}",
-            *options.overrides,
+            *overrides,
         ]
         seconds = train(arguments + ([f"--config.model.weights={first}"] if first else []))
         result = figures(json.loads((folder / "evaluation" / "metrics.json").read_text()))

@@ -24,7 +24,7 @@ from jmae.errors import exit_code
 # divides neither checkpoint_every nor the steps; this rule for the pseudo-labels always gives both modules images.
 SMALL = """
 pretrain.steps=20 pretrain.batch=32 proxy.steps=10 proxy.batch=32 adapt.steps=10 adapt.batch=16
-adapt.percentile_over=all checkpoint_every=4 log_every=3 evaluation.subsets=matched
+adapt.percentile_over=all checkpoint_every=8 log_every=3 evaluation.subsets=matched
 """.split()
 
 

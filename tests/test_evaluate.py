@@ -101,7 +101,7 @@ def test_metrics_json_has_the_keys_of_the_design(finished):
     assert set(KEYS) | {"seconds", "seconds_per_case"} == set(metrics)
     assert [metrics[k] for k in KEYS[:6]] == ["amae", "test", 12, 6, 6, load_system(recipe.read(finished)).primary]
     assert set(metrics["image"]) == IMAGE and set(metrics["pixel"]) == PIXEL
-    assert set(metrics["scores"]) >= {"stage2", "stage1", "mask_rec", "mae"}
+    assert set(metrics["scores"]) >= {"stage2", "stage1", "mae"}
     assert metrics["scores"][metrics["primary"]] == {"image": metrics["image"], "pixel": metrics["pixel"]}
     assert metrics["scores"]["stage1"]["pixel"] is None
     assert set(metrics["baselines"]) >= {"PCA-30 error", "Mahalanobis", "5-NN"}
@@ -123,7 +123,7 @@ def test_scores_csv_has_a_line_a_case_and_a_column_a_further_score(finished):
     table = table_of(finished / "evaluation")
     assert list(table[0])[:4] == ["id", "label", "score", "p_value"]
     system = load_system(recipe.read(finished))
-    assert set(list(table[0])[4:]) >= {"mae", "mask_rec", "stage1"} and system.primary not in table[0]
+    assert set(list(table[0])[4:]) >= {"mae", "stage1"} and system.primary not in table[0]
     assert [row["id"] for row in table] == [f"test-{label}-{i}" for label in (0, 1) for i in range(6)]
     assert all(row["p_value"] == "" and np.isfinite(float(row["score"])) for row in table)
 

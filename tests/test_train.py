@@ -74,13 +74,12 @@ def test_a_run_folder_holds_what_the_design_promises(finished):
     assert all(np.isfinite(line["loss"]) for line in lines if line["stage"] != "labels")
 
 
-def test_a_line_is_the_mean_over_its_steps(go, tmp_path):
-    assert go(tmp_path / "every", *ONE_STAGE, "log_every=1")[0] == 0
-    assert go(tmp_path / "third", *ONE_STAGE)[0] == 0
-    every, third = (read_history(tmp_path / name / "metrics.jsonl") for name in ("every", "third"))
-    loss = {line["step"]: line["loss"] for line in every}
+def test_a_line_is_the_mean_over_its_steps(finished, go, tmp_path):
+    assert go(tmp_path / "run", *ONE_STAGE, "log_every=1")[0] == 0
+    loss = {line["step"]: line["loss"] for line in read_history(tmp_path / "run" / "metrics.jsonl")}
     assert sorted(loss) == list(range(1, 21))
-    for last, line in zip([3, 6, 9, 12, 15, 18, 20], third, strict=True):
+    lines = [line for line in read_history(finished / "metrics.jsonl") if line["stage"] == "pretrain"]
+    for last, line in zip([3, 6, 9, 12, 15, 18, 20], lines, strict=True):
         first = (last - 1) // 3 * 3 + 1
         assert line["step"] == last and line["loss"] == np.mean([loss[k] for k in range(first, last + 1)])
 
@@ -123,10 +122,10 @@ def test_killed_three_times_a_run_ends_as_if_it_never_was(finished, small_set, t
     run = tmp_path / "run"
     arguments = tools.arguments(small_set, run)
     moments = {
-        "Stage 0, at step 7": ("place", 7),
-        # Continued from step 4: 16 steps of Stage 0, 10 of the proxy task, 1 of the labels, 10 of module A are left.
-        "module B, at its step 6": ("place", 16 + 10 + 1 + 10 + 6),
-        # Five stages are verified before module B goes on from step 4: the sixth time step 8 is being saved.
+        "Stage 0, at step 11": ("place", 11),
+        # Continued from step 8: 12 steps of Stage 0, 10 of the proxy task, 1 of the labels, 10 of module A are left.
+        "module B, at its step 9": ("place", 12 + 10 + 1 + 10 + 9),
+        # Five stages are verified before module B goes on from step 8: the sixth time step 10 is being saved.
         "inside a save": ("digests", 6),
     }
     for moment, (what, number) in moments.items():

@@ -151,7 +151,7 @@ def test_sigterm_saves_and_exits_143_and_the_run_goes_on(finished, go, tools, tm
         with monkeypatch.context() as patch:
             count_calls(patch, train, "place_batch", stop)
             code, said = go(tmp_path / "run")
-        assert code == 143 and time.monotonic() - began[0] < 30
+        assert code == 143 and time.monotonic() - began[0] < 120
         assert said.splitlines()[-1].startswith(f"stopped by SIGTERM: stage {stage}, step {step} saved in ")
         assert checkpoint.steps(tmp_path / "run" / "checkpoints" / stage)[-1] == step
         assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL

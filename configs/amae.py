@@ -103,20 +103,19 @@ def get_config(preset: str = "phantom") -> ConfigDict:
     c.pretrain.steps, c.pretrain.epochs, c.pretrain.batch, c.pretrain.mask_ratio = 2000, 0, 32, 0.75
     c.pretrain.lr, c.pretrain.lr_is_base = 1e-3, False
     c.proxy.steps, c.proxy.epochs, c.proxy.batch, c.proxy.lr = 800, 0, 32, 2e-3
-    c.adapt.steps, c.adapt.epochs = 800, 0
+    c.adapt.steps, c.adapt.epochs, c.adapt.lr = 800, 0, 1e-3
     c.evaluation.discrepancy, c.evaluation.masks = "error", 32  # masks: less noise in the score
     if preset in ("phantom", "smoke"):
         c.data.phantom = "chest"
         c.data.size, c.model.patch = (64, 64), (8, 8)
         c.model.width, c.model.depth, c.model.heads = 128, 4, 4
         c.model.decoder_width, c.model.decoder_heads = 64, 4
-        c.pretrain.steps, c.proxy.steps, c.adapt.steps = 600, 500, 600
+        c.pretrain.steps, c.proxy.steps, c.adapt.steps = 1200, 500, 1500
     if preset == "smoke":
         c.model.width, c.model.depth, c.model.heads = 48, 2, 3
         c.model.patch = (16, 16)
         c.model.decoder_width, c.model.decoder_depth = 32, 1
         c.pretrain.steps, c.proxy.steps, c.adapt.steps = 20, 10, 10
-        c.adapt.percentile_over = "all"  # ten steps may call every image the same
         c.adapt.percentile_over = "all"  # so short a proxy task may predict one class alone
         c.checkpoint_every = 5
         c.log_every = 5

@@ -56,6 +56,7 @@ class Scored(NamedTuple):
     maps: dict[str, np.ndarray]  # (r, n, *size)
     scores: dict[str, np.ndarray]  # (r, n)
     seconds: float = 0.0
+    reconstruction: np.ndarray | None = None  # (r, n, *size, c), in the images' own range
 
 
 def restore_results(config: ConfigDict, system: System, workdir: Path) -> Results:
@@ -109,7 +110,7 @@ def scorer(config: ConfigDict, system: System, results: Results) -> Callable[[Im
             parts[-2:-1] = [(k, jax.device_get(out)) for k, out in parts[-2:-1]]
         outs = [jax.tree.map(lambda x, k=k: x[:, :k], jax.device_get(out)) for k, out in parts]
         joined = jax.tree.map(lambda *x: np.concatenate(x, axis=1), *outs)
-        return Scored(joined["maps"], joined["scores"], time.monotonic() - began)
+        return Scored(joined["maps"], joined["scores"], time.monotonic() - began, joined["reconstruction"])
 
     return run
 
@@ -302,8 +303,9 @@ def evaluate(
         for i in sorted({i for group in groups.values() for i in group}):
             own = maps[:, i].mean(0)
             mask = resize(truth[i][0][..., None].astype(np.float32), own.shape)[..., 0] > 0.5 if i in truth else None
-            image = images.image(np.array([i]))[0]
-            cases.append(Case(chosen[i].id, chosen[i].label, float(means[primary][i]), image, own, mask))
+            image, normal = images.image(np.array([i]))[0], scored.reconstruction
+            score, normal = float(means[primary][i]), None if normal is None else normal[:, i].mean(0)
+            cases.append(Case(chosen[i].id, chosen[i].label, score, image, own, mask, normal))
     environment = workdir / "environment.json"
     about = json.loads(environment.read_text()) if environment.exists() else {}
     history = read_history(workdir / "metrics.jsonl")

@@ -64,6 +64,7 @@ class Case(NamedTuple):
     image: NDArray[Any]  # (*size, c), 2D or 3D; the first channel is shown
     map: NDArray[Any]  # size, higher is more abnormal
     mask: NDArray[np.bool_] | None = None  # size, True = lesion
+    reconstruction: NDArray[Any] | None = None  # as `image`, shown in its grey window
 
 
 class Scale(NamedTuple):
@@ -120,13 +121,18 @@ def colour_scale(cases: Sequence[Case]) -> Scale:
     return Scale(low, high if high > low else low + 1, f"{ends} percentile of the values of {whose} shown here")
 
 
-def _slice(case: Case) -> tuple[NDArray, NDArray, NDArray | None, int | None]:
-    """Image (h, w), map (h, w), mask, and for a volume the index on the last axis: most lesion, or highest map."""
-    image, mask = case.image[..., 0], case.mask if case.mask is not None and case.mask.any() else None
+def _slice(case: Case) -> tuple[Case, int | None]:
+    """The case in two dimensions and one channel, its mask only where it marks something; and of a volume the index on
+    the last axis: most lesion, or highest map."""
+    first = lambda image: None if image is None else image[..., 0]
+    mask = case.mask if case.mask is not None and case.mask.any() else None
+    flat = case._replace(image=case.image[..., 0], mask=mask, reconstruction=first(case.reconstruction))
     if case.map.ndim == 2:
-        return image, case.map, mask, None
+        return flat, None
     k = int((case.map.max((0, 1)) if mask is None else mask.sum((0, 1))).argmax())
-    return image[:, :, k], case.map[:, :, k], None if mask is None else mask[:, :, k], k
+    cut = lambda array: None if array is None else array[:, :, k]
+    parts: dict[str, Any] = {name: cut(getattr(flat, name)) for name in ("image", "map", "mask", "reconstruction")}
+    return flat._replace(**parts), k
 
 
 def _png(picture: Image.Image) -> str:
@@ -154,15 +160,18 @@ def _outline(mask: NDArray, side: int) -> str:
 
 
 def case_pictures(case: Case, scale: Scale, side: int = MAX_SIDE) -> dict[str, Any]:
-    """The case's image, map and overlay as data URIs, its mask's outline, and the slice where it is a volume.
+    """The case's image, reconstruction (None without one), map and overlay as data URIs, its mask's outline, and the
+    slice where it is a volume.
 
-    The image is windowed to its own 1st to 99th percentile; the map's colours are the page's; the overlay is as
-    opaque as the map is high.
+    Image and reconstruction are windowed to the image's 1st to 99th percentile; the map's colours are the page's; the
+    overlay is as opaque as the map is high.
     """
-    image, heat, mask, k = _slice(case)
-    image, heat = _shrink(image, side), _shrink(heat, side)
+    flat, k = _slice(case)
+    mask, image, heat = flat.mask, _shrink(flat.image, side), _shrink(flat.map, side)
     dark, bright = np.percentile(image, (1, 99))
-    grey = np.clip((image - dark) / ((bright - dark) or 1), 0, 1)
+    window = lambda array: np.clip((array - dark) / ((bright - dark) or 1), 0, 1)
+    plain = lambda array: _png(Image.fromarray((window(array) * 255).round().astype(np.uint8)))
+    grey = window(image)
     heat = np.clip((heat - scale.low) / (scale.high - scale.low), 0, 1)
     palette = (matplotlib.colormaps["inferno"](np.arange(256))[:, :3] * 255).round().astype(np.uint8)
     indices = (heat * 255).round().astype(np.uint8)
@@ -172,7 +181,8 @@ def case_pictures(case: Case, scale: Scale, side: int = MAX_SIDE) -> dict[str, A
     blend = (255 * grey[..., None] * (1 - opacity) + palette[indices] * opacity).round().astype(np.uint8)
     h, w = case.map.shape[:2]
     return {
-        "image": _png(Image.fromarray((grey * 255).round().astype(np.uint8))),
+        "image": plain(image),
+        "reconstruction": None if flat.reconstruction is None else plain(_shrink(flat.reconstruction, side)),
         "map": _png(coloured),
         "overlay": _png(Image.fromarray(blend).quantize(256, Image.Quantize.FASTOCTREE)),
         "outline": "" if mask is None else _outline(mask, side),
@@ -375,7 +385,7 @@ def _shown_cases(cases: Sequence[Case], normals: NDArray) -> tuple[Scale | None,
     if not shown:
         return None, []
     scale = colour_scale([cases[i] for i in shown])
-    side = min(MAX_SIDE, int(math.sqrt(PICTURE_BYTES / (3 * len(shown)))))  # palette PNG: at most a byte a pixel
+    side = min(MAX_SIDE, int(math.sqrt(PICTURE_BYTES / (4 * len(shown)))))  # palette PNG: at most a byte a pixel
 
     def entry(case: Case) -> dict[str, Any]:
         below = f"above {np.sum(normals < case.score)} of {normals.size} normals" if normals.size else ""
@@ -416,6 +426,7 @@ def write_report(
     stages = stage_losses(history)
     colours = matplotlib.colormaps["inferno"](np.linspace(0, 1, 9))
     patients = evaluation.get("per_patient")
+    source = config.get("data") or {}
     by_score = sorted(table, key=lambda row: -math.inf if row["score"] is None else row["score"], reverse=True)
 
     template = jinja2.Environment(
@@ -428,6 +439,9 @@ def write_report(
     template.filters |= {"number": _number, "interval": _interval}
     page = template.get_template("report.html.j2").render(
         e=evaluation,
+        data=source["manifest"]
+        if source.get("manifest")
+        else source.get("phantom", "") and f"phantoms: {source['phantom']}",
         headline=headline(evaluation),
         reason=reason,
         rows=rows,

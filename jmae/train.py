@@ -1,7 +1,12 @@
 """python -m jmae.train --config configs/NAME.py[:PRESET] [--workdir DIR] [--config.KEY=VALUE ...] [--debug]
 
 Trains every stage of a system, picks up where an interrupted run stopped, and evaluates the test split where it has
-labels. The run folder is runs/SYSTEM where none is named. Exit codes: 0 done; 2 the input or the environment is wrong;
+labels. The run folder is runs/SYSTEM where none is named.
+
+    python -m jmae.train --config configs/amae.py                                             built-in phantoms
+    python -m jmae.train --config configs/amae.py:small --config.data.manifest=MANIFEST.csv --workdir runs/mine
+
+Exit codes: 0 done; 2 the input or the environment is wrong;
 3 a loss was not finite, last good step kept; 143 stopped by SIGTERM after saving.
 """
 

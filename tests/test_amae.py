@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from configs import amae as recipe
 from jmae.data import phantoms
 from jmae.errors import InputError
-from jmae.patches import patchify
+from jmae.patches import patchify, unpatchify
 from jmae.system import load_system
 from jmae.systems.amae import VARIANTS, pseudo_labels
 
@@ -189,7 +189,8 @@ def test_the_score_is_the_mean_absolute_difference_of_mean_reconstructions(train
     sizes = {k: m[k] for k in ("width", "depth", "heads", "decoder_width", "decoder_depth", "decoder_heads")}
     _, bind = network(lambda rngs: MAE(size=(32, 32), patch=(8, 8), channels=1, **sizes, rngs=rngs))
     image = np.asarray(data["image"])
-    image = (image - image.mean((1, 2, 3), keepdims=True)) / image.std((1, 2, 3), keepdims=True)
+    mean, std = image.mean((1, 2, 3), keepdims=True), image.std((1, 2, 3), keepdims=True)
+    image = (image - mean) / std
     patches, means, errors = patchify(jnp.asarray(image), (8, 8)), [], []
     for name in ("module_a", "module_b"):
         drawn = []
@@ -199,7 +200,10 @@ def test_the_score_is_the_mean_absolute_difference_of_mean_reconstructions(train
             drawn.append(np.asarray(jnp.where(hidden(restore, 4)[..., None], prediction, patches)))
         means.append(np.mean(drawn, axis=0))
         errors.append(np.mean((np.stack(drawn) - np.asarray(patches)) ** 2, axis=(0, 2, 3)))
-    scores = score(c, results, data)["scores"]
+    out = score(c, results, data)
+    scores = out["scores"]
+    normal = np.asarray(unpatchify(jnp.asarray(means[0]), (32, 32), (8, 8)))  # module A's, in the image's own range
+    np.testing.assert_allclose(out["reconstruction"], normal * std + mean, rtol=1e-3, atol=1e-5)
     np.testing.assert_allclose(scores["stage2"], np.abs(means[0] - means[1]).mean((1, 2)), rtol=1e-4)
     # ours: positive where B, which saw anomalies, explains an image better than A
     np.testing.assert_allclose(scores["stage2_error"], errors[0] - errors[1], rtol=1e-3, atol=1e-6)

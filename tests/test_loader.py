@@ -228,6 +228,8 @@ def test_all_problems_of_a_manifest_come_in_one_list(tmp_path, small_set):
     for row in rows:
         row["image"] = str(small_set.parent / row["image"])
     rows[0]["image"], rows[1]["image"] = "missing.png", "empty.png"
+    rows[0] |= {"patient": "P1"}
+    rows[1] |= {"patient": "P1", "split": "test"}
     (tmp_path / "empty.png").touch()
     with open(tmp_path / "m.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
@@ -236,7 +238,20 @@ def test_all_problems_of_a_manifest_come_in_one_list(tmp_path, small_set):
     with pytest.raises(InputError) as caught:
         load_rows(config(manifest=str(tmp_path / "m.csv")), lambda line: None)
     lines = str(caught.value).splitlines()
-    assert len(lines) == 2 and "missing.png" in lines[0] and "empty.png" in lines[1]
+    assert len(lines) == 3 and "'P1' is in train and test" in lines[0]
+    assert "missing.png" in lines[1] and "empty.png" in lines[2]
+
+
+def test_rows_of_other_splits_are_counted_aloud(tmp_path, small_set):
+    text = small_set.read_text()
+    odd = tmp_path / "m.csv"
+    odd.write_text(text + "x,,holdout,0,nowhere.png,," + "," * (text.splitlines()[0].count(",") - 6) + "\n")
+    for file in small_set.parent.iterdir():
+        if not (tmp_path / file.name).exists():
+            (tmp_path / file.name).symlink_to(file)
+    said = []
+    load_rows(config(manifest=str(odd)), said.append)
+    assert "1 rows of other splits ('holdout') ignored" in said[0]
 
 
 def test_no_data_at_all_is_one_line():

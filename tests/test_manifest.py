@@ -157,7 +157,7 @@ def test_abnormal_training_rows_need_a_mask_even_for_normal_crops(tmp_path):
 def test_unlabeled_rows_lose_label_mask_and_boxes_and_it_is_said(tmp_path):
     head = f"{HEAD},boxes"
     path = manifest(tmp_path, "a,P,unlabeled,1,a.png,m.png,r.png,1 2 3 4", "b,Q,unlabeled,0,b.png,,,", head=head)
-    rows, ignored = parse_manifest(path)
+    rows, ignored, _ = parse_manifest(path)
     assert all(row.label is None and row.mask is None and row.boxes == () for row in rows)
     assert rows[0].region == f"{tmp_path}/r.png"
     assert ignored == {"labels of unlabeled rows": 2, "masks of unlabeled rows": 1, "boxes of unlabeled rows": 1}
@@ -198,7 +198,7 @@ def test_the_summary_counts_every_row_used_or_ignored(tmp_path):
         *("e,,val,0,e.png,,", "f,,val,1,f.png,,", "g,,test,1,g.png,,", "h,,test,,h.png,,"),
         *("i,,extra,1,i.png,,", "j,,extra,1,j.png,,", "k,,unlabelled,1,k.png,,"),
     ]
-    assert summary(*parse_manifest(manifest(tmp_path, *rows))) == (
+    assert summary(*parse_manifest(manifest(tmp_path, *rows))[:2]) == (
         "train 3 normal (1 patients), unlabeled 1, val 1+1, test 0+1+1 of unknown label; "
         "3 rows of other splits ('extra', 'unlabelled', meant 'unlabeled'?) ignored; "
         "6 rows name no patient: not checkable for patients in two splits"

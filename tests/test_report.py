@@ -317,6 +317,22 @@ def test_all_maps_share_the_scale_of_the_normals():
     assert colours[0] == colours[1] == (0, 0, 4) and colours[2] == colours[3] == (252, 255, 164)  # inferno's ends
 
 
+def test_a_reconstruction_is_shown_in_the_grey_window_of_its_image():
+    case = a_case("a", 1, 1.0)
+    scale = colour_scale([case])
+    assert report.case_pictures(case, scale)["reconstruction"] is None
+    pictures = report.case_pictures(case._replace(reconstruction=case.image), scale)
+    assert pictures["reconstruction"] == pictures["image"]
+    brighter = report.case_pictures(case._replace(reconstruction=case.image + 0.2), scale)
+    image, other = (
+        np.asarray(Image.open(io.BytesIO(base64.b64decode(uri.split(",")[1]))), int)
+        for uri in (pictures["image"], brighter["reconstruction"])
+    )
+    dark, bright = np.percentile(case.image[..., 0], (1, 99))
+    inside = (image > 5) & (other < 250)
+    assert abs((other - image)[inside] - 255 * 0.2 / (bright - dark)).max() <= 1
+
+
 def test_constant_images_and_maps_are_drawn():
     case = Case("c", 0, 0.0, np.ones((8, 8, 1)), np.zeros((8, 8)), np.zeros((8, 8), bool))
     assert report.case_pictures(case, colour_scale([case]))["outline"] == ""

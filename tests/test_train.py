@@ -1,5 +1,6 @@
 """The loop: stages, resume, faults, signs of life. Runs of seconds on a small set (conftest.py); most of them equal."""
 
+import csv
 import io
 import json
 import os
@@ -17,7 +18,7 @@ import pytest
 from rich.console import Console
 
 from jmae import checkpoint, recipe, train
-from jmae.data import loader
+from jmae.data import loader, phantoms
 from jmae.errors import exit_code
 from jmae.run_folder import add_history, cut_history, read_history
 
@@ -57,7 +58,10 @@ def test_the_smoke_recipe_trains_saves_scores_and_reports(tmp_path):
     assert {"config.json", "environment.json", "metrics.jsonl", "checkpoints", "evaluation"} <= set(os.listdir(run))
     assert set(os.listdir(run / "evaluation")) == {"metrics.json", "scores.csv", "report.html", "maps"}
     assert len(os.listdir(run / "evaluation" / "maps")) == 200
-    assert len((run / "labels.csv").read_text().splitlines()) == 1 + 256
+    with open(run / "labels.csv", newline="") as file:
+        labels = {row["id"]: row["hidden_label"] for row in csv.DictReader(file)}
+    assert labels == {case: str(label) for case, label in phantoms.unlabeled_labels("chest").items()}
+    assert "Reconstruction of case chest-test-" in (run / "evaluation" / "report.html").read_text()
 
 
 def test_a_run_folder_holds_what_the_design_promises(finished):

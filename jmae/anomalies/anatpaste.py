@@ -29,7 +29,7 @@ from skimage.measure import label
 from skimage.morphology import dilation, opening
 from skimage.segmentation import clear_border
 
-from jmae.data.transforms import LUMA, grey
+from jmae.data.transforms import LUMA, grey, resize, resize_mask
 
 REFERENCE = 256  # side of the image, in pixels, to which the paper's lengths refer
 COMPONENT_PX = 400  # smaller parts of the lung field are erased
@@ -44,24 +44,23 @@ VISIBLE = 0.5 / 255  # the smallest change that survives rounding to 8 bits
 def lung_field(image: Float[np.ndarray, "h w c"], share: tuple[float, float] = FIELD_SHARE) -> Bool[np.ndarray, "h w"]:
     """The lungs of a chest X-ray in [0, 1], lungs dark (MONOCHROME2): where AnatPaste may paste.
 
-    CLAHE, Otsu, the dark side without the darkest value, opening, parts that touch the border removed,
-    dilation, small components erased. A field outside `share` of the image, or with an empty left or right
-    half, is not the lungs: then everything is True, the code's own answer to an empty field.
-
-    Works best near the paper's 256 pixels a side: at 96 the lungs more often run into the border and are
-    lost. A smaller working size is better served by `resize_mask` of the field found at 256.
+    Found at 256 x 256, as in the paper's code, and brought back to the image's own size: at 96 pixels a side lungs
+    more often run into the border and are lost. CLAHE, Otsu, the dark side without the darkest value, opening, parts
+    that touch the border removed, dilation, small components erased. A field outside `share` of the image, or with an
+    empty left or right half, is not the lungs: then everything is True, the code's own answer to an empty field.
     """
-    value = equalize_adapthist(grey(image)[..., 0], clip_limit=0.01, nbins=256)  # kernel: 1/8 of each side
+    value = np.clip(resize(grey(image), (REFERENCE, REFERENCE))[..., 0], 0, 1)
+    value = equalize_adapthist(value, clip_limit=0.01, nbins=256)  # kernel: 1/8 of each side
     dark = (value > 0) & (value <= threshold_otsu(value, nbins=256))
     square = np.ones((3,) * dark.ndim, bool)
     inner = dilation(clear_border(opening(dark, square)), square)
     parts = label(inner)
     areas = np.bincount(parts.ravel())
     areas[0] = 0
-    lungs = (areas >= COMPONENT_PX * dark.size / REFERENCE**2)[parts]
+    lungs = (areas >= COMPONENT_PX)[parts]
     left, right = np.array_split(lungs, 2, axis=-1)
     plausible = share[0] <= lungs.mean() <= share[1] and left.any() and right.any()
-    return lungs if plausible else np.ones_like(lungs)
+    return resize_mask(lungs, image.shape[:-1]) if plausible else np.ones(image.shape[:-1], bool)
 
 
 # ---------------------------------------------------------------------------------------- device

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 from jmae.data import phantoms
 from jmae.data.files import Image, read_image, read_mask
-from jmae.data.manifest import PHANTOM, Row, check_files, read_manifest, summary
+from jmae.data.manifest import PHANTOM, Row, check_files, parse_manifest, summary
 from jmae.data.transforms import grey, resize, to_unit
 from jmae.errors import InputError
 
@@ -93,11 +93,11 @@ def load_rows(config: ConfigDict, log: Callable[[str], None] = print) -> list[Ro
     """
     data = config.data
     if data.manifest:
-        rows = read_manifest(Path(data.manifest), normal_crops_only=data.normal_crops_only)
-        problems = check_files(rows, workers=WORKERS)
+        rows, ignored, problems = parse_manifest(Path(data.manifest), normal_crops_only=data.normal_crops_only)
+        problems += check_files(rows, workers=WORKERS)
         if problems:
             raise InputError("\n".join(problems))
-        log(f"{data.manifest}: {summary(rows)}")
+        log(f"{data.manifest}: {summary(rows, ignored)}")
     elif data.phantom:
         rows = phantoms.rows(data.phantom)
         log(f"phantoms {data.phantom}: {summary(rows)}")

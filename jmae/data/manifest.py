@@ -48,18 +48,24 @@ def read_manifest(path: str | os.PathLike, *, normal_crops_only: bool = False) -
     Raises:
       InputError: all problems of the file, a line each.
     """
-    return parse_manifest(path, normal_crops_only=normal_crops_only)[0]
+    rows, _, problems = parse_manifest(path, normal_crops_only=normal_crops_only)
+    if problems:
+        raise InputError("\n".join(problems))
+    return rows
 
 
-def parse_manifest(path: str | os.PathLike, *, normal_crops_only: bool = False) -> tuple[list[Row], dict[str, int]]:
-    """The rows of the four splits, and how often what was ignored, for `summary`.
+def parse_manifest(
+    path: str | os.PathLike, *, normal_crops_only: bool = False
+) -> tuple[list[Row], dict[str, int], list[str]]:
+    """The rows of the four splits; how often what was ignored, for `summary`; all problems of the file, a line each, of
+    one kind at most 20.
 
     Args:
       path: the CSV file; UTF-8 with or without BOM, any line ends.
       normal_crops_only: abnormal rows may be in `train`, if they carry a mask.
 
     Raises:
-      InputError: all problems of the file, a line each; of one kind at most 20.
+      InputError: the file cannot be read, is no CSV, or lacks columns.
     """
     folder = Path(os.path.abspath(path)).parent
     problems: dict[str, list[str]] = defaultdict(list)  # kind -> lines
@@ -90,11 +96,9 @@ def parse_manifest(path: str | os.PathLike, *, normal_crops_only: bool = False) 
     if not rows and not problems:
         seen = f", only {', '.join(map(repr, other))}" if other else ""
         problems["empty"].append(f"no row of {', '.join(SPLITS)}{seen}: fill the column split")
-    if problems:
-        shown = [line for lines in problems.values() for line in _first(lines)]
-        raise InputError("\n".join(f"{os.fspath(path)}: {line}" for line in shown))
+    shown = [f"{os.fspath(path)}: {line}" for lines in problems.values() for line in _first(lines)]
     ignored = {f"rows of other splits ({', '.join(map(_other_split, other))})": other.total()} if other else {}
-    return rows, ignored | {what: n for what, n in dropped.items() if n}
+    return rows, ignored | {what: n for what, n in dropped.items() if n}, shown
 
 
 def check_files(rows: Sequence[Row], *, workers: int, decode: bool = True) -> list[str]:
@@ -104,7 +108,7 @@ def check_files(rows: Sequence[Row], *, workers: int, decode: bool = True) -> li
     contradict the label, regions that mark nothing, boxes outside the image, and images whose rank or number of
     channels is not that of most. With `decode=False` only headers are read: sizes, not contents. Phantoms pass.
     """
-    real = [row for row in rows if not row.image[0].startswith(PHANTOM)]
+    real = [row for row in rows if row.image and not row.image[0].startswith(PHANTOM)]
     with ThreadPoolExecutor(max(1, workers)) as pool:
         found = list(pool.map(lambda row: _check_row(row, decode), real))
     usual = Counter(shape for shape, _ in found if shape).most_common(1)

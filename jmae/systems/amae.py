@@ -21,6 +21,7 @@ from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
 from jmae.anomalies.anatpaste import anatpaste, lung_field
+from jmae.data.loader import unlabeled_labels
 from jmae.data.manifest import Row
 from jmae.data.transforms import random_flip, random_resized_crop
 from jmae.errors import InputError
@@ -118,16 +119,18 @@ def build(config: ConfigDict) -> System:
     mae_init, mae_of = network(make)
     head_init, head_of = network(lambda rngs: Head(model.width, tuple(proxy.head), rngs=rngs))
 
+    def moments(image: Float[Array, "b *size c"]) -> tuple[Array | float, Array | float]:
+        """Mean and deviation that images are standardised by: the recipe's, or each image's own (`ours:` where exposure
+        differs between images)."""
+        if config.data.normalise == "fixed":
+            return config.data.mean, config.data.std
+        axes = tuple(range(1, image.ndim - 1))
+        return jnp.mean(image, axes, keepdims=True), jnp.maximum(jnp.std(image, axes, keepdims=True), 1e-3)
+
     def normalise(image: Float[Array, "b *size c"]) -> Float[Array, "b *size c"]:
-        """[0, 1] to the network's range: the recipe's mean and deviation, or each image's own (`ours:` where exposure
-        differs between images); one channel is repeated to as many as the network has."""
-        if config.data.normalise == "image":
-            axes = tuple(range(1, image.ndim - 1))
-            mean, std = jnp.mean(image, axes, keepdims=True), jnp.std(image, axes, keepdims=True)
-            image = (image - mean) / jnp.maximum(std, 1e-3)
-        else:
-            image = (image - config.data.mean) / config.data.std
-        return jnp.broadcast_to(image, (*image.shape[:-1], model.channels))
+        """[0, 1] to the network's range; one channel is repeated to as many as the network has."""
+        mean, std = moments(image)
+        return jnp.broadcast_to((image - mean) / std, (*image.shape[:-1], model.channels))
 
     def augment(image: Array, keys: Array) -> Array:
         """Random resized crop and horizontal flip, as medical_mae's pre-training (spec sections 3 and 6)."""
@@ -236,6 +239,7 @@ def build(config: ConfigDict) -> System:
         metrics = {
             "loss": value,
             "accuracy": accuracy,
+            "lung_fields_found": averaged(jnp.mean(~jnp.all(batch["lungs"], (1, 2))), axis_name),
             "lr": schedule(state.step),
             "grad_norm": optax.tree.norm(grads),
         }
@@ -265,7 +269,7 @@ def build(config: ConfigDict) -> System:
     def labels_table(rows, results):
         p1 = np.asarray(results["labels"]["stats"]["p1"])
         label, kept = pseudo_labels(p1, adapt.percentile, adapt.percentile_over)
-        ids = [rows[i].id for i in unlabelled(rows)]
+        ids, known = [rows[i].id for i in unlabelled(rows)], unlabeled_labels(config)
         return [
             {
                 "id": name,
@@ -273,6 +277,7 @@ def build(config: ConfigDict) -> System:
                 "predicted": int(p > 0.5),
                 "kept": int(k),
                 "module": "AB"[c] if k else "",
+                "hidden_label": known.get(name, ""),  # where given: to judge the pseudo-labels by, never to train on
             }
             for name, p, c, k in zip(ids, p1, label, kept, strict=True)
         ]
@@ -310,7 +315,11 @@ def build(config: ConfigDict) -> System:
         scores = {name: jnp.mean(m, axis=tuple(range(1, m.ndim))) for name, m in maps.items()}
         if "proxy" in names:
             scores["stage1"] = p_abnormal(results, batch["image"])
-        return {"maps": maps, "scores": scores}
+        mean, std = moments(batch["image"])
+        normal = passes["module_a" if "module_a" in passes else "pretrain"].mean  # what normal anatomy would look like
+        if batch["image"].shape[-1] != model.channels:
+            normal = jnp.mean(normal, axis=-1, keepdims=True)
+        return {"maps": maps, "scores": scores, "reconstruction": normal * std + mean}
 
     def everything(rows, results):
         return np.concatenate([normals(rows), unlabelled(rows)])

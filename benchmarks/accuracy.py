@@ -2,6 +2,7 @@
 
     JMAE_DATA=FOLDER python -m benchmarks.accuracy cxr_peds                      # all settings, recipe `small`
     JMAE_DATA=FOLDER python -m benchmarks.accuracy cxr_peds --budget 2 --settings stage2
+    JMAE_DATA=FOLDER python -m benchmarks.accuracy cxr_peds --settings mask_rec --config.model.weights=RUN
     JMAE_DATA=FOLDER python -m benchmarks.accuracy cxr_nih --subsets matched --settings stage2
     JMAE_DATA=FOLDER python -m benchmarks.accuracy cxr_nih64 --replicates 4      # means, 1.96 deviations, Welch tests
 
@@ -92,8 +93,9 @@ def main() -> None:
         ]
         seconds = train(arguments + ([f"--config.model.weights={first}"] if first else []))
         result = figures(json.loads((folder / "evaluation" / "metrics.json").read_text()))
-        shown = [a for a in arguments if "manifest" not in a and "workdir" not in a]
-        result |= {"seconds": seconds, "stage0": "own" if first is None else "shared", "arguments": shown}
+        shown = [a for a in arguments if not any(word in a for word in ("manifest", "workdir", "model.weights"))]
+        own = first is None and not any(word.startswith("--config.model.weights=") for word in overrides)
+        result |= {"seconds": seconds, "stage0": "own" if own else "shared", "arguments": shown}
         first, results[setting] = first or folder, result
         write(RESULTS, f"{options.pack}, budget {options.budget:g}, {setting}{replicated}", result)
         views = {"whole": result, **result["subsets"]}

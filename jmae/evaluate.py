@@ -110,7 +110,7 @@ def scorer(config: ConfigDict, system: System, results: Results) -> Callable[[Im
             parts[-2:-1] = [(k, jax.device_get(out)) for k, out in parts[-2:-1]]
         outs = [jax.tree.map(lambda x, k=k: x[:, :k], jax.device_get(out)) for k, out in parts]
         joined = jax.tree.map(lambda *x: np.concatenate(x, axis=1), *outs)
-        return Scored(joined["maps"], joined["scores"], time.monotonic() - began, joined["reconstruction"])
+        return Scored(joined["maps"], joined["scores"], time.monotonic() - began, joined.get("reconstruction"))
 
     return run
 

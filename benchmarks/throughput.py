@@ -245,6 +245,7 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="the small CPU recipe only")
     parser.add_argument("--rounds", type=int, default=7, help="timed rounds each, at least 5")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "throughput.json")
+    parser.add_argument("--only", help="one case: small; small, 4 seeds; vit_s; attention")
     parser.add_argument("--cores", type=int, help="use only so many; default all")
     arguments = parser.parse_args()
     if arguments.cores:
@@ -258,6 +259,8 @@ def main() -> None:
     if not arguments.small:
         cases |= {"vit_s": lambda: steps("vit_s", rounds), "attention": lambda: attentions(rounds)}
     for case, measure in cases.items():
+        if arguments.only and case != arguments.only:
+            continue
         result = measure()
         write(arguments.out, f"{case}, cores {arguments.cores}" if arguments.cores else case, result)
         for name, part in result.get("cases", {case: result}).items():

@@ -129,6 +129,14 @@ def restore(
     return about["step"], jax.tree.unflatten(jax.tree.structure(target), values), about["position"]
 
 
+def refuse_unfinished(folder: Path, step: int, position: dict) -> None:
+    """Raises InputError where a step is not its stage's last, as `position["steps"]` tells."""
+    if step < position.get("steps", step):
+        raise InputError(
+            f"{folder}: stopped at step {step} of {position['steps']}: run its training command again to finish it"
+        )
+
+
 def steps(folder: Path) -> list[int]:
     """The steps that look sound (every listed file there in its size, digests not computed), oldest first."""
     return [step for step, path in sorted(_find(Path(folder)).items()) if not _fault(path, thorough=False)]

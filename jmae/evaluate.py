@@ -72,6 +72,7 @@ def restore_results(config: ConfigDict, system: System, workdir: Path) -> Result
         found = checkpoint.restore(workdir / "checkpoints" / stage.name, target, config=None, log=log)
         if not found:
             raise InputError(f"{workdir}: stage {stage.name} has no checkpoint: train it first (python -m jmae.train)")
+        checkpoint.refuse_unfinished(workdir / "checkpoints" / stage.name, found[0], found[2])
         results[stage.name] = {"params": found[1].params, "stats": found[1].stats}
     return results
 

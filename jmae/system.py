@@ -58,8 +58,8 @@ class Stage(NamedTuple):
 class System(NamedTuple):
     """Stages in order, and the scores they serve.
 
-    score(results, batch, key, *, chunk=None) -> {"maps": {NAME: (b, *size)}, "scores": {NAME: (b,)}} and, where there is
-    one, "reconstruction": (b, *size, c) in the images' own range. Higher is more abnormal; `chunk` masks at a time.
+    score(results, batch, key, *, chunk=None) -> {"maps": {NAME: (b, *size)}, "scores": {NAME: (b,)}} and, where there
+    is one, "reconstruction": (b, *size, c) in the images' own range. Higher is more abnormal; `chunk` masks at a time.
     `masks` is how many one pass has. `uses` names the stages whose results `score` reads, `primary` the score that
     stands for the system.
     """

@@ -105,7 +105,7 @@ def train_stage(
         state = saved._replace(frozen=frozen)
     elif number == 0 and config.model.weights:
         state, start = adopt(config, name, state), steps
-        checkpoint.save(folder, steps, state._replace(frozen={}), {}, config=identity)
+        checkpoint.save(folder, steps, state._replace(frozen={}), {"steps": steps}, config=identity)
     history = workdir / "metrics.jsonl"
     cut_history(history, name, start)
     if start >= steps:
@@ -116,7 +116,7 @@ def train_stage(
         log(f"warning: {name}: {least} images are fewer than a batch of {stage.batch}: they repeat within it")
     seeds = [config.seed + r for r in range(n)]
     iterator = batches(images, tables, batch=stage.batch, seeds=seeds, shuffle=stage.shuffle, host=stage.host)
-    if position:
+    if found:
         iterator.set_state(position["data"])
     step = compiled_step(stage.step, steps, n)
     pending: list[tuple[int, np.ndarray, dict]] = []  # steps whose metrics are still on the device
@@ -161,7 +161,7 @@ def train_stage(
                 pending.clear()
                 if not finite((state.params, state.stats)):
                     raise NonFiniteLoss(f"stage {name}, step {k}: weights not finite; {kept()}")
-                position = {"data": iterator.get_state(), "seen": seen}
+                position = {"data": iterator.get_state(), "seen": seen, "steps": steps}
                 checkpoint.save(folder, k, state._replace(frozen={}), position, config=identity)
                 saved_at = k
             elif len(pending) > config.log_every:  # the newest step goes on while the others' metrics are fetched
@@ -210,7 +210,8 @@ def adopt(config: ConfigDict, stage: str, state: State) -> State:
     found = checkpoint.restore(folder, single, config=None, log=log)
     if not found:
         raise InputError(f"model.weights: {folder} has no checkpoint: name the folder of an earlier run")
-    step, saved, _ = found
+    step, saved, position = found
+    checkpoint.refuse_unfinished(folder, step, position)
     log(f"{stage}: taken over from {folder}, step {step}")
     params = saved.params if n == 1 or stacked else jax.tree.map(lambda x: jnp.stack([x] * n), saved.params)
     return state._replace(params=jax.device_put(params, jax.tree.map(lambda x: x.sharding, state.params)))

@@ -51,6 +51,10 @@ def trained():
     return stages, results
 
 
+def labels_of(p1: np.ndarray, *rule):
+    return pseudo_labels(np.log(p1 / (1 - p1)), *rule)
+
+
 def leaves_equal(a, b) -> bool:
     return all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
 
@@ -75,6 +79,21 @@ def test_the_paper_preset_keeps_49_of_196_patches_and_the_papers_schedule():
     c = recipe.get_config("paper")
     assert int(14 * 14 * (1 - c.adapt.mask_ratio)) == 49
     assert (c.adapt.masks, c.evaluation.masks, c.adapt.batch, c.adapt.epochs, c.adapt.lr) == (2, 4, 16, 150, 2.5e-4)
+    expected = {  # spec sections 3 to 7 and 15
+        "data": {"size": (224, 224), "normalise": "fixed", "mean": 0.5056, "std": 0.252, "crop_scale": (0.5, 1.0)},
+        "model": {"patch": (16, 16), "channels": 3, "width": 384, "depth": 12, "heads": 6}
+        | {"decoder_width": 512, "decoder_depth": 2, "decoder_heads": 16},
+        "pretrain": {"epochs": 800, "batch": 2048, "masks": 1, "mask_ratio": 0.9, "lr": 1.5e-4, "lr_is_base": True}
+        | {"lr_least": 0.0, "warmup": 40 / 800, "betas": (0.9, 0.95), "decay": 0.05, "augment": True},
+        "proxy": {"epochs": 150, "batch": 16, "head": (512, 128), "lr": 2.5e-4, "lr_least": 1e-5, "warmup": 20 / 150}
+        | {"betas": (0.9, 0.999), "decay": 0.05, "area": (0.02, 0.15), "aspect": (0.3, 1 / 0.3), "margin": 10}
+        | {"fill": (150, 254), "blur": (0, 14), "jitter": 0.1},
+        "adapt": {"mask_ratio": 0.75, "lr_is_base": False, "lr_least": 0.0, "warmup": 20 / 150, "augment": True}
+        | {"betas": (0.9, 0.95), "decay": 0.05, "percentile": 50.0, "percentile_over": "class"},
+        "evaluation": {"discrepancy": "reconstruction", "paste": True},
+    }
+    assert {part: {k: c[part][k] for k in values} for part, values in expected.items()} == expected
+    assert load_system(c).primary == "stage2"
     stages = {stage.name: stage for stage in load_system(c).stages}
     assert stages["proxy"].steps(3851) == 36_000  # 240 steps an epoch, the last incomplete batch dropped
     assert stages["module_a"].steps(4651) == 290 * 150
@@ -85,7 +104,7 @@ def test_the_paper_preset_keeps_49_of_196_patches_and_the_papers_schedule():
 
 def test_the_more_confident_half_of_each_predicted_class_is_kept():
     p1 = np.random.default_rng(0).permutation(np.linspace(0.01, 0.99, 41))
-    predicted, kept = pseudo_labels(p1, 50)
+    predicted, kept = labels_of(p1, 50)
     assert np.array_equal(predicted, p1 > 0.5)
     for c, confidence in ((0, 1 - p1), (1, p1)):
         of = predicted == c
@@ -94,22 +113,34 @@ def test_the_more_confident_half_of_each_predicted_class_is_kept():
 
 
 def test_ties_at_the_threshold_are_kept_and_a_lone_class_keeps_all():
-    assert pseudo_labels(np.array([0.9, 0.8, 0.8, 0.8, 0.1]), 50)[1].tolist() == [True] * 5
-    assert pseudo_labels(np.array([0.9, 0.8, 0.7, 0.6]), 50)[1].tolist() == [True, True, False, False]
+    assert labels_of(np.array([0.9, 0.8, 0.8, 0.8, 0.1]), 50)[1].tolist() == [True] * 5
+    assert labels_of(np.array([0.9, 0.8, 0.7, 0.6]), 50)[1].tolist() == [True, True, False, False]
 
 
 def test_the_other_reading_takes_percentiles_over_all_and_drops_what_both_classes_select():
-    predicted, kept = pseudo_labels(np.array([0.1, 0.2, 0.3, 0.4, 0.45]), 50, "all")
+    predicted, kept = labels_of(np.array([0.1, 0.2, 0.3, 0.4, 0.45]), 50, "all")
     # median of p1 is 0.3, of p0 is 0.7: both select the third image
     assert predicted[kept].tolist() == [0, 0, 1, 1] and kept.tolist() == [True, True, False, True, True]
-    with pytest.raises(InputError, match="percentile_over"):
-        pseudo_labels(np.array([0.5]), 50, "none")
+
+
+def test_very_confident_images_are_still_ranked():
+    """As float32 probabilities all of these are 1.0, and ties are kept."""
+    kept = pseudo_labels(np.array([20.0, 21, 22, 23, -20, -21, -22, -23], np.float32), 50)[1]
+    assert kept.tolist() == [False, False, True, True] * 2
+
+
+def test_a_class_that_hardly_any_image_is_predicted_as_is_said_aloud(trained, capsys):
+    stages, results = trained
+    rows = [row for row in phantoms.rows("chest") if row.split == "unlabeled"][:4]
+    stats = {"margin": np.array([-1.0, -2, -3, 0.5])}
+    stages["labels"].table(rows, {**results, "labels": {"params": {}, "stats": stats}})
+    assert "1 unlabelled images are predicted abnormal" in capsys.readouterr().err
 
 
 def test_modules_train_on_disjoint_sets_and_the_labels_sweep_scores_every_image(trained):
     stages, results = trained
     rows = [row for row in phantoms.rows("chest") if row.split in ("train", "unlabeled")][248:272]
-    stats = {"p1": np.random.default_rng(0).uniform(size=sum(r.split == "unlabeled" for r in rows))}
+    stats = {"margin": np.random.default_rng(0).normal(size=sum(r.split == "unlabeled" for r in rows))}
     fake = {**results, "labels": {"params": {}, "stats": stats}}
     a, b = (stages[name].rows(rows, fake) for name in ("module_a", "module_b"))
     assert not set(a) & set(b)
@@ -118,7 +149,7 @@ def test_modules_train_on_disjoint_sets_and_the_labels_sweep_scores_every_image(
     table = stages["labels"].table(rows, fake)
     kept = {line["id"] for line in table if line["kept"]}
     assert kept == {rows[i].id for i in (*a, *b) if rows[i].split == "unlabeled"}
-    assert (results["labels"]["stats"]["p1"] > 0).all()  # every place was written
+    assert (results["labels"]["stats"]["margin"] != 0).all()  # every place was written
 
 
 # --- stages ---------------------------------------------------------------------------------------------------------
@@ -251,6 +282,11 @@ def test_the_variants_train_on_the_papers_sets(trained):
         ("model__dtype", "bf16", "one of auto, float32, bfloat16"),
         ("evaluation__discrepancy", "ratio", "one of reconstruction, error"),
         ("data__normal_crops_only", True, "whole images"),
+        ("adapt__percentile_over", "clss", "'class' or 'all'"),
+        ("adapt__percentile", 250.0, "from 0 to below 100"),
+        ("evaluation__masks", 0, "1 or more"),
+        ("budget", -1.0, "above 0"),
+        ("data__unlabeled_size", 50, "goes with data.anomaly_ratio"),
     ],
 )
 def test_a_setting_that_means_nothing_is_refused(setting, value, words):
@@ -273,3 +309,87 @@ def test_the_proxy_task_learns_to_call_pasted_images_abnormal():
     assert float(metrics["accuracy"]) > 0.8
     results["proxy"] = {"params": state.params, "stats": state.stats}
     assert float(np.mean(score(c, results, data)["scores"]["stage1"])) < 0.4  # the plain images are the normal ones
+
+
+# --- preparation ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def three_channels():
+    """(config, system, results) in the paper's preparation: fixed mean and deviation, grey images as three channels."""
+    c = config(data__normalise="fixed", model__channels=3, evaluation__masks=2)
+    system, results = load_system(c), {}
+    for number, stage in enumerate(system.stages):
+        state = jax.jit(lambda r, stage=stage, number=number: stage.init(jax.random.key(number), r, 16))(results)
+        results[stage.name] = {"params": state.params, "stats": state.stats}
+    results["module_b"] = {"params": system.stages[0].init(jax.random.key(9), {}, 16).params, "stats": {}}
+    return c, system, results
+
+
+def mae_of(c, params):
+    from jmae.nn.mae import MAE
+    from jmae.system import network
+
+    sizes = {k: c.model[k] for k in ("width", "depth", "heads", "decoder_width", "decoder_depth", "decoder_heads")}
+    make = lambda rngs: MAE(size=(32, 32), patch=(8, 8), channels=c.model.channels, **sizes, rngs=rngs)
+    return network(make)[1](params)
+
+
+def test_fixed_preparation_and_three_equal_channels_reach_the_score(three_channels):
+    from jmae.masking import case_keys
+    from jmae.reconstruct import reconstruct
+
+    c, _, results = three_channels
+    data = batch(3)
+    image = jnp.repeat((data["image"] - 0.5056) / 0.252, 3, axis=-1)
+    passes = [
+        reconstruct(
+            mae_of(c, results[m]["params"]), image, case_keys(KEY, data["case"]), patch=(8, 8), ratio=0.75, masks=2
+        )
+        for m in ("module_a", "module_b")
+    ]
+    out = score(c, results, data)
+    np.testing.assert_allclose(
+        out["maps"]["stage2"], np.abs(passes[0].mean - passes[1].mean).mean(-1), rtol=1e-3, atol=1e-5
+    )
+    grey = np.asarray(passes[0].mean).mean(-1, keepdims=True) * 0.252 + 0.5056
+    np.testing.assert_allclose(out["reconstruction"], grey, rtol=1e-3, atol=1e-5)
+
+
+def test_stage_1_classifies_the_mean_of_the_patch_tokens_without_the_class_token(three_channels):
+    c, _, results = three_channels
+    data = batch(3)
+    mae = mae_of(c, results["pretrain"]["params"])
+    image = jnp.repeat((data["image"] - 0.5056) / 0.252, 3, axis=-1)
+    x = np.asarray(mae.encode(mae.embed(patchify(image, (8, 8)))))[:, 1:].mean(1)
+    head, stats = results["proxy"]["params"], results["proxy"]["stats"]
+    for i in (0, 1):  # fresh statistics: mean 0, variance 1
+        layer, norm = head["layers"][i], head["norms"][i]
+        x = x @ np.asarray(layer["kernel"]) + np.asarray(layer["bias"])
+        x = np.maximum(x / np.sqrt(1 + 1e-5) * np.asarray(norm["scale"]) + np.asarray(norm["bias"]), 0)
+    logits = x @ np.asarray(head["out"]["kernel"]) + np.asarray(head["out"]["bias"])
+    p1 = 1 / (1 + np.exp(logits[:, 0] - logits[:, 1]))
+    assert stats and np.ptp(p1) > 0
+    np.testing.assert_allclose(score(c, results, data)["scores"]["stage1"], p1, rtol=1e-4)
+
+
+@pytest.mark.parametrize("masks", [1, 2])
+def test_an_adaptation_step_has_the_loss_of_its_masks_on_the_plain_image(masks):
+    from jmae.masking import sample_keys
+    from jmae.reconstruct import masked_loss
+
+    c = config(adapt__masks=masks, adapt__augment=False, adapt__batch=4)
+    stages = {stage.name: stage for stage in load_system(c).stages}
+    start = {"pretrain": {"params": stages["pretrain"].init(KEY, {}, 1).params, "stats": {}}}
+    data = batch(4)
+    _, metrics = stages["module_a"].step(stages["module_a"].init(KEY, start, 4), data, KEY, steps=10)
+    image = np.asarray(data["image"])
+    image = (image - image.mean((1, 2, 3), keepdims=True)) / image.std((1, 2, 3), keepdims=True)
+    keys = jax.vmap(jax.random.split)(sample_keys(KEY, data["index"]))[:, 0]
+    loss = masked_loss(
+        mae_of(c, start["pretrain"]["params"]), jnp.asarray(image), keys, patch=(8, 8), ratio=0.75, masks=masks
+    )
+    assert float(metrics["loss"]) == pytest.approx(float(loss), rel=1e-5)
+    augmented = load_system(config(adapt__masks=masks, adapt__batch=4)).stages[3]
+    _, other = augmented.step(augmented.init(KEY, start, 4), data, KEY, steps=10)
+    assert float(other["loss"]) != float(metrics["loss"])

@@ -242,6 +242,27 @@ def test_all_problems_of_a_manifest_come_in_one_list(tmp_path, small_set):
     assert "missing.png" in lines[1] and "empty.png" in lines[2]
 
 
+def test_an_image_that_the_recipe_cannot_use_is_found_in_every_split(tmp_path):
+    np.save(tmp_path / "nan.npy", np.array([[0.0, np.nan], [1.0, 2.0]]))
+    np.save(tmp_path / "sound.npy", np.eye(4))
+    head = "id,patient,split,label,image,mask,region\n"
+    (tmp_path / "m.csv").write_text(head + "a,,train,0,sound.npy,,\nb,,test,1,nan.npy,,\n")
+    with pytest.raises(InputError, match=r"b: .*nan.npy: 1 values are not finite"):
+        load_rows(config(manifest=str(tmp_path / "m.csv")), lambda line: None)
+
+
+def test_hidden_labels_are_found_by_path_and_a_wrong_file_is_said_at_once(tmp_path):
+    np.save(tmp_path / "u.npy", np.eye(4))
+    head = "id,patient,split,label,image,mask,region\n"
+    (tmp_path / "m.csv").write_text(head + "a,,unlabeled,,u.npy,,\n")
+    (tmp_path / "hidden.csv").write_text("path,label\n./u.npy,1\nelsewhere.npy,0\n")
+    settings = config(manifest=str(tmp_path / "m.csv"), unlabeled_labels=str(tmp_path / "hidden.csv"))
+    assert loader.unlabeled_labels(settings, load_rows(settings, lambda line: None)) == {"a": 1}
+    (tmp_path / "hidden.csv").write_text("name,label\nu,1\n")
+    with pytest.raises(InputError, match="columns id,label or path,label"):
+        load_rows(settings, lambda line: None)
+
+
 def test_rows_of_other_splits_are_counted_aloud(tmp_path, small_set):
     text = small_set.read_text()
     odd = tmp_path / "m.csv"
@@ -326,5 +347,5 @@ def test_too_few_of_a_class_and_wrong_label_files_are_named(tmp_path):
 
 def test_phantoms_know_their_hidden_labels():
     rows = load_rows(config(phantom="chest", anomaly_ratio=0.25, unlabeled_size=80), lambda line: None)
-    labels = loader.unlabeled_labels(SimpleNamespace(data=config(phantom="chest").data))
+    labels = loader.unlabeled_labels(SimpleNamespace(data=config(phantom="chest").data), rows)
     assert sum(labels[row.id] for row in rows if row.split == "unlabeled") == 20

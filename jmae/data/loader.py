@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +38,11 @@ def stored_image(row: Row) -> Image:
     return Image(drawn.image, drawn.spacing, affine, None if volume else 8)
 
 
-def read_case(row: Row, size: tuple[int, ...], channels: int) -> np.ndarray:
-    """A row's image as the networks see it: float32 (*size, channels) in [0, 1].
+def usable(row: Row, stored: Image, size: tuple[int, ...], channels: int) -> np.ndarray:
+    """A row's array as stored, grey where it is a colour image and one channel is asked for.
 
-    A colour image becomes grey where one channel is asked for. Raises InputError naming the file where it has another
-    number of channels or of axes, or values that are not finite.
+    Raises InputError naming the file where it has another number of channels or of axes, or values that are not finite.
     """
-    stored = stored_image(row)
     array = stored.array
     if array.shape[-1] == 3 and channels == 1:
         array = grey(array)
@@ -57,7 +55,13 @@ def read_case(row: Row, size: tuple[int, ...], channels: int) -> np.ndarray:
     if not np.isfinite(array).all():
         bad = np.size(array) - np.isfinite(array).sum()
         raise InputError(f"{row.image[0]}: {bad} values are not finite: mend the file or drop its row")
-    return resize(to_unit(array, stored.bits or 0), size)
+    return array
+
+
+def read_case(row: Row, size: tuple[int, ...], channels: int) -> np.ndarray:
+    """A row's image as the networks see it: float32 (*size, channels) in [0, 1]; raises InputError as `usable`."""
+    stored = stored_image(row)
+    return resize(to_unit(usable(row, stored, size, channels), stored.bits or 0), size)
 
 
 @lru_cache(maxsize=1024)  # image, mask and region of a case come apart, and drawing takes longer than all else
@@ -94,7 +98,7 @@ def load_rows(config: ConfigDict, log: Callable[[str], None] = print) -> list[Ro
     data = config.data
     if data.manifest:
         rows, ignored, problems = parse_manifest(Path(data.manifest), normal_crops_only=data.normal_crops_only)
-        problems += check_files(rows, workers=WORKERS)
+        problems += check_files(rows, workers=WORKERS, use=partial(usable, size=data.size, channels=data.channels))
         if problems:
             raise InputError("\n".join(problems))
         log(f"{data.manifest}: {summary(rows, ignored)}")
@@ -103,28 +107,39 @@ def load_rows(config: ConfigDict, log: Callable[[str], None] = print) -> list[Ro
         log(f"phantoms {data.phantom}: {summary(rows)}")
     else:
         raise InputError("no data: set --config.data.manifest=MANIFEST.csv, or data.phantom")
+    if data.unlabeled_labels:
+        unlabeled_labels(config, rows)  # what is wrong with that file is said now, not when it is used
     return with_anomaly_ratio(rows, config) if data.anomaly_ratio >= 0 else rows
 
 
-def unlabeled_labels(config: ConfigDict) -> dict[str, int]:
-    """Hidden labels of unlabelled rows by id, for the anomaly-ratio sweep and analysis, never for training."""
+def unlabeled_labels(config: ConfigDict, rows: Sequence[Row]) -> dict[str, int]:
+    """Hidden labels of unlabelled rows by id, for the anomaly-ratio sweep and analysis, never for training. The file
+    names rows by the column `id`, or by `path`, the image's relative to the file."""
     if config.data.manifest and not config.data.unlabeled_labels:
         return {}
     if not config.data.manifest:
         return phantoms.unlabeled_labels(config.data.phantom)
     try:
         with open(config.data.unlabeled_labels, newline="", encoding="utf-8-sig") as file:
-            return {row["id"]: int(row["label"]) for row in csv.DictReader(file)}
+            lines = list(csv.DictReader(file))
+        labels = [int(line["label"]) for line in lines]
+        if lines and "id" not in lines[0]:
+            folder = os.path.dirname(os.path.abspath(config.data.unlabeled_labels))
+            ids = {os.path.normpath(file): row.id for row in rows for file in row.image}
+            named = [ids.get(os.path.normpath(os.path.join(folder, line["path"])), "") for line in lines]
+        else:
+            named = [line["id"] for line in lines]
+        return {name: label for name, label in zip(named, labels, strict=True) if name}
     except (OSError, KeyError, ValueError, TypeError) as error:
         raise InputError(
-            f"{config.data.unlabeled_labels}: not a CSV file with the columns id,label ({error!r})"
+            f"{config.data.unlabeled_labels}: not a CSV file with the columns id,label or path,label ({error!r})"
         ) from None
 
 
 def with_anomaly_ratio(rows: Sequence[Row], config: ConfigDict) -> list[Row]:
     """The rows with an unlabelled set of `data.unlabeled_size` images of which a share `data.anomaly_ratio` is
     abnormal: the first int(size * ratio) abnormal and the first remaining normal ones (DDAD's rule, spec section 2)."""
-    labels, ratio = unlabeled_labels(config), config.data.anomaly_ratio
+    labels, ratio = unlabeled_labels(config, rows), config.data.anomaly_ratio
     pools: dict[int, list[Row]] = {0: [], 1: []}
     for row in rows:
         if row.split == "unlabeled":

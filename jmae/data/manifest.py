@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jmae.data.files import image_size, read_image, read_mask
+from jmae.data.files import Image, image_size, read_image, read_mask
 from jmae.errors import InputError
 
 COLUMNS = ("id", "patient", "split", "label", "image", "mask", "region")
@@ -101,16 +101,19 @@ def parse_manifest(
     return rows, ignored | {what: n for what, n in dropped.items() if n}, shown
 
 
-def check_files(rows: Sequence[Row], *, workers: int, decode: bool = True) -> list[str]:
+def check_files(
+    rows: Sequence[Row], *, workers: int, decode: bool = True, use: Callable[[Row, Image], object] | None = None
+) -> list[str]:
     """Opens every image, mask and region and returns all problems, a line each, in the order of the rows.
 
     Missing and unreadable files, channels, masks and regions on another grid than their image, masks that
     contradict the label, regions that mark nothing, boxes outside the image, and images whose rank or number of
-    channels is not that of most. With `decode=False` only headers are read: sizes, not contents. Phantoms pass.
+    channels is not that of most. With `decode=False` only headers are read: sizes, not contents. `use` is called with
+    every decoded image and raises InputError where it cannot be used. Phantoms pass.
     """
     real = [row for row in rows if row.image and not row.image[0].startswith(PHANTOM)]
     with ThreadPoolExecutor(max(1, workers)) as pool:
-        found = list(pool.map(lambda row: _check_row(row, decode), real))
+        found = list(pool.map(lambda row: _check_row(row, decode, use), real))
     usual = Counter(shape for shape, _ in found if shape).most_common(1)
     problems = []
     for row, (shape, lines) in zip(real, found, strict=True):
@@ -268,13 +271,17 @@ def _other_split(name: str) -> str:
     return f"{name!r}, meant {near[0]!r}?" if near else repr(name)
 
 
-def _check_row(row: Row, decode: bool) -> tuple[tuple[int, int] | None, list[str]]:
+def _check_row(
+    row: Row, decode: bool, use: Callable[[Row, Image], object] | None
+) -> tuple[tuple[int, int] | None, list[str]]:
     """((rank, channels) of the image if it could be read, problems)."""
     lines: list[str] = []
     image, size, channels = None, None, 0
     try:
         if decode:
             image = read_image(row.image)
+            if use:
+                use(row, image)
             size, channels = image.array.shape[:-1], image.array.shape[-1]
         else:
             size, channels = image_size(row.image[0]), len(row.image)

@@ -31,6 +31,7 @@ from jmae.nn.transformer import linear
 from jmae.optim import adamw, warmup_cosine
 from jmae.patches import patchify
 from jmae.reconstruct import masked_loss, reconstruct
+from jmae.run_folder import log
 from jmae.system import Results, Stage, State, System, averaged, network, stats_of, steps_of
 
 VARIANTS = {
@@ -61,25 +62,24 @@ class Head(nnx.Module):
         return self.out(x)
 
 
-def pseudo_labels(p1: np.ndarray, percentile: float, over: str = "class") -> tuple[np.ndarray, np.ndarray]:
-    """(pseudo-label, kept) of unlabelled images from their probability of being abnormal (spec section 5).
+def pseudo_labels(margin: np.ndarray, percentile: float, over: str = "class") -> tuple[np.ndarray, np.ndarray]:
+    """(pseudo-label, kept) of unlabelled images from Stage 1's margin, logit abnormal less logit normal (section 3).
 
+    The confidence max(softmax) grows with the margin's size, which ranks images alike and does not saturate at 1.
     `over="class"`: of the images predicted as a class, those whose confidence reaches the class's `percentile`-th
     percentile are kept (50: the more confident half, ties included); a class predicted less than twice keeps all.
     `over="all"`: those whose probability of the class reaches the percentile over all images; an image selected for
     both classes is dropped.
     """
-    predicted = (p1 > 0.5).astype(np.int64)
-    kept = np.zeros(len(p1), bool)
+    predicted = (margin > 0).astype(np.int64)
+    kept = np.zeros(len(margin), bool)
     if over == "all":
-        chosen = [p >= np.percentile(p, percentile) for p in (1 - p1, p1)]
+        chosen = [m >= np.percentile(m, percentile) for m in (-margin, margin)]
         return np.where(chosen[1], 1, 0), chosen[0] ^ chosen[1]
-    if over != "class":
-        raise InputError(f"adapt.percentile_over is {over!r}: 'class' or 'all'")
-    confidence = np.where(predicted == 1, p1, 1 - p1)
     for c in (0, 1):
         of = predicted == c
         if of.any():
+            confidence = np.abs(margin)
             kept |= of & (confidence >= (np.percentile(confidence[of], percentile) if of.sum() > 1 else 0))
     return predicted, kept
 
@@ -95,6 +95,14 @@ def build(config: ConfigDict) -> System:
         raise InputError(f"data.normalise is {config.data.normalise!r}: 'fixed' or 'image'")
     if config.data.normal_crops_only:
         raise InputError("amae trains on whole images: take abnormal rows out of train and data.normal_crops_only back")
+    if adapt.percentile_over not in ("class", "all"):
+        raise InputError(f"adapt.percentile_over is {adapt.percentile_over!r}: 'class' or 'all'")
+    if not 0 <= adapt.percentile < 100:
+        raise InputError(f"adapt.percentile is {adapt.percentile}: from 0 to below 100")
+    if min(config.pretrain.masks, adapt.masks, evaluation.masks) < 1 or config.budget <= 0:
+        raise InputError("pretrain.masks, adapt.masks and evaluation.masks are 1 or more, and budget is above 0")
+    if config.data.unlabeled_size and config.data.anomaly_ratio < 0:
+        raise InputError("data.unlabeled_size goes with data.anomaly_ratio: set that too, or take it back to 0")
     names = VARIANTS[config.variant]
     patch, ratio = tuple(model.patch), adapt.mask_ratio
     auto = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
@@ -174,9 +182,8 @@ def build(config: ConfigDict) -> System:
         return np.array([i for i, row in enumerate(rows) if row.split == "train"], np.int64)
 
     def pseudo_labelled(rows: list[Row], results: Results, label: int) -> np.ndarray:
-        predicted, kept = pseudo_labels(
-            np.asarray(results["labels"]["stats"]["p1"]), adapt.percentile, adapt.percentile_over
-        )
+        margin = np.asarray(results["labels"]["stats"]["margin"])
+        predicted, kept = pseudo_labels(margin, adapt.percentile, adapt.percentile_over)
         chosen = unlabelled(rows)[kept & (predicted == label)]
         if label == 1 and len(chosen) == 0:
             raise InputError(
@@ -245,41 +252,42 @@ def build(config: ConfigDict) -> System:
         }
         return State(params, opt, stats, state.frozen, state.step + 1), metrics
 
-    def p_abnormal(results, image) -> Float[Array, " b"]:
-        """Stage 1's score: softmax(h_0(f_0(x)))_1."""
+    def margin_of(results, image) -> Float[Array, " b"]:
+        """Logit abnormal less logit normal of h_0(f_0(x)); its sigmoid is Stage 1's score softmax(h_0(f_0(x)))_1."""
         head = head_of(results["proxy"]["params"], results["proxy"]["stats"])
-        return jax.nn.softmax(head(features(results["pretrain"]["params"], image), train=False))[:, 1]
+        logits = head(features(results["pretrain"]["params"], image), train=False)
+        return logits[:, 1] - logits[:, 0]
 
     # --- the pseudo-labels: one sweep over the unlabelled images ---------------------------------------------------
 
     def labels_init(key, results, n):
         frozen = {name: {k: results[name][k] for k in ("params", "stats")} for name in ("pretrain", "proxy")}
-        return State({}, {}, {"p1": jnp.zeros(n)}, frozen, jnp.int32(0))
+        return State({}, {}, {"margin": jnp.zeros(n)}, frozen, jnp.int32(0))
 
     def labels_step(state, batch, key, *, steps, axis_name=None):
-        p1 = p_abnormal(state.frozen, batch["image"])
-        index, p1 = (
-            (batch["index"], p1)
-            if axis_name is None
-            else jax.lax.all_gather((batch["index"], p1), axis_name, tiled=True)
-        )
-        stats = {"p1": state.stats["p1"].at[index].set(p1)}
-        return state._replace(stats=stats, step=state.step + 1), {"abnormal_share": jnp.mean(p1 > 0.5)}
+        index, margin = batch["index"], margin_of(state.frozen, batch["image"])
+        if axis_name is not None:
+            index, margin = jax.lax.all_gather((index, margin), axis_name, tiled=True)
+        stats = {"margin": state.stats["margin"].at[index].set(margin)}
+        return state._replace(stats=stats, step=state.step + 1), {"abnormal_share": jnp.mean(margin > 0)}
 
     def labels_table(rows, results):
-        p1 = np.asarray(results["labels"]["stats"]["p1"])
-        label, kept = pseudo_labels(p1, adapt.percentile, adapt.percentile_over)
-        ids, known = [rows[i].id for i in unlabelled(rows)], unlabeled_labels(config)
+        margin = np.asarray(results["labels"]["stats"]["margin"])
+        label, kept = pseudo_labels(margin, adapt.percentile, adapt.percentile_over)
+        for c, word in enumerate(("normal", "abnormal")):
+            if (n := int(np.sum((margin > 0) == c))) < 2:
+                log(f"warning: labels: {n} unlabelled images are predicted {word}: raise proxy.steps")
+        ids, known = [rows[i].id for i in unlabelled(rows)], unlabeled_labels(config, rows)
         return [
             {
                 "id": name,
-                "p_abnormal": float(p),
-                "predicted": int(p > 0.5),
+                "p_abnormal": float(1 / (1 + np.exp(-np.float64(m)))),
+                "predicted": int(m > 0),
                 "kept": int(k),
                 "module": "AB"[c] if k else "",
                 "hidden_label": known.get(name, ""),  # where given: to judge the pseudo-labels by, never to train on
             }
-            for name, p, c, k in zip(ids, p1, label, kept, strict=True)
+            for name, m, c, k in zip(ids, margin, label, kept, strict=True)
         ]
 
     # --- score (Eq. 4) -----------------------------------------------------------------------------------------------
@@ -314,7 +322,7 @@ def build(config: ConfigDict) -> System:
             maps[name] = jnp.mean(passes["module_a"].error, axis=-1)
         scores = {name: jnp.mean(m, axis=tuple(range(1, m.ndim))) for name, m in maps.items()}
         if "proxy" in names:
-            scores["stage1"] = p_abnormal(results, batch["image"])
+            scores["stage1"] = jax.nn.sigmoid(margin_of(results, batch["image"]))
         mean, std = moments(batch["image"])
         normal = passes["module_a" if "module_a" in passes else "pretrain"].mean  # what normal anatomy would look like
         if batch["image"].shape[-1] != model.channels:

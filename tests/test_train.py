@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from jmae import checkpoint, recipe, train
+from jmae import checkpoint, evaluate, recipe, train
 from jmae.data import loader, phantoms
-from jmae.errors import exit_code
+from jmae.errors import InputError, exit_code
 from jmae.run_folder import add_history, cut_history, read_history
 
 ONE_STAGE = ("variant=mae", "evaluation.maps=false")
@@ -159,6 +159,11 @@ def test_sigterm_saves_and_exits_143_and_the_run_goes_on(finished, go, tools, tm
         assert said.splitlines()[-1].startswith(f"stopped by SIGTERM: stage {stage}, step {step} saved in ")
         assert checkpoint.steps(tmp_path / "run" / "checkpoints" / stage)[-1] == step
         assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+        if step == 2:  # half a Stage 0 is no start for another run
+            code, said = go(tmp_path / "other", f"model.weights={tmp_path / 'run'}")
+            assert code == 2 and "stopped at step 2 of 20: run its training command again" in said
+    with pytest.raises(InputError, match=r"proxy: stopped at step 3 of 10: run its training command again"):
+        evaluate.main([f"--workdir={tmp_path / 'run'}"])
     assert go(tmp_path / "run")[0] == 0
     assert tools.content(tmp_path / "run") == tools.content(finished)
 

@@ -10,8 +10,11 @@ from ml_collections import ConfigDict
 from configs import amae as recipe
 from jmae.data import phantoms
 from jmae.errors import InputError
+from jmae.masking import case_keys, fold_in, hidden, random_mask, sample_keys
+from jmae.nn.mae import MAE
 from jmae.patches import patchify, unpatchify
-from jmae.system import load_system
+from jmae.reconstruct import masked_loss, reconstruct
+from jmae.system import load_system, network
 from jmae.systems.amae import VARIANTS, pseudo_labels
 
 KEY = jax.random.key(0)
@@ -53,6 +56,12 @@ def trained():
 
 def labels_of(p1: np.ndarray, *rule):
     return pseudo_labels(np.log(p1 / (1 - p1)), *rule)
+
+
+def mae_of(c, params):
+    sizes = {k: c.model[k] for k in ("width", "depth", "heads", "decoder_width", "decoder_depth", "decoder_heads")}
+    make = lambda rngs: MAE(size=(32, 32), patch=(8, 8), channels=c.model.channels, **sizes, rngs=rngs)
+    return network(make)[1](params)
 
 
 def leaves_equal(a, b) -> bool:
@@ -210,15 +219,9 @@ def test_equal_modules_have_no_discrepancy(trained):
 
 def test_the_score_is_the_mean_absolute_difference_of_mean_reconstructions(trained):
     """Eq. 4 written out: the same four masks for both modules, visible patches pasted."""
-    from jmae.masking import case_keys, fold_in, hidden, random_mask
-    from jmae.nn.mae import MAE
-    from jmae.system import network
 
     _, results = trained
     c, data = config(evaluation__masks=4), batch(3)
-    m = c.model
-    sizes = {k: m[k] for k in ("width", "depth", "heads", "decoder_width", "decoder_depth", "decoder_heads")}
-    _, bind = network(lambda rngs: MAE(size=(32, 32), patch=(8, 8), channels=1, **sizes, rngs=rngs))
     image = np.asarray(data["image"])
     mean, std = image.mean((1, 2, 3), keepdims=True), image.std((1, 2, 3), keepdims=True)
     image = (image - mean) / std
@@ -227,7 +230,7 @@ def test_the_score_is_the_mean_absolute_difference_of_mean_reconstructions(train
         drawn = []
         for j in range(4):
             keep, restore = random_mask(fold_in(case_keys(KEY, data["case"]), j), 16, 4)
-            prediction = bind(results[name]["params"])(patches, keep, restore)
+            prediction = mae_of(c, results[name]["params"])(patches, keep, restore)
             drawn.append(np.asarray(jnp.where(hidden(restore, 4)[..., None], prediction, patches)))
         means.append(np.mean(drawn, axis=0))
         errors.append(np.mean((np.stack(drawn) - np.asarray(patches)) ** 2, axis=(0, 2, 3)))
@@ -326,18 +329,7 @@ def three_channels():
     return c, system, results
 
 
-def mae_of(c, params):
-    from jmae.nn.mae import MAE
-    from jmae.system import network
-
-    sizes = {k: c.model[k] for k in ("width", "depth", "heads", "decoder_width", "decoder_depth", "decoder_heads")}
-    make = lambda rngs: MAE(size=(32, 32), patch=(8, 8), channels=c.model.channels, **sizes, rngs=rngs)
-    return network(make)[1](params)
-
-
 def test_fixed_preparation_and_three_equal_channels_reach_the_score(three_channels):
-    from jmae.masking import case_keys
-    from jmae.reconstruct import reconstruct
 
     c, _, results = three_channels
     data = batch(3)
@@ -375,8 +367,6 @@ def test_stage_1_classifies_the_mean_of_the_patch_tokens_without_the_class_token
 
 @pytest.mark.parametrize("masks", [1, 2])
 def test_an_adaptation_step_has_the_loss_of_its_masks_on_the_plain_image(masks):
-    from jmae.masking import sample_keys
-    from jmae.reconstruct import masked_loss
 
     c = config(adapt__masks=masks, adapt__augment=False, adapt__batch=4)
     stages = {stage.name: stage for stage in load_system(c).stages}

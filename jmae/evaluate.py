@@ -40,7 +40,8 @@ def main(argv: list[str]) -> int:
     config = recipe.read(workdir)
     if "manifest" in given:
         config.data.manifest = given["manifest"]
-        config.data.anomaly_ratio = -1.0  # is of the data trained on
+        # These are of the data trained on.
+        config.data.anomaly_ratio, config.data.unlabeled_size, config.data.unlabeled_labels = -1.0, 0, ""
     keep_compiled()
     system, out = load_system(config), Path(given.get("out", workdir / "evaluation"))
     evaluate(config, system, load_rows(config, log), workdir, split=given.get("split", "test"), out=out)

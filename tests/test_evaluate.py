@@ -311,12 +311,16 @@ def test_a_subset_that_the_manifest_does_not_know_is_said(tools, tmp_path, capfd
 
 def test_other_data_go_into_a_folder_of_their_own(finished, tools, tmp_path):
     manifest = tools.write_set(tmp_path / "set", {("val", 0): 1, ("new", 1): 1, ("test", 0): 2, ("test", 1): 2}, seed=7)
-    before = {path: path.read_bytes() for path in finished.rglob("*.json*")}
-    arguments = [f"--workdir={finished}", f"--manifest={manifest}", "--out", str(tmp_path / "out")]
+    run = shutil.copytree(finished, tmp_path / "run")
+    recipe = json.loads((run / "config.json").read_text())
+    recipe["data"] |= {"anomaly_ratio": 0.5, "unlabeled_size": 8, "unlabeled_labels": "gone.csv"}  # of the trained set
+    (run / "config.json").write_text(json.dumps(recipe))
+    before = {path: path.read_bytes() for path in run.rglob("*.json*")}
+    arguments = [f"--workdir={run}", f"--manifest={manifest}", "--out", str(tmp_path / "out")]
     assert exit_code(ev.main, arguments) == 0
     result = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert result["n"] == 4 and result["baselines"] == {}
-    assert before == {path: path.read_bytes() for path in finished.rglob("*.json*")}
+    assert before == {path: path.read_bytes() for path in run.rglob("*.json*")}
 
 
 def test_what_is_missing_is_one_line(finished, small_set, tmp_path, capfd):

@@ -1,7 +1,8 @@
 """python -m jmae.evaluate --workdir DIR [--manifest MANIFEST.csv] [--split test] [--out DIR] [--debug]
 
 Scores a split with a trained run and writes metrics.json, scores.csv, report.html and the maps, into DIR/evaluation
-where no other folder is named. Exit codes: 0 done; 2 the input or the environment is wrong.
+(`test`) or DIR/evaluation-SPLIT where no other folder is named; with another manifest one must be. Exit codes: 0 done;
+2 the input or the environment is wrong.
 """
 
 import json
@@ -24,7 +25,7 @@ from jmae.data.manifest import Row
 from jmae.data.transforms import central, resize
 from jmae.errors import InputError, exit_code
 from jmae.reconstruct import fitting
-from jmae.report import Case, choose_cases, write_report
+from jmae.report import Case, choose_cases, without_curves, write_report
 from jmae.run_folder import log, read_history, write_csv, write_text
 from jmae.sharding import device_mesh, keep_compiled, replicated, split
 from jmae.system import Results, System, load_system, stage_keys
@@ -38,13 +39,17 @@ def main(argv: list[str]) -> int:
         raise InputError("no run folder: write --workdir=DIR")
     workdir = Path(given["workdir"])
     config = recipe.read(workdir)
+    split = given.get("split", "test")
     if "manifest" in given:
+        if "out" not in given:
+            raise InputError("--manifest goes with --out=DIR: the run's own evaluation stays as it is")
         config.data.manifest = given["manifest"]
         # These are of the data trained on.
         config.data.anomaly_ratio, config.data.unlabeled_size, config.data.unlabeled_labels = -1.0, 0, ""
     keep_compiled()
-    system, out = load_system(config), Path(given.get("out", workdir / "evaluation"))
-    evaluate(config, system, load_rows(config, log), workdir, split=given.get("split", "test"), out=out)
+    own = workdir / ("evaluation" if split == "test" else f"evaluation-{split}")
+    system, out = load_system(config), Path(given.get("out", own))
+    evaluate(config, system, load_rows(config, log), workdir, split=split, out=out)
     return 0
 
 
@@ -254,6 +259,8 @@ def evaluate(
     if known.any():
         normals = Images(train, config) if train else None
         whole = cropped = Scored({}, {})
+        if not normals:
+            log("warning: the manifest has no train rows: no cheap baselines")
         if normals:
             whole = baseline_scores(normals, images, len(chosen), pixels=bool(truth))
             cropped = baseline_scores(normals, images, len(chosen), share=CENTRAL)
@@ -271,7 +278,7 @@ def evaluate(
             patients = [chosen[i].patient for i in truth]
             evaluation["per_patient"] = metrics.pixel_metrics_per_patient(masks, grown, patients, regions)
         values = scored.scores[primary][:, known]
-        if {row.label for row in val} == {0, 1}:
+        if split != "val" and {row.label for row in val} == {0, 1}:  # val itself chose the threshold
             on_val = run(images, len(chosen) + np.arange(len(val))).scores[primary]
             labels_val = np.array([row.label for row in val], int)
             thresholds = [metrics.threshold_on(labels_val, v) for v in on_val]
@@ -324,8 +331,13 @@ def headline(evaluation: Mapping[str, Any]) -> str:
         low, high = image["auroc_ci"]
         return f"  {name:<24} AUROC {image['auroc']:.3f} [{low:.3f}, {high:.3f}]  AP {image['ap']:.3f}"
 
+    unknown = evaluation["n"] - evaluation["n_normal"] - evaluation["n_abnormal"]
+    counts = f"{evaluation['split']}: {evaluation['n_normal']} normal, {evaluation['n_abnormal']} abnormal"
+    counts += f", {unknown} of unknown label" if unknown else ""
+    if reason := without_curves(evaluation):
+        return f"{counts}\n{reason}"
     primary = evaluation["primary"]
-    lines = [f"{evaluation['split']}: {evaluation['n_normal']} normal, {evaluation['n_abnormal']} abnormal"]
+    lines = [counts]
     lines += [line(name + " *" * (name == primary), s["image"]) for name, s in evaluation["scores"].items()]
     cheap = [line(name, s["image"]) for name, s in evaluation["baselines"].items() if s["image"]]
     return "\n".join([*lines, *(["cheap baselines:"] if cheap else []), *cheap])

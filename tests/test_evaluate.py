@@ -323,6 +323,20 @@ def test_other_data_go_into_a_folder_of_their_own(finished, tools, tmp_path):
     assert before == {path: path.read_bytes() for path in run.rglob("*.json*")}
 
 
+def test_no_evaluation_overwrites_the_one_of_the_test_split(finished, small_set, tmp_path, capfd):
+    run = shutil.copytree(finished, tmp_path / "run")
+    before = (run / "evaluation" / "metrics.json").read_bytes()
+    assert exit_code(ev.main, [f"--workdir={run}", f"--manifest={small_set}"]) == 2
+    assert "--manifest goes with --out=DIR" in capfd.readouterr().err
+    assert exit_code(ev.main, [f"--workdir={run}", "--split=val"]) == 0
+    result = json.loads((run / "evaluation-val" / "metrics.json").read_text())
+    assert result["decision"] is None, "val chose the threshold: it cannot judge it"
+    assert exit_code(ev.main, [f"--workdir={run}", "--split=unlabeled"]) == 0
+    said = capfd.readouterr().err
+    assert "of unknown label" in said and "nan" not in said
+    assert (run / "evaluation" / "metrics.json").read_bytes() == before
+
+
 def test_what_is_missing_is_one_line(finished, small_set, tmp_path, capfd):
     assert exit_code(ev.main, [f"--workdir={finished}", "--split=exam"]) == 2
     assert "split 'exam' has no rows: one of test, train, unlabeled, val" in capfd.readouterr().err

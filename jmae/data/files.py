@@ -220,6 +220,7 @@ def _quiet() -> Iterator[None]:
             filters = warnings.catch_warnings()
             filters.__enter__()
             warnings.filterwarnings("ignore", module=r"(pydicom|PIL|tifffile|nibabel|nrrd|openjpeg|libjpeg)\b")
+            logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # it reports what is raised as well
             _readers.append(filters)
         else:
             _readers.append(_readers[0])

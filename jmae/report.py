@@ -427,6 +427,7 @@ def write_report(
     colours = matplotlib.colormaps["inferno"](np.linspace(0, 1, 9))
     patients = evaluation.get("per_patient")
     source = config.get("data") or {}
+    phantom = f"phantoms: {source['phantom']}" if source.get("phantom") else ""
     by_score = sorted(table, key=lambda row: -math.inf if row["score"] is None else row["score"], reverse=True)
 
     template = jinja2.Environment(
@@ -439,9 +440,7 @@ def write_report(
     template.filters |= {"number": _number, "interval": _interval}
     page = template.get_template("report.html.j2").render(
         e=evaluation,
-        data=source["manifest"]
-        if source.get("manifest")
-        else source.get("phantom", "") and f"phantoms: {source['phantom']}",
+        data=source.get("manifest") or phantom,
         headline=headline(evaluation),
         reason=reason,
         rows=rows,

@@ -309,7 +309,7 @@ def test_the_proxy_task_learns_to_call_pasted_images_abnormal():
     step = jax.jit(lambda s: proxy.step(s, data, KEY, steps=60))
     for _ in range(60):
         state, metrics = step(state)
-    assert float(metrics["accuracy"]) > 0.8
+    assert float(metrics["accuracy"]) > 0.8 and float(metrics["lung_fields_found"]) == 1
     results["proxy"] = {"params": state.params, "stats": state.stats}
     assert float(np.mean(score(c, results, data)["scores"]["stage1"])) < 0.4  # the plain images are the normal ones
 
@@ -383,3 +383,19 @@ def test_an_adaptation_step_has_the_loss_of_its_masks_on_the_plain_image(masks):
     augmented = load_system(config(adapt__masks=masks, adapt__batch=4)).stages[3]
     _, other = augmented.step(augmented.init(KEY, start, 4), data, KEY, steps=10)
     assert float(other["loss"]) != float(metrics["loss"])
+
+
+def test_augmentation_mirrors_left_and_right_alone():
+    """Crops of the whole image leave only the flip: an image that is its own mirror keeps its loss."""
+    losses = {}
+    for augment in (False, True):
+        c = config(adapt__augment=augment, data__crop_scale=(1.0, 1.0), adapt__batch=4)
+        stages = {stage.name: stage for stage in load_system(c).stages}
+        start = {"pretrain": {"params": stages["pretrain"].init(KEY, {}, 1).params, "stats": {}}}
+        state = stages["module_a"].init(KEY, start, 4)
+        for name, fold in (("own mirror", lambda x: x + x[:, :, ::-1]), ("any", lambda x: x)):
+            data = batch(4)
+            data["image"] = fold(data["image"]) / 2
+            losses[name, augment] = float(stages["module_a"].step(state, data, KEY, steps=10)[1]["loss"])
+    assert losses["own mirror", True] == pytest.approx(losses["own mirror", False], rel=1e-5)
+    assert losses["any", True] != pytest.approx(losses["any", False], rel=1e-4)

@@ -2,6 +2,7 @@
 
 import bz2
 import concurrent.futures
+import contextlib
 import errno
 import gzip
 import io
@@ -944,3 +945,14 @@ def test_zip_members_are_not_paths(tmp_path):
         archive.writestr("../../outside.npy", buffer.getvalue())
     np.testing.assert_array_equal(read(tmp_path / "a.npz").array[..., 0], GREY)
     assert sorted(os.listdir(tmp_path)) == ["a.npz"] and not list(itertools.islice(tmp_path.parent.glob("outside*"), 1))
+
+
+def test_what_a_decoder_logs_does_not_reach_the_user(tmp_path, caplog):
+    tifffile.imwrite(tmp_path / "a.tif", np.eye(64, dtype=np.uint8), description="x" * 50, metadata=None)
+    data = bytearray((tmp_path / "a.tif").read_bytes())
+    entry = data.index(struct.pack("<HH", 270, 2))  # the description's: tag, type, count, offset
+    data[entry + 8 : entry + 12] = struct.pack("<I", 2**31 - 1)
+    (tmp_path / "a.tif").write_bytes(data)
+    with contextlib.suppress(InputError):
+        read_image(str(tmp_path / "a.tif"))
+    assert not caplog.records

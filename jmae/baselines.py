@@ -7,6 +7,8 @@ standardised per image. A system that does not beat them has not read the anatom
 import numpy as np
 from numpy.typing import NDArray
 
+from jmae.data.crops import Volumes
+
 COMPONENTS = 30
 NEIGHBOURS = 5
 
@@ -74,6 +76,16 @@ def image_scores(train: NDArray, test: NDArray) -> dict[str, NDArray[np.float64]
         "Mahalanobis": (code**2 / variances).sum(1),
         "5-NN": nearest.mean(1),
     }
+
+
+def crop_components(volumes: Volumes, crops: int = 256) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Mean (d,) and at most 30 principal components (k, d) of random training crops, the same at every call; fewer
+    than `crops` where they would take more than 512 MB."""
+    d = int(np.prod(volumes.crop)) * volumes.arrays[0].shape[-1]
+    rows = np.arange(max(COMPONENTS + 1, min(crops, 2**26 // d))) % len(volumes.rows)
+    cut = [volumes.crop_at(row, volumes.origin(row, step, 0)) for step, row in enumerate(rows)]
+    mean, components, _ = _principal(_flat(np.stack(cut)))
+    return mean.astype(np.float32), components.astype(np.float32)
 
 
 def pixel_maps(train: NDArray, test: NDArray) -> dict[str, NDArray[np.float32]]:

@@ -8,7 +8,9 @@ Scores a split with a trained run and writes metrics.json, scores.csv, report.ht
 import json
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,20 +18,37 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 from ml_collections import ConfigDict
+from scipy.ndimage import minimum_filter
 
 from jmae import baselines, checkpoint, metrics, recipe
-from jmae.data.files import write_map
-from jmae.data.loader import Images, in_order, lesion_mask, load_rows, region_mask, stored_image
+from jmae.data.crops import Volumes
+from jmae.data.files import Image, write_map
+from jmae.data.loader import (
+    Images,
+    case_words,
+    in_order,
+    lesion_mask,
+    load_rows,
+    prepared,
+    region_mask,
+    stored_image,
+)
 from jmae.data.manifest import Row
 from jmae.data.transforms import central, resize
+from jmae.data.volumes import Volume, read_subtraction
 from jmae.errors import InputError, exit_code
+from jmae.masking import case_keys
 from jmae.reconstruct import fitting
-from jmae.report import Case, choose_cases, without_curves, write_report
+from jmae.report import Case, one_slice, without_curves, write_report
 from jmae.run_folder import log, read_history, write_csv, write_text
+from jmae.scoring import top_mean
 from jmae.sharding import device_mesh, keep_compiled, replicated, split
-from jmae.system import Results, System, load_system, stage_keys
+from jmae.system import Results, Sweep, System, load_system, stage_keys
+from jmae.windows import average, inside, tile
 
+WHOLE = "whole"  # the part that is the split itself
 CENTRAL = 0.8  # share of each axis that the central crop keeps
 
 
@@ -45,7 +64,8 @@ def main(argv: list[str]) -> int:
             raise InputError("--manifest goes with --out=DIR: the run's own evaluation stays as it is")
         config.data.manifest = given["manifest"]
         # These are of the data trained on.
-        config.data.anomaly_ratio, config.data.unlabeled_size, config.data.unlabeled_labels = -1.0, 0, ""
+        neutral = {"anomaly_ratio": -1.0, "unlabeled_size": 0, "unlabeled_labels": ""}
+        config.data.update({key: value for key, value in neutral.items() if key in config.data})
     keep_compiled()
     own = workdir / ("evaluation" if split == "test" else f"evaluation-{split}")
     system, out = load_system(config), Path(given.get("out", own))
@@ -57,12 +77,25 @@ def main(argv: list[str]) -> int:
 
 
 class Scored(NamedTuple):
-    """Scores of n rows by r replicates; higher is more abnormal."""
+    """Scores of n images by r replicates; higher is more abnormal."""
 
     maps: dict[str, np.ndarray]  # (r, n, *size)
     scores: dict[str, np.ndarray]  # (r, n)
     seconds: float = 0.0
     reconstruction: np.ndarray | None = None  # (r, n, *size, c), in the images' own range
+
+
+class Result(NamedTuple):
+    """One row scored by r replicates, with the cheap baselines that come case by case."""
+
+    image: np.ndarray  # (*size, c), as scored
+    stored: Image
+    maps: dict[str, np.ndarray]  # (r, *size)
+    scores: dict[str, np.ndarray]  # (r,)
+    reconstruction: np.ndarray | None  # (r, *size, c)
+    own: Callable[[np.ndarray], np.ndarray]  # a map (*size) or picture (*size, c) on the row's own grid
+    seen: np.ndarray | None = None  # where on its own grid a map exists; None: everywhere
+    cheap: dict[str, np.ndarray] = {}  # the baselines' maps, on the row's own grid
 
 
 def restore_results(config: ConfigDict, system: System, workdir: Path) -> Results:
@@ -83,21 +116,30 @@ def restore_results(config: ConfigDict, system: System, workdir: Path) -> Result
     return results
 
 
+def seeds_of(config: ConfigDict) -> Array:
+    """A key a replicate."""
+    return jnp.stack([jax.random.key(config.seed + r) for r in range(config.replicates)])
+
+
+def each_replicate(one: Callable, results: Results, keys: Array) -> Any:
+    """`one(results, key)` of every replicate, on a leading axis."""
+    if len(keys) > 1:
+        return jax.vmap(one)(results, keys)
+    return jax.tree.map(lambda x: x[None], one(results, keys[0]))
+
+
 def scorer(config: ConfigDict, system: System, results: Results) -> Callable[[Images, np.ndarray], Scored]:
     """The function (images, row numbers) -> Scored, one compiled program for all batches.
 
     Batches are split over the devices; a case's result depends on neither, as its key comes from its id.
     """
-    n, mesh = config.replicates, device_mesh()
-    keys = jnp.stack([jax.random.key(config.seed + r) for r in range(n)])
+    mesh, keys = device_mesh(), seeds_of(config)
     devices = mesh.shape["data"]
     b = -(-config.evaluation.batch // devices) * devices
 
     def score(results: Results, batch: Any, keys: Any, chunk: int) -> Any:
-        one = lambda result, key: system.score(result, batch, key, chunk=chunk)
-        if n > 1:
-            return jax.vmap(one)(results, keys)
-        return jax.tree.map(lambda x: x[None], one(results, keys[0]))
+        assert system.score
+        return each_replicate(lambda result, key: system.score(result, batch, key, chunk=chunk), results, keys)
 
     shapes = {"image": (b, *config.data.size, config.data.channels), "case": (b, 2)}
     types = {"image": jnp.float32, "case": jnp.uint32}
@@ -122,6 +164,111 @@ def scorer(config: ConfigDict, system: System, results: Results) -> Callable[[Im
     return run
 
 
+def sweeper(
+    config: ConfigDict, sweep: Sweep, results: Results
+) -> Callable[[Volume, np.ndarray], dict[str, Any]]:
+    """The function (prepared volume, words of its id) -> {"maps": {NAME: (r, *size)}, "reconstruction"}: one program a
+    bucket of sizes, whatever the case; as many windows at a time as fit in the memory, split over the devices."""
+    mesh, keys = device_mesh(), seeds_of(config)
+    devices = mesh.shape["data"]
+    programs: dict[tuple[int, ...], tuple[Any, int]] = {}
+
+    def score(results, volume, size, origins, number, coverage, words, keys, batch):
+        def one(result, key):
+            averages = average(
+                partial(sweep.score, result),
+                volume,
+                origins,
+                number,
+                coverage,
+                case_keys(key, words[None])[0],
+                window=sweep.window,
+                repeats=sweep.repeats,
+                batch=-(-batch // devices) * devices,
+                weighted=sweep.weighted,
+                released=sweep.released,
+                place=lambda x: jax.lax.with_sharding_constraint(x, split(mesh)),
+            )
+            return sweep.fuse(averages, inside(volume.shape[:-1], size))
+
+        return each_replicate(one, results, keys)
+
+    program = jax.jit(score, static_argnums=8, out_shardings=replicated(mesh))
+
+    def run(volume: Volume, words: np.ndarray) -> dict[str, Any]:
+        shape = volume.array.shape[:-1]
+        tiling = tile(shape, sweep.window, sweep.stride, side=volume.side, midline=volume.midline)
+        origins = np.zeros((2 ** max(4, (len(tiling.origins) - 1).bit_length()), len(shape)), np.int32)
+        origins[: len(tiling.origins)] = tiling.origins
+        array = np.pad(volume.array, [*tiling.pad, (0, 0)])
+        number = np.int32(len(tiling.origins))
+        case = (array, np.array(tiling.size, np.int32), origins, number, tiling.coverage, words)
+        case = jax.device_put(case, replicated(mesh))
+        kind = (*array.shape, len(origins))
+        if kind not in programs:
+            lower = lambda batch: program.lower(results, *case, keys, batch)
+            programs[kind] = fitting(lower, config.evaluation.batch)
+            if programs[kind][1] < config.evaluation.batch:
+                log(f"volumes of {array.shape[:-1]}: scoring {programs[kind][1]} windows at a time")
+        out = jax.device_get(programs[kind][0](results, *case, keys))
+        own = tuple(slice(low, low + n) for (low, _), n in zip(tiling.pad, shape, strict=True))
+        return jax.tree.map(lambda x: x[(slice(None), *own)], out)
+
+    return run
+
+
+def ahead(function: Callable, items: Sequence) -> Iterator[Any]:
+    """`function` of each item in order, one item ahead of its use, in a thread."""
+    with ThreadPoolExecutor(1) as pool:
+        waiting = [pool.submit(function, item) for item in items[:1]]
+        for item in [*items[1:], None]:
+            (future,) = waiting
+            waiting = [pool.submit(function, item)] if item is not None else []
+            yield future.result()
+
+
+def volume_results(
+    config: ConfigDict, rows: Sequence[Row], run: Callable, cheap: Callable[[Row, Volume], dict[str, np.ndarray]]
+) -> Iterator[Result]:
+    """Each row prepared, scored and put back on its own grid. ours: a map's score is the mean of its highest voxels in
+    the region, a share `evaluation.top` of them (the paper scores voxels only)."""
+    for row, volume in zip(rows, ahead(partial(prepared, data=config.data), rows), strict=True):
+        out = run(volume, case_words(row.id))
+        scores = {
+            name: np.array([top_mean(m, volume.region, config.evaluation.top) for m in maps])
+            for name, maps in out["maps"].items()
+        }
+        yield Result(
+            volume.array,
+            volume.stored,
+            out["maps"],
+            scores,
+            out["reconstruction"],
+            volume.grid.back,
+            volume.grid.inside(),
+            cheap(row, volume),
+        )
+
+
+def image_results(images: Images, scored: Scored, cheap: Scored, n: int) -> Iterator[Result]:
+    """The first `n` images of a scored set; maps are enlarged to a row's own grid."""
+    for i, row in enumerate(images.rows[:n]):
+        stored = stored_image(row)
+        size = stored.array.shape[:-1]
+
+        def own(array: np.ndarray, size: tuple[int, ...] = size, rank: int = len(size)) -> np.ndarray:
+            return resize(array, size) if array.ndim > rank else resize(array[..., None], size)[..., 0]
+
+        of = lambda values, i=i: {name: value[:, i] for name, value in values.items()}
+        picture = None if scored.reconstruction is None else scored.reconstruction[:, i]
+        grown = {name: own(value[0]) for name, value in of(cheap.maps).items()}
+        image = images.image(np.array([i]))[0]
+        yield Result(image, stored, of(scored.maps), of(scored.scores), picture, own, cheap=grown)
+
+
+# --- cheap baselines --------------------------------------------------------------------------------------------------
+
+
 def baseline_scores(normals: Images, images: Images, n: int, *, share: float = 1.0, pixels: bool = False) -> Scored:
     """The cheap baselines on the first `n` of `images`, fitted to the training normals, both cut to the central
     `share`; with `pixels` also their maps. Images are shrunk one by one, as all may not fit in memory at once."""
@@ -137,33 +284,102 @@ def baseline_scores(normals: Images, images: Images, n: int, *, share: float = 1
     return Scored(lead(maps), lead(scores))
 
 
+def volume_baselines(
+    config: ConfigDict, system: System, volumes: Volumes | None
+) -> Callable[[Row, Volume], dict[str, np.ndarray]]:
+    """The function (row, prepared volume) -> the cheap baselines' maps on the row's own grid: every channel's
+    brightness, the residual of random training crops' principal components in the system's own windows, and the
+    subtraction image (MAEMI's Eq. 1) of rows that name pre- and post-contrast series."""
+    assert system.sweep
+    residual = None
+    if volumes:
+        mean, components = baselines.crop_components(volumes)
+
+        def score(results: Any, image: Array, keys: Array) -> tuple[Array, Array]:
+            rest = image.reshape(len(image), -1) - results["mean"]
+            rest = rest - (rest @ results["components"].T) @ results["components"]
+            error = jnp.mean(rest.reshape(image.shape) ** 2, -1, keepdims=True)
+            return error, jnp.ones_like(error)
+
+        fuse = lambda averages, inside: {"maps": {"residual": averages[..., 0]}}
+        part = system.sweep._replace(repeats=1, score=score, fuse=fuse, weighted=False, released=False)
+        single = config.copy_and_resolve_references()
+        single.replicates = 1
+        residual = sweeper(single, part, {"mean": mean, "components": components})
+
+    def maps(row: Row, volume: Volume) -> dict[str, np.ndarray]:
+        channels = volume.stored.array.shape[-1]
+        name = lambda k: "brightness" if channels == 1 else f"brightness of channel {k}"
+        out = {name(k): volume.stored.array[..., k] for k in range(channels)}
+        out |= {f"low {name}": -values for name, values in out.items()}
+        if residual:
+            out["PCA-30 error"] = volume.grid.back(residual(volume, case_words(row.id))["maps"]["residual"][0])
+        if row.pre and row.post:
+            subtracted = read_subtraction(row, volume, config.data)
+            out["subtraction"] = volume.grid.back(minimum_filter(subtracted, config.evaluation.filter))
+        return out
+
+    return maps
+
+
 # --- figures ----------------------------------------------------------------------------------------------------------
 
-Truth = dict[int, tuple[np.ndarray, np.ndarray | None]]  # (lesion mask, region) on a row's own grid, by row number
+
+def read_truth(row: Row, stored: Image) -> tuple[np.ndarray, np.ndarray | None] | None:
+    """(lesion mask, region) of a row on its own grid. A normal row's mask is empty; None of an abnormal row without a
+    mask or a box, and of an unlabelled one: it is left out of pixel figures."""
+    size = stored.array.shape[:-1]
+    mask = np.zeros(size, bool) if row.label == 0 else lesion_mask(row, size) if row.label == 1 else None
+    return None if mask is None else (mask, region_mask(row))
 
 
-def read_truth(rows: Sequence[Row]) -> Truth:
-    """Masks and regions of labelled rows, where any row has a mask. A normal row's mask is empty; an abnormal row
-    without one is left out of pixel figures."""
-    if not any(row.mask for row in rows):
-        return {}
-    truth = {}
-    for i, row in enumerate(rows):
-        if row.label == 0 or (row.label == 1 and row.mask):
-            mask = lesion_mask(row)
-            if mask is None:
-                mask = np.zeros(stored_image(row).array.shape[:-1], bool)
-            truth[i] = (mask, region_mask(row))
-    return truth
+class Pixels:
+    """Pixel figures of every map of one part of a split, fed case by case: pooled, and of each patient."""
+
+    def __init__(self, rows: Sequence[Row], share: float = 1.0):
+        self.share, self.lesions = share, False
+        self.left = Counter(patient_of(row) for row in rows)
+        self.pooled: dict[str, list[metrics.Pooled]] = {}
+        self.own: dict[str, dict[str, metrics.Pooled]] = {}  # by patient, of the first replicate
+        self.patients: list[dict[str, Any]] = []
+
+    def add(self, row: Row, mask: np.ndarray, region: np.ndarray | None, maps: Mapping[str, Sequence[np.ndarray]]):
+        """One case's maps {NAME: a map a replicate}, mask and region, on its own grid."""
+        view = lambda x: x if x is None or self.share == 1 else central(x, self.share)
+        mask, region, patient = view(mask), view(region), patient_of(row)
+        self.lesions |= bool(mask.any())
+        mine = self.own.setdefault(patient, {})
+        for name, values in maps.items():
+            pooled = self.pooled.setdefault(name, [metrics.Pooled() for _ in values])
+            for one, value in zip(pooled, values, strict=True):
+                one.add(mask, view(value), region)
+            mine.setdefault(name, metrics.Pooled()).add(mask, view(values[0]), region)
+
+    def close(self, row: Row) -> None:
+        """One more row of its patient is done; with the last one the patient's figures are computed."""
+        patient = patient_of(row)
+        self.left[patient] -= 1
+        if not self.left[patient] and (mine := self.own.pop(patient, {})):
+            figures = {name: pooled.result() for name, pooled in mine.items()}
+            self.patients.append({"patient": row.patient, "figures": figures})
+
+    def result(self, name: str) -> dict[str, Any] | None:
+        """The pooled figures of a map, the mean over replicates; None where no case has a lesion or no such map."""
+        return mean_of([one.result() for one in self.pooled.get(name, ())]) if self.lesions else None
+
+    def per_patient(self, primary: str, cheap: Sequence[str]) -> list[dict[str, Any]]:
+        """A row {patient, auroc, ap, prevalence, baselines} a patient, of the primary score's map."""
+        keys = ("auroc", "ap", "prevalence")
+        return [
+            {"patient": p["patient"], **{k: p["figures"][primary][k] for k in keys}}
+            | {"baselines": {b: {k: p["figures"][b][k] for k in keys[:2]} for b in cheap if b in p["figures"]}}
+            for p in self.patients
+        ]
 
 
-def pixel_inputs(truth: Truth, maps: np.ndarray, inside: np.ndarray, share: float = 1.0) -> tuple[list, list, list]:
-    """(masks, maps, regions) of the rows `inside`, each map (n, *size) enlarged to its row's own grid, all cut to the
-    central `share` there."""
-    used = [i for i in truth if inside[i]]
-    grown = [resize(maps[i][..., None], truth[i][0].shape)[..., 0] for i in used]
-    view = lambda x: x if x is None or share == 1 else central(x, share)
-    return [view(truth[i][0]) for i in used], [view(m) for m in grown], [view(truth[i][1]) for i in used]
+def patient_of(row: Row) -> str:
+    """The patient, or the row itself where it names none."""
+    return f"patient {row.patient}" if row.patient else f"case {row.id}"
 
 
 def mean_of(each: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
@@ -175,47 +391,40 @@ def mean_of(each: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
 
 
 def figures(
-    scored: Scored, inside: np.ndarray, *, rows: Sequence[Row], truth: Truth, draws: int, share: float = 1.0
+    scores: Mapping[str, np.ndarray], names: Sequence[str], pixels: Pixels, rows: Sequence[Row], draws: int
 ) -> dict[str, dict[str, Any]]:
-    """{NAME: {"image", "pixel"}} of every score and map over the rows `inside`; pixels are cut to the central `share`;
-    `draws` of the bootstrap.
+    """{NAME: {"image", "pixel"}} of scores (r, n) of labelled rows and of the maps `names`; `draws` of the bootstrap.
 
     With replicates each figure is the mean over them, and "replicates" holds their means and 1.96 deviations.
     """
-    labels = np.array([row.label for row, used in zip(rows, inside, strict=True) if used], bool)
-    patients = [row.patient for row, used in zip(rows, inside, strict=True) if used]
-    lesions = any(truth[i][0].any() for i in truth if inside[i])
+    labels, patients = np.array([row.label for row in rows], bool), [row.patient for row in rows]
     out: dict[str, dict[str, Any]] = {}
-    for name in scored.scores | scored.maps:
-        values = scored.scores.get(name, ())
-        image = [metrics.image_metrics(labels, v[inside], patients, draws=draws) for v in values]
-        maps = scored.maps.get(name, ()) if lesions else ()
-        pixel = [metrics.pixel_metrics(*pixel_inputs(truth, m, inside, share)) for m in maps]
-        out[name] = {"image": mean_of(image), "pixel": mean_of(pixel)}
+    for name in [*scores, *(name for name in names if name not in scores)]:
+        image = [metrics.image_metrics(labels, v, patients, draws=draws) for v in scores.get(name, ())]
+        out[name] = {"image": mean_of(image), "pixel": pixels.result(name)}
         if len(image) > 1:
             out[name]["replicates"] = {k: metrics.replicate_summary([e[k] for e in image]) for k in ("auroc", "ap")}
     return out
 
 
-def central_scores(scored: Scored) -> Scored:
-    """The scores that have a map, as the mean over its central crop; the maps stay whole."""
-    mean = lambda maps: np.array([[central(m, CENTRAL).mean() for m in replicate] for replicate in maps])
-    return Scored(scored.maps, {name: mean(scored.maps[name]) for name in scored.scores if name in scored.maps})
-
-
-def part_figures(scored: Scored, cheap: Scored, inside: np.ndarray, *, primary: str, **how: Any) -> dict[str, Any]:
-    """What metrics.json says of one part of the split: the primary score's figures at the top, then those of all
-    scores, and of the baselines `cheap`; `how` goes to `figures`."""
-    scores, baseline = figures(scored, inside, **how), figures(cheap, inside, **how)
-    # Which end of the brightness scale is abnormal is not the library's to know: the better one is the baseline.
-    ends = [name for name in ("mean intensity", "low mean intensity") if name in baseline]
-    for name in sorted(ends, key=lambda name: baseline[name]["image"]["auroc"])[:-1]:
-        del baseline[name]
-    top = scores.get(primary, {"image": None, "pixel": None})
-    return {"n": int(inside.sum()), **top, "scores": scores, "baselines": baseline}
+def better_ends(baseline: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Of a baseline "NAME" and its "low NAME" the better one: which end of a brightness scale is abnormal is not the
+    library's to know."""
+    worth = lambda entry: (entry["image"] or entry["pixel"] or {}).get("auroc", 0)
+    lows = [name for name in baseline if name.startswith("low ") and name.removeprefix("low ") in baseline]
+    dropped = {min((name, name.removeprefix("low ")), key=lambda n: worth(baseline[n])) for name in lows}
+    return {name: entry for name, entry in baseline.items() if name not in dropped}
 
 
 # --- the evaluation ---------------------------------------------------------------------------------------------------
+
+
+class Part(NamedTuple):
+    """A part of a split that gets figures of its own."""
+
+    inside: np.ndarray  # (n,), which rows
+    pixels: Pixels
+    share: float = 1.0  # of each axis, in the middle
 
 
 def evaluate(
@@ -230,19 +439,81 @@ def evaluate(
     if not chosen:
         raise InputError(f"split {split!r} has no rows: one of {', '.join(sorted({row.split for row in rows}))}")
     val = [row for row in rows if row.split == "val" and row.label is not None]
-    train = [row for row in rows if row.split == "train" and row.label != 1]
-    run = scorer(config, system, restore_results(config, system, workdir))
-    images = Images(chosen + val, config)
-    log(f"{split}: scoring {len(chosen)} cases")
-    scored = run(images, np.arange(len(chosen)))
-    primary, maps = system.primary, scored.maps.get(system.primary)
+    val = val if split != "val" and {row.label for row in val} == {0, 1} else []  # val itself chose the threshold
+    train = [row for row in rows if row.split == "train"]
+    n, primary = len(chosen), system.primary
     labels = np.array([-1 if row.label is None else row.label for row in chosen])
     known = labels >= 0
+    masked = any(row.mask or row.boxes for row in chosen)
+    parts = parts_of(config, chosen, known, volumes=system.sweep is not None)
+    results = restore_results(config, system, workdir)
+    log(f"{split}: scoring {n} cases")
+    if known.any() and not train:
+        log("warning: the manifest has no train rows: no cheap baselines")
+    val_scores: np.ndarray | None = None
+    cheap: dict[str, Scored] = {name: Scored({}, {}) for name in parts}
+    stream: Iterator[Result]
+    if system.sweep:
+        run, fitted = sweeper(config, system.sweep, results), known.any() and masked
+        volumes = Volumes(train, config, workdir / "cache") if train and fitted else None
+        maps_of = volume_baselines(config, system, volumes) if fitted else lambda row, volume: {}
+        stream = volume_results(config, chosen, run, maps_of)
+        if val:
+            on_val = list(volume_results(config, val, run, lambda row, volume: {}))
+            val_scores = np.stack([result.scores[primary] for result in on_val], 1)
+    else:
+        score, images = scorer(config, system, results), Images(chosen + val, config)
+        scored = score(images, np.arange(n))
+        normals = [row for row in train if row.label != 1]
+        if known.any() and normals:
+            fit = partial(baseline_scores, Images(normals, config), images, n)
+            cheap = {name: fit(share=part.share, pixels=masked and part.share == 1) for name, part in parts.items()}
+        stream = image_results(images, scored, cheap[WHOLE], n)
+        if val:
+            val_scores = score(images, n + np.arange(len(val))).scores[primary]
 
+    scores: dict[str, list[np.ndarray]] = {}
+    inner: dict[str, list[np.ndarray]] = {}  # the scores of the maps' central part
+    cases: list[Case] = []
+    scoring = time.monotonic()
+    for i, (row, result) in enumerate(zip(chosen, stream, strict=True)):
+        for name, values in result.scores.items():
+            scores.setdefault(name, []).append(values)
+        for name in result.maps.keys() & result.scores.keys():
+            inner.setdefault(name, []).append(np.array([central(m, CENTRAL).mean() for m in result.maps[name]]))
+        truth = read_truth(row, result.stored) if masked and result.maps else None
+        own: dict[str, list[np.ndarray]] = {}
+        if truth:
+            mask, region = truth
+            region = result.seen if region is None else region if result.seen is None else region & result.seen
+            own = {name: [result.own(m) for m in maps] for name, maps in result.maps.items()}
+            own |= {name: [m] for name, m in result.cheap.items()}
+        for part in parts.values():
+            if part.inside[i]:
+                if truth:
+                    part.pixels.add(row, mask, region, own)
+                part.pixels.close(row)
+        if primary not in result.maps:
+            continue
+        mean = result.maps[primary].mean(0)
+        if config.evaluation.maps:
+            (out / "maps").mkdir(parents=True, exist_ok=True)
+            write_map(out / "maps" / f"{row.id}_anomaly", result.own(mean), result.stored)
+        picture = None if result.reconstruction is None else result.reconstruction.mean(0)
+        if config.evaluation.get("reconstruction") and picture is not None:
+            write_map(out / "maps" / f"{row.id}_recon", result.own(picture), result.stored)
+        lesion = None
+        if truth:
+            lesion = resize(truth[0][..., None].astype(np.float32), mean.shape)[..., 0] > 0.5
+        score_of = float(result.scores[primary].mean())
+        cases.append(one_slice(Case(row.id, row.label, score_of, result.image, mean, lesion, picture)))
+    seconds = time.monotonic() - scoring if system.sweep else scored.seconds
+
+    stacked = {name: np.stack(values, 1) for name, values in scores.items()}
     evaluation: dict[str, Any] = {
         "system": system.name,
         "split": split,
-        "n": len(chosen),
+        "n": n,
         "n_normal": int((labels == 0).sum()),
         "n_abnormal": int((labels == 1).sum()),
         "primary": primary,
@@ -255,33 +526,32 @@ def evaluate(
         "decision": None,
         "chi2": None,
     }
-    truth = read_truth(chosen) if scored.maps else {}
+    for title, part in parts.items() if known.any() else ():
+        rows_in = [row for row, used in zip(chosen, part.inside, strict=True) if used]
+        of = lambda values, part=part: {name: value[:, part.inside] for name, value in values.items()}
+        ours = {name: np.stack(v, 1) for name, v in inner.items()} if part.share < 1 else stacked
+        maps = [name for name in part.pixels.pooled if name in inner]
+        figure = partial(figures, pixels=part.pixels, rows=rows_in, draws=config.evaluation.draws)
+        all_scores = figure(of(ours), maps)
+        others = [name for name in part.pixels.pooled if name not in inner]
+        found = {
+            "n": int(part.inside.sum()),
+            **all_scores.get(primary, {"image": None, "pixel": None}),
+            "scores": all_scores,
+            "baselines": better_ends(figure(of(cheap[title].scores), others)),
+        }
+        if title == WHOLE:
+            evaluation |= found | {"n": n}
+        else:
+            evaluation["subsets"][title] = found
+    whole = parts[WHOLE].pixels
+    if primary in whole.pooled:
+        evaluation["per_patient"] = whole.per_patient(primary, list(evaluation["baselines"]))
     if known.any():
-        normals = Images(train, config) if train else None
-        whole = cropped = Scored({}, {})
-        if not normals:
-            log("warning: the manifest has no train rows: no cheap baselines")
-        if normals:
-            whole = baseline_scores(normals, images, len(chosen), pixels=bool(truth))
-            cropped = baseline_scores(normals, images, len(chosen), share=CENTRAL)
-        part = partial(part_figures, primary=primary, rows=chosen, truth=truth, draws=config.evaluation.draws)
-        evaluation |= part(scored, whole, known) | {"n": len(chosen)}
-        for column in config.evaluation.subsets:
-            if column not in chosen[0].extra:
-                log(f"warning: no column {column!r} in the manifest: no figures of that subset")
-                continue
-            inside = known & np.array([row.extra[column] not in ("", "0") for row in chosen])
-            evaluation["subsets"][column] = part(scored, whole, inside)
-        evaluation["subsets"][f"central {CENTRAL:.0%}"] = part(central_scores(scored), cropped, known, share=CENTRAL)
-        if truth and maps is not None:
-            masks, grown, regions = pixel_inputs(truth, maps[0], known)
-            patients = [chosen[i].patient for i in truth]
-            evaluation["per_patient"] = metrics.pixel_metrics_per_patient(masks, grown, patients, regions)
-        values = scored.scores[primary][:, known]
-        if split != "val" and {row.label for row in val} == {0, 1}:  # val itself chose the threshold
-            on_val = run(images, len(chosen) + np.arange(len(val))).scores[primary]
+        values = stacked[primary][:, known]
+        if val_scores is not None:
             labels_val = np.array([row.label for row in val], int)
-            thresholds = [metrics.threshold_on(labels_val, v) for v in on_val]
+            thresholds = [metrics.threshold_on(labels_val, v) for v in val_scores]
             evaluation["decision"] = mean_of(
                 [metrics.at_threshold(labels[known], v, t) for v, t in zip(values, thresholds, strict=True)]
             )
@@ -289,7 +559,7 @@ def evaluate(
             [metrics.chi2_distance(v[labels[known] == 0], v[labels[known] == 1]) for v in values]
         )
 
-    means = {name: values.mean(0) for name, values in scored.scores.items()}
+    means = {name: values.mean(0) for name, values in stacked.items()}
     further = [name for name in means if name != primary]
     table = [
         {"id": row.id, "label": row.label, "score": float(means[primary][i]), "p_value": None}
@@ -297,24 +567,9 @@ def evaluate(
         for i, row in enumerate(chosen)
     ]
     evaluation["seconds"] = time.monotonic() - began
-    evaluation["seconds_per_case"] = scored.seconds / len(chosen)
+    evaluation["seconds_per_case"] = seconds / n
     write_csv(out / "scores.csv", [{k: "" if v is None else v for k, v in line.items()} for line in table])
-    if config.evaluation.maps and maps is not None:
-        (out / "maps").mkdir(parents=True, exist_ok=True)
-        for row, own in zip(chosen, maps.mean(0), strict=True):
-            like = stored_image(row)
-            write_map(out / "maps" / f"{row.id}_anomaly", resize(own[..., None], like.array.shape[:-1])[..., 0], like)
     write_text(out / "metrics.json", json.dumps(metrics.json_ready(evaluation), indent=1))
-
-    cases = []
-    if maps is not None:
-        groups = choose_cases([row.label for row in chosen], means[primary].tolist())
-        for i in sorted({i for group in groups.values() for i in group}):
-            own = maps[:, i].mean(0)
-            mask = resize(truth[i][0][..., None].astype(np.float32), own.shape)[..., 0] > 0.5 if i in truth else None
-            image, normal = images.image(np.array([i]))[0], scored.reconstruction
-            score, normal = float(means[primary][i]), None if normal is None else normal[:, i].mean(0)
-            cases.append(Case(chosen[i].id, chosen[i].label, score, image, own, mask, normal))
     environment = workdir / "environment.json"
     about = json.loads(environment.read_text()) if environment.exists() else {}
     history = read_history(workdir / "metrics.jsonl")
@@ -322,6 +577,23 @@ def evaluate(
     log(headline(evaluation))
     log(f"report: {out / 'report.html'}")
     return evaluation
+
+
+def parts_of(config: ConfigDict, rows: Sequence[Row], known: np.ndarray, *, volumes: bool) -> dict[str, Part]:
+    """The labelled rows, those of each subset column and, of images, their central crop."""
+
+    def part(inside: np.ndarray, share: float = 1.0) -> Part:
+        return Part(inside, Pixels([row for row, used in zip(rows, inside, strict=True) if used], share), share)
+
+    parts = {WHOLE: part(known)}
+    for column in config.evaluation.subsets:
+        if column not in rows[0].extra:
+            log(f"warning: no column {column!r} in the manifest: no figures of that subset")
+            continue
+        parts[column] = part(known & np.array([row.extra[column] not in ("", "0") for row in rows]))
+    if not volumes:
+        parts[f"central {CENTRAL:.0%}"] = part(known, CENTRAL)
+    return parts
 
 
 def headline(evaluation: Mapping[str, Any]) -> str:

@@ -4,7 +4,8 @@ A higher score is more abnormal, and "called abnormal at t" means `score >= t` t
 from two sorted arrays, the scores of the negatives and those of the positives: AUROC is the rank statistic, AP
 the mean over positives of the precision at their own score; and as a threshold that is no positive's score only
 adds negatives, the best Dice and the best Youden index lie at a positive's score too. So nothing is argsorted,
-ties need no special case, and 10^8 float32 pixels take about 1 GB beside the caller's own arrays.
+ties need no special case, and 10^8 float32 pixels take about 1 GB beside the caller's own arrays. Only pools of
+more than `EXACT` pixels are counted in bins, and then state how far off AUROC and AP can be (`Pooled`).
 
 Where one class is missing a measure is nan, never a guess; `json_ready` turns nan into null.
 """
@@ -19,7 +20,9 @@ from scipy import stats
 
 from jmae.errors import InputError
 
-CHUNK = 1 << 20  # positives looked up at a time; bounds the int64 counts to a few ten MB
+CHUNK = 1 << 20  # scores looked up or binned at a time; bounds the int64 counts to a few ten MB
+EXACT = 1 << 27  # pixels that a pool keeps one by one (512 MiB of float32); more are counted in bins
+BINS = 1 << 20  # by the sign, the exponent and 11 bits of the mantissa: 2^-11 wide, relative to their scores
 
 
 class Ranked(NamedTuple):
@@ -29,14 +32,19 @@ class Ranked(NamedTuple):
     positives: NDArray[Any]
 
 
-def _sort(negatives: NDArray[Any], positives: NDArray[Any]) -> Ranked:
-    """Sorts both in place (they must be nobody else's); InputError where scores are not finite."""
+def _check_finite(negatives: NDArray[Any], positives: NDArray[Any]) -> None:
+    """InputError where scores are not finite."""
     bad = sum(a.size - np.count_nonzero(np.isfinite(a)) for a in (negatives, positives))
     if bad:
         raise InputError(
             f"{bad} of {negatives.size + positives.size} scores are not finite: a metric over them would be "
             "silently wrong; look for empty or constant images, or for a training that diverged"
         )
+
+
+def _sort(negatives: NDArray[Any], positives: NDArray[Any]) -> Ranked:
+    """Sorts both in place (they must be nobody else's); InputError where scores are not finite."""
+    _check_finite(negatives, positives)
     negatives.sort()
     positives.sort()
     return Ranked(negatives, positives)
@@ -297,24 +305,138 @@ Maps = Sequence[NDArray[Any]]
 Regions = Sequence[NDArray[np.bool_] | None] | None
 
 
-def _pooled(masks: Masks, maps: Maps, regions: Regions) -> Ranked:
-    """The pixels of all images inside their regions, split by class straight away and sorted."""
-    regions = [None] * len(maps) if regions is None else regions
-    negatives, positives = [np.empty(0, np.float32)], [np.empty(0, np.float32)]
-    for i, (mask, scores, region) in enumerate(zip(masks, maps, regions, strict=True)):
+def _bin(scores: NDArray[Any]) -> NDArray[Any]:
+    """The bin of each score, in the order of the scores: equal scores (-0.0 and 0.0 too) are in one bin.
+
+    The bits of a float32, read as an integer, rise with a positive number and fall with a negative one.
+    """
+    with np.errstate(over="ignore"):  # a float64 beyond float32 goes to the outermost bin: still in order
+        bits = (scores.astype(np.float32) + np.float32(0)).view(np.uint32)  # -0.0 + 0.0 is 0.0
+    return np.where(bits >> 31, ~bits, bits | 0x80000000) >> 12
+
+
+def _binned(counts: NDArray[np.int64]) -> dict[str, float]:
+    """Figures, with the bounds of `Pooled`, of negatives and positives counted in bins: (2, bins), ascending."""
+    n, p = counts[:, ::-1]
+    fp, tp = counts[:, ::-1].cumsum(1)
+    negatives, positives = int(fp[-1]), int(tp[-1])
+    if not (negatives and positives):
+        return dict.fromkeys(("auroc", "ap", "dice_best", "auroc_error", "ap_error"), math.nan)
+    n, p, fp, tp = (a.astype(float) for a in (n[p > 0], p[p > 0], fp[p > 0], tp[p > 0]))
+    pairs = negatives * positives
+    ap = (p * tp / (tp + fp)).sum() / positives
+    highest = (p * tp / (tp + fp - n)).sum() / positives
+    lowest = (p - fp * np.log1p(p / (tp - p + fp + 0.5))).sum() / positives
+    return {
+        "auroc": float((p * (negatives - fp + n / 2)).sum() / pairs),
+        "ap": float(ap),
+        "dice_best": float((2 * tp / (tp + fp + positives)).max()),
+        "auroc_error": float((p * n).sum() / (2 * pairs)),
+        "ap_error": float(max(highest - ap, ap - lowest)),
+    }
+
+
+class Pooled:
+    """The pixels (voxels) of any number of images, inside their regions, pooled image by image.
+
+    Exact up to `EXACT` pixels. Beyond, pixels are counted in `BINS` bins, all that share a bin count as tied, and
+    figures have bounds on their distance to the exact ones, whatever the scores within the bins. With p_b positives
+    and n_b negatives in bin b, P and N in all, TP_b and FP_b in b and above:
+
+      auroc_error = 1/2 sum_b p_b n_b / (P N), as a pair within a bin counts 1/2 and is worth 0 to 1;
+      ap_error = the larger distance of AP = 1/P sum_b p_b TP_b / (TP_b + FP_b) to the ends of what it can be:
+        highest, a bin's positives tied and above its negatives: 1/P sum_b p_b TP_b / (TP_b + FP_b - n_b);
+        lowest, below its negatives and one by one: with T = TP_b - p_b + FP_b,
+          1/P sum_b sum_{j=1..p_b} (1 - FP_b / (T + j)) >= 1/P sum_b (p_b - FP_b log(1 + p_b / (T + 1/2))),
+          as 1/x is convex, so that 1/(T + j) is at most its mean from T + j - 1/2 to T + j + 1/2.
+
+    The best Dice (and its IoU) is then the best over the edges of bins, hence at most the exact one.
+    """
+
+    def __init__(self) -> None:
+        self.images = 0
+        self.sizes = [0, 0]  # pixels, negative and positive
+        self.parts: tuple[list[NDArray], list[NDArray]] = [np.empty(0, np.float32)], [np.empty(0, np.float32)]
+        self.counts: NDArray[np.int64] | None = None  # (2, BINS), once in bins; parts are empty then
+
+    def add(self, mask: NDArray, scores: NDArray, region: NDArray | None = None) -> None:
+        """Takes one image: its lesion mask, its map and where metrics count (None is everywhere), of one shape.
+
+        ValueError where shapes differ, InputError where scores inside the region are not finite; neither is taken.
+        """
         shapes = [a.shape for a in (mask, scores, region) if a is not None]
         if len(set(shapes)) != 1:
-            raise ValueError(f"image {i}: mask, map (and region) are {shapes}: bring them to one grid")
+            raise ValueError(f"image {self.images}: mask, map (and region) are {shapes}: bring them to one grid")
         lesion = mask.astype(bool, copy=False)
         inside = np.True_ if region is None else region.astype(bool, copy=False)
-        negatives.append(scores[inside & ~lesion])
-        positives.append(scores[inside & lesion])
-    return _sort(np.concatenate(negatives), np.concatenate(positives))
+        classes = scores[inside & ~lesion], scores[inside & lesion]
+        _check_finite(*classes)
+        self.images += 1
+        self.sizes = [size + values.size for size, values in zip(self.sizes, classes, strict=True)]
+        for parts, values in zip(self.parts, classes, strict=True):
+            parts.append(values)
+        if sum(self.sizes) > EXACT:
+            self._count()
+
+    def _count(self) -> None:
+        """Moves the scores kept one by one into bins."""
+        self.counts = np.zeros((2, BINS), np.int64) if self.counts is None else self.counts
+        for counts, parts in zip(self.counts, self.parts, strict=True):
+            for values in parts:
+                for start in range(0, values.size, CHUNK):
+                    counts += np.bincount(_bin(values[start : start + CHUNK]), minlength=BINS)
+            parts.clear()
+
+    def result(self) -> dict[str, float | None]:
+        """The figures of `pixel_metrics` over the images so far; in bins also auroc_error and ap_error."""
+        if self.counts is None:
+            ranked = _sort(*(np.concatenate(parts) for parts in self.parts))
+            found = {"auroc": _auroc(ranked), "ap": _average_precision(ranked), "dice_best": _best_dice(ranked)[0]}
+        else:
+            found = _binned(self.counts)
+        dice, total = found["dice_best"], sum(self.sizes)
+        return {
+            **found,
+            "prevalence": self.sizes[1] / total if total else math.nan,
+            "iou": dice / (2 - dice),  # at one threshold IoU = D / (2 - D), which rises with D
+            "froc": None,
+        }
 
 
-def _prevalence(ranked: Ranked) -> float:
-    n = ranked.negatives.size + ranked.positives.size
-    return ranked.positives.size / n if n else math.nan
+class PerPatient:
+    """The figures of each patient, its images pooled; its pixels are freed once its last image has come.
+
+    Args:
+      patients: the patient of every image to come, in order; "" or None is a patient of its own.
+    """
+
+    def __init__(self, patients: Sequence[Any]) -> None:
+        self.patients, self.clusters = patients, _clusters(patients).tolist()
+        self.last = {k: i for i, k in enumerate(self.clusters)}  # each patient's last image
+        self.images = 0
+        self.pools: dict[int, Pooled] = {}
+        self.rows: dict[int, dict[str, Any]] = {}
+
+    def add(self, mask: NDArray, scores: NDArray, region: NDArray | None = None) -> None:
+        """Takes the next image, as `Pooled.add` does."""
+        k = self.clusters[self.images]
+        self.pools.setdefault(k, Pooled()).add(mask, scores, region)
+        if self.images == self.last[k]:
+            found = self.pools.pop(k).result()
+            names = [name for name in ("auroc", "ap", "prevalence", "auroc_error", "ap_error") if name in found]
+            self.rows[k] = {"patient": self.patients[self.images], **{name: found[name] for name in names}}
+        self.images += 1
+
+    def result(self) -> list[dict[str, Any]]:
+        """The rows of `pixel_metrics_per_patient`; ValueError where images are still to come."""
+        if self.images < len(self.clusters):
+            raise ValueError(f"{self.images} of {len(self.clusters)} images have come: add the others, in order")
+        return [self.rows[k] for k in sorted(self.rows)]
+
+
+def _together(masks: Masks, maps: Maps, regions: Regions) -> Iterator[tuple[NDArray, NDArray, NDArray | None]]:
+    """(mask, map, region) of each image."""
+    return zip(masks, maps, [None] * len(maps) if regions is None else regions, strict=True)
 
 
 def pixel_metrics(masks: Masks, maps: Maps, regions: Regions = None) -> dict[str, float | None]:
@@ -326,18 +448,13 @@ def pixel_metrics(masks: Masks, maps: Maps, regions: Regions = None) -> dict[str
       regions: where metrics count, one boolean array an image; None is everywhere, for one image or for all.
 
     Returns: auroc, ap, prevalence (the AP of a random map), dice_best and iou at the oracle threshold (upper
-    bounds, see `best_dice`), froc None. nan where one class is missing.
+    bounds, see `best_dice`), froc None. nan where one class is missing. Beyond `EXACT` pixels also auroc_error
+    and ap_error (see `Pooled`).
     """
-    ranked = _pooled(masks, maps, regions)
-    dice, _ = _best_dice(ranked)
-    return {
-        "auroc": _auroc(ranked),
-        "ap": _average_precision(ranked),
-        "prevalence": _prevalence(ranked),
-        "dice_best": dice,
-        "iou": dice / (2 - dice),  # at one threshold IoU = D / (2 - D), which rises with D
-        "froc": None,
-    }
+    pool = Pooled()
+    for mask, scores, region in _together(masks, maps, regions):
+        pool.add(mask, scores, region)
+    return pool.result()
 
 
 def pixel_metrics_per_patient(
@@ -345,22 +462,13 @@ def pixel_metrics_per_patient(
 ) -> list[dict[str, Any]]:
     """One row {patient, auroc, ap, prevalence} a patient, in order of appearance, its images pooled.
 
-    auroc and ap are nan for a patient without a lesion pixel inside the region; `patient_mean` counts those.
+    auroc and ap are nan for a patient without a lesion pixel inside the region; `patient_mean` counts those. Beyond
+    `EXACT` pixels a row also has auroc_error and ap_error (see `Pooled`).
     """
-    clusters, rows = _clusters(patients), []
-    for k in range(int(clusters.max(initial=-1)) + 1):
-        own = np.flatnonzero(clusters == k).tolist()
-        inside = None if regions is None else [regions[i] for i in own]
-        ranked = _pooled([masks[i] for i in own], [maps[i] for i in own], inside)
-        rows.append(
-            {
-                "patient": patients[own[0]],
-                "auroc": _auroc(ranked),
-                "ap": _average_precision(ranked),
-                "prevalence": _prevalence(ranked),
-            }
-        )
-    return rows
+    each = PerPatient(patients)
+    for mask, scores, region in _together(masks, maps, regions):
+        each.add(mask, scores, region)
+    return each.result()
 
 
 def patient_mean(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:

@@ -65,6 +65,7 @@ class Case(NamedTuple):
     map: NDArray[Any]  # size, higher is more abnormal
     mask: NDArray[np.bool_] | None = None  # size, True = lesion
     reconstruction: NDArray[Any] | None = None  # as `image`, shown in its grey window
+    slice: int | None = None  # where `one_slice` has cut a volume, on its last axis
 
 
 class Scale(NamedTuple):
@@ -121,18 +122,16 @@ def colour_scale(cases: Sequence[Case]) -> Scale:
     return Scale(low, high if high > low else low + 1, f"{ends} percentile of the values of {whose} shown here")
 
 
-def _slice(case: Case) -> tuple[Case, int | None]:
-    """The case in two dimensions and one channel, its mask only where it marks something; and of a volume the index on
-    the last axis: most lesion, or highest map."""
-    first = lambda image: None if image is None else image[..., 0]
+def one_slice(case: Case) -> Case:
+    """The case in two dimensions, which is all that a page shows: its mask only where it marks something, and of a
+    volume the slice of the last axis with the most lesion, or else with the highest map."""
     mask = case.mask if case.mask is not None and case.mask.any() else None
-    flat = case._replace(image=case.image[..., 0], mask=mask, reconstruction=first(case.reconstruction))
     if case.map.ndim == 2:
-        return flat, None
+        return case._replace(mask=mask)
     k = int((case.map.max((0, 1)) if mask is None else mask.sum((0, 1))).argmax())
-    cut = lambda array: None if array is None else array[:, :, k]
-    parts: dict[str, Any] = {name: cut(getattr(flat, name)) for name in ("image", "map", "mask", "reconstruction")}
-    return flat._replace(**parts), k
+    cut = lambda array: None if array is None else np.array(array[:, :, k])
+    parts: dict[str, Any] = {name: cut(getattr(case, name)) for name in ("image", "map", "reconstruction")}
+    return case._replace(**parts, mask=cut(mask), slice=k)
 
 
 def _png(picture: Image.Image) -> str:
@@ -166,8 +165,8 @@ def case_pictures(case: Case, scale: Scale, side: int = MAX_SIDE) -> dict[str, A
     Image and reconstruction are windowed to the image's 1st to 99th percentile; the map's colours are the page's; the
     overlay is as opaque as the map is high.
     """
-    flat, k = _slice(case)
-    mask, image, heat = flat.mask, _shrink(flat.image, side), _shrink(flat.map, side)
+    case = one_slice(case)
+    mask, image, heat = case.mask, _shrink(case.image[..., 0], side), _shrink(case.map, side)
     dark, bright = np.percentile(image, (1, 99))
     window = lambda array: np.clip((array - dark) / ((bright - dark) or 1), 0, 1)
     plain = lambda array: _png(Image.fromarray((window(array) * 255).round().astype(np.uint8)))
@@ -182,13 +181,15 @@ def case_pictures(case: Case, scale: Scale, side: int = MAX_SIDE) -> dict[str, A
     h, w = case.map.shape[:2]
     return {
         "image": plain(image),
-        "reconstruction": None if flat.reconstruction is None else plain(_shrink(flat.reconstruction, side)),
+        "reconstruction": None
+        if case.reconstruction is None
+        else plain(_shrink(case.reconstruction[..., 0], side)),
         "map": _png(coloured),
         "overlay": _png(Image.fromarray(blend).quantize(256, Image.Quantize.FASTOCTREE)),
         "outline": "" if mask is None else _outline(mask, side),
         "width": w,
         "height": h,
-        "slice": k,
+        "slice": case.slice,
     }
 
 

@@ -14,8 +14,9 @@ from ml_collections import ConfigDict
 
 from jmae.data.manifest import Row
 from jmae.errors import InputError
+from jmae.nn.mae import MAE
 
-SYSTEMS = ("amae",)
+SYSTEMS = ("amae", "maemi")
 
 Results = Mapping[str, Mapping[str, PyTree]]  # by stage: {"params", "stats"} of its last step
 
@@ -42,6 +43,7 @@ class Stage(NamedTuple):
     shuffle: epochs in random order, the last incomplete batch dropped; else rows in order, round and round.
     host: arrays made once an image on the host, by name: function of the image (*size, c).
     table(rows, results) -> rows of a CSV file STAGE.csv in the run folder that a person can read, or None.
+    weights: what `model.weights` is to this stage: "instead" of training it, where its training "start"s, or "" nothing.
     """
 
     name: str
@@ -53,6 +55,26 @@ class Stage(NamedTuple):
     shuffle: bool = True
     host: Mapping[str, Callable[[np.ndarray], np.ndarray]] = {}
     table: Callable[[list[Row], Results], list[dict[str, Any]]] | None = None
+    weights: str = ""
+
+
+class Sweep(NamedTuple):
+    """How a system scores whole volumes: windows x repetitions as one stream (`jmae.windows.average`).
+
+    score(results, image (b, *window, c), keys (b,)) -> (values (b, *window, k), weights (b, *window, 1)): what is
+        averaged over all windows that cover a voxel.
+    fuse(averages (*size, k), inside (*size)) -> {"maps": {NAME: (*size)}, "reconstruction": (*size, c)}; `inside` is
+        False for what only fills up the array.
+    `weighted` and `released` as `average` has them.
+    """
+
+    window: tuple[int, ...]  # voxels
+    stride: tuple[int, ...]  # voxels
+    repeats: int
+    score: Callable[..., tuple[Array, Array]]
+    fuse: Callable[..., dict[str, Any]]
+    weighted: bool = False
+    released: bool = False
 
 
 class System(NamedTuple):
@@ -61,15 +83,16 @@ class System(NamedTuple):
     score(results, batch, key, *, chunk=None) -> {"maps": {NAME: (b, *size)}, "scores": {NAME: (b,)}} and, where there
     is one, "reconstruction": (b, *size, c) in the images' own range. Higher is more abnormal; `chunk` masks at a time.
     `masks` is how many one pass has. `uses` names the stages whose results `score` reads, `primary` the score that
-    stands for the system.
+    stands for the system. A system of volumes has a `sweep` instead of `score` and `masks`.
     """
 
     name: str
     stages: tuple[Stage, ...]
-    score: Callable[..., dict[str, dict[str, Array]]]
+    score: Callable[..., dict[str, dict[str, Array]]] | None
     uses: tuple[str, ...]
     primary: str
-    masks: int
+    masks: int = 1
+    sweep: Sweep | None = None
 
 
 def load_system(config: ConfigDict) -> System:
@@ -89,6 +112,32 @@ def network(make: Callable[[nnx.Rngs], nnx.Module]) -> tuple[Callable[[Array], P
         return nnx.to_pure_dict(params), nnx.to_pure_dict(stats)
 
     return init, lambda params, stats=None: nnx.merge(graph, params, stats or {})
+
+
+def masked_autoencoder(config: ConfigDict, channels: int, **other: Any) -> tuple[Callable, Callable]:
+    """`network` of the MAE that `config.model` describes, for images of `config.data.size` and `channels`."""
+    model = config.model
+    auto = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    dtypes = {"auto": auto, "float32": jnp.float32, "bfloat16": jnp.bfloat16}
+    if model.dtype not in dtypes:
+        raise InputError(f"model.dtype is {model.dtype!r}: one of {', '.join(dtypes)}")
+    return network(
+        lambda rngs: MAE(
+            size=tuple(config.data.size),
+            patch=tuple(model.patch),
+            channels=channels,
+            width=model.width,
+            depth=model.depth,
+            heads=model.heads,
+            decoder_width=model.decoder_width,
+            decoder_depth=model.decoder_depth,
+            decoder_heads=model.decoder_heads,
+            dtype=dtypes[model.dtype],
+            remat=model.remat,
+            rngs=rngs,
+            **other,
+        )
+    )
 
 
 def stats_of(module: nnx.Module) -> PyTree:

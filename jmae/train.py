@@ -28,7 +28,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from jmae import checkpoint, recipe
-from jmae.data.loader import Images, batches, load_rows
+from jmae.data.crops import Volumes, cut
+from jmae.data.loader import Images, Samples, batches, load_rows
 from jmae.errors import InputError, NonFiniteLoss, Stopped, exit_code
 from jmae.evaluate import evaluate
 from jmae.run_folder import add_history, cut_history, describe_run, digest, fixed, log, write_csv
@@ -52,7 +53,8 @@ def run(config: ConfigDict, workdir: Path) -> int:
     if config.tensorboard:
         board()
     rows = load_rows(config, log)
-    images = Images([row for row in rows if row.split in ("train", "unlabeled")], config, workdir / "cache")
+    splits, make = (("train",), Volumes) if system.sweep else (("train", "unlabeled"), Images)
+    images: Samples = make([row for row in rows if row.split in splits], config, workdir / "cache")
     train(config, system, images, workdir)
     if any(row.split == "test" and row.label is not None for row in rows):
         evaluate(config, system, rows, workdir, split="test", out=workdir / "evaluation")
@@ -61,7 +63,7 @@ def run(config: ConfigDict, workdir: Path) -> int:
     return 0
 
 
-def train(config: ConfigDict, system: System, images: Images, workdir: Path) -> Results:
+def train(config: ConfigDict, system: System, images: Samples, workdir: Path) -> Results:
     """All stages in order; returns their results."""
     results: dict[str, Any] = {}
     for number, stage in enumerate(system.stages):
@@ -75,7 +77,7 @@ def train(config: ConfigDict, system: System, images: Images, workdir: Path) -> 
 
 
 def train_stage(
-    config: ConfigDict, stage: Stage, number: int, images: Images, results: Results, workdir: Path
+    config: ConfigDict, stage: Stage, number: int, images: Samples, results: Results, workdir: Path
 ) -> State:
     """One stage from its newest sound checkpoint, or from its start, to its last step.
 
@@ -118,7 +120,10 @@ def train_stage(
     iterator = batches(images, tables, batch=stage.batch, seeds=seeds, shuffle=stage.shuffle, host=stage.host)
     if found:
         iterator.set_state(position["data"])
-    step = compiled_step(stage.step, steps, n)
+    resident = images.resident()
+    held = None if resident is None else jax.device_put(resident, replicated(mesh))
+    crop = () if held is None else tuple(config.data.size)
+    step = compiled_step(stage.step, steps, n, crop)
     pending: list[tuple[int, np.ndarray, dict]] = []  # steps whose metrics are still on the device
     seen: list[dict[str, float]] = position.get("seen", [])  # metrics since the last line
     saved_at = start
@@ -149,7 +154,7 @@ def train_stage(
     with progress(name, start, steps) as show, drawing(config, workdir, name, start) as draw, sigterm() as stopped:
         for k in range(start + 1, steps + 1):
             batch = next(iterator)
-            state, metrics = step(state, place_batch(batch, mesh, axis=int(n > 1)), keys)
+            state, metrics = step(state, place_batch(batch, mesh, axis=int(n > 1)), keys, held)
             if k == start + 1:
                 jax.block_until_ready(state)  # compiled: the pace is measured from here
                 show({"step": k})
@@ -173,13 +178,15 @@ def train_stage(
 
 
 @lru_cache(maxsize=8)
-def compiled_step(step: Callable, steps: int, n: int) -> Callable:
-    """The stage's step as one program, `vmap`ped over n replicates; stages that share a step share its compilation."""
+def compiled_step(step: Callable, steps: int, n: int, crop: tuple[int, ...] = ()) -> Callable:
+    """The stage's step as one program, `vmap`ped over n replicates; stages that share a step share its compilation. With
+    `crop` the images are first cut from the volumes on the device, its last argument."""
 
-    def one(state: State, batch: PyTree, key: Any) -> tuple[State, dict]:
+    def one(state: State, batch: PyTree, key: Any, held: Any = None) -> tuple[State, dict]:
+        batch = cut(held, batch, crop) if crop else batch
         return step(state, batch, jax.random.fold_in(key, state.step), steps=steps)
 
-    return jax.jit(one if n == 1 else jax.vmap(one), donate_argnums=0)
+    return jax.jit(one if n == 1 else jax.vmap(one, (0, 0, 0, None)), donate_argnums=0)
 
 
 @jax.jit

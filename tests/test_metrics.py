@@ -277,6 +277,168 @@ def test_pixel_metrics_of_normals_alone_are_nan_and_shapes_must_agree():
         metrics.pixel_metrics([blank, blank], [scores, np.ones((2, 3))])
 
 
+def pooled(*images):
+    pool = metrics.Pooled()
+    for image in images:
+        pool.add(*image)
+    return pool
+
+
+def between(low, high, n, rng):
+    """n float32 scores from low to high, any representable one as likely: equal ones and close ones."""
+    ends = np.array([low, high], np.float32).view(np.int32)
+    return rng.integers(*ends, n, endpoint=True).astype(np.int32).view(np.float32)
+
+
+def hostile_cases():
+    """(name, labels, scores) that bins of float32 tell apart badly, in many orders within the bins."""
+    rng = np.random.default_rng(0)
+    below = float(np.nextafter(np.float32(1), np.float32(0)))
+    tiny = np.float32(2**-149)  # the smallest denormal
+    for share in (0.02, 0.5, 0.95):
+        y = rng.random(3000) < share
+        y[:2] = False, True
+        ladder = (1 + 2**-23 * np.arange(y.size)).astype(np.float32)  # distinct, in one bin
+        one_bin = between(1, 1 + 2**-12, y.size, rng)
+        edge = np.where(rng.random(y.size) < 0.5, between(1 - 2**-13, below, y.size, rng), one_bin)
+        yield "all equal", y, np.full(y.size, 0.3, np.float32)
+        yield "one bin", y, one_bin
+        yield "one bin, positives first", y, ladder[np.argsort(np.argsort(y, kind="stable"))]
+        yield "one bin, positives last", y, ladder[np.argsort(np.argsort(~y, kind="stable"))]
+        yield "one bin, positives tied", y, np.where(y, np.float32(1 + 2**-12), one_bin)
+        yield "tied positives below far negatives", y, np.where(y, 1 + 2**-20, np.where(one_bin > 1.0001, 2, 1))
+        yield "two clusters at an edge", y, np.where(y, np.float32(1), np.float32(below))
+        yield "around an edge", y, edge
+        yield "around an edge, positives first", y, np.where(y, np.maximum(edge, 1), edge)
+        yield "negative", y, -edge
+        yield "zeros of both signs", y, np.where(rng.random(y.size) < 0.5, np.float32(-0.0), np.float32(0.0))
+        yield "denormal", y, tiny * rng.integers(-9000, 9000, y.size).astype(np.float32)
+        yield "both signs", y, rng.normal(size=y.size).astype(np.float32) + y
+        yield "all of float32", y, np.where(rng.random(y.size) < 0.5, -1, 1) * between(0, 3e38, y.size, rng)
+        yield "float64 that float32 cannot tell", y, 0.1 + 1e-12 * rng.normal(size=y.size)
+        yield "float64 beyond float32", y, 1e300 * rng.normal(size=y.size)
+
+
+def test_pools_up_to_the_limit_are_exact():
+    for labels, scores in random_cases():
+        got = pooled((labels, scores)).result()
+        assert got["auroc"] == pytest.approx(sk.roc_auc_score(labels, scores), abs=1e-12)
+        assert got["ap"] == pytest.approx(sk.average_precision_score(labels, scores), abs=1e-12)
+        assert set(got) == {"auroc", "ap", "prevalence", "dice_best", "iou", "froc"}
+
+
+def test_the_true_figures_are_within_the_bounds_of_the_bins(monkeypatch):
+    for name, y, s in hostile_cases():
+        monkeypatch.setattr(metrics, "EXACT", 1 << 27)
+        exact = pooled((y, s)).result()
+        monkeypatch.setattr(metrics, "EXACT", 0)
+        got = pooled((y, s)).result()
+        assert abs(got["auroc"] - sk.roc_auc_score(y, s)) <= got["auroc_error"] + 1e-12, name
+        assert abs(got["ap"] - sk.average_precision_score(y, s)) <= got["ap_error"] + 1e-12, name
+        assert got["dice_best"] <= exact["dice_best"] + 1e-12, name
+        assert got["prevalence"] == exact["prevalence"] and got["froc"] is None
+
+
+def test_bounds_are_reached_by_the_worst_order_and_nought_where_bins_hold_one_class(monkeypatch):
+    monkeypatch.setattr(metrics, "EXACT", 0)
+    cases = {(name, round(y.mean(), 1)): (y, s) for name, y, s in hostile_cases()}
+    for name in ("one bin, positives first", "one bin, positives last"):
+        got, (y, s) = pooled(cases[name, 0.5]).result(), cases[name, 0.5]
+        assert abs(got["auroc"] - sk.roc_auc_score(y, s)) == pytest.approx(got["auroc_error"]) == 0.5
+        assert got["auroc"] == 0.5 and got["ap"] == pytest.approx(y.mean())
+    y, s = cases["one bin, positives first", 0.5]
+    got = pooled((y, s)).result()
+    assert 1 - got["ap"] == pytest.approx(got["ap_error"])
+    y, s = cases["one bin, positives last", 0.9]  # here the lowest AP is farther off than the highest
+    got = pooled((y, s)).result()
+    assert got["ap"] - sk.average_precision_score(y, s) == pytest.approx(got["ap_error"], rel=1e-5)
+    got = pooled(cases["two clusters at an edge", 0.5]).result()
+    assert (got["auroc"], got["auroc_error"], got["ap"], got["ap_error"]) == (1, 0, 1, 0)
+
+
+def test_bounds_of_spread_scores_are_small(monkeypatch):
+    rng = np.random.default_rng(0)
+    y = rng.random(1 << 16) < 0.05
+    s = rng.normal(size=y.size).astype(np.float32) + y
+    monkeypatch.setattr(metrics, "EXACT", 0)
+    got = pooled((y, s)).result()
+    assert 0 < got["auroc_error"] < 2e-4 and 0 < got["ap_error"] < 2e-3
+
+
+def test_bins_follow_the_order_of_scores_and_are_narrow():
+    rng = np.random.default_rng(0)
+    bits = rng.integers(0, 1 << 32, 1 << 16, np.uint32)
+    scores = np.sort(bits.view(np.float32)[np.isfinite(bits.view(np.float32))])
+    bins = metrics._bin(scores).astype(int)
+    assert (np.diff(bins) >= 0).all() and 0 <= bins[0] and bins[-1] < metrics.BINS
+    usual = scores[(np.abs(scores) > 2.0**-126) & (np.abs(scores) < 2.0**127)]
+    assert (metrics._bin(usual) != metrics._bin(usual * np.float32(1 + 2**-11))).all()
+    assert np.ptp(metrics._bin(np.array([-0.0, 0.0], np.float32))) == 0
+    assert np.ptp(metrics._bin(np.array([1e39, 1e300]))) == 0  # both are inf in float32: above all others
+
+
+def test_a_pool_that_outgrows_the_limit_is_as_if_binned_from_the_start(monkeypatch):
+    rng = np.random.default_rng(0)
+    images = [(rng.random((9, 8)) < p, rng.normal(size=(9, 8)), rng.random((9, 8)) < 0.7) for p in (0, 0.2, 0.5, 1)]
+    monkeypatch.setattr(metrics, "CHUNK", 7)
+    inside = [int(region.sum()) for _, _, region in images]
+    counts, results = [], []
+    for limit in (0, inside[0], inside[0] + inside[1], sum(inside) - 1):
+        monkeypatch.setattr(metrics, "EXACT", limit)
+        pool = pooled(*images)
+        counts.append(pool.counts), results.append(pool.result())
+        assert counts[-1].sum() == sum(inside) and all(not parts for parts in pool.parts)
+    assert all((c == counts[0]).all() for c in counts) and all(r == results[0] for r in results)
+    monkeypatch.setattr(metrics, "EXACT", sum(inside))
+    assert pooled(*images).counts is None
+
+
+def test_a_result_can_be_read_while_images_come(monkeypatch):
+    rng = np.random.default_rng(0)
+    images = [(rng.random(50) < 0.3, rng.normal(size=50)) for _ in range(4)]
+    for limit in (1 << 27, 0, 120):
+        monkeypatch.setattr(metrics, "EXACT", limit)
+        pool = metrics.Pooled()
+        for i, image in enumerate(images):
+            pool.add(*image)
+            assert pool.result() == pooled(*images[: i + 1]).result()
+
+
+def test_a_binned_pool_of_one_class_is_nan(monkeypatch):
+    monkeypatch.setattr(metrics, "EXACT", 0)
+    for label in (False, True):
+        got = pooled((np.full(3, label), np.ones(3))).result()
+        assert all(math.isnan(got[k]) for k in ("auroc", "ap", "dice_best", "iou", "auroc_error", "ap_error"))
+        assert got["prevalence"] == label
+
+
+def test_a_pool_refuses_an_image_whole_and_goes_on():
+    good = np.array([True, False]), np.array([1.0, 0.0])
+    pool = pooled(good)
+    with pytest.raises(InputError, match="1 of 2 scores are not finite"):
+        pool.add(good[0], np.array([1.0, np.nan]))
+    with pytest.raises(ValueError, match=r"image 1: .*\(2,\), \(3,\)"):
+        pool.add(good[0], np.zeros(3))
+    pool.add(good[0], np.array([1.0, np.nan]), np.array([True, False]))  # not finite outside the region only
+    assert pool.result()["auroc"] == 1 and pool.result()["prevalence"] == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize("limit", [1 << 27, 0])
+@pytest.mark.parametrize("share", [0.001, 0.05, 0.5, 0.95])
+def test_a_case_of_100_million_voxels_takes_less_than_4_gib(share, limit, monkeypatch):
+    """The caller's mask (bool), map (float32) and region (bool) included; bytes a voxel, from a smaller case."""
+    monkeypatch.setattr(metrics, "EXACT", limit)
+    n, rng = 1 << 22, np.random.default_rng(0)
+    tracemalloc.start()
+    mask, scores, region = rng.random(n, np.float32) < share, rng.random(n, np.float32), np.ones(n, bool)
+    tracemalloc.reset_peak()
+    pool = pooled((mask, scores, region))
+    pool.result()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak / n * 1e8 < 4 << 30, f"{peak / n:.1f} bytes a voxel"
+
+
 def test_patients_are_pooled_alone_then_averaged_and_the_lesionless_counted():
     mask = np.array([[False, True], [False, True]])
     good, bad = np.array([[0.0, 1.0], [0.0, 1.0]]), np.array([[1.0, 0.0], [1.0, 0.0]])
@@ -287,6 +449,46 @@ def test_patients_are_pooled_alone_then_averaged_and_the_lesionless_counted():
     assert metrics.patient_mean(rows) == {"auroc": 0.5, "ap": 0.75, "prevalence": 0.5, "n": 2, "skipped": 1}
     hidden = metrics.pixel_metrics_per_patient([mask], [good], ["a"], [~mask])
     assert metrics.patient_mean(hidden)["skipped"] == 1
+
+
+def test_images_of_interleaved_patients_come_one_by_one(monkeypatch):
+    rng = np.random.default_rng(0)
+    patients = ["b", "a", "", "b", "", "a", "b"]
+    images = [(rng.random((5, 6)) < 0.3, rng.normal(size=(5, 6)), rng.random((5, 6)) < 0.8) for _ in patients]
+    for limit in (1 << 27, 0):
+        monkeypatch.setattr(metrics, "EXACT", limit)
+        each, opened = metrics.PerPatient(patients), []
+        for image in images:
+            each.add(*image)
+            opened.append(len(each.pools))
+        assert opened == [1, 2, 2, 2, 2, 1, 0]  # a pool is gone with its patient's last image
+        rows = each.result()
+        assert [r["patient"] for r in rows] == ["b", "a", "", ""]
+        for row, own in zip(rows, ([0, 3, 6], [1, 5], [2], [4]), strict=True):
+            figures = pooled(*(images[i] for i in own)).result()
+            assert row == {"patient": row["patient"]} | {k: figures[k] for k in row if k != "patient"}
+            assert ("ap_error" in row) == ("auroc_error" in row) == (limit == 0)
+        masks, maps, regions = zip(*images, strict=True)
+        assert rows == metrics.pixel_metrics_per_patient(masks, maps, patients, regions)
+
+
+def test_only_the_open_patients_pixels_are_in_memory():
+    n, rng = 1 << 18, np.random.default_rng(0)
+    mask, scores = rng.random(n) < 0.05, rng.random(n, np.float32)
+    each, held = metrics.PerPatient([f"p{i // 2}" for i in range(40)]), []
+    tracemalloc.start()
+    for _ in range(40):
+        each.add(mask, scores)
+        held.append(tracemalloc.get_traced_memory()[0])
+    tracemalloc.stop()
+    assert max(held[::2]) < 4.1 * n and max(held[1::2]) < 0.1 * n  # float32 of one open patient, then of none
+
+
+def test_rows_of_patients_are_refused_while_images_are_to_come():
+    each = metrics.PerPatient(["a", "b"])
+    each.add(np.array([True, False]), np.array([1.0, 0.0]))
+    with pytest.raises(ValueError, match="1 of 2 images have come"):
+        each.result()
 
 
 def test_what_goes_to_json_is_strict_json():

@@ -17,6 +17,7 @@ import threading
 import uuid
 import warnings
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -42,6 +43,9 @@ RATIO = 4096  # no file packs real data tighter; the bound of deflate is 1032
 HARMLESS_BYTES = 2**26  # claims below this are not worth a ratio check
 BLOCK = 2**20  # values per step of a streamed read
 OFF_GRID_VOXELS = 0.1  # two grids are one if no corner moves by more than this
+UNEVEN = 0.01  # share of the slice distance by which the slices of a series may lie unevenly
+ROUNDING_MM = 0.02  # or this, where it is more: scanners write positions with two decimals
+DOUBLED_MM = 0.001  # slices closer than this are one slice twice
 
 logging.getLogger("tifffile").addHandler(logging.NullHandler())  # what it logs is checked here and raised
 
@@ -51,7 +55,8 @@ class Image(NamedTuple):
 
     `array` is float32, C-contiguous, `(*size, channels)`: stored values after DICOM rescale, NIfTI scaling and the
     inversion of MONOCHROME1 and TIFF white-is-zero. 2D images are (rows, columns), also those from NIfTI and NRRD;
-    volumes keep the file's own (i, j, k). NaN and Inf are kept; a file without one finite value is refused.
+    volumes keep the file's own (i, j, k), a DICOM series is (columns, rows, slices). NaN and Inf are kept; a file
+    without one finite value is refused.
     """
 
     array: np.ndarray
@@ -75,10 +80,11 @@ class _Found(NamedTuple):
     bits: int | None = None
     header: nib.Nifti1Header | None = None
     lossy: bool = False
+    tags: pydicom.Dataset | None = None  # of a DICOM file
 
 
 def read_image(source: str | os.PathLike | Sequence[str | os.PathLike]) -> Image:
-    """Reads one file, or several as channels in order, which must lie on one grid.
+    """Reads one file or folder of a DICOM series, or several as channels in order, which must lie on one grid.
 
     Raises:
       InputError: "PATH: what: remedy", for every file that cannot be read without doubt.
@@ -88,7 +94,7 @@ def read_image(source: str | os.PathLike | Sequence[str | os.PathLike]) -> Image
         raise InputError("image: no file given: name at least one")
     images = [_read(path)[0] for path in paths]
     for path, image in zip(paths[1:], images[1:], strict=True):
-        if problem := _off_grid(image, images[0]):
+        if problem := off_grid(image, images[0]):
             raise InputError(_line(path, f"{problem} {paths[0]}: resample the channels of a case to one grid"))
     placed = next((image for image in images if image.affine is not None), images[0])
     array = images[0].array if len(images) == 1 else np.concatenate([i.array for i in images], axis=-1)
@@ -105,7 +111,7 @@ def read_mask(path: str | os.PathLike, like: Image | None = None) -> np.ndarray:
     image, lossy = _read(path)
     if lossy and not np.isin(image.array, (0, 255)).all():
         raise InputError(_line(path, "a JPEG mask without sharp edges: cut it at 127 and save it as PNG"))
-    if like is not None and (problem := _off_grid(image, like)):
+    if like is not None and (problem := off_grid(image, like)):
         raise InputError(_line(path, f"{problem} its image: save the mask on the image's grid"))
     return np.any(image.array > 0, axis=-1)
 
@@ -117,24 +123,28 @@ def image_size(path: str | os.PathLike) -> tuple[int, ...]:
 
 
 def write_map(path_without_suffix: str | os.PathLike, array: np.ndarray, like: Image) -> Path:
-    """Writes a float32 map `(*size)` on the grid of `like`: .nii.gz for volumes, 32-bit .tif for 2D.
+    """Writes a float32 map `(*size[, c])` on the grid of `like`: .nii.gz for volumes, 32-bit .tif for 2D.
 
+    Several channels are the fourth axis of the NIfTI file, or the TIFF's samples; one channel is no axis.
     A volume from NIfTI keeps sform, qform, their codes and units; from another file it gets the affine as scanner
     coordinates; without an affine both codes stay 0 ("position unknown"). The file has its name only when whole.
 
     Raises:
       InputError: the file cannot be written.
     """
-    if array.shape != like.array.shape[:-1]:
-        raise ValueError(f"map of shape {array.shape} for an image of size {like.array.shape[:-1]}")
+    size = like.array.shape[:-1]
+    if array.shape not in (size, (*size, array.shape[-1])):
+        raise ValueError(f"map of shape {array.shape} for an image of size {size}")
     array = np.asarray(array, np.float32)
-    path = Path(f"{os.fspath(path_without_suffix)}{'.tif' if array.ndim == 2 else '.nii.gz'}")
+    array = array[..., 0] if array.shape == (*size, 1) else array
+    path = Path(f"{os.fspath(path_without_suffix)}{'.tif' if len(size) == 2 else '.nii.gz'}")
     part = path.with_name(f".{uuid.uuid4().hex}.part")
     try:
         try:
             with open(part, "xb") as file:
-                if array.ndim == 2:
-                    tifffile.imwrite(file, array, photometric="minisblack", metadata=None)
+                if len(size) == 2:
+                    planes = "contig" if array.ndim == 3 else None
+                    tifffile.imwrite(file, array, photometric="minisblack", planarconfig=planes, metadata=None)
                 else:  # neither name nor time in the gzip header: equal maps are equal files
                     with gzip.GzipFile("", "wb", compresslevel=4, fileobj=file, mtime=0) as packed:
                         _nifti_map(array, like).to_stream(packed)
@@ -160,13 +170,15 @@ def _nifti_map(array: np.ndarray, like: Image) -> nib.Nifti1Image:
         srow, quatern, offset = "srow_x srow_y srow_z", "quatern_b quatern_c quatern_d", "qoffset_x qoffset_y qoffset_z"
         for field in f"pixdim xyzt_units sform_code qform_code {srow} {quatern} {offset}".split():
             header[field] = like.header[field]
+        if array.ndim == 4:
+            header["pixdim"][4] = 1  # of channels; the source's may be a time
     elif like.affine is not None:
         header.set_sform(like.affine, code=1)
         header.set_qform(like.affine, code=1)
         if not np.allclose(header.get_qform(), like.affine, atol=1e-3):
             header.set_qform(None, code=0)  # a quaternion holds no shear
     elif like.spacing is not None:
-        header.set_zooms(like.spacing)
+        header.set_zooms((*like.spacing, *(1,) * (array.ndim - 3)))
     return kind(array, None, header)
 
 
@@ -189,7 +201,8 @@ def _read(path: str | os.PathLike) -> tuple[Image, bool]:
         return Image(array, found.spacing, found.affine, found.bits, found.header), found.lossy
 
 
-def _off_grid(image: Image, other: Image) -> str | None:
+def off_grid(image: Image, other: Image) -> str | None:
+    """How the grid of `image` differs from that of `other`, which the sentence goes on with; None if they are one."""
     size, expected = image.array.shape[:-1], other.array.shape[:-1]
     if size != expected:
         return f"size {size} differs from {expected} of"
@@ -235,12 +248,13 @@ def _quiet() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _opened(path: str | os.PathLike) -> Iterator[_Found]:
-    """The header of a file; every exception up to the end of the block becomes an `InputError`."""
+    """The header of a file or series; every exception up to the end of the block becomes an `InputError`."""
     head = b""
     try:
         mode = os.stat(path).st_mode
         if stat.S_ISDIR(mode):
-            raise _Refused("is a folder: name one file (a DICOM series: convert it to NIfTI)")
+            yield _series(os.fspath(path))
+            return
         if not stat.S_ISREG(mode):
             raise _Refused("is not a regular file: name an image file")
         with _quiet(), open(path, "rb") as file:
@@ -255,7 +269,8 @@ def _opened(path: str | os.PathLike) -> Iterator[_Found]:
     except FileNotFoundError as error:
         raise InputError(_line(path, "not found: check the path")) from error
     except PermissionError as error:
-        raise InputError(_line(path, "may not be read: check its permissions")) from error
+        where = error.filename or path  # in a folder, the file
+        raise InputError(_line(where, "may not be read: check its permissions")) from error
     except Exception as error:  # decoders raise anything on damaged files
         why = str(error).strip().split("\n")[0] or type(error).__name__
         problem = _as_text(head) or f"not readable ({why}): copy or export it again"
@@ -272,7 +287,7 @@ def _as_text(head: bytes) -> str | None:
 def _format(head: bytes) -> Callable[[IO[bytes], int], _Found]:
     if not head:
         raise _Refused("is empty: copy or export it again")
-    if head[128:132] == b"DICM":  # before all others: the preamble may hold anything, and is never looked at
+    if _is_dicom(head):
         return _dicom
     for magic, reader in (
         (b"\x89PNG\r\n\x1a\n", _png),
@@ -290,11 +305,14 @@ def _format(head: bytes) -> Callable[[IO[bytes], int], _Found]:
             return reader
     if head[344:348] in (b"n+1\0", b"ni1\0") or head[4:8] in (b"n+2\0", b"ni2\0"):
         return _nifti
-    if head[:2] in (b"\x02\0", b"\x08\0") and head[3:4] == b"\0":  # DICOM without preamble
-        return _dicom
     if head.startswith(b"version https://git-lfs"):
         raise _Refused("is a Git LFS pointer, not the image: run `git lfs pull`")
     raise _Refused("not a format that is read here: convert it to NIfTI, DICOM, PNG, JPEG, TIFF, NRRD, .npy or .npz")
+
+
+def _is_dicom(head: bytes) -> bool:
+    """Before all other formats: the preamble may hold anything, and is never looked at; or there is none."""
+    return head[128:132] == b"DICM" or (head[:2] in (b"\x02\0", b"\x08\0") and head[3:4] == b"\0")
 
 
 def _check_claim(size: Sequence[int], value_bytes: float, length: int) -> None:
@@ -484,7 +502,7 @@ def _dicom(file: IO[bytes], length: int) -> _Found:
     file.seek(0)
     header = pydicom.dcmread(file, force=True, stop_before_pixels=True)
     if not header.get("Rows") or not header.get("Columns"):
-        raise _Refused("is a DICOM file without an image: name an image file")
+        raise _Refused("is a DICOM file without an image: leave it out")
     size = (int(header.Rows), int(header.Columns))
     samples = int(header.get("SamplesPerPixel") or 1)
     if int(header.get("NumberOfFrames") or 1) > 1 or "SharedFunctionalGroupsSequence" in header:
@@ -496,7 +514,7 @@ def _dicom(file: IO[bytes], length: int) -> _Found:
         file.seek(0)
         return _dicom_values(pydicom.dcmread(file, force=True))
 
-    return _Found(size, load, spacing=_check_spacing(spacing) if spacing else None)
+    return _Found(size, load, spacing=_check_spacing(spacing) if spacing else None, tags=header)
 
 
 def _dicom_values(dataset: pydicom.Dataset) -> np.ndarray:
@@ -564,6 +582,139 @@ def _check_codestream(frame: bytes, shape: tuple[int, int, int]) -> None:
                 raise _Refused(f"its header says {shape[:2]} but its compressed pixels are {size}: export it again")
             return
         at += 2 + step if marker != 0xFF else 1
+
+
+# DICOM series
+
+_PLACE = {"ImagePositionPatient": 3, "ImageOrientationPatient": 6, "PixelSpacing": 2}
+
+
+class _Slice(NamedTuple):
+    file: str
+    size: tuple[int, ...]  # rows, columns
+    series: str
+    values: str  # modality, units, colour space, whether they are rescaled
+    value_bytes: float
+    place: dict[str, np.ndarray]  # of the tags of `_PLACE`, as far as they are there
+
+
+def _series(folder: str) -> _Found:
+    """The single-frame DICOM files of one series, alone in a folder, as a volume (columns, rows, slices).
+
+    Slices are ordered by their position along the normal, row direction x column direction, along which k grows; never
+    by name or InstanceNumber. The affine is that of the positions: sheared where the gantry was tilted. DICOMDIR and
+    hidden files are passed over.
+    """
+    slices, others = [], []
+    for name in sorted(os.listdir(folder)):
+        file = os.path.join(folder, name)
+        if name.startswith(".") or name == "DICOMDIR":
+            continue
+        if not os.path.isfile(file) or ((head := _head(file)) and not _is_dicom(head)):
+            others.append(file)
+            continue
+        with _opened(file) as found:
+            slices.append(_slice(file, found))
+    if not slices:
+        raise _Refused("is a folder without a DICOM file: name a file, or the folder of one DICOM series")
+    if others:
+        more = f", like {len(others) - 1} more" if len(others) > 1 else ""
+        raise InputError(_line(others[0], f"is no DICOM file, but in the folder of a series{more}: move it out"))
+    if len(series := {s.series for s in slices if s.series}) > 1:
+        raise _Refused(f"holds {len(series)} DICOM series: give each a folder of its own")
+    if len(slices) == 1:
+        raise _Refused("holds a single slice, which is no volume: name the file to read it as a 2D image")
+    (rows, columns), depth = _uniform(slices), len(slices)
+    size = (columns, rows, depth)
+    _check_claim(size, slices[0].value_bytes, sum(os.path.getsize(s.file) for s in slices))
+    slices, affine = _stacked(slices)
+
+    def load() -> np.ndarray:
+        array = np.empty((depth, rows, columns), np.float32)
+        for k, s in enumerate(slices):
+            with _opened(s.file) as found:
+                values = found.load()
+                if values.shape != (rows, columns, 1):
+                    raise _Refused(f"has pixels of shape {values.shape}, where a series is grey: export it again")
+                array[k] = values[..., 0]
+        return array.transpose(2, 1, 0)[..., None]
+
+    return _Found(size, load, _check_spacing(np.linalg.norm(affine[:3, :3], axis=0)), _check_affine(affine))
+
+
+def _head(file: str) -> bytes:
+    with open(file, "rb") as stream:
+        return stream.read(132)
+
+
+def _slice(file: str, found: _Found) -> _Slice:
+    assert found.tags is not None
+    tags = found.tags
+    text = lambda name: str(tags.get(name) or "")
+    rescaled = "" if text("RescaleSlope") or tags.get("ModalityLUTSequence") else "not rescaled"
+    values = (text("Modality"), text("RescaleType"), text("Units"), text("PhotometricInterpretation"), rescaled)
+    place = {name: np.array(tags.get(name) or [], float) for name in _PLACE}
+    value_bytes = int(tags.get("BitsAllocated") or 8) / 8
+    return _Slice(file, found.size, text("SeriesInstanceUID"), " ".join(filter(None, values)), value_bytes, place)
+
+
+def _uniform(slices: list[_Slice]) -> tuple[int, ...]:
+    """The size of all slices, if size, values, spacing and orientation are those of one volume."""
+    for s in slices:
+        for name, n in _PLACE.items():
+            if s.place[name].shape != (n,) or not np.isfinite(s.place[name]).all():
+                problem = f"has no {name} of {n} numbers, so that its place in a volume is unknown: export it again"
+                raise InputError(_line(s.file, problem))
+    size, values = (
+        Counter(each).most_common(1)[0][0] for each in zip(*((s.size, s.values) for s in slices), strict=True)
+    )
+    spacing, orientation = (
+        np.median([s.place[name] for s in slices], axis=0) for name in ("PixelSpacing", "ImageOrientationPatient")
+    )
+    for s in slices:
+        own_spacing, own_orientation = s.place["PixelSpacing"], s.place["ImageOrientationPatient"]
+        for what, own, usual, equal in (
+            ("size", s.size, size, s.size == size),
+            ("values", s.values, values, s.values == values),
+            ("spacing", own_spacing, spacing, np.allclose(own_spacing, spacing, rtol=1e-3, atol=0)),
+            ("orientation", own_orientation, orientation, np.allclose(own_orientation, orientation, atol=1e-3)),
+        ):
+            if not equal:
+                problem = f"has the {what} {own} where most slices of its folder have {usual}: move it out"
+                raise InputError(_line(s.file, problem))
+    return size
+
+
+def _stacked(slices: list[_Slice]) -> tuple[list[_Slice], np.ndarray]:
+    """The slices in the order of their positions, and the affine voxel (i, j, k) -> RAS mm."""
+    row, column = slices[0].place["ImageOrientationPatient"].reshape(2, 3)  # the directions in which i and j grow
+    if abs(row @ row - 1) > 1e-2 or abs(column @ column - 1) > 1e-2 or abs(row @ column) > 1e-2:
+        raise _Refused(f"its orientation {(*row, *column)} is not of two perpendicular directions: export it again")
+    normal = np.cross(row, column)
+    slices = sorted(slices, key=lambda s: float(s.place["ImagePositionPatient"] @ normal))
+    positions = np.array([s.place["ImagePositionPatient"] for s in slices])
+    at = positions @ normal
+    gaps = np.diff(at)
+    for before, after, mm, gap in zip(slices, slices[1:], at, gaps, strict=False):
+        if gap < DOUBLED_MM:
+            problem = f"lies at {mm:.2f} mm as {os.path.basename(before.file)} does: give each phase its own folder"
+            raise InputError(_line(after.file, problem))
+    usual = float(np.sort(gaps)[(len(gaps) - 1) // 2])  # of two distances the smaller: the other misses a slice
+    worst = int(np.argmax(np.abs(gaps - usual)))
+    if abs(gaps[worst] - usual) > max(UNEVEN * usual, ROUNDING_MM):
+        what = "a slice is missing" if gaps[worst] > usual else "its slices lie unevenly"
+        raise _Refused(
+            f"{what} between {at[worst]:.2f} and {at[worst + 1]:.2f} mm, {gaps[worst]:.2f} mm apart where most are "
+            f"{usual:.2f}: copy the whole series again, or resample it to even slices and save it as NIfTI"
+        )
+    step = (positions[-1] - positions[0]) / (len(slices) - 1)
+    off_mm = np.linalg.norm(positions - positions[0] - np.arange(len(slices))[:, None] * step, axis=1).max()
+    down_mm, across_mm = slices[0].place["PixelSpacing"]  # between rows, between columns
+    if off_mm > OFF_GRID_VOXELS * min(down_mm, across_mm, usual):
+        raise _Refused(f"its slices lie up to {off_mm:.2f} mm off a straight line: resample them and save as NIfTI")
+    affine = np.eye(4)
+    affine[:3] = np.stack([row * across_mm, column * down_mm, step, positions[0]], axis=1)
+    return slices, np.diag([-1, -1, 1, 1]) @ affine  # DICOM is left-posterior-superior
 
 
 # Volumes and arrays

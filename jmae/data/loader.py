@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import grain
 import jax
@@ -20,10 +20,13 @@ from jmae.data import phantoms
 from jmae.data.files import Image, read_image, read_mask
 from jmae.data.manifest import PHANTOM, Row, check_files, parse_manifest, summary
 from jmae.data.transforms import grey, resize, to_unit
+from jmae.data.volumes import Volume, boxes_mask, prepare, read_volume
 from jmae.errors import InputError
 
 WORKERS = min(16, os.cpu_count() or 1)
 SHOWN = 20  # unusable images that are spelled out
+
+PLS = np.array([[0, -1, 0, 0], [-1, 0, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1.0]])  # axes to posterior, left, superior
 
 Host = Mapping[str, Callable[[np.ndarray], np.ndarray]]  # arrays made once an image, by name
 
@@ -34,7 +37,7 @@ def stored_image(row: Row) -> Image:
         return read_image(row.image)
     drawn = phantom(row.image[0])
     volume = drawn.image.ndim == 4
-    affine = np.diag([*drawn.spacing, 1.0]) if volume else None
+    affine = PLS @ np.diag([*drawn.spacing, 1.0]) if volume else None
     return Image(drawn.image, drawn.spacing, affine, None if volume else 8)
 
 
@@ -71,11 +74,13 @@ def phantom(specifier: str) -> phantoms.Phantom:
     return phantoms.draw(name, split, int(index))
 
 
-def lesion_mask(row: Row) -> np.ndarray | None:
-    """The lesion mask (*size) on the image's own grid; None where the row names none."""
+def lesion_mask(row: Row, size: tuple[int, ...]) -> np.ndarray | None:
+    """The lesion mask on the image's own grid of `size`, made of the boxes where there is no mask; None without both."""
     if row.mask and row.mask.startswith(PHANTOM):
         return phantom(row.mask).mask
-    return read_mask(row.mask) if row.mask else None
+    if row.mask:
+        return read_mask(row.mask)
+    return boxes_mask(row.boxes, size) if row.boxes else None
 
 
 def region_mask(row: Row) -> np.ndarray | None:
@@ -83,6 +88,26 @@ def region_mask(row: Row) -> np.ndarray | None:
     if row.region and row.region.startswith(PHANTOM):
         return phantom(row.region).region
     return read_mask(row.region) if row.region else None
+
+
+def stored_volume(row: Row, data: ConfigDict) -> Image:
+    """A row's volume as stored, its channels joined on the first one's grid as `data.join` says."""
+    return stored_image(row) if row.image[0].startswith(PHANTOM) else read_volume(row.image, data)
+
+
+def prepared(row: Row, data: ConfigDict) -> Volume:
+    """A row's volume on the working grid (`jmae.data.volumes.prepare`)."""
+    stored = stored_volume(row, data)
+    usable(row, stored, tuple(data.size), data.channels)
+    return prepare(
+        stored,
+        data,
+        name=row.image[0],
+        lesion=lesion_mask(row, stored.array.shape[:-1]),
+        region=region_mask(row),
+        midline=row.extra.get("midline", ""),
+        half=row.extra.get("half", ""),
+    )
 
 
 def case_words(name: str) -> np.ndarray:
@@ -107,9 +132,9 @@ def load_rows(config: ConfigDict, log: Callable[[str], None] = print) -> list[Ro
         log(f"phantoms {data.phantom}: {summary(rows)}")
     else:
         raise InputError("no data: set --config.data.manifest=MANIFEST.csv, or data.phantom")
-    if data.unlabeled_labels:
+    if data.get("unlabeled_labels"):
         unlabeled_labels(config, rows)  # what is wrong with that file is said now, not when it is used
-    return with_anomaly_ratio(rows, config) if data.anomaly_ratio >= 0 else rows
+    return with_anomaly_ratio(rows, config) if data.get("anomaly_ratio", -1) >= 0 else rows
 
 
 def unlabeled_labels(config: ConfigDict, rows: Sequence[Row]) -> dict[str, int]:
@@ -159,6 +184,26 @@ def with_anomaly_ratio(rows: Sequence[Row], config: ConfigDict) -> list[Row]:
     return [row for row in rows if row.split != "unlabeled" or row.id in chosen]
 
 
+class Samples(Protocol):
+    """What a stage is trained on: `Images`, or the `crops.Volumes`."""
+
+    rows: list[Row]
+    words: np.ndarray  # (n, 2): `case_words` of each row
+
+    @property
+    def ready(self) -> bool:
+        """Whether a batch needs no work but copying."""
+
+    def samples(self, rows: np.ndarray, step: int, seed: int) -> dict[str, np.ndarray]:
+        """A sample of each row for a step: its "image", or what names it in `resident`."""
+
+    def resident(self) -> np.ndarray | None:
+        """What of the set lives on the device."""
+
+    def host_arrays(self, index: np.ndarray, make: Host) -> dict[str, np.ndarray]:
+        """What `make` computes of each image."""
+
+
 class Images:
     """The images of rows, each decoded once where all fit in a quarter of the memory, else at every use.
 
@@ -188,11 +233,23 @@ class Images:
             return str(error)
         return None
 
+    @property
+    def ready(self) -> bool:
+        """Whether a batch needs no work but copying."""
+        return self.decoded is not None
+
     def image(self, index: np.ndarray) -> np.ndarray:
         """Images (n, *size, c) of rows by number."""
         if self.decoded is not None:
             return self.decoded[index]
         return np.stack([read_case(self.rows[i], self.size, self.channels) for i in index])
+
+    def samples(self, rows: np.ndarray, step: int, seed: int) -> dict[str, np.ndarray]:
+        """The images of rows for a batch, the same at every step."""
+        return {"image": self.image(rows)}
+
+    def resident(self) -> None:
+        """Nothing of a set of images lives on the device."""
 
     def host_arrays(self, index: np.ndarray, make: Host) -> dict[str, np.ndarray]:
         """What `make` computes of each image, in the order of `index`; kept in the run folder by the digest of the
@@ -229,7 +286,7 @@ def save_array(file: Path, array: np.ndarray) -> None:
 
 
 def batches(
-    images: Images,
+    images: Samples,
     tables: Sequence[np.ndarray],
     *,
     batch: int,
@@ -258,18 +315,19 @@ def batches(
             return numbers.seed(seed).shuffle().batch(batch, drop_remainder=True).repeat()
         return numbers.repeat().batch(batch, drop_remainder=True)
 
-    def part(table: np.ndarray, number: np.ndarray) -> dict[str, np.ndarray]:
+    def part(table: np.ndarray, number: np.ndarray, step: int, seed: int) -> dict[str, np.ndarray]:
         row = table[number]
         extra = {name: array[np.searchsorted(used, row)] for name, array in made.items()}
-        return {"image": images.image(row), "index": number.astype(np.int32), "case": images.words[row], **extra}
+        return {**images.samples(row, step, seed), "index": number.astype(np.int32), "case": images.words[row], **extra}
 
-    def gather(numbers: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
-        parts = [part(table, number[own]) for table, number in zip(tables, numbers, strict=True)]
+    def gather(step: int, numbers: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
+        each = zip(tables, numbers, seeds, strict=True)
+        parts = [part(table, number[own], step, seed) for table, number, seed in each]
         return parts[0] if len(parts) == 1 else {name: np.stack([p[name] for p in parts]) for name in parts[0]}
 
     orders = [order(table, seed) for table, seed in zip(tables, seeds, strict=True)]
-    zipped = grain.experimental.ZipMapDataset(orders).map(gather)
-    threads = WORKERS if images.decoded is None else 2
+    zipped = grain.experimental.ZipMapDataset(orders).map_with_index(gather)
+    threads = 2 if images.ready else WORKERS
     return iter(zipped.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)))
 
 

@@ -1,7 +1,8 @@
 """The manifest: a CSV with one case a row. Everything wrong with it is said at once, and nothing is dropped in silence.
 
-Columns `id,patient,split,label,image,mask,region`, optionally `boxes`; further columns are carried along. `image`
-may join channels by ";". Paths are relative to the file.
+Columns `id,patient,split,label,image,mask,region`, optionally `boxes`, `pre` and `post` (DCE-MRI: the series before
+contrast, and the phases after it), `midline` and `half` (of volumes that are two pieces, as left and right); further
+columns are carried along. `image` may join channels and `post` phases by ";". Paths are relative to the file.
 """
 
 import csv
@@ -22,6 +23,7 @@ from jmae.data.files import Image, image_size, read_image, read_mask
 from jmae.errors import InputError
 
 COLUMNS = ("id", "patient", "split", "label", "image", "mask", "region")
+FURTHER = ("boxes", "pre", "post")  # columns that may be missing; `midline` and `half` stay among the extra ones
 SPLITS = ("train", "unlabeled", "val", "test")
 SHOWN = 20  # problems of one kind that are spelled out
 ID_BYTES = 200  # a file name has 255, and "_confidence.nii.gz" is put behind the id
@@ -39,6 +41,10 @@ class Row(NamedTuple):
     mask: str | None = None
     region: str | None = None
     boxes: tuple[tuple[float, ...], ...] = ()  # x0 y0 x1 y1, or x0 y0 z0 x1 y1 z1
+    pre: tuple[str, ...] = ()  # the series before contrast, none or one
+    post: tuple[str, ...] = ()  # the phases after it, in order
+    # Among them `midline`: "", "middle", or an index of the image's own left-right axis between voxels, of which the
+    # first piece is [0, midline); and `half`: "", or "first" or "second", the only piece that is used.
     extra: Mapping[str, str] = MappingProxyType({})
 
 
@@ -92,7 +98,8 @@ def parse_manifest(
         if case and len(lines) > 1:
             problems["id"].append(f"id {case!r} is in lines {', '.join(map(str, lines))}: give each row its own")
     _leaks("patient", ((row.patient, row.split) for row in rows if row.patient), problems)
-    _leaks("image", ((file, row.split) for row in rows for file in row.image), problems)
+    files = ((file, row.split) for row in rows for file in (*row.image, *row.pre, *row.post))
+    _leaks("image", files, problems)
     if not rows and not problems:
         seen = f", only {', '.join(map(repr, other))}" if other else ""
         problems["empty"].append(f"no row of {', '.join(SPLITS)}{seen}: fill the column split")
@@ -102,18 +109,25 @@ def parse_manifest(
 
 
 def check_files(
-    rows: Sequence[Row], *, workers: int, decode: bool = True, use: Callable[[Row, Image], object] | None = None
+    rows: Sequence[Row],
+    *,
+    workers: int,
+    decode: bool = True,
+    use: Callable[[Row, Image], object] | None = None,
+    read: Callable[[Sequence[str]], Image] = read_image,
 ) -> list[str]:
-    """Opens every image, mask and region and returns all problems, a line each, in the order of the rows.
+    """Opens every image, mask, region and series of contrast and returns all problems, a line each, in the order of the
+    rows.
 
     Missing and unreadable files, channels, masks and regions on another grid than their image, masks that
     contradict the label, regions that mark nothing, boxes outside the image, and images whose rank or number of
     channels is not that of most. With `decode=False` only headers are read: sizes, not contents. `use` is called with
-    every decoded image and raises InputError where it cannot be used. Phantoms pass.
+    every decoded image and raises InputError where it cannot be used. `read` joins the channels of a case; where it is
+    not `read_image`, sizes from headers may differ. Phantoms pass.
     """
     real = [row for row in rows if row.image and not row.image[0].startswith(PHANTOM)]
     with ThreadPoolExecutor(max(1, workers)) as pool:
-        found = list(pool.map(lambda row: _check_row(row, decode, use), real))
+        found = list(pool.map(lambda row: _check_row(row, decode, use, read), real))
     usual = Counter(shape for shape, _ in found if shape).most_common(1)
     problems = []
     for row, (shape, lines) in zip(real, found, strict=True):
@@ -193,9 +207,10 @@ def _cells(path: str | os.PathLike, problems: dict[str, list[str]]) -> Iterable[
 def _check_columns(path: str | os.PathLike, columns: list[str]) -> None:
     lines = [f"column {name!r} is there {n} times: keep one" for name, n in Counter(columns).items() if n > 1]
     further = {column.lower(): column for column in columns if column not in COLUMNS}
-    for name in (*COLUMNS, "boxes"):
-        near = difflib.get_close_matches(name, further, n=1, cutoff=0.7)
-        if name not in columns and (near or name != "boxes"):
+    for name in (*COLUMNS, *FURTHER, "midline", "half"):
+        unsure = name in FURTHER[1:] or name == "half"  # so short that other words are near: plurals and capitals alone
+        near = difflib.get_close_matches(name, further, n=1, cutoff=0.85 if unsure else 0.7)
+        if name not in columns and (near or name in COLUMNS):
             hint = f"rename {further[near[0]]!r}" if near else "add it, empty if there is nothing to say"
             lines.append(f"column {name!r} is missing: {hint}")
     if lines:
@@ -219,9 +234,17 @@ def _row(line: int, cells: Mapping[str, str], folder: Path, problems: dict[str, 
         bad("split", f"no split: write one of {', '.join(SPLITS)}")
     if label not in ("", "0", "1"):
         bad("label", f"label {label!r}: write 0 (normal), 1 (abnormal) or leave it empty")
-    images = [name.strip() for name in cells["image"].split(";")]
-    if not all(images) or len(set(images)) < len(images):
+    images, pre, post = (_names(cells.get(column, "")) for column in ("image", "pre", "post"))
+    if not images or not all(images) or len(set(images)) < len(images):
         bad("image", f"image {cells['image']!r} is empty, has an empty channel or one twice: name one file a channel")
+    if not all(post) or len(set(pre + post)) < len(pre + post) or (len(pre), bool(post)) not in ((0, False), (1, True)):
+        what = f"pre {cells.get('pre', '')!r} with post {cells.get('post', '')!r}"
+        bad("contrast", f"{what}: name one series before contrast, and each phase after it once, joined by ;")
+    midline, half = cells.get("midline", ""), cells.get("half", "")
+    if midline not in ("", "middle") and not _is_index(midline):
+        bad("midline", f"midline {midline!r}: write middle, a voxel index above 0, or leave it empty")
+    if half not in ("", "first", "second") or (half and not midline):
+        bad("half", f"half {half!r}, midline {midline!r}: write first or second beside a midline, or leave it empty")
     boxes = _boxes(cells.get("boxes", ""))
     if boxes is None:
         bad("boxes", f"boxes {cells['boxes']!r}: write x0 y0 x1 y1 (3D: x0 y0 z0 x1 y1 z1), several joined by ;")
@@ -232,11 +255,24 @@ def _row(line: int, cells: Mapping[str, str], folder: Path, problems: dict[str, 
         split=cells["split"],
         label=int(label) if label in ("0", "1") else None,
         image=tuple(place(name) for name in images if name),
+        pre=tuple(place(name) for name in pre if name),
+        post=tuple(place(name) for name in post if name),
         mask=place(cells["mask"]) if cells["mask"] else None,
         region=place(cells["region"]) if cells["region"] else None,
         boxes=boxes or (),
-        extra={name: cell for name, cell in cells.items() if name not in (*COLUMNS, "boxes")},
+        extra={name: cell for name, cell in cells.items() if name not in (*COLUMNS, *FURTHER)},
     )
+
+
+def _names(cell: str) -> list[str]:
+    return [name.strip() for name in cell.split(";")] if cell else []
+
+
+def _is_index(text: str) -> bool:
+    try:
+        return 0 < float(text) < math.inf
+    except ValueError:
+        return False
 
 
 def _boxes(text: str) -> tuple[tuple[float, ...], ...] | None:
@@ -272,23 +308,24 @@ def _other_split(name: str) -> str:
 
 
 def _check_row(
-    row: Row, decode: bool, use: Callable[[Row, Image], object] | None
+    row: Row, decode: bool, use: Callable[[Row, Image], object] | None, read: Callable[[Sequence[str]], Image]
 ) -> tuple[tuple[int, int] | None, list[str]]:
     """((rank, channels) of the image if it could be read, problems)."""
     lines: list[str] = []
     image, size, channels = None, None, 0
     try:
         if decode:
-            image = read_image(row.image)
+            image = read(row.image)
             if use:
                 use(row, image)
             size, channels = image.array.shape[:-1], image.array.shape[-1]
         else:
             size, channels = image_size(row.image[0]), len(row.image)
-            lines += [problem for file in row.image[1:] if (problem := _other_size(file, size, row.image[0]))]
+            expected = size if read is read_image else None
+            lines += [problem for file in row.image[1:] if (problem := _other_size(file, expected, row.image[0]))]
     except InputError as error:
-        each = [problem for file in row.image if (problem := _failure(read_image if decode else image_size, file))]
-        lines += each or [str(error)]
+        lines += _failures(row.image, decode) or [str(error)]
+    lines += _failures([file for file in (*row.pre, *row.post) if file not in row.image], decode)
 
     for name, file in (("mask", row.mask), ("region", row.region)):
         if file is None:
@@ -315,12 +352,15 @@ def _check_row(
     return (len(size), channels) if size else None, lines
 
 
-def _failure(read: Callable[[str], object], file: str) -> str:
-    try:
-        read(file)
-    except InputError as error:
-        return str(error)
-    return ""
+def _failures(files: Iterable[str], decode: bool) -> list[str]:
+    """What each file says that cannot be read."""
+    lines = []
+    for file in files:
+        try:
+            read_image(file) if decode else image_size(file)
+        except InputError as error:
+            lines.append(str(error))
+    return lines
 
 
 def _other_size(file: str, expected: tuple[int, ...] | None, of: str) -> str:

@@ -26,13 +26,12 @@ from jmae.data.manifest import Row
 from jmae.data.transforms import random_flip, random_resized_crop
 from jmae.errors import InputError
 from jmae.masking import case_keys, sample_keys
-from jmae.nn.mae import MAE
 from jmae.nn.transformer import linear
 from jmae.optim import adamw, warmup_cosine
 from jmae.patches import patchify
 from jmae.reconstruct import masked_loss, reconstruct
 from jmae.run_folder import log
-from jmae.system import Results, Stage, State, System, averaged, network, stats_of, steps_of
+from jmae.system import Results, Stage, State, System, averaged, masked_autoencoder, network, stats_of, steps_of
 
 VARIANTS = {
     "stage2": ("pretrain", "proxy", "labels", "module_a", "module_b"),
@@ -105,26 +104,7 @@ def build(config: ConfigDict) -> System:
         raise InputError("data.unlabeled_size goes with data.anomaly_ratio: set that too, or take it back to 0")
     names = VARIANTS[config.variant]
     patch, ratio = tuple(model.patch), adapt.mask_ratio
-    auto = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
-    dtypes = {"auto": auto, "float32": jnp.float32, "bfloat16": jnp.bfloat16}
-    if model.dtype not in dtypes:
-        raise InputError(f"model.dtype is {model.dtype!r}: one of {', '.join(dtypes)}")
-    dtype = dtypes[model.dtype]
-    make = lambda rngs: MAE(
-        size=tuple(config.data.size),
-        patch=patch,
-        channels=model.channels,
-        width=model.width,
-        depth=model.depth,
-        heads=model.heads,
-        decoder_width=model.decoder_width,
-        decoder_depth=model.decoder_depth,
-        decoder_heads=model.decoder_heads,
-        dtype=dtype,
-        remat=model.remat,
-        rngs=rngs,
-    )
-    mae_init, mae_of = network(make)
+    mae_init, mae_of = masked_autoencoder(config, model.channels)
     head_init, head_of = network(lambda rngs: Head(model.width, tuple(proxy.head), rngs=rngs))
 
     def moments(image: Float[Array, "b *size c"]) -> tuple[Array | float, Array | float]:
@@ -343,7 +323,13 @@ def build(config: ConfigDict) -> System:
     lungs = {"lungs": lung_field}
     stages = (
         Stage(
-            "pretrain", config.pretrain.batch, everything, pretrain_steps, partial(pretrain_init, fresh), pretrain_step
+            "pretrain",
+            config.pretrain.batch,
+            everything,
+            pretrain_steps,
+            partial(pretrain_init, fresh),
+            pretrain_step,
+            weights="instead",
         ),
         Stage("proxy", proxy.batch, normal_rows, proxy_steps, proxy_init, proxy_step, host=lungs),
         Stage(

@@ -1,0 +1,116 @@
+"""MAEMI: a 3D masked autoencoder of healthy breasts, for anomalies in MRI without contrast agent.
+
+Lang, Schwartz, Heitzer et al., 2023, arXiv 2303.05861.
+Expected (Duke-Breast-Cancer-MRI, 100 test patients, voxels of the breast): AUROC 0.732, AP 0.081 (chance 0.046);
+subtraction images 0.705 / 0.127. The paper's figures need its data; ours are in benchmarks/results.
+
+  python -m jmae.train --config configs/maemi.py                                            phantoms, 2 cores, 6 minutes
+  python -m jmae.train --config configs/maemi.py:small --config.data.manifest=MANIFEST.csv  own data, 2 cores, 15 minutes
+  python -m jmae.train --config configs/maemi.py:paper --config.data.manifest=MANIFEST.csv  the paper's numbers, one GPU
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config(preset: str = "phantom") -> ConfigDict:
+    """`paper` as published; the others change what their block says."""
+    c = ConfigDict()
+    c.system = "maemi"
+    c.seed = 0
+    c.replicates = 1  # seeds seed, seed + 1, ... trained as one program
+    c.budget = 1.0  # multiplies steps and epochs
+
+    c.data = ConfigDict()
+    c.data.manifest = ""
+    c.data.phantom = ""
+    c.data.size = (240, 168, 8)  # voxels of a crop and of a window
+    c.data.channels = 2  # without and with fat saturation
+    c.data.axes = "PLS"  # the axes' directions; "": the file's own axes
+    c.data.spacing = (0.75, 0.75, 1.0)  # mm; (): the file's own
+    c.data.join = "resample"  # "same": sequences on different grids are refused
+    c.data.crop = "region"  # the chest around the region; "none": the whole volume
+    c.data.crop_least, c.data.crop_most = (200.0, 200.0, 50.0), (350.0, 350.0, 100.0)  # mm
+    c.data.crop_margin = 20.0  # mm around a lesion that sticks out of the chest box
+    c.data.region = ""  # "nonzero": of rows that name none, the voxels that are not 0
+    c.data.normalise = "crop"  # moments over the crop; "region": over the region
+    c.data.mean, c.data.std = 0.5, 0.25
+    c.data.clip = (0.001, 1.5)
+    c.data.flips = (0, 1)  # axes, each mirrored with probability 1/2
+    c.data.normal_crops_only = False  # abnormal training rows with a mask: only crops that touch no lesion
+    c.data.least_region = 0.0  # share of a training crop that lies in the region
+    c.data.crops_on = "auto"  # "device" where the set fits in its memory, else "host": the same crops
+
+    c.model = ConfigDict()  # ViT-B, decoder 384 x 4
+    c.model.weights = ""  # a masked autoencoder's checkpoint, or the folder of an earlier run
+    c.model.weights_part = "blocks"  # "blocks": the encoder's transformer blocks; "encoder"; "mae"
+    c.model.weights_adapt = False  # resize what has another shape
+    c.model.patch = (8, 8, 2)
+    c.model.width, c.model.depth, c.model.heads = 768, 12, 12
+    c.model.decoder_width, c.model.decoder_depth, c.model.decoder_heads = 384, 4, 16
+    c.model.dtype = "auto"  # bfloat16 on accelerators, float32 on the CPU
+    c.model.remat = False
+
+    c.train = ConfigDict()
+    c.train.steps, c.train.epochs = 0, 1000
+    c.train.batch = 6
+    c.train.mask_ratio = 0.90  # 251 of 2520 tokens stay visible
+    c.train.lr, c.train.lr_least = 1e-3, 1e-4
+    c.train.warmup = 7 / 1000
+    c.train.betas, c.train.decay = (0.9, 0.95), 0.05
+
+    c.compat = ConfigDict()  # defects of the released code
+    c.compat.position = False  # permuted position codes
+    c.compat.averaging = False  # voxels under few windows weigh more
+    c.compat.clip = False  # test images are not clipped
+
+    c.checkpoint_every = 5000  # steps
+    c.log_every = 10  # steps
+    c.tensorboard = False
+    c.evaluation = ConfigDict()
+    c.evaluation.stride = (64, 42, 2)  # voxels
+    c.evaluation.repeats = 6  # sweeps over all windows, each with new masks
+    c.evaluation.mask_ratio = 0.90
+    c.evaluation.filter = (3, 3, 2)  # voxels of the minimum filter
+    c.evaluation.error = "all"  # tokens; "hidden" (ours): only those hidden, as a visible token's output is not trained
+    c.evaluation.top = 0.01  # ours: a case's score is the mean of this share of its highest voxels in the region
+    c.evaluation.batch = 64  # windows at a time; fewer where the memory is too small
+    c.evaluation.subsets = ()  # manifest columns; rows with another value than 0 or empty are scored apart too
+    c.evaluation.maps = True  # write the maps of the split
+    c.evaluation.reconstruction = False  # write the reconstructions too
+    c.evaluation.draws = 2000  # of patients, for the intervals
+
+    if preset == "paper":
+        return c
+    if preset not in ("phantom", "smoke", "small"):
+        raise ValueError(f"preset {preset!r} is unknown: phantom, smoke, small or paper")
+
+    # ours: a small network trained from nothing on 2 cores, so fixed steps, small crops and patches; the volume as it
+    # is, since its region need not be a breast; standardised over the region, as the air around it differs in size.
+    c.data.size, c.data.spacing, c.data.join = (48, 48, 8), (), "same"
+    c.data.crop, c.data.region, c.data.normalise = "none", "nonzero", "region"
+    c.data.normal_crops_only, c.data.least_region = True, 0.5
+    c.model.patch = (6, 6, 2)
+    c.model.width, c.model.depth, c.model.heads = 192, 6, 6
+    c.model.decoder_width, c.model.decoder_depth, c.model.decoder_heads = 96, 2, 4
+    c.train.steps, c.train.epochs, c.train.batch = 3000, 0, 16
+    c.evaluation.stride, c.evaluation.repeats = (24, 24, 4), 2
+    c.evaluation.batch, c.checkpoint_every = 16, 500
+    if preset in ("phantom", "smoke"):
+        c.data.phantom = "breast"
+        c.data.size, c.model.patch = (32, 32, 8), (4, 4, 2)
+        c.data.region, c.data.normal_crops_only, c.data.least_region = "", False, 0.0
+        c.data.normalise = "crop"
+        c.model.width, c.model.depth, c.model.heads = 96, 4, 4
+        c.model.decoder_width, c.model.decoder_heads = 48, 4
+        c.train.steps = 1500
+        c.evaluation.stride = (16, 8, 4)
+    if preset == "smoke":
+        c.data.size, c.model.patch = (32, 24, 4), (8, 8, 2)
+        c.model.width, c.model.depth = 48, 2
+        c.model.decoder_width, c.model.decoder_depth = 24, 1
+        c.train.steps, c.train.batch = 20, 8
+        c.evaluation.stride, c.evaluation.repeats = (16, 16, 4), 1
+        c.checkpoint_every = 5
+        c.log_every = 5
+        c.evaluation.draws = 200
+    return c

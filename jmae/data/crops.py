@@ -1,0 +1,169 @@
+"""Random crops of prepared volumes, for training: cut on the device where the set fits there, else on the host."""
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from math import prod
+from pathlib import Path
+
+import jax
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+from ml_collections import ConfigDict
+
+from jmae.data.loader import SHOWN, WORKERS, Host, case_words, prepared, save_array
+from jmae.data.manifest import PHANTOM, Row
+from jmae.errors import InputError
+from jmae.windows import room
+
+SHARE = 0.4  # of a device's memory that a set may take
+
+
+def box_sums(marked: Bool[np.ndarray, "*size"], box: tuple[int, ...]) -> Int[np.ndarray, "*places"]:
+    """How many voxels are marked in the box at every place where it fits, by its lower corner."""
+    sums = marked.astype(np.int64)
+    for axis, edge in enumerate(box):
+        total = np.insert(np.cumsum(sums, axis), 0, 0, axis)
+        n = total.shape[axis]
+        sums = np.take(total, range(edge, n), axis) - np.take(total, range(n - edge), axis)
+    return sums
+
+
+def allowed(
+    size: tuple[int, ...],
+    crop: tuple[int, ...],
+    *,
+    lesion: Bool[np.ndarray, "*size"] | None = None,
+    region: Bool[np.ndarray, "*size"] | None = None,
+    least: float = 0.0,
+    side: int | None = None,
+    midline: int | None = None,
+) -> Int[np.ndarray, " n"] | None:
+    """The flat numbers of the origins a crop may have, in C order of the places where it fits; None: all of them.
+
+    A crop touches no voxel of `lesion`, has at least a share `least` of its voxels inside `region`, and does not cross
+    `midline` on the axis `side`.
+    """
+    places = tuple(n - c + 1 for n, c in zip(size, crop, strict=True))
+    good = np.ones(places, bool)
+    if lesion is not None and lesion.any():
+        good &= box_sums(lesion, crop) == 0
+    if region is not None and least > 0:
+        good &= box_sums(region, crop) >= least * prod(crop)
+    if side is not None and midline is not None:
+        start = np.arange(places[side]).reshape([-1 if axis == side else 1 for axis in range(len(size))])
+        good &= (start + crop[side] <= midline) | (start >= midline)
+    return None if good.all() else np.flatnonzero(good).astype(np.int32)
+
+
+class Volumes:
+    """Prepared volumes of rows, kept in `folder` and mapped into memory; a sample is a random crop of `data.size`.
+
+    A row's crop at a step depends on the seed, the step and the row's id: not on the batch, the number of processes, or
+    where it is cut. Raises InputError with all unusable volumes in one list.
+    """
+
+    def __init__(self, rows: Sequence[Row], config: ConfigDict, folder: Path):
+        self.rows, self.crop = list(rows), tuple(config.data.size)
+        self.words = np.array([case_words(row.id) for row in rows], np.uint32).reshape(-1, 2)
+        self.keys = [int(a) << 32 | int(b) for a, b in self.words]
+        with ThreadPoolExecutor(WORKERS) as pool:
+            made = list(pool.map(partial(self._made, data=config.data, folder=folder), rows))
+        if problems := [line for line in made if isinstance(line, str)]:
+            more = [f"and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
+            raise InputError("\n".join([*problems[:SHOWN], *more]))
+        self.arrays, self.origins = zip(*made, strict=True)
+        largest = tuple(np.max([array.shape for array in self.arrays], axis=0).tolist())
+        limit = (jax.local_devices()[0].memory_stats() or {}).get(
+            "bytes_limit", os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        )
+        choices = {"auto": 4 * len(rows) * prod(largest) <= SHARE * limit, "device": True, "host": False}
+        if config.data.crops_on not in choices:
+            raise InputError(f"data.crops_on is {config.data.crops_on!r}: one of {', '.join(choices)}")
+        self.largest = largest if choices[config.data.crops_on] else None
+
+    def _made(self, row: Row, *, data: ConfigDict, folder: Path) -> tuple[np.ndarray, np.ndarray | None] | str:
+        """(the padded volume, its allowed origins) from the cache, or made; what is wrong with the row."""
+        files = [file for file in (*row.image, row.mask, row.region) if file]
+        state = [(f, s.st_size, s.st_mtime_ns) for f in files if not f.startswith(PHANTOM) for s in [os.stat(f)]]
+        about = json.dumps([files, state, row.boxes, dict(row.extra), data.to_dict()], default=str)
+        name = f"{row.id}-{hashlib.sha256(about.encode()).hexdigest()[:16]}"
+        parts = [folder / f"{name}.npy", folder / f"{name}-origins.npy"]
+        try:
+            if not all(part.is_file() for part in parts):
+                for part, array in zip(reversed(parts), reversed(self._make(row, data)), strict=True):
+                    save_array(part, array)  # the volume comes last: with it the pair is whole
+            array, origins = (np.load(part, mmap_mode="r", allow_pickle=False) for part in parts)
+        except InputError as error:
+            return str(error)
+        return array, origins if origins.size else None
+
+    def _make(self, row: Row, data: ConfigDict) -> tuple[np.ndarray, np.ndarray]:
+        volume = prepared(row, data)
+        pad, midline = room(volume.array.shape[:-1], self.crop, volume.side, volume.midline)
+        grow = lambda array: None if array is None else np.pad(array, pad)
+        array = np.pad(volume.array, [*pad, (0, 0)])
+        origins = allowed(
+            array.shape[:-1],
+            self.crop,
+            lesion=grow(volume.lesion) if data.normal_crops_only else None,
+            region=grow(volume.region),
+            least=data.least_region,
+            side=volume.side,
+            midline=midline,
+        )
+        if origins is not None and not origins.size:
+            raise InputError(
+                f"{row.id}: no crop of {self.crop} fits: each touches a lesion, crosses the midline or has less than"
+                f" {data.least_region:.0%} of the region: lower data.size or data.least_region, or leave the case out"
+            )
+        return array, np.empty(0, np.int32) if origins is None else origins
+
+    def origin(self, row: int, step: int, seed: int) -> tuple[int, ...]:
+        """Uniform over the allowed origins of a row."""
+        rng = np.random.Generator(np.random.Philox(key=[seed, self.keys[row]], counter=[0, 0, 0, step]))
+        places = tuple(n - c + 1 for n, c in zip(self.arrays[row].shape, self.crop, strict=False))
+        some = self.origins[row]
+        number = int(rng.random() * (prod(places) if some is None else some.size))
+        return tuple(int(i) for i in np.unravel_index(number if some is None else int(some[number]), places))
+
+    def samples(self, rows: np.ndarray, step: int, seed: int) -> dict[str, np.ndarray]:
+        """Of each row its crop at `step`: "image" (n, *crop, c); or "row" and "origin", for `cut`."""
+        origins = np.array([self.origin(row, step, seed) for row in rows], np.int32)
+        if self.largest:
+            return {"row": rows.astype(np.int32), "origin": origins}
+        return {"image": np.stack([self.crop_at(row, o) for row, o in zip(rows, origins, strict=True)])}
+
+    def crop_at(self, row: int, origin: Sequence[int]) -> Float[np.ndarray, "*crop c"]:
+        """A row's crop by its origin."""
+        return self.arrays[row][tuple(slice(o, o + c) for o, c in zip(origin, self.crop, strict=True))]
+
+    @property
+    def ready(self) -> bool:
+        """Whether a batch needs no work but copying."""
+        return self.largest is not None
+
+    def resident(self) -> Float[np.ndarray, "n *size c"] | None:
+        """All volumes as one array, filled up with zeros, where they shall live on the device."""
+        if not self.largest:
+            return None
+        stack = np.zeros((len(self.rows), *self.largest), np.float32)
+        for own, array in zip(stack, self.arrays, strict=True):
+            own[tuple(slice(n) for n in array.shape)] = array
+        return stack
+
+    def host_arrays(self, index: np.ndarray, make: Host) -> dict[str, np.ndarray]:
+        """Nothing: a crop has no array made once an image."""
+        if make:
+            raise ValueError(f"no {', '.join(make)} of random crops")
+        return {}
+
+
+def cut(volumes: Float[Array, "n *size c"], batch: dict[str, Array], crop: tuple[int, ...]) -> dict[str, Array]:
+    """The batch with the crops that its "row" and "origin" name."""
+    one = lambda row, origin: jax.lax.dynamic_slice(volumes, (row, *origin, 0), (1, *crop, volumes.shape[-1]))[0]
+    image = jax.vmap(one)(batch["row"], batch["origin"])
+    return {name: batch[name] for name in batch.keys() - {"row", "origin"}} | {"image": image}

@@ -1,0 +1,431 @@
+"""From a patient's sequences on disk to one prepared volume, and maps back onto the patient's own grid.
+
+The steps and their order are those of Lang et al., "Multispectral 3D Masked Autoencoders for Anomaly Detection in
+Non-Contrast Enhanced Breast MRI" (MAEMI), CaPTion 2023, arXiv 2303.05861, and their code: reorient by the affine,
+resample, crop to the chest, normalise. Masks are resampled to the nearest voxel (ours: the code splines them as well).
+Own grid: the image's as stored. Working grid: the networks'. Both are arrays `(*size, channels)`; directions are those
+in which an index grows, L or R, P or A, S or I.
+"""
+
+import itertools
+from collections.abc import Iterable, Sequence
+from functools import lru_cache, partial
+from typing import NamedTuple
+
+import numpy as np
+from ml_collections import ConfigDict
+from scipy import ndimage
+
+from jmae.data.files import Image, off_grid, read_image
+from jmae.data.manifest import Row
+from jmae.errors import InputError
+
+WORLD = {"R": (0, 1), "L": (0, -1), "A": (1, 1), "P": (1, -1), "S": (2, 1), "I": (2, -1)}  # letter -> RAS axis, sign
+KEPT_VOXELS = 0.01  # a spacing is kept, not resampled to, where no voxel would move by more than this
+
+
+class Grid(NamedTuple):
+    """How the working grid lies in the image's own: axes permuted and mirrored, resampled about the common centre, then
+    cropped. Working index w of an axis is the (mirrored) own coordinate
+    (w + origin - (full - 1) / 2) * step + (own - 1) / 2."""
+
+    own_size: tuple[int, ...]
+    own_axes: tuple[int, ...]  # the own axis of each working axis
+    flipped: tuple[bool, ...]  # by working axis
+    full: tuple[int, ...]  # size before the crop
+    step: tuple[float, ...]  # own voxels per working voxel, exactly 1 where the spacing is kept
+    origin: tuple[int, ...]  # of the crop, below 0 where it leaves the image
+    size: tuple[int, ...]
+    spacing: tuple[float, ...] | None  # mm per working axis
+    own_affine: np.ndarray | None  # own voxel -> RAS mm, oblique or sheared as it is
+
+    @property
+    def affine(self) -> np.ndarray | None:
+        """(4, 4) working voxel -> RAS mm."""
+        if self.own_affine is None:
+            return None
+        to_own = np.diag([0.0] * len(self.size) + [1.0] * (4 - len(self.size)))
+        for axis, (own, flipped) in enumerate(zip(self.own_axes, self.flipped, strict=True)):
+            first = self._own(axis, 0)
+            to_own[own, axis] = -self.step[axis] if flipped else self.step[axis]
+            to_own[own, 3] = self.own_size[own] - 1 - first if flipped else first
+        return self.own_affine @ to_own
+
+    def cropped(self, origin: Sequence[int], size: Sequence[int]) -> "Grid":
+        """The grid of a box `origin`, `size` in voxels of this one; it may leave the image."""
+        return self._replace(origin=tuple(a + b for a, b in zip(self.origin, origin, strict=True)), size=tuple(size))
+
+    def forward(self, array: np.ndarray, order: int) -> np.ndarray:
+        """Own (*own_size[, c]) -> working (*size[, c]): splines of `order` 0 to 3, 0 outside the image.
+
+        Values beyond the outermost voxel's centre are its own (mode "nearest"). Where the spacing is kept, values are
+        copied. Values must be finite: one NaN would spread. `order` 0 keeps the dtype, else float32.
+        """
+        oriented = self._oriented(array)
+        inside = []
+        for axis in sorted(range(len(self.size)), key=lambda axis: -self.step[axis]):  # what shrinks most first
+            low, high = self._filled(axis)
+            inside.append((axis, slice(low, high)))
+            start = low + self.origin[axis]
+            if self.step[axis] == 1:
+                oriented = oriented[(slice(None),) * axis + (slice(start, start + high - low),)]
+                continue
+            at = self._own(axis, np.arange(low, high))
+            if order == 0:
+                nearest = np.clip(np.floor(at + 0.5).astype(int), 0, oriented.shape[axis] - 1)
+                oriented = oriented.take(nearest, axis)
+            else:
+                weights = _weights(oriented.shape[axis], tuple(at.tolist()), order)
+                oriented = np.moveaxis(np.tensordot(weights, np.asarray(oriented, np.float32), (1, axis)), 0, axis)
+        dtype = array.dtype if order == 0 else np.dtype(np.float32)
+        working = np.zeros((*self.size, *array.shape[len(self.size) :]), dtype)
+        working[tuple(part for _, part in sorted(inside))] = oriented
+        return working
+
+    def back(self, array: np.ndarray) -> np.ndarray:
+        """Working (*size[, c]) -> own (*own_size[, c]), float32: linear, copied where the spacing is kept, 0 where
+        `inside` is False."""
+        array = np.asarray(array, np.float32)
+        own = np.zeros((*self.own_size, *array.shape[len(self.size) :]), np.float32)
+        oriented = self._oriented(own)  # a view: what is written to it is written to `own`
+        block = []
+        for axis in sorted(range(len(self.size)), key=lambda axis: -self.step[axis]):
+            low, high = self._covered(axis)
+            block.append((axis, slice(low, high)))
+            centre, own_centre = (self.full[axis] - 1) / 2, (self.own_size[self.own_axes[axis]] - 1) / 2
+            at = (np.arange(low, high) - own_centre) / self.step[axis] + centre - self.origin[axis]
+            at = np.clip(at, 0, self.size[axis] - 1)
+            below = np.floor(at).astype(int)
+            if self.step[axis] == 1:
+                array = array.take(below, axis)
+                continue
+            share = (at - below).astype(np.float32).reshape(-1, *(1,) * (array.ndim - axis - 1))
+            above = np.minimum(below + 1, self.size[axis] - 1)
+            array = array.take(below, axis) * (1 - share) + array.take(above, axis) * share
+        oriented[tuple(part for _, part in sorted(block))] = array
+        return own
+
+    def inside(self) -> np.ndarray:
+        """bool (*own_size): own voxels whose centre lies in a voxel of the working grid, which is what was analysed.
+
+        Where the grid reaches the image's end, its last voxel counts to that end, so that two halves of a volume
+        have each own voxel once."""
+        own = np.zeros(self.own_size, bool)
+        self._oriented(own)[tuple(slice(*self._covered(axis)) for axis in range(len(self.size)))] = True
+        return own
+
+    def _oriented(self, array: np.ndarray) -> np.ndarray:
+        """A view of own (*own_size[, c]) with the axes and directions of the working grid."""
+        rank = len(self.size)
+        array = array.transpose(*self.own_axes, *range(rank, array.ndim))
+        return array[tuple(slice(None, None, -1 if flipped else 1) for flipped in self.flipped)]
+
+    def _own(self, axis: int, w):
+        """The mirrored own coordinate of working coordinates `w`."""
+        own = self.own_size[self.own_axes[axis]]
+        return (w + self.origin[axis] - (self.full[axis] - 1) / 2) * self.step[axis] + (own - 1) / 2
+
+    def _filled(self, axis: int) -> tuple[int, int]:
+        """The working indices of an axis, from and to, that lie in the image."""
+        low = min(max(0, -self.origin[axis]), self.size[axis])
+        return low, max(low, min(self.size[axis], self.full[axis] - self.origin[axis]))
+
+    def _covered(self, axis: int) -> tuple[int, int]:
+        """The mirrored own indices of an axis, from and to, that lie in the working grid."""
+        own, origin, size = self.own_size[self.own_axes[axis]], self.origin[axis], self.size[axis]
+        low = 0 if origin <= 0 else int(np.ceil(self._own(axis, -0.5)))
+        high = own if origin + size >= self.full[axis] else int(np.ceil(self._own(axis, size - 0.5)))
+        return min(low, own), max(min(low, own), high)
+
+
+@lru_cache(maxsize=64)
+def _weights(n: int, at: tuple[float, ...], order: int) -> np.ndarray:
+    """(len(at), n) float32: what each of n samples adds to the spline through them at the coordinates `at`."""
+    unit = np.eye(n)
+    each = [ndimage.map_coordinates(unit[i], [at], order=order, mode="nearest") for i in range(n)]
+    return np.stack(each, 1).astype(np.float32)
+
+
+class Volume(NamedTuple):
+    """One case on its working grid. stored = (array - data.mean) / data.std * std + mean, channel by channel."""
+
+    array: np.ndarray  # float32 (*size, c), normalised
+    region: np.ndarray | None  # bool (*size): where metrics count
+    lesion: np.ndarray | None  # bool (*size)
+    side: int | None  # the working axis that runs from left to right or back; None where the image tells no position
+    midline: int | None  # the pieces are [0, midline) and [midline, n) along `side`; None: one piece
+    mean: np.ndarray  # float32 (c,)
+    std: np.ndarray
+    grid: Grid
+    stored: Image  # on its own grid
+
+
+def read_volume(paths: Sequence[str], data: ConfigDict) -> Image:
+    """The sequences of a case as channels of one image on the grid of the first.
+
+    `data.join` "same": all lie on one grid, as `read_image` demands. "resample": further sequences are put onto it by
+    their affines, cubic, 0 where they have no data; one that lies on it already is not resampled.
+
+    Raises:
+      InputError: a file that cannot be read, tells no position, or does not overlap the first.
+    """
+    _choice(data, "join", ("same", "resample"))
+    if data.join == "same" or len(paths) == 1:
+        return read_image(paths)
+    images = [read_image(path) for path in paths]
+    first = images[0]
+    for path, image in zip(paths, images, strict=True):
+        if image.affine is None:
+            raise InputError(f"{path}: tells no position to resample by: save it as NIfTI, or --config.data.join=same")
+    size, affine = first.array.shape[:-1], first.affine
+    arrays = [
+        image.array if off_grid(image, first) is None else _resampled(image, affine, size, path, paths[0])
+        for path, image in zip(paths, images, strict=True)
+    ]
+    bits = {image.bits for image in images}
+    return first._replace(array=np.concatenate(arrays, -1), bits=bits.pop() if len(bits) == 1 else None)
+
+
+def _resampled(image: Image, affine: np.ndarray | None, size: tuple[int, ...], path: str, of: str) -> np.ndarray:
+    """(*size, c) of an image at the voxels that `affine` places: cubic splines, as in `Grid.forward`, 0 outside."""
+    if image.affine is None or affine is None or image.array.ndim != 4 or len(size) != 3:
+        raise InputError(f"{path}: is no volume with a position to resample onto the grid of {of}: save it as NIfTI")
+    if bad := np.size(image.array) - np.isfinite(image.array).sum():
+        raise InputError(f"{path}: {bad} values are not finite: mend the file or drop its row")
+    put = partial(ndimage.affine_transform, matrix=np.linalg.inv(image.affine) @ affine, output_shape=size)
+    outside = ~put(np.ones(image.array.shape[:3], bool), order=0, mode="grid-constant")
+    array = np.stack([put(c, order=3, mode="nearest", output=np.float32) for c in np.moveaxis(image.array, -1, 0)], -1)
+    array[outside] = 0
+    if not array.any():
+        raise InputError(f"{path}: is 0 all over the grid of {of}: name sequences of one patient and session")
+    return array
+
+
+def prepare(
+    stored: Image,
+    data: ConfigDict,
+    *,
+    name: str,
+    lesion: np.ndarray | None = None,
+    region: np.ndarray | None = None,
+    midline: str = "",
+    half: str = "",
+) -> Volume:
+    """One case on its working grid: reoriented, resampled, cropped, normalised, in this order.
+
+    Args:
+      stored: the case on its own grid.
+      data: `axes`, `spacing`, `crop`, `crop_least`, `crop_most`, `crop_margin`, `region`, `normalise`, `mean`, `std`.
+      name: the file that messages name.
+      lesion, region: bool on the own grid.
+      midline: "" for one piece, an index of the own left-right axis between voxels, or "middle" of the cropped one.
+      half: "first" or "second" keeps that piece alone, in the order of the own axis; normalised with the other.
+
+    Raises:
+      InputError: "NAME: what: remedy".
+    """
+    _choice(data, "crop", ("none", "region"))
+    _choice(data, "region", ("", "nonzero"))
+    _choice(data, "normalise", ("crop", "region"))
+    grid = _whole(stored, data, name)
+    if region is None and data.region == "nonzero":
+        region = np.any(stored.array != 0, axis=-1)
+    if region is None and "region" in (data.crop, data.normalise):
+        raise InputError(f"{name}: names no region to crop to or to normalise by: fill it, or data.region=nonzero")
+    if data.crop == "region" and region is not None:
+        if grid.spacing is None:
+            raise InputError(f"{name}: tells no spacing for a crop in mm: save it as NIfTI, or --config.data.crop=none")
+        marked, found = grid.forward(region, 0), None if lesion is None else grid.forward(lesion, 0)
+        _check_region(marked, name, "on the working grid")
+        least, most = data.crop_least, data.crop_most
+        grid = grid.cropped(*chest_box(marked, grid.spacing, least, most, found, data.crop_margin, data.axes))
+
+    array = grid.forward(stored.array, 3)
+    region = None if region is None else grid.forward(region, 0)
+    lesion = None if lesion is None else grid.forward(lesion, 0)
+    _check_region(region, name, "in the crop")
+    array, mean, std = _normalised(array, region if data.normalise == "region" else None, data, name)
+
+    side = _side(stored, data, grid)
+    middle = _midline(grid, side, midline, name)
+    if half:
+        if side is None or middle is None:
+            raise InputError(f"{name}: half {half!r} of an image without a midline: give it one")
+        lower = (half == "first") != grid.flipped[side]
+        low, high = (0, middle) if lower else (middle, grid.size[side])
+        cut = (slice(None),) * side + (slice(low, high),)
+        origin, size = [0] * len(grid.size), list(grid.size)
+        origin[side], size[side] = low, high - low
+        grid, middle, array = grid.cropped(origin, size), None, np.ascontiguousarray(array[cut])
+        region, lesion = (None if mask is None else np.ascontiguousarray(mask[cut]) for mask in (region, lesion))
+        _check_region(region, name, f"in the {half} half")
+    return Volume(array, region, lesion, side, middle, mean, std, grid, stored)
+
+
+def _choice(data: ConfigDict, key: str, allowed: tuple[str, ...]) -> None:
+    if data[key] not in allowed:
+        words = ", ".join(repr(word) for word in allowed)
+        raise InputError(f"--config.data.{key}={data[key]!r}: is unknown: choose one of {words}")
+
+
+def _check_region(region: np.ndarray | None, name: str, where: str) -> None:
+    if region is not None and not region.any():
+        raise InputError(f"{name}: its region marks nothing {where}: repair it or leave the case out")
+
+
+def _whole(stored: Image, data: ConfigDict, name: str) -> Grid:
+    """The working grid before the crop. Its size is the own one times own / new spacing, rounded."""
+    own_size = stored.array.shape[:-1]
+    rank = len(own_size)
+    own_axes, flipped = tuple(range(rank)), (False,) * rank
+    if data.axes:
+        if sorted(WORLD.get(letter, (-1,))[0] for letter in data.axes) != [0, 1, 2]:
+            raise InputError(f"--config.data.axes={data.axes!r}: is no orientation: write three letters, as PLS")
+        if rank != 3 or stored.affine is None:
+            raise InputError(
+                f"{name}: is no volume with a position, so that data.axes={data.axes} would be guessed: save it as "
+                "NIfTI or DICOM series, or keep the file's own axes by --config.data.axes="
+            )
+        nearest = _nearest(stored.affine)
+        own_axes = tuple(nearest[WORLD[letter][0]] for letter in data.axes)
+        towards = zip(own_axes, (WORLD[letter] for letter in data.axes), strict=True)
+        flipped = tuple(bool(stored.affine[world, own] * sign < 0) for own, (world, sign) in towards)
+    own = [own_size[axis] for axis in own_axes]
+    spacing = None if stored.spacing is None else tuple(stored.spacing[axis] for axis in own_axes)
+    full, step = tuple(own), (1.0,) * rank
+    if data.spacing:
+        if len(data.spacing) != rank or not all(new > 0 for new in data.spacing):
+            raise InputError(f"{name}: {rank} axes where data.spacing is {data.spacing}: give mm for each axis")
+        if spacing is None:
+            raise InputError(f"{name}: tells no spacing: save it as NIfTI, or keep it by --config.data.spacing=()")
+        full = tuple(max(1, round(n * old / new)) for n, old, new in zip(own, spacing, data.spacing, strict=True))
+        step = tuple(new / old for old, new in zip(spacing, data.spacing, strict=True))
+        kept = [m == n and abs(s - 1) * n / 2 <= KEPT_VOXELS for m, n, s in zip(full, own, step, strict=True)]
+        step = tuple(1.0 if keep else s for keep, s in zip(kept, step, strict=True))
+        spacing = tuple(old * s for old, s in zip(spacing, step, strict=True))
+    return Grid(own_size, own_axes, flipped, full, step, (0,) * rank, full, spacing, stored.affine)
+
+
+def _nearest(affine: np.ndarray) -> tuple[int, ...]:
+    """The own axis nearest to each axis of RAS: of the six assignments the one with the largest sum of cosines."""
+    cosines = np.abs(affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0))
+    return max(itertools.permutations(range(3)), key=lambda own: sum(cosines[world, own[world]] for world in range(3)))
+
+
+def _side(stored: Image, data: ConfigDict, grid: Grid) -> int | None:
+    """The working axis nearest to left-right."""
+    if stored.affine is None:
+        return None
+    own = _nearest(stored.affine)[0]
+    return grid.own_axes.index(own) if own in grid.own_axes else None  # a 2D slice may not have it
+
+
+def _midline(grid: Grid, side: int | None, midline: str, name: str) -> int | None:
+    """The midline as an index of the working grid between voxels."""
+    if not midline:
+        return None
+    if side is None:
+        raise InputError(f"{name}: tells no position, which a midline needs: save it as NIfTI, or empty the midline")
+    if midline == "middle":
+        index = grid.size[side] // 2
+    else:
+        own = grid.own_size[grid.own_axes[side]]
+        edge = own - float(midline) if grid.flipped[side] else float(midline)
+        index = round((edge - own / 2) / grid.step[side] + grid.full[side] / 2) - grid.origin[side]
+    if not 0 < index < grid.size[side]:
+        raise InputError(f"{name}: midline {midline} is not inside the volume, which both pieces need: repair it")
+    return index
+
+
+def _normalised(
+    array: np.ndarray, inside: np.ndarray | None, data: ConfigDict, name: str
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(x - mean) / std * data.std + data.mean of each channel, with its moments over `inside` (default: all)."""
+    moments = []
+    for c in range(array.shape[-1]):
+        values = array[..., c] if inside is None else array[..., c][inside]
+        mean, std = values.mean(dtype=np.float64), values.std(dtype=np.float64)
+        if not std > 1e-6 * np.abs(values).max():  # float32's resolution; a spline of a constant varies by less
+            raise InputError(f"{name}: channel {c + 1} is constant or not finite: repair it or leave the case out")
+        moments.append((mean, std))
+    mean, std = np.array(moments, np.float32).T
+    return (array - mean) * (np.float32(data.std) / std) + np.float32(data.mean), mean, std
+
+
+def chest_box(
+    region: np.ndarray,
+    spacing: Sequence[float],
+    least: Sequence[float],
+    most: Sequence[float],
+    lesion: np.ndarray | None,
+    margin: float,
+    axes: str,
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """(origin, size) in voxels of the box around `region`, by the rule of MAEMI's code; it may leave the image.
+
+    The bounding box is clamped to `least` and `most` mm: an axis P or A keeps its anterior end, the others their centre.
+    Where `lesion` sticks out, that side is moved to the lesion and `margin` mm more.
+    """
+    origin, size = [], []
+    for axis, mm in enumerate(spacing):
+        low, high = _ends(region, axis)
+        extent = int(np.clip(high - low, round(least[axis] / mm), round(most[axis] / mm)))
+        letter = axes[axis] if axes else ""
+        if letter == "A":  # the index grows forwards
+            low = high - extent
+        elif letter != "P":
+            low -= (extent - (high - low)) // 2
+        high = low + extent
+        if lesion is not None and lesion.any():
+            first, last = _ends(lesion, axis)
+            low = first - round(margin / mm) if first < low else low
+            high = last + round(margin / mm) if last > high else high
+        origin.append(low)
+        size.append(high - low)
+    return tuple(origin), tuple(size)
+
+
+def _ends(mask: np.ndarray, axis: int) -> tuple[int, int]:
+    marked = np.flatnonzero(mask.any(tuple(other for other in range(mask.ndim) if other != axis)))
+    return int(marked[0]), int(marked[-1]) + 1
+
+
+def boxes_mask(boxes: Iterable[Sequence[float]], size: tuple[int, ...]) -> np.ndarray:
+    """bool (*size) of a manifest's boxes: x0 y0 z0 x1 y1 z1 along i, j, k; in 2D x along the columns. Half-open, rounded
+    to voxels, of which each keeps at least one."""
+    mask = np.zeros(size, bool)
+    for box in boxes:
+        low, high = np.floor(np.reshape(box, (2, len(size))) + 0.5).astype(int)
+        low = np.minimum(low, np.array(size[::-1] if len(size) == 2 else size) - 1)
+        ends = [slice(a, max(a + 1, b)) for a, b in zip(low, high, strict=True)]
+        mask[tuple(ends[::-1] if len(size) == 2 else ends)] = True
+    return mask
+
+
+def read_subtraction(row: Row, volume: Volume, data: ConfigDict) -> np.ndarray:
+    """Eq. 1 of the paper before its minimum filter, float32 (*size), from the row's `pre` and `post` series.
+
+    Each series is put onto the volume's grid and normalised over it (over its region, by `data.normalise`) for itself.
+    One that lies on the case's own grid comes as the case's channels did, any other by its affine in one cubic step.
+    """
+    if not row.pre or not row.post:
+        raise InputError(f"{row.id}: names no series before and after contrast: fill the columns pre and post")
+
+    def prepared(path: str) -> np.ndarray:
+        image = read_image(path)
+        if image.array.shape[-1] != 1:
+            raise InputError(f"{path}: has {image.array.shape[-1]} channels: name a series of one value a voxel")
+        if off_grid(image, volume.stored) is None:
+            array = volume.grid.forward(image.array, 3)
+        else:
+            array = _resampled(image, volume.grid.affine, volume.grid.size, path, row.image[0])
+        inside = volume.region if data.normalise == "region" else None
+        return _normalised(array, inside, data, path)[0][..., 0]
+
+    return subtraction(prepared(row.pre[0]), (prepared(path) for path in row.post))
+
+
+def subtraction(pre: np.ndarray, posts: Iterable[np.ndarray]) -> np.ndarray:
+    """Eq. 1 of the paper before its minimum filter: the mean over k = 1..m of (pre - post_k)^2."""
+    squares = [(pre - post) ** 2 for post in posts]
+    return np.stack(squares).mean(axis=0, dtype=np.float32)

@@ -1,0 +1,160 @@
+"""Overlapping windows over volumes: where they lie, and one compiled pass of a network over all of them.
+
+Geometry is on the host, in whole voxels; the pass is on the device and knows the volume's true size only as data, so
+that volumes of one bucket share a program.
+"""
+
+from collections.abc import Callable
+from functools import reduce
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Key
+
+
+class Tiling(NamedTuple):
+    """The windows of one volume, padded to a bucket."""
+
+    pad: tuple[tuple[int, int], ...]  # zeros below and above each axis, of the bucket too
+    size: tuple[int, ...]  # the volume with what it needed to hold a window, without the rest of its bucket
+    origins: Int[np.ndarray, "w rank"]  # of every window, in the padded volume; piece by piece, then in C order
+    coverage: tuple[Float[np.ndarray, " n"], ...]  # windows over each index of an axis: their outer product counts
+
+
+def ends(size: int, window: int, stride: int) -> list[int]:
+    """Where windows end along one axis: at window, window + stride, ... below `size`, and at `size` itself, so that the
+    last lies flush (the released code of MAEMI)."""
+    return [*range(window, size, stride), size]
+
+
+def room(
+    size: tuple[int, ...], window: tuple[int, ...], side: int | None = None, midline: int | None = None
+) -> tuple[list[tuple[int, int]], int | None]:
+    """(zeros that each axis needs below and above so that a window fits, the midline afterwards).
+
+    Half of what is missing goes to either end; along `side` each of the two pieces grows outwards.
+    """
+    pad = []
+    for axis, (n, w) in enumerate(zip(size, window, strict=True)):
+        if axis == side and midline is not None:
+            pad.append((max(0, w - midline), max(0, w - (n - midline))))
+        else:
+            missing = max(0, w - n)
+            pad.append((missing // 2, missing - missing // 2))
+    return pad, None if side is None or midline is None else midline + pad[side][0]
+
+
+def tile(
+    size: tuple[int, ...],
+    window: tuple[int, ...],
+    stride: tuple[int, ...],
+    *,
+    side: int | None = None,
+    midline: int | None = None,
+    bucket: tuple[int, ...] | None = None,
+) -> Tiling:
+    """The windows that cover a volume of `size`; none crosses `midline`, an index along the axis `side`.
+
+    The padded volume is a multiple of `bucket` (half a window where not given), so that few shapes are compiled.
+    ours: the released code pads to one voxel more than a window, which only adds a second window over the padding.
+    """
+    pad, middle = room(size, window, side, midline)
+    full = tuple(n + sum(p) for n, p in zip(size, pad, strict=True))
+    bucket = bucket or tuple(max(1, w // 2) for w in window)
+    rest = [-n % b for n, b in zip(full, bucket, strict=True)]
+    starts, coverage = [], []
+    for axis, (n, w, s) in enumerate(zip(full, window, stride, strict=True)):
+        pieces = [(0, middle), (middle, n)] if axis == side and middle is not None else [(0, n)]
+        at = [[low + end - w for end in ends(high - low, w, s)] for low, high in pieces]
+        count = np.zeros(n + rest[axis], np.float32)
+        for start in (start for piece in at for start in piece):
+            count[start : start + w] += 1
+        starts.append(at)
+        coverage.append(count)
+    origins = []
+    for piece in range(max(map(len, starts))):
+        axes = [at[piece if len(at) > 1 else 0] for at in starts]
+        origins.append(np.stack(np.meshgrid(*axes, indexing="ij"), -1).reshape(-1, len(size)))
+    return Tiling(
+        tuple((low, high + more) for (low, high), more in zip(pad, rest, strict=True)),
+        full,
+        np.concatenate(origins).astype(np.int32),
+        tuple(coverage),
+    )
+
+
+def cut(volume: Float[Array, "*size c"], origins: Int[Array, "b rank"], window: tuple[int, ...]) -> Array:
+    """Windows (b, *window, c) of a volume by their origins."""
+    one = lambda origin: jax.lax.dynamic_slice(volume, (*origin, 0), (*window, volume.shape[-1]))
+    return jax.vmap(one)(origins)
+
+
+def average(
+    score: Callable[[Array, Key[Array, " b"]], tuple[Array, Array]],
+    volume: Float[Array, "*size c"],
+    origins: Int[Array, "m rank"],
+    number: Int[Array, ""],
+    coverage: tuple[Float[Array, " n"], ...],
+    key: Key[Array, ""],
+    *,
+    window: tuple[int, ...],
+    repeats: int,
+    batch: int,
+    weighted: bool = False,
+    released: bool = False,
+    place: Callable[[Array], Array] = lambda x: x,
+) -> Float[Array, "*size k"]:
+    """Mean over the windows that cover a voxel, and over `repeats` sweeps, of what `score` makes of each window.
+
+    Windows x sweeps run as one stream of batches of `batch`, sweep by sweep, each with a key of its own: the case's
+    `key`, the sweep, the window's number. The last batch is filled with windows that count nothing. `place` puts a
+    batch on the devices.
+
+    Args:
+        score: windows (b, *window, c) and their keys -> (values (b, *window, k), weights (b, *window, 1)).
+        origins: of the first `number` windows; the rest of the array is not used.
+        coverage: windows over each index of an axis (`Tiling`); voxels without any give 0.
+        weighted: a voxel's mean is over the weights that it got, 0 where it got none; else weights are not used.
+        released: the released code of MAEMI instead of the mean: each sweep's sum is divided by c + 1, c windows
+            covering the voxel, and their total again by the accumulated counters repeats * (c + 1).
+    """
+    shapes = jax.eval_shape(score, jax.ShapeDtypeStruct((batch, *window, volume.shape[-1]), volume.dtype), _keys(batch))
+    k = shapes[0].shape[-1]
+    total = number * repeats
+
+    def add(sums: Array, one: tuple[Array, Array]) -> tuple[Array, None]:
+        values, origin = one
+        at = (*origin, 0)
+        before = jax.lax.dynamic_slice(sums, at, values.shape)
+        return jax.lax.dynamic_update_slice(sums, before + values, at), None
+
+    def step(i: Int[Array, ""], sums: Array) -> Array:
+        numbers = i * batch + jnp.arange(batch)
+        sweep, own = jnp.divmod(numbers, number)
+        keys = jax.vmap(lambda s, w: jax.random.fold_in(jax.random.fold_in(key, s), w))(sweep, own)
+        at = origins[own]
+        values, weights = score(place(cut(volume, at, window)), keys)
+        both = jnp.concatenate([values * weights, weights], -1) if weighted else values
+        both = jnp.where((numbers < total).reshape(-1, *[1] * (both.ndim - 1)), both, 0)
+        return jax.lax.scan(add, sums, (both, at))[0]
+
+    sums = jnp.zeros((*volume.shape[:-1], k + weighted), jnp.float32)
+    sums = jax.lax.fori_loop(0, -(-total // batch), step, sums)
+    if weighted:
+        return jnp.where(sums[..., k:] > 0, sums[..., :k] / jnp.maximum(sums[..., k:], 1e-12), 0)
+    count = reduce(jnp.multiply, jnp.ix_(*coverage))[..., None]
+    if released:
+        return sums / (repeats * (count + 1) ** 2)
+    return sums / (repeats * jnp.maximum(count, 1))
+
+
+def _keys(batch: int) -> Key[Array, " b"]:
+    return jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch))
+
+
+def inside(shape: tuple[int, ...], size: Int[Array, " rank"]) -> Bool[Array, "*size"]:
+    """True for the voxels of the padded volume that are not the rest of its bucket."""
+    axes = jnp.ix_(*(jnp.arange(n) for n in shape))
+    return reduce(jnp.logical_and, [axis < n for axis, n in zip(axes, size, strict=True)])

@@ -121,7 +121,7 @@ def seeds_of(config: ConfigDict) -> Array:
     return jnp.stack([jax.random.key(config.seed + r) for r in range(config.replicates)])
 
 
-def each_replicate(one: Callable, results: Results, keys: Array) -> Any:
+def each_replicate(one: Callable, results: Any, keys: Array) -> Any:
     """`one(results, key)` of every replicate, on a leading axis."""
     if len(keys) > 1:
         return jax.vmap(one)(results, keys)
@@ -137,9 +137,11 @@ def scorer(config: ConfigDict, system: System, results: Results) -> Callable[[Im
     devices = mesh.shape["data"]
     b = -(-config.evaluation.batch // devices) * devices
 
+    one = system.score
+    assert one
+
     def score(results: Results, batch: Any, keys: Any, chunk: int) -> Any:
-        assert system.score
-        return each_replicate(lambda result, key: system.score(result, batch, key, chunk=chunk), results, keys)
+        return each_replicate(lambda result, key: one(result, batch, key, chunk=chunk), results, keys)
 
     shapes = {"image": (b, *config.data.size, config.data.channels), "case": (b, 2)}
     types = {"image": jnp.float32, "case": jnp.uint32}
@@ -164,9 +166,7 @@ def scorer(config: ConfigDict, system: System, results: Results) -> Callable[[Im
     return run
 
 
-def sweeper(
-    config: ConfigDict, sweep: Sweep, results: Results
-) -> Callable[[Volume, np.ndarray], dict[str, Any]]:
+def sweeper(config: ConfigDict, sweep: Sweep, results: Any) -> Callable[[Volume, np.ndarray], dict[str, Any]]:
     """The function (prepared volume, words of its id) -> {"maps": {NAME: (r, *size)}, "reconstruction"}: one program a
     bucket of sizes, whatever the case; as many windows at a time as fit in the memory, split over the devices."""
     mesh, keys = device_mesh(), seeds_of(config)

@@ -181,9 +181,7 @@ def case_pictures(case: Case, scale: Scale, side: int = MAX_SIDE) -> dict[str, A
     h, w = case.map.shape[:2]
     return {
         "image": plain(image),
-        "reconstruction": None
-        if case.reconstruction is None
-        else plain(_shrink(case.reconstruction[..., 0], side)),
+        "reconstruction": None if case.reconstruction is None else plain(_shrink(case.reconstruction[..., 0], side)),
         "map": _png(coloured),
         "overlay": _png(Image.fromarray(blend).quantize(256, Image.Quantize.FASTOCTREE)),
         "outline": "" if mask is None else _outline(mask, side),

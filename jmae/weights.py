@@ -11,34 +11,25 @@ line for every tensor. Head counts are in no state dict: they are the file's own
 
 Differences from PyTorch's layout: dense kernels are transposed, equal blocks stacked, the convolution over patches is
 a dense layer over flattened ones, and fixed position codes are computed, not stored.
-
-A .pth is a pickle, which can run any code when it is loaded. Here a small machine reads it that knows the operations
-of data, of `torch.save`'s tensors and of `argparse.Namespace`, calls nothing and refuses the rest, without PyTorch.
-Consulted: PyTorch's serialization.py and _weights_only_unpickler.py.
 """
 
-import contextlib
 import hashlib
-import io
 import json
 import math
 import os
-import pickletools
 import re
-import stat
 import sys
-import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import PyTree
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from jmae.errors import InputError, exit_code
@@ -46,17 +37,15 @@ from jmae.nn.mae import MAE
 from jmae.patches import grid_of, sincos_positions
 from jmae.recipe import arguments, typed
 from jmae.run_folder import log
+from jmae.tensors import Contents, Refused, line, naming, read_tensors
 
 FORMAT = 1  # of a converted file; another number is refused
+MAX_TOKENS = 2**20  # beyond any attention
 PARTS = {  # by the start of the parameters' names
     "mae": ("",),
     "encoder": ("class_token", "patch_embed/", "encoder/", "encoder_norm/"),
     "blocks": ("encoder/stack/",),
 }
-MAX_PICKLE_BYTES = 2**22  # ViT-H with its optimiser takes 2**19
-MAX_COUNT = 2**40  # values of a storage; larger numbers are lies
-HARMLESS_BYTES = 2**26
-EXPANSION = 4  # bytes of tensors to bytes of file: weights hardly compress, and few share a storage
 
 Positions = Callable[[tuple[int, ...], int], np.ndarray]
 
@@ -71,407 +60,585 @@ class Entry(NamedTuple):
     note: str = ""
 
 
-class Contents(NamedTuple):
-    """A file as it is: tensors by name, the arguments of its training, and the names of what else it holds."""
+# --- names and layout -------------------------------------------------------------------------------------------------
 
-    tensors: dict[str, np.ndarray]
-    arguments: dict[str, Any]
-    ignored: list[str]
+_OFFICIAL = [  # prefixes, then the names of transformers' ViTMAE as facebookresearch/mae has them
+    (r"^(module\.|model\.|state/)+", ""),
+    (r"^vit\.", ""),
+    (r"^embeddings\.cls_token$", "cls_token"),
+    (r"^embeddings\.position_embeddings$", "pos_embed"),
+    (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
+    (r"^(encoder\.layer|layers)\.(?=\d)", "blocks."),
+    (r"^decoder\.(decoder_layers|decoder_encoder\.layer)\.(?=\d)", "decoder_blocks."),  # the latter: saved by 5.x
+    (r"^decoder\.(?=decoder_|mask_token$)", ""),
+    (r"^layernorm\.", "norm."),
+    (r"(?<=\d)\.layernorm_before\.", ".norm1."),
+    (r"(?<=\d)\.layernorm_after\.", ".norm2."),
+    (r"(?<=\d)\.attention\.(attention\.)?(q|k|v)(uery|ey|alue|_proj)\.", r".attn.\2."),
+    (r"(?<=\d)\.attention\.(output\.dense|o_proj)\.", ".attn.proj."),
+    (r"(?<=\d)\.intermediate\.dense\.", ".mlp.fc1."),
+    (r"(?<=\d)\.output\.dense\.", ".mlp.fc2."),
+]
+_PLACES = {
+    "cls_token": "class_token",
+    "patch_embed.proj": "patch_embed",
+    "norm": "encoder_norm",
+    "decoder_embed": "decoder_embed",
+    "mask_token": "mask_token",
+    "decoder_norm": "decoder_norm",
+    "decoder_pred": "predict",
+}
+_IN_BLOCK = {
+    "norm1": ("norm1", 0),
+    "attn.qkv": ("qkv", 0),
+    "attn.q": ("qkv", 0),
+    "attn.k": ("qkv", 1),
+    "attn.v": ("qkv", 2),
+    "attn.proj": ("out", 0),
+    "norm2": ("norm2", 0),
+    "mlp.fc1": ("fc1", 0),
+    "mlp.fc2": ("fc2", 0),
+}
+_STACKS = {"blocks": "encoder/stack", "decoder_blocks": "decoder/stack"}
+_CODES = {"mae": ("pos_embed", "decoder_pos_embed"), "encoder": ("pos_embed",), "blocks": ()}  # by part
+# Unknown tensors of these make the network another one; of others, such as classifiers, they are left out.
+_ESSENTIAL = ("blocks.", "decoder_blocks.", "patch_embed.", "norm_pre.", "reg_token", "dist_token")
+_PUBLISHED = {"small": (384, 6), "base": (768, 12), "large": (1024, 16), "huge": (1280, 16)}  # width, heads
+_MODEL = r"mae_vit_(small|base|large|huge)_patch\d+(_dec(512d[28]|128d2)b?)?(_448)?"  # their decoders have 16 heads
 
 
-class _Refused(Exception):
-    """What is wrong with the file at hand, "what: remedy"; `_naming` puts the path before it."""
+class Weights(NamedTuple):
+    """A checkpoint in this library's layout. What the file does not tell is None."""
+
+    path: str
+    sha256: str
+    leaves: dict[str, np.ndarray]  # float32, by the "/"-joined names of `MAE`'s parameters
+    origins: dict[str, list[Entry]]  # of each leaf and code, the tensors that it is made of
+    skipped: list[Entry]
+    codes: dict[str, np.ndarray]  # pos_embed, decoder_pos_embed: (1 + n, width), the class token's first
+    size: tuple[int, ...] | None
+    patch: tuple[int, ...] | None
+    channels: int | None
+    heads: int | None
+    decoder_heads: int | None
+    norm_pix_loss: bool | None
+
+    def known(self) -> dict[str, Any]:
+        """The keyword arguments of `MAE` that the file tells."""
+        depth, width, hidden = self.leaves["encoder/stack/fc1/kernel"].shape
+        ratio = hidden / width
+        found = {name: getattr(self, name) for name in ("size", "patch", "channels", "heads")}
+        found |= {"width": width, "depth": depth}
+        found |= {"mlp_ratio": ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)}
+        if "decoder/stack/fc1/kernel" in self.leaves:
+            found["decoder_depth"], found["decoder_width"], _ = self.leaves["decoder/stack/fc1/kernel"].shape
+            found["decoder_heads"] = self.decoder_heads
+        return {name: value for name, value in found.items() if value is not None}
+
+    def config(self) -> dict[str, Any]:
+        """The keyword arguments of `MAE` for the network in the file; raises InputError for what it does not tell."""
+        known = self.known()
+        names = "size patch channels heads decoder_width decoder_depth decoder_heads".split()
+        if missing := ", ".join(name for name in names if name not in known):
+            raise InputError(line(self.path, f"does not tell {missing}: give it, or take a file with a whole MAE"))
+        return known | {"positions": self.positions()}
+
+    def positions(self, part: str = "mae") -> Positions:
+        """`positions` of `MAE`: the computed codes where the file has these, else the file's own for its own grid."""
+        if self.patch is None:
+            raise InputError(line(self.path, "has no patch embedding: load the part blocks"))
+        if self.size is None:
+            raise InputError(line(self.path, "does not tell the grid of its tokens: write --size"))
+        grid, path = grid_of(self.size, self.patch), self.path
+        codes = [self.codes[name] for name in _CODES[part] if name in self.codes]
+        if all(_is_code(code, sincos_positions, grid) for code in codes):
+            return sincos_positions
+        own: dict[int, np.ndarray] = {}
+        for code in codes:
+            rows = code[1:].astype(np.float32)
+            if code[0].any() or not np.array_equal(own.setdefault(rows.shape[1], rows), rows):
+                raise InputError(line(path, "its decoder's position codes have no place here: load the encoder"))
+
+        def positions(asked: tuple[int, ...], width: int) -> np.ndarray:
+            if asked != grid or width not in own:
+                there = f"{grid}, widths {', '.join(map(str, own))}"
+                raise InputError(line(path, f"its position codes are for {there}, not {asked}, {width}: adapt them"))
+            return own[width]
+
+        return positions
 
 
-def _line(path: str | os.PathLike, problem: str) -> str:
-    return "".join(c if c.isprintable() else " " for c in f"{os.fspath(path)}: {problem}")
-
-
-@contextlib.contextmanager
-def _naming(path: str | os.PathLike) -> Iterator[None]:
-    """Every exception becomes one line that names the file."""
-    try:
-        yield
-    except InputError:
-        raise
-    except _Refused as refused:
-        raise InputError(_line(path, str(refused))) from None
-    except FileNotFoundError as error:
-        raise InputError(_line(path, "not found: check the path")) from error
-    except PermissionError as error:
-        raise InputError(_line(path, "may not be read: check its permissions")) from error
-    except Exception as error:  # decoders raise anything on damaged files
-        why = str(error).strip().split("\n")[0][:200] or type(error).__name__
-        raise InputError(_line(path, f"not readable ({why}): download or save it again")) from error
-
-
-# --- files -------------------------------------------------------------------------------------------------------------
-
-
-def read_tensors(path: str | os.PathLike) -> Contents:
-    """What a .pth (of `torch.save`, both its forms), .safetensors or .npz holds; no code in it runs.
+def read_weights(
+    path: str | os.PathLike,
+    *,
+    heads: int | None = None,
+    decoder_heads: int | None = None,
+    size: tuple[int, ...] | None = None,
+) -> Weights:
+    """A checkpoint in this library's layout; what is given, of the network in the file, is what it does not tell.
 
     Raises:
-        InputError: "PATH: what: remedy", for every file that cannot be read without doubt.
+        InputError: the file cannot be read, holds no vision transformer or values that are not finite, or tells
+            otherwise than what is given.
     """
-    with _naming(path):
-        mode = os.stat(path).st_mode
-        if not stat.S_ISREG(mode):
-            raise _Refused(f"is {'a folder' if stat.S_ISDIR(mode) else 'no regular file'}: name one weights file")
+    contents = read_tensors(path)
+    with naming(path):
         with open(path, "rb") as file:
-            length = os.fstat(file.fileno()).st_size
-            head = file.read(512)
-            file.seek(0)
-            contents = _format(head, length)(file, length)
-        if not contents.tensors:
-            raise _Refused("holds no tensors: name a file with the weights of a network")
-        for name in (*contents.tensors, *contents.ignored):
-            if not name.isprintable() or len(name) > 200:
-                raise _Refused(f"has a tensor called {ascii(name[:40])}: save it with plain names")
-        return contents
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        weights = _converted(contents) if "jmae" in contents.arguments else _official(contents, size)
+        weights = weights._replace(path=os.fspath(path), sha256=sha256)
+        if size and weights.size and size != weights.size:
+            raise Refused(f"is for images of size {weights.size}, not {size}: leave the size out")
+        if "encoder/stack/fc1/kernel" not in weights.leaves:
+            names = ", ".join(sorted(contents.tensors)[:3])
+            raise Refused(f"has no blocks of a vision transformer, its names are {names}, ...: rename its tensors")
+        for name, array in (weights.leaves | weights.codes).items():
+            tokens, codes = name.endswith("token"), name in weights.codes
+            axes = 3 if tokens else 2 if codes else 1 + name.endswith("kernel") + ("/stack/" in name)
+            if array.ndim != axes or 0 in array.shape:
+                raise Refused(f"{name} has the shape {array.shape}: download or save it again")
+            if not jnp.issubdtype(array.dtype, jnp.floating):
+                raise Refused(f"{name} is {array.dtype}, no real numbers: take weights that are not quantised")
+            if not np.isfinite(array).all():
+                raise Refused(f"{name} has values that are not finite: take an earlier checkpoint")
+        values = math.prod(weights.patch) * weights.channels if weights.patch and weights.channels else None
+        for name, axis in (("patch_embed/kernel", 0), ("predict/kernel", 1), ("predict/bias", 0)):
+            found = weights.leaves[name].shape[axis] if name in weights.leaves else values
+            if found != values:
+                raise Refused(f"{name} is for {found} values a patch, its patches have {values}: download it again")
+    return _with_heads(weights, heads, decoder_heads)
 
 
-def _format(head: bytes, length: int) -> Callable[[Any, int], Contents]:
-    if not head:
-        raise _Refused("is empty: download or save it again")
-    if head.startswith(b"PK\x03\x04"):
-        return _zip
-    if head.startswith(_LEGACY_MAGIC):
-        return _legacy
-    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= length - 8:
-        return _safetensors
-    if head.startswith(b"\x80"):
-        raise _Refused("is a pickle but not one of torch.save: save the network's state dict with torch.save")
-    if head.startswith(b"version https://git-lfs"):
-        raise _Refused("is a Git LFS pointer, not the weights: run `git lfs pull`")
-    if head.lstrip()[:1] == b"<":
-        raise _Refused("is a web page, not the weights: download the file itself")
-    raise _Refused("not a format that is read here: save the weights as .pth, .safetensors or .npz")
+def _official(contents: Contents, size: tuple[int, ...] | None) -> Weights:
+    """From PyTorch's names and layout."""
+    pieces: dict[str, dict[tuple[int, int], tuple[str, np.ndarray]]] = {}
+    codes: dict[str, np.ndarray] = {}
+    origins: dict[str, list[Entry]] = {}
+    skipped = [Entry("skipped", name, note="no part of the network") for name in contents.ignored]
+    patch = channels = None
+    for name, array in contents.tensors.items():
+        official = name
+        for pattern, plain in _OFFICIAL:
+            official = re.sub(pattern, plain, official)
+        place = _place(official)
+        if official in _CODES["mae"]:
+            codes[official] = array.reshape(array.shape[-2:])
+            origins[official] = [Entry("loaded", name, array.shape)]
+        elif place:
+            leaf, *at = place
+            if tuple(at) in pieces.setdefault(leaf, {}):
+                raise Refused(f"has {name} and {pieces[leaf][at[0], at[1]][0]}, which mean the same: leave one")
+            pieces[leaf][at[0], at[1]] = name, array
+            if official == "patch_embed.proj.weight":
+                if array.ndim < 3:
+                    raise Refused(f"{name} has the shape {array.shape}: only convolutions tell the patch")
+                patch, channels = array.shape[2:], array.shape[1]
+        elif official.startswith(_ESSENTIAL):
+            raise Refused(f"{name} has no place in a masked autoencoder: load a network without it")
+        else:
+            skipped.append(Entry("skipped", name, array.shape, note="no part of the network"))
+
+    leaves = {}
+    for leaf, parts in pieces.items():
+        depth = 1 + max(i for i, _ in parts)
+        if missing := set(range(depth)) - {i for i, _ in parts}:
+            raise Refused(f"lacks block {min(missing)} of {leaf}: download or save it again")
+        turned = {at: _turned(*part) for at, part in parts.items()}
+        layers = [np.concatenate([turned[at] for at in sorted(turned) if at[0] == i], -1) for i in range(depth)]
+        if len({layer.shape for layer in layers}) > 1:
+            raise Refused(f"has blocks of several widths in {leaf}: only equal blocks are read")
+        stacked = "/stack/" in leaf
+        leaves[leaf] = np.stack(layers) if stacked else layers[0]
+        origins[leaf] = [
+            Entry("loaded", name, array.shape, turned[at].shape, f"{leaf}[{at[0]}]" if stacked else leaf)
+            for at, (name, array) in sorted(parts.items())
+        ]
+    if "pos_embed" in codes and "class_token" in leaves:  # a learned code's first row is added to the class token
+        leaves["class_token"] = leaves["class_token"] + codes["pos_embed"][0].astype(np.float32)
+        codes["pos_embed"] = np.concatenate([0 * codes["pos_embed"][:1], codes["pos_embed"][1:]])
+
+    own, width = contents.arguments, leaves.get("class_token", np.empty(0)).shape[-1]
+    heads, decoder_heads = own.get("num_heads"), own.get("decoder_num_heads")
+    published = re.fullmatch(_MODEL, str(own.get("model")))
+    if published and _PUBLISHED[published[1]][0] == width:
+        heads, decoder_heads = _PUBLISHED[published[1]][1], 16
+    norm = own.get("norm_pix_loss")
+    return Weights(
+        path="",
+        sha256="",
+        leaves=leaves,
+        origins=origins,
+        skipped=skipped,
+        codes=codes,
+        size=None if patch is None else _size(codes, patch, size, own.get("img_size")),
+        patch=patch,
+        channels=channels,
+        heads=heads if type(heads) is int else None,
+        decoder_heads=decoder_heads if type(decoder_heads) is int else None,
+        norm_pix_loss=norm if type(norm) is bool else None,
+    )
 
 
-def _check_total(nbytes: int, length: int) -> None:
-    if nbytes > max(HARMLESS_BYTES, EXPANSION * length):
-        raise _Refused(f"claims {nbytes} bytes of tensors, its {length} bytes cannot hold them: download it again")
+def _converted(contents: Contents) -> Weights:
+    """From a file of `save_weights`."""
+    about = json.loads(contents.arguments["jmae"])
+    if about["format"] != FORMAT:
+        raise Refused(f"is of format {about['format']}, read is {FORMAT}: convert the original again")
+    own, patch = (about[name] and tuple(about[name]) for name in ("size", "patch"))
+    counts = {name: about[name] for name in ("channels", "heads", "decoder_heads")}
+    for n in (*(own or ()), *(patch or ()), *counts.values()):
+        if n is not None and (type(n) is not int or n < 1):
+            raise Refused(f"its metadata have {ascii(n)[:20]} for a count: convert the original again")
+    leaves = {name: array for name, array in contents.tensors.items() if name not in _CODES["mae"]}
+    codes = {name: array for name, array in contents.tensors.items() if name not in leaves}
+    origins = {name: [Entry("loaded", name, array.shape, array.shape)] for name, array in contents.tensors.items()}
+    if about["positions"] == "computed":
+        grid, tokens = grid_of(own, patch), zip(_CODES["mae"], ("class_token", "mask_token"), strict=True)
+        widths = {name: leaves[token].shape[-1] for name, token in tokens if token in leaves}
+        if math.prod(grid) > MAX_TOKENS:
+            raise Refused(f"its metadata have the size {own} in patches of {patch}: convert the original again")
+        codes = {name: np.pad(sincos_positions(grid, width), ((1, 0), (0, 0))) for name, width in widths.items()}
+    norm = about["norm_pix_loss"]
+    return Weights("", "", leaves, origins, [], codes, own, patch, **counts, norm_pix_loss=norm)
 
 
-def _safetensors(file: IO[bytes], length: int) -> Contents:
-    with safe_open(file.name, framework="np") as found:
-        return Contents({name: found.get_tensor(name) for name in found.keys()}, found.metadata() or {}, [])
+def _place(official: str) -> tuple[str, int, int] | None:
+    """(parameter's name, number of the block, order among the tensors that are one parameter here)."""
+    module, _, kind = official.rpartition(".")
+    if official in ("cls_token", "mask_token"):
+        return _PLACES[official], 0, 0
+    block = re.fullmatch(r"(blocks|decoder_blocks)\.(\d{1,4})\.(.+)", module)
+    if block and block[3] in _IN_BLOCK:
+        part, order = _IN_BLOCK[block[3]]
+        leaf, number = f"{_STACKS[block[1]]}/{part}", int(block[2])
+    elif module in _PLACES:
+        leaf, number, order = _PLACES[module], 0, 0
+    else:
+        return None
+    kinds = {"weight": "scale" if "norm" in module.rpartition(".")[2] else "kernel", "bias": "bias"}
+    return (f"{leaf}/{kinds[kind]}", number, order) if kind in kinds else None
 
 
-def _zip(file: IO[bytes], length: int) -> Contents:
-    with zipfile.ZipFile(file) as archive:
-        names = archive.namelist()
-        if len(set(names)) < len(names):
-            raise _Refused("holds two files of one name: save it again")
-        if any(name.endswith("/constants.pkl") for name in names):
-            raise _Refused("is a TorchScript program: save its state dict with torch.save")
-        pickles = [name for name in names if re.fullmatch(r"[^/]+/data\.pkl", name)]
-        if len(pickles) == 1:
-            return _torch(archive, pickles[0].removesuffix("data.pkl"), length)
-        if names and all(name.endswith(".npy") for name in names):
-            return _npz(archive, length)
-        raise _Refused("is a zip file of neither torch.save nor numpy.savez: save the weights with one of them")
+def _turned(name: str, array: np.ndarray) -> np.ndarray:
+    """(out, in, *patch) as (*patch * in, out), in float32; tokens, biases and scales as they are."""
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise Refused(f"{name} is {array.dtype}, no real numbers: take weights that are not quantised")
+    if name.endswith("weight") and array.ndim > 1:
+        array = np.moveaxis(array, (0, 1), (-1, -2)).reshape(-1, len(array))
+    with np.errstate(over="ignore"):  # found as not finite
+        return array.astype(np.float32)
 
 
-def _npz(archive: zipfile.ZipFile, length: int) -> Contents:
-    """Arrays by name. Where some are called `state/NAME`, those are the tensors, and small others arguments."""
-    _check_total(sum(entry.file_size for entry in archive.infolist()), length)
-    arrays = {}
-    for entry in archive.infolist():
-        name = entry.filename.removesuffix(".npy")
-        with archive.open(entry) as stream:
-            version = np.lib.format.read_magic(stream)
-            if version not in ((1, 0), (2, 0)):
-                raise _Refused(f"{name} is not a plain array: save it with numpy.savez")
-            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-            shape, fortran, dtype = read(stream)
-            if dtype.kind not in "biuf" or stream.tell() + math.prod(shape) * dtype.itemsize != entry.file_size:
-                raise _Refused(f"{name} is {dtype}{shape}, which its {entry.file_size} bytes are not: save it again")
-            values = np.frombuffer(stream.read(), dtype)
-        arrays[name] = values.reshape(shape, order="F" if fortran else "C")
-    tensors = {name: array for name, array in arrays.items() if name.startswith("state/")}
-    if not tensors:
-        return Contents(arrays, {}, [])
-    others = {name: array for name, array in arrays.items() if name not in tensors}
-    own = {name: array.tolist() for name, array in others.items() if array.size <= 8 and array.ndim <= 1}
-    return Contents(tensors, own, [name for name in others if name not in own])
+def _size(
+    codes: Mapping[str, np.ndarray], patch: tuple[int, ...], given: tuple[int, ...] | None, own: Any
+) -> tuple[int, ...] | None:
+    """The images' size: the file's own, else as given, else from the number of tokens: square, as all 2D ones are, or
+    cubic where the codes agree."""
+    own = tuple(own) if type(own) in (list, tuple) else (own,) * len(patch)
+    size = own if all(type(n) is int for n in own) else given
+    for code in codes.values():
+        n = len(code) - 1
+        side = round(n ** (1 / len(patch)))
+        cube = (side,) * len(patch)
+        if size is not None and math.prod(grid_of(size, patch)) != n:
+            raise Refused(f"has {n} tokens, size {size} in patches of {patch} has others: give the size of its images")
+        if size is None and math.prod(cube) == n and (len(patch) == 2 or _is_code(code, sincos_positions, cube)):
+            size = tuple(side * p for p in patch)
+    return size
 
 
-def _torch(archive: zipfile.ZipFile, root: str, length: int) -> Contents:
-    """The zip form of `torch.save`: a pickle, and the bytes of each storage as a file that is not compressed."""
-    entries = {entry.filename: entry for entry in archive.infolist()}
-    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries.values()):
-        raise _Refused("is compressed, which torch.save never does: save it again with torch.save")
-    if sum(entry.file_size for entry in entries.values()) > length:
-        raise _Refused(f"claims more than its {length} bytes: download it again")
-    if entries[f"{root}data.pkl"].file_size > MAX_PICKLE_BYTES:
-        raise _Refused(f"has a pickle of more than {MAX_PICKLE_BYTES} bytes: save the network's state dict alone")
-    order = archive.read(f"{root}byteorder") if f"{root}byteorder" in entries else b"little"
-    if order not in (b"little", b"big"):
-        raise _Refused(f"has the byte order {order[:20]!r}: save it again with torch.save")
-    value = _unpickle(io.BytesIO(archive.read(f"{root}data.pkl")), {})
-
-    def load(storage: _Storage) -> bytes:
-        entry = entries.get(f"{root}data/{storage.key}")
-        if entry is None or entry.file_size != storage.count * storage.dtype.itemsize:
-            raise _Refused(f"has no data of the right length for storage {storage.key}: download it again")
-        return archive.read(entry)
-
-    return _state(value, load, big=order == b"big", length=length)
+def _is_code(code: np.ndarray, positions: Positions, grid: tuple[int, ...]) -> bool:
+    """Whether a file's code (1 + n, width) is that of `positions`, the class token's zero, up to its own precision."""
+    if len(code) != math.prod(grid) + 1:
+        return False
+    expected = np.pad(positions(grid, code.shape[1]), ((1, 0), (0, 0)))
+    return np.allclose(code.astype(np.float32), expected, rtol=0, atol=max(1e-4, float(jnp.finfo(code.dtype).eps)))
 
 
-_LEGACY_MAGIC = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
+def _with_heads(weights: Weights, heads: int | None, decoder_heads: int | None) -> Weights:
+    """The weights with the given head counts; raises InputError where the file tells others or the width forbids."""
+    known = weights.known()
+    for name, given, width in (("heads", heads, "width"), ("decoder_heads", decoder_heads, "decoder_width")):
+        if given is not None and known.get(name, given) != given:
+            raise InputError(line(weights.path, f"was trained with {known[name]} {name}, not {given}: set that"))
+        count = known.get(name) if given is None else given
+        if count is not None and width in known and (count < 1 or known[width] % count):
+            raise InputError(line(weights.path, f"{count} {name} do not divide its {width} {known[width]}: set others"))
+    return weights._replace(heads=heads or weights.heads, decoder_heads=decoder_heads or weights.decoder_heads)
 
 
-def _legacy(file: IO[bytes], length: int) -> Contents:
-    """The form of `torch.save` before 1.6: magic number, version, system, value and storage keys as pickles, then for
-    each key the number of values and the values."""
-    stream, storages = io.BytesIO(file.read(MAX_PICKLE_BYTES)), dict[str, _Storage]()
-    _, version, system = (_unpickle(stream, {}) for _ in range(3))
-    value, keys = _unpickle(stream, storages), _unpickle(stream, {})
-    if version != 1001 or type(system) is not dict or type(keys) is not list or sorted(storages) != sorted(keys):
-        raise _Refused("is in a form of torch.save that is not known here: save it with a newer PyTorch")
-    places, at = {}, stream.tell()
-    for key in keys:
-        file.seek(at)
-        count, places[key] = int.from_bytes(file.read(8), "little" if system["little_endian"] else "big"), at + 8
-        at = at + 8 + storages[key].count * storages[key].dtype.itemsize
-        if count != storages[key].count or at > length:
-            raise _Refused(f"has no data of the right length for storage {key}: download it again")
-
-    def load(storage: _Storage) -> bytes:
-        file.seek(places[storage.key])
-        return file.read(storage.count * storage.dtype.itemsize)
-
-    return _state(value, load, big=not system["little_endian"], length=length)
+# --- into a network ---------------------------------------------------------------------------------------------------
 
 
-# --- the pickle of torch.save, as data ---------------------------------------------------------------------------------
+def resized(
+    values: np.ndarray,
+    patch: tuple[int, ...],
+    channels: int,
+    to_patch: tuple[int, ...],
+    to_channels: int,
+    *,
+    embedding: bool,
+) -> np.ndarray:
+    """Weights (prod(patch) * channels, ...) of a patch's voxels for patches of another size, channel count or rank.
+
+    Of an embedding, so that the old layer's response stays: to equal channels (their mean, c / c' of it to each), along
+    new last axes to images that are constant there (repeated and divided by the length: Carreira & Zisserman, "Quo
+    Vadis", CVPR 2017, arXiv 1705.07750; axes that go are summed), and to a new patch as the old patch that linear
+    resizing makes of it. Else, of a prediction: the channels' mean, equal along new axes (mean over those that go), and
+    the old patch resized linearly.
+    """
+    x = values.reshape(*patch, channels, -1)
+    rank, to_rank = len(patch), len(to_patch)
+    if channels != to_channels:
+        mean = x.mean(axis=rank, keepdims=True) * (channels / to_channels if embedding else 1)
+        x = np.repeat(mean, to_channels, axis=rank)
+    for axis in range(rank - 1, to_rank - 1, -1):
+        x = x.sum(axis) if embedding else x.mean(axis)
+    for axis in range(rank, to_rank):
+        x = np.repeat(np.expand_dims(x, axis), to_patch[axis], axis=axis) / (to_patch[axis] if embedding else 1)
+    for axis, (old, new) in enumerate(zip(patch, to_patch, strict=False)):
+        if old != new:
+            matrix = _linear(new, old).T if embedding else _linear(old, new)
+            x = np.moveaxis(np.tensordot(matrix, x, (1, axis)), 0, axis)
+    return np.ascontiguousarray(x.reshape(-1, *values.shape[1:]), np.float32)
 
 
-class _Global(NamedTuple):
-    """A name that the pickle refers to; nothing is imported for it."""
-
-    name: str
-
-
-class _Storage(NamedTuple):
-    key: str
-    dtype: np.dtype
-    count: int
+def _linear(n: int, to: int) -> np.ndarray:
+    """(to, n): linear resizing of n samples, cell centres aligned, with a wider triangle where they become fewer."""
+    centres = (np.arange(to) + 0.5) * n / to - 0.5
+    weights = np.maximum(0, 1 - np.abs(np.arange(n) - centres[:, None]) / max(n / to, 1))
+    return weights / weights.sum(1, keepdims=True)
 
 
-class _Tensor(NamedTuple):
-    """A view of a storage, offset and strides in values."""
-
-    storage: _Storage
-    offset: int
-    size: tuple[int, ...]
-    stride: tuple[int, ...]
+def _starts(part: str) -> tuple[str, ...]:
+    if part not in PARTS:
+        raise InputError(f"part {part!r} is unknown: one of {', '.join(PARTS)}")
+    return PARTS[part]
 
 
-class _Record:
-    """What stands for an `argparse.Namespace`: its values, no behaviour."""
-
-    def __init__(self) -> None:
-        self.values: dict[str, Any] = {}
-
-
-BFLOAT16 = np.dtype(jnp.bfloat16)
-_STORAGES = {
-    f"torch {name}Storage": np.dtype(dtype)
-    for name, dtype in {
-        "Double": "f8", "Float": "f4", "Half": "f2", "BFloat16": BFLOAT16, "Long": "i8", "Int": "i4", "Short": "i2",
-        "Char": "i1", "Byte": "u1", "Bool": "?",
-    }.items()
-} | {"torch.storage UntypedStorage": np.dtype("u1")}  # fmt: skip
-_DTYPES = "float16 bfloat16 float32 float64 int8 uint8 int16 int32 int64 bool"
-_ALLOWED = {
-    *_STORAGES,
-    *(f"torch {name}" for name in _DTYPES.split()),
-    "torch Size",
-    "torch._utils _rebuild_tensor",
-    "torch._utils _rebuild_tensor_v2",
-    "torch._utils _rebuild_parameter",
-    "collections OrderedDict",
-    "argparse Namespace",
-}
-_VALUES = set(
-    "BININT BININT1 BININT2 LONG1 LONG4 BINFLOAT BINUNICODE SHORT_BINUNICODE BINUNICODE8 BINSTRING SHORT_BINSTRING "
-    "BINBYTES SHORT_BINBYTES".split()
-)
-_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
-
-
-def _unpickle(stream: IO[bytes], storages: dict[str, _Storage]) -> Any:
-    """The value of one pickle, built of plain data, `_Global`, `_Tensor` and `_Record`; its storages are added to
-    `storages`. Nothing that the pickle names is imported, called or changed."""
-    stack: list[Any] = []
-    marked: list[list[Any]] = []
-    memo: dict[int, Any] = {}
-    for operation, value, at in pickletools.genops(stream):
-        match operation.name:
-            case "PROTO" | "FRAME":
-                pass
-            case "STOP":
-                return stack.pop()
-            case name if name in _VALUES:
-                stack.append(value)
-            case name if name in _CONSTANTS:
-                stack.append(_CONSTANTS[name])
-            case "EMPTY_TUPLE" | "EMPTY_LIST" | "EMPTY_DICT":
-                stack.append({"EMPTY_TUPLE": tuple, "EMPTY_LIST": list, "EMPTY_DICT": dict}[operation.name]())
-            case "TUPLE1" | "TUPLE2" | "TUPLE3":
-                stack.append(tuple(reversed([stack.pop() for _ in range(int(operation.name[-1]))])))
-            case "MARK":
-                marked.append(stack)
-                stack = []
-            case "TUPLE":
-                items, stack = stack, marked.pop()
-                stack.append(tuple(items))
-            case "APPEND":
-                item = stack.pop()
-                _only(stack[-1], list).append(item)
-            case "APPENDS":
-                items, stack = stack, marked.pop()
-                _only(stack[-1], list).extend(items)
-            case "SETITEM":
-                item, key = stack.pop(), stack.pop()
-                _put(stack[-1], [key, item])
-            case "SETITEMS":
-                items, stack = stack, marked.pop()
-                _put(stack[-1], items)
-            case "BINPUT" | "LONG_BINPUT":
-                memo[value] = stack[-1]
-            case "MEMOIZE":
-                memo[len(memo)] = stack[-1]
-            case "BINGET" | "LONG_BINGET":
-                stack.append(memo[value])
-            case "GLOBAL":
-                stack.append(_global(value))
-            case "STACK_GLOBAL":
-                attribute, module = _only(stack.pop(), str), _only(stack.pop(), str)
-                stack.append(_global(f"{module} {attribute}"))
-            case "BINPERSID":
-                stack.append(_storage(stack.pop(), storages))
-            case "REDUCE":
-                given, function = _only(stack.pop(), tuple), _only(stack.pop(), _Global)
-                stack.append(_rebuilt(function.name, given))
-            case "NEWOBJ":
-                given, kind = _only(stack.pop(), tuple), _only(stack.pop(), _Global)
-                if kind.name != "argparse Namespace" or given:
-                    raise _Refused(f"its pickle makes an object of {kind.name}: save the state dict alone")
-                stack.append(_Record())
-            case "BUILD":
-                state = stack.pop()
-                if type(stack[-1]) is _Record:
-                    _put(stack[-1].values, [item for pair in _only(state, dict).items() for item in pair])
-                else:
-                    _only(stack[-1], dict)  # a state dict's `_metadata`, which tells nothing of its tensors
-            case name:
-                raise _Refused(f"its pickle has the operation {name} at byte {at}: save it again with torch.save")
-    raise AssertionError("unreachable: genops ends with STOP or an exception")
+def _fitted(
+    weights: Weights,
+    part: str,
+    size: tuple[int, ...] | None,
+    patch: tuple[int, ...] | None,
+    channels: int | None,
+    positions: Positions,
+    adapt: bool,
+) -> tuple[dict[str, np.ndarray], list[Entry], list[str]]:
+    """(leaves at the network's patch and channels, what became of the position codes, what does not fit)."""
+    leaves, report, problems = dict(weights.leaves), list[Entry](), list[str]()
+    if patch is None or channels is None or weights.patch is None or weights.channels is None:
+        raise InputError(line(weights.path, "has no patch embedding: load the part blocks"))
+    if size is None:
+        raise InputError(line(weights.path, "does not tell the grid of its tokens: write --size, or give size"))
+    if (patch, channels) != (weights.patch, weights.channels):
+        if not adapt:
+            theirs, ours = f"{weights.patch} with {weights.channels} channels", f"{patch} with {channels}"
+            problems.append(f"its patches are {theirs}, the network's {ours} (adapt resizes them)")
+        else:
+            sizes = weights.patch, weights.channels, patch, channels
+            leaves["patch_embed/kernel"] = resized(leaves["patch_embed/kernel"], *sizes, embedding=True)
+            for name in leaves.keys() & {"predict/kernel", "predict/bias"} if part == "mae" else ():
+                leaves[name] = resized(leaves[name].T, *sizes, embedding=False).T
+    grid = grid_of(size, patch)
+    for name in _CODES[part]:
+        code = weights.codes.get(name)
+        entries = weights.origins.get(name, [])
+        if code is None:
+            if not adapt:
+                problems.append(f"it has no position code {name} (adapt keeps the network's)")
+        elif _is_code(code, positions, grid):
+            report += [entry._replace(target=code.shape, note="equals the network's code") for entry in entries]
+        elif not adapt:
+            problems.append(f"{name} {code.shape} is not the network's code of {grid} (adapt keeps the network's)")
+        elif weights.size and _is_code(code, sincos_positions, grid_of(weights.size, weights.patch)):
+            there, note = (math.prod(grid) + 1, code.shape[1]), f"computed for {grid}"
+            report += [entry._replace(status="resized", target=there, note=note) for entry in entries]
+        else:
+            note = "another code than the network's, which stays"
+            report += [entry._replace(status="skipped", note=note) for entry in entries]
+    return leaves, report, problems
 
 
-def _only(value: Any, kind: type) -> Any:
-    """The value, if it is of exactly this type: a subclass could stand for anything."""
-    if type(value) is not kind:
-        raise _Refused(f"its pickle has {type(value).__name__} for {kind.__name__}: save it again with torch.save")
-    return value
+def load_weights(
+    source: str | os.PathLike | Weights,
+    target: PyTree,
+    *,
+    part: str = "mae",
+    heads: int | None = None,
+    decoder_heads: int | None = None,
+    size: tuple[int, ...] | None = None,
+    patch: tuple[int, ...] | None = None,
+    channels: int | None = None,
+    positions: Positions = sincos_positions,
+    adapt: bool = False,
+) -> tuple[PyTree, list[Entry]]:
+    """A network's parameters with those of a file in their places, and what became of every tensor.
+
+    `encoder` is class token, patch embedding, blocks and last norm; `blocks` the encoder's blocks and nothing else.
+    The file's position codes must be those of the network. With `adapt` they need not, and the network keeps its own;
+    and patch embedding and prediction are `resized` to another patch, channel count or rank. A decoder that was
+    trained on normalised patches is warned of.
+
+    Args:
+        source: a file, or what `read_weights` made of one.
+        target: nested dict of the network's parameters, arrays or ShapeDtypeStructs. What is not loaded stays as it
+            is; what is loaded are NumPy arrays.
+        heads, decoder_heads: the network's; None: the file's.
+        size, patch, channels: the network's; None: the file's.
+        positions: the network's.
+
+    Raises:
+        InputError: a tensor of the part is missing or of another shape, codes or head counts differ, or neither side
+            tells the head counts.
+    """
+    weights = source if isinstance(source, Weights) else read_weights(source)
+    weights, starts = _with_heads(weights, heads, decoder_heads), _starts(part)
+    within = lambda name: name.startswith(starts)
+    if part == "mae" and not any(name.startswith("decoder/") for name in weights.leaves):
+        raise InputError(line(weights.path, "has no decoder: load the part encoder or blocks"))
+    if weights.heads is None or (part == "mae" and weights.decoder_heads is None):
+        raise InputError(
+            line(weights.path, "does not tell its head counts: give heads and decoder_heads (--heads, --decoder-heads)")
+        )
+    leaves, report, problems = dict(weights.leaves), list[Entry](), list[str]()
+    if part != "blocks":
+        patch = tuple(patch) if patch else weights.patch
+        size = tuple(size) if size else weights.size
+        channels = channels or weights.channels
+        leaves, report, problems = _fitted(weights, part, size, patch, channels, positions, adapt)
+
+    flat, structure = jax.tree_util.tree_flatten_with_path(target)
+    names = ["/".join(str(step.key) for step in path) for path, _ in flat]
+    for name, (_, leaf) in zip(names, flat, strict=True):
+        if not within(name):
+            report.append(Entry("kept", name, None, leaf.shape))
+        elif name not in leaves:
+            problems.append(f"{name} is missing, the network's is {leaf.shape}")
+        elif leaves[name].shape != leaf.shape:
+            problems.append(f"{name} is {leaves[name].shape}, the network's is {leaf.shape}")
+    problems += [f"{name} has no place in the network" for name in leaves.keys() - set(names) if within(name)]
+    if problems:
+        more = f"; {len(problems) - 4} more" if len(problems) > 4 else ""
+        remedy = "set the network's sizes to the file's, or load a smaller part"
+        raise InputError(line(weights.path, f"does not fit: {'; '.join(problems[:4])}{more}: {remedy}"))
+
+    if part == "mae":
+        _warn_of_normalised_patches(weights)
+    for name, entries in weights.origins.items():
+        if name in _CODES[part]:
+            continue
+        if name not in leaves or not within(name):
+            report += [entry._replace(status="skipped", target=None, note=f"not of part {part}") for entry in entries]
+        elif leaves[name] is not weights.leaves[name]:
+            report += [entry._replace(status="resized", target=leaves[name].shape) for entry in entries]
+        else:
+            report += entries
+    values = [leaves[n].astype(leaf.dtype) if within(n) else leaf for n, (_, leaf) in zip(names, flat, strict=True)]
+    return jax.tree_util.tree_unflatten(structure, values), report + weights.skipped
 
 
-def _put(target: Any, items: Sequence[Any]) -> None:
-    for key, item in zip(items[::2], items[1::2], strict=True):
-        if type(key) not in (str, int, float, bool, bytes, type(None)):  # a deep tuple's hash overflows the C stack
-            raise _Refused(f"its pickle has a dict key of type {type(key).__name__}: save the state dict alone")
-        _only(target, dict)[key] = item
+def _warn_of_normalised_patches(weights: Weights) -> None:
+    if weights.norm_pix_loss is not False:
+        if weights.norm_pix_loss:
+            what = "was trained on normalised patches, so it predicts"
+        else:
+            what = "was perhaps trained on normalised patches (the file does not say), then it predicts"
+        remedy = "train it further, or take weights for pixels (facebookresearch's are called 'visualize')"
+        log(line(weights.path, f"warning: its decoder {what} patches of mean 0 and variance 1, no pixels: {remedy}"))
 
 
-def _global(name: str) -> _Global:
-    if name not in _ALLOWED:
-        known = ascii(name[:80])[1:-1].replace(" ", ".")
-        raise _Refused(f"its pickle asks for {known}, which is not loaded: save the network's state dict alone")
-    return _Global(name)
+def summary(report: Sequence[Entry]) -> str:
+    """How many tensors were loaded, resized, skipped and kept, in words."""
+    counts = {status: 0 for status in ("loaded", "resized", "skipped", "kept")}
+    for entry in report:
+        counts[entry.status] += 1
+    return ", ".join(f"{n} {status}" for status, n in counts.items())
 
 
-def _storage(named: Any, storages: dict[str, _Storage]) -> _Storage:
-    """The storage that a persistent id means: ("storage", type, key, device, count), in the old form with None."""
-    if len(_only(named, tuple)) not in (5, 6) or _only(named[0], str) != "storage" or named[5:] not in ((), (None,)):
-        raise _Refused("its pickle refers to something that is no storage: save it with a newer PyTorch")
-    kind, key, count = _only(named[1], _Global), _only(named[2], str), _only(named[4], int)
-    if kind.name not in _STORAGES or not re.fullmatch("[0-9]{1,20}", key) or not 0 <= count <= MAX_COUNT:
-        raise _Refused(f"its pickle has a storage {ascii(key[:20])} of {kind.name}: save it again with torch.save")
-    storage = _Storage(key, _STORAGES[kind.name], count)
-    if storages.setdefault(key, storage) != storage:
-        raise _Refused(f"storage {key} has two types or lengths: save it again with torch.save")
-    return storage
+def table(report: Sequence[Entry]) -> str:
+    """A line for every tensor, in columns."""
+    shape = lambda x: "-" if x is None else "x".join(map(str, x)) or "scalar"
+    rows = [("", "tensor", "in the file", "here", "what")]
+    rows += [(e.status, e.name, shape(e.source), shape(e.target), e.note) for e in report]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 
 
-def _rebuilt(function: str, given: tuple[Any, ...]) -> Any:
-    """What the allowed functions would return, as data."""
-    match function, len(given):
-        case "collections OrderedDict", 0:
-            return {}
-        case "torch Size", 1:
-            return _only(given[0], tuple)
-        case "torch._utils _rebuild_parameter", 3:
-            return _only(given[0], _Tensor)
-        case ("torch._utils _rebuild_tensor", 4) | ("torch._utils _rebuild_tensor_v2", 6 | 7):
-            if given[6:] not in ((), (None,), ({},)):
-                raise _Refused("has a conjugate or negated view: save it with .resolve_neg()")
-            return _view(*given[:4])
-    raise _Refused(f"its pickle calls {function.replace(' ', '.')} with {len(given)} values: save the state dict alone")
+# --- converted files --------------------------------------------------------------------------------------------------
 
 
-def _view(storage: Any, offset: Any, size: Any, stride: Any) -> _Tensor:
-    """A tensor that lies within its storage and is no larger than it."""
-    _only(storage, _Storage)
-    numbers = [_only(n, int) for n in (offset, *_only(size, tuple), *_only(stride, tuple))]
-    inside = len(size) == len(stride) <= 32 and all(0 <= n <= MAX_COUNT for n in numbers)
-    if inside and 0 not in size:
-        last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
-        inside = last < storage.count and math.prod(size) <= storage.count
-    if not inside:
-        raise _Refused(f"has a tensor that exceeds its storage {storage.key}: download or save it again")
-    return _Tensor(storage, offset, size, stride)
+def save_weights(path: str | os.PathLike, weights: Weights, params: PyTree, part: str = "mae") -> None:
+    """Writes a part of a network's parameters and what `MAE` has to know of them; `read_weights` reads it.
+
+    The file has its name only when whole. `weights` is where they come from.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    out = Path(path)
+    flat, _ = jax.tree_util.tree_flatten_with_path(params)
+    named = {"/".join(str(step.key) for step in path): leaf for path, leaf in flat}
+    tensors = {name: np.ascontiguousarray(v) for name, v in named.items() if name.startswith(_starts(part))}
+    about: dict[str, Any] = {"format": FORMAT, "part": part, "source_sha256": weights.sha256}
+    about |= dict.fromkeys(("size", "patch", "channels", "positions", "decoder_heads"))
+    about |= {"heads": weights.heads, "norm_pix_loss": weights.norm_pix_loss}
+    if part != "blocks":
+        computed = weights.positions(part) is sincos_positions
+        about |= {"size": weights.size, "patch": weights.patch, "channels": weights.channels}
+        about |= {"positions": "computed" if computed else "own"}
+        own = {} if computed else {name: weights.codes[name] for name in _CODES[part] if name in weights.codes}
+        tensors |= {name: code.astype(np.float32) for name, code in own.items()}
+    if part == "mae":
+        about |= {"decoder_heads": weights.decoder_heads}
+    temporary = out.with_name(f".{out.name}.tmp")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            save_file(tensors, temporary, {"jmae": json.dumps(about)})
+            os.replace(temporary, out)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except (OSError, SafetensorError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise InputError(line(out, f"not written ({why}): free space or change the folder")) from None
 
 
-def _state(value: Any, load: Callable[[_Storage], bytes], *, big: bool, length: int) -> Contents:
-    """Tensors of the state dict in a pickle's value, or in its `model`, `state_dict`, `module` or `net`; the plain
-    values of `args` beside it; names of the rest."""
-    own, ignored, prefix = {}, [], ""
-    while type(value) is dict and not any(type(item) is _Tensor for item in value.values()):
-        inner = next((key for key in ("model", "state_dict", "module", "net") if type(value.get(key)) is dict), None)
-        if inner is None:
-            break
-        for key in value.keys() - {inner}:
-            if key in ("args", "config", "hyper_parameters") and type(value[key]) in (dict, _Record):
-                found = value[key] if type(value[key]) is dict else value[key].values
-                own |= {k: v for k, v in found.items() if type(k) is str and _plain(v)}
-            else:
-                ignored.append(f"{prefix}{key}")
-        value, prefix = value[inner], f"{prefix}{inner}."
-    if type(value) is not dict:
-        raise _Refused("holds no state dict: save the network's state dict with torch.save")
-    views = {_only(name, str): item for name, item in value.items() if type(item) is _Tensor}
-    ignored += [f"{prefix}{name}" for name in value if name not in views]
-    _check_total(sum(math.prod(v.size) * v.storage.dtype.itemsize for v in views.values()), length)
+def main(argv: list[str]) -> None:
+    sources, flags, words = [], [], iter(argv)
+    for word in words:
+        if word.startswith("-"):
+            flags += [word] if "=" in word or word in ("--help", "-h") else [word, *islice(words, 1)]
+        else:
+            sources.append(word)
+    given = arguments(flags, __doc__, ["out", "part", "heads", "decoder-heads", "size"])
+    if len(sources) != 1 or "out" not in given:
+        raise InputError("name one checkpoint and its copy: python -m jmae.weights SOURCE --out=FILE.safetensors")
+    source, out, part = Path(sources[0]), Path(given["out"]), given.get("part", "mae")
+    _starts(part)
+    if out.suffix != ".safetensors" or out.resolve() == source.resolve():
+        raise InputError(f"--out={out}: write another name than the source's, ending in .safetensors")
+    heads, decoder_heads = (typed(n, given[n], 0) if n in given else None for n in ("heads", "decoder-heads"))
+    size = typed("size", given["size"], (0,)) if "size" in given else None
+    weights = read_weights(source, heads=heads, decoder_heads=decoder_heads, size=size)
 
-    flat: dict[str, np.ndarray] = {}
-    tensors = {}
-    for name, view in views.items():
-        key, dtype = view.storage.key, view.storage.dtype
-        if key not in flat:
-            stored = np.dtype("u2") if dtype == BFLOAT16 else dtype
-            raw = np.frombuffer(load(view.storage), stored.newbyteorder(">" if big else "<"))
-            flat[key] = raw.astype(stored, copy=False).view(dtype)
-        steps = [step * dtype.itemsize for step in view.stride]
-        start = flat[key][view.offset :] if 0 not in view.size else flat[key][:0]
-        tensors[name] = np.lib.stride_tricks.as_strided(start, view.size, steps, writeable=False)
-    return Contents(tensors, own, sorted(ignored))
+    # A network of the file's own sizes; what the file does not have is not written, and may have any size.
+    any_size: dict[str, Any] = {"size": weights.patch or (1,), "patch": (1,), "channels": 1, "heads": 1}
+    any_size |= {"decoder_width": 2, "decoder_depth": 1, "decoder_heads": 1}
+    make = lambda: nnx.to_pure_dict(nnx.state(MAE(**(any_size | weights.known()), rngs=nnx.Rngs(0)), nnx.Param))
+    positions = sincos_positions if part == "blocks" else weights.positions(part)
+    params, report = load_weights(weights, nnx.eval_shape(make), part=part, positions=positions)
+    if positions is not sincos_positions:
+        log(
+            line(
+                source, "warning: its position codes are its own, not the computed ones: to load it, adapt or take them"
+            )
+        )
+    save_weights(out, weights, params, part)
+    report = [entry for entry in report if entry.status != "kept"]
+    print(table(report))
+    print(f"{out}: {part} of {source}: {summary(report)}")
 
 
-def _plain(value: Any) -> bool:
-    items = value if type(value) in (list, tuple) else [value]
-    return all(type(item) in (bool, int, float, str, type(None)) for item in items)
+if __name__ == "__main__":
+    sys.exit(exit_code(main))

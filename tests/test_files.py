@@ -906,6 +906,32 @@ def test_a_map_of_a_picture_is_a_32_bit_tiff(tmp_path):
         write_map(tmp_path / "a", values.T, read_image(tmp_path / "a.png"))
 
 
+def test_a_map_of_several_channels_is_one_file_on_the_same_grid(tmp_path):
+    image = read_image(nifti(tmp_path / "a.nii", pixdim=(1, 0.7, 0.8, 2.5, 9)))  # as written from a series in time
+    values = RNG.normal(size=(6, 5, 4, 2)).astype("f4")
+    elsewhere = Image(image.array, image.spacing, AFFINE, None)
+    unplaced = Image(image.array, (0.5, 1.0, 2.0), None, None)
+    for like, affine in ((image, AFFINE), (elsewhere, AFFINE), (unplaced, None)):
+        written = nib.load(write_map(tmp_path / "m", values, like))
+        np.testing.assert_array_equal(written.get_fdata(dtype=np.float32), values)
+        if affine is not None:
+            np.testing.assert_allclose(written.affine, affine, atol=1e-6)
+        assert written.header.get_zooms()[:3] == pytest.approx(like.spacing) and written.header.get_zooms()[3] == 1
+        single = nib.load(write_map(tmp_path / "m", values[..., :1], like))
+        np.testing.assert_array_equal(single.get_fdata(dtype=np.float32), values[..., 0])
+    for shape in ((6, 5), (5, 6, 4, 2), (6, 5, 4, 1, 2)):
+        with pytest.raises(ValueError, match="for an image of size"):
+            write_map(tmp_path / "m", np.zeros(shape), image)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4, 7])
+def test_a_picture_of_several_channels_is_a_tiff_with_channels_last(tmp_path, channels):
+    values = RNG.normal(size=(7, 5, channels)).astype("f4")
+    path = write_map(tmp_path / "a", values, read_image(saved(tmp_path / "a.png", png(GREY))))
+    np.testing.assert_array_equal(read(path).array, values)
+    assert tifffile.imread(path).shape == ((7, 5, channels) if channels > 1 else (7, 5))
+
+
 def test_equal_maps_are_equal_files(tmp_path):
     image = read_image(nifti(tmp_path / "a.nii"))
     first = write_map(tmp_path / "b", VOLUME, image).read_bytes()

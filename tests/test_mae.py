@@ -16,6 +16,7 @@ from jmae.nn.mae import MAE
 from jmae.nn.transformer import gelu
 from jmae.optim import adamw
 from jmae.patches import grid_of, patchify, sincos_positions, unpatchify
+from jmae.weights import load_weights, read_weights
 
 jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # half the time to compile
 GOLDEN = Path(__file__).parent / "golden"
@@ -28,68 +29,19 @@ def structure(**arguments):
     return graph, jax.tree.map(jnp.shape, nnx.to_pure_dict(state))
 
 
-def from_official(state, depth, decoder_depth):
-    """The official state dict as jmae's parameters: dense kernels transposed, equal blocks stacked, the
-    convolution's (out, in, *patch) as (*patch in, out)."""
-    dense = lambda name: {"kernel": state[f"{name}.weight"].T, "bias": state[f"{name}.bias"]}
-    norm = lambda name: {"scale": state[f"{name}.weight"], "bias": state[f"{name}.bias"]}
-
-    def blocks(name, depth):
-        layers = [
-            {
-                "norm1": norm(f"{name}.{i}.norm1"),
-                "qkv": dense(f"{name}.{i}.attn.qkv"),
-                "out": dense(f"{name}.{i}.attn.proj"),
-                "norm2": norm(f"{name}.{i}.norm2"),
-                "fc1": dense(f"{name}.{i}.mlp.fc1"),
-                "fc2": dense(f"{name}.{i}.mlp.fc2"),
-            }
-            for i in range(depth)
-        ]
-        return {"stack": jax.tree.map(lambda *leaves: np.stack(leaves), *layers)}
-
-    conv = state["patch_embed.proj.weight"]
-    return {
-        "class_token": state["cls_token"],
-        "mask_token": state["mask_token"],
-        "patch_embed": {
-            "kernel": np.moveaxis(conv, [0, 1], [-1, -2]).reshape(-1, len(conv)),
-            "bias": state["patch_embed.proj.bias"],
-        },
-        "encoder": blocks("blocks", depth),
-        "encoder_norm": norm("norm"),
-        "decoder_embed": dense("decoder_embed"),
-        "decoder": blocks("decoder_blocks", decoder_depth),
-        "decoder_norm": norm("decoder_norm"),
-        "predict": dense("decoder_pred"),
-    }
-
-
 @pytest.fixture(scope="module", params=["mae2d", "mae3d"])
 def golden(request):
-    with np.load(GOLDEN / f"{request.param}.npz") as file:
-        gold = {name: file[name] for name in file.files}
-    state = {name.removeprefix("state/"): gold[name] for name in gold if name.startswith("state/")}
-    depths = int(gold["depth"]), int(gold["decoder_depth"])
-    codes = {x.shape[-1]: x[0, 1:] for x in (state["pos_embed"], state["decoder_pos_embed"])}
-    size, patch = tuple(gold["img_size"].tolist()), tuple(gold["patch_size"].tolist())
+    file = GOLDEN / f"{request.param}.npz"
+    with np.load(file) as arrays:
+        gold = {name: arrays[name] for name in arrays.files}
+    codes = {x.shape[-1]: x[0, 1:] for x in (gold["state/pos_embed"], gold["state/decoder_pos_embed"])}
+    weights = read_weights(file)
+    config = weights.config()
     image = np.ascontiguousarray(np.moveaxis(gold["image"], 1, -1))
-    graph, shapes = structure(
-        size=size,
-        patch=patch,
-        channels=image.shape[-1],
-        width=state["cls_token"].shape[-1],
-        depth=depths[0],
-        heads=int(gold["num_heads"]),
-        decoder_width=state["mask_token"].shape[-1],
-        decoder_depth=depths[1],
-        decoder_heads=int(gold["decoder_num_heads"]),
-        positions=lambda grid, width: codes[width],
-    )
-    params = from_official(state, *depths)
-    assert shapes == jax.tree.map(np.shape, params)
+    graph, state = nnx.split(nnx.eval_shape(lambda: MAE(**config, rngs=nnx.Rngs(0))))
+    params, _ = load_weights(weights, nnx.to_pure_dict(state), positions=config["positions"])
     kept = visible_tokens(gold["noise"].shape[1], float(gold["mask_ratio"]))
-    return gold, codes, size, patch, image, nnx.merge(graph, params), kept
+    return gold, codes, config["size"], config["patch"], image, nnx.merge(graph, params), kept
 
 
 def test_official_codes_latent_prediction_loss_and_reconstruction_are_reproduced(golden):

@@ -117,6 +117,68 @@ def test_boxes_that_are_none_are_refused(tmp_path, boxes):
     assert f"line 2: boxes '{boxes}'" in line
 
 
+def test_series_of_contrast_are_paths_and_the_midline_is_carried_along(tmp_path):
+    path = manifest(
+        tmp_path, "a,P,test,0,a;b,,,b,p1; p2,middle,second", "b,Q,test,0,c,,,,,,", head=f"{HEAD},pre,post,midline,half"
+    )
+    first, second = read_manifest(path)
+    assert first.pre == (f"{tmp_path}/b",) and first.post == (f"{tmp_path}/p1", f"{tmp_path}/p2")
+    assert first.extra == {"midline": "middle", "half": "second"}
+    assert second.pre == second.post == () and second.extra == {"midline": "", "half": ""}
+    assert read_manifest(manifest(tmp_path, *GOOD[:1]))[0].pre == ()
+
+
+@pytest.mark.parametrize(
+    "pre, post", [("a", ""), ("", "b"), ("a;b", "c"), ("a", "b;"), ("a", ";"), ("a", "b;b"), ("a", "a;b"), (";", "b")]
+)
+def test_series_before_and_after_contrast_come_together(tmp_path, pre, post):
+    (line,) = problems(manifest(tmp_path, f"x,P,test,0,x.png,,,{pre},{post}", head=f"{HEAD},pre,post"))
+    assert line.startswith(f"line 2: pre {pre!r} with post {post!r}: name one")
+
+
+@pytest.mark.parametrize(
+    "midline, half, word",
+    [
+        ("12", "", ""),
+        ("12.5", "first", ""),
+        ("middle", "second", ""),
+        ("centre", "", "midline 'centre'"),
+        ("-3", "", "midline '-3'"),
+        ("0", "", "midline '0'"),
+        ("nan", "", "midline 'nan'"),
+        ("inf", "", "midline 'inf'"),
+        ("12", "left", "half 'left'"),
+        ("", "first", "half 'first', midline ''"),
+    ],
+)
+def test_midline_and_half_are_checked(tmp_path, midline, half, word):
+    path = manifest(tmp_path, f"x,P,test,0,x.nii,,,{midline},{half}", head=f"{HEAD},midline,half")
+    if word:
+        (line,) = problems(path)
+        assert f"line 2: {word}" in line
+    else:
+        assert read_manifest(path)[0].extra == {"midline": midline, "half": half}
+
+
+def test_a_series_of_contrast_in_two_splits_is_a_leak(tmp_path):
+    rows = ["a,P,train,0,a.nii,,,,", "b,Q,test,0,b.nii,,,a.nii,c.nii"]
+    (line,) = problems(manifest(tmp_path, *rows, head=f"{HEAD},pre,post"))
+    assert "a.nii' is in train and test" in line
+
+
+def test_misspelt_further_columns_are_named_and_other_words_are_not(tmp_path):
+    head = f"{HEAD},Pre,posts,mid_line,Half"
+    assert problems(manifest(tmp_path, head=head)) == [
+        "column 'pre' is missing: rename 'Pre'",
+        "column 'post' is missing: rename 'posts'",
+        "column 'midline' is missing: rename 'mid_line'",
+        "column 'half' is missing: rename 'Half'",
+    ]
+    further = "preop,post_id,host,calf"
+    (row,) = read_manifest(manifest(tmp_path, "a,P,test,0,a.png,,,1,2,3,4", head=f"{HEAD},{further}"))
+    assert list(row.extra) == further.split(",")
+
+
 def test_a_missing_column_is_named_with_the_nearest_one(tmp_path):
     lines = problems(manifest(tmp_path, head="ID,patients,split,label,images,mask,boxs"))
     assert lines == [
@@ -294,3 +356,27 @@ def test_names_with_spaces_and_other_scripts_are_opened(folder):
     with open(folder / "m.csv", "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([COLUMNS, ("x", "P", "test", "0", "胸部, снимок é.png", "", "")])
     assert check_files(read_manifest(folder / "m.csv"), workers=1) == []
+
+
+def test_series_of_contrast_are_opened_but_may_lie_on_other_grids(folder):
+    rows = [
+        "x,P,test,0,a.png,,,b.png,wide.png",
+        "y,Q,test,0,n1.png,,,bad.png,none.png;wide.png",
+        "z,R,test,0,bad.png,,,bad.png,t1.png",
+    ]
+    lines = checked(folder, *rows, head=f"{HEAD},pre,post")
+    assert [line.split(" ")[:2] for line in lines] == [
+        ["y:", f"{folder}/bad.png:"],
+        ["y:", f"{folder}/none.png:"],
+        ["z:", f"{folder}/bad.png:"],
+    ]
+    lines = checked(folder, *rows[:2], head=f"{HEAD},pre,post", decode=False)
+    assert [line.split(" ")[:2] for line in lines] == [["y:", f"{folder}/none.png:"]]
+
+
+def test_channels_on_other_grids_pass_where_the_reader_joins_them(folder):
+    row = "x,P,test,0,a.png;wide.png,,"
+    joined = lambda paths: Image(np.zeros((7, 5, len(paths)), np.float32), None, None, None)
+    for decode in (True, False):
+        assert "size (5, 7)" in checked(folder, row, decode=decode)[0]
+        assert checked(folder, row, decode=decode, read=joined) == []

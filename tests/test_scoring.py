@@ -21,9 +21,7 @@ def test_the_minimum_filter_is_scipys(size):
 def test_an_infinite_rim_is_as_if_it_were_not_there():
     image = np.random.default_rng(1).normal(size=(1, 6, 5, 4, 1)).astype(np.float32)
     rim = np.pad(image, [(0, 0), (0, 3), (0, 2), (0, 2), (0, 0)], constant_values=np.inf)
-    np.testing.assert_array_equal(
-        minimum_filter(rim, (3, 3, 2))[:, :6, :5, :4], minimum_filter(image, (3, 3, 2))
-    )
+    np.testing.assert_array_equal(minimum_filter(rim, (3, 3, 2))[:, :6, :5, :4], minimum_filter(image, (3, 3, 2)))
 
 
 def test_the_top_mean_is_over_the_highest_share_of_the_region():

@@ -690,6 +690,7 @@ def _stacked(slices: list[_Slice]) -> tuple[list[_Slice], np.ndarray]:
     row, column = slices[0].place["ImageOrientationPatient"].reshape(2, 3)  # the directions in which i and j grow
     if abs(row @ row - 1) > 1e-2 or abs(column @ column - 1) > 1e-2 or abs(row @ column) > 1e-2:
         raise _Refused(f"its orientation {(*row, *column)} is not of two perpendicular directions: export it again")
+    row, column = row / np.linalg.norm(row), column / np.linalg.norm(column)  # written with few decimals
     normal = np.cross(row, column)
     slices = sorted(slices, key=lambda s: float(s.place["ImagePositionPatient"] @ normal))
     positions = np.array([s.place["ImagePositionPatient"] for s in slices])
@@ -701,7 +702,7 @@ def _stacked(slices: list[_Slice]) -> tuple[list[_Slice], np.ndarray]:
             raise InputError(_line(after.file, problem))
     usual = float(np.sort(gaps)[(len(gaps) - 1) // 2])  # of two distances the smaller: the other misses a slice
     worst = int(np.argmax(np.abs(gaps - usual)))
-    if abs(gaps[worst] - usual) > max(UNEVEN * usual, ROUNDING_MM):
+    if abs(gaps[worst] - usual) > min(max(UNEVEN * usual, ROUNDING_MM), OFF_GRID_VOXELS * usual):
         what = "a slice is missing" if gaps[worst] > usual else "its slices lie unevenly"
         raise _Refused(
             f"{what} between {at[worst]:.2f} and {at[worst + 1]:.2f} mm, {gaps[worst]:.2f} mm apart where most are "

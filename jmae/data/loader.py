@@ -123,7 +123,9 @@ def load_rows(config: ConfigDict, log: Callable[[str], None] = print) -> list[Ro
     data = config.data
     if data.manifest:
         rows, ignored, problems = parse_manifest(Path(data.manifest), normal_crops_only=data.normal_crops_only)
-        problems += check_files(rows, workers=WORKERS, use=partial(usable, size=data.size, channels=data.channels))
+        use = partial(usable, size=data.size, channels=data.channels)
+        read = partial(read_volume, data=data) if "join" in data else read_image
+        problems += check_files(rows, workers=WORKERS, use=use, read=read)
         if problems:
             raise InputError("\n".join(problems))
         log(f"{data.manifest}: {summary(rows, ignored)}")

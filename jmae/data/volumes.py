@@ -10,7 +10,7 @@ in which an index grows, L or R, P or A, S or I.
 import itertools
 from collections.abc import Iterable, Sequence
 from functools import lru_cache, partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -120,7 +120,7 @@ class Grid(NamedTuple):
         array = array.transpose(*self.own_axes, *range(rank, array.ndim))
         return array[tuple(slice(None, None, -1 if flipped else 1) for flipped in self.flipped)]
 
-    def _own(self, axis: int, w):
+    def _own(self, axis: int, w: Any) -> Any:
         """The mirrored own coordinate of working coordinates `w`."""
         own = self.own_size[self.own_axes[axis]]
         return (w + self.origin[axis] - (self.full[axis] - 1) / 2) * self.step[axis] + (own - 1) / 2
@@ -363,7 +363,7 @@ def chest_box(
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """(origin, size) in voxels of the box around `region`, by the rule of MAEMI's code; it may leave the image.
 
-    The bounding box is clamped to `least` and `most` mm: an axis P or A keeps its anterior end, the others their centre.
+    The bounding box is clamped to `least` and `most` mm: an axis P or A keeps its anterior end, any other its centre.
     Where `lesion` sticks out, that side is moved to the lesion and `margin` mm more.
     """
     origin, size = [], []
@@ -391,8 +391,9 @@ def _ends(mask: np.ndarray, axis: int) -> tuple[int, int]:
 
 
 def boxes_mask(boxes: Iterable[Sequence[float]], size: tuple[int, ...]) -> np.ndarray:
-    """bool (*size) of a manifest's boxes: x0 y0 z0 x1 y1 z1 along i, j, k; in 2D x along the columns. Half-open, rounded
-    to voxels, of which each keeps at least one."""
+    """bool (*size) of a manifest's boxes: x0 y0 z0 x1 y1 z1 along i, j, k; in 2D x along the columns.
+
+    Half-open, rounded to voxels, of which each box keeps at least one."""
     mask = np.zeros(size, bool)
     for box in boxes:
         low, high = np.floor(np.reshape(box, (2, len(size))) + 0.5).astype(int)

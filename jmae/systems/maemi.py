@@ -42,7 +42,9 @@ def build(config: ConfigDict) -> System:
     filtered, ratio = tuple(evaluation.filter), evaluation.mask_ratio
     low, high = data.clip
     if len(size) != len(stride) or len(size) != len(filtered):
-        raise InputError(f"data.size {size}, evaluation.stride {stride} and evaluation.filter {filtered}: a value an axis")
+        raise InputError(
+            f"data.size {size}, evaluation.stride {stride} and evaluation.filter {filtered}: a value an axis"
+        )
     if any(not 0 < s <= w for s, w in zip(stride, size, strict=True)) or evaluation.repeats < 1:
         raise InputError(f"evaluation.stride {stride} is from 1 to data.size {size}, evaluation.repeats 1 or more")
     if evaluation.error not in ("all", "hidden"):

@@ -5,8 +5,8 @@
 
 PyTorch's network at random weights, its position codes the official ones, is saved as safetensors, by its state dict
 and by `save_pretrained`, whose names differ; `jmae.weights` reads both. Both networks then see the same images and the
-same noise, in float32 on the CPU. ViTMAE's norms add 1e-12 to the variance as its default, ours 1e-6 as the official code;
-"eps" names which one PyTorch's had. Printed are the largest absolute differences.
+same noise, in float32 on the CPU. ViTMAE's norms add 1e-12 to the variance by default, ours 1e-6 as the official code
+does; "eps" is what PyTorch's had. Printed are the largest absolute differences.
 """
 
 import argparse

@@ -24,7 +24,7 @@ from safetensors import safe_open
 
 from jmae.errors import InputError
 
-MAX_PICKLE_BYTES = 2**22  # ViT-H with its optimiser takes 2**19
+MAX_PICKLE_BYTES = 2**21  # ViT-H with its optimiser takes 2**18; lists alone would fill 2**28 bytes of memory
 MAX_VALUES = 2**40  # of a storage; larger numbers are lies
 HARMLESS_BYTES = 2**26
 EXPANSION = 4  # bytes of tensors to bytes of file: weights hardly compress, and few share a storage
@@ -43,6 +43,7 @@ class Refused(Exception):
 
 
 def line(path: str | os.PathLike, problem: str) -> str:
+    """ "PATH: what: remedy", safe to print."""
     return "".join(c if c.isprintable() else " " for c in f"{os.fspath(path)}: {problem}")
 
 
@@ -123,6 +124,8 @@ def _zip(file: IO[bytes], length: int) -> Contents:
         names = archive.namelist()
         if len(set(names)) < len(names):
             raise Refused("holds two files of one name: save it again")
+        if any(entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) for entry in archive.infolist()):
+            raise Refused("is packed in a way that neither torch.save nor numpy.savez has: save it with one of them")
         if any(name.endswith("/constants.pkl") for name in names):
             raise Refused("is a TorchScript program: save its state dict with torch.save")
         pickles = [name for name in names if re.fullmatch(r"[^/]+/data\.pkl", name)]
@@ -407,11 +410,15 @@ def _state(value: Any, load: Callable[[_Storage], bytes], *, big: bool, length: 
     own: dict[str, Any] = {}
     ignored: list[str] = []
     prefix = ""
-    while type(value) is dict and not any(type(item) is _Tensor for item in value.values()):
+    for _ in range(4):  # a dict may hold itself
+        if type(value) is not dict or any(type(item) is _Tensor for item in value.values()):
+            break
         inner = next((key for key in ("model", "state_dict", "module", "net") if type(value.get(key)) is dict), None)
         if inner is None:
             break
-        for key in value.keys() - {inner}:
+        for key in value:
+            if key == inner:
+                continue
             if key in ("args", "config", "hyper_parameters") and type(value[key]) in (dict, _Record):
                 found = value[key] if type(value[key]) is dict else value[key].values
                 own |= {k: v for k, v in found.items() if type(k) is str and _plain(v)}

@@ -1,10 +1,10 @@
 """MAEMI on volumes: real brains, small real volumes with planted lesions, and the paper's two ablations on phantoms.
 
     JMAE_DATA=FOLDER python -m benchmarks.volumes mri3d                  # FLAIR and T1c, recipe `small`
-    JMAE_DATA=FOLDER python -m benchmarks.volumes mri3d --sequences T1c  # without the sequence whose brightness tells all
-    JMAE_DATA=FOLDER python -m benchmarks.volumes mri3d_hippo            # normal volumes, half of the test with planted lesions
-    python -m benchmarks.volumes ratio                                   # mask ratio 0.75 to 0.95 (the paper's Fig. 3)
-    python -m benchmarks.volumes patch                                   # patches of 6:8:12:24 (the paper's section 3.2)
+    JMAE_DATA=FOLDER python -m benchmarks.volumes mri3d --sequences T1c  # without the sequence whose brightness tells
+    JMAE_DATA=FOLDER python -m benchmarks.volumes mri3d_hippo            # normals, half of the test with planted lesions
+    python -m benchmarks.volumes ratio                                    # mask ratio 0.75 to 0.95 (the paper's Fig. 3)
+    python -m benchmarks.volumes patch                                   # patches of 6:8:12:24 (the paper's table)
 
 Each trains with `python -m jmae.train --config configs/maemi.py`, as the README does; further --config.KEY=VALUE are
 passed on. Prints a table, per patient where there are few, and writes benchmarks/results/volumes.json; the ablations

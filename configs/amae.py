@@ -37,7 +37,8 @@ def get_config(preset: str = "phantom") -> ConfigDict:
     c.data.unlabeled_labels = ""  # CSV id,label of the unlabelled rows: for that sweep only, never for training
 
     c.model = ConfigDict()  # ViT-S/16, decoder 512 x 2
-    c.model.weights = ""  # folder of an earlier run: its Stage 0 is taken over
+    c.model.weights = ""  # a masked autoencoder's checkpoint, or the folder of an earlier run: instead of Stage 0
+    c.model.weights_adapt = False  # resize what has another shape
     c.model.patch = (16, 16)
     c.model.channels = 3
     c.model.width, c.model.depth, c.model.heads = 384, 12, 6

@@ -4,9 +4,9 @@ Lang, Schwartz, Heitzer et al., 2023, arXiv 2303.05861.
 Expected (Duke-Breast-Cancer-MRI, 100 test patients, voxels of the breast): AUROC 0.732, AP 0.081 (chance 0.046);
 subtraction images 0.705 / 0.127. The paper's figures need its data; ours are in benchmarks/results.
 
-  python -m jmae.train --config configs/maemi.py                                            phantoms, 2 cores, 6 minutes
-  python -m jmae.train --config configs/maemi.py:small --config.data.manifest=MANIFEST.csv  own data, 2 cores, 15 minutes
-  python -m jmae.train --config configs/maemi.py:paper --config.data.manifest=MANIFEST.csv  the paper's numbers, one GPU
+  python -m jmae.train --config configs/maemi.py                                            phantoms, 2 cores, 6 min
+  python -m jmae.train --config configs/maemi.py:small --config.data.manifest=MANIFEST.csv  own data, 2 cores, 15 min
+  python -m jmae.train --config configs/maemi.py:paper --config.data.manifest=MANIFEST.csv  the paper's numbers, 1 GPU
 """
 
 from ml_collections import ConfigDict

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -95,7 +96,7 @@ class Result(NamedTuple):
     reconstruction: np.ndarray | None  # (r, *size, c)
     own: Callable[[np.ndarray], np.ndarray]  # a map (*size) or picture (*size, c) on the row's own grid
     seen: np.ndarray | None = None  # where on its own grid a map exists; None: everywhere
-    cheap: dict[str, np.ndarray] = {}  # the baselines' maps, on the row's own grid
+    cheap: Mapping[str, np.ndarray] = MappingProxyType({})  # the baselines' maps, on the row's own grid
 
 
 def restore_results(config: ConfigDict, system: System, workdir: Path) -> Results:

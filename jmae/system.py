@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from jmae.data.manifest import Row
 from jmae.errors import InputError
 from jmae.nn.mae import MAE
+from jmae.patches import sincos_positions
 
 SYSTEMS = ("amae", "maemi")
 
@@ -43,7 +44,8 @@ class Stage(NamedTuple):
     shuffle: epochs in random order, the last incomplete batch dropped; else rows in order, round and round.
     host: arrays made once an image on the host, by name: function of the image (*size, c).
     table(rows, results) -> rows of a CSV file STAGE.csv in the run folder that a person can read, or None.
-    weights: what `model.weights` is to this stage: "instead" of training it, where its training "start"s, or "" nothing.
+    weights: what `model.weights` is to this stage: "instead" of training it, the "start" of it, or "" nothing.
+    positions: the position codes of its network, which those of a file must equal.
     """
 
     name: str
@@ -56,6 +58,7 @@ class Stage(NamedTuple):
     host: Mapping[str, Callable[[np.ndarray], np.ndarray]] = {}
     table: Callable[[list[Row], Results], list[dict[str, Any]]] | None = None
     weights: str = ""
+    positions: Callable[[tuple[int, ...], int], np.ndarray] = sincos_positions
 
 
 class Sweep(NamedTuple):

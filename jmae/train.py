@@ -32,10 +32,18 @@ from jmae.data.crops import Volumes, cut
 from jmae.data.loader import Images, Samples, batches, load_rows
 from jmae.errors import InputError, NonFiniteLoss, Stopped, exit_code
 from jmae.evaluate import evaluate
-from jmae.run_folder import add_history, cut_history, describe_run, digest, fixed, log, write_csv
+from jmae.run_folder import add_history, cut_history, describe_run, digest, fixed, log, write_csv, write_text
 from jmae.sharding import device_mesh, keep_compiled, place_batch, replicated
 from jmae.system import Results, Stage, State, System, load_system, split_replicates, stage_keys
+from jmae.weights import load_weights, read_weights, summary, table
 
+APART = (
+    "weights",
+    "weights_part",
+    "weights_adapt",
+    "dtype",
+    "remat",
+)  # of `model`: a checkpoint fits whatever they are
 SECONDS_BETWEEN_LINES = 10  # where standard error is no terminal
 
 
@@ -105,9 +113,13 @@ def train_stage(
     if found:
         start, saved, position = found
         state = saved._replace(frozen=frozen)
-    elif number == 0 and config.model.weights:
-        state, start = adopt(config, name, state), steps
-        checkpoint.save(folder, steps, state._replace(frozen={}), {"steps": steps}, config=identity)
+    elif stage.weights and config.model.weights:
+        state = adopt(config, stage, state, workdir)
+        if stage.weights == "instead":
+            start = steps
+            checkpoint.save(folder, steps, state._replace(frozen={}), {"steps": steps}, config=identity)
+    elif stage.weights == "start":
+        log(f"{name}: from random weights: model.weights names none")
     history = workdir / "metrics.jsonl"
     cut_history(history, name, start)
     if start >= steps:
@@ -179,8 +191,8 @@ def train_stage(
 
 @lru_cache(maxsize=8)
 def compiled_step(step: Callable, steps: int, n: int, crop: tuple[int, ...] = ()) -> Callable:
-    """The stage's step as one program, `vmap`ped over n replicates; stages that share a step share its compilation. With
-    `crop` the images are first cut from the volumes on the device, its last argument."""
+    """The stage's step as one program, `vmap`ped over n replicates; stages that share a step share its compilation.
+    With `crop` the images are first cut from the volumes on the device, its last argument."""
 
     def one(state: State, batch: PyTree, key: Any, held: Any = None) -> tuple[State, dict]:
         batch = cut(held, batch, crop) if crop else batch
@@ -195,18 +207,48 @@ def finite(tree: PyTree) -> Bool[Array, ""]:
     return jnp.all(jnp.array([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]))
 
 
-def adopt(config: ConfigDict, stage: str, state: State) -> State:
-    """The first stage's parameters from another run folder; one set serves all replicates.
+def adopt(config: ConfigDict, stage: Stage, state: State, workdir: Path) -> State:
+    """The state with the parameters that `model.weights` names: of a file, as `jmae.weights` reads it, each tensor's
+    fate in weights.txt; or of that stage in another run's folder. One set serves all replicates.
 
-    Raises InputError where there is none, where that run is of another network or preparation of images.
+    Raises InputError where there is none, where they are of another network or preparation of images.
     """
+    source, n = Path(config.model.weights), config.replicates
+    if source.is_file():
+        weights, model = read_weights(source, size=tuple(config.data.size)), config.model
+        single = lambda r: state.params if n == 1 else jax.tree.map(lambda x: x[r], state.params)
+        loaded = [
+            load_weights(
+                weights,
+                single(r),
+                part=model.get("weights_part", "mae"),
+                heads=model.heads,
+                decoder_heads=model.decoder_heads,
+                size=tuple(config.data.size),
+                patch=tuple(model.patch),
+                channels=model.get("channels", config.data.channels),
+                positions=stage.positions,
+                adapt=model.weights_adapt,
+            )
+            for r in range(n)
+        ]
+        params = loaded[0][0] if n == 1 else jax.tree.map(lambda *x: jnp.stack(x), *(p for p, _ in loaded))
+        log(f"{stage.name}: {summary(loaded[0][1])} from {source}")
+        write_text(workdir / "weights.txt", table(loaded[0][1]) + "\n")
+    else:
+        params = of_run(config, stage.name, state)
+    return state._replace(params=jax.device_put(params, jax.tree.map(lambda x: x.sharding, state.params)))
+
+
+def of_run(config: ConfigDict, stage: str, state: State) -> PyTree:
+    """A stage's parameters from the run folder `model.weights`."""
     workdir, n = Path(config.model.weights), config.replicates
     folder = workdir / "checkpoints" / stage
     if not (workdir / "config.json").is_file():
-        raise InputError(f"model.weights: {folder} has no checkpoint: name the folder of an earlier run")
+        raise InputError(f"model.weights: {folder} has no checkpoint: name a file, or the folder of an earlier run")
     source = recipe.from_json((workdir / "config.json").read_text(encoding="utf-8"))
     ours, theirs = (dict(recipe.keys_of(c)) for c in (config, source))
-    shared = [k for k in ours if k.startswith("model.") and k not in ("model.weights", "model.dtype", "model.remat")]
+    shared = [k for k in ours if k.startswith("model.") and k.split(".")[1] not in APART]
     for key in [*shared, "data.size", "data.normalise", "data.mean", "data.std"]:
         if ours[key] != theirs.get(key):
             raise InputError(
@@ -220,8 +262,7 @@ def adopt(config: ConfigDict, stage: str, state: State) -> State:
     step, saved, position = found
     checkpoint.refuse_unfinished(folder, step, position)
     log(f"{stage}: taken over from {folder}, step {step}")
-    params = saved.params if n == 1 or stacked else jax.tree.map(lambda x: jnp.stack([x] * n), saved.params)
-    return state._replace(params=jax.device_put(params, jax.tree.map(lambda x: x.sharding, state.params)))
+    return saved.params if n == 1 or stacked else jax.tree.map(lambda x: jnp.stack([x] * n), saved.params)
 
 
 # --- signs of life --------------------------------------------------------------------------------------------------

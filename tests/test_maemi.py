@@ -1,21 +1,18 @@
-"""MAEMI against its specification: the paper's sizes, its procedure in plain NumPy and SciPy, and a run on NIfTI files."""
+"""MAEMI against its specification: the paper's sizes, its procedure in NumPy and SciPy, a run on NIfTI files."""
 
-import csv
-import json
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
-import nibabel as nib
 import numpy as np
 import pytest
 from scipy import ndimage
 
-from jmae import evaluate, recipe, train
-from jmae.data.loader import case_words, load_rows, prepared
-from jmae.errors import InputError, exit_code
+from jmae import evaluate, recipe
+from jmae.data.loader import case_words
+from jmae.errors import InputError
 from jmae.masking import case_keys, order_of, visible_tokens
 from jmae.optim import warmup_cosine
 from jmae.patches import patchify, unpatchify
@@ -47,7 +44,13 @@ def test_the_paper_preset_has_the_papers_parameter_counts():
 
 @pytest.mark.parametrize(
     "patch, tokens, kept",
-    [((8, 8, 2), 2520, 251), ((6, 6, 4), 2240, 223), ((8, 8, 4), 1260, 125), ((12, 12, 4), 560, 55), ((24, 24, 4), 140, 13)],
+    [
+        ((8, 8, 2), 2520, 251),
+        ((6, 6, 4), 2240, 223),
+        ((8, 8, 4), 1260, 125),
+        ((12, 12, 4), 560, 55),
+        ((24, 24, 4), 140, 13),
+    ],
 )
 def test_the_papers_patches_leave_the_released_codes_tokens_visible(patch, tokens, kept):
     assert np.prod([240 // patch[0], 168 // patch[1], 8 // patch[2]]) == tokens
@@ -96,7 +99,12 @@ def test_a_setting_that_means_nothing_is_refused(setting, value, words):
 
 def tiny(**changes):
     small = {"data.size": (8, 12, 4), "model.patch": (4, 4, 2), "model.width": 24, "model.heads": 2, "model.depth": 1}
-    small |= {"model.decoder_width": 12, "model.decoder_heads": 2, "evaluation.stride": (4, 6, 2), "train.mask_ratio": 0.5}
+    small |= {
+        "model.decoder_width": 12,
+        "model.decoder_heads": 2,
+        "evaluation.stride": (4, 6, 2),
+        "train.mask_ratio": 0.5,
+    }
     small |= {"evaluation.mask_ratio": 0.5, "evaluation.batch": 5, "evaluation.repeats": 2}
     c = config(**(small | changes))
     system = load_system(c)
@@ -134,7 +142,7 @@ def plain_loss(c, image, params, key):
     return jnp.sum(jnp.where(restore[0] >= kept, error, 0)) / kept
 
 
-# --- the test-time procedure, in plain NumPy and SciPy ------------------------------------------------------------------
+# --- the test-time procedure, in plain NumPy and SciPy ----------------------------------------------------------------
 
 
 def procedure(c, mae, volume, midline, case):
@@ -158,7 +166,9 @@ def procedure(c, mae, volume, midline, case):
                     for s in ends(window[2], padded.shape[2], stride[2]):
                         at = tuple(slice(e - w, e) for e, w in zip((p, first + l, s), window, strict=True))
                         image = padded[at] if c.compat.clip else np.clip(padded[at], *c.data.clip)
-                        noise = jax.random.uniform(jax.random.fold_in(jax.random.fold_in(key, sweep), number), (1, tokens))
+                        noise = jax.random.uniform(
+                            jax.random.fold_in(jax.random.fold_in(key, sweep), number), (1, tokens)
+                        )
                         kept = int(tokens * (1 - c.evaluation.mask_ratio))
                         order = np.argsort(np.asarray(noise), 1)
                         patches = patchify(image[None], c.model.patch)

@@ -75,7 +75,7 @@ def phantom(specifier: str) -> phantoms.Phantom:
 
 
 def lesion_mask(row: Row, size: tuple[int, ...]) -> np.ndarray | None:
-    """The lesion mask on the image's own grid of `size`, made of the boxes where there is no mask; None without both."""
+    """The lesion mask on the image's own grid of `size`, of the boxes where there is no mask; None without both."""
     if row.mask and row.mask.startswith(PHANTOM):
         return phantom(row.mask).mask
     if row.mask:

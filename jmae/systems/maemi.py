@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from jmae.data.manifest import Row
 from jmae.data.transforms import random_flip
 from jmae.errors import InputError
-from jmae.masking import hidden, random_mask, sample_keys, take, visible_tokens
+from jmae.masking import hidden, random_mask, sample_keys, visible_tokens
 from jmae.optim import adamw, warmup_cosine
 from jmae.patches import grid_of, patchify, sincos_positions, unpatchify
 from jmae.reconstruct import masked_loss
@@ -52,9 +52,8 @@ def build(config: ConfigDict) -> System:
     tokens = int(np.prod(grid_of(size, patch)))
     kept = visible_tokens(tokens, ratio)
     visible_tokens(tokens, train.mask_ratio)
-    init, mae_of = masked_autoencoder(
-        config, data.channels, positions=released_positions if compat.position else sincos_positions
-    )
+    positions = released_positions if compat.position else sincos_positions
+    init, mae_of = masked_autoencoder(config, data.channels, positions=positions)
     optimiser = partial(adamw, betas=tuple(train.betas), decay=train.decay)
 
     # --- loss: masked reconstruction of a random crop ------------------------------------------------------------
@@ -99,7 +98,16 @@ def build(config: ConfigDict) -> System:
     def rows(rows: list[Row], results) -> np.ndarray:
         return np.array([i for i, row in enumerate(rows) if row.split == "train"], np.int64)
 
-    stage = Stage("train", train.batch, rows, steps_of(train, config.budget), train_init, train_step, weights="start")
+    stage = Stage(
+        "train",
+        train.batch,
+        rows,
+        steps_of(train, config.budget),
+        train_init,
+        train_step,
+        weights="start",
+        positions=positions,
+    )
     sweep = Sweep(
         size,
         stride,

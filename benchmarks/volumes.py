@@ -2,7 +2,7 @@
 
     JMAE_DATA=FOLDER python -m benchmarks.volumes mri3d                  # FLAIR and T1c, recipe `small`
     JMAE_DATA=FOLDER python -m benchmarks.volumes mri3d --sequences T1c  # without the sequence whose brightness tells
-    JMAE_DATA=FOLDER python -m benchmarks.volumes mri3d_hippo            # normals, half of the test with planted lesions
+    JMAE_DATA=FOLDER python -m benchmarks.volumes mri3d_hippo            # normals, planted lesions in half the test
     python -m benchmarks.volumes ratio                                    # mask ratio 0.75 to 0.95 (the paper's Fig. 3)
     python -m benchmarks.volumes patch                                   # patches of 6:8:12:24 (the paper's table)
 

@@ -95,6 +95,7 @@ class Result(NamedTuple):
     scores: dict[str, np.ndarray]  # (r,)
     reconstruction: np.ndarray | None  # (r, *size, c)
     own: Callable[[np.ndarray], np.ndarray]  # a map (*size) or picture (*size, c) on the row's own grid
+    values: Callable[[np.ndarray], np.ndarray] = lambda picture: picture  # a picture in the row's own values
     seen: np.ndarray | None = None  # where on its own grid a map exists; None: everywhere
     cheap: Mapping[str, np.ndarray] = MappingProxyType({})  # the baselines' maps, on the row's own grid
 
@@ -246,9 +247,15 @@ def volume_results(
             scores,
             out["reconstruction"],
             volume.grid.back,
+            partial(own_values, volume=volume, data=config.data),
             volume.grid.inside(),
             cheap(row, volume),
         )
+
+
+def own_values(picture: np.ndarray, *, volume: Volume, data: ConfigDict) -> np.ndarray:
+    """A normalised picture (*size, c) in the values of the stored image."""
+    return (picture - data.mean) / data.std * volume.std + volume.mean
 
 
 def image_results(images: Images, scored: Scored, cheap: Scored, n: int) -> Iterator[Result]:
@@ -502,7 +509,7 @@ def evaluate(
             write_map(out / "maps" / f"{row.id}_anomaly", result.own(mean), result.stored)
         picture = None if result.reconstruction is None else result.reconstruction.mean(0)
         if config.evaluation.get("reconstruction") and picture is not None:
-            write_map(out / "maps" / f"{row.id}_recon", result.own(picture), result.stored)
+            write_map(out / "maps" / f"{row.id}_recon", result.own(result.values(picture)), result.stored)
         lesion = None
         if truth:
             lesion = resize(truth[0][..., None].astype(np.float32), mean.shape)[..., 0] > 0.5

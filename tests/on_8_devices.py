@@ -3,23 +3,30 @@
 import json
 import sys
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from patients import arguments
 
 from jmae import recipe, train
 from jmae.errors import exit_code
 from jmae.system import load_system, stage_keys
 
 STEPS = 3
+EIGHT = ("train.batch=8", "evaluation.batch=8", "train.steps=3")  # of the volumes' recipe, divisible by the devices
 
 
-def small_system(*changes: str):
+def small_system(*changes: str, name: str = "amae"):
     """Recipe and system of 16 tokens and width 24; `changes` are KEY=VALUE."""
-    config, _ = recipe.parse(["--config=configs/amae.py:smoke", *(f"--config.{change}" for change in changes)], "")
-    tiny = {"data.size": (32, 32), "model.patch": (8, 8), "model.width": 24, "model.heads": 2, "proxy.head": (16, 8)}
-    config.update_from_flattened_dict(tiny | {"model.decoder_width": 16, "model.decoder_heads": 2})
+    config, _ = recipe.parse([f"--config=configs/{name}.py:smoke", *(f"--config.{change}" for change in changes)], "")
+    tiny = {"model.width": 24, "model.heads": 2, "model.decoder_width": 16, "model.decoder_heads": 2}
+    if name == "amae":
+        tiny |= {"data.size": (32, 32), "model.patch": (8, 8), "proxy.head": (16, 8)}
+    else:
+        tiny |= {"data.size": (8, 8, 8), "model.patch": (4, 4, 2), "evaluation.stride": (8, 8, 8)}
+    config.update_from_flattened_dict(tiny)
     return config, load_system(config)
 
 
@@ -31,6 +38,12 @@ def batch(n: int) -> dict:
     return {"image": image, "index": np.arange(n, dtype=np.int32), "case": np.zeros((n, 2), np.uint32), "lungs": lungs}
 
 
+def crops(n: int) -> dict:
+    """A batch of two-channel crops of volumes."""
+    own = {k: v for k, v in batch(n).items() if k != "lungs"}
+    return own | {"image": np.random.default_rng(1).uniform(size=(n, 8, 8, 8, 2)).astype(np.float32)}
+
+
 def difference(a, b) -> float:
     """|a - b| / |b| over all leaves together: a leaf whose gradient is zero but for rounding says nothing."""
     flat = lambda tree: np.concatenate(
@@ -39,10 +52,9 @@ def difference(a, b) -> float:
     return float(np.linalg.norm(flat(a) - flat(b)) / max(np.linalg.norm(flat(b)), 1e-12))
 
 
-def mapped_against_jitted() -> dict:
+def mapped_against_jitted(config, system, batch) -> dict:
     """A step of every stage under pmap on two devices beside the jitted step on the whole batch:
     {stage: [difference of metrics, of gradients (as Adam's moments) and statistics, equal shapes, all finite]}."""
-    config, system = small_system("pretrain.augment=false", "adapt.augment=false")  # less to compile
     out, results, known = {}, {}, {}
     for number, stage in enumerate(system.stages):
         key = stage_keys(config, number)
@@ -69,6 +81,10 @@ def mapped_against_jitted() -> dict:
 
 if __name__ == "__main__":
     assert jax.device_count() == 8
-    code = exit_code(train.main, sys.argv[2:])
-    wrong = exit_code(train.main, [*sys.argv[2:], "--config.pretrain.batch=12", f"--workdir={sys.argv[1]}-12"])
-    print(json.dumps({"code": code, "indivisible": wrong, "mapped": mapped_against_jitted()}))
+    run, volumes, manifest, *given = sys.argv[1:]
+    code = exit_code(train.main, given)
+    wrong = exit_code(train.main, [*given, "--config.pretrain.batch=12", f"--workdir={run}-12"])
+    code += exit_code(train.main, arguments(Path(manifest), Path(volumes), *EIGHT))
+    mapped = mapped_against_jitted(*small_system("pretrain.augment=false", "adapt.augment=false"), batch)
+    mapped |= mapped_against_jitted(*small_system(name="maemi"), crops)
+    print(json.dumps({"code": code, "indivisible": wrong, "mapped": mapped}))

@@ -7,11 +7,15 @@ import sys
 from pathlib import Path
 
 import jax
+import nibabel as nib
 import numpy as np
 import pytest
-from on_8_devices import batch, small_system
+from on_8_devices import EIGHT, batch, small_system
+from patients import arguments, write_patients
 
+from jmae import train
 from jmae.data.files import read_image
+from jmae.errors import exit_code
 from jmae.run_folder import read_history
 from jmae.sharding import device_mesh, place_batch, replicated, split
 
@@ -19,11 +23,12 @@ from jmae.sharding import device_mesh, place_batch, replicated, split
 @pytest.fixture(scope="module")
 def on_eight(small_set, tools, tmp_path_factory):
     """(folder of the run on eight virtual devices, what the process said)."""
-    run = tmp_path_factory.mktemp("eight") / "run"
+    folder = tmp_path_factory.mktemp("eight")
+    run, volumes, manifest = folder / "run", folder / "volumes", write_patients(folder)
     # Compiled with less effort: a third of the time, and the results must not depend on it.
     environment = os.environ | {"JAX_NUM_CPU_DEVICES": "8", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     script = str(Path(__file__).with_name("on_8_devices.py"))
-    command = [sys.executable, script, str(run), *tools.arguments(small_set, run)]
+    command = [sys.executable, script, str(run), str(volumes), str(manifest), *tools.arguments(small_set, run)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return run, json.loads(done.stdout.splitlines()[-1]), done.stderr
@@ -54,7 +59,19 @@ def test_a_batch_that_does_not_divide_among_the_devices_is_one_line(on_eight):
     assert "a batch of 12 is not divisible by 8 devices: use a multiple, or fewer devices" in stderr
 
 
-@pytest.mark.parametrize("stage", ["pretrain", "labels", "module_a", "module_b"])
+def test_one_device_and_eight_train_alike_on_crops_and_give_the_same_volumes_maps(on_eight, tmp_path):
+    run, said, _ = on_eight
+    volumes, manifest = run.with_name("volumes"), run.with_name("manifest.csv")
+    assert said["code"] == 0
+    assert exit_code(train.main, arguments(manifest, tmp_path / "one", *EIGHT)) == 0
+    one, eight = (read_history(folder / "metrics.jsonl") for folder in (tmp_path / "one", volumes))
+    assert [h["loss"] for h in eight] == pytest.approx([h["loss"] for h in one], rel=1e-5)
+    for name in os.listdir(volumes / "evaluation" / "maps"):
+        a, b = (nib.load(folder / "evaluation" / "maps" / name).dataobj for folder in (tmp_path / "one", volumes))
+        np.testing.assert_allclose(b, a, rtol=1e-3, atol=1e-4 * np.abs(a).max())
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "labels", "module_a", "module_b", "train"])
 def test_under_pmap_a_step_equals_the_jitted_one(on_eight, stage):
     for half in (0, 1):
         metrics, moments, shapes, finite = on_eight[1]["mapped"][f"{stage} {half}"]

@@ -1,21 +1,29 @@
 """MAEMI against its specification: the paper's sizes, its procedure in NumPy and SciPy, a run on NIfTI files."""
 
+import csv
+import gzip
+import json
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
+import nibabel as nib
 import numpy as np
 import pytest
+from patients import AFFINE, COLUMNS, arguments, write_patients, write_rows
 from scipy import ndimage
+from sklearn.metrics import average_precision_score, roc_auc_score
 
-from jmae import evaluate, recipe
-from jmae.data.loader import case_words
-from jmae.errors import InputError
+from jmae import evaluate, recipe, train
+from jmae.data import phantoms
+from jmae.data.loader import PLS, case_words, load_rows, prepared
+from jmae.errors import InputError, exit_code
 from jmae.masking import case_keys, order_of, visible_tokens
 from jmae.optim import warmup_cosine
 from jmae.patches import patchify, unpatchify
+from jmae.run_folder import read_history
 from jmae.system import load_system, masked_autoencoder
 from jmae.systems.maemi import released_positions
 
@@ -203,3 +211,234 @@ def test_a_map_is_that_of_the_papers_procedure(rule, shape, midline):
 def prepared_like(array, midline):
     """A prepared volume as far as the sweep looks at it."""
     return SimpleNamespace(array=array, side=1, midline=midline)
+
+
+# --- a run on NIfTI files ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def patients(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("patients")
+    return write_patients(folder)
+
+
+@pytest.fixture(scope="module")
+def run(patients, tmp_path_factory):
+    """The folder of a run on `patients`."""
+    workdir = tmp_path_factory.mktemp("maemi") / "run"
+    assert exit_code(train.main, arguments(patients, workdir)) == 0
+    return workdir
+
+
+def result(workdir: Path) -> dict:
+    return json.loads((workdir / "evaluation" / "metrics.json").read_text())
+
+
+def rows_of(run: Path, split: str) -> list:
+    return [row for row in load_rows(recipe.read(run), lambda line: None) if row.split == split]
+
+
+def truth(row) -> tuple[np.ndarray, np.ndarray]:
+    """(lesion, region) of a case from its files."""
+    load = lambda file: np.asarray(nib.load(file).dataobj) > 0
+    region = load(row.region)
+    lesion = load(row.mask) if row.mask else np.zeros(region.shape, bool)
+    for box in row.boxes:
+        lesion[tuple(slice(int(a), int(b)) for a, b in zip(box[:3], box[3:], strict=True))] = True
+    return lesion, region
+
+
+def test_maps_and_reconstructions_lie_on_the_patients_own_grid(run):
+    for row in rows_of(run, "test"):
+        image = nib.load(row.image[0])
+        own = nib.load(run / "evaluation" / "maps" / f"{row.id}_anomaly.nii.gz")
+        np.testing.assert_array_equal(own.affine, image.affine)
+        assert own.shape == image.shape and own.get_data_dtype() == np.float32
+        assert (np.asarray(own.dataobj) >= 0).all() and np.asarray(own.dataobj).any()
+        back = nib.load(run / "evaluation" / "maps" / f"{row.id}_recon.nii.gz")
+        np.testing.assert_array_equal(back.affine, image.affine)
+        assert back.shape == (*image.shape, 2)
+
+
+def test_voxel_figures_follow_from_the_written_maps_inside_the_region(run):
+    found, labels, scores = result(run), [], []
+    for row, own in zip(rows_of(run, "test"), found["per_patient"], strict=True):
+        lesion, region = truth(row)
+        values = np.asarray(nib.load(run / "evaluation" / "maps" / f"{row.id}_anomaly.nii.gz").dataobj)[region]
+        labels.append(lesion[region])
+        scores.append(values)
+        assert own["patient"] == row.patient
+        assert own["prevalence"] == pytest.approx(lesion[region].mean())
+        if lesion.any():
+            assert own["auroc"] == pytest.approx(roc_auc_score(lesion[region], values))
+            assert own["ap"] == pytest.approx(average_precision_score(lesion[region], values))
+        else:
+            assert own["auroc"] is None
+    everything = np.concatenate(labels), np.concatenate(scores)
+    assert found["pixel"]["auroc"] == pytest.approx(roc_auc_score(*everything))
+    assert found["pixel"]["ap"] == pytest.approx(average_precision_score(*everything))
+    assert found["pixel"]["prevalence"] == pytest.approx(everything[0].mean())
+    low = {name.removeprefix("low ") for name in found["baselines"]}
+    assert low == {"brightness of channel 0", "brightness of channel 1", "PCA-30 error", "subtraction"}
+    brightness = [np.asarray(nib.load(r.image[0]).dataobj)[truth(r)[1]] for r in rows_of(run, "test")]
+    auroc = roc_auc_score(everything[0], np.concatenate(brightness))
+    (name,) = [name for name in found["baselines"] if name.endswith("channel 0")]
+    assert found["baselines"][name]["pixel"]["auroc"] == pytest.approx(max(auroc, 1 - auroc))
+    assert name.startswith("low ") == (auroc < 0.5)
+
+
+def test_the_subtraction_image_is_equation_1_over_the_cases_that_have_its_series(run):
+    labels, values = [], []
+    standard = lambda x: (x - x.mean()) / x.std() * 0.25
+    for row in rows_of(run, "test"):
+        if not row.pre:
+            continue
+        pre, *posts = (np.asarray(nib.load(file).dataobj, np.float64) for file in (*row.pre, *row.post))
+        squared = np.mean([(standard(pre) - standard(post)) ** 2 for post in posts], 0)
+        working = squared.transpose(2, 0, 1)[::-1]  # to posterior, left, superior
+        filtered = ndimage.minimum_filter(working, (3, 3, 2))[::-1].transpose(1, 2, 0)
+        lesion, region = truth(row)
+        labels.append(lesion[region])
+        values.append(filtered[region])
+    found = result(run)["baselines"]["subtraction"]["pixel"]
+    assert found["auroc"] == pytest.approx(roc_auc_score(np.concatenate(labels), np.concatenate(values)), abs=1e-3)
+    assert len(labels) == 4
+
+
+def test_a_case_alone_has_the_map_that_it_has_among_others(run, patients, tmp_path):
+    with open(patients, newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["id"] in ("train00", "test11")]
+    manifest = write_rows(patients.with_name("alone.csv"), rows)
+    assert exit_code(evaluate.main, [f"--workdir={run}", f"--manifest={manifest}", f"--out={tmp_path}"]) == 0
+    one, other = (nib.load(f / "maps" / "test11_anomaly.nii.gz") for f in (tmp_path, run / "evaluation"))
+    np.testing.assert_allclose(one.dataobj, other.dataobj, rtol=1e-4, atol=1e-6)
+
+
+def test_the_prepared_case_and_the_sweep_make_the_written_map_and_reconstruction(run):
+    c = recipe.read(run)
+    system = load_system(c)
+    sweep = evaluate.sweeper(c, system.sweep, evaluate.restore_results(c, system, run))
+    row = rows_of(run, "test")[3]
+    volume = prepared(row, c.data)
+    assert volume.side == 1 and volume.midline == 9
+    out = sweep(volume, case_words(row.id))
+    written = nib.load(run / "evaluation" / "maps" / f"{row.id}_anomaly.nii.gz")
+    np.testing.assert_allclose(written.dataobj, volume.grid.back(out["maps"]["maemi"][0]), rtol=1e-4, atol=1e-6)
+    picture = nib.load(run / "evaluation" / "maps" / f"{row.id}_recon.nii.gz")
+    for c, file in enumerate(row.image):  # back in the file's own values
+        stored, found = np.asarray(nib.load(file).dataobj, float), np.asarray(picture.dataobj)[..., c]
+        normal = volume.grid.back(out["reconstruction"][0, ..., c])
+        np.testing.assert_allclose((found - stored.mean()) / stored.std() * 0.25 + 0.5, normal, atol=1e-4)
+
+
+def test_a_resumed_run_ends_as_the_uninterrupted_one(run, patients, tmp_path):
+    first = arguments(patients, tmp_path / "cut", "data.crops_on=host")
+    with pytest.MonkeyPatch.context() as patch:
+        real, seen = train.add_history, []
+
+        def stop(*given):
+            seen.append(given)
+            if len(seen) == 3:
+                raise KeyboardInterrupt
+            real(*given)
+
+        patch.setattr(train, "add_history", stop)
+        assert exit_code(train.main, first) == 130
+    assert exit_code(train.main, first) == 0
+    assert result(tmp_path / "cut")["pixel"] == result(run)["pixel"]
+
+
+def test_the_released_masked_autoencoder_is_what_training_starts_from(patients, tmp_path, capfd):
+    with np.load(GOLDEN / "mae3d.npz") as gold:
+        sizes = {k: gold[k] for k in ("depth", "decoder_depth", "decoder_num_heads", "num_heads")}
+        first = gold["state/blocks.0.mlp.fc1.weight"].T, gold["state/decoder_pred.weight"].T
+    sizes = {f"model.{k.replace('num_heads', 'heads')}": v for k, v in sizes.items()}
+    sizes |= {"model.width": 36, "model.decoder_width": 24, "data.size": "32,24,4", "model.patch": "8,8,2"}
+    sizes |= {"evaluation.stride": "8,8,2", "train.steps": 1, "train.lr": 0, "model.weights": GOLDEN / "mae3d.npz"}
+    changes = [f"{k}={v}" for k, v in sizes.items()]
+    for part, more in (("blocks", []), ("mae", ["compat.position=true"])):
+        workdir = tmp_path / part
+        given = arguments(patients, workdir, *changes, f"model.weights_part={part}", *more)
+        assert exit_code(train.main, given) == 0
+        system = load_system(recipe.read(workdir))
+        params = evaluate.restore_results(recipe.read(workdir), system, workdir)["train"]["params"]
+        np.testing.assert_allclose(params["encoder"]["stack"]["fc1"]["kernel"][0], first[0], atol=1e-7)
+        same = np.allclose(params["predict"]["kernel"], first[1], atol=1e-7)
+        assert same == (part == "mae")
+        assert "loaded" in (workdir / "weights.txt").read_text()
+    refused = arguments(patients, tmp_path / "no", *changes, "model.weights_part=mae")
+    assert exit_code(train.main, refused) == 2
+    assert "mae3d.npz" in capfd.readouterr().err.splitlines()[-1]
+
+
+# --- faults -----------------------------------------------------------------------------------------------------------
+
+
+def break_file(file: Path, fault: str) -> None:
+    image = nib.load(file)
+    array = np.asarray(image.dataobj, np.float32)
+    if fault == "a NaN voxel":
+        array[3, 2, 1] = np.nan
+        nib.save(nib.Nifti1Image(array, AFFINE), file)
+    elif fault == "a singular affine":
+        raw = bytearray(gzip.decompress(file.read_bytes()))
+        raw[252:256] = np.array([0, 1], "<i2").tobytes()  # no qform; an sform
+        raw[296:312] = raw[280:296]  # whose second row is its first
+        file.write_bytes(gzip.compress(bytes(raw)))
+    elif fault == "another size":
+        nib.save(nib.Nifti1Image(array[:-1], AFFINE), file)
+    elif fault == "a lying header":
+        raw = bytearray(gzip.decompress(file.read_bytes()))
+        raw[42:48] = np.array([32000] * 3, "<i2").tobytes()
+        file.write_bytes(gzip.compress(bytes(raw)))
+    elif fault == "a cut":
+        file.write_bytes(file.read_bytes()[:-200])
+    else:
+        raw = bytearray(file.read_bytes())
+        raw[len(raw) // 2] ^= 4
+        file.write_bytes(bytes(raw))
+
+
+@pytest.mark.parametrize(
+    "fault, words",
+    [
+        ("a NaN voxel", "1 values are not finite"),
+        ("a singular affine", "affine is singular"),
+        ("another size", "resample"),
+        ("a lying header", "32000"),
+        ("a cut", ""),
+        ("a flipped bit", ""),
+        ("a malformed series", "series"),
+    ],
+)
+def test_a_fault_in_a_file_is_one_line_and_nothing_is_trained(fault, words, tmp_path, capfd):
+    manifest = write_patients(tmp_path)
+    file = tmp_path / "train01-b.nii.gz"
+    if fault == "a malformed series":
+        file.unlink()
+        file.mkdir()  # a folder without one DICOM file
+        (file / "notes.txt").write_text("no image")
+    else:
+        break_file(file, fault)
+    assert exit_code(train.main, arguments(manifest, tmp_path / "run")) == 2
+    said = capfd.readouterr().err.splitlines()
+    assert len(said) == 1 and str(file) in said[0] and words in said[0]
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_the_paper_preset_takes_two_steps_on_phantoms(tmp_path):
+    """ViT-B on crops of 240 x 168 x 8 at 0.75 x 0.75 x 1 mm, from phantoms of 3 mm as files, in half a chest each."""
+    rows = []
+    for i in range(2):
+        case = phantoms.draw("breast", "train", i)
+        affine = PLS @ np.diag([*case.spacing, 1])
+        for part, array in (("a", case.image[..., 0]), ("b", case.image[..., 1]), ("r", case.region)):
+            nib.save(nib.Nifti1Image(array.astype(np.float32), affine), tmp_path / f"{i}-{part}.nii.gz")
+        row = dict.fromkeys(COLUMNS, "") | {"id": f"case {i}", "split": "train", "label": 0, "midline": "middle"}
+        rows.append(row | {"image": f"{i}-a.nii.gz;{i}-b.nii.gz", "region": f"{i}-r.nii.gz"})
+    manifest = write_rows(tmp_path / "manifest.csv", rows)
+    changes = f"data.manifest={manifest} train.epochs=0 train.steps=2 train.batch=1 log_every=1".split()
+    given = ["--config=configs/maemi.py:paper", f"--workdir={tmp_path / 'run'}", *(f"--config.{c}" for c in changes)]
+    assert exit_code(train.main, given) == 0
+    losses = [line["loss"] for line in read_history(tmp_path / "run" / "metrics.jsonl")]
+    assert len(losses) == 2 and np.isfinite(losses).all()

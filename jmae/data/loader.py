@@ -56,8 +56,9 @@ def usable(row: Row, stored: Image, size: tuple[int, ...], channels: int) -> np.
     if array.ndim - 1 != len(size):
         raise InputError(f"{row.image[0]}: {array.ndim - 1} axes where data.size has {len(size)}: use a recipe for it")
     if not np.isfinite(array).all():
-        bad = np.size(array) - np.isfinite(array).sum()
-        raise InputError(f"{row.image[0]}: {bad} values are not finite: mend the file or drop its row")
+        bad = np.count_nonzero(~np.isfinite(array), axis=tuple(range(array.ndim - 1)))
+        file = row.image[int(bad.argmax())] if len(row.image) == len(bad) else row.image[0]
+        raise InputError(f"{file}: {bad.max()} values are not finite: mend the file or drop its row")
     return array
 
 

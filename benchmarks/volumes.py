@@ -65,14 +65,20 @@ def show(result: dict[str, Any], patients: bool) -> None:
 
 def sequences(manifest: Path, chosen: list[str], folder: Path) -> Path:
     """A manifest like another with only the `chosen` sequences (names of its column `channels`), files where they are.
-    A region that the other leaves empty stays so: it is then where the chosen sequences are not 0."""
+    Rows without a region get one file more: the brain, where FLAIR is not 0 (the pack's own rule)."""
     with open(manifest, newline="") as file:
         rows = list(csv.DictReader(file))
+    folder.mkdir(parents=True, exist_ok=True)
     for row in rows:
-        names = row["channels"].split(";")
+        files = dict(zip(row["channels"].split(";"), row["image"].split(";"), strict=True))
         place = lambda name: str(manifest.parent / name) if name else ""
-        row["image"] = ";".join(place(row["image"].split(";")[names.index(name)]) for name in chosen)
+        row["image"] = ";".join(place(files[name]) for name in chosen)
         row["mask"], row["region"] = place(row["mask"]), place(row["region"])
+        if not row["region"]:
+            image = nib.load(place(files["FLAIR"]))
+            brain = np.asarray(image.dataobj) != 0
+            row["region"] = str((folder / f"{row['id']}_brain.nii.gz").resolve())
+            nib.save(nib.Nifti1Image(brain.astype(np.uint8), image.affine), row["region"])
     return write_manifest(rows, folder)
 
 

@@ -42,7 +42,7 @@ from jmae.data.volumes import Volume, read_subtraction
 from jmae.errors import InputError, exit_code
 from jmae.masking import case_keys
 from jmae.reconstruct import fitting
-from jmae.report import Case, one_slice, without_curves, write_report
+from jmae.report import Case, choose_cases, one_slice, without_curves, write_report
 from jmae.run_folder import log, read_history, write_csv, write_text
 from jmae.scoring import top_mean
 from jmae.sharding import device_mesh, keep_compiled, replicated, split
@@ -95,9 +95,20 @@ class Result(NamedTuple):
     scores: dict[str, np.ndarray]  # (r,)
     reconstruction: np.ndarray | None  # (r, *size, c)
     own: Callable[[np.ndarray], np.ndarray]  # a map (*size) or picture (*size, c) on the row's own grid
+    scored: Callable[[np.ndarray], np.ndarray]  # a mask on the row's own grid on the grid that was scored
+    seconds: float  # of scoring alone
     values: Callable[[np.ndarray], np.ndarray] = lambda picture: picture  # a picture in the row's own values
     seen: np.ndarray | None = None  # where on its own grid a map exists; None: everywhere
     cheap: Mapping[str, np.ndarray] = MappingProxyType({})  # the baselines' maps, on the row's own grid
+
+
+class Stream(NamedTuple):
+    """The results of a split's rows in order, and what was scored with them."""
+
+    results: Iterator[Result]
+    on_val: np.ndarray | None = None  # (r, m): the primary scores of the labelled validation rows
+    cheap: Mapping[str, Scored] = MappingProxyType({})  # the baselines' scores, by part
+    shown: frozenset[int] | None = None  # the rows whose pictures may be shown; None: any
 
 
 def restore_results(config: ConfigDict, system: System, workdir: Path) -> Results:
@@ -222,11 +233,14 @@ def sweeper(config: ConfigDict, sweep: Sweep, results: Any) -> Callable[[Volume,
 def ahead(function: Callable, items: Sequence) -> Iterator[Any]:
     """`function` of each item in order, one item ahead of its use, in a thread."""
     with ThreadPoolExecutor(1) as pool:
-        waiting = [pool.submit(function, item) for item in items[:1]]
-        for item in [*items[1:], None]:
-            (future,) = waiting
-            waiting = [pool.submit(function, item)] if item is not None else []
-            yield future.result()
+        waiting = None
+        for item in items:
+            following = pool.submit(function, item)
+            if waiting:
+                yield waiting.result()
+            waiting = following
+        if waiting:
+            yield waiting.result()
 
 
 def volume_results(
@@ -235,21 +249,22 @@ def volume_results(
     """Each row prepared, scored and put back on its own grid. ours: a map's score is the mean of its highest voxels in
     the region, a share `evaluation.top` of them (the paper scores voxels only)."""
     for row, volume in zip(rows, ahead(partial(prepared, data=config.data), rows), strict=True):
+        began = time.monotonic()
         out = run(volume, case_words(row.id))
-        scores = {
-            name: np.array([top_mean(m, volume.region, config.evaluation.top) for m in maps])
-            for name, maps in out["maps"].items()
-        }
+        top = lambda m, region=volume.region: top_mean(m, region, config.evaluation.top)
+        scores = {name: np.array([top(m) for m in maps]) for name, maps in out["maps"].items()}
         yield Result(
-            volume.array,
-            volume.stored,
-            out["maps"],
-            scores,
-            out["reconstruction"],
-            volume.grid.back,
-            partial(own_values, volume=volume, data=config.data),
-            volume.grid.inside(),
-            cheap(row, volume),
+            image=volume.array,
+            stored=volume.stored,
+            maps=out["maps"],
+            scores=scores,
+            reconstruction=out["reconstruction"],
+            own=volume.grid.back,
+            scored=partial(volume.grid.forward, order=0),
+            seconds=time.monotonic() - began,
+            values=partial(own_values, volume=volume, data=config.data),
+            seen=volume.grid.inside(),
+            cheap=cheap(row, volume),
         )
 
 
@@ -264,14 +279,60 @@ def image_results(images: Images, scored: Scored, cheap: Scored, n: int) -> Iter
         stored = stored_image(row)
         size = stored.array.shape[:-1]
 
-        def own(array: np.ndarray, size: tuple[int, ...] = size, rank: int = len(size)) -> np.ndarray:
-            return resize(array, size) if array.ndim > rank else resize(array[..., None], size)[..., 0]
+        def own(array: np.ndarray, size: tuple[int, ...] = size) -> np.ndarray:
+            return resize(array, size) if array.ndim > len(size) else resize(array[..., None], size)[..., 0]
 
+        small = lambda mask: resize(mask[..., None].astype(np.float32), images.size)[..., 0] > 0.5
         of = lambda values, i=i: {name: value[:, i] for name, value in values.items()}
-        picture = None if scored.reconstruction is None else scored.reconstruction[:, i]
-        grown = {name: own(value[0]) for name, value in of(cheap.maps).items()}
-        image = images.image(np.array([i]))[0]
-        yield Result(image, stored, of(scored.maps), of(scored.scores), picture, own, cheap=grown)
+        yield Result(
+            image=images.image(np.array([i]))[0],
+            stored=stored,
+            maps=of(scored.maps),
+            scores=of(scored.scores),
+            reconstruction=None if scored.reconstruction is None else scored.reconstruction[:, i],
+            own=own,
+            scored=small,
+            seconds=scored.seconds / n,
+            cheap={name: own(value[0]) for name, value in of(cheap.maps).items()},
+        )
+
+
+def score_images(
+    config: ConfigDict,
+    system: System,
+    results: Results,
+    rows: Sequence[Row],
+    split: "Split",
+    parts: Mapping[str, "Part"],
+) -> Stream:
+    """All images of a split at once, beside the baselines of each part."""
+    n, score = len(split.rows), scorer(config, system, results)
+    images = Images([*split.rows, *split.val], config)
+    scored = score(images, np.arange(n))
+    on_val = score(images, n + np.arange(len(split.val))).scores[system.primary] if split.val else None
+    cheap = {name: Scored({}, {}) for name in parts}
+    if split.known.any() and (normals := [row for row in rows if row.split == "train" and row.label != 1]):
+        fit = partial(baseline_scores, Images(normals, config), images, n)
+        cheap = {name: fit(share=part.share, pixels=split.marked and part.share == 1) for name, part in parts.items()}
+    means = scored.scores[system.primary].mean(0).tolist()
+    groups = choose_cases([row.label for row in split.rows], means)
+    shown = frozenset(i for group in groups.values() for i in group)
+    return Stream(image_results(images, scored, cheap[WHOLE], n), on_val, cheap, shown)
+
+
+def score_volumes(
+    config: ConfigDict, system: System, results: Results, rows: Sequence[Row], split: "Split", workdir: Path
+) -> Stream:
+    """The volumes of a split one by one, beside the baselines' maps where a lesion is marked."""
+    assert system.sweep
+    run = sweeper(config, system.sweep, results)
+    nothing: Callable[[Row, Volume], dict[str, np.ndarray]] = lambda row, volume: {}
+    cheap = nothing
+    if split.known.any() and split.marked:
+        train = [row for row in rows if row.split == "train"]
+        cheap = volume_baselines(config, system, Volumes(train, config, workdir / "cache") if train else None)
+    on_val = [result.scores[system.primary] for result in volume_results(config, split.val, run, nothing)]
+    return Stream(volume_results(config, split.rows, run, cheap), np.stack(on_val, 1) if on_val else None)
 
 
 # --- cheap baselines --------------------------------------------------------------------------------------------------
@@ -333,12 +394,16 @@ def volume_baselines(
 # --- figures ----------------------------------------------------------------------------------------------------------
 
 
-def read_truth(row: Row, stored: Image) -> tuple[np.ndarray, np.ndarray | None] | None:
-    """(lesion mask, region) of a row on its own grid. A normal row's mask is empty; None of an abnormal row without a
-    mask or a box, and of an unlabelled one: it is left out of pixel figures."""
-    size = stored.array.shape[:-1]
+def read_truth(row: Row, result: Result) -> tuple[np.ndarray, np.ndarray | None] | None:
+    """(lesion mask, region that was scored) of a row on its own grid. A normal row's mask is empty; None of an abnormal
+    row without a mask or a box, and of an unlabelled one: it is left out of pixel figures."""
+    size = result.stored.array.shape[:-1]
     mask = np.zeros(size, bool) if row.label == 0 else lesion_mask(row, size) if row.label == 1 else None
-    return None if mask is None else (mask, region_mask(row))
+    if mask is None:
+        return None
+    region = region_mask(row)
+    both = [part for part in (region, result.seen) if part is not None]
+    return mask, np.logical_and(*both) if len(both) == 2 else both[0] if both else None
 
 
 class Pixels:
@@ -427,12 +492,36 @@ def better_ends(baseline: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]
 # --- the evaluation ---------------------------------------------------------------------------------------------------
 
 
+class Split(NamedTuple):
+    """The rows that are scored."""
+
+    name: str
+    rows: list[Row]
+    val: list[Row]  # labelled rows of `val` that choose the threshold; none where a class is missing
+    labels: np.ndarray  # (n,), -1 unknown
+    marked: bool  # whether any row has a mask or a box
+
+    @property
+    def known(self) -> np.ndarray:
+        """(n,) which rows have a label."""
+        return self.labels >= 0
+
+
 class Part(NamedTuple):
     """A part of a split that gets figures of its own."""
 
     inside: np.ndarray  # (n,), which rows
     pixels: Pixels
     share: float = 1.0  # of each axis, in the middle
+
+
+class Gathered(NamedTuple):
+    """What is kept of the results: the maps are written or counted, and gone."""
+
+    scores: dict[str, np.ndarray]  # (r, n)
+    inner: dict[str, np.ndarray]  # (r, n): the scores of the maps' central part
+    cases: list[Case]
+    seconds: float
 
 
 def evaluate(
@@ -443,88 +532,24 @@ def evaluate(
     Labels of the split and of `val` serve figures alone. Raises InputError where the split is empty.
     """
     began = time.monotonic()
-    chosen = [row for row in rows if row.split == split]
-    if not chosen:
-        raise InputError(f"split {split!r} has no rows: one of {', '.join(sorted({row.split for row in rows}))}")
-    val = [row for row in rows if row.split == "val" and row.label is not None]
-    val = val if split != "val" and {row.label for row in val} == {0, 1} else []  # val itself chose the threshold
-    train = [row for row in rows if row.split == "train"]
-    n, primary = len(chosen), system.primary
-    labels = np.array([-1 if row.label is None else row.label for row in chosen])
-    known = labels >= 0
-    masked = any(row.mask or row.boxes for row in chosen)
-    parts = parts_of(config, chosen, known, volumes=system.sweep is not None)
+    own = split_of(rows, split)
+    parts = parts_of(config, own, volumes=system.sweep is not None)
     results = restore_results(config, system, workdir)
-    log(f"{split}: scoring {n} cases")
-    if known.any() and not train:
+    log(f"{split}: scoring {len(own.rows)} cases")
+    if own.known.any() and not any(row.split == "train" for row in rows):
         log("warning: the manifest has no train rows: no cheap baselines")
-    val_scores: np.ndarray | None = None
-    cheap: dict[str, Scored] = {name: Scored({}, {}) for name in parts}
-    stream: Iterator[Result]
     if system.sweep:
-        run, fitted = sweeper(config, system.sweep, results), known.any() and masked
-        volumes = Volumes(train, config, workdir / "cache") if train and fitted else None
-        maps_of = volume_baselines(config, system, volumes) if fitted else lambda row, volume: {}
-        stream = volume_results(config, chosen, run, maps_of)
-        if val:
-            on_val = list(volume_results(config, val, run, lambda row, volume: {}))
-            val_scores = np.stack([result.scores[primary] for result in on_val], 1)
+        stream = score_volumes(config, system, results, rows, own, workdir)
     else:
-        score, images = scorer(config, system, results), Images(chosen + val, config)
-        scored = score(images, np.arange(n))
-        normals = [row for row in train if row.label != 1]
-        if known.any() and normals:
-            fit = partial(baseline_scores, Images(normals, config), images, n)
-            cheap = {name: fit(share=part.share, pixels=masked and part.share == 1) for name, part in parts.items()}
-        stream = image_results(images, scored, cheap[WHOLE], n)
-        if val:
-            val_scores = score(images, n + np.arange(len(val))).scores[primary]
-
-    scores: dict[str, list[np.ndarray]] = {}
-    inner: dict[str, list[np.ndarray]] = {}  # the scores of the maps' central part
-    cases: list[Case] = []
-    scoring = time.monotonic()
-    for i, (row, result) in enumerate(zip(chosen, stream, strict=True)):
-        for name, values in result.scores.items():
-            scores.setdefault(name, []).append(values)
-        for name in result.maps.keys() & result.scores.keys():
-            inner.setdefault(name, []).append(np.array([central(m, CENTRAL).mean() for m in result.maps[name]]))
-        truth = read_truth(row, result.stored) if masked and result.maps else None
-        own: dict[str, list[np.ndarray]] = {}
-        if truth:
-            mask, region = truth
-            region = result.seen if region is None else region if result.seen is None else region & result.seen
-            own = {name: [result.own(m) for m in maps] for name, maps in result.maps.items()}
-            own |= {name: [m] for name, m in result.cheap.items()}
-        for part in parts.values():
-            if part.inside[i]:
-                if truth:
-                    part.pixels.add(row, mask, region, own)
-                part.pixels.close(row)
-        if primary not in result.maps:
-            continue
-        mean = result.maps[primary].mean(0)
-        if config.evaluation.maps:
-            (out / "maps").mkdir(parents=True, exist_ok=True)
-            write_map(out / "maps" / f"{row.id}_anomaly", result.own(mean), result.stored)
-        picture = None if result.reconstruction is None else result.reconstruction.mean(0)
-        if config.evaluation.get("reconstruction") and picture is not None:
-            write_map(out / "maps" / f"{row.id}_recon", result.own(result.values(picture)), result.stored)
-        lesion = None
-        if truth:
-            lesion = resize(truth[0][..., None].astype(np.float32), mean.shape)[..., 0] > 0.5
-        score_of = float(result.scores[primary].mean())
-        cases.append(one_slice(Case(row.id, row.label, score_of, result.image, mean, lesion, picture)))
-    seconds = time.monotonic() - scoring if system.sweep else scored.seconds
-
-    stacked = {name: np.stack(values, 1) for name, values in scores.items()}
+        stream = score_images(config, system, results, rows, own, parts)
+    gathered = gather(config, system, own, stream, parts, out)
     evaluation: dict[str, Any] = {
         "system": system.name,
         "split": split,
-        "n": n,
-        "n_normal": int((labels == 0).sum()),
-        "n_abnormal": int((labels == 1).sum()),
-        "primary": primary,
+        "n": len(own.rows),
+        "n_normal": int((own.labels == 0).sum()),
+        "n_abnormal": int((own.labels == 1).sum()),
+        "primary": system.primary,
         "image": None,
         "pixel": None,
         "scores": {},
@@ -534,61 +559,119 @@ def evaluate(
         "decision": None,
         "chi2": None,
     }
-    for title, part in parts.items() if known.any() else ():
-        rows_in = [row for row, used in zip(chosen, part.inside, strict=True) if used]
-        of = lambda values, part=part: {name: value[:, part.inside] for name, value in values.items()}
-        ours = {name: np.stack(v, 1) for name, v in inner.items()} if part.share < 1 else stacked
-        maps = [name for name in part.pixels.pooled if name in inner]
-        figure = partial(figures, pixels=part.pixels, rows=rows_in, draws=config.evaluation.draws)
-        all_scores = figure(of(ours), maps)
-        others = [name for name in part.pixels.pooled if name not in inner]
+    if own.known.any():
         found = {
-            "n": int(part.inside.sum()),
-            **all_scores.get(primary, {"image": None, "pixel": None}),
-            "scores": all_scores,
-            "baselines": better_ends(figure(of(cheap[title].scores), others)),
+            title: part_figures(config, system, own, stream, gathered, title, part) for title, part in parts.items()
         }
-        if title == WHOLE:
-            evaluation |= found | {"n": n}
-        else:
-            evaluation["subsets"][title] = found
-    whole = parts[WHOLE].pixels
-    if primary in whole.pooled:
-        evaluation["per_patient"] = whole.per_patient(primary, list(evaluation["baselines"]))
-    if known.any():
-        values = stacked[primary][:, known]
-        if val_scores is not None:
-            labels_val = np.array([row.label for row in val], int)
-            thresholds = [metrics.threshold_on(labels_val, v) for v in val_scores]
-            evaluation["decision"] = mean_of(
-                [metrics.at_threshold(labels[known], v, t) for v, t in zip(values, thresholds, strict=True)]
-            )
-        evaluation["chi2"] = mean_of(
-            [metrics.chi2_distance(v[labels[known] == 0], v[labels[known] == 1]) for v in values]
-        )
+        evaluation |= found.pop(WHOLE) | {"n": len(own.rows), "subsets": found}
+        evaluation |= of_scores(own, gathered.scores[system.primary][:, own.known], stream.on_val)
+        if system.primary in parts[WHOLE].pixels.pooled:
+            names = list(evaluation["baselines"])
+            evaluation["per_patient"] = parts[WHOLE].pixels.per_patient(system.primary, names)
 
-    means = {name: values.mean(0) for name, values in stacked.items()}
-    further = [name for name in means if name != primary]
+    means = {name: values.mean(0) for name, values in gathered.scores.items()}
+    further = [name for name in means if name != system.primary]
     table = [
-        {"id": row.id, "label": row.label, "score": float(means[primary][i]), "p_value": None}
+        {"id": row.id, "label": row.label, "score": float(means[system.primary][i]), "p_value": None}
         | {name: float(means[name][i]) for name in further}
-        for i, row in enumerate(chosen)
+        for i, row in enumerate(own.rows)
     ]
     evaluation["seconds"] = time.monotonic() - began
-    evaluation["seconds_per_case"] = seconds / n
+    evaluation["seconds_per_case"] = gathered.seconds / len(own.rows)
     write_csv(out / "scores.csv", [{k: "" if v is None else v for k, v in line.items()} for line in table])
     write_text(out / "metrics.json", json.dumps(metrics.json_ready(evaluation), indent=1))
     environment = workdir / "environment.json"
     about = json.loads(environment.read_text()) if environment.exists() else {}
     history = read_history(workdir / "metrics.jsonl")
-    write_report(out / "report.html", {**evaluation, "table": table}, cases, history, config.to_dict(), about)
+    write_report(out / "report.html", {**evaluation, "table": table}, gathered.cases, history, config.to_dict(), about)
     log(headline(evaluation))
     log(f"report: {out / 'report.html'}")
     return evaluation
 
 
-def parts_of(config: ConfigDict, rows: Sequence[Row], known: np.ndarray, *, volumes: bool) -> dict[str, Part]:
+def split_of(rows: Sequence[Row], name: str) -> Split:
+    """A split of a manifest; raises InputError where it is empty."""
+    chosen = [row for row in rows if row.split == name]
+    if not chosen:
+        raise InputError(f"split {name!r} has no rows: one of {', '.join(sorted({row.split for row in rows}))}")
+    val = [row for row in rows if row.split == "val" and row.label is not None]
+    val = val if name != "val" and {row.label for row in val} == {0, 1} else []  # val itself chose the threshold
+    labels = np.array([-1 if row.label is None else row.label for row in chosen])
+    return Split(name, chosen, val, labels, any(row.mask or row.boxes for row in chosen))
+
+
+def gather(
+    config: ConfigDict, system: System, split: Split, stream: Stream, parts: Mapping[str, Part], out: Path
+) -> Gathered:
+    """Goes through the results once: counts pixels, writes maps, keeps scores and pictures."""
+    scores: dict[str, list[np.ndarray]] = {}
+    inner: dict[str, list[np.ndarray]] = {}
+    cases: list[Case] = []
+    seconds = 0.0
+    for i, (row, result) in enumerate(zip(split.rows, stream.results, strict=True)):
+        seconds += result.seconds
+        for name, values in result.scores.items():
+            scores.setdefault(name, []).append(values)
+        for name in result.maps.keys() & result.scores.keys():
+            inner.setdefault(name, []).append(np.array([central(m, CENTRAL).mean() for m in result.maps[name]]))
+        truth = read_truth(row, result) if split.marked and result.maps else None
+        own: dict[str, list[np.ndarray]] = {}
+        if truth:
+            own = {name: [result.own(m) for m in maps] for name, maps in result.maps.items()}
+            own |= {name: [m] for name, m in result.cheap.items()}
+        for part in parts.values():
+            if part.inside[i]:
+                if truth:
+                    part.pixels.add(row, *truth, own)
+                part.pixels.close(row)
+        if system.primary not in result.maps:
+            continue
+        mean = result.maps[system.primary].mean(0)
+        picture = None if result.reconstruction is None else result.reconstruction.mean(0)
+        if config.evaluation.maps:
+            (out / "maps").mkdir(parents=True, exist_ok=True)
+            write_map(out / "maps" / f"{row.id}_anomaly", result.own(mean), result.stored)
+        if config.evaluation.get("reconstruction") and picture is not None:
+            (out / "maps").mkdir(parents=True, exist_ok=True)
+            write_map(out / "maps" / f"{row.id}_recon", result.own(result.values(picture)), result.stored)
+        if stream.shown is None or i in stream.shown:
+            lesion = result.scored(truth[0]) if truth else None
+            score = float(result.scores[system.primary].mean())
+            cases.append(one_slice(Case(row.id, row.label, score, result.image, mean, lesion, picture)))
+    stack = lambda values: {name: np.stack(each, 1) for name, each in values.items()}
+    return Gathered(stack(scores), stack(inner), cases, seconds)
+
+
+def part_figures(
+    config: ConfigDict, system: System, split: Split, stream: Stream, gathered: Gathered, title: str, part: Part
+) -> dict[str, Any]:
+    """What metrics.json says of one part of the split: the primary score's figures at the top, then those of all
+    scores, and of the baselines."""
+    rows = [row for row, used in zip(split.rows, part.inside, strict=True) if used]
+    of = lambda values: {name: value[:, part.inside] for name, value in values.items()}
+    pooled, draws = part.pixels.pooled, config.evaluation.draws
+    ours = gathered.scores if part.share == 1 else gathered.inner
+    scores = figures(of(ours), [m for m in pooled if m in gathered.inner], part.pixels, rows, draws)
+    cheap = stream.cheap[title].scores if title in stream.cheap else {}
+    baseline = figures(of(cheap), [m for m in pooled if m not in gathered.inner], part.pixels, rows, draws)
+    top = scores.get(system.primary, {"image": None, "pixel": None})
+    return {"n": int(part.inside.sum()), **top, "scores": scores, "baselines": better_ends(baseline)}
+
+
+def of_scores(split: Split, values: np.ndarray, on_val: np.ndarray | None) -> dict[str, Any]:
+    """The decision at the threshold chosen on `val`, and the distance of the classes, of primary scores (r, known)."""
+    labels = split.labels[split.known]
+    decision = None
+    if on_val is not None:
+        thresholds = [metrics.threshold_on(np.array([row.label for row in split.val], int), v) for v in on_val]
+        decision = mean_of([metrics.at_threshold(labels, v, t) for v, t in zip(values, thresholds, strict=True)])
+    chi2 = mean_of([metrics.chi2_distance(v[labels == 0], v[labels == 1]) for v in values])
+    return {"decision": decision, "chi2": chi2}
+
+
+def parts_of(config: ConfigDict, split: Split, *, volumes: bool) -> dict[str, Part]:
     """The labelled rows, those of each subset column and, of images, their central crop."""
+    rows, known = split.rows, split.known
 
     def part(inside: np.ndarray, share: float = 1.0) -> Part:
         return Part(inside, Pixels([row for row, used in zip(rows, inside, strict=True) if used], share), share)
@@ -614,13 +697,24 @@ def headline(evaluation: Mapping[str, Any]) -> str:
     unknown = evaluation["n"] - evaluation["n_normal"] - evaluation["n_abnormal"]
     counts = f"{evaluation['split']}: {evaluation['n_normal']} normal, {evaluation['n_abnormal']} abnormal"
     counts += f", {unknown} of unknown label" if unknown else ""
-    if reason := without_curves(evaluation):
-        return f"{counts}\n{reason}"
-    primary = evaluation["primary"]
-    lines = [counts]
-    lines += [line(name + " *" * (name == primary), s["image"]) for name, s in evaluation["scores"].items()]
-    cheap = [line(name, s["image"]) for name, s in evaluation["baselines"].items() if s["image"]]
-    return "\n".join([*lines, *(["cheap baselines:"] if cheap else []), *cheap])
+    primary, reason = evaluation["primary"], without_curves(evaluation)
+    lines = [counts, *([reason] if reason else [])]
+    scores, cheap = evaluation["scores"], evaluation["baselines"]
+    if not reason:
+        lines += [line(name + " *" * (name == primary), s["image"]) for name, s in scores.items() if s["image"]]
+        rated = [line(name, s["image"]) for name, s in cheap.items() if s["image"]]
+        lines += ["cheap baselines:", *rated] if rated else []
+    if evaluation["pixel"]:
+        lines.append(f"pixels, of which {evaluation['pixel']['prevalence']:.4f} are lesion:")
+        named = [(name + " *" * (name == primary), s) for name, s in [*scores.items(), *cheap.items()]]
+        lines += [
+            f"  {name:<24} AUROC {s['pixel']['auroc']:.3f}  AP {s['pixel']['ap']:.3f}"
+            for name, s in named
+            if s["pixel"]
+        ]
+        mean = metrics.patient_mean(evaluation["per_patient"])
+        lines.append(f"  mean of {mean['n']} patients      AUROC {mean['auroc']:.3f}  AP {mean['ap']:.3f}")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -297,11 +297,35 @@ def comparison_rows(evaluation: Mapping[str, Any]) -> list[Row]:
     baselines.sort(key=lambda r: -(r.image.get("auroc") or 0))
     rows = [row(primary, "primary", evaluation), *(row(k, "score", e) for k, e in further.items()), *baselines]
     n, k = evaluation["n_normal"], evaluation["n_abnormal"]
-    if n and k:
-        pixel = evaluation.get("pixel") or {}
-        by_chance = {"auroc": 0.5, "ap": pixel["prevalence"]} if pixel.get("prevalence") is not None else {}
-        rows.append(Row("chance", "chance", {"auroc": 0.5, "ap": k / (n + k)}, by_chance))
+    pixel = evaluation.get("pixel") or {}
+    by_chance = {"auroc": 0.5, "ap": pixel["prevalence"]} if pixel.get("prevalence") is not None else {}
+    if (n and k) or by_chance:
+        rows.append(Row("chance", "chance", {"auroc": 0.5, "ap": k / (n + k)} if n and k else {}, by_chance))
     return rows
+
+
+def named_patients(evaluation: Mapping[str, Any], most: int = 40) -> list[dict[str, Any]]:
+    """The patients with a lesion, at most so many, each with its "best" baseline (name, AUROC) or None."""
+    rows = [row for row in evaluation.get("per_patient") or () if row["auroc"] is not None][:most]
+    rated = lambda row: [
+        (b["auroc"], name) for name, b in (row.get("baselines") or {}).items() if b["auroc"] is not None
+    ]
+    best = lambda row: max(rated(row))[::-1] if rated(row) else None
+    return [{**row, "best": best(row)} for row in rows]
+
+
+def voxels(evaluation: Mapping[str, Any]) -> list[str]:
+    """What the pixel figures mean, in a sentence; none without them."""
+    pixel = evaluation.get("pixel") or {}
+    if pixel.get("auroc") is None:
+        return []
+    rated = [r for r in comparison_rows(evaluation) if r.kind == "baseline" and r.pixel.get("auroc") is not None]
+    best = max(rated, key=lambda r: r.pixel["auroc"], default=None)
+    beside = f"; the best cheap baseline, “{best.name}”, does so {100 * best.pixel['auroc']:.0f} times" if best else ""
+    return [
+        "Inside the region, the map gives a point of a lesion a higher value than one outside "
+        f"{100 * pixel['auroc']:.0f} times in 100{beside}."
+    ]
 
 
 def without_curves(evaluation: Mapping[str, Any]) -> str | None:
@@ -318,7 +342,8 @@ def without_curves(evaluation: Mapping[str, Any]) -> str | None:
 def headline(evaluation: Mapping[str, Any]) -> list[str]:
     """What the result means, in sentences for a reader who knows radiology better than statistics."""
     if reason := without_curves(evaluation):
-        return [reason, "The scores below only rank the cases: higher is more abnormal to the model."]
+        ranks = "The scores below only rank the cases: higher is more abnormal to the model."
+        return [reason, *(voxels(evaluation) or [ranks])]
     image, n = evaluation["image"], evaluation["n_normal"] + evaluation["n_abnormal"]
     auroc, ci = image["auroc"], image.get("auroc_ci")
     lo, hi = ci if ci and None not in ci else (math.nan, math.nan)
@@ -343,7 +368,7 @@ def headline(evaluation: Mapping[str, Any]) -> list[str]:
             )
         else:
             words.append(f"The best cheap baseline, “{name}”, gets {100 * value:.0f}.")
-    return words
+    return words + voxels(evaluation)
 
 
 def flat(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
@@ -446,6 +471,7 @@ def write_report(
         axis=min(0.4, math.floor(10 * min(bounds)) / 10) if bounds else 0.4,
         pixels=any(r.pixel for r in rows),
         patient_mean=metrics.patient_mean(patients) if patients else None,
+        named=named_patients(evaluation),
         roc=roc_chart(labels, scores, threshold) if curves else None,
         pr=pr_chart(labels, scores, threshold) if curves else None,
         histogram=score_chart(labels if curves else None, scores if curves else every, threshold)

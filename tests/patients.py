@@ -60,6 +60,7 @@ data.size=8,8,4 model.patch=4,4,2 model.width=24 model.heads=2 model.depth=1 mod
 model.decoder_heads=2
 data.spacing= data.join=same data.crop=none evaluation.stride=4,4,2 evaluation.batch=16 evaluation.reconstruction=true
 train.mask_ratio=0.5 evaluation.mask_ratio=0.5 train.steps=6 train.batch=2 checkpoint_every=4 log_every=2
+evaluation.filter=3,3,2 evaluation.repeats=2
 """.split()
 
 

@@ -114,6 +114,7 @@ def tiny(**changes):
         "train.mask_ratio": 0.5,
     }
     small |= {"evaluation.mask_ratio": 0.5, "evaluation.batch": 5, "evaluation.repeats": 2}
+    small |= {"evaluation.error": "all", "evaluation.filter": (3, 3, 2)}
     c = config(**(small | changes))
     system = load_system(c)
     state = jax.jit(partial(system.stages[0].init, results={}, n=4))(jax.random.key(1))

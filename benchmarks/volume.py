@@ -304,6 +304,9 @@ def torch_volume(*, told: dict[str, Any], weights: str, sweeps: int, device: str
 
 def torch_map(told: dict[str, Any], weights: str, device: str, noise: np.ndarray) -> np.ndarray:
     """The loop's map with given masks, in float32 throughout."""
+    import torch
+
+    torch.backends.cudnn.allow_tf32 = False  # its default is True, that of other products False
     return loop(told, weights, device, sweeps=told["repeats"], noise=noise)(None)
 
 
@@ -313,8 +316,10 @@ def torch_train(*, network: dict[str, Any], batch: int, tuned: bool, device: str
 
     cuda = device == "cuda"
 
-    def prepare(batch: int) -> Prepared:
+    def prepare(batch: int, trial: bool = False) -> Prepared:
         torch.manual_seed(0)
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
         model = official(**network, fused=tuned).to(device).train()
         params = [p for p in model.parameters() if p.requires_grad]
         decayed = [p for p in params if p.ndim > 1]
@@ -322,7 +327,8 @@ def torch_train(*, network: dict[str, Any], batch: int, tuned: bool, device: str
         groups += [{"params": [p for p in params if p.ndim == 1], "weight_decay": 0.0}]
         optimizer = torch.optim.AdamW(groups, 1e-3, betas=(0.9, 0.95), **({"fused": True} if tuned else {}))
         scaler = torch.amp.GradScaler(device, enabled=cuda and not tuned)
-        forward = torch.compile(model, dynamic=False) if tuned and compiled else model
+        fast = tuned and compiled and not trial  # uncompiled trials: compiled steps hold less, and take a minute each
+        forward = torch.compile(model, dynamic=False) if fast else model
         images = torch.rand(batch, network["channels"], *network["size"], device=device)
 
         def step() -> None:
@@ -343,7 +349,7 @@ def torch_train(*, network: dict[str, Any], batch: int, tuned: bool, device: str
         start = time.perf_counter()
         step()
         facts = {"batch": batch, "parameters": sum(p.numel() for p in params)}
-        facts |= {"compile_s": time.perf_counter() - start} if tuned and compiled else {}
+        facts |= {"compile_s": time.perf_counter() - start} if fast else {}
         return step, facts | torch_facts(device)
 
     return largest(prepare, batch)
@@ -447,7 +453,7 @@ def jmae_train(*, size: str, batch: int) -> Prepared:
     config, _ = settings(size)
     stage, key = load_system(config).stages[0], jax.random.key(0)
 
-    def prepare(batch: int) -> Prepared:
+    def prepare(batch: int, trial: bool = False) -> Prepared:
         state = jax.jit(lambda key: stage.init(key, {}, batch))(key)
         image = jax.random.uniform(key, (batch, *config.data.size, config.data.channels))
         rows = {"image": image, "index": jax.numpy.arange(batch)}
@@ -462,12 +468,15 @@ def jmae_train(*, size: str, batch: int) -> Prepared:
             jax.block_until_ready((state, metrics))
 
         step()
-        return step, facts | jmae_facts()
+        memory, facts = compiled.memory_analysis(), facts | jmae_facts()
+        if "device_mib" in facts:  # of this program, not of trials before it
+            facts["device_mib"] = (memory.argument_size_in_bytes + memory.temp_size_in_bytes) / 2**20
+        return step, facts
 
     return largest(prepare, batch)
 
 
-def largest(prepare: Callable[[int], Prepared], batch: int) -> Prepared:
+def largest(prepare: Callable[..., Prepared], batch: int) -> Prepared:
     """A step at `batch`; for 0 at the largest that fits, found by doubling from 6 until the memory is too small."""
     if batch:
         return prepare(batch)
@@ -477,10 +486,10 @@ def largest(prepare: Callable[[int], Prepared], batch: int) -> Prepared:
     return prepare(fits)
 
 
-def runs(prepare: Callable[[int], Prepared], batch: int) -> bool:
+def runs(prepare: Callable[..., Prepared], batch: int) -> bool:
     """Whether a step at `batch` fits in the memory; another failure is raised."""
     try:
-        prepare(batch)
+        prepare(batch, trial=True)
         return True
     except Exception as error:
         if "out of memory" not in str(error).lower() and "RESOURCE_EXHAUSTED" not in str(error):
@@ -641,11 +650,10 @@ def infer(case: str, size: str, windows: int, rounds: int, sweeps: int, device: 
     result = {"size": told, "device": same_device(results), "windows of the whole volume": everything}
     result |= {"contestants": results, "ratio, windows": rates(results, "windows"), "same masks": agreed}
     show(case, result, "windows", ("whole volume s", lambda r: f"{r['whole_volume_s']:.3g} {r['whole_volume']}"))
-    for dtype, difference in agreed["largest_difference"].items():
+    for dtype, value in agreed["largest_difference"].items():
         print(
-            f"same masks, {agreed['windows']} windows, jmae {dtype}: largest difference of the maps {difference:.2g}, "
+            f"largest difference of the maps: {value:.2g} of {agreed['largest_value']:.3g} (same masks, jmae {dtype})"
         )
-        print(f"their largest value {agreed['largest_value']:.3g}")
     return result
 
 

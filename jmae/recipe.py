@@ -3,6 +3,7 @@
 import difflib
 import json
 import math
+import re
 import runpy
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -88,12 +89,15 @@ def load(recipe: str) -> ConfigDict:
 
 
 def typed(flag: str, text: str, default: Any) -> Any:
-    """The value that `text` means where the recipe has `default`; a tuple is written 64,64 or (64, 64)."""
+    """The value that `text` means where the recipe has `default`; a tuple is written 64,64 or (64, 64). Where `default`
+    is an empty one, numbers are numbers and anything else is text."""
     if isinstance(default, str):
         return text
     if isinstance(default, tuple):
         parts = [part.strip(" '\"") for part in text.strip(" ()[]").split(",")]
-        like = next((1.0 for d in default if isinstance(d, float)), default[0] if default else "")
+        numbers = all(re.fullmatch(r"[-+]?[0-9.]+(e[-+]?[0-9]+)?", part) for part in parts if part)
+        empty = 1.0 if numbers else ""  # what an empty tuple would hold
+        like = next((1.0 for d in default if isinstance(d, float)), default[0] if default else empty)
         return tuple(typed(flag, part, like) for part in parts if part)
     words = {"true": True, "1": True, "false": False, "0": False}
     try:

@@ -276,6 +276,40 @@ def test_a_split_of_normals_alone_has_no_curves(tmp_path):
     assert "All labelled cases of this split are normal" in text
 
 
+def test_volumes_that_are_all_abnormal_still_have_their_voxel_figures(tmp_path):
+    pixel = {"auroc": 0.91, "ap": 0.3, "prevalence": 0.02, "dice_best": 0.4, "iou": 0.25, "froc": None}
+    weak = pixel | {"auroc": 0.62, "ap": 0.05}
+    patients = [
+        {"patient": "first", "auroc": 0.95, "ap": 0.5, "prevalence": 0.03}
+        | {"baselines": {"brightness": {"auroc": 0.61, "ap": 0.1}, "PCA-30 error": {"auroc": 0.72, "ap": 0.1}}},
+        {"patient": "none", "auroc": None, "ap": None, "prevalence": 0.0, "baselines": {}},
+    ]
+    changes = {"n_normal": 0, "n_abnormal": 40, "pixel": pixel, "per_patient": patients, "image": None}
+    baselines = {"brightness": {"image": None, "pixel": weak}}
+    evaluation = an_evaluation(**changes, scores={"stage2": {"image": None, "pixel": pixel}}, baselines=baselines)
+    reason, voxels = headline(evaluation)
+    assert "need both classes" in reason
+    assert "91 times in 100; the best cheap baseline, “brightness”, does so 62 times." in voxels
+    assert report.named_patients(evaluation)[0]["best"] == ("PCA-30 error", 0.72)
+    text = write(tmp_path / "r.html", evaluation, cases=[a_case("case0", 1, 2.0)])
+    for word in ("0.910", "0.620", "first", "0.950", "PCA-30 error", "mean over 1 patients"):
+        assert word in text
+    assert ">none<" not in text
+
+
+def test_a_volume_is_cut_where_its_lesion_is_largest_or_its_map_highest():
+    case = a_case("v", 1, 1.0, size=(6, 5, 4))
+    case.mask[...] = False
+    case.mask[2:4, 1:3, 2] = True
+    flat = report.one_slice(case)
+    assert flat.slice == 2 and flat.image.shape == (6, 5, 2) and flat.mask.sum() == 4
+    np.testing.assert_array_equal(flat.map, case.map[:, :, 2])
+    assert report.one_slice(flat) == flat
+    normal = a_case("n", 0, 1.0, size=(6, 5, 4))
+    normal.map[3, 3, 1] = 99
+    assert report.one_slice(normal).slice == 1
+
+
 def test_a_page_without_cases_history_and_extras_still_stands(tmp_path):
     e = an_evaluation(pixel=None, decision=None, chi2=None, replicates=None, per_patient=None, baselines={}, scores={})
     text = Page(write(tmp_path / "r.html", {**e, "subsets": {}}, [], [])).text

@@ -1,13 +1,13 @@
 """MAEMI on volumes: real brains, small real volumes with planted lesions, and the paper's two ablations on phantoms.
 
-    JMAE_DATA=FOLDER python -m benchmarks.volumes mri3d                  # FLAIR and T1c, recipe `small`
-    JMAE_DATA=FOLDER python -m benchmarks.volumes mri3d --sequences T1c  # without the sequence whose brightness tells
-    JMAE_DATA=FOLDER python -m benchmarks.volumes mri3d_hippo            # normals, planted lesions in half the test
-    python -m benchmarks.volumes ratio                                    # mask ratio 0.75 to 0.95 (the paper's Fig. 3)
-    python -m benchmarks.volumes patch                                   # patches of 6:8:12:24 (the paper's table)
+    JMAE_DATA=FOLDER python -m benchmarks.maemi mri3d                  # FLAIR and T1c, recipe `small`
+    JMAE_DATA=FOLDER python -m benchmarks.maemi mri3d --sequences T1c  # without the sequence whose brightness tells
+    JMAE_DATA=FOLDER python -m benchmarks.maemi mri3d_hippo            # normals, planted lesions in half the test
+    python -m benchmarks.maemi ratio                                    # mask ratio 0.75 to 0.95 (the paper's Fig. 3)
+    python -m benchmarks.maemi patch                                   # patches of 6:8:12:24 (the paper's table)
 
 Each trains with `python -m jmae.train --config configs/maemi.py`, as the README does; further --config.KEY=VALUE are
-passed on. Prints a table, per patient where there are few, and writes benchmarks/results/volumes.json; the ablations
+passed on. Prints a table, per patient where there are few, and writes benchmarks/results/maemi.json; the ablations
 also draw benchmarks/results/maemi_ratio.png and maemi_patch.png. `--only N` runs the N-th value of an ablation alone.
 """
 
@@ -134,14 +134,15 @@ def real(options: argparse.Namespace, overrides: list[str]) -> None:
     title = options.what if options.what == "mri3d_hippo" else f"mri3d, {' and '.join(chosen)}"
     folder = options.workdir / title.replace(", ", "-").replace(" ", "-")
     if options.what == "mri3d":
-        manifest, own = sequences(pack, chosen, folder), [f"--config.data.channels={len(chosen)}"]
+        manifest = sequences(pack, chosen, folder)
+        own = [f"--config.data.channels={len(chosen)}", "--config.data.spacing=2,2,2"]
     else:  # about 35 x 50 x 36 voxels without air
         manifest = planted(pack, folder)
         own = ["--config.data.channels=1", "--config.data.size=24,24,8", "--config.model.patch=4,4,2"]
-        own += ["--config.evaluation.stride=8,8,4", "--config.train.steps=1500"]
+        own += ["--config.evaluation.stride=8,8,4", "--config.train.steps=2000", "--config.evaluation.repeats=6"]
     base = ["--config=configs/maemi.py:small", f"--config.data.manifest={manifest}", *own, *overrides]
     result = train(base, folder / f"run-{options.name}")
-    write(RESULTS / "volumes.json", f"{title}{'' if options.name == 'small' else f', {options.name}'}", result)
+    write(RESULTS / "maemi.json", f"{title}{'' if options.name == 'small' else f', {options.name}'}", result)
     show(result, patients=options.what == "mri3d")
 
 
@@ -176,9 +177,7 @@ def ablation(options: argparse.Namespace, overrides: list[str]) -> None:
     best = list(results)[int(np.argmax(aurocs))]
     kept = best == "0.9" and min(aurocs) == aurocs[-1] if key == "ratio" else aurocs == sorted(aurocs, reverse=True)
     found = {"results": results, "paper": order, "in the paper's order": bool(kept)}
-    write(
-        RESULTS / "volumes.json", f"phantoms, {key}", found | ({"paper_auroc": PAPER_PATCH} if key == "patch" else {})
-    )
+    write(RESULTS / "maemi.json", f"phantoms, {key}", found | ({"paper_auroc": PAPER_PATCH} if key == "patch" else {}))
     rows = [(name, r["pixel"]["auroc"], r["pixel"]["ap"], r["image"]["auroc"]) for name, r in results.items()]
     print(table((key, "voxel AUROC", "AP", "image AUROC"), rows))
     print(f"the paper: {order}; here {'the same' if kept else 'not so'}")
@@ -198,7 +197,7 @@ def main() -> None:
     parser.add_argument("--sequences", nargs="+", choices=("FLAIR", "T1c"))
     parser.add_argument("--only", type=int)
     parser.add_argument("--name", default="small", help="of the run, where values are overridden")
-    parser.add_argument("--workdir", type=Path, default=Path("runs/volumes"))
+    parser.add_argument("--workdir", type=Path, default=Path("runs/maemi-accuracy"))
     options, overrides = parser.parse_known_args()
     if wrong := [override for override in overrides if not override.startswith("--config.")]:
         parser.error(f"{wrong[0]} is unknown; recipe values are --config.KEY=VALUE")

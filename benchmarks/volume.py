@@ -19,7 +19,7 @@ AdamW; on a GPU bfloat16 and torch.compile). A step is forward, backward and upd
 FLOPs a sample, L blocks of width d over t tokens (the visible ones and the class token) in the encoder, L' of d' over
 n + 1 in the decoder, v values a token: forward 2 n v d + L (24 t d^2 + 4 t^2 d) + 2 t d d' + L' (24 (n + 1) d'^2 +
 4 (n + 1)^2 d') + 2 n d' v; a step is three of them. What is computed twice, norms, softmax, GELU and the update are
-not counted. "share" is of the rate of a large matrix product (PyTorch; bfloat16 on a GPU), timed in the same rounds.
+not counted. "share" is of the rate of a large matrix product (PyTorch; bfloat16 on a GPU), timed in the same run.
 """
 
 import argparse

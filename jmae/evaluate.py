@@ -33,7 +33,7 @@ from jmae.data.loader import (
     lesion_mask,
     load_rows,
     prepared,
-    region_mask,
+    scored_region,
     stored_image,
 )
 from jmae.data.manifest import Row
@@ -377,10 +377,11 @@ def volume_baselines(
         residual = sweeper(single, part, {"mean": mean, "components": components})
 
     def maps(row: Row, volume: Volume) -> dict[str, np.ndarray]:
+        if row.label is None or (row.label == 1 and not (row.mask or row.boxes)):
+            return {}  # no truth to hold them against
         channels = volume.stored.array.shape[-1]
         name = lambda k: "brightness" if channels == 1 else f"brightness of channel {k}"
         out = {name(k): volume.stored.array[..., k] for k in range(channels)}
-        out |= {f"low {name}": -values for name, values in out.items()}
         if residual:
             out["PCA-30 error"] = volume.grid.back(residual(volume, case_words(row.id))["maps"]["residual"][0])
         if row.pre and row.post:
@@ -394,14 +395,14 @@ def volume_baselines(
 # --- figures ----------------------------------------------------------------------------------------------------------
 
 
-def read_truth(row: Row, result: Result) -> tuple[np.ndarray, np.ndarray | None] | None:
+def read_truth(row: Row, result: Result, data: ConfigDict) -> tuple[np.ndarray, np.ndarray | None] | None:
     """(lesion mask, region that was scored) of a row on its own grid. A normal row's mask is empty; None of an abnormal
     row without a mask or a box, and of an unlabelled one: it is left out of pixel figures."""
     size = result.stored.array.shape[:-1]
     mask = np.zeros(size, bool) if row.label == 0 else lesion_mask(row, size) if row.label == 1 else None
     if mask is None:
         return None
-    region = region_mask(row)
+    region = scored_region(row, result.stored, data)
     both = [part for part in (region, result.seen) if part is not None]
     return mask, np.logical_and(*both) if len(both) == 2 else both[0] if both else None
 
@@ -433,12 +434,16 @@ class Pixels:
         patient = patient_of(row)
         self.left[patient] -= 1
         if not self.left[patient] and (mine := self.own.pop(patient, {})):
-            figures = {name: pooled.result() for name, pooled in mine.items()}
+            figures = {name: pooled.result() for name, pooled in both_ends(mine).items()}
             self.patients.append({"patient": row.patient, "figures": figures})
 
     def result(self, name: str) -> dict[str, Any] | None:
-        """The pooled figures of a map, the mean over replicates; None where no case has a lesion or no such map."""
-        return mean_of([one.result() for one in self.pooled.get(name, ())]) if self.lesions else None
+        """The pooled figures of a map, or of its "low " end, the mean over replicates; None where no case has a lesion
+        or there is no such map."""
+        each = self.pooled.get(name.removeprefix("low "), ())
+        if not self.lesions:
+            return None
+        return mean_of([(one.negated() if name.startswith("low ") else one).result() for one in each])
 
     def per_patient(self, primary: str, cheap: Sequence[str]) -> list[dict[str, Any]]:
         """A row {patient, auroc, ap, prevalence, baselines} a patient, of the primary score's map."""
@@ -448,6 +453,12 @@ class Pixels:
             | {"baselines": {b: {k: p["figures"][b][k] for k in keys[:2]} for b in cheap if b in p["figures"]}}
             for p in self.patients
         ]
+
+
+def both_ends(maps: Mapping[str, Any]) -> dict[str, Any]:
+    """Maps with the other end of each brightness: which of them is abnormal is not the library's to know."""
+    lows = {f"low {name}": pooled.negated() for name, pooled in maps.items() if name.startswith("brightness")}
+    return {**maps, **lows}
 
 
 def patient_of(row: Row) -> str:
@@ -481,8 +492,7 @@ def figures(
 
 
 def better_ends(baseline: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Of a baseline "NAME" and its "low NAME" the better one: which end of a brightness scale is abnormal is not the
-    library's to know."""
+    """Of a baseline "NAME" and its "low NAME" the better one."""
     worth = lambda entry: (entry["image"] or entry["pixel"] or {}).get("auroc", 0)
     lows = [name for name in baseline if name.startswith("low ") and name.removeprefix("low ") in baseline]
     dropped = {min((name, name.removeprefix("low ")), key=lambda n: worth(baseline[n])) for name in lows}
@@ -614,7 +624,7 @@ def gather(
             scores.setdefault(name, []).append(values)
         for name in result.maps.keys() & result.scores.keys():
             inner.setdefault(name, []).append(np.array([central(m, CENTRAL).mean() for m in result.maps[name]]))
-        truth = read_truth(row, result) if split.marked and result.maps else None
+        truth = read_truth(row, result, config.data) if split.marked and result.maps else None
         own: dict[str, list[np.ndarray]] = {}
         if truth:
             own = {name: [result.own(m) for m in maps] for name, maps in result.maps.items()}
@@ -653,7 +663,9 @@ def part_figures(
     ours = gathered.scores if part.share == 1 else gathered.inner
     scores = figures(of(ours), [m for m in pooled if m in gathered.inner], part.pixels, rows, draws)
     cheap = stream.cheap[title].scores if title in stream.cheap else {}
-    baseline = figures(of(cheap), [m for m in pooled if m not in gathered.inner], part.pixels, rows, draws)
+    others = [m for m in pooled if m not in gathered.inner]
+    others += [f"low {m}" for m in others if m.startswith("brightness")]
+    baseline = figures(of(cheap), others, part.pixels, rows, draws)
     top = scores.get(system.primary, {"image": None, "pixel": None})
     return {"n": int(part.inside.sum()), **top, "scores": scores, "baselines": better_ends(baseline)}
 

@@ -378,6 +378,14 @@ class Pooled:
         if sum(self.sizes) > EXACT:
             self._count()
 
+    def negated(self) -> "Pooled":
+        """The same pixels with their scores negated."""
+        other = Pooled()
+        other.images, other.sizes = self.images, self.sizes
+        other.parts = [-v for v in self.parts[0]], [-v for v in self.parts[1]]
+        other.counts = None if self.counts is None else self.counts[:, ::-1]
+        return other
+
     def _count(self) -> None:
         """Moves the scores kept one by one into bins."""
         self.counts = np.zeros((2, BINS), np.int64) if self.counts is None else self.counts
@@ -403,42 +411,6 @@ class Pooled:
         }
 
 
-class PerPatient:
-    """The figures of each patient, its images pooled; its pixels are freed once its last image has come.
-
-    Args:
-      patients: the patient of every image to come, in order; "" or None is a patient of its own.
-    """
-
-    def __init__(self, patients: Sequence[Any]) -> None:
-        self.patients, self.clusters = patients, _clusters(patients).tolist()
-        self.last = {k: i for i, k in enumerate(self.clusters)}  # each patient's last image
-        self.images = 0
-        self.pools: dict[int, Pooled] = {}
-        self.rows: dict[int, dict[str, Any]] = {}
-
-    def add(self, mask: NDArray, scores: NDArray, region: NDArray | None = None) -> None:
-        """Takes the next image, as `Pooled.add` does."""
-        k = self.clusters[self.images]
-        self.pools.setdefault(k, Pooled()).add(mask, scores, region)
-        if self.images == self.last[k]:
-            found = self.pools.pop(k).result()
-            names = [name for name in ("auroc", "ap", "prevalence", "auroc_error", "ap_error") if name in found]
-            self.rows[k] = {"patient": self.patients[self.images], **{name: found[name] for name in names}}
-        self.images += 1
-
-    def result(self) -> list[dict[str, Any]]:
-        """The rows of `pixel_metrics_per_patient`; ValueError where images are still to come."""
-        if self.images < len(self.clusters):
-            raise ValueError(f"{self.images} of {len(self.clusters)} images have come: add the others, in order")
-        return [self.rows[k] for k in sorted(self.rows)]
-
-
-def _together(masks: Masks, maps: Maps, regions: Regions) -> Iterator[tuple[NDArray, NDArray, NDArray | None]]:
-    """(mask, map, region) of each image."""
-    return zip(masks, maps, [None] * len(maps) if regions is None else regions, strict=True)
-
-
 def pixel_metrics(masks: Masks, maps: Maps, regions: Regions = None) -> dict[str, float | None]:
     """Metrics over the pixels (voxels) of all images pooled, inside `regions` where given.
 
@@ -452,27 +424,13 @@ def pixel_metrics(masks: Masks, maps: Maps, regions: Regions = None) -> dict[str
     and ap_error (see `Pooled`).
     """
     pool = Pooled()
-    for mask, scores, region in _together(masks, maps, regions):
+    for mask, scores, region in zip(masks, maps, [None] * len(maps) if regions is None else regions, strict=True):
         pool.add(mask, scores, region)
     return pool.result()
 
 
-def pixel_metrics_per_patient(
-    masks: Masks, maps: Maps, patients: Sequence[Any], regions: Regions = None
-) -> list[dict[str, Any]]:
-    """One row {patient, auroc, ap, prevalence} a patient, in order of appearance, its images pooled.
-
-    auroc and ap are nan for a patient without a lesion pixel inside the region; `patient_mean` counts those. Beyond
-    `EXACT` pixels a row also has auroc_error and ap_error (see `Pooled`).
-    """
-    each = PerPatient(patients)
-    for mask, scores, region in _together(masks, maps, regions):
-        each.add(mask, scores, region)
-    return each.result()
-
-
 def patient_mean(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """The mean of `pixel_metrics_per_patient` over the patients with a lesion inside the region; n; skipped.
+    """The mean of rows {auroc, ap, prevalence}, one a patient, over those with a lesion inside the region; n; skipped.
 
     The figure that MAEMI (Lang et al. 2023) reports is this mean, not the pooled one. Rows may come from JSON.
     """

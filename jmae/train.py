@@ -134,6 +134,7 @@ def train_stage(
         iterator.set_state(position["data"])
     resident = images.resident()
     held = None if resident is None else jax.device_put(resident, replicated(mesh))
+    del resident
     crop = () if held is None else tuple(config.data.size)
     step = compiled_step(stage.step, steps, n, crop)
     pending: list[tuple[int, np.ndarray, dict]] = []  # steps whose metrics are still on the device
@@ -215,13 +216,16 @@ def adopt(config: ConfigDict, stage: Stage, state: State, workdir: Path) -> Stat
     """
     source, n = Path(config.model.weights), config.replicates
     if source.is_file():
-        weights, model = read_weights(source, size=tuple(config.data.size)), config.model
+        weights, model = read_weights(source), config.model
+        part = model.get("weights_part", "mae")
+        if weights.size is None and part != "blocks":  # which file this is for nothing else tells
+            weights = read_weights(source, size=tuple(config.data.size))
         single = lambda r: state.params if n == 1 else jax.tree.map(lambda x: x[r], state.params)
         loaded = [
             load_weights(
                 weights,
                 single(r),
-                part=model.get("weights_part", "mae"),
+                part=part,
                 heads=model.heads,
                 decoder_heads=model.decoder_heads,
                 size=tuple(config.data.size),

@@ -493,7 +493,7 @@ def load_weights(
             tells the head counts.
     """
     weights = source if isinstance(source, Weights) else read_weights(source)
-    weights, starts = _with_heads(weights, heads, decoder_heads), _starts(part)
+    weights, starts = _with_heads(weights, heads, decoder_heads if part == "mae" else None), _starts(part)
     within = lambda name: name.startswith(starts)
     if part == "mae" and not any(name.startswith("decoder/") for name in weights.leaves):
         raise InputError(line(weights.path, "has no decoder: load the part encoder or blocks"))

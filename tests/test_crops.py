@@ -1,6 +1,7 @@
 """Random crops: where they may lie, that they depend on the case and the step alone, and that host and device agree."""
 
 import jax
+import nibabel as nib
 import numpy as np
 import pytest
 
@@ -59,7 +60,7 @@ def test_allowed_origins_touch_no_lesion_hold_the_region_and_stay_on_their_side(
 
 
 def test_crops_never_touch_a_lesion_and_reach_every_other_place(rows, tmp_path):
-    volumes = Volumes(rows, config(**{"data.normal_crops_only": True}), tmp_path / "cache")
+    volumes = Volumes(rows, config(), tmp_path / "cache")
     seen = [{volumes.origin(row, step, 0) for step in range(2000)} for row in range(3)]
     assert len(seen[0]) == 6 * 5 * 5
     assert len(seen[1]) == 8 * 3 * 3 - 1 and (0, 0, 0) not in seen[1]
@@ -115,11 +116,55 @@ def test_a_volume_is_prepared_once_and_again_when_its_file_or_the_recipe_changes
     assert len(made) == 7
 
 
+def test_a_lesion_thinner_than_the_new_spacing_is_not_lost(tmp_path):
+    size, lesion = (31, 29, 27), np.zeros((31, 29, 27), np.uint8)
+    lesion[10, 12:15, 13] = 1
+    affine = np.diag([0.7, 0.7, 0.7, 1])
+    for name, array in (("v", np.random.default_rng(0).normal(size=size)), ("m", lesion)):
+        nib.save(nib.Nifti1Image(array.astype(np.float32), affine), tmp_path / f"{name}.nii.gz")
+    row = Row("thin", "", "train", 1, (str(tmp_path / "v.nii.gz"),), str(tmp_path / "m.nii.gz"))
+    for spacing in (0.75, 1.1, 2.0, 3.0):
+        c = config(**{"data.spacing": (spacing,) * 3, "data.size": (2, 2, 2), "model.patch": (1, 1, 1)})
+        volumes = Volumes([row], c, tmp_path / "cache")
+        n = np.array(volumes.arrays[0].shape[:3])
+        at = (np.argwhere(lesion) - (np.array(size) - 1) / 2) * 0.7 / spacing + (n - 1) / 2
+        for step in range(300):
+            origin = np.array(volumes.origin(0, step, 0))
+            # No lesion voxel's centre lies in a voxel of the crop.
+            assert not ((at > origin - 0.5) & (at < origin + 1.5)).all(1).any()
+
+
+def test_a_row_that_a_small_table_repeats_in_a_batch_has_another_crop_each_time(rows, tmp_path):
+    volumes = Volumes(rows[:1], config(**{"data.crops_on": "host"}), tmp_path / "cache")
+    batch = next(batches(volumes, [np.arange(1)], batch=6, seeds=[0], shuffle=True, host={}))
+    assert len({image.tobytes() for image in batch["image"]}) > 3
+
+
+def test_a_slice_that_is_rewritten_in_a_series_folder_is_seen(rows, tmp_path, monkeypatch):
+    folder = tmp_path / "series"
+    folder.mkdir()
+    (folder / "1.dcm").write_bytes(b"one")
+    real = crops.prepared
+    monkeypatch.setattr(crops, "prepared", lambda row, data: real(rows[0], data))
+    row = rows[0]._replace(image=(str(folder),))
+    Volumes([row], config(), tmp_path / "cache")
+    (folder / "1.dcm").write_bytes(b"other")
+    Volumes([row], config(), tmp_path / "cache")
+    assert len(list((tmp_path / "cache").glob("*-origins.npy"))) == 2
+
+
+def test_no_volume_at_all_and_a_share_of_no_region_are_named(rows, tmp_path):
+    with pytest.raises(InputError, match="no train rows"):
+        Volumes([], config(), tmp_path / "cache")
+    with pytest.raises(InputError, match=r"names no region for data\.least_region"):
+        Volumes(rows, config(**{"data.least_region": 0.5}), tmp_path / "cache")
+
+
 def test_a_volume_without_any_allowed_crop_is_named(rows, tmp_path):
     mask = np.ones((13, 7, 6), np.uint8)
     np.save(tmp_path / "1-mask.npy", mask)
     with pytest.raises(InputError, match="case 1: no crop of"):
-        Volumes(rows, config(**{"data.normal_crops_only": True}), tmp_path / "cache")
+        Volumes(rows, config(), tmp_path / "cache")
 
 
 def test_all_unusable_volumes_come_in_one_list(rows, tmp_path):

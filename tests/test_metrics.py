@@ -439,56 +439,20 @@ def test_a_case_of_100_million_voxels_takes_less_than_4_gib(share, limit, monkey
     assert peak / n * 1e8 < 4 << 30, f"{peak / n:.1f} bytes a voxel"
 
 
-def test_patients_are_pooled_alone_then_averaged_and_the_lesionless_counted():
-    mask = np.array([[False, True], [False, True]])
-    good, bad = np.array([[0.0, 1.0], [0.0, 1.0]]), np.array([[1.0, 0.0], [1.0, 0.0]])
-    masks = [mask, mask, mask, np.zeros_like(mask)]
-    rows = metrics.pixel_metrics_per_patient(masks, [good, good, bad, good], ["a", "a", "b", ""])
-    assert [r["patient"] for r in rows] == ["a", "b", ""]
-    assert [r["auroc"] for r in rows[:2]] == [1, 0] and math.isnan(rows[2]["auroc"])
+def test_the_mean_over_patients_leaves_out_those_without_a_lesion_and_counts_them():
+    rows = [{"auroc": a, "ap": p, "prevalence": 0.5} for a, p in ((1.0, 1.0), (0.0, 0.5), (math.nan, math.nan))]
     assert metrics.patient_mean(rows) == {"auroc": 0.5, "ap": 0.75, "prevalence": 0.5, "n": 2, "skipped": 1}
-    hidden = metrics.pixel_metrics_per_patient([mask], [good], ["a"], [~mask])
-    assert metrics.patient_mean(hidden)["skipped"] == 1
+    assert metrics.patient_mean([dict.fromkeys(rows[0])])["skipped"] == 1  # None, as JSON has it
 
 
-def test_images_of_interleaved_patients_come_one_by_one(monkeypatch):
+@pytest.mark.parametrize("limit", [1 << 27, 0])
+def test_negated_scores_are_those_of_the_negated_maps(monkeypatch, limit):
+    monkeypatch.setattr(metrics, "EXACT", limit)
     rng = np.random.default_rng(0)
-    patients = ["b", "a", "", "b", "", "a", "b"]
-    images = [(rng.random((5, 6)) < 0.3, rng.normal(size=(5, 6)), rng.random((5, 6)) < 0.8) for _ in patients]
-    for limit in (1 << 27, 0):
-        monkeypatch.setattr(metrics, "EXACT", limit)
-        each, opened = metrics.PerPatient(patients), []
-        for image in images:
-            each.add(*image)
-            opened.append(len(each.pools))
-        assert opened == [1, 2, 2, 2, 2, 1, 0]  # a pool is gone with its patient's last image
-        rows = each.result()
-        assert [r["patient"] for r in rows] == ["b", "a", "", ""]
-        for row, own in zip(rows, ([0, 3, 6], [1, 5], [2], [4]), strict=True):
-            figures = pooled(*(images[i] for i in own)).result()
-            assert row == {"patient": row["patient"]} | {k: figures[k] for k in row if k != "patient"}
-            assert ("ap_error" in row) == ("auroc_error" in row) == (limit == 0)
-        masks, maps, regions = zip(*images, strict=True)
-        assert rows == metrics.pixel_metrics_per_patient(masks, maps, patients, regions)
-
-
-def test_only_the_open_patients_pixels_are_in_memory():
-    n, rng = 1 << 18, np.random.default_rng(0)
-    mask, scores = rng.random(n) < 0.05, rng.random(n, np.float32)
-    each, held = metrics.PerPatient([f"p{i // 2}" for i in range(40)]), []
-    tracemalloc.start()
-    for _ in range(40):
-        each.add(mask, scores)
-        held.append(tracemalloc.get_traced_memory()[0])
-    tracemalloc.stop()
-    assert max(held[::2]) < 4.1 * n and max(held[1::2]) < 0.1 * n  # float32 of one open patient, then of none
-
-
-def test_rows_of_patients_are_refused_while_images_are_to_come():
-    each = metrics.PerPatient(["a", "b"])
-    each.add(np.array([True, False]), np.array([1.0, 0.0]))
-    with pytest.raises(ValueError, match="1 of 2 images have come"):
-        each.result()
+    mask, scores = rng.random(500) < 0.2, np.round(rng.normal(size=500), 1).astype(np.float32)
+    found, expected = (pooled((mask, s)) for s in (scores, -scores))
+    assert found.negated().result() == pytest.approx(expected.result(), nan_ok=True)
+    assert found.negated().result()["auroc"] == pytest.approx(1 - found.result()["auroc"])
 
 
 def test_what_goes_to_json_is_strict_json():

@@ -19,7 +19,11 @@ from jmae.data.manifest import PHANTOM, Row
 from jmae.errors import InputError
 from jmae.windows import room
 
-SHARE = 0.4  # of a device's memory that a set may take
+SHARE = 0.4  # of a device's memory that a set may take; on the CPU twice, once on the way
+# What a prepared volume and its allowed origins depend on, of the recipe's section `data`.
+PREPARED = (
+    """size axes spacing join crop crop_least crop_most crop_margin region normalise mean std least_region""".split()
+)
 
 
 def box_sums(marked: Bool[np.ndarray, "*size"], box: tuple[int, ...]) -> Int[np.ndarray, "*places"]:
@@ -62,14 +66,16 @@ def allowed(
 class Volumes:
     """Prepared volumes of rows, kept in `folder` and mapped into memory; a sample is a random crop of `data.size`.
 
-    A row's crop at a step depends on the seed, the step and the row's id: not on the batch, the number of processes, or
-    where it is cut. Raises InputError with all unusable volumes in one list.
+    A row's crop at a step depends on the seed, the step, the row's id and its number in the table: not on the batch,
+    the number of processes, or where it is cut. Raises InputError with all unusable volumes in one list.
     """
 
     def __init__(self, rows: Sequence[Row], config: ConfigDict, folder: Path):
         self.rows, self.crop = list(rows), tuple(config.data.size)
         self.words = np.array([case_words(row.id) for row in rows], np.uint32).reshape(-1, 2)
         self.keys = [int(a) << 32 | int(b) for a, b in self.words]
+        if not rows:
+            raise InputError("no train rows: give the manifest volumes of split train")
         with ThreadPoolExecutor(WORKERS) as pool:
             made = list(pool.map(partial(self._made, data=config.data, folder=folder), rows))
         if problems := [line for line in made if isinstance(line, str)]:
@@ -78,7 +84,7 @@ class Volumes:
         self.arrays, self.origins = zip(*made, strict=True)
         largest = tuple(np.max([array.shape for array in self.arrays], axis=0).tolist())
         limit = (jax.local_devices()[0].memory_stats() or {}).get(
-            "bytes_limit", os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+            "bytes_limit", os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2
         )
         choices = {"auto": 4 * len(rows) * prod(largest) <= SHARE * limit, "device": True, "host": False}
         if config.data.crops_on not in choices:
@@ -87,9 +93,11 @@ class Volumes:
 
     def _made(self, row: Row, *, data: ConfigDict, folder: Path) -> tuple[np.ndarray, np.ndarray | None] | str:
         """(the padded volume, its allowed origins) from the cache, or made; what is wrong with the row."""
-        files = [file for file in (*row.image, row.mask, row.region) if file]
-        state = [(f, s.st_size, s.st_mtime_ns) for f in files if not f.startswith(PHANTOM) for s in [os.stat(f)]]
-        about = json.dumps([files, state, row.boxes, dict(row.extra), data.to_dict()], default=str)
+        named = [file for file in (*row.image, row.mask, row.region) if file and not file.startswith(PHANTOM)]
+        files = [f for name in named for f in (sorted(Path(name).iterdir()) if os.path.isdir(name) else [name])]
+        state = [(str(f), s.st_size, s.st_mtime_ns) for f in files for s in [os.stat(f)]]
+        ways = {key: data[key] for key in PREPARED}
+        about = json.dumps([row.image, state, row.boxes, dict(row.extra), ways], default=str)
         name = f"{row.id}-{hashlib.sha256(about.encode()).hexdigest()[:16]}"
         parts = [folder / f"{name}.npy", folder / f"{name}-origins.npy"]
         try:
@@ -103,13 +111,15 @@ class Volumes:
 
     def _make(self, row: Row, data: ConfigDict) -> tuple[np.ndarray, np.ndarray]:
         volume = prepared(row, data)
+        if data.least_region > 0 and volume.region is None:
+            raise InputError(f"{row.id}: names no region for data.least_region: fill it, or data.region=nonzero")
         pad, midline = room(volume.array.shape[:-1], self.crop, volume.side, volume.midline)
         grow = lambda array: None if array is None else np.pad(array, pad)
         array = np.pad(volume.array, [*pad, (0, 0)])
         origins = allowed(
             array.shape[:-1],
             self.crop,
-            lesion=grow(volume.lesion) if data.normal_crops_only else None,
+            lesion=grow(volume.lesion),
             region=grow(volume.region),
             least=data.least_region,
             side=volume.side,
@@ -122,17 +132,17 @@ class Volumes:
             )
         return array, np.empty(0, np.int32) if origins is None else origins
 
-    def origin(self, row: int, step: int, seed: int) -> tuple[int, ...]:
-        """Uniform over the allowed origins of a row."""
-        rng = np.random.Generator(np.random.Philox(key=[seed, self.keys[row]], counter=[0, 0, 0, step]))
+    def origin(self, row: int, step: int, seed: int, number: int = 0) -> tuple[int, ...]:
+        """Uniform over the allowed origins of a row; `number` is its place in a table that may hold it repeatedly."""
+        rng = np.random.Generator(np.random.Philox(key=[seed, self.keys[row]], counter=[0, 0, number, step]))
         places = tuple(n - c + 1 for n, c in zip(self.arrays[row].shape, self.crop, strict=False))
         some = self.origins[row]
         number = int(rng.random() * (prod(places) if some is None else some.size))
         return tuple(int(i) for i in np.unravel_index(number if some is None else int(some[number]), places))
 
-    def samples(self, rows: np.ndarray, step: int, seed: int) -> dict[str, np.ndarray]:
+    def samples(self, rows: np.ndarray, numbers: np.ndarray, step: int, seed: int) -> dict[str, np.ndarray]:
         """Of each row its crop at `step`: "image" (n, *crop, c); or "row" and "origin", for `cut`."""
-        origins = np.array([self.origin(row, step, seed) for row in rows], np.int32)
+        origins = np.array([self.origin(row, step, seed, k) for row, k in zip(rows, numbers, strict=True)], np.int32)
         if self.largest:
             return {"row": rows.astype(np.int32), "origin": origins}
         return {"image": np.stack([self.crop_at(row, o) for row, o in zip(rows, origins, strict=True)])}

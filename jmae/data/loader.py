@@ -20,7 +20,7 @@ from jmae.data import phantoms
 from jmae.data.files import Image, read_image, read_mask
 from jmae.data.manifest import PHANTOM, Row, check_files, parse_manifest, summary
 from jmae.data.transforms import grey, resize, to_unit
-from jmae.data.volumes import Volume, boxes_mask, prepare, read_volume
+from jmae.data.volumes import Volume, boxes_mask, prepare, read_subtraction, read_volume
 from jmae.errors import InputError
 
 WORKERS = min(16, os.cpu_count() or 1)
@@ -96,19 +96,37 @@ def stored_volume(row: Row, data: ConfigDict) -> Image:
     return stored_image(row) if row.image[0].startswith(PHANTOM) else read_volume(row.image, data)
 
 
-def prepared(row: Row, data: ConfigDict) -> Volume:
+def scored_region(row: Row, stored: Image, data: ConfigDict) -> np.ndarray | None:
+    """The row's region on the image's own grid; where it names none, by `data.region` the voxels that are not 0."""
+    region = region_mask(row)
+    return np.any(stored.array != 0, axis=-1) if region is None and data.get("region") == "nonzero" else region
+
+
+def prepared(row: Row, data: ConfigDict, stored: Image | None = None) -> Volume:
     """A row's volume on the working grid (`jmae.data.volumes.prepare`)."""
-    stored = stored_volume(row, data)
+    stored = stored_volume(row, data) if stored is None else stored
     usable(row, stored, tuple(data.size), data.channels)
     return prepare(
         stored,
         data,
         name=row.image[0],
         lesion=lesion_mask(row, stored.array.shape[:-1]),
-        region=region_mask(row),
+        region=scored_region(row, stored, data),
         midline=row.extra.get("midline", ""),
         half=row.extra.get("half", ""),
+        # What is scored must not depend on its label, whatever was published.
+        widen=row.split == "train" or bool(data.get("widen_test_crops")),
     )
+
+
+def check_volume(row: Row, stored: Image, data: ConfigDict) -> None:
+    """Raises InputError where a volume cannot be used; one that is only scored is prepared, as one that is trained on
+    will be before training: what is wrong with a test case is not said after it."""
+    usable(row, stored, tuple(data.size), data.channels)
+    if row.split in ("val", "test"):
+        volume = prepared(row, data, stored)
+        if row.pre and row.post:
+            read_subtraction(row, volume, data)
 
 
 def case_words(name: str) -> np.ndarray:
@@ -124,8 +142,10 @@ def load_rows(config: ConfigDict, log: Callable[[str], None] = print) -> list[Ro
     data = config.data
     if data.manifest:
         rows, ignored, problems = parse_manifest(Path(data.manifest), normal_crops_only=data.normal_crops_only)
-        use = partial(usable, size=data.size, channels=data.channels)
+        use: Callable[[Row, Image], object] = partial(usable, size=data.size, channels=data.channels)
         read = partial(read_volume, data=data) if "join" in data else read_image
+        if "join" in data:
+            use = partial(check_volume, data=data)
         problems += check_files(rows, workers=WORKERS, use=use, read=read)
         if problems:
             raise InputError("\n".join(problems))
@@ -197,8 +217,8 @@ class Samples(Protocol):
     def ready(self) -> bool:
         """Whether a batch needs no work but copying."""
 
-    def samples(self, rows: np.ndarray, step: int, seed: int) -> dict[str, np.ndarray]:
-        """A sample of each row for a step: its "image", or what names it in `resident`."""
+    def samples(self, rows: np.ndarray, numbers: np.ndarray, step: int, seed: int) -> dict[str, np.ndarray]:
+        """A sample of each row, by its number in the table, for a step: its "image", or what names it in `resident`."""
 
     def resident(self) -> np.ndarray | None:
         """What of the set lives on the device."""
@@ -247,7 +267,7 @@ class Images:
             return self.decoded[index]
         return np.stack([read_case(self.rows[i], self.size, self.channels) for i in index])
 
-    def samples(self, rows: np.ndarray, step: int, seed: int) -> dict[str, np.ndarray]:
+    def samples(self, rows: np.ndarray, numbers: np.ndarray, step: int, seed: int) -> dict[str, np.ndarray]:
         """The images of rows for a batch, the same at every step."""
         return {"image": self.image(rows)}
 
@@ -321,7 +341,12 @@ def batches(
     def part(table: np.ndarray, number: np.ndarray, step: int, seed: int) -> dict[str, np.ndarray]:
         row = table[number]
         extra = {name: array[np.searchsorted(used, row)] for name, array in made.items()}
-        return {**images.samples(row, step, seed), "index": number.astype(np.int32), "case": images.words[row], **extra}
+        return {
+            **images.samples(row, number, step, seed),
+            "index": number.astype(np.int32),
+            "case": images.words[row],
+            **extra,
+        }
 
     def gather(step: int, numbers: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
         each = zip(tables, numbers, seeds, strict=True)

@@ -89,8 +89,8 @@ def parse_manifest(
                 if cells.get(column):
                     dropped[f"{what} of unlabeled rows"] += 1
             row = row._replace(label=None, mask=None, boxes=())
-        elif row.split == "train" and row.label == 1 and not (normal_crops_only and row.mask):
-            remedy = "give it a mask" if normal_crops_only else "move it, or set data.normal_crops_only"
+        elif row.split == "train" and row.label == 1 and not (normal_crops_only and (row.mask or row.boxes)):
+            remedy = "give it a mask or boxes" if normal_crops_only else "move it, or set data.normal_crops_only"
             problems["abnormal"].append(f"line {line}: {row.id!r} is abnormal and in train: {remedy}")
         rows.append(row)
 
@@ -343,6 +343,8 @@ def _check_row(
         if name == "mask" and row.label is not None and bool(marked) != bool(row.label):
             lines.append(f"{file}: the mask marks {marked} values and the label is {row.label}: repair one of them")
 
+    if row.boxes and row.label == 0:
+        lines.append(f"{row.image[0]}: boxes of lesions and the label 0: repair one of them")
     if size is not None:
         ends = size[::-1] if len(size) == 2 else size  # x runs along the columns in 2D, along i in 3D
         for box in row.boxes:

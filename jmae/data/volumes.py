@@ -210,6 +210,7 @@ def prepare(
     region: np.ndarray | None = None,
     midline: str = "",
     half: str = "",
+    widen: bool = True,
 ) -> Volume:
     """One case on its working grid: reoriented, resampled, cropped, normalised, in this order.
 
@@ -219,6 +220,7 @@ def prepare(
       name: the file that messages name.
       lesion, region: bool on the own grid.
       midline: "" for one piece, an index of the own left-right axis between voxels, or "middle" of the cropped one.
+      widen: whether a lesion that sticks out moves the side of the crop.
       half: "first" or "second" keeps that piece alone, in the order of the own axis; normalised with the other.
 
     Raises:
@@ -235,14 +237,14 @@ def prepare(
     if data.crop == "region" and region is not None:
         if grid.spacing is None:
             raise InputError(f"{name}: tells no spacing for a crop in mm: save it as NIfTI, or --config.data.crop=none")
-        marked, found = grid.forward(region, 0), None if lesion is None else grid.forward(lesion, 0)
+        marked, found = grid.forward(region, 0), None if lesion is None or not widen else _forward_all(lesion, grid)
         _check_region(marked, name, "on the working grid")
         least, most = data.crop_least, data.crop_most
         grid = grid.cropped(*chest_box(marked, grid.spacing, least, most, found, data.crop_margin, data.axes))
 
     array = grid.forward(stored.array, 3)
     region = None if region is None else grid.forward(region, 0)
-    lesion = None if lesion is None else grid.forward(lesion, 0)
+    lesion = None if lesion is None else _forward_all(lesion, grid)
     _check_region(region, name, "in the crop")
     array, mean, std = _normalised(array, region if data.normalise == "region" else None, data, name)
 
@@ -260,6 +262,16 @@ def prepare(
         region, lesion = (None if mask is None else np.ascontiguousarray(mask[cut]) for mask in (region, lesion))
         _check_region(region, name, f"in the {half} half")
     return Volume(array, region, lesion, side, middle, mean, std, grid, stored)
+
+
+def _forward_all(mask: np.ndarray, grid: Grid) -> np.ndarray:
+    """A mask on the working grid that loses nothing: where voxels are resampled it is first grown to the voxels that
+    stand for its own."""
+    grown = [1] * len(grid.size)
+    for axis, own in enumerate(grid.own_axes):
+        if grid.step[axis] != 1:
+            grown[own] = 2 * int(np.ceil(grid.step[axis] / 2)) + 1
+    return grid.forward(ndimage.maximum_filter(mask, tuple(grown)) if max(grown) > 1 else mask, 0)
 
 
 def _choice(data: ConfigDict, key: str, allowed: tuple[str, ...]) -> None:

@@ -47,6 +47,10 @@ def build(config: ConfigDict) -> System:
         )
     if any(not 0 < s <= w for s, w in zip(stride, size, strict=True)) or evaluation.repeats < 1:
         raise InputError(f"evaluation.stride {stride} is from 1 to data.size {size}, evaluation.repeats 1 or more")
+    if min(filtered) < 1:
+        raise InputError(f"evaluation.filter {filtered}: 1 voxel or more on each axis")
+    if compat.averaging and evaluation.error == "hidden":
+        raise InputError("compat.averaging is of evaluation.error='all', as the released code: set that")
     if evaluation.error not in ("all", "hidden"):
         raise InputError(f"evaluation.error is {evaluation.error!r}: 'all' tokens (the paper) or 'hidden' ones (ours)")
     tokens = int(np.prod(grid_of(size, patch)))
@@ -89,11 +93,16 @@ def build(config: ConfigDict) -> System:
         return jnp.concatenate([error, prediction], -1), unpatchify(absent.astype(jnp.float32), size, patch)
 
     def fuse(averages: Float[Array, "*size k"], inside: Bool[Array, "*size"]) -> dict:
-        """Eq. 3: the mean over sequences, filtered once more."""
+        """Eq. 3: the mean over sequences, filtered once more. A voxel that no mask hid (NaN) has no error of its own:
+        it does not lower its neighbours' minimum, and takes theirs, or 0 where they have none either."""
         error, prediction = jnp.split(averages, 2, -1)
-        mean = jnp.where(inside, jnp.mean(error, -1), jnp.inf)
+        mean = jnp.mean(error, -1)
+        mean = jnp.where(inside & jnp.isfinite(mean), mean, jnp.inf)
         fused = minimum_filter(mean[None, ..., None], filtered)[0, ..., 0]
-        return {"maps": {"maemi": jnp.where(inside, fused, 0)}, "reconstruction": prediction}
+        return {
+            "maps": {"maemi": jnp.where(jnp.isfinite(fused), fused, 0)},
+            "reconstruction": jnp.nan_to_num(prediction),
+        }
 
     def rows(rows: list[Row], results) -> np.ndarray:
         return np.array([i for i, row in enumerate(rows) if row.split == "train"], np.int64)

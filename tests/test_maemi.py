@@ -19,6 +19,7 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 from jmae import evaluate, recipe, train
 from jmae.data import phantoms
 from jmae.data.loader import PLS, case_words, load_rows, prepared
+from jmae.data.volumes import boxes_mask
 from jmae.errors import InputError, exit_code
 from jmae.masking import case_keys, order_of, visible_tokens
 from jmae.optim import warmup_cosine
@@ -342,6 +343,74 @@ def test_the_prepared_case_and_the_sweep_make_the_written_map_and_reconstruction
         stored, found = np.asarray(nib.load(file).dataobj, float), np.asarray(picture.dataobj)[..., c]
         normal = volume.grid.back(out["reconstruction"][0, ..., c])
         np.testing.assert_allclose((found - stored.mean()) / stored.std() * 0.25 + 0.5, normal, atol=1e-4)
+
+
+def test_two_cases_of_one_bucket_share_a_program_and_little_memory_gives_the_same_map(run, monkeypatch):
+    c = recipe.read(run)
+    system = load_system(c)
+    lowered, real = [], evaluate.fitting
+
+    def counted(lower, batch, limit=None):
+        lowered.append(real(lower, batch, limit)[1])
+        return real(lower, batch, limit)
+
+    monkeypatch.setattr(evaluate, "fitting", counted)
+    results = evaluate.restore_results(c, system, run)
+    rng, sweep = np.random.default_rng(0), evaluate.sweeper(c, system.sweep, results)
+    volumes = [
+        prepared_like(rng.normal(0.5, 0.3, (*size, 2)).astype(np.float32), 9) for size in ((13, 19, 7), (15, 20, 8))
+    ]
+    one, _ = (sweep(volume, case_words("x"))["maps"]["maemi"][0] for volume in volumes)
+    assert lowered == [16]
+    small = evaluate.sweeper(c, system.sweep, results)
+    monkeypatch.setattr(evaluate, "fitting", lambda lower, batch: (lower(2).compile(), 2))
+    np.testing.assert_allclose(small(volumes[0], case_words("x"))["maps"]["maemi"][0], one, rtol=1e-4, atol=1e-6)
+
+
+def test_a_region_that_is_derived_counts_in_the_figures_too(run, patients, tmp_path):
+    with open(patients, newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["split"] != "val"]
+    for row in rows:  # an image with air around it, and no region
+        for k, name in enumerate(row["image"].split(";")):
+            image = nib.load(patients.with_name(name))
+            array = np.asarray(image.dataobj, np.float32) + 1
+            array[:4] = 0
+            nib.save(nib.Nifti1Image(array, AFFINE), tmp_path / f"{row['id']}-{k}.nii.gz")
+        for column in ("mask", "pre", "post"):
+            row[column] = ";".join(str(patients.with_name(n)) for n in row[column].split(";") if n)
+        row |= {"image": f"{row['id']}-0.nii.gz;{row['id']}-1.nii.gz", "region": ""}
+    c = recipe.read(run)
+    c.data.manifest, c.data.region = str(write_rows(tmp_path / "manifest.csv", rows)), "nonzero"
+    chosen = load_rows(c, lambda line: None)
+    found = evaluate.evaluate(c, load_system(c), chosen, run, split="test", out=tmp_path / "out")
+    for row, own in zip([r for r in chosen if r.split == "test"], found["per_patient"], strict=True):
+        inside = np.asarray(nib.load(row.image[0]).dataobj) != 0
+        lesion = np.zeros(inside.shape, bool)
+        if row.mask or row.boxes:
+            lesion = np.asarray(nib.load(row.mask).dataobj) > 0 if row.mask else boxes_mask(row.boxes, inside.shape)
+        assert own["prevalence"] == pytest.approx(lesion[inside].mean())
+
+
+def test_what_is_scored_does_not_depend_on_its_lesion_but_as_published(run):
+    c = recipe.read(run)
+    c.data.crop, c.data.crop_least, c.data.crop_most, c.data.crop_margin = "region", (1.0,) * 3, (12.0,) * 3, 6.0
+    row = next(row for row in rows_of(run, "test") if row.mask)
+    blank = row._replace(mask=None, label=None)
+    with_lesion, without = (prepared(r, c.data).array for r in (row, blank))
+    np.testing.assert_array_equal(with_lesion, without)
+    c.data.widen_test_crops = True
+    assert prepared(row, c.data).array.shape != without.shape
+
+
+def test_what_is_wrong_with_a_test_case_is_said_before_training(patients, tmp_path, capfd):
+    with open(patients, newline="") as file:
+        rows = list(csv.DictReader(file))
+    next(row for row in rows if row["id"] == "test01")["midline"] = "400"
+    manifest = write_rows(patients.with_name("outside.csv"), rows)
+    assert exit_code(train.main, arguments(manifest, tmp_path / "run")) == 2
+    said = capfd.readouterr().err.splitlines()
+    assert len(said) == 1 and "test01" in said[0] and "midline 400" in said[0]
+    assert not (tmp_path / "run" / "checkpoints").exists()
 
 
 def test_a_resumed_run_ends_as_the_uninterrupted_one(run, patients, tmp_path):

@@ -298,6 +298,55 @@ def test_stage_0_is_taken_over_from_another_run(finished, go, tmp_path):
     assert again == 0 and "pretrain: done before, 20 steps" in said
 
 
+@pytest.fixture
+def official(tmp_path) -> tuple[Path, tuple[str, ...], dict[str, np.ndarray]]:
+    """A state dict in the official names without a word on sizes, 64 x 64 in patches of 16 and three channels; the
+    recipe's sizes for it; its tensors."""
+    with np.load(Path(__file__).parent / "golden" / "mae2d.npz") as gold:
+        state = {name: gold[name] for name in gold.files if name.startswith("state/")}
+        sizes = {k: int(gold[k]) for k in ("depth", "decoder_depth")}
+        sizes |= {"heads": int(gold["num_heads"]), "decoder_heads": int(gold["decoder_num_heads"])}
+    np.savez(tmp_path / "official.npz", **state)
+    sizes |= {"width": 48, "decoder_width": 32, "weights": tmp_path / "official.npz"}
+    return tmp_path / "official.npz", tuple(f"model.{k}={v}" for k, v in sizes.items()), state
+
+
+def test_an_official_checkpoint_stands_for_stage_0_and_is_resized_where_asked(official, go, tmp_path):
+    file, sizes, state = official
+    same = (*ONE_STAGE, *sizes, "model.channels=3", "data.size=64,64", "model.patch=16,16")
+    assert go(tmp_path / "same", *same)[0] == 0
+    assert not read_history(tmp_path / "same" / "metrics.jsonl")
+    weights = last_weights(tmp_path / "same", "pretrain")
+    np.testing.assert_array_equal(weights["params/decoder_embed/kernel"], state["state/decoder_embed.weight"].T)
+    assert "resized" not in (tmp_path / "same" / "weights.txt").read_text()
+    other = (*same, "data.size=32,32", "model.patch=8,8", "model.channels=1")
+    code, said = go(tmp_path / "other", *other)
+    assert code == 2 and str(file) in said.splitlines()[-1]
+    assert go(tmp_path / "adapted", *other, "model.weights_adapt=true")[0] == 0
+    assert "resized" in (tmp_path / "adapted" / "weights.txt").read_text()
+    adapted = last_weights(tmp_path / "adapted", "pretrain")
+    assert adapted["params/patch_embed/kernel"].shape == (64, 48)
+    np.testing.assert_array_equal(adapted["params/decoder_embed/kernel"], state["state/decoder_embed.weight"].T)
+
+
+def test_the_blocks_of_a_2d_checkpoint_start_volumes_and_nothing_else_of_it_does(official, tmp_path):
+    _, sizes, state = official
+    given = [f"--config.{c}" for c in (*sizes, "model.decoder_heads=1", "train.lr=0", "train.steps=1", "train.batch=2")]
+    volumes = [
+        "--config=configs/maemi.py:smoke",
+        *given,
+        "--config.evaluation.maps=false",
+        "--config.evaluation.draws=2",
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "evaluate", lambda *_, **__: None)
+        assert exit_code(train.main, [*volumes, f"--workdir={tmp_path / 'run'}"]) == 0
+    weights = last_weights(tmp_path / "run", "train")
+    for i, block in enumerate(weights["params/encoder/stack/fc1/kernel"]):
+        np.testing.assert_array_equal(block, state[f"state/blocks.{i}.mlp.fc1.weight"].T)
+    assert not np.allclose(weights["params/class_token"], state["state/cls_token"])
+
+
 def test_weights_that_are_not_there_or_do_not_fit_are_one_line(finished, go, tmp_path):
     code, said = go(tmp_path / "a", f"model.weights={tmp_path / 'nothing'}")
     assert code == 2 and f"model.weights: {tmp_path / 'nothing'}/checkpoints/pretrain has no checkpoint" in said

@@ -2,15 +2,15 @@
 # Builds, checks and times on a bare machine with one NVIDIA GPU, in at most LIMIT seconds (590).
 # Not run: written without a GPU at hand. Its programs were run on a CPU, at small sizes.
 #
-#     bash benchmarks/gpu.sh                  # all parts: check infer train largest masks throughput
-#     bash benchmarks/gpu.sh masks throughput # some, as those that the time did not suffice for
+#     bash benchmarks/gpu.sh                  # all parts: check infer train largest masks
+#     bash benchmarks/gpu.sh largest masks    # some, as those that the time did not suffice for
 #
 # A part that fails is said at the end and the others go on. Tables: NAME_gpu.json in $OUT, else in benchmarks/results,
 # where other cases stay. SWEEPS=6: PyTorch's loops over the whole volume, too (1 is extrapolated). PYTHON: one that has
 # jax and torch for the GPU; else python3 where it has, else build/gpu, a virtual environment that is made.
 set -u
 root=$(cd "$(dirname "$0")/.." && pwd)
-limit=${LIMIT:-590} to=${OUT:-$root/benchmarks/results} wanted=${*:-check infer train largest masks throughput}
+limit=${LIMIT:-590} to=${OUT:-$root/benchmarks/results} wanted=${*:-check infer train largest masks}
 venv=$root/build/gpu said=() failed=0
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 export XLA_PYTHON_CLIENT_PREALLOCATE=false # contestants share the GPU
@@ -27,7 +27,7 @@ scratch=$(mktemp -d)
 mkdir "$scratch/tests"
 cp -r "$root/benchmarks" "$root/configs" "$scratch" && cp -r "$root/tests/golden" "$scratch/tests"
 rm -f "$scratch"/benchmarks/results/*
-for name in volume masks throughput; do
+for name in volume masks; do
     [ ! -f "$to/${name}_gpu.json" ] || cp "$to/${name}_gpu.json" "$scratch/benchmarks/results/$name.json"
 done
 keep() {
@@ -45,10 +45,7 @@ has_torch() { "$1" -c 'import torch, transformers; assert torch.cuda.is_availabl
 ready() { command -v "$1" >/dev/null && has_jax "$1" && has_torch "$1"; }
 build() {
     python3 -m venv "$venv" && "$venv/bin/pip" install -q --upgrade pip || return
-    "$venv/bin/pip" install -q -e "$root[cuda,bench]" || return
-    has_torch "$venv/bin/python" && return # else the index gave one for the CPU, or for a newer driver
-    "$venv/bin/pip" uninstall -q -y torch
-    "$venv/bin/pip" install -q torch --index-url https://download.pytorch.org/whl/cu126
+    "$venv/bin/pip" install -q -e "$root[cuda,bench]"
 }
 part() { # NAME COMMAND...
     local name=$1 left=$((limit - SECONDS)) code
@@ -84,11 +81,6 @@ part infer "$python" -m benchmarks.volume infer --sweeps "${SWEEPS:-1}"
 part train "$python" -m benchmarks.volume train --batch 6
 part largest "$python" -m benchmarks.volume train --batch 0
 part masks "$python" -m benchmarks.masks --rounds 3
-if grep -q cuda benchmarks/throughput.py; then
-    part throughput "$python" -m benchmarks.throughput --only vit_s
-else # a comparison of a GPU with a CPU would be none
-    part throughput sh -c 'echo "not run: its PyTorch step stays on the CPU"; exit 3'
-fi
 printf '\n%s s, tables in %s\n' "$SECONDS" "$to"
 printf '%s\n' "${said[@]}"
 exit $failed

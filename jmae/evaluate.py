@@ -1,4 +1,5 @@
-"""python -m jmae.evaluate --workdir DIR [--manifest MANIFEST.csv] [--split test] [--out DIR] [--debug]
+"""python -m jmae.evaluate --workdir DIR [--manifest MANIFEST.csv] [--split test] [--out DIR]
+                         [--config.evaluation.KEY=VALUE ...] [--debug]
 
 Scores a split with a trained run and writes metrics.json, scores.csv, report.html and the maps, into DIR/evaluation
 (`test`) or DIR/evaluation-SPLIT where no other folder is named; with another manifest one must be. Exit codes: 0 done;
@@ -54,11 +55,14 @@ CENTRAL = 0.8  # share of each axis that the central crop keeps
 
 
 def main(argv: list[str]) -> int:
-    given = recipe.arguments(argv, __doc__, ["workdir", "manifest", "split", "out"])
+    given = recipe.arguments(argv, __doc__, ["workdir", "manifest", "split", "out", "config"])
+    if "config" in given:
+        raise InputError("--config is the run's own: only --config.evaluation.KEY=VALUE can be changed")
     if "workdir" not in given:
         raise InputError("no run folder: write --workdir=DIR")
     workdir = Path(given["workdir"])
     config = recipe.read(workdir)
+    recipe.override(config, given, "evaluation.")
     split = given.get("split", "test")
     if "manifest" in given:
         if "out" not in given:
@@ -98,6 +102,7 @@ class Result(NamedTuple):
     scored: Callable[[np.ndarray], np.ndarray]  # a mask on the row's own grid on the grid that was scored
     seconds: float  # of scoring alone
     values: Callable[[np.ndarray], np.ndarray] = lambda picture: picture  # a picture in the row's own values
+    cheap_scores: Mapping[str, float] = MappingProxyType({})  # of the maps below
     seen: np.ndarray | None = None  # where on its own grid a map exists; None: everywhere
     cheap: Mapping[str, np.ndarray] = MappingProxyType({})  # the baselines' maps, on the row's own grid
 
@@ -251,8 +256,12 @@ def volume_results(
     for row, volume in zip(rows, ahead(partial(prepared, data=config.data), rows), strict=True):
         began = time.monotonic()
         out = run(volume, case_words(row.id))
-        top = lambda m, region=volume.region: top_mean(m, region, config.evaluation.top)
-        scores = {name: np.array([top(m) for m in maps]) for name, maps in out["maps"].items()}
+        top = lambda m, region: top_mean(m, region, config.evaluation.top)
+        scores = {name: np.array([top(m, volume.region) for m in maps]) for name, maps in out["maps"].items()}
+        seconds, seen, baselines = time.monotonic() - began, volume.grid.inside(), cheap(row, volume)
+        region = scored_region(row, volume.stored, config.data)
+        region = seen if region is None else region & seen
+        ends = baselines | {f"low {name}": -m for name, m in baselines.items() if name.startswith("brightness")}
         yield Result(
             image=volume.array,
             stored=volume.stored,
@@ -261,10 +270,11 @@ def volume_results(
             reconstruction=out["reconstruction"],
             own=volume.grid.back,
             scored=partial(volume.grid.forward, order=0),
-            seconds=time.monotonic() - began,
+            seconds=seconds,
             values=partial(own_values, volume=volume, data=config.data),
-            seen=volume.grid.inside(),
-            cheap=cheap(row, volume),
+            cheap_scores={name: top(m, region) for name, m in ends.items()},
+            seen=seen,
+            cheap=baselines,
         )
 
 
@@ -323,12 +333,12 @@ def score_images(
 def score_volumes(
     config: ConfigDict, system: System, results: Results, rows: Sequence[Row], split: "Split", workdir: Path
 ) -> Stream:
-    """The volumes of a split one by one, beside the baselines' maps where a lesion is marked."""
+    """The volumes of a split one by one, beside the baselines' maps where a row has a label."""
     assert system.sweep
     run = sweeper(config, system.sweep, results)
     nothing: Callable[[Row, Volume], dict[str, np.ndarray]] = lambda row, volume: {}
     cheap = nothing
-    if split.known.any() and split.marked:
+    if split.known.any():
         train = [row for row in rows if row.split == "train"]
         cheap = volume_baselines(config, system, Volumes(train, config, workdir / "cache") if train else None)
     on_val = [result.scores[system.primary] for result in volume_results(config, split.val, run, nothing)]
@@ -377,8 +387,8 @@ def volume_baselines(
         residual = sweeper(single, part, {"mean": mean, "components": components})
 
     def maps(row: Row, volume: Volume) -> dict[str, np.ndarray]:
-        if row.label is None or (row.label == 1 and not (row.mask or row.boxes)):
-            return {}  # no truth to hold them against
+        if row.label is None:
+            return {}  # nothing to hold them against
         channels = volume.stored.array.shape[-1]
         name = lambda k: "brightness" if channels == 1 else f"brightness of channel {k}"
         out = {name(k): volume.stored.array[..., k] for k in range(channels)}
@@ -398,8 +408,8 @@ def volume_baselines(
 def read_truth(row: Row, result: Result, data: ConfigDict) -> tuple[np.ndarray, np.ndarray | None] | None:
     """(lesion mask, region that was scored) of a row on its own grid. A normal row's mask is empty; None of an abnormal
     row without a mask or a box, and of an unlabelled one: it is left out of pixel figures."""
-    size = result.stored.array.shape[:-1]
-    mask = np.zeros(size, bool) if row.label == 0 else lesion_mask(row, size) if row.label == 1 else None
+    empty = np.zeros(result.stored.array.shape[:-1], bool)
+    mask = empty if row.label == 0 else lesion_mask(row, result.stored) if row.label == 1 else None
     if mask is None:
         return None
     region = scored_region(row, result.stored, data)
@@ -532,6 +542,7 @@ class Gathered(NamedTuple):
     inner: dict[str, np.ndarray]  # (r, n): the scores of the maps' central part
     cases: list[Case]
     seconds: float
+    cheap: dict[str, np.ndarray]  # (1, n): scores of baselines that come case by case; of those that every row has
 
 
 def evaluate(
@@ -547,7 +558,7 @@ def evaluate(
     results = restore_results(config, system, workdir)
     log(f"{split}: scoring {len(own.rows)} cases")
     if own.known.any() and not any(row.split == "train" for row in rows):
-        log("warning: the manifest has no train rows: no cheap baselines")
+        log("warning: the manifest has no train rows: no cheap baselines that are fitted to them")
     if system.sweep:
         stream = score_volumes(config, system, results, rows, own, workdir)
     else:
@@ -617,9 +628,11 @@ def gather(
     scores: dict[str, list[np.ndarray]] = {}
     inner: dict[str, list[np.ndarray]] = {}
     cases: list[Case] = []
+    cheap: list[Mapping[str, float]] = []
     seconds = 0.0
     for i, (row, result) in enumerate(zip(split.rows, stream.results, strict=True)):
         seconds += result.seconds
+        cheap.append(result.cheap_scores)
         for name, values in result.scores.items():
             scores.setdefault(name, []).append(values)
         for name in result.maps.keys() & result.scores.keys():
@@ -649,7 +662,10 @@ def gather(
             score = float(result.scores[system.primary].mean())
             cases.append(one_slice(Case(row.id, row.label, score, result.image, mean, lesion, picture)))
     stack = lambda values: {name: np.stack(each, 1) for name, each in values.items()}
-    return Gathered(stack(scores), stack(inner), cases, seconds)
+    known = [scores for scores, row in zip(cheap, split.rows, strict=True) if row.label is not None]
+    whole = [name for name in (known[0] if known else ()) if all(name in scores for scores in known)]
+    each = {name: np.array([[scores.get(name, np.nan) for scores in cheap]]) for name in whole}
+    return Gathered(stack(scores), stack(inner), cases, seconds, each)
 
 
 def part_figures(
@@ -662,9 +678,9 @@ def part_figures(
     pooled, draws = part.pixels.pooled, config.evaluation.draws
     ours = gathered.scores if part.share == 1 else gathered.inner
     scores = figures(of(ours), [m for m in pooled if m in gathered.inner], part.pixels, rows, draws)
-    cheap = stream.cheap[title].scores if title in stream.cheap else {}
+    cheap = stream.cheap[title].scores if title in stream.cheap else gathered.cheap
     others = [m for m in pooled if m not in gathered.inner]
-    others += [f"low {m}" for m in others if m.startswith("brightness")]
+    others += [f"low {m}" for m in others if m.startswith("brightness") and system.sweep]
     baseline = figures(of(cheap), others, part.pixels, rows, draws)
     top = scores.get(system.primary, {"image": None, "pixel": None})
     return {"n": int(part.inside.sum()), **top, "scores": scores, "baselines": better_ends(baseline)}

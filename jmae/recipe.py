@@ -62,13 +62,18 @@ def parse(argv: Sequence[str], usage: str, known: Sequence[str] = ()) -> tuple[C
     if "config" not in given:
         raise InputError("no recipe: write --config=configs/NAME.py[:PRESET]")
     config = load(given.pop("config"))
-    defaults = dict(keys_of(config))
+    override(config, given)
+    return config, given
+
+
+def override(config: ConfigDict, given: dict[str, str], section: str = "") -> None:
+    """Takes the overrides out of the flags `given` into a recipe, those of one `section` alone where one is named."""
+    defaults = {key: value for key, value in keys_of(config) if key.startswith(section)}
     for flag in [name for name in given if name.startswith("config.")]:
         key, text = flag.removeprefix("config."), given.pop(flag)
         if key not in defaults:
-            raise InputError(f"--{flag} is unknown: did you mean --config.{nearest(key, list(defaults))}?")
+            raise InputError(f"--{flag} is unknown here: did you mean --config.{nearest(key, list(defaults))}?")
         config.update_from_flattened_dict({key: typed(flag, text, defaults[key])})
-    return config, given
 
 
 def load(recipe: str) -> ConfigDict:

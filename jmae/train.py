@@ -237,7 +237,7 @@ def adopt(config: ConfigDict, stage: Stage, state: State, workdir: Path) -> Stat
             for r in range(n)
         ]
         params = loaded[0][0] if n == 1 else jax.tree.map(lambda *x: jnp.stack(x), *(p for p, _ in loaded))
-        log(f"{stage.name}: {summary(loaded[0][1])} from {source}")
+        log(f"{stage.name}: {summary(loaded[0][1])} from {source}, part {part}: {workdir / 'weights.txt'}")
         write_text(workdir / "weights.txt", table(loaded[0][1]) + "\n")
     else:
         params = of_run(config, stage.name, state)
@@ -248,6 +248,8 @@ def of_run(config: ConfigDict, stage: str, state: State) -> PyTree:
     """A stage's parameters from the run folder `model.weights`."""
     workdir, n = Path(config.model.weights), config.replicates
     folder = workdir / "checkpoints" / stage
+    if not workdir.exists():
+        raise InputError(f"model.weights: {workdir} not found: name a checkpoint file, or the folder of an earlier run")
     if not (workdir / "config.json").is_file():
         raise InputError(f"model.weights: {folder} has no checkpoint: name a file, or the folder of an earlier run")
     source = recipe.from_json((workdir / "config.json").read_text(encoding="utf-8"))

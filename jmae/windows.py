@@ -116,7 +116,7 @@ def average(
         score: windows (b, *window, c) and their keys -> (values (b, *window, k), weights (b, *window, 1)).
         origins: of the first `number` windows; the rest of the array is not used.
         coverage: windows over each index of an axis (`Tiling`); voxels without any give 0.
-        weighted: a voxel's mean is over the weights that it got, NaN where it got none; else weights are not used.
+        weighted: a voxel's mean is over the weights that it got, 0 where it got none; else weights are not used.
         released: the released code of MAEMI instead of the mean: each sweep's sum is divided by c + 1, c windows
             covering the voxel, and their total again by the accumulated counters repeats * (c + 1).
     """
@@ -143,7 +143,7 @@ def average(
     sums = jnp.zeros((*volume.shape[:-1], k + weighted), jnp.float32)
     sums = jax.lax.fori_loop(0, -(-total // batch), step, sums)
     if weighted:
-        return jnp.where(sums[..., k:] > 0, sums[..., :k] / jnp.maximum(sums[..., k:], 1e-12), jnp.nan)
+        return jnp.where(sums[..., k:] > 0, sums[..., :k] / jnp.where(sums[..., k:] > 0, sums[..., k:], 1), 0)
     count = reduce(jnp.multiply, jnp.ix_(*coverage))[..., None]
     if released:
         return sums / (repeats * (count + 1) ** 2)

@@ -208,8 +208,8 @@ def test_phantom_volumes_pass_through_the_same_path():
     (_, batch), *_ = in_order(images, np.arange(3), 3)
     assert batch["image"].shape == (3, 16, 16, 8, 2) and 0 <= batch["image"].min() < batch["image"].max() <= 1
     stored = loader.stored_image(rows[0])
-    assert stored.affine is not None and loader.region_mask(rows[0]).shape == stored.array.shape[:-1]
-    assert loader.lesion_mask(rows[0], stored.array.shape[:-1]).any()
+    assert stored.affine is not None and loader.region_mask(rows[0], stored).shape == stored.array.shape[:-1]
+    assert loader.lesion_mask(rows[0], stored).any()
 
 
 def test_a_manifest_of_mixed_files_reaches_the_batch(small_set):

@@ -93,6 +93,9 @@ def test_the_released_codes_are_those_of_the_released_state():
         ("evaluation.stride", (33, 8, 4), "evaluation.stride"),
         ("evaluation.repeats", 0, "evaluation.repeats"),
         ("evaluation.error", "seen", "'all'"),
+        ("data.axes", "PLX", "data.axes"),
+        ("data.join", "both", "data.join"),
+        ("data.spacing", (2.0, 2.0), "data.spacing"),
         ("evaluation.filter", (0, 1, 1), "evaluation.filter"),
         ("compat.averaging", True, "compat.averaging"),
         ("evaluation.mask_ratio", 1.0, "mask ratio"),
@@ -191,18 +194,13 @@ def procedure(c, mae, volume, midline, case):
                         if c.evaluation.error == "hidden":  # the tokens that come behind the kept ones
                             absent = np.argsort(order, 1)[0] >= kept
                             grid = [w // p for w, p in zip(window, c.model.patch, strict=True)]
-                            weight = np.kron(absent.reshape(grid), np.ones(c.model.patch))[..., None]
+                            weight = np.maximum(np.kron(absent.reshape(grid), np.ones(c.model.patch)), 1e-6)[..., None]
                         part[at] += np.stack(error, -1) * weight
                         cover[at] += weight
                         number += 1
         total, count, twice = total + part, count + cover, twice + part / (cover + 1)
-    each = (
-        twice / (repeats * (cover + 1))
-        if c.compat.averaging
-        else np.where(count > 0, total / np.maximum(count, 1), np.inf)
-    )
+    each = twice / (repeats * (cover + 1)) if c.compat.averaging else total / count
     fused = ndimage.minimum_filter(each.mean(-1), c.evaluation.filter)
-    fused = np.where(np.isfinite(fused), fused, 0)  # hidden nowhere, and no neighbour was
     return fused[tuple(slice(low, n - high) for (low, high), n in zip(pad, fused.shape, strict=True))]
 
 
@@ -343,6 +341,34 @@ def test_the_prepared_case_and_the_sweep_make_the_written_map_and_reconstruction
         stored, found = np.asarray(nib.load(file).dataobj, float), np.asarray(picture.dataobj)[..., c]
         normal = volume.grid.back(out["reconstruction"][0, ..., c])
         np.testing.assert_allclose((found - stored.mean()) / stored.std() * 0.25 + 0.5, normal, atol=1e-4)
+
+
+def test_an_evaluation_may_have_other_settings_than_the_run_s(run, tmp_path, capfd):
+    given = [f"--workdir={run}", f"--out={tmp_path}", "--config.evaluation.repeats=1"]
+    assert exit_code(evaluate.main, given) == 0
+    one, other = (nib.load(f / "maps" / "test11_anomaly.nii.gz").dataobj for f in (tmp_path, run / "evaluation"))
+    assert not np.array_equal(one, other)
+    for wrong in ("--config.data.size=4,4,4", "--config.evaluation.repeat=1", "--config=configs/maemi.py"):
+        assert exit_code(evaluate.main, [f"--workdir={run}", wrong]) == 2
+        assert "config.evaluation." in capfd.readouterr().err.splitlines()[-1]
+
+
+def test_every_baseline_s_map_gives_its_case_a_score_as_the_system_s_does(run):
+    found = result(run)
+    baselines = {name.removeprefix("low "): b["image"] for name, b in found["baselines"].items()}
+    assert set(baselines) == {"brightness of channel 0", "brightness of channel 1", "PCA-30 error", "subtraction"}
+    assert baselines.pop("subtraction") is None  # not every case has its series
+    scores, labels = {0: [], 1: []}, []
+    for row in rows_of(run, "test"):
+        labels.append(row.label)
+        for c in (0, 1):
+            values = np.sort(np.asarray(nib.load(row.image[c]).dataobj)[truth(row)[1]])
+            scores[c].append(values[-max(1, round(0.01 * values.size)) :].mean())
+    for c in (0, 1):
+        low = f"low brightness of channel {c}" in found["baselines"]
+        auroc = roc_auc_score(labels, scores[c])
+        if not low:
+            assert found["baselines"][f"brightness of channel {c}"]["image"]["auroc"] == pytest.approx(auroc)
 
 
 def test_two_cases_of_one_bucket_share_a_program_and_little_memory_gives_the_same_map(run, monkeypatch):

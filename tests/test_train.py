@@ -349,7 +349,9 @@ def test_the_blocks_of_a_2d_checkpoint_start_volumes_and_nothing_else_of_it_does
 
 def test_weights_that_are_not_there_or_do_not_fit_are_one_line(finished, go, tmp_path):
     code, said = go(tmp_path / "a", f"model.weights={tmp_path / 'nothing'}")
-    assert code == 2 and f"model.weights: {tmp_path / 'nothing'}/checkpoints/pretrain has no checkpoint" in said
+    assert code == 2 and f"model.weights: {tmp_path / 'nothing'} not found" in said
+    code, said = go(tmp_path / "a", f"model.weights={tmp_path}")
+    assert code == 2 and f"model.weights: {tmp_path}/checkpoints/pretrain has no checkpoint" in said
     code, said = go(tmp_path / "b", f"model.weights={finished}", "pretrain.batch=16", "model.width=24")
     assert code == 2 and "has model.width=48, the recipe 24: make them equal" in said.splitlines()[-1]
     assert not checkpoint.steps(tmp_path / "b" / "checkpoints" / "pretrain")

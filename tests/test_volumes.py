@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
-from jmae.data.files import Image, read_image
+from jmae.data.files import Image, read_image, read_mask
 from jmae.data.manifest import Row
 from jmae.data.volumes import boxes_mask, chest_box, prepare, read_subtraction, read_volume, subtraction
 from jmae.errors import InputError
@@ -70,6 +70,27 @@ def refused(*words, name="case.nii"):
 
 
 # Grids
+
+
+def test_sequences_and_masks_with_their_axes_in_another_order_are_turned_to_the_first(tmp_path):
+    rng = np.random.default_rng(0)
+    affine = np.array([[-2, 0.1, 0, 60], [0.1, 1.5, 0.2, -20], [0, 0.2, 3, 5], [0, 0, 0, 1]], float)
+    first, second = rng.normal(size=(2, 9, 8, 7)).astype(np.float32)
+    nib.save(nib.Nifti1Image(first, affine), tmp_path / "first.nii.gz")
+    for axes in ("PIR", "LAS", "SAL", "RPI"):
+        ornt = nib.orientations.axcodes2ornt(axes)
+        other = nib.Nifti1Image(second, affine)
+        other = other.as_reoriented(nib.orientations.ornt_transform(nib.io_orientation(affine), ornt))
+        nib.save(other, tmp_path / "second.nii.gz")
+        image = read_image([tmp_path / "first.nii.gz", tmp_path / "second.nii.gz"])
+        np.testing.assert_array_equal(image.array[..., 1], second)
+        np.testing.assert_allclose(image.affine, affine, atol=1e-5)
+        mask = read_mask(tmp_path / "second.nii.gz", like=image)
+        np.testing.assert_array_equal(mask, second > 0)
+    moved = affine + np.array([[0, 0, 0, 5]] * 3 + [[0] * 4])
+    nib.save(nib.Nifti1Image(second[::-1], moved), tmp_path / "moved.nii.gz")
+    with pytest.raises(InputError, match="corners lie up to"):
+        read_image([tmp_path / "first.nii.gz", tmp_path / "moved.nii.gz"])
 
 
 @pytest.mark.parametrize("orientation", ORIENTATIONS)

@@ -72,7 +72,7 @@ def plain(volume, tiling, key, repeats, rule):
         total += part
         released += part / (count / (sweep + 1) + 1)
     if rule == "weighted":
-        return np.where(weight > 0, total / np.maximum(weight, 1e-12), np.nan)
+        return np.where(weight > 0, total / np.maximum(weight, 1e-12), 0)
     if rule == "released":
         return released / (repeats * (count / repeats + 1))
     return total / np.maximum(count, 1)

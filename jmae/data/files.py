@@ -84,7 +84,8 @@ class _Found(NamedTuple):
 
 
 def read_image(source: str | os.PathLike | Sequence[str | os.PathLike]) -> Image:
-    """Reads one file or folder of a DICOM series, or several as channels in order, which must lie on one grid.
+    """Reads one file or folder of a DICOM series, or several as channels in order, which must lie on one grid:
+    the first one's, to whose axes others are `turned`.
 
     Raises:
       InputError: "PATH: what: remedy", for every file that cannot be read without doubt.
@@ -93,9 +94,10 @@ def read_image(source: str | os.PathLike | Sequence[str | os.PathLike]) -> Image
     if not paths:
         raise InputError("image: no file given: name at least one")
     images = [_read(path)[0] for path in paths]
+    images = [images[0], *(turned(image, images[0]) for image in images[1:])]
     for path, image in zip(paths[1:], images[1:], strict=True):
         if problem := off_grid(image, images[0]):
-            raise InputError(_line(path, f"{problem} {paths[0]}: resample the channels of a case to one grid"))
+            raise InputError(_line(path, f"{problem} {paths[0]}: resample it, or set data.join=resample"))
     placed = next((image for image in images if image.affine is not None), images[0])
     array = images[0].array if len(images) == 1 else np.concatenate([i.array for i in images], axis=-1)
     bits = {image.bits for image in images}
@@ -105,12 +107,13 @@ def read_image(source: str | os.PathLike | Sequence[str | os.PathLike]) -> Image
 def read_mask(path: str | os.PathLike, like: Image | None = None) -> np.ndarray:
     """Reads a mask, bool `(*size)`: True where any channel is above 0 (alpha is not a channel).
 
-    With `like`, the mask must lie on that image's grid. A JPEG whose values are not all 0 or 255 is refused: its
-    lesions have no edge, for compression leaves small values around them.
+    With `like`, the mask must lie on that image's grid, to whose axes it is `turned`. A JPEG whose values are
+    not all 0 or 255 is refused: its lesions have no edge, for compression leaves small values around them.
     """
     image, lossy = _read(path)
     if lossy and not np.isin(image.array, (0, 255)).all():
         raise InputError(_line(path, "a JPEG mask without sharp edges: cut it at 127 and save it as PNG"))
+    image = image if like is None else turned(image, like)
     if like is not None and (problem := off_grid(image, like)):
         raise InputError(_line(path, f"{problem} its image: save the mask on the image's grid"))
     return np.any(image.array > 0, axis=-1)
@@ -215,6 +218,27 @@ def off_grid(image: Image, other: Image) -> str | None:
     elif image.spacing and other.spacing and not np.allclose(image.spacing, other.spacing, rtol=0.01):
         return f"spacing {image.spacing} differs from {other.spacing} of"
     return None
+
+
+def turned(image: Image, like: Image) -> Image:
+    """A volume with its axes in the order and directions of another, where their affines say that these are the same
+    lines: as a DICOM series and a NIfTI of one scan store them. No value changes. Else the volume as it is."""
+    if image.affine is None or like.affine is None or image.array.ndim != 4 or like.array.ndim != 4:
+        return image
+    steps = np.linalg.inv(like.affine)[:3, :3] @ image.affine[:3, :3]  # voxels of `like` per voxel of `image`
+    order = np.abs(steps).argmax(1)  # the image's axis along each axis of `like`
+    signs = np.sign(steps[range(3), order])
+    if sorted(order) != [0, 1, 2] or np.abs(steps - np.eye(3)[order] * signs[:, None]).max() > 0.1:
+        return image
+    if (order == np.arange(3)).all() and (signs > 0).all():
+        return image
+    flips = tuple(slice(None, None, int(sign)) for sign in signs)
+    array = np.ascontiguousarray(image.array.transpose(*order, 3)[flips])
+    ends = np.where(signs < 0, np.array(array.shape[:3]) - 1, 0)
+    change = np.zeros((4, 4))
+    change[order, range(3)], change[order, 3], change[3, 3] = signs, ends, 1
+    spacing = image.spacing and tuple(image.spacing[axis] for axis in order)
+    return image._replace(array=array, affine=image.affine @ change, spacing=spacing, header=None)
 
 
 _reading = threading.Lock()

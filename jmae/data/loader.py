@@ -75,20 +75,20 @@ def phantom(specifier: str) -> phantoms.Phantom:
     return phantoms.draw(name, split, int(index))
 
 
-def lesion_mask(row: Row, size: tuple[int, ...]) -> np.ndarray | None:
-    """The lesion mask on the image's own grid of `size`, of the boxes where there is no mask; None without both."""
+def lesion_mask(row: Row, stored: Image) -> np.ndarray | None:
+    """The lesion mask on the image's own grid, of the boxes where there is no mask; None without both."""
     if row.mask and row.mask.startswith(PHANTOM):
         return phantom(row.mask).mask
     if row.mask:
-        return read_mask(row.mask)
-    return boxes_mask(row.boxes, size) if row.boxes else None
+        return read_mask(row.mask, like=stored)
+    return boxes_mask(row.boxes, stored.array.shape[:-1]) if row.boxes else None
 
 
-def region_mask(row: Row) -> np.ndarray | None:
+def region_mask(row: Row, stored: Image) -> np.ndarray | None:
     """Where metrics count, (*size) on the image's own grid; None is everywhere."""
     if row.region and row.region.startswith(PHANTOM):
         return phantom(row.region).region
-    return read_mask(row.region) if row.region else None
+    return read_mask(row.region, like=stored) if row.region else None
 
 
 def stored_volume(row: Row, data: ConfigDict) -> Image:
@@ -98,7 +98,7 @@ def stored_volume(row: Row, data: ConfigDict) -> Image:
 
 def scored_region(row: Row, stored: Image, data: ConfigDict) -> np.ndarray | None:
     """The row's region on the image's own grid; where it names none, by `data.region` the voxels that are not 0."""
-    region = region_mask(row)
+    region = region_mask(row, stored)
     return np.any(stored.array != 0, axis=-1) if region is None and data.get("region") == "nonzero" else region
 
 
@@ -110,7 +110,7 @@ def prepared(row: Row, data: ConfigDict, stored: Image | None = None) -> Volume:
         stored,
         data,
         name=row.image[0],
-        lesion=lesion_mask(row, stored.array.shape[:-1]),
+        lesion=lesion_mask(row, stored),
         region=scored_region(row, stored, data),
         midline=row.extra.get("midline", ""),
         half=row.extra.get("half", ""),

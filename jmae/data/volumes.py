@@ -16,7 +16,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from scipy import ndimage
 
-from jmae.data.files import Image, off_grid, read_image
+from jmae.data.files import Image, off_grid, read_image, turned
 from jmae.data.manifest import Row
 from jmae.errors import InputError
 
@@ -178,6 +178,7 @@ def read_volume(paths: Sequence[str], data: ConfigDict) -> Image:
         if image.affine is None:
             raise InputError(f"{path}: tells no position to resample by: save it as NIfTI, or --config.data.join=same")
     size, affine = first.array.shape[:-1], first.affine
+    images = [first, *(turned(image, first) for image in images[1:])]
     arrays = [
         image.array if off_grid(image, first) is None else _resampled(image, affine, size, path, paths[0])
         for path, image in zip(paths, images, strict=True)
@@ -272,6 +273,21 @@ def _forward_all(mask: np.ndarray, grid: Grid) -> np.ndarray:
         if grid.step[axis] != 1:
             grown[own] = 2 * int(np.ceil(grid.step[axis] / 2)) + 1
     return grid.forward(ndimage.maximum_filter(mask, tuple(grown)) if max(grown) > 1 else mask, 0)
+
+
+def check_settings(data: ConfigDict) -> None:
+    """Raises InputError for values of a recipe that no volume can be prepared by: said once, not a case."""
+    for key, allowed in (
+        ("join", ("same", "resample")),
+        ("crop", ("none", "region")),
+        ("region", ("", "nonzero")),
+        ("normalise", ("crop", "region")),
+    ):
+        _choice(data, key, allowed)
+    if data.axes and sorted(WORLD.get(letter, (-1,))[0] for letter in data.axes) != [0, 1, 2]:
+        raise InputError(f"--config.data.axes={data.axes!r}: is no orientation: write three letters, as PLS")
+    if len(data.spacing) not in (0, len(data.size)) or not all(new > 0 for new in data.spacing):
+        raise InputError(f"--config.data.spacing={data.spacing}: give mm for each of {len(data.size)} axes, or nothing")
 
 
 def _choice(data: ConfigDict, key: str, allowed: tuple[str, ...]) -> None:

@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 
 from jmae.data.manifest import Row
 from jmae.data.transforms import random_flip
+from jmae.data.volumes import check_settings
 from jmae.errors import InputError
 from jmae.masking import hidden, random_mask, sample_keys, visible_tokens
 from jmae.optim import adamw, warmup_cosine
@@ -25,6 +26,8 @@ from jmae.patches import grid_of, patchify, sincos_positions, unpatchify
 from jmae.reconstruct import masked_loss
 from jmae.scoring import minimum_filter
 from jmae.system import Stage, State, Sweep, System, averaged, masked_autoencoder, steps_of
+
+SEEN = 1e-6  # weight of a visible token's error beside a hidden one's, where only these count
 
 
 def released_positions(grid: tuple[int, ...], width: int) -> np.ndarray:
@@ -38,6 +41,7 @@ def released_positions(grid: tuple[int, ...], width: int) -> np.ndarray:
 def build(config: ConfigDict) -> System:
     """The MAEMI system that a recipe describes; raises InputError on settings that do not fit together."""
     data, train, evaluation, compat = config.data, config.train, config.evaluation, config.compat
+    check_settings(data)
     size, patch, stride = tuple(data.size), tuple(config.model.patch), tuple(evaluation.stride)
     filtered, ratio = tuple(evaluation.filter), evaluation.mask_ratio
     low, high = data.clip
@@ -83,26 +87,23 @@ def build(config: ConfigDict) -> System:
 
     def window_error(results, image: Float[Array, "b *size c"], keys) -> tuple[Array, Array]:
         """Eq. 2 of each window under one random mask: the filtered squared error of each sequence at all tokens,
-        visible ones too, and the prediction; weights are 1 where a voxel was hidden."""
+        visible ones too, and the prediction; weights are 1 where a voxel was hidden and all but 0 where not, so that
+        only voxels that no mask hid have the error of a visible token."""
         mae, image = mae_of(results["train"]["params"]), image if compat.clip else jnp.clip(image, low, high)
         patches = patchify(image, patch)
         keep, restore = random_mask(keys, tokens, kept)
         prediction = unpatchify(mae(patches, keep, restore), size, patch)
         error = minimum_filter((image - prediction) ** 2, filtered)
-        absent = jnp.broadcast_to(hidden(restore, kept)[..., None], (*restore.shape, int(np.prod(patch))))
-        return jnp.concatenate([error, prediction], -1), unpatchify(absent.astype(jnp.float32), size, patch)
+        weights = jnp.where(hidden(restore, kept), 1, SEEN)[..., None]
+        weights = jnp.broadcast_to(weights, (*restore.shape, int(np.prod(patch))))
+        return jnp.concatenate([error, prediction], -1), unpatchify(weights, size, patch)
 
     def fuse(averages: Float[Array, "*size k"], inside: Bool[Array, "*size"]) -> dict:
-        """Eq. 3: the mean over sequences, filtered once more. A voxel that no mask hid (NaN) has no error of its own:
-        it does not lower its neighbours' minimum, and takes theirs, or 0 where they have none either."""
+        """Eq. 3: the mean over sequences, filtered once more."""
         error, prediction = jnp.split(averages, 2, -1)
-        mean = jnp.mean(error, -1)
-        mean = jnp.where(inside & jnp.isfinite(mean), mean, jnp.inf)
+        mean = jnp.where(inside, jnp.mean(error, -1), jnp.inf)
         fused = minimum_filter(mean[None, ..., None], filtered)[0, ..., 0]
-        return {
-            "maps": {"maemi": jnp.where(jnp.isfinite(fused), fused, 0)},
-            "reconstruction": jnp.nan_to_num(prediction),
-        }
+        return {"maps": {"maemi": jnp.where(inside, fused, 0)}, "reconstruction": prediction}
 
     def rows(rows: list[Row], results) -> np.ndarray:
         return np.array([i for i, row in enumerate(rows) if row.split == "train"], np.int64)

@@ -367,7 +367,7 @@ def volume_baselines(
     config: ConfigDict, system: System, volumes: Volumes | None
 ) -> Callable[[Row, Volume], dict[str, np.ndarray]]:
     """The function (row, prepared volume) -> the cheap baselines' maps on the row's own grid: every channel's
-    brightness, the residual of random training crops' principal components in the system's own windows, and the
+    brightness, standardised as the volume is, the residual of random training crops' principal components in the system's own windows, and the
     subtraction image (MAEMI's Eq. 1) of rows that name pre- and post-contrast series."""
     assert system.sweep
     residual = None
@@ -391,7 +391,8 @@ def volume_baselines(
             return {}  # nothing to hold them against
         channels = volume.stored.array.shape[-1]
         name = lambda k: "brightness" if channels == 1 else f"brightness of channel {k}"
-        out = {name(k): volume.stored.array[..., k] for k in range(channels)}
+        standard = (volume.stored.array - volume.mean) / volume.std  # scanners differ in scale
+        out = {name(k): standard[..., k] for k in range(channels)}
         if residual:
             out["PCA-30 error"] = volume.grid.back(residual(volume, case_words(row.id))["maps"]["residual"][0])
         if row.pre and row.post:
@@ -455,12 +456,16 @@ class Pixels:
             return None
         return mean_of([(one.negated() if name.startswith("low ") else one).result() for one in each])
 
-    def per_patient(self, primary: str, cheap: Sequence[str]) -> list[dict[str, Any]]:
-        """A row {patient, auroc, ap, prevalence, baselines} a patient, of the primary score's map."""
+    def per_patient(self, primary: str, scores: Sequence[str]) -> list[dict[str, Any]]:
+        """A row {patient, auroc, ap, prevalence, baselines} a patient, of the primary score's map; baselines are all
+        that are none of the system's `scores`, either end of a brightness."""
         keys = ("auroc", "ap", "prevalence")
         return [
-            {"patient": p["patient"], **{k: p["figures"][primary][k] for k in keys}}
-            | {"baselines": {b: {k: p["figures"][b][k] for k in keys[:2]} for b in cheap if b in p["figures"]}}
+            {
+                "patient": p["patient"],
+                **{k: p["figures"][primary][k] for k in keys},
+                "baselines": {b: {k: f[k] for k in keys[:2]} for b, f in p["figures"].items() if b not in scores},
+            }
             for p in self.patients
         ]
 
@@ -587,8 +592,7 @@ def evaluate(
         evaluation |= found.pop(WHOLE) | {"n": len(own.rows), "subsets": found}
         evaluation |= of_scores(own, gathered.scores[system.primary][:, own.known], stream.on_val)
         if system.primary in parts[WHOLE].pixels.pooled:
-            names = list(evaluation["baselines"])
-            evaluation["per_patient"] = parts[WHOLE].pixels.per_patient(system.primary, names)
+            evaluation["per_patient"] = parts[WHOLE].pixels.per_patient(system.primary, list(evaluation["scores"]))
 
     means = {name: values.mean(0) for name, values in gathered.scores.items()}
     further = [name for name in means if name != system.primary]

@@ -367,8 +367,8 @@ def volume_baselines(
     config: ConfigDict, system: System, volumes: Volumes | None
 ) -> Callable[[Row, Volume], dict[str, np.ndarray]]:
     """The function (row, prepared volume) -> the cheap baselines' maps on the row's own grid: every channel's
-    brightness, standardised as the volume is, the residual of random training crops' principal components in the system's own windows, and the
-    subtraction image (MAEMI's Eq. 1) of rows that name pre- and post-contrast series."""
+    brightness, standardised as the volume is; the residual of random training crops' principal components in the
+    system's own windows; the subtraction image (MAEMI's Eq. 1) of rows that name pre- and post-contrast series."""
     assert system.sweep
     residual = None
     if volumes:

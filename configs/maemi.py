@@ -86,8 +86,9 @@ def get_config(preset: str = "phantom") -> ConfigDict:
         raise ValueError(f"preset {preset!r} is unknown: phantom, smoke, small or paper")
 
     # ours: a small network trained from nothing on 2 cores, so fixed steps, small crops and patches and a higher rate;
-    # standardised over the region, as the air around it differs in size; errors of hidden tokens alone; for voxels of 2 to 3 mm (`data.spacing`), of which the paper's
-    # filter of 2 mm is one: below 1 mm set evaluation.filter=3,3,2. Figures: benchmarks/results/maemi.json.
+    # standardised over the region, as the air around it differs in size; errors of hidden tokens alone; for voxels of 2
+    # to 3 mm (`data.spacing`), of which the paper's filter of 2 mm is one: below 1 mm set evaluation.filter=3,3,2.
+    # Figures: benchmarks/results/maemi.json.
     c.data.size, c.data.spacing, c.data.join = (32, 32, 8), (), "same"
     c.data.crop, c.data.region, c.data.normalise = "none", "nonzero", "region"
     c.data.normal_crops_only, c.data.least_region = True, 0.5

@@ -95,7 +95,7 @@ def get_config(preset: str = "phantom") -> ConfigDict:
     c.model.patch = (4, 4, 2)
     c.model.width, c.model.depth, c.model.heads = 96, 4, 4
     c.model.decoder_width, c.model.decoder_depth, c.model.decoder_heads = 48, 2, 2
-    c.train.steps, c.train.epochs, c.train.batch, c.train.lr = 6000, 0, 16, 2e-3
+    c.train.steps, c.train.epochs, c.train.batch, c.train.lr = 4000, 0, 16, 2e-3
     c.evaluation.stride, c.evaluation.repeats, c.evaluation.filter = (16, 16, 4), 2, (1, 1, 1)
     c.evaluation.error, c.evaluation.batch, c.checkpoint_every = "hidden", 16, 500
     if preset in ("phantom", "smoke"):

@@ -56,8 +56,10 @@ CENTRAL = 0.8  # share of each axis that the central crop keeps
 
 def main(argv: list[str]) -> int:
     given = recipe.arguments(argv, __doc__, ["workdir", "manifest", "split", "out", "config"])
-    if "config" in given:
-        raise InputError("--config is the run's own: only --config.evaluation.KEY=VALUE can be changed")
+    if own := [flag for flag in given if flag.startswith("config") and not flag.startswith("config.evaluation.")]:
+        raise InputError(
+            f"--{own[0]} is unknown: of the run's recipe --config.evaluation.KEY=VALUE alone can be changed"
+        )
     if "workdir" not in given:
         raise InputError("no run folder: write --workdir=DIR")
     workdir = Path(given["workdir"])

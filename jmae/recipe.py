@@ -72,7 +72,7 @@ def override(config: ConfigDict, given: dict[str, str], section: str = "") -> No
     for flag in [name for name in given if name.startswith("config.")]:
         key, text = flag.removeprefix("config."), given.pop(flag)
         if key not in defaults:
-            raise InputError(f"--{flag} is unknown here: did you mean --config.{nearest(key, list(defaults))}?")
+            raise InputError(f"--{flag} is unknown: did you mean --config.{nearest(key, list(defaults))}?")
         config.update_from_flattened_dict({key: typed(flag, text, defaults[key])})
 
 

@@ -253,11 +253,11 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_batch(go, tmp_pat
 def test_weights_that_are_not_finite_are_never_saved(go, tmp_path, monkeypatch):
     real = train.compiled_step
 
-    def broken(step, steps, n):
-        one = real(step, steps, n)
+    def broken(*arguments):
+        one = real(*arguments)
 
-        def poisoned(state, batch, key):
-            state, metrics = one(state, batch, key)
+        def poisoned(*given):
+            state, metrics = one(*given)
             late = jnp.where(state.step > 6, jnp.nan, 0.0)
             return state._replace(params=jax.tree.map(lambda x: x + late, state.params)), metrics
 

@@ -56,9 +56,9 @@ CENTRAL = 0.8  # share of each axis that the central crop keeps
 
 def main(argv: list[str]) -> int:
     given = recipe.arguments(argv, __doc__, ["workdir", "manifest", "split", "out", "config"])
-    if own := [flag for flag in given if flag.startswith("config") and not flag.startswith("config.evaluation.")]:
+    if fixed := [flag for flag in given if flag.startswith("config") and not flag.startswith("config.evaluation.")]:
         raise InputError(
-            f"--{own[0]} is unknown: of the run's recipe --config.evaluation.KEY=VALUE alone can be changed"
+            f"--{fixed[0]} is unknown: of the run's recipe --config.evaluation.KEY=VALUE alone can be changed"
         )
     if "workdir" not in given:
         raise InputError("no run folder: write --workdir=DIR")

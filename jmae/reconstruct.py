@@ -100,10 +100,10 @@ def device_bytes() -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
 
-def fitting(lower: Callable[[int], Any], masks: int, limit: int | None = None) -> tuple[Any, int]:
-    """The compiled pass with the largest chunk of masks whose temporary memory fits in `limit` bytes (the device's
-    by default), and that chunk; halves from `masks` on. `lower(chunk)` gives the lowered program."""
-    limit, chunk = limit or device_bytes(), masks
+def fitting(lower: Callable[[int], Any], most: int, limit: int | None = None) -> tuple[Any, int]:
+    """The compiled pass with the largest chunk (of masks, of windows) whose temporary memory fits in `limit` bytes
+    (the device's by default), and that chunk; halves from `most` on. `lower(chunk)` gives the lowered program."""
+    limit, chunk = limit or device_bytes(), most
     while True:
         compiled = lower(chunk).compile()
         memory = compiled.memory_analysis()

@@ -1,0 +1,353 @@
+"""Synthetic anomalies by interpolating two images: FPI, PII and P-PII.
+
+FPI: Tan et al., "Detecting outliers with foreign patch interpolation", MELBA 2022, arXiv 2011.04197. PII: Tan et al.,
+"Detecting outliers with Poisson image interpolation", MICCAI 2021, arXiv 2107.02622; github.com/jemtan/PII. P-PII:
+Müller et al., "Confidence-aware and self-supervised image anomaly localisation", UNSURE 2023, arXiv 2303.13227;
+github.com/ividja/Probabilistic-PII (the generator alone). Equation numbers are P-PII's.
+
+One shape of function, `(image (*size, c), source, key) -> (image, target (*size), extras)`: images in [0, 1], the
+target in [0, 1], 0 where nothing was changed; `source` another image of the same size, or the image itself. `draw_*`
+hold all randomness, `apply_*` none; sizes are traced, so one compilation serves all draws, and `jax.vmap` batches. Any
+number of axes.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from jmae.anomalies.poisson import (
+    added,
+    change,
+    cropped,
+    edges_of,
+    grown,
+    inner,
+    interpolated,
+    mixed,
+    window,
+)
+
+TOLERANCE = 1e-3  # a change that does not cross a multiple of this is none (PII's code)
+RADIUS_DEVIATION = 1.0  # voxels
+SHAPES = ("circular", "elliptic", "rectangular")
+
+
+class Preset(NamedTuple):
+    """What P-PII's paper and its released file say differently; ends of ranges are included."""
+
+    anomalies: tuple[int, int]
+    raters: tuple[int, int]
+    strength: tuple[float, float]  # of the source's differences
+    consistent: bool  # the strength is times the number of anomalies, at least 1, and not a whole number
+    gain: float  # of the target
+    sequence: bool  # patches one after another, each the mean of its raters; else the mean of all raters' images
+    core: bool  # placed by the released file's rule, which leaves the far fifth of each axis out; else anywhere
+
+
+PRESETS = {
+    # The paper gives no strength: 2 to 5 is ours, to be swept.
+    "paper": Preset((1, 10), (1, 9), (2, 5), False, 1.0, True, False),
+    "released": Preset((10, 19), (1, 9), (10, 19), False, 10.0, False, True),
+    # ours: the released average, with strength and gain that fit 1 to 10 anomalies, placed anywhere. There an anomaly
+    # that R of N images show is diluted to R / N, so strength / anomalies stays in the released file's 0.53 to 1.9.
+    "jmae": Preset((1, 10), (1, 9), (0.53, 1.9), True, 10.0, False, False),
+}
+
+
+# --- FPI and PII ------------------------------------------------------------------------------------------------------
+
+
+class Square(NamedTuple):
+    """The same rectangle of both images, and the share of the source."""
+
+    corner: Int[Array, " d"]
+    edges: Int[Array, " d"]
+    alpha: Float[Array, ""]
+
+
+def draw_square(key: PRNGKeyArray, size: tuple[int, ...], half: tuple[float, float], core: float) -> Square:
+    """One half width h ~ U{round(half[0] n) ... round(half[1] n) - 1} for all axes, n the shortest side, at least 2;
+    centre uniform over the central share `core` of each axis; cut off at the image's border; alpha ~ U(0.05, 0.95)."""
+    u = jax.random.uniform(key, (2 + len(size),))
+    least, most = widths(size, half)
+    half_width = least + jnp.floor(u[0] * (most - least + 1)).astype(jnp.int32)
+    n = np.array(size)
+    first, last = central_share(size, core)
+    centre = first + jnp.floor(u[2:] * (last - first)).astype(jnp.int32)
+    low, high = jnp.maximum(centre - half_width, 0), jnp.minimum(centre + half_width, n)
+    return Square(low, high - low, 0.05 + 0.9 * u[1])
+
+
+def central_share(size: tuple[int, ...], share: float) -> tuple[np.ndarray, np.ndarray]:
+    """The first voxel of the central `share` of each axis, and the one behind its last."""
+    first, last = (np.round(np.array(size) * (1 + sign * share) / 2).astype(int) for sign in (-1, 1))
+    return first, last
+
+
+def widths(size: tuple[int, ...], half: tuple[float, float]) -> tuple[int, int]:
+    """The least and the largest half width of `draw_square`."""
+    least, most = (round(share * min(size)) for share in half)
+    return max(least, 2), max(most - 1, least, 2)
+
+
+def apply_fpi(
+    image: Float[Array, "*size c"], source: Float[Array, "*size c"], p: Square, *, most: int
+) -> tuple[Float[Array, "*size c"], Float[Array, "*size"], dict[str, Any]]:
+    """(1 - alpha) image + alpha source inside the rectangle of at most `most` voxels an axis; the target is alpha where
+    that changed the image."""
+    return _pasted(image, source, p, most, lambda t, s, inside: inside[..., None] * p.alpha * (s - t))
+
+
+def apply_pii(
+    image: Float[Array, "*size c"], source: Float[Array, "*size c"], p: Square, *, most: int
+) -> tuple[Float[Array, "*size c"], Float[Array, "*size"], dict[str, Any]]:
+    """Eq. 1 to 4 on the rectangle, its outer ring kept, and clipped to the image's own range; the target is alpha where
+    that changed the image."""
+    return _pasted(image, source, p, most, lambda t, s, inside: change(interpolated(t, s, p.alpha), p.edges))
+
+
+def _pasted(image: Array, source: Array, p: Square, most: int, how: Any) -> tuple[Array, Array, dict[str, Any]]:
+    n, size = (most,) * (image.ndim - 1), image.shape[:-1]
+    axes = tuple(range(len(size)))
+    whole, other = grown(image, n), grown(source, n)
+    inside = [jnp.arange(most) < edge for edge in p.edges]
+    t, s = window(whole, p.corner, n), window(other, p.corner, n)
+    part = how(t, s, jnp.prod(jnp.stack(jnp.meshgrid(*inside, indexing="ij")), axis=0))
+    out = cropped(added(whole, part, p.corner), size)
+    out = jnp.clip(out, image.min(axes), image.max(axes))
+    changed = jnp.any(jnp.floor(out / TOLERANCE) != jnp.floor(image / TOLERANCE), axis=-1)
+    return out, changed * p.alpha, {"parameters": p}
+
+
+@jax.jit(static_argnames=("half", "core"))
+def fpi(
+    image: Float[Array, "*size c"],
+    source: Float[Array, "*size c"],
+    key: PRNGKeyArray,
+    *,
+    half: tuple[float, float] = (0.05, 0.2),
+    core: float = 0.8,
+) -> tuple[Float[Array, "*size c"], Float[Array, "*size"], dict[str, Any]]:
+    """Foreign patch interpolation: `draw_square`, where the distributions are, then `apply_fpi`."""
+    size = image.shape[:-1]
+    return apply_fpi(image, source, draw_square(key, size, half, core), most=2 * widths(size, half)[1])
+
+
+@jax.jit(static_argnames=("half", "core"))
+def pii(
+    image: Float[Array, "*size c"],
+    source: Float[Array, "*size c"],
+    key: PRNGKeyArray,
+    *,
+    half: tuple[float, float] = (0.05, 0.2),
+    core: float = 0.8,
+) -> tuple[Float[Array, "*size c"], Float[Array, "*size"], dict[str, Any]]:
+    """Poisson image interpolation: `draw_square`, where the distributions are, then `apply_pii`."""
+    size = image.shape[:-1]
+    return apply_pii(image, source, draw_square(key, size, half, core), most=2 * widths(size, half)[1])
+
+
+# --- P-PII ------------------------------------------------------------------------------------------------------------
+
+
+class Patches(NamedTuple):
+    """Up to `a` anomalies of up to `r` raters, of which the first `number` and the first `raters` count."""
+
+    number: Int[Array, ""]
+    which: Int[Array, " a"]  # of the sources
+    cut: Int[Array, "a d"]  # first voxel in the source
+    corner: Int[Array, "a d"]  # first voxel in the image
+    edges: Int[Array, "a d"]
+    raters: Int[Array, " a"]
+    centre: Int[Array, "a r d"]  # of the disc, in the patch
+    radius: Int[Array, "a r d"]  # half widths before they are cut off at the patch's edge
+    turn: Float[Array, "a r"]  # radians, of an ellipse
+    strength: Float[Array, "a r"]
+
+
+def draw_patches(
+    key: PRNGKeyArray,
+    size: tuple[int, ...],
+    sources: int,
+    own: Int[Array, ""] | None,
+    preset: Preset,
+    *,
+    patch: tuple[float, float],
+    core: float,
+) -> Patches:
+    """Draws the anomalies of one image (ends of ranges are included).
+
+    - number A ~ U{preset.anomalies}; each patch from one of the sources, uniform, never from `own`;
+    - edges of a patch, each axis for itself, ~ U{round(patch[0] n) ... round(patch[1] n) - 1}, at least 3;
+    - its centre in the source uniform over the central share `core` of each axis, cut off at the image's border;
+    - its place in the image: any at which it fits; released: first voxel ~ U[edge, core n - edge);
+    - raters R ~ U{preset.raters}; each one's disc has its centre ~ N(edge / 2, edge / 12), half widths ~ N(edge / 2, 1)
+      / 2, both truncated to whole voxels, and a strength: whole numbers U{preset.strength}, or where
+      `preset.consistent` A times U(preset.strength), at least 1.
+    """
+    d, n = len(size), np.array(size)
+    a, r = preset.anomalies[1], preset.raters[1]
+    for_patches, for_raters, for_strength = jax.random.split(key, 3)
+    u = jax.random.uniform(for_patches, (a * (3 * d + 2) + 1,))
+    whole = lambda u, low, high: low + jnp.floor(u * (high - low + 1)).astype(jnp.int32)
+    number, u = whole(u[0], *preset.anomalies), u[1:].reshape(a, -1)
+    least, most = edges_of(size, patch)
+    edges = whole(u[:, :d], least, most)
+    first, last = central_share(size, core)
+    centre = whole(u[:, d : 2 * d], first, last - 1)
+    low, high = jnp.maximum(centre - edges // 2, 0), jnp.minimum(centre - edges // 2 + edges, n)
+    edges = high - low
+    if preset.core:
+        end = np.floor(core * n).astype(int)
+        corner = whole(u[:, 2 * d : 3 * d], edges, jnp.maximum(end - edges - 1, edges))
+        corner = jnp.minimum(corner, n - edges)
+    else:
+        corner = whole(u[:, 2 * d : 3 * d], 0, n - edges)
+    which = whole(u[:, 3 * d], 0, sources - 1 - (own is not None))
+    which = which if own is None else which + (which >= own)
+    normal = jax.random.normal(for_raters, (a, r, 2 * d))
+    half = edges[:, None] / 2
+    each = jax.random.uniform(for_strength, (a, r, 2))
+    if preset.consistent:
+        strength = number * (preset.strength[0] + each[..., 0] * (preset.strength[1] - preset.strength[0]))
+        strength = jnp.maximum(strength, 1)
+    else:
+        strength = whole(each[..., 0], *preset.strength).astype(jnp.float32)
+    return Patches(
+        number=number,
+        which=which,
+        cut=low,
+        corner=corner,
+        edges=edges,
+        raters=whole(u[:, 3 * d + 1], *preset.raters),
+        centre=jnp.trunc(half + half / 6 * normal[..., :d]).astype(jnp.int32),
+        radius=jnp.trunc(half + RADIUS_DEVIATION * normal[..., d:]).astype(jnp.int32) // 2,
+        turn=2 * jnp.pi * each[..., 1],
+        strength=strength,
+    )
+
+
+def discs(p: Patches, n: tuple[int, ...], shape: str) -> Float[Array, "a r *n"]:
+    """1 inside each rater's disc, which touches the patch's edge at most and whose radius is that of the narrower axis;
+    an ellipse has an axis a half width and is turned in the plane of the first two axes, a rectangle is not turned."""
+    room = jnp.minimum(p.centre, p.edges[:, None] - 1 - p.centre)
+    radius = jnp.maximum(jnp.minimum(p.radius, room), 0)
+    wide = lambda x: x.reshape(*x.shape[:2], *(1,) * len(n), *x.shape[2:])
+    offset = jnp.stack(jnp.meshgrid(*map(jnp.arange, n), indexing="ij"), -1) - wide(p.centre)
+    if shape == "circular":
+        return jnp.sum(offset**2, -1) <= wide(radius.min(-1) ** 2)
+    if shape == "rectangular":
+        return jnp.all(jnp.abs(offset) <= wide(radius), -1)
+    cos, sin = wide(jnp.cos(p.turn)), wide(jnp.sin(p.turn))
+    first, second = offset[..., 0], offset[..., 1]
+    turned = [cos * first - sin * second, sin * first + cos * second]
+    turned += [offset[..., k] for k in range(2, len(n))]
+    return jnp.sum((jnp.stack(turned, -1) / wide(radius + 0.5)) ** 2, -1) <= 1
+
+
+def apply_ppii(
+    image: Float[Array, "*size c"],
+    sources: Float[Array, "m *size c"],
+    p: Patches,
+    *,
+    most: tuple[int, ...],
+    preset: Preset,
+    shape: str = "circular",
+    deviation: bool = False,
+) -> tuple[Float[Array, "*size c"], Float[Array, "*size"], dict[str, Any]]:
+    """Composes drawn patches of at most `most` voxels an axis.
+
+    A rater's image is the target with the disc of the patch, its differences times the strength, blended in by mixed
+    gradients. `preset.sequence`: patch after patch the mean of its raters' images. Else the mean of all raters' images,
+    each made of the clean target. The blend is linear in the guidance, so a patch's mean over raters takes one solve;
+    the deviation takes one a rater. Outside a window an image is the target: nothing is stacked. Clipped to [0, 1]
+    (ours: the released file does not), after each patch where they come in sequence. Target: min(gain |X' - x|, 1), the
+    mean over channels.
+    """
+    size = image.shape[:-1]
+    whole, others = grown(image, most), jax.vmap(lambda s: grown(s, most))(sources)
+    active = jnp.arange(p.which.shape[0]) < p.number
+    count = jnp.arange(p.strength.shape[1]) < p.raters[:, None]
+    share = count / p.raters[:, None]
+    source = lambda q: jax.lax.dynamic_slice(others, (q.which, *q.cut, 0), (1, *most, image.shape[-1]))[0]
+    each = Patches(p.number + jnp.zeros_like(p.which), *p[1:])
+    masks = discs(p, most, shape)
+
+    def blended(canvas: Array, q: Patches, mask: Array, share: Array) -> tuple[Array, Array]:
+        """First and second moment over raters of the change of a window."""
+        t, s = window(canvas, q.corner, most), source(q)
+        ring = inner(most, q.edges)
+        fields = jax.vmap(lambda mask, strength: mixed(t, strength * s, mask * ring))(mask, q.strength)
+        first = change([jnp.tensordot(share, f, 1) for f in fields], q.edges)
+        if not deviation:
+            return first, jnp.zeros_like(first)
+        return first, jnp.tensordot(share, jax.vmap(lambda *f: change(list(f), q.edges) ** 2)(*fields), 1)
+
+    if preset.sequence:
+
+        def add(carry: tuple[Array, Array], x: Any) -> tuple[tuple[Array, Array], None]:
+            (canvas, variance), (q, mask, share, active) = carry, x
+            first, second = blended(canvas, q, mask, share)
+            t = window(canvas, q.corner, most)
+            canvas = added(canvas, active * (jnp.clip(t + first, 0, 1) - t), q.corner)
+            return (canvas, added(variance, active * (second - first**2), q.corner) if deviation else variance), None
+
+        (out, variance), _ = jax.lax.scan(add, (whole, jnp.zeros_like(whole)), (each, masks, share, active))
+    else:
+        first, second = jax.vmap(blended, (None, 0, 0, 0))(whole, each, masks, share)
+        weight = active * p.raters / jnp.sum(active * p.raters)
+
+        def add(carry: tuple[Array, Array], x: Any) -> tuple[tuple[Array, Array], None]:
+            first, second, weight, corner = x
+            sums = added(carry[0], weight * first, corner)
+            return (sums, added(carry[1], weight * second, corner) if deviation else carry[1]), None
+
+        zero = jnp.zeros_like(whole)
+        (mean, squares), _ = jax.lax.scan(add, (zero, zero), (first, second, weight, p.corner))
+        out, variance = whole + mean, squares - mean**2
+    out = jnp.clip(cropped(out, size), 0, 1)
+    extras: dict[str, Any] = {"parameters": p}
+    if deviation:
+        extras["deviation"] = jnp.sqrt(jnp.maximum(jnp.mean(cropped(variance, size), -1), 0))
+    return out, jnp.minimum(preset.gain * jnp.mean(jnp.abs(out - image), -1), 1), extras
+
+
+@jax.jit(static_argnames=("preset", "anomalies", "raters", "strength", "gain", "patch", "core", "shape", "deviation"))
+def ppii(
+    image: Float[Array, "*size c"],
+    source: Float[Array, "..."],
+    key: PRNGKeyArray,
+    own: Int[Array, ""] | None = None,
+    *,
+    preset: str = "paper",
+    anomalies: tuple[int, int] | None = None,
+    raters: tuple[int, int] | None = None,
+    strength: tuple[float, float] | None = None,
+    gain: float | None = None,
+    patch: tuple[float, float] = (0.05, 0.2),
+    core: float = 0.8,
+    shape: str = "circular",
+    deviation: bool = False,
+) -> tuple[Float[Array, "*size c"], Float[Array, "*size"], dict[str, Any]]:
+    """Probabilistic Poisson image interpolation (Eq. 5): `draw_patches`, where the distributions are, then
+    `apply_ppii`.
+
+    `source` is an image, or several (m, *size, c) of which each patch takes one, never number `own`. `anomalies`,
+    `raters`, `strength` and `gain` replace what the preset says. With `deviation` the extras hold the variance map's
+    root (*size): the deviation over raters' images, for `paper` the root of the patches' sum of variances.
+    """
+    base = PRESETS[preset]
+    chosen = base._replace(
+        anomalies=anomalies or base.anomalies,
+        raters=raters or base.raters,
+        strength=strength or base.strength,
+        gain=gain or base.gain,
+    )
+    sources = source if source.ndim > image.ndim else source[None]
+    size = image.shape[:-1]
+    p = draw_patches(key, size, len(sources), own, chosen, patch=patch, core=core)
+    most = tuple(int(n) for n in edges_of(size, patch)[1])
+    return apply_ppii(image, sources, p, most=most, preset=chosen, shape=shape, deviation=deviation)

@@ -6,9 +6,10 @@ Sato et al., "Anatomy-aware self-supervised learning for anomaly detection in ch
 MICCAI 2023: Aug(x) = x (1 - x_mask) + x_paste x_mask.
 
 `lung_field` runs once an image on the host. `draw` and `apply` run on the device, under jit and vmap: the
-one holds all randomness, the other none. Images are `(*size, c)` in [0, 1] before standardisation; the lung
-field's two halves make this a method for 2D images. Lengths are in pixels of a 256 x 256 image, as in the
-paper's code, and are scaled to the working size axis by axis.
+one holds all randomness, the other none. Images are `(*size, c)` in [0, 1] before standardisation, of two axes
+or more; the lung field's two halves make that part a method for 2D images. Lengths are in pixels of a 256 x 256
+image, as in the paper's code, and are scaled to the working size axis by axis. The patch is cut from `source`, which
+in the paper is the image itself.
 
 ours, against that code: an erased component loses its own pixels, not its bounding box; an implausible field
 counts as none; draws that would change nothing are replaced; true Gaussian and no rounding to 8 bits, where
@@ -35,6 +36,7 @@ REFERENCE = 256  # side of the image, in pixels, to which the paper's lengths re
 COMPONENT_PX = 400  # smaller parts of the lung field are erased
 FIELD_SHARE = (0.10, 0.45)  # of the image's area: what a lung field can plausibly be
 CANDIDATES = 16  # draws of which the first that changes the image is taken
+FACTORS = ("brightness", "contrast", "saturation", "hue")  # of the jitter
 VISIBLE = 0.5 / 255  # the smallest change that survives rounding to 8 bits
 
 
@@ -69,7 +71,7 @@ def lung_field(image: Float[np.ndarray, "h w c"], share: tuple[float, float] = F
 class Parameters(NamedTuple):
     """Everything random about one paste; axis 0 is down, axis 1 right."""
 
-    centre: Int[Array, " d"]  # pixel of the paste's centre
+    centre: Int[Array, " d"]  # pixel of the paste's centre in the image
     edges: Int[Array, " d"]  # pixels of the cut patch
     corner: Int[Array, " d"]  # first pixel of the cut patch in the source
     ellipse: Bool[Array, ""]  # else a rectangle
@@ -84,6 +86,7 @@ class Parameters(NamedTuple):
 def draw(
     key: PRNGKeyArray,
     image: Float[Array, "*size c"],
+    source: Float[Array, "*size c"],
     lungs: Bool[Array, "*size"],
     *,
     area: tuple[float, float] = (0.02, 0.15),
@@ -97,7 +100,9 @@ def draw(
 
     - centre: uniform over the pixels of `lungs` (over all pixels where it is empty);
     - patch: share of the image a ~ U(area), r log-uniform over `aspect`, height round(H sqrt(a / r)), width
-      round(W sqrt(a r)); its first pixel floor(u (H - height)), floor(v (W - width)) with u, v ~ U(0, 1);
+      round(W sqrt(a r)); its first pixel floor(u (H - height)), floor(v (W - width)) with u, v ~ U(0, 1). Of d axes
+      each but the first has an r_i: edges round(n_i (a p_i)^(1/d)) with p_i = r_i^d / (r_1 ... r_d), r of the first
+      axis 1, and at most n_i;
     - shape: ellipse or rectangle with probability 1/2; fill uniform over the integers fill[0]..fill[1], blur
       over blur[0]..blur[1], ends included;
     - brightness, contrast, saturation ~ U(1 - jitter, 1 + jitter); hue ~ U(-jitter, jitter) turns.
@@ -108,32 +113,34 @@ def draw(
     where every source looks like the centre, as on a constant image; `apply` then says `changed` False.
     """
     size = image.shape[:-1]
-    n, k = jnp.asarray(size, jnp.float32), CANDIDATES
+    n, k, d = jnp.asarray(size, jnp.float32), CANDIDATES, len(size)
     # One flat draw of all numbers: XLA compiles each call for half a second, and one of shape (16, 11) for 9.
-    u = jax.random.uniform(key, (1 + 11 * k,))
-    centre, u = true_pixel(lungs | ~lungs.any(), u[0]), u[1:].reshape(k, 11)
+    u = jax.random.uniform(key, (1 + (2 * d + 7) * k,))
+    centre, u = true_pixel(lungs | ~lungs.any(), u[0]), u[1:].reshape(k, 2 * d + 7)
     share = area[0] + u[:, :1] * (area[1] - area[0])
-    ratio = aspect[0] * (aspect[1] / aspect[0]) ** u[:, 1:2]
-    edges = jnp.round(n * jnp.sqrt(share * ratio ** jnp.array([-1, 1]))).astype(jnp.int32)
+    ratio = aspect[0] * (aspect[1] / aspect[0]) ** u[:, 1:d]
+    edges = jnp.minimum(jnp.round(n * box_shares(share, ratio)), n).astype(jnp.int32)
+    u = u[:, d:]
     candidates = Parameters(
-        centre=jnp.broadcast_to(centre, (k, 2)),
+        centre=jnp.broadcast_to(centre, (k, d)),
         edges=edges,
-        corner=jnp.floor(u[:, 2:4] * (n - edges)).astype(jnp.int32),
-        ellipse=u[:, 4] < 0.5,
-        fill=fill[0] + jnp.floor(u[:, 5] * (fill[1] - fill[0] + 1)),
-        blur=blur[0] + jnp.floor(u[:, 6] * (blur[1] - blur[0] + 1)),
-        brightness=1 + jitter * (2 * u[:, 7] - 1),
-        contrast=1 + jitter * (2 * u[:, 8] - 1),
-        saturation=1 + jitter * (2 * u[:, 9] - 1),
-        hue=jitter * (2 * u[:, 10] - 1),
+        corner=jnp.floor(u[:, :d] * (n - edges)).astype(jnp.int32),
+        ellipse=u[:, d] < 0.5,
+        fill=fill[0] + jnp.floor(u[:, d + 1] * (fill[1] - fill[0] + 1)),
+        blur=blur[0] + jnp.floor(u[:, d + 2] * (blur[1] - blur[0] + 1)),
+        brightness=1 + jitter * (2 * u[:, d + 3] - 1),
+        contrast=1 + jitter * (2 * u[:, d + 4] - 1),
+        saturation=1 + jitter * (2 * u[:, d + 5] - 1),
+        hue=jitter * (2 * u[:, d + 6] - 1),
     )
 
     # The paste at its centre pixel: the patch's middle, times a lower bound of the blurred shape there, the
     # blur of the largest centred box inside the shape.
-    source = image[tuple((candidates.corner + edges // 2).T)]
-    pasted = jax.vmap(colour_jitter)(source, patch_mean(image, candidates), candidates)
+    middle = source[tuple((candidates.corner + edges // 2).T)]
+    means = patch_mean(source, candidates.corner, edges)
+    pasted = jax.vmap(colour_jitter)(middle, means, *(getattr(candidates, name) for name in FACTORS))
     rim = reach(edges, size, margin)
-    inscribed = jnp.ceil(jnp.where(candidates.ellipse[:, None], rim / np.sqrt(2), rim)) - 0.5
+    inscribed = jnp.ceil(jnp.where(candidates.ellipse[:, None], rim / np.sqrt(d), rim)) - 0.5
     deviation = jnp.maximum(candidates.blur[:, None] * n / REFERENCE, 1e-3)
     peak = jnp.prod(jax.scipy.special.erf(jnp.maximum(inscribed, 0) / deviation / np.sqrt(2)), axis=1)
     change = jnp.abs(pasted - image[tuple(centre)]).max(axis=1) * peak * candidates.fill / 255
@@ -144,6 +151,7 @@ def draw(
 
 def apply(
     image: Float[Array, "*size c"],
+    source: Float[Array, "*size c"],
     lungs: Bool[Array, "*size"],
     parameters: Parameters,
     *,
@@ -174,7 +182,8 @@ def apply(
         soft = jnp.moveaxis(jnp.tensordot(matrix, soft, ((1,), (axis,)), precision=Precision.HIGHEST), 0, axis)
     soft = soft * p.fill / 255 * (lungs | ~lungs.any())
 
-    jittered = colour_jitter(image, patch_mean(image, jax.tree.map(lambda v: v[None], p))[0], p)
+    mean = patch_mean(source, p.corner[None], p.edges[None])[0]
+    jittered = colour_jitter(source, mean, *(getattr(p, name) for name in FACTORS))
     paste = shifted(jittered, p.centre - p.edges // 2 - p.corner) * patch[..., None]
     pasted = image + (paste - image) * soft[..., None]
     changed = jnp.any(jnp.abs(pasted - image) >= VISIBLE)
@@ -184,9 +193,10 @@ def apply(
 @jax.jit(static_argnames=("area", "aspect", "fill", "blur", "margin", "jitter"))
 def anatpaste(
     image: Float[Array, "*size c"],
-    lungs: Bool[Array, "*size"],
+    source: Float[Array, "*size c"],
     key: PRNGKeyArray,
     *,
+    lungs: Bool[Array, "*size"] | None = None,
     area: tuple[float, float] = (0.02, 0.15),
     aspect: tuple[float, float] = (0.3, 1 / 0.3),
     fill: tuple[int, int] = (150, 254),
@@ -194,9 +204,19 @@ def anatpaste(
     margin: float = 10,
     jitter: float = 0.1,
 ) -> tuple[Float[Array, "*size c"], Float[Array, "*size"], dict[str, Any]]:
-    """One paste: `draw`, where each distribution is stated, then `apply`."""
-    parameters = draw(key, image, lungs, area=area, aspect=aspect, fill=fill, blur=blur, margin=margin, jitter=jitter)
-    return apply(image, lungs, parameters, margin=margin)
+    """One paste: `draw`, where each distribution is stated, then `apply`. Without `lungs` it may lie anywhere."""
+    field = jnp.ones(image.shape[:-1], bool) if lungs is None else lungs
+    p = draw(key, image, source, field, area=area, aspect=aspect, fill=fill, blur=blur, margin=margin, jitter=jitter)
+    return apply(image, source, field, p, margin=margin)
+
+
+def box_shares(volume: Float[Array, "*k 1"], ratio: Float[Array, "*k d-1"]) -> Float[Array, "*k d"]:
+    """The shares of d axes that a box of the share `volume` of an image has, its axis i > 0 `ratio` times as long as
+    axis 0, both as shares."""
+    d = ratio.shape[-1] + 1
+    powers = d * np.eye(d, dtype=int)[:, 1:] - 1
+    shares = volume * jnp.prod(ratio[..., None, :] ** powers, axis=-1)
+    return jnp.sqrt(shares) if d == 2 else shares ** (1 / d)
 
 
 def true_pixel(mask: Bool[Array, "*size"], u: Float[Array, ""]) -> Int[Array, " d"]:
@@ -222,14 +242,19 @@ def reach(edges: Int[Array, "*k d"], size: tuple[int, ...], margin: float) -> Fl
     return edges // 2 - margin * jnp.asarray(size, jnp.float32) / REFERENCE + 0.5
 
 
-def patch_mean(image: Float[Array, "h w c"], parameters: Parameters) -> Float[Array, " k"]:
-    """The mean luma of the cut patch, for k parameters at once: what contrast turns about."""
-    rows, columns = (
+def patch_mean(
+    image: Float[Array, "*size c"], corner: Int[Array, "k d"], edges: Int[Array, "k d"]
+) -> Float[Array, " k"]:
+    """The mean luma of k cut patches: what contrast turns about."""
+    axes = "abcdefgh"[: corner.shape[-1]]
+    inside = [
         (jnp.arange(n) >= first[:, None]) & (jnp.arange(n) < (first + edge)[:, None])
-        for n, first, edge in zip(image.shape, parameters.corner.T, parameters.edges.T, strict=False)
-    )
-    total = jnp.einsum("kh,hw,kw->k", rows * 1.0, luma(image), columns * 1.0, precision=Precision.HIGHEST)
-    return total / parameters.edges.prod(axis=1)
+        for n, first, edge in zip(image.shape, corner.T, edges.T, strict=False)
+    ]
+    first, *others = (f"z{axis}" for axis in axes)
+    terms = f"{','.join([first, axes, *others])}->z"
+    total = jnp.einsum(terms, inside[0] * 1.0, luma(image), *(i * 1.0 for i in inside[1:]), precision=Precision.HIGHEST)
+    return total / edges.prod(axis=1)
 
 
 def luma(image: Float[Array, "*size c"]) -> Float[Array, "*size"]:
@@ -239,19 +264,23 @@ def luma(image: Float[Array, "*size c"]) -> Float[Array, "*size"]:
 
 
 def colour_jitter(
-    image: Float[Array, "*size c"], mean: Float[Array, ""], parameters: Parameters
+    image: Float[Array, "*size c"],
+    mean: Float[Array, ""],
+    brightness: Float[Array, ""],
+    contrast: Float[Array, ""],
+    saturation: Float[Array, ""],
+    hue: Float[Array, ""],
 ) -> Float[Array, "*size c"]:
     """torchvision's ColorJitter with given factors: brightness and contrast (about the luma `mean`), and for
-    three channels saturation (about each pixel's luma) and hue (a turn in HSV).
+    three channels saturation (about each pixel's luma) and hue (turns in HSV).
 
     ours: in this order, where torchvision draws one, and clipped to [0, 1] once, before the hue. The first
     three commute but for their clipping.
     """
-    p = parameters
-    image = p.brightness * (p.contrast * image + (1 - p.contrast) * mean)
+    image = brightness * (contrast * image + (1 - contrast) * mean)
     if image.shape[-1] != 3:
         return jnp.clip(image, 0, 1)
-    image = jnp.clip(p.saturation * image + (1 - p.saturation) * luma(image)[..., None], 0, 1)
+    image = jnp.clip(saturation * image + (1 - saturation) * luma(image)[..., None], 0, 1)
     red, green, blue = jnp.moveaxis(image, -1, 0)
     value, chroma = image.max(-1), jnp.ptp(image, axis=-1)
     divisor = jnp.where(chroma > 0, chroma, 1)
@@ -260,7 +289,7 @@ def colour_jitter(
         (green - blue) / divisor,
         jnp.where(value == green, 2 + (blue - red) / divisor, 4 + (red - green) / divisor),
     )
-    ramp = (jnp.array([5, 3, 1]) + (sixth + 6 * p.hue)[..., None]) % 6
+    ramp = (jnp.array([5, 3, 1]) + (sixth + 6 * hue)[..., None]) % 6
     return value[..., None] - chroma[..., None] * jnp.clip(jnp.minimum(ramp, 4 - ramp), 0, 1)
 
 

@@ -245,7 +245,8 @@ def discs(p: Patches, n: tuple[int, ...], shape: str) -> Float[Array, "a r *n"]:
     first, second = offset[..., 0], offset[..., 1]
     turned = [cos * first - sin * second, sin * first + cos * second]
     turned += [offset[..., k] for k in range(2, len(n))]
-    return jnp.sum((jnp.stack(turned, -1) / wide(radius + 0.5)) ** 2, -1) <= 1
+    radius = jnp.maximum(jnp.minimum(radius, room.min(-1, keepdims=True)), 0)  # however it is turned
+    return jnp.sum((jnp.stack(turned, -1) / wide(jnp.maximum(radius, 0.5))) ** 2, -1) <= 1
 
 
 def apply_ppii(

@@ -1,0 +1,273 @@
+"""P-PII: a segmentation network trained on probabilistic Poisson image interpolations of normal images.
+
+Müller, Baugh, Tan, Dombrowski, Kainz, "Confidence-Aware and Self-Supervised Image Anomaly Localisation", UNSURE 2023,
+arXiv 2303.13227. Consulted: ividja/Probabilistic-PII (the generator), baumgach/PHiSeg-code (backbones), jemtan/PII.
+Nothing else is public: what the paper leaves open is decided in the recipe.
+
+One stage, `train`: each image gets new anomalies at every step, and the network tells their pixels. Variants are what
+is put in: the paper's generator (`paper`), the authors' file (`released`), ours (`jmae`), and the older tasks `pii`,
+`fpi`, `cutpaste`, `nsa`. Backbones: `unet`, `mc_unet`, `phiseg`; of the last two a map is the mean of samples, and
+their spread the confidence.
+"""
+
+import hashlib
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Bool, Float
+from ml_collections import ConfigDict
+
+from jmae.anomalies.cutpaste import cutpaste
+from jmae.anomalies.interpolation import PRESETS, fpi, pii, ppii
+from jmae.anomalies.nsa import nsa
+from jmae.data.manifest import Row
+from jmae.data.transforms import random_flip, random_warp
+from jmae.data.volumes import check_settings
+from jmae.errors import InputError
+from jmae.losses import hierarchical_loss, soft_cross_entropy
+from jmae.masking import case_keys, fold_in, sample_keys
+from jmae.nn.phiseg import PHiSeg, accumulated
+from jmae.nn.unet import UNet, check_size
+from jmae.run_folder import log
+from jmae.system import Check, Stage, State, Sweep, System, averaged, compute_type, network, stats_of, steps_of
+
+BACKBONES = ("unet", "mc_unet", "phiseg")
+OTHERS: dict[str, Callable] = {"pii": pii, "fpi": fpi, "cutpaste": cutpaste, "nsa": nsa}
+
+
+def held_out(rows: list[Row], share: float) -> Bool[np.ndarray, " n"]:
+    """Which train rows a share of the patients holds: those with the smallest digest of their name, whole patients."""
+    names = sorted({row.patient or row.id for row in rows if row.split == "train"}, key=digest)
+    held = set(names[: round(share * len(names))])
+    return np.array([row.split == "train" and (row.patient or row.id) in held for row in rows], bool)
+
+
+def digest(name: str) -> str:
+    """What names are put in order by."""
+    return hashlib.sha256(name.encode()).hexdigest()
+
+
+def build(config: ConfigDict) -> System:
+    """The P-PII system that a recipe describes; raises InputError on settings that do not fit together."""
+    data, model, anomaly, train, evaluation = config.data, config.model, config.anomaly, config.train, config.evaluation
+    choices = {
+        "variant": (config.variant, (*PRESETS, *OTHERS)),
+        "model.backbone": (model.backbone, BACKBONES),
+        "anomaly.source": (anomaly.source, ("other", "self")),
+        "anomaly.shape": (anomaly.shape, ("circular", "elliptic", "rectangular")),
+        "train.loss": (train.loss, ("cross_entropy", "mse")),
+        "select": (config.select, ("last", "dice")),
+    }
+    for key, (value, allowed) in choices.items():
+        if value not in allowed:
+            raise InputError(f"{key} is {value!r}: one of {', '.join(allowed)}")
+    size, rank = tuple(data.size), len(data.size)
+    if rank == 3:
+        check_settings(data)
+    widths = tuple(model.widths) + 2 * tuple(model.widths[-1:]) * (model.backbone == "phiseg")
+    check_size(size, len(widths))
+    if train.batch < 2 and anomaly.source == "other":
+        raise InputError("train.batch is 1, and anomaly.source=other takes another image of the batch: set it to self")
+    if train.variance_weight and config.variant not in PRESETS:
+        raise InputError(f"train.variance_weight is of variants {', '.join(PRESETS)}, which have raters")
+    if model.backbone == "phiseg" and train.loss == "mse":
+        raise InputError("train.loss=mse is of the U-Nets: PHiSeg's loss is a likelihood")
+    if evaluation.samples < 1 or not 0 <= train.held_out < 1:
+        raise InputError("evaluation.samples is 1 or more, train.held_out from 0 to below 1")
+    common = {"rank": rank, "channels": data.channels, "widths": widths, "dtype": compute_type(config)}
+    if model.backbone == "phiseg":
+        make = partial(PHiSeg, **common, latent_levels=model.latent_levels, latent=model.latent, base=model.base)
+    else:
+        make = partial(UNet, **common, head=model.base, dropout=model.dropout * (model.backbone == "mc_unet"))
+    init, net_of = network(lambda rngs: make(rngs=rngs))
+    random = model.backbone != "unet"
+    samples = evaluation.samples if random else 1
+
+    # --- anomalies ---------------------------------------------------------------------------------------------------
+
+    def generator() -> Callable:
+        """(image, source or all of the batch, key, place in the batch) -> (image, target, extras)."""
+        if config.variant not in PRESETS:
+            task = OTHERS[config.variant]
+            return lambda image, source, key, own: task(image, source, key)
+        counts = lambda name: tuple(int(n) for n in anomaly[name]) or None
+        return partial(
+            ppii,
+            preset=config.variant,
+            anomalies=counts("anomalies"),
+            raters=counts("raters"),
+            strength=tuple(anomaly.strength) or None,
+            gain=anomaly.gain or None,
+            patch=tuple(anomaly.patch),
+            core=anomaly.core,
+            shape=anomaly.shape,
+            deviation=train.variance_weight > 0,
+        )
+
+    def corrupted(image: Float[Array, "b *size c"], keys: Array, axis_name: str | None) -> tuple[Array, Array, Array]:
+        """New anomalies in every image: (images, targets (b, *size), deviations or 0)."""
+        b, place, everyone = len(image), jnp.arange(len(image)), image
+        if axis_name is not None:  # the whole batch, in its order
+            everyone = jax.lax.all_gather(image, axis_name, tiled=True)
+            place = place + b * jax.lax.axis_index(axis_name)
+        make, which = generator(), jax.vmap(lambda key: jax.random.fold_in(key, 1))(keys)
+        if anomaly.source == "self":
+            out = jax.vmap(lambda image, key: make(image, image, key, None))(image, which)
+        elif config.variant in PRESETS:
+            out = jax.vmap(make, (0, None, 0, 0))(image, everyone, which, place)
+        else:
+            turn = jax.vmap(lambda key: jax.random.randint(jax.random.fold_in(key, 2), (), 1, len(everyone)))(keys)
+            out = jax.vmap(make, (0, 0, 0, None))(image, everyone[(place + turn) % len(everyone)], which, None)
+        return out[0], out[1], out[2].get("deviation", jnp.zeros(()))
+
+    def augment(image: Array, keys: Array) -> Array:
+        """Section 3.1, before the anomalies."""
+        warp = partial(random_warp, offset=train.scaling, degrees=train.rotation, elastic=train.elastic)
+        image = jax.vmap(warp)(image, keys) if train.scaling or train.rotation or train.elastic else image
+        flip = partial(random_flip, axes=tuple(train.flips))
+        return jax.vmap(flip)(image, fold_in(keys, 1)) if train.flips else image
+
+    def seen(image: Array) -> Array:
+        """What the network sees of an image in [0, 1] (PHiSeg's code)."""
+        return image - 0.5
+
+    # --- loss
+    # ----------------------------------------------------------------------------------------------------------
+
+    def pixel_loss(logits: Array, target: Array) -> Array:
+        if train.loss == "mse":
+            return (jax.nn.softmax(logits)[..., 1] - target) ** 2
+        return soft_cross_entropy(logits, target)
+
+    def loss(params, stats, image, target, deviation, keys, axis_name):
+        net = net_of(params, stats)
+        if model.backbone == "phiseg":
+            y = jnp.stack([1 - target, target], -1)
+            logits, q, p = net(seen(image), y, keys, train=True, axis_name=axis_name)
+            value, prediction = hierarchical_loss(logits, q, p, target), accumulated(logits)[0]
+        else:
+            prediction = net(seen(image), train=True, keys=keys if random else None, axis_name=axis_name)
+            # ours: where raters disagree a pixel counts less (the paper's future work).
+            weight = 1 / (1 + train.variance_weight * deviation**2)
+            value = jnp.mean(weight * pixel_loss(prediction, target))
+        return value, (stats_of(net), jax.lax.stop_gradient(prediction))
+
+    optimiser = partial(optax.adam, b1=train.betas[0], b2=train.betas[1])
+
+    def train_init(key, results, n):
+        params, stats = init(key)
+        best = {"params": params, "stats": stats, "dice": jnp.float32(-1)}
+        stats = {"network": stats} | ({"best": best} if config.select == "dice" else {})
+        return State(params, optimiser(0.0).init(params), stats, {}, jnp.int32(0))
+
+    def train_step(state, batch, key, *, steps, axis_name=None):
+        keys = sample_keys(key, batch["index"])
+        view, made, noise = (fold_in(keys, k) for k in range(3))
+        image, target, deviation = corrupted(augment(batch["image"], view), made, axis_name)
+        of = jax.value_and_grad(loss, has_aux=True)
+        (value, (stats, _)), grads = of(
+            state.params, state.stats["network"], image, target, deviation, noise, axis_name
+        )
+        value, grads, stats = averaged((value, grads, stats), axis_name)
+        updates, opt = optimiser(train.lr).update(grads, state.opt, state.params)
+        metrics = {"loss": value, "grad_norm": optax.tree.norm(grads), "target": averaged(jnp.mean(target), axis_name)}
+        params = optax.apply_updates(state.params, updates)
+        return State(params, opt, state.stats | {"network": stats}, {}, state.step + 1), metrics
+
+    # --- best Dice
+    # -----------------------------------------------------------------------------------------------------
+
+    def rows(rows: list[Row], results: Any = None) -> np.ndarray:
+        held = held_out(rows, train.held_out)
+        return np.array([i for i, row in enumerate(rows) if row.split == "train" and not held[i]], np.int64)
+
+    def checked(rows_: list[Row]) -> np.ndarray:
+        held = np.flatnonzero(held_out(rows_, train.held_out))
+        if not held.size:
+            log("best Dice: on training images with other anomalies: too few patients to hold any out")
+        return held if held.size else rows(rows_)
+
+    def look(state: State, batch: Any) -> tuple[State, dict[str, Array]]:
+        """Dice of (prediction > 0.5) and (target > 0.5) over all pixels of fixed synthetic samples; the state keeps the
+        weights of the best."""
+        key = jax.random.key(0)
+        image, target, _ = corrupted(batch["image"], sample_keys(key, batch["index"]), None)
+        keys = sample_keys(jax.random.fold_in(key, 1), batch["index"])
+        one = lambda x: probability(state.params, state.stats["network"], x[0][None], x[1][None])[0]
+        prediction = jax.lax.map(one, (image, keys), batch_size=train.batch) > 0.5
+        marked = target > 0.5
+        dice = 2 * jnp.sum(prediction & marked) / jnp.maximum(jnp.sum(prediction) + jnp.sum(marked), 1)
+        own = {"params": state.params, "stats": state.stats["network"], "dice": dice.astype(jnp.float32)}
+        better = dice > state.stats["best"]["dice"]
+        best = jax.tree.map(lambda new, old: jnp.where(better, new, old), own, state.stats["best"])
+        return state._replace(stats=state.stats | {"best": best}), {"dice": dice, "best_dice": best["dice"]}
+
+    # --- score
+    # ---------------------------------------------------------------------------------------------------------
+
+    def probability(params, stats, image: Array, keys: Array) -> Float[Array, " b *size"]:
+        """P(anomaly) of each pixel, of one sample by the keys (b,)."""
+        net = net_of(params, stats)
+        if model.backbone == "phiseg":
+            logits = net.generate(net.features(seen(image)), keys)
+        else:
+            logits = net(seen(image), train=False, keys=keys if random else None)
+        return jax.nn.softmax(logits)[..., 1]
+
+    def moments(results, image: Array, keys: Array, chunk: int | None) -> tuple[Array, Array]:
+        """Mean and variance over `samples` samples of P(anomaly), `chunk` at a time; sample j of an image depends on
+        its key and j alone. Sums of differences to the first sample: nothing cancels where the spread is small."""
+        kept = results["train"]["stats"]["best"] if config.select == "dice" else results["train"]
+        stats = kept["stats"] if config.select == "dice" else kept["stats"]["network"]
+        if not random:
+            mean = probability(kept["params"], stats, image, keys)
+            return mean, jnp.zeros_like(mean)
+        count, net = min(chunk or samples, samples), lambda: net_of(kept["params"], stats)
+        if model.backbone == "phiseg":
+            features = net().features(seen(image))
+            logits = lambda keys: net().generate(features, keys)
+        else:
+            logits = lambda keys: net()(seen(image), train=False, keys=keys)
+        sample = lambda j: jax.nn.softmax(logits(fold_in(keys, j)))[..., 1]
+        first = sample(0)
+
+        def add(sums: Any, numbers: Array) -> tuple[Any, None]:
+            used = (numbers < samples).astype(jnp.float32)  # the last chunk may be padded
+            rest = jax.vmap(sample)(numbers) - first
+            return (sums[0] + jnp.tensordot(used, rest, 1), sums[1] + jnp.tensordot(used, rest**2, 1)), None
+
+        numbers = jnp.arange(-(-samples // count) * count).reshape(-1, count)
+        (total, squares), _ = jax.lax.scan(add, (jnp.zeros_like(first), jnp.zeros_like(first)), numbers)
+        return first + total / samples, jnp.maximum(squares / samples - (total / samples) ** 2, 0)
+
+    def score(results, batch, key, *, chunk=None):
+        mean, variance = moments(results, batch["image"], case_keys(key, batch["case"]), chunk)
+        axes = tuple(range(1, mean.ndim))
+        highest = jax.lax.top_k(mean.reshape(len(mean), -1), max(1, mean[0].size // 4))[0]
+        scores = {
+            "ppii": jnp.mean(mean, axes),  # not stated: the mean over pixels, as PII's and NSA's code
+            "ppii_top_quarter": jnp.mean(highest, -1),
+            "ppii_highest": jnp.max(mean, axes),
+        }
+        out = {"maps": {"ppii": mean}, "scores": scores}
+        return out | ({"confidence": jnp.sqrt(variance)} if random else {})
+
+    def window_score(results, image: Array, keys: Array) -> tuple[Array, Array]:
+        mean, variance = moments(results, image, keys, 1)
+        return jnp.stack([mean, variance], -1), jnp.ones((*mean.shape, 1))
+
+    def fuse(averages: Float[Array, "*size k"], inside: Bool[Array, "*size"]) -> dict:
+        mean, variance = (jnp.where(inside, averages[..., k], 0) for k in range(2))
+        return {"maps": {"ppii": mean}} | ({"confidence": jnp.sqrt(variance)} if random else {})
+
+    check = Check(train.validate_every, train.validation_samples, checked, look) if config.select == "dice" else None
+    stage = Stage("train", train.batch, rows, steps_of(train, config.budget), train_init, train_step, check=check)
+    if rank == 2:
+        return System("ppii", (stage,), score, ("train",), "ppii", samples)
+    sweep = Sweep(size, tuple(evaluation.stride), 1, window_score, fuse)
+    return System("ppii", (stage,), None, ("train",), "ppii", sweep=sweep)

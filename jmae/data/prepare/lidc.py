@@ -1,0 +1,238 @@
+"""LIDC-IDRI, chest CT with the contours of up to four readers (Armato et al., Medical Physics 2011).
+
+Folders LIDC-IDRI-xxxx hold DICOM series, one file a slice; an XML file has the readings of one: `LidcReadMessage /
+readingSession / unblindedReadNodule / roi / {imageSOP_UID, inclusion, edgeMap / {xCoord, yCoord}}`, pixels from 0. A
+nodule below 3 mm is a single point. XML and series belong together by the SOP instance UIDs, or by the series UID that
+the header of a reading without any mark names; a series without a reading is left out.
+
+Slices and splits as P-PII has them: a slice is healthy if it is farther than 5 slices (in the order of z) from every
+mark, also from a point; slices with a contour are abnormal, those with a point alone are left out. Pixel truth is the
+union of the readers' filled contours, boxes are those of its connected parts. "nonNodule" marks are no lesions. ours:
+the contour's own pixels count as lesion, though readers drew it just outside.
+"""
+
+import os
+import re
+import xml.etree.ElementTree as ET
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pydicom
+from scipy import ndimage
+from skimage.draw import polygon
+
+from jmae.data.manifest import Row
+from jmae.data.prepare import Prepared, draw, refuse
+from jmae.data.slices import distance, write_png
+from jmae.errors import InputError
+
+MARGIN = 5  # slices
+TRAIN, VAL = 800, 100  # patients by id
+HEALTHY, ABNORMAL = 500, 478  # slices drawn of val and of test
+WINDOW = "--config.data.window=-1024,3071"  # HU
+TAGS = "SOPInstanceUID SeriesInstanceUID Modality ImagePositionPatient Rows Columns".split()
+
+Roi = tuple[bool, np.ndarray]  # whether it adds or takes away; (n, 2): x, y
+
+
+class Reading(NamedTuple):
+    """What one XML file, or several, say."""
+
+    series: set[str]  # UIDs that headers name
+    seen: set[str]  # SOP UIDs of all marks, those of "nonNodule" too
+    contours: dict[str, list[list[Roi]]]  # SOP UID -> nodules
+    points: set[str]  # SOP UIDs with a nodule below 3 mm
+
+
+class Slice(NamedTuple):
+    """One DICOM file of a series."""
+
+    name: str  # PATIENT_SCAN_NUMBER; scans from 1 by their UIDs, slices from 0 upwards
+    file: Path
+    sop: str
+    size: tuple[int, int]  # rows, columns
+
+
+class _NoDoctype(ET.TreeBuilder):
+    """Refuses what entities are declared in, before any is read."""
+
+    def doctype(self, name: str, pubid: str | None, system: str | None) -> None:
+        raise ValueError("has a DOCTYPE, which no file of LIDC-IDRI has")
+
+
+def prepare(root: Path, out: Path, seed: int) -> Prepared:
+    """Writes `out`/masks/SLICE.png and returns the rows; raises InputError with all problems."""
+    patients, messages = _walk(root)
+    left_out = Counter[str]()
+    reading = _readings(messages, left_out)
+    scans = {patient: _scans(patient, patients[patient], reading, left_out) for patient in sorted(patients)}
+    scans = {patient: found for patient, found in scans.items() if found}
+    if not scans:
+        raise InputError(
+            f"{root}: of {len(patients)} folders LIDC-IDRI-xxxx none has a CT series with a reading: copy the series, "
+            "and the XML files beside them"
+        )
+    there = {one.sop for found in scans.values() for scan in found for one in scan}
+    left_out["marked slices without an image"] = len({*reading.contours, *reading.points} - there)
+    healthy: dict[str, list[Slice]] = defaultdict(list)
+    lesions: dict[str, list[Slice]] = defaultdict(list)
+    for number, patient in enumerate(scans):
+        split = "train" if number < TRAIN else "val" if number < TRAIN + VAL else "test"
+        for scan in scans[patient]:
+            drawn = [one.sop in reading.contours for one in scan]
+            marked = np.array([has or one.sop in reading.points for has, one in zip(drawn, scan, strict=True)])
+            far = distance(np.arange(len(scan)), np.flatnonzero(marked)) > MARGIN
+            healthy[split] += [one for one, free in zip(scan, far, strict=True) if free]
+            left_out[f"slices within {MARGIN} of a mark"] += int(np.count_nonzero(~far & ~marked))
+            left_out["slices with a point mark alone"] += int(np.count_nonzero(marked) - sum(drawn))
+            if split == "train":
+                left_out["lesion slices of training patients"] += sum(drawn)
+            else:
+                truth = [one for one, has in zip(scan, drawn, strict=True) if has and _mask(one, reading).any()]
+                left_out["lesion slices without a pixel inside"] += sum(drawn) - len(truth)
+                lesions[split] += truth
+
+    rows = []
+    for split in ("train", "val", "test"):
+        pools = [healthy[split], lesions[split]]
+        if split != "train":  # ours: val is drawn as the test is, it only chooses the threshold
+            pools = [draw(pool, n, seed, lambda s: s.name) for pool, n in zip(pools, (HEALTHY, ABNORMAL), strict=True)]
+            left_out[f"{split} slices not drawn"] += sum(map(len, (healthy[split], lesions[split])))
+            left_out[f"{split} slices not drawn"] -= sum(map(len, pools))
+        rows += [_row(one, split, None, out) for one in pools[0]]
+        rows += [_row(one, split, _mask(one, reading), out) for one in pools[1]]
+    found = f"{sum(map(len, scans.values()))} scans with a reading of {len(scans)} patients"
+    return Prepared(rows, found, left_out, WINDOW)
+
+
+def _walk(root: Path) -> tuple[dict[str, list[Path]], list[Path]]:
+    """The .dcm files below each folder LIDC-IDRI-xxxx, and all .xml files."""
+    patients: dict[str, list[Path]] = {}
+    messages = []
+    for folder, folders, names in os.walk(root):
+        folders.sort()
+        patient = re.search(r"LIDC-IDRI-\d{4}(?!\d)", os.path.relpath(folder, root.parent))
+        if patient:
+            patients.setdefault(patient[0], []).extend(
+                Path(folder, n) for n in sorted(names) if n.lower().endswith(".dcm")
+            )
+        messages += [Path(folder, name) for name in sorted(names) if name.lower().endswith(".xml")]
+    if not patients:
+        raise InputError(f"{root}: has no folder LIDC-IDRI-xxxx: name the folder that holds them")
+    if not messages:
+        raise InputError(f"{root}: has no XML file: copy the readings of LIDC-IDRI (LIDC-XML-only) there")
+    return patients, messages
+
+
+def _readings(messages: list[Path], left_out: Counter[str]) -> Reading:
+    """All CT readings as one."""
+    whole, problems = Reading(set(), set(), {}, set()), []
+    for file in messages:
+        try:
+            found = read_xml(file)
+        except InputError as error:
+            problems.append(str(error))
+            continue
+        if found is None:
+            left_out["XML files that are no CT reading"] += 1
+            continue
+        for own, more in zip(
+            (whole.series, whole.seen, whole.points), (found.series, found.seen, found.points), strict=True
+        ):
+            own |= more
+        for sop, nodules in found.contours.items():
+            whole.contours.setdefault(sop, []).extend(nodules)
+    refuse(problems)
+    return whole
+
+
+def read_xml(file: Path) -> Reading | None:
+    """The marks of one XML file; None where it is no CT reading. Raises InputError for a damaged one."""
+    try:
+        top = ET.fromstring(file.read_bytes(), ET.XMLParser(target=_NoDoctype()))
+        if not re.fullmatch(r"(\{.*\})?LidcReadMessage", top.tag):
+            return None
+        reading = Reading({_text(e) for e in top.iterfind(".//{*}SeriesInstanceUid")}, set(), {}, set())
+        reading.seen.update(_text(e) for e in top.iterfind(".//{*}imageSOP_UID"))
+        for nodule in top.iterfind("{*}readingSession/{*}unblindedReadNodule"):
+            rois = [(_text(roi.find("{*}imageSOP_UID")), *_roi(roi)) for roi in nodule.iterfind("{*}roi")]
+            point = all(len(edge) == 1 for _, _, edge in rois)
+            parts: dict[str, list[Roi]] = defaultdict(list)
+            for sop, adds, edge in rois:
+                parts[sop].append((adds, edge))
+            for sop, own in parts.items():
+                if point:
+                    reading.points.add(sop)
+                elif any(adds for adds, _ in own):
+                    reading.contours.setdefault(sop, []).append(own)
+        return reading
+    except OSError as error:
+        raise InputError(f"{file}: not readable ({error.strerror or error}): copy it again") from None
+    except (ET.ParseError, ValueError) as error:
+        raise InputError(f"{file}: is no reading of LIDC-IDRI ({error}): copy it again or move it out") from None
+
+
+def _roi(roi: ET.Element) -> Roi:
+    edge = [[int(_text(e.find(name))) for name in ("{*}xCoord", "{*}yCoord")] for e in roi.iterfind("{*}edgeMap")]
+    if not edge:
+        raise ValueError("a roi has no edgeMap")
+    return _text(roi.find("{*}inclusion")).upper() != "FALSE", np.array(edge)
+
+
+def _text(element: ET.Element | None) -> str:
+    if element is None or not (element.text or "").strip():
+        raise ValueError("imageSOP_UID, inclusion, xCoord or yCoord is missing")
+    return str(element.text).strip()
+
+
+def _scans(patient: str, files: list[Path], reading: Reading, left_out: Counter[str]) -> list[list[Slice]]:
+    """The CT series of a patient that have a reading, each by z."""
+    series: dict[str, list[tuple[float, str, Path, tuple[int, int]]]] = defaultdict(list)
+    problems = []
+    for file in files:
+        try:
+            tags = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=list(TAGS))
+            if str(tags.get("Modality")) == "CT":
+                z, size = float(tags.ImagePositionPatient[2]), (int(tags.Rows), int(tags.Columns))
+                series[str(tags.SeriesInstanceUID)].append((z, str(tags.SOPInstanceUID), file, size))
+        except Exception as error:  # pydicom raises anything on damaged files
+            problems.append(f"{file}: not readable ({error}): copy it again".replace("\n", " "))
+    refuse(problems)
+    scans: list[list[Slice]] = []
+    for name in sorted(series):
+        slices = sorted(series[name], key=lambda one: one[:2])
+        if name not in reading.series and not any(sop in reading.seen for _, sop, _, _ in slices):
+            left_out["CT series without a reading"] += 1
+            continue
+        title = f"{patient}_{len(scans) + 1}"
+        scans.append([Slice(f"{title}_{k:04d}", file, sop, size) for k, (_, sop, file, size) in enumerate(slices)])
+    return scans
+
+
+def _mask(one: Slice, reading: Reading) -> np.ndarray:
+    """bool (rows, columns): the union over readers and nodules of what lies in a contour and in none that excludes."""
+    union = np.zeros(one.size, bool)
+    for rois in reading.contours[one.sop]:
+        own = np.zeros(one.size, bool)
+        for adds, edge in sorted(rois, key=lambda roi: not roi[0]):  # what takes away comes last
+            own[polygon(edge[:, 1], edge[:, 0], one.size)] = adds
+        union |= own
+    return union
+
+
+def _row(one: Slice, split: str, mask: np.ndarray | None, out: Path) -> Row:
+    case, number = one.name.rsplit("_", 1)
+    row = Row(one.name, case.rsplit("_", 1)[0], split, int(mask is not None), (str(one.file),))
+    row = row._replace(extra={"case": case, "slice": str(int(number))})
+    if mask is None:
+        return row
+    return row._replace(mask=write_png(out / "masks" / f"{one.name}.png", mask), boxes=tuple(_boxes(mask)))
+
+
+def _boxes(mask: np.ndarray) -> Iterator[tuple[float, ...]]:
+    """x0 y0 x1 y1 of each part that is connected, also over corners."""
+    for rows, columns in ndimage.find_objects(ndimage.label(mask, np.ones((3, 3)))[0]):
+        yield (columns.start, rows.start, columns.stop, rows.stop)

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jmae.data.crops import Volumes
+from jmae.data.transforms import area_resize
 
 COMPONENTS = 30
 NEIGHBOURS = 5
@@ -15,15 +16,7 @@ NEIGHBOURS = 5
 
 def shrink(images: NDArray, limit: int) -> NDArray:
     """Area-averages every spatial axis longer than `limit` down to it: (n, *size, c) -> (n, *small, c)."""
-    for axis in range(1, images.ndim - 1):
-        old = images.shape[axis]
-        if old > limit:
-            edges = np.linspace(0, old, limit + 1)
-            low, high = edges[:-1, None], edges[1:, None]
-            cell = np.arange(old)
-            overlap = np.clip(np.minimum(high, cell + 1) - np.maximum(low, cell), 0, None) / (high - low)
-            images = np.moveaxis(np.tensordot(overlap, images, (1, axis)), 0, axis)
-    return images
+    return area_resize(images, (len(images), *(min(n, limit) for n in images.shape[1:-1])))
 
 
 def _flat(images: NDArray) -> NDArray[np.float64]:

@@ -66,10 +66,12 @@ class Case(NamedTuple):
     mask: NDArray[np.bool_] | None = None  # size, True = lesion
     reconstruction: NDArray[Any] | None = None  # as `image`, shown in its grey window
     slice: int | None = None  # where `one_slice` has cut a volume, on its last axis
+    confidence: NDArray[Any] | None = None  # size, spread of the samples whose mean the map is
 
 
 class Scale(NamedTuple):
-    """The colour scale of all maps on a page: values at and below `low` are black, at and above `high` pale yellow."""
+    """The scale of all maps on a page: values at and below `low` are black, at and above `high` pale yellow; of all
+    spreads: black and white."""
 
     low: float
     high: float
@@ -122,6 +124,16 @@ def colour_scale(cases: Sequence[Case]) -> Scale:
     return Scale(low, high if high > low else low + 1, f"{ends} percentile of the values of {whose} shown here")
 
 
+def spread_scale(cases: Sequence[Case]) -> Scale | None:
+    """One grey scale for the spreads of all cases, from the least value up; None where no case has one."""
+    maps = [np.ravel(case.confidence) for case in cases if case.confidence is not None]
+    if not maps:
+        return None
+    low, high = (float(v) for v in np.percentile(np.concatenate(maps), (0, PERCENTILES[1])))
+    source = f"least value and {PERCENTILES[1]:g}th percentile of the spreads shown here"
+    return Scale(low, high if high > low else low + 1, source)
+
+
 def one_slice(case: Case) -> Case:
     """The case in two dimensions, which is all that a page shows: its mask only where it marks something, and of a
     volume the slice of the last axis with the most lesion, or else with the highest map."""
@@ -130,7 +142,9 @@ def one_slice(case: Case) -> Case:
         return case._replace(mask=mask)
     k = int((case.map.max((0, 1)) if mask is None else mask.sum((0, 1))).argmax())
     cut = lambda array: None if array is None else np.array(array[:, :, k])
-    parts: dict[str, Any] = {name: cut(getattr(case, name)) for name in ("image", "map", "reconstruction")}
+    parts: dict[str, Any] = {
+        name: cut(getattr(case, name)) for name in ("image", "map", "reconstruction", "confidence")
+    }
     return case._replace(**parts, mask=cut(mask), slice=k)
 
 
@@ -158,18 +172,23 @@ def _outline(mask: NDArray, side: int) -> str:
     return "".join(f"M{points(ring)}Z" for ring in keep if len(ring) > 2)
 
 
-def case_pictures(case: Case, scale: Scale, side: int = MAX_SIDE) -> dict[str, Any]:
-    """The case's image, reconstruction (None without one), map and overlay as data URIs, its mask's outline, and the
-    slice where it is a volume.
+def case_pictures(case: Case, scale: Scale, side: int = MAX_SIDE, spreads: Scale | None = None) -> dict[str, Any]:
+    """The case's image, reconstruction, map, overlay and spread of the samples as data URIs (None where it has none),
+    its mask's outline, and the slice where it is a volume.
 
-    Image and reconstruction are windowed to the image's 1st to 99th percentile; the map's colours are the page's; the
-    overlay is as opaque as the map is high.
+    Image and reconstruction are windowed to the image's 1st to 99th percentile; the map's colours and the spread's
+    greys are the page's; the overlay is as opaque as the map is high.
     """
     case = one_slice(case)
     mask, image, heat = case.mask, _shrink(case.image[..., 0], side), _shrink(case.map, side)
     dark, bright = np.percentile(image, (1, 99))
     window = lambda array: np.clip((array - dark) / ((bright - dark) or 1), 0, 1)
-    plain = lambda array: _png(Image.fromarray((window(array) * 255).round().astype(np.uint8)))
+    greys = lambda unit: _png(Image.fromarray((unit * 255).round().astype(np.uint8)))
+    restored = None if case.reconstruction is None else greys(window(_shrink(case.reconstruction[..., 0], side)))
+    spread = None
+    if case.confidence is not None and spreads:
+        share = (_shrink(case.confidence, side) - spreads.low) / (spreads.high - spreads.low)
+        spread = greys(np.clip(share, 0, 1))
     grey = window(image)
     heat = np.clip((heat - scale.low) / (scale.high - scale.low), 0, 1)
     palette = (matplotlib.colormaps["inferno"](np.arange(256))[:, :3] * 255).round().astype(np.uint8)
@@ -180,10 +199,11 @@ def case_pictures(case: Case, scale: Scale, side: int = MAX_SIDE) -> dict[str, A
     blend = (255 * grey[..., None] * (1 - opacity) + palette[indices] * opacity).round().astype(np.uint8)
     h, w = case.map.shape[:2]
     return {
-        "image": plain(image),
-        "reconstruction": None if case.reconstruction is None else plain(_shrink(case.reconstruction[..., 0], side)),
+        "image": greys(grey),
+        "reconstruction": restored,
         "map": _png(coloured),
         "overlay": _png(Image.fromarray(blend).quantize(256, Image.Quantize.FASTOCTREE)),
+        "spread": spread,
         "outline": "" if mask is None else _outline(mask, side),
         "width": w,
         "height": h,
@@ -242,6 +262,22 @@ def pr_chart(labels: NDArray, scores: NDArray, threshold: float | None = None) -
         ax.text(0.03, 0.06, f"AP {ap:.3f}", color=INK)
 
     return chart("pr", f"Precision-recall curve; average precision {ap:.3f}, chance is {share:.3f}.", draw)
+
+
+def froc_chart(froc: Mapping[str, Any]) -> Markup:
+    """The curve of `metrics.Froc` up to its false positives `at`, with the point there where the curve gets so far."""
+    fp, found = np.transpose(froc["curve"])
+    at, value = froc["at"], froc["sensitivity"]
+
+    def draw(ax: Axes) -> None:
+        ax.plot(fp, found, color=INK)
+        if fp[-1] >= at:
+            ax.plot(at, value, "o", ms=7, color=INK, clip_on=False)
+        ax.set(xlim=(0, min(at, 1.02 * fp.max()) or 1), ylim=(0, 1))
+        ax.set(xlabel="false positives per image", ylabel="sensitivity for lesions")
+        ax.text(0.97, 0.06, f"{value:.3f} at {at:g}", ha="right", color=INK, transform=ax.transAxes)
+
+    return chart("froc", f"FROC curve; the sensitivity at {at:g} false positives per image is {value:.3f}.", draw)
 
 
 def score_chart(labels: NDArray | None, scores: NDArray, threshold: float | None = None) -> Markup:
@@ -402,20 +438,21 @@ def _interval(pair: Sequence[float | None] | None, digits: int = 3) -> str:
 # The page
 
 
-def _shown_cases(cases: Sequence[Case], normals: NDArray) -> tuple[Scale | None, list[dict[str, Any]]]:
-    """The colour scale, and the groups of cases with their pictures and how many normals score lower."""
+def _shown_cases(cases: Sequence[Case], normals: NDArray) -> tuple[Scale | None, Scale | None, list[dict[str, Any]]]:
+    """The scales of maps and spreads, and the groups of cases with pictures and how many normals score lower."""
     groups = choose_cases([c.label for c in cases], [c.score for c in cases])
     shown = [i for group in groups.values() for i in group]
     if not shown:
-        return None, []
-    scale = colour_scale([cases[i] for i in shown])
-    side = min(MAX_SIDE, int(math.sqrt(PICTURE_BYTES / (4 * len(shown)))))  # palette PNG: at most a byte a pixel
+        return None, None, []
+    scale, spread = colour_scale([cases[i] for i in shown]), spread_scale([cases[i] for i in shown])
+    pictures = (4 + (spread is not None)) * len(shown)
+    side = min(MAX_SIDE, int(math.sqrt(PICTURE_BYTES / pictures)))  # palette PNG: at most a byte a pixel
 
     def entry(case: Case) -> dict[str, Any]:
         below = f"above {np.sum(normals < case.score)} of {normals.size} normals" if normals.size else ""
-        return {"case": case, "below": below, **case_pictures(case, scale, side)}
+        return {"case": case, "below": below, **case_pictures(case, scale, side, spread)}
 
-    return scale, [{"title": t, "cases": [entry(cases[i]) for i in group]} for t, group in groups.items()]
+    return scale, spread, [{"title": t, "cases": [entry(cases[i]) for i in group]} for t, group in groups.items()]
 
 
 def write_report(
@@ -444,8 +481,10 @@ def write_report(
     threshold = (evaluation.get("decision") or {}).get("threshold")
     reason = without_curves(evaluation)
     curves = bool(known) and labels.any() and not labels.all()
-    scale, groups = _shown_cases(cases, scores[~labels])
+    scale, spread, groups = _shown_cases(cases, scores[~labels])
     rows = comparison_rows(evaluation)
+    frocs = [r.pixel["froc"] for r in rows if r.pixel.get("froc")]
+    froc = (evaluation.get("pixel") or {}).get("froc")
     bounds = [v for r in rows for v in (r.image.get("auroc"), *(r.image.get("auroc_ci") or ())) if v is not None]
     stages = stage_losses(history)
     colours = matplotlib.colormaps["inferno"](np.linspace(0, 1, 9))
@@ -474,11 +513,14 @@ def write_report(
         named=named_patients(evaluation),
         roc=roc_chart(labels, scores, threshold) if curves else None,
         pr=pr_chart(labels, scores, threshold) if curves else None,
+        froc_at=frocs[0]["at"] if frocs else None,
+        froc=froc_chart(froc) if froc and froc["curve"] else None,
         histogram=score_chart(labels if curves else None, scores if curves else every, threshold)
         if every.size
         else None,
         ranked=by_score[:100] if reason else [],
         scale=scale,
+        spread=spread,
         gradient=", ".join(f"rgb({r * 255:.0f} {g * 255:.0f} {b * 255:.0f})" for r, g, b, _ in colours),
         groups=groups,
         losses=[(stage, loss_chart(i, *xy)) for i, (stage, xy) in enumerate(stages.items())],

@@ -367,6 +367,85 @@ def test_a_reconstruction_is_shown_in_the_grey_window_of_its_image():
     assert abs((other - image)[inside] - 255 * 0.2 / (bright - dark)).max() <= 1
 
 
+def froc_of(sensitivity, curve=((0, 0), (4, 0.5), (12, 0.7))):
+    return {"sensitivity": sensitivity, "at": 10.0, "lesions": 20, "images": 40, "curve": [list(p) for p in curve]}
+
+
+def with_froc(**changes):
+    e = an_evaluation(**changes)
+    e["pixel"] = e["pixel"] | {"froc": froc_of(0.651)}
+    e["scores"]["stage1"]["pixel"] = {"froc": froc_of(0.432)}
+    e["baselines"]["mean intensity"]["pixel"] = {"froc": froc_of(0.123)}
+    e["subsets"]["first hospital"]["pixel"] = {"froc": froc_of(0.777)}
+    return e
+
+
+def test_sensitivity_at_ten_false_positives_stands_for_every_score_and_the_curve_for_the_primary(tmp_path):
+    parsed = Page(write(tmp_path / "r.html", with_froc()))
+    words = " ".join(parsed.text.split())
+    assert not parsed.open and re.search("sensitivity at 10 false positives per image ?0.651", words)
+    assert all(value in words for value in ("0.432", "0.123", "0.777", "20 lesions", "over 40 images"))
+    curves = [a["aria-label"] for a in parsed.of("svg") if a.get("aria-label", "").startswith("FROC")]
+    assert curves == ["FROC curve; the sensitivity at 10 false positives per image is 0.651."]
+    rows = re.findall(r"<tr[^>]*>(.*?)</tr>", (tmp_path / "r.html").read_text(), re.S)
+    heads, *lines = [[re.sub(r"<.*", "", c) for c in re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", r)] for r in rows[:5]]
+    assert [line[-1] for line in lines] == ["0.651", "0.432", "0.123", "–"] and heads[-1] == "FROC "
+
+
+def test_froc_without_a_sensitivity_says_so_and_without_normals_has_its_curve(tmp_path):
+    e = with_froc()
+    e["pixel"]["froc"] = froc_of(float("nan"), [])
+    parsed = Page(write(tmp_path / "r.html", e, [], []))
+    assert "too many pixels" in parsed.text and "FROC curve" not in str(parsed.of("svg"))
+    e = with_froc(n_normal=0, n_abnormal=40, image=None)
+    assert "FROC curve" in str(Page(write(tmp_path / "r.html", e, [], [])).of("svg"))
+
+
+def test_no_froc_is_said_as_before(page):
+    words = Page(page).text
+    assert re.search(r"FROC\s*–\s*not computed", words) and "false positives per image" not in words
+
+
+@pytest.mark.parametrize("curve", [((0, 0),), ((0, 0), (0, 1)), ((0, 0), (3, 0.2), (2.5, 0.4)), ((0, 0), (10, 0.4))])
+def test_short_froc_curves_are_drawn(curve):
+    ElementTree.fromstring(report.froc_chart(froc_of(0.4, curve)))
+
+
+def test_spreads_share_one_grey_scale_and_stand_with_their_words(tmp_path):
+    flat = lambda v: np.full((10, 10), v, np.float32)
+    case = a_case("a", 1, 1.0, (10, 10))
+    spread = np.linspace(2, 3, 1001, dtype=np.float32).reshape(7, 143)
+    scale, spreads = colour_scale([case]), report.spread_scale([case, case._replace(confidence=spread)])
+    assert (spreads.low, spreads.high) == pytest.approx((2, 2.999))
+    assert report.spread_scale([case]) is None and report.case_pictures(case, scale, 256, spreads)["spread"] is None
+    decode = lambda uri: Image.open(io.BytesIO(base64.b64decode(uri.split(",")[1])))
+    shown = [report.case_pictures(case._replace(confidence=flat(v)), scale, 256, spreads) for v in (1, 2.4995, 9)]
+    assert [decode(p["spread"]).getpixel((5, 5)) for p in shown] == [0, 128, 255]
+
+    e = an_evaluation()
+    cases = [c._replace(confidence=c.map / 2) for c in cases_of(e)]
+    cases[0] = cases[0]._replace(confidence=None)
+    parsed = Page(write(tmp_path / "r.html", e, cases, []))
+    assert sum("Spread of the samples" in a["alt"] for a in parsed.of("img")) == len(cases) - 1
+    assert "percentile of the spreads shown here" in parsed.text
+    assert "spread of the samples" not in Page(write(tmp_path / "r.html", e, history=[])).text
+
+
+def test_a_spread_is_cut_where_its_volume_is():
+    case = a_case("v", 0, 1.0, (6, 5, 4))
+    case.map[3, 3, 1] = 99
+    flat = report.one_slice(case._replace(confidence=case.map + 1))
+    np.testing.assert_array_equal(flat.confidence, case.map[:, :, 1] + 1)
+    assert report.one_slice(case).confidence is None
+
+
+def test_pages_with_spreads_stay_small(tmp_path):
+    e = an_evaluation()
+    cases = [c._replace(confidence=c.map) for c in cases_of(e, size=(400, 300))]
+    write(tmp_path / "r.html", e, cases, [])
+    assert (tmp_path / "r.html").stat().st_size < 3_000_000
+
+
 def test_constant_images_and_maps_are_drawn():
     case = Case("c", 0, 0.0, np.ones((8, 8, 1)), np.zeros((8, 8)), np.zeros((8, 8), bool))
     assert report.case_pictures(case, colour_scale([case]))["outline"] == ""

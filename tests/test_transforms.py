@@ -1,14 +1,19 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.ndimage
 import scipy.stats
+import skimage.exposure
 from PIL import Image
 
 from jmae.data import transforms as tf
 
 crop_resized = jax.jit(tf.crop_resized)
 random_resized_crop = jax.jit(tf.random_resized_crop, static_argnames=("scale", "aspect"))
+random_warp = jax.jit(tf.random_warp, static_argnames=("offset", "degrees", "elastic", "grid", "p"))
 
 
 def smooth(size, channels=1, seed=0):
@@ -71,6 +76,60 @@ def test_resize_follows_pillows_anti_aliased_filter():
 def test_shrinking_does_not_alias():
     board = np.indices((64, 64)).sum(0) % 2
     assert np.ptp(tf.resize(board[..., None].astype(np.float32), (22, 22))[3:-3, 3:-3]) < 0.1
+
+
+def test_area_resize_averages_what_shrinks_and_interpolates_what_grows():
+    image = smooth((48, 30, 12), 2)
+    cells = image.reshape(16, 3, 15, 2, 12, 2).mean((1, 3))
+    np.testing.assert_allclose(tf.area_resize(image, (16, 15, 12)), cells, atol=1e-6)
+    mixed = tf.area_resize(image, (16, 15, 20))
+    np.testing.assert_allclose(mixed, tf.resize(cells, (16, 15, 20)), atol=1e-6)
+    assert mixed.shape == (16, 15, 20, 2) and mixed.dtype == np.float32
+    np.testing.assert_array_equal(tf.area_resize(image, (48, 30, 12)), image)
+    pillow = Image.fromarray(image[..., 0, 0]).resize((13, 31), Image.Resampling.BOX)
+    uneven = tf.area_resize(image[..., 0, :1], (31, 13))
+    np.testing.assert_allclose(uneven.mean(), image[..., 0, 0].mean(), atol=1e-6)
+    assert np.abs(uneven[..., 0] - np.asarray(pillow)).max() < 0.1  # Pillow takes whole pixels
+
+
+def equalised_by_ranks(levels, counted):
+    """The formula pixel by pixel: how many of `counted` are at most v."""
+    cdf = (counted.ravel() <= levels[..., None]).sum(-1)
+    least = (counted == counted.min()).sum()
+    return np.round(255 * np.clip(cdf - least, 0, None) / (counted.size - least)) / 255
+
+
+@pytest.mark.parametrize("size", [(40, 30), (9, 8, 7)])
+def test_equalisation_is_the_formula_of_mimic_cxr_jpg_for_each_channel(size):
+    image = smooth(size, 2) ** 3
+    out, levels = tf.equalise(image), np.round(255 * image)
+    assert out.dtype == np.float32 and out.min() == 0 and out.max() == 1
+    for c in range(2):
+        np.testing.assert_allclose(out[..., c], equalised_by_ranks(levels[..., c], levels[..., c]), atol=1e-6)
+        share = skimage.exposure.equalize_hist(levels[..., c].astype(np.uint8))  # cdf / n
+        least = (levels[..., c] == levels[..., c].min()).mean()
+        np.testing.assert_allclose(out[..., c], np.round(255 * (share - least) / (1 - least)) / 255, atol=1.01 / 255)
+
+
+def test_an_equalised_ramp_is_itself_and_a_constant_channel_is_nought():
+    ramp = np.linspace(0, 1, 256 * 6, dtype=np.float32).reshape(48, 32, 1)
+    np.testing.assert_allclose(tf.equalise(ramp), ramp, atol=1 / 255)
+    levels = (np.arange(256, dtype=np.float32) / 255)[:, None, None]
+    np.testing.assert_allclose(tf.equalise(levels), levels, atol=1e-6)
+    mixed = tf.equalise(np.stack([np.full((5, 4), 0.7), np.arange(20).reshape(5, 4) / 19], -1))
+    assert not mixed[..., 0].any() and mixed[..., 1].max() == 1
+
+
+def test_equalisation_counts_only_what_is_inside_and_applies_everywhere():
+    image = smooth((30, 20)) * 0.8 + 0.1
+    inside = np.zeros((30, 20), bool)
+    inside[5:25, 4:16] = (image[5:25, 4:16, 0] > 0.3) & (image[5:25, 4:16, 0] < 0.7)
+    image[0, 0], image[0, 1], image[0, 2] = -1.0, 0.2, 2.0
+    levels = np.round(255 * np.clip(image[..., 0], 0, 1))
+    out = tf.equalise(image, inside)[..., 0]
+    np.testing.assert_allclose(out, equalised_by_ranks(levels, levels[inside]), atol=1e-6)
+    assert list(out[0, :3]) == [0, 0, 1]
+    np.testing.assert_array_equal(tf.equalise(image, np.zeros_like(inside)), tf.equalise(image))
 
 
 def test_mask_resize_is_pillows_nearest_and_keeps_its_values():
@@ -237,4 +296,120 @@ def test_compiled_crops_equal_plain_ones_and_another_box_does_not_compile_again(
     for seed in range(3):
         image, key = jnp.asarray(smooth((16, 16), seed=seed)), jax.random.key(seed)
         np.testing.assert_allclose(crop(image, key), tf.random_resized_crop(image, key), atol=1e-5)
+    assert len(traces) == 1
+
+
+def ramps(size):
+    """Each voxel's own coordinates as channels: a warp of them is the map of coordinates itself."""
+    return np.stack(np.meshgrid(*(np.arange(n) for n in size), indexing="ij"), -1).astype(np.float32)
+
+
+@pytest.mark.parametrize("size", [(13, 11), (7, 6, 5)])
+def test_a_warp_that_is_off_or_never_drawn_is_the_identity(size):
+    image = jnp.asarray(smooth(size, 2))
+    assert tf.random_warp(image, jax.random.key(0)) is image
+    never = random_warp(image, jax.random.key(0), offset=0.3, degrees=20, elastic=0.1, p=0.0)
+    np.testing.assert_array_equal(never, image)
+
+
+@pytest.mark.parametrize("size", [(41, 41), (40, 56), (33, 40, 5)])
+def test_a_rotation_is_scipys_by_the_same_angle_in_the_plane_of_the_first_two_axes(size):
+    image = np.concatenate([ramps(size), smooth(size, 2)], -1)
+    for seed in range(3):
+        out = np.asarray(random_warp(jnp.asarray(image), jax.random.key(seed), degrees=30, p=1.0))
+        middle = tuple(n // 2 for n in size)
+        step = out[(middle[0] + 1, *middle[1:])] - out[middle]
+        angle = np.degrees(np.arctan2(step[1], step[0]))
+        assert abs(angle) <= 30
+        from_middle = np.moveaxis(ramps(size)[..., :2] - (np.array(size[:2]) - 1) / 2, -1, 0)
+        inside = np.hypot(*from_middle) < min(size[:2]) / 2 - 2
+        turned = scipy.ndimage.rotate(image, -angle, (1, 0), reshape=False, order=1)
+        np.testing.assert_allclose(out[inside], turned[inside], atol=2e-3)
+
+
+@pytest.mark.parametrize("size", [(40, 40), (24, 30, 12)])
+def test_scaling_is_a_resized_crop_of_the_same_share_of_every_edge(size):
+    for seed in range(3):
+        key = jax.random.key(seed)
+        coordinates = np.asarray(random_warp(jnp.asarray(ramps(size)), key, offset=0.4, p=1.0))
+        middle = tuple(n // 2 for n in size)
+        shares = [
+            coordinates[(*middle[:i], middle[i] + 1, *middle[i + 1 :])][i] - coordinates[middle][i]
+            for i in range(len(size))
+        ]
+        np.testing.assert_allclose(shares, shares[0], atol=1e-4)
+        assert 0.6 - 1e-4 <= shares[0] <= 1
+        origin = coordinates[middle] + 0.5 - (np.array(middle) + 0.5) * shares[0]
+        edges = np.array(size) * shares[0]
+        assert (origin >= -1e-3).all() and (origin + edges <= np.array(size) + 1e-3).all()
+        image = smooth(size)
+        out = random_warp(jnp.asarray(image), key, offset=0.4, p=1.0)[..., 0]
+        grids = [o + (np.arange(n) + 0.5) * shares[0] - 0.5 for o, n in zip(origin, size, strict=True)]
+        places = np.meshgrid(*grids, indexing="ij")
+        crop = scipy.ndimage.map_coordinates(image[..., 0], places, order=1, mode="nearest")
+        np.testing.assert_allclose(out, crop, atol=1e-3)
+
+
+@functools.cache
+def many_warps(size, **settings):
+    warp = lambda key, p: tf.random_warp(jnp.asarray(ramps(size)), key, p=p, **settings)
+    return jax.jit(jax.vmap(warp, (0, None)))
+
+
+def warped(size, keys=2000, p=1.0, **settings):
+    """The maps of coordinates (keys, *size, d) of many warps."""
+    return np.asarray(many_warps(size, **settings)(jax.random.split(jax.random.key(7), keys), p))
+
+
+def test_each_of_the_three_is_drawn_with_its_own_coin():
+    own = ramps((9, 9))
+    moved = [
+        np.abs(warped((9, 9), p=0.3, **{name: value}) - own).max((1, 2, 3)) > 1e-6
+        for name, value in (("offset", 0.5), ("degrees", 30.0), ("elastic", 0.1))
+    ]
+    bound = 4 * np.sqrt(0.3 * 0.7 / 2000)
+    assert all(abs(m.mean() - 0.3) < bound for m in moved)
+    assert np.abs(np.corrcoef(moved) - np.eye(3)).max() < 0.09
+    together = np.abs(warped((9, 9), p=0.3, offset=0.5, degrees=30.0, elastic=0.1) - own).max((1, 2, 3)) > 1e-6
+    np.testing.assert_array_equal(together, moved[0] | moved[1] | moved[2])
+
+
+def test_angles_shares_and_places_are_uniform():
+    maps = warped((9, 9), degrees=30.0)
+    angles = np.degrees(np.arctan2(*np.moveaxis(maps[:, 5, 4] - maps[:, 4, 4], -1, 0)[::-1]))
+    assert scipy.stats.kstest(angles, "uniform", (-30, 60)).pvalue > 0.01
+    maps = warped((9, 9), offset=0.5)
+    share = maps[:, 5, 4, 0] - maps[:, 4, 4, 0]
+    assert scipy.stats.kstest(share, "uniform", (0.5, 0.5)).pvalue > 0.01
+    place = (maps[:, 4, 4] + 0.5 - 4.5 * share[:, None]) / (9 * (1 - share[:, None]))
+    big = share < 0.95  # elsewhere float32 leaves little of the place
+    assert all(scipy.stats.kstest(place[big, i], "uniform").pvalue > 0.01 for i in range(2))
+    assert np.abs(np.corrcoef(np.c_[share, place][big].T) - np.eye(3)).max() < 0.09
+
+
+@pytest.mark.parametrize("size", [(45, 27), (15, 9, 27)])
+def test_displacements_are_normal_in_shares_of_each_edge_and_smooth(size):
+    keys = 2000 if len(size) == 2 else 500
+    shifts = warped(size, keys, elastic=0.05) - ramps(size)
+    middle = shifts[(slice(None), *(n // 2 for n in size))]  # a point of the grid: the drawn value itself
+    for i, n in enumerate(size):
+        assert scipy.stats.kstest(middle[:, i], "norm", (0, 0.05 * n)).pvalue > 0.01
+    assert np.abs(np.corrcoef(middle.T) - np.eye(len(size))).max() < 0.15
+    inner = shifts[(slice(None), *(slice(n // 3, n - n // 3) for n in size))]
+    for axis, n in enumerate(size, 1):
+        assert np.abs(np.diff(inner, axis=axis)[..., axis - 1]).mean() < 3 * 0.05 * n / (n / 3)
+
+
+def test_compiled_and_batched_warps_equal_plain_ones_and_compile_once():
+    traces = []
+    warp = lambda image, key: tf.random_warp(image, key, offset=0.3, degrees=10, elastic=0.02)
+
+    @jax.jit
+    def batch(images, keys):
+        traces.append(1)
+        return jax.vmap(warp)(images, keys)
+
+    images, keys = jnp.asarray([smooth((16, 12), 2, 1), smooth((16, 12), 2)]), jax.random.split(jax.random.key(0))
+    np.testing.assert_allclose(batch(images, keys)[1], warp(images[1], keys[1]), atol=1e-5)
+    batch(images + 1, jax.random.split(jax.random.key(1)))
     assert len(traces) == 1

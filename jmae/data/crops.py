@@ -21,9 +21,8 @@ from jmae.windows import room
 
 SHARE = 0.4  # of a device's memory that a set may take; on the CPU twice, once on the way
 # What a prepared volume and its allowed origins depend on, of the recipe's section `data`.
-PREPARED = (
-    """size axes spacing join crop crop_least crop_most crop_margin region normalise mean std least_region""".split()
-)
+PREPARED = """size axes spacing join crop crop_least crop_most crop_margin region normalise mean std least_region
+    window equalise""".split()
 
 
 def box_sums(marked: Bool[np.ndarray, "*size"], box: tuple[int, ...]) -> Int[np.ndarray, "*places"]:
@@ -96,7 +95,7 @@ class Volumes:
         named = [file for file in (*row.image, row.mask, row.region) if file and not file.startswith(PHANTOM)]
         files = [f for name in named for f in (sorted(Path(name).iterdir()) if os.path.isdir(name) else [name])]
         state = [(str(f), s.st_size, s.st_mtime_ns) for f in files for s in [os.stat(f)]]
-        ways = {key: data[key] for key in PREPARED}
+        ways = {key: data.get(key) for key in PREPARED}
         about = json.dumps([row.image, state, row.boxes, dict(row.extra), ways], default=str)
         name = f"{row.id}-{hashlib.sha256(about.encode()).hexdigest()[:16]}"
         parts = [folder / f"{name}.npy", folder / f"{name}-origins.npy"]

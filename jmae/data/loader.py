@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from jmae.data import phantoms
 from jmae.data.files import Image, read_image, read_mask
 from jmae.data.manifest import PHANTOM, Row, check_files, parse_manifest, summary
-from jmae.data.transforms import grey, resize, to_unit
+from jmae.data.transforms import area_resize, equalise, grey, resize, to_unit
 from jmae.data.volumes import Volume, boxes_mask, prepare, read_subtraction, read_volume
 from jmae.errors import InputError
 
@@ -62,10 +62,19 @@ def usable(row: Row, stored: Image, size: tuple[int, ...], channels: int) -> np.
     return array
 
 
-def read_case(row: Row, size: tuple[int, ...], channels: int) -> np.ndarray:
-    """A row's image as the networks see it: float32 (*size, channels) in [0, 1]; raises InputError as `usable`."""
-    stored = stored_image(row)
-    return resize(to_unit(usable(row, stored, size, channels), stored.bits or 0), size)
+def read_case(row: Row, data: ConfigDict) -> np.ndarray:
+    """A row's image as the networks see it: float32 (*size, channels) in [0, 1]; raises InputError as `usable`.
+
+    With `data.window` stored values are first clipped to it. With `data.equalise` (P-PII, as MIMIC-CXR-JPG) the image
+    is shrunk by area, and its histogram of 256 levels made even."""
+    stored, size = stored_image(row), tuple(data.size)
+    array, bits = usable(row, stored, size, data.channels), stored.bits or 0
+    if data.get("equalise"):
+        array = area_resize(array, size)
+    if data.get("window"):
+        array, bits = np.clip(array, *data.window), 0
+    unit = to_unit(array, bits)
+    return equalise(unit) if data.get("equalise") else resize(unit, size)
 
 
 @lru_cache(maxsize=1024)  # image, mask and region of a case come apart, and drawing takes longer than all else
@@ -235,7 +244,7 @@ class Images:
 
     def __init__(self, rows: Sequence[Row], config: ConfigDict, folder: Path | None = None):
         self.rows = list(rows)
-        self.size, self.channels = tuple(config.data.size), config.data.channels
+        self.size, self.channels, self.data = tuple(config.data.size), config.data.channels, config.data
         self.words = np.array([case_words(row.id) for row in rows], np.uint32).reshape(-1, 2)
         self.folder = folder  # of host arrays
         shape = (len(rows), *self.size, self.channels)
@@ -251,7 +260,7 @@ class Images:
     def _decode(self, i: int) -> str | None:
         assert self.decoded is not None
         try:
-            self.decoded[i] = read_case(self.rows[i], self.size, self.channels)
+            self.decoded[i] = read_case(self.rows[i], self.data)
         except InputError as error:
             return str(error)
         return None
@@ -265,7 +274,7 @@ class Images:
         """Images (n, *size, c) of rows by number."""
         if self.decoded is not None:
             return self.decoded[index]
-        return np.stack([read_case(self.rows[i], self.size, self.channels) for i in index])
+        return np.stack([read_case(self.rows[i], self.data) for i in index])
 
     def samples(self, rows: np.ndarray, numbers: np.ndarray, step: int, seed: int) -> dict[str, np.ndarray]:
         """The images of rows for a batch, the same at every step."""

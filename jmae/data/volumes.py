@@ -18,6 +18,7 @@ from scipy import ndimage
 
 from jmae.data.files import Image, off_grid, read_image, turned
 from jmae.data.manifest import Row
+from jmae.data.transforms import equalise, to_unit
 from jmae.errors import InputError
 
 WORLD = {"R": (0, 1), "L": (0, -1), "A": (1, 1), "P": (1, -1), "S": (2, 1), "I": (2, -1)}  # letter -> RAS axis, sign
@@ -217,7 +218,9 @@ def prepare(
 
     Args:
       stored: the case on its own grid.
-      data: `axes`, `spacing`, `crop`, `crop_least`, `crop_most`, `crop_margin`, `region`, `normalise`, `mean`, `std`.
+      data: `axes`, `spacing`, `crop`, `crop_least`, `crop_most`, `crop_margin`, `region`, `normalise`, `mean`, `std`;
+        optionally `window` (low, high), to which values are clipped, and `equalise` (P-PII): each channel then has the
+        even histogram of `transforms.equalise` in [0, 1], over the region where it is normalised by that.
       name: the file that messages name.
       lesion, region: bool on the own grid.
       midline: "" for one piece, an index of the own left-right axis between voxels, or "middle" of the cropped one.
@@ -247,7 +250,12 @@ def prepare(
     region = None if region is None else grid.forward(region, 0)
     lesion = None if lesion is None else _forward_all(lesion, grid)
     _check_region(region, name, "in the crop")
-    array, mean, std = _normalised(array, region if data.normalise == "region" else None, data, name)
+    inside = region if data.normalise == "region" else None
+    if data.get("window"):
+        array = np.clip(array, *data.window)
+    array, mean, std = _normalised(array, inside, data, name)
+    if data.get("equalise"):
+        array = equalise(np.stack([to_unit(channel, 0) for channel in np.moveaxis(array, -1, 0)], -1), inside)
 
     side = _side(stored, data, grid)
     middle = _midline(grid, side, midline, name)

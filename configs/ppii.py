@@ -45,6 +45,7 @@ def get_config(preset: str = "phantom") -> ConfigDict:
 
     c.anomaly = ConfigDict()
     c.anomaly.patch = (0.05, 0.2)  # edges, shares of the image's
+    c.anomaly.half = (0.05, 0.2)  # half edges of pii's and fpi's squares, shares of the shortest side
     c.anomaly.core = 0.8  # share of each axis, in the middle, in which the patches' centres lie in the source
     c.anomaly.shape = "circular"  # "elliptic", "rectangular"
     c.anomaly.source = "other"  # image of the batch; "self": the image itself
@@ -64,6 +65,7 @@ def get_config(preset: str = "phantom") -> ConfigDict:
     c.train.elastic = 0.0  # deviation of a 3 x 3 grid's displacements, share of the side: 10 / 512
     c.train.flips = ()  # ours: axes, each mirrored with probability 1/2
     c.train.held_out = 0.1  # share of the patients kept for the best Dice
+    c.train.dice_at = 0.0  # threshold of prediction and target; 0: none, as the paper's targets are below most
     c.train.validate_every, c.train.validation_samples = 500, 100  # steps; synthetic samples
 
     c.checkpoint_every = 5000  # steps

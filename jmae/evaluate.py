@@ -90,6 +90,7 @@ class Scored(NamedTuple):
     scores: dict[str, np.ndarray]  # (r, n)
     seconds: float = 0.0
     reconstruction: np.ndarray | None = None  # (r, n, *size, c), in the images' own range
+    confidence: np.ndarray | None = None  # (r, n, *size)
 
 
 class Result(NamedTuple):
@@ -107,6 +108,7 @@ class Result(NamedTuple):
     cheap_scores: Mapping[str, float] = MappingProxyType({})  # of the maps below
     seen: np.ndarray | None = None  # where on its own grid a map exists; None: everywhere
     cheap: Mapping[str, np.ndarray] = MappingProxyType({})  # the baselines' maps, on the row's own grid
+    confidence: np.ndarray | None = None  # (r, *size): spread of the primary map over the system's samples
 
 
 class Stream(NamedTuple):
@@ -181,7 +183,8 @@ def scorer(config: ConfigDict, system: System, results: Results) -> Callable[[Im
             parts[-2:-1] = [(k, jax.device_get(out)) for k, out in parts[-2:-1]]
         outs = [jax.tree.map(lambda x, k=k: x[:, :k], jax.device_get(out)) for k, out in parts]
         joined = jax.tree.map(lambda *x: np.concatenate(x, axis=1), *outs)
-        return Scored(joined["maps"], joined["scores"], time.monotonic() - began, joined.get("reconstruction"))
+        further = joined.get("reconstruction"), joined.get("confidence")
+        return Scored(joined["maps"], joined["scores"], time.monotonic() - began, *further)
 
     return run
 
@@ -269,7 +272,8 @@ def volume_results(
             stored=volume.stored,
             maps=out["maps"],
             scores=scores,
-            reconstruction=out["reconstruction"],
+            reconstruction=out.get("reconstruction"),
+            confidence=out.get("confidence"),
             own=volume.grid.back,
             scored=partial(volume.grid.forward, order=0),
             seconds=seconds,
@@ -306,6 +310,7 @@ def image_results(images: Images, scored: Scored, cheap: Scored, n: int) -> Iter
             scored=small,
             seconds=scored.seconds / n,
             cheap={name: own(value[0]) for name, value in of(cheap.maps).items()},
+            confidence=None if scored.confidence is None else scored.confidence[:, i],
         )
 
 
@@ -421,12 +426,14 @@ def read_truth(row: Row, result: Result, data: ConfigDict) -> tuple[np.ndarray, 
 
 
 class Pixels:
-    """Pixel figures of every map of one part of a split, fed case by case: pooled, and of each patient."""
+    """Pixel figures of every map of one part of a split, fed case by case: pooled, and of each patient. With `froc`
+    also the sensitivity for lesions at so many false positives an image, where no margin is cut off."""
 
-    def __init__(self, rows: Sequence[Row], share: float = 1.0):
-        self.share, self.lesions = share, False
+    def __init__(self, rows: Sequence[Row], share: float = 1.0, froc: float = 0.0):
+        self.share, self.lesions, self.froc = share, False, froc
         self.left = Counter(patient_of(row) for row in rows)
         self.pooled: dict[str, list[metrics.Pooled]] = {}
+        self.found: dict[str, metrics.Froc] = {}  # of the first replicate
         self.own: dict[str, dict[str, metrics.Pooled]] = {}  # by patient, of the first replicate
         self.patients: list[dict[str, Any]] = []
 
@@ -441,6 +448,9 @@ class Pixels:
             for one, value in zip(pooled, values, strict=True):
                 one.add(mask, view(value), region)
             mine.setdefault(name, metrics.Pooled()).add(mask, view(values[0]), region)
+            if self.froc and self.share == 1:
+                lesions = boxes_of(row) if row.boxes and not row.mask else mask
+                self.found.setdefault(name, metrics.Froc(self.froc)).add(lesions, values[0], region)
 
     def close(self, row: Row) -> None:
         """One more row of its patient is done; with the last one the patient's figures are computed."""
@@ -456,7 +466,8 @@ class Pixels:
         each = self.pooled.get(name.removeprefix("low "), ())
         if not self.lesions:
             return None
-        return mean_of([(one.negated() if name.startswith("low ") else one).result() for one in each])
+        mean = mean_of([(one.negated() if name.startswith("low ") else one).result() for one in each])
+        return mean and mean | {"froc": self.found[name].result() if name in self.found else None}
 
     def per_patient(self, primary: str, scores: Sequence[str]) -> list[dict[str, Any]]:
         """A row {patient, auroc, ap, prevalence, baselines} a patient, of the primary score's map; baselines are all
@@ -470,6 +481,13 @@ class Pixels:
             }
             for p in self.patients
         ]
+
+
+def boxes_of(row: Row) -> list[tuple[tuple[float, float], ...]]:
+    """A row's boxes as (low, high) of each axis of the array: in 2D the manifest's x runs along the columns."""
+    d = len(row.boxes[0]) // 2
+    pairs = [tuple(zip(box[:d], box[d:], strict=True)) for box in row.boxes]
+    return [pair[::-1] if d == 2 else pair for pair in pairs]
 
 
 def both_ends(maps: Mapping[str, Any]) -> dict[str, Any]:
@@ -656,17 +674,22 @@ def gather(
         if system.primary not in result.maps:
             continue
         mean = result.maps[system.primary].mean(0)
-        picture = None if result.reconstruction is None else result.reconstruction.mean(0)
+        picture, confidence = (
+            None if each is None else each.mean(0) for each in (result.reconstruction, result.confidence)
+        )
         if config.evaluation.maps:
             (out / "maps").mkdir(parents=True, exist_ok=True)
             write_map(out / "maps" / f"{row.id}_anomaly", result.own(mean), result.stored)
+            if confidence is not None:
+                write_map(out / "maps" / f"{row.id}_confidence", result.own(confidence), result.stored)
         if config.evaluation.get("reconstruction") and picture is not None:
             (out / "maps").mkdir(parents=True, exist_ok=True)
             write_map(out / "maps" / f"{row.id}_recon", result.own(result.values(picture)), result.stored)
         if stream.shown is None or i in stream.shown:
             lesion = result.scored(truth[0]) if truth else None
             score = float(result.scores[system.primary].mean())
-            cases.append(one_slice(Case(row.id, row.label, score, result.image, mean, lesion, picture)))
+            case = Case(row.id, row.label, score, result.image, mean, lesion, picture, confidence=confidence)
+            cases.append(one_slice(case))
     stack = lambda values: {name: np.stack(each, 1) for name, each in values.items()}
     known = [scores for scores, row in zip(cheap, split.rows, strict=True) if row.label is not None]
     whole = [name for name in (known[0] if known else ()) if all(name in scores for scores in known)]
@@ -708,7 +731,8 @@ def parts_of(config: ConfigDict, split: Split, *, volumes: bool) -> dict[str, Pa
     rows, known = split.rows, split.known
 
     def part(inside: np.ndarray, share: float = 1.0) -> Part:
-        return Part(inside, Pixels([row for row, used in zip(rows, inside, strict=True) if used], share), share)
+        used = [row for row, used in zip(rows, inside, strict=True) if used]
+        return Part(inside, Pixels(used, share, config.evaluation.get("froc", 0.0)), share)
 
     parts = {WHOLE: part(known)}
     for column in config.evaluation.subsets:

@@ -1,7 +1,10 @@
-"""Losses; each returns one value a sample."""
+"""Losses; each says what it has averaged."""
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
+
+from jmae.nn.phiseg import Normal, accumulated
 
 
 def masked_mse(
@@ -12,3 +15,29 @@ def masked_mse(
     official code's loss."""
     error = jnp.mean((prediction - target) ** 2, axis=-1)
     return jnp.sum(error * hidden, axis=-1) / jnp.sum(hidden, axis=-1)
+
+
+def soft_cross_entropy(logits: Float[Array, "b *size 2"], target: Float[Array, " b *size"]) -> Float[Array, " b *size"]:
+    """Cross-entropy of each pixel with the soft target (1 - y, y), y from 0 to 1: log(1 + e^d) - y d with d the
+    difference of the two logits, which is the binary cross-entropy of sigmoid(d)."""
+    margin = logits[..., 1] - logits[..., 0]
+    return jax.nn.softplus(margin) - target * margin
+
+
+def gaussian_kl(q: Normal, p: Normal) -> Float[Array, "b *_ z"]:
+    """KL(q || p) of each element of two diagonal normals (mean, standard deviation):
+    log(s_p / s_q) + (s_q^2 + (m_q - m_p)^2) / (2 s_p^2) - 1/2. All variances 1e-10 wider (PHiSeg's code: in divisor and
+    logarithms only), so that it stays finite and is 0 for equal normals."""
+    (mean_q, deviation_q), (mean_p, deviation_p) = q, p
+    var_q, var_p = deviation_q**2 + 1e-10, deviation_p**2 + 1e-10
+    return 0.5 * (jnp.log(var_p) - jnp.log(var_q) + (var_q + (mean_q - mean_p) ** 2) / var_p - 1)
+
+
+def hierarchical_loss(
+    logits: list[Float[Array, "b *size 2"]], q: list[Normal], p: list[Normal], y: Float[Array, " b *size"]
+) -> Float[Array, ""]:
+    """PHiSeg's loss (arXiv 1906.04045, section 2; weights as its code has them), a mean over the batch: over the latent
+    levels i, finest first, cross-entropy of s_acc(i), summed over pixels, and 4^i KL(q_i || p_i), summed over cells."""
+    entropies = [jnp.sum(soft_cross_entropy(s, y)) for s in accumulated(logits)]
+    divergences = [4**i * jnp.sum(gaussian_kl(*pair)) for i, pair in enumerate(zip(q, p, strict=True))]
+    return sum(entropies + divergences, jnp.float32(0)) / len(y)

@@ -495,10 +495,10 @@ class Froc:
     `at` is never exceeded it is the largest of all. P-PII (Müller et al. 2023) reports it at 10 and gives no rule:
     this one is ours.
 
-    The highest 1/200 of a large, rough map can hold far more than `at` components: the curve then passes `at` in one of
-    its first steps, and the value interpolated there can be far too low (on 512 x 512 pixels of noise blurred by 2
-    pixels, 0.15 where 2000 thresholds give 1.0). More `thresholds` make the steps finer. They cost little there, as the
-    curve ends at `at`; the time of smooth maps, which never get there, grows with them.
+    ours: to the evenly spread quantiles come as many in geometric progression from the highest score down. The highest
+    1/200 of a large, rough map can hold far more than `at` components: the curve then passes `at` in its first step,
+    and the value interpolated there is far too low (on 512 x 512 pixels of noise blurred by 2 pixels, 0.15 instead of
+    1.0). `thresholds` is the number of either.
 
     Maps are kept in memory, as float32, up to `EXACT` pixels in all. Beyond, no curve is made and the sensitivity is
     nan.

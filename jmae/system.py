@@ -17,7 +17,7 @@ from jmae.errors import InputError
 from jmae.nn.mae import MAE
 from jmae.patches import sincos_positions
 
-SYSTEMS = ("amae", "maemi")
+SYSTEMS = ("amae", "maemi", "ppii")
 
 Results = Mapping[str, Mapping[str, PyTree]]  # by stage: {"params", "stats"} of its last step
 
@@ -31,6 +31,19 @@ class State(NamedTuple):
     stats: PyTree
     frozen: PyTree
     step: Int[Array, ""]
+
+
+class Check(NamedTuple):
+    """A look at a stage's state every `every` steps and after the last, on samples that it is not trained on.
+
+    rows(rows) -> manifest row numbers; `samples` samples of them are made once and are the same at every look.
+    look(state, batch) -> (State, metrics): pure, and deterministic.
+    """
+
+    every: int
+    samples: int
+    rows: Callable[[list[Row]], np.ndarray]
+    look: Callable[[State, PyTree], tuple[State, dict[str, Array]]]
 
 
 class Stage(NamedTuple):
@@ -59,6 +72,7 @@ class Stage(NamedTuple):
     table: Callable[[list[Row], Results], list[dict[str, Any]]] | None = None
     weights: str = ""
     positions: Callable[[tuple[int, ...], int], np.ndarray] = sincos_positions
+    check: Check | None = None
 
 
 class Sweep(NamedTuple):
@@ -66,8 +80,8 @@ class Sweep(NamedTuple):
 
     score(results, image (b, *window, c), keys (b,)) -> (values (b, *window, k), weights (b, *window, 1)): what is
         averaged over all windows that cover a voxel.
-    fuse(averages (*size, k), inside (*size)) -> {"maps": {NAME: (*size)}, "reconstruction": (*size, c)}; `inside` is
-        False for what only fills up the array.
+    fuse(averages (*size, k), inside (*size)) -> {"maps": {NAME: (*size)}} and, where there is one, "reconstruction":
+        (*size, c) and "confidence": (*size); `inside` is False for what only fills up the array.
     `weighted` and `released` as `average` has them.
     """
 
@@ -84,8 +98,9 @@ class System(NamedTuple):
     """Stages in order, and the scores they serve.
 
     score(results, batch, key, *, chunk=None) -> {"maps": {NAME: (b, *size)}, "scores": {NAME: (b,)}} and, where there
-    is one, "reconstruction": (b, *size, c) in the images' own range. Higher is more abnormal; `chunk` masks at a time.
-    `masks` is how many one pass has. `uses` names the stages whose results `score` reads, `primary` the score that
+    is one, "reconstruction": (b, *size, c) in the images' own range, and "confidence": (b, *size), the deviation of the
+    primary map over the system's samples. Higher is more abnormal; `chunk` masks (or samples) at a time. `masks` is how
+    many one pass has. `uses` names the stages whose results `score` reads, `primary` the score that
     stands for the system. A system of volumes has a `sweep` instead of `score` and `masks`.
     """
 
@@ -117,13 +132,18 @@ def network(make: Callable[[nnx.Rngs], nnx.Module]) -> tuple[Callable[[Array], P
     return init, lambda params, stats=None: nnx.merge(graph, params, stats or {})
 
 
+def compute_type(config: ConfigDict) -> Any:
+    """What `model.dtype` says networks compute in."""
+    auto = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    dtypes = {"auto": auto, "float32": jnp.float32, "bfloat16": jnp.bfloat16}
+    if config.model.dtype not in dtypes:
+        raise InputError(f"model.dtype is {config.model.dtype!r}: one of {', '.join(dtypes)}")
+    return dtypes[config.model.dtype]
+
+
 def masked_autoencoder(config: ConfigDict, channels: int, **other: Any) -> tuple[Callable, Callable]:
     """`network` of the MAE that `config.model` describes, for images of `config.data.size` and `channels`."""
     model = config.model
-    auto = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
-    dtypes = {"auto": auto, "float32": jnp.float32, "bfloat16": jnp.bfloat16}
-    if model.dtype not in dtypes:
-        raise InputError(f"model.dtype is {model.dtype!r}: one of {', '.join(dtypes)}")
     return network(
         lambda rngs: MAE(
             size=tuple(config.data.size),
@@ -135,7 +155,7 @@ def masked_autoencoder(config: ConfigDict, channels: int, **other: Any) -> tuple
             decoder_width=model.decoder_width,
             decoder_depth=model.decoder_depth,
             decoder_heads=model.decoder_heads,
-            dtype=dtypes[model.dtype],
+            dtype=compute_type(config),
             remat=model.remat,
             rngs=rngs,
             **other,

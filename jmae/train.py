@@ -44,6 +44,7 @@ APART = (
     "dtype",
     "remat",
 )  # of `model`: a checkpoint fits whatever they are
+CHECKS = 2**40  # the step whose crops a stage's check takes: none that is trained on
 SECONDS_BETWEEN_LINES = 10  # where standard error is no terminal
 
 
@@ -137,6 +138,11 @@ def train_stage(
     del resident
     crop = () if held is None else tuple(config.data.size)
     step = compiled_step(stage.step, steps, n, crop)
+    if stage.check:
+        chosen = stage.check.rows(images.rows)
+        some = images.samples(np.resize(chosen, stage.check.samples), np.arange(stage.check.samples), CHECKS, 0)
+        checked = jax.device_put(some | {"index": np.arange(stage.check.samples)}, replicated(mesh))
+        look_at = compiled_check(stage.check.look, n, crop)
     pending: list[tuple[int, np.ndarray, dict]] = []  # steps whose metrics are still on the device
     seen: list[dict[str, float]] = position.get("seen", [])  # metrics since the last line
     saved_at = start
@@ -173,6 +179,15 @@ def train_stage(
                 show({"step": k})
             pending.append((k, batch["index"], metrics))
             stop = stopped()
+            if stage.check and (k % stage.check.every == 0 or k == steps):
+                look(pending)
+                pending.clear()
+                state, found_out = look_at(state, checked, held)
+                line = {m: float(np.mean(value)) for m, value in jax.device_get(found_out).items()}
+                line = {"stage": name, "step": k, **line, "time": round(time.time(), 3)}
+                add_history(history, line)
+                show(line)
+                draw(line)
             if k % config.checkpoint_every == 0 or k == steps or stop:
                 # A state is saved only after its losses and its weights were looked at.
                 look(pending)
@@ -200,6 +215,16 @@ def compiled_step(step: Callable, steps: int, n: int, crop: tuple[int, ...] = ()
         return step(state, batch, jax.random.fold_in(key, state.step), steps=steps)
 
     return jax.jit(one if n == 1 else jax.vmap(one, (0, 0, 0, None)), donate_argnums=0)
+
+
+@lru_cache(maxsize=8)
+def compiled_check(look: Callable, n: int, crop: tuple[int, ...] = ()) -> Callable:
+    """A stage's look at its state as one program, as `compiled_step` makes it of a step."""
+
+    def one(state: State, batch: PyTree, held: Any = None) -> tuple[State, dict]:
+        return look(state, cut(held, batch, crop) if crop else batch)
+
+    return jax.jit(one if n == 1 else jax.vmap(one, (0, None, None)), donate_argnums=0)
 
 
 @jax.jit
@@ -313,7 +338,9 @@ def progress(stage: str, start: int, steps: int) -> Iterator[Callable[[Mapping],
 
 def headline(line: Mapping) -> str:
     """The metrics of a line that are worth a look while it runs."""
-    return "  ".join(f"{name} {line[name]:.4f}" for name in ("loss", "accuracy", "abnormal_share") if name in line)
+    return "  ".join(
+        f"{name} {line[name]:.4f}" for name in ("loss", "accuracy", "abnormal_share", "dice") if name in line
+    )
 
 
 def board() -> Any:

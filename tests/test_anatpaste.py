@@ -98,7 +98,12 @@ def test_colour_images_are_segmented_by_their_luma():
 # ---------------------------------------------------------------------------------------- device
 
 
-def numpy_anatpaste(image, lungs, p, margin=10):
+def own(key, image, lungs):
+    """A paste of the image itself, as the paper's."""
+    return ap.anatpaste(image, image, key, lungs=lungs)
+
+
+def numpy_anatpaste(image, source, lungs, p, margin=10):
     """The paste of `p`, written pixel by pixel in NumPy, SciPy and colorsys."""
     height, width, c = image.shape
     scale = np.array([height, width]) / 256
@@ -114,7 +119,7 @@ def numpy_anatpaste(image, lungs, p, margin=10):
     soft = soft * lungs * p.fill / 255
 
     luma = np.array([0.299, 0.587, 0.114]) if c == 3 else np.ones(c) / c
-    patch = image[top : top + h, left : left + w].astype(float)
+    patch = source[top : top + h, left : left + w].astype(float)
     patch = patch * p.brightness
     patch = p.contrast * patch + (1 - p.contrast) * (patch @ luma).mean()
     if c == 3:
@@ -148,33 +153,33 @@ def pastes():
     @jax.jit
     def paste(image, lungs, keys):
         traces.append(1)
-        return jax.vmap(ap.anatpaste, (None, None, 0))(image, lungs, keys)
+        return jax.vmap(own, (0, None, None))(keys, image, lungs)
 
     image, lungs = jnp.asarray(textured((72, 72), 1)), jnp.asarray(half_field((72, 72)))
     keys = jax.random.split(jax.random.key(0), 200)
     return image, lungs, keys, paste(image, lungs, keys), (paste, traces)
 
 
-def assert_equals_reference(image, lungs, out, soft, parameters):
+def assert_equals_reference(image, source, lungs, out, soft, parameters):
     for i in range(12):
         drawn = jax.tree.map(lambda values, i=i: np.asarray(values[i]), parameters)
-        expected, expected_soft = numpy_anatpaste(np.asarray(image), np.asarray(lungs), drawn)
+        expected, expected_soft = numpy_anatpaste(np.asarray(image), np.asarray(source), np.asarray(lungs), drawn)
         np.testing.assert_allclose(soft[i], expected_soft, atol=2e-6)
         np.testing.assert_allclose(out[i], expected, atol=2e-5)  # float32; hue divides by small chroma
 
 
 def test_pastes_equal_a_pixel_by_pixel_reference(pastes):
     image, lungs, _, (out, soft, extras), _ = pastes
-    assert_equals_reference(image, lungs, out, soft, extras["parameters"])
+    assert_equals_reference(image, image, lungs, out, soft, extras["parameters"])
 
 
 def test_colour_pastes_on_oblong_images_equal_a_pixel_by_pixel_reference():
     image, lungs = jnp.asarray(textured((80, 56), 3)), jnp.asarray(half_field((80, 56)))
     keys = jax.random.split(jax.random.key(1), 12)
-    out, soft, extras = jax.vmap(ap.anatpaste, (None, None, 0))(image, lungs, keys)
-    assert_equals_reference(image, lungs, out, soft, extras["parameters"])
+    out, soft, extras = jax.vmap(own, (0, None, None))(keys, image, lungs)
+    assert_equals_reference(image, image, lungs, out, soft, extras["parameters"])
     grey = jnp.repeat(image[..., :1], 3, -1)  # an X-ray in three equal channels stays grey
-    out, _, _ = jax.vmap(ap.anatpaste, (None, None, 0))(grey, lungs, keys)
+    out, _, _ = jax.vmap(own, (0, None, None))(keys, grey, lungs)
     np.testing.assert_allclose(np.ptp(out, axis=-1), 0, atol=1e-6)
 
 
@@ -198,7 +203,7 @@ def pillow_anatpaste(image, lungs, p):
 def test_pastes_follow_the_papers_code_at_its_own_size():
     image, lungs = textured((256, 256), 1), half_field((256, 256))
     keys = jax.random.split(jax.random.key(2), 24)
-    out, soft, extras = jax.vmap(ap.anatpaste, (None, None, 0))(jnp.asarray(image), jnp.asarray(lungs), keys)
+    out, soft, extras = jax.vmap(own, (0, None, None))(keys, jnp.asarray(image), jnp.asarray(lungs))
     for i in range(len(keys)):
         drawn = jax.tree.map(lambda values, i=i: np.asarray(values[i]), extras["parameters"])
         picture, mask = pillow_anatpaste(image, lungs, drawn)
@@ -231,9 +236,10 @@ def test_each_paste_moves_its_centre_by_more_than_rounding(pastes):
 
 
 def test_shapes_that_the_margin_eats_are_redrawn():
-    image, lungs, keys = textured((128, 128), 1), np.ones((128, 128), bool), jax.random.split(jax.random.key(4), 200)
+    image, lungs = jnp.asarray(textured((128, 128), 1)), jnp.ones((128, 128), bool)
+    keys = jax.random.split(jax.random.key(4), 200)
     # 10 px of 256: edges up to 10 of 128 leave nothing; here about half of the draws have one
-    draw = jax.jit(jax.vmap(lambda key: ap.draw(key, jnp.asarray(image), jnp.asarray(lungs), area=(0.004, 0.02))))
+    draw = jax.jit(jax.vmap(lambda key: ap.draw(key, image, image, lungs, area=(0.004, 0.02))))
     edges = np.asarray(draw(keys).edges)
     assert edges.min() == 11
     assert edges.prod(1).min() < 0.012 * 128**2  # small patches are still among them
@@ -257,7 +263,7 @@ def draws():
     """4000 draws without margin or blur, so that hardly any is replaced and the stated distributions are exact."""
     image, lungs = jnp.asarray(textured((128, 96), 1)), half_field((128, 96))
     keys = jax.random.split(jax.random.key(5), 4000)
-    draw = lambda key: ap.draw(key, image, jnp.asarray(lungs), margin=0.0, blur=(0, 3))
+    draw = lambda key: ap.draw(key, image, image, jnp.asarray(lungs), margin=0.0, blur=(0, 3))
     p = jax.jit(lambda keys: jax.lax.map(draw, keys, batch_size=500))(keys)
     return lungs, jax.tree.map(np.asarray, p)
 
@@ -303,9 +309,9 @@ def test_shape_fill_blur_and_jitter_have_their_distributions(draws):
 def test_a_paste_does_not_depend_on_its_batch_nor_on_compilation(pastes):
     image, lungs, keys, batch, _ = pastes
     close = lambda a, b: np.testing.assert_allclose(a, b[7], atol=1e-6)
-    parameters = jax.jit(ap.draw)(keys[7], image, lungs)
+    parameters = jax.jit(ap.draw)(keys[7], image, image, lungs)
     jax.tree.map(close, parameters, batch[2]["parameters"])
-    jax.tree.map(close, ap.apply(image, lungs, parameters), batch)  # operation by operation
+    jax.tree.map(close, ap.apply(image, image, lungs, parameters), batch)  # operation by operation
 
 
 def test_another_key_image_or_field_does_not_compile_again(pastes):
@@ -313,3 +319,35 @@ def test_another_key_image_or_field_does_not_compile_again(pastes):
     for i in range(3):
         paste(image * (1 - 0.1 * i), jnp.roll(lungs, i, 0), keys[::-1])
     assert len(traces) == 1
+
+
+def test_a_patch_of_another_image_equals_the_reference():
+    image, source = jnp.asarray(textured((72, 72), 1)), jnp.asarray(textured((72, 72), 1, seed=1))
+    keys, everywhere = jax.random.split(jax.random.key(6), 12), np.ones((72, 72), bool)
+    out, soft, extras = jax.vmap(ap.anatpaste, (None, None, 0))(image, source, keys)
+    assert_equals_reference(image, source, everywhere, out, soft, extras["parameters"])
+
+
+def test_volumes_are_pasted_by_the_same_code():
+    rng = np.random.default_rng(0)
+    volume = jnp.asarray(scipy.ndimage.gaussian_filter(rng.normal(0.5, 1, (24, 20, 16, 1)), (2, 2, 2, 0)).clip(0, 1))
+    keys = jax.random.split(jax.random.key(7), 50)
+    out, soft, extras = jax.vmap(ap.anatpaste, (None, None, 0))(volume, volume, keys)
+    assert extras["changed"].all() and jnp.isfinite(out).all() and out.min() >= 0 and out.max() <= 1
+    np.testing.assert_array_equal(out[soft == 0], jnp.broadcast_to(volume, out.shape)[soft == 0])
+    p = extras["parameters"]
+    assert (p.corner >= 0).all() and (p.corner + p.edges <= np.array([24, 20, 16])).all()
+    i = int(jnp.argmax(soft.max((1, 2, 3)) * (p.blur < 3)))  # deep inside, the patch as it is drawn
+    at = tuple(np.asarray(p.centre[i]))
+    cut = tuple(np.asarray(p.corner[i] + p.edges[i] // 2))
+    box = tuple(slice(a, a + e) for a, e in zip(np.asarray(p.corner[i]), np.asarray(p.edges[i]), strict=True))
+    jittered = p.brightness[i] * (p.contrast[i] * volume[cut] + (1 - p.contrast[i]) * volume[box].mean())
+    expected = volume[at] + (jnp.clip(jittered, 0, 1) - volume[at]) * soft[i][at]
+    np.testing.assert_allclose(out[i][at], expected, atol=1e-5)
+
+
+def test_of_more_axes_the_patch_keeps_its_volume_and_its_ratios():
+    ratio = jnp.array([[0.5, 2.0], [1.0, 3.0]])
+    edges = ap.box_shares(jnp.full((2, 1), 0.1), ratio)
+    np.testing.assert_allclose(edges.prod(1), 0.1, rtol=1e-6)
+    np.testing.assert_allclose(edges[:, 1:] / edges[:, :1], ratio, rtol=1e-6)

@@ -476,7 +476,9 @@ def test_froc_of_the_specifications_two_images(as_mask):
 def froc_by_force(images, at=10.0, thresholds=200, least=5, overlap=None):
     """The rule component by component: images are (lesions: [(box, its mask)], scores, region)."""
     values = np.sort(np.concatenate([s[r] for _, s, r in images]))
-    grid = {values[int(k)] for k in np.linspace(0, values.size - 1, min(values.size, thresholds))}
+    n = min(values.size, thresholds)
+    grid = {values[int(k)] for k in np.linspace(0, values.size - 1, n)}
+    grid |= {values[int(values.size - k)] for k in np.geomspace(1, values.size, n)}  # from the highest down
     total, curve = sum(len(lesions) for lesions, _, _ in images), [(0.0, 0.0)]
     for t in sorted(grid, reverse=True):
         hits = false = 0

@@ -106,10 +106,13 @@ def apply_pii(
 ) -> tuple[Float[Array, "*size c"], Float[Array, "*size"], dict[str, Any]]:
     """Eq. 1 to 4 on the rectangle, its outer ring kept, and clipped to the image's own range; the target is alpha where
     that changed the image."""
-    return _pasted(image, source, p, most, lambda t, s, inside: change(interpolated(t, s, p.alpha), p.edges))
+    how = lambda t, s, inside: change(interpolated(t, s, p.alpha), p.edges)
+    return _pasted(image, source, p, most, how, clipped=True)
 
 
-def _pasted(image: Array, source: Array, p: Square, most: int, how: Any) -> tuple[Array, Array, dict[str, Any]]:
+def _pasted(
+    image: Array, source: Array, p: Square, most: int, how: Any, clipped: bool = False
+) -> tuple[Array, Array, dict[str, Any]]:
     n, size = (most,) * (image.ndim - 1), image.shape[:-1]
     axes = tuple(range(len(size)))
     whole, other = grown(image, n), grown(source, n)
@@ -117,7 +120,8 @@ def _pasted(image: Array, source: Array, p: Square, most: int, how: Any) -> tupl
     t, s = window(whole, p.corner, n), window(other, p.corner, n)
     part = how(t, s, jnp.prod(jnp.stack(jnp.meshgrid(*inside, indexing="ij")), axis=0))
     out = cropped(added(whole, part, p.corner), size)
-    out = jnp.clip(out, image.min(axes), image.max(axes))
+    if clipped:
+        out = jnp.clip(out, image.min(axes), image.max(axes))
     changed = jnp.any(jnp.floor(out / TOLERANCE) != jnp.floor(image / TOLERANCE), axis=-1)
     return out, changed * p.alpha, {"parameters": p}
 

@@ -208,7 +208,9 @@ def build(config: ConfigDict) -> System:
         )
         # ours: no colour jitter of the whole image before the paste (AnatPaste's step 1): Eq. 2's normals have none,
         # and jitter on one side alone would be the easier thing to tell.
-        pasted, _, _ = jax.vmap(paste)(batch["image"], batch["lungs"], sample_keys(key, batch["index"]))
+        pasted, _, _ = jax.vmap(lambda image, lungs, key: paste(image, image, key, lungs=lungs))(
+            batch["image"], batch["lungs"], sample_keys(key, batch["index"])
+        )
         x = jax.lax.stop_gradient(features(state.frozen, jnp.concatenate([batch["image"], pasted])))
         target = jnp.repeat(jnp.arange(2), len(batch["image"]))
 

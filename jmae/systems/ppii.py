@@ -66,6 +66,12 @@ def build(config: ConfigDict) -> System:
     for key, (value, allowed) in choices.items():
         if value not in allowed:
             raise InputError(f"{key} is {value!r}: one of {', '.join(allowed)}")
+    for key in ("patch", "half", "anomalies", "raters", "strength"):
+        pair = tuple(anomaly[key])
+        if pair and not (len(pair) == 2 and 0 < pair[0] <= pair[1] and (key not in ("patch", "half") or pair[1] <= 1)):
+            raise InputError(f"anomaly.{key} is {pair}: the least and the most, above 0; shares of a side to 1")
+    if not 0 < anomaly.core <= 1:
+        raise InputError(f"anomaly.core is {anomaly.core}: above 0, to 1")
     size, rank = tuple(data.size), len(data.size)
     if rank == 3:
         check_settings(data)
@@ -94,6 +100,10 @@ def build(config: ConfigDict) -> System:
         """(image, source or all of the batch, key, place in the batch) -> (image, target, extras)."""
         if config.variant not in PRESETS:
             task = OTHERS[config.variant]
+            if config.variant in ("pii", "fpi"):
+                task = partial(task, half=tuple(anomaly.half))
+            elif config.variant == "nsa":  # its filters have 5 and 11 pixels of 256
+                task = partial(task, medians=tuple(round(5 * min(size) / 512) * 2 + 1 for _ in range(2)))
             return lambda image, source, key, own: task(image, source, key)
         counts = lambda name: tuple(int(n) for n in anomaly[name]) or None
         return partial(
@@ -193,17 +203,21 @@ def build(config: ConfigDict) -> System:
         return held if held.size else rows(rows_)
 
     def look(state: State, batch: Any) -> tuple[State, dict[str, Array]]:
-        """Dice of (prediction > 0.5) and (target > 0.5) over all pixels of fixed synthetic samples; the state keeps the
-        weights of the best."""
+        """Dice over all pixels of fixed synthetic samples; the state keeps the weights of the best.
+
+        `train.dice_at` 0.5: of (prediction > 0.5) and (target > 0.5). 0: 2 sum p y / (sum p^2 + sum y^2), the same of
+        binary maps; ours, as the targets |x - x'| of `paper` hardly ever reach 0.5."""
         key = jax.random.key(0)
         image, target, _ = corrupted(batch["image"], sample_keys(key, batch["index"]), None)
         keys = sample_keys(jax.random.fold_in(key, 1), batch["index"])
         one = lambda x: probability(state.params, state.stats["network"], x[0][None], x[1][None])[0]
-        prediction = jax.lax.map(one, (image, keys), batch_size=train.batch) > 0.5
-        marked = target > 0.5
-        dice = 2 * jnp.sum(prediction & marked) / jnp.maximum(jnp.sum(prediction) + jnp.sum(marked), 1)
+        prediction = jax.lax.map(one, (image, keys), batch_size=train.batch)
+        if train.dice_at:
+            prediction, target = (jnp.where(x > train.dice_at, 1.0, 0.0) for x in (prediction, target))
+        both = jnp.sum(prediction**2) + jnp.sum(target**2)
+        dice = 2 * jnp.sum(prediction * target) / jnp.maximum(both, 1e-6)
         own = {"params": state.params, "stats": state.stats["network"], "dice": dice.astype(jnp.float32)}
-        better = dice > state.stats["best"]["dice"]
+        better = dice >= state.stats["best"]["dice"]
         best = jax.tree.map(lambda new, old: jnp.where(better, new, old), own, state.stats["best"])
         return state._replace(stats=state.stats | {"best": best}), {"dice": dice, "best_dice": best["dice"]}
 

@@ -1,0 +1,186 @@
+"""P-PII composites of 512 x 512 images, five anomalies of five raters: jmae against pie-torch's sine-transform path.
+
+    python -m benchmarks.anomalies                 # images one at a time, and a batch of 8 (jmae)
+    python -m benchmarks.anomalies --step          # share of a U-Net training step, at batch 16 and the paper's size
+
+All contestants blend the same 25 drawn discs a composite (26 to 101 pixels a side). pie-torch's `blend_dst_numpy`,
+which the authors' file calls, blends one image a disc, and their mean is taken by NumPy. jmae takes one solve a patch
+for the mean and, with the deviation map (the authors' `np.std` over the images), one a disc. "blends" times the 25
+blends alone.
+"""
+
+import argparse
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.timing import Prepared, interleaved, ratio, table, write
+
+SIDE, ANOMALIES, RATERS = 512, 5, 5
+FIXED: dict[str, Any] = {"anomalies": (ANOMALIES,) * 2, "raters": (RATERS,) * 2}
+
+
+def images(n: int) -> np.ndarray:
+    """Smooth random images (n, 512, 512) with a little noise, in [0, 1]."""
+    from scipy.ndimage import zoom
+
+    rng = np.random.default_rng(0)
+    coarse = np.stack([zoom(rng.uniform(size=(16, 16)), SIDE / 16, order=1) for _ in range(n)])
+    return np.clip(coarse + rng.normal(0, 0.02, coarse.shape), 0, 1).astype(np.float32)
+
+
+def ours(*, batch: int, deviation: bool) -> Prepared:
+    """A batch of composites by the preset `jmae`, whose images are all made of the clean target; draws included."""
+    import jax
+    import jax.numpy as jnp
+
+    from jmae.anomalies.interpolation import ppii
+
+    pool = jnp.asarray(images(max(batch, 2)))[..., None]
+    make = partial(ppii, preset="released", deviation=deviation, **FIXED)
+    run = jax.jit(jax.vmap(make, (0, None, 0, 0)))
+    keys, place = jax.random.split(jax.random.key(0), batch), jnp.arange(batch)
+    return lambda: jax.block_until_ready(run(pool[:batch], pool, keys, place)), {"composites": batch}
+
+
+def drawn() -> tuple[np.ndarray, np.ndarray, Any, np.ndarray]:
+    """The first image, all of them, what `ours` draws for the first of a batch of one, and its discs."""
+    import jax
+
+    from jmae.anomalies.interpolation import PRESETS, discs, draw_patches
+
+    pool = images(2)
+    preset = PRESETS["released"]._replace(**FIXED)
+    key = jax.random.split(jax.random.key(0), 1)[0]
+    p = draw_patches(key, (SIDE, SIDE), 2, 0, preset, patch=(0.05, 0.2), core=0.8)
+    return pool[0], pool, jax.tree.map(np.asarray, p), np.asarray(discs(p, (101, 101), "circular"), float)
+
+
+def pie_torch() -> Prepared:
+    """One composite as the authors' file makes it, draws not included."""
+    from pietorch import blend_dst_numpy
+
+    image, pool, p, masks = drawn()
+    image = image.astype(float)
+
+    def run() -> np.ndarray:
+        made = []
+        for a in range(ANOMALIES):
+            h, w = p.edges[a]
+            y, x = p.cut[a]
+            source = pool[p.which[a], y : y + h, x : x + w].astype(float)
+            for r in range(RATERS):
+                mask = masks[a, r, :h, :w].copy()
+                made.append(blend_dst_numpy(image, source * float(p.strength[a, r]), mask, p.corner[a], True))
+        stack = np.array(made)
+        return np.stack([stack.mean(0), stack.std(0)])
+
+    return run, {"composites": 1}
+
+
+def blends(*, way: str) -> Prepared:
+    """The 25 blends of one composite alone: windows in, windows out."""
+    image, pool, p, masks = drawn()
+    cut = lambda a, corner, edges: a[corner[0] : corner[0] + edges[0], corner[1] : corner[1] + edges[1]]
+    pairs = [
+        (
+            cut(image, p.corner[a], p.edges[a]),
+            cut(pool[p.which[a]], p.cut[a], p.edges[a]) * p.strength[a, r],
+            masks[a, r],
+        )
+        for a in range(ANOMALIES)
+        for r in range(RATERS)
+    ]
+    if way == "pie-torch":
+        from pietorch import blend_dst_numpy
+
+        wide = [(t.astype(float), s.astype(float), m[: t.shape[0], : t.shape[1]].copy()) for t, s, m in pairs]
+        return lambda: [blend_dst_numpy(t, s, m, np.zeros(2, int), True) for t, s, m in wide], {}
+    import jax
+    import jax.numpy as jnp
+
+    from jmae.anomalies.poisson import blend
+
+    full = lambda x: np.pad(x, [(0, 101 - n) for n in x.shape]).astype(np.float32)
+    target, source = (jnp.stack([full(pair[k]) for pair in pairs])[..., None] for k in range(2))
+    mask, edges = jnp.stack([full(pair[2]) for pair in pairs]), jnp.array([pair[0].shape for pair in pairs])
+    run = jax.jit(jax.vmap(blend))
+    return lambda: jax.block_until_ready(run(target, source, mask, edges)), {}
+
+
+def agreement() -> float:
+    """The largest difference of both composites, in units of the image's range."""
+    reference, _ = np.clip(pie_torch()[0](), 0, 1)
+    return float(np.abs(np.asarray(ours(batch=1, deviation=True)[0]()[0])[0, ..., 0] - reference).max())
+
+
+def step(*, part: str, side: int, batch: int, variant: str = "paper") -> Prepared:
+    """A training step of the recipe `paper` with its U-Net, or its composites alone."""
+    import jax
+    import jax.numpy as jnp
+
+    from jmae import recipe
+    from jmae.anomalies.interpolation import ppii
+    from jmae.system import load_system
+
+    changes = [f"--config.data.size={side},{side}", f"--config.train.batch={batch}", f"--config.variant={variant}"]
+    config, _ = recipe.parse(["--config=configs/ppii.py:paper", *changes], "")
+    image = jnp.asarray(np.resize(images(2)[:, :side, :side], (batch, side, side)))[..., None]
+    index = jnp.arange(batch)
+    if part == "composites":
+        make = jax.jit(jax.vmap(partial(ppii, preset=variant), (0, None, 0, 0)))
+        keys = jax.random.split(jax.random.key(0), batch)
+        return lambda: jax.block_until_ready(make(image, image, keys, index)), {"images": batch}
+    stage = load_system(config).stages[0]
+    state = jax.jit(lambda key: stage.init(key, {}, batch))(jax.random.key(0))
+    run = jax.jit(partial(stage.step, steps=100), donate_argnums=0)
+    held = [state]
+
+    def once() -> None:
+        held[0], _ = run(held[0], {"image": image, "index": index}, jax.random.key(1))
+        jax.block_until_ready(held[0])
+
+    return once, {"images": batch}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--step", action="store_true")
+    parser.add_argument("--side", type=int, default=SIDE)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=7)
+    arguments = parser.parse_args()
+    file = Path(__file__).parent / "results" / "anomalies.json"
+    if arguments.step:
+        size = {"side": arguments.side, "batch": arguments.batch}
+        names = ("step", "composites")
+        out = interleaved(
+            {name: ("benchmarks.anomalies:step", {"part": name, **size}) for name in names}, rounds=arguments.rounds
+        )
+        share = ratio(out["composites"], out["step"])
+        write(file, f"step {arguments.side}, batch {arguments.batch}", {**out, "share_of_step": share})
+        print(table(("part", "median s", "MiB"), [(n, out[n]["median_s"], out[n]["peak_mib"]) for n in names]))
+        print(f"composites take {share['median']:.1%} of the step, draws included")
+        return
+    contestants = {
+        "pie-torch": ("benchmarks.anomalies:pie_torch", {}),
+        "jmae, deviation": ("benchmarks.anomalies:ours", {"batch": 1, "deviation": True}),
+        "jmae": ("benchmarks.anomalies:ours", {"batch": 1, "deviation": False}),
+        "jmae, batch of 8": ("benchmarks.anomalies:ours", {"batch": 8, "deviation": False}),
+        "25 blends, pie-torch": ("benchmarks.anomalies:blends", {"way": "pie-torch"}),
+        "25 blends, jmae": ("benchmarks.anomalies:blends", {"way": "jmae"}),
+    }
+    out = interleaved(contestants, rounds=arguments.rounds)
+    speeds = {n: ratio(out["25 blends, pie-torch" if "blends" in n else "pie-torch"], out[n]) for n in contestants}
+    times = {n: speeds[n]["median"] * out[n].get("composites", 1) for n in contestants}
+    difference = agreement()
+    write(file, "composites", {**out, "pie_torch_over": times, "largest_difference": difference})
+    rows = [(n, out[n]["median_s"], out[n].get("composites", 1) / out[n]["median_s"], times[n]) for n in contestants]
+    print(table(("contestant", "median s", "a second", "x pie-torch"), rows))
+    print(f"largest difference of the composites {difference:.1e}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,202 @@
+"""PHiSeg: a segmentation network with latent variables at several resolutions, for images with any number of axes.
+
+Baumgartner et al., "PHiSeg: Capturing Uncertainty in Medical Image Segmentation", MICCAI 2019, arXiv 1906.04045;
+consulted: baumgach/PHiSeg-code. Three networks: posterior q(z | x, y) and prior p(z | x), alike but for their input,
+and likelihood p(y | z). Latent level 0 is the finest; lists have it first. Differences: layers whose result nothing
+reads are left out; `ours:` half-pixel centres in the upsampling (`unet.upsample`), and running statistics from the
+training path alone, where the code also adds those of a pass on the prior's own samples.
+"""
+
+from collections.abc import Callable
+from itertools import accumulate
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Key
+
+from jmae.errors import InputError
+from jmae.nn.unet import Convs, Encoder, check_size, conv, upsample
+
+Normal = tuple[Array, Array]  # mean and standard deviation of a diagonal normal
+Sample = Callable[[int, Array, Array], Array]  # of a latent level's number, mean and standard deviation
+
+
+def accumulated(logits: list[Float[Array, "b *size k"]]) -> list[Float[Array, "b *size k"]]:
+    """Residual sums s_acc(i) = s_acc(i+1) + s(i), finest first; the first is the prediction (PHiSeg section 2.2)."""
+    return list(accumulate(reversed(logits)))[::-1]
+
+
+def nearest(x: Float[Array, "b *small c"], size: tuple[int, ...]) -> Float[Array, "b *size c"]:
+    """Each value repeated, along each axis, to a whole multiple of its length."""
+    for axis, n in enumerate(size, 1):
+        x = jnp.repeat(x, n // x.shape[axis], axis)
+    return x
+
+
+def sampler(keys: Key[Array, " b"]) -> Sample:
+    """z = mean + deviation * noise of a latent level, each sample's noise from its own key."""
+
+    def sample(level: int, mean: Array, deviation: Array) -> Array:
+        draw = lambda key: jax.random.normal(jax.random.fold_in(key, level), mean.shape[1:])
+        return mean + deviation * jax.vmap(draw)(keys)
+
+    return sample
+
+
+class Latents(nnx.Module):
+    """Posterior or prior: an encoder, then from the deepest latent level upwards the normal of z_i given the features
+    of its resolution and z_(i+1)."""
+
+    def __init__(
+        self,
+        rank: int,
+        channels: int,
+        widths: tuple[int, ...],
+        latent_levels: int,
+        latent: int,
+        base: int,
+        dtype: jnp.dtype,
+        remat: bool,
+        *,
+        rngs: nnx.Rngs,
+    ):
+        deep, lifted = widths[-latent_levels:], latent * base
+        joined = (*widths[: latent_levels - 1], deep[-1])
+        pairs = list(zip(deep, joined, strict=True))[:-1]
+        lengths = [1] * len(pairs) + [3]
+        self.encoder = Encoder(rank, channels, widths, dtype, remat, rngs=rngs)
+        self.lift = nnx.List([Convs(rank, latent, (lifted,) * 2, dtype, remat, rngs=rngs) for _ in pairs])
+        self.join = nnx.List([Convs(rank, a + lifted, (b,) * 2, dtype, remat, rngs=rngs) for a, b in pairs])
+        self.mean = nnx.List(
+            [conv(rank, a, latent, k, jnp.float32, rngs, bias=True) for a, k in zip(joined, lengths, strict=True)]
+        )
+        self.deviation = nnx.List([conv(rank, a, latent, 1, jnp.float32, rngs, bias=True) for a in joined])
+
+    def __call__(
+        self,
+        features: list[Float[Array, "b *_ d"]],
+        sample: Sample,
+        *,
+        train: bool,
+        axis_name: str | None = None,
+    ) -> tuple[list[Float[Array, "b *_ z"]], list[Normal]]:
+        """(samples, normals) by level, from the features of all resolution levels."""
+        normals: list[Normal] = []
+        samples: list[Array] = []
+        top = len(self.mean) - 1
+        for i, x in zip(reversed(range(top + 1)), reversed(features), strict=False):
+            if i < top:
+                lifted = self.lift[i](upsample(samples[0], x.shape[1:-1]), train=train, axis_name=axis_name)
+                x = self.join[i](jnp.concatenate([x, lifted], axis=-1), train=train, axis_name=axis_name)
+            mean, deviation = self.mean[i](x), jax.nn.softplus(self.deviation[i](x))
+            samples, normals = [sample(i, mean, deviation), *samples], [(mean, deviation), *normals]
+        return samples, normals
+
+
+class Likelihood(nnx.Module):
+    """Logits of every latent level at the image's size, from the latent maps alone."""
+
+    def __init__(
+        self,
+        rank: int,
+        outputs: int,
+        widths: tuple[int, ...],
+        latent_levels: int,
+        latent: int,
+        dtype: jnp.dtype,
+        remat: bool,
+        *,
+        rngs: nnx.Rngs,
+    ):
+        above = len(widths) - latent_levels  # resolution levels finer than any latent map
+        narrow = widths[:latent_levels]
+        joined = (*widths[above:-1], narrow[-1])  # channels of each level's result
+        row = lambda a, b, n: Convs(rank, a, (b,) * n, dtype, remat, rngs=rngs)
+        self.enter = nnx.List([row(latent, a, 2) for a in narrow])
+        self.climb = nnx.List([nnx.List([row(a, a, 1) for _ in range(above)]) for a in narrow])
+        self.lift = nnx.List([row(b, a, 1) for a, b in zip(narrow, joined[1:], strict=False)])
+        self.join = nnx.List([row(2 * a, b, 2) for a, b in zip(narrow[:-1], joined, strict=False)])
+        self.out = nnx.List([conv(rank, a, outputs, 1, jnp.float32, rngs, bias=True) for a in joined])
+
+    def __call__(
+        self,
+        samples: list[Float[Array, "b *_ z"]],
+        size: tuple[int, ...],
+        *,
+        train: bool,
+        axis_name: str | None = None,
+    ) -> list[Float[Array, "b *size outputs"]]:
+        above = len(self.climb[0])
+        sizes = check_size(size, above + len(samples))
+        logits: list[Array] = []
+        x: Array | None = None
+        for i, z in reversed(list(enumerate(samples))):
+            own = self.enter[i](z, train=train, axis_name=axis_name)
+            for k, layer in enumerate(self.climb[i], 1):
+                own = layer(upsample(own, sizes[i + above - k]), train=train, axis_name=axis_name)
+            if x is None:
+                x = own
+            else:
+                lifted = self.lift[i](upsample(x, sizes[i]), train=train, axis_name=axis_name)
+                x = self.join[i](jnp.concatenate([own, lifted], axis=-1), train=train, axis_name=axis_name)
+            logits = [nearest(self.out[i](x), size), *logits]
+        return logits
+
+
+class PHiSeg(nnx.Module):
+    """`widths` has a resolution level each, of which the deepest `latent_levels` carry latent maps of `latent` channels
+    (7 and 5: maps of 2^-2 to 2^-6 of the image's side); sizes as `check_size` has them. Arithmetic in `dtype`; norms,
+    latent variables and logits in float32."""
+
+    def __init__(
+        self,
+        *,
+        rank: int,
+        channels: int,
+        outputs: int = 2,
+        widths: tuple[int, ...] = (32, 64, 128, 192, 192, 192, 192),
+        latent_levels: int = 5,
+        latent: int = 2,
+        base: int = 32,
+        dtype: jnp.dtype = jnp.float32,
+        remat: bool = False,
+        rngs: nnx.Rngs,
+    ):
+        if not 1 <= latent_levels <= len(widths):
+            raise InputError(f"latent_levels is {latent_levels}: from 1 to {len(widths)}, the number of widths")
+        ladder = (widths, latent_levels, latent, base, dtype, remat)
+        self.posterior = Latents(rank, channels + outputs, *ladder, rngs=rngs)
+        self.prior = Latents(rank, channels, *ladder, rngs=rngs)
+        self.likelihood = Likelihood(rank, outputs, widths, latent_levels, latent, dtype, remat, rngs=rngs)
+
+    def __call__(
+        self,
+        x: Float[Array, "b *size c"],
+        y: Float[Array, "b *size outputs"],
+        keys: Key[Array, " b"],
+        *,
+        train: bool,
+        axis_name: str | None = None,
+    ) -> tuple[list[Float[Array, "b *size outputs"]], list[Normal], list[Normal]]:
+        """(logits, q, p) by latent level; `y` is the soft target (1 - y, y). One sample of the posterior drives the
+        likelihood and the prior's conditions."""
+        mode: dict[str, Any] = {"train": train, "axis_name": axis_name}
+        seen = jnp.concatenate([x, y - 0.5], axis=-1)
+        samples, q = self.posterior(self.posterior.encoder(seen, **mode), sampler(keys), **mode)
+        _, p = self.prior(self.features(x, **mode), lambda i, *_: samples[i], **mode)
+        return self.likelihood(samples, x.shape[1:-1], **mode), q, p
+
+    def features(
+        self, x: Float[Array, "b *size c"], *, train: bool = False, axis_name: str | None = None
+    ) -> list[Float[Array, "b *_ d"]]:
+        """The prior's features of every resolution level, finest first: once an image, for any number of samples."""
+        return self.prior.encoder(x, train=train, axis_name=axis_name)
+
+    def generate(
+        self, features: list[Float[Array, "b *_ d"]], keys: Key[Array, " b"]
+    ) -> Float[Array, "b *size outputs"]:
+        """Logits of one sample each, drawn from the prior."""
+        samples, _ = self.prior(features, sampler(keys), train=False)
+        return accumulated(self.likelihood(samples, features[0].shape[1:-1], train=False))[0]

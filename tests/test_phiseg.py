@@ -1,0 +1,222 @@
+"""PHiSeg: its losses against SciPy and by hand, its paths, and what its samples depend on."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from scipy import integrate, special, stats
+
+from jmae.errors import InputError
+from jmae.losses import gaussian_kl, hierarchical_loss, soft_cross_entropy
+from jmae.nn.phiseg import PHiSeg, accumulated, nearest
+from jmae.system import network, stats_of
+
+jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # half the time to compile
+SIZES = [(16, 24), (16, 8, 8), (16, 16, 2)]
+near = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
+RNG = np.random.default_rng(0)
+
+
+def small(rank, **changes):
+    """Four resolution levels of which two are latent, unless told otherwise."""
+    settings = dict(rank=rank, channels=1, widths=(4, 5, 6, 7), latent_levels=2, latent=2, base=3) | changes
+    return network(lambda rngs: PHiSeg(**settings, rngs=rngs))
+
+
+def sample(size, batch=3):
+    """(x, y, target (1 - y, y), keys)."""
+    x = jax.random.normal(jax.random.key(1), (batch, *size, 1))
+    y = jax.random.uniform(jax.random.key(2), (batch, *size))
+    return x, y, jnp.stack([1 - y, y], axis=-1), jax.random.split(jax.random.key(3), batch)
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    """(bind with arrays, a pass in test mode, x, target, keys) of a 2D net whose statistics have seen one batch."""
+    init, bind = small(2)
+    params, start = init(jax.random.key(0))
+    x, _, target, keys = sample((16, 16))
+
+    @jit
+    def trained(params, start):
+        net = bind(params, start)
+        net(x, target, keys, train=True)
+        return stats_of(net)
+
+    seen = jax.tree.map(lambda a, b: b + 100 * (a - b), trained(params, start), start)  # as after many equal batches
+    run = jit(lambda x, target, keys: bind(params, seen)(x, target, keys, train=False))
+    draw = jit(lambda x, keys: (lambda net: net.generate(net.features(x), keys))(bind(params, seen)))
+    return run, draw, x, target, keys
+
+
+def test_parameters_are_those_of_the_published_net_less_the_layers_that_nothing_reads():
+    # By hand from PHiSeg's code: encoder (input 1 or 3), 4 pairs of lifts, 4 of joins, heads; the likelihood likewise.
+    net = nnx.eval_shape(lambda: PHiSeg(rank=2, channels=1, rngs=nnx.Rngs(0)))
+    count = lambda module: sum(x.size for x in jax.tree.leaves(nnx.state(module, nnx.Param)))
+    assert count(net.posterior) == 4_356_768 + 153_088 + 1_467_008 + 5_524
+    assert count(net.prior) == count(net.posterior) - 2 * 9 * 32
+    assert count(net.likelihood) == 870_464 + 1_716_608 + 719_680 + 2_546_432 + 1_802
+
+
+def test_full_depth_has_latent_maps_from_a_quarter_to_a_64th_of_the_side():
+    init, bind = network(lambda rngs: PHiSeg(rank=2, channels=1, rngs=rngs))
+    call = lambda x, target, keys: bind(*init(jax.random.key(0)))(x, target, keys, train=True)
+    x, _, target, keys = sample((512, 512), 1)
+    logits, q, p = jax.eval_shape(call, x, target, keys)
+    assert [mean.shape for mean, _ in q] == [(1, n, n, 2) for n in (128, 64, 32, 16, 8)]
+    assert jax.tree.map(jnp.shape, q) == jax.tree.map(jnp.shape, p)
+    assert [s.shape for s in logits] == [(1, 512, 512, 2)] * 5
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("latent_levels", [1, 2, 4])
+def test_paths_through_posterior_and_prior_have_equal_shapes(size, latent_levels):
+    init, bind = small(len(size), latent_levels=latent_levels)
+
+    def both(x, target, keys):
+        net = bind(*init(jax.random.key(0)))
+        return net(x, target, keys, train=True), net.generate(net.features(x), keys)
+
+    x, _, target, keys = sample(size)
+    (logits, q, p), drawn = jax.eval_shape(both, x, target, keys)
+    assert [s.shape for s in logits] == [drawn.shape] * latent_levels == [(3, *size, 2)] * latent_levels
+    assert drawn.dtype == jnp.float32
+    coarse = [tuple(max(1, n // 2**level) for n in size) for level in range(4)][-latent_levels:]
+    assert [m.shape for m, _ in p] == [(3, *n, 2) for n in coarse]
+    assert jax.tree.map(jnp.shape, q) == jax.tree.map(jnp.shape, p)
+
+
+def test_impossible_settings_are_refused():
+    with pytest.raises(InputError, match="latent_levels is 5"):
+        nnx.eval_shape(lambda: PHiSeg(rank=2, channels=1, widths=(4,) * 4, latent_levels=5, rngs=nnx.Rngs(0)))
+    init, bind = small(2)
+    with pytest.raises(InputError, match="does not halve"):
+        jax.eval_shape(
+            lambda x, t, k: bind(*init(k[0]))(x, t, k, train=True), *sample((12, 16))[::2], sample((12, 16))[3]
+        )
+
+
+def test_nearest_upsampling_is_that_of_jax():
+    x = RNG.normal(size=(2, 3, 4, 1, 2)).astype(np.float32)
+    np.testing.assert_array_equal(nearest(x, (6, 16, 1)), jax.image.resize(x, (2, 6, 16, 1, 2), "nearest"))
+
+
+def test_cross_entropy_with_a_soft_target_is_that_of_the_softmax():
+    logits, y = RNG.normal(size=(2, 3, 4, 2)) * 5, RNG.uniform(size=(2, 3, 4))
+    y[0, 0, :2] = 0, 1
+    expected = -np.sum(np.stack([1 - y, y], -1) * special.log_softmax(logits, -1), -1)
+    near(soft_cross_entropy(jnp.float32(logits), jnp.float32(y)), expected)
+    assert np.isfinite(soft_cross_entropy(jnp.array([-1e4, 1e4]), jnp.float32(0)))
+
+
+def test_kl_of_normals_is_the_integral_and_zero_for_equal_ones():
+    for m_q, s_q, m_p, s_p in ((0, 1, 0, 1), (0.3, 0.5, -0.4, 1.2), (1, 2, 0, 0.7), (-2, 0.1, -2.1, 0.3)):
+        q, p = stats.norm(m_q, s_q), stats.norm(m_p, s_p)
+        inside = lambda z, q=q, p=p: q.pdf(z) * (q.logpdf(z) - p.logpdf(z))
+        expected, _ = integrate.quad(inside, m_q - 12 * s_q, m_q + 12 * s_q)
+        near(gaussian_kl(*(tuple(map(jnp.float32, n)) for n in ((m_q, s_q), (m_p, s_p)))), expected)
+    equal = jnp.linspace(-2, 2, 5), jnp.array([0, 1e-8, 1e-3, 1, 50])
+    np.testing.assert_allclose(gaussian_kl(equal, equal), 0, atol=1e-6)
+    assert all(np.isfinite(g).all() for g in jax.grad(lambda n: gaussian_kl(n, equal).sum())(equal))
+
+
+def test_residual_sums_go_from_the_deepest_level_to_the_finest():
+    s = [np.full((1, 2, 2, 2), v, np.float32) for v in (1, 20, 300)]
+    assert [float(a.mean()) for a in accumulated(s)] == [321, 320, 300]
+
+
+def test_loss_is_the_sum_over_pixels_and_cells_with_weights_4_to_the_level():
+    y = RNG.uniform(size=(2, 4, 4))
+    logits = RNG.normal(size=(3, 2, 4, 4, 2))
+    normals = [
+        [(RNG.normal(size=(2, n, n, 2)), RNG.uniform(0.5, 2, (2, n, n, 2))) for n in (4, 2, 1)] for _ in range(2)
+    ]
+    expected, soft = 0.0, np.stack([1 - y, y], -1)
+    for s in (logits[0] + logits[1] + logits[2], logits[1] + logits[2], logits[2]):
+        expected -= np.sum(soft * special.log_softmax(s, -1)) / 2
+    for weight, (m_q, s_q), (m_p, s_p) in zip((1, 4, 16), *normals, strict=True):
+        kl = np.log(s_p / s_q) + (s_q**2 + (m_q - m_p) ** 2) / (2 * s_p**2) - 0.5
+        expected += weight * np.sum(kl) / 2
+    near(hierarchical_loss(*jax.tree.map(jnp.float32, (list(logits), *normals, y))), expected)
+
+
+def test_prior_is_conditioned_on_the_posteriors_samples(tiny):
+    run, _, x, target, keys = tiny
+    _, q, p = run(x, target, keys)
+    _, q2, p2 = run(x, 1 - target, jax.random.split(jax.random.key(9), 3))
+    near(p[1], p2[1])  # the deepest sees the image alone
+    assert np.abs(p[0][0] - p2[0][0]).max() > 1e-3
+    assert np.abs(q[1][0] - q2[1][0]).max() > 1e-3  # the posterior sees the target
+    assert all(np.all(deviation > 0) for _, deviation in [*q, *p])
+
+
+def test_a_sample_follows_from_its_key_alone(tiny):
+    _, draw, x, _, keys = tiny
+    drawn = draw(x, keys)
+    np.testing.assert_array_equal(drawn, draw(x, keys))
+    near(draw(x[::-1], keys[::-1]), drawn[::-1])
+    near(draw(x[1:2], keys[1:2]), drawn[1:2])
+    assert np.abs(draw(x, keys[::-1])[0] - drawn[0]).max() > 1e-3
+
+
+def test_the_mean_of_four_times_as_many_samples_has_half_the_error(tiny):
+    _, draw, x, _, _ = tiny
+    keys = jax.random.split(jax.random.key(5), 2048)
+    draws = np.asarray(jax.nn.softmax(draw(jnp.broadcast_to(x[:1], (2048, *x.shape[1:])), keys))[..., 1])
+    mean = draws.mean(0)
+    error = lambda n: np.sqrt(np.mean((draws.reshape(-1, n, *mean.shape).mean(1) - mean) ** 2))
+    assert error(1) > 1e-3
+    assert 0.4 < error(64) / error(16) < 0.6
+
+
+def test_training_gives_every_parameter_a_finite_gradient_and_moves_all_statistics():
+    x, y, target, keys = sample((16, 16))
+    init, bind = small(2)
+    params, start = init(jax.random.key(0))
+
+    def loss(params, x, keys):
+        net = bind(params, start)
+        return hierarchical_loss(*net(x, target, keys, train=True), y), stats_of(net)
+
+    program = jit(jax.value_and_grad(loss, has_aux=True))
+    (value, after), grads = program(params, x, keys)
+    assert np.isfinite(value)
+    silent = [path for path, g in jax.tree.leaves_with_path(grads) if not np.isfinite(g).all() or np.abs(g).max() == 0]
+    assert not silent
+    assert all(np.any(a != b) for a, b in zip(jax.tree.leaves(after), jax.tree.leaves(start), strict=True))
+    program(params, x + 1, keys[::-1])
+    assert program._cache_size() == 1
+
+
+def test_statistics_over_a_named_axis_are_those_of_the_whole_batch():
+    x, _, target, keys = sample((8, 8), 4)
+    init, bind = small(2, widths=(4, 5), latent_levels=1)
+    params, start = init(jax.random.key(0))
+
+    def run(x, target, keys, axis_name=None):
+        net = bind(params, start)
+        return net(x, target, keys, train=True, axis_name=axis_name), stats_of(net)
+
+    halves = jax.tree.map(lambda a: a.reshape(2, 2, *a.shape[1:]), (x, target, keys))
+    (whole, after), (parts, both) = (
+        jit(run)(x, target, keys),
+        jit(jax.vmap(partial(run, axis_name="d"), axis_name="d"))(*halves),
+    )
+    loose = partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-4)
+    jax.tree.map(lambda a, b: loose(b.reshape(a.shape), a), whole, parts)
+    jax.tree.map(lambda a, b: [loose(part, a) for part in b], after, both)
+
+
+def test_bfloat16_and_remat_change_neither_types_nor_much_else():
+    x, _, target, keys = sample((16, 16))
+    init, bind = small(2)
+    params, start = init(jax.random.key(0))
+    run = lambda bind: jit(lambda: bind(params, start)(x, target, keys, train=True))()
+    exact, again, coarse = (run(b) for b in (bind, small(2, remat=True)[1], small(2, dtype=jnp.bfloat16)[1]))
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), exact, again)
+    assert {leaf.dtype for leaf in jax.tree.leaves(coarse)} == {jnp.float32}
+    differences = [np.abs(a - b).mean() for a, b in zip(jax.tree.leaves(exact), jax.tree.leaves(coarse), strict=True)]
+    assert 1e-5 < max(differences) < 0.3

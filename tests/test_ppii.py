@@ -1,0 +1,294 @@
+"""P-PII against its specification: what is trained on, what is kept, what is scored."""
+
+import csv
+import json
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from patients import write_patients
+
+from configs import ppii as recipe
+from jmae import train
+from jmae.data.files import read_image
+from jmae.data.manifest import Row
+from jmae.errors import InputError, exit_code
+from jmae.recipe import override
+from jmae.run_folder import read_history
+from jmae.system import load_system
+from jmae.systems.ppii import BACKBONES, held_out
+
+KEY = jax.random.key(0)
+TINY = """
+data.phantom= data.size=16,16 model.widths=3,4 model.base=3 model.latent_levels=2 train.batch=4 train.steps=6
+train.validate_every=2 train.validation_samples=4 anomaly.patch=0.2,0.6 evaluation.samples=3 checkpoint_every=4
+log_every=3
+""".split()
+VOLUMES = """
+data.size=8,8,4 data.channels=2 data.normal_crops_only=false evaluation.stride=4,4,2 evaluation.batch=8
+""".split()
+
+
+def config(*changes: str, preset: str = "smoke"):
+    c = recipe.get_config(preset)
+    given = {f"config.{k}": v for k, _, v in (change.partition("=") for change in [*TINY, *changes])}
+    override(c, given)
+    return c
+
+
+def arguments(manifest: Path, workdir: Path, *changes: str, preset: str = "smoke") -> list[str]:
+    own = [f"--config.{change}" for change in [*TINY, f"data.manifest={manifest}", *changes]]
+    return [f"--config=configs/ppii.py:{preset}", f"--workdir={workdir}", *own]
+
+
+def batch(n: int = 4, size: tuple[int, ...] = (16, 16), channels: int = 1, seed: int = 0) -> dict:
+    rng = np.random.default_rng(seed)
+    return {
+        "image": jnp.asarray(rng.uniform(size=(n, *size, channels)), jnp.float32),
+        "index": jnp.arange(n),
+        "case": jnp.asarray(rng.integers(0, 2**32, (n, 2)), jnp.uint32),
+    }
+
+
+def started(c, n: int = 8):
+    system = load_system(c)
+    stage = system.stages[0]
+    return system, stage, jax.jit(lambda key: stage.init(key, {}, n))(KEY)
+
+
+def results_of(state) -> dict:
+    return {"train": {"params": state.params, "stats": state.stats}}
+
+
+# --- the recipe -------------------------------------------------------------------------------------------------------
+
+
+def test_the_paper_preset_is_the_papers():
+    c = recipe.get_config("paper")
+    assert (c.data.size, c.train.steps, c.train.batch, c.train.lr) == ((512, 512), 100_000, 16, 1e-3)
+    assert (c.train.validate_every, c.train.validation_samples, c.evaluation.samples) == (500, 100, 50)
+    system, stage, _ = load_system(c), *load_system(c).stages, None
+    state = jax.eval_shape(lambda key: stage.init(key, {}, 1), KEY)
+    assert sum(leaf.size for leaf in jax.tree.leaves(state.params)) == 5_670_370
+    assert stage.steps(1) == 100_000 and stage.batch == 16 and system.masks == 1
+
+
+def test_phiseg_of_the_paper_preset_has_two_more_levels():
+    c = recipe.get_config("paper")
+    c.model.backbone = "phiseg"
+    state = jax.eval_shape(lambda key: load_system(c).stages[0].init(key, {}, 1), KEY)
+    wide = jax.tree.leaves(jax.tree.map(lambda leaf: leaf.shape[-1], state.params))
+    assert max(wide) >= 192 and load_system(c).masks == 50
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ("variant=other", "variant is 'other': one of paper, released, jmae, pii, fpi, cutpaste, nsa"),
+        ("model.backbone=resnet", "model.backbone is 'resnet': one of unet, mc_unet, phiseg"),
+        ("data.size=15,16", "15"),
+        ("train.batch=1", "train.batch is 1, and anomaly.source=other takes another image"),
+        ("select=aucp", "select is 'aucp': one of last, dice"),
+        ("train.held_out=1.0", "train.held_out from 0 to below 1"),
+        ("anomaly.anomalies=3,2", "anomaly.anomalies"),
+        ("anomaly.patch=0.5,0.2", "anomaly.patch"),
+    ],
+)
+def test_settings_that_do_not_fit_are_one_line(change, line):
+    with pytest.raises(InputError, match=line.replace("(", r"\(")) as error:
+        load_system(config(change))
+    assert "\n" not in str(error.value)
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("change", [f"model.backbone={b}" for b in BACKBONES])
+def test_every_backbone_trains_under_jit_without_compiling_again(change):
+    _, stage, state = started(config(change))
+    step = jax.jit(partial(stage.step, steps=10))
+    before = state
+    for k in range(3):
+        state, metrics = step(state, batch(seed=k), jax.random.fold_in(KEY, k))
+    assert step._cache_size() == 1
+    assert all(np.isfinite(v).all() for v in jax.tree.leaves((metrics, state.params, state.stats)))
+    moved = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), state.params, before.params)
+    assert all(change > 0 for change in jax.tree.leaves(moved))  # no weight without a gradient
+    assert metrics["target"] > 0 and state.step == 3
+
+
+TASKS = [(v, "other") for v in ("released", "jmae", "pii", "fpi", "cutpaste", "nsa")]
+TASKS += [("paper", "self"), ("pii", "self")]
+
+
+@pytest.mark.parametrize(("variant", "source"), TASKS)
+def test_every_task_gives_targets_and_depends_on_the_key(variant, source):
+    _, stage, state = started(config(f"variant={variant}", f"anomaly.source={source}"))
+    step = jax.jit(partial(stage.step, steps=10))
+    targets = [float(step(state, batch(), jax.random.key(k))[1]["target"]) for k in (0, 0, 1)]
+    assert targets[0] == targets[1] != targets[2] and all(0 < t < 1 for t in targets)
+
+
+def test_the_variance_of_the_raters_weighs_the_loss():
+    losses = []
+    for weight in (0.0, 1e4):
+        _, stage, state = started(config(f"train.variance_weight={weight}"))
+        losses.append(float(jax.jit(partial(stage.step, steps=10))(state, batch(), KEY)[1]["loss"]))
+    assert 0 < losses[1] < losses[0]
+
+
+def test_training_learns_its_anomalies():
+    _, stage, state = started(config("train.lr=0.01", "model.widths=8,8", "train.batch=8"))
+    step = jax.jit(partial(stage.step, steps=60))
+    smooth = np.stack(
+        [np.add.outer(np.linspace(0, a, 16), np.linspace(0, 1 - a, 16)) for a in np.linspace(0.1, 0.9, 8)]
+    )
+    images = {"image": jnp.asarray(smooth[..., None] * 0.8, jnp.float32), "index": jnp.arange(8)}
+    losses = []
+    for _ in range(60):
+        state, metrics = step(state, images, jax.random.fold_in(KEY, state.step))
+        losses.append(float(metrics["loss"]))
+    assert np.mean(losses[-10:]) < 0.5 * losses[0]
+
+
+# --- best Dice --------------------------------------------------------------------------------------------------------
+
+
+def rows(n: int, patients: int) -> list[Row]:
+    row = lambda i, split: Row(f"r{i}", f"p{i % patients}", split, 0, (f"{i}.png",))
+    return [row(i, "train") for i in range(n)] + [row(n, "test")]
+
+
+def test_patients_are_held_out_whole_and_are_not_trained_on():
+    some = rows(40, 20)
+    held = held_out(some, 0.2)
+    names = {row.patient for row, h in zip(some, held, strict=True) if h}
+    assert len(names) == 4 and held.sum() == 8 and not held[-1]
+    _, stage, _ = started(config("train.held_out=0.2"))
+    trained, checked = stage.rows(some, {}), stage.check.rows(some)
+    assert set(trained) | set(checked) == set(range(40)) and not set(trained) & set(checked)
+    assert np.array_equal(held_out(some[::-1], 0.2)[::-1], held)  # whatever the order
+    assert set(stage.check.rows(rows(2, 2))) == {0, 1}  # too few to hold any out
+
+
+def test_the_best_weights_are_kept_and_scored():
+    system, stage, state = started(config())
+    look = jax.jit(stage.check.look)
+    some = batch()
+    first, found = look(state, some)
+    _, same = look(state, some)
+    assert found["dice"] == same["dice"] == found["best_dice"]
+    worse = first._replace(params=jax.tree.map(jnp.zeros_like, first.params))  # predicts one half everywhere
+    best = first._replace(stats=first.stats | {"best": first.stats["best"] | {"dice": jnp.float32(2)}})
+    kept, said = look(best._replace(params=worse.params), some)
+    assert said["best_dice"] == 2 and said["dice"] < 2
+    equal = jax.tree.map(lambda a, b: bool((a == b).all()), kept.stats["best"]["params"], first.params)
+    assert all(jax.tree.leaves(equal))
+    score = jax.jit(lambda results: system.score(results, some, KEY)["maps"]["ppii"])
+    np.testing.assert_array_equal(score(results_of(kept)), score(results_of(first)))
+    last = load_system(config("select=last"))
+    assert last.stages[0].check is None
+    np.testing.assert_allclose(last.score(results_of(worse), some, KEY)["maps"]["ppii"], 0.5)
+
+
+@pytest.mark.parametrize("at", [0.0, 0.5])
+def test_dice_by_hand(at):
+    _, stage, state = started(config(f"train.dice_at={at}"))
+    flat = state._replace(params=jax.tree.map(jnp.zeros_like, state.params))  # p = 0.5 everywhere: above no threshold
+    dice = float(jax.jit(stage.check.look)(flat, batch())[1]["dice"])
+    assert dice == 0 if at else 0 < dice < 0.5
+
+
+# --- scores -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backbone", ["mc_unet", "phiseg"])
+def test_samples_do_not_depend_on_chunk_or_batch_and_spread(backbone):
+    system, stage, state = started(config(f"model.backbone={backbone}", "evaluation.samples=5"))
+    state, _ = jax.jit(partial(stage.step, steps=10))(state, batch(), KEY)
+    results, some = results_of(stage.check.look(state, batch())[0]), batch(3, seed=1)
+    score = jax.jit(system.score, static_argnames="chunk")
+    whole = score(results, some, KEY, chunk=5)
+    for chunk in (1, 2):
+        part = score(results, some, KEY, chunk=chunk)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), part, whole)
+    alone = score(results, {k: v[2:] for k, v in some.items()}, KEY, chunk=5)
+    np.testing.assert_allclose(alone["maps"]["ppii"][0], whole["maps"]["ppii"][2], atol=1e-6)
+    assert whole["confidence"].shape == (3, 16, 16) and (whole["confidence"] > 0).mean() > 0.5
+    np.testing.assert_array_equal(score(results, some, KEY, chunk=5)["confidence"], whole["confidence"])
+
+
+def test_the_scores_of_an_image():
+    system, stage, state = started(config())
+    out = system.score(results_of(stage.check.look(state, batch())[0]), batch(), KEY)
+    flat = np.sort(np.asarray(out["maps"]["ppii"]).reshape(4, -1), 1)
+    assert set(out) == {"maps", "scores"}  # one network without randomness has no confidence
+    np.testing.assert_allclose(out["scores"]["ppii"], flat.mean(1), rtol=1e-5)
+    np.testing.assert_allclose(out["scores"]["ppii_top_quarter"], flat[:, -64:].mean(1), rtol=1e-5)
+    np.testing.assert_allclose(out["scores"]["ppii_highest"], flat[:, -1], rtol=1e-6)
+
+
+# --- commands ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def run(small_set, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ppii") / "run"
+    assert exit_code(train.main, arguments(small_set, folder, "model.backbone=mc_unet")) == 0
+    return folder
+
+
+def test_a_run_writes_maps_confidence_and_figures(run):
+    metrics = json.loads((run / "evaluation" / "metrics.json").read_text())
+    assert metrics["primary"] == "ppii" and set(metrics["scores"]) == {"ppii", "ppii_top_quarter", "ppii_highest"}
+    froc = metrics["pixel"]["froc"]
+    assert froc["at"] == 10 and 0 <= froc["sensitivity"] <= 1 and froc["lesions"] > 0
+    maps = run / "evaluation" / "maps"
+    names = [line["id"] for line in csv.DictReader((run / "evaluation" / "scores.csv").open())]
+    for name in names:
+        spread = read_image(str(next(maps.glob(f"{name}_confidence.*")))).array
+        assert spread.shape[:2] == read_image(str(next(maps.glob(f"{name}_anomaly.*")))).array.shape[:2]
+        assert (spread >= 0).all()
+    assert "onfidence" in (run / "evaluation" / "report.html").read_text()
+    history = read_history(run / "metrics.jsonl")
+    assert [h["step"] for h in history if "dice" in h] == [2, 4, 6]
+
+
+def test_an_interrupted_run_ends_equal(run, small_set, tmp_path, monkeypatch):
+    real, seen = train.checkpoint.save, []
+
+    def save(*args, **kwargs):
+        real(*args, **kwargs)
+        seen.append(args[1])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train.checkpoint, "save", save)
+    with pytest.raises(KeyboardInterrupt):
+        train.main(arguments(small_set, tmp_path / "run", "model.backbone=mc_unet"))
+    assert seen == [4]
+    monkeypatch.setattr(train.checkpoint, "save", real)
+    assert exit_code(train.main, arguments(small_set, tmp_path / "run", "model.backbone=mc_unet")) == 0
+    score = lambda folder: (folder / "evaluation" / "scores.csv").read_text()
+    assert score(tmp_path / "run") == score(run)
+    dice = lambda folder: [h["dice"] for h in read_history(folder / "metrics.jsonl") if "dice" in h]
+    assert dice(tmp_path / "run") == dice(run)
+
+
+def test_replicates_are_one_program(small_set, tmp_path):
+    assert exit_code(train.main, arguments(small_set, tmp_path, "replicates=2")) == 0
+    metrics = json.loads((tmp_path / "evaluation" / "metrics.json").read_text())
+    assert len(metrics["scores"]["ppii"]["replicates"]["auroc"]["values"]) == 2
+
+
+@pytest.mark.parametrize("backbone", ["unet", "phiseg"])
+def test_volumes_go_through_the_same_code(tmp_path, backbone):
+    manifest = write_patients(tmp_path)
+    given = arguments(manifest, tmp_path / "run", *VOLUMES, f"model.backbone={backbone}", preset="small3d")
+    assert exit_code(train.main, given) == 0
+    metrics = json.loads((tmp_path / "run" / "evaluation" / "metrics.json").read_text())
+    assert metrics["pixel"]["froc"]["lesions"] >= 3
+    kinds = {path.name.rsplit("_", 1)[1] for path in (tmp_path / "run" / "evaluation" / "maps").iterdir()}
+    assert kinds == {"anomaly.nii.gz"} | ({"confidence.nii.gz"} if backbone == "phiseg" else set())

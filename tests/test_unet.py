@@ -1,0 +1,211 @@
+"""The U-Net: parameter counts of the published net, its layers against JAX's general ones, norms and dropout."""
+
+from functools import cache, partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from jmae.errors import InputError
+from jmae.losses import soft_cross_entropy
+from jmae.nn import unet
+from jmae.nn.unet import Convs, UNet, check_size, convolve, dropout, pool, upsample
+from jmae.system import network, stats_of
+
+jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # half the time to compile
+SIZES = [(16, 24), (16, 8, 8), (16, 16, 2)]  # not square, 3D, thin: ends at 2x2x1 on 4 levels
+near = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
+
+
+@cache
+def small(rank, **changes):
+    settings = dict(rank=rank, channels=1, widths=(4, 5, 6), head=3) | changes
+    return network(lambda rngs: UNet(**settings, rngs=rngs))
+
+
+def arrays(init):
+    """Parameters and statistics of a network's shapes: He normal kernels, all else positive. Nothing is compiled."""
+    rng = np.random.default_rng(7)
+
+    def draw(path, leaf):
+        he = rng.normal(0, (2 / np.prod(leaf.shape[:-1])) ** 0.5, leaf.shape)
+        return jnp.asarray(he if "kernel" in str(path[-1]) else rng.uniform(0.5, 1.5, leaf.shape), jnp.float32)
+
+    return jax.tree.map_with_path(draw, jax.eval_shape(init, jax.random.key(0)))
+
+
+def images(size, batch=3, channels=1):
+    return jax.random.normal(jax.random.key(1), (batch, *size, channels))
+
+
+def test_the_published_nets_have_as_many_parameters():
+    net = nnx.eval_shape(lambda: UNet(rank=2, channels=1, rngs=nnx.Rngs(0)))
+    count = lambda module: sum(x.size for x in jax.tree.leaves(nnx.state(module, nnx.Param)))
+    assert (count(net.encoder), count(net)) == (2_363_232, 5_670_370)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_logits_have_the_images_size(size):
+    init, bind = small(len(size), widths=(4, 5, 6, 7), outputs=3)
+    net = lambda state, x: bind(*state)(x, train=False)
+    assert jax.eval_shape(net, jax.eval_shape(init, jax.random.key(0)), images(size)).shape == (3, *size, 3)
+    assert check_size(size, 4)[-1] == tuple(max(1, n // 8) for n in size)
+
+
+@pytest.mark.parametrize("size", [(30, 32), (32, 32, 6)])
+def test_a_size_that_does_not_halve_is_refused_with_a_remedy(size):
+    with pytest.raises(InputError, match=r"\(3[02], 32.*(divisible by 8|levels)") as error:
+        check_size(size, 4)
+    assert "\n" not in str(error.value) and "(32, 32" in str(error.value)
+    init, bind = small(len(size), widths=(4,) * 4)
+    with pytest.raises(InputError):
+        bind(*arrays(init))(images(size), train=False)
+
+
+@pytest.mark.parametrize("size", [(6, 10), (4, 6, 8), (8, 6, 1)])
+def test_pooling_is_the_mean_of_blocks_and_upsampling_linear_interpolation(size):
+    x, half = images(size, channels=2), tuple(max(1, n // 2) for n in size)
+    window = (1, *(min(n, 2) for n in size), 1)
+    summed = jax.lax.reduce_window(x, 0.0, jax.lax.add, window, window, "VALID")
+    np.testing.assert_allclose(pool(x), summed / np.prod(window), atol=1e-6)
+    assert pool(x).shape[1:-1] == half
+    small = images(half, channels=2)
+    expected = jax.image.resize(small, (3, *size, 2), "linear")
+    np.testing.assert_allclose(upsample(small, size), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("length", [1, 3])
+@pytest.mark.parametrize("size", [(6, 5), (4, 5, 3)])
+def test_convolution_and_its_gradients_are_those_of_jax(size, length):
+    x, names = images(size, channels=2), "DHW"[-len(size) :]
+    kernel = jax.random.normal(jax.random.key(2), (*(length,) * len(size), 2, 3))
+    numbers = (f"N{names}C", f"{names}IO", f"N{names}C")
+    plain = lambda x, k: jax.lax.conv_general_dilated(x, k, (1,) * len(size), "SAME", dimension_numbers=numbers)
+    results = lambda f: jit(jax.value_and_grad(lambda x, k: (s := jnp.sin(f(x, k))).sum() + s[0].max(), (0, 1)))
+    jax.tree.map(
+        partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), *(results(f)(x, kernel) for f in (convolve, plain))
+    )
+    near(convolve(x, kernel), plain(x, kernel))
+
+
+def test_a_layer_normalises_by_the_batch_in_training_and_by_its_statistics_in_test():
+    init, bind = network(lambda rngs: Convs(2, 2, (3,), jnp.float32, rngs=rngs))
+    params, stats = arrays(init)
+    x = images((6, 8), channels=2)
+    numbers = ("NHWC", "HWIO", "NHWC")
+    kernel = params["convs"][0]["kernel"]
+    y = np.asarray(jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=numbers))
+    scale, bias, before = params["norms"][0]["scale"], params["norms"][0]["bias"], stats["norms"][0]
+    expected = lambda mean, var: np.maximum((y - mean) / np.sqrt(var + 1e-3) * scale + bias, 0)
+    mean, var = y.mean((0, 1, 2)), y.var((0, 1, 2))
+
+    run = lambda train: (lambda net: (net(x, train=train), stats_of(net)))(bind(params, stats))
+    (tested, same), (trained, after) = jit(lambda: (run(False), run(True)))()
+    near(tested, expected(before["mean"], before["var"]), rtol=1e-4)
+    jax.tree.map(np.testing.assert_array_equal, same, stats)
+    near(trained, expected(mean, var), rtol=1e-4)
+    near(after["norms"][0]["mean"], 0.99 * before["mean"] + 0.01 * mean)
+    near(after["norms"][0]["var"], 0.99 * before["var"] + 0.01 * var)
+
+
+def test_a_new_layer_has_he_normal_kernels_and_a_norm_that_changes_nothing():
+    init, _ = network(lambda rngs: Convs(2, 16, (32,), jnp.float32, rngs=rngs))
+    params, stats = jit(init)(jax.random.key(0))
+    kernel, norm = params["convs"][0]["kernel"], params["norms"][0] | stats["norms"][0]
+    assert kernel.shape == (3, 3, 16, 32) and abs(np.std(kernel) / (2 / (9 * 16)) ** 0.5 - 1) < 0.05
+    assert {name: set(np.asarray(a)) for name, a in norm.items()} == {
+        "scale": {1},
+        "bias": {0},
+        "mean": {0},
+        "var": {1},
+    }
+
+
+def test_statistics_over_a_named_axis_are_those_of_the_whole_batch():
+    init, bind = small(2)
+    params, stats = arrays(init)
+    x = images((8, 8), batch=4)
+
+    def run(x, axis_name=None):
+        net = bind(params, stats)
+        return net(x, train=True, axis_name=axis_name), stats_of(net)
+
+    logits, after = jit(run)(x)
+    parts, both = jit(jax.vmap(partial(run, axis_name="devices"), axis_name="devices"))(x.reshape(2, 2, 8, 8, 1))
+    alone, _ = jit(jax.vmap(run))(x.reshape(2, 2, 8, 8, 1))
+    loose = partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4)
+    loose(parts.reshape(logits.shape), logits)
+    jax.tree.map(lambda b, a: [loose(part, a) for part in b], both, after)
+    assert np.abs(alone.reshape(logits.shape) - logits).max() > 1e-2
+
+
+def test_dropout_zeroes_the_given_share_and_keeps_the_mean():
+    keys = jax.random.split(jax.random.key(3), 2)
+    dropped = np.asarray(dropout(jnp.ones((2, 100, 100, 2)), keys, 0.1))
+    near(np.unique(dropped), [0, 1 / 0.9])
+    for sample in dropped:
+        assert abs(np.mean(sample == 0) - 0.1) < 4 * (0.09 / sample.size) ** 0.5
+    assert np.mean(dropped[0] == dropped[1]) < 0.9
+
+
+def test_every_level_drops_once_with_a_mask_of_its_own(monkeypatch):
+    seen, places = [], []
+    monkeypatch.setattr(jax.random, "fold_in", lambda key, place: (places.append(place), key)[1])
+    monkeypatch.setattr(unet, "dropout", lambda x, keys, rate: seen.append((x.shape, rate)) or x)
+    init, bind = small(2, widths=(4, 5, 6), dropout=0.1)
+    params, stats = arrays(init)
+    jax.eval_shape(lambda: bind(params, stats)(images((8, 8), 2), train=False, keys=jnp.arange(2)))
+    assert [shape[1:] for shape, _ in seen] == [(8, 8, 4), (4, 4, 5), (2, 2, 6), (4, 4, 6), (8, 8, 5)]
+    assert len(places) == len(set(map(str, places))) == 5 and {rate for _, rate in seen} == {0.1}
+
+
+@pytest.mark.parametrize("size", [(8, 8), (8, 4, 2)])
+def test_a_samples_dropout_follows_from_its_key_alone(size):
+    init, bind = small(len(size), dropout=0.5)
+    params, stats = arrays(init)
+    x, keys = images(size), jax.random.split(jax.random.key(4), 3)
+    net = jit(lambda x, keys=None: bind(params, stats)(x, train=False, keys=keys))
+    drawn = net(x, keys)
+    np.testing.assert_array_equal(drawn, net(x, keys))
+    near(net(x[::-1], keys[::-1]), drawn[::-1])
+    near(net(jnp.repeat(x[1:2], 3, 0), jnp.repeat(keys[1:2], 3))[0], drawn[1])
+    assert np.abs(net(x, keys[::-1])[0] - drawn[0]).max() > 1e-2
+    assert np.abs(net(x) - drawn).max() > 1e-2
+    assert net._cache_size() == 2  # with keys and without: a batch's values compile nothing
+
+    certain = small(len(size))[1]  # no rate, the same parameters
+    near(net(x), jit(lambda: certain(params, stats)(x, train=False, keys=keys))())
+
+
+def test_training_gives_every_parameter_a_finite_gradient_with_and_without_remat():
+    x, target = images((8, 8)), jnp.linspace(0, 1, 3 * 64).reshape(3, 8, 8)
+    found = []
+    for remat in (False, True):
+        init, bind = small(2, remat=remat)
+        params, stats = arrays(init)
+
+        def loss(params, bind=bind, stats=stats):
+            net = bind(params, stats)
+            return jnp.mean(soft_cross_entropy(net(x, train=True), target)), stats_of(net)
+
+        program = jit(jax.value_and_grad(loss, has_aux=True))
+        traced = program.trace(params)
+        assert sum(e.primitive.name.startswith(("remat", "checkpoint")) for e in traced.jaxpr.eqns) == (
+            6 if remat else 0
+        )
+        found.append(program(params))
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-5), *found)
+    (_, after), grads = found[0]
+    assert all(np.isfinite(g).all() and np.abs(g).max() > 0 for g in jax.tree.leaves(grads))
+    assert all(np.any(a != b) for a, b in zip(jax.tree.leaves(after), jax.tree.leaves(stats), strict=True))
+
+
+def test_bfloat16_reaches_the_convolutions_but_not_norms_and_logits():
+    x, (init, fine), (_, coarse) = images((8, 8)), small(2), small(2, dtype=jnp.bfloat16)
+    params, stats = arrays(init)
+    run = lambda bind: (lambda net: (net(x, train=True), stats_of(net)))(bind(params, stats))
+    (exact, _), (logits, after) = jit(lambda: (run(fine), run(coarse)))()
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves((logits, after)))
+    assert 1e-5 < np.abs(logits - exact).max() < 0.3

@@ -183,9 +183,9 @@ def train_stage(
                 look(pending)
                 pending.clear()
                 state, found_out = look_at(state, checked, held)
-                line = {m: float(np.mean(value)) for m, value in jax.device_get(found_out).items()}
-                line = {"stage": name, "step": k, **line, "time": round(time.time(), 3)}
-                add_history(history, line)
+                means = {m: float(np.mean(value)) for m, value in jax.device_get(found_out).items()}
+                line = {"stage": name, "step": k} | means
+                add_history(history, line | {"time": round(time.time(), 3)})
                 show(line)
                 draw(line)
             if k % config.checkpoint_every == 0 or k == steps or stop:

@@ -26,12 +26,14 @@ def small(rank, **changes):
 
 
 def arrays(init):
-    """Parameters and statistics of a network's shapes: He normal kernels, all else positive. Nothing is compiled."""
+    """Parameters and statistics of a network's shapes, drawn without compiling anything: He normal kernels, means
+    around 0, all else around 1."""
     rng = np.random.default_rng(7)
 
     def draw(path, leaf):
-        he = rng.normal(0, (2 / np.prod(leaf.shape[:-1])) ** 0.5, leaf.shape)
-        return jnp.asarray(he if "kernel" in str(path[-1]) else rng.uniform(0.5, 1.5, leaf.shape), jnp.float32)
+        if path[-1].key == "kernel":
+            return jnp.float32(rng.normal(0, (2 / np.prod(leaf.shape[:-1])) ** 0.5, leaf.shape))
+        return jnp.float32(rng.uniform(0.5, 1.5, leaf.shape) - (path[-1].key == "mean"))
 
     return jax.tree.map_with_path(draw, jax.eval_shape(init, jax.random.key(0)))
 
@@ -151,14 +153,18 @@ def test_dropout_zeroes_the_given_share_and_keeps_the_mean():
 
 
 def test_every_level_drops_once_with_a_mask_of_its_own(monkeypatch):
-    seen, places = [], []
-    monkeypatch.setattr(jax.random, "fold_in", lambda key, place: (places.append(place), key)[1])
-    monkeypatch.setattr(unet, "dropout", lambda x, keys, rate: seen.append((x.shape, rate)) or x)
-    init, bind = small(2, widths=(4, 5, 6), dropout=0.1)
+    seen = []
+    monkeypatch.setattr(unet, "dropout", lambda x, keys, rate: seen.append((x.shape, keys, rate)) or x)
+    init, bind = small(2, dropout=0.1)
     params, stats = arrays(init)
-    jax.eval_shape(lambda: bind(params, stats)(images((8, 8), 2), train=False, keys=jnp.arange(2)))
-    assert [shape[1:] for shape, _ in seen] == [(8, 8, 4), (4, 4, 5), (2, 2, 6), (4, 4, 6), (8, 8, 5)]
-    assert len(places) == len(set(map(str, places))) == 5 and {rate for _, rate in seen} == {0.1}
+
+    def used(keys):
+        bind(params, stats)(images((8, 8), 2), train=False, keys=keys)
+        return [jax.random.key_data(keys) for _, keys, _ in seen]
+
+    words = np.concatenate(jit(used)(jax.random.split(jax.random.key(0), 2)))
+    assert [shape[1:] for shape, *_ in seen] == [(8, 8, 4), (4, 4, 5), (2, 2, 6), (4, 4, 6), (8, 8, 5)]
+    assert len(np.unique(words, axis=0)) == 2 * 5 and {rate for *_, rate in seen} == {0.1}
 
 
 @pytest.mark.parametrize("size", [(8, 8), (8, 4, 2)])

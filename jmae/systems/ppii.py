@@ -86,10 +86,9 @@ def build(config: ConfigDict) -> System:
     if evaluation.samples < 1 or not 0 <= train.held_out < 1:
         raise InputError("evaluation.samples is 1 or more, train.held_out from 0 to below 1")
     common = {"rank": rank, "channels": data.channels, "widths": widths, "dtype": compute_type(config)}
+    make: Callable = partial(UNet, **common, head=model.base, dropout=model.dropout * (model.backbone == "mc_unet"))
     if model.backbone == "phiseg":
         make = partial(PHiSeg, **common, latent_levels=model.latent_levels, latent=model.latent, base=model.base)
-    else:
-        make = partial(UNet, **common, head=model.base, dropout=model.dropout * (model.backbone == "mc_unet"))
     init, net_of = network(lambda rngs: make(rngs=rngs))
     random = model.backbone != "unet"
     samples = evaluation.samples if random else 1
@@ -102,8 +101,8 @@ def build(config: ConfigDict) -> System:
             task = OTHERS[config.variant]
             if config.variant in ("pii", "fpi"):
                 task = partial(task, half=tuple(anomaly.half))
-            elif config.variant == "nsa":  # its filters have 5 and 11 pixels of 256
-                task = partial(task, medians=tuple(round(5 * min(size) / 512) * 2 + 1 for _ in range(2)))
+            elif config.variant == "nsa":  # its filters have 5 pixels and a radius of 5 pixels at 256
+                task = partial(task, medians=(2 * round(min(size) / 103) + 1, max(1, round(5 * min(size) / 256))))
             return lambda image, source, key, own: task(image, source, key)
         counts = lambda name: tuple(int(n) for n in anomaly[name]) or None
         return partial(
@@ -139,7 +138,7 @@ def build(config: ConfigDict) -> System:
         """Section 3.1, before the anomalies."""
         warp = partial(random_warp, offset=train.scaling, degrees=train.rotation, elastic=train.elastic)
         image = jax.vmap(warp)(image, keys) if train.scaling or train.rotation or train.elastic else image
-        flip = partial(random_flip, axes=tuple(train.flips))
+        flip = partial(random_flip, axes=tuple(int(axis) for axis in train.flips))
         return jax.vmap(flip)(image, fold_in(keys, 1)) if train.flips else image
 
     def seen(image: Array) -> Array:

@@ -21,11 +21,12 @@ RNG = np.random.default_rng(0)
 
 @cache
 def small(rank, **changes):
-    """Four resolution levels of which two are latent, unless told otherwise."""
-    settings = dict(rank=rank, channels=1, widths=(4, 5, 6, 7), latent_levels=2, latent=2, base=3) | changes
+    """Three resolution levels of which two are latent, unless told otherwise."""
+    settings = dict(rank=rank, channels=1, widths=(4, 5, 6), latent_levels=2, latent=2, base=3) | changes
     return network(lambda rngs: PHiSeg(**settings, rngs=rngs))
 
 
+@cache
 def arrays(init):
     """Parameters and statistics of a network's shapes, drawn without compiling anything: He normal kernels, means
     around 0, all else around 1."""
@@ -41,9 +42,9 @@ def arrays(init):
 
 def sample(size, batch=3):
     """(x, y, target (1 - y, y), keys)."""
-    x = jax.random.normal(jax.random.key(1), (batch, *size, 1))
-    y = jax.random.uniform(jax.random.key(2), (batch, *size))
-    return x, y, jnp.stack([1 - y, y], axis=-1), jax.random.split(jax.random.key(3), batch)
+    rng = np.random.default_rng(1)
+    x, y = rng.normal(size=(batch, *size, 1)).astype(np.float32), rng.uniform(size=(batch, *size)).astype(np.float32)
+    return x, y, np.stack([1 - y, y], axis=-1), jax.random.split(jax.random.key(3), batch)
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +52,7 @@ def tiny():
     """(a pass in test mode, a draw, x, target, keys) of a 2D net."""
     init, bind = small(2)
     params, start = arrays(init)
-    x, _, target, keys = sample((16, 16))
+    x, _, target, keys = sample((8, 8))
     run = jit(lambda x, target, keys: bind(params, start)(x, target, keys, train=False))
     draw = jit(lambda x, keys: (lambda net: net.generate(net.features(x), keys))(bind(params, start)))
     return run, draw, x, target, keys
@@ -72,7 +73,7 @@ def test_the_published_net_has_as_many_parameters_and_levels_less_the_layers_tha
     assert [s.shape for s in logits] == [(1, 128, 128, 2)] * 5
 
 
-@pytest.mark.parametrize(("size", "latent_levels"), [((16, 24), 1), ((16, 8, 8), 2), ((16, 16, 2), 4)])
+@pytest.mark.parametrize(("size", "latent_levels"), [((16, 24), 1), ((8, 4, 12), 2), ((8, 8, 2), 3)])
 def test_paths_through_posterior_and_prior_have_equal_shapes(size, latent_levels):
     init, bind = small(len(size), latent_levels=latent_levels)
 
@@ -84,7 +85,7 @@ def test_paths_through_posterior_and_prior_have_equal_shapes(size, latent_levels
     (logits, q, p), drawn = jax.eval_shape(both, jax.eval_shape(init, keys[0]), x, target, keys)
     assert [s.shape for s in logits] == [drawn.shape] * latent_levels == [(3, *size, 2)] * latent_levels
     assert drawn.dtype == jnp.float32
-    coarse = [tuple(max(1, n // 2**level) for n in size) for level in range(4)][-latent_levels:]
+    coarse = [tuple(max(1, n // 2**level) for n in size) for level in range(3)][-latent_levels:]
     assert [m.shape for m, _ in p] == [(3, *n, 2) for n in coarse]
     assert jax.tree.map(jnp.shape, q) == jax.tree.map(jnp.shape, p)
 
@@ -94,7 +95,7 @@ def test_impossible_settings_are_refused():
         nnx.eval_shape(lambda: PHiSeg(rank=2, channels=1, widths=(4,) * 4, latent_levels=5, rngs=nnx.Rngs(0)))
     init, bind = small(2)
     with pytest.raises(InputError, match="does not halve"):
-        x, _, target, keys = sample((12, 16))
+        x, _, target, keys = sample((6, 8))
         bind(*arrays(init))(x, target, keys, train=True)
 
 
@@ -142,13 +143,12 @@ def test_loss_is_the_sum_over_pixels_and_cells_with_weights_4_to_the_level():
     near(hierarchical_loss(*jax.tree.map(jnp.float32, (list(logits), *normals, y))), expected)
 
 
-def test_prior_is_conditioned_on_the_posteriors_samples(tiny):
+def test_the_posteriors_samples_drive_the_prior_and_the_likelihood(tiny):
     run, _, x, target, keys = tiny
-    _, q, p = run(x, target, keys)
-    _, q2, p2 = run(x, 1 - target, jax.random.split(jax.random.key(9), 3))
-    near(p[1], p2[1])  # the deepest sees the image alone
-    assert np.abs(p[0][0] - p2[0][0]).max() > 1e-3
-    assert np.abs(q[1][0] - q2[1][0]).max() > 1e-3  # the posterior sees the target
+    (logits, q, p), (logits2, q2, p2) = run(x, target, keys), run(x, 1 - target, keys)  # the same noise, another target
+    differs = lambda a, b: np.abs(a - b).max() > 1e-3
+    near(p[1], p2[1])  # the deepest of the prior sees the image alone
+    assert differs(p[0][0], p2[0][0]) and differs(q[1][0], q2[1][0]) and differs(logits[0], logits2[0])
     assert all(np.all(deviation > 0) for _, deviation in [*q, *p])
 
 
@@ -172,11 +172,14 @@ def test_the_mean_of_four_times_as_many_samples_has_half_the_error(tiny):
 
 
 def test_training_gives_every_parameter_a_finite_gradient_and_moves_all_statistics():
-    x, y, target, keys = sample((16, 16))
+    x, y, target, keys = sample((8, 8))
     init, bind = small(2)
     params, start = arrays(init)
 
+    compiled = []
+
     def loss(params, x, keys):
+        compiled.append(x)
         net = bind(params, start)
         return hierarchical_loss(*net(x, target, keys, train=True), y), stats_of(net)
 
@@ -187,7 +190,7 @@ def test_training_gives_every_parameter_a_finite_gradient_and_moves_all_statisti
     assert not silent
     assert all(np.any(a != b) for a, b in zip(jax.tree.leaves(after), jax.tree.leaves(start), strict=True))
     program(params, x + 1, keys[::-1])
-    assert program._cache_size() == 1
+    assert len(compiled) == 1
 
 
 def test_statistics_over_a_named_axis_are_those_of_the_whole_batch():
@@ -210,7 +213,7 @@ def test_statistics_over_a_named_axis_are_those_of_the_whole_batch():
 
 
 def test_bfloat16_and_remat_change_neither_types_nor_much_else():
-    x, _, target, keys = sample((16, 16))
+    x, _, target, keys = sample((8, 8))
     init, bind = small(2)
     params, start = arrays(init)
     run = lambda bind: bind(params, start)(x, target, keys, train=True)

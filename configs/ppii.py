@@ -49,9 +49,12 @@ def get_config(preset: str = "phantom") -> ConfigDict:
     c.anomaly.core = 0.8  # share of each axis, in the middle, in which the patches' centres lie in the source
     c.anomaly.shape = "circular"  # "elliptic", "rectangular"
     c.anomaly.source = "other"  # image of the batch; "self": the image itself
-    c.anomaly.anomalies, c.anomaly.raters = (), ()  # least and most; (): the variant's
-    c.anomaly.strength = ()  # of the source's gradients, least and most; (): the variant's
-    c.anomaly.gain = 0.0  # of the target |x - x'|; 0: the variant's
+    # Least and most anomalies an image and raters an anomaly, factors of the source's gradients (jmae: times the number
+    # of anomalies), and the factor of the target |x - x'|. The paper gives no strength: 2 to 5 is ours.
+    numbers = lambda anomalies, strength, gain: dict(anomalies=anomalies, raters=(1, 9), strength=strength, gain=gain)
+    c.anomaly.paper = ConfigDict(numbers((1, 10), (2.0, 5.0), 1.0))
+    c.anomaly.released = ConfigDict(numbers((10, 19), (10.0, 19.0), 10.0))
+    c.anomaly.jmae = ConfigDict(numbers((1, 10), (0.53, 1.9), 10.0))
 
     c.train = ConfigDict()
     c.train.steps, c.train.epochs = 100_000, 0
@@ -85,13 +88,13 @@ def get_config(preset: str = "phantom") -> ConfigDict:
     if preset not in ("phantom", "smoke", "small", "phantom3d", "small3d"):
         raise ValueError(f"preset {preset!r} is unknown: phantom, smoke, small, phantom3d, small3d or paper")
 
-    # ours: a narrow network on small images and fixed steps for 2 cores; fewer, larger patches of lower strength than the
-    # paper's: 5 % of a small side is no lesion, and steep gradients are told without looking at anatomy.
+    # ours: a narrow network on small images and fixed steps for 2 cores; fewer, larger patches of lower strength than
+    # the paper's: 5 % of a small side is no lesion, and steep gradients are told without looking at anatomy.
     c.data.size = (64, 64)
     c.model.widths, c.model.base = (8, 16, 32, 32), 8
     c.model.latent_levels = 4
     c.anomaly.patch, c.anomaly.half = (0.2, 0.8), (0.1, 0.4)
-    c.anomaly.anomalies, c.anomaly.strength = (1, 4), (1, 2)
+    c.anomaly.paper.anomalies, c.anomaly.paper.strength = (1, 4), (1.0, 2.0)
     c.train.steps, c.train.batch = 1200, 16
     c.train.validate_every, c.checkpoint_every = 200, 400
     c.evaluation.samples = 20

@@ -13,6 +13,7 @@ from patients import write_patients
 
 from configs import ppii as recipe
 from jmae import train
+from jmae.anomalies.interpolation import PRESETS
 from jmae.data.files import read_image
 from jmae.data.manifest import Row
 from jmae.errors import InputError, exit_code
@@ -76,6 +77,12 @@ def test_the_paper_preset_is_the_papers():
     assert stage.steps(1) == 100_000 and stage.batch == 16 and system.masks == 1
 
 
+def test_the_recipe_shows_the_variants_own_numbers():
+    c = recipe.get_config("paper")
+    for variant, preset in PRESETS.items():
+        assert dict(c.anomaly[variant]) == {k: getattr(preset, k) for k in c.anomaly[variant]}
+
+
 def test_phiseg_of_the_paper_preset_has_two_more_levels():
     c = recipe.get_config("paper")
     c.model.backbone = "phiseg"
@@ -93,7 +100,7 @@ def test_phiseg_of_the_paper_preset_has_two_more_levels():
         ("train.batch=1", "train.batch is 1, and anomaly.source=other takes another image"),
         ("select=aucp", "select is 'aucp': one of last, dice"),
         ("train.held_out=1.0", "train.held_out from 0 to below 1"),
-        ("anomaly.anomalies=3,2", "anomaly.anomalies"),
+        ("anomaly.paper.anomalies=3,2", "anomaly.paper.anomalies"),
         ("anomaly.patch=0.5,0.2", "anomaly.patch"),
     ],
 )

@@ -66,9 +66,11 @@ def build(config: ConfigDict) -> System:
     for key, (value, allowed) in choices.items():
         if value not in allowed:
             raise InputError(f"{key} is {value!r}: one of {', '.join(allowed)}")
-    for key in ("patch", "half", "anomalies", "raters", "strength"):
-        pair = tuple(anomaly[key])
-        if pair and not (len(pair) == 2 and 0 < pair[0] <= pair[1] and (key not in ("patch", "half") or pair[1] <= 1)):
+    numbers = anomaly.get(config.variant, ConfigDict())  # of the variants that have some
+    pairs = {key: tuple(anomaly[key]) for key in ("patch", "half")}
+    pairs |= {f"{config.variant}.{key}": tuple(numbers[key]) for key in numbers if key != "gain"}
+    for key, pair in pairs.items():
+        if not (len(pair) == 2 and 0 < pair[0] <= pair[1] and ("." in key or pair[1] <= 1)):
             raise InputError(f"anomaly.{key} is {pair}: the least and the most, above 0; shares of a side to 1")
     if not 0 < anomaly.core <= 1:
         raise InputError(f"anomaly.core is {anomaly.core}: above 0, to 1")
@@ -104,14 +106,13 @@ def build(config: ConfigDict) -> System:
             elif config.variant == "nsa":  # its filters have 5 pixels and a radius of 5 pixels at 256
                 task = partial(task, medians=(2 * round(min(size) / 103) + 1, max(1, round(5 * min(size) / 256))))
             return lambda image, source, key, own: task(image, source, key)
-        counts = lambda name: tuple(int(n) for n in anomaly[name]) or None
         return partial(
             ppii,
             preset=config.variant,
-            anomalies=counts("anomalies"),
-            raters=counts("raters"),
-            strength=tuple(anomaly.strength) or None,
-            gain=anomaly.gain or None,
+            anomalies=tuple(numbers.anomalies),
+            raters=tuple(numbers.raters),
+            strength=tuple(numbers.strength),
+            gain=numbers.gain,
             patch=tuple(anomaly.patch),
             core=anomaly.core,
             shape=anomaly.shape,

@@ -148,7 +148,7 @@ def test_the_posteriors_samples_drive_the_prior_and_the_likelihood(tiny):
     (logits, q, p), (logits2, q2, p2) = run(x, target, keys), run(x, 1 - target, keys)  # the same noise, another target
     differs = lambda a, b: np.abs(a - b).max() > 1e-3
     near(p[1], p2[1])  # the deepest of the prior sees the image alone
-    assert differs(p[0][0], p2[0][0]) and differs(q[1][0], q2[1][0]) and differs(logits[0], logits2[0])
+    assert differs(p[0][0], p2[0][0]) and differs(q[1][0], q2[1][0]) and differs(logits[1], logits2[1])
     assert all(np.all(deviation > 0) for _, deviation in [*q, *p])
 
 

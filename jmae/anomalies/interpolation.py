@@ -189,8 +189,8 @@ def draw_patches(
     - its centre in the source uniform over the central share `core` of each axis, cut off at the image's border;
     - its place in the image: any at which it fits; released: first voxel ~ U[edge, core n - edge);
     - raters R ~ U{preset.raters}; each one's disc has its centre ~ N(edge / 2, edge / 12), half widths ~ N(edge / 2, 1)
-      / 2, both truncated to whole voxels, and a strength: whole numbers U{preset.strength}, or where
-      `preset.consistent` A times U(preset.strength), at least 1.
+      / 2, both truncated to whole voxels, and a strength: whole numbers U{preset.strength} (U of reals
+      where an end is no whole number), or where `preset.consistent` A times U(preset.strength), at least 1.
     """
     d, n = len(size), np.array(size)
     a, r = preset.anomalies[1], preset.raters[1]
@@ -215,11 +215,11 @@ def draw_patches(
     normal = jax.random.normal(for_raters, (a, r, 2 * d))
     half = edges[:, None] / 2
     each = jax.random.uniform(for_strength, (a, r, 2))
-    if preset.consistent:
-        strength = number * (preset.strength[0] + each[..., 0] * (preset.strength[1] - preset.strength[0]))
-        strength = jnp.maximum(strength, 1)
-    else:
+    if not preset.consistent and all(float(end).is_integer() for end in preset.strength):
         strength = whole(each[..., 0], *preset.strength).astype(jnp.float32)
+    else:
+        strength = preset.strength[0] + each[..., 0] * (preset.strength[1] - preset.strength[0])
+        strength = jnp.maximum(number * strength, 1) if preset.consistent else strength
     return Patches(
         number=number,
         which=which,

@@ -142,9 +142,13 @@ def build(config: ConfigDict) -> System:
         flip = partial(random_flip, axes=tuple(int(axis) for axis in train.flips))
         return jax.vmap(flip)(image, fold_in(keys, 1)) if train.flips else image
 
+    def unit(image: Array) -> Array:
+        """Volumes that are not equalised may leave [0, 1], which anomalies are made in."""
+        return jnp.clip(image, 0, 1)
+
     def seen(image: Array) -> Array:
         """What the network sees of an image in [0, 1] (PHiSeg's code)."""
-        return image - 0.5
+        return unit(image) - 0.5
 
     # --- loss
     # ----------------------------------------------------------------------------------------------------------
@@ -178,7 +182,7 @@ def build(config: ConfigDict) -> System:
     def train_step(state, batch, key, *, steps, axis_name=None):
         keys = sample_keys(key, batch["index"])
         view, made, noise = (fold_in(keys, k) for k in range(3))
-        image, target, deviation = corrupted(augment(batch["image"], view), made, axis_name)
+        image, target, deviation = corrupted(augment(unit(batch["image"]), view), made, axis_name)
         of = jax.value_and_grad(loss, has_aux=True)
         (value, (stats, _)), grads = of(
             state.params, state.stats["network"], image, target, deviation, noise, axis_name
@@ -208,7 +212,7 @@ def build(config: ConfigDict) -> System:
         `train.dice_at` 0.5: of (prediction > 0.5) and (target > 0.5). 0: 2 sum p y / (sum p^2 + sum y^2), the same of
         binary maps; ours, as the targets |x - x'| of `paper` hardly ever reach 0.5."""
         key = jax.random.key(0)
-        image, target, _ = corrupted(batch["image"], sample_keys(key, batch["index"]), None)
+        image, target, _ = corrupted(unit(batch["image"]), sample_keys(key, batch["index"]), None)
         keys = sample_keys(jax.random.fold_in(key, 1), batch["index"])
         one = lambda x: probability(state.params, state.stats["network"], x[0][None], x[1][None])[0]
         prediction = jax.lax.map(one, (image, keys), batch_size=train.batch)

@@ -96,13 +96,13 @@ def get_config(preset: str = "phantom") -> ConfigDict:
     c.anomaly.patch, c.anomaly.half = (0.2, 0.8), (0.1, 0.4)
     c.anomaly.paper.anomalies, c.anomaly.paper.strength = (1, 4), (1.0, 2.0)
     c.train.steps, c.train.batch = 1200, 16
-    c.train.validate_every, c.checkpoint_every = 200, 400
+    c.train.validate_every, c.checkpoint_every = 400, 400
     c.evaluation.samples = 20
     if preset in ("phantom", "smoke"):
         # ours: the soft composites of `jmae` on images that are not equalised find the phantoms' soft lesions best (of
         # what was tried on their `val`); `paper` is one flag away.
         c.data.phantom, c.variant, c.data.equalise = "chest", "jmae", False
-        c.anomaly.patch, c.train.steps = (0.3, 0.9), 800
+        c.anomaly.patch = (0.3, 0.9)
     if preset == "smoke":
         c.data.size = (32, 32)
         c.model.widths, c.model.base, c.model.latent_levels = (4, 8, 8), 4, 3

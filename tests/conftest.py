@@ -12,6 +12,7 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 
+import jax
 import nibabel as nib
 import numpy as np
 import pytest
@@ -106,6 +107,15 @@ def content(workdir: Path) -> dict:
         "labels": (workdir / "labels.csv").read_text(),
         "weights": weights,
     }
+
+
+@pytest.fixture(scope="module")
+def quick_compilation():
+    """Programs compiled with less effort, in a third of the time: for files whose tests compile for longer than they
+    run, and do not depend on it."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="session")

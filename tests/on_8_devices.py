@@ -22,7 +22,9 @@ def small_system(*changes: str, name: str = "amae"):
     """Recipe and system of 16 tokens and width 24; `changes` are KEY=VALUE."""
     config, _ = recipe.parse([f"--config=configs/{name}.py:smoke", *(f"--config.{change}" for change in changes)], "")
     tiny = {"model.width": 24, "model.heads": 2, "model.decoder_width": 16, "model.decoder_heads": 2}
-    if name == "amae":
+    if name == "ppii":
+        tiny = {"data.size": (16, 16), "model.widths": (3, 4), "model.base": 3, "variant": "paper"}
+    elif name == "amae":
         tiny |= {"data.size": (32, 32), "model.patch": (8, 8), "proxy.head": (16, 8)}
     else:
         tiny |= {"data.size": (8, 8, 8), "model.patch": (4, 4, 2), "evaluation.stride": (8, 8, 8)}
@@ -42,6 +44,12 @@ def crops(n: int) -> dict:
     """A batch of two-channel crops of volumes."""
     own = {k: v for k, v in batch(n).items() if k != "lungs"}
     return own | {"image": np.random.default_rng(1).uniform(size=(n, 8, 8, 8, 2)).astype(np.float32)}
+
+
+def small(n: int) -> dict:
+    """A batch of 16 x 16 images."""
+    own = {k: v for k, v in batch(n).items() if k != "lungs"}
+    return own | {"image": np.random.default_rng(2).uniform(size=(n, 16, 16, 1)).astype(np.float32)}
 
 
 def difference(a, b) -> float:
@@ -87,4 +95,6 @@ if __name__ == "__main__":
     code += exit_code(train.main, arguments(Path(manifest), Path(volumes), *EIGHT))
     mapped = mapped_against_jitted(*small_system("pretrain.augment=false", "adapt.augment=false"), batch)
     mapped |= mapped_against_jitted(*small_system(name="maemi"), crops)
+    images = mapped_against_jitted(*small_system(name="ppii"), small)
+    mapped |= {f"anomalies {name}": found for name, found in images.items()}
     print(json.dumps({"code": code, "indivisible": wrong, "mapped": mapped}))

@@ -78,6 +78,12 @@ def test_under_pmap_a_step_equals_the_jitted_one(on_eight, stage):
         assert metrics < 1e-5 and moments < 1e-5 and shapes and finite
 
 
+def test_under_pmap_sources_and_batch_statistics_are_those_of_the_whole_batch(on_eight):
+    for half in (0, 1):
+        metrics, moments, shapes, finite = on_eight[1]["mapped"][f"anomalies train {half}"]
+        assert metrics < 1e-4 and moments < 1e-3 and shapes and finite
+
+
 def test_under_pmap_the_head_s_batch_norm_gives_finite_values_of_equal_shape(on_eight):
     for half in (0, 1):
         _, _, shapes, finite = on_eight[1]["mapped"][f"proxy {half}"]

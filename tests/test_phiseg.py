@@ -14,6 +14,8 @@ from jmae.losses import gaussian_kl, hierarchical_loss, soft_cross_entropy
 from jmae.nn.phiseg import PHiSeg, accumulated, nearest
 from jmae.system import network, stats_of
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # half the time to compile
 near = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
 RNG = np.random.default_rng(0)

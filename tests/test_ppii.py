@@ -22,6 +22,7 @@ from jmae.run_folder import read_history
 from jmae.system import load_system
 from jmae.systems.ppii import BACKBONES, held_out
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 KEY = jax.random.key(0)
 TINY = """
 data.phantom= data.size=16,16 model.widths=3,4 model.base=3 model.latent_levels=2 train.batch=4 train.steps=6
@@ -31,14 +32,6 @@ log_every=3
 VOLUMES = """
 data.size=8,8,4 data.channels=2 data.normal_crops_only=false evaluation.stride=4,4,2 evaluation.batch=8
 """.split()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_with_less_effort():
-    """A third of the time; what is tested does not depend on it."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def config(*changes: str, preset: str = "smoke"):
@@ -116,6 +109,15 @@ def test_settings_that_do_not_fit_are_one_line(change, line):
     with pytest.raises(InputError, match=line.replace("(", r"\(")) as error:
         load_system(config(change))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("preset", ["phantom3d", "small3d"])
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_the_presets_of_volumes_sweep(preset, backbone):
+    c = recipe.get_config(preset)
+    c.model.backbone = backbone
+    system = load_system(c)
+    assert system.score is None and system.sweep.window == (32, 32, 8) and system.sweep.stride == (16, 16, 4)
 
 
 # --- training ---------------------------------------------------------------------------------------------------------

@@ -14,6 +14,8 @@ from jmae.nn import unet
 from jmae.nn.unet import Convs, UNet, check_size, convolve, dropout, pool, upsample
 from jmae.system import network, stats_of
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # half the time to compile
 SIZES = [(16, 24), (16, 8, 8), (16, 16, 2)]  # not square, 3D, thin: ends at 2x2x1 on 4 levels
 near = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)

@@ -32,7 +32,7 @@ def images(n: int) -> np.ndarray:
 
 
 def ours(*, batch: int, deviation: bool) -> Prepared:
-    """A batch of composites by the preset `jmae`, whose images are all made of the clean target; draws included."""
+    """A batch of composites by the preset `released`, whose images are all made of the clean target; draws included."""
     import jax
     import jax.numpy as jnp
 

@@ -433,7 +433,7 @@ class Pixels:
         self.share, self.lesions, self.froc = share, False, froc
         self.left = Counter(patient_of(row) for row in rows)
         self.pooled: dict[str, list[metrics.Pooled]] = {}
-        self.found: dict[str, metrics.Froc] = {}  # of the first replicate
+        self.found: dict[str, list[metrics.Froc]] = {}
         self.own: dict[str, dict[str, metrics.Pooled]] = {}  # by patient, of the first replicate
         self.patients: list[dict[str, Any]] = []
 
@@ -450,7 +450,9 @@ class Pixels:
             mine.setdefault(name, metrics.Pooled()).add(mask, view(values[0]), region)
             if self.froc and self.share == 1:
                 lesions = boxes_of(row) if row.boxes and not row.mask else mask
-                self.found.setdefault(name, metrics.Froc(self.froc)).add(lesions, values[0], region)
+                found = self.found.setdefault(name, [metrics.Froc(self.froc) for _ in values])
+                for one, value in zip(found, values, strict=True):
+                    one.add(lesions, value, region)
 
     def close(self, row: Row) -> None:
         """One more row of its patient is done; with the last one the patient's figures are computed."""
@@ -467,7 +469,11 @@ class Pixels:
         if not self.lesions:
             return None
         mean = mean_of([(one.negated() if name.startswith("low ") else one).result() for one in each])
-        return mean and mean | {"froc": self.found[name].result() if name in self.found else None}
+        each = [one.result() for one in self.found.get(name, ())]
+        if mean is None or not each or each[0] is None:
+            return mean
+        froc = each[0] | {"sensitivity": float(np.mean([one["sensitivity"] for one in each if one]))}  # its first curve
+        return mean | {"froc": froc}
 
     def per_patient(self, primary: str, scores: Sequence[str]) -> list[dict[str, Any]]:
         """A row {patient, auroc, ap, prevalence, baselines} a patient, of the primary score's map; baselines are all
@@ -745,6 +751,12 @@ def parts_of(config: ConfigDict, split: Split, *, volumes: bool) -> dict[str, Pa
     return parts
 
 
+def found_lesions(pixel: Mapping[str, Any]) -> str:
+    """The sensitivity for lesions, where it was asked for."""
+    froc = pixel.get("froc")
+    return f"  lesions found {froc['sensitivity']:.3f} at {froc['at']:g} false positives an image" if froc else ""
+
+
 def headline(evaluation: Mapping[str, Any]) -> str:
     """What the command says at its end."""
 
@@ -766,7 +778,7 @@ def headline(evaluation: Mapping[str, Any]) -> str:
         lines.append(f"pixels, of which {evaluation['pixel']['prevalence']:.4f} are lesion:")
         named = [(name + " *" * (name == primary), s) for name, s in [*scores.items(), *cheap.items()]]
         lines += [
-            f"  {name:<24} AUROC {s['pixel']['auroc']:.3f}  AP {s['pixel']['ap']:.3f}"
+            f"  {name:<24} AUROC {s['pixel']['auroc']:.3f}  AP {s['pixel']['ap']:.3f}{found_lesions(s['pixel'])}"
             for name, s in named
             if s["pixel"]
         ]

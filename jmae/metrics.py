@@ -22,6 +22,7 @@ from jmae.errors import InputError
 
 CHUNK = 1 << 20  # scores looked up or binned at a time; bounds the int64 counts to a few ten MB
 EXACT = 1 << 27  # pixels that a pool keeps one by one (512 MiB of float32); more are counted in bins
+FROC_EXACT = 1 << 30  # pixels of the maps that a free-response curve keeps (4 GiB)
 BINS = 1 << 20  # by the sign, the exponent and 11 bits of the mantissa: 2^-11 wide, relative to their scores
 
 
@@ -500,7 +501,7 @@ class Froc:
     and the value interpolated there is far too low (on 512 x 512 pixels of noise blurred by 2 pixels, 0.15 instead of
     1.0). `thresholds` is the number of either.
 
-    Maps are kept in memory, as float32, up to `EXACT` pixels in all. Beyond, no curve is made and the sensitivity is
+    Maps are kept in memory, as float32, up to `FROC_EXACT` pixels in all. Beyond, no curve is made and the sensitivity is
     nan.
     """
 
@@ -535,7 +536,7 @@ class Froc:
         pixels = pixels[counted] if self.overlap is not None else np.empty(0, int)
         self.images, self.lesions, self.size = self.images + 1, self.lesions + used.size, self.size + scores.size
         self.kept.append(_Marked(scores, boxes[used], pixels, owners[: pixels.size]))
-        if self.size > EXACT:
+        if self.size > FROC_EXACT:
             self.kept.clear()
 
     def _found(self, image: _Marked, t: np.float32) -> tuple[int, int]:

@@ -170,6 +170,8 @@ def stats_of(module: nnx.Module) -> PyTree:
 
 def steps_of(section: ConfigDict, budget: float) -> Callable[[int], int]:
     """Steps of a stage for n rows: `steps` of its section, or else `epochs` of whole batches, times `budget`."""
+    if min(section.get("steps", 0), section.get("epochs", 0)) < 0 or budget <= 0:
+        raise InputError("steps and epochs are not below 0, and budget is above 0")
     if bool(section.get("steps")) == bool(section.get("epochs")):
         raise InputError("a stage has either steps or epochs: set one of them and the other to 0")
     if section.get("steps"):

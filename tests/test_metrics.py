@@ -614,7 +614,7 @@ def test_froc_without_lesions_is_none_and_can_be_read_while_images_come():
 
 
 def test_froc_beyond_the_limit_is_nan_never_a_part(monkeypatch):
-    monkeypatch.setattr(metrics, "EXACT", 48 * 48)
+    monkeypatch.setattr(metrics, "FROC_EXACT", 48 * 48)
     found = frocs((BOX, blobs(a=(0.9, 15, 15))))
     assert found.result()["sensitivity"] == 1
     for images in (2, 3):
@@ -646,7 +646,7 @@ def test_the_mean_over_patients_leaves_out_those_without_a_lesion_and_counts_the
 
 @pytest.mark.parametrize("limit", [1 << 27, 0])
 def test_negated_scores_are_those_of_the_negated_maps(monkeypatch, limit):
-    monkeypatch.setattr(metrics, "EXACT", limit)
+    monkeypatch.setattr(metrics, "FROC_EXACT", limit)
     rng = np.random.default_rng(0)
     mask, scores = rng.random(500) < 0.2, np.round(rng.normal(size=500), 1).astype(np.float32)
     found, expected = (pooled((mask, s)) for s in (scores, -scores))

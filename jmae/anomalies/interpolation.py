@@ -346,10 +346,10 @@ def ppii(
     """
     base = PRESETS[preset]
     chosen = base._replace(
-        anomalies=anomalies or base.anomalies,
-        raters=raters or base.raters,
-        strength=strength or base.strength,
-        gain=gain or base.gain,
+        anomalies=base.anomalies if anomalies is None else anomalies,
+        raters=base.raters if raters is None else raters,
+        strength=base.strength if strength is None else strength,
+        gain=base.gain if gain is None else gain,
     )
     sources = source if source.ndim > image.ndim else source[None]
     size = image.shape[:-1]

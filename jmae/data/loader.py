@@ -20,7 +20,7 @@ from jmae.data import phantoms
 from jmae.data.files import Image, read_image, read_mask
 from jmae.data.manifest import PHANTOM, Row, check_files, parse_manifest, summary
 from jmae.data.transforms import area_resize, equalise, grey, resize, to_unit
-from jmae.data.volumes import Volume, boxes_mask, prepare, read_subtraction, read_volume
+from jmae.data.volumes import Volume, boxes_mask, in_window, prepare, read_subtraction, read_volume
 from jmae.errors import InputError
 
 WORKERS = min(16, os.cpu_count() or 1)
@@ -65,15 +65,17 @@ def usable(row: Row, stored: Image, size: tuple[int, ...], channels: int) -> np.
 def read_case(row: Row, data: ConfigDict) -> np.ndarray:
     """A row's image as the networks see it: float32 (*size, channels) in [0, 1]; raises InputError as `usable`.
 
-    With `data.window` stored values are first clipped to it. With `data.equalise` (P-PII, as MIMIC-CXR-JPG) the image
-    is shrunk by area, and its histogram of 256 levels made even."""
+    With `data.window` its ends become 0 and 1, in each image alike. With `data.equalise` (P-PII, as MIMIC-CXR-JPG) the
+    image is shrunk by area, and its histogram of 256 levels made even. Raises InputError also where the window leaves a
+    constant image."""
     stored, size = stored_image(row), tuple(data.size)
     array, bits = usable(row, stored, size, data.channels), stored.bits or 0
     if data.get("equalise"):
         array = area_resize(array, size)
     if data.get("window"):
-        array, bits = np.clip(array, *data.window), 0
-    unit = to_unit(array, bits)
+        unit = in_window(array, data.window, row.image[0])
+    else:
+        unit = to_unit(array, bits)
     return equalise(unit) if data.get("equalise") else resize(unit, size)
 
 

@@ -148,7 +148,8 @@ def _weights(n: int, at: tuple[float, ...], order: int) -> np.ndarray:
 
 
 class Volume(NamedTuple):
-    """One case on its working grid. stored = (array - data.mean) / data.std * std + mean, channel by channel."""
+    """One case on its working grid. stored = (array - data.mean) / data.std * std + mean, channel by channel, unless the
+    recipe has a window or equalises."""
 
     array: np.ndarray  # float32 (*size, c), normalised
     region: np.ndarray | None  # bool (*size): where metrics count
@@ -219,8 +220,8 @@ def prepare(
     Args:
       stored: the case on its own grid.
       data: `axes`, `spacing`, `crop`, `crop_least`, `crop_most`, `crop_margin`, `region`, `normalise`, `mean`, `std`;
-        optionally `window` (low, high), to which values are clipped, and `equalise` (P-PII): each channel then has the
-        even histogram of `transforms.equalise` in [0, 1], over the region where it is normalised by that.
+        optionally `window` (low, high), whose ends become 0 and 1 instead, and `equalise` (P-PII): each channel then
+        has the even histogram of `transforms.equalise` in [0, 1], over the region where it is normalised by that.
       name: the file that messages name.
       lesion, region: bool on the own grid.
       midline: "" for one piece, an index of the own left-right axis between voxels, or "middle" of the cropped one.
@@ -251,11 +252,13 @@ def prepare(
     lesion = None if lesion is None else _forward_all(lesion, grid)
     _check_region(region, name, "in the crop")
     inside = region if data.normalise == "region" else None
-    if data.get("window"):
-        array = np.clip(array, *data.window)
+    windowed = in_window(array, data.window, name) if data.get("window") else None
     array, mean, std = _normalised(array, inside, data, name)
     if data.get("equalise"):
-        array = equalise(np.stack([to_unit(channel, 0) for channel in np.moveaxis(array, -1, 0)], -1), inside)
+        unit = lambda: np.stack([to_unit(channel, 0) for channel in np.moveaxis(array, -1, 0)], -1)
+        array = equalise(unit() if windowed is None else windowed, inside)
+    elif windowed is not None:
+        array = windowed
 
     side = _side(stored, data, grid)
     middle = _midline(grid, side, midline, name)
@@ -271,6 +274,16 @@ def prepare(
         region, lesion = (None if mask is None else np.ascontiguousarray(mask[cut]) for mask in (region, lesion))
         _check_region(region, name, f"in the {half} half")
     return Volume(array, region, lesion, side, middle, mean, std, grid, stored)
+
+
+def in_window(array: np.ndarray, window: Sequence[float], name: str) -> np.ndarray:
+    """Stored values clipped to a window (low, high), low as 0 and high as 1; raises InputError where that leaves a
+    constant image."""
+    low, high = window
+    unit = ((np.clip(array, low, high) - low) / (high - low)).astype(np.float32)
+    if unit.min() == unit.max():
+        raise InputError(f"{name}: is constant within data.window {low:g} to {high:g}: give the values' own unit")
+    return unit
 
 
 def _forward_all(mask: np.ndarray, grid: Grid) -> np.ndarray:

@@ -11,6 +11,7 @@ their spread the confidence.
 """
 
 import hashlib
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -31,7 +32,7 @@ from jmae.data.volumes import check_settings
 from jmae.errors import InputError
 from jmae.losses import hierarchical_loss, soft_cross_entropy
 from jmae.masking import case_keys, fold_in, sample_keys
-from jmae.nn.phiseg import PHiSeg, accumulated
+from jmae.nn.phiseg import PHiSeg
 from jmae.nn.unet import UNet, check_size
 from jmae.run_folder import log
 from jmae.system import Check, Stage, State, Sweep, System, averaged, compute_type, network, stats_of, steps_of
@@ -41,9 +42,10 @@ OTHERS: dict[str, Callable] = {"pii": pii, "fpi": fpi, "cutpaste": cutpaste, "ns
 
 
 def held_out(rows: list[Row], share: float) -> Bool[np.ndarray, " n"]:
-    """Which train rows a share of the patients holds: those with the smallest digest of their name, whole patients."""
+    """Which train rows a share of the patients holds, rounded up: those with the smallest digest of their name, whole
+    patients; none of fewer than ten."""
     names = sorted({row.patient or row.id for row in rows if row.split == "train"}, key=digest)
-    held = set(names[: round(share * len(names))])
+    held = set(names[: math.ceil(share * len(names)) if len(names) >= 10 else 0])
     return np.array([row.split == "train" and (row.patient or row.id) in held for row in rows], bool)
 
 
@@ -69,25 +71,51 @@ def build(config: ConfigDict) -> System:
     numbers = anomaly.get(config.variant, ConfigDict())  # of the variants that have some
     pairs = {key: tuple(anomaly[key]) for key in ("patch", "half")}
     pairs |= {f"{config.variant}.{key}": tuple(numbers[key]) for key in numbers if key != "gain"}
+    size, rank, window = tuple(data.size), len(data.size), tuple(data.window)
     for key, pair in pairs.items():
         if not (len(pair) == 2 and 0 < pair[0] <= pair[1] and ("." in key or pair[1] <= 1)):
             raise InputError(f"anomaly.{key} is {pair}: the least and the most, above 0; shares of a side to 1")
-    if not 0 < anomaly.core <= 1:
-        raise InputError(f"anomaly.core is {anomaly.core}: above 0, to 1")
-    size, rank = tuple(data.size), len(data.size)
+    for what, holds in {
+        "data.size: 2 or 3 numbers, 1 or more": rank in (2, 3) and min(size) >= 1,
+        "data.channels: 1 or more": data.channels >= 1,
+        "data.window: nothing, or two numbers LOW,HIGH, LOW below HIGH": not window
+        or (len(window) == 2 and all(isinstance(end, float) for end in window) and window[0] < window[1]),
+        f"anomaly.{config.variant}.gain: above 0": numbers.get("gain", 1) > 0,
+        "anomaly.core: above 0, to 1": 0 < anomaly.core <= 1,
+        "model.dropout: from 0 to below 1": 0 <= model.dropout < 1,
+        "train.batch, train.validate_every and train.validation_samples: 1 or more": min(
+            train.batch, train.validate_every, train.validation_samples
+        )
+        >= 1,
+        "train.lr and budget: above 0": min(train.lr, config.budget) > 0,
+        "train.steps and train.epochs: not below 0": min(train.steps, train.epochs) >= 0,
+        "train.dice_at and train.held_out: from 0 to below 1": 0 <= min(train.dice_at, train.held_out)
+        and max(train.dice_at, train.held_out) < 1,
+        f"train.flips: axes, 0 to {rank - 1}": all(axis in range(rank) for axis in train.flips),
+        "train.scaling: from 0 to below 1": 0 <= train.scaling < 1,
+        "evaluation.samples and evaluation.batch: 1 or more": min(evaluation.samples, evaluation.batch) >= 1,
+        "evaluation.froc and evaluation.chunk: not below 0": min(evaluation.froc, evaluation.chunk) >= 0,
+    }.items():
+        if not holds:
+            raise InputError(what)
+    if (rank == 3) != ("join" in data):
+        raise InputError(f"data.size has {rank} axes: take the preset {'small3d' if rank == 3 else 'small'}")
     if rank == 3:
         check_settings(data)
+        if not data.equalise and not window:
+            raise InputError("data.equalise=false of volumes needs data.window=LOW,HIGH: what becomes 0 and 1")
     widths = tuple(model.widths) + 2 * tuple(model.widths[-1:]) * (model.backbone == "phiseg")
     check_size(size, len(widths))
     if train.batch < 2 and anomaly.source == "other":
-        raise InputError("train.batch is 1, and anomaly.source=other takes another image of the batch: set it to self")
+        raise InputError("train.batch=1: anomaly.source=other takes another image of the batch: set it to self")
     if train.variance_weight and config.variant not in PRESETS:
         raise InputError(f"train.variance_weight is of variants {', '.join(PRESETS)}, which have raters")
     if model.backbone == "phiseg" and train.loss == "mse":
         raise InputError("train.loss=mse is of the U-Nets: PHiSeg's loss is a likelihood")
-    if evaluation.samples < 1 or not 0 <= train.held_out < 1:
-        raise InputError("evaluation.samples is 1 or more, train.held_out from 0 to below 1")
+    if model.backbone == "phiseg" and train.variance_weight:
+        raise InputError("train.variance_weight is of the U-Nets: PHiSeg's loss is a likelihood")
     common = {"rank": rank, "channels": data.channels, "widths": widths, "dtype": compute_type(config)}
+    common |= {"remat": model.remat}
     make: Callable = partial(UNet, **common, head=model.base, dropout=model.dropout * (model.backbone == "mc_unet"))
     if model.backbone == "phiseg":
         make = partial(PHiSeg, **common, latent_levels=model.latent_levels, latent=model.latent, base=model.base)
@@ -102,7 +130,7 @@ def build(config: ConfigDict) -> System:
         if config.variant not in PRESETS:
             task = OTHERS[config.variant]
             if config.variant in ("pii", "fpi"):
-                task = partial(task, half=tuple(anomaly.half))
+                task = partial(task, half=tuple(anomaly.half), core=anomaly.core)
             elif config.variant == "nsa":  # its filters have 5 pixels and a radius of 5 pixels at 256
                 task = partial(task, medians=(2 * round(min(size) / 103) + 1, max(1, round(5 * min(size) / 256))))
             return lambda image, source, key, own: task(image, source, key)
@@ -138,17 +166,14 @@ def build(config: ConfigDict) -> System:
     def augment(image: Array, keys: Array) -> Array:
         """Section 3.1, before the anomalies."""
         warp = partial(random_warp, offset=train.scaling, degrees=train.rotation, elastic=train.elastic)
-        image = jax.vmap(warp)(image, keys) if train.scaling or train.rotation or train.elastic else image
+        warped = train.scaling or train.rotation or train.elastic
+        image = jax.vmap(warp)(image, fold_in(keys, 0)) if warped else image
         flip = partial(random_flip, axes=tuple(int(axis) for axis in train.flips))
         return jax.vmap(flip)(image, fold_in(keys, 1)) if train.flips else image
 
-    def unit(image: Array) -> Array:
-        """Volumes that are not equalised may leave [0, 1], which anomalies are made in."""
-        return jnp.clip(image, 0, 1)
-
     def seen(image: Array) -> Array:
         """What the network sees of an image in [0, 1] (PHiSeg's code)."""
-        return unit(image) - 0.5
+        return image - 0.5
 
     # --- loss
     # ----------------------------------------------------------------------------------------------------------
@@ -163,13 +188,13 @@ def build(config: ConfigDict) -> System:
         if model.backbone == "phiseg":
             y = jnp.stack([1 - target, target], -1)
             logits, q, p = net(seen(image), y, keys, train=True, axis_name=axis_name)
-            value, prediction = hierarchical_loss(logits, q, p, target), accumulated(logits)[0]
+            value = hierarchical_loss(logits, q, p, target)
         else:
             prediction = net(seen(image), train=True, keys=keys if random else None, axis_name=axis_name)
             # ours: where raters disagree a pixel counts less (the paper's future work).
             weight = 1 / (1 + train.variance_weight * deviation**2)
             value = jnp.mean(weight * pixel_loss(prediction, target))
-        return value, (stats_of(net), jax.lax.stop_gradient(prediction))
+        return value, stats_of(net)
 
     optimiser = partial(optax.adam, b1=train.betas[0], b2=train.betas[1])
 
@@ -182,11 +207,9 @@ def build(config: ConfigDict) -> System:
     def train_step(state, batch, key, *, steps, axis_name=None):
         keys = sample_keys(key, batch["index"])
         view, made, noise = (fold_in(keys, k) for k in range(3))
-        image, target, deviation = corrupted(augment(unit(batch["image"]), view), made, axis_name)
+        image, target, deviation = corrupted(augment(batch["image"], view), made, axis_name)
         of = jax.value_and_grad(loss, has_aux=True)
-        (value, (stats, _)), grads = of(
-            state.params, state.stats["network"], image, target, deviation, noise, axis_name
-        )
+        (value, stats), grads = of(state.params, state.stats["network"], image, target, deviation, noise, axis_name)
         value, grads, stats = averaged((value, grads, stats), axis_name)
         updates, opt = optimiser(train.lr).update(grads, state.opt, state.params)
         metrics = {"loss": value, "grad_norm": optax.tree.norm(grads), "target": averaged(jnp.mean(target), axis_name)}
@@ -203,7 +226,7 @@ def build(config: ConfigDict) -> System:
     def checked(rows_: list[Row]) -> np.ndarray:
         held = np.flatnonzero(held_out(rows_, train.held_out))
         if not held.size:
-            log("best Dice: on training images with other anomalies: too few patients to hold any out")
+            log("best Dice: on training images with other anomalies, as none is held out (of ten patients or more)")
         return held if held.size else rows(rows_)
 
     def look(state: State, batch: Any) -> tuple[State, dict[str, Array]]:
@@ -212,8 +235,8 @@ def build(config: ConfigDict) -> System:
         `train.dice_at` 0.5: of (prediction > 0.5) and (target > 0.5). 0: 2 sum p y / (sum p^2 + sum y^2), the same of
         binary maps; ours, as the targets |x - x'| of `paper` hardly ever reach 0.5."""
         key = jax.random.key(0)
-        image, target, _ = corrupted(unit(batch["image"]), sample_keys(key, batch["index"]), None)
-        keys = sample_keys(jax.random.fold_in(key, 1), batch["index"])
+        made, keys = (sample_keys(jax.random.fold_in(key, k), batch["index"]) for k in range(2))
+        image, target, _ = corrupted(batch["image"], made, None)
         one = lambda x: probability(state.params, state.stats["network"], x[0][None], x[1][None])[0]
         prediction = jax.lax.map(one, (image, keys), batch_size=train.batch)
         if train.dice_at:
@@ -245,7 +268,7 @@ def build(config: ConfigDict) -> System:
         if not random:
             mean = probability(kept["params"], stats, image, keys)
             return mean, jnp.zeros_like(mean)
-        count, net = min(chunk or samples, samples), lambda: net_of(kept["params"], stats)
+        count, net = min(chunk or samples, max(samples - 1, 1)), lambda: net_of(kept["params"], stats)
         if model.backbone == "phiseg":
             features = net().features(seen(image))
             logits = lambda keys: net().generate(features, keys)
@@ -259,7 +282,7 @@ def build(config: ConfigDict) -> System:
             rest = jax.vmap(sample)(numbers) - first
             return (sums[0] + jnp.tensordot(used, rest, 1), sums[1] + jnp.tensordot(used, rest**2, 1)), None
 
-        numbers = jnp.arange(-(-samples // count) * count).reshape(-1, count)
+        numbers = 1 + jnp.arange(-(-(samples - 1) // count) * count).reshape(-1, count)  # the first is there
         (total, squares), _ = jax.lax.scan(add, (jnp.zeros_like(first), jnp.zeros_like(first)), numbers)
         return first + total / samples, jnp.maximum(squares / samples - (total / samples) ** 2, 0)
 
@@ -276,10 +299,12 @@ def build(config: ConfigDict) -> System:
         return out | ({"confidence": jnp.sqrt(variance)} if random else {})
 
     def window_score(results, image: Array, keys: Array) -> tuple[Array, Array]:
-        mean, variance = moments(results, image, keys, 1)
+        mean, variance = moments(results, image, keys, None)
         return jnp.stack([mean, variance], -1), jnp.ones((*mean.shape, 1))
 
     def fuse(averages: Float[Array, "*size k"], inside: Bool[Array, "*size"]) -> dict:
+        """The confidence is the root of the mean variance of the windows that cover a voxel: an upper bound of the
+        deviation of their mean."""
         mean, variance = (jnp.where(inside, averages[..., k], 0) for k in range(2))
         return {"maps": {"ppii": mean}} | ({"confidence": jnp.sqrt(variance)} if random else {})
 

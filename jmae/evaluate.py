@@ -451,8 +451,8 @@ class Pixels:
             if self.froc and self.share == 1:
                 lesions = boxes_of(row) if row.boxes and not row.mask else mask
                 found = self.found.setdefault(name, [metrics.Froc(self.froc) for _ in values])
-                for one, value in zip(found, values, strict=True):
-                    one.add(lesions, value, region)
+                for curve, value in zip(found, values, strict=True):
+                    curve.add(lesions, value, region)
 
     def close(self, row: Row) -> None:
         """One more row of its patient is done; with the last one the patient's figures are computed."""
@@ -469,11 +469,11 @@ class Pixels:
         if not self.lesions:
             return None
         mean = mean_of([(one.negated() if name.startswith("low ") else one).result() for one in each])
-        each = [one.result() for one in self.found.get(name, ())]
-        if mean is None or not each or each[0] is None:
+        curves = [found for one in self.found.get(name, ()) if (found := one.result())]
+        if mean is None or not curves:
             return mean
-        froc = each[0] | {"sensitivity": float(np.mean([one["sensitivity"] for one in each if one]))}  # its first curve
-        return mean | {"froc": froc}
+        sensitivity = float(np.mean([found["sensitivity"] for found in curves]))
+        return mean | {"froc": curves[0] | {"sensitivity": sensitivity}}  # with the first replicate's curve
 
     def per_patient(self, primary: str, scores: Sequence[str]) -> list[dict[str, Any]]:
         """A row {patient, auroc, ap, prevalence, baselines} a patient, of the primary score's map; baselines are all

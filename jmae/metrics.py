@@ -501,8 +501,8 @@ class Froc:
     and the value interpolated there is far too low (on 512 x 512 pixels of noise blurred by 2 pixels, 0.15 instead of
     1.0). `thresholds` is the number of either.
 
-    Maps are kept in memory, as float32, up to `FROC_EXACT` pixels in all. Beyond, no curve is made and the sensitivity is
-    nan.
+    Maps are kept in memory, as float32, up to `FROC_EXACT` pixels in all. Beyond, no curve is made and the sensitivity
+    is nan.
     """
 
     def __init__(self, at: float = 10.0, thresholds: int = 200, least: int = 5, overlap: float | None = None) -> None:

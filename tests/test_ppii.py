@@ -108,7 +108,7 @@ def test_phiseg_of_the_paper_preset_has_two_more_levels():
         ("anomaly.jmae.gain=-1.0", "anomaly.jmae.gain: above 0"),
         ("select=aucp", "select is 'aucp': one of last, dice"),
         ("train.held_out=1.0", "train.dice_at and train.held_out: from 0 to below 1"),
-        ("anomaly.paper.anomalies=3,2", "anomaly.paper.anomalies"),
+        ("anomaly.jmae.anomalies=3,2", "anomaly.jmae.anomalies"),
         ("anomaly.patch=0.5,0.2", "anomaly.patch"),
     ],
 )

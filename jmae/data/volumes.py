@@ -148,8 +148,8 @@ def _weights(n: int, at: tuple[float, ...], order: int) -> np.ndarray:
 
 
 class Volume(NamedTuple):
-    """One case on its working grid. stored = (array - data.mean) / data.std * std + mean, channel by channel, unless the
-    recipe has a window or equalises."""
+    """One case on its working grid. stored = (array - data.mean) / data.std * std + mean, channel by channel, unless
+    the recipe has a window or equalises."""
 
     array: np.ndarray  # float32 (*size, c), normalised
     region: np.ndarray | None  # bool (*size): where metrics count

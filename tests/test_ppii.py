@@ -15,6 +15,7 @@ from configs import ppii as recipe
 from jmae import train
 from jmae.anomalies.interpolation import PRESETS
 from jmae.data.files import read_image
+from jmae.data.loader import read_case
 from jmae.data.manifest import Row
 from jmae.errors import InputError, exit_code
 from jmae.recipe import override
@@ -297,7 +298,7 @@ def test_an_interrupted_run_ends_equal(run, small_set, tmp_path, monkeypatch):
     assert exit_code(train.main, arguments(small_set, tmp_path / "run", "model.backbone=mc_unet")) == 0
     score = lambda folder: (folder / "evaluation" / "scores.csv").read_text()
     assert score(tmp_path / "run") == score(run)
-    dice = lambda folder: [h["dice"] for h in read_history(folder / "metrics.jsonl") if "dice" in h]
+    dice = lambda folder: [(h["dice"], h["best_dice"]) for h in read_history(folder / "metrics.jsonl") if "dice" in h]
     assert dice(tmp_path / "run") == dice(run)
 
 
@@ -316,3 +317,41 @@ def test_volumes_go_through_the_same_code(tmp_path, backbone):
     assert metrics["pixel"]["froc"]["lesions"] >= 3
     kinds = {path.name.rsplit("_", 1)[1] for path in (tmp_path / "run" / "evaluation" / "maps").iterdir()}
     assert kinds == {"anomaly.nii.gz"} | ({"confidence.nii.gz"} if backbone == "phiseg" else set())
+
+
+# --- augmentation, windows, equalisation ------------------------------------------------------------------------------
+
+
+def test_augmentations_change_the_images_and_keep_the_step_whole():
+    every = ("train.scaling=0.2", "train.rotation=10.0", "train.elastic=0.02", "train.flips=0,1")
+    losses = []
+    for changes in ((), (*every, "anomaly.shape=elliptic"), (*every, "train.loss=mse")):
+        _, stage, state = started(config(*changes))
+        state, metrics = jax.jit(partial(stage.step, steps=10))(state, batch(), KEY)
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((metrics, state.params)))
+        losses.append(float(metrics["loss"]))
+    assert len(set(losses)) == 3
+
+
+def test_a_window_has_one_scale_for_all_images_and_refuses_what_it_leaves_constant(tmp_path):
+    ramp = np.linspace(-1000, 1000, 256, dtype=np.float32).reshape(16, 16)
+    spot = ramp.copy()
+    spot[0, 0] = 3000
+    for name, array in (("ramp", ramp), ("spot", spot)):
+        np.save(tmp_path / f"{name}.npy", array)
+    row = lambda name: Row(name, "", "train", 0, (str(tmp_path / f"{name}.npy"),))
+    c = config("data.window=-1024,3071", "data.equalise=false")
+    one, two = (read_case(row(name), c.data)[..., 0] for name in ("ramp", "spot"))
+    np.testing.assert_allclose(one, (ramp + 1024) / 4095, atol=1e-6)
+    np.testing.assert_array_equal(one.ravel()[1:], two.ravel()[1:])
+    with pytest.raises(InputError, match=r"constant within data\.window 5000 to 6000"):
+        read_case(row("ramp"), config("data.window=5000,6000").data)
+
+
+def test_an_equalised_image_has_an_even_histogram_whatever_its_contrast(tmp_path):
+    image = (np.random.default_rng(0).uniform(size=(32, 32)) * 90 + 20).astype(np.uint8)
+    np.save(tmp_path / "image.npy", image)
+    row = Row("image", "", "train", 0, (str(tmp_path / "image.npy"),))
+    out = read_case(row, config("data.size=32,32", "data.equalise=true").data)
+    assert out.min() == 0 and out.max() == 1 and abs(np.median(out) - 0.5) < 0.03
+    np.testing.assert_allclose(np.round(out * 255), out * 255, atol=1e-4)

@@ -24,7 +24,7 @@ from jaxtyping import Array, Bool, Float
 from ml_collections import ConfigDict
 
 from jmae.anomalies.cutpaste import cutpaste
-from jmae.anomalies.interpolation import PRESETS, fpi, pii, ppii
+from jmae.anomalies.interpolation import PRESETS, SHAPES, fpi, pii, ppii
 from jmae.anomalies.nsa import nsa
 from jmae.data.manifest import Row
 from jmae.data.transforms import random_flip, random_warp
@@ -61,7 +61,7 @@ def build(config: ConfigDict) -> System:
         "variant": (config.variant, (*PRESETS, *OTHERS)),
         "model.backbone": (model.backbone, BACKBONES),
         "anomaly.source": (anomaly.source, ("other", "self")),
-        "anomaly.shape": (anomaly.shape, ("circular", "elliptic", "rectangular")),
+        "anomaly.shape": (anomaly.shape, SHAPES),
         "train.loss": (train.loss, ("cross_entropy", "mse")),
         "select": (config.select, ("last", "dice")),
     }
@@ -79,7 +79,7 @@ def build(config: ConfigDict) -> System:
         "data.size: 2 or 3 numbers, 1 or more": rank in (2, 3) and min(size) >= 1,
         "data.channels: 1 or more": data.channels >= 1,
         "data.window: nothing, or two numbers LOW,HIGH, LOW below HIGH": not window
-        or (len(window) == 2 and all(isinstance(end, float) for end in window) and window[0] < window[1]),
+        or (len(window) == 2 and all(isinstance(end, int | float) for end in window) and window[0] < window[1]),
         f"anomaly.{config.variant}.gain: above 0": numbers.get("gain", 1) > 0,
         "anomaly.core: above 0, to 1": 0 < anomaly.core <= 1,
         "model.dropout: from 0 to below 1": 0 <= model.dropout < 1,
@@ -175,8 +175,7 @@ def build(config: ConfigDict) -> System:
         """What the network sees of an image in [0, 1] (PHiSeg's code)."""
         return image - 0.5
 
-    # --- loss
-    # ----------------------------------------------------------------------------------------------------------
+    # --- loss --------------------------------------------------------------------------------------------------------
 
     def pixel_loss(logits: Array, target: Array) -> Array:
         if train.loss == "mse":
@@ -216,8 +215,7 @@ def build(config: ConfigDict) -> System:
         params = optax.apply_updates(state.params, updates)
         return State(params, opt, state.stats | {"network": stats}, {}, state.step + 1), metrics
 
-    # --- best Dice
-    # -----------------------------------------------------------------------------------------------------
+    # --- best Dice ---------------------------------------------------------------------------------------------------
 
     def rows(rows: list[Row], results: Any = None) -> np.ndarray:
         held = held_out(rows, train.held_out)
@@ -248,8 +246,7 @@ def build(config: ConfigDict) -> System:
         best = jax.tree.map(lambda new, old: jnp.where(better, new, old), own, state.stats["best"])
         return state._replace(stats=state.stats | {"best": best}), {"dice": dice, "best_dice": best["dice"]}
 
-    # --- score
-    # ---------------------------------------------------------------------------------------------------------
+    # --- score -------------------------------------------------------------------------------------------------------
 
     def probability(params, stats, image: Array, keys: Array) -> Float[Array, " b *size"]:
         """P(anomaly) of each pixel, of one sample by the keys (b,)."""

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import repeat
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -118,6 +119,7 @@ class Stream(NamedTuple):
     on_val: np.ndarray | None = None  # (r, m): the primary scores of the labelled validation rows
     cheap: Mapping[str, Scored] = MappingProxyType({})  # the baselines' scores, by part
     shown: frozenset[int] | None = None  # the rows whose pictures may be shown; None: any
+    thresholds: Mapping[str, Sequence[float]] = MappingProxyType({})  # `held_out`, of each map and replicate
 
 
 def restore_results(config: ConfigDict, system: System, workdir: Path) -> Results:
@@ -289,28 +291,29 @@ def own_values(picture: np.ndarray, *, volume: Volume, data: ConfigDict) -> np.n
     return (picture - data.mean) / data.std * volume.std + volume.mean
 
 
-def image_results(images: Images, scored: Scored, cheap: Scored, n: int) -> Iterator[Result]:
-    """The first `n` images of a scored set; maps are enlarged to a row's own grid."""
-    for i, row in enumerate(images.rows[:n]):
-        stored = stored_image(row)
+def image_results(images: Images, scored: Scored, cheap: Scored, rows: range) -> Iterator[Result]:
+    """Images by their numbers, of which `scored` has these alone and `cheap` all; maps are enlarged to a row's own
+    grid."""
+    for k, i in enumerate(rows):
+        stored = stored_image(images.rows[i])
         size = stored.array.shape[:-1]
 
         def own(array: np.ndarray, size: tuple[int, ...] = size) -> np.ndarray:
             return resize(array, size) if array.ndim > len(size) else resize(array[..., None], size)[..., 0]
 
         small = lambda mask: resize(mask[..., None].astype(np.float32), images.size)[..., 0] > 0.5
-        of = lambda values, i=i: {name: value[:, i] for name, value in values.items()}
+        of = lambda values, k: {name: value[:, k] for name, value in values.items()}
         yield Result(
             image=images.image(np.array([i]))[0],
             stored=stored,
-            maps=of(scored.maps),
-            scores=of(scored.scores),
-            reconstruction=None if scored.reconstruction is None else scored.reconstruction[:, i],
+            maps=of(scored.maps, k),
+            scores=of(scored.scores, k),
+            reconstruction=None if scored.reconstruction is None else scored.reconstruction[:, k],
             own=own,
             scored=small,
-            seconds=scored.seconds / n,
-            cheap={name: own(value[0]) for name, value in of(cheap.maps).items()},
-            confidence=None if scored.confidence is None else scored.confidence[:, i],
+            seconds=scored.seconds / len(rows),
+            cheap={name: own(value[0]) for name, value in of(cheap.maps, i).items()},
+            confidence=None if scored.confidence is None else scored.confidence[:, k],
         )
 
 
@@ -324,17 +327,44 @@ def score_images(
 ) -> Stream:
     """All images of a split at once, beside the baselines of each part."""
     n, score = len(split.rows), scorer(config, system, results)
-    images = Images([*split.rows, *split.val], config)
+    localised = bool(config.evaluation.get("iou", 0.0)) and split.marked
+    if localised and not split.normals:
+        log("warning: no held-out normals: IoU at the oracle threshold alone; give the manifest val rows of label 0")
+    held = split.val or (split.normals if localised else [])
+    images, every = Images([*split.rows, *held], config), range(n + len(held))
     scored = score(images, np.arange(n))
-    on_val = score(images, n + np.arange(len(split.val))).scores[system.primary] if split.val else None
+    on_held = score(images, np.array(every[n:])) if held else None
     cheap = {name: Scored({}, {}) for name in parts}
     if split.known.any() and (normals := [row for row in rows if row.split == "train" and row.label != 1]):
-        fit = partial(baseline_scores, Images(normals, config), images, n)
+        fit = partial(baseline_scores, Images(normals, config), images, n, mapped=len(every) if localised else n)
         cheap = {name: fit(share=part.share, pixels=split.marked and part.share == 1) for name, part in parts.items()}
+    thresholds = {}
+    if on_held and localised:
+        thresholds = held_out(config, held, image_results(images, on_held, cheap[WHOLE], every[n:]))
     means = scored.scores[system.primary].mean(0).tolist()
     groups = choose_cases([row.label for row in split.rows], means)
     shown = frozenset(i for group in groups.values() for i in group)
-    return Stream(image_results(images, scored, cheap[WHOLE], n), on_val, cheap, shown)
+    on_val = on_held.scores[system.primary] if on_held and split.val else None
+    return Stream(image_results(images, scored, cheap[WHOLE], every[:n]), on_val, cheap, shown, thresholds)
+
+
+def held_out(config: ConfigDict, rows: Sequence[Row], results: Iterator[Result]) -> dict[str, list[float]]:
+    """The percentile `evaluation.iou` of the pixels of the normal ones among `rows`, inside their regions and on their
+    own grids: of each map, one a replicate."""
+    pools: dict[str, list[metrics.Pooled]] = {}
+    for row, result in zip(rows, results, strict=True):
+        if row.label != 0 or not (truth := read_truth(row, result, config.data)):
+            continue
+        for name, maps in own_maps(result).items():
+            for pool, m in zip(pools.setdefault(name, [metrics.Pooled() for _ in maps]), maps, strict=True):
+                pool.add(truth[0], m, truth[1])
+    return {name: [pool.percentile(config.evaluation.iou) for pool in each] for name, each in pools.items()}
+
+
+def own_maps(result: Result) -> dict[str, list[np.ndarray]]:
+    """All maps of a row on its own grid, one a replicate, also the baselines'."""
+    maps = {name: [result.own(m) for m in values] for name, values in result.maps.items()}
+    return maps | {name: [m] for name, m in result.cheap.items()}
 
 
 def score_volumes(
@@ -355,9 +385,12 @@ def score_volumes(
 # --- cheap baselines --------------------------------------------------------------------------------------------------
 
 
-def baseline_scores(normals: Images, images: Images, n: int, *, share: float = 1.0, pixels: bool = False) -> Scored:
+def baseline_scores(
+    normals: Images, images: Images, n: int, *, mapped: int, share: float = 1.0, pixels: bool = False
+) -> Scored:
     """The cheap baselines on the first `n` of `images`, fitted to the training normals, both cut to the central
-    `share`; with `pixels` also their maps. Images are shrunk one by one, as all may not fit in memory at once."""
+    `share`; with `pixels` also the maps of the first `mapped`. Images are shrunk one by one, as all may not fit in
+    memory at once."""
     side = 64 if len(images.size) == 2 else 32
     cut = lambda image: np.stack([central(channel, share) for channel in np.moveaxis(image, -1, 0)], -1)
     small = lambda i, of: baselines.shrink(cut(of.image(np.array([i]))[0])[None], side)[0]
@@ -365,7 +398,7 @@ def baseline_scores(normals: Images, images: Images, n: int, *, share: float = 1
     scores, maps = baselines.image_scores(train, test), {}
     if pixels:
         whole = lambda of, m: of.image(np.arange(m))
-        maps = baselines.pixel_maps(whole(normals, len(normals.rows)), whole(images, n))
+        maps = baselines.pixel_maps(whole(normals, len(normals.rows)), whole(images, mapped))
     lead = lambda values: {name: np.asarray(value)[None] for name, value in values.items()}
     return Scored(lead(maps), lead(scores))
 
@@ -427,13 +460,15 @@ def read_truth(row: Row, result: Result, data: ConfigDict) -> tuple[np.ndarray, 
 
 class Pixels:
     """Pixel figures of every map of one part of a split, fed case by case: pooled, and of each patient. With `froc`
-    also the sensitivity for lesions at so many false positives an image, where no margin is cut off."""
+    also the sensitivity for lesions at so many false positives an image, with `iou` also how far masks and maps
+    overlap image by image, both where no margin is cut off."""
 
-    def __init__(self, rows: Sequence[Row], share: float = 1.0, froc: float = 0.0):
-        self.share, self.lesions, self.froc = share, False, froc
+    def __init__(self, rows: Sequence[Row], share: float = 1.0, froc: float = 0.0, iou: bool = False):
+        self.share, self.lesions, self.froc, self.iou = share, False, froc, iou
         self.left = Counter(patient_of(row) for row in rows)
         self.pooled: dict[str, list[metrics.Pooled]] = {}
         self.found: dict[str, list[metrics.Froc]] = {}
+        self.localised: dict[str, list[metrics.Localisation]] = {}
         self.own: dict[str, dict[str, metrics.Pooled]] = {}  # by patient, of the first replicate
         self.patients: list[dict[str, Any]] = []
 
@@ -453,6 +488,10 @@ class Pixels:
                 found = self.found.setdefault(name, [metrics.Froc(self.froc) for _ in values])
                 for curve, value in zip(found, values, strict=True):
                     curve.add(lesions, value, region)
+            if self.iou and self.share == 1 and row.mask:  # a box is no outline
+                localised = self.localised.setdefault(name, [metrics.Localisation() for _ in values])
+                for overlap, value in zip(localised, values, strict=True):
+                    overlap.add(mask, value, region)
 
     def close(self, row: Row) -> None:
         """One more row of its patient is done; with the last one the patient's figures are computed."""
@@ -462,18 +501,20 @@ class Pixels:
             figures = {name: pooled.result() for name, pooled in both_ends(mine).items()}
             self.patients.append({"patient": row.patient, "figures": figures})
 
-    def result(self, name: str) -> dict[str, Any] | None:
+    def result(self, name: str, thresholds: Sequence[float] = ()) -> dict[str, Any] | None:
         """The pooled figures of a map, or of its "low " end, the mean over replicates; None where no case has a lesion
-        or there is no such map."""
+        or there is no such map. `thresholds` are those of held-out normals, one a replicate, or none."""
         each = self.pooled.get(name.removeprefix("low "), ())
         if not self.lesions:
             return None
         mean = mean_of([(one.negated() if name.startswith("low ") else one).result() for one in each])
         curves = [found for one in self.found.get(name, ()) if (found := one.result())]
-        if mean is None or not curves:
-            return mean
-        sensitivity = float(np.mean([found["sensitivity"] for found in curves]))
-        return mean | {"froc": curves[0] | {"sensitivity": sensitivity}}  # with the first replicate's curve
+        if mean is not None and curves:
+            sensitivity = float(np.mean([found["sensitivity"] for found in curves]))
+            mean |= {"froc": curves[0] | {"sensitivity": sensitivity}}  # with the first replicate's curve
+        localised = zip(self.localised.get(name, ()), thresholds or repeat(None), strict=False)
+        overlaps = [found for one, t in localised if (found := one.result(t))]
+        return mean | {"localisation": mean_of(overlaps)} if mean is not None and overlaps else mean
 
     def per_patient(self, primary: str, scores: Sequence[str]) -> list[dict[str, Any]]:
         """A row {patient, auroc, ap, prevalence, baselines} a patient, of the primary score's map; baselines are all
@@ -516,9 +557,15 @@ def mean_of(each: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
 
 
 def figures(
-    scores: Mapping[str, np.ndarray], names: Sequence[str], pixels: Pixels, rows: Sequence[Row], draws: int
+    scores: Mapping[str, np.ndarray],
+    names: Sequence[str],
+    pixels: Pixels,
+    rows: Sequence[Row],
+    draws: int,
+    thresholds: Mapping[str, Sequence[float]],
 ) -> dict[str, dict[str, Any]]:
-    """{NAME: {"image", "pixel"}} of scores (r, n) of labelled rows and of the maps `names`; `draws` of the bootstrap.
+    """{NAME: {"image", "pixel"}} of scores (r, n) of labelled rows and of the maps `names`; `draws` of the bootstrap,
+    `thresholds` of maps by `held_out`.
 
     With replicates each figure is the mean over them, and "replicates" holds their means and 1.96 deviations.
     """
@@ -526,7 +573,7 @@ def figures(
     out: dict[str, dict[str, Any]] = {}
     for name in [*scores, *(name for name in names if name not in scores)]:
         image = [metrics.image_metrics(labels, v, patients, draws=draws) for v in scores.get(name, ())]
-        out[name] = {"image": mean_of(image), "pixel": pixels.result(name)}
+        out[name] = {"image": mean_of(image), "pixel": pixels.result(name, thresholds.get(name, ()))}
         if len(image) > 1:
             out[name]["replicates"] = {k: metrics.replicate_summary([e[k] for e in image]) for k in ("auroc", "ap")}
     return out
@@ -549,6 +596,7 @@ class Split(NamedTuple):
     name: str
     rows: list[Row]
     val: list[Row]  # labelled rows of `val` that choose the threshold; none where a class is missing
+    normals: list[Row]  # the normal rows of `val`, held out; none where `val` itself is scored
     labels: np.ndarray  # (n,), -1 unknown
     marked: bool  # whether any row has a mask or a box
 
@@ -581,9 +629,14 @@ def evaluate(
 ) -> dict[str, Any]:
     """Scores `split` of `rows`, writes metrics.json, scores.csv, report.html and maps into `out`; returns the metrics.
 
-    Labels of the split and of `val` serve figures alone. Raises InputError where the split is empty.
+    Labels of the split and of `val` serve figures alone. Raises InputError where the split is empty, or
+    `evaluation.iou` is no percentile or asked of volumes.
     """
     began = time.monotonic()
+    if not 0 <= (q := config.evaluation.get("iou", 0.0)) <= 100:
+        raise InputError(f"evaluation.iou={q}: is no percentile: write one up to 100, as 95, or 0 for no IoU")
+    if q and system.sweep:
+        raise InputError(f"evaluation.iou={q}: is of images, not of volumes: write --config.evaluation.iou=0")
     own = split_of(rows, split)
     parts = parts_of(config, own, volumes=system.sweep is not None)
     results = restore_results(config, system, workdir)
@@ -645,10 +698,11 @@ def split_of(rows: Sequence[Row], name: str) -> Split:
     chosen = [row for row in rows if row.split == name]
     if not chosen:
         raise InputError(f"split {name!r} has no rows: one of {', '.join(sorted({row.split for row in rows}))}")
-    val = [row for row in rows if row.split == "val" and row.label is not None]
-    val = val if name != "val" and {row.label for row in val} == {0, 1} else []  # val itself chose the threshold
+    val = [row for row in rows if row.split == "val" != name and row.label is not None]  # it chooses thresholds
+    normals = [row for row in val if row.label == 0]
+    val = val if 0 < len(normals) < len(val) else []
     labels = np.array([-1 if row.label is None else row.label for row in chosen])
-    return Split(name, chosen, val, labels, any(row.mask or row.boxes for row in chosen))
+    return Split(name, chosen, val, normals, labels, any(row.mask or row.boxes for row in chosen))
 
 
 def gather(
@@ -668,10 +722,7 @@ def gather(
         for name in result.maps.keys() & result.scores.keys():
             inner.setdefault(name, []).append(np.array([central(m, CENTRAL).mean() for m in result.maps[name]]))
         truth = read_truth(row, result, config.data) if split.marked and result.maps else None
-        own: dict[str, list[np.ndarray]] = {}
-        if truth:
-            own = {name: [result.own(m) for m in maps] for name, maps in result.maps.items()}
-            own |= {name: [m] for name, m in result.cheap.items()}
+        own = own_maps(result) if truth else {}
         for part in parts.values():
             if part.inside[i]:
                 if truth:
@@ -712,11 +763,11 @@ def part_figures(
     of = lambda values: {name: value[:, part.inside] for name, value in values.items()}
     pooled, draws = part.pixels.pooled, config.evaluation.draws
     ours = gathered.scores if part.share == 1 else gathered.inner
-    scores = figures(of(ours), [m for m in pooled if m in gathered.inner], part.pixels, rows, draws)
+    scores = figures(of(ours), [m for m in pooled if m in gathered.inner], part.pixels, rows, draws, stream.thresholds)
     cheap = stream.cheap[title].scores if title in stream.cheap else gathered.cheap
     others = [m for m in pooled if m not in gathered.inner]
     others += [f"low {m}" for m in others if m.startswith("brightness") and system.sweep]
-    baseline = figures(of(cheap), others, part.pixels, rows, draws)
+    baseline = figures(of(cheap), others, part.pixels, rows, draws, stream.thresholds)
     top = scores.get(system.primary, {"image": None, "pixel": None})
     return {"n": int(part.inside.sum()), **top, "scores": scores, "baselines": better_ends(baseline)}
 
@@ -738,7 +789,8 @@ def parts_of(config: ConfigDict, split: Split, *, volumes: bool) -> dict[str, Pa
 
     def part(inside: np.ndarray, share: float = 1.0) -> Part:
         used = [row for row, used in zip(rows, inside, strict=True) if used]
-        return Part(inside, Pixels(used, share, config.evaluation.get("froc", 0.0)), share)
+        further = config.evaluation.get("froc", 0.0), bool(config.evaluation.get("iou", 0.0))
+        return Part(inside, Pixels(used, share, *further), share)
 
     parts = {WHOLE: part(known)}
     for column in config.evaluation.subsets:
@@ -755,6 +807,15 @@ def found_lesions(pixel: Mapping[str, Any]) -> str:
     """The sensitivity for lesions, where it was asked for."""
     froc = pixel.get("froc")
     return f"  lesions found {froc['sensitivity']:.3f} at {froc['at']:g} false positives an image" if froc else ""
+
+
+def overlap(pixel: Mapping[str, Any]) -> str:
+    """The IoU of maps and masks, where it was asked for."""
+    found = pixel.get("localisation")
+    if not found:
+        return ""
+    known = "" if found["normals"] is None else f" {found['normals']:.3f}"
+    return f"  IoU{known} (oracle {found['oracle']:.3f})"
 
 
 def headline(evaluation: Mapping[str, Any]) -> str:
@@ -778,7 +839,8 @@ def headline(evaluation: Mapping[str, Any]) -> str:
         lines.append(f"pixels, of which {evaluation['pixel']['prevalence']:.4f} are lesion:")
         named = [(name + " *" * (name == primary), s) for name, s in [*scores.items(), *cheap.items()]]
         lines += [
-            f"  {name:<24} AUROC {s['pixel']['auroc']:.3f}  AP {s['pixel']['ap']:.3f}{found_lesions(s['pixel'])}"
+            f"  {name:<24} AUROC {s['pixel']['auroc']:.3f}  AP {s['pixel']['ap']:.3f}"
+            f"{found_lesions(s['pixel'])}{overlap(s['pixel'])}"
             for name, s in named
             if s["pixel"]
         ]

@@ -23,6 +23,7 @@ from jmae.errors import InputError
 CHUNK = 1 << 20  # scores looked up or binned at a time; bounds the int64 counts to a few ten MB
 EXACT = 1 << 27  # pixels that a pool keeps one by one (512 MiB of float32); more are counted in bins
 FROC_EXACT = 1 << 30  # pixels of the maps that a free-response curve keeps (4 GiB)
+IOU_EXACT = 1 << 26  # distinct scores that a `Localisation` keeps one by one (768 MiB); more are thinned
 BINS = 1 << 20  # by the sign, the exponent and 11 bits of the mantissa: 2^-11 wide, relative to their scores
 
 
@@ -316,6 +317,12 @@ def _bin(scores: NDArray[Any]) -> NDArray[Any]:
     return np.where(bits >> 31, ~bits, bits | 0x80000000) >> 12
 
 
+def _edge(bins: NDArray[Any]) -> NDArray[np.float32]:
+    """The lowest score of each bin: what is at or above it lies in that bin or a higher one."""
+    bits = bins.astype(np.uint32) << 12
+    return np.where(bits >> 31, bits ^ np.uint32(0x80000000), ~bits).view(np.float32)
+
+
 def _binned(counts: NDArray[np.int64]) -> dict[str, float]:
     """Figures, with the bounds of `Pooled`, of negatives and positives counted in bins: (2, bins), ascending."""
     n, p = counts[:, ::-1]
@@ -395,6 +402,16 @@ class Pooled:
                 for start in range(0, values.size, CHUNK):
                     counts += np.bincount(_bin(values[start : start + CHUNK]), minlength=BINS)
             parts.clear()
+
+    def percentile(self, q: float) -> float:
+        """The q-th percentile, linear between ranks, of the negatives so far; in bins the lower edge of the bin that
+        holds the rank at or below it. nan where there are none."""
+        if not self.sizes[0]:
+            return math.nan
+        if self.counts is None:
+            return float(np.percentile(np.concatenate(self.parts[0]), q))
+        rank = math.floor((self.sizes[0] - 1) * q / 100)
+        return float(_edge(np.searchsorted(self.counts[0].cumsum(), [rank], "right"))[0])
 
     def result(self) -> dict[str, float | None]:
         """The figures of `pixel_metrics` over the images so far; in bins also auroc_error and ap_error."""
@@ -584,6 +601,102 @@ class Froc:
                 break
             best = max(best, curve[-1][1])
         return {"sensitivity": best, **about, "curve": [list(point) for point in curve]}
+
+
+def _thinned(values: NDArray[np.float32], ious: NDArray[np.float64]) -> tuple[NDArray, NDArray]:
+    """Of ascending scores and the IoU at each, the lowest score of each bin, moved to the bin's edge."""
+    bins, first = np.unique(_bin(values), return_index=True)
+    return _edge(bins), ious[first]
+
+
+class Localisation:
+    """Intersection over union of lesion masks and {score >= t}, a mean over images, fed one by one.
+
+    MemMC-MAE (Tian et al. 2022) reports the mean over five random groups of 100 abnormal images, and names no rule for
+    the threshold t. ours: `oracle` is the one threshold that is best on the images of the groups, so an upper bound;
+    `normals` is given, a percentile of the pixels of held-out normals.
+
+    The oracle is exact: an image's IoU is a step function of t, so the sum over images is that of its jumps, sorted by
+    score. Kept are 12 bytes a distinct score (of each image); `result` takes about 40 more. Beyond `IOU_EXACT` of them
+    thresholds are the edges of `Pooled`'s bins, at most 2^-11 apart relative to the scores: IoU is exact at each, `t`
+    is lowered to the next one, and the oracle can be lower than the true one.
+    """
+
+    def __init__(self) -> None:
+        self.size = 0  # distinct scores so far, of each image
+        self.exact = True
+        self.kept: list[tuple[NDArray[np.float32], NDArray[np.float64]]] = []  # scores, ascending; IoU at each
+
+    def add(self, mask: NDArray, scores: NDArray, region: NDArray | None = None) -> None:
+        """Takes one image: its lesion mask, its map and where it counts (None is everywhere), of one shape. An image
+        without a lesion inside the region is left out.
+
+        ValueError where shapes differ, InputError where scores inside the region are not finite; neither is taken.
+        """
+        shapes = [a.shape for a in (mask, scores, region) if a is not None]
+        if len(set(shapes)) != 1:
+            raise ValueError(f"mask, map (and region) are {shapes}: bring them to one grid")
+        inside = np.True_ if region is None else region.astype(bool, copy=False)
+        lesion = mask.astype(bool, copy=False)
+        with np.errstate(over="ignore"):
+            ranked = _sort(*(scores[inside & part].astype(np.float32) for part in (~lesion, lesion)))
+        if not ranked.positives.size:
+            return
+        t, tp, fp = _operating_points(ranked, max(map(len, ranked)))
+        self.kept.append((t[::-1], (tp / (ranked.positives.size + fp))[::-1]))
+        self.size += t.size
+        if self.exact and self.size > IOU_EXACT:
+            self.exact, self.kept = False, [_thinned(*each) for each in self.kept]
+        elif not self.exact:
+            self.kept[-1] = _thinned(*self.kept[-1])
+
+    def at(self, threshold: float) -> NDArray[np.float64]:
+        """(n,) the IoU of each image so far; 0 where nothing is called abnormal."""
+        return np.array([np.append(ious, 0.0)[np.searchsorted(values, threshold)] for values, ious in self.kept])
+
+    def oracle(self, images: NDArray[np.integer] | None = None) -> float:
+        """The threshold whose mean IoU over `images` (their numbers; None is all) is the largest, up to rounding."""
+        used = self.kept if images is None else [self.kept[i] for i in images]
+        values = np.concatenate([values for values, _ in used])
+        jumps = np.concatenate([-np.diff(ious, append=0.0) for _, ious in used])
+        order = np.argsort(values)[::-1]
+        values, sums = values[order], np.cumsum(jumps[order])
+        sums[:-1][values[1:] == values[:-1]] = -1.0  # ties fall together, at the last of them
+        return float(values[sums.argmax()])
+
+    def result(
+        self, threshold: float | None = None, groups: int = 5, size: int = 100, seed: int = 0
+    ) -> dict[str, Any] | None:
+        """The images so far; None where none has a lesion.
+
+        Args:
+          threshold: of `normals`; None or nan: none is known.
+          groups, size: random groups of images, without an image twice in one; disjoint where there are enough.
+          seed: with the number of images it alone decides the groups.
+
+        Returns: n, the number of images; groups, size: of the groups drawn, at most n; overlap: whether an image can be
+        in several groups, as n < groups * size; exact: False beyond `IOU_EXACT`. For `oracle` and for `normals` (None
+        without a threshold): the mean over groups, NAME_deviation between them (ddof 1; nan for one group), NAME_groups
+        (the mean of each), NAME_threshold.
+        """
+        n, rng = len(self.kept), np.random.default_rng(seed)
+        if not n:
+            return None
+        threshold = None if threshold is None or math.isnan(threshold) else threshold
+        overlap, size = n < groups * size, min(n, size)
+        if overlap:
+            drawn = np.stack([rng.permutation(n)[:size] for _ in range(groups)])
+        else:
+            drawn = rng.permutation(n)[: groups * size].reshape(groups, size)
+        if threshold is not None and not self.exact:
+            threshold = float(_edge(_bin(np.array(threshold))))
+        out: dict[str, Any] = {"n": n, "groups": groups, "size": size, "overlap": overlap, "exact": self.exact}
+        for name, t in (("oracle", self.oracle(np.unique(drawn))), ("normals", threshold)):
+            means = np.empty(0) if t is None else self.at(t)[drawn].mean(1)
+            deviation = float(means.std(ddof=1)) if means.size > 1 else math.nan
+            figures = (float(means.mean()), deviation, means.tolist(), t) if means.size else (None,) * 4
+            out |= zip((name, f"{name}_deviation", f"{name}_groups", f"{name}_threshold"), figures, strict=True)
+        return out
 
 
 def patient_mean(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Key, PyTree
 
 from jmae.losses import masked_mse
 from jmae.masking import fold_in, hidden, random_mask, take, visible_tokens
@@ -21,6 +21,7 @@ class Reconstruction(NamedTuple):
     mean: Float[Array, "b *size c"]
     variance: Float[Array, "b *size c"]
     error: Float[Array, "b *size c"]  # mean squared difference to the input; pasted patches count as 0
+    measured: PyTree = None  # mean over the masks of what `measure` gave
 
 
 def _mask_rows(keys: Key[Array, " b"], numbers: Array) -> Key[Array, " m*b"]:
@@ -59,12 +60,14 @@ def reconstruct(
     masks: int,
     paste: bool = True,
     chunk: int | None = None,
+    measure: Callable[[Array, Array], PyTree] = lambda image, reconstruction: (),
 ) -> Reconstruction:
     """All `masks` random masks of every image in one compiled pass: patches are embedded once, moments are
     accumulated on the device.
 
     `paste` puts the input back at visible patches (the decoder is never supervised there). `chunk` masks at a time
     when memory asks for it, the same result up to rounding. Mask j of an image depends on its key and j alone.
+    `measure(image, reconstruction)`, both (b, *size, c), gives arrays (b, ...) of each mask's reconstruction.
     """
     patches = patchify(image, patch)
     tokens = mae.embed(patches)
@@ -72,24 +75,28 @@ def reconstruct(
     kept = visible_tokens(n, ratio)
     chunk = min(chunk or masks, masks)
 
-    def moments(numbers: Array) -> tuple[Array, Array]:
+    whole = partial(unpatchify, size=image.shape[1:-1], patch=patch)
+
+    def moments(numbers: Array) -> PyTree:
         keep, restore = random_mask(_mask_rows(keys, numbers), n, kept)
         prediction = mae.decode(mae.encode(take(_repeat(tokens, chunk), keep)), restore)
         difference = prediction.reshape(chunk, b, n, -1) - patches
         if paste:
             difference = difference * hidden(restore, kept).reshape(chunk, b, n, 1)
+        measured = jax.vmap(lambda d: measure(image, image + whole(d)))(difference)
         used = (numbers < masks).astype(jnp.float32)  # the last chunk may be padded
-        return jnp.tensordot(used, difference, 1) / masks, jnp.tensordot(used, difference**2, 1) / masks
+        mean = lambda values: jnp.tensordot(used, values, 1) / masks
+        return jax.tree.map(mean, (difference, difference**2, measured))
 
     numbers = jnp.arange(-(-masks // chunk) * chunk).reshape(-1, chunk)
     if len(numbers) == 1:
-        first, second = moments(numbers[0])
+        first, second, measured = moments(numbers[0])
     else:
         add = lambda total, j: (jax.tree.map(jnp.add, total, moments(j)), None)
-        (first, second), _ = jax.lax.scan(add, (jnp.zeros_like(patches), jnp.zeros_like(patches)), numbers)
-    whole = partial(unpatchify, size=image.shape[1:-1], patch=patch)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(moments, numbers[0]))
+        (first, second, measured), _ = jax.lax.scan(add, zeros, numbers)
     # Moments of the difference to the input, not of the pixels: no cancellation where the variance is small.
-    return Reconstruction(whole(patches + first), whole(jnp.maximum(second - first**2, 0)), whole(second))
+    return Reconstruction(whole(patches + first), whole(jnp.maximum(second - first**2, 0)), whole(second), measured)
 
 
 def device_bytes() -> int:

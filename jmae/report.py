@@ -514,6 +514,7 @@ def write_report(
         roc=roc_chart(labels, scores, threshold) if curves else None,
         pr=pr_chart(labels, scores, threshold) if curves else None,
         froc_at=frocs[0]["at"] if frocs else None,
+        ious=any(r.pixel.get("localisation") for r in rows),
         froc=froc_chart(froc) if froc and froc["curve"] else None,
         histogram=score_chart(labels if curves else None, scores if curves else every, threshold)
         if every.size

@@ -17,7 +17,7 @@ from jmae.errors import InputError
 from jmae.nn.mae import MAE
 from jmae.patches import sincos_positions
 
-SYSTEMS = ("amae", "maemi", "ppii")
+SYSTEMS = ("amae", "maemi", "memmc_mae", "ppii")
 
 Results = Mapping[str, Mapping[str, PyTree]]  # by stage: {"params", "stats"} of its last step
 
@@ -141,11 +141,13 @@ def compute_type(config: ConfigDict) -> Any:
     return dtypes[config.model.dtype]
 
 
-def masked_autoencoder(config: ConfigDict, channels: int, **other: Any) -> tuple[Callable, Callable]:
+def masked_autoencoder(
+    config: ConfigDict, channels: int, make: Callable[..., MAE] = MAE, **other: Any
+) -> tuple[Callable, Callable]:
     """`network` of the MAE that `config.model` describes, for images of `config.data.size` and `channels`."""
     model = config.model
     return network(
-        lambda rngs: MAE(
+        lambda rngs: make(
             size=tuple(config.data.size),
             patch=tuple(model.patch),
             channels=channels,

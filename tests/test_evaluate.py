@@ -205,6 +205,69 @@ def test_the_report_is_one_page_with_the_figures(evaluated):
     assert f"{result['image']['auroc']:.3f}" in page and "5-NN" in page and "matched" in page
 
 
+# --- overlap of maps and masks ----------------------------------------------------------------------------------------
+
+
+def with_iou(c: ConfigDict, percentile: float = 95.0) -> ConfigDict:
+    with c.unlocked():
+        c.evaluation.iou = percentile
+    return c
+
+
+def test_overlap_uses_the_percentile_of_the_normals_of_val(tools, tmp_path, capfd):
+    """By the written maps of the test, and of val, scored as a split of its own; val needs no abnormal row."""
+    counts = {("train", 0): 4, ("val", 0): 3, ("test", 0): 2, ("test", 1): 6}
+    c = with_iou(config(tools.write_set(tmp_path / "set", counts), (16, 16), 1), 90.0)
+    rows = load_rows(c, lambda line: None)
+    result = ev.evaluate(c, SYSTEM, rows, tmp_path, split="test", out=tmp_path / "test")
+    said = capfd.readouterr().err
+    ev.evaluate(c, SYSTEM, rows, tmp_path, split="val", out=tmp_path / "val")
+    read = lambda row: read_image(written_map(tmp_path / row.split, row.id)).array[..., 0]
+    known = np.percentile(np.concatenate([read(row).ravel() for row in rows if row.split == "val"]), 90)
+    marked = [(read_mask(row.mask), read(row)) for row in rows if row.split == "test" and row.mask]
+    iou = lambda t: np.mean([(m & (s >= t)).sum() / (m | (s >= t)).sum() for m, s in marked])
+
+    found = result["pixel"]["localisation"]
+    assert (found["n"], found["size"], found["groups"], found["overlap"], found["exact"]) == (5, 5, 5, True, True)
+    assert found["normals_threshold"] == pytest.approx(known, rel=1e-6)
+    assert found["normals"] == pytest.approx(iou(known), rel=1e-6)
+    best = max(iou(t) for _, s in marked for t in s.ravel()[::7])
+    assert found["oracle"] == pytest.approx(iou(found["oracle_threshold"])) and found["oracle"] >= best
+    assert isinstance(result["pixel"]["iou"], float)  # of the pooled pixels, as ever
+    for entry in (result["subsets"]["matched"], result["baselines"]["PCA-30 error"]):
+        assert entry["pixel"]["localisation"]["normals"] is not None
+    assert "localisation" not in result["subsets"][CENTRAL]["pixel"] and result["decision"] is None
+    assert f"IoU {found['normals']:.3f} (oracle {found['oracle']:.3f})" in said and "warning" not in said
+    page = (tmp_path / "test" / "report.html").read_text()
+    assert "mean over 5 groups of 5 images" in page and "there are 5 images with a mask" in page
+    json.loads((tmp_path / "test" / "metrics.json").read_text(), parse_constant=pytest.fail)
+
+
+def test_overlap_is_averaged_over_replicates_and_has_an_oracle_alone_without_normals(tools, tmp_path, capfd):
+    counts = {("train", 0): 4, ("val", 1): 2, ("test", 0): 2, ("test", 1): 4}
+    c = with_iou(config(tools.write_set(tmp_path / "set", counts), (16, 16), 1, replicates=2))
+    rows, each = load_rows(c, lambda line: None), []
+    found = ev.evaluate(c, SYSTEM, rows, tmp_path, split="test", out=tmp_path / "out")["pixel"]["localisation"]
+    said = capfd.readouterr().err
+    assert "warning: no held-out normals" in said and f"  IoU (oracle {found['oracle']:.3f})" in said
+    assert found["normals"] is None and found["normals_threshold"] is None
+    c.replicates = 1
+    for seed in range(2):
+        c.seed = seed
+        result = ev.evaluate(c, SYSTEM, rows, tmp_path, split="test", out=tmp_path / f"out{seed}")
+        each.append(result["pixel"]["localisation"]["oracle"])
+    assert found["oracle"] == pytest.approx(np.mean(each)) and each[0] != each[1]
+
+
+def test_overlap_of_volumes_or_at_no_percentile_is_refused(small_set, tmp_path):
+    c = with_iou(config(small_set, (16, 16), 1), 101.0)
+    with pytest.raises(InputError, match="is no percentile"):
+        ev.evaluate(c, SYSTEM, [], tmp_path, split="test", out=tmp_path / "out")
+    volumes = SYSTEM._replace(sweep=ev.Sweep((8, 8, 8), (4, 4, 4), 1, None, None))
+    with pytest.raises(InputError, match="is of images, not of volumes"):
+        ev.evaluate(with_iou(c), volumes, [], tmp_path, split="test", out=tmp_path / "out")
+
+
 # --- a case is a case -------------------------------------------------------------------------------------------------
 
 

@@ -638,6 +638,121 @@ def test_froc_refuses_an_image_whole_and_goes_on():
     assert found.result() == before
 
 
+def masked_maps(n, seed, *, decimals=None, size=(9, 8)):
+    """n images (mask, map, region or None): lesions of all sizes, scores of both signs, with ties where rounded."""
+    rng = np.random.default_rng(seed)
+    for i in range(n):
+        mask = rng.random(size) < rng.uniform(0.05, 0.9)
+        mask[0, 0] = True
+        scores = (rng.normal(size=size) + 2 * mask).astype(np.float32)
+        region = rng.random(size) < 0.8 if i % 2 else None
+        if region is not None:
+            region[0, 0] = True
+            scores[~region] = np.nan  # must not matter
+        yield mask, scores if decimals is None else scores.round(decimals), region
+
+
+def localised(images):
+    found = metrics.Localisation()
+    for image in images:
+        found.add(*image)
+    return found
+
+
+def ious_by_force(images, t):
+    inner = [(m[r], s[r]) for m, s, r in ((m, s, np.ones(m.shape, bool) if r is None else r) for m, s, r in images)]
+    return np.array([(m & (s >= t)).sum() / (m | (s >= t)).sum() for m, s in inner])
+
+
+@pytest.mark.parametrize("decimals", [None, 0, 1])
+def test_localisation_is_the_loop_over_all_thresholds(decimals):
+    for seed in range(4):
+        images = list(masked_maps(7, seed, decimals=decimals))
+        every = np.unique(np.concatenate([s[np.isfinite(s)] for _, s, _ in images]))
+        means = [ious_by_force(images, t).mean() for t in every]
+        got = localised(images).result(0.3)
+        assert got["oracle"] == pytest.approx(max(means), abs=1e-12)
+        assert ious_by_force(images, got["oracle_threshold"]).mean() == pytest.approx(max(means), abs=1e-12)
+        assert got["normals"] == pytest.approx(ious_by_force(images, 0.3).mean()) and got["normals_threshold"] == 0.3
+        np.testing.assert_allclose(localised(images).at(0.3), ious_by_force(images, 0.3))
+        assert got["exact"] and got["overlap"] and (got["n"], got["size"], got["groups"]) == (7, 7, 5)
+        assert got["oracle_deviation"] == pytest.approx(0, abs=1e-12)  # each group is all of them
+
+
+def test_localisation_of_groups_is_reproducible_disjoint_where_it_can_be_and_flagged_where_not():
+    images = list(masked_maps(12, 0))
+    found = localised(images)
+    all_of_them = ious_by_force(images, 0.5)
+    got = found.result(0.5, groups=3, size=4)
+    assert got == found.result(0.5, groups=3, size=4) == localised(images).result(0.5, groups=3, size=4)
+    assert got["normals_groups"] != found.result(0.5, groups=3, size=4, seed=1)["normals_groups"]
+    assert not got["overlap"] and got["normals"] == pytest.approx(all_of_them.mean())  # three disjoint groups are all
+    assert got["normals_deviation"] == pytest.approx(np.std(got["normals_groups"], ddof=1))
+    some = found.result(0.5, groups=2, size=4)
+    assert not some["overlap"] and some["n"] == 12  # the best threshold of 8 images need not be that of 12
+    assert some["oracle"] >= found.at(got["oracle_threshold"])[np.random.default_rng(0).permutation(12)[:8]].mean()
+    more = found.result(0.5, groups=4, size=4)
+    assert more["overlap"] and more["size"] == 4 and len(more["oracle_groups"]) == 4
+    one = found.result(0.5, groups=1, size=12)
+    assert not one["overlap"] and math.isnan(one["normals_deviation"])
+
+
+def test_localisation_without_a_prediction_a_threshold_or_a_lesion():
+    mask, scores = np.array([[True, False]]), np.array([[1.0, 2.0]], np.float32)
+    got = localised([(mask, scores)]).result(2.5)
+    assert (got["normals"], got["oracle"], got["oracle_threshold"]) == (0, 0.5, 1)  # nothing is called at 2.5
+    for threshold in (None, math.nan):
+        none = localised([(mask, scores)]).result(threshold)
+        assert [none[f"normals{part}"] for part in ("", "_deviation", "_groups", "_threshold")] == [None] * 4
+    assert none["oracle"] == 0.5 and json.loads(json.dumps(metrics.json_ready(none), allow_nan=False))
+    found = localised([(~mask & False, scores), (mask, scores, ~mask)])  # no lesion; none inside the region
+    assert found.result(1.0) is None
+
+
+def test_localisation_beyond_the_limit_is_exact_at_the_edges_of_bins_and_says_so(monkeypatch):
+    images = list(masked_maps(6, 3))
+    whole = localised(images)
+    for limit in (0, 150):  # from the first image on, and from the third
+        monkeypatch.setattr(metrics, "IOU_EXACT", limit)
+        thin = localised(images)
+        got, exact = thin.result(0.3), whole.result(0.3)
+        assert not got["exact"] and exact["exact"]
+        for name in ("oracle", "normals"):
+            t = got[f"{name}_threshold"]
+            assert got[name] == pytest.approx(ious_by_force(images, t).mean(), abs=1e-12)
+        assert 0.3 * (1 - 2**-10) <= got["normals_threshold"] <= 0.3
+        assert exact["oracle"] - 0.02 <= got["oracle"] <= exact["oracle"] + 1e-12
+
+
+def test_the_edge_of_a_bin_is_its_lowest_score():
+    scores = np.random.default_rng(0).normal(size=500) * np.logspace(-30, 30, 500)
+    scores = np.append(scores, [0.0, -0.0]).astype(np.float32)
+    edges = metrics._edge(metrics._bin(scores))
+    assert (edges <= scores).all() and (metrics._bin(edges) == metrics._bin(scores)).all()
+    assert (metrics._bin(np.nextafter(edges, np.float32(-np.inf))) < metrics._bin(scores)).all()
+
+
+def test_localisation_refuses_an_image_whole_and_goes_on():
+    found = localised(masked_maps(3, 0))
+    before = found.result(0.1)
+    with pytest.raises(InputError, match="1 of 4 scores are not finite"):
+        found.add(np.eye(2, dtype=bool), np.array([[0, 1], [np.nan, 2]]))
+    with pytest.raises(ValueError, match="bring them to one grid"):
+        found.add(np.eye(2, dtype=bool), np.zeros((3, 2)))
+    assert found.result(0.1) == before
+
+
+def test_the_percentile_of_a_pool_is_that_of_its_negatives(monkeypatch):
+    images = list(masked_maps(5, 1))
+    values = np.concatenate([s[~m if r is None else ~m & r] for m, s, r in images])
+    assert pooled(*images).percentile(95) == pytest.approx(np.percentile(values, 95))
+    monkeypatch.setattr(metrics, "EXACT", 0)
+    below = np.percentile(values, 95, method="lower")
+    got = pooled(*images).percentile(95)
+    assert got <= below and metrics._bin(np.array(got)) == metrics._bin(below)
+    assert math.isnan(metrics.Pooled().percentile(95))
+
+
 def test_the_mean_over_patients_leaves_out_those_without_a_lesion_and_counts_them():
     rows = [{"auroc": a, "ap": p, "prevalence": 0.5} for a, p in ((1.0, 1.0), (0.0, 0.5), (math.nan, math.nan))]
     assert metrics.patient_mean(rows) == {"auroc": 0.5, "ap": 0.75, "prevalence": 0.5, "n": 2, "skipped": 1}

@@ -12,7 +12,7 @@ from pydicom import uid
 from jmae.data import prepare
 from jmae.data.files import read_image, read_mask
 from jmae.data.manifest import check_files, read_manifest
-from jmae.data.prepare import deeplesion, draw, jsrt, lidc
+from jmae.data.prepare import deeplesion, draw, hyper_kvasir, jsrt, lidc
 from jmae.errors import InputError, exit_code
 
 
@@ -39,7 +39,7 @@ def test_an_unknown_name_a_missing_folder_and_a_used_one_are_one_line(tmp_path, 
     assert "did you mean jsrt?" in refused(capsys, "jrst", tmp_path, tmp_path / "out")[0]
     assert "is no folder" in refused(capsys, "lidc", tmp_path / "none", tmp_path / "out")[0]
     assert exit_code(prepare.main, ["lidc", "--root=x"]) == 2
-    assert "names: deeplesion, jsrt, lidc" in capsys.readouterr().err
+    assert "names: covidx, deeplesion, hyper_kvasir, jsrt, lidc" in capsys.readouterr().err
     (tmp_path / "manifest.csv").write_text("")
     assert run("lidc", tmp_path, tmp_path) == 2
     assert "is there already" in capsys.readouterr().err
@@ -392,6 +392,165 @@ def test_what_deeplesion_lacks_is_one_line(lesions, tmp_path, capsys):
     assert "Images_png: not found or empty" in refused(capsys, "deeplesion", lesions, out)[0]
     (lesions / "DL_info.csv").unlink()
     assert "DL_info.csv: not found" in refused(capsys, "deeplesion", lesions, out)[0]
+
+
+# COVIDx
+
+TRAIN_LIST = """\
+5 ARDSSevere.png negative cohen
+COVID 1 COVID(1).png positive sirm
+ ANON 1 b  CR.1.2.png   negative actmed
+
+101 c.jpg negative cohen
+8b9d 8b9d.png positive ricord
+"""
+TEST_LIST = "419639-1 m-0.png positive ricord\n419639-1 m-1.png positive ricord\nca3c ca3c.png negative rsna\n"
+
+
+@pytest.fixture
+def covid(tmp_path):
+    """Two lists, and the images of the lines that are used."""
+    root = tmp_path / "root"
+    for folder in ("train", "test", "labels"):
+        (root / folder).mkdir(parents=True)
+    (root / "labels" / "train_COVIDx8B.txt").write_text(TRAIN_LIST)
+    (root / "test.txt").write_text(TEST_LIST)
+    colour = np.random.default_rng(0).integers(0, 256, (6, 5, 3), np.uint8)
+    for i, name in enumerate(("train/ARDSSevere", "train/CR.1.2", "test/m-0", "test/m-1", "test/ca3c")):
+        pillow.fromarray(np.full((8 + i, 9), 20 * i, np.uint8)).save(root / f"{name}.png")
+    pillow.fromarray(colour).save(root / "train" / "c.jpg", quality=95)
+    return root
+
+
+def test_covidx_trains_on_the_negatives_and_splits_its_lines_from_the_right(covid, tmp_path, capsys):
+    rows, said = prepared(capsys, "covidx", covid, tmp_path / "out")
+    assert {(r.id, r.patient, r.split, r.label, r.extra["source"]) for r in rows.values()} == {
+        ("ARDSSevere.png", "5", "train", 0, "cohen"),
+        ("CR.1.2.png", "ANON 1 b", "train", 0, "actmed"),
+        ("c.jpg", "101", "train", 0, "cohen"),
+        ("m-0.png", "419639-1", "test", 1, "ricord"),
+        ("m-1.png", "419639-1", "test", 1, "ricord"),
+        ("ca3c.png", "ca3c", "test", 0, "rsna"),
+    }
+    assert "5 lines for train, 3 lines for test" in said and "left out: 2 positives of the training list" in said
+    assert "come from ricord, all normal ones from rsna: a score can tell them by their source alone" in said
+    assert rows["m-1.png"].image == (f"{covid}/test/m-1.png",)
+    coloured = np.asarray(pillow.open(covid / "train" / "c.jpg"), float)
+    grey = read_image(rows["c.jpg"].image).array[..., 0]
+    np.testing.assert_allclose(grey, coloured @ [0.299, 0.587, 0.114], atol=0.51)
+    assert [p.name for p in (tmp_path / "out" / "images" / "train").iterdir()] == ["c.jpg.png"]
+
+
+def test_covidx_warns_of_sources_only_where_each_has_one_class(covid, tmp_path, capsys):
+    (covid / "test.txt").write_text(TEST_LIST.replace("negative rsna", "negative ricord"))
+    _, said = prepared(capsys, "covidx", covid, tmp_path / "out")
+    assert "caution" not in said
+
+
+def test_what_covidx_lacks_is_one_line(covid, tmp_path, capsys):
+    out, lists = tmp_path / "out", covid / "labels"
+    (covid / "test" / "m-0.png").write_bytes(b"no image"), (covid / "train" / "CR.1.2.png").unlink()
+    assert "train/CR.1.2.png: not found, but in the list" in refused(capsys, "covidx", covid, out)[0]
+    pillow.fromarray(np.zeros((4, 4), np.uint8)).save(covid / "train" / "CR.1.2.png")
+    (line,) = refused(capsys, "covidx", covid, out)
+    assert "test/m-0.png: " in line
+    (lists / "train_COVIDx7B.txt").write_text(TRAIN_LIST)
+    (line,) = refused(capsys, "covidx", covid, out)
+    assert "several lists for train: keep one of labels/train_COVIDx7B.txt, labels/train_COVIDx8B.txt" in line
+    (lists / "train_COVIDx7B.txt").write_text("x.png negative rsna\n1 a.png pneumonia rsna\n2 ../b.png negative rsna\n")
+    (lists / "train_COVIDx8B.txt").unlink()
+    lines = refused(capsys, "covidx", covid, out)
+    assert [f"line {i}: not `patient filename" in line for i, line in enumerate(lines, 1)] == [True] * 3
+    (lists / "train_COVIDx7B.txt").write_text("1 a.png negative rsna\n2 a.png negative rsna\n")
+    assert "line 2: a.png is listed twice" in refused(capsys, "covidx", covid, out)[0]
+    (lists / "train_COVIDx7B.txt").write_text("1 a.png negative rsna\n")
+    (covid / "train").rename(covid / "images")
+    assert "train: not found: unpack the images" in refused(capsys, "covidx", covid, out)[0]
+    (lists / "train_COVIDx7B.txt").unlink()
+    assert "has no train_COVIDx8B.txt or train.txt" in refused(capsys, "covidx", covid, out)[0]
+
+
+# HyperKvasir
+
+
+@pytest.fixture
+def bowels(tmp_path, monkeypatch):
+    """40 cecum, 2 ileum and 9 bbps-2-3, of which 42 train or test; 3 polyps, whose JPEG masks ring around a disc."""
+    monkeypatch.setattr(hyper_kvasir, "TRAIN", 32), monkeypatch.setattr(hyper_kvasir, "TEST", 10)
+    root, lower = tmp_path / "root", "labeled-images/lower-gi-tract"
+    picture = np.random.default_rng(0).integers(0, 256, (24, 30, 3), np.uint8)
+
+    def fill(folder, names, array):
+        (root / folder).mkdir(parents=True)
+        for name in names:
+            pillow.fromarray(array).save(root / folder / name, quality=75)
+
+    fill(f"{lower}/anatomical-landmarks/cecum", [f"c{i:02d}.jpg" for i in range(40)], picture)
+    fill(f"{lower}/anatomical-landmarks/normal-ileum", ["i0.jpg", "i1.jpg"], picture)
+    fill(f"{lower}/quality-of-mucosal-views/bbps-2-3", [f"b{i}.jpg" for i in range(9)], picture)
+    fill(f"{lower}/pathological-findings/polyp", ["p0.jpg"], picture)
+    (root / "labeled-videos" / "cecum").mkdir(parents=True)
+    (root / "labeled-videos" / "cecum" / "a.avi").write_bytes(b"")
+    fill("segmented-images/images", ["p0.jpg", "p1.jpg", "p2.jpg"], picture)
+    y, x = np.mgrid[:24, :30]
+    fill("segmented-images/masks", ["p0.jpg", "p1.jpg", "p2.jpg"], np.uint8(255 * disc(y, x)))
+    return root
+
+
+def disc(y, x):
+    return (y - 11) ** 2 + (x - 14) ** 2 < 50
+
+
+def test_hyper_kvasir_draws_its_normals_and_cuts_jpeg_masks_cleanly(bowels, tmp_path, capsys):
+    rows, said = prepared(capsys, "hyper_kvasir", bowels, tmp_path / "out")
+    assert Counter((r.split, r.label) for r in rows.values()) == {
+        ("train", 0): 32,
+        ("test", 0): 10,
+        ("val", 0): 9,
+        ("test", 1): 3,
+    }
+    assert "51 normals (40 cecum, 2 ileum, 9 bbps-2-3); 3 polyps with a mask" in said and "left out: nothing" in said
+    assert {r.extra["class"] for r in rows.values() if r.split == "train"} >= {"cecum", "bbps-2-3"}
+    assert not any("pathological-findings" in r.image[0] for r in rows.values())
+    assert all(not r.patient and r.image[0].startswith(str(bowels)) for r in rows.values())
+    path = bowels / "segmented-images" / "masks" / "p1.jpg"
+    ringing = np.asarray(pillow.open(path))
+    truth = disc(*np.mgrid[:24, :30])
+    assert (ringing[~truth] > 0).sum() > 20 and (ringing[truth] < 255).any()
+    np.testing.assert_array_equal(read_mask(rows["polyp_p1"].mask), truth)
+    split = lambda rows: {r.id: r.split for r in rows.values()}
+    again, _ = prepared(capsys, "hyper_kvasir", bowels, tmp_path / "again", "--seed=0")
+    other, _ = prepared(capsys, "hyper_kvasir", bowels, tmp_path / "other", "--seed=1")
+    assert split(again) == split(rows) != split(other)
+
+
+def test_few_images_of_hyper_kvasir_are_split_in_the_same_proportion(bowels, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(hyper_kvasir, "TRAIN", 1600), monkeypatch.setattr(hyper_kvasir, "TEST", 500)
+    rows, said = prepared(capsys, "hyper_kvasir", bowels, tmp_path / "out")
+    assert Counter(r.split for r in rows.values() if r.label == 0) == {"train": 38, "test": 13}
+    assert "51 normals (40 cecum, 2 ileum, 9 bbps-2-3), fewer than 2100, of which 38 train" in said
+
+
+def test_what_hyper_kvasir_lacks_is_one_line(bowels, tmp_path, capsys):
+    out, parts = tmp_path / "out", bowels / "segmented-images"
+    pillow.fromarray(np.zeros((24, 30), np.uint8)).save(parts / "masks" / "p0.jpg")
+    pillow.fromarray(np.full((25, 30), 255, np.uint8)).save(parts / "masks" / "p2.jpg")
+    lines = refused(capsys, "hyper_kvasir", bowels, out)
+    assert (
+        "p0.jpg: nothing above 127" in lines[0] and "p2.jpg: its size (25, 30) is not" in lines[1] and len(lines) == 2
+    )
+    (parts / "masks" / "p0.jpg").unlink(), (parts / "images" / "p2.jpg").unlink()
+    lines = refused(capsys, "hyper_kvasir", bowels, out)
+    assert "images/p0.jpg: has no mask" in lines[0] and "masks/p2.jpg: has no image" in lines[1] and len(lines) == 2
+    parts.rename(bowels / "elsewhere"), (bowels / "elsewhere" / "masks").rename(bowels / "elsewhere" / "other")
+    assert "has no folder with images and masks" in refused(capsys, "hyper_kvasir", bowels, out)[0]
+    (bowels / "cecum").mkdir()
+    pillow.fromarray(np.zeros((24, 30), np.uint8)).save(bowels / "cecum" / "a.png")
+    (line,) = refused(capsys, "hyper_kvasir", bowels, out)
+    assert (
+        "several folders of cecum: keep one of cecum, labeled-images/lower-gi-tract/anatomical-landmarks/cecum" in line
+    )
+    assert "has no images in folders cecum" in refused(capsys, "hyper_kvasir", tmp_path / "root" / "elsewhere", out)[0]
 
 
 def test_a_text_in_none_of_the_encodings_is_latin_1(tmp_path):

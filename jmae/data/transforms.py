@@ -13,6 +13,7 @@ import numpy as np
 import skimage.transform
 from jax.scipy.ndimage import map_coordinates
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
+from ml_collections import ConfigDict
 
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as Pillow's convert("L")
 ATTEMPTS = 10  # torchvision's bound on the draws of a crop box
@@ -129,6 +130,15 @@ def central(array, share: float = 0.8):
 
 
 # ---------------------------------------------------------------------------------------- device
+
+
+def moments_of(image: Float[Array, "b *size c"], data: ConfigDict) -> tuple[Array, Array]:
+    """Mean and deviation that images are standardised by: the recipe's `data.mean` and `data.std`, or with
+    `data.normalise="image"` each image's own (`ours:` where exposure differs between images), at least 1e-3."""
+    if data.normalise == "fixed":
+        return jnp.asarray(data.mean, jnp.float32), jnp.asarray(data.std, jnp.float32)
+    axes = tuple(range(1, image.ndim - 1))
+    return jnp.mean(image, axes, keepdims=True), jnp.maximum(jnp.std(image, axes, keepdims=True), 1e-3)
 
 
 def crop_box(

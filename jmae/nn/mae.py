@@ -15,7 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jmae.masking import take
-from jmae.nn.transformer import Blocks, layer_norm, linear
+from jmae.nn.transformer import Block, Blocks, layer_norm, linear
 from jmae.patches import grid_of, sincos_positions
 
 token_init = nnx.initializers.normal(0.02)
@@ -25,7 +25,7 @@ class MAE(nnx.Module):
     """Encoder over the visible tokens, light decoder over all.
 
     `positions(grid, width)` gives the fixed position codes. Arithmetic in `dtype`; parameters, norms' statistics
-    and the prediction in float32.
+    and the prediction in float32. `memory` slots a block and `long_skips` as `Block` and `Blocks` have them.
     """
 
     def __init__(
@@ -44,8 +44,15 @@ class MAE(nnx.Module):
         dtype: jnp.dtype = jnp.float32,
         remat: bool = False,
         positions: Callable[[tuple[int, ...], int], np.ndarray] = sincos_positions,
+        memory: int = 0,
+        long_skips: bool = False,
+        decoder_block: Callable[..., nnx.Module] = Block,
         rngs: nnx.Rngs,
     ):
+        def blocks(depth: int, make: Callable[..., nnx.Module], width: int, heads: int, **other: int) -> Blocks:
+            one = lambda: make(width, heads, mlp_ratio, dtype, rngs=rngs, **other)
+            return Blocks(depth, one, remat, long_skips=long_skips)
+
         values = prod(patch) * channels
         self.grid, self.width, self.decoder_width, self.dtype = (
             grid_of(size, patch),
@@ -56,11 +63,11 @@ class MAE(nnx.Module):
         self.positions = positions
         self.class_token = nnx.Param(token_init(rngs.params(), (1, 1, width)))
         self.patch_embed = linear(values, width, dtype, rngs)
-        self.encoder = Blocks(depth, width, heads, mlp_ratio, dtype, remat, rngs=rngs)
+        self.encoder = blocks(depth, Block, width, heads, memory=memory)
         self.encoder_norm = layer_norm(width, dtype, rngs)
         self.decoder_embed = linear(width, decoder_width, dtype, rngs)
         self.mask_token = nnx.Param(token_init(rngs.params(), (1, 1, decoder_width)))
-        self.decoder = Blocks(decoder_depth, decoder_width, decoder_heads, mlp_ratio, dtype, remat, rngs=rngs)
+        self.decoder = blocks(decoder_depth, decoder_block, decoder_width, decoder_heads)
         self.decoder_norm = layer_norm(decoder_width, dtype, rngs)
         self.predict = linear(decoder_width, values, dtype, rngs)
 
@@ -68,19 +75,25 @@ class MAE(nnx.Module):
         """All patches as tokens with their position codes, no class token yet."""
         return self.patch_embed(patches) + self.positions(self.grid, self.width).astype(self.dtype)
 
+    def with_class(self, tokens: Float[Array, "b k d"]) -> Float[Array, "b k+1 d"]:
+        """The class token before the others."""
+        first = jnp.broadcast_to(self.class_token[...].astype(self.dtype), (len(tokens), 1, self.width))
+        return jnp.concatenate([first, tokens], axis=1)
+
     def encode(self, tokens: Float[Array, "b k d"]) -> Float[Array, "b k+1 d"]:
         """Encoder over the given tokens; class token first, final norm applied."""
-        first = jnp.broadcast_to(self.class_token[...].astype(self.dtype), (len(tokens), 1, self.width))
-        return self.encoder_norm(self.encoder(jnp.concatenate([first, tokens], axis=1)))
+        return self.encoder_norm(self.encoder(self.with_class(tokens)))
 
-    def decode(self, latent: Float[Array, "b k+1 d"], restore: Int[Array, "b n"]) -> Float[Array, "b n v"]:
-        """A prediction for every token, in float32; hidden places hold the mask token."""
+    def decode(
+        self, latent: Float[Array, "b k+1 d"], restore: Int[Array, "b n"], *context: Array
+    ) -> Float[Array, "b n v"]:
+        """A prediction for every token, in float32; hidden places hold the mask token; `context` for the blocks."""
         x = self.decoder_embed(latent)
         absent = (len(x), restore.shape[1] + 1 - x.shape[1], self.decoder_width)
         mask_token = jnp.broadcast_to(self.mask_token[...].astype(self.dtype), absent)
         tokens = take(jnp.concatenate([x[:, 1:], mask_token], axis=1), restore)
         tokens = tokens + self.positions(self.grid, self.decoder_width).astype(self.dtype)
-        x = self.decoder_norm(self.decoder(jnp.concatenate([x[:, :1], tokens], axis=1)))
+        x = self.decoder_norm(self.decoder(jnp.concatenate([x[:, :1], tokens], axis=1), *context))
         return self.predict(x[:, 1:]).astype(jnp.float32)
 
     def __call__(

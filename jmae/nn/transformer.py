@@ -4,6 +4,8 @@ Dosovitskiy et al., "An Image is Worth 16x16 Words", ICLR 2021, arXiv 2010.11929
 LayerNorm epsilon as in the official MAE code (facebookresearch/mae, on timm's blocks): qkv bias, exact GELU.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -44,54 +46,94 @@ def gelu(x: Float[Array, "*n"]) -> Float[Array, "*n"]:
 
 
 class Block(nnx.Module):
-    """x + attention(norm x), then x + mlp(norm x)."""
+    """x + attention(norm x), then x + mlp(norm x).
 
-    def __init__(self, width: int, heads: int, mlp_ratio: float, dtype: jnp.dtype, *, rngs: nnx.Rngs):
+    With `memory` slots, attention is memory-augmented: m learned keys and values, the same for every input and split
+    over the heads as the others, stand behind those of the tokens (Tian et al. 2022, arXiv 2203.11725, Eq. 1; scaled
+    and drawn as in Cornia et al., "Meshed-Memory Transformer", CVPR 2020, its source). Queries are the tokens alone;
+    no slots are plain attention.
+    """
+
+    def __init__(self, width: int, heads: int, mlp_ratio: float, dtype: jnp.dtype, memory: int = 0, *, rngs: nnx.Rngs):
         if width % heads:
             raise InputError(f"width {width} is not divisible by {heads} heads: choose heads that divide it")
         self.heads = heads
         self.norm1 = layer_norm(width, dtype, rngs)
         self.qkv = linear(width, 3 * width, dtype, rngs)
+        if memory:
+            slots = lambda deviation: nnx.Param(deviation * jax.random.normal(rngs.params(), (memory, width)))
+            self.memory_k, self.memory_v = slots(heads / width), slots(1 / memory)
+        self.memory = memory
         self.out = linear(width, width, dtype, rngs)
         self.norm2 = layer_norm(width, dtype, rngs)
         self.fc1 = linear(width, int(width * mlp_ratio), dtype, rngs)
         self.fc2 = linear(int(width * mlp_ratio), width, dtype, rngs)
 
     def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
+        return self.transformed(self.attended(x))
+
+    def attended(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
+        """x + attention(norm x)."""
         b, n, d = x.shape
         x = x.reshape(b * n, d)  # matrices: XLA's CPU copies a transpose for each gradient of a wider product
         qkv = self.qkv(self.norm1(x)).reshape(b, n, 3, self.heads, d // self.heads)
-        x = x + self.out(attention(*jnp.moveaxis(qkv, 2, 0)).reshape(b * n, d))
-        x = x + self.fc2(gelu(self.fc1(self.norm2(x))))
-        return x.reshape(b, n, d)
+        q, k, v = jnp.moveaxis(qkv, 2, 0)
+        if self.memory:
+            k = self._behind(k, self.memory_k[...] * (d / self.heads) ** 0.5)
+            v = self._behind(v, self.memory_v[...] * self.memory**0.5)
+        return (x + self.out(attention(q, k, v).reshape(b * n, d))).reshape(b, n, d)
+
+    def transformed(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
+        """x + mlp(norm x)."""
+        rows = x.reshape(-1, x.shape[-1])
+        return (rows + self.fc2(gelu(self.fc1(self.norm2(rows))))).reshape(x.shape)
+
+    def _behind(self, tokens: Float[Array, "b n h e"], slots: Float[Array, "m d"]) -> Float[Array, "b n+m h e"]:
+        b, _, h, e = tokens.shape
+        slots = jnp.broadcast_to(slots.reshape(-1, h, e).astype(tokens.dtype), (b, self.memory, h, e))
+        return jnp.concatenate([tokens, slots], axis=1)
 
 
 class Blocks(nnx.Module):
-    """`depth` blocks with their parameters stacked on a leading axis, applied by one scan.
+    """`depth` blocks that `make` gives, their parameters stacked on a leading axis, applied by one scan.
 
     For the backward pass a block keeps its dense products and its attention's output and computes norms and GELU
     again, which costs less than to write and read them: a step of ViT-S/16 (batch 16, 512x8 decoder) held 1.0
     instead of 2.3 GB, one of the small CPU recipe took 0.75 instead of 0.90 s of CPU time. `remat` recomputes
-    whole blocks: memory of one block instead of all.
+    whole blocks: memory of one block instead of all. With `long_skips` the output of block i is added to the input of
+    block depth - 1 - i, for all pairs that are not neighbours.
     """
 
-    def __init__(
-        self,
-        depth: int,
-        width: int,
-        heads: int,
-        mlp_ratio: float,
-        dtype: jnp.dtype,
-        remat: bool,
-        *,
-        rngs: nnx.Rngs,
-    ):
-        layers = [nnx.split(Block(width, heads, mlp_ratio, dtype, rngs=rngs)) for _ in range(depth)]
+    def __init__(self, depth: int, make: Callable[[], nnx.Module], remat: bool = False, *, long_skips: bool = False):
+        layers = [nnx.split(make()) for _ in range(depth)]
         self.stack = nnx.merge(layers[0][0], jax.tree.map(lambda *leaves: jnp.stack(leaves), *(s for _, s in layers)))
-        self.remat = remat
+        self.depth, self.remat = depth, remat
+        self.skips = (depth - 1) // 2 if long_skips else 0
 
-    def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
+    def __call__(self, x: Float[Array, "b n d"], *context: Array) -> Float[Array, "b n d"]:
+        """Output of the last block; each gets `context` as well."""
         graph, parameters = nnx.split(self.stack)
-        block = lambda x, p: (nnx.merge(graph, p)(x), None)
-        policy = None if self.remat else kept
-        return jax.lax.scan(jax.checkpoint(block, prevent_cse=False, policy=policy), x, parameters)[0]
+        if self.skips:
+            return self.outputs(x, *context)[-1]
+        block = lambda x, p: (nnx.merge(graph, p)(x, *context), None)
+        return jax.lax.scan(self._checkpoint(block), x, parameters)[0]
+
+    def outputs(self, x: Float[Array, "b n d"], *context: Array) -> Float[Array, "depth b n d"]:
+        """Outputs of all blocks."""
+        graph, parameters = nnx.split(self.stack)
+
+        def block(x: Array, one: tuple[Any, Array | None]) -> tuple[Array, Array]:
+            p, skip = one
+            x = nnx.merge(graph, p)(x if skip is None else x + skip, *context)
+            return x, x
+
+        scan = partial(jax.lax.scan, self._checkpoint(block))
+        n = self.depth - self.skips
+        x, outputs = scan(x, (jax.tree.map(lambda p: p[:n], parameters), None))
+        if not self.skips:
+            return outputs
+        skipped = outputs[: self.skips][::-1]
+        return jnp.concatenate([outputs, scan(x, (jax.tree.map(lambda p: p[n:], parameters), skipped))[1]])
+
+    def _checkpoint(self, block: Callable) -> Callable:
+        return jax.checkpoint(block, prevent_cse=False, policy=None if self.remat else kept)

@@ -23,7 +23,7 @@ from ml_collections import ConfigDict
 from jmae.anomalies.anatpaste import anatpaste, lung_field
 from jmae.data.loader import unlabeled_labels
 from jmae.data.manifest import Row
-from jmae.data.transforms import random_flip, random_resized_crop
+from jmae.data.transforms import moments_of, random_flip, random_resized_crop
 from jmae.errors import InputError
 from jmae.masking import case_keys, sample_keys
 from jmae.nn.transformer import linear
@@ -107,17 +107,9 @@ def build(config: ConfigDict) -> System:
     mae_init, mae_of = masked_autoencoder(config, model.channels)
     head_init, head_of = network(lambda rngs: Head(model.width, tuple(proxy.head), rngs=rngs))
 
-    def moments(image: Float[Array, "b *size c"]) -> tuple[Array | float, Array | float]:
-        """Mean and deviation that images are standardised by: the recipe's, or each image's own (`ours:` where exposure
-        differs between images)."""
-        if config.data.normalise == "fixed":
-            return config.data.mean, config.data.std
-        axes = tuple(range(1, image.ndim - 1))
-        return jnp.mean(image, axes, keepdims=True), jnp.maximum(jnp.std(image, axes, keepdims=True), 1e-3)
-
     def normalise(image: Float[Array, "b *size c"]) -> Float[Array, "b *size c"]:
         """[0, 1] to the network's range; one channel is repeated to as many as the network has."""
-        mean, std = moments(image)
+        mean, std = moments_of(image, config.data)
         return jnp.broadcast_to((image - mean) / std, (*image.shape[:-1], model.channels))
 
     def augment(image: Array, keys: Array) -> Array:
@@ -305,7 +297,7 @@ def build(config: ConfigDict) -> System:
         scores = {name: jnp.mean(m, axis=tuple(range(1, m.ndim))) for name, m in maps.items()}
         if "proxy" in names:
             scores["stage1"] = jax.nn.sigmoid(margin_of(results, batch["image"]))
-        mean, std = moments(batch["image"])
+        mean, std = moments_of(batch["image"], config.data)
         normal = passes["module_a" if "module_a" in passes else "pretrain"].mean  # what normal anatomy would look like
         if batch["image"].shape[-1] != model.channels:
             normal = jnp.mean(normal, axis=-1, keepdims=True)

@@ -9,9 +9,15 @@ lidc        LIDC-IDRI chest CT: the folders LIDC-IDRI-xxxx of DICOM series, and 
             test: 500 healthy and 478 lesion slices are drawn of either.
 deeplesion  DeepLesion CT: DL_info.csv and the folders Images_png. The 16-bit PNG stay where they are, HU = value -
             32768; boxes on the key slices. The official patients: 500 + 500 slices of val and of test are drawn.
+covidx      COVIDx chest radiographs: COVID-Net's lists, as train_COVIDx8B.txt or train.txt and the same for the test,
+            anywhere, and the folders train and test. The negatives of the first train, all of the second is the test.
+            Coloured images are written anew in grey.
+hyper_kvasir  HyperKvasir colonoscopy: the folders of classes cecum, ileum and bbps-2-3, anywhere, and images and masks
+            of segmented-images. 1,600 normals train, 500 and all polyps are the test, further normals are val. Masks
+            are written as PNG.
 
-The splits are those of P-PII (Mueller et al., UNSURE 2023). The draws follow --seed alone. Images that stay where they
-are have absolute paths in the manifest.
+The splits are those of P-PII (Mueller et al., UNSURE 2023), of the last two those of MemMC-MAE (Tian et al. 2022). The
+draws follow --seed alone. Images that stay where they are have absolute paths in the manifest.
 
 Exit codes: 0 done; 2 the input or the environment is wrong.
 """
@@ -29,7 +35,13 @@ from jmae.data.slices import command, counted, refuse_used, write_manifest
 from jmae.errors import InputError
 from jmae.recipe import typed
 
-DATASETS = ("deeplesion", "jsrt", "lidc")  # each a module with `prepare(root, out, seed) -> Prepared`
+DATASETS = (
+    "covidx",
+    "deeplesion",
+    "hyper_kvasir",
+    "jsrt",
+    "lidc",
+)  # each a module with `prepare(root, out, seed) -> Prepared`
 SHOWN = 20  # problems that are spelled out
 
 T = TypeVar("T")
@@ -42,6 +54,7 @@ class Prepared(NamedTuple):
     found: str  # what is there, in words
     left_out: Counter[str]
     flags: str = ""  # what a recipe must be told
+    caution: str = ""  # what is to be said with every figure
 
 
 def main(argv: list[str]) -> int:
@@ -61,7 +74,7 @@ def main(argv: list[str]) -> int:
 
 def prepare(name: str, root: Path, out: Path, seed: int = 0) -> str:
     """Writes the manifest of a data set, last of all, and says what there is, what was left out, and which flags a
-    recipe needs.
+    recipe needs, or a reader must know.
 
     Raises InputError with all problems, a line each; no manifest is written then.
     """
@@ -71,12 +84,14 @@ def prepare(name: str, root: Path, out: Path, seed: int = 0) -> str:
     if any(";" in str(folder) for folder in (root, out)):
         raise InputError(f"{root} or {out}: has a semicolon, which separates files in a manifest: rename the folder")
     refuse_used(out)
-    rows, found, left_out, flags = importlib.import_module(f"jmae.data.prepare.{name}").prepare(root, out, seed)
+    made = importlib.import_module(f"jmae.data.prepare.{name}").prepare(root, out, seed)
+    rows, found, left_out, flags, caution = made
     if not rows:
         raise InputError(f"{root}: {found}, no image is left ({counted(left_out)}): copy the whole data set")
     write_manifest(out, rows)
     lines = [f"{out / 'manifest.csv'}: {found}: {summary(rows)}; left out: {counted(left_out)}"]
-    return "\n".join(lines + ([f"give the recipe {flags}"] if flags else []))
+    lines += [f"give the recipe {flags}"] if flags else []
+    return "\n".join(lines + ([f"caution: {caution}"] if caution else []))
 
 
 def refuse(problems: Sequence[str]) -> None:
@@ -89,9 +104,13 @@ def refuse(problems: Sequence[str]) -> None:
 def draw(items: Iterable[T], n: int, seed: int, name: Callable[[T], str]) -> list[T]:
     """n of the items, or all if they are fewer, in the order of their names.
 
-    Those whose SHA-256 of "SEED NAME" is lowest: the same on every machine, whatever lies beside them."""
-    rank = lambda item: hashlib.sha256(f"{seed} {name(item)}".encode()).digest()
-    return sorted(sorted(items, key=rank)[:n], key=name)
+    The first that are `shuffled`."""
+    return sorted(shuffled(items, seed, name)[:n], key=name)
+
+
+def shuffled(items: Iterable[T], seed: int, name: Callable[[T], str]) -> list[T]:
+    """The items by the SHA-256 of "SEED NAME": the same order on every machine, whatever lies beside them."""
+    return sorted(items, key=lambda item: hashlib.sha256(f"{seed} {name(item)}".encode()).digest())
 
 
 def text_of(path: Path) -> str:

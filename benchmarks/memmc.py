@@ -1,0 +1,202 @@
+"""MemMC-MAE: what its memory and its decoder cost, its ten-mask score, and its runs on phantoms and real images.
+
+    python -m benchmarks.memmc steps                     # a training step at ViT-B size beside the plain MAE's
+    python -m benchmarks.memmc scoring                   # ten masks in one pass against ten single calls
+    JMAE_DATA=FOLDER python -m benchmarks.memmc cxr_peds
+    JMAE_DATA=FOLDER python -m benchmarks.memmc endoscopy
+    JMAE_DATA=FOLDER python -m benchmarks.memmc ablation # the paper's Table 2: three seeds each, half the steps
+
+`steps` compares every variant with the plain MAE in the same run and prints the ratio beside that of the multiply-adds
+by formula. The others train with `python -m jmae.train --config configs/memmc_mae.py:small`; further
+--config.KEY=VALUE are passed on, `--only NAME ...` runs some settings. benchmarks/results/memmc.json keeps all.
+"""
+
+import argparse
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.maemi import train
+from benchmarks.timing import Prepared, interleaved, ratio, table, write
+
+RESULTS = Path(__file__).parent / "results" / "memmc.json"
+PLAIN = {"model.memory": 0, "model.mc_decoder": False, "model.long_skips": False}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "MAE": PLAIN,
+    "memory": PLAIN | {"model.memory": 40},
+    "memory, decoder (token)": {"model.gate": "token"},
+    "memory, decoder (channel)": {},
+}
+ABLATION = {name: VARIANTS[name] for name in ("MAE", "memory")} | {
+    "memory, decoder": {"model.long_skips": False},
+    "memory, decoder, long skips": {},
+}
+PARTS: dict[str, dict[str, dict[str, Any]]] = {
+    "cxr_peds": {"MemMC-MAE": {}},
+    "endoscopy": {"MemMC-MAE": {}},
+    "ablation": {name: changes | {"replicates": 3, "budget": 0.5} for name, changes in ABLATION.items()},
+}
+
+
+def multiply_adds(c: Any, *, masked: bool = True) -> tuple[float, float]:
+    """Of an image's forward pass (encoder, decoder): dense products and attention, embeddings left out."""
+    n = int(np.prod([s // p for s, p in zip(c.data.size, c.model.patch, strict=True)]))
+    k = int(n * (1 - c.train.mask_ratio)) + 1
+    w, d, levels = c.model.width, c.model.decoder_width, c.model.depth
+    block = lambda tokens, width, keys: 12 * tokens * width**2 + 2 * tokens * keys * width
+    encoder = c.model.depth * block(k, w, k + c.model.memory)
+    decoder = c.model.decoder_depth * block(n + 1, d, n + 1)
+    if c.model.mc_decoder:
+        q = n + 1
+        each = k * w * 2 * d + 2 * q * k * d  # keys and values, attention, for each level
+        each += q * d**2 + 2 * q * d * d if c.model.gate == "channel" else 2 * q * d  # projection and gate
+        once = q * d**2 + (q * d**2 if c.model.gate == "token" else 0)
+        decoder += c.model.decoder_depth * (levels * each + once)
+    return encoder, decoder
+
+
+def recipe(changes: dict[str, Any], preset: str = "paper") -> Any:
+    from jmae.recipe import parse
+
+    return parse([f"--config=configs/memmc_mae.py:{preset}", *(f"--config.{k}={v}" for k, v in changes.items())], "")[0]
+
+
+def step(*, changes: dict[str, Any], batch: int, preset: str) -> Prepared:
+    """One training step on a batch that is there already."""
+    import jax
+
+    from jmae.system import load_system, stage_keys
+    from jmae.train import compiled_step
+
+    config = recipe(changes | {"data.crop_scale": ""}, preset)
+    stage, key = load_system(config).stages[0], stage_keys(config, 0)
+    state = jax.jit(lambda key: stage.init(key, {}, batch))(key)
+    program = compiled_step(stage.step, 1000, 1)
+    rng = np.random.default_rng(0)
+    image = rng.uniform(size=(batch, *config.data.size, config.data.channels)).astype(np.float32)
+    some = jax.device_put({"image": image, "index": np.arange(batch), "case": np.zeros((batch, 2), np.uint32)})
+    box = [state]
+
+    def run() -> None:
+        box[0], metrics = program(box[0], some, key, None)
+        jax.block_until_ready((box[0], metrics))
+
+    return run, {"batch": batch, "multiply_adds": multiply_adds(config)}
+
+
+def score(*, fused: bool, batch: int, preset: str) -> Prepared:
+    """Ten masks of a batch: one pass, or ten passes of one mask, averaged on the device."""
+    import jax
+    import jax.numpy as jnp
+
+    from jmae.system import load_system
+
+    config = recipe({} if fused else {"evaluation.masks": 1}, preset)
+    system = load_system(config)
+    state = jax.jit(lambda key: system.stages[0].init(key, {}, batch))(jax.random.key(0))
+    results = {"train": {"params": state.params, "stats": {}}}
+    rng = np.random.default_rng(0)
+    image = rng.uniform(size=(batch, *config.data.size, config.data.channels)).astype(np.float32)
+    some = jax.device_put({"image": image, "case": np.arange(2 * batch, dtype=np.uint32).reshape(batch, 2)})
+    assert system.score
+    program = jax.jit(system.score)
+    keys = [jax.random.key(j) for j in range(1 if fused else 10)]
+    add = jax.jit(lambda a, b: jax.tree.map(jnp.add, a, b))
+
+    def run() -> None:
+        total = None
+        for key in keys:
+            out = program(results, some, key)
+            total = out if total is None else add(total, out)
+        jax.block_until_ready(total)
+
+    return run, {"batch": batch}
+
+
+def steps(preset: str, batch: int, rounds: int) -> None:
+    given = {
+        name: ("benchmarks.memmc:step", {"changes": changes, "batch": batch, "preset": preset})
+        for name, changes in VARIANTS.items()
+    }
+    out, rows = interleaved(given, rounds=rounds, warmup=1), []
+    plain = out["MAE"]
+    for name, one in out.items():
+        counted = sum(one["multiply_adds"]) / sum(plain["multiply_adds"])
+        measured = ratio(one, plain)["median"]
+        rows.append((name, one["median_s"], measured, counted, measured / counted, one["peak_mib"]))
+        one |= {"over_plain": measured, "counted": counted}
+    write(RESULTS, f"steps, {preset}, batch {batch}", out)
+    print(table(("network", "step s", "of plain", "counted", "measured / counted", "MiB"), rows))
+
+
+def scoring(preset: str, batch: int, rounds: int) -> None:
+    given = {
+        name: ("benchmarks.memmc:score", {"fused": name == "fused", "batch": batch, "preset": preset})
+        for name in ("fused", "ten calls")
+    }
+    out = interleaved(given, rounds=rounds, warmup=1)
+    gain = ratio(out["ten calls"], out["fused"])
+    write(RESULTS, f"scoring, {preset}, batch {batch}", out | {"ten_calls_over_fused": gain})
+    rows = [(name, 1000 * one["median_s"] / batch, one["peak_mib"]) for name, one in out.items()]
+    print(table(("ten masks", "ms an image", "MiB"), rows), f"\nratio {gain['median']:.2f}")
+
+
+def show(name: str, result: dict[str, Any]) -> list[tuple[Any, ...]]:
+    """Table rows of a setting: every score's figures, and the baselines'."""
+    rows = []
+    for kind in ("scores", "baselines"):
+        for title, part in result[kind].items():
+            image, pixel = part["image"] or {}, part["pixel"] or {}
+            found = pixel.get("localisation") or {}
+            interval = "[{:.3f}, {:.3f}]".format(*image["auroc_ci"]) if image else ""
+            figures = (
+                image.get("auroc", ""),
+                interval,
+                image.get("ap", ""),
+                pixel.get("auroc", ""),
+                pixel.get("ap", ""),
+            )
+            rows.append((name, title, *figures, found.get("normals", ""), found.get("oracle", "")))
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("steps", "scoring", *PARTS))
+    parser.add_argument("--only", nargs="+", default=[])
+    parser.add_argument("--preset", default="paper", help="of steps and scoring")
+    parser.add_argument("--batch", type=int, default=4, help="of steps and scoring")
+    parser.add_argument("--rounds", type=int, default=5, help="of steps and scoring")
+    parser.add_argument("--workdir", type=Path, default=Path("runs/memmc-accuracy"))
+    options, overrides = parser.parse_known_args()
+    if wrong := [override for override in overrides if not override.startswith("--config.")]:
+        parser.error(f"{wrong[0]} is unknown; recipe values are --config.KEY=VALUE")
+    if options.what in ("steps", "scoring"):
+        (steps if options.what == "steps" else scoring)(options.preset, options.batch, options.rounds)
+        return
+    pack = Path(os.environ.get("JMAE_DATA", "")) / ("cxr_peds" if options.what == "ablation" else options.what)
+    manifest = pack / "manifest.csv"
+    if not os.environ.get("JMAE_DATA") or not manifest.is_file():
+        print(f"not run: {manifest} is not there; set JMAE_DATA to the folder of the packs")
+        return
+    rows = []
+    for name, changes in PARTS[options.what].items():
+        if options.only and name not in options.only:
+            continue
+        given = [f"--config.{key}={value}" for key, value in changes.items()]
+        folder = options.workdir / f"{options.what}-{name.replace(', ', '-').replace(' ', '-')}"
+        own = ["--config=configs/memmc_mae.py:small", f"--config.data.manifest={manifest}", *given, *overrides]
+        seconds = train(own, folder)["wall_seconds"]
+        result = json.loads((folder / "evaluation" / "metrics.json").read_text()) | {"wall_seconds": seconds}
+        kept = ("image", "pixel", "scores", "baselines", "decision", "seconds_per_case", "wall_seconds")
+        write(RESULTS, f"{options.what}, {name}", {k: result[k] for k in kept})
+        rows += show(name, result)
+    head = ("setting", "score", "image AUROC", "95 %", "AP", "pixel AUROC", "AP", "IoU", "IoU, oracle")
+    print(table(head, rows))
+
+
+if __name__ == "__main__":
+    main()

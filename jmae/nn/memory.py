@@ -1,0 +1,121 @@
+"""The multi-level cross-attention decoder of MemMC-MAE; its memory is in `transformer.Block`.
+
+Tian et al., "Unsupervised Anomaly Detection in Medical Images with a Memory-augmented Multi-level Cross-attentional
+Masked Autoencoder", MLMI 2023, arXiv 2203.11725. No code of it is public; consulted: meshed-memory-transformer (Cornia
+et al., CVPR 2020), the source of both operators, which decides what the paper leaves open.
+"""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from jmae.errors import InputError
+from jmae.nn.attention import attention
+from jmae.nn.mae import MAE
+from jmae.nn.transformer import Block, layer_norm, linear
+
+GATES = ("channel", "token")
+
+
+class Gates(nnx.Module):
+    """The weights W of all levels' gates alpha_l = sigmoid(W_l [S; C_l] + b_l)."""
+
+    def __init__(self, levels: int, width: int, outputs: int, dtype: jnp.dtype, *, rngs: nnx.Rngs):
+        draw = nnx.initializers.xavier_uniform(batch_axis=(0,))
+        self.kernel = nnx.Param(draw(rngs.params(), (levels, 2 * width, outputs)))
+        self.bias = nnx.Param(jnp.zeros((levels, 1, outputs)))
+        self.width, self.dtype = width, dtype
+
+    def parts(self) -> tuple[Array, Array, Array]:
+        """(what meets S, what meets C_l, bias), each by level."""
+        kernel, bias = self.kernel[...].astype(self.dtype), self.bias[...].astype(self.dtype)
+        return kernel[:, : self.width], kernel[:, self.width :], bias
+
+
+class MultiLevelBlock(nnx.Module):
+    """A decoder block that attends to all levels of the encoder (Eq. 2 and 3):
+
+    S = Y + self-attention(norm Y), R = S + sum_l alpha_l C_l / sqrt(levels), Y' = R + mlp(norm R), where C_l is the
+    cross-attention of norm S to the normed output X_l of encoder block l; all levels share its projections and norm.
+    The gate alpha_l = sigmoid(W_l [S; C_l] + b_l) is a vector a token (`gate="channel"`, Cornia et al.) or a number a
+    token (`gate="token"`); `normed=False` leaves the root away, which the paper does not have but Cornia et al. do.
+
+    ours: the paper's Eq. 3 takes the gate from Y', which needs the gate; it sees C_l as in Cornia et al. With a number
+    a token the output projection comes after the sum, and the gate sees it through its weights: the same in fewer
+    products.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        mlp_ratio: float,
+        dtype: jnp.dtype,
+        *,
+        levels: int,
+        level_width: int,
+        gate: str = "channel",
+        normed: bool = True,
+        rngs: nnx.Rngs,
+    ):
+        if gate not in GATES:
+            raise InputError(f"model.gate is {gate!r}: one of {', '.join(GATES)}")
+        self.attend = Block(width, heads, mlp_ratio, dtype, rngs=rngs)  # its attention and its mlp
+        self.norm = layer_norm(width, dtype, rngs)
+        self.level_norm = layer_norm(level_width, dtype, rngs)
+        self.query = linear(width, width, dtype, rngs)
+        self.key_value = linear(level_width, 2 * width, dtype, rngs)
+        self.out = linear(width, width, dtype, rngs)
+        self.gates = Gates(levels, width, width if gate == "channel" else 1, dtype, rngs=rngs)
+        self.heads, self.gate, self.scale = heads, gate, levels**-0.5 if normed else 1.0
+
+    def __call__(self, y: Float[Array, "b n d"], levels: Float[Array, "levels b k e"]) -> Float[Array, "b n d"]:
+        s = self.attend.attended(y)
+        return self.attend.transformed(s + self.scale * self.cross(s, levels))
+
+    def cross(self, s: Float[Array, "b n d"], levels: Float[Array, "levels b k e"]) -> Float[Array, "b n d"]:
+        """sum_l alpha_l C_l, all levels in one call of the attention."""
+        (b, n, d), (count, _, k, e) = s.shape, levels.shape
+        heads = (self.heads, d // self.heads)
+        rows = s.reshape(b * n, d)
+        q = jnp.broadcast_to(self.query(self.norm(rows)).reshape(b, n, *heads), (count, b, n, *heads))
+        kv = self.key_value(self.level_norm(levels.reshape(-1, e))).reshape(count * b, k, 2, *heads)
+        found = attention(q.reshape(count * b, n, *heads), kv[:, :, 0], kv[:, :, 1]).reshape(count, b * n, d)
+        of_s, of_c, bias = self.gates.parts()
+        if self.gate == "channel":
+            c = self.out(found.reshape(-1, d)).reshape(count, b * n, d)
+            alpha = jax.nn.sigmoid(_each(rows, of_s) + jnp.einsum("lrd,ldo->lro", c, of_c) + bias)
+            return jnp.sum(alpha * c, axis=0).reshape(b, n, d)
+        project, shift = (p[...].astype(s.dtype) for p in (self.out.kernel, self.out.bias) if p is not None)
+        seen = jnp.einsum("lrd,ldo->lro", found, project @ of_c) + (shift @ of_c)[:, None]
+        alpha = jax.nn.sigmoid(_each(rows, of_s) + seen + bias)
+        mixed = jnp.sum(alpha * found, axis=0) @ project + jnp.sum(alpha, axis=0) * shift
+        return mixed.reshape(b, n, d)
+
+
+def _each(rows: Float[Array, "r d"], kernels: Float[Array, "levels d o"]) -> Float[Array, "levels r o"]:
+    """Rows by the kernel of every level, as one dense product."""
+    count, d, o = kernels.shape
+    return jnp.moveaxis((rows @ kernels.swapaxes(0, 1).reshape(d, -1)).reshape(-1, count, o), 1, 0)
+
+
+class MultiLevelMAE(MAE):
+    """A masked autoencoder whose decoder blocks attend to the outputs of all encoder blocks."""
+
+    def __init__(self, *, gate: str = "channel", normed: bool = True, **mae: Any):
+        block = partial(MultiLevelBlock, levels=mae["depth"], level_width=mae["width"], gate=gate, normed=normed)
+        super().__init__(decoder_block=block, **mae)
+
+    def encode(self, tokens: Float[Array, "b k d"]) -> Float[Array, "levels b k+1 d"]:
+        """Outputs of all encoder blocks over the given tokens, class token first; no norm applied."""
+        return self.encoder.outputs(self.with_class(tokens))
+
+    def decode(
+        self, latent: Float[Array, "levels b k+1 d"], restore: Int[Array, "b n"], *context: Array
+    ) -> Float[Array, "b n v"]:
+        """A prediction for every token from what `encode` gives, in float32; hidden places hold the mask token."""
+        return super().decode(self.encoder_norm(latent[-1]), restore, latent, *context)

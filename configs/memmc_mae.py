@@ -91,15 +91,18 @@ def get_config(preset: str = "phantom") -> ConfigDict:
     c.checkpoint_every = 500
     if preset in ("phantom", "smoke"):
         c.data.phantom = "chest"
-        c.data.size, c.model.patch = (64, 64), (8, 8)
+        c.data.size, c.data.crop_scale, c.model.patch = (64, 64), (), (8, 8)
         c.model.width, c.model.depth, c.model.heads = 128, 4, 4
         c.model.decoder_width = 64
+        c.evaluation.window, c.evaluation.scales = (7, 7), (0.2, 0.4, 0.4)
     if preset in ("phantom3d", "small3d"):
         c.data.size, c.data.channels, c.model.channels = (32, 32, 8), 2, 2
         c.data.axes, c.data.spacing, c.data.join = "PLS", (), "same"
         c.data.crop, c.data.region, c.data.normalise = "none", "nonzero", "region"
         c.data.crop_least, c.data.crop_most, c.data.crop_margin = (), (), 0.0
-        c.data.widen_test_crops, c.data.mean, c.data.std = False, 0.5, 0.25
+        c.data.widen_test_crops = False
+        with c.data.ignore_type():
+            c.data.mean, c.data.std = 0.5, 0.25
         c.data.clip, c.data.crop_scale, c.data.flips = (0.001, 1.5), (), (0, 1)
         c.data.normal_crops_only, c.data.least_region, c.data.crops_on = True, 0.5, "auto"
         c.model.patch = (4, 4, 2)
@@ -115,7 +118,7 @@ def get_config(preset: str = "phantom") -> ConfigDict:
         c.data.phantom = "breast"
         c.data.region, c.data.normal_crops_only, c.data.least_region, c.data.normalise = "", False, 0.0, "crop"
     if preset == "smoke":
-        c.data.size, c.model.patch = (32, 32), (8, 8)
+        c.data.size = (32, 32)
         c.model.width, c.model.depth, c.model.heads, c.model.memory = 48, 3, 3, 4
         c.model.decoder_width, c.model.decoder_depth = 32, 1
         c.train.steps, c.train.batch = 20, 8

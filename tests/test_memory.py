@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 WIDTH, HEADS, SLOTS = 12, 3, 5
 TINY = dict(size=(8, 12), patch=(4, 4), channels=1, width=24, depth=3, heads=2)
-TINY |= dict(decoder_width=16, decoder_depth=2, decoder_heads=2)
+TINY |= dict(decoder_width=16, decoder_depth=1, decoder_heads=2)
 
 
 def softmax(x):
@@ -157,25 +157,26 @@ def test_closed_gates_leave_the_plain_decoder_block():
 
 
 def test_an_unknown_gate_is_refused():
-    with pytest.raises(InputError, match="model.gate is 'row': one of channel, token"):
+    with pytest.raises(InputError, match=r"model\.gate is 'row': one of channel, token"):
         MultiLevelBlock(WIDTH, HEADS, 2.0, jnp.float32, levels=3, level_width=10, gate="row", rngs=nnx.Rngs(0))
 
 
-@pytest.mark.parametrize("size, patch", [((8, 12), (4, 4)), ((8, 8, 4), (4, 4, 2))], ids=["2D", "3D"])
-def test_the_network_decodes_from_the_outputs_of_all_encoder_blocks(size, patch):
-    shape = TINY | dict(size=size, patch=patch, memory=4, long_skips=True)
-    mae = randomised(MultiLevelMAE(**shape, rngs=nnx.Rngs(0)))
+def test_the_network_decodes_from_the_outputs_of_all_encoder_blocks():
+    size, patch = (8, 8, 4), (4, 4, 2)
+    mae = randomised(MultiLevelMAE(**TINY | dict(size=size, patch=patch, memory=4), rngs=nnx.Rngs(0)))
     count, values = int(np.prod(np.array(size) // patch)), int(np.prod(patch))
     patches, keep = tokens(2, count, values), np.array([[1, 3], [0, 2]])
     restore = np.argsort(np.concatenate([keep, [[i for i in range(count) if i not in row] for row in keep]], 1), 1)
     assert jitted(mae, patches, keep, restore).shape == patches.shape
+
+    noise = tokens(2, 3, 24, seed=3)  # a norm takes away what is added to all channels alike
 
     def loss(at, patches):
         graph, params = nnx.split(mae)
         model = nnx.merge(graph, params)
         levels = model.encode(jnp.take_along_axis(model.embed(patches), keep[..., None], 1))
         assert levels.shape == (3, 2, 3, 24)
-        return jnp.sum(model.decode(levels.at[at].add(0.3), restore))
+        return jnp.sum(model.decode(levels.at[at].add(noise), restore))
 
     loss = jax.jit(loss)
     values = [float(loss(level, patches)) for level in range(3)]  # every level counts, each in its own way

@@ -92,7 +92,7 @@ def build(config: ConfigDict) -> System:
         image, _ = prepared(batch["image"])
         if data.crop_scale:
             image = jax.vmap(partial(random_resized_crop, scale=tuple(data.crop_scale)))(image, crop)
-        image = jax.vmap(partial(random_flip, axes=tuple(data.flips)))(image, flip)
+        image = jax.vmap(partial(random_flip, axes=tuple(int(axis) for axis in data.flips)))(image, flip)
 
         def loss(params):
             return masked_loss(mae_of(params), image, mask, patch=patch, ratio=train.mask_ratio, masks=1)

@@ -24,6 +24,8 @@ def small_system(*changes: str, name: str = "amae"):
     tiny = {"model.width": 24, "model.heads": 2, "model.decoder_width": 16, "model.decoder_heads": 2}
     if name == "ppii":
         tiny = {"data.size": (16, 16), "model.widths": (3, 4), "model.base": 3, "variant": "paper"}
+    elif name == "memmc_mae":
+        tiny |= {"data.size": (16, 16), "model.memory": 3, "evaluation.scales": (1.0,), "evaluation.window": (3, 3)}
     elif name == "amae":
         tiny |= {"data.size": (32, 32), "model.patch": (8, 8), "proxy.head": (16, 8)}
     else:
@@ -97,4 +99,6 @@ if __name__ == "__main__":
     mapped |= mapped_against_jitted(*small_system(name="maemi"), crops)
     images = mapped_against_jitted(*small_system(name="ppii"), small)
     mapped |= {f"anomalies {name}": found for name, found in images.items()}
+    levels = mapped_against_jitted(*small_system(name="memmc_mae"), small)
+    mapped |= {f"levels {name}": found for name, found in levels.items()}
     print(json.dumps({"code": code, "indivisible": wrong, "mapped": mapped}))

@@ -36,7 +36,7 @@ ABLATION = {name: VARIANTS[name] for name in ("MAE", "memory")} | {
 }
 PARTS: dict[str, dict[str, dict[str, Any]]] = {
     "cxr_peds": {"MemMC-MAE": {}},
-    "endoscopy": {"MemMC-MAE": {}},
+    "endoscopy": {"MemMC-MAE": {"data.channels": 3, "model.channels": 3}},
     "ablation": {name: changes | {"replicates": 3, "budget": 0.5} for name, changes in ABLATION.items()},
 }
 

@@ -52,6 +52,7 @@ from jmae.system import Results, Sweep, System, load_system, stage_keys
 from jmae.windows import average, inside, tile
 
 WHOLE = "whole"  # the part that is the split itself
+SECONDS_BETWEEN_LINES = 20  # while volumes are scored
 CENTRAL = 0.8  # share of each axis that the central crop keeps
 
 
@@ -260,8 +261,12 @@ def volume_results(
 ) -> Iterator[Result]:
     """Each row prepared, scored and put back on its own grid. ours: a map's score is the mean of its highest voxels in
     the region, a share `evaluation.top` of them (the paper scores voxels only)."""
-    for row, volume in zip(rows, ahead(partial(prepared, data=config.data), rows), strict=True):
+    said = time.monotonic()
+    for i, (row, volume) in enumerate(zip(rows, ahead(partial(prepared, data=config.data), rows), strict=True)):
         began = time.monotonic()
+        if began - said > SECONDS_BETWEEN_LINES:
+            said = began
+            log(f"{i} of {len(rows)} volumes scored")
         out = run(volume, case_words(row.id))
         top = lambda m, region: top_mean(m, region, config.evaluation.top)
         scores = {name: np.array([top(m, volume.region) for m in maps]) for name, maps in out["maps"].items()}

@@ -4,7 +4,8 @@
 Every synthetic anomaly on one image, or on several: a row a generator, with the clean image and then each draw beside
 its target. What is pasted comes from the image itself; of several, for the generators that mix two images, from the
 next one. Of a volume the slice of the last axis is shown where the target is largest. Images are resized to --size, by
-default 256,256, and of volumes to at most 96 an axis. Exit codes: 0 done; 2 the input or the environment is wrong.
+default 256,256, and of volumes to at most 96 an axis. A target's colours go to its own maximum.
+Exit codes: 0 done; 2 the input or the environment is wrong.
 """
 
 import contextlib
@@ -31,6 +32,7 @@ from jmae.data.files import read_image
 from jmae.data.transforms import grey, resize, to_unit
 from jmae.errors import InputError, exit_code
 from jmae.recipe import arguments, nearest, typed
+from jmae.run_folder import log
 
 SIDE, VOLUME_SIDE = 256, 96  # voxels of an axis: of an image; of a volume at most
 MOST = 20  # draws, and images: a picture holds 65536 pixels an axis
@@ -101,6 +103,7 @@ def main(argv: list[str]) -> None:
     if out.resolve() in [Path(path).resolve() for path in paths]:
         raise InputError(f"--out={out}: would replace the image: write another name")
     save(picture(images, [Path(path).name for path in paths], rows, seed=seed, draws=draws), out)
+    log(f"gallery: {out}")
 
 
 def _is_value(argv: Sequence[str], i: int) -> bool:
@@ -187,12 +190,14 @@ def picture(
                 )
                 if 0 < result.target.max() and result.target.min() < result.target.max():
                     beside.contour(result.target, [result.target.max() / 2], colors="#ff8c2b", linewidths=0.8)
-                show(below, result.target, f"target, at most {result.target.max():.2g}", "inferno")
+                most = result.target.max()
+                show(below, result.target / (most or 1), f"target, at most {most:.2g}", "inferno")
+            log(f"{name}: {row.title}")
     return figure
 
 
 def show(axes: Axes, array: np.ndarray, title: str, colours: str = "gray") -> None:
-    """One picture; the scale of all is 0 to 1."""
+    """One picture; its scale is 0 to 1."""
     axes.imshow(array, cmap=colours, vmin=0, vmax=1)
     axes.set_title(title.replace("$", r"\$"), fontsize=7)
     axes.set_axis_off()

@@ -173,7 +173,7 @@ def scorer(config: ConfigDict, system: System, results: Results) -> Callable[[Im
     batch = {name: jax.ShapeDtypeStruct(shapes[name], types[name], sharding=split(mesh)) for name in shapes}
     program = jax.jit(score, static_argnums=3, out_shardings=replicated(mesh))
     compiled, chunk = fitting(
-        lambda chunk: program.lower(results, batch, keys, chunk), config.evaluation.chunk or system.masks
+        lambda chunk: program.lower(results, batch, keys, chunk), config.evaluation.get("chunk") or system.masks
     )
     if chunk < system.masks:
         log(f"scoring {chunk} of {system.masks} masks at a time")
@@ -675,8 +675,8 @@ def evaluate(
         }
         evaluation |= found.pop(WHOLE) | {"n": len(own.rows), "subsets": found}
         evaluation |= of_scores(own, gathered.scores[system.primary][:, own.known], stream.on_val)
-        if system.primary in parts[WHOLE].pixels.pooled:
-            evaluation["per_patient"] = parts[WHOLE].pixels.per_patient(system.primary, list(evaluation["scores"]))
+        if (shown := system.map or system.primary) in parts[WHOLE].pixels.pooled:
+            evaluation["per_patient"] = parts[WHOLE].pixels.per_patient(shown, list(evaluation["scores"]))
 
     means = {name: values.mean(0) for name, values in gathered.scores.items()}
     further = [name for name in means if name != system.primary]
@@ -733,9 +733,9 @@ def gather(
                 if truth:
                     part.pixels.add(row, *truth, own)
                 part.pixels.close(row)
-        if system.primary not in result.maps:
+        if (shown := system.map or system.primary) not in result.maps:
             continue
-        mean = result.maps[system.primary].mean(0)
+        mean = result.maps[shown].mean(0)
         picture, confidence = (
             None if each is None else each.mean(0) for each in (result.reconstruction, result.confidence)
         )
@@ -774,6 +774,7 @@ def part_figures(
     others += [f"low {m}" for m in others if m.startswith("brightness") and system.sweep]
     baseline = figures(of(cheap), others, part.pixels, rows, draws, stream.thresholds)
     top = scores.get(system.primary, {"image": None, "pixel": None})
+    top = top | {"pixel": scores.get(system.map, top)["pixel"]}
     return {"n": int(part.inside.sum()), **top, "scores": scores, "baselines": better_ends(baseline)}
 
 

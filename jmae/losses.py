@@ -41,3 +41,31 @@ def hierarchical_loss(
     entropies = [jnp.sum(soft_cross_entropy(s, y)) for s in accumulated(logits)]
     divergences = [4**i * jnp.sum(gaussian_kl(*pair)) for i, pair in enumerate(zip(q, p, strict=True))]
     return sum(entropies + divergences, jnp.float32(0)) / len(y)
+
+
+def discriminator_loss(real: Float[Array, " b"], fake: Float[Array, " b"]) -> Float[Array, ""]:
+    """-mean[log D(I) + log(1 - D(G(I)))] of logits: the binary cross-entropies of real images as 1 and made ones as 0,
+    added (SimSID report, Alg. 4.11; its Eq. 5.6 is what D maximises)."""
+    return jnp.mean(jax.nn.softplus(-real)) + jnp.mean(jax.nn.softplus(fake))
+
+
+def kl_divergence(p: Float[Array, "b n"], q: Float[Array, "b n"]) -> Float[Array, " b"]:
+    """KL(P || Q) of each pair of rows of masses, to which 1e-10 is added and which are then made to sum to one
+    (SimSID report, Eq. 5.2). Rounding below 0 is 0."""
+    p, q = (x / jnp.sum(x, -1, keepdims=True) for x in (p + 1e-10, q + 1e-10))
+    return jnp.maximum(jnp.sum(p * (jnp.log(p) - jnp.log(q)), -1), 0)
+
+
+def pixel_kl(image: Float[Array, " b *size"], made: Float[Array, " b *size"]) -> Float[Array, " b"]:
+    """KL of images in [0, 1] (others are clipped) whose pixels are the masses; near 1/2 MSE / mean^2."""
+    return kl_divergence(*(jnp.clip(x, 0, 1).reshape(len(x), -1) for x in (image, made)))
+
+
+def histogram_kl(image: Float[Array, " b *size"], made: Float[Array, " b *size"]) -> Float[Array, " b"]:
+    """KL of the histograms of 256 equal bins of images in [0, 1] (others are clipped)."""
+
+    def histogram(x: Array) -> Array:
+        bins = jnp.minimum(jnp.clip(x, 0, 1) * 256, 255).astype(jnp.int32)
+        return jnp.zeros(256).at[bins.ravel()].add(1 / bins.size)
+
+    return kl_divergence(jax.vmap(histogram)(image), jax.vmap(histogram)(made))

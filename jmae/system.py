@@ -17,7 +17,7 @@ from jmae.errors import InputError
 from jmae.nn.mae import MAE
 from jmae.patches import sincos_positions
 
-SYSTEMS = ("amae", "maemi", "memmc_mae", "ppii")
+SYSTEMS = ("amae", "maemi", "memmc_mae", "ppii", "simsid")
 
 Results = Mapping[str, Mapping[str, PyTree]]  # by stage: {"params", "stats"} of its last step
 
@@ -100,8 +100,9 @@ class System(NamedTuple):
     score(results, batch, key, *, chunk=None) -> {"maps": {NAME: (b, *size)}, "scores": {NAME: (b,)}} and, where there
     is one, "reconstruction": (b, *size, c) in the images' own range, and "confidence": (b, *size), the deviation of the
     primary map over the system's samples. Higher is more abnormal; `chunk` masks (or samples) at a time. `masks` is how
-    many one pass has. `uses` names the stages whose results `score` reads, `primary` the score that
-    stands for the system. A system of volumes has a `sweep` instead of `score` and `masks`.
+    many one pass has. `uses` names the stages whose results `score` reads, `primary` the score that stands for the
+    system, and `map` the map that does, where the primary score has none. A system of volumes has a `sweep` instead of
+    `score` and `masks`.
     """
 
     name: str
@@ -111,6 +112,7 @@ class System(NamedTuple):
     primary: str
     masks: int = 1
     sweep: Sweep | None = None
+    map: str = ""
 
 
 def load_system(config: ConfigDict) -> System:

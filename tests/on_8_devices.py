@@ -26,6 +26,9 @@ def small_system(*changes: str, name: str = "amae"):
         tiny = {"data.size": (16, 16), "model.widths": (3, 4), "model.base": 3, "variant": "paper"}
     elif name == "memmc_mae":
         tiny |= {"data.size": (16, 16), "model.memory": 3, "evaluation.scales": (1.0,), "evaluation.window": (3, 3)}
+    elif name == "simsid":
+        tiny = {"data.size": (16, 16), "model.patch": (4, 4), "model.widths": (3, 4), "model.discriminator": (3, 4)}
+        tiny |= {"model.features": 8, "model.width": 8, "joint.widths": (4, 4, 4), "joint.critic": 1}
     elif name == "amae":
         tiny |= {"data.size": (32, 32), "model.patch": (8, 8), "proxy.head": (16, 8)}
     else:
@@ -97,8 +100,12 @@ if __name__ == "__main__":
     code += exit_code(train.main, arguments(Path(manifest), Path(volumes), *EIGHT))
     mapped = mapped_against_jitted(*small_system("pretrain.augment=false", "adapt.augment=false"), batch)
     mapped |= mapped_against_jitted(*small_system(name="maemi"), crops)
-    images = mapped_against_jitted(*small_system(name="ppii"), small)
-    mapped |= {f"anomalies {name}": found for name, found in images.items()}
-    levels = mapped_against_jitted(*small_system(name="memmc_mae"), small)
-    mapped |= {f"levels {name}": found for name, found in levels.items()}
+    for title, name, *changes in (
+        ("anomalies", "ppii"),
+        ("levels", "memmc_mae"),
+        ("report", "simsid", "variant=report"),
+        ("official", "simsid", "variant=official"),
+    ):
+        found = mapped_against_jitted(*small_system(*changes, name=name), small)
+        mapped |= {f"{title} {stage}": both for stage, both in found.items()}
     print(json.dumps({"code": code, "indivisible": wrong, "mapped": mapped}))

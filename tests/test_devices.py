@@ -71,7 +71,7 @@ def test_one_device_and_eight_train_alike_on_crops_and_give_the_same_volumes_map
         np.testing.assert_allclose(b, a, rtol=1e-3, atol=1e-4 * np.abs(a).max())
 
 
-@pytest.mark.parametrize("stage", ["pretrain", "labels", "module_a", "module_b", "train"])
+@pytest.mark.parametrize("stage", ["pretrain", "labels", "module_a", "module_b", "train", "levels train"])
 def test_under_pmap_a_step_equals_the_jitted_one(on_eight, stage):
     for half in (0, 1):
         metrics, moments, shapes, finite = on_eight[1]["mapped"][f"{stage} {half}"]
@@ -81,6 +81,20 @@ def test_under_pmap_a_step_equals_the_jitted_one(on_eight, stage):
 def test_under_pmap_sources_and_batch_statistics_are_those_of_the_whole_batch(on_eight):
     for half in (0, 1):
         metrics, moments, shapes, finite = on_eight[1]["mapped"][f"anomalies train {half}"]
+        assert metrics < 1e-4 and moments < 1e-3 and shapes and finite
+
+
+@pytest.mark.parametrize("stage", ["report teacher", "report memory", "report student", "report discriminator"])
+def test_under_pmap_simsid_s_memory_is_written_in_the_order_of_the_whole_batch(on_eight, stage):
+    for half in (0, 1):
+        metrics, moments, shapes, finite = on_eight[1]["mapped"][f"{stage} {half}"]
+        assert metrics < 1e-4 and moments < 1e-3 and shapes and finite
+
+
+@pytest.mark.parametrize("stage", ["report calibration", "official joint", "official calibration"])
+def test_under_pmap_calibration_and_the_alternating_step_are_those_of_the_whole_batch(on_eight, stage):
+    for half in (0, 1):
+        metrics, moments, shapes, finite = on_eight[1]["mapped"][f"{stage} {half}"]
         assert metrics < 1e-4 and moments < 1e-3 and shapes and finite
 
 

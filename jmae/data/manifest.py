@@ -7,6 +7,7 @@ columns are carried along. `image` may join channels and `post` phases by ";". P
 
 import csv
 import difflib
+import hashlib
 import io
 import math
 import os
@@ -18,6 +19,7 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Bool
 
 from jmae.data.files import Image, image_size, read_image, read_mask
 from jmae.errors import InputError
@@ -167,6 +169,15 @@ def summary(rows: Sequence[Row], ignored: Mapping[str, int] = MappingProxyType({
 
 
 _KINDS = {0: "normal", 1: "abnormal", None: "of unknown label"}
+
+
+def held_out(rows: Sequence[Row], share: float) -> Bool[np.ndarray, " n"]:
+    """Which train rows a share of the patients holds, rounded up: those with the smallest digest of their name, whole
+    patients; none of fewer than ten."""
+    digest = lambda name: hashlib.sha256(name.encode()).hexdigest()
+    names = sorted({row.patient or row.id for row in rows if row.split == "train"}, key=digest)
+    held = set(names[: math.ceil(share * len(names)) if len(names) >= 10 else 0])
+    return np.array([row.split == "train" and (row.patient or row.id) in held for row in rows], bool)
 
 
 def _cells(path: str | os.PathLike, problems: dict[str, list[str]]) -> Iterable[tuple[int, dict[str, str]]]:

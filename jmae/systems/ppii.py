@@ -10,8 +10,6 @@ is put in: the paper's generator (`paper`), the authors' file (`released`), ours
 their spread the confidence.
 """
 
-import hashlib
-import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -26,7 +24,7 @@ from ml_collections import ConfigDict
 from jmae.anomalies.cutpaste import cutpaste
 from jmae.anomalies.interpolation import PRESETS, SHAPES, fpi, pii, ppii
 from jmae.anomalies.nsa import nsa
-from jmae.data.manifest import Row
+from jmae.data.manifest import Row, held_out
 from jmae.data.transforms import random_flip, random_warp
 from jmae.data.volumes import check_settings
 from jmae.errors import InputError
@@ -39,19 +37,6 @@ from jmae.system import Check, Stage, State, Sweep, System, averaged, compute_ty
 
 BACKBONES = ("unet", "mc_unet", "phiseg")
 OTHERS: dict[str, Callable] = {"pii": pii, "fpi": fpi, "cutpaste": cutpaste, "nsa": nsa}
-
-
-def held_out(rows: list[Row], share: float) -> Bool[np.ndarray, " n"]:
-    """Which train rows a share of the patients holds, rounded up: those with the smallest digest of their name, whole
-    patients; none of fewer than ten."""
-    names = sorted({row.patient or row.id for row in rows if row.split == "train"}, key=digest)
-    held = set(names[: math.ceil(share * len(names)) if len(names) >= 10 else 0])
-    return np.array([row.split == "train" and (row.patient or row.id) in held for row in rows], bool)
-
-
-def digest(name: str) -> str:
-    """What names are put in order by."""
-    return hashlib.sha256(name.encode()).hexdigest()
 
 
 def build(config: ConfigDict) -> System:

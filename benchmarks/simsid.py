@@ -1,0 +1,321 @@
+"""SimSID: its training steps and a scored image against plain PyTorch, and its settings on phantoms and chest X-rays.
+
+    python -m benchmarks.simsid speed                    # the phantoms' sizes; --paper: 128 px and the report's widths
+    python -m benchmarks.simsid phantoms                 # both variants
+    python -m benchmarks.simsid volumes                  # 3D phantoms
+    JMAE_DATA=FOLDER python -m benchmarks.simsid cxr_peds # variants, adversarial term, encoder, memory levels, centre
+
+PyTorch has the report's networks, retrieval and transformer, once with the patches and positions in Python loops, as
+the report's listings have them, and once with them as a batch. Settings train with `python -m jmae.train --config
+configs/simsid.py`; further --config.KEY=VALUE are passed on, `--only NAME ...` runs some. Printed are all scores beside
+the cheap baselines, and the training MSE beside the report's printed values; benchmarks/results/simsid.json keeps them.
+"""
+
+import argparse
+import json
+import os
+import time
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from benchmarks.maemi import train
+from benchmarks.ppii import without_curves
+from benchmarks.timing import Prepared, interleaved, ratio, table, write
+
+RESULTS = Path(__file__).parent / "results" / "simsid.json"
+PARTS: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
+    "phantoms": ("", {"report": {}, "official": {"variant": "official"}}),
+    "volumes": (":phantom3d", {"report": {}}),
+    "cxr_peds": (
+        ":small",
+        {
+            "report": {},
+            "official": {"variant": "official"},
+            "adversarial": {"student.adversarial": 5e-4},
+            "official, not adversarial": {"variant": "official", "joint.weights.adversarial": 0.0},
+            "random encoder": {"model.encoder": "frozen_random"},
+            "one level": {"memory.levels": 1},
+            "two levels": {"memory.levels": 2},
+            "own place": {"memory.restrict": True},
+            "no inpainting": {"model.inpainting": False},
+            "no distillation": {"student.distillation": 0.0},
+        },
+    ),
+}
+PRINTED = {  # the report's training MSE by epoch; the student's first epoch is 0 there
+    "teacher": {
+        1: 0.3495,
+        2: 0.0608,
+        3: 0.0444,
+        4: 0.0394,
+        5: 0.0372,
+        10: 0.0342,
+        15: 0.0333,
+        20: 0.0323,
+        1000: 0.0029,
+    },
+    "student": {1: 0.0317, 11: 0.0119, 21: 0.0099, 232: 0.0033, 251: 0.0032},
+}
+
+
+# --- speed ------------------------------------------------------------------------------------------------------------
+
+
+def settings(paper: bool) -> Any:
+    """The recipe whose steps are timed."""
+    from jmae import recipe
+
+    return recipe.load("configs/simsid.py:paper" if paper else "configs/simsid.py")
+
+
+def jmae_run(what: str, paper: bool) -> Prepared:
+    """jmae's teacher step, student step or score of a batch, on weights as drawn."""
+    import jax
+    import numpy as np
+
+    from jmae.system import load_system
+
+    config = settings(paper)
+    system, results, key, n = load_system(config), {}, jax.random.key(0), config.teacher.batch
+    image = np.random.default_rng(0).uniform(size=(n, *config.data.size, config.data.channels)).astype(np.float32)
+    batch = {"image": image, "index": np.arange(n, dtype=np.int32), "case": np.zeros((n, 2), np.uint32)}
+    batch = jax.device_put(batch)
+    for stage in system.stages:
+        state = jax.jit(lambda key, results, stage=stage: stage.init(key, results, n))(key, results)
+        results[stage.name] = {"params": state.params, "stats": state.stats}
+        if stage.name == what:
+            break
+    start = time.perf_counter()
+    if what == "score":
+        compiled = jax.jit(lambda results, batch: system.score(results, batch, key)).lower(results, batch).compile()
+        run = lambda: jax.block_until_ready(compiled(results, batch))
+    else:
+        step = lambda state, batch, key: stage.step(state, batch, jax.random.fold_in(key, state.step), steps=1000)
+        state = jax.tree.map(jax.numpy.copy, state)
+        compiled = jax.jit(step, donate_argnums=0).lower(state, batch, key).compile()
+
+        def run() -> None:
+            nonlocal state
+            state, metrics = compiled(state, batch, key)
+            jax.block_until_ready((state, metrics))
+
+    return run, {"compile_s": time.perf_counter() - start}
+
+
+def torch_run(what: str, paper: bool, looped: bool) -> Prepared:
+    """The same in PyTorch, eagerly; with `looped` patches and positions one by one."""
+    import torch
+    from torch import nn
+    from torch.nn import functional as F
+
+    torch.manual_seed(0)
+    config = settings(paper)
+    model, memory, b = config.model, config.memory, config.teacher.batch
+    (height, width), (p, q), d = config.data.size, model.patch, model.features
+    rows, columns = height // p, width // q
+    n, widths = rows * columns, list(model.widths)
+
+    def encoder() -> nn.Module:
+        layers: list[nn.Module] = []
+        for i, o in zip([1, *widths], widths, strict=False):
+            layers += [nn.Conv2d(i, o, 3, padding=1), nn.BatchNorm2d(o), nn.ReLU(), nn.MaxPool2d(2)]
+        cells = (p // 2 ** len(widths)) * (q // 2 ** len(widths))
+        return nn.Sequential(*layers, nn.Flatten(), nn.Linear(cells * widths[-1], d))
+
+    class Generator(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            back, scale = widths[::-1], 2 ** len(widths)
+            self.start = (back[0], height // scale, width // scale)
+            self.dense = nn.Linear(n * d, back[0] * self.start[1] * self.start[2])
+            pairs = pairwise(back)
+            self.layers = nn.ModuleList(
+                nn.Sequential(nn.ConvTranspose2d(i, o, 4, 2, 1), nn.BatchNorm2d(o), nn.ReLU()) for i, o in pairs
+            )
+            self.out = nn.ConvTranspose2d(back[-1], 1, 4, 2, 1)
+
+        def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+            x, xs = self.dense(x.flatten(1)).view(-1, *self.start), []
+            for layer in self.layers:
+                x = layer(x)
+                xs.append(x)
+            return [*xs, self.out(x)]
+
+    def discriminator() -> nn.Module:
+        chain, layers = list(model.discriminator), list[nn.Module]()
+        for i, (a, o) in enumerate(zip([1, *chain], chain, strict=False)):
+            layers += [nn.Conv2d(a, o, 5, 2, 2), *([nn.BatchNorm2d(o)] if i else []), nn.LeakyReLU(0.2)]
+        return nn.Sequential(*layers, nn.Flatten(), nn.LazyLinear(1))
+
+    class Inpainting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.project = nn.Linear(memory.levels * d, model.width)
+            self.positions = nn.Parameter(torch.randn(9, model.width) * 0.02)
+            layer = nn.TransformerEncoderLayer(model.width, model.heads, model.mlp, model.dropout, batch_first=True)
+            self.layers = nn.TransformerEncoder(layer, model.depth, enable_nested_tensor=False)
+            self.out = nn.Linear(model.width, d)
+
+    places = torch.arange(n).view(rows, columns)
+    padded = F.pad(places, (1, 1, 1, 1), value=n)  # row n is zeros
+    around = [[padded[r + i, c + j] for i in range(3) for j in range(3)] for r in range(rows) for c in range(columns)]
+    order = torch.tensor(around)[:, [0, 1, 2, 3, 5, 6, 7, 8, 4]]
+    matrices = [torch.randn(m, d) for m in (n, -(-rows // 2) * -(-columns // 2), 1)][: memory.levels]
+
+    def retrieve(f: torch.Tensor, matrix: torch.Tensor, noisy: bool) -> torch.Tensor:
+        scores = f @ matrix.T
+        scores = scores - torch.log(-torch.log(torch.rand_like(scores))) if noisy else scores
+        soft = torch.softmax(scores / memory.temperature, -1)
+        best, index = soft.topk(min(memory.top_k, len(matrix)), -1)
+        hard = torch.zeros_like(soft).scatter(-1, index, best / best.sum(-1, keepdim=True))
+        return ((hard - soft).detach() + soft) @ matrix
+
+    def features(net: nn.Module, image: torch.Tensor) -> torch.Tensor:
+        patches = image.unfold(2, p, p).unfold(3, q, q).reshape(len(image), 1, n, p, q).transpose(1, 2)
+        if looped:
+            return torch.stack([net(patches[:, i]) for i in range(n)], 1)
+        return net(patches.reshape(-1, 1, p, q)).view(len(image), n, d)
+
+    def inpainted(net: Inpainting, f: torch.Tensor, noisy: bool) -> torch.Tensor:
+        if looped:
+            each = [torch.cat([retrieve(f[:, i], m, noisy) for m in matrices], -1) for i in range(n)]
+            x = torch.stack([net.project(one) for one in each], 1)
+        else:
+            x = net.project(torch.cat([retrieve(f, m, noisy) for m in matrices], -1))
+        x = torch.cat([x, torch.zeros_like(x[:, :1])], 1)
+        if looped:
+            tokens = [torch.stack([x[:, k] for k in order[i]], 1) + net.positions for i in range(n)]
+            return torch.stack([net.out(net.layers(one)[:, -1]) for one in tokens], 1)
+        tokens = (x[:, order] + net.positions).flatten(0, 1)
+        return net.out(net.layers(tokens)[:, -1]).view(len(f), n, d)
+
+    enc, teacher, student, inpainting, judge = encoder(), Generator(), Generator(), Inpainting(), discriminator()
+    image = torch.rand(b, 1, height, width)
+    judge(image)
+    trained = {"teacher": [enc, teacher], "student": [student, inpainting], "score": []}[what]
+    for net in (enc, teacher, student, inpainting, judge):
+        net.train(net in trained)
+    parameters = [p for net in trained for p in net.parameters()]
+    adam = torch.optim.Adam(parameters, 1e-4, (0.5, 0.999)) if parameters else None
+
+    def loss() -> torch.Tensor:
+        if what == "teacher":
+            return F.mse_loss(teacher(features(enc, image))[-1], image)
+        with torch.no_grad():
+            f = features(enc, image)
+            shown = teacher(f)
+        xs = student(inpainted(inpainting, f, True))
+        return F.mse_loss(xs[-1], image) + 0.1 * sum(F.mse_loss(x, z) for x, z in zip(xs, shown, strict=True))
+
+    @torch.no_grad()
+    def score() -> None:
+        made = student(inpainted(inpainting, features(enc, image), False))[-1]
+        judge(made), judge(image), (made - image).abs(), (made - image) ** 2
+
+    def step() -> None:
+        assert adam
+        adam.zero_grad()
+        loss().backward()
+        adam.step()
+
+    return (score if what == "score" else step), {}
+
+
+def speed(paper: bool, rounds: int) -> None:
+    """Prints and writes milliseconds and ratios."""
+    for what in ("teacher", "student", "score"):
+        given = {"what": what, "paper": paper}
+        contestants = {
+            "jmae": ("benchmarks.simsid:jmae_run", given),
+            "PyTorch, loops": ("benchmarks.simsid:torch_run", given | {"looped": True}),
+            "PyTorch, batch": ("benchmarks.simsid:torch_run", given | {"looped": False}),
+        }
+        results: dict[str, Any] = interleaved(contestants, rounds=rounds)
+        ratios = {name: ratio(results[name], results["jmae"]) for name in contestants if name != "jmae"}
+        lines = [
+            (
+                what,
+                name,
+                1e3 * r["median_s"],
+                1e3 * r["cpu_median_s"],
+                r["peak_mib"],
+                ratios.get(name, {}).get("median", 1.0),
+            )
+            for name, r in results.items()
+        ]
+        print(table(("batch of 16", "by", "ms", "CPU ms", "MiB", "times jmae"), lines))
+        write(RESULTS, f"speed, {what}{', paper' * paper}", {"results": results, "ratios": ratios})
+
+
+# --- settings ---------------------------------------------------------------------------------------------------------
+
+
+def curves(workdir: Path) -> dict[str, dict[int, float]]:
+    """Training MSE of teacher and student at the epochs that the report prints, where they were trained so long."""
+    from jmae import recipe
+    from jmae.data.loader import load_rows
+    from jmae.run_folder import read_history
+    from jmae.systems.simsid import trained
+
+    config = recipe.read(workdir)
+    n, out = len(trained(config, load_rows(config, lambda text: None))), {}
+    for stage, printed in PRINTED.items():
+        lines = [
+            (h["step"], h.get("mse", h.get("loss")))
+            for h in read_history(workdir / "metrics.jsonl")
+            if h["stage"] == stage and "loss" in h
+        ]
+        ends = {epoch: epoch * max(1, n // config[stage].batch) for epoch in printed}
+        near = lambda end, lines=lines: min(lines, key=lambda line: abs(line[0] - end))[1]
+        out[stage] = {epoch: near(end) for epoch, end in ends.items() if lines and end <= lines[-1][0]}
+    return out
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("speed", *PARTS))
+    parser.add_argument("--paper", action="store_true")
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--only", nargs="+", default=[])
+    parser.add_argument("--workdir", type=Path, default=Path("runs/simsid-accuracy"))
+    options, overrides = parser.parse_known_args()
+    if wrong := [override for override in overrides if not override.startswith("--config.")]:
+        parser.error(f"{wrong[0]} is unknown; recipe values are --config.KEY=VALUE")
+    if options.what == "speed":
+        return speed(options.paper, options.rounds)
+    preset, changes = PARTS[options.what]
+    pack = Path(os.environ.get("JMAE_DATA", "")) / options.what / "manifest.csv"
+    real = options.what == "cxr_peds"
+    if real and (not os.environ.get("JMAE_DATA") or not pack.is_file()):
+        print(f"not run: {pack} is not there; set JMAE_DATA to the folder of the packs")
+        return None
+    rows, epochs = list[tuple[Any, ...]](), list[tuple[Any, ...]]()
+    for name, change in changes.items():
+        if options.only and name not in options.only:
+            continue
+        given = [f"--config.{key}={value}" for key, value in change.items()]
+        given += [f"--config.data.manifest={pack}"] if real else []
+        workdir = options.workdir / f"{options.what}-{name.replace(', ', '-').replace(' ', '-')}"
+        result = train([f"--config=configs/simsid.py{preset}", *given, *overrides], workdir)
+        found = json.loads((workdir / "evaluation" / "metrics.json").read_text())
+        result |= {key: found[key] for key in ("primary", "scores", "baselines", "decision")}
+        result["mse_by_epoch"] = curves(workdir) if change.get("variant") != "official" else {}
+        write(RESULTS, f"{options.what}, {name}", without_curves(result))
+        for kind in ("scores", "baselines"):
+            for score, part in found[kind].items():
+                image, pixel = part["image"] or {}, part["pixel"] or {}
+                low, high = image.get("auroc_ci") or ("", "")
+                mark = " *" * (score == found["primary"])
+                rows.append(
+                    (name, score + mark, image.get("auroc", ""), low, high, image.get("ap", ""), pixel.get("auroc", ""))
+                )
+        for stage, at in result["mse_by_epoch"].items():
+            epochs += [(name, stage, epoch, value, PRINTED[stage][epoch]) for epoch, value in at.items()]
+    print(table(("setting", "score", "image AUROC", "from", "to", "AP", "pixel AUROC"), rows))
+    print(table(("setting", "stage", "epoch", "training MSE", "report's"), epochs))
+    return None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,616 @@
+"""SimSID: features of patches inpainted from a memory of normal anatomy; what a discriminator then takes for unreal.
+
+"Unsupervised anomaly detection using SimSID algorithm" (project report, Anna University, 2025; equation and algorithm
+numbers are its), and the method that it simplifies: Xiang et al., SimSID, TPAMI 2024, arXiv 2403.08689; consulted:
+MrGiovanni/SimSID and tiangexiang/SQUID. The networks and what of them is ours: jmae/nn/simsid.py.
+
+Variants: `report`, in the one reading in which its listings agree, and `official`, the published SimSID. Stages of the
+first: `teacher` (encoder and generator), `memory` (ordered passes that write it), `student` (inpainting and generator,
+with distillation), `discriminator`; of the second: `joint`, generator and discriminator in turn. Both end with
+`calibration`: mean and deviation of the discriminator's logits over the training images.
+
+Decided where the report is silent or contradicts itself: one path for training and scoring (its Alg. 4.11 leaves the
+inpainting out); memory is written on training images alone; Eq. 5.7's sign (a real-looking image has a high logit, so
+its score is low); loss weights, rates and epochs as in the recipe.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Bool, Float, PyTree
+from ml_collections import ConfigDict
+
+from jmae.data.manifest import Row, held_out
+from jmae.data.volumes import check_settings
+from jmae.errors import InputError
+from jmae.losses import discriminator_loss, histogram_kl, pixel_kl
+from jmae.masking import sample_keys
+from jmae.nn.simsid import (
+    Discriminator,
+    Encoder,
+    Generator,
+    Inpainting,
+    Windows,
+    hierarchy,
+    recall,
+    summaries,
+    write_all,
+)
+from jmae.patches import grid_of
+from jmae.run_folder import log
+from jmae.system import Check, Results, Stage, State, Sweep, System, averaged, compute_type, network, stats_of, steps_of
+
+SCORES = ("simsid", "difference", "l1", "mse")
+MAPS = ("l1", "mse")
+
+
+class Variant(NamedTuple):
+    """What the scores need of a variant; images are in [0, 1]."""
+
+    stages: tuple[Stage, ...]
+    remake: Callable[[Results, Array], Array]  # images -> the student's images of them
+    judge: Callable[[Results, Array], Array]  # images -> the discriminator's logits, high for real
+
+
+def check(config: ConfigDict) -> None:
+    """Raises InputError on settings that do not fit together."""
+    data, model, memory, joint = config.data, config.model, config.memory, config.joint
+    for key, value, allowed in (
+        ("variant", config.variant, ("report", "official")),
+        ("evaluation.score", config.evaluation.score, SCORES),
+        ("model.encoder", model.encoder, ("joint", "frozen_random")),
+        ("model.centre", model.centre, ("retrieved", "raw", "mask")),
+    ):
+        if value not in allowed:
+            raise InputError(f"{key} is {value!r}: one of {', '.join(allowed)}")
+    sections = (config.teacher, config.student, config.discriminator, joint)
+    validation, shares = config.validation, (joint.translation, joint.scaling, config.validation.held_out)
+    for what, holds in {
+        "data.size: 2 or 3 numbers, 1 or more": len(data.size) in (2, 3) and min(data.size) >= 1,
+        "batches, validation.every, validation.samples and evaluation.batch: 1 or more": min(
+            *(section.batch for section in (*sections, memory)),
+            validation.every,
+            validation.samples,
+            config.evaluation.batch,
+        )
+        >= 1,
+        "learning rates: above 0": min(section.lr for section in sections) > 0,
+        "model.features, model.width, model.depth, model.heads and model.mlp: 1 or more": min(
+            model.features, model.width, model.depth, model.heads, model.mlp
+        )
+        >= 1,
+        "model.widths, model.discriminator and joint.widths: numbers, 1 or more": all(
+            widths and min(widths) >= 1 for widths in (model.widths, model.discriminator, joint.widths)
+        ),
+        "model.dropout: from 0 to below 1": 0 <= model.dropout < 1,
+        "memory.levels: from 1 to 3": 1 <= memory.levels <= 3,
+        "memory.threshold: above 0, to 1": 0 < memory.threshold <= 1,
+        "memory.temperature: above 0": memory.temperature > 0,
+        "memory.top_k, memory.slots, memory.passes, joint.top_k and joint.slots: 1 or more": min(
+            memory.top_k, memory.slots, memory.passes, joint.top_k, joint.slots
+        )
+        >= 1,
+        "memory.ema: from 0 to below 1, with memory.slots=1": 0 <= memory.ema < 1
+        and not (memory.ema and memory.slots > 1),
+        "student.kept and joint.kept: above 0, to 1": all(0 < kept <= 1 for kept in (config.student.kept, joint.kept)),
+        "student.distillation and student.adversarial: not below 0": min(
+            config.student.distillation, config.student.adversarial
+        )
+        >= 0,
+        "joint.critic: 1 or more": joint.critic >= 1,
+        "joint.cosine: above 0": joint.cosine > 0,
+        "joint.translation, joint.scaling and validation.held_out: from 0 to below 1": 0 <= min(shares)
+        and max(shares) < 1,
+    }.items():
+        if not holds:
+            raise InputError(what)
+    if (len(data.size) == 3) != ("join" in data):
+        preset = "phantom3d, with data.phantom= of images of your own" if len(data.size) == 3 else "small"
+        raise InputError(f"data.size has {len(data.size)} axes: take the preset {preset}")
+    if "join" in data:
+        check_settings(data)
+
+
+def build(config: ConfigDict) -> System:
+    """The SimSID system that a recipe describes; raises InputError on settings that do not fit together."""
+    check(config)
+    size, score_name, evaluation = tuple(config.data.size), config.evaluation.score, config.evaluation
+    variant = (report if config.variant == "report" else official)(config)
+    names = tuple(stage.name for stage in variant.stages)
+
+    def logits(results: Results, image: Array) -> tuple[Array, Float[Array, "b 2"]]:
+        """The image made of each, and D of it beside D of the image itself less D of it."""
+        made = variant.remake(results, image)
+        fake, real = variant.judge(results, made), variant.judge(results, image)
+        return made, jnp.stack([fake, real - fake], -1)
+
+    # --- calibration: one sweep over the training images ---------------------------------------------------------
+
+    def calibration_init(key, results, n):
+        stats = {"mean": jnp.zeros(2), "squares": jnp.zeros(2), "count": jnp.int32(0), "left": jnp.int32(n)}
+        return State({}, {}, stats, {name: results[name] for name in names}, jnp.int32(0))
+
+    def calibration_step(state, batch, key, *, steps, axis_name=None):
+        """Means and sums of squared differences to them, merged batch by batch (Chan et al. 1979)."""
+        values, old = gathered(logits(state.frozen, batch["image"])[1], axis_name), state.stats
+        used = (jnp.arange(len(values)) < old["left"])[:, None]
+        own = jnp.sum(used)
+        mean = jnp.sum(used * values, 0) / jnp.maximum(own, 1)
+        squares = jnp.sum(used * (values - mean) ** 2, 0)
+        count, apart = old["count"] + own, mean - old["mean"]
+        stats = {
+            "mean": old["mean"] + apart * own / jnp.maximum(count, 1),
+            "squares": old["squares"] + squares + apart**2 * old["count"] * own / jnp.maximum(count, 1),
+            "count": count,
+            "left": old["left"] - own,
+        }
+        return state._replace(stats=stats, step=state.step + 1), {"logit": stats["mean"][0]}
+
+    # --- score (Eq. 5.7) -----------------------------------------------------------------------------------------
+
+    def judged(results: Results, image: Array) -> tuple[Array, dict[str, Array], dict[str, Array]]:
+        """(made image, maps, scores). A = 1 - sigmoid(z), z the standardised D(made); `difference`, the report's prose:
+        sigmoid of the standardised D(image) - D(made), which is high where the made one looks less real."""
+        made, values = logits(results, image)
+        stats = results["calibration"]["stats"]
+        deviation = jnp.sqrt(stats["squares"] / jnp.maximum(stats["count"], 1))
+        z = (values - stats["mean"]) / (deviation + 1e-8)
+        maps = {"l1": jnp.mean(jnp.abs(image - made), -1), "mse": jnp.mean((image - made) ** 2, -1)}
+        scores = {"simsid": jax.nn.sigmoid(-z[:, 0]), "difference": jax.nn.sigmoid(z[:, 1])}
+        return made, maps, scores | {name: jnp.mean(m, tuple(range(1, m.ndim))) for name, m in maps.items()}
+
+    def score(results, batch, key, *, chunk=None):
+        made, maps, scores = judged(results, batch["image"])
+        return {"maps": maps, "scores": scores, "reconstruction": jnp.clip(made, 0, 1)}
+
+    def window_score(results, image: Array, keys: Array) -> tuple[Array, Array]:
+        """Each window's maps, and its scores as constant maps: ours, as the report has no volumes."""
+        made, maps, scores = judged(results, image)
+        flat = lambda value: jnp.broadcast_to(value.reshape(-1, *[1] * len(size)), image.shape[:-1])
+        every = jnp.stack([maps[name] if name in maps else flat(scores[name]) for name in SCORES], -1)
+        return jnp.concatenate([every, made], -1), jnp.ones((*image.shape[:-1], 1))
+
+    def fuse(averages: Float[Array, "*size k"], inside: Bool[Array, "*size"]) -> dict:
+        maps = {name: jnp.where(inside, averages[..., i], 0) for i, name in enumerate(SCORES)}
+        return {"maps": maps, "reconstruction": averages[..., len(SCORES) :]}
+
+    batch = config.discriminator.batch
+    last = Stage(
+        "calibration",
+        batch,
+        partial(trained, config),
+        lambda n: -(-n // batch),
+        calibration_init,
+        calibration_step,
+        shuffle=False,
+    )
+    stages, uses = (*variant.stages, last), (*names, "calibration")
+    if len(size) == 3:
+        sweep = Sweep(size, tuple(evaluation.stride), 1, window_score, fuse)
+        return System("simsid", stages, None, uses, score_name, sweep=sweep)
+    # A and the difference are of whole images: the picture beside them is |I - made|.
+    return System("simsid", stages, score, uses, score_name, map="" if score_name in MAPS else "l1")
+
+
+def trained(config: ConfigDict, rows: list[Row], results: Results | None = None) -> np.ndarray:
+    """The training rows that are not held out."""
+    held = held_out(rows, config.validation.held_out)
+    return np.array([i for i, row in enumerate(rows) if row.split == "train" and not held[i]], np.int64)
+
+
+def reconstruction_check(config: ConfigDict, make: Callable[[State, Array], Array]) -> Check:
+    """MSE and both forms of Eq. 5.2 of a stage's images of held-out ones (training images where none is held out)."""
+
+    def rows(rows: list[Row]) -> np.ndarray:
+        held = np.flatnonzero(held_out(rows, config.validation.held_out))
+        if not held.size:
+            log("check: on training images, as none is held out (of ten patients or more)")
+        return held if held.size else trained(config, rows)
+
+    def look(state: State, batch: PyTree) -> tuple[State, dict[str, Array]]:
+        image = batch["image"]
+        made = make(state, image)
+        mean = {"check_mse": (image - made) ** 2, "check_kl": pixel_kl(image, made)}
+        mean |= {"check_kl_histogram": histogram_kl(image, made)}
+        return state, {name: jnp.mean(value) for name, value in mean.items()}
+
+    return Check(config.validation.every, config.validation.samples, rows, look)
+
+
+def adam(section: ConfigDict) -> optax.GradientTransformation:
+    """Adam as a stage's section has it."""
+    return optax.adam(section.lr, b1=section.betas[0], b2=section.betas[1])
+
+
+def gathered(values: PyTree, axis_name: str | None) -> PyTree:
+    """The global batch in its order."""
+    return values if axis_name is None else jax.lax.all_gather(values, axis_name, tiled=True)
+
+
+def discriminator_of(config: ConfigDict) -> tuple[Callable, Callable]:
+    """`network` of D."""
+    size, channels = tuple(config.data.size), config.data.channels
+    dtype, widths = compute_type(config), tuple(config.model.discriminator)
+    return network(lambda rngs: Discriminator(size, channels, widths, dtype, rngs=rngs))
+
+
+# --- variant `report` -------------------------------------------------------------------------------------------------
+
+
+def report(config: ConfigDict) -> Variant:
+    """The report's stages."""
+    data, model, memory, student = config.data, config.model, config.memory, config.student
+    size, patch, widths, dtype = tuple(data.size), tuple(model.patch), tuple(model.widths), compute_type(config)
+    grid = grid_of(size, patch)
+    slots, rank = hierarchy(grid, memory.levels), len(size)
+    tokens = len(slots[0])
+    enc_init, enc_of = network(
+        lambda rngs: Encoder(patch, data.channels, widths, model.features, dtype, rngs=rngs),
+    )
+    gen_init, gen_of = network(
+        lambda rngs: Generator(
+            size, tokens * model.features, widths[::-1], data.channels, model.sigmoid, dtype, rngs=rngs
+        )
+    )
+    inp_init, inp_of = network(
+        lambda rngs: Inpainting(
+            rank,
+            memory.levels * model.features,
+            model.features,
+            model.width,
+            model.depth,
+            model.heads,
+            model.mlp,
+            model.dropout,
+            model.centre,
+            dtype,
+            rngs=rngs,
+        )
+    )
+    dis_init, dis_of = discriminator_of(config)
+    together = model.encoder == "joint"
+
+    # --- the path from an image to the student's ---------------------------------------------------------------------
+
+    def features(teacher: PyTree, image: Array) -> Float[Array, "b n d"]:
+        """E(I), frozen."""
+        return enc_of(teacher["params"]["encoder"], teacher["stats"]["encoder"])(image, train=False)
+
+    def inpainted(rows: Array, params: PyTree, f: Array, keys: Array | None = None) -> Float[Array, "b n d"]:
+        """What stands for the features `f`, from the memory's `rows`; with keys under noise and dropout, and patches
+        that keep their own features with probability 1 - kept (SimSID's masked shortcut)."""
+        noise = drop = shortcut = None
+        if keys is not None:
+            noise, drop, shortcut = jnp.moveaxis(jax.vmap(lambda key: jax.random.split(key, 3))(keys), 1, 0)
+        recalled = recall(
+            rows,
+            f,
+            slots,
+            k=memory.top_k,
+            temperature=memory.temperature,
+            weighted=memory.weighted,
+            restrict=memory.restrict,
+            keys=noise,
+        )
+        x = inp_of(params)(recalled, f, grid, drop)
+        if shortcut is None or student.kept == 1:
+            return x
+        mask = jax.vmap(lambda key: jax.random.bernoulli(key, student.kept, (tokens, 1)))(shortcut)
+        return jnp.where(mask, x, f)
+
+    def for_student(results: Results, params: PyTree, f: Array, keys: Array | None = None) -> Array:
+        """The student's input: inpainted features, or without inpainting (Alg. 4.11's listing) E's own."""
+        if not model.inpainting:
+            return f
+        return inpainted(results["memory"]["stats"]["rows"], params["inpainting"], f, keys)
+
+    def made_by(results: Results, params: PyTree, stats: PyTree, image: Array) -> Array:
+        x = for_student(results, params, features(results["teacher"], image))
+        return gen_of(params["generator"], stats["generator"])(x, train=False)[-1]
+
+    def remake(results: Results, image: Array) -> Array:
+        return made_by(results, results["student"]["params"], results["student"]["stats"], image)
+
+    def judge(results: Results, image: Array) -> Array:
+        own = results["discriminator"]
+        return dis_of(own["params"], own["stats"])(image, train=False)
+
+    # --- teacher (Eq. 5.3) -------------------------------------------------------------------------------------------
+
+    def teacher_init(key, results, n):
+        parts = {"encoder": enc_init(jax.random.fold_in(key, 0)), "generator": gen_init(jax.random.fold_in(key, 1))}
+        params, stats = ({name: part[i] for name, part in parts.items()} for i in range(2))
+        return State(params, adam(config.teacher).init(params), stats, {}, jnp.int32(0))
+
+    def teacher_step(state, batch, key, *, steps, axis_name=None):
+        def loss(params):
+            encoder = enc_of(params["encoder"], state.stats["encoder"])
+            f = encoder(batch["image"], train=together, axis_name=axis_name)
+            f = f if together else jax.lax.stop_gradient(f)  # without gradient Adam leaves the encoder as drawn
+            generator = gen_of(params["generator"], state.stats["generator"])
+            made = generator(f, train=True, axis_name=axis_name)[-1]
+            stats = {"encoder": stats_of(encoder), "generator": stats_of(generator)}
+            return jnp.mean((batch["image"] - made) ** 2), stats
+
+        (value, stats), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
+        value, grads, stats = averaged((value, grads, stats), axis_name)
+        updates, opt = adam(config.teacher).update(grads, state.opt)
+        metrics = {"loss": value, "grad_norm": optax.tree.norm(grads)}
+        return State(optax.apply_updates(state.params, updates), opt, stats, {}, state.step + 1), metrics
+
+    def taught(state: State, image: Array) -> Array:
+        own = {"params": state.params, "stats": state.stats}
+        return gen_of(own["params"]["generator"], own["stats"]["generator"])(features(own, image), train=False)[-1]
+
+    # --- memory (Alg. 4.4 and 4.5) -----------------------------------------------------------------------------------
+
+    levels = np.array([own.max() + 1 for own in slots])  # slots of each
+
+    def memory_init(key, results, n):
+        stats = {
+            "rows": jnp.zeros((levels.sum(), memory.slots, model.features)),
+            "count": jnp.zeros(levels.sum(), jnp.int32),
+            "left": jnp.int32(memory.passes * n),
+        }
+        return State({}, {}, stats, {"teacher": results["teacher"]}, jnp.int32(0))
+
+    def memory_step(state, batch, key, *, steps, axis_name=None):
+        values = gathered(summaries(features(state.frozen["teacher"], batch["image"]), slots), axis_name)
+        allowed = jnp.arange(len(values)) < state.stats["left"]
+        (rows, count), written = write_all(
+            (state.stats["rows"], state.stats["count"]), values, allowed, threshold=memory.threshold, ema=memory.ema
+        )
+        shares = jnp.sum(written, 0) / jnp.maximum(jnp.sum(allowed), 1)
+        parts = jnp.split(shares, np.cumsum(levels)[:-1])
+        metrics = {f"written_level_{i}": jnp.mean(part) for i, part in enumerate(parts)}
+        stats = {"rows": rows, "count": count, "left": state.stats["left"] - jnp.sum(allowed)}
+        return state._replace(stats=stats, step=state.step + 1), metrics
+
+    # --- student (Eq. 5.4 and 5.5) -----------------------------------------------------------------------------------
+
+    before = ("teacher", "memory") if model.inpainting else ("teacher",)
+
+    def student_init(key, results, n):
+        parts = {"generator": gen_init(jax.random.fold_in(key, 0))}
+        if model.inpainting:
+            parts["inpainting"] = inp_init(jax.random.fold_in(key, 1))
+        if student.adversarial:
+            parts["discriminator"] = dis_init(jax.random.fold_in(key, 2))
+        if student.from_teacher:
+            parts["generator"] = tuple(results["teacher"][what]["generator"] for what in ("params", "stats"))
+        params, stats = ({name: part[i] for name, part in parts.items()} for i in range(2))
+        frozen = {name: results[name] for name in before}
+        return State(params, adam(student).init(params), stats, frozen, jnp.int32(0))
+
+    def student_step(state, batch, key, *, steps, axis_name=None):
+        image, keys, teacher = batch["image"], sample_keys(key, batch["index"]), state.frozen["teacher"]
+        f = features(teacher, image)
+        shown = gen_of(teacher["params"]["generator"], teacher["stats"]["generator"])(f, train=False)
+
+        def loss(params):
+            generator = gen_of(params["generator"], state.stats["generator"])
+            xs = generator(for_student(state.frozen, params, f, keys), train=True, axis_name=axis_name)
+            stats = state.stats | {"generator": stats_of(generator)}
+            parts = {"mse": jnp.mean((image - xs[-1]) ** 2)}
+            parts["distillation"] = sum(
+                (jnp.mean((z - x) ** 2) for z, x in zip(shown, xs, strict=True)), jnp.float32(0)
+            )
+            total = parts["mse"] + student.distillation * parts["distillation"]
+            if not student.adversarial:
+                return total, (stats, parts | {"loss": total})
+            # ours: D learns beside the student, each by its own terms: the student's by a D without gradient.
+            fixed = dis_of(jax.lax.stop_gradient(params["discriminator"]), state.stats["discriminator"])
+            parts["adversarial"] = jnp.mean(jax.nn.softplus(-fixed(xs[-1], train=True, axis_name=axis_name)))
+            total = total + student.adversarial * parts["adversarial"]
+            d = partial(dis := dis_of(params["discriminator"], state.stats["discriminator"]), train=True)
+            real, fake = (d(x, axis_name=axis_name) for x in (image, jax.lax.stop_gradient(xs[-1])))
+            parts["discriminator"] = discriminator_loss(real, fake)
+            stats |= {"discriminator": stats_of(dis)}
+            return total + parts["discriminator"], (stats, parts | {"loss": total})
+
+        (_, (stats, metrics)), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
+        grads, stats, metrics = averaged((grads, stats, metrics), axis_name)
+        updates, opt = adam(student).update(grads, state.opt)
+        params = optax.apply_updates(state.params, updates)
+        return State(params, opt, stats, state.frozen, state.step + 1), metrics | {"grad_norm": optax.tree.norm(grads)}
+
+    # --- discriminator (Alg. 4.11) -----------------------------------------------------------------------------------
+
+    def discriminator_init(key, results, n):
+        own = results["student"]
+        params, stats = dis_init(key)
+        if student.adversarial:
+            params, stats = own["params"]["discriminator"], own["stats"]["discriminator"]
+        frozen = {name: results[name] for name in (*before, "student")}
+        return State(params, adam(config.discriminator).init(params), stats, frozen, jnp.int32(0))
+
+    def discriminator_step(state, batch, key, *, steps, axis_name=None):
+        made = jax.lax.stop_gradient(remake(state.frozen, batch["image"]))
+
+        def loss(params):
+            d = dis_of(params, state.stats)
+            real, fake = (d(x, train=True, axis_name=axis_name) for x in (batch["image"], made))
+            accuracy = (jnp.mean(real > 0) + jnp.mean(fake < 0)) / 2
+            means = {"accuracy": accuracy, "real": jnp.mean(real), "fake": jnp.mean(fake)}
+            return discriminator_loss(real, fake), (stats_of(d), means)
+
+        (value, (stats, means)), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
+        value, grads, stats, means = averaged((value, grads, stats, means), axis_name)
+        updates, opt = adam(config.discriminator).update(grads, state.opt)
+        params = optax.apply_updates(state.params, updates)
+        metrics = {"loss": value, **means, "grad_norm": optax.tree.norm(grads)}
+        return State(params, opt, stats, state.frozen, state.step + 1), metrics
+
+    rows, budget = partial(trained, config), config.budget
+    checks = [
+        reconstruction_check(config, make)
+        for make in (taught, lambda state, image: made_by(state.frozen, state.params, state.stats, image))
+    ]
+    stages = (
+        Stage(
+            "teacher",
+            config.teacher.batch,
+            rows,
+            steps_of(config.teacher, budget),
+            teacher_init,
+            teacher_step,
+            check=checks[0],
+        ),
+        Stage(
+            "memory",
+            memory.batch,
+            rows,
+            lambda n: -(-memory.passes * n // memory.batch),
+            memory_init,
+            memory_step,
+            shuffle=False,
+        ),
+        Stage("student", student.batch, rows, steps_of(student, budget), student_init, student_step, check=checks[1]),
+        Stage(
+            "discriminator",
+            config.discriminator.batch,
+            rows,
+            steps_of(config.discriminator, budget),
+            discriminator_init,
+            discriminator_step,
+        ),
+    )
+    kept = tuple(stage for stage in stages if stage.name != "memory" or model.inpainting)
+    return Variant(kept, remake, judge)
+
+
+# --- variant `official` -----------------------------------------------------------------------------------------------
+
+
+def official(config: ConfigDict) -> Variant:
+    """The published SimSID: one stage, all networks from the first step on."""
+    data, joint, weights = config.data, config.joint, config.joint.weights
+    size, dtype = tuple(data.size), compute_type(config)
+    net_init, net_of = network(
+        lambda rngs: Windows(
+            size,
+            data.channels,
+            tuple(joint.windows),
+            tuple(joint.widths),
+            joint.joined,
+            joint.slots,
+            joint.top_k,
+            joint.heads,
+            joint.kept,
+            dtype,
+            rngs=rngs,
+        )
+    )
+    dis_init, dis_of = discriminator_of(config)
+    seen = lambda image: 2 * image - 1  # tanh's range
+
+    def made_by(params: PyTree, stats: PyTree, image: Array) -> Array:
+        return (net_of(params["network"], stats["network"])(seen(image), train=False)[0] + 1) / 2
+
+    def remake(results: Results, image: Array) -> Array:
+        return made_by(results["joint"]["params"], results["joint"]["stats"], image)
+
+    def judge(results: Results, image: Array) -> Array:
+        params, stats = (results["joint"][what]["discriminator"] for what in ("params", "stats"))
+        return dis_of(params, stats)(seen(image), train=False)
+
+    def augment(image: Float[Array, "*size c"], key: Array) -> Float[Array, "*size c"]:
+        """Moved by U(-translation, translation) of each edge and scaled by U(1 - scaling, 1 + scaling) about the
+        middle, linear between pixels, 0 outside."""
+        n, u = np.array(image.shape[:-1], np.float32), jax.random.uniform(key, (1 + len(size),), minval=-1)
+        scale = jnp.full(len(size), 1 + joint.scaling * u[0])
+        move = joint.translation * u[1:] * n + (1 - scale) * n / 2
+        axes = tuple(range(len(size)))
+        return jax.image.scale_and_translate(image, image.shape, axes, scale, move, "linear", antialias=False)
+
+    def rate(step: Array, steps: int) -> Array:
+        """Cosine from `lr` to `lr_least` in a share `cosine` of the steps, and back again (PyTorch's)."""
+        return joint.lr_least + (joint.lr - joint.lr_least) * (1 + jnp.cos(jnp.pi * step / (joint.cosine * steps))) / 2
+
+    def generator_adam(lr: float | Array) -> optax.GradientTransformation:
+        """Adam with weight decay as a part of the gradient (PyTorch's)."""
+        adam = optax.adam(lr, b1=joint.betas[0], b2=joint.betas[1], eps=1e-7)
+        return optax.chain(optax.add_decayed_weights(joint.decay), adam)
+
+    def joint_init(key, results, n):
+        parts = {"network": net_init(jax.random.fold_in(key, 0)), "discriminator": dis_init(jax.random.fold_in(key, 1))}
+        params, stats = ({name: part[i] for name, part in parts.items()} for i in range(2))
+        opt = {
+            "network": generator_adam(0.0).init(params["network"]),
+            "discriminator": adam(joint).init(params["discriminator"]),
+        }
+        return State(params, opt, stats, {}, jnp.int32(0))
+
+    def joint_step(state, batch, key, *, steps, axis_name=None):
+        """D at every step, the network at every `critic`-th; each by its own losses."""
+        view, shortcut = jnp.moveaxis(jax.vmap(jax.random.split)(sample_keys(key, batch["index"])), 1, 0)
+        moved = joint.translation or joint.scaling
+        x = seen(jax.vmap(augment)(batch["image"], view) if moved else batch["image"])
+
+        def forward(params):
+            net = net_of(params, state.stats["network"])
+            return net(x, shortcut, train=True, axis_name=axis_name), stats_of(net)
+
+        outs, pull, net_stats = jax.vjp(forward, state.params["network"], has_aux=True)
+
+        def critic_loss(params):
+            d = dis_of(params, state.stats["discriminator"])
+            real, fake = (d(y, train=True, axis_name=axis_name) for y in (x, jax.lax.stop_gradient(outs[0])))
+            accuracy = (jnp.mean(real > 0) + jnp.mean(fake < 0)) / 2
+            return weights.discriminator * discriminator_loss(real, fake), (stats_of(d), accuracy)
+
+        params, opt = state.params["discriminator"], state.opt["discriminator"]
+        (critic, (stats, accuracy)), grads = jax.value_and_grad(critic_loss, has_aux=True)(params)
+        critic, stats, accuracy, grads = averaged((critic, stats, accuracy, grads), axis_name)
+        updates, critic_opt = adam(joint).update(grads, opt)
+        critic_params = optax.apply_updates(params, updates)
+
+        def loss(outs):
+            made, taught, distillation = outs
+            d = dis_of(critic_params, stats)
+            parts = {
+                "reconstruction": jnp.mean((x - made) ** 2),
+                "teacher": jnp.mean((x - taught) ** 2),
+                "distillation": distillation,
+                "adversarial": jnp.mean(jax.nn.softplus(-d(made, train=True, axis_name=axis_name))),
+            }
+            return sum((weights[name] * value for name, value in parts.items()), jnp.float32(0)), parts
+
+        (value, parts), cotangents = jax.value_and_grad(loss, has_aux=True)(outs)
+
+        def learn() -> tuple[PyTree, PyTree]:
+            grads = averaged(pull(cotangents)[0], axis_name)
+            of = generator_adam(rate(state.step, steps))
+            updates, opt = of.update(grads, state.opt["network"], state.params["network"])
+            return optax.apply_updates(state.params["network"], updates), opt
+
+        kept, due = (state.params["network"], state.opt["network"]), state.step % joint.critic == 0
+        if jax.default_backend() == "cpu":  # computed for nothing between: in a branch XLA takes 17 times as long
+            net_params, net_opt = jax.tree.map(partial(jnp.where, due), learn(), kept)
+        else:
+            net_params, net_opt = jax.lax.cond(due, learn, lambda: kept)
+        value, parts, net_stats = averaged((value, parts, net_stats), axis_name)
+        metrics = {"loss": value, **parts, "discriminator": critic, "accuracy": accuracy}
+        return State(
+            {"network": net_params, "discriminator": critic_params},
+            {"network": net_opt, "discriminator": critic_opt},
+            {"network": net_stats, "discriminator": stats},
+            {},
+            state.step + 1,
+        ), metrics | {"lr": rate(state.step, steps)}
+
+    stage = Stage(
+        "joint",
+        joint.batch,
+        partial(trained, config),
+        steps_of(joint, config.budget),
+        joint_init,
+        joint_step,
+        check=reconstruction_check(config, lambda state, image: made_by(state.params, state.stats, image)),
+    )
+    return Variant((stage,), remake, judge)

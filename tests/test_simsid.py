@@ -1,0 +1,647 @@
+"""SimSID against its specification: memory by hand, layers against JAX's general ones, stages, calibration, scores."""
+
+import json
+from functools import cache, partial
+from itertools import product
+from math import prod
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.special import expit
+from scipy.stats import entropy
+
+from configs import simsid as recipe
+from jmae import train
+from jmae.data.manifest import Row
+from jmae.errors import InputError, exit_code
+from jmae.losses import discriminator_loss, histogram_kl, pixel_kl
+from jmae.nn import simsid as nets
+from jmae.recipe import override
+from jmae.run_folder import read_history
+from jmae.sharding import device_mesh, place_batch, replicated
+from jmae.system import load_system, network
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+KEY = jax.random.key(0)
+TINY = """
+data.phantom= data.size=16,16 model.patch=4,4 model.widths=3,4 model.features=8 model.width=8 model.heads=2 model.mlp=12
+model.depth=1 model.discriminator=3,4 memory.batch=4 memory.top_k=2 memory.threshold=0.9999 teacher.batch=4
+student.batch=4 discriminator.batch=4 joint.batch=4 joint.widths=4,4,4 joint.joined=1 joint.slots=4 joint.top_k=2
+joint.heads=2 teacher.steps=6 student.steps=6 discriminator.steps=6 joint.steps=6 validation.every=3
+validation.samples=4 evaluation.batch=4 checkpoint_every=4 log_every=2
+""".split()
+near = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
+normal = lambda *shape, seed=0: np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def config(*changes: str, preset: str = "smoke"):
+    c = recipe.get_config(preset)
+    given = {f"config.{k}": v for k, _, v in (change.partition("=") for change in [*TINY, *changes])}
+    override(c, given)
+    return c
+
+
+def batch(n: int = 4, size: tuple[int, ...] = (16, 16), channels: int = 1, seed: int = 0) -> dict:
+    rng = np.random.default_rng(seed)
+    image = rng.uniform(size=(n, *size, channels)).astype(np.float32)
+    case = rng.integers(0, 2**32, (n, 2)).astype(np.uint32)
+    return {"image": image, "index": np.arange(n, dtype=np.int32), "case": case}
+
+
+def drawn(make, seed: int = 0):
+    """An `init`'s arrays drawn in NumPy, without compiling it: kernels small, all else around 1 or 0."""
+    rng = np.random.default_rng(seed)
+
+    def draw(path, leaf):
+        name = str(getattr(path[-1], "key", path[-1]))
+        if leaf.dtype != jnp.float32:
+            return np.zeros(leaf.shape, leaf.dtype)
+        around = 1.0 if name in ("scale", "var") else 0.0
+        return np.float32(around + rng.normal(0, 0.1 if around else 0.3, leaf.shape))
+
+    return jax.tree.map_with_path(draw, jax.eval_shape(make))
+
+
+def fresh(stage, results, seed: int = 0, n: int = 8):
+    """A stage's first state with drawn weights, zero moments, and what its own init says of the rest."""
+    state = drawn(lambda: stage.init(KEY, results, n), seed)
+    return state._replace(opt=zeroed(state.opt), frozen={k: results[k] for k in state.frozen})
+
+
+def zeroed(tree):
+    return jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), tree)
+
+
+def as_results(state) -> dict:
+    return {"params": state.params, "stats": state.stats}
+
+
+@cache
+def compiled(*changes: str):
+    """(system, {stage: its step}, score), each compiled once for all tests, and for the run at the end."""
+    system = load_system(config(*changes))
+    score = jax.jit(lambda results, some: system.score(results, some, KEY))
+
+    def of(stage):
+        step, mesh = train.compiled_step(stage.step, stage.steps(8), 1), device_mesh()
+        copy = lambda state: jax.device_put(jax.tree.map(np.array, state), replicated(mesh))  # it is donated
+        return lambda state, some, key: step(copy(state), place_batch(some, mesh), key, None)
+
+    return system, {stage.name: of(stage) for stage in system.stages}, score
+
+
+@cache
+def trained(*changes: str):
+    """Results of every stage after a step, or a sweep over 8 images, from drawn weights."""
+    system, steps, _ = compiled(*changes)
+    results = {}
+    for stage in system.stages:
+        swept = stage.name in ("memory", "calibration")
+        state = stage.init(KEY, results, 8) if swept else fresh(stage, results, seed=len(results))
+        for i in range(stage.steps(8) if swept else 1):
+            some = {k: v[4 * (i % 2) : 4 * (i % 2) + 4] for k, v in batch(8, seed=1).items()}
+            state, _ = steps[stage.name](state, some, KEY)
+        results[stage.name] = as_results(state)
+    return results
+
+
+# --- layers -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("size", "length"), [((8, 6), 5), ((7, 4), 3), ((4, 5, 6), 5)])
+def test_halved_is_a_convolution_of_stride_two(size, length):
+    rank = len(size)
+    x, kernel = normal(2, *size, 3), normal(*[length] * rank, 3, 4, seed=1)
+    axes = "xyz"[:rank]
+    numbers = (f"N{axes}C", f"{axes}IO", f"N{axes}C")
+    ends = [(length // 2, length // 2)] * rank
+    theirs = jax.lax.conv_general_dilated(x, kernel, (2,) * rank, ends, dimension_numbers=numbers)
+    near(nets.halved(jnp.asarray(x), jnp.asarray(kernel)), theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("size", [(3, 4), (2, 3, 2)])
+def test_doubled_spreads_each_cell_over_four_outputs_an_axis(size):
+    rank = len(size)
+    x, kernel = normal(2, *size, 3), normal(*[4] * rank, 3, 2, seed=1)
+    out = np.zeros((2, *(2 * n + 2 for n in size), 2), np.float32)  # with the padding of 1 that is cut off
+    for at in np.ndindex(*size):
+        for tap in product(range(4), repeat=rank):  # output u = 2 j - 1 + k of a flipped kernel
+            place = tuple(2 * a + t for a, t in zip(at, tap, strict=True))
+            own = kernel[tuple(3 - t for t in tap)]
+            out[(slice(None), *place)] += x[(slice(None), *at)] @ own
+    near(nets.doubled(jnp.asarray(x), jnp.asarray(kernel)), out[(slice(None), *[slice(1, -1)] * rank)], atol=1e-4)
+
+
+def test_max_pool_is_the_largest_of_blocks():
+    x = normal(2, 4, 6, 3)
+    near(nets.max_pool(jnp.asarray(x)), x.reshape(2, 2, 2, 3, 2, 3).max((2, 4)))
+
+
+def test_the_papers_networks_have_as_many_parameters_and_the_shapes_of_its_listings():
+    patch, widths = (16, 16), (32, 64, 128, 256)
+    f32, size = jnp.float32, (128, 128)
+    makers = {
+        405_248: lambda rngs: nets.Encoder(patch, 1, widths, 64, f32, rngs=rngs),
+        67_814_561: lambda rngs: nets.Generator(size, 4096, widths[::-1], 1, False, f32, rngs=rngs),
+        1_093_953: lambda rngs: nets.Discriminator(size, 1, (16, 32, 64, 128, 256), f32, rngs=rngs),
+    }
+    made = {n: network(make) for n, make in makers.items()}
+    states = {n: jax.eval_shape(init, KEY) for n, (init, _) in made.items()}
+    count = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))
+    assert [count(params) for params, _ in states.values()] == list(made)
+    assert count(states[67_814_561][0]["dense"]) == 67_125_248
+    image = jax.ShapeDtypeStruct((2, *size, 1), f32)
+    run = lambda n, x: jax.eval_shape(lambda state, x: made[n][1](*state)(x, train=False), states[n], x)
+    features = run(405_248, image)
+    assert features.shape == (2, 64, 64)
+    assert [x.shape for x in run(67_814_561, features)] == [(2, 2**i, 2**i, 2 ** (11 - i)) for i in (4, 5, 6)] + [
+        (2, 128, 128, 1)
+    ]
+    assert run(1_093_953, image).shape == (2,)
+
+
+def test_a_patch_s_features_are_its_own():
+    own, rows = trained()["teacher"], np.arange(16).reshape(4, 4)
+    _, bind = network(lambda rngs: nets.Encoder((4, 4), 1, (3, 4), 8, jnp.float32, rngs=rngs))
+    encode = lambda image: bind(own["params"]["encoder"], own["stats"]["encoder"])(image, train=False)
+    image = batch(1)["image"]
+    changed = image.copy()
+    changed[:, 4:8, 8:12] += 1  # the patch of row 1, column 2
+    apart = np.abs(np.asarray(encode(jnp.asarray(image)) - encode(jnp.asarray(changed)))).max((0, 2))
+    assert list(np.flatnonzero(apart)) == [rows[1, 2]]
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+def plain_write(rows, values, threshold, ema):
+    """Algorithms 4.4 and 4.5 by hand: rows (slots, s, d) as lists of arrays in order of writing; one image's values."""
+    written = []
+    for slot, value in enumerate(values):
+        if ema:
+            rows[slot][0] = (1 - ema) * rows[slot][0] + ema * value
+            written.append(True)
+            continue
+        most = -np.inf
+        for row in rows[slot]:
+            most = max(most, row @ value / (np.linalg.norm(row) * np.linalg.norm(value) + 1e-8))
+        empty = not any(np.abs(row).sum() for row in rows[slot])
+        written.append(bool(most < threshold or empty))
+        if written[-1]:
+            rows[slot].pop(0)  # the oldest
+            rows[slot].append(value)
+    return written
+
+
+@pytest.mark.parametrize(("s", "ema", "threshold"), [(1, 0.0, 0.5), (1, 0.1, 0.5), (3, 0.0, 0.7), (1, 0.0, 1.0)])
+def test_memory_writes_what_a_plain_loop_writes(s, ema, threshold):
+    rng = np.random.default_rng(3)
+    base = rng.normal(size=(5, 6))
+    stream = np.float32(base + rng.normal(0, 0.7, (20, 5, 6)))  # like the base, now and then not
+    rows = [[np.zeros(6) for _ in range(s)] for _ in range(5)]
+    expected = [plain_write(rows, image, threshold, ema) for image in stream]
+    memory = jnp.zeros((5, s, 6)), jnp.zeros(5, jnp.int32)
+    run = jax.jit(partial(nets.write_all, threshold=threshold, ema=ema))
+    parts = []
+    for start in (0, 10):  # in batches as in one go
+        memory, written = run(memory, jnp.asarray(stream[start : start + 10]), jnp.ones(10, bool))
+        parts.append(written)
+    assert np.array_equal(np.concatenate(parts), expected)
+    assert ema or np.all(expected[0])  # the first write into an empty slot always happens
+    near(np.sort(memory[0], 1), np.sort(np.float32(rows), 1), rtol=1e-4)
+    unchanged, none = run(memory, jnp.asarray(stream[:10]), jnp.zeros(10, bool))
+    jax.tree.map(np.testing.assert_array_equal, unchanged, memory)
+    assert not none.any()
+
+
+@pytest.mark.parametrize("grid", [(4, 4), (3, 5), (2, 4, 3)])
+def test_levels_are_patches_means_of_blocks_and_the_largest(grid):
+    slots, f = nets.hierarchy(grid, 3), normal(2, prod(grid), 6)
+    blocks = {at: [] for at in np.ndindex(*(-(-n // 2) for n in grid))}
+    for number, at in enumerate(np.ndindex(*grid)):
+        blocks[tuple(a // 2 for a in at)].append(number)
+    expected = [f, np.stack([f[:, own].mean(1) for own in blocks.values()], 1), f.max(1, keepdims=True)]
+    near(nets.summaries(jnp.asarray(f), slots), np.concatenate(expected, 1))
+    for slot, own in enumerate(blocks.values()):
+        assert set(np.flatnonzero(slots[1] == slot)) == set(own)
+    assert [own.max() + 1 for own in slots] == [prod(grid), len(blocks), 1]
+    assert len(nets.hierarchy(grid, 2)) == 2
+
+
+def plain_retrieve(query, rows, noise, k, temperature, weighted):
+    """One query's retrieval by hand."""
+    scores = [(float(row @ query) + float(noise[i])) / temperature for i, row in enumerate(rows)]
+    p = np.exp(scores - np.max(scores))
+    p /= p.sum()
+    best = sorted(range(len(rows)), key=lambda i: -p[i])[:k]
+    total = sum(p[i] for i in best)
+    return sum((p[i] / total if weighted else 1.0) * rows[i] for i in best)
+
+
+@pytest.mark.parametrize("weighted", [True, False])
+@pytest.mark.parametrize("own", [True, False])
+def test_retrieval_is_the_plain_one_for_given_noise(own, weighted):
+    query, noise = normal(2, 4, 6), normal(2, 4, 7, seed=2)
+    rows = normal(4, 7, 6, seed=1) if own else normal(7, 6, seed=1)
+    given = dict(k=3, temperature=0.7, weighted=weighted)
+    out = jax.jit(lambda: nets.retrieve(query, rows, noise=noise, **given))()
+    for b, n in np.ndindex(2, 4):
+        near(out[b, n], plain_retrieve(query[b, n], rows[n] if own else rows, noise[b, n], **given), rtol=1e-4)
+
+
+@pytest.mark.parametrize("restrict", [True, False])
+def test_recall_joins_the_levels(restrict):
+    slots, f = nets.hierarchy((4, 4), 3), normal(2, 16, 6)
+    memory = normal(16 + 4 + 1, 2, 6, seed=1)
+    run = jax.jit(lambda keys=None: nets.recall(memory, f, slots, k=2, restrict=restrict, keys=keys))
+    out = run()
+    starts = np.cumsum([0, 16, 4])
+    for b, n, level in product(range(2), range(16), range(3)):
+        part = memory[starts[level] : starts[level] + slots[level].max() + 1]
+        rows = part[slots[level][n]] if restrict else part.reshape(-1, 6)
+        expected = plain_retrieve(f[b, n], rows, np.zeros(len(rows)), 2, 1.0, True)
+        near(out[b, n, 6 * level : 6 * level + 6], expected, rtol=1e-4)
+    noisy = lambda seed: run(jax.random.split(jax.random.key(seed)))
+    assert np.array_equal(noisy(0), noisy(0)) and not np.allclose(noisy(0), noisy(1))
+
+
+def test_gumbel_noise_makes_rows_win_as_often_as_their_softmax_says():
+    query, rows = jnp.broadcast_to(jnp.asarray([1.0, 0.5]), (1, 4000, 2)), jnp.asarray([[1.0, 0], [0, 1.0], [0.3, 0.2]])
+    out = jax.jit(lambda keys: nets.recall(rows[:, None], query, [np.arange(3)], k=1, keys=keys))(KEY[None])[0]
+    won = [np.mean(np.all(np.isclose(out, row), -1)) for row in rows]
+    np.testing.assert_allclose(won, jax.nn.softmax(rows @ query[0, 0]), atol=0.03)
+
+
+def test_all_rows_at_low_temperature_are_the_nearest():
+    rows = normal(7, 6)
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    query = rows[None, [4, 2]] + 0.1 * normal(1, 2, 6, seed=1)
+    near(nets.retrieve(jnp.asarray(query), jnp.asarray(rows), k=7, temperature=1e-3)[0], rows[[4, 2]])
+
+
+@pytest.mark.parametrize("weighted", [True, False])
+def test_gradients_pass_the_choice_straight_through(weighted):
+    query, rows, out = jnp.asarray(normal(1, 3, 6)), jnp.asarray(normal(5, 6, seed=1)), normal(1, 3, 6, seed=2)
+    hard = lambda q, m: jnp.vdot(nets.retrieve(q, m, k=2, weighted=weighted), out)
+    soft = lambda q, m: jnp.vdot(jax.nn.softmax(q @ m.T) @ m, out)
+    (dq, dm), (soft_q, _) = jax.grad(hard, (0, 1))(query, rows), jax.grad(soft, (0, 1))(query, rows)
+    near(dq, soft_q)  # backward as if all soft weights had been used
+    p = np.asarray(jax.nn.softmax(query @ rows.T))[0]
+    chosen = np.argsort(-p, 1)[:, :2]
+    w = np.zeros_like(p)
+    np.put_along_axis(w, chosen, np.take_along_axis(p, chosen, 1) if weighted else 1.0, 1)
+    w = w / w.sum(1, keepdims=True) if weighted else w
+    through = jax.grad(lambda m: jnp.vdot(jax.nn.softmax(query @ m.T) @ jax.lax.stop_gradient(rows), out))(rows)
+    near(dm, w.T @ out[0] + through, rtol=1e-4)  # the chosen weights on the rows, the soft ones on the scores
+
+
+@pytest.mark.parametrize(
+    ("grid", "centre"), [((4, 3), "retrieved"), ((2, 3, 2), "retrieved"), ((1, 3), "raw"), ((3, 3), "mask")]
+)
+def test_inpainting_all_positions_equals_a_loop_over_them(grid, centre):
+    rank, n = len(grid), prod(grid)
+    make = lambda rngs: nets.Inpainting(rank, 12, 8, 8, 2, 2, 16, 0.1, centre, jnp.float32, rngs=rngs)
+    init, bind = network(make)
+    params = drawn(lambda: init(KEY)[0])
+    net, recalled, f = bind(params), normal(2, n, 12), normal(2, n, 8, seed=1)
+    whole = jax.jit(lambda params: bind(params)(recalled, f, grid))(params)
+    sequences = []
+    projected = np.asarray(net.project(jnp.asarray(recalled))).reshape(2, *grid, 8)
+    for b, at in product(range(2), np.ndindex(*grid)):
+        tokens = []
+        for offset in product((-1, 0, 1), repeat=rank):
+            place = tuple(a + o for a, o in zip(at, offset, strict=True))
+            inside = all(0 <= p < g for p, g in zip(place, grid, strict=True))
+            if any(offset):
+                tokens.append(projected[(b, *place)] if inside else np.zeros(8))
+        number = np.ravel_multi_index(at, grid)
+        own = {"retrieved": projected[(b, *at)], "raw": f[b, number], "mask": params.get("token")}[centre]
+        sequences.append([*tokens, own])
+
+    @jax.jit
+    def every_token_through_every_layer(params, x):
+        net = bind(params)
+        x = x + net.positions[...]
+        for layer in net.layers:
+            x = layer(x, x, None)
+        return net.out(x[:, -1])
+
+    expected = every_token_through_every_layer(params, np.float32(sequences))
+    near(whole, np.reshape(expected, whole.shape), rtol=1e-4, atol=1e-4)
+
+
+def test_a_transformer_layer_is_pytorch_s_post_norm_one():
+    torch = pytest.importorskip("torch")
+    make = lambda rngs: nets.Attend(8, 2, 12, 0.0, jnp.float32, rngs=rngs)
+    init, bind = network(make)
+    net = bind(drawn(lambda: init(KEY)[0]))
+    theirs = torch.nn.TransformerEncoderLayer(8, 2, 12, 0.0, batch_first=True, layer_norm_eps=1e-6).eval()
+    tensor = lambda x: torch.from_numpy(np.array(x))
+    joined = lambda what: np.concatenate([np.asarray(net.q.__dict__[what]), np.asarray(net.kv.__dict__[what])], -1)
+    with torch.no_grad():
+        theirs.self_attn.in_proj_weight.copy_(tensor(joined("kernel").T))
+        theirs.self_attn.in_proj_bias.copy_(tensor(joined("bias")))
+        for a, b in ((theirs.self_attn.out_proj, net.out), (theirs.linear1, net.fc1), (theirs.linear2, net.fc2)):
+            a.weight.copy_(tensor(b.kernel[...].T))
+            a.bias.copy_(tensor(b.bias[...]))
+        for a, b in ((theirs.norm1, net.norm1), (theirs.norm2, net.norm2)):
+            a.weight.copy_(tensor(b.scale[...]))
+            a.bias.copy_(tensor(b.bias[...]))
+        x = normal(3, 5, 8)
+        near(net(jnp.asarray(x), jnp.asarray(x), None), theirs(tensor(x)), rtol=1e-4, atol=1e-5)
+
+
+# --- losses -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_discriminator_s_loss_is_the_binary_cross_entropy():
+    real, fake = normal(5) * 3, normal(5, seed=1) * 3
+    expected = -np.mean(np.log(expit(real))) - np.mean(np.log(1 - expit(fake)))
+    near(discriminator_loss(jnp.asarray(real), jnp.asarray(fake)), expected)
+    near(discriminator_loss(jnp.zeros(3), jnp.zeros(3)), 2 * np.log(2))
+    assert np.isfinite(discriminator_loss(jnp.asarray([-1e4]), jnp.asarray([1e4])))
+
+
+def test_both_divergences_by_scipy():
+    p, q = (np.random.default_rng(i).uniform(0.3, 0.95, (3, 20, 20, 1)).astype(np.float32) for i in range(2))
+    q = p + 0.05 * (q - 0.65)
+    flat = lambda x: x.reshape(3, -1) + 1e-10
+    near(pixel_kl(p, q), [entropy(a, b) for a, b in zip(flat(p), flat(q), strict=True)], rtol=1e-3)
+    near(pixel_kl(p, q), 0.5 * np.var(q - p, (1, 2, 3)) / np.mean(p, (1, 2, 3)) ** 2, rtol=0.3, atol=0)
+    counts = lambda x: np.stack([np.histogram(own, 256, (0, 1))[0] / own.size + 1e-10 for own in x])
+    theirs = [entropy(a, b) for a, b in zip(counts(p), counts(q), strict=True)]
+    near(histogram_kl(p, q), theirs, rtol=1e-3)
+    for form in (pixel_kl, histogram_kl):
+        near(form(p, p), 0, atol=1e-6)
+        assert (np.asarray(form(p, q)) > 0).all()
+    near(pixel_kl(p - 1, p + 3), pixel_kl(np.clip(p - 1, 0, 1), np.clip(p + 3, 0, 1)))
+
+
+# --- the recipe -------------------------------------------------------------------------------------------------------
+
+
+def test_the_paper_preset_is_the_specification_s():
+    c = recipe.get_config("paper")
+    assert (c.data.size, c.model.patch, c.model.features) == ((128, 128), (16, 16), 64)
+    assert (c.memory.levels, c.memory.threshold, c.memory.top_k, c.memory.temperature) == (3, 0.9, 5, 1.0)
+    assert (c.teacher.epochs, c.student.epochs, c.discriminator.epochs, c.joint.epochs) == (1000, 250, 100, 600)
+    assert {c[s].batch for s in ("teacher", "student", "discriminator", "joint")} == {16}
+    assert (c.student.distillation, c.student.adversarial) == (0.1, 0.0)
+    system = load_system(c)
+    assert [stage.name for stage in system.stages] == ["teacher", "memory", "student", "discriminator", "calibration"]
+    assert [stage.steps(1024) for stage in system.stages] == [64_000, 128, 16_000, 6_400, 64]
+    c.variant = "official"
+    assert [(stage.name, stage.steps(1024)) for stage in load_system(c).stages] == [
+        ("joint", 38_400),
+        ("calibration", 64),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ("variant=squid", "variant is 'squid': one of report, official"),
+        ("evaluation.score=kl", "evaluation.score is 'kl': one of simsid, difference, l1, mse"),
+        ("model.encoder=none", "model.encoder is 'none': one of joint, frozen_random"),
+        ("model.centre=own", "model.centre is 'own': one of retrieved, raw, mask"),
+        ("model.patch=2,2", r"model.patch \(2, 2\): 2 poolings need multiples of 4"),
+        ("model.patch=5,4", "is not divisible by patch"),
+        ("model.heads=3", "width 8 is not divisible by 3 heads"),
+        ("memory.levels=4", "memory.levels: from 1 to 3"),
+        ("memory.threshold=0.0", "memory.threshold: above 0, to 1"),
+        ("memory.temperature=0.0", "memory.temperature: above 0"),
+        ("memory.ema=1.0", "memory.ema: from 0 to below 1, with memory.slots=1"),
+        ("student.kept=0.0", "student.kept and joint.kept: above 0, to 1"),
+        ("student.adversarial=-1.0", "student.distillation and student.adversarial: not below 0"),
+        ("teacher.batch=0", "batches, validation.every, validation.samples and evaluation.batch: 1 or more"),
+        ("model.widths=", "model.widths, model.discriminator and joint.widths"),
+        ("data.size=16,16,16", "data.size has 3 axes: take the preset phantom3d"),
+        ("variant=official data.size=18,16", r"joint.windows \(2, 2\) need multiples of \(8, 8\)"),
+        ("variant=official joint.joined=2", "joint.joined is from 1 to 1"),
+    ],
+)
+def test_settings_that_do_not_fit_are_one_line(change, line):
+    with pytest.raises(InputError, match=line) as error:
+        load_system(config(*change.split()))
+    assert "\n" not in str(error.value)
+
+
+def test_the_papers_patch_of_4_is_refused():
+    c = recipe.get_config("paper")
+    c.model.patch = (4, 4)
+    with pytest.raises(InputError, match=r"model.patch \(4, 4\): 4 poolings need multiples of 16"):
+        load_system(c)
+
+
+def test_raw_centres_need_equal_widths():
+    with pytest.raises(InputError, match=r"model.centre=raw needs model.width 16 equal to model.features 8"):
+        load_system(config("model.centre=raw", "model.width=16"))
+
+
+# --- stages -----------------------------------------------------------------------------------------------------------
+
+
+def moved(before, after) -> dict[str, bool]:
+    change = jax.tree.map(lambda a, b: bool(np.any(np.asarray(a) != np.asarray(b))), before, after)
+    return {name: all(jax.tree.leaves(part)) for name, part in change.items()}
+
+
+@pytest.mark.parametrize("encoder", ["joint", "frozen_random"])
+def test_the_teacher_trains_its_encoder_or_leaves_it_as_drawn(encoder):
+    stage = load_system(config(f"model.encoder={encoder}")).stages[0]
+    state = fresh(stage, {})
+    new, metrics = jax.jit(partial(stage.step, steps=4))(state, batch(), KEY)
+    assert moved(state.params, new.params) == {"encoder": encoder == "joint", "generator": True}
+    same = jax.tree.leaves(jax.tree.map(np.array_equal, state.stats["encoder"], new.stats["encoder"]))
+    assert (encoder == "joint") != all(same) and metrics["loss"] > 0
+
+
+def test_the_second_pass_writes_less_and_the_last_batch_writes_no_image_a_third_time():
+    stage = load_system(config("memory.threshold=0.5")).stages[1]
+    state, shares, step = stage.init(KEY, trained(), 6), [], jax.jit(partial(stage.step, steps=4))
+    assert stage.steps(6) == 3 and not stage.shuffle
+    for i in range(4):
+        numbers = np.arange(4 * i, 4 * i + 4) % 6  # in order, round and round
+        before = state
+        state, metrics = step(state, {k: v[numbers] for k, v in batch(6).items()}, KEY)
+        shares.append(float(metrics["written_level_0"]))
+    assert state.stats["left"] == 0 and shares[0] >= 0.25 and shares[2] < shares[0] and shares[3] == 0
+    jax.tree.map(np.testing.assert_array_equal, state.stats, before.stats)
+    assert set(metrics) == {"written_level_0", "written_level_1", "written_level_2"}
+
+
+def test_the_student_s_losses_by_hand():
+    (system, steps, _), results = compiled(), trained()
+    state, image = fresh(system.stages[2], results), batch()["image"]
+    silence = lambda params: params | {"generator": zeroed(params["generator"])}
+    teacher = results["teacher"] | {"params": silence(results["teacher"]["params"])}
+    silent = state._replace(params=silence(state.params), frozen=state.frozen | {"teacher": teacher})
+    _, metrics = steps["student"](silent, batch(), KEY)
+    assert metrics["distillation"] == 0  # equal generators
+    near(metrics["mse"], np.mean(image**2))
+    silent.params["generator"]["out"]["bias"] = jnp.full(1, 0.5)
+    _, metrics = steps["student"](silent, batch(), KEY)
+    near(metrics["distillation"], 0.25)  # of the image alone: the mean over it
+    near(metrics["loss"], np.mean((image - 0.5) ** 2) + 0.1 * 0.25)
+
+
+def test_the_adversarial_student_trains_its_discriminator_too():
+    results = trained()
+    stages = load_system(config("student.adversarial=0.01", "model.inpainting=false")).stages
+    assert [stage.name for stage in stages] == ["teacher", "student", "discriminator", "calibration"]
+    stage = stages[1]
+    state = fresh(stage, results)
+    new, metrics = jax.jit(partial(stage.step, steps=4))(state, batch(), KEY)
+    assert moved(state.params, new.params) == {"generator": True, "discriminator": True}
+    near(metrics["loss"], metrics["mse"] + 0.1 * metrics["distillation"] + 0.01 * metrics["adversarial"])
+    assert metrics["discriminator"] > 0 and all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(new.params))
+    judge = stages[2].init(KEY, results | {"student": as_results(new)}, 8)
+    jax.tree.map(np.testing.assert_array_equal, judge.params, new.params["discriminator"])
+
+
+def test_the_student_is_a_function_of_its_key_and_leaves_what_is_frozen():
+    (system, steps, _), results = compiled(), trained()
+    state = fresh(system.stages[2], results)
+    (new, one), (_, again), (_, other) = (steps["student"](state, batch(), jax.random.key(k)) for k in (0, 0, 1))
+    assert one["loss"] == again["loss"] != other["loss"]
+    assert moved(state.params, new.params) == {"generator": True, "inpainting": True}
+    jax.tree.map(np.testing.assert_array_equal, new.frozen, state.frozen)  # teacher, encoder and memory
+
+
+def test_every_option_has_its_shapes():
+    changes = "memory.slots=2 memory.restrict=true memory.levels=2 memory.weighted=false"
+    changes += " model.centre=mask model.sigmoid=true student.kept=0.5"
+    results, (_, memory, student, *_) = trained(), load_system(config(*changes.split())).stages
+    shape = lambda stage, results: jax.eval_shape(
+        lambda state, some: stage.step(state, some, KEY, steps=4),
+        jax.eval_shape(lambda: stage.init(KEY, results, 8)),
+        batch(),
+    )
+    state, metrics = shape(memory, results)
+    assert state.stats["rows"].shape == (16 + 4, 2, 8) and len(metrics) == 2
+    state, _ = shape(student, results | {"memory": {"params": {}, "stats": zeroed(state.stats)}})
+    assert state.params["inpainting"]["token"].shape == (8,)
+    assert state.params["inpainting"]["project"]["kernel"].shape == (2 * 8, 8)
+
+
+def test_a_student_may_start_from_the_teacher():
+    results, stage = trained(), load_system(config("student.from_teacher=true")).stages[2]
+    own = stage.init(KEY, results, 8)
+    jax.tree.map(np.testing.assert_array_equal, own.params["generator"], results["teacher"]["params"]["generator"])
+    jax.tree.map(np.testing.assert_array_equal, own.stats["generator"], results["teacher"]["stats"]["generator"])
+
+
+def test_held_out_patients_are_checked_and_not_trained_on():
+    rows = [Row(f"r{i}", f"p{i // 2}", "train", 0, ("x.png",)) for i in range(40)] + [Row("t", "", "test", 1, ("x",))]
+    stage = load_system(config("validation.held_out=0.2")).stages[0]
+    used, checked = set(stage.rows(rows, {})), set(stage.check.rows(rows))
+    assert used | checked == set(range(40)) and not used & checked and len(checked) == 8
+    look = jax.jit(stage.check.look)
+    state = fresh(stage, {})._replace(**trained()["teacher"])
+    state = state._replace(params={**state.params, "generator": zeroed(state.params["generator"])})
+    same, found = look(state, batch())
+    near(found["check_mse"], np.mean(batch()["image"] ** 2))
+    assert found["check_kl"] >= 0 and found["check_kl_histogram"] > 0
+    jax.tree.map(np.testing.assert_array_equal, same.params, state.params)
+
+
+def test_the_official_step_alternates():
+    system, steps, _ = compiled("variant=official")
+    state, step = fresh(system.stages[0], {}), steps["joint"]
+    both, metrics = step(state, batch(), KEY)
+    assert moved(state.params, both.params) == {"network": True, "discriminator": True}
+    critic, _ = step(both, batch(), jax.random.fold_in(KEY, 1))
+    assert moved(both.params["discriminator"], critic.params["discriminator"])
+    jax.tree.map(np.testing.assert_array_equal, critic.params["network"], both.params["network"])
+    jax.tree.map(np.testing.assert_array_equal, critic.opt["network"], both.opt["network"])
+    w = recipe.get_config("smoke").joint.weights
+    total = sum(w[name] * metrics[name] for name in ("reconstruction", "teacher", "distillation", "adversarial"))
+    near(metrics["loss"], total)
+    near(metrics["lr"], 1e-3)
+    half = step(both._replace(step=jnp.int32(3)), batch(), KEY)[1]["lr"]  # half of the 6 steps
+    near([half, step(both._replace(step=jnp.int32(6)), batch(), KEY)[1]["lr"]], [5e-4, 1e-3])
+
+
+# --- calibration and scores -------------------------------------------------------------------------------------------
+
+
+def test_calibration_is_the_mean_and_deviation_over_all_training_images():
+    (system, steps, score), results = compiled(), trained()
+    stage, images = system.stages[-1], batch(6, seed=5)
+    state = stage.init(KEY, results, 6)
+    assert stage.steps(6) == 2
+    one = {"mean": jnp.zeros(2), "squares": jnp.ones(2), "count": jnp.int32(1), "left": jnp.int32(0)}
+    raw, logits = results | {"calibration": {"params": {}, "stats": one}}, []
+    for numbers in ([0, 1, 2, 3], [4, 5, 0, 1]):  # the last batch goes on from the start
+        some = {k: v[numbers] for k, v in images.items()}
+        state, _ = steps["calibration"](state, some, KEY)
+        p = {name: np.asarray(v, float) for name, v in score(raw, some)["scores"].items()}
+        logit = lambda p: np.log(p / (1 - p))
+        logits += [-logit(p["simsid"]), logit(p["difference"])]  # D(made), D(image) - D(made)
+    d = np.array([np.concatenate(logits[0::2]), np.concatenate(logits[1::2])])[:, :6]
+    near(state.stats["mean"], d.mean(1), rtol=1e-3, atol=1e-4)
+    near(np.sqrt(state.stats["squares"] / state.stats["count"]), d.std(1), rtol=1e-2, atol=1e-4)
+    assert state.stats["count"] == 6 and state.stats["left"] == 0
+
+
+@pytest.mark.parametrize("variant", ["report", "official"])
+def test_scores_say_how_unreal_the_made_image_is(variant):
+    (_, _, score), results = compiled(f"variant={variant}"), trained(f"variant={variant}")
+    some = batch(4, seed=7)
+    out = score(results, some)
+    image, made = some["image"], np.asarray(out["reconstruction"])
+    assert set(out["maps"]) == {"l1", "mse"} and set(out["scores"]) == {"simsid", "difference", "l1", "mse"}
+    assert out["maps"]["l1"].shape == (4, 16, 16) and made.shape == image.shape
+    inside = (made > 0) & (made < 1)
+    assert inside.any()
+    near(np.asarray(out["maps"]["l1"])[inside[..., 0]], np.abs(image - made)[inside], atol=1e-4)
+    for name in ("l1", "mse"):
+        near(out["scores"][name], np.mean(out["maps"][name], (1, 2)))
+    assert np.array_equal(score(results, some)["scores"]["simsid"], out["scores"]["simsid"])  # no noise
+    alone = score(results, {k: v[[2, 2, 2, 2]] for k, v in some.items()})["scores"]  # whatever is in the batch
+    jax.tree.map(lambda a, b: near(a, b[2], atol=1e-4), alone, out["scores"])
+
+    def changed(change, **more):
+        """Scores with D's last layer changed."""
+        name = "discriminator" if variant == "report" else "joint"
+        params = results[name]["params"]
+        d = params if variant == "report" else params["discriminator"]
+        d = d | {"out": change(d["out"])}
+        params = d if variant == "report" else params | {"discriminator": d}
+        return score(results | {name: results[name] | {"params": params}} | more, some)["scores"]
+
+    more_real = changed(lambda out: out | {"bias": out["bias"] + 1})
+    assert (more_real["simsid"] < out["scores"]["simsid"]).all()  # A falls with d
+    near(more_real["difference"], out["scores"]["difference"], atol=1e-4)
+    calibration = {"params": {}, "stats": results["calibration"]["stats"] | {"mean": jnp.zeros(2)}}
+    near(changed(zeroed, calibration=calibration)["simsid"], 0.5)  # d at the mean
+
+
+def test_the_masked_shortcut_passes_the_encoder_s_features_on_in_training_alone():
+    make = lambda rngs: nets.Windows((8, 8), 1, (2, 2), (4, 4, 16), 1, 3, 2, 2, 1e-9, jnp.float32, rngs=rngs)
+    init, bind = network(make)
+    params, stats = drawn(lambda: init(KEY))
+    run = jax.jit(lambda params, keys: bind(params, stats)(batch(2, (8, 8))["image"], keys, train=False)[0])
+    other = params | {"inpaint": jax.tree.map(lambda x: x + 0.5, params["inpaint"])}
+    keys = jax.random.split(KEY, 2)
+    np.testing.assert_array_equal(run(params, keys), run(other, keys))  # every cell keeps its own features
+    assert not np.allclose(run(params, None), run(other, None))
+
+
+# --- commands ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_scores_and_shows_where(small_set, tmp_path):
+    given = [f"--config.{change}" for change in [*TINY, f"data.manifest={small_set}", "validation.held_out=0.2"]]
+    assert exit_code(train.main, ["--config=configs/simsid.py:smoke", f"--workdir={tmp_path}", *given]) == 0
+    metrics = json.loads((tmp_path / "evaluation" / "metrics.json").read_text())
+    assert metrics["primary"] == "simsid" and set(metrics["scores"]) == {"simsid", "difference", "l1", "mse"}
+    assert metrics["scores"]["simsid"]["pixel"] is None and metrics["pixel"] == metrics["scores"]["l1"]["pixel"]
+    assert len(list((tmp_path / "evaluation" / "maps").glob("*_anomaly.*"))) == 12
+    assert metrics["decision"]["threshold"] is not None
+    history = read_history(tmp_path / "metrics.jsonl")
+    assert [h["step"] for h in history if h["stage"] == "student" and "check_kl" in h] == [3, 6]
+    header = (tmp_path / "evaluation" / "scores.csv").read_text().splitlines()[0]
+    assert header == "id,label,score,p_value,difference,l1,mse"

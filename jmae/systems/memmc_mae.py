@@ -51,6 +51,25 @@ def build(config: ConfigDict) -> System:
         raise InputError(f"evaluation.score is {evaluation.score!r}: one of {', '.join(SCORES[: 3 if volumes else 4])}")
     if model.memory < 0 or evaluation.masks < 1 or train.clip < 0:
         raise InputError("model.memory and train.clip are 0 or more, evaluation.masks 1 or more")
+    if model.channels != data.channels and (volumes or data.channels != 1):
+        raise InputError(
+            f"model.channels is {model.channels}, data.channels {data.channels}: set --config.model.channels="
+            f"{data.channels} too (one channel alone is repeated, in 2D)"
+        )
+    if (
+        not volumes
+        and data.normalise == "fixed"
+        and any(np.size(m) not in (1, model.channels) for m in (data.mean, data.std))
+    ):
+        raise InputError(f"data.mean and data.std: one value, or one for each of {model.channels} model.channels")
+    if not evaluation.scales or min(evaluation.scales) <= 0 or evaluation.sigma <= 0 or min(evaluation.pool) < 1:
+        raise InputError(
+            "evaluation.scales are weights above 0, evaluation.sigma is above 0, evaluation.pool 1 or more"
+        )
+    if evaluation.batch < 1 or evaluation.chunk < 0:
+        raise InputError("evaluation.batch is 1 or more, evaluation.chunk 0 or more")
+    if not 0 <= evaluation.iou <= (0 if volumes else 100):
+        raise InputError(f"evaluation.iou is {evaluation.iou}: a percentile from 0 (no IoU) to 100; of volumes 0 alone")
     if not 0 <= evaluation.l1_weight <= 1:
         raise InputError(f"evaluation.l1_weight is {evaluation.l1_weight}: from 0 (MS-SSIM alone) to 1")
     if any(axis not in range(rank) for axis in data.flips):

@@ -4,7 +4,7 @@
 Every synthetic anomaly on one image, or on several: a row a generator, with the clean image and then each draw beside
 its target. What is pasted comes from the image itself; of several, for the generators that mix two images, from the
 next one. Of a volume the slice of the last axis is shown where the target is largest. Images are resized to --size, by
-default 256,256, and of volumes to at most 96 an axis. A target's colours go to its own maximum.
+default 256,256, and of volumes to at most 96 an axis.
 Exit codes: 0 done; 2 the input or the environment is wrong.
 """
 
@@ -190,14 +190,13 @@ def picture(
                 )
                 if 0 < result.target.max() and result.target.min() < result.target.max():
                     beside.contour(result.target, [result.target.max() / 2], colors="#ff8c2b", linewidths=0.8)
-                most = result.target.max()
-                show(below, result.target / (most or 1), f"target, at most {most:.2g}", "inferno")
+                show(below, result.target, f"target, at most {result.target.max():.2g}", "inferno")
             log(f"{name}: {row.title}")
     return figure
 
 
 def show(axes: Axes, array: np.ndarray, title: str, colours: str = "gray") -> None:
-    """One picture; its scale is 0 to 1."""
+    """One picture; the scale of all is 0 to 1."""
     axes.imshow(array, cmap=colours, vmin=0, vmax=1)
     axes.set_title(title.replace("$", r"\$"), fontsize=7)
     axes.set_axis_off()

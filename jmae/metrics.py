@@ -671,7 +671,8 @@ class Localisation:
 
         Args:
           threshold: of `normals`; None or nan: none is known.
-          groups, size: random groups of images, without an image twice in one; disjoint where there are enough.
+          groups, size: random groups of images, without an image twice in one; disjoint where there are enough. Of no
+            more images than `size` one group is all of them.
           seed: with the number of images it alone decides the groups.
 
         Returns: n, the number of images; groups, size: of the groups drawn, at most n; overlap: whether an image can be
@@ -683,7 +684,8 @@ class Localisation:
         if not n:
             return None
         threshold = None if threshold is None or math.isnan(threshold) else threshold
-        overlap, size = n < groups * size, min(n, size)
+        groups, size = (groups, size) if n > size else (1, n)
+        overlap = n < groups * size
         if overlap:
             drawn = np.stack([rng.permutation(n)[:size] for _ in range(groups)])
         else:

@@ -116,10 +116,18 @@ class System(NamedTuple):
 
 
 def load_system(config: ConfigDict) -> System:
-    """The system that `config.system` names, by import of `jmae.systems.NAME`."""
+    """The system that `config.system` names, by import of `jmae.systems.NAME`; raises InputError where a setting means
+    nothing, also one of the evaluation, which would else come to light after the training."""
     if config.system not in SYSTEMS:
         raise InputError(f"system {config.system!r} is unknown: one of {', '.join(SYSTEMS)}")
-    return importlib.import_module(f"jmae.systems.{config.system}").build(config)
+    system = importlib.import_module(f"jmae.systems.{config.system}").build(config)
+    evaluation, volumes = config.evaluation, system.sweep is not None
+    for name, least in (("batch", 1), ("draws", 1), ("chunk", 0)):
+        if (value := evaluation.get(name, least)) < least:
+            raise InputError(f"evaluation.{name} is {value}: {least} or more")
+    if not 0 <= (q := evaluation.get("iou", 0.0)) <= (0 if volumes else 100):
+        raise InputError(f"evaluation.iou is {q}: a percentile from 0 (no IoU) to 100; of volumes 0 alone")
+    return system
 
 
 def network(make: Callable[[nnx.Rngs], nnx.Module]) -> tuple[Callable[[Array], PyTree], Callable[..., Any]]:

@@ -228,7 +228,7 @@ def test_overlap_uses_the_percentile_of_the_normals_of_val(tools, tmp_path, capf
     iou = lambda t: np.mean([(m & (s >= t)).sum() / (m | (s >= t)).sum() for m, s in marked])
 
     found = result["pixel"]["localisation"]
-    assert (found["n"], found["size"], found["groups"], found["overlap"], found["exact"]) == (5, 5, 5, True, True)
+    assert (found["n"], found["size"], found["groups"], found["overlap"], found["exact"]) == (5, 5, 1, False, True)
     assert found["normals_threshold"] == pytest.approx(known, rel=1e-6)
     assert found["normals"] == pytest.approx(iou(known), rel=1e-6)
     best = max(iou(t) for _, s in marked for t in s.ravel()[::7])
@@ -259,13 +259,21 @@ def test_overlap_is_averaged_over_replicates_and_has_an_oracle_alone_without_nor
     assert found["oracle"] == pytest.approx(np.mean(each)) and each[0] != each[1]
 
 
-def test_overlap_of_volumes_or_at_no_percentile_is_refused(small_set, tmp_path):
-    c = with_iou(config(small_set, (16, 16), 1), 101.0)
-    with pytest.raises(InputError, match="is no percentile"):
-        ev.evaluate(c, SYSTEM, [], tmp_path, split="test", out=tmp_path / "out")
-    volumes = SYSTEM._replace(sweep=ev.Sweep((8, 8, 8), (4, 4, 4), 1, None, None))
-    with pytest.raises(InputError, match="is of images, not of volumes"):
-        ev.evaluate(with_iou(c), volumes, [], tmp_path, split="test", out=tmp_path / "out")
+@pytest.mark.parametrize(
+    ("preset", "setting", "value", "message"),
+    [
+        ("amae:smoke", "iou", 101.0, "evaluation.iou is 101.0: a percentile from 0"),
+        ("maemi:smoke", "iou", 95.0, "evaluation.iou is 95.0: .* of volumes 0 alone"),
+        ("amae:smoke", "draws", 0, "evaluation.draws is 0: 1 or more"),
+        ("amae:smoke", "batch", 0, "evaluation.batch is 0: 1 or more"),
+        ("amae:smoke", "chunk", -1, "evaluation.chunk is -1: 0 or more"),
+    ],
+)
+def test_settings_of_the_evaluation_that_mean_nothing_are_refused_before_the_training(preset, setting, value, message):
+    c = recipe.parse([f"--config=configs/{preset.replace(':', '.py:')}"], "")[0]
+    c.evaluation[setting] = value
+    with pytest.raises(InputError, match=message):
+        load_system(c)
 
 
 # --- a case is a case -------------------------------------------------------------------------------------------------

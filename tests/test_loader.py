@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from jmae.data import loader
-from jmae.data.loader import Images, batches, case_words, in_order, load_rows, with_anomaly_ratio
+from jmae.data.loader import Images, batches, case_words, folded, in_order, load_rows, with_anomaly_ratio
 from jmae.data.manifest import Row
 from jmae.errors import InputError
 
@@ -168,8 +168,16 @@ def test_all_unusable_images_are_named_at_once(tmp_path):
     lines = str(caught.value).splitlines()
     assert len(lines) == 3
     assert "nan.npy: 12 values are not finite" in lines[0]
-    assert "colour.npy: 4 channels where the recipe has 1: set data.channels" in lines[1]
+    assert "colour.npy: channels: 4 where the recipe has 1: set --config.data.channels=4" in lines[1]
     assert "volume.npy: 3 axes where data.size has 2" in lines[2]
+
+
+def test_problems_of_one_kind_are_folded_and_counted():
+    kind = lambda n, what: [f"case{i}: file{i}.nii: {what}" for i in range(n)]
+    lines = folded([*kind(5, "channels: 1"), *kind(3, "is empty"), "case9: file9.nii: is cut off"])
+    assert lines[:3] == ["case0: file0.nii: channels: 1", "case1: file1.nii: channels: 1", lines[2]]
+    assert lines[2] == "case2: file2.nii: channels: 1 (and 2 more like it)"
+    assert lines[3:] == [*kind(3, "is empty"), "case9: file9.nii: is cut off"]
 
 
 def test_a_colour_image_becomes_grey_where_one_channel_is_asked_for(tmp_path):

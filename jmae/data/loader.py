@@ -4,6 +4,7 @@ import csv
 import hashlib
 import inspect
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -47,14 +48,18 @@ def usable(row: Row, stored: Image, size: tuple[int, ...], channels: int) -> np.
     Raises InputError naming the file where it has another number of channels or of axes, or values that are not finite.
     """
     array = stored.array
+    if array.ndim - 1 != len(size):
+        preset = "small3d or phantom3d" if array.ndim == 4 else "small"
+        raise InputError(
+            f"{row.image[0]}: {array.ndim - 1} axes where data.size has {len(size)}: use a recipe for it, as :{preset}"
+        )
     if array.shape[-1] == 3 and channels == 1:
         array = grey(array)
     if array.shape[-1] != channels:
         raise InputError(
-            f"{row.image[0]}: {array.shape[-1]} channels where the recipe has {channels}: set data.channels"
+            f"{row.image[0]}: channels: {array.shape[-1]} where the recipe has {channels}: set "
+            f"--config.data.channels={array.shape[-1]}, and model.channels where the recipe has it"
         )
-    if array.ndim - 1 != len(size):
-        raise InputError(f"{row.image[0]}: {array.ndim - 1} axes where data.size has {len(size)}: use a recipe for it")
     if not np.isfinite(array).all():
         bad = np.count_nonzero(~np.isfinite(array), axis=tuple(range(array.ndim - 1)))
         file = row.image[int(bad.argmax())] if len(row.image) == len(bad) else row.image[0]
@@ -153,13 +158,22 @@ def load_rows(config: ConfigDict, log: Callable[[str], None] = print) -> list[Ro
     data = config.data
     if data.manifest:
         rows, ignored, problems = parse_manifest(Path(data.manifest), normal_crops_only=data.normal_crops_only)
-        use: Callable[[Row, Image], object] = partial(usable, size=data.size, channels=data.channels)
-        read = partial(read_volume, data=data) if "join" in data else read_image
+        colour: list[str] = []
+
+        def use(row: Row, stored: Image) -> None:
+            usable(row, stored, data.size, data.channels)
+            colour.extend([row.id] * (stored.array.shape[-1] == 3 and data.channels == 1))
+
         if "join" in data:
-            use = partial(check_volume, data=data)
-        problems += check_files(rows, workers=WORKERS, use=use, read=read)
+            problems += check_files(
+                rows, workers=WORKERS, use=partial(check_volume, data=data), read=partial(read_volume, data=data)
+            )
+        else:
+            problems += check_files(rows, workers=WORKERS, use=use)
         if problems:
-            raise InputError("\n".join(problems))
+            raise InputError("\n".join(folded(problems)))
+        if colour:
+            log(f"{len(colour)} colour images are made grey: --config.data.channels=3 keeps colour where a recipe can")
         log(f"{data.manifest}: {summary(rows, ignored)}")
     elif data.phantom:
         rows = phantoms.rows(data.phantom)
@@ -169,6 +183,19 @@ def load_rows(config: ConfigDict, log: Callable[[str], None] = print) -> list[Ro
     if data.get("unlabeled_labels"):
         unlabeled_labels(config, rows)  # what is wrong with that file is said now, not when it is used
     return with_anomaly_ratio(rows, config) if data.get("anomaly_ratio", -1) >= 0 else rows
+
+
+def folded(problems: Sequence[str], most: int = 3) -> list[str]:
+    """Problems "CASE: FILE: WHAT" with at most `most` of each WHAT, the last of them saying how many more there are."""
+    kinds = [problem.split(": ", 2)[-1] for problem in problems]
+    count, seen, lines = Counter(kinds), Counter[str](), []
+    for problem, kind in zip(problems, kinds, strict=True):
+        seen[kind] += 1
+        if seen[kind] < most or count[kind] <= most:
+            lines.append(problem)
+        elif seen[kind] == most:
+            lines.append(f"{problem} (and {count[kind] - most} more like it)")
+    return lines
 
 
 def unlabeled_labels(config: ConfigDict, rows: Sequence[Row]) -> dict[str, int]:

@@ -66,10 +66,6 @@ def build(config: ConfigDict) -> System:
         raise InputError(
             "evaluation.scales are weights above 0, evaluation.sigma is above 0, evaluation.pool 1 or more"
         )
-    if evaluation.batch < 1 or evaluation.chunk < 0:
-        raise InputError("evaluation.batch is 1 or more, evaluation.chunk 0 or more")
-    if not 0 <= evaluation.iou <= (0 if volumes else 100):
-        raise InputError(f"evaluation.iou is {evaluation.iou}: a percentile from 0 (no IoU) to 100; of volumes 0 alone")
     if not 0 <= evaluation.l1_weight <= 1:
         raise InputError(f"evaluation.l1_weight is {evaluation.l1_weight}: from 0 (MS-SSIM alone) to 1")
     if any(axis not in range(rank) for axis in data.flips):

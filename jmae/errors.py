@@ -18,9 +18,11 @@ class NonFiniteLoss(Exception):
 
 
 class Stopped(Exception):
-    """SIGTERM arrived and the state is saved."""
+    """A signal, SIGTERM or SIGINT, arrived and the state is saved."""
 
-    code = 143
+    def __init__(self, message: str, number: int):
+        super().__init__(message)
+        self.code = 128 + number
 
 
 def exit_code(main: Callable[[list[str]], int | None], argv: list[str] | None = None) -> int:

@@ -7,7 +7,7 @@ labels. The run folder is runs/SYSTEM where none is named.
     python -m jmae.train --config configs/amae.py:small --config.data.manifest=MANIFEST.csv --workdir runs/mine
 
 Exit codes: 0 done; 2 the input or the environment is wrong;
-3 a loss was not finite, last good step kept; 143 stopped by SIGTERM after saving.
+3 a loss was not finite, last good step kept; 143 stopped by SIGTERM after saving, 130 by Ctrl-C.
 """
 
 import signal
@@ -170,7 +170,7 @@ def train_stage(
         return f"{what}: lower the stage's lr, or mend these images"
 
     log(f"{name}: {len(tables[0])} images, steps {start} to {steps}, batch {stage.batch}")
-    with progress(name, start, steps) as show, drawing(config, workdir, name, start) as draw, sigterm() as stopped:
+    with progress(name, start, steps) as show, drawing(config, workdir, name, start) as draw, signals() as stopped:
         for k in range(start + 1, steps + 1):
             batch = next(iterator)
             state, metrics = step(state, place_batch(batch, mesh, axis=int(n > 1)), keys, held)
@@ -201,7 +201,8 @@ def train_stage(
                 look(pending[:-1])
                 del pending[:-1]
             if stop:
-                raise Stopped(f"stopped by SIGTERM: stage {name}, step {k} saved in {folder}: run again to go on")
+                what = f"stopped by {stop.name}: stage {name}, step {k} saved in {folder}: run again to go on"
+                raise Stopped(what, stop)
     return state
 
 
@@ -300,15 +301,26 @@ def of_run(config: ConfigDict, stage: str, state: State) -> PyTree:
 
 
 @contextmanager
-def sigterm() -> Iterator[Callable[[], bool]]:
-    """Gives a function that tells whether SIGTERM has arrived. Elsewhere the signal ends the process at once, which a
-    shell sees as 143 too: nothing but these steps is lost with it."""
-    arrived: list[bool] = []
-    before = signal.signal(signal.SIGTERM, lambda *_: arrived.append(True))
+def signals() -> Iterator[Callable[[], signal.Signals | None]]:
+    """Gives a function that tells which of SIGTERM and SIGINT (Ctrl-C) has arrived; the second Ctrl-C interrupts at
+    once. Elsewhere either ends the process at once, which a shell sees as 143 or 130 too: nothing but these steps is
+    lost with it."""
+    arrived: list[signal.Signals] = []
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def note(number: int, _: Any) -> None:
+        arrived.append(signal.Signals(number))
+        if number == signal.SIGINT:
+            signal.signal(number, before[number])
+            log("Ctrl-C: saving after this step; once more stops at once")
+
     try:
-        yield lambda: bool(arrived)
+        for number in before:
+            signal.signal(number, note)
+        yield lambda: arrived[0] if arrived else None
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextmanager

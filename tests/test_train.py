@@ -142,23 +142,26 @@ def test_killed_three_times_a_run_ends_as_if_it_never_was(finished, small_set, t
     assert tools.content(run) == tools.content(finished)
 
 
-def test_sigterm_saves_and_exits_143_and_the_run_goes_on(finished, go, tools, tmp_path, monkeypatch):
+def test_sigterm_and_ctrl_c_save_and_exit_143_and_130_and_the_run_goes_on(finished, go, tools, tmp_path, monkeypatch):
     # Between two lines of metrics; at the last step of Stage 0, 18 later; in the proxy task.
-    for calls, stage, step in ((2, "pretrain", 2), (18, "pretrain", 20), (3, "proxy", 3)):
+    kinds = ((2, "pretrain", 2, "SIGTERM"), (18, "pretrain", 20, "SIGINT"), (3, "proxy", 3, "SIGTERM"))
+    for calls, stage, step, name in kinds:
+        number = signal.Signals[name]
+        before = signal.getsignal(number)
         began = []
 
-        def stop(call: int, calls=calls, began=began) -> None:
+        def stop(call: int, calls=calls, began=began, number=number) -> None:
             if call == calls:
                 began.append(time.monotonic())
-                os.kill(os.getpid(), signal.SIGTERM)
+                os.kill(os.getpid(), number)
 
         with monkeypatch.context() as patch:
             count_calls(patch, train, "place_batch", stop)
             code, said = go(tmp_path / "run")
-        assert code == 143 and time.monotonic() - began[0] < 120
-        assert said.splitlines()[-1].startswith(f"stopped by SIGTERM: stage {stage}, step {step} saved in ")
+        assert code == 128 + number and time.monotonic() - began[0] < 120
+        assert said.splitlines()[-1].startswith(f"stopped by {name}: stage {stage}, step {step} saved in ")
         assert checkpoint.steps(tmp_path / "run" / "checkpoints" / stage)[-1] == step
-        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+        assert signal.getsignal(number) == before
         if step == 2:  # half a Stage 0 is no start for another run
             code, said = go(tmp_path / "other", f"model.weights={tmp_path / 'run'}")
             assert code == 2 and "stopped at step 2 of 20: run its training command again" in said

@@ -1,0 +1,206 @@
+"""python -m jmae.export --workdir DIR --out DIR [--batch 1] [--size 64,64,16] [--config.evaluation.KEY=VALUE ...]
+                       [--debug]
+
+Writes a trained run's scoring function as StableHLO (`function.bin`, of `jax.export`), its weights
+(`weights.safetensors`) and what goes in and comes out (`export.json`). They are read again without the recipe, and
+without jmae:
+
+    import json, jax, numpy, safetensors.numpy
+    call = jax.jit(jax.export.deserialize(open("DIR/function.bin", "rb").read()).call)
+    weights = safetensors.numpy.load_file("DIR/weights.safetensors")
+    out = call(weights, image, case)   # {"maps/NAME", "scores/NAME", "reconstruction", "confidence"}
+
+`image` is float32 (batch, *size, channels) as the network sees it, and `case` (batch, 2) what `jmae.export.case_words`
+makes of the cases' ids: the masks' randomness. A system of volumes takes one prepared volume (*size, channels) of the
+--size in voxels of the working grid, and (2,): windows, repetitions and averaging are inside, a midline is not. Results
+are those of `jmae.evaluate` to 1e-5, with a leading axis of replicates where the run has several, and need the platform
+on which they were exported. Exit codes: 0 done; 2 the input or the environment is wrong.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors.numpy
+from jax import export as stablehlo
+from ml_collections import ConfigDict
+
+from jmae import recipe
+from jmae.data.loader import case_words
+from jmae.errors import InputError, exit_code
+from jmae.evaluate import each_replicate, restore_results, seeds_of
+from jmae.masking import case_keys
+from jmae.run_folder import log
+from jmae.system import System, load_system
+from jmae.windows import average, inside, tile
+
+__all__ = ["case_words", "export", "load"]
+FUNCTION, WEIGHTS, ABOUT = "function.bin", "weights.safetensors", "export.json"
+
+
+def main(argv: list[str]) -> int:
+    given = recipe.arguments(argv, __doc__, ["workdir", "out", "batch", "size", "config"])
+    if fixed := [flag for flag in given if flag.startswith("config") and not flag.startswith("config.evaluation.")]:
+        raise InputError(f"--{fixed[0]} is unknown: --config.evaluation.KEY=VALUE alone can be changed")
+    if missing := [name for name in ("workdir", "out") if name not in given]:
+        raise InputError(f"no --{missing[0]}: write --workdir=DIR --out=DIR")
+    workdir = Path(given["workdir"])
+    config = recipe.read(workdir)
+    recipe.override(config, given, "evaluation.")
+    system = load_system(config)
+    out = Path(given["out"])
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"{out}: is there already and not an empty folder: choose another --out")
+    numbers = {name: whole(name, given[name]) for name in ("batch", "size") if name in given}
+    if len(numbers.get("batch", (1,))) > 1:
+        raise InputError(f"--batch={given['batch']}: one number")
+    export(config, system, workdir, out, batch=numbers.get("batch", (1,))[0], size=numbers.get("size", ()))
+    return 0
+
+
+def whole(name: str, text: str) -> tuple[int, ...]:
+    """A flag's numbers, separated by commas; raises InputError where they are not whole and above 0."""
+    parts = text.split(",")
+    if not all(part.isdecimal() and int(part) for part in parts):
+        raise InputError(f"--{name}={text}: whole numbers above 0, separated by commas")
+    return tuple(map(int, parts))
+
+
+def export(
+    config: ConfigDict, system: System, workdir: Path, out: Path, *, batch: int = 1, size: tuple[int, ...] = ()
+) -> None:
+    """Writes the scoring function of the run in `workdir` into the new folder `out`, whole or not at all.
+
+    Args:
+      batch: images a call, of a system of images.
+      size: voxels of a volume, of a system of volumes.
+
+    Raises InputError where a stage has no finished checkpoint, `size` does not fit the system, or writing fails.
+    """
+    results = jax.device_get(restore_results(config, system, workdir))
+    leaves, nesting = jax.tree_util.tree_flatten_with_path(results)
+    names = ["/".join(str(key.key) for key in path) for path, _ in leaves]
+    weights = {name: np.ascontiguousarray(leaf) for name, (_, leaf) in zip(names, leaves, strict=True)}
+    score = volume_score(config, system, size) if system.sweep else image_score(config, system, size)
+    seeds = [int(seed) for seed in range(config.seed, config.seed + config.replicates)]
+
+    def function(weights: dict[str, Any], image: Any, case: Any) -> dict[str, Any]:
+        results = jax.tree.unflatten(nesting, [weights[name] for name in names])
+        found = each_replicate(lambda result, key: score(result, image, case, key), results, seeds_of(config))
+        found = found if len(seeds) > 1 else jax.tree.map(lambda x: x[0], found)
+        flat, _ = jax.tree_util.tree_flatten_with_path(found)
+        return {"/".join(str(key.key) for key in path): leaf for path, leaf in flat}
+
+    lead = () if system.sweep else (batch,)
+    shape = (*lead, *(size or config.data.size), config.data.channels)
+    given = (
+        {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in weights.items()},
+        jax.ShapeDtypeStruct(shape, jnp.float32),
+        jax.ShapeDtypeStruct((*lead, 2), jnp.uint32),
+    )
+    exported = stablehlo.export(jax.jit(function))(*given)
+    found = jax.eval_shape(function, *given)
+    about = {
+        "system": system.name,
+        "primary": system.primary,
+        "map": system.map or system.primary,
+        "platforms": list(exported.platforms),
+        "image": list(shape),
+        "case": [*lead, 2],
+        "out": {name: list(leaf.shape) for name, leaf in found.items()},
+        "replicates": seeds,
+        "data": json.loads(recipe.to_json(config))["data"],  # how files become images
+        "jax": jax.__version__,
+        "use": "for research, not for clinical use",
+    }
+    half = out.with_name(f".{out.name}.tmp")
+    try:
+        shutil.rmtree(half, ignore_errors=True)
+        half.mkdir(parents=True)
+        (half / FUNCTION).write_bytes(exported.serialize())
+        safetensors.numpy.save_file(weights, half / WEIGHTS)
+        about["sha256"] = {name: sha256(half / name) for name in (FUNCTION, WEIGHTS)}
+        (half / ABOUT).write_text(json.dumps(about, indent=1) + "\n")
+        if out.is_dir():
+            out.rmdir()
+        os.replace(half, out)
+    except OSError as error:
+        shutil.rmtree(half, ignore_errors=True)
+        raise InputError(f"{out}: not written ({error.strerror or error}): free space or change the folder") from None
+    log(f"{out}: {system.name}, {sum(w.size for w in weights.values()):,} numbers, for {', '.join(exported.platforms)}")
+
+
+def image_score(config: ConfigDict, system: System, size: tuple[int, ...]) -> Callable[..., dict[str, Any]]:
+    """The function (results, images, words of their ids, key) -> maps and scores."""
+    if size:
+        raise InputError(f"--size is of volumes: {system.name} takes images of {tuple(config.data.size)}")
+    assert system.score
+    one, chunk = system.score, config.evaluation.get("chunk") or system.masks
+    return lambda results, image, case, key: one(results, {"image": image, "case": case}, key, chunk=chunk)
+
+
+def volume_score(config: ConfigDict, system: System, size: tuple[int, ...]) -> Callable[..., dict[str, Any]]:
+    """The function (results, volume, words of its id, key) -> maps, for prepared volumes of one size."""
+    sweep = system.sweep
+    assert sweep
+    if len(size) != len(sweep.window):
+        raise InputError(f"--size has {len(size)} numbers: write the volume's voxels on the working grid, as 64,64,16")
+    tiling = tile(size, sweep.window, sweep.stride)
+    own = tuple(slice(low, low + n) for (low, _), n in zip(tiling.pad, size, strict=True))
+
+    def one(results, volume, case, key):
+        averages = average(
+            partial(sweep.score, results),
+            jnp.pad(volume, [*tiling.pad, (0, 0)]),
+            jnp.asarray(tiling.origins),
+            jnp.int32(len(tiling.origins)),
+            tuple(map(jnp.asarray, tiling.coverage)),
+            case_keys(key, case[None])[0],
+            window=sweep.window,
+            repeats=sweep.repeats,
+            batch=config.evaluation.batch,
+            weighted=sweep.weighted,
+            released=sweep.released,
+        )
+        shape = tuple(n + sum(pad) for n, pad in zip(size, tiling.pad, strict=True))
+        return jax.tree.map(lambda x: x[own], sweep.fuse(averages, inside(shape, jnp.array(tiling.size, jnp.int32))))
+
+    return one
+
+
+def sha256(path: Path) -> str:
+    """A file's digest."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def load(folder: str | Path) -> tuple[Callable[[Any, Any], dict[str, np.ndarray]], dict[str, Any]]:
+    """(function (image, case) -> results by name, content of export.json) of an exported folder.
+
+    Raises InputError where a file is missing or damaged, or was exported for another platform.
+    """
+    folder = Path(folder)
+    try:
+        about = json.loads((folder / ABOUT).read_text())
+        if changed := [name for name, digest in about["sha256"].items() if sha256(folder / name) != digest]:
+            raise ValueError(f"{' and '.join(changed)} changed since")
+        exported = stablehlo.deserialize(bytearray((folder / FUNCTION).read_bytes()))
+        weights = jax.device_put(safetensors.numpy.load_file(folder / WEIGHTS))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder}: no whole export ({error}): run python -m jmae.export again") from None
+    if jax.default_backend() not in exported.platforms:
+        raise InputError(f"{folder}: exported for {', '.join(exported.platforms)}, not for {jax.default_backend()}")
+    call = jax.jit(exported.call)
+    return lambda image, case: jax.device_get(call(weights, image, case)), about
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main))

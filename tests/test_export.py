@@ -1,0 +1,122 @@
+"""An exported scoring function against the evaluator's own, read again without the recipe."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from patients import SETTINGS
+
+from jmae import checkpoint, export, recipe
+from jmae.data.loader import Images, load_rows, prepared
+from jmae.errors import InputError, exit_code
+from jmae.evaluate import restore_results, scorer, sweeper
+from jmae.run_folder import describe_run
+from jmae.system import load_system, stage_keys
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+IMAGES = """--config=configs/memmc_mae.py:smoke data.size=16,16 model.patch=8,8 model.width=24 model.depth=2
+model.decoder_width=16 model.memory=2 model.heads=2 model.decoder_heads=2 evaluation.masks=2 evaluation.batch=3
+evaluation.window=3,3 evaluation.scales=0.5,0.5 replicates=2""".split()
+VOLUMES = ["--config=configs/maemi.py:smoke", *SETTINGS]
+
+
+def drawn(arguments: list[str], workdir: Path):
+    """A run whose stages are as drawn, and saved as finished ones."""
+    config, _ = recipe.parse([arguments[0], *(f"--config.{a}" for a in arguments[1:])], "")
+    system, one = load_system(config), config.replicates == 1
+    describe_run(config, workdir)
+    for number, stage in enumerate(system.stages):
+        init = lambda key, stage=stage: stage.init(key, {}, 4)
+        state = jax.jit(init if one else jax.vmap(init))(stage_keys(config, number))
+        folder = workdir / "checkpoints" / stage.name
+        checkpoint.save(folder, 1, state._replace(frozen={}), {"steps": 1}, config={})
+    return config, system
+
+
+def test_an_exported_function_of_images_gives_the_evaluators_scores_without_jmae(tmp_path):
+    config, system = drawn(IMAGES, tmp_path / "run")
+    assert exit_code(export.main, [f"--workdir={tmp_path / 'run'}", f"--out={tmp_path / 'out'}", "--batch=3"]) == 0
+    images = Images([row for row in load_rows(config, str) if row.split == "test"][:3], config)
+    expected = scorer(config, system, restore_results(config, system, tmp_path / "run"))(images, np.arange(3))
+
+    given = {"image": images.image(np.arange(3)), "case": np.stack([export.case_words(r.id) for r in images.rows])}
+    np.savez(tmp_path / "given.npz", **given)
+    code = """
+import sys, jax, numpy, safetensors.numpy
+call = jax.jit(jax.export.deserialize(bytearray(open("out/function.bin", "rb").read())).call)
+given = numpy.load("given.npz")
+out = call(safetensors.numpy.load_file("out/weights.safetensors"), given["image"], given["case"])
+assert not any(name.startswith("jmae") for name in sys.modules)
+numpy.savez("found.npz", **{name.replace("/", "."): value for name, value in out.items()})
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+    found = np.load(tmp_path / "found.npz")
+    assert {name for name in found if "." in name} == {f"maps.{n}" for n in expected.maps} | {
+        f"scores.{n}" for n in expected.scores
+    }
+    for name, value in [*expected.maps.items(), *expected.scores.items()]:
+        kind = "maps" if value.ndim > 2 else "scores"
+        np.testing.assert_allclose(found[f"{kind}.{name}"], value, atol=1e-5)
+    np.testing.assert_allclose(found["reconstruction"], expected.reconstruction, atol=1e-5)
+    about = json.loads((tmp_path / "out" / "export.json").read_text())
+    assert about["image"] == [3, 16, 16, 1] and about["primary"] == "ms_ssim" and about["replicates"] == [0, 1]
+    assert about["out"]["maps/ms_ssim"] == [2, 3, 16, 16]
+
+    for name in (export.WEIGHTS, export.FUNCTION, export.ABOUT):  # a flipped bit
+        file = tmp_path / "out" / name
+        content = bytearray(file.read_bytes())
+        whole, content[len(content) // 2] = (
+            bytes(content),
+            content[len(content) // 2] ^ (1 if name != export.ABOUT else 128),
+        )
+        file.write_bytes(content)
+        with pytest.raises(InputError, match="no whole export"):
+            export.load(tmp_path / "out")
+        file.write_bytes(whole)
+
+
+def test_an_exported_function_of_volumes_gives_the_evaluators_map(tmp_path, capfd):
+    config, system = drawn(VOLUMES, tmp_path / "run")
+    row = next(row for row in load_rows(config, str) if row.split == "test")
+    volume = prepared(row, config.data)._replace(midline=None)
+    size = ",".join(map(str, volume.array.shape[:-1]))
+    arguments = [f"--workdir={tmp_path / 'run'}", f"--out={tmp_path / 'out'}"]
+    assert exit_code(export.main, arguments) == 2
+    assert "--size has 0 numbers: write the volume's voxels" in capfd.readouterr().err
+    assert exit_code(export.main, [*arguments, f"--size={size}"]) == 0
+    assert sweep_matches(config, system, volume, row.id, tmp_path)
+    assert exit_code(export.main, [*arguments, f"--size={size}"]) == 2
+    assert "is there already and not an empty folder" in capfd.readouterr().err
+
+
+def sweep_matches(config, system, volume, name: str, folder: Path) -> bool:
+    call, about = export.load(folder / "out")
+    found = call(volume.array, export.case_words(name))
+    run = sweeper(config, system.sweep, restore_results(config, system, folder / "run"))
+    expected = run(volume, export.case_words(name))
+    for key, value in expected["maps"].items():
+        np.testing.assert_allclose(found[f"maps/{key}"], value[0], atol=1e-5)
+    return about["image"] == list(volume.array.shape) and float(np.std(found["maps/" + about["map"]])) > 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--out=o"], "no --workdir"),
+        (["--workdir=w", "--out=o", "--batch=0"], "--batch=0: whole numbers above 0"),
+        (["--workdir=w", "--out=o", "--batch=1,2"], "--batch=1,2: one number"),
+        (["--workdir=w", "--out=o", "--size=8,x"], "--size=8,x: whole numbers"),
+        (["--workdir=w", "--out=o", "--config.seed=3"], "--config.seed is unknown"),
+    ],
+)
+def test_wrong_flags_are_one_line(flags, message, tmp_path, monkeypatch, capfd):
+    config, _ = recipe.parse([IMAGES[0]], "")
+    describe_run(config, tmp_path / "w")
+    monkeypatch.chdir(tmp_path)
+    assert exit_code(export.main, flags) == 2
+    said = capfd.readouterr().err
+    assert message in said and said.count("\n") == 1 and not (tmp_path / "o").exists()

@@ -226,21 +226,49 @@ def bootstrap_interval(
     (nan, nan) where no draw has both. Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13.
     """
     labels, scores = _checked(labels, scores)
+    drawn = _drawn(labels, patients, draws, seed)
+    return _percentiles([metric(labels[cases], scores[cases]) for cases in drawn], level)
+
+
+def paired_difference(
+    metric: Callable[[NDArray, NDArray], float],
+    labels: ArrayLike,
+    scores: ArrayLike,
+    others: ArrayLike,
+    patients: Sequence[Any],
+    *,
+    draws: int = 2000,
+    seed: int = 0,
+    level: float = 0.95,
+) -> tuple[float, tuple[float, float]]:
+    """metric(labels, scores) - metric(labels, others) of the same cases, and its percentile interval over the same
+    draws of patients for both (`bootstrap_interval`)."""
+    (labels, scores), (_, others) = _checked(labels, scores), _checked(labels, others)
+    difference = lambda cases: metric(labels[cases], scores[cases]) - metric(labels[cases], others[cases])
+    each = [difference(cases) for cases in _drawn(labels, patients, draws, seed)]
+    return difference(np.arange(labels.size)), _percentiles(each, level)
+
+
+def _drawn(labels: NDArray[np.bool_], patients: Sequence[Any], draws: int, seed: int) -> Iterator[NDArray[np.int64]]:
+    """Case numbers of every draw of patients that has both classes; none where the labels have one."""
     if len(patients) != labels.size:
         raise ValueError(f"{len(patients)} patients for {labels.size} scores: give one patient a score")
     if labels.all() or not labels.any():
-        return math.nan, math.nan
+        return
     clusters = _clusters(patients)
     order, counts = np.argsort(clusters, kind="stable"), np.bincount(clusters)
     starts = np.cumsum(counts) - counts
-    rng, values = np.random.default_rng(seed), []
+    rng = np.random.default_rng(seed)
     for _ in range(draws):
         drawn = rng.integers(counts.size, size=counts.size)
         size = counts[drawn]
         ends = np.cumsum(size)
         cases = order[np.arange(ends[-1]) + np.repeat(starts[drawn] - ends + size, size)]
         if (y := labels[cases]).any() and not y.all():
-            values.append(metric(y, scores[cases]))
+            yield cases
+
+
+def _percentiles(values: Sequence[float], level: float) -> tuple[float, float]:
     if not values:
         return math.nan, math.nan
     lo, hi = np.quantile(values, ((1 - level) / 2, (1 + level) / 2))

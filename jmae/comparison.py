@@ -19,8 +19,7 @@ from jmae import metrics
 from jmae.data import phantoms
 from jmae.data.manifest import parse_manifest
 from jmae.errors import InputError
-from jmae.report import FAINT, chart, flat, page
-from jmae.run_folder import write_text
+from jmae.report import FAINT, chart, flat, templates, write_page
 
 MOST = 12  # runs on a page
 
@@ -188,10 +187,11 @@ def write_comparison(path: Path, folders: Sequence[Path], *, draws: int = 2000) 
             }
         )
     figures.sort(key=lambda f: -(f["image"].get("auroc") or 0))
-    write_text(
+    write_page(
         path,
-        page(
-            "comparison.html.j2",
+        templates()
+        .get_template("comparison.html.j2")
+        .render(
             runs=figures,
             split=", ".join(sorted({run.metrics["split"] for run in runs})),
             shared=len(shared),

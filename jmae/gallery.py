@@ -31,7 +31,7 @@ from jmae.anomalies.nsa import nsa
 from jmae.data.files import read_image
 from jmae.data.transforms import grey, resize, to_unit
 from jmae.errors import InputError, exit_code
-from jmae.recipe import arguments, nearest, typed
+from jmae.recipe import arguments, nearest, split, typed
 from jmae.run_folder import log
 
 SIDE, VOLUME_SIDE = 256, 96  # voxels of an axis: of an image; of a volume at most
@@ -83,8 +83,7 @@ class Shown(NamedTuple):
 
 
 def main(argv: list[str]) -> None:
-    paths = [word for i, word in enumerate(argv) if not word.startswith("-") and not _is_value(argv, i)]
-    flags = [word for i, word in enumerate(argv) if word.startswith("-") or _is_value(argv, i)]
+    paths, flags = split(argv)
     given = arguments(flags, __doc__, ["out", "seed", "size", "only", "draws"])
     if not 1 <= len(paths) <= MOST or "out" not in given:
         raise InputError(f"name 1 to {MOST} images and the picture: python -m jmae.gallery IMAGE --out=FILE.png")
@@ -104,11 +103,6 @@ def main(argv: list[str]) -> None:
         raise InputError(f"--out={out}: would replace the image: write another name")
     save(picture(images, [Path(path).name for path in paths], rows, seed=seed, draws=draws), out)
     log(f"gallery: {out}")
-
-
-def _is_value(argv: Sequence[str], i: int) -> bool:
-    """Whether a word is the value of the flag before it."""
-    return i > 0 and argv[i - 1].startswith("--") and "=" not in argv[i - 1] and not argv[i].startswith("-")
 
 
 def chosen(names: str) -> tuple[Row, ...]:

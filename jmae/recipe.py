@@ -47,6 +47,14 @@ def arguments(argv: Sequence[str], usage: str, known: Sequence[str]) -> dict[str
     return out
 
 
+def split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(names, flags) of a command line that takes both: a word after "--NAME" without "=" is that flag's value."""
+    value = lambda i: i > 0 and argv[i - 1].startswith("--") and "=" not in argv[i - 1]
+    flag = [word.startswith("-") or value(i) for i, word in enumerate(argv)]
+    names = [word for word, is_flag in zip(argv, flag, strict=True) if not is_flag]
+    return names, [word for word, is_flag in zip(argv, flag, strict=True) if is_flag]
+
+
 def nearest(name: str, known: Sequence[str]) -> str:
     """The most similar of the known names."""
     return difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]

@@ -1,5 +1,10 @@
 """One evaluation as one HTML page: numbers beside cheap baselines, curves, cases on one colour scale, recipe.
 
+    python -m jmae.report DIR [DIR ...] --out FILE.html [--draws 2000] [--debug]
+
+puts several runs on one page (`jmae.comparison`). Exit codes: 0 done; 2 a folder has no whole evaluation, or the runs
+share no case.
+
 The page holds everything itself and asks for nothing: no script, no font, no request (its content security policy
 forbids them), so it opens the same from a cluster's file share, a phone, or an archive in ten years. What comes
 from data (ids, names, configuration) is only ever written through Jinja's autoescape and never into a figure.
@@ -13,6 +18,7 @@ import io
 import math
 import os
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,7 +34,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from skimage import measure
 
-from jmae import metrics
+from jmae import metrics, recipe
+from jmae.errors import InputError, exit_code
 
 NORMAL, ABNORMAL, INK, FAINT = "#2f6690", "#b4491f", "#1c1c1c", "#8a8a8a"
 PER_GROUP = 2  # cases shown of each of the six groups
@@ -487,50 +494,62 @@ def write_report(
     froc = (evaluation.get("pixel") or {}).get("froc")
     bounds = [v for r in rows for v in (r.image.get("auroc"), *(r.image.get("auroc_ci") or ())) if v is not None]
     stages = stage_losses(history)
-    colours = matplotlib.colormaps["inferno"](np.linspace(0, 1, 9))
     patients = evaluation.get("per_patient")
     source = config.get("data") or {}
     phantom = f"phantoms: {source['phantom']}" if source.get("phantom") else ""
     by_score = sorted(table, key=lambda row: -math.inf if row["score"] is None else row["score"], reverse=True)
 
-    template = jinja2.Environment(
+    page = (
+        templates()
+        .get_template("report.html.j2")
+        .render(
+            e=evaluation,
+            data=source.get("manifest") or phantom,
+            headline=headline(evaluation),
+            reason=reason,
+            rows=rows,
+            axis=min(0.4, math.floor(10 * min(bounds)) / 10) if bounds else 0.4,
+            pixels=any(r.pixel for r in rows),
+            patient_mean=metrics.patient_mean(patients) if patients else None,
+            named=named_patients(evaluation),
+            roc=roc_chart(labels, scores, threshold) if curves else None,
+            pr=pr_chart(labels, scores, threshold) if curves else None,
+            froc_at=frocs[0]["at"] if frocs else None,
+            ious=any(r.pixel.get("localisation") for r in rows),
+            froc=froc_chart(froc) if froc and froc["curve"] else None,
+            histogram=score_chart(labels if curves else None, scores if curves else every, threshold)
+            if every.size
+            else None,
+            ranked=by_score[:100] if reason else [],
+            scale=scale,
+            spread=spread,
+            groups=groups,
+            losses=[(stage, loss_chart(i, *xy)) for i, (stage, xy) in enumerate(stages.items())],
+            config=flat(config),
+            environment=flat(environment),
+        )
+    )
+    write_page(Path(path), page)
+
+
+def templates() -> jinja2.Environment:
+    """The pages' templates; what they write is escaped."""
+    found = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    template.filters |= {"number": _number, "interval": _interval}
-    page = template.get_template("report.html.j2").render(
-        e=evaluation,
-        data=source.get("manifest") or phantom,
-        headline=headline(evaluation),
-        reason=reason,
-        rows=rows,
-        axis=min(0.4, math.floor(10 * min(bounds)) / 10) if bounds else 0.4,
-        pixels=any(r.pixel for r in rows),
-        patient_mean=metrics.patient_mean(patients) if patients else None,
-        named=named_patients(evaluation),
-        roc=roc_chart(labels, scores, threshold) if curves else None,
-        pr=pr_chart(labels, scores, threshold) if curves else None,
-        froc_at=frocs[0]["at"] if frocs else None,
-        ious=any(r.pixel.get("localisation") for r in rows),
-        froc=froc_chart(froc) if froc and froc["curve"] else None,
-        histogram=score_chart(labels if curves else None, scores if curves else every, threshold)
-        if every.size
-        else None,
-        ranked=by_score[:100] if reason else [],
-        scale=scale,
-        spread=spread,
-        gradient=", ".join(f"rgb({r * 255:.0f} {g * 255:.0f} {b * 255:.0f})" for r, g, b, _ in colours),
-        groups=groups,
-        losses=[(stage, loss_chart(i, *xy)) for i, (stage, xy) in enumerate(stages.items())],
-        config=flat(config),
-        environment=flat(environment),
-        normal=NORMAL,
-        abnormal=ABNORMAL,
-    )
-    path = Path(path)
+    found.filters |= {"number": _number, "interval": _interval}
+    colours = matplotlib.colormaps["inferno"](np.linspace(0, 1, 9))
+    gradient = ", ".join(f"rgb({r * 255:.0f} {g * 255:.0f} {b * 255:.0f})" for r, g, b, _ in colours)
+    found.globals |= {"normal": NORMAL, "abnormal": ABNORMAL, "gradient": gradient}
+    return found
+
+
+def write_page(path: Path, page: str) -> None:
+    """Writes a page whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     half = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -538,3 +557,21 @@ def write_report(
         os.replace(half, path)
     finally:
         half.unlink(missing_ok=True)
+
+
+def main(argv: list[str]) -> int:
+    from jmae.comparison import MOST, write_comparison  # which is made of this module's parts
+
+    folders, flags = recipe.split(argv)
+    given = recipe.arguments(flags, __doc__ or "", ["out", "draws"])
+    out = Path(given.get("out", ""))
+    if not 1 <= len(folders) <= MOST or out.suffix.lower() not in (".html", ".htm"):
+        raise InputError(f"name 1 to {MOST} run folders and the page: python -m jmae.report DIR DIR --out=FILE.html")
+    if not (draws := given.get("draws", "2000")).isdecimal() or not int(draws):
+        raise InputError(f"--draws={draws}: a whole number above 0")
+    print(write_comparison(out, [Path(folder) for folder in folders], draws=int(draws)), file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main))

@@ -1,0 +1,122 @@
+"""Several runs on one page: read from their folders, paired by case, refused where they do not belong together."""
+
+import csv
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from sklearn.metrics import roc_auc_score
+
+from jmae import comparison, metrics, report
+from jmae.errors import exit_code
+
+IDS = [f"case{i}" for i in range(24)]
+LABELS = np.arange(24) % 2
+
+
+def a_run(folder: Path, noise: float, *, ids=IDS, labels=LABELS, data=None, **recipe) -> Path:
+    """A run folder with an evaluation of `ids`."""
+    scores = labels + np.random.default_rng(int(10 * noise)).normal(0, noise, len(ids))
+    image = metrics.image_metrics(labels, scores, [""] * len(ids), draws=50)
+    evaluation = {
+        "system": "memmc_mae",
+        "split": "test",
+        "primary": "ms_ssim",
+        "image": image,
+        "pixel": None,
+        "subsets": {"central 80%": {"n": len(ids), "image": image, "pixel": None}},
+        "baselines": {
+            "5-NN": {"image": image | {"auroc": 0.61}, "pixel": None},
+            "dark": {"image": None, "pixel": None},
+        },
+        "seconds_per_case": 0.25,
+    }
+    (folder / "evaluation").mkdir(parents=True)
+    (folder / "evaluation" / "metrics.json").write_text(json.dumps(metrics.json_ready(evaluation)))
+    with open(folder / "evaluation" / "scores.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["id", "label", "score", "p_value"])
+        writer.writerows([*zip(ids, labels, scores, [""] * len(ids), strict=True), ["unknown", "", 0.5, ""]])
+    config = {"system": "memmc_mae", "data": data or {"manifest": "gone.csv"}, "model": {"memory": 40} | recipe}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "environment.json").write_text(json.dumps({"versions": {"jax": f"0.{noise}"}}))
+    return folder
+
+
+def test_a_difference_is_that_of_the_metrics_and_its_interval_that_of_common_draws():
+    rng = np.random.default_rng(0)
+    labels, patients = np.arange(60) % 2, rng.integers(0, 25, 60)
+    a, b = labels + rng.normal(0, 1, 60), labels + rng.normal(0, 1.5, 60)
+    found, (low, high) = metrics.paired_difference(metrics.auroc, labels, a, b, patients, draws=300, seed=4)
+    assert found == pytest.approx(roc_auc_score(labels, a) - roc_auc_score(labels, b))
+    draws = np.random.default_rng(4)
+    groups = [np.flatnonzero(patients == p) for p in dict.fromkeys(patients)]
+    each = []
+    for _ in range(300):
+        cases = np.concatenate([groups[i] for i in draws.integers(len(groups), size=len(groups))])
+        if 0 < labels[cases].mean() < 1:
+            each.append(roc_auc_score(labels[cases], a[cases]) - roc_auc_score(labels[cases], b[cases]))
+    assert (low, high) == pytest.approx(tuple(np.percentile(each, [2.5, 97.5])))
+    assert metrics.paired_difference(metrics.auroc, labels, a, a, patients, draws=50) == (0, (0, 0))
+
+
+def test_the_page_shows_the_runs_their_differences_and_what_differs(tmp_path, capfd):
+    runs = [a_run(tmp_path / "good", 0.3), a_run(tmp_path / "<b>bad", 2.0, memory=0)]
+    assert exit_code(report.main, [*map(str, runs), f"--out={tmp_path / 'page.html'}", "--draws", "100"]) == 0
+    page, said = (tmp_path / "page.html").read_text(), capfd.readouterr().err
+    scores = [comparison.scores_of(comparison.read_run(run), IDS) for run in runs]
+    expected = roc_auc_score(LABELS, scores[0]) - roc_auc_score(LABELS, scores[1])
+    assert f"{expected:+.3f}" in page and f"{expected:+.3f}" in said
+    assert "<script" not in page and "&lt;b&gt;bad" in page and "<b>bad" not in page
+    words = re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", page))
+    assert "24 cases in common: 12 normal, 12 abnormal" in words
+    assert "draws of cases (the patients are not known here)" in words
+    assert re.search("model.memory 40 0", words) and re.search(r"versions.jax 0.0.3 0.2.0|versions.jax 0.0.3", words)
+    assert "0.610 5-NN" in words
+    assert page.index("good") < page.index("&lt;b&gt;bad")  # the best first
+
+
+def test_patients_come_from_the_data_that_the_runs_name(tmp_path):
+    columns = ["id", "patient", "split", "label", "image", "mask", "region"]
+    rows = [[name, f"p{i // 4}", "test", i % 2, f"{name}.png", "", ""] for i, name in enumerate(IDS)]
+    with open(tmp_path / "manifest.csv", "w", newline="") as file:
+        csv.writer(file).writerows([columns, *rows])
+    data = {"manifest": str(tmp_path / "manifest.csv")}
+    runs = [comparison.read_run(a_run(tmp_path / name, 1.0, data=data)) for name in ("a", "b")]
+    assert comparison.patients_of(runs[0], IDS) == [f"p{i // 4}" for i in range(24)]
+    assert comparison.compare(runs, draws=20)[1]
+    phantom = comparison.read_run(a_run(tmp_path / "c", 1.0, data={"phantom": "chest"}))
+    assert comparison.patients_of(phantom, IDS) is None  # they have other ids
+
+
+def test_runs_of_one_name_are_told_apart_and_cases_in_common_are_compared(tmp_path):
+    runs = [a_run(tmp_path / "x" / "run", 1.0), a_run(tmp_path / "y" / "run", 1.0, ids=IDS[:20], labels=LABELS[:20])]
+    said = comparison.write_comparison(tmp_path / "page.html", [runs[0], runs[1] / "evaluation"], draws=20)
+    assert "x/run - y/evaluation" in said or "run - evaluation" in said
+    words = re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", (tmp_path / "page.html").read_text()))
+    assert "20 cases in common" in words and "4 more cases" in words
+
+
+def test_runs_that_do_not_belong_together_are_refused_in_one_line(tmp_path, capfd):
+    good = a_run(tmp_path / "good", 0.5)
+    other = a_run(tmp_path / "other", 0.5, ids=[f"other{i}" for i in range(24)])
+    contrary = a_run(tmp_path / "contrary", 0.5, labels=1 - LABELS)
+    (tmp_path / "empty").mkdir()
+    torn = a_run(tmp_path / "torn", 0.5)
+    (torn / "evaluation" / "metrics.json").write_text('{"image": ')
+    out = f"--out={tmp_path / 'page.html'}"
+    for folders, message in {
+        (good, other): "share no labelled case",
+        (good, contrary): "contradict each other on the labels of 24 cases, as case0",
+        (good, tmp_path / "empty"): "empty: no whole evaluation",
+        (torn,): "torn: no whole evaluation",
+        (): "name 1 to 12 run folders and the page",
+    }.items():
+        assert exit_code(report.main, [*map(str, folders), out]) == 2
+        said = capfd.readouterr().err
+        assert message in said and said.count("\n") == 1, said
+    assert exit_code(report.main, [str(good), "--out=page.txt"]) == 2
+    assert exit_code(report.main, [str(good), out, "--draws=0"]) == 2
+    assert not (tmp_path / "page.html").exists()

@@ -170,9 +170,8 @@ def build(config: ConfigDict) -> System:
 
     def window_score(results, image: Array, keys: Array) -> tuple[Array, Array]:
         found, maps = seen(results, image, keys, 1, None)
-        return jnp.concatenate([*(m[..., None] for m in maps.values()), found.mean], -1), jnp.ones(
-            (*image.shape[:-1], 1)
-        )
+        own = [maps[name][..., None] for name in SCORES[:3]]
+        return jnp.concatenate([*own, found.mean], -1), jnp.ones((*image.shape[:-1], 1))
 
     def fuse(averages: Float[Array, "*size k"], inside: Bool[Array, "*size"]) -> dict:
         maps = {name: jnp.where(inside, averages[..., k], 0) for k, name in enumerate(SCORES[:3])}

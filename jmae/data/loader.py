@@ -16,9 +16,9 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from jmae.data import phantoms
+from jmae.data import duplicates, phantoms
 from jmae.data.files import Image, read_image, read_mask
-from jmae.data.manifest import PHANTOM, Row, check_files, parse_manifest, summary
+from jmae.data.manifest import LEAKS, PHANTOM, Finding, Row, check_files, first, leaks, parse_manifest, summary
 from jmae.data.transforms import area_resize, equalise, grey, resize, to_unit
 from jmae.data.volumes import Volume, boxes_mask, in_window, prepare, read_subtraction, read_volume
 from jmae.errors import InputError
@@ -148,18 +148,35 @@ def case_words(name: str) -> np.ndarray:
 def load_rows(config: ConfigDict, log: Callable[[str], None] = print) -> list[Row]:
     """The rows that `config.data` names: a phantom set, or a manifest whose every file has been opened once.
 
+    A patient, a file, or an image under two names in two splits is refused; with `data.allow_leaks` it is told, and its
+    rows are marked.
+
     Raises InputError with all problems in one list.
     """
     data = config.data
     if data.manifest:
-        rows, ignored, problems = parse_manifest(Path(data.manifest), normal_crops_only=data.normal_crops_only)
+        rows, ignored, problems = parse_manifest(
+            Path(data.manifest), normal_crops_only=data.normal_crops_only, allow=LEAKS
+        )
+        prints: dict[str, duplicates.Print] = {}
         use: Callable[[Row, Image], object] = partial(usable, size=data.size, channels=data.channels)
         read = partial(read_volume, data=data) if "join" in data else read_image
         if "join" in data:
             use = partial(check_volume, data=data)
-        problems += check_files(rows, workers=WORKERS, use=use, read=read)
+
+        def look(row: Row, image: Image) -> None:
+            use(row, image)
+            prints[row.id] = duplicates.taken(image.array)
+
+        problems += check_files(rows, workers=WORKERS, use=look, read=read)
+        leaking = [*leaks(rows), *duplicates.in_two_splits(rows, prints)]
+        if leaking and not data.get("allow_leaks"):
+            problems += first([f"{data.manifest}: {one.what}, or set data.allow_leaks" for one in leaking])
         if problems:
             raise InputError("\n".join(problems))
+        for line in first([f"warning: {one.what}" for one in leaking]):
+            log(line)
+        rows = marked(rows, leaking)
         log(f"{data.manifest}: {summary(rows, ignored)}")
     elif data.phantom:
         rows = phantoms.rows(data.phantom)
@@ -169,6 +186,15 @@ def load_rows(config: ConfigDict, log: Callable[[str], None] = print) -> list[Ro
     if data.get("unlabeled_labels"):
         unlabeled_labels(config, rows)  # what is wrong with that file is said now, not when it is used
     return with_anomaly_ratio(rows, config) if data.get("anomaly_ratio", -1) >= 0 else rows
+
+
+def marked(rows: Sequence[Row], leaking: Sequence[Finding]) -> list[Row]:
+    """The rows, those that are in two splits in some way with what it is."""
+    what: dict[str, list[str]] = {}
+    for one in leaking:
+        for row in one.rows:
+            what.setdefault(row.id, []).append(one.what)
+    return [row._replace(leak="; ".join(what[row.id])) if row.id in what else row for row in rows]
 
 
 def unlabeled_labels(config: ConfigDict, rows: Sequence[Row]) -> dict[str, int]:

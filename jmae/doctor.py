@@ -74,7 +74,7 @@ class Facts(NamedTuple):
 
 
 def main(argv: list[str]) -> int:
-    recipe.arguments(argv, __doc__, [])
+    recipe.arguments(argv, __doc__, ["debug"])
     facts = probe()
     wrong = findings(facts)
     print("\n".join([*described(facts), "", *(f"finding: {line}" for line in wrong)] if wrong else described(facts)))
@@ -188,8 +188,10 @@ def findings(facts: Facts) -> list[str]:
     asks_gpu = not asked or any(name in asked.split(",") for name in ("gpu", "cuda"))
     if (jax := facts.versions["jax"]) != (jaxlib := facts.versions["jaxlib"]):
         wrong.append(
-            f"jax {jax or 'missing'} and jaxlib {jaxlib or 'missing'} do not belong together: {pip('jax jaxlib')}"
+            f"jax {jax or 'missing'} and jaxlib {jaxlib or 'missing'} do not belong together: {pip('', 'jax', 'jaxlib')}"
         )
+    if missing := [name for name in PACKAGES[3:] if not facts.versions[name]]:
+        wrong.append(f"{', '.join(missing)} not installed: {pip('', *missing)}")
     if facts.gpus and backend != "gpu":
         wrong.append(f"{facts.gpus[0].name} is not used: {why_no_gpu(facts, asks_gpu, asked, said)}")
     elif facts.tpu and backend != "tpu":
@@ -201,7 +203,7 @@ def findings(facts: Facts) -> list[str]:
             reason = f"JAX says “{said}”: end other processes that hold it, or {pip('tpu')}"
         wrong.append(f"a TPU is not used: {reason}")
     elif not backend:
-        remedy = f"unset JAX_PLATFORMS (it is {asked!r})" if asked else f"install it again: {pip('jax jaxlib')}"
+        remedy = f"unset JAX_PLATFORMS (it is {asked!r})" if asked else f"install it again: {pip('', 'jax', 'jaxlib')}"
         wrong.append(f"JAX does not start: “{said}”: {remedy}")
     return [*wrong, *of_memory(facts)]
 
@@ -278,10 +280,9 @@ def too_old(gpu: Gpu) -> str:
     return f"its driver {gpu.driver} is older than {dotted(driver)}, too old"
 
 
-def pip(what: str) -> str:
-    """The line, for this interpreter's own pip, that installs an extra of jmae, or brings packages up to date."""
-    wanted = f"--upgrade {what}" if " " in what else f"'jmae[{what}]'"
-    return f"{sys.executable} -m pip install {wanted}"
+def pip(extra: str, *packages: str) -> str:
+    """The line, for this interpreter's own pip, that installs an extra of jmae, or packages anew."""
+    return f"{sys.executable} -m pip install " + (f"'jmae[{extra}]'" if extra else f"--upgrade {' '.join(packages)}")
 
 
 def dotted(version: tuple[int, ...]) -> str:

@@ -168,11 +168,11 @@ def load_rows(config: ConfigDict, log: Callable[[str], None] = print) -> list[Ro
             use(row, image)
             prints[row.id] = duplicates.taken(image.array)
 
-        problems += check_files(rows, workers=WORKERS, use=look, read=read)
+        of_files = check_files(rows, workers=WORKERS, use=look, read=read)
         leaking = [*leaks(rows), *duplicates.in_two_splits(rows, prints)]
         if leaking and not data.get("allow_leaks"):
             problems += first([f"{data.manifest}: {one.what}, or set data.allow_leaks" for one in leaking])
-        if problems:
+        if problems := [*problems, *of_files]:
             raise InputError("\n".join(problems))
         for line in first([f"warning: {one.what}" for one in leaking]):
             log(line)

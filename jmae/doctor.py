@@ -186,10 +186,9 @@ def findings(facts: Facts) -> list[str]:
     backend, said = facts.answer.backend, last_line(facts.answer.said)
     asked = facts.variables.get("JAX_PLATFORMS") or facts.variables.get("JAX_PLATFORM_NAME", "")
     asks_gpu = not asked or any(name in asked.split(",") for name in ("gpu", "cuda"))
-    if (jax := facts.versions["jax"]) != (jaxlib := facts.versions["jaxlib"]):
-        wrong.append(
-            f"jax {jax or 'missing'} and jaxlib {jaxlib or 'missing'} do not belong together: {pip('', 'jax', 'jaxlib')}"
-        )
+    jax, jaxlib = (facts.versions[name] or "missing" for name in ("jax", "jaxlib"))
+    if jax != jaxlib:
+        wrong.append(f"jax {jax} and jaxlib {jaxlib} do not belong together: {pip('', 'jax', 'jaxlib')}")
     if missing := [name for name in PACKAGES[3:] if not facts.versions[name]]:
         wrong.append(f"{', '.join(missing)} not installed: {pip('', *missing)}")
     if facts.gpus and backend != "gpu":

@@ -668,8 +668,9 @@ def evaluate(
         "baselines": {},
         "decision": None,
         "chi2": None,
-        "leaks": sorted({row.leak for row in rows if row.leak}),
     }
+    if leaking := sorted({row.leak for row in rows if row.leak}):
+        evaluation["leaks"] = leaking
     if own.known.any():
         found = {
             title: part_figures(config, system, own, stream, gathered, title, part) for title, part in parts.items()

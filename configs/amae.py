@@ -32,6 +32,7 @@ def get_config(preset: str = "phantom") -> ConfigDict:
     c.data.mean, c.data.std = 0.5056, 0.252  # medical_mae's for NIH
     c.data.crop_scale = (0.5, 1.0)  # area of the random resized crop
     c.data.normal_crops_only = False
+    c.data.allow_leaks = False  # True: patients and images in two splits are told, in the report too
     c.data.anomaly_ratio = -1.0  # >= 0: share of abnormal images in the unlabelled set, by data.unlabeled_labels
     c.data.unlabeled_size = 0  # images in the unlabelled set then; 0: all
     c.data.unlabeled_labels = ""  # CSV id,label of the unlabelled rows: for that sweep only, never for training

@@ -38,6 +38,7 @@ def get_config(preset: str = "phantom") -> ConfigDict:
     c.data.clip = (0.001, 1.5)
     c.data.flips = (0, 1)  # axes, each mirrored with probability 1/2
     c.data.normal_crops_only = False  # abnormal training rows with a mask: only crops that touch no lesion
+    c.data.allow_leaks = False  # True: patients and images in two splits are told, in the report too
     c.data.least_region = 0.0  # share of a training crop that lies in the region
     c.data.crops_on = "auto"  # "device" where the set fits in its memory, else "host": the same crops
 

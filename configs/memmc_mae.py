@@ -33,6 +33,7 @@ def get_config(preset: str = "phantom") -> ConfigDict:
     c.data.crop_scale = (0.2, 1.0)  # area of the random resized crop [D]; ours: of the image at `size`; (): none
     c.data.flips = ()  # axes, each mirrored with probability 1/2: none, as the paper lists none
     c.data.normal_crops_only = False
+    c.data.allow_leaks = False  # True: patients and images in two splits are told, in the report too
 
     c.model = ConfigDict()  # ViT-B/16, decoder 512 x 8
     c.model.patch = (16, 16)

@@ -34,6 +34,7 @@ def get_config(preset: str = "phantom") -> ConfigDict:
     c.data.window = ()  # stored values that become 0 and 1, all others clipped; CT in HU: -1024,3071
     c.data.equalise = True  # an even histogram of 256 levels, image by image
     c.data.normal_crops_only = False
+    c.data.allow_leaks = False  # True: patients and images in two splits are told, in the report too
 
     c.model = ConfigDict()
     c.model.backbone = "unet"

@@ -29,6 +29,7 @@ def get_config(preset: str = "phantom") -> ConfigDict:
     c.data.size = (128, 128)  # pixels
     c.data.channels = 1
     c.data.normal_crops_only = False
+    c.data.allow_leaks = False  # True: patients and images in two splits are told, in the report too
 
     c.model = ConfigDict()
     c.model.patch = (16, 16)  # the only square patch for which the report's layers fit each other

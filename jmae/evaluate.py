@@ -668,6 +668,8 @@ def evaluate(
         "decision": None,
         "chi2": None,
     }
+    if leaking := sorted({row.leak for row in rows if row.leak}):
+        evaluation["leaks"] = leaking
     if own.known.any():
         found = {
             title: part_figures(config, system, own, stream, gathered, title, part) for title, part in parts.items()
@@ -833,6 +835,8 @@ def headline(evaluation: Mapping[str, Any]) -> str:
     unknown = evaluation["n"] - evaluation["n_normal"] - evaluation["n_abnormal"]
     counts = f"{evaluation['split']}: {evaluation['n_normal']} normal, {evaluation['n_abnormal']} abnormal"
     counts += f", {unknown} of unknown label" if unknown else ""
+    if evaluation.get("leaks"):
+        counts = f"NOT AN INDEPENDENT TEST: patients or images are in two splits (data.allow_leaks)\n{counts}"
     primary, reason = evaluation["primary"], without_curves(evaluation)
     lines = [counts, *([reason] if reason else [])]
     scores, cheap = evaluation["scores"], evaluation["baselines"]

@@ -20,7 +20,10 @@ from jmae.data.manifest import Row
 from jmae.errors import InputError
 
 # A checkpoint does not depend on these: they may change between a run and its continuation.
-FREE = ("log_every", "checkpoint_every", "tensorboard", "evaluation", "data.manifest", "data.unlabeled_labels")
+FREE = (
+    *("log_every", "checkpoint_every", "tensorboard", "evaluation"),
+    *("data.manifest", "data.unlabeled_labels", "data.allow_leaks"),
+)
 
 
 def log(line: str) -> None:

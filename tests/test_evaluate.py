@@ -418,3 +418,15 @@ def test_what_is_missing_is_one_line(finished, small_set, tmp_path, capfd):
     c = config(small_set, (16, 16), 1)
     with pytest.raises(InputError, match="split 'test' has no rows: one of"):
         ev.evaluate(c, SYSTEM, [], tmp_path, split="test", out=tmp_path / "out")
+
+
+def test_figures_of_leaking_rows_carry_what_leaks_everywhere(small_set, tmp_path, capfd):
+    text = small_set.read_text().replace("p-test-0-0", "p-train-0-0")
+    (leaky := small_set.with_name("leaky.csv")).write_text(text)
+    c = config(leaky, (16, 16), 1, **{"data.allow_leaks": True})
+    metrics = ev.evaluate(c, SYSTEM, load_rows(c), tmp_path, split="test", out=tmp_path / "out")
+    (line,) = json.loads((tmp_path / "out" / "metrics.json").read_text())["leaks"]
+    assert line.startswith("patient 'p-train-0-0' is in train and test") and metrics["leaks"] == [line]
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "Not an independent test." in page and "p-train-0-0" in page
+    assert "NOT AN INDEPENDENT TEST" in capfd.readouterr().err

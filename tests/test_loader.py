@@ -250,6 +250,31 @@ def test_all_problems_of_a_manifest_come_in_one_list(tmp_path, small_set):
     assert "missing.png" in lines[1] and "empty.png" in lines[2]
 
 
+@pytest.mark.parametrize("name, patient", [("copy", "Q"), ("near", "Q"), ("other", "P0")])
+def test_a_leak_is_refused_and_where_it_is_allowed_told_and_marked(tmp_path, name, patient):
+    rng = np.random.default_rng(0)
+    films = rng.integers(0, 256, (3, 48, 40), np.uint8)
+    copies = {"copy": films[0], "near": np.roll(films[0], (1, 1), (0, 1)), "other": films[2]}
+    for file, film in {"a": films[0], "b": films[1], **copies}.items():
+        Image.fromarray(film).save(tmp_path / f"{file}.png")
+    head = "id,patient,split,label,image,mask,region\n"
+    rows = f"a,P0,train,0,a.png,,\nb,P1,test,1,b.png,,\nt,{patient},test,0,{name}.png,,\n"
+    (tmp_path / "m.csv").write_text(head + rows)
+    with pytest.raises(InputError) as caught:
+        load_rows(config(manifest=str(tmp_path / "m.csv")), lambda line: None)
+    (line,) = str(caught.value).splitlines()
+    what = {
+        "copy": "are identical",
+        "near": "are one image (correlation 0.",
+        "other": "patient 'P0' is in train and test",
+    }
+    assert what[name] in line and line.endswith("or set data.allow_leaks")
+    said: list[str] = []
+    marked = load_rows(config(manifest=str(tmp_path / "m.csv"), allow_leaks=True), said.append)
+    assert said[0].startswith("warning: ") and what[name] in said[0]
+    assert [bool(row.leak) for row in marked] == [True, False, True] and what[name] in marked[0].leak
+
+
 def test_an_image_that_the_recipe_cannot_use_is_found_in_every_split(tmp_path):
     np.save(tmp_path / "nan.npy", np.array([[0.0, np.nan], [1.0, 2.0]]))
     np.save(tmp_path / "sound.npy", np.eye(4))

@@ -39,7 +39,10 @@ def test_an_unknown_name_a_missing_folder_and_a_used_one_are_one_line(tmp_path, 
     assert "did you mean jsrt?" in refused(capsys, "jrst", tmp_path, tmp_path / "out")[0]
     assert "is no folder" in refused(capsys, "lidc", tmp_path / "none", tmp_path / "out")[0]
     assert exit_code(prepare.main, ["lidc", "--root=x"]) == 2
-    assert "names: covidx, deeplesion, hyper_kvasir, jsrt, lidc" in capsys.readouterr().err
+    assert (
+        "names: bids, chexpert, covidx, deeplesion, folders, hyper_kvasir, jsrt, lidc, nnunet"
+        in capsys.readouterr().err
+    )
     (tmp_path / "manifest.csv").write_text("")
     assert run("lidc", tmp_path, tmp_path) == 2
     assert "is there already" in capsys.readouterr().err

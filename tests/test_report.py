@@ -154,6 +154,16 @@ def test_choosing_among_the_chosen_changes_nothing(seed):
     assert {t: [kept[i] for i in g] for t, g in again.items()} == groups
 
 
+def test_leaks_are_a_warning_above_all_figures_and_without_them_there_is_none(tmp_path):
+    leaks = [f"patient '{EVIL}{i}' is in train and test" for i in range(23)]
+    for name, evaluation in (("leaky", an_evaluation(leaks=leaks)), ("sound", an_evaluation(leaks=[]))):
+        write_report(tmp_path / f"{name}.html", evaluation, [], [], {}, {})
+    page = (tmp_path / "leaky.html").read_text()
+    assert page.index("Not an independent test.") < page.index("AUROC of the primary score")
+    assert page.count("is in train and test") == 20 and "And 3 more" in page and "<script" not in page
+    assert "Not an independent test." not in (tmp_path / "sound.html").read_text()
+
+
 def test_the_page_asks_for_nothing_and_runs_nothing(page):
     parsed = Page(page)
     assert not parsed.open and not parsed.of("script")

@@ -66,6 +66,10 @@ class Image(NamedTuple):
     header: nib.Nifti1Header | None = None  # of a NIfTI input: a map takes its geometry from it, code by code
 
 
+class OffGrid(InputError):
+    """Two files of a case lie on different grids."""
+
+
 class _Refused(Exception):
     """What is wrong with the file at hand, "what: remedy"; `_opened` puts the path before it."""
 
@@ -97,7 +101,7 @@ def read_image(source: str | os.PathLike | Sequence[str | os.PathLike]) -> Image
     images = [images[0], *(turned(image, images[0]) for image in images[1:])]
     for path, image in zip(paths[1:], images[1:], strict=True):
         if problem := off_grid(image, images[0]):
-            raise InputError(_line(path, f"{problem} {paths[0]}: resample it, or set data.join=resample"))
+            raise OffGrid(_line(path, f"{problem} {paths[0]}: resample it, or set data.join=resample"))
     placed = next((image for image in images if image.affine is not None), images[0])
     array = images[0].array if len(images) == 1 else np.concatenate([i.array for i in images], axis=-1)
     bits = {image.bits for image in images}
@@ -115,7 +119,7 @@ def read_mask(path: str | os.PathLike, like: Image | None = None) -> np.ndarray:
         raise InputError(_line(path, "a JPEG mask without sharp edges: cut it at 127 and save it as PNG"))
     image = image if like is None else turned(image, like)
     if like is not None and (problem := off_grid(image, like)):
-        raise InputError(_line(path, f"{problem} its image: save the mask on the image's grid"))
+        raise OffGrid(_line(path, f"{problem} its image: save the mask on the image's grid"))
     return np.any(image.array > 0, axis=-1)
 
 

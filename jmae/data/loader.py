@@ -17,9 +17,9 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from jmae.data import phantoms
+from jmae.data import duplicates, phantoms
 from jmae.data.files import Image, read_image, read_mask
-from jmae.data.manifest import PHANTOM, Row, check_files, parse_manifest, summary
+from jmae.data.manifest import LEAKS, PHANTOM, Finding, Row, check_files, first, leaks, parse_manifest, summary
 from jmae.data.transforms import area_resize, equalise, grey, resize, to_unit
 from jmae.data.volumes import Volume, boxes_mask, in_window, prepare, read_subtraction, read_volume
 from jmae.errors import InputError
@@ -153,27 +153,40 @@ def case_words(name: str) -> np.ndarray:
 def load_rows(config: ConfigDict, log: Callable[[str], None] = print) -> list[Row]:
     """The rows that `config.data` names: a phantom set, or a manifest whose every file has been opened once.
 
+    A patient, a file, or an image under two names in two splits is refused; with `data.allow_leaks` it is told, and its
+    rows are marked.
+
     Raises InputError with all problems in one list.
     """
     data = config.data
     if data.manifest:
-        rows, ignored, problems = parse_manifest(Path(data.manifest), normal_crops_only=data.normal_crops_only)
+        rows, ignored, problems = parse_manifest(
+            Path(data.manifest), normal_crops_only=data.normal_crops_only, allow=LEAKS
+        )
         colour: list[str] = []
+        prints: dict[str, duplicates.Print] = {}
+        volumes = "join" in data
+        use: Callable[[Row, Image], object] = partial(usable, size=data.size, channels=data.channels)
+        use, read = (
+            (partial(check_volume, data=data), partial(read_volume, data=data)) if volumes else (use, read_image)
+        )
 
-        def use(row: Row, stored: Image) -> None:
-            usable(row, stored, data.size, data.channels)
-            colour.extend([row.id] * (stored.array.shape[-1] == 3 and data.channels == 1))
+        def look(row: Row, image: Image) -> None:
+            use(row, image)
+            colour.extend([row.id] * (image.array.shape[-1] == 3 and data.channels == 1))
+            prints[row.id] = duplicates.taken(image.array)
 
-        if "join" in data:
-            problems += check_files(
-                rows, workers=WORKERS, use=partial(check_volume, data=data), read=partial(read_volume, data=data)
-            )
-        else:
-            problems += check_files(rows, workers=WORKERS, use=use)
-        if problems:
-            raise InputError("\n".join(folded(problems)))
+        of_files = check_files(rows, workers=WORKERS, use=look, read=read)
+        leaking = [*leaks(rows), *duplicates.in_two_splits(rows, prints)]
+        if leaking and not data.get("allow_leaks"):
+            problems += first([f"{data.manifest}: {one.what}, or set data.allow_leaks" for one in leaking])
+        if problems := [*problems, *folded(of_files)]:
+            raise InputError("\n".join(problems))
         if colour:
             log(f"{len(colour)} colour images are made grey: --config.data.channels=3 keeps colour where a recipe can")
+        for line in first([f"warning: {one.what}" for one in leaking]):
+            log(line)
+        rows = marked(rows, leaking)
         log(f"{data.manifest}: {summary(rows, ignored)}")
     elif data.phantom:
         rows = phantoms.rows(data.phantom)
@@ -196,6 +209,15 @@ def folded(problems: Sequence[str], most: int = 3) -> list[str]:
         elif seen[kind] == most:
             lines.append(f"{problem} (and {count[kind] - most} more like it)")
     return lines
+
+
+def marked(rows: Sequence[Row], leaking: Sequence[Finding]) -> list[Row]:
+    """The rows, those that are in two splits in some way with what it is."""
+    what: dict[str, list[str]] = {}
+    for one in leaking:
+        for row in one.rows:
+            what.setdefault(row.id, []).append(one.what)
+    return [row._replace(leak="; ".join(what[row.id])) if row.id in what else row for row in rows]
 
 
 def unlabeled_labels(config: ConfigDict, rows: Sequence[Row]) -> dict[str, int]:

@@ -12,7 +12,7 @@ import io
 import math
 import os
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import MappingProxyType
@@ -21,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool
 
-from jmae.data.files import Image, image_size, read_image, read_mask
+from jmae.data.files import Image, OffGrid, image_size, read_image, read_mask
 from jmae.errors import InputError
 
 COLUMNS = ("id", "patient", "split", "label", "image", "mask", "region")
@@ -30,6 +30,7 @@ SPLITS = ("train", "unlabeled", "val", "test")
 SHOWN = 20  # problems of one kind that are spelled out
 ID_BYTES = 200  # a file name has 255, and "_confidence.nii.gz" is put behind the id
 PHANTOM = "phantom:"  # an image that is made, not read
+LEAKS = ("patient leak", "image leak")  # kinds of problems that `parse_manifest` may pass over
 
 
 class Row(NamedTuple):
@@ -48,6 +49,15 @@ class Row(NamedTuple):
     # Among them `midline`: "", "middle", or an index of the image's own left-right axis between voxels, of which the
     # first piece is [0, midline); and `half`: "", or "first" or "second", the only piece that is used.
     extra: Mapping[str, str] = MappingProxyType({})
+    leak: str = ""  # what else of another split this row is the same as, where `data.allow_leaks` lets it pass
+
+
+class Finding(NamedTuple):
+    """What is wrong with some rows, in a line."""
+
+    kind: str
+    rows: tuple[Row, ...]
+    what: str
 
 
 def read_manifest(path: str | os.PathLike, *, normal_crops_only: bool = False) -> list[Row]:
@@ -63,7 +73,7 @@ def read_manifest(path: str | os.PathLike, *, normal_crops_only: bool = False) -
 
 
 def parse_manifest(
-    path: str | os.PathLike, *, normal_crops_only: bool = False
+    path: str | os.PathLike, *, normal_crops_only: bool = False, allow: Collection[str] = ()
 ) -> tuple[list[Row], dict[str, int], list[str]]:
     """The rows of the four splits; how often what was ignored, for `summary`; all problems of the file, a line each, of
     one kind at most 20.
@@ -71,6 +81,7 @@ def parse_manifest(
     Args:
       path: the CSV file; UTF-8 with or without BOM, any line ends.
       normal_crops_only: abnormal rows may be in `train`, if they carry a mask.
+      allow: kinds of problems that are passed over: "abnormal" rows in `train`, `LEAKS`.
 
     Raises:
       InputError: the file cannot be read, is no CSV, or lacks columns.
@@ -99,13 +110,13 @@ def parse_manifest(
     for case, lines in lines_of.items():
         if case and len(lines) > 1:
             problems["id"].append(f"id {case!r} is in lines {', '.join(map(str, lines))}: give each row its own")
-    _leaks("patient", ((row.patient, row.split) for row in rows if row.patient), problems)
-    files = ((file, row.split) for row in rows for file in (*row.image, *row.pre, *row.post))
-    _leaks("image", files, problems)
+    for leak in leaks(rows):
+        problems[f"{leak.kind} leak"].append(leak.what)
     if not rows and not problems:
         seen = f", only {', '.join(map(repr, other))}" if other else ""
         problems["empty"].append(f"no row of {', '.join(SPLITS)}{seen}: fill the column split")
-    shown = [f"{os.fspath(path)}: {line}" for lines in problems.values() for line in _first(lines)]
+    told = (lines for kind, lines in problems.items() if kind not in allow)
+    shown = [f"{os.fspath(path)}: {line}" for lines in told for line in first(lines)]
     ignored = {f"rows of other splits ({', '.join(map(_other_split, other))})": other.total()} if other else {}
     return rows, ignored | {what: n for what, n in dropped.items() if n}, shown
 
@@ -118,8 +129,21 @@ def check_files(
     use: Callable[[Row, Image], object] | None = None,
     read: Callable[[Sequence[str]], Image] = read_image,
 ) -> list[str]:
-    """Opens every image, mask, region and series of contrast and returns all problems, a line each, in the order of the
-    rows.
+    """All that `check_each` finds, a line each."""
+    found = check_each(rows, workers=workers, decode=decode, use=use, read=read)
+    return [f"{one.rows[0].id}: {one.what}" for one in found]
+
+
+def check_each(
+    rows: Sequence[Row],
+    *,
+    workers: int,
+    decode: bool = True,
+    use: Callable[[Row, Image], object] | None = None,
+    read: Callable[[Sequence[str]], Image] = read_image,
+) -> list[Finding]:
+    """Opens every image, mask, region and series of contrast and returns all problems in the order of the rows, their
+    kinds "unreadable", "geometry" (another grid, another shape), "truth" (mask, region and boxes against the label).
 
     Missing and unreadable files, channels, masks and regions on another grid than their image, masks that
     contradict the label, regions that mark nothing, boxes outside the image, and images whose rank or number of
@@ -133,14 +157,31 @@ def check_files(
     usual = Counter(shape for shape, _ in found if shape).most_common(1)
     problems = []
     for row, (shape, lines) in zip(real, found, strict=True):
-        problems += [f"{row.id}: {line}" for line in lines]
+        problems += [Finding(kind, (row,), line) for kind, line in lines]
         if shape and shape != usual[0][0]:
             (rank, channels), (ranks, most) = shape, usual[0][0]
-            problems.append(
-                f"{row.id}: {row.image[0]}: {rank}D with {channels} channels where most are {ranks}D with {most}: "
-                "complete or convert it, or leave the case out"
-            )
+            what = f"{row.image[0]}: {rank}D with {channels} channels where most are {ranks}D with {most}"
+            problems.append(Finding("geometry", (row,), f"{what}: complete or convert it, or leave the case out"))
     return problems
+
+
+def leaks(rows: Sequence[Row]) -> list[Finding]:
+    """Each patient (kind "patient") and each file ("image") that is in two splits."""
+    found = []
+    named = {
+        "patient": [(row.patient, row) for row in rows if row.patient],
+        "image": [(file, row) for row in rows for file in (*row.image, *row.pre, *row.post)],
+    }
+    for kind, pairs in named.items():
+        sharing: dict[str, list[Row]] = defaultdict(list)
+        for name, row in pairs:
+            sharing[name].append(row)
+        for name, own in sharing.items():
+            splits = [split for split in SPLITS if split in {row.split for row in own}]
+            if len(splits) > 1:
+                what = f"{kind} {name!r} is in {' and '.join(splits)}: keep it in one split"
+                found.append(Finding(kind, tuple(own), what))
+    return found
 
 
 def summary(rows: Sequence[Row], ignored: Mapping[str, int] = MappingProxyType({})) -> str:
@@ -298,17 +339,8 @@ def _boxes(text: str) -> tuple[tuple[float, ...], ...] | None:
     return boxes if rank in (2, 3) and fits else None
 
 
-def _leaks(what: str, pairs: Iterable[tuple[str, str]], problems: dict[str, list[str]]) -> None:
-    splits: dict[str, set[str]] = defaultdict(set)
-    for name, split in pairs:
-        splits[name].add(split)
-    for name, found in splits.items():
-        if len(found) > 1:
-            where = " and ".join(split for split in SPLITS if split in found)
-            problems[f"{what} leak"].append(f"{what} {name!r} is in {where}: keep it in one split")
-
-
-def _first(lines: list[str]) -> list[str]:
+def first(lines: list[str]) -> list[str]:
+    """The first 20 lines, and how many more there are."""
     more = len(lines) - SHOWN
     return lines[:SHOWN] + ([f"and {more} more like the line before"] if more > 0 else [])
 
@@ -320,9 +352,9 @@ def _other_split(name: str) -> str:
 
 def _check_row(
     row: Row, decode: bool, use: Callable[[Row, Image], object] | None, read: Callable[[Sequence[str]], Image]
-) -> tuple[tuple[int, int] | None, list[str]]:
-    """((rank, channels) of the image if it could be read, problems)."""
-    lines: list[str] = []
+) -> tuple[tuple[int, int] | None, list[tuple[str, str]]]:
+    """((rank, channels) of the image if it could be read, (kind, problem) of each)."""
+    lines: list[tuple[str, str]] = []
     image, size, channels = None, None, 0
     try:
         if decode:
@@ -333,46 +365,53 @@ def _check_row(
         else:
             size, channels = image_size(row.image[0]), len(row.image)
             expected = size if read is read_image else None
-            lines += [problem for file in row.image[1:] if (problem := _other_size(file, expected, row.image[0]))]
+            others = (_other_size(file, expected, row.image[0]) for file in row.image[1:])
+            lines += [("geometry", problem) for problem in others if problem]
     except InputError as error:
-        lines += _failures(row.image, decode) or [str(error)]
+        lines += _failures(row.image, decode) or [(_kind(error), str(error))]
     lines += _failures([file for file in (*row.pre, *row.post) if file not in row.image], decode)
 
     for name, file in (("mask", row.mask), ("region", row.region)):
         if file is None:
             continue
         if not decode:
-            lines += [problem] if (problem := _other_size(file, size, "its image")) else []
+            lines += [("geometry", problem)] if (problem := _other_size(file, size, "its image")) else []
             continue
         try:
             marked = np.count_nonzero(read_mask(file, like=image))
         except InputError as error:
-            lines.append(str(error))
+            lines.append((_kind(error), str(error)))
             continue
         if name == "region" and not marked:
-            lines.append(f"{file}: the region marks nothing: leave it empty or repair it")
+            lines.append(("truth", f"{file}: the region marks nothing: leave it empty or repair it"))
         if name == "mask" and row.label is not None and bool(marked) != bool(row.label):
-            lines.append(f"{file}: the mask marks {marked} values and the label is {row.label}: repair one of them")
+            what = f"{file}: the mask marks {marked} values and the label is {row.label}: repair one of them"
+            lines.append(("truth", what))
 
     if row.boxes and row.label == 0:
-        lines.append(f"{row.image[0]}: boxes of lesions and the label 0: repair one of them")
+        lines.append(("truth", f"{row.image[0]}: boxes of lesions and the label 0: repair one of them"))
     if size is not None:
         ends = size[::-1] if len(size) == 2 else size  # x runs along the columns in 2D, along i in 3D
         for box in row.boxes:
             rank = len(box) // 2
             if rank != len(ends) or min(box) < 0 or any(np.greater(box[rank:], ends)):
-                lines.append(f"{row.image[0]}: box {box} is not inside the image of size {size}: repair it")
+                what = f"{row.image[0]}: box {box} is not inside the image of size {size}: repair it"
+                lines.append(("truth", what))
     return (len(size), channels) if size else None, lines
 
 
-def _failures(files: Iterable[str], decode: bool) -> list[str]:
+def _kind(error: InputError) -> str:
+    return "geometry" if isinstance(error, OffGrid) else "unreadable"
+
+
+def _failures(files: Iterable[str], decode: bool) -> list[tuple[str, str]]:
     """What each file says that cannot be read."""
     lines = []
     for file in files:
         try:
             read_image(file) if decode else image_size(file)
         except InputError as error:
-            lines.append(str(error))
+            lines.append(("unreadable", str(error)))
     return lines
 
 

@@ -1,7 +1,17 @@
 """python -m jmae.data.prepare NAME --root DIR --out DIR [--seed 0] [--debug]
 
-A public data set as it is downloaded, below --root, becomes a manifest, --out/manifest.csv. NAME is one of
+A data set as it lies below --root becomes a manifest, --out/manifest.csv. NAME is a convention of folders
 
+folders     train/good, test/good, test/DEFECT and masks anywhere (mask, ground_truth, annotation), as MVTec AD has it;
+            also val and unlabeled. Or two folders of images, --normal DIR and --test DIR, instead of --root.
+nnunet      imagesTr/CASE_0000.nii.gz and on, labelsTr, imagesTs, dataset.json. Empty segmentations are normal.
+bids        sub-*/[ses-*/]anat/*_T1w.nii.gz; the channels are --sequences=T1w,FLAIR. Sessions with a lesion mask are
+            the test.
+
+or a public data set as it is downloaded:
+
+chexpert    CheXpert chest radiographs: train.csv, valid.csv and the images. No Finding is normal, Pneumonia abnormal;
+            1,024 normals train, 50 + 50 are val, 100 + 100 the test. --views=PA, frontal or all.
 jsrt        JSRT chest radiographs: the .IMG files and the tables CLNDAT_EN.txt and CNNDAT_EN.txt, in any folders.
             Written as 16-bit PNG, inverted (air dark); nodules as boxes. 19 normals and all nodules are the test.
 lidc        LIDC-IDRI chest CT: the folders LIDC-IDRI-xxxx of DICOM series, and the readings as XML anywhere. The
@@ -16,8 +26,9 @@ hyper_kvasir  HyperKvasir colonoscopy: the folders of classes cecum, ileum and b
             of segmented-images. 1,600 normals train, 500 and all polyps are the test, further normals are val. Masks
             are written as PNG.
 
-The splits are those of P-PII (Mueller et al., UNSURE 2023), of the last two those of MemMC-MAE (Tian et al. 2022). The
-draws follow --seed alone. Images that stay where they are have absolute paths in the manifest.
+The splits of jsrt, lidc and deeplesion are those of P-PII (Mueller et al., UNSURE 2023), of covidx and hyper_kvasir
+those of MemMC-MAE (Tian et al. 2022). Draws follow --seed alone. Images that stay where they are have absolute paths
+in the manifest. A patient or a file in two splits is refused.
 
 Exit codes: 0 done; 2 the input or the environment is wrong.
 """
@@ -30,18 +41,23 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-from jmae.data.manifest import Row, summary
+from jmae.data.manifest import SPLITS, Row, leaks, summary
 from jmae.data.slices import command, counted, refuse_used, write_manifest
 from jmae.errors import InputError
 from jmae.recipe import typed
 
-DATASETS = (
-    "covidx",
-    "deeplesion",
-    "hyper_kvasir",
-    "jsrt",
-    "lidc",
-)  # each a module with `prepare(root, out, seed) -> Prepared`
+DATASETS: dict[str, tuple[str, ...]] = {  # each a module with `prepare(root, out, seed, ...) -> Prepared`; its flags
+    "bids": ("sequences",),
+    "chexpert": ("views",),
+    "covidx": (),
+    "deeplesion": (),
+    "folders": ("normal", "test"),
+    "hyper_kvasir": (),
+    "jsrt": (),
+    "lidc": (),
+    "nnunet": (),
+}
+NAMES = {"mvtec": "folders", "nnu-net": "nnunet"}  # also understood
 SHOWN = 20  # problems that are spelled out
 
 T = TypeVar("T")
@@ -58,40 +74,69 @@ class Prepared(NamedTuple):
 
 
 def main(argv: list[str]) -> int:
-    names, given = command(argv, __doc__, ["root", "out", "seed"])
-    if len(names) != 1 or not {"root", "out"} <= given.keys():
+    further = sorted({flag for flags in DATASETS.values() for flag in flags})
+    names, given = command(argv, __doc__, ["root", "out", "seed", *further])
+    if len(names) != 1 or "out" not in given or not {"root", "normal"} & given.keys():
         raise InputError(
             "name one data set, its folder and a new one: python -m jmae.data.prepare NAME --root=DIR --out=DIR; "
             f"names: {', '.join(DATASETS)}"
         )
-    name = names[0].lower()
+    name = NAMES.get(names[0].lower(), names[0].lower())
     if name not in DATASETS:
-        near = difflib.get_close_matches(name, DATASETS, n=1, cutoff=0.0)[0]
+        near = difflib.get_close_matches(name, [*DATASETS, *NAMES], n=1, cutoff=0.0)[0]
         raise InputError(f"{names[0]}: is no data set that is known: did you mean {near}? names: {', '.join(DATASETS)}")
-    print(prepare(name, Path(given["root"]), Path(given["out"]), typed("seed", given.get("seed", "0"), 0)))
+    options = {flag: given[flag] for flag in further if flag in given}
+    if wrong := [flag for flag in options if flag not in DATASETS[name]]:
+        raise InputError(f"--{wrong[0]}: is no flag of {name}: leave it out")
+    root, seed = given.get("root"), typed("seed", given.get("seed", "0"), 0)
+    print(prepare(name, Path(root) if root else None, Path(given["out"]), seed, **options))
     return 0
 
 
-def prepare(name: str, root: Path, out: Path, seed: int = 0) -> str:
+def prepare(name: str, root: Path | None, out: Path, seed: int = 0, **options: str) -> str:
     """Writes the manifest of a data set, last of all, and says what there is, what was left out, and which flags a
-    recipe needs, or a reader must know.
+    recipe needs, or a reader must know. `options` are the data set's own; `root` may be None where these name folders.
 
     Raises InputError with all problems, a line each; no manifest is written then.
     """
-    root, out = root.absolute(), out.absolute()
-    if not root.is_dir():
+    root, out = root and root.absolute(), out.absolute()
+    if root and not root.is_dir():
         raise InputError(f"{root}: is no folder: name the one with the files of {name}")
-    if any(";" in str(folder) for folder in (root, out)):
-        raise InputError(f"{root} or {out}: has a semicolon, which separates files in a manifest: rename the folder")
     refuse_used(out)
-    made = importlib.import_module(f"jmae.data.prepare.{name}").prepare(root, out, seed)
-    rows, found, left_out, flags, caution = made
+    rows, found, left_out, flags, caution = importlib.import_module(f"jmae.data.prepare.{name}").prepare(
+        root, out, seed, **options
+    )
     if not rows:
-        raise InputError(f"{root}: {found}, no image is left ({counted(left_out)}): copy the whole data set")
+        raise InputError(f"{root or name}: {found}, no image is left ({counted(left_out)}): copy the whole data set")
+    check_rows(rows)
     write_manifest(out, rows)
-    lines = [f"{out / 'manifest.csv'}: {found}: {summary(rows)}; left out: {counted(left_out)}"]
-    lines += [f"give the recipe {flags}"] if flags else []
+    lines = [f"{out / 'manifest.csv'}: {found}: {summary(rows)}; left out: {counted(left_out)}", "", *table(rows)]
+    lines += ["", f"give the recipe {flags}"] if flags else []
     return "\n".join(lines + ([f"caution: {caution}"] if caution else []))
+
+
+def check_rows(rows: Sequence[Row]) -> None:
+    """Raises InputError for ids that two rows have, for patients and files in two splits, and for names of files that a
+    manifest cannot hold."""
+    files: dict[str, list[str]] = {}
+    for row in rows:
+        files.setdefault(row.id, []).append(row.image[0])
+    problems = [f"{id}: would be the id of {', '.join(same)}: rename one" for id, same in files.items() if same[1:]]
+    named = sorted({file for row in rows for file in (*row.image, row.mask or "") if ";" in file})
+    problems += [f"{file}: has a semicolon, which separates files in a manifest: rename it" for file in named]
+    refuse(problems + [one.what for one in leaks(rows)])
+
+
+def table(rows: Sequence[Row]) -> list[str]:
+    """How many cases of each kind a split has, as lines."""
+    lines = [f"{'split':<10}{'normal':>9}{'abnormal':>10}{'unknown':>9}{'masks':>8}{'patients':>10}"]
+    for split in SPLITS:
+        own = [row for row in rows if row.split == split]
+        n, masks = Counter(row.label for row in own), sum(bool(row.mask or row.boxes) for row in own)
+        patients = len({row.patient for row in own if row.patient}) or "-"
+        if own:
+            lines.append(f"{split:<10}{n[0]:>9}{n[1]:>10}{n[None]:>9}{masks:>8}{patients:>10}")
+    return lines
 
 
 def refuse(problems: Sequence[str]) -> None:

@@ -3,7 +3,7 @@
 A list has a line an image, `patient filename label source`; ids of patients may hold spaces, so it is split from the
 right. Images are train/FILENAME and test/FILENAME. Splits as MemMC-MAE has them (Tian et al. 2022): the negatives of
 the training list train, its positives are not used, the test list is the test; with train_COVIDx8B.txt and
-test_COVIDx8B.txt these are the paper's 13,794, and 200 of either class.
+test_COVIDx8B.txt these are the paper's 13,794, and 200 of either class. Lists of two versions share images: refused.
 
 ours: most images are grey, the few coloured ones become so: 0.299 R + 0.587 G + 0.114 B.
 """
@@ -40,7 +40,14 @@ class Line(NamedTuple):
 def prepare(root: Path, out: Path, seed: int) -> Prepared:
     """Writes `out`/images/SPLIT/NAME.png of coloured images and returns the rows; raises InputError with all
     problems."""
-    lists = {split: read_list(find_list(root, split)) for split in ("train", "test")}
+    paths = {split: find_list(root, split) for split in ("train", "test")}
+    one, other = (re.sub(r"^(train|test)_?|\.txt$", "", path.name.lower()) for path in paths.values())
+    if one and other and one != other:
+        what = f"{paths['train'].name} and {paths['test'].name} are of two versions, which share images"
+        raise InputError(f"{root}: {what}: keep the two lists of one version")
+    lists = {split: read_list(path) for split, path in paths.items()}
+    twice = {line.file for line in lists["train"]} & {line.file for line in lists["test"]}
+    refuse([f"{name}: is in both lists: copy the two lists of one version" for name in sorted(twice)])
     used = [(split, line) for split, lines in lists.items() for line in lines if split == "test" or not line.label]
     missing = [f"{root / s}: not found: unpack the images of COVIDx there" for s in lists if not (root / s).is_dir()]
     refuse(missing)

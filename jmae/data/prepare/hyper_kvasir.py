@@ -23,6 +23,7 @@ from jmae.errors import InputError
 NORMAL = ("cecum", "ileum", "bbps-2-3")  # folders may be named normal-CLASS
 TRAIN, TEST = 1600, 500
 MASKED = 127  # a mask's pixel above it is polyp
+ENDS = (".jpg", ".jpeg", ".png")
 WORKERS = min(8, os.cpu_count() or 1)
 
 
@@ -88,6 +89,11 @@ def find_folders(root: Path) -> tuple[dict[str, Path | None], Path]:
 
 
 def pictures(folder: Path | None) -> dict[str, Path]:
-    """The images of a folder by their names without ending, in order."""
-    names = sorted(os.listdir(folder)) if folder else []
-    return {Path(n).stem: Path(folder or "", n) for n in names if n.lower().endswith((".jpg", ".jpeg", ".png"))}
+    """The images of a folder by their names without ending, in order; raises InputError where two have one name."""
+    names = sorted(name for name in (os.listdir(folder) if folder else ()) if name.lower().endswith(ENDS))
+    found: dict[str, Path] = {}
+    for name in names:
+        if (stem := Path(name).stem) in found:
+            raise InputError(f"{Path(folder or '', name)}: has the name of {found[stem].name} beside it: keep one")
+        found[stem] = Path(folder or "", name)
+    return found

@@ -1,0 +1,145 @@
+"""python -m jmae.data.check MANIFEST.csv [--json FILE] [--debug]
+
+Opens every file that a manifest names and prints a table of what is wrong, kind by kind:
+
+unreadable      missing, damaged or foreign files
+geometry        masks, regions and channels on another grid than their image; images of another rank or channel count
+truth           masks, boxes and regions that contradict the label, or mark nothing
+not finite      images with NaN or Inf
+constant        images, or channels of them, that have one value
+patient         a patient in two splits
+image           a file in two splits
+identical       an image in two splits under two names
+near-identical  the same, resized, saved again as JPEG, or shifted by a few percent
+abnormal        abnormal cases among the training normals
+
+With --json all of it is written to a file as well. Nothing is changed, and no network is loaded.
+
+Exit codes: 0 nothing found; 1 findings; 2 the manifest itself is wrong, or the environment.
+"""
+
+import json
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from jmae.data import duplicates
+from jmae.data.files import Image
+from jmae.data.loader import WORKERS
+from jmae.data.manifest import LEAKS, Finding, Row, check_each, first, leaks, parse_manifest, summary
+from jmae.data.slices import command
+from jmae.errors import InputError, exit_code
+from jmae.run_folder import write_text
+
+KINDS = {
+    "unreadable": "files that cannot be read",
+    "geometry": "grids, ranks or channels that do not fit",
+    "truth": "masks, boxes or regions against the label",
+    "not finite": "images with NaN or Inf",
+    "constant": "images or channels of one value",
+    "patient": "patients in two splits",
+    "image": "files in two splits",
+    "identical": "images in two splits under two names",
+    "near-identical": "the same, resized, recompressed or shifted",
+    "abnormal": "abnormal cases among training normals",
+}
+
+
+class Checked(NamedTuple):
+    """What there is, and what is wrong with it, in the order of `KINDS`."""
+
+    rows: list[Row]
+    summary: str
+    findings: list[Finding]
+
+
+def main(argv: list[str]) -> int:
+    names, given = command(argv, __doc__, ["json"])
+    if len(names) != 1:
+        raise InputError("name one manifest: python -m jmae.data.check MANIFEST.csv [--json FILE]")
+    began, manifest = time.monotonic(), Path(names[0])
+    checked = check(manifest)
+    if "json" in given:
+        write_text(Path(given["json"]), to_json(manifest, checked, time.monotonic() - began))
+    print(table(manifest, checked))
+    return int(bool(checked.findings))
+
+
+def check(manifest: Path) -> Checked:
+    """Everything that is wrong with the cases of a manifest; raises InputError where the file itself is wrong."""
+    rows, ignored, problems = parse_manifest(manifest, allow=("abnormal", *LEAKS))
+    if problems:
+        raise InputError("\n".join(problems))
+    prints: dict[str, duplicates.Print] = {}
+    values: list[Finding] = []
+
+    def look(row: Row, image: Image) -> None:
+        prints[row.id] = duplicates.taken(image.array)
+        values.extend(of_values(row, image.array))
+
+    found = check_each(rows, workers=WORKERS, use=look)
+    found += [*values, *leaks(rows), *duplicates.in_two_splits(rows, prints), *abnormal(rows)]
+    order = {row.id: i for i, row in enumerate(rows)}
+    found.sort(key=lambda one: (list(KINDS).index(one.kind), order[one.rows[0].id], one.what))
+    return Checked(rows, summary(rows, ignored), found)
+
+
+def of_values(row: Row, array: np.ndarray) -> Iterator[Finding]:
+    """What is wrong with the values (*size, c) of an image."""
+    for c, channel in enumerate(np.moveaxis(array, -1, 0)):
+        file = row.image[c] if len(row.image) == array.shape[-1] else row.image[0]
+        finite = np.isfinite(channel)
+        if bad := channel.size - np.count_nonzero(finite):
+            yield Finding("not finite", (row,), f"{file}: {bad} values are not finite: mend the file or drop its row")
+        if finite.any() and channel.min(where=finite, initial=np.inf) == channel.max(where=finite, initial=-np.inf):
+            yield Finding("constant", (row,), f"{file}: has one value all over: export it again or drop its row")
+
+
+def abnormal(rows: list[Row]) -> Iterator[Finding]:
+    """Abnormal rows of `train`."""
+    for row in rows:
+        if row.split == "train" and row.label == 1:
+            outside = row.mask or row.boxes
+            remedy = "move it, or set data.normal_crops_only" if outside else "move it to val, test or unlabeled"
+            yield Finding("abnormal", (row,), f"{row.id} is abnormal and in train: {remedy}")
+
+
+def table(manifest: Path, checked: Checked) -> str:
+    """The summary, how often each kind was found, and what was, of a kind at most 20."""
+    counts = Counter(one.kind for one in checked.findings)
+    lines = [f"{manifest}: {checked.summary}", ""]
+    lines += [f"{counts[kind]:6}  {kind:<15} {what}" for kind, what in KINDS.items()]
+    for kind in counts:
+        lines += ["", f"{kind}:"]
+        lines += [f"  {line}" for line in first([of_case(one) for one in checked.findings if one.kind == kind])]
+    return "\n".join([*lines, "", f"{len(checked.findings)} findings" if checked.findings else "nothing found"])
+
+
+def of_case(finding: Finding) -> str:
+    """The line, with the case before it where it does not name one."""
+    name = finding.rows[0].id
+    return finding.what if len(finding.rows) > 1 or finding.what.startswith(name) else f"{name}: {finding.what}"
+
+
+def to_json(manifest: Path, checked: Checked, seconds: float) -> str:
+    """All findings, with the ids of their cases."""
+    counts = Counter(one.kind for one in checked.findings)
+    findings = [{"kind": f.kind, "ids": [row.id for row in f.rows], "what": f.what} for f in checked.findings]
+    content = {
+        "manifest": str(manifest),
+        "cases": len(checked.rows),
+        "summary": checked.summary,
+        "counts": {kind: counts[kind] for kind in KINDS},
+        "findings": findings,
+        "seconds": round(seconds, 3),
+    }
+    return json.dumps(content, indent=1) + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main))

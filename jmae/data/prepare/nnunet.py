@@ -1,0 +1,88 @@
+"""A folder in nnU-Net's convention (Isensee et al., Nature Methods 2021): imagesTr, labelsTr, imagesTs, dataset.json.
+
+imagesTr/CASE_0000.nii.gz is the first channel of a case, CASE_0001.nii.gz the second; labelsTr/CASE.nii.gz its
+segmentation, in which every class above 0 is taken as lesion. imagesTr train and are normal where their segmentation is
+empty, or where there is no labelsTr at all; imagesTs are the test, of known label where labelsTs has them.
+"""
+
+import json
+import os
+import re
+from collections import Counter
+from pathlib import Path
+
+from jmae.data.files import read_mask
+from jmae.data.manifest import Row
+from jmae.data.prepare import Prepared, refuse
+from jmae.errors import InputError
+
+
+def prepare(root: Path, out: Path, seed: int) -> Prepared:
+    """The rows; nothing is written. Raises InputError with all problems."""
+    about = read_json(root / "dataset.json")
+    ending, channels = str(about.get("file_ending", ".nii.gz")), channels_of(about)
+    rows, problems, left_out = [], [], Counter[str]()
+    for split, part in (("train", "Tr"), ("test", "Ts")):
+        images, labels = root / f"images{part}", root / f"labels{part}"
+        own, other = channel_files(images, ending)
+        left_out[f"files that are not CASE_0000{ending}"] += other
+        for case, files in own.items():
+            if sorted(files) != list(range(len(channels) or len(files))):
+                there, wanted = ", ".join(f"{k:04d}" for k in sorted(files)), len(channels) or len(files)
+                problems.append(f"{images / case}: has the channels {there}, not all of {wanted}: copy them again")
+                continue
+            mask, label = labels / f"{case}{ending}", 0 if split == "train" else None
+            if labels.is_dir():
+                if not mask.is_file():
+                    problems.append(f"{mask}: not found: copy it again, or move the case's images out")
+                    continue
+                try:
+                    label = int(read_mask(mask).any())
+                except InputError as error:
+                    problems.append(str(error))
+                    continue
+            image = tuple(str(files[k]) for k in sorted(files))
+            rows.append(Row(case, "", split, label, image, str(mask) if label else None))
+    refuse(problems)
+    names = {name: value for name, value in (about.get("labels") or {}).items() if value not in (0, "0")}
+    flags = f"--config.data.channels={len(channels)}" if len(channels) > 1 else ""
+    if any(row.split == "train" and row.label for row in rows):
+        flags = f"--config.data.normal_crops_only=True {flags}".strip()
+    taken = "" if (root / "labelsTr").is_dir() else ", those to train on taken as normal, as there is no labelsTr"
+    caution = f"every class counts as lesion: {', '.join(map(str, names))}" if any(row.mask for row in rows) else ""
+    title = " + ".join(channels) or "channels as they are"
+    return Prepared(rows, f"{len(rows)} cases of {title}{taken}", left_out, flags, caution)
+
+
+def read_json(path: Path) -> dict:
+    """dataset.json; empty where there is none. Raises InputError where it is damaged."""
+    try:
+        about = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: not readable ({error}): copy it again, or move it out") from None
+    if not isinstance(about, dict):
+        raise InputError(f"{path}: is no table of names: copy it again, or move it out")
+    return about
+
+
+def channels_of(about: dict) -> list[str]:
+    """The channels' names, in order: `channel_names`, or `modality` as before version 2; empty where it names none."""
+    named = about.get("channel_names") or about.get("modality") or {}
+    try:
+        return [str(named[number]) for number in sorted(named, key=int)]
+    except (TypeError, ValueError, KeyError):
+        raise InputError(f"dataset.json: channel_names {named!r} are not numbered from 0: repair it") from None
+
+
+def channel_files(folder: Path, ending: str) -> tuple[dict[str, dict[int, Path]], int]:
+    """The files of each case by channel, and how many files are none of a channel."""
+    found: dict[str, dict[int, Path]] = {}
+    other = 0
+    for name in sorted(os.listdir(folder)) if folder.is_dir() else []:
+        if match := re.fullmatch(rf"(.+)_(\d{{4}}){re.escape(ending)}", name):
+            found.setdefault(match[1], {})[int(match[2])] = folder / name
+        else:
+            other += not name.startswith(".")
+    return found, other

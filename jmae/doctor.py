@@ -1,0 +1,326 @@
+"""python -m jmae.doctor [--debug]
+
+What jmae runs on: versions, devices and memory, and why JAX uses the CPU where there is an accelerator, with the line
+that mends it. JAX is asked in a process of its own, which takes no more of a GPU's memory than it needs.
+
+Exit codes: 0 all is well; 1 findings; 2 the command itself is wrong.
+"""
+
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jmae import recipe
+from jmae.errors import exit_code
+
+PACKAGES = "jmae jax jaxlib flax optax orbax-checkpoint grain numpy scipy scikit-image nibabel pydicom".split()
+PLUGINS = "jax-cuda12-plugin jax-cuda13-plugin libtpu".split()
+FRACTIONS = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
+ALLOCATORS = ("default", "bfc", "cuda_async", "platform", "vmm")
+VARIABLES = (
+    *"JAX_PLATFORMS JAX_PLATFORM_NAME JAX_COMPILATION_CACHE_DIR CUDA_VISIBLE_DEVICES LD_LIBRARY_PATH XLA_FLAGS".split(),
+    *("XLA_PYTHON_CLIENT_PREALLOCATE", "XLA_PYTHON_CLIENT_ALLOCATOR", *FRACTIONS),
+)
+TPUS = "0x0027 0x0056 0x005e 0x0062 0x0063 0x006f 0x0076".split()  # PCI ids of Google's, v3 to v7, as JAX knows them
+# The oldest driver and compute capability that JAX's wheels run on (JAX's installation guide), newest CUDA first.
+CUDA = {"cuda13": ((580,), 7.5), "cuda12": ((525, 60, 13), 5.2)}
+SECONDS = 120  # that JAX may take to find its devices
+LEAST_GIB = 4.0  # of host memory; the demo takes less
+
+ASK = """
+import json, jax
+devices = jax.devices()
+stats = [device.memory_stats() or {} for device in devices]
+print(json.dumps({"backend": jax.default_backend(), "devices": [
+    {"kind": d.device_kind, "limit": s.get("bytes_limit"), "used": s.get("bytes_in_use")}
+    for d, s in zip(devices, stats)]}))
+"""
+
+
+class Gpu(NamedTuple):
+    """An NVIDIA GPU as its driver tells it."""
+
+    name: str
+    driver: str  # version, "" where not told
+    gib: float | None  # of memory
+    capability: float | None  # compute capability
+
+
+class Answer(NamedTuple):
+    """What JAX says."""
+
+    backend: str  # "cpu", "gpu", "tpu"; "" where it did not start
+    devices: list[dict[str, Any]]  # "kind", and of memory "limit" and "used" in bytes or None
+    said: str  # on standard error
+
+
+class Facts(NamedTuple):
+    """All that findings are drawn from."""
+
+    versions: Mapping[str, str]  # of `PACKAGES` and `PLUGINS`, "" where not installed
+    variables: Mapping[str, str]  # of `VARIABLES`, those that are set
+    gpus: Sequence[Gpu]
+    tpu: bool
+    host_gib: tuple[float, float] | None  # memory and what of it is free
+    answer: Answer
+
+
+def main(argv: list[str]) -> int:
+    recipe.arguments(argv, __doc__, ["debug"])
+    facts = probe()
+    wrong = findings(facts)
+    print("\n".join([*described(facts), "", *(f"finding: {line}" for line in wrong)] if wrong else described(facts)))
+    print(f"{len(wrong)} findings" if wrong else "all is well")
+    return int(bool(wrong))
+
+
+# --- probes -----------------------------------------------------------------------------------------------------------
+
+
+def probe() -> Facts:
+    """This machine's facts."""
+    return Facts(versions(), variables(os.environ), gpus(), has_tpu(), host_memory(), ask_jax())
+
+
+def versions() -> dict[str, str]:
+    """The installed version of each of `PACKAGES` and `PLUGINS`."""
+
+    def version(name: str) -> str:
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            return ""
+
+    return {name: version(name) for name in (*PACKAGES, *PLUGINS)}
+
+
+def variables(environment: Mapping[str, str]) -> dict[str, str]:
+    """Those of `VARIABLES` that are set."""
+    return {name: environment[name] for name in VARIABLES if name in environment}
+
+
+def gpus(root: Path = Path("/")) -> list[Gpu]:
+    """The NVIDIA GPUs that nvidia-smi tells of; where that fails, those of the driver's folder or of /dev."""
+    if smi := shutil.which("nvidia-smi"):
+        query = [smi, "--query-gpu=name,driver_version,memory.total,compute_cap", "--format=csv,noheader,nounits"]
+        out = run(query, 20)
+        if out and not out.returncode:
+            return [gpu for line in out.stdout.splitlines() if (gpu := read_gpu(line))]
+    proc = root / "proc" / "driver" / "nvidia"
+    try:
+        driver = re.search(r"\b(\d+\.\d+(\.\d+)?)\b", (proc / "version").read_text())
+        cards = [(card / "information").read_text() for card in sorted((proc / "gpus").iterdir())]
+    except OSError:
+        nodes = sorted((root / "dev").glob("nvidia[0-9]*")) or list((root / "dev").glob("dxg"))  # dxg: Windows' WSL
+        return [Gpu(f"the NVIDIA GPU at {node}", "", None, None) for node in nodes]
+    names = [re.search(r"Model:\s*(.+)", text) for text in cards]
+    return [Gpu(name[1].strip() if name else "NVIDIA GPU", driver[1] if driver else "", None, None) for name in names]
+
+
+def read_gpu(line: str) -> Gpu | None:
+    """A line "NAME, DRIVER, MIB, CAPABILITY" of nvidia-smi; None where it is none. A value may be "[N/A]"."""
+    cells = [cell.strip() for cell in line.split(",")]
+    if len(cells) != 4:
+        return None
+    number = lambda text: float(text) if re.fullmatch(r"\d+(\.\d+)?", text) else None
+    mib = number(cells[2])
+    return Gpu(cells[0], cells[1], mib / 1024 if mib is not None else None, number(cells[3]))
+
+
+def has_tpu(bus: Path = Path("/sys/bus/pci/devices")) -> bool:
+    """Whether a TPU is on the bus."""
+    for device in bus.iterdir() if bus.is_dir() else ():
+        try:
+            if (device / "vendor").read_text().strip() == "0x1ae0" and (device / "device").read_text().strip() in TPUS:
+                return True
+        except OSError:
+            continue
+    return False
+
+
+def host_memory(meminfo: Path = Path("/proc/meminfo")) -> tuple[float, float] | None:
+    """(all, free) of the host's memory in GiB; None where the system does not tell."""
+    try:
+        found = dict(re.findall(r"^(MemTotal|MemAvailable):\s+(\d+) kB$", meminfo.read_text(), re.MULTILINE))
+        return int(found["MemTotal"]) / 2**20, int(found["MemAvailable"]) / 2**20
+    except (OSError, KeyError):
+        return None
+
+
+def ask_jax() -> Answer:
+    """The devices that JAX finds with this environment."""
+    out = run([sys.executable, "-c", ASK], SECONDS, os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"})
+    if out is None:
+        return Answer("", [], f"no answer within {SECONDS} s")
+    try:
+        found = json.loads(out.stdout.splitlines()[-1])
+        return Answer(found["backend"], found["devices"], out.stderr)
+    except (IndexError, ValueError, KeyError):
+        return Answer("", [], out.stderr or f"ended with the code {out.returncode} and no word")
+
+
+def run(command: list[str], seconds: float, environment: Mapping[str, str] | None = None) -> Any:
+    """The finished process, its output as text; None where it does not start or takes too long."""
+    try:
+        return subprocess.run(
+            command, capture_output=True, text=True, errors="replace", timeout=seconds, env=environment, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+
+
+# --- conclusions ------------------------------------------------------------------------------------------------------
+
+
+def findings(facts: Facts) -> list[str]:
+    """What is wrong, a line each: what, why, the remedy."""
+    wrong = []
+    backend, said = facts.answer.backend, last_line(facts.answer.said)
+    asked = facts.variables.get("JAX_PLATFORMS") or facts.variables.get("JAX_PLATFORM_NAME", "")
+    asks_gpu = not asked or any(name in asked.split(",") for name in ("gpu", "cuda"))
+    jax, jaxlib = (facts.versions[name] or "missing" for name in ("jax", "jaxlib"))
+    if jax != jaxlib:
+        wrong.append(f"jax {jax} and jaxlib {jaxlib} do not belong together: {pip('', 'jax', 'jaxlib')}")
+    if missing := [name for name in PACKAGES[3:] if not facts.versions[name]]:
+        wrong.append(f"{', '.join(missing)} not installed: {pip('', *missing)}")
+    if facts.gpus and backend != "gpu":
+        wrong.append(f"{facts.gpus[0].name} is not used: {why_no_gpu(facts, asks_gpu, asked, said)}")
+    elif facts.tpu and backend != "tpu":
+        if asked and "tpu" not in asked.split(","):
+            reason = f"JAX_PLATFORMS={asked} keeps JAX from it: unset JAX_PLATFORMS"
+        elif not facts.versions["libtpu"]:
+            reason = f"libtpu is not installed: {pip('tpu')}"
+        else:
+            reason = f"JAX says “{said}”: end other processes that hold it, or {pip('tpu')}"
+        wrong.append(f"a TPU is not used: {reason}")
+    elif not backend:
+        remedy = f"unset JAX_PLATFORMS (it is {asked!r})" if asked else f"install it again: {pip('', 'jax', 'jaxlib')}"
+        wrong.append(f"JAX does not start: “{said}”: {remedy}")
+    return [*wrong, *of_memory(facts)]
+
+
+def why_no_gpu(facts: Facts, asks_gpu: bool, asked: str, said: str) -> str:
+    """Why JAX does not use an NVIDIA GPU that is there, and the remedy."""
+    installed = [f"cuda{n}" for n in (13, 12) if facts.versions[f"jax-cuda{n}-plugin"]]
+    gpu = facts.gpus[0]
+    fit = fitting(gpu)
+    if not fit:
+        old = gpu.capability is not None and gpu.capability < CUDA["cuda12"][1]
+        if old:
+            return f"its compute capability {gpu.capability:g} is below {CUDA['cuda12'][1]}: JAX does not run on it"
+        return f"its driver {gpu.driver} is older than {dotted(CUDA['cuda12'][0])}: install a newer NVIDIA driver"
+    if not asks_gpu:
+        more = "" if installed else f", and {pip(fit)}"
+        return f"JAX_PLATFORMS={asked} keeps JAX from it: unset JAX_PLATFORMS{more}"
+    if not installed:
+        return f"jaxlib {facts.versions['jaxlib']} has no CUDA plugin: {pip(fit)}"
+    if len(installed) == 2:
+        other = "12" if fit == "cuda13" else "13"
+        line = f"{sys.executable} -m pip uninstall jax-cuda{other}-plugin jax-cuda{other}-pjrt"
+        return f"the plugins of CUDA 12 and 13 are both installed: {line}"
+    if installed[0] == "cuda13" and fit == "cuda12":
+        return f"{too_old(gpu)} for the CUDA 13 that is installed: {pip('cuda12')}, or install a newer NVIDIA driver"
+    plugin = facts.versions[f"jax-{installed[0]}-plugin"]
+    if plugin != facts.versions["jaxlib"]:
+        return f"its plugin {plugin} is not for jaxlib {facts.versions['jaxlib']}: {pip(installed[0])}"
+    hidden = facts.variables.get("CUDA_VISIBLE_DEVICES")
+    if hidden is not None and (not hidden or hidden.startswith(("-1", "NoDevFiles"))):
+        return f"CUDA_VISIBLE_DEVICES={hidden!r} hides it: unset it, or name the GPU's number"
+    if facts.variables.get("LD_LIBRARY_PATH"):
+        return f"JAX says “{said}”: unset LD_LIBRARY_PATH, whose CUDA goes before that of the plugin"
+    return f"JAX says “{said}”: end other processes that fill it (nvidia-smi), or {pip(installed[0])}"
+
+
+def of_memory(facts: Facts) -> list[str]:
+    """What is wrong with memory and the flags of its allocator."""
+    wrong, flags = [], facts.variables
+    shares = {name: flags[name] for name in FRACTIONS if flags.get(name)}
+    for name, share in shares.items():
+        if not re.fullmatch(r"\d*\.?\d+", share) or not float(share):
+            wrong.append(f"{name}={share!r} is no share of the memory: write .9, or unset it")
+    if len(shares) == 2:
+        wrong.append(f"{' and '.join(FRACTIONS)} are both set, and JAX does not start: unset {FRACTIONS[1]}")
+    if (allocator := flags.get("XLA_PYTHON_CLIENT_ALLOCATOR", "default").lower()) not in ALLOCATORS:
+        wrong.append(f"XLA_PYTHON_CLIENT_ALLOCATOR={allocator} is unknown: write one of {', '.join(ALLOCATORS)}")
+    elif allocator == "platform":
+        wrong.append(
+            "XLA_PYTHON_CLIENT_ALLOCATOR=platform gives memory back at once and is slow: unset it, but for a diagnosis"
+        )
+    if facts.host_gib and facts.host_gib[1] < LEAST_GIB:
+        free = facts.host_gib[1]
+        wrong.append(f"{free:.1f} GiB of host memory are free, less than {LEAST_GIB:g}: end other processes")
+    return wrong
+
+
+def fitting(gpu: Gpu) -> str:
+    """The newest extra, "cuda13" or "cuda12", that a GPU and its driver allow; "" where none is. What is not known is
+    taken to fit the older one."""
+    for extra, (driver, capability) in CUDA.items():
+        unknown = extra == "cuda12"
+        new = tuple(map(int, gpu.driver.split("."))) >= driver if re.fullmatch(r"[\d.]*\d", gpu.driver) else unknown
+        if new and (unknown if gpu.capability is None else gpu.capability >= capability):
+            return extra
+    return ""
+
+
+def too_old(gpu: Gpu) -> str:
+    """Which of a GPU's two is too old for CUDA 13."""
+    driver, capability = CUDA["cuda13"]
+    if gpu.capability is not None and gpu.capability < capability:
+        return f"its compute capability {gpu.capability:g} is too low"
+    return f"its driver {gpu.driver} is older than {dotted(driver)}, too old"
+
+
+def pip(extra: str, *packages: str) -> str:
+    """The line, for this interpreter's own pip, that installs an extra of jmae, or packages anew."""
+    return f"{sys.executable} -m pip install " + (f"'jmae[{extra}]'" if extra else f"--upgrade {' '.join(packages)}")
+
+
+def dotted(version: tuple[int, ...]) -> str:
+    return ".".join(map(str, version))
+
+
+def last_line(text: str) -> str:
+    """The last line that says something, of a traceback or a log."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1][:300] if lines else "nothing"
+
+
+def described(facts: Facts) -> list[str]:
+    """The facts as lines."""
+    gib = lambda n: "" if n is None else f"{n / 2**30:.1f} GiB"
+    lines = [f"python     {platform.python_version()}, {platform.platform()}, {os.cpu_count()} cores"]
+    lines += ["packages   " + ", ".join(f"{name} {facts.versions[name] or 'MISSING'}" for name in PACKAGES)]
+    plugins = [f"{name} {facts.versions[name]}" for name in PLUGINS if facts.versions[name]]
+    lines += ["plugins    " + (", ".join(plugins) or "none: JAX runs on the CPU")]
+    for gpu in facts.gpus:
+        memory = "" if gpu.gib is None else f", {gpu.gib:.1f} GiB"
+        capability = "" if gpu.capability is None else f", compute capability {gpu.capability:g}"
+        lines.append(f"gpu        {gpu.name}, driver {gpu.driver or 'unknown'}{memory}{capability}")
+    lines += ["tpu        on the bus"] if facts.tpu else []
+    lines.append(f"jax uses   {facts.answer.backend or 'nothing: it did not start'}")
+    for device in facts.answer.devices:
+        memory = f", {gib(device['limit'])} for JAX, {gib(device['used'])} in use" if device.get("limit") else ""
+        lines.append(f"  device   {device['kind']}{memory}")
+    if facts.host_gib:
+        lines.append(f"memory     {facts.host_gib[0]:.1f} GiB, {facts.host_gib[1]:.1f} GiB free")
+    lines += [f"set        {name}={value}" for name, value in facts.variables.items()]
+    flags = [name for name in facts.variables if name.startswith(("XLA_PYTHON_CLIENT_", "XLA_CLIENT_"))]
+    if facts.answer.backend == "gpu" and not flags:
+        lines.append(
+            "allocator  as JAX has it: 75 % of the GPU is taken at the start. Before a command, not inside it: "
+            "XLA_CLIENT_MEM_FRACTION=.9 for more, XLA_PYTHON_CLIENT_PREALLOCATE=false to share the GPU"
+        )
+    return lines
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main))

@@ -1,0 +1,206 @@
+"""The check of a manifest, and copies of images: what is planted is found, and strangers are none."""
+
+import io
+import json
+
+import nibabel as nib
+import numpy as np
+import pytest
+from PIL import Image as pillow
+
+from jmae.data import check, duplicates, phantoms
+from jmae.data.duplicates import taken
+from jmae.data.transforms import resize
+from jmae.errors import exit_code
+
+CHESTS = 120
+
+
+def run(manifest, *flags):
+    return exit_code(check.main, [str(manifest), *flags])
+
+
+@pytest.fixture(scope="module")
+def chests():
+    """Normal phantoms: films of one view, by one process, 128 x 128."""
+    return [phantoms.draw("chest", "train", i).image for i in range(CHESTS)]
+
+
+@pytest.fixture(scope="module")
+def prints(chests):
+    return [taken(image) for image in chests]
+
+
+def jpeg(image, quality):
+    data = io.BytesIO()
+    pillow.fromarray(image[..., 0].astype(np.uint8)).save(data, "JPEG", quality=quality)
+    return np.asarray(pillow.open(data), np.float32)[..., None]
+
+
+def cut(image, rows, columns):
+    """Shifted by so many pixels, without what leaves the frame."""
+    h, w = image.shape[:2]
+    return image[max(rows, 0) : h + min(rows, 0), max(columns, 0) : w + min(columns, 0)]
+
+
+NEAR = {  # of an image of 128 x 128: shifts are 2 %
+    "smaller": lambda image: np.round(resize(image, (90, 90))),
+    "larger": lambda image: np.round(resize(image, (200, 200))),
+    "another aspect ratio": lambda image: np.round(resize(image, (128, 100))),
+    "JPEG": lambda image: jpeg(image, 40),
+    "shifted, the rest cut": lambda image: cut(image, 3, -3),
+    "shifted, the rest black": lambda image: np.pad(cut(image, -3, -3), ((3, 0), (3, 0), (0, 0))),
+    "darker": lambda image: 200 * (image / 255) ** 1.3,
+    "all of it": lambda image: jpeg(np.round(resize(cut(image, -3, 3), (96, 96))), 60),
+    "in colour": lambda image: np.repeat(image, 3, -1),
+    "of 16 bits": lambda image: 257 * image,
+}
+
+
+def test_of_all_pairs_of_strangers_none_is_a_copy(prints):
+    assert duplicates.copies(prints, range(CHESTS)) == []
+
+
+def test_every_exact_and_near_copy_is_found_and_nothing_else(chests, prints):
+    own = [i % CHESTS for i in range(0, 7 * 60, 7)]  # ten of each kind would do; these are six
+    kinds = [list(NEAR)[i % len(NEAR)] for i in range(len(own))]
+    copied = [taken(np.asarray(NEAR[kind](chests[i]), np.float32)) for i, kind in zip(own, kinds, strict=True)]
+    found = duplicates.copies([*prints, *copied], [0] * CHESTS + [1] * len(copied))
+    pairs = {(one.first, one.second - CHESTS) for one in found}
+    planted = {(i, k) for k, i in enumerate(own)}
+    assert pairs <= planted
+    assert len(pairs) >= 0.95 * len(planted), sorted(kinds[k] for _, k in planted - pairs)
+    exact = duplicates.copies([*prints, *prints], [0] * CHESTS + [1] * CHESTS)
+    assert [(one.first, one.second, one.correlation) for one in exact] == [(i, CHESTS + i, 1) for i in range(CHESTS)]
+
+
+def test_copies_within_one_group_are_none(prints):
+    assert duplicates.copies([*prints[:5], *prints[:5]], ["train"] * 10) == []
+    assert duplicates.copies([], []) == [] and duplicates.copies(prints[:1], ["train"]) == []
+
+
+@pytest.mark.parametrize("shape", [(20, 24, 1), (9, 12, 10, 2), (3, 2, 1)])
+def test_images_without_detail_are_copies_only_where_every_value_is_equal(shape):
+    flat, other, none = np.full(shape, 3.0), np.full(shape, 4.0), np.full(shape, np.nan)
+    found = duplicates.copies([taken(np.float32(x)) for x in (flat, other, flat, none)], range(4))
+    assert [(one.first, one.second, one.correlation) for one in found] == [(0, 2, 1)]
+
+
+def test_copies_of_volumes_are_found_and_other_volumes_are_not():
+    rng = np.random.default_rng(0)
+    volumes = [phantoms.draw("breast", "train", i).image for i in range(6)]
+    size = volumes[0].shape[:3]
+    copied = [
+        resize(volumes[0], [int(0.7 * n) for n in size]),
+        np.roll(volumes[1], [round(0.02 * n) for n in size], (0, 1, 2)),
+        np.round(volumes[2] / 16),
+        volumes[3] + rng.normal(0, 20, volumes[3].shape),
+    ]
+    prints = [taken(np.asarray(v, np.float32)) for v in [*volumes, *copied]]
+    found = duplicates.copies(prints, [0] * 6 + [1] * 4)
+    assert [(one.first, one.second) for one in found] == [(0, 6), (1, 7), (2, 8), (3, 9)]
+    assert duplicates.copies(prints[:6], range(6)) == []
+    assert duplicates.copies([*prints, taken(volumes[0][:, :, 0])], [0] * 10 + [1]) == []  # a slice is no volume
+
+
+# The command
+
+
+@pytest.fixture
+def cases(tmp_path, chests):
+    """A sound set of images, with masks; the folder and its rows, of which a test spoils some."""
+    rows = []
+    for i, (split, label) in enumerate([("train", 0)] * 3 + [("val", 0), ("test", 0), ("test", 1)]):
+        save(tmp_path / f"{i}.png", chests[i])
+        rows.append([f"c{i}", f"P{i}", split, label, f"{i}.png", "", ""])
+    mask = np.zeros((128, 128), bool)
+    mask[40:50, 60:70] = True
+    pillow.fromarray(mask.astype(np.uint8) * 255).save(tmp_path / "mask.png")
+    rows[5][5] = "mask.png"
+    return tmp_path, rows
+
+
+def save(path, image):
+    pillow.fromarray(image[..., 0].astype(np.uint8)).save(path)
+
+
+def write(cases):
+    folder, rows = cases
+    lines = ["id,patient,split,label,image,mask,region", *(",".join(map(str, row)) for row in rows)]
+    (folder / "manifest.csv").write_text("\n".join(lines))
+    return folder / "manifest.csv"
+
+
+def found(cases):
+    """{kind: the ids of each finding} of the JSON file, after a run that ends with 1."""
+    out = cases[0] / "out.json"
+    assert run(write(cases), f"--json={out}") == 1
+    content, kinds = json.loads(out.read_text()), {}
+    for one in content["findings"]:
+        kinds.setdefault(one["kind"], []).append(one["ids"])
+    assert {kind: n for kind, n in content["counts"].items() if n} == {kind: len(ids) for kind, ids in kinds.items()}
+    assert content["cases"] == len(cases[1]) and content["seconds"] > 0
+    return kinds
+
+
+def test_a_sound_manifest_has_no_findings(cases, capsys):
+    assert run(write(cases), "--json", str(cases[0] / "out.json")) == 0
+    said = capsys.readouterr().out
+    assert "train 3 normal (3 patients), val 1+0, test 1+1" in said and "nothing found" in said
+    assert json.loads((cases[0] / "out.json").read_text())["findings"] == []
+
+
+def test_every_kind_of_finding_is_told_with_its_cases(cases, chests, capsys):
+    folder, rows = cases
+    (folder / "0.png").write_bytes((folder / "0.png").read_bytes()[:300])
+    np.save(folder / "nan.npy", np.where(np.arange(128) == 5, np.nan, chests[1][..., 0]).astype(np.float32))
+    pillow.fromarray(np.full((128, 128), 7, np.uint8)).save(folder / "flat.png")
+    rows[1][4], rows[2][4] = "nan.npy", "flat.png"
+    save(folder / "copy.png", chests[3])
+    save(folder / "near.jpg", np.round(resize(chests[4], (100, 100))))
+    pillow.fromarray(np.zeros((64, 64), np.uint8)).save(folder / "small.png")
+    pillow.fromarray(np.zeros((128, 128), np.uint8)).save(folder / "empty.png")
+    save(folder / "6.png", chests[6]), save(folder / "7.png", chests[7])
+    rows += [
+        ["copy", "Q1", "train", 0, "copy.png", "", ""],
+        ["near", "Q2", "train", 0, "near.jpg", "", ""],
+        ["same", "Q3", "val", 1, "5.png", "small.png", ""],
+        ["patient", "P4", "train", 0, "6.png", "", ""],
+        ["sick", "Q4", "train", 1, "7.png", "empty.png", ""],
+    ]
+    assert found(cases) == {
+        "unreadable": [["c0"]],
+        "geometry": [["same"]],
+        "truth": [["sick"]],
+        "not finite": [["c1"]],
+        "constant": [["c2"]],
+        "patient": [["c4", "patient"]],
+        "image": [["c5", "same"]],
+        "identical": [["c3", "copy"]],
+        "near-identical": [["c4", "near"]],
+        "abnormal": [["sick"]],
+    }
+    said = capsys.readouterr().out
+    assert "     1  near-identical  the same, resized" in said and "10 findings" in said
+    assert "c4 in test and near in train are one image (correlation " in said
+    assert "sick is abnormal and in train: move it, or set data.normal_crops_only" in said
+
+
+def test_sequences_of_volumes_on_other_grids_are_findings(tmp_path, capsys):
+    rng, rows = np.random.default_rng(0), []
+    for i, shift in enumerate((0, 5)):
+        for part in "ab":
+            affine = np.diag([1.0, 1, 2, 1])
+            affine[0, 3] = shift * (part == "b")
+            nib.save(nib.Nifti1Image(rng.random((8, 9, 10), np.float32), affine), tmp_path / f"{i}{part}.nii.gz")
+        rows.append([f"v{i}", "", "train", 0, f"{i}a.nii.gz;{i}b.nii.gz", "", ""])
+    assert found((tmp_path, rows)) == {"geometry": [["v1"]]}
+    assert "v1: " in (said := capsys.readouterr().out) and "its corners lie up to 5 mm away from those of" in said
+
+
+def test_what_is_wrong_with_the_manifest_itself_is_exit_2(cases, capsys):
+    assert run(cases[0] / "none.csv") == 2
+    assert exit_code(check.main, []) == 2
+    cases[1][0][3] = "2"
+    assert run(write(cases)) == 2
+    assert "label '2'" in capsys.readouterr().err

@@ -1,0 +1,354 @@
+"""Folder conventions and CheXpert, small: what becomes of them, and what is said when something is missing."""
+
+import json
+from collections import Counter
+
+import nibabel as nib
+import numpy as np
+import pydicom
+import pytest
+from PIL import Image
+from pydicom import uid
+
+from jmae.data import prepare
+from jmae.data.manifest import check_files, read_manifest
+from jmae.data.prepare import chexpert
+from jmae.errors import exit_code
+
+RNG = np.random.default_rng(0)
+
+
+def run(*arguments):
+    return exit_code(prepare.main, list(map(str, arguments)))
+
+
+def prepared(capsys, *arguments, out, **options):
+    """The rows by id, read as any recipe reads them, and what the command said."""
+    assert run(*arguments, f"--out={out}") == 0, capsys.readouterr().err
+    rows = read_manifest(out / "manifest.csv", **options)
+    assert check_files(rows, workers=1) == []
+    return {row.id: row for row in rows}, capsys.readouterr().out
+
+
+def refused(capsys, *arguments, out):
+    assert run(*arguments, f"--out={out}") == 2
+    assert not (out / "manifest.csv").exists()
+    return capsys.readouterr().err.strip().split("\n")
+
+
+def picture(path, mask=False):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    values = np.zeros((8, 9), np.uint8) if mask else RNG.integers(0, 256, (8, 9), np.uint8)
+    values[2:4, 3:5] = 255
+    Image.fromarray(values).save(path)
+
+
+def volume(path, array=None):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    array = RNG.random((4, 5, 6)) if array is None else array
+    nib.save(nib.Nifti1Image(np.asarray(array, np.float32), np.eye(4)), path)
+
+
+def lesion(marked=True):
+    mask = np.zeros((4, 5, 6))
+    mask[1, 2, 3] = marked
+    return mask
+
+
+def kinds(rows):
+    return Counter((row.split, row.label, bool(row.mask)) for row in rows.values())
+
+
+# Folders
+
+
+def test_the_mvtec_convention_gives_labels_and_the_mask_of_the_own_defect(tmp_path, capsys):
+    root = tmp_path / "bottle"
+    for name in ("train/good/000", "train/good/001", "test/good/000", "test/broken/000", "test/stained/000"):
+        picture(root / f"{name}.png")
+    picture(root / "ground_truth/broken/000_mask.png", mask=True)
+    picture(root / "ground_truth/stained/000_mask.png", mask=True)
+    (root / "license.txt").write_text("free")
+    rows, said = prepared(capsys, "mvtec", f"--root={root}", out=tmp_path / "out")
+    assert kinds(rows) == {("train", 0, False): 2, ("test", 0, False): 1, ("test", 1, True): 2}
+    assert rows["test_broken_000"].mask == str(root / "ground_truth/broken/000_mask.png")
+    assert rows["test_stained_000"].mask == str(root / "ground_truth/stained/000_mask.png")
+    assert rows["test_broken_000"].extra == {"class": "broken"} and not rows["test_broken_000"].patient
+    lines = [line.split() for line in said.splitlines()]
+    assert ["train", "2", "0", "0", "0", "-"] in lines and ["test", "1", "2", "0", "2", "-"] in lines
+    (line,) = refused(capsys, "folders", f"--root={tmp_path}", out=tmp_path / "other")
+    assert "has no images in a folder train: name one of the folders in it: bottle" in line
+
+
+def test_masks_beside_the_images_of_a_class_and_a_validation_set_are_found(tmp_path, capsys):
+    root = tmp_path / "brain"
+    for split in ("valid", "test"):
+        for kind in ("good", "Ungood"):
+            picture(root / split / kind / "img" / "7.png")
+            picture(root / split / kind / "label" / "7.png", mask=True)
+    picture(root / "train" / "good" / "7.png"), picture(root / "train" / "Ungood" / "8.png")
+    picture(root / "unlabeled" / "u.png"), picture(root / "elsewhere" / "e.png")
+    rows, said = prepared(capsys, "folders", f"--root={root}", out=tmp_path / "out")
+    assert kinds(rows) == {
+        **{("train", 0, False): 1, ("val", 0, False): 1, ("val", 1, True): 1},
+        **{("test", 0, False): 1, ("test", 1, True): 1, ("unlabeled", None, False): 1},
+    }
+    assert rows["valid_Ungood_img_7"].mask == str(root / "valid/Ungood/label/7.png")
+    assert rows["test_Ungood_img_7"].mask == str(root / "test/Ungood/label/7.png")
+    assert "1 abnormal training images" in said and "1 files outside of train" in said
+
+
+def test_one_folder_of_masks_for_all_and_an_image_with_two_masks(tmp_path, capsys):
+    root = tmp_path / "slices"
+    picture(root / "train" / "a.png"), picture(root / "test" / "normal" / "b.png")
+    picture(root / "test" / "tumor" / "c.png"), picture(root / "test" / "tumor" / "d.png")
+    picture(root / "test" / "annotation" / "c.png", mask=True)
+    rows, said = prepared(capsys, "folders", f"--root={root}", out=tmp_path / "out")
+    assert rows["test_tumor_c"].mask and not rows["test_tumor_d"].mask and "1 abnormal ones without a mask" in said
+    picture(root / "test" / "annotation" / "c_mask.png", mask=True)
+    (line,) = refused(capsys, "folders", f"--root={root}", out=tmp_path / "other")
+    assert "c.png: has several masks, test/annotation/c.png, test/annotation/c_mask.png: keep one" in line
+
+
+def series(folder, n, series_uid):
+    """Slices as scanners store them, without an ending, and a file that is none."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for k in range(n):
+        meta = pydicom.dataset.FileMetaDataset()
+        meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = uid.MRImageStorage, uid.generate_uid()
+        meta.TransferSyntaxUID = uid.ExplicitVRLittleEndian
+        one = pydicom.dataset.FileDataset("", {}, preamble=bytes(128), file_meta=meta)
+        one.Rows, one.Columns, one.SamplesPerPixel, one.PhotometricInterpretation = 5, 6, 1, "MONOCHROME2"
+        one.BitsAllocated, one.BitsStored, one.HighBit, one.PixelRepresentation = 16, 16, 15, 0
+        one.SeriesInstanceUID, one.Modality = series_uid, "MR"
+        one.ImagePositionPatient, one.ImageOrientationPatient = [0, 0, 2.0 * k], [1, 0, 0, 0, 1, 0]
+        one.PixelSpacing = [1, 1]
+        one.PixelData = RNG.integers(0, 900, (5, 6)).astype("<u2").tobytes()
+        one.save_as(folder / f"IM{k:04d}", enforce_file_format=True)
+
+
+def test_two_folders_of_volumes_of_any_kind_are_one_command(tmp_path, capsys):
+    healthy, new = tmp_path / "healthy", tmp_path / "new; scans"
+    volume(healthy / "a.nii.gz"), series(healthy / "b", 3, "1.2.3"), (healthy / "README").write_text("scans")
+    series(tmp_path / "unknown" / "c", 3, "1.2.4"), volume(tmp_path / "unknown" / "d.v2.nii")
+    flags = ["folders", f"--normal={healthy}", f"--test={tmp_path / 'unknown'}"]
+    rows, said = prepared(capsys, *flags, out=tmp_path / "out")
+    assert {(row.id, row.split, row.label) for row in rows.values()} == {
+        *(("train_a", "train", 0), ("train_b", "train", 0)),
+        *(("test_c", "test", None), ("test_d.v2", "test", None)),
+    }
+    assert rows["train_b"].image == (str(healthy / "b"),) and "taken as normal" in said
+    alone, _ = prepared(capsys, "folders", f"--normal={healthy}", out=tmp_path / "alone")
+    assert len(alone) == 2
+    series(healthy / "b", 2, "1.2.9")
+    assert "holds 2 DICOM series: give each a folder" in refused(capsys, *flags, out=tmp_path / "x")[0]
+    picture(new / "p.png")
+    assert "has a semicolon" in refused(capsys, "folders", f"--normal={new}", out=tmp_path / "x")[0]
+    assert "is no folder" in refused(capsys, "folders", "--normal=none", out=tmp_path / "x")[0]
+    (tmp_path / "empty").mkdir()
+    assert "has no image" in refused(capsys, "folders", f"--normal={tmp_path / 'empty'}", out=tmp_path / "x")[0]
+    assert "--root goes without" in refused(capsys, *flags, f"--root={healthy}", out=tmp_path / "x")[0]
+    assert "--test: is no flag of jsrt" in refused(capsys, "jsrt", "--root=x", "--test=y", out=tmp_path / "x")[0]
+    assert "did you mean mvtec?" in refused(capsys, "mvtek", "--root=x", out=tmp_path / "x")[0]
+
+
+def test_files_in_one_place_that_would_have_one_id_are_named(tmp_path, capsys):
+    picture(tmp_path / "a" / "x.png"), picture(tmp_path / "a" / "x.jpg")
+    (line,) = refused(capsys, "folders", f"--normal={tmp_path / 'a'}", out=tmp_path / "out")
+    assert "train_x: would be the id of" in line and "x.jpg" in line and "x.png" in line
+
+
+# nnU-Net
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    """Two channels; of two training cases one has a lesion, a test case has no segmentation."""
+    root = tmp_path / "Dataset007_Brain"
+    for part, cases in (("Tr", ("b_1", "b_2")), ("Ts", ("b_3",))):
+        for case in cases:
+            for channel in range(2):
+                volume(root / f"images{part}" / f"{case}_{channel:04d}.nii.gz")
+    volume(root / "labelsTr" / "b_1.nii.gz", lesion()), volume(root / "labelsTr" / "b_2.nii.gz", lesion(False))
+    about = {"channel_names": {"0": "FLAIR", "1": "T1"}, "labels": {"background": 0, "tumour": 1, "oedema": 2}}
+    (root / "dataset.json").write_text(json.dumps(about | {"file_ending": ".nii.gz"}))
+    return root
+
+
+def test_nnunet_joins_channels_and_takes_labels_from_segmentations(dataset, tmp_path, capsys):
+    rows, said = prepared(capsys, "nnunet", f"--root={dataset}", out=tmp_path / "out", normal_crops_only=True)
+    assert kinds(rows) == {("train", 1, True): 1, ("train", 0, False): 1, ("test", None, False): 1}
+    names = [f"b_1_{k:04d}.nii.gz" for k in range(2)]
+    assert rows["b_1"].image == tuple(str(dataset / "imagesTr" / name) for name in names)
+    assert "3 cases of FLAIR + T1" in said and "caution: every class counts as lesion: tumour, oedema" in said
+    assert "give the recipe --config.data.normal_crops_only=True --config.data.channels=2" in said
+    volume(dataset / "labelsTs" / "b_3.nii.gz", lesion())
+    rows, _ = prepared(capsys, "nnu-net", f"--root={dataset}", out=tmp_path / "two", normal_crops_only=True)
+    assert rows["b_3"].label == 1 and rows["b_3"].mask == str(dataset / "labelsTs" / "b_3.nii.gz")
+
+
+def test_nnunet_without_segmentations_trains_on_what_is_taken_as_normal(dataset, tmp_path, capsys):
+    (dataset / "labelsTr").rename(tmp_path / "away"), (dataset / "dataset.json").unlink()
+    rows, said = prepared(capsys, "nnunet", f"--root={dataset}", out=tmp_path / "out")
+    assert kinds(rows) == {("train", 0, False): 2, ("test", None, False): 1} and "no labelsTr" in said
+
+
+def test_what_an_nnunet_folder_lacks_is_one_line(dataset, tmp_path, capsys):
+    out = tmp_path / "out"
+    (dataset / "imagesTr" / "b_1_0000.nii.gz").unlink(), (dataset / "labelsTr" / "b_2.nii.gz").unlink()
+    lines = refused(capsys, "nnunet", f"--root={dataset}", out=out)
+    assert "b_1: has the channels 0001, not all of 2" in lines[0] and "b_2.nii.gz: not found" in lines[1]
+    (dataset / "dataset.json").write_text('{"channel_names": {"first": "T1"}}')
+    assert "not numbered from 0" in refused(capsys, "nnunet", f"--root={dataset}", out=out)[0]
+    (dataset / "dataset.json").write_text("{")
+    assert "dataset.json: not readable" in refused(capsys, "nnunet", f"--root={dataset}", out=out)[0]
+    (tmp_path / "away").mkdir()
+    assert "no image is left" in refused(capsys, "nnunet", f"--root={tmp_path / 'away'}", out=out)[0]
+
+
+# BIDS
+
+
+@pytest.fixture
+def bids(tmp_path):
+    """Four subjects with T1w and FLAIR, one in two sessions, one without FLAIR, one with a lesion."""
+    root = tmp_path / "bids"
+    for name in ("sub-01/ses-a", "sub-01/ses-b", "sub-02", "sub-03", "sub-04"):
+        for suffix in ("T1w", "FLAIR"):
+            if (name, suffix) != ("sub-04", "FLAIR"):
+                volume(root / name / "anat" / f"{name.replace('/', '_')}_{suffix}.nii.gz")
+    volume(root / "derivatives/manual/sub-02/anat/sub-02_label-L_mask.nii.gz", lesion())
+    volume(root / "derivatives/manual/sub-03/anat/sub-03_desc-lesion_mask.nii.gz", lesion(False))
+    volume(root / "derivatives/manual/sub-03/anat/sub-03_desc-brain_mask.nii.gz", lesion())
+    return root
+
+
+def test_bids_joins_the_chosen_sequences_and_knows_patients(bids, tmp_path, capsys):
+    rows, said = prepared(capsys, "bids", f"--root={bids}", "--sequences=T1w,FLAIR", out=tmp_path / "out")
+    assert {row.id: row.patient for row in rows.values()} == {
+        **{"sub-01_ses-a": "sub-01", "sub-01_ses-b": "sub-01", "sub-02": "sub-02", "sub-03": "sub-03"}
+    }
+    files = [bids / "sub-01/ses-a/anat" / f"sub-01_ses-a_{suffix}.nii.gz" for suffix in ("T1w", "FLAIR")]
+    assert rows["sub-01_ses-a"].image == tuple(map(str, files))
+    assert rows["sub-02"].label == 1 and rows["sub-02"].mask and rows["sub-02"].split == "test"
+    held = {row.patient for row in rows.values() if row.split == "test"}
+    assert len(held) == 2 and held < {"sub-01", "sub-02", "sub-03"}  # one with a lesion, one without
+    assert all(row.label == 0 and not row.mask for row in rows.values() if row.id != "sub-02")
+    assert "1 sessions without FLAIR" in said and "--config.data.channels=2" in said
+
+
+def test_bids_asks_for_sequences_where_there_are_several(bids, tmp_path, capsys):
+    (line,) = refused(capsys, "bids", f"--root={bids}", out=tmp_path / "out")
+    assert "has T1w (5), FLAIR (4): choose, in the channels' order, as --sequences=" in line
+    volume(bids / "sub-02" / "anat" / "sub-02_acq-fast_T1w.nii.gz")
+    _, said = prepared(capsys, "bids", f"--root={bids}", "--sequences=T1w", out=tmp_path / "out")
+    assert "1 sessions with several T1w" in said
+    rows, _ = prepared(capsys, "bids", f"--root={bids}", "--sequences=acq-fast_T1w", out=tmp_path / "two")
+    assert list(rows) == ["sub-02"]
+    volume(bids / "derivatives/other/sub-02_label-L_mask.nii.gz", lesion())
+    lines = refused(capsys, "bids", f"--root={bids}", "--sequences=FLAIR", out=tmp_path / "three")
+    assert "is one of 2 lesion masks of sub-02: keep one" in lines[0]
+    assert "has no sub-NAME/anat" in refused(capsys, "bids", f"--root={tmp_path / 'out'}", out=tmp_path / "four")[0]
+
+
+# CheXpert
+
+HEAD = (
+    "Path,Sex,Age,Frontal/Lateral,AP/PA,No Finding,Enlarged Cardiomediastinum,Cardiomegaly,Lung Opacity,Lung Lesion,"
+    "Edema,Consolidation,Pneumonia,Atelectasis,Pneumothorax,Pleural Effusion,Pleural Other,Fracture,Support Devices\n"
+)
+
+
+@pytest.fixture
+def radiographs(tmp_path, monkeypatch):
+    """train.csv as published; of patient 1 two normal films and a lateral one, of 9 a normal and a sick one."""
+    monkeypatch.setattr(chexpert, "PARTS", {0: {"test": 1, "val": 1, "train": 3}, 1: {"test": 1, "val": 1}})
+    root, text = tmp_path / "CheXpert-v1.0-small", HEAD
+
+    def film(patient, study, view, side, beam, normal, pneumonia, part="train"):
+        name = f"{part}/patient{patient:05d}/study{study}/view{view}_{side.lower()}.jpg"
+        picture(root / name)
+        return f"CheXpert-v1.0-small/{name},Female,{50 + patient},{side},{beam},{normal},,,,,,,{pneumonia},,,,,,1.0\n"
+
+    text += film(1, 1, 1, "Frontal", "PA", "1.0", "") + film(1, 2, 1, "Frontal", "PA", "1.0", "0.0")
+    text += film(1, 1, 2, "Lateral", "", "1.0", "") + film(2, 1, 1, "Frontal", "AP", "1.0", "")
+    text += "".join(film(k, 1, 1, "Frontal", "PA", "1.0", "") for k in range(3, 8))
+    text += film(8, 1, 1, "Frontal", "PA", "", "1.0") + film(9, 2, 1, "Frontal", "PA", "", "1.0")
+    text += film(9, 1, 1, "Frontal", "PA", "1.0", "") + film(10, 1, 1, "Frontal", "PA", "", "-1.0")
+    (root / "train.csv").write_text(text)
+    (root / "valid.csv").write_text(HEAD + film(64541, 1, 1, "Frontal", "PA", "0.0", "1.0", "valid"))
+    return root
+
+
+def test_chexpert_draws_one_pa_film_a_patient_and_keeps_uncertain_ones_out(radiographs, tmp_path, capsys):
+    rows, said = prepared(capsys, "chexpert", f"--root={radiographs}", out=tmp_path / "out")
+    assert Counter((row.split, row.label) for row in rows.values()) == {
+        **{("train", 0): 3, ("val", 0): 1, ("test", 0): 1, ("val", 1): 1, ("test", 1): 1}
+    }
+    patients = [row.patient for row in rows.values()]
+    assert len(set(patients)) == len(patients) and "patient00010" not in patients and "patient00002" not in patients
+    assert {row.label for row in rows.values() if row.patient == "patient00009"} <= {1}
+    one = next(row for row in rows.values() if row.patient == "patient00003" or row.patient == "patient00004")
+    assert one.id == f"{one.patient}_study1_view1" and one.extra["view"] == "PA" and one.extra["sex"] == "Female"
+    assert "6 patients with No Finding, 3 with Pneumonia (PA views)" in said
+    assert "1 normal images of patients with Pneumonia" in said and "2 images of other views" in said
+    again, _ = prepared(capsys, "chexpert", f"--root={radiographs.parent}", out=tmp_path / "again")
+    other, _ = prepared(capsys, "chexpert", f"--root={radiographs}", "--seed=1", out=tmp_path / "other")
+    assert again.keys() == rows.keys() != other.keys()
+    _, said = prepared(capsys, "chexpert", f"--root={radiographs}", "--views=frontal", out=tmp_path / "frontal")
+    assert "7 patients with No Finding" in said and "1 images of other views" in said
+
+
+def test_fewer_films_of_chexpert_are_shared_out(radiographs, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(chexpert, "PARTS", {0: {"test": 100, "val": 50, "train": 150}, 1: {"test": 2, "val": 1}})
+    rows, _ = prepared(capsys, "chexpert", f"--root={radiographs}", out=tmp_path / "out")
+    assert Counter((row.split, row.label) for row in rows.values()) == {
+        **{("train", 0): 3, ("val", 0): 1, ("test", 0): 2, ("val", 1): 1, ("test", 1): 2}
+    }
+
+
+def test_what_chexpert_lacks_is_one_line(radiographs, tmp_path, capsys):
+    out, table = tmp_path / "out", radiographs / "train.csv"
+    assert "--views=AP: is unknown" in refused(capsys, "chexpert", f"--root={radiographs}", "--views=AP", out=out)[0]
+    (radiographs / "valid" / "patient64541" / "study1" / "view1_frontal.jpg").rename(tmp_path / "gone.jpg")
+    (radiographs / "train" / "patient00008" / "study1" / "view1_frontal.jpg").unlink()
+    (radiographs / "train" / "patient00009" / "study2" / "view1_frontal.jpg").unlink()
+    lines = refused(capsys, "chexpert", f"--root={radiographs}", out=out)
+    assert len(lines) == 2 and all("not found, but in the table" in line for line in lines)
+    text = table.read_text()
+    table.write_text(text.replace("Pneumonia", "Pneumonitis"))
+    assert "has no column Pneumonia" in refused(capsys, "chexpert", f"--root={radiographs}", out=out)[0]
+    table.write_text(text + "somewhere/else.jpg,,,Frontal,PA,1.0\n")
+    assert (
+        "line 15: 'somewhere/else.jpg' is no image's path"
+        in refused(capsys, "chexpert", f"--root={radiographs}", out=out)[0]
+    )
+    table.unlink()
+    assert "has no train.csv" in refused(capsys, "chexpert", f"--root={radiographs}", out=out)[0]
+
+
+# Leaks of public lists
+
+
+def test_lists_of_two_versions_of_covidx_and_a_patient_in_both_are_noticed(tmp_path, capsys):
+    root, out = tmp_path / "root", tmp_path / "out"
+    for name in ("train/a.png", "train/b.png", "test/c.png"):
+        picture(root / name)
+    (root / "train_COVIDx7B.txt").write_text("1 a.png negative cohen\n2 b.png negative rsna\n")
+    (root / "test_COVIDx8B.txt").write_text("2 c.png positive ricord\n")
+    (line,) = refused(capsys, "covidx", f"--root={root}", out=out)
+    assert "train_COVIDx7B.txt and test_COVIDx8B.txt are of two versions" in line
+    (root / "train_COVIDx7B.txt").rename(root / "train_COVIDx8B.txt")
+    (line,) = refused(capsys, "covidx", f"--root={root}", out=out)
+    assert "patient '2' is in train and test" in line
+    (root / "test_COVIDx8B.txt").write_text("3 a.png positive ricord\n")
+    (line,) = refused(capsys, "covidx", f"--root={root}", out=out)
+    assert "a.png: is in both lists" in line
+
+
+def test_two_pictures_of_one_name_in_a_folder_of_hyper_kvasir_are_noticed(tmp_path, capsys):
+    root = tmp_path / "root"
+    for name in ("cecum/a.jpg", "cecum/a.png", "segmented-images/images/p.jpg", "segmented-images/masks/p.jpg"):
+        picture(root / name)
+    (line,) = refused(capsys, "hyper_kvasir", f"--root={root}", out=tmp_path / "out")
+    assert "cecum/a.png: has the name of a.jpg beside it: keep one" in line

@@ -3,7 +3,7 @@
 "Unsupervised anomaly detection using SimSID algorithm" (project report, Anna University, 2025), and the SimSID that it
 simplifies: Xiang et al., TPAMI 2024, arXiv 2403.08689 (`--config.variant=official`).
 Expected: the report prints no AUROC. Teacher's training MSE 0.0323 after 20 epochs and 0.0029 after 1000, student's
-0.0099 after 20 and 0.0032 after 250. Ours are in benchmarks/results.
+0.0099 after 20 and 0.0032 after 250.
 
   python -m jmae.train --config configs/simsid.py                                            phantoms, 2 cores, 6 min
   python -m jmae.train --config configs/simsid.py:small --config.data.manifest=MANIFEST.csv  own data, 2 cores, 15 min
@@ -47,7 +47,7 @@ def get_config(preset: str = "phantom") -> ConfigDict:
     c.memory.levels = 3  # patches; and blocks of 2 x 2; and the whole image
     c.memory.slots = 1  # rows a place
     c.memory.threshold = 0.9  # cosine below which a row is written anew
-    c.memory.ema = 0.0  # share of the way to the new value at every visit; 0: rows are replaced
+    c.memory.ema = 0.0  # share of the way to the new value at every visit but the first; 0: rows are replaced
     c.memory.passes, c.memory.batch = 2, 16  # over the training images in order
     c.memory.top_k, c.memory.temperature = 5, 1.0
     c.memory.weighted = True  # the k rows by their weights; False: their plain sum

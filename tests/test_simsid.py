@@ -180,14 +180,14 @@ def plain_write(rows, values, threshold, ema):
     """Algorithms 4.4 and 4.5 by hand: rows (slots, s, d) as lists of arrays in order of writing; one image's values."""
     written = []
     for slot, value in enumerate(values):
+        empty = not any(np.abs(row).sum() for row in rows[slot])
         if ema:
-            rows[slot][0] = (1 - ema) * rows[slot][0] + ema * value
+            rows[slot][0] = value if empty else (1 - ema) * rows[slot][0] + ema * value
             written.append(True)
             continue
         most = -np.inf
         for row in rows[slot]:
             most = max(most, row @ value / (np.linalg.norm(row) * np.linalg.norm(value) + 1e-8))
-        empty = not any(np.abs(row).sum() for row in rows[slot])
         written.append(bool(most < threshold or empty))
         if written[-1]:
             rows[slot].pop(0)  # the oldest
@@ -254,13 +254,13 @@ def test_retrieval_is_the_plain_one_for_given_noise(own, weighted):
 @pytest.mark.parametrize("restrict", [True, False])
 def test_recall_joins_the_levels(restrict):
     slots, f = nets.hierarchy((4, 4), 3), normal(2, 16, 6)
-    memory = normal(16 + 4 + 1, 2, 6, seed=1)
-    run = jax.jit(lambda keys=None: nets.recall(memory, f, slots, k=2, restrict=restrict, keys=keys))
+    memory, count = normal(16 + 4 + 1, 3, 6, seed=1), np.resize([1, 3, 7, 2], 21)  # 7: rows were replaced
+    run = jax.jit(lambda keys=None: nets.recall((memory, count), f, slots, k=2, restrict=restrict, keys=keys))
     out = run()
     starts = np.cumsum([0, 16, 4])
     for b, n, level in product(range(2), range(16), range(3)):
-        part = memory[starts[level] : starts[level] + slots[level].max() + 1]
-        rows = part[slots[level][n]] if restrict else part.reshape(-1, 6)
+        own = starts[level] + (slots[level][n : n + 1] if restrict else np.arange(slots[level].max() + 1))
+        rows = np.concatenate([memory[slot, : count[slot]] for slot in own])  # a row never written is not found
         expected = plain_retrieve(f[b, n], rows, np.zeros(len(rows)), 2, 1.0, True)
         near(out[b, n, 6 * level : 6 * level + 6], expected, rtol=1e-4)
     noisy = lambda seed: run(jax.random.split(jax.random.key(seed)))
@@ -269,7 +269,8 @@ def test_recall_joins_the_levels(restrict):
 
 def test_gumbel_noise_makes_rows_win_as_often_as_their_softmax_says():
     query, rows = jnp.broadcast_to(jnp.asarray([1.0, 0.5]), (1, 4000, 2)), jnp.asarray([[1.0, 0], [0, 1.0], [0.3, 0.2]])
-    out = jax.jit(lambda keys: nets.recall(rows[:, None], query, [np.arange(3)], k=1, keys=keys))(KEY[None])[0]
+    memory = rows[:, None], np.ones(3, int)
+    out = jax.jit(lambda keys: nets.recall(memory, query, [np.arange(3)], k=1, keys=keys))(KEY[None])[0]
     won = [np.mean(np.all(np.isclose(out, row), -1)) for row in rows]
     np.testing.assert_allclose(won, jax.nn.softmax(rows @ query[0, 0]), atol=0.03)
 
@@ -367,8 +368,12 @@ def test_the_discriminator_s_loss_is_the_binary_cross_entropy():
 def test_both_divergences_by_scipy():
     p, q = (np.random.default_rng(i).uniform(0.3, 0.95, (3, 20, 20, 1)).astype(np.float32) for i in range(2))
     q = p + 0.05 * (q - 0.65)
-    flat = lambda x: x.reshape(3, -1) + 1e-10
+    flat = lambda x: x.reshape(3, -1).astype(float)
     near(pixel_kl(p, q), [entropy(a, b) for a, b in zip(flat(p), flat(q), strict=True)], rtol=1e-3)
+    peak = np.eye(4, dtype=np.float32)[:2, :, None]  # all mass on one pixel: epsilon is added to masses, not to pixels
+    masses = [(m + 1e-10) / (1 + 4e-10) for m in np.eye(4)[:2]]
+    near(pixel_kl(0.01 * peak[:1], peak[1:]), entropy(*masses), rtol=1e-4)
+    near(pixel_kl(0 * peak[:1], 1 + 0 * peak[:1]), 0)
     near(pixel_kl(p, q), 0.5 * np.var(q - p, (1, 2, 3)) / np.mean(p, (1, 2, 3)) ** 2, rtol=0.3, atol=0)
     counts = lambda x: np.stack([np.histogram(own, 256, (0, 1))[0] / own.size + 1e-10 for own in x])
     theirs = [entropy(a, b) for a, b in zip(counts(p), counts(q), strict=True)]
@@ -392,10 +397,10 @@ def test_the_paper_preset_is_the_specification_s():
     system = load_system(c)
     assert [stage.name for stage in system.stages] == ["teacher", "memory", "student", "discriminator", "calibration"]
     assert [stage.steps(1024) for stage in system.stages] == [64_000, 128, 16_000, 6_400, 64]
-    c.variant = "official"
+    c.variant, c.joint.batch = "official", 8
     assert [(stage.name, stage.steps(1024)) for stage in load_system(c).stages] == [
-        ("joint", 38_400),
-        ("calibration", 64),
+        ("joint", 76_800),
+        ("calibration", 128),
     ]
 
 
@@ -578,8 +583,7 @@ def test_calibration_is_the_mean_and_deviation_over_all_training_images():
         some = {k: v[numbers] for k, v in images.items()}
         state, _ = steps["calibration"](state, some, KEY)
         p = {name: np.asarray(v, float) for name, v in score(raw, some)["scores"].items()}
-        logit = lambda p: np.log(p / (1 - p))
-        logits += [-logit(p["simsid"]), logit(p["difference"])]  # D(made), D(image) - D(made)
+        logits += [-p["simsid"], p["difference"]]  # D(made), D(image) - D(made)
     d = np.array([np.concatenate(logits[0::2]), np.concatenate(logits[1::2])])[:, :6]
     near(state.stats["mean"], d.mean(1), rtol=1e-3, atol=1e-4)
     near(np.sqrt(state.stats["squares"] / state.stats["count"]), d.std(1), rtol=1e-2, atol=1e-4)
@@ -592,7 +596,7 @@ def test_scores_say_how_unreal_the_made_image_is(variant):
     some = batch(4, seed=7)
     out = score(results, some)
     image, made = some["image"], np.asarray(out["reconstruction"])
-    assert set(out["maps"]) == {"l1", "mse"} and set(out["scores"]) == {"simsid", "difference", "l1", "mse"}
+    assert set(out["maps"]) == {"l1", "mse"} and set(out["scores"]) == {"simsid", "difference", "A", "l1", "mse"}
     assert out["maps"]["l1"].shape == (4, 16, 16) and made.shape == image.shape
     inside = (made > 0) & (made < 1)
     assert inside.any()
@@ -613,10 +617,14 @@ def test_scores_say_how_unreal_the_made_image_is(variant):
         return score(results | {name: results[name] | {"params": params}} | more, some)["scores"]
 
     more_real = changed(lambda out: out | {"bias": out["bias"] + 1})
-    assert (more_real["simsid"] < out["scores"]["simsid"]).all()  # A falls with d
+    assert (more_real["A"] < out["scores"]["A"]).all()  # A falls with d
     near(more_real["difference"], out["scores"]["difference"], atol=1e-4)
+    near(out["scores"]["A"], expit(out["scores"]["simsid"]))
     calibration = {"params": {}, "stats": results["calibration"]["stats"] | {"mean": jnp.zeros(2)}}
-    near(changed(zeroed, calibration=calibration)["simsid"], 0.5)  # d at the mean
+    near(changed(zeroed, calibration=calibration)["A"], 0.5)  # d at the mean
+    narrow = {"params": {}, "stats": calibration["stats"] | {"mean": jnp.full(2, 100.0)}}
+    far = score(results | {"calibration": narrow}, some)["scores"]
+    assert (far["A"] == 1).all() and len(np.unique(far["simsid"])) == 4  # A ties in float32, its log odds do not
 
 
 def test_the_masked_shortcut_passes_the_encoder_s_features_on_in_training_alone():
@@ -637,11 +645,11 @@ def test_a_run_scores_and_shows_where(small_set, tmp_path):
     given = [f"--config.{change}" for change in [*TINY, f"data.manifest={small_set}", "validation.held_out=0.2"]]
     assert exit_code(train.main, ["--config=configs/simsid.py:smoke", f"--workdir={tmp_path}", *given]) == 0
     metrics = json.loads((tmp_path / "evaluation" / "metrics.json").read_text())
-    assert metrics["primary"] == "simsid" and set(metrics["scores"]) == {"simsid", "difference", "l1", "mse"}
+    assert metrics["primary"] == "simsid" and set(metrics["scores"]) == {"simsid", "difference", "A", "l1", "mse"}
     assert metrics["scores"]["simsid"]["pixel"] is None and metrics["pixel"] == metrics["scores"]["l1"]["pixel"]
     assert len(list((tmp_path / "evaluation" / "maps").glob("*_anomaly.*"))) == 12
     assert metrics["decision"]["threshold"] is not None
     history = read_history(tmp_path / "metrics.jsonl")
     assert [h["step"] for h in history if h["stage"] == "student" and "check_kl" in h] == [3, 6]
     header = (tmp_path / "evaluation" / "scores.csv").read_text().splitlines()[0]
-    assert header == "id,label,score,p_value,difference,l1,mse"
+    assert header == "id,label,score,p_value,A,difference,l1,mse"

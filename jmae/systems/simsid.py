@@ -35,6 +35,7 @@ from jmae.nn.simsid import (
     Encoder,
     Generator,
     Inpainting,
+    Memory,
     Windows,
     hierarchy,
     recall,
@@ -154,14 +155,16 @@ def build(config: ConfigDict) -> System:
     # --- score (Eq. 5.7) -----------------------------------------------------------------------------------------
 
     def judged(results: Results, image: Array) -> tuple[Array, dict[str, Array], dict[str, Array]]:
-        """(made image, maps, scores). A = 1 - sigmoid(z), z the standardised D(made); `difference`, the report's prose:
-        sigmoid of the standardised D(image) - D(made), which is high where the made one looks less real."""
+        """(made image, maps, scores). A = 1 - sigmoid(z), z the standardised D(made); in float32 it is 1 below z = -17,
+        so that `simsid`, which ranks, is its log odds, -z. `difference`, the report's prose: log odds too, the
+        standardised D(image) - D(made). ours: its sign, high where the made image looks less real than the given one;
+        put into A for D(made) it would be turned round."""
         made, values = logits(results, image)
         stats = results["calibration"]["stats"]
         deviation = jnp.sqrt(stats["squares"] / jnp.maximum(stats["count"], 1))
         z = (values - stats["mean"]) / (deviation + 1e-8)
         maps = {"l1": jnp.mean(jnp.abs(image - made), -1), "mse": jnp.mean((image - made) ** 2, -1)}
-        scores = {"simsid": jax.nn.sigmoid(-z[:, 0]), "difference": jax.nn.sigmoid(z[:, 1])}
+        scores = {"simsid": -z[:, 0], "difference": z[:, 1], "A": jax.nn.sigmoid(-z[:, 0])}
         return made, maps, scores | {name: jnp.mean(m, tuple(range(1, m.ndim))) for name, m in maps.items()}
 
     def score(results, batch, key, *, chunk=None):
@@ -179,7 +182,7 @@ def build(config: ConfigDict) -> System:
         maps = {name: jnp.where(inside, averages[..., i], 0) for i, name in enumerate(SCORES)}
         return {"maps": maps, "reconstruction": averages[..., len(SCORES) :]}
 
-    batch = config.discriminator.batch
+    batch = variant.stages[-1].batch
     last = Stage(
         "calibration",
         batch,
@@ -281,14 +284,14 @@ def report(config: ConfigDict) -> Variant:
         """E(I), frozen."""
         return enc_of(teacher["params"]["encoder"], teacher["stats"]["encoder"])(image, train=False)
 
-    def inpainted(rows: Array, params: PyTree, f: Array, keys: Array | None = None) -> Float[Array, "b n d"]:
-        """What stands for the features `f`, from the memory's `rows`; with keys under noise and dropout, and patches
+    def inpainted(kept: Memory, params: PyTree, f: Array, keys: Array | None = None) -> Float[Array, "b n d"]:
+        """What stands for the features `f`, from the memory `kept`; with keys under noise and dropout, and patches
         that keep their own features with probability 1 - kept (SimSID's masked shortcut)."""
         noise = drop = shortcut = None
         if keys is not None:
             noise, drop, shortcut = jnp.moveaxis(jax.vmap(lambda key: jax.random.split(key, 3))(keys), 1, 0)
         recalled = recall(
-            rows,
+            kept,
             f,
             slots,
             k=memory.top_k,
@@ -307,7 +310,8 @@ def report(config: ConfigDict) -> Variant:
         """The student's input: inpainted features, or without inpainting (Alg. 4.11's listing) E's own."""
         if not model.inpainting:
             return f
-        return inpainted(results["memory"]["stats"]["rows"], params["inpainting"], f, keys)
+        stats = results["memory"]["stats"]
+        return inpainted((stats["rows"], stats["count"]), params["inpainting"], f, keys)
 
     def made_by(results: Results, params: PyTree, stats: PyTree, image: Array) -> Array:
         x = for_student(results, params, features(results["teacher"], image))
@@ -398,7 +402,7 @@ def report(config: ConfigDict) -> Variant:
             stats = state.stats | {"generator": stats_of(generator)}
             parts = {"mse": jnp.mean((image - xs[-1]) ** 2)}
             parts["distillation"] = sum(
-                (jnp.mean((z - x) ** 2) for z, x in zip(shown, xs, strict=True)), jnp.float32(0)
+                (jnp.mean((z.astype(jnp.float32) - x) ** 2) for z, x in zip(shown, xs, strict=True)), jnp.float32(0)
             )
             total = parts["mse"] + student.distillation * parts["distillation"]
             if not student.adversarial:

@@ -12,7 +12,7 @@ bias takes the other.
 """
 
 from collections.abc import Callable
-from functools import partial
+from functools import partial, reduce
 from itertools import pairwise, product
 from math import ceil, prod
 from typing import Any
@@ -80,10 +80,15 @@ def doubled(
 
 
 def max_pool(x: Float[Array, "b *size c"]) -> Float[Array, "b *half c"]:
-    """The largest value of blocks of 2 along every axis."""
+    """The largest value of blocks of 2 along every axis.
+
+    By pairs: forward and backward of 256x16x16x16 took 11.7 instead of 19.3 ms on one core, and the gradient of `max`
+    divides by how many values equal it, of which rounding may leave none.
+    """
     size = x.shape[1:-1]
-    split = [length for n in size for length in (n // 2, 2)]
-    return jnp.max(x.reshape(len(x), *split, x.shape[-1]), axis=tuple(range(2, 2 * len(size) + 1, 2)))
+    split = x.reshape(len(x), *[length for n in size for length in (n // 2, 2)], x.shape[-1])
+    corners = product(range(2), repeat=len(size))
+    return reduce(jnp.maximum, [split[(slice(None), *[i for a in at for i in (slice(None), a)])] for at in corners])
 
 
 class Layer(nnx.Module):

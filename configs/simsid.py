@@ -99,7 +99,11 @@ def get_config(preset: str = "phantom") -> ConfigDict:
         raise ValueError(f"preset {preset!r} is unknown: phantom, smoke, small, phantom3d or paper")
 
     # ours: narrower networks on small images, fixed steps and a higher rate for 2 cores.
-    c.data.size, c.data.normalise, c.evaluation.patch = (64, 64), "image", (8, 8)
+    c.data.size, c.data.normalise = (64, 64), "image"
+    # Chosen on val of the phantoms before test was scored: with a teacher of 500 steps and a student of 300, AUROC of
+    # "patches" was 0.90 ("mse" 0.86); 0.84 with centre="retrieved", also with 16 rows of the patch's own place.
+    c.evaluation.score, c.evaluation.patch, c.evaluation.top = "patches", (8, 8), 0.1
+    c.model.centre, c.model.dropout, c.student.from_teacher = "raw", 0.0, True
     c.model.widths, c.model.discriminator = (16, 32, 64, 128), (8, 16, 32, 64, 128)
     c.joint.widths, c.joint.slots = (8, 16, 32, 64, 128), 100
     for section, steps in ((c.teacher, 2000), (c.student, 1500), (c.discriminator, 500), (c.joint, 1000)):

@@ -100,8 +100,8 @@ def get_config(preset: str = "phantom") -> ConfigDict:
 
     # ours: narrower networks on small images, fixed steps and a higher rate for 2 cores.
     c.data.size, c.data.normalise = (64, 64), "image"
-    # Chosen on val of the phantoms before test was scored: with a teacher of 500 steps and a student of 300, AUROC of
-    # "patches" was 0.90 ("mse" 0.86); 0.84 with centre="retrieved", also with 16 rows of the patch's own place.
+    # Chosen by AUROC on val of the phantoms: with a teacher of 500 steps and a student of 300,
+    # "patches" has 0.90, "mse" 0.86; centre="retrieved" 0.84 and 0.81, also with 16 rows of the patch's own place.
     c.evaluation.score, c.evaluation.patch, c.evaluation.top = "patches", (8, 8), 0.1
     c.model.centre, c.model.dropout, c.student.from_teacher = "raw", 0.0, True
     c.model.widths, c.model.discriminator = (16, 32, 64, 128), (8, 16, 32, 64, 128)

@@ -34,7 +34,8 @@ model.depth=1 model.discriminator=3,4 memory.batch=4 memory.top_k=2 memory.thres
 student.batch=4 discriminator.batch=4 joint.batch=4 joint.widths=4,4,4 joint.joined=1 joint.slots=4 joint.top_k=2
 joint.heads=2 teacher.steps=6 student.steps=6 discriminator.steps=6 joint.steps=6 validation.every=3
 validation.samples=4 validation.select_every=3 evaluation.batch=4 evaluation.patch=4,4 evaluation.top=0.5
-data.normalise=unit checkpoint_every=4 log_every=2
+data.normalise=unit model.centre=retrieved student.from_teacher=false evaluation.score=simsid checkpoint_every=4
+log_every=2
 """.split()
 VOLUMES = """
 data.normalise=crop data.size=8,8,4 data.channels=2 model.patch=4,4,4 evaluation.stride=4,4,2 evaluation.batch=8
@@ -887,5 +888,5 @@ def test_volumes_go_through_the_same_code(tmp_path):
     given = arguments(write_patients(tmp_path), tmp_path / "run", *VOLUMES, preset="phantom3d")
     assert exit_code(train.main, given) == 0
     metrics = json.loads((tmp_path / "run" / "evaluation" / "metrics.json").read_text())
-    assert metrics["primary"] == "l1" and set(metrics["scores"]) == {*simsid.SCORES}
+    assert metrics["primary"] == "simsid" and set(metrics["scores"]) == {*simsid.SCORES}
     assert all(score["pixel"]["auroc"] > 0 for score in metrics["scores"].values())

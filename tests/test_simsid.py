@@ -38,8 +38,8 @@ data.normalise=unit model.centre=retrieved student.from_teacher=false evaluation
 log_every=2
 """.split()
 VOLUMES = """
-data.normalise=crop data.size=8,8,4 data.channels=2 model.patch=4,4,4 evaluation.stride=4,4,2 evaluation.batch=8
-evaluation.patch=4,4,2
+data.normalise=crop data.size=8,8,4 data.channels=2 model.patch=4,4,2 evaluation.stride=4,4,2 evaluation.batch=8
+evaluation.patch=4,4,2 model.widths=3 model.discriminator=3
 """.split()
 near = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
 normal = lambda *shape, seed=0: np.random.default_rng(seed).normal(size=shape).astype(np.float32)

@@ -261,7 +261,8 @@ def normalising(config: ConfigDict, stage: Stage) -> Stage:
     ready = lambda batch: batch | {"image": normalised(config, batch["image"])[0]}
     check = stage.check
     if check:
-        check = check._replace(look=lambda state, batch: stage.check.look(state, ready(batch)))
+        look = check.look
+        check = check._replace(look=lambda state, batch: look(state, ready(batch)))
     step = lambda state, batch, key, **options: stage.step(state, ready(batch), key, **options)
     return stage._replace(step=step, check=check)
 

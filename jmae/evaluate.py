@@ -93,6 +93,7 @@ class Scored(NamedTuple):
     seconds: float = 0.0
     reconstruction: np.ndarray | None = None  # (r, n, *size, c), in the images' own range
     confidence: np.ndarray | None = None  # (r, n, *size)
+    pictures: Mapping[str, np.ndarray] = MappingProxyType({})  # (r, n, *size, c) or (r, n, h, w)
 
 
 class Result(NamedTuple):
@@ -111,6 +112,7 @@ class Result(NamedTuple):
     seen: np.ndarray | None = None  # where on its own grid a map exists; None: everywhere
     cheap: Mapping[str, np.ndarray] = MappingProxyType({})  # the baselines' maps, on the row's own grid
     confidence: np.ndarray | None = None  # (r, *size): spread of the primary map over the system's samples
+    pictures: Mapping[str, np.ndarray] = MappingProxyType({})  # (r, *size, c) or (r, h, w)
 
 
 class Stream(NamedTuple):
@@ -189,7 +191,7 @@ def scorer(config: ConfigDict, system: System, results: Results) -> Callable[[Im
             parts[-2:-1] = [(k, jax.device_get(out)) for k, out in parts[-2:-1]]
         outs = [jax.tree.map(lambda x, k=k: x[:, :k], jax.device_get(out)) for k, out in parts]
         joined = jax.tree.map(lambda *x: np.concatenate(x, axis=1), *outs)
-        further = joined.get("reconstruction"), joined.get("confidence")
+        further = joined.get("reconstruction"), joined.get("confidence"), joined.get("pictures", {})
         return Scored(joined["maps"], joined["scores"], time.monotonic() - began, *further)
 
     return run
@@ -322,6 +324,7 @@ def image_results(images: Images, scored: Scored, cheap: Scored, rows: range) ->
             seconds=scored.seconds / len(rows),
             cheap={name: own(value[0]) for name, value in of(cheap.maps, i).items()},
             confidence=None if scored.confidence is None else scored.confidence[:, k],
+            pictures=of(scored.pictures, k),
         )
 
 
@@ -686,17 +689,43 @@ def evaluate(
         | {name: float(means[name][i]) for name in further}
         for i, row in enumerate(own.rows)
     ]
+    history = read_history(workdir / "metrics.jsonl")
+    if printed := beside_printed(config, system, rows, workdir, history):
+        evaluation["printed"] = printed
     evaluation["seconds"] = time.monotonic() - began
     evaluation["seconds_per_case"] = gathered.seconds / len(own.rows)
     write_csv(out / "scores.csv", [{k: "" if v is None else v for k, v in line.items()} for line in table])
     write_text(out / "metrics.json", json.dumps(metrics.json_ready(evaluation), indent=1))
     environment = workdir / "environment.json"
     about = json.loads(environment.read_text()) if environment.exists() else {}
-    history = read_history(workdir / "metrics.jsonl")
     write_report(out / "report.html", {**evaluation, "table": table}, gathered.cases, history, config.to_dict(), about)
     log(headline(evaluation))
     log(f"report: {out / 'report.html'}")
     return evaluation
+
+
+def beside_printed(
+    config: ConfigDict, system: System, rows: Sequence[Row], workdir: Path, history: Sequence[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """{stage, metric, epoch, printed, ours} for every value of a stage's metrics that the paper prints: ours is the
+    mean over that epoch, None where the run did not get so far; nothing where other rows are scored than trained on."""
+    printed = [stage for stage in system.stages if stage.printed]
+    if not printed or recipe.read(workdir).data.manifest != config.data.manifest:
+        return []
+    out = []
+    for stage in printed:
+        n = len(stage.rows([row for row in rows if row.split in ("train", "unlabeled")], {}))
+        length = max(1, n // stage.batch)
+        for metric, values in stage.printed.items():
+            lines = [(h["step"], h[metric]) for h in history if h["stage"] == stage.name and metric in h]
+            for epoch, value in values.items():
+                end = epoch * length
+                inside = [v for step, v in lines if end - length < step <= end]  # lines are means since the last one
+                reached = bool(lines) and lines[-1][0] >= end
+                ours = float(np.mean(inside)) if inside else next((v for step, v in lines if step > end), None)
+                entry = {"stage": stage.name, "metric": metric, "epoch": epoch, "printed": value}
+                out.append(entry | {"ours": ours if reached else None})
+    return out
 
 
 def split_of(rows: Sequence[Row], name: str) -> Split:
@@ -751,7 +780,8 @@ def gather(
         if stream.shown is None or i in stream.shown:
             lesion = result.scored(truth[0]) if truth else None
             score = float(result.scores[system.primary].mean())
-            case = Case(row.id, row.label, score, result.image, mean, lesion, picture, confidence=confidence)
+            further = {name: each.mean(0) for name, each in result.pictures.items()}
+            case = Case(row.id, row.label, score, result.image, mean, lesion, picture, None, confidence, further)
             cases.append(one_slice(case))
     stack = lambda values: {name: np.stack(each, 1) for name, each in values.items()}
     known = [scores for scores, row in zip(cheap, split.rows, strict=True) if row.label is not None]

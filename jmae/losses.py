@@ -50,9 +50,10 @@ def discriminator_loss(real: Float[Array, " b"], fake: Float[Array, " b"]) -> Fl
 
 
 def kl_divergence(p: Float[Array, "b n"], q: Float[Array, "b n"]) -> Float[Array, " b"]:
-    """KL(P || Q) of each pair of rows of masses, to which 1e-10 is added and which are then made to sum to one
-    (SimSID report, Eq. 5.2). Rounding below 0 is 0."""
-    p, q = (x / jnp.sum(x, -1, keepdims=True) for x in (p + 1e-10, q + 1e-10))
+    """KL(P || Q) of each pair of rows, both made to sum to one (SimSID report, Eq. 5.2); then 1e-10 is added to every
+    mass, and they are made to sum to one again. A row of zeros counts as equal masses; rounding below 0 is 0."""
+    masses = lambda x: x / jnp.maximum(jnp.sum(x, -1, keepdims=True), 1e-30)
+    p, q = (masses(masses(x) + 1e-10) for x in (p, q))
     return jnp.maximum(jnp.sum(p * (jnp.log(p) - jnp.log(q)), -1), 0)
 
 

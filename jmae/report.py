@@ -21,6 +21,7 @@ import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jinja2
@@ -74,6 +75,7 @@ class Case(NamedTuple):
     reconstruction: NDArray[Any] | None = None  # as `image`, shown in its grey window
     slice: int | None = None  # where `one_slice` has cut a volume, on its last axis
     confidence: NDArray[Any] | None = None  # size, spread of the samples whose mean the map is
+    pictures: Mapping[str, NDArray[Any]] = MappingProxyType({})  # (*size, c) as `image`, or (h, w) in another unit
 
 
 class Scale(NamedTuple):
@@ -181,10 +183,11 @@ def _outline(mask: NDArray, side: int) -> str:
 
 def case_pictures(case: Case, scale: Scale, side: int = MAX_SIDE, spreads: Scale | None = None) -> dict[str, Any]:
     """The case's image, reconstruction, map, overlay and spread of the samples as data URIs (None where it has none),
-    its mask's outline, and the slice where it is a volume.
+    its `further` pictures by name, its mask's outline, and the slice where it is a volume.
 
-    Image and reconstruction are windowed to the image's 1st to 99th percentile; the map's colours and the spread's
-    greys are the page's; the overlay is as opaque as the map is high.
+    Image, reconstruction and further pictures like them are windowed to the image's 1st to 99th percentile, further
+    ones in another unit to that of them together; the map's colours and the spread's greys are the page's; the overlay
+    is as opaque as the map is high.
     """
     case = one_slice(case)
     mask, image, heat = case.mask, _shrink(case.image[..., 0], side), _shrink(case.map, side)
@@ -196,6 +199,13 @@ def case_pictures(case: Case, scale: Scale, side: int = MAX_SIDE, spreads: Scale
     if case.confidence is not None and spreads:
         share = (_shrink(case.confidence, side) - spreads.low) / (spreads.high - spreads.low)
         spread = greys(np.clip(share, 0, 1))
+    coded = [picture for picture in case.pictures.values() if picture.ndim == 2]
+    ends = np.percentile(np.concatenate([np.ravel(picture) for picture in coded]), (1, 99)) if coded else (0, 1)
+    code = lambda array: np.clip((array - ends[0]) / ((ends[1] - ends[0]) or 1), 0, 1)
+    further = {
+        name: greys(code(_shrink(array, side)) if array.ndim == 2 else window(_shrink(array[..., 0], side)))
+        for name, array in case.pictures.items()
+    }
     grey = window(image)
     heat = np.clip((heat - scale.low) / (scale.high - scale.low), 0, 1)
     palette = (matplotlib.colormaps["inferno"](np.arange(256))[:, :3] * 255).round().astype(np.uint8)
@@ -211,6 +221,7 @@ def case_pictures(case: Case, scale: Scale, side: int = MAX_SIDE, spreads: Scale
         "map": _png(coloured),
         "overlay": _png(Image.fromarray(blend).quantize(256, Image.Quantize.FASTOCTREE)),
         "spread": spread,
+        "further": further,
         "outline": "" if mask is None else _outline(mask, side),
         "width": w,
         "height": h,
@@ -452,7 +463,7 @@ def _shown_cases(cases: Sequence[Case], normals: NDArray) -> tuple[Scale | None,
     if not shown:
         return None, None, []
     scale, spread = colour_scale([cases[i] for i in shown]), spread_scale([cases[i] for i in shown])
-    pictures = (4 + (spread is not None)) * len(shown)
+    pictures = sum(4 + (spread is not None) + len(cases[i].pictures) for i in shown)
     side = min(MAX_SIDE, int(math.sqrt(PICTURE_BYTES / pictures)))  # palette PNG: at most a byte a pixel
 
     def entry(case: Case) -> dict[str, Any]:
@@ -525,6 +536,7 @@ def write_report(
             spread=spread,
             groups=groups,
             losses=[(stage, loss_chart(i, *xy)) for i, (stage, xy) in enumerate(stages.items())],
+            printed=evaluation.get("printed") or [],
             config=flat(config),
             environment=flat(environment),
         )

@@ -36,14 +36,17 @@ class State(NamedTuple):
 class Check(NamedTuple):
     """A look at a stage's state every `every` steps and after the last, on samples that it is not trained on.
 
-    rows(rows) -> manifest row numbers; `samples` samples of them are made once and are the same at every look.
+    rows(rows) -> manifest row numbers; `samples` samples of them (0: one of each) are made once and are the same at
+        every look; without rows there is none.
     look(state, batch) -> (State, metrics): pure, and deterministic.
+    labelled: `rows` are of `val` too, and batch["label"] (n,) is 0 normal, 1 abnormal, -1 all other rows.
     """
 
     every: int
     samples: int
     rows: Callable[[list[Row]], np.ndarray]
     look: Callable[[State, PyTree], tuple[State, dict[str, Array]]]
+    labelled: bool = False
 
 
 class Stage(NamedTuple):
@@ -59,6 +62,7 @@ class Stage(NamedTuple):
     table(rows, results) -> rows of a CSV file STAGE.csv in the run folder that a person can read, or None.
     weights: what `model.weights` is to this stage: "instead" of training it, the "start" of it, or "" nothing.
     positions: the position codes of its network, which those of a file must equal.
+    printed: values of its metrics that the paper prints, METRIC -> {epoch, counted from 1: value}.
     """
 
     name: str
@@ -73,6 +77,7 @@ class Stage(NamedTuple):
     weights: str = ""
     positions: Callable[[tuple[int, ...], int], np.ndarray] = sincos_positions
     check: Check | None = None
+    printed: Mapping[str, Mapping[int, float]] = {}
 
 
 class Sweep(NamedTuple):
@@ -98,8 +103,9 @@ class System(NamedTuple):
     """Stages in order, and the scores they serve.
 
     score(results, batch, key, *, chunk=None) -> {"maps": {NAME: (b, *size)}, "scores": {NAME: (b,)}} and, where there
-    is one, "reconstruction": (b, *size, c) in the images' own range, and "confidence": (b, *size), the deviation of the
-    primary map over the system's samples. Higher is more abnormal; `chunk` masks (or samples) at a time. `masks` is how
+    is one, "reconstruction": (b, *size, c) in the images' own range, "confidence": (b, *size), the deviation of the
+    primary map over the system's samples, and "pictures": {NAME: (b, *size, c) as the images, or (b, h, w) in another
+    unit}, for the report alone. Higher is more abnormal; `chunk` masks (or samples) at a time. `masks` is how
     many one pass has. `uses` names the stages whose results `score` reads, `primary` the score that stands for the
     system, and `map` the map that does, where the primary score has none. A system of volumes has a `sweep` instead of
     `score` and `masks`.

@@ -63,6 +63,8 @@ def run(config: ConfigDict, workdir: Path) -> int:
         board()
     rows = load_rows(config, log)
     splits, make = (("train",), Volumes) if system.sweep else (("train", "unlabeled"), Images)
+    if any(stage.check and stage.check.labelled for stage in system.stages):
+        splits = (*splits, "val")
     images: Samples = make([row for row in rows if row.split in splits], config, workdir / "cache")
     train(config, system, images, workdir)
     if any(row.split == "test" and row.label is not None for row in rows):
@@ -138,10 +140,13 @@ def train_stage(
     del resident
     crop = () if held is None else tuple(config.data.size)
     step = compiled_step(stage.step, steps, n, crop)
-    if stage.check:
-        chosen = stage.check.rows(images.rows)
-        some = images.samples(np.resize(chosen, stage.check.samples), np.arange(stage.check.samples), CHECKS, 0)
-        checked = jax.device_put(some | {"index": np.arange(stage.check.samples)}, replicated(mesh))
+    checked = None
+    if stage.check and (chosen := stage.check.rows(images.rows)).size:
+        chosen = np.resize(chosen, stage.check.samples or len(chosen))
+        of = lambda row: row.label if row.split == "val" and row.label is not None else -1
+        label = np.array([of(images.rows[i]) for i in chosen], np.int32)
+        some = images.samples(chosen, np.arange(len(chosen)), CHECKS, 0)
+        checked = jax.device_put(some | {"index": np.arange(len(chosen)), "label": label}, replicated(mesh))
         look_at = compiled_check(stage.check.look, n, crop)
     pending: list[tuple[int, np.ndarray, dict]] = []  # steps whose metrics are still on the device
     seen: list[dict[str, float]] = position.get("seen", [])  # metrics since the last line
@@ -179,7 +184,7 @@ def train_stage(
                 show({"step": k})
             pending.append((k, batch["index"], metrics))
             stop = stopped()
-            if stage.check and (k % stage.check.every == 0 or k == steps):
+            if stage.check and checked and (k % stage.check.every == 0 or k == steps):
                 look(pending)
                 pending.clear()
                 state, found_out = look_at(state, checked, held)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from patients import write_patients
 from scipy.special import expit
 from scipy.stats import entropy
 
@@ -17,11 +18,13 @@ from jmae import train
 from jmae.data.manifest import Row
 from jmae.errors import InputError, exit_code
 from jmae.losses import discriminator_loss, histogram_kl, pixel_kl
+from jmae.metrics import auroc
 from jmae.nn import simsid as nets
 from jmae.recipe import override
 from jmae.run_folder import read_history
 from jmae.sharding import device_mesh, place_batch, replicated
 from jmae.system import load_system, network
+from jmae.systems import simsid
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 KEY = jax.random.key(0)
@@ -30,7 +33,13 @@ data.phantom= data.size=16,16 model.patch=4,4 model.widths=3,4 model.features=8 
 model.depth=1 model.discriminator=3,4 memory.batch=4 memory.top_k=2 memory.threshold=0.9999 teacher.batch=4
 student.batch=4 discriminator.batch=4 joint.batch=4 joint.widths=4,4,4 joint.joined=1 joint.slots=4 joint.top_k=2
 joint.heads=2 teacher.steps=6 student.steps=6 discriminator.steps=6 joint.steps=6 validation.every=3
-validation.samples=4 evaluation.batch=4 checkpoint_every=4 log_every=2
+validation.samples=4 validation.select_every=3 evaluation.batch=4 evaluation.patch=4,4 evaluation.top=0.5
+data.normalise=unit model.centre=retrieved student.from_teacher=false evaluation.score=simsid checkpoint_every=4
+log_every=2
+""".split()
+VOLUMES = """
+data.normalise=crop data.size=8,8,4 data.channels=2 model.patch=4,4,2 evaluation.stride=4,4,2 evaluation.batch=8
+evaluation.patch=4,4,2 model.widths=3 model.discriminator=3
 """.split()
 near = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
 normal = lambda *shape, seed=0: np.random.default_rng(seed).normal(size=shape).astype(np.float32)
@@ -41,6 +50,11 @@ def config(*changes: str, preset: str = "smoke"):
     given = {f"config.{k}": v for k, _, v in (change.partition("=") for change in [*TINY, *changes])}
     override(c, given)
     return c
+
+
+def arguments(manifest, workdir, *changes: str, preset: str = "smoke") -> list[str]:
+    own = [f"--config.{change}" for change in [*TINY, f"data.manifest={manifest}", *changes]]
+    return [f"--config=configs/simsid.py:{preset}", f"--workdir={workdir}", *own]
 
 
 def batch(n: int = 4, size: tuple[int, ...] = (16, 16), channels: int = 1, seed: int = 0) -> dict:
@@ -180,14 +194,14 @@ def plain_write(rows, values, threshold, ema):
     """Algorithms 4.4 and 4.5 by hand: rows (slots, s, d) as lists of arrays in order of writing; one image's values."""
     written = []
     for slot, value in enumerate(values):
+        empty = not any(np.abs(row).sum() for row in rows[slot])
         if ema:
-            rows[slot][0] = (1 - ema) * rows[slot][0] + ema * value
+            rows[slot][0] = value if empty else (1 - ema) * rows[slot][0] + ema * value
             written.append(True)
             continue
         most = -np.inf
         for row in rows[slot]:
             most = max(most, row @ value / (np.linalg.norm(row) * np.linalg.norm(value) + 1e-8))
-        empty = not any(np.abs(row).sum() for row in rows[slot])
         written.append(bool(most < threshold or empty))
         if written[-1]:
             rows[slot].pop(0)  # the oldest
@@ -254,13 +268,13 @@ def test_retrieval_is_the_plain_one_for_given_noise(own, weighted):
 @pytest.mark.parametrize("restrict", [True, False])
 def test_recall_joins_the_levels(restrict):
     slots, f = nets.hierarchy((4, 4), 3), normal(2, 16, 6)
-    memory = normal(16 + 4 + 1, 2, 6, seed=1)
-    run = jax.jit(lambda keys=None: nets.recall(memory, f, slots, k=2, restrict=restrict, keys=keys))
+    memory, count = normal(16 + 4 + 1, 3, 6, seed=1), np.resize([1, 3, 7, 2], 21)  # 7: rows were replaced
+    run = jax.jit(lambda keys=None: nets.recall((memory, count), f, slots, k=2, restrict=restrict, keys=keys))
     out = run()
     starts = np.cumsum([0, 16, 4])
     for b, n, level in product(range(2), range(16), range(3)):
-        part = memory[starts[level] : starts[level] + slots[level].max() + 1]
-        rows = part[slots[level][n]] if restrict else part.reshape(-1, 6)
+        own = starts[level] + (slots[level][n : n + 1] if restrict else np.arange(slots[level].max() + 1))
+        rows = np.concatenate([memory[slot, : count[slot]] for slot in own])  # a row never written is not found
         expected = plain_retrieve(f[b, n], rows, np.zeros(len(rows)), 2, 1.0, True)
         near(out[b, n, 6 * level : 6 * level + 6], expected, rtol=1e-4)
     noisy = lambda seed: run(jax.random.split(jax.random.key(seed)))
@@ -269,7 +283,8 @@ def test_recall_joins_the_levels(restrict):
 
 def test_gumbel_noise_makes_rows_win_as_often_as_their_softmax_says():
     query, rows = jnp.broadcast_to(jnp.asarray([1.0, 0.5]), (1, 4000, 2)), jnp.asarray([[1.0, 0], [0, 1.0], [0.3, 0.2]])
-    out = jax.jit(lambda keys: nets.recall(rows[:, None], query, [np.arange(3)], k=1, keys=keys))(KEY[None])[0]
+    memory = rows[:, None], np.ones(3, int)
+    out = jax.jit(lambda keys: nets.recall(memory, query, [np.arange(3)], k=1, keys=keys))(KEY[None])[0]
     won = [np.mean(np.all(np.isclose(out, row), -1)) for row in rows]
     np.testing.assert_allclose(won, jax.nn.softmax(rows @ query[0, 0]), atol=0.03)
 
@@ -332,6 +347,23 @@ def test_inpainting_all_positions_equals_a_loop_over_them(grid, centre):
     near(whole, np.reshape(expected, whole.shape), rtol=1e-4, atol=1e-4)
 
 
+def test_dropout_is_each_image_s_own_and_off_without_keys():
+    recalled, f, keys = normal(2, 4, 12), normal(2, 4, 8, seed=1), jax.random.split(KEY, 2)
+
+    def run(rate):
+        make = lambda rngs: nets.Inpainting(2, 12, 8, 8, 1, 2, 16, rate, "retrieved", jnp.float32, rngs=rngs)
+        init, bind = network(make)
+        params = drawn(lambda: init(KEY)[0])
+        return jax.jit(lambda keys=None: bind(params)(recalled, f, (2, 2), keys))
+
+    half, none = run(0.5), run(0.0)
+    near(none(keys), half())
+    assert not np.allclose(half(keys), half(), atol=1e-3)
+    other = half(jnp.stack([keys[0], jax.random.key(9)]))
+    near(other[0], half(keys)[0])
+    assert not np.allclose(other[1], half(keys)[1], atol=1e-3)
+
+
 def test_a_transformer_layer_is_pytorch_s_post_norm_one():
     torch = pytest.importorskip("torch")
     make = lambda rngs: nets.Attend(8, 2, 12, 0.0, jnp.float32, rngs=rngs)
@@ -367,8 +399,12 @@ def test_the_discriminator_s_loss_is_the_binary_cross_entropy():
 def test_both_divergences_by_scipy():
     p, q = (np.random.default_rng(i).uniform(0.3, 0.95, (3, 20, 20, 1)).astype(np.float32) for i in range(2))
     q = p + 0.05 * (q - 0.65)
-    flat = lambda x: x.reshape(3, -1) + 1e-10
+    flat = lambda x: x.reshape(3, -1).astype(float)
     near(pixel_kl(p, q), [entropy(a, b) for a, b in zip(flat(p), flat(q), strict=True)], rtol=1e-3)
+    peak = np.eye(4, dtype=np.float32)[:2, :, None]  # all mass on one pixel: epsilon is added to masses, not to pixels
+    masses = [(m + 1e-10) / (1 + 4e-10) for m in np.eye(4)[:2]]
+    near(pixel_kl(0.01 * peak[:1], peak[1:]), entropy(*masses), rtol=1e-4)
+    near(pixel_kl(0 * peak[:1], 1 + 0 * peak[:1]), 0)
     near(pixel_kl(p, q), 0.5 * np.var(q - p, (1, 2, 3)) / np.mean(p, (1, 2, 3)) ** 2, rtol=0.3, atol=0)
     counts = lambda x: np.stack([np.histogram(own, 256, (0, 1))[0] / own.size + 1e-10 for own in x])
     theirs = [entropy(a, b) for a, b in zip(counts(p), counts(q), strict=True)]
@@ -392,10 +428,10 @@ def test_the_paper_preset_is_the_specification_s():
     system = load_system(c)
     assert [stage.name for stage in system.stages] == ["teacher", "memory", "student", "discriminator", "calibration"]
     assert [stage.steps(1024) for stage in system.stages] == [64_000, 128, 16_000, 6_400, 64]
-    c.variant = "official"
+    c.variant, c.joint.batch = "official", 8
     assert [(stage.name, stage.steps(1024)) for stage in load_system(c).stages] == [
-        ("joint", 38_400),
-        ("calibration", 64),
+        ("joint", 76_800),
+        ("calibration", 128),
     ]
 
 
@@ -403,7 +439,11 @@ def test_the_paper_preset_is_the_specification_s():
     ("change", "line"),
     [
         ("variant=squid", "variant is 'squid': one of report, official"),
-        ("evaluation.score=kl", "evaluation.score is 'kl': one of simsid, difference, l1, mse"),
+        ("select=dice", "select is 'dice': one of auroc, last"),
+        ("evaluation.score=kl", "evaluation.score is 'kl': one of simsid, difference, l1, mse, patches"),
+        ("data.normalise=slice", "data.normalise is 'slice': one of unit, image"),
+        ("evaluation.top=0.0", "evaluation.top: above 0, to 1"),
+        ("evaluation.patch=5,4", "is not divisible by patch"),
         ("model.encoder=none", "model.encoder is 'none': one of joint, frozen_random"),
         ("model.centre=own", "model.centre is 'own': one of retrieved, raw, mask"),
         ("model.patch=2,2", r"model.patch \(2, 2\): 2 poolings need multiples of 4"),
@@ -415,7 +455,7 @@ def test_the_paper_preset_is_the_specification_s():
         ("memory.ema=1.0", "memory.ema: from 0 to below 1, with memory.slots=1"),
         ("student.kept=0.0", "student.kept and joint.kept: above 0, to 1"),
         ("student.adversarial=-1.0", "student.distillation and student.adversarial: not below 0"),
-        ("teacher.batch=0", "batches, validation.every, validation.samples and evaluation.batch: 1 or more"),
+        ("teacher.batch=0", "batches, validation.every, select_every and samples, and evaluation.batch: 1 or more"),
         ("model.widths=", "model.widths, model.discriminator and joint.widths"),
         ("data.size=16,16,16", "data.size has 3 axes: take the preset phantom3d"),
         ("variant=official data.size=18,16", r"joint.windows \(2, 2\) need multiples of \(8, 8\)"),
@@ -485,20 +525,31 @@ def test_the_student_s_losses_by_hand():
     _, metrics = steps["student"](silent, batch(), KEY)
     near(metrics["distillation"], 0.25)  # of the image alone: the mean over it
     near(metrics["loss"], np.mean((image - 0.5) ** 2) + 0.1 * 0.25)
+    silent.params["generator"]["layers"][0]["norm"]["bias"] = jnp.asarray([3.0, -3.0, 0.0])  # 3, 0, 0 after ReLU
+    _, metrics = steps["student"](silent, batch(), KEY)
+    near(metrics["distillation"], 3.0 + 0.25)  # the sum of each layer's mean
 
 
 def test_the_adversarial_student_trains_its_discriminator_too():
     results = trained()
-    stages = load_system(config("student.adversarial=0.01", "model.inpainting=false")).stages
+    stages = load_system(config("student.adversarial=100.0", "model.inpainting=false")).stages
     assert [stage.name for stage in stages] == ["teacher", "student", "discriminator", "calibration"]
     stage = stages[1]
-    state = fresh(stage, results)
-    new, metrics = jax.jit(partial(stage.step, steps=4))(state, batch(), KEY)
+    state, step = fresh(stage, results), jax.jit(partial(stage.step, steps=4))
+    new, metrics = step(state, batch(), KEY)
     assert moved(state.params, new.params) == {"generator": True, "discriminator": True}
-    near(metrics["loss"], metrics["mse"] + 0.1 * metrics["distillation"] + 0.01 * metrics["adversarial"])
-    assert metrics["discriminator"] > 0 and all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(new.params))
+    near(metrics["loss"], metrics["mse"] + 0.1 * metrics["distillation"] + 100 * metrics["adversarial"])
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(new.params))
     judge = stages[2].init(KEY, results | {"student": as_results(new)}, 8)
     jax.tree.map(np.testing.assert_array_equal, judge.params, new.params["discriminator"])
+    # With a hundred times the weight of all else: the generator has learned to look real to the D that it knew, and D,
+    # by its own loss alone, to tell them apart.
+    after = lambda *names: step(state._replace(params=state.params | {n: new.params[n] for n in names}), batch(), KEY)[
+        1
+    ]
+    assert after("generator")["adversarial"] < metrics["adversarial"]
+    assert after("discriminator")["discriminator"] < metrics["discriminator"]
+    assert after("discriminator")["adversarial"] > metrics["adversarial"]
 
 
 def test_the_student_is_a_function_of_its_key_and_leaves_what_is_frozen():
@@ -526,6 +577,23 @@ def test_every_option_has_its_shapes():
     assert state.params["inpainting"]["project"]["kernel"].shape == (2 * 8, 8)
 
 
+def test_the_memory_s_options_reach_the_retrieval(monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        simsid, "recall", lambda *args, **options: seen.append(options) or nets.recall(*args, **options)
+    )
+    changes = "memory.top_k=3 memory.temperature=0.5 memory.weighted=false memory.restrict=true"
+    stage = load_system(config(*changes.split())).stages[2]
+    jax.eval_shape(lambda state, some: stage.step(state, some, KEY, steps=4), fresh(stage, trained()), batch())
+    assert {k: seen[0][k] for k in ("k", "temperature", "weighted", "restrict")} == {
+        "k": 3,
+        "temperature": 0.5,
+        "weighted": False,
+        "restrict": True,
+    }
+    assert seen[0]["keys"] is not None  # Gumbel noise in training
+
+
 def test_a_student_may_start_from_the_teacher():
     results, stage = trained(), load_system(config("student.from_teacher=true")).stages[2]
     own = stage.init(KEY, results, 8)
@@ -533,9 +601,59 @@ def test_a_student_may_start_from_the_teacher():
     jax.tree.map(np.testing.assert_array_equal, own.stats["generator"], results["teacher"]["stats"]["generator"])
 
 
+def judge_of(params):
+    """D as in training, which its batch's statistics decide."""
+    init, bind = network(lambda rngs: nets.Discriminator((16, 16), 1, (3, 4), jnp.float32, rngs=rngs))
+    stats = jax.tree.map(jnp.zeros_like, jax.eval_shape(init, KEY)[1])
+    return lambda image: bind(params, stats)(jnp.asarray(image), train=True)
+
+
+def test_the_discriminator_takes_given_images_for_real_and_made_ones_for_fake():
+    (system, steps, score), results = compiled(), trained()
+    student = results["student"]["params"]
+    out = {"kernel": 0.01 * student["generator"]["out"]["kernel"], "bias": np.full(1, 0.5, np.float32)}  # within [0, 1]
+    params = student | {"generator": student["generator"] | {"out": out}}
+    results = results | {"student": results["student"] | {"params": params}}
+    state, some = fresh(system.stages[3], results), batch(seed=9)
+    made = score(results, some)["reconstruction"]
+    assert 0 < made.min() and made.max() < 1
+    d = judge_of(state.params)
+    real, fake = d(some["image"]), d(made)
+    _, metrics = steps["discriminator"](state, some, KEY)
+    near(metrics["loss"], discriminator_loss(real, fake), rtol=1e-3)
+    assert abs(discriminator_loss(fake, real) - metrics["loss"]) > 0.01
+    near([metrics["real"], metrics["fake"]], [real.mean(), fake.mean()], rtol=1e-3, atol=1e-4)
+
+
+def test_the_best_weights_on_labelled_images_are_those_that_judge():
+    system, _, score = compiled()
+    stage, some = system.stages[3], batch(8, seed=3)
+    state = jax.jit(lambda results: stage.init(KEY, results, 8))(trained())
+    look, label = jax.jit(stage.check.look), np.array([0, 1, 0, 0, 1, 1, -1, -1], np.int32)
+    found = look(state, some | {"label": label})[1]["check_auroc"]
+    results = trained() | {"discriminator": as_results(state)}
+    ranks = lambda results: np.concatenate(
+        [score(results, {k: v[s] for k, v in some.items()})["scores"]["simsid"] for s in (slice(4), slice(4, 8))]
+    )
+    near(found, auroc(label[:6], ranks(results)[:6]))
+    turned = state._replace(
+        params=state.params | {"out": {"kernel": -state.params["out"]["kernel"], "bias": 0 * found}}
+    )
+    found = [float(look(s, some | {"label": label})[1]["check_auroc"]) for s in (state, turned)]
+    near(sum(found), 1)
+    better, worse = (state, turned)[int(np.argmax(found))], (state, turned)[int(np.argmin(found))]
+    kept = look(better, some | {"label": label})[0]
+    kept = look(worse._replace(stats=kept.stats), some | {"label": label})[0]  # the last weights are the worse ones
+    scored = lambda state: ranks(trained() | {"discriminator": as_results(state)})
+    near(scored(kept), scored(better))
+    rows = [Row(f"r{i}", "", "val", int(i == 3), ("x.png",)) for i in range(4)] + [Row("t", "", "train", 0, ("x",))]
+    assert list(stage.check.rows(rows)) == [0, 1, 2, 3] and not len(stage.check.rows(rows[:3]))
+    assert [stage.check for stage in load_system(config("select=last")).stages[2:]][1:] == [None, None]
+
+
 def test_held_out_patients_are_checked_and_not_trained_on():
     rows = [Row(f"r{i}", f"p{i // 2}", "train", 0, ("x.png",)) for i in range(40)] + [Row("t", "", "test", 1, ("x",))]
-    stage = load_system(config("validation.held_out=0.2")).stages[0]
+    stage = load_system(config("validation.held_out=0.2", "validation.samples=8")).stages[0]
     used, checked = set(stage.rows(rows, {})), set(stage.check.rows(rows))
     assert used | checked == set(range(40)) and not used & checked and len(checked) == 8
     look = jax.jit(stage.check.look)
@@ -557,6 +675,19 @@ def test_the_official_step_alternates():
     jax.tree.map(np.testing.assert_array_equal, critic.params["network"], both.params["network"])
     jax.tree.map(np.testing.assert_array_equal, critic.opt["network"], both.opt["network"])
     w = recipe.get_config("smoke").joint.weights
+    # Black images stay black when moved, and a decoder without kernel makes grey ones: D's terms by hand.
+    out = state.params["network"]["student"]["out"]
+    student = state.params["network"]["student"] | {"out": {"kernel": 0 * out["kernel"], "bias": np.full(1, 0.3, "f")}}
+    grey = state._replace(params=state.params | {"network": state.params["network"] | {"student": student}})
+    black = batch() | {"image": np.zeros((4, 16, 16, 1), np.float32)}
+    after, known = step(grey, black, KEY)
+    images = np.full((4, 16, 16, 1), -1.0), np.full((4, 16, 16, 1), np.tanh(0.3))
+    real, fake = (judge_of(state.params["discriminator"])(np.float32(x)) for x in images)
+    near(known["discriminator"], w.discriminator * discriminator_loss(real, fake), rtol=1e-3)
+    assert abs(discriminator_loss(fake, real) - discriminator_loss(real, fake)) > 0.01
+    fake = judge_of(after.params["discriminator"])(np.float32(images[1]))  # D after its step
+    near(known["adversarial"], jnp.mean(jax.nn.softplus(-fake)), rtol=1e-3)
+    near([known["reconstruction"]], np.mean((images[0] - images[1]) ** 2), rtol=1e-4)
     total = sum(w[name] * metrics[name] for name in ("reconstruction", "teacher", "distillation", "adversarial"))
     near(metrics["loss"], total)
     near(metrics["lr"], 1e-3)
@@ -578,8 +709,7 @@ def test_calibration_is_the_mean_and_deviation_over_all_training_images():
         some = {k: v[numbers] for k, v in images.items()}
         state, _ = steps["calibration"](state, some, KEY)
         p = {name: np.asarray(v, float) for name, v in score(raw, some)["scores"].items()}
-        logit = lambda p: np.log(p / (1 - p))
-        logits += [-logit(p["simsid"]), logit(p["difference"])]  # D(made), D(image) - D(made)
+        logits += [-p["simsid"], p["difference"]]  # D(made), D(image) - D(made)
     d = np.array([np.concatenate(logits[0::2]), np.concatenate(logits[1::2])])[:, :6]
     near(state.stats["mean"], d.mean(1), rtol=1e-3, atol=1e-4)
     near(np.sqrt(state.stats["squares"] / state.stats["count"]), d.std(1), rtol=1e-2, atol=1e-4)
@@ -592,13 +722,19 @@ def test_scores_say_how_unreal_the_made_image_is(variant):
     some = batch(4, seed=7)
     out = score(results, some)
     image, made = some["image"], np.asarray(out["reconstruction"])
-    assert set(out["maps"]) == {"l1", "mse"} and set(out["scores"]) == {"simsid", "difference", "l1", "mse"}
+    assert set(out["maps"]) == {"l1", "mse", "patches"}
+    assert set(out["scores"]) == {"simsid", "difference", "A", "l1", "mse", "patches"}
     assert out["maps"]["l1"].shape == (4, 16, 16) and made.shape == image.shape
     inside = (made > 0) & (made < 1)
     assert inside.any()
     near(np.asarray(out["maps"]["l1"])[inside[..., 0]], np.abs(image - made)[inside], atol=1e-4)
     for name in ("l1", "mse"):
         near(out["scores"][name], np.mean(out["maps"][name], (1, 2)))
+    if inside.all():
+        cells = np.mean((image - made).reshape(4, 4, 4, 4, 4), (2, 4)) ** 2  # of 4 x 4 pixels
+        near(out["maps"]["patches"], cells.repeat(4, 1).repeat(4, 2), rtol=1e-3)
+    cells = np.asarray(out["maps"]["patches"])[:, ::4, ::4].reshape(4, -1)
+    near(out["scores"]["patches"], np.sort(cells, 1)[:, -8:].mean(1))  # evaluation.top: half of them
     assert np.array_equal(score(results, some)["scores"]["simsid"], out["scores"]["simsid"])  # no noise
     alone = score(results, {k: v[[2, 2, 2, 2]] for k, v in some.items()})["scores"]  # whatever is in the batch
     jax.tree.map(lambda a, b: near(a, b[2], atol=1e-4), alone, out["scores"])
@@ -613,10 +749,14 @@ def test_scores_say_how_unreal_the_made_image_is(variant):
         return score(results | {name: results[name] | {"params": params}} | more, some)["scores"]
 
     more_real = changed(lambda out: out | {"bias": out["bias"] + 1})
-    assert (more_real["simsid"] < out["scores"]["simsid"]).all()  # A falls with d
+    assert (more_real["A"] < out["scores"]["A"]).all()  # A falls with d
     near(more_real["difference"], out["scores"]["difference"], atol=1e-4)
+    near(out["scores"]["A"], expit(out["scores"]["simsid"]))
     calibration = {"params": {}, "stats": results["calibration"]["stats"] | {"mean": jnp.zeros(2)}}
-    near(changed(zeroed, calibration=calibration)["simsid"], 0.5)  # d at the mean
+    near(changed(zeroed, calibration=calibration)["A"], 0.5)  # d at the mean
+    narrow = {"params": {}, "stats": calibration["stats"] | {"mean": jnp.full(2, 100.0)}}
+    far = score(results | {"calibration": narrow}, some)["scores"]
+    assert (far["A"] == 1).all() and len(np.unique(far["simsid"])) == 4  # A ties in float32, its log odds do not
 
 
 def test_the_masked_shortcut_passes_the_encoder_s_features_on_in_training_alone():
@@ -630,18 +770,123 @@ def test_the_masked_shortcut_passes_the_encoder_s_features_on_in_training_alone(
     assert not np.allclose(run(params, None), run(other, None))
 
 
+@pytest.mark.parametrize("windows", [(2, 2), (1, 3)])
+def test_the_bottleneck_is_a_loop_over_windows(windows):
+    w, cells, width, heads = prod(windows), (1, 2), 8, 2
+    make = lambda rngs: nets.Bottleneck(windows, cells, width, 5, 2, heads, jnp.float32, rngs=rngs)
+    init, bind = network(make)
+    params, stats = drawn(lambda: init(KEY))
+    x = normal(2 * w, *cells, width)
+    whole = jax.jit(lambda: bind(params, stats)(x, train=False))()
+    net = bind(params, stats)
+    f = np.asarray(net.enter(jnp.asarray(x), train=False)).reshape(2, w, 4)
+    expected = np.zeros((2, w, *cells, 2 + int(w).bit_length()), np.float32)
+    for b, number in np.ndindex(2, w):
+        read = [plain_retrieve(f[b, v], net.memory.rows[...][v], np.zeros(5), 2, 1.0, True) for v in range(w)]
+        place = np.unravel_index(number, windows)
+        keys, values = [], []
+        for offset in product((-1, 0, 1), repeat=2):
+            at = tuple(p + o for p, o in zip(place, offset, strict=True))
+            inside = all(0 <= a < n for a, n in zip(at, windows, strict=True))
+            if any(offset):
+                near_by = read[np.ravel_multi_index(at, windows)] if inside else np.zeros(4)
+                k, v = np.split(near_by @ params["kv"]["kernel"], 2)
+                keys.append(k.reshape(heads, -1))
+                values.append(v.reshape(heads, -1))
+        q = (f[b, number] @ params["q"]["kernel"] + params["q"]["bias"]).reshape(heads, -1)
+        mixed = []
+        for h in range(heads):
+            scores = np.array([k[h] @ q[h] for k in keys]) / np.sqrt(q.shape[1])
+            p = np.exp(scores - scores.max())
+            mixed.append((p / p.sum()) @ np.array([v[h] for v in values]))
+        y = np.concatenate(mixed) @ params["out"]["kernel"] + params["out"]["bias"] + read[number]
+        relu = lambda x: np.maximum(x, 0)
+        y = relu(np.asarray(net.norm1(jnp.float32(y))))
+        hidden = relu(y @ params["fc1"]["kernel"] + params["fc1"]["bias"])
+        y = relu(np.asarray(net.norm2(jnp.float32(y + hidden @ params["fc2"]["kernel"] + params["fc2"]["bias"]))))
+        bits = [int(bit) for bit in f"{number:0{int(w).bit_length()}b}"]
+        expected[b, number] = np.concatenate([y.reshape(*cells, 2), np.tile(bits, (*cells, 1))], -1)
+    near(whole, net.leave(jnp.asarray(expected.reshape(2 * w, *cells, -1)), train=False), rtol=1e-3, atol=1e-4)
+
+
+def test_windows_are_joined_and_their_parts_remembered_in_place():
+    make = lambda rngs: nets.Windows((16, 8), 1, (2, 2), (4, 4, 16), 1, 3, 2, 2, 1.0, jnp.float32, rngs=rngs)
+    init, bind = network(make)
+    net = bind(*drawn(lambda: init(KEY)))
+    x = normal(2 * 4, 4, 2, 3)
+    whole = np.asarray(net.whole(jnp.asarray(x)))
+    for b, i, j in np.ndindex(2, 2, 2):
+        np.testing.assert_array_equal(whole[b, 4 * i : 4 * i + 4, 2 * j : 2 * j + 2], x[4 * b + 2 * i + j])
+    numbered = net.remembered(jnp.asarray(x), lambda q: q + 10.0 * np.arange(4)[:, None])  # a memory a part
+    for i, j in np.ndindex(2, 2):
+        part = np.s_[:, 2 * i : 2 * i + 2, j : j + 1]
+        near(numbered[part], x[part] + 10 * (2 * i + j))
+
+
+def test_a_mosaic_has_each_patch_s_features_at_its_place():
+    f = normal(2, 6, 8)
+    out = np.asarray(simsid.mosaic(jnp.asarray(f), (2, 3)))
+    assert out.shape == (2, 4, 12)
+    for i, j in np.ndindex(2, 3):
+        np.testing.assert_array_equal(out[:, 2 * i : 2 * i + 2, 4 * j : 4 * j + 4], f[:, 3 * i + j].reshape(2, 2, 4))
+
+
+def test_auroc_of_the_labelled_with_ties():
+    rng = np.random.default_rng(0)
+    scores, labels = rng.integers(0, 5, 40).astype(np.float32), rng.integers(-1, 2, 40)
+    known = labels >= 0
+    near(simsid.auroc(jnp.asarray(scores), jnp.asarray(labels)), auroc(labels[known], scores[known]))
+
+
 # --- commands ---------------------------------------------------------------------------------------------------------
 
 
 def test_a_run_scores_and_shows_where(small_set, tmp_path):
-    given = [f"--config.{change}" for change in [*TINY, f"data.manifest={small_set}", "validation.held_out=0.2"]]
-    assert exit_code(train.main, ["--config=configs/simsid.py:smoke", f"--workdir={tmp_path}", *given]) == 0
+    assert exit_code(train.main, arguments(small_set, tmp_path, "validation.held_out=0.2")) == 0
     metrics = json.loads((tmp_path / "evaluation" / "metrics.json").read_text())
-    assert metrics["primary"] == "simsid" and set(metrics["scores"]) == {"simsid", "difference", "l1", "mse"}
+    assert metrics["primary"] == "simsid" and set(metrics["scores"]) == {
+        "simsid",
+        "difference",
+        "A",
+        "l1",
+        "mse",
+        "patches",
+    }
     assert metrics["scores"]["simsid"]["pixel"] is None and metrics["pixel"] == metrics["scores"]["l1"]["pixel"]
     assert len(list((tmp_path / "evaluation" / "maps").glob("*_anomaly.*"))) == 12
     assert metrics["decision"]["threshold"] is not None
     history = read_history(tmp_path / "metrics.jsonl")
     assert [h["step"] for h in history if h["stage"] == "student" and "check_kl" in h] == [3, 6]
     header = (tmp_path / "evaluation" / "scores.csv").read_text().splitlines()[0]
-    assert header == "id,label,score,p_value,difference,l1,mse"
+    assert header == "id,label,score,p_value,A,difference,l1,mse,patches"
+    assert [h["step"] for h in history if "check_auroc" in h] == [3, 6]
+    page = (tmp_path / "evaluation" / "report.html").read_text()
+    for name in ("reconstruction by the teacher", "features of the patches", "features for the student"):
+        assert page.count(f"{name} of case") == 12
+    printed = metrics["printed"]
+    assert {(p["stage"], p["metric"]) for p in printed} == {
+        ("teacher", "loss"),
+        ("student", "mse"),
+        ("student", "distillation"),
+    }
+    # 16 images of 8 patients, too few to hold any out: 4 batches of 4 an epoch, and 6 steps.
+    lines = {h["step"]: h["loss"] for h in history if h["stage"] == "teacher" and "loss" in h}
+    ours = [p["ours"] for p in printed if p["stage"] == "teacher"]
+    near(ours[0], np.mean([lines[2], lines[4]]))
+    assert ours[1:] == [None] * (len(ours) - 1) and "printed in the paper" in page
+
+
+def test_the_official_variant_runs(small_set, tmp_path):
+    assert exit_code(train.main, arguments(small_set, tmp_path, "variant=official")) == 0
+    metrics = json.loads((tmp_path / "evaluation" / "metrics.json").read_text())
+    assert metrics["image"]["auroc"] >= 0 and metrics["decision"]["threshold"] is not None
+    history = read_history(tmp_path / "metrics.jsonl")
+    assert [h["step"] for h in history if "check_auroc" in h and "check_kl" in h] == [3, 6]
+
+
+def test_volumes_go_through_the_same_code(tmp_path):
+    given = arguments(write_patients(tmp_path), tmp_path / "run", *VOLUMES, preset="phantom3d")
+    assert exit_code(train.main, given) == 0
+    metrics = json.loads((tmp_path / "run" / "evaluation" / "metrics.json").read_text())
+    assert metrics["primary"] == "simsid" and set(metrics["scores"]) == {*simsid.SCORES}
+    assert all(score["pixel"]["auroc"] > 0 for score in metrics["scores"].values())

@@ -7,22 +7,24 @@ MrGiovanni/SimSID and tiangexiang/SQUID. The networks and what of them is ours: 
 Variants: `report`, in the one reading in which its listings agree, and `official`, the published SimSID. Stages of the
 first: `teacher` (encoder and generator), `memory` (ordered passes that write it), `student` (inpainting and generator,
 with distillation), `discriminator`; of the second: `joint`, generator and discriminator in turn. Both end with
-`calibration`: mean and deviation of the discriminator's logits over the training images.
+`calibration`: mean and deviation of the discriminator's logits over the training images. With `select=auroc` the
+weights of the last stage but one are those of the highest AUROC on `val`, where it has labels of both classes.
 
 Decided where the report is silent or contradicts itself: one path for training and scoring (its Alg. 4.11 leaves the
 inpainting out); memory is written on training images alone; Eq. 5.7's sign (a real-looking image has a high logit, so
 its score is low); loss weights, rates and epochs as in the recipe.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
+from math import prod
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Bool, Float, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 from ml_collections import ConfigDict
 
 from jmae.data.manifest import Row, held_out
@@ -35,18 +37,39 @@ from jmae.nn.simsid import (
     Encoder,
     Generator,
     Inpainting,
+    Memory,
     Windows,
     hierarchy,
     recall,
     summaries,
     write_all,
 )
-from jmae.patches import grid_of
+from jmae.patches import grid_of, patchify, unpatchify
 from jmae.run_folder import log
 from jmae.system import Check, Results, Stage, State, Sweep, System, averaged, compute_type, network, stats_of, steps_of
 
-SCORES = ("simsid", "difference", "l1", "mse")
-MAPS = ("l1", "mse")
+SCORES = ("simsid", "difference", "l1", "mse", "patches")
+MAPS = ("l1", "mse", "patches")
+DEVIATION = 0.2  # of an image's own values where data.normalise is "image"; their mean is 0.5
+PRINTED: dict[str, dict[str, dict[int, float]]] = {  # the report's training values; its student's first epoch is 0
+    "teacher": {
+        "loss": {
+            1: 0.3495,
+            2: 0.0608,
+            3: 0.0444,
+            4: 0.0394,
+            5: 0.0372,
+            10: 0.0342,
+            15: 0.0333,
+            20: 0.0323,
+            1000: 0.0029,
+        }
+    },
+    "student": {
+        "mse": {1: 0.0317, 11: 0.0119, 21: 0.0099, 232: 0.0033, 251: 0.0032},
+        "distillation": {1: 0.6160, 11: 0.5879, 21: 0.5815, 232: 0.4830, 251: 0.4758},
+    },
+}
 
 
 class Variant(NamedTuple):
@@ -55,6 +78,7 @@ class Variant(NamedTuple):
     stages: tuple[Stage, ...]
     remake: Callable[[Results, Array], Array]  # images -> the student's images of them
     judge: Callable[[Results, Array], Array]  # images -> the discriminator's logits, high for real
+    pictures: Callable[[Results, Array], dict[str, Array]]  # images -> what the report shows of them
 
 
 def check(config: ConfigDict) -> None:
@@ -62,6 +86,7 @@ def check(config: ConfigDict) -> None:
     data, model, memory, joint = config.data, config.model, config.memory, config.joint
     for key, value, allowed in (
         ("variant", config.variant, ("report", "official")),
+        ("select", config.select, ("auroc", "last")),
         ("evaluation.score", config.evaluation.score, SCORES),
         ("model.encoder", model.encoder, ("joint", "frozen_random")),
         ("model.centre", model.centre, ("retrieved", "raw", "mask")),
@@ -72,9 +97,10 @@ def check(config: ConfigDict) -> None:
     validation, shares = config.validation, (joint.translation, joint.scaling, config.validation.held_out)
     for what, holds in {
         "data.size: 2 or 3 numbers, 1 or more": len(data.size) in (2, 3) and min(data.size) >= 1,
-        "batches, validation.every, validation.samples and evaluation.batch: 1 or more": min(
+        "batches, validation.every, select_every and samples, and evaluation.batch: 1 or more": min(
             *(section.batch for section in (*sections, memory)),
             validation.every,
+            validation.select_every,
             validation.samples,
             config.evaluation.batch,
         )
@@ -102,6 +128,7 @@ def check(config: ConfigDict) -> None:
             config.student.distillation, config.student.adversarial
         )
         >= 0,
+        "evaluation.top: above 0, to 1": 0 < config.evaluation.top <= 1,
         "joint.critic: 1 or more": joint.critic >= 1,
         "joint.cosine: above 0": joint.cosine > 0,
         "joint.translation, joint.scaling and validation.held_out: from 0 to below 1": 0 <= min(shares)
@@ -114,13 +141,20 @@ def check(config: ConfigDict) -> None:
         raise InputError(f"data.size has {len(data.size)} axes: take the preset {preset}")
     if "join" in data:
         check_settings(data)
+        if config.select != "last":
+            raise InputError("select=auroc is of images: of volumes write --config.select=last")
+    elif data.normalise not in ("unit", "image"):
+        raise InputError(f"data.normalise is {data.normalise!r}: one of unit, image")
 
 
 def build(config: ConfigDict) -> System:
     """The SimSID system that a recipe describes; raises InputError on settings that do not fit together."""
     check(config)
     size, score_name, evaluation = tuple(config.data.size), config.evaluation.score, config.evaluation
+    cell = tuple(evaluation.patch)
     variant = (report if config.variant == "report" else official)(config)
+    grid_of(size, cell)
+    variant = variant._replace(stages=tuple(normalising(config, stage) for stage in variant.stages))
     names = tuple(stage.name for stage in variant.stages)
 
     def logits(results: Results, image: Array) -> tuple[Array, Float[Array, "b 2"]]:
@@ -154,19 +188,31 @@ def build(config: ConfigDict) -> System:
     # --- score (Eq. 5.7) -----------------------------------------------------------------------------------------
 
     def judged(results: Results, image: Array) -> tuple[Array, dict[str, Array], dict[str, Array]]:
-        """(made image, maps, scores). A = 1 - sigmoid(z), z the standardised D(made); `difference`, the report's prose:
-        sigmoid of the standardised D(image) - D(made), which is high where the made one looks less real."""
+        """(made image, maps, scores). A = 1 - sigmoid(z), z the standardised D(made); in float32 it is 1 below z = -17,
+        so that `simsid`, which ranks, is its log odds, -z. `difference`, the report's prose: log odds too, the
+        standardised D(image) - D(made). ours: its sign, high where the made image looks less real than the given one;
+        put into A for D(made) it would be turned round."""
         made, values = logits(results, image)
         stats = results["calibration"]["stats"]
         deviation = jnp.sqrt(stats["squares"] / jnp.maximum(stats["count"], 1))
         z = (values - stats["mean"]) / (deviation + 1e-8)
-        maps = {"l1": jnp.mean(jnp.abs(image - made), -1), "mse": jnp.mean((image - made) ** 2, -1)}
-        scores = {"simsid": jax.nn.sigmoid(-z[:, 0]), "difference": jax.nn.sigmoid(z[:, 1])}
-        return made, maps, scores | {name: jnp.mean(m, tuple(range(1, m.ndim))) for name, m in maps.items()}
+        error = image - made
+        cells = jnp.mean(patchify(jnp.mean(error, -1, keepdims=True), cell), -1) ** 2
+        maps = {"l1": jnp.mean(jnp.abs(error), -1), "mse": jnp.mean(error**2, -1)}
+        scores = {"simsid": -z[:, 0], "difference": z[:, 1], "A": jax.nn.sigmoid(-z[:, 0])}
+        scores |= {name: jnp.mean(m, tuple(range(1, m.ndim))) for name, m in maps.items()}
+        # ours: the square of a cell's mean error, in which the image's grain cancels.
+        wide = jnp.broadcast_to(cells[..., None], (*cells.shape, prod(cell)))
+        maps["patches"] = unpatchify(wide, size, cell)[..., 0]
+        highest = max(1, round(evaluation.top * cells.shape[1]))
+        scores["patches"] = jnp.mean(jax.lax.top_k(cells, highest)[0], -1)
+        return made, maps, scores
 
     def score(results, batch, key, *, chunk=None):
-        made, maps, scores = judged(results, batch["image"])
-        return {"maps": maps, "scores": scores, "reconstruction": jnp.clip(made, 0, 1)}
+        image, back = normalised(config, batch["image"])
+        made, maps, scores = judged(results, image)
+        shown = {n: back(p) if p.ndim == image.ndim else p for n, p in variant.pictures(results, image).items()}
+        return {"maps": maps, "scores": scores, "reconstruction": back(made), "pictures": shown}
 
     def window_score(results, image: Array, keys: Array) -> tuple[Array, Array]:
         """Each window's maps, and its scores as constant maps: ours, as the report has no volumes."""
@@ -179,7 +225,7 @@ def build(config: ConfigDict) -> System:
         maps = {name: jnp.where(inside, averages[..., i], 0) for i, name in enumerate(SCORES)}
         return {"maps": maps, "reconstruction": averages[..., len(SCORES) :]}
 
-    batch = config.discriminator.batch
+    batch = variant.stages[-1].batch
     last = Stage(
         "calibration",
         batch,
@@ -189,12 +235,36 @@ def build(config: ConfigDict) -> System:
         calibration_step,
         shuffle=False,
     )
-    stages, uses = (*variant.stages, last), (*names, "calibration")
+    stages, uses = (*variant.stages, normalising(config, last)), (*names, "calibration")
     if len(size) == 3:
         sweep = Sweep(size, tuple(evaluation.stride), 1, window_score, fuse)
         return System("simsid", stages, None, uses, score_name, sweep=sweep)
     # A and the difference are of whole images: the picture beside them is |I - made|.
     return System("simsid", stages, score, uses, score_name, map="" if score_name in MAPS else "l1")
+
+
+def normalised(config: ConfigDict, image: Float[Array, "b *size c"]) -> tuple[Array, Callable[[Array], Array]]:
+    """(images as the networks see them, the way back of such ones into [0, 1]). With `data.normalise=image` (ours:
+    exposure differs more between scans than a finding changes it) each has mean 0.5 and deviation 0.2."""
+    if config.data.normalise != "image":
+        return image, lambda made: jnp.clip(made, 0, 1)
+    axes = tuple(range(1, image.ndim))
+    mean, std = jnp.mean(image, axes, keepdims=True), jnp.std(image, axes, keepdims=True)
+    scale = jnp.maximum(std, 1e-6) / DEVIATION
+    return 0.5 + (image - mean) / scale, lambda made: jnp.clip(mean + (made - 0.5) * scale, 0, 1)
+
+
+def normalising(config: ConfigDict, stage: Stage) -> Stage:
+    """The stage, its images `normalised` first."""
+    if config.data.normalise != "image":
+        return stage
+    ready = lambda batch: batch | {"image": normalised(config, batch["image"])[0]}
+    check = stage.check
+    if check:
+        look = check.look
+        check = check._replace(look=lambda state, batch: look(state, ready(batch)))
+    step = lambda state, batch, key, **options: stage.step(state, ready(batch), key, **options)
+    return stage._replace(step=step, check=check)
 
 
 def trained(config: ConfigDict, rows: list[Row], results: Results | None = None) -> np.ndarray:
@@ -203,23 +273,83 @@ def trained(config: ConfigDict, rows: list[Row], results: Results | None = None)
     return np.array([i for i, row in enumerate(rows) if row.split == "train" and not held[i]], np.int64)
 
 
+def held(config: ConfigDict, rows: list[Row]) -> np.ndarray:
+    """`validation.samples` of the held-out training rows, or of those trained on where none is held out."""
+    chosen = np.flatnonzero(held_out(rows, config.validation.held_out))
+    if not chosen.size:
+        log("check: on training images, as none is held out (of ten patients or more)")
+    return np.resize(chosen if chosen.size else trained(config, rows), config.validation.samples)
+
+
+def labelled(rows: list[Row]) -> np.ndarray:
+    """The labelled rows of `val`; none where a class is missing."""
+    chosen = np.array([i for i, row in enumerate(rows) if row.split == "val" and row.label is not None], np.int64)
+    if len({rows[i].label for i in chosen}) == 2:
+        return chosen
+    log("select=auroc: val has no labelled images of both classes: the last weights are used")
+    return np.array([], np.int64)
+
+
+def divergences(image: Array, made: Array) -> dict[str, Array]:
+    """MSE and both forms of Eq. 5.2 of images made of held-out ones."""
+    mean = {"check_mse": (image - made) ** 2, "check_kl": pixel_kl(image, made)}
+    return {name: jnp.mean(v) for name, v in (mean | {"check_kl_histogram": histogram_kl(image, made)}).items()}
+
+
 def reconstruction_check(config: ConfigDict, make: Callable[[State, Array], Array]) -> Check:
-    """MSE and both forms of Eq. 5.2 of a stage's images of held-out ones (training images where none is held out)."""
+    """`divergences` of the images that a stage's networks make."""
+    look = lambda state, batch: (state, divergences(batch["image"], make(state, batch["image"])))
+    return Check(config.validation.every, 0, partial(held, config), look)
 
-    def rows(rows: list[Row]) -> np.ndarray:
-        held = np.flatnonzero(held_out(rows, config.validation.held_out))
-        if not held.size:
-            log("check: on training images, as none is held out (of ten patients or more)")
-        return held if held.size else trained(config, rows)
 
-    def look(state: State, batch: PyTree) -> tuple[State, dict[str, Array]]:
-        image = batch["image"]
-        made = make(state, image)
-        mean = {"check_mse": (image - made) ** 2, "check_kl": pixel_kl(image, made)}
-        mean |= {"check_kl_histogram": histogram_kl(image, made)}
-        return state, {name: jnp.mean(value) for name, value in mean.items()}
+# --- the weights of the best AUROC ------------------------------------------------------------------------------------
 
-    return Check(config.validation.every, config.validation.samples, rows, look)
+
+def auroc(scores: Float[Array, " n"], labels: Int[Array, " n"]) -> Float[Array, ""]:
+    """AUROC of those labelled 0 and 1, ties half."""
+    normal, abnormal = labels == 0, labels == 1
+    below = jnp.sort(jnp.where(normal, scores, jnp.inf))
+    wins = (jnp.searchsorted(below, scores, side="left") + jnp.searchsorted(below, scores, side="right")) / 2
+    return jnp.sum(abnormal * wins) / (jnp.sum(abnormal) * jnp.sum(normal))
+
+
+def with_best(state: State) -> State:
+    """A fresh state that will keep its best weights beside the last."""
+    return state._replace(stats=state.stats | {"best": {**as_result(state), "auroc": jnp.float32(-1)}})
+
+
+def keep_best(state: State, found: Float[Array, ""]) -> State:
+    """The state with its weights as the best where their AUROC is not below that of the best."""
+    best = state.stats["best"]
+    own = {**as_result(state), "auroc": found.astype(jnp.float32)}
+    best = jax.tree.map(partial(jnp.where, found >= best["auroc"]), own, best)
+    return state._replace(stats=state.stats | {"best": best})
+
+
+def as_result(state: State) -> dict[str, PyTree]:
+    return {"params": state.params, "stats": {name: s for name, s in state.stats.items() if name != "best"}}
+
+
+def chosen(result: Mapping[str, PyTree]) -> Mapping[str, PyTree]:
+    """A stage's result with its best weights, or its last where no AUROC was ever found."""
+    stats = dict(result["stats"])
+    if "best" not in stats:
+        return result
+    best = stats.pop("best")
+    last = {"params": result["params"], "stats": stats}
+    return jax.tree.map(partial(jnp.where, best["auroc"] >= 0), {name: best[name] for name in last}, last)
+
+
+# --- pictures ---------------------------------------------------------------------------------------------------------
+
+
+def mosaic(features: Float[Array, "b n d"], grid: tuple[int, ...]) -> Float[Array, "b h w"]:
+    """Each patch's features as a tile, as square as they fill it, tiles at the patches' places (Fig. 5.4 to 5.6)."""
+    d = features.shape[-1]
+    tall = max(k for k in range(1, d + 1) if d % k == 0 and k * k <= d)
+    tile = (tall, d // tall)
+    size = tuple(g * t for g, t in zip(grid, tile, strict=True))
+    return unpatchify(features, size, tile)[..., 0]
 
 
 def adam(section: ConfigDict) -> optax.GradientTransformation:
@@ -281,14 +411,14 @@ def report(config: ConfigDict) -> Variant:
         """E(I), frozen."""
         return enc_of(teacher["params"]["encoder"], teacher["stats"]["encoder"])(image, train=False)
 
-    def inpainted(rows: Array, params: PyTree, f: Array, keys: Array | None = None) -> Float[Array, "b n d"]:
-        """What stands for the features `f`, from the memory's `rows`; with keys under noise and dropout, and patches
+    def inpainted(kept: Memory, params: PyTree, f: Array, keys: Array | None = None) -> Float[Array, "b n d"]:
+        """What stands for the features `f`, from the memory `kept`; with keys under noise and dropout, and patches
         that keep their own features with probability 1 - kept (SimSID's masked shortcut)."""
         noise = drop = shortcut = None
         if keys is not None:
             noise, drop, shortcut = jnp.moveaxis(jax.vmap(lambda key: jax.random.split(key, 3))(keys), 1, 0)
         recalled = recall(
-            rows,
+            kept,
             f,
             slots,
             k=memory.top_k,
@@ -307,7 +437,8 @@ def report(config: ConfigDict) -> Variant:
         """The student's input: inpainted features, or without inpainting (Alg. 4.11's listing) E's own."""
         if not model.inpainting:
             return f
-        return inpainted(results["memory"]["stats"]["rows"], params["inpainting"], f, keys)
+        stats = results["memory"]["stats"]
+        return inpainted((stats["rows"], stats["count"]), params["inpainting"], f, keys)
 
     def made_by(results: Results, params: PyTree, stats: PyTree, image: Array) -> Array:
         x = for_student(results, params, features(results["teacher"], image))
@@ -317,8 +448,22 @@ def report(config: ConfigDict) -> Variant:
         return made_by(results, results["student"]["params"], results["student"]["stats"], image)
 
     def judge(results: Results, image: Array) -> Array:
-        own = results["discriminator"]
-        return dis_of(own["params"], own["stats"])(image, train=False)
+        own = chosen(results["discriminator"])
+        return dis_of(own["params"], own["stats"]["network"])(image, train=False)
+
+    def pictures(results: Results, image: Array) -> dict[str, Array]:
+        """The teacher's image, and in 2D the features before and after the inpainting."""
+        f = features(results["teacher"], image)
+        out = {"reconstruction by the teacher": taught_by(results["teacher"], f)[-1]}
+        if rank == 2:
+            own = results["student"]["params"]
+            out |= {"features of the patches": mosaic(f, grid)}
+            out |= {"features for the student": mosaic(for_student(results, own, f), grid)}
+        return out
+
+    def taught_by(teacher: PyTree, f: Array) -> list[Array]:
+        """The teacher's layers' results, frozen."""
+        return gen_of(teacher["params"]["generator"], teacher["stats"]["generator"])(f, train=False)
 
     # --- teacher (Eq. 5.3) -------------------------------------------------------------------------------------------
 
@@ -344,8 +489,8 @@ def report(config: ConfigDict) -> Variant:
         return State(optax.apply_updates(state.params, updates), opt, stats, {}, state.step + 1), metrics
 
     def taught(state: State, image: Array) -> Array:
-        own = {"params": state.params, "stats": state.stats}
-        return gen_of(own["params"]["generator"], own["stats"]["generator"])(features(own, image), train=False)[-1]
+        own = as_result(state)
+        return taught_by(own, features(own, image))[-1]
 
     # --- memory (Alg. 4.4 and 4.5) -----------------------------------------------------------------------------------
 
@@ -390,7 +535,7 @@ def report(config: ConfigDict) -> Variant:
     def student_step(state, batch, key, *, steps, axis_name=None):
         image, keys, teacher = batch["image"], sample_keys(key, batch["index"]), state.frozen["teacher"]
         f = features(teacher, image)
-        shown = gen_of(teacher["params"]["generator"], teacher["stats"]["generator"])(f, train=False)
+        shown = taught_by(teacher, f)
 
         def loss(params):
             generator = gen_of(params["generator"], state.stats["generator"])
@@ -398,7 +543,7 @@ def report(config: ConfigDict) -> Variant:
             stats = state.stats | {"generator": stats_of(generator)}
             parts = {"mse": jnp.mean((image - xs[-1]) ** 2)}
             parts["distillation"] = sum(
-                (jnp.mean((z - x) ** 2) for z, x in zip(shown, xs, strict=True)), jnp.float32(0)
+                (jnp.mean((z.astype(jnp.float32) - x) ** 2) for z, x in zip(shown, xs, strict=True)), jnp.float32(0)
             )
             total = parts["mse"] + student.distillation * parts["distillation"]
             if not student.adversarial:
@@ -427,13 +572,14 @@ def report(config: ConfigDict) -> Variant:
         if student.adversarial:
             params, stats = own["params"]["discriminator"], own["stats"]["discriminator"]
         frozen = {name: results[name] for name in (*before, "student")}
-        return State(params, adam(config.discriminator).init(params), stats, frozen, jnp.int32(0))
+        state = State(params, adam(config.discriminator).init(params), {"network": stats}, frozen, jnp.int32(0))
+        return with_best(state) if config.select == "auroc" else state
 
     def discriminator_step(state, batch, key, *, steps, axis_name=None):
         made = jax.lax.stop_gradient(remake(state.frozen, batch["image"]))
 
         def loss(params):
-            d = dis_of(params, state.stats)
+            d = dis_of(params, state.stats["network"])
             real, fake = (d(x, train=True, axis_name=axis_name) for x in (batch["image"], made))
             accuracy = (jnp.mean(real > 0) + jnp.mean(fake < 0)) / 2
             means = {"accuracy": accuracy, "real": jnp.mean(real), "fake": jnp.mean(fake)}
@@ -444,13 +590,22 @@ def report(config: ConfigDict) -> Variant:
         updates, opt = adam(config.discriminator).update(grads, state.opt)
         params = optax.apply_updates(state.params, updates)
         metrics = {"loss": value, **means, "grad_norm": optax.tree.norm(grads)}
+        stats = state.stats | {"network": stats}
         return State(params, opt, stats, state.frozen, state.step + 1), metrics
+
+    def compare(state: State, batch: PyTree) -> tuple[State, dict[str, Array]]:
+        """AUROC of D(made), as it is now, on the labelled images; keeps the best."""
+        made = lambda image: remake(state.frozen, image[None])
+        one = lambda image: dis_of(state.params, state.stats["network"])(made(image), train=False)[0]
+        found = auroc(-jax.lax.map(one, batch["image"], batch_size=config.discriminator.batch), batch["label"])
+        return keep_best(state, found), {"check_auroc": found}
 
     rows, budget = partial(trained, config), config.budget
     checks = [
         reconstruction_check(config, make)
         for make in (taught, lambda state, image: made_by(state.frozen, state.params, state.stats, image))
     ]
+    select = Check(config.validation.select_every, 0, labelled, compare, labelled=True)
     stages = (
         Stage(
             "teacher",
@@ -460,6 +615,7 @@ def report(config: ConfigDict) -> Variant:
             teacher_init,
             teacher_step,
             check=checks[0],
+            printed=PRINTED["teacher"],
         ),
         Stage(
             "memory",
@@ -470,7 +626,16 @@ def report(config: ConfigDict) -> Variant:
             memory_step,
             shuffle=False,
         ),
-        Stage("student", student.batch, rows, steps_of(student, budget), student_init, student_step, check=checks[1]),
+        Stage(
+            "student",
+            student.batch,
+            rows,
+            steps_of(student, budget),
+            student_init,
+            student_step,
+            check=checks[1],
+            printed=PRINTED["student"],
+        ),
         Stage(
             "discriminator",
             config.discriminator.batch,
@@ -478,10 +643,11 @@ def report(config: ConfigDict) -> Variant:
             steps_of(config.discriminator, budget),
             discriminator_init,
             discriminator_step,
+            check=select if config.select == "auroc" else None,
         ),
     )
     kept = tuple(stage for stage in stages if stage.name != "memory" or model.inpainting)
-    return Variant(kept, remake, judge)
+    return Variant(kept, remake, judge, pictures)
 
 
 # --- variant `official` -----------------------------------------------------------------------------------------------
@@ -509,15 +675,23 @@ def official(config: ConfigDict) -> Variant:
     dis_init, dis_of = discriminator_of(config)
     seen = lambda image: 2 * image - 1  # tanh's range
 
-    def made_by(params: PyTree, stats: PyTree, image: Array) -> Array:
-        return (net_of(params["network"], stats["network"])(seen(image), train=False)[0] + 1) / 2
+    def made_by(own: Mapping[str, PyTree], image: Array, which: int = 0) -> Array:
+        """The student's images, or with 1 the teacher's."""
+        return (
+            net_of(*(own[what]["network"] for what in ("params", "stats")))(seen(image), train=False)[which] + 1
+        ) / 2
+
+    def judged_by(own: Mapping[str, PyTree], image: Array) -> Array:
+        return dis_of(*(own[what]["discriminator"] for what in ("params", "stats")))(seen(image), train=False)
 
     def remake(results: Results, image: Array) -> Array:
-        return made_by(results["joint"]["params"], results["joint"]["stats"], image)
+        return made_by(chosen(results["joint"]), image)
 
     def judge(results: Results, image: Array) -> Array:
-        params, stats = (results["joint"][what]["discriminator"] for what in ("params", "stats"))
-        return dis_of(params, stats)(seen(image), train=False)
+        return judged_by(chosen(results["joint"]), image)
+
+    def pictures(results: Results, image: Array) -> dict[str, Array]:
+        return {"reconstruction by the teacher": made_by(chosen(results["joint"]), image, 1)}
 
     def augment(image: Float[Array, "*size c"], key: Array) -> Float[Array, "*size c"]:
         """Moved by U(-translation, translation) of each edge and scaled by U(1 - scaling, 1 + scaling) about the
@@ -544,7 +718,8 @@ def official(config: ConfigDict) -> Variant:
             "network": generator_adam(0.0).init(params["network"]),
             "discriminator": adam(joint).init(params["discriminator"]),
         }
-        return State(params, opt, stats, {}, jnp.int32(0))
+        state = State(params, opt, stats, {}, jnp.int32(0))
+        return with_best(state) if config.select == "auroc" else state
 
     def joint_step(state, batch, key, *, steps, axis_name=None):
         """D at every step, the network at every `critic`-th; each by its own losses."""
@@ -599,10 +774,23 @@ def official(config: ConfigDict) -> Variant:
         return State(
             {"network": net_params, "discriminator": critic_params},
             {"network": net_opt, "discriminator": critic_opt},
-            {"network": net_stats, "discriminator": stats},
+            state.stats | {"network": net_stats, "discriminator": stats},
             {},
             state.step + 1,
         ), metrics | {"lr": rate(state.step, steps)}
+
+    def rows(rows: list[Row]) -> np.ndarray:
+        return np.concatenate([held(config, rows), *[labelled(rows)] * (config.select == "auroc")])
+
+    def look(state: State, batch: PyTree) -> tuple[State, dict[str, Array]]:
+        """`divergences` of held-out images; AUROC of D(made) on labelled ones, of which the best is kept."""
+        own, n = as_result(state), config.validation.samples
+        found = divergences(batch["image"][:n], made_by(own, batch["image"][:n]))
+        if len(batch["image"]) == n:  # none is labelled
+            return state, found
+        one = lambda image: judged_by(own, made_by(own, image[None]))[0]
+        value = auroc(-jax.lax.map(one, batch["image"][n:], batch_size=joint.batch), batch["label"][n:])
+        return keep_best(state, value), found | {"check_auroc": value}
 
     stage = Stage(
         "joint",
@@ -611,6 +799,6 @@ def official(config: ConfigDict) -> Variant:
         steps_of(joint, config.budget),
         joint_init,
         joint_step,
-        check=reconstruction_check(config, lambda state, image: made_by(state.params, state.stats, image)),
+        check=Check(config.validation.every, 0, rows, look, labelled=config.select == "auroc"),
     )
-    return Variant((stage,), remake, judge)
+    return Variant((stage,), remake, judge, pictures)

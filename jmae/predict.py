@@ -120,8 +120,8 @@ def load(workdir: str | os.PathLike) -> Callable[..., Prediction]:
       spacing: mm along each axis, where the input does not tell it.
       affine: (4, 4), voxel -> RAS mm, of an array. Without one, a volume with a spacing is taken to have the axes that
         the run works in (`data.axes`, as PLS: indices grow to posterior, left and superior).
-      id: whence a case's random masks come: that of the manifest repeats `jmae.evaluate`, volumes to the bit, images
-        up to the rounding of products over other batches (1e-6). Of a path it is the file's name without its ending.
+      id: whence a case's random masks come: that of the manifest repeats `jmae.evaluate` on the same device. Of a path
+        it is the file's name without its ending.
     """
     workdir = Path(workdir)
     run = open_run(workdir, recipe.read(workdir))

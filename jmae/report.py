@@ -501,7 +501,7 @@ def write_report(
     froc = (evaluation.get("pixel") or {}).get("froc")
     bounds = [v for r in rows for v in (r.image.get("auroc"), *(r.image.get("auroc_ci") or ())) if v is not None]
     stages = stage_losses(history)
-    colours = matplotlib.colormaps["inferno"](np.linspace(0, 1, 9))
+    ramp = matplotlib.colormaps["inferno"](np.linspace(0, 1, 9))
     patients = evaluation.get("per_patient")
     source = config.get("data") or {}
     phantom = f"phantoms: {source['phantom']}" if source.get("phantom") else ""
@@ -536,7 +536,7 @@ def write_report(
         ranked=by_score[:100] if reason else [],
         scale=scale,
         spread=spread,
-        gradient=", ".join(f"rgb({r * 255:.0f} {g * 255:.0f} {b * 255:.0f})" for r, g, b, _ in colours),
+        gradient=", ".join(f"rgb({r * 255:.0f} {g * 255:.0f} {b * 255:.0f})" for r, g, b, _ in ramp),
         groups=groups,
         losses=[(stage, loss_chart(i, *xy)) for i, (stage, xy) in enumerate(stages.items())],
         config=flat(config),

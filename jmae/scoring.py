@@ -237,7 +237,7 @@ class Calibration(NamedTuple):
         return None if case in self.scores else float(p_values(list(self.scores.values()), [score])[0])
 
 
-def p_values(normals: Sequence[float], scores: Sequence[float]) -> Float[np.ndarray, " n"]:
+def p_values(normals: Sequence[float] | np.ndarray, scores: Sequence[float] | np.ndarray) -> Float[np.ndarray, " n"]:
     """The conformal p-value of each score: (1 + #{normals >= score}) / (number of normals + 1), see `Calibration`."""
     ordered = np.sort(np.asarray(normals, np.float64))
     return (1 + len(ordered) - np.searchsorted(ordered, np.asarray(scores, np.float64))) / (len(ordered) + 1)

@@ -22,6 +22,7 @@ def get_config(preset: str = "phantom") -> ConfigDict:
 
     c.data = ConfigDict()
     c.data.manifest = ""
+    c.data.calibration = 0.0  # share of the train patients kept apart as normals of val, for p-values
     c.data.phantom = ""
     c.data.size = (240, 168, 8)  # voxels of a crop and of a window
     c.data.channels = 2  # without and with fat saturation
@@ -80,6 +81,7 @@ def get_config(preset: str = "phantom") -> ConfigDict:
     c.evaluation.maps = True  # write the maps of the split
     c.evaluation.reconstruction = False  # write the reconstructions too
     c.evaluation.draws = 2000  # of patients, for the intervals
+    c.evaluation.alarm_rate = 0.05  # false alarms at the threshold of calibration.json
 
     if preset == "paper":
         return c

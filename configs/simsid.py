@@ -26,6 +26,7 @@ def get_config(preset: str = "phantom") -> ConfigDict:
 
     c.data = ConfigDict()
     c.data.manifest = ""
+    c.data.calibration = 0.0  # share of the train patients kept apart as normals of val, for p-values
     c.data.phantom = ""
     c.data.size = (128, 128)  # pixels
     c.data.channels = 1
@@ -93,6 +94,7 @@ def get_config(preset: str = "phantom") -> ConfigDict:
     c.evaluation.subsets = ()  # manifest columns; rows with another value than 0 or empty are scored apart too
     c.evaluation.maps = True  # write the maps of the split
     c.evaluation.draws = 2000  # of patients, for the intervals
+    c.evaluation.alarm_rate = 0.05  # false alarms at the threshold of calibration.json
 
     if preset == "paper":
         return c

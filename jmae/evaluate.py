@@ -6,7 +6,9 @@ Scores a split with a trained run and writes metrics.json, scores.csv, report.ht
 2 the input or the environment is wrong.
 """
 
+import hashlib
 import json
+import math
 import sys
 import time
 from collections import Counter
@@ -29,6 +31,7 @@ from jmae import baselines, checkpoint, metrics, recipe
 from jmae.data.crops import Volumes
 from jmae.data.files import Image, write_map
 from jmae.data.loader import (
+    Decoded,
     Images,
     case_words,
     in_order,
@@ -43,10 +46,10 @@ from jmae.data.transforms import central, resize
 from jmae.data.volumes import Volume, read_subtraction
 from jmae.errors import InputError, exit_code
 from jmae.masking import case_keys
-from jmae.reconstruct import fitting
-from jmae.report import Case, choose_cases, one_slice, without_curves, write_report
+from jmae.reconstruct import fitting, out_of_memory, too_large
+from jmae.report import PERCENTILES, Case, Scale, choose_cases, one_slice, without_curves, write_report
 from jmae.run_folder import log, read_history, write_csv, write_text
-from jmae.scoring import top_mean
+from jmae.scoring import Calibration, alarm_threshold, colour_ends, p_values, top_mean
 from jmae.sharding import device_mesh, keep_compiled, replicated, split
 from jmae.system import Results, Sweep, System, load_system, stage_keys
 from jmae.windows import average, inside, tile
@@ -54,10 +57,34 @@ from jmae.windows import average, inside, tile
 WHOLE = "whole"  # the part that is the split itself
 SECONDS_BETWEEN_LINES = 20  # while cases are scored
 CENTRAL = 0.8  # share of each axis that the central crop keeps
+CALIBRATION = "calibration.json"
+UNCALIBRATED = (
+    "not calibrated, so no p-values: give the manifest val rows of label 0, or train with --config.data.calibration=0.1"
+)
+NO_SCORE = "batch chunk subsets maps reconstruction draws froc iou alarm_rate".split()  # of `evaluation`
 
 
 def main(argv: list[str]) -> int:
     given = recipe.arguments(argv, __doc__, ["workdir", "manifest", "split", "out", "config"])
+    own = "manifest" not in given and not any(flag.startswith("config") for flag in given)
+    workdir, config = run_of(given)
+    split = given.get("split", "test")
+    if "manifest" in given:
+        if "out" not in given:
+            raise InputError("--manifest goes with --out=DIR: the run's own evaluation stays as it is")
+        config.data.manifest = given["manifest"]
+        # These are of the data trained on.
+        neutral = {"anomaly_ratio": -1.0, "unlabeled_size": 0, "unlabeled_labels": "", "calibration": 0.0}
+        config.data.update({key: value for key, value in neutral.items() if key in config.data})
+    keep_compiled()
+    out = Path(given.get("out", workdir / ("evaluation" if split == "test" else f"evaluation-{split}")))
+    evaluate(config, load_system(config), load_rows(config, log), workdir, split=split, out=out, own=own)
+    return 0
+
+
+def run_of(given: dict[str, str]) -> tuple[Path, ConfigDict]:
+    """The run folder that `--workdir` names, and its recipe with what `--config.evaluation.KEY` changes, both taken
+    from the flags `given`; raises InputError for any other change."""
     if fixed := [flag for flag in given if flag.startswith("config") and not flag.startswith("config.evaluation.")]:
         raise InputError(
             f"--{fixed[0]} is unknown: of the run's recipe --config.evaluation.KEY=VALUE alone can be changed"
@@ -67,19 +94,7 @@ def main(argv: list[str]) -> int:
     workdir = Path(given["workdir"])
     config = recipe.read(workdir)
     recipe.override(config, given, "evaluation.")
-    split = given.get("split", "test")
-    if "manifest" in given:
-        if "out" not in given:
-            raise InputError("--manifest goes with --out=DIR: the run's own evaluation stays as it is")
-        config.data.manifest = given["manifest"]
-        # These are of the data trained on.
-        neutral = {"anomaly_ratio": -1.0, "unlabeled_size": 0, "unlabeled_labels": ""}
-        config.data.update({key: value for key, value in neutral.items() if key in config.data})
-    keep_compiled()
-    own = workdir / ("evaluation" if split == "test" else f"evaluation-{split}")
-    system, out = load_system(config), Path(given.get("out", own))
-    evaluate(config, system, load_rows(config, log), workdir, split=split, out=out)
-    return 0
+    return workdir, config
 
 
 # --- scores -----------------------------------------------------------------------------------------------------------
@@ -115,11 +130,19 @@ class Result(NamedTuple):
     pictures: Mapping[str, np.ndarray] = MappingProxyType({})  # (r, *size, c) or (r, h, w)
 
 
+class Held(NamedTuple):
+    """Rows of `val`, scored: they choose thresholds, and the normals among them say what a score means."""
+
+    rows: Sequence[Row]
+    scores: np.ndarray  # (r, m), the primary ones
+    ends: np.ndarray  # (m, 2): the percentiles `PERCENTILES` of each row's map, nan without one
+
+
 class Stream(NamedTuple):
     """The results of a split's rows in order, and what was scored with them."""
 
     results: Iterator[Result]
-    on_val: np.ndarray | None = None  # (r, m): the primary scores of the labelled validation rows
+    held: Held | None = None
     cheap: Mapping[str, Scored] = MappingProxyType({})  # the baselines' scores, by part
     shown: frozenset[int] | None = None  # the rows whose pictures may be shown; None: any
     thresholds: Mapping[str, Sequence[float]] = MappingProxyType({})  # `held_out`, of each map and replicate
@@ -155,14 +178,14 @@ def each_replicate(one: Callable, results: Any, keys: Array) -> Any:
     return jax.tree.map(lambda x: x[None], one(results, keys[0]))
 
 
-def scorer(config: ConfigDict, system: System, results: Results) -> Callable[[Images, np.ndarray], Scored]:
+def scorer(config: ConfigDict, system: System, results: Results) -> Callable[[Images | Decoded, np.ndarray], Scored]:
     """The function (images, row numbers) -> Scored, one compiled program for all batches.
 
-    Batches are split over the devices; a case's result depends on neither, as its key comes from its id.
+    Batches are split over the devices; a case's result depends on neither, as its key comes from its id. Where a device
+    runs out of memory, fewer masks at a time, then fewer images, are tried until they fit.
     """
     mesh, keys = device_mesh(), seeds_of(config)
     devices = mesh.shape["data"]
-    b = -(-config.evaluation.batch // devices) * devices
 
     one = system.score
     assert one
@@ -170,36 +193,57 @@ def scorer(config: ConfigDict, system: System, results: Results) -> Callable[[Im
     def score(results: Results, batch: Any, keys: Any, chunk: int) -> Any:
         return each_replicate(lambda result, key: one(result, batch, key, chunk=chunk), results, keys)
 
-    shapes = {"image": (b, *config.data.size, config.data.channels), "case": (b, 2)}
-    types = {"image": jnp.float32, "case": jnp.uint32}
-    batch = {name: jax.ShapeDtypeStruct(shapes[name], types[name], sharding=split(mesh)) for name in shapes}
     program = jax.jit(score, static_argnums=3, out_shardings=replicated(mesh))
-    compiled, chunk = fitting(
-        lambda chunk: program.lower(results, batch, keys, chunk), config.evaluation.get("chunk") or system.masks
-    )
-    if chunk < system.masks:
-        log(f"scoring {chunk} of {system.masks} masks at a time")
 
-    def run(images: Images, rows: np.ndarray) -> Scored:
+    def fit(b: int, most: int) -> tuple[int, Any, int]:
+        shapes = {"image": (b, *config.data.size, config.data.channels), "case": (b, 2)}
+        types = {"image": jnp.float32, "case": jnp.uint32}
+        batch = {name: jax.ShapeDtypeStruct(shapes[name], types[name], sharding=split(mesh)) for name in shapes}
+        lower = lambda chunk: program.lower(results, batch, keys, chunk)
+        compiled, chunk = fitting(lower, most, what=f"scoring {b} images of {tuple(config.data.size)}")
+        if chunk < system.masks:
+            log(f"scoring {chunk} of {system.masks} masks at a time")
+        return b, compiled, chunk
+
+    def attempt(images: Images | Decoded, rows: np.ndarray, b: int, compiled: Any) -> Scored | None:
         began, said, parts = time.monotonic(), time.monotonic(), []
-        for used, host in in_order(images, rows, b):
-            if time.monotonic() - said > SECONDS_BETWEEN_LINES:
-                said = time.monotonic()
-                log(f"{len(parts) * b} of {len(rows)} images scored")
-            # This batch is dispatched before the one before is fetched.
-            parts.append((used, compiled(results, jax.device_put(host, split(mesh)), keys)))
-            parts[-2:-1] = [(k, jax.device_get(out)) for k, out in parts[-2:-1]]
-        outs = [jax.tree.map(lambda x, k=k: x[:, :k], jax.device_get(out)) for k, out in parts]
+        try:
+            for used, host in in_order(images, rows, b):
+                if time.monotonic() - said > SECONDS_BETWEEN_LINES:
+                    said = time.monotonic()
+                    log(f"{len(parts) * b} of {len(rows)} images scored")
+                # This batch is dispatched before the one before is fetched.
+                parts.append((used, compiled(results, jax.device_put(host, split(mesh)), keys)))
+                parts[-2:-1] = [(k, jax.device_get(out)) for k, out in parts[-2:-1]]
+            outs = [jax.tree.map(lambda x, k=k: x[:, :k], jax.device_get(out)) for k, out in parts]
+        except jax.errors.JaxRuntimeError as error:
+            if not out_of_memory(error):
+                raise
+            return None
         joined = jax.tree.map(lambda *x: np.concatenate(x, axis=1), *outs)
         further = joined.get("reconstruction"), joined.get("confidence"), joined.get("pictures", {})
         return Scored(joined["maps"], joined["scores"], time.monotonic() - began, *further)
+
+    size = -(-config.evaluation.batch // devices) * devices
+    fitted = [fit(size, config.evaluation.get("chunk") or system.masks)]
+
+    def run(images: Images | Decoded, rows: np.ndarray) -> Scored:
+        while (scored := attempt(images, rows, *fitted[0][:2])) is None:
+            b, compiled, chunk = fitted[0]
+            if chunk == 1 and b == devices:
+                raise too_large(f"scoring {b} images of {tuple(config.data.size)}", compiled)
+            fewer = b if chunk > 1 else -(-b // 2 // devices) * devices
+            log(f"out of memory at {b} images, {chunk} masks at a time: trying fewer")
+            fitted[0] = fit(fewer, max(1, chunk // 2))
+        return scored
 
     return run
 
 
 def sweeper(config: ConfigDict, sweep: Sweep, results: Any) -> Callable[[Volume, np.ndarray], dict[str, Any]]:
     """The function (prepared volume, words of its id) -> {"maps": {NAME: (r, *size)}, "reconstruction"}: one program a
-    bucket of sizes, whatever the case; as many windows at a time as fit in the memory, split over the devices."""
+    bucket of sizes, whatever the case; as many windows at a time as fit in the memory, split over the devices. Raises
+    InputError where one window at a time does not."""
     mesh, keys = device_mesh(), seeds_of(config)
     devices = mesh.shape["data"]
     programs: dict[tuple[int, ...], tuple[Any, int]] = {}
@@ -236,12 +280,23 @@ def sweeper(config: ConfigDict, sweep: Sweep, results: Any) -> Callable[[Volume,
         case = (array, np.array(tiling.size, np.int32), origins, number, tiling.coverage, words)
         case = jax.device_put(case, replicated(mesh))
         kind = (*array.shape, len(origins))
-        if kind not in programs:
-            lower = lambda batch: program.lower(results, *case, keys, batch)
-            programs[kind] = fitting(lower, config.evaluation.batch)
-            if programs[kind][1] < config.evaluation.batch:
-                log(f"volumes of {array.shape[:-1]}: scoring {programs[kind][1]} windows at a time")
-        out = jax.device_get(programs[kind][0](results, *case, keys))
+        what, lower = f"a volume of {array.shape[:-1]}", lambda batch: program.lower(results, *case, keys, batch)
+        most, out = config.evaluation.batch, None
+        while out is None:
+            if kind not in programs:
+                programs[kind] = fitting(lower, most, what=what)
+                if programs[kind][1] < config.evaluation.batch:
+                    log(f"{what}: scoring {programs[kind][1]} windows at a time")
+            compiled, batch = programs[kind]
+            try:
+                out = jax.device_get(compiled(results, *case, keys))
+            except jax.errors.JaxRuntimeError as error:
+                if not out_of_memory(error):
+                    raise
+                if batch == 1:
+                    raise too_large(what, compiled) from error
+                most = -(-batch // 2)
+                del programs[kind]
         own = tuple(slice(low, low + n) for (low, _), n in zip(tiling.pad, shape, strict=True))
         return jax.tree.map(lambda x: x[(slice(None), *own)], out)
 
@@ -272,28 +327,31 @@ def volume_results(
         if began - said > SECONDS_BETWEEN_LINES:
             said = began
             log(f"{i} of {len(rows)} volumes scored")
-        out = run(volume, case_words(row.id))
-        top = lambda m, region: top_mean(m, region, config.evaluation.top)
-        scores = {name: np.array([top(m, volume.region) for m in maps]) for name, maps in out["maps"].items()}
-        seconds, seen, baselines = time.monotonic() - began, volume.grid.inside(), cheap(row, volume)
+        result, baselines = volume_result(config, row, volume, run), cheap(row, volume)
         region = scored_region(row, volume.stored, config.data)
-        region = seen if region is None else region & seen
+        region = result.seen if region is None else region & result.seen
         ends = baselines | {f"low {name}": -m for name, m in baselines.items() if name.startswith("brightness")}
-        yield Result(
-            image=volume.array,
-            stored=volume.stored,
-            maps=out["maps"],
-            scores=scores,
-            reconstruction=out.get("reconstruction"),
-            confidence=out.get("confidence"),
-            own=volume.grid.back,
-            scored=partial(volume.grid.forward, order=0),
-            seconds=seconds,
-            values=partial(own_values, volume=volume, data=config.data),
-            cheap_scores={name: top(m, region) for name, m in ends.items()},
-            seen=seen,
-            cheap=baselines,
-        )
+        cheap_scores = {name: top_mean(m, region, config.evaluation.top) for name, m in ends.items()}
+        yield result._replace(cheap_scores=cheap_scores, cheap=baselines)
+
+
+def volume_result(config: ConfigDict, row: Row, volume: Volume, run: Callable) -> Result:
+    """One prepared volume, scored."""
+    began, out = time.monotonic(), run(volume, case_words(row.id))
+    top = lambda m: top_mean(m, volume.region, config.evaluation.top)
+    return Result(
+        image=volume.array,
+        stored=volume.stored,
+        maps=out["maps"],
+        scores={name: np.array([top(m) for m in maps]) for name, maps in out["maps"].items()},
+        reconstruction=out.get("reconstruction"),
+        confidence=out.get("confidence"),
+        own=volume.grid.back,
+        scored=partial(volume.grid.forward, order=0),
+        seconds=time.monotonic() - began,
+        values=partial(own_values, volume=volume, data=config.data),
+        seen=volume.grid.inside(),
+    )
 
 
 def own_values(picture: np.ndarray, *, volume: Volume, data: ConfigDict) -> np.ndarray:
@@ -305,27 +363,30 @@ def image_results(images: Images, scored: Scored, cheap: Scored, rows: range) ->
     """Images by their numbers, of which `scored` has these alone and `cheap` all; maps are enlarged to a row's own
     grid."""
     for k, i in enumerate(rows):
-        stored = stored_image(images.rows[i])
-        size = stored.array.shape[:-1]
+        result = image_result(stored_image(images.rows[i]), images.image(np.array([i]))[0], scored, k)
+        yield result._replace(cheap={name: result.own(value[0, i]) for name, value in cheap.maps.items()})
 
-        def own(array: np.ndarray, size: tuple[int, ...] = size) -> np.ndarray:
-            return resize(array, size) if array.ndim > len(size) else resize(array[..., None], size)[..., 0]
 
-        small = lambda mask: resize(mask[..., None].astype(np.float32), images.size)[..., 0] > 0.5
-        of = lambda values, k: {name: value[:, k] for name, value in values.items()}
-        yield Result(
-            image=images.image(np.array([i]))[0],
-            stored=stored,
-            maps=of(scored.maps, k),
-            scores=of(scored.scores, k),
-            reconstruction=None if scored.reconstruction is None else scored.reconstruction[:, k],
-            own=own,
-            scored=small,
-            seconds=scored.seconds / len(rows),
-            cheap={name: own(value[0]) for name, value in of(cheap.maps, i).items()},
-            confidence=None if scored.confidence is None else scored.confidence[:, k],
-            pictures=of(scored.pictures, k),
-        )
+def image_result(stored: Image, image: np.ndarray, scored: Scored, k: int) -> Result:
+    """The k-th of scored images; `image` is (*size, c) as it was scored."""
+    size = stored.array.shape[:-1]
+
+    def own(array: np.ndarray) -> np.ndarray:
+        return resize(array, size) if array.ndim > len(size) else resize(array[..., None], size)[..., 0]
+
+    of = lambda values: {name: value[:, k] for name, value in values.items()}
+    return Result(
+        image=image,
+        stored=stored,
+        maps=of(scored.maps),
+        scores=of(scored.scores),
+        reconstruction=None if scored.reconstruction is None else scored.reconstruction[:, k],
+        own=own,
+        scored=lambda mask: resize(mask[..., None].astype(np.float32), image.shape[:-1])[..., 0] > 0.5,
+        seconds=scored.seconds / len(scored.scores[next(iter(scored.scores))][0]),
+        confidence=None if scored.confidence is None else scored.confidence[:, k],
+        pictures=of(scored.pictures),
+    )
 
 
 def score_images(
@@ -342,22 +403,22 @@ def score_images(
     if localised and not split.normals:
         remedy = "they are scored themselves" if split.name == "val" else "give the manifest val rows of label 0"
         log(f"no held-out normals: IoU at the oracle threshold alone; {remedy}")
-    held = split.val or (split.normals if localised else [])
+    held = split.held
     images, every = Images([*split.rows, *held], config), range(n + len(held))
     scored = score(images, np.arange(n))
-    on_held = score(images, np.array(every[n:])) if held else None
+    scored_held = score(images, np.array(every[n:])) if held else None
     cheap = {name: Scored({}, {}) for name in parts}
     if split.known.any() and (normals := [row for row in rows if row.split == "train" and row.label != 1]):
         fit = partial(baseline_scores, Images(normals, config), images, n, mapped=len(every) if localised else n)
         cheap = {name: fit(share=part.share, pixels=split.marked and part.share == 1) for name, part in parts.items()}
     thresholds = {}
-    if on_held and localised:
-        thresholds = held_out(config, held, image_results(images, on_held, cheap[WHOLE], every[n:]))
+    if scored_held and localised:
+        thresholds = held_out(config, held, image_results(images, scored_held, cheap[WHOLE], every[n:]))
     means = scored.scores[system.primary].mean(0).tolist()
     groups = choose_cases([row.label for row in split.rows], means)
     shown = frozenset(i for group in groups.values() for i in group)
-    on_val = on_held.scores[system.primary] if on_held and split.val else None
-    return Stream(image_results(images, scored, cheap[WHOLE], every[:n]), on_val, cheap, shown, thresholds)
+    on_held = held_images(system, held, scored_held) if scored_held else None
+    return Stream(image_results(images, scored, cheap[WHOLE], every[:n]), on_held, cheap, shown, thresholds)
 
 
 def held_out(config: ConfigDict, rows: Sequence[Row], results: Iterator[Result]) -> dict[str, list[float]]:
@@ -390,8 +451,140 @@ def score_volumes(
     if split.known.any():
         train = [row for row in rows if row.split == "train"]
         cheap = volume_baselines(config, system, Volumes(train, config, workdir / "cache") if train else None)
-    on_val = [result.scores[system.primary] for result in volume_results(config, split.val, run, nothing)]
-    return Stream(volume_results(config, split.rows, run, cheap), np.stack(on_val, 1) if on_val else None)
+    on_held = held_volumes(config, system, split.held, run) if split.held else None
+    return Stream(volume_results(config, split.rows, run, cheap), on_held)
+
+
+# --- what a score means -----------------------------------------------------------------------------------------------
+
+
+def held_images(system: System, rows: Sequence[Row], scored: Scored) -> Held:
+    """Held-out images, scored."""
+    maps = scored.maps.get(shown_map(system))
+    ends = [map_ends(None if maps is None else maps[:, k]) for k in range(len(rows))]
+    return Held(rows, scored.scores[system.primary], np.array(ends))
+
+
+def held_volumes(config: ConfigDict, system: System, rows: Sequence[Row], run: Callable) -> Held:
+    """Held-out volumes, scored by `sweeper`'s function one by one."""
+    scores, ends = [], []
+    for result in volume_results(config, rows, run, lambda row, volume: {}):
+        scores.append(result.scores[system.primary])
+        ends.append(map_ends(result.maps.get(shown_map(system))))
+    return Held(rows, np.stack(scores, 1), np.array(ends))
+
+
+def map_ends(maps: np.ndarray | None) -> np.ndarray:
+    """The percentiles `PERCENTILES` of a case's map (r, *size), the mean over replicates."""
+    return np.full(2, np.nan) if maps is None else np.percentile(maps.mean(0), PERCENTILES)
+
+
+def shown_map(system: System) -> str:
+    """The name of the map that stands for a system; there may be none of that name."""
+    return system.map or system.primary
+
+
+def calibrate(config: ConfigDict, system: System, results: Results, held: Held, workdir: Path) -> Calibration:
+    """Calibrates a run on the normals of `held` and writes calibration.json: whom it is of, the score of each normal,
+    the threshold at the false-alarm rate `evaluation.alarm_rate`, the colour scale of maps."""
+    scores = {
+        row.id: float(values.mean()) for row, values in zip(held.rows, held.scores.T, strict=True) if row.label == 0
+    }
+    ends = held.ends[[row.label == 0 for row in held.rows]]
+    low, high = colour_ends(*ends.T) if np.isfinite(ends).all() else (None, None)
+    rate = alarm_rate(config)
+    threshold = alarm_threshold(list(scores.values()), rate)
+    if threshold is None:
+        log(f"warning: {len(scores)} held-out normals give no p-value up to {rate:g}: {math.ceil(1 / rate) - 1} would")
+    about = {
+        "n": len(scores),
+        "alarm_rate": rate,
+        "threshold": threshold,
+        "colours": {"low": low, "high": high},
+        "of": scored_by(config, system, results),
+        "scores": scores,
+    }
+    write_text(workdir / CALIBRATION, json.dumps(about, indent=1))
+    log(f"calibrated on {len(scores)} held-out normals: {workdir / CALIBRATION}")
+    return Calibration(scores, low, high)
+
+
+def calibrate_run(config: ConfigDict, system: System, rows: Sequence[Row], workdir: Path) -> None:
+    """Calibrates a run that is not evaluated, where its data have held-out normals."""
+    normals = [row for row in rows if row.split == "val" and row.label == 0]
+    if not normals:
+        log(UNCALIBRATED)
+        return
+    results = restore_results(config, system, workdir)
+    if system.sweep:
+        held = held_volumes(config, system, normals, sweeper(config, system.sweep, results))
+    else:
+        scored = scorer(config, system, results)(Images(normals, config), np.arange(len(normals)))
+        held = held_images(system, normals, scored)
+    calibrate(config, system, results, held, workdir)
+
+
+def read_calibration(config: ConfigDict, system: System, results: Results, workdir: Path) -> Calibration | None:
+    """The run's calibration; None, said aloud, where there is none or it is of other weights or settings. Raises
+    InputError where the file is damaged."""
+    file = workdir / CALIBRATION
+    try:
+        about = json.loads(file.read_text(encoding="utf-8"))
+        scores = {str(name): float(score) for name, score in about["scores"].items()}
+        low, high = (None if end is None else float(end) for end in (about["colours"]["low"], about["colours"]["high"]))
+        weights, settings = str(about["of"]["weights"]), dict(about["of"]["settings"])
+        if not scores or not np.isfinite([*scores.values(), low or 0, high or 0]).all():
+            raise ValueError("no scores, or not finite ones")
+    except FileNotFoundError:
+        log(UNCALIBRATED)
+        return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{file}: is no calibration ({error!r}): delete it and run jmae.evaluate again") from None
+    own = json.loads(json.dumps(scored_by(config, system, results)))
+    if weights != own["weights"]:
+        log(f"warning: {file} is of other weights: no p-values; run jmae.evaluate again")
+        return None
+    if other := [k for k in settings | own["settings"] if settings.get(k) != own["settings"].get(k)]:
+        log(f"warning: {file} is of another evaluation.{other[0]}: no p-values")
+        return None
+    return Calibration(scores, low, high)
+
+
+def scored_by(config: ConfigDict, system: System, results: Results) -> dict[str, Any]:
+    """What a score depends on but the case: the SHA-256 of the weights, and the settings of `evaluation` that are not
+    of memory or figures alone."""
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree.leaves_with_path(results):
+        digest.update(jax.tree_util.keystr(path).encode())
+        digest.update(np.ascontiguousarray(leaf).tobytes())
+    settings = {"score": system.primary} | {k: v for k, v in config.evaluation.items() if k not in NO_SCORE}
+    return {"weights": digest.hexdigest(), "settings": settings}
+
+
+def colours_of(calibration: Calibration) -> Scale | None:
+    """The colour scale of all maps of a run; None where the normals have no maps."""
+    if calibration.low is None or calibration.high is None:
+        return None
+    low, high = PERCENTILES
+    source = f"median of the {low:g}th and 95th percentile of the {high:g}th percentiles of each map of the "
+    return Scale(calibration.low, calibration.high, f"{source}{len(calibration.scores)} held-out normals")
+
+
+def alarm_rate(config: ConfigDict) -> float:
+    """The false-alarm rate that is asked for; raises InputError where it is none."""
+    rate = config.evaluation.get("alarm_rate", 0.05)
+    if not 0 < rate < 1:
+        raise InputError(f"evaluation.alarm_rate={rate}: is no rate: write one between 0 and 1, as 0.05")
+    return rate
+
+
+def alarms(split: "Split", means: np.ndarray, calibration: Calibration | None, rate: float) -> dict[str, Any] | None:
+    """How often labelled rows have a p-value of at most `rate`, of primary scores (n,); None where uncalibrated."""
+    if not calibration:
+        return None
+    p = p_values(list(calibration.scores.values()), means)
+    share = lambda label: float((p[split.labels == label] <= rate).mean()) if (split.labels == label).any() else None
+    return {"n": len(calibration.scores), "rate": rate, "normal": share(0), "abnormal": share(1)}
 
 
 # --- cheap baselines --------------------------------------------------------------------------------------------------
@@ -613,6 +806,11 @@ class Split(NamedTuple):
     marked: bool  # whether any row has a mask or a box
 
     @property
+    def held(self) -> list[Row]:
+        """The rows of `val` that are scored beside it."""
+        return self.val or self.normals
+
+    @property
     def known(self) -> np.ndarray:
         """(n,) which rows have a label."""
         return self.labels >= 0
@@ -637,30 +835,36 @@ class Gathered(NamedTuple):
 
 
 def evaluate(
-    config: ConfigDict, system: System, rows: Sequence[Row], workdir: Path, *, split: str, out: Path
+    config: ConfigDict, system: System, rows: Sequence[Row], workdir: Path, *, split: str, out: Path, own: bool = True
 ) -> dict[str, Any]:
     """Scores `split` of `rows`, writes metrics.json, scores.csv, report.html and maps into `out`; returns the metrics.
 
-    Labels of the split and of `val` serve figures alone. Raises InputError where the split is empty.
+    Labels of the split and of `val` serve figures alone. `own` data and settings of the run calibrate it, on the
+    normals of `val`; any other are read by the calibration that it has. Raises InputError where the split is empty,
+    or `evaluation.alarm_rate` is no rate.
     """
     began = time.monotonic()
-    own = split_of(rows, split)
-    parts = parts_of(config, own, volumes=system.sweep is not None)
+    rate, of = alarm_rate(config), split_of(rows, split)
+    parts = parts_of(config, of, volumes=system.sweep is not None)
     results = restore_results(config, system, workdir)
-    log(f"{split}: scoring {len(own.rows)} cases")
-    if own.known.any() and not any(row.split == "train" for row in rows):
+    log(f"{split}: scoring {len(of.rows)} cases")
+    if of.known.any() and not any(row.split == "train" for row in rows):
         log("the manifest has no train rows: no cheap baselines that are fitted to them")
     if system.sweep:
-        stream = score_volumes(config, system, results, rows, own, workdir)
+        stream = score_volumes(config, system, results, rows, of, workdir)
     else:
-        stream = score_images(config, system, results, rows, own, parts)
-    gathered = gather(config, system, own, stream, parts, out)
+        stream = score_images(config, system, results, rows, of, parts)
+    if own and of.normals and stream.held:
+        calibration: Calibration | None = calibrate(config, system, results, stream.held, workdir)
+    else:
+        calibration = read_calibration(config, system, results, workdir)
+    gathered = gather(config, system, of, stream, parts, out)
     evaluation: dict[str, Any] = {
         "system": system.name,
         "split": split,
-        "n": len(own.rows),
-        "n_normal": int((own.labels == 0).sum()),
-        "n_abnormal": int((own.labels == 1).sum()),
+        "n": len(of.rows),
+        "n_normal": int((of.labels == 0).sum()),
+        "n_abnormal": int((of.labels == 1).sum()),
         "primary": system.primary,
         "image": None,
         "pixel": None,
@@ -670,35 +874,34 @@ def evaluate(
         "baselines": {},
         "decision": None,
         "chi2": None,
+        "alarms": None,
     }
     if leaking := sorted({row.leak for row in rows if row.leak}):
         evaluation["leaks"] = leaking
-    if own.known.any():
+    if of.known.any():
         found = {
-            title: part_figures(config, system, own, stream, gathered, title, part) for title, part in parts.items()
+            title: part_figures(config, system, of, stream, gathered, title, part) for title, part in parts.items()
         }
-        evaluation |= found.pop(WHOLE) | {"n": len(own.rows), "subsets": found}
-        evaluation |= of_scores(own, gathered.scores[system.primary][:, own.known], stream.on_val)
-        if (shown := system.map or system.primary) in parts[WHOLE].pixels.pooled:
+        evaluation |= found.pop(WHOLE) | {"n": len(of.rows), "subsets": found}
+        evaluation |= of_scores(of, gathered.scores[system.primary][:, of.known], stream.held)
+        if (shown := shown_map(system)) in parts[WHOLE].pixels.pooled:
             evaluation["per_patient"] = parts[WHOLE].pixels.per_patient(shown, list(evaluation["scores"]))
 
-    means = {name: values.mean(0) for name, values in gathered.scores.items()}
-    further = [name for name in means if name != system.primary]
-    table = [
-        {"id": row.id, "label": row.label, "score": float(means[system.primary][i]), "p_value": None}
-        | {name: float(means[name][i]) for name in further}
-        for i, row in enumerate(own.rows)
-    ]
+    of_row = lambda i: {name: values[:, i] for name, values in gathered.scores.items()}
+    table = [score_line(row, of_row(i), system, calibration) for i, row in enumerate(of.rows)]
+    evaluation["alarms"] = alarms(of, np.array([line["score"] for line in table]), calibration, rate)
     history = read_history(workdir / "metrics.jsonl")
     if printed := beside_printed(config, system, rows, workdir, history):
         evaluation["printed"] = printed
     evaluation["seconds"] = time.monotonic() - began
-    evaluation["seconds_per_case"] = gathered.seconds / len(own.rows)
+    evaluation["seconds_per_case"] = gathered.seconds / len(of.rows)
     write_csv(out / "scores.csv", [{k: "" if v is None else v for k, v in line.items()} for line in table])
     write_text(out / "metrics.json", json.dumps(metrics.json_ready(evaluation), indent=1))
     environment = workdir / "environment.json"
     about = json.loads(environment.read_text()) if environment.exists() else {}
-    write_report(out / "report.html", {**evaluation, "table": table}, gathered.cases, history, config.to_dict(), about)
+    page = {**evaluation, "table": table}
+    colours = colours_of(calibration) if calibration else None
+    write_report(out / "report.html", page, gathered.cases, history, config.to_dict(), about, colours)
     log(headline(evaluation))
     log(f"report: {out / 'report.html'}")
     return evaluation
@@ -726,6 +929,16 @@ def beside_printed(
                 entry = {"stage": stage.name, "metric": metric, "epoch": epoch, "printed": value}
                 out.append(entry | {"ours": ours if reached else None})
     return out
+
+
+def score_line(
+    row: Row, scores: Mapping[str, np.ndarray], system: System, calibration: Calibration | None
+) -> dict[str, Any]:
+    """A line of scores.csv, of scores (r,): the mean over replicates."""
+    mean = {name: float(values.mean()) for name, values in scores.items()}
+    primary = mean.pop(system.primary)
+    p_value = calibration.p_value(primary, row.id) if calibration else None
+    return {"id": row.id, "label": row.label, "score": primary, "p_value": p_value} | mean
 
 
 def split_of(rows: Sequence[Row], name: str) -> Split:
@@ -763,20 +976,17 @@ def gather(
                 if truth:
                     part.pixels.add(row, *truth, own)
                 part.pixels.close(row)
-        if (shown := system.map or system.primary) not in result.maps:
+        if (shown := shown_map(system)) not in result.maps:
             continue
         mean = result.maps[shown].mean(0)
         picture, confidence = (
             None if each is None else each.mean(0) for each in (result.reconstruction, result.confidence)
         )
-        if config.evaluation.maps:
+        asked = {"anomaly": config.evaluation.maps, "confidence": config.evaluation.maps}
+        asked |= {"recon": bool(config.evaluation.get("reconstruction"))}
+        for name, array in own_results(result, system, [name for name, wanted in asked.items() if wanted]).items():
             (out / "maps").mkdir(parents=True, exist_ok=True)
-            write_map(out / "maps" / f"{row.id}_anomaly", result.own(mean), result.stored)
-            if confidence is not None:
-                write_map(out / "maps" / f"{row.id}_confidence", result.own(confidence), result.stored)
-        if config.evaluation.get("reconstruction") and picture is not None:
-            (out / "maps").mkdir(parents=True, exist_ok=True)
-            write_map(out / "maps" / f"{row.id}_recon", result.own(result.values(picture)), result.stored)
+            write_map(out / "maps" / f"{row.id}_{name}", array, result.stored)
         if stream.shown is None or i in stream.shown:
             lesion = result.scored(truth[0]) if truth else None
             score = float(result.scores[system.primary].mean())
@@ -788,6 +998,20 @@ def gather(
     whole = [name for name in (known[0] if known else ()) if all(name in scores for scores in known)]
     each = {name: np.array([[scores.get(name, np.nan) for scores in cheap]]) for name in whole}
     return Gathered(stack(scores), stack(inner), cases, seconds, each)
+
+
+def own_results(result: Result, system: System, asked: Sequence[str]) -> dict[str, np.ndarray]:
+    """What is asked of "anomaly", "confidence" (*size) and "recon" (*size, c), as far as the system has it, on the
+    case's own grid, means over replicates; the reconstruction in the image's own values."""
+    back = lambda values: np.asarray(result.own(values.mean(0)), np.float32)
+    found: dict[str, np.ndarray] = {}
+    if "anomaly" in asked and shown_map(system) in result.maps:
+        found["anomaly"] = back(result.maps[shown_map(system)])
+    if "confidence" in asked and result.confidence is not None:
+        found["confidence"] = back(result.confidence)
+    if "recon" in asked and result.reconstruction is not None:
+        found["recon"] = np.asarray(result.own(result.values(result.reconstruction.mean(0))), np.float32)
+    return found
 
 
 def part_figures(
@@ -809,12 +1033,12 @@ def part_figures(
     return {"n": int(part.inside.sum()), **top, "scores": scores, "baselines": better_ends(baseline)}
 
 
-def of_scores(split: Split, values: np.ndarray, on_val: np.ndarray | None) -> dict[str, Any]:
+def of_scores(split: Split, values: np.ndarray, held: Held | None) -> dict[str, Any]:
     """The decision at the threshold chosen on `val`, and the distance of the classes, of primary scores (r, known)."""
     labels = split.labels[split.known]
     decision = None
-    if on_val is not None:
-        thresholds = [metrics.threshold_on(np.array([row.label for row in split.val], int), v) for v in on_val]
+    if held and split.val:
+        thresholds = [metrics.threshold_on(np.array([row.label for row in split.val], int), v) for v in held.scores]
         decision = mean_of([metrics.at_threshold(labels, v, t) for v, t in zip(values, thresholds, strict=True)])
     chi2 = mean_of([metrics.chi2_distance(v[labels == 0], v[labels == 1]) for v in values])
     return {"decision": decision, "chi2": chi2}
@@ -874,6 +1098,10 @@ def headline(evaluation: Mapping[str, Any]) -> str:
         lines += [line(name + " *" * (name == primary), s["image"]) for name, s in scores.items() if s["image"]]
         rated = [line(name, s["image"]) for name, s in cheap.items() if s["image"]]
         lines += ["cheap baselines:", *rated] if rated else []
+    if found := evaluation["alarms"]:
+        shares = ", ".join(f"{found[word]:.1%} of {word}" for word in ("normal", "abnormal") if found[word] is not None)
+        if shares:
+            lines.append(f"p-value up to {found['rate']:g} (of {found['n']} held-out normals): {shares}")
     if evaluation["pixel"]:
         lines.append(f"pixels, of which {evaluation['pixel']['prevalence']:.4f} are lesion:")
         named = [(name + " *" * (name == primary), s) for name, s in [*scores.items(), *cheap.items()]]

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key, PyTree
 
+from jmae.errors import InputError
 from jmae.losses import masked_mse
 from jmae.masking import fold_in, hidden, random_mask, take, visible_tokens
 from jmae.nn.mae import MAE
@@ -107,13 +108,42 @@ def device_bytes() -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
 
-def fitting(lower: Callable[[int], Any], most: int, limit: int | None = None) -> tuple[Any, int]:
+def fitting(lower: Callable[[int], Any], most: int, limit: int | None = None, what: str = "a pass") -> tuple[Any, int]:
     """The compiled pass with the largest chunk (of masks, of windows) whose temporary memory fits in `limit` bytes
-    (the device's by default), and that chunk; halves from `most` on. `lower(chunk)` gives the lowered program."""
-    limit, chunk = limit or device_bytes(), most
+    (the device's by default), and that chunk; halves from `most` on. `lower(chunk)` gives the lowered program.
+
+    Raises InputError, calling the pass `what`, where a chunk of 1 needs more memory than there is.
+    """
+    least, chunk = limit or device_bytes(), most
     while True:
-        compiled = lower(chunk).compile()
-        memory = compiled.memory_analysis()
-        if chunk == 1 or memory is None or memory.temp_size_in_bytes <= limit:
-            return compiled, chunk
+        try:
+            compiled = lower(chunk).compile()
+        except jax.errors.JaxRuntimeError as error:
+            if not out_of_memory(error):
+                raise
+            if chunk == 1:
+                raise too_large(what, None) from error
+        else:
+            memory = compiled.memory_analysis()
+            if memory is None or memory.temp_size_in_bytes <= least:
+                return compiled, chunk
+            if chunk == 1:
+                if limit is None and memory.temp_size_in_bytes > 2 * least:  # the host would kill the process
+                    raise too_large(what, compiled)
+                return compiled, chunk
         chunk = -(-chunk // 2)
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether a device says that it has no memory left."""
+    return "RESOURCE_EXHAUSTED" in str(error)
+
+
+def too_large(what: str, compiled: Any) -> InputError:
+    """The error of a pass that does not fit in the device's memory, one chunk at a time."""
+    memory, device = compiled and compiled.memory_analysis(), jax.local_devices()[0]
+    parts = ("temp_size_in_bytes", "argument_size_in_bytes", "output_size_in_bytes")
+    need = f"needs {sum(getattr(memory, part) for part in parts) / 1e9:.3g} GB" if memory else "does not fit"
+    total = (device.memory_stats() or {}).get("bytes_limit") or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    larger = "a machine with more memory" if device.platform == "cpu" else "the host (JAX_PLATFORMS=cpu)"
+    return InputError(f"{what} {need} of the {total / 1e9:.3g} GB of {device}: crop or resample it, or take {larger}")

@@ -43,6 +43,7 @@ PER_GROUP = 2  # cases shown of each of the six groups
 PERCENTILES = (50.0, 99.9)  # of the normals' map values: the two ends of the colour scale
 PICTURE_BYTES = 1_800_000  # for all pictures of a page, before base64 adds a third
 MAX_SIDE = 256  # pixels of a picture
+PALETTE = (matplotlib.colormaps["inferno"](np.arange(256))[:, :3] * 255).round().astype(np.uint8)
 
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text: searchable, read aloud, in the page's own face
@@ -181,6 +182,19 @@ def _outline(mask: NDArray, side: int) -> str:
     return "".join(f"M{points(ring)}Z" for ring in keep if len(ring) > 2)
 
 
+def unit_heat(heat: NDArray, scale: Scale) -> NDArray:
+    """A map's values with the ends of the scale as 0 and 1."""
+    return np.clip((heat - scale.low) / (scale.high - scale.low), 0, 1)
+
+
+def blend(grey: NDArray, heat: NDArray, scale: Scale) -> NDArray[np.uint8]:
+    """A grey picture (h, w) in [0, 1] under its map (h, w), as opaque as the map is high: (h, w, 3)."""
+    unit = unit_heat(heat, scale)
+    opacity = 0.75 * unit[..., None]
+    colours = PALETTE[(unit * 255).round().astype(np.uint8)]
+    return (255 * grey[..., None] * (1 - opacity) + colours * opacity).round().astype(np.uint8)
+
+
 def case_pictures(case: Case, scale: Scale, side: int = MAX_SIDE, spreads: Scale | None = None) -> dict[str, Any]:
     """The case's image, reconstruction, map, overlay and spread of the samples as data URIs (None where it has none),
     its `further` pictures by name, its mask's outline, and the slice where it is a volume.
@@ -207,19 +221,15 @@ def case_pictures(case: Case, scale: Scale, side: int = MAX_SIDE, spreads: Scale
         for name, array in case.pictures.items()
     }
     grey = window(image)
-    heat = np.clip((heat - scale.low) / (scale.high - scale.low), 0, 1)
-    palette = (matplotlib.colormaps["inferno"](np.arange(256))[:, :3] * 255).round().astype(np.uint8)
-    indices = (heat * 255).round().astype(np.uint8)
+    indices = (unit_heat(heat, scale) * 255).round().astype(np.uint8)
     coloured = Image.fromarray(indices).convert("P")
-    coloured.putpalette(palette.tobytes())
-    opacity = 0.75 * heat[..., None]
-    blend = (255 * grey[..., None] * (1 - opacity) + palette[indices] * opacity).round().astype(np.uint8)
+    coloured.putpalette(PALETTE.tobytes())
     h, w = case.map.shape[:2]
     return {
         "image": greys(grey),
         "reconstruction": restored,
         "map": _png(coloured),
-        "overlay": _png(Image.fromarray(blend).quantize(256, Image.Quantize.FASTOCTREE)),
+        "overlay": _png(Image.fromarray(blend(grey, heat, scale)).quantize(256, Image.Quantize.FASTOCTREE)),
         "spread": spread,
         "further": further,
         "outline": "" if mask is None else _outline(mask, side),
@@ -456,13 +466,15 @@ def _interval(pair: Sequence[float | None] | None, digits: int = 3) -> str:
 # The page
 
 
-def _shown_cases(cases: Sequence[Case], normals: NDArray) -> tuple[Scale | None, Scale | None, list[dict[str, Any]]]:
+def _shown_cases(
+    cases: Sequence[Case], normals: NDArray, colours: Scale | None
+) -> tuple[Scale | None, Scale | None, list[dict[str, Any]]]:
     """The scales of maps and spreads, and the groups of cases with pictures and how many normals score lower."""
     groups = choose_cases([c.label for c in cases], [c.score for c in cases])
     shown = [i for group in groups.values() for i in group]
     if not shown:
         return None, None, []
-    scale, spread = colour_scale([cases[i] for i in shown]), spread_scale([cases[i] for i in shown])
+    scale, spread = colours or colour_scale([cases[i] for i in shown]), spread_scale([cases[i] for i in shown])
     pictures = sum(4 + (spread is not None) + len(cases[i].pictures) for i in shown)
     side = min(MAX_SIDE, int(math.sqrt(PICTURE_BYTES / pictures)))  # palette PNG: at most a byte a pixel
 
@@ -480,6 +492,7 @@ def write_report(
     history: Sequence[Mapping[str, Any]],
     config: Mapping[str, Any],
     environment: Mapping[str, Any],
+    colours: Scale | None = None,
 ) -> None:
     """Writes the page in one piece: a reader sees the old file or the new one, never half of one.
 
@@ -489,6 +502,7 @@ def write_report(
       cases: those worth showing, at least what `choose_cases` picks of the table.
       history: the lines of `metrics.jsonl`.
       config, environment: the content of `config.json` and `environment.json`.
+      colours: the scale of maps; that of the normals among the shown cases where there is none.
     """
     evaluation = metrics.json_ready(evaluation)
     table = evaluation.get("table") or []
@@ -499,7 +513,7 @@ def write_report(
     threshold = (evaluation.get("decision") or {}).get("threshold")
     reason = without_curves(evaluation)
     curves = bool(known) and labels.any() and not labels.all()
-    scale, spread, groups = _shown_cases(cases, scores[~labels])
+    scale, spread, groups = _shown_cases(cases, scores[~labels], colours)
     rows = comparison_rows(evaluation)
     frocs = [r.pixel["froc"] for r in rows if r.pixel.get("froc")]
     froc = (evaluation.get("pixel") or {}).get("froc")

@@ -33,14 +33,19 @@ def log(line: str) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a text file under a temporary name and renames it: a reader sees the old file or the new one. Of several
+    """Writes a text file as `write_bytes` does."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Writes a file under a temporary name and renames it: a reader sees the old file or the new one. Of several
     processes the first writes. Raises InputError where that fails."""
     if jax.process_index() != 0:
         return
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_bytes(content)
         os.replace(temporary, path)
     except OSError as error:
         raise InputError(f"{path}: not written ({error.strerror or error}): free space or change the folder") from None

@@ -1,7 +1,8 @@
-"""From error maps to anomaly maps, on the device; structural similarity over several scales."""
+"""From error maps to anomaly maps, on the device; structural similarity over several scales; what a score means."""
 
-from collections.abc import Iterator, Sequence
-from math import prod
+from collections.abc import Iterator, Mapping, Sequence
+from math import floor, prod
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -209,3 +210,47 @@ def ms_ssim_map(
             image = jnp.take(image, np.arange(n) * image.shape[axis] // n, axis=axis)
         total += w * image
     return total
+
+
+# --- what a score means -----------------------------------------------------------------------------------------------
+
+
+class Calibration(NamedTuple):
+    """What held-out normals say of a score: their own scores, and the colour scale of maps that makes them look calm.
+
+    The conformal p-value of a case with score s is (1 + #{scores >= s}) / (n + 1), n normals. Guarantee: where a normal
+    case is exchangeable with these (same population, scanner and preparation; none of them was trained on, and nothing
+    was chosen by them), P(p <= a) <= a for every a in [0, 1], and exactly floor(a (n + 1)) / (n + 1) where no scores
+    tie, on average over the draw of the n normals and the case. For one set of n the rate differs: it follows the
+    distribution Beta(k, n + 1 - k), k = floor(a (n + 1)). Nothing is promised of cases of another kind.
+
+    V. Vovk, A. Gammerman, G. Shafer, "Algorithmic learning in a random world", 2005; S. Bates, E. Candes, L. Lei, Y.
+    Romano, M. Sesia, "Testing for outliers with conformal p-values", Annals of Statistics 2023, arXiv 2104.08279.
+    """
+
+    scores: Mapping[str, float]  # by the id of each held-out normal
+    low: float | None = None  # the map's value that is black, and the one that is pale yellow; None without maps
+    high: float | None = None
+
+    def p_value(self, score: float, case: str = "") -> float | None:
+        """The p-value of a case; None where it is one of the normals itself, which say nothing of themselves."""
+        return None if case in self.scores else float(p_values(list(self.scores.values()), [score])[0])
+
+
+def p_values(normals: Sequence[float] | np.ndarray, scores: Sequence[float] | np.ndarray) -> Float[np.ndarray, " n"]:
+    """The conformal p-value of each score: (1 + #{normals >= score}) / (number of normals + 1), see `Calibration`."""
+    ordered = np.sort(np.asarray(normals, np.float64))
+    return (1 + len(ordered) - np.searchsorted(ordered, np.asarray(scores, np.float64))) / (len(ordered) + 1)
+
+
+def alarm_threshold(normals: Sequence[float], rate: float) -> float | None:
+    """The score above which a case has a p-value of at most `rate`; None where so few normals give none so low."""
+    k = floor(round(rate * (len(normals) + 1), 9))  # 0.29 * 100 is 28.999... in floats
+    return float(np.sort(np.asarray(normals, np.float64))[-k]) if 0 < k <= len(normals) else None
+
+
+def colour_ends(lows: Sequence[float], highs: Sequence[float]) -> tuple[float, float]:
+    """The colour scale of maps, of one percentile of each normal's map at the middle and one near its top: the median
+    of the former, and of the latter what 19 of 20 normals stay below, so that a normal map looks calm."""
+    low, high = float(np.median(lows)), float(np.quantile(highs, 0.95, method="higher"))
+    return low, high if high > low else low + 1

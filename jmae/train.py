@@ -31,7 +31,7 @@ from jmae import checkpoint, recipe
 from jmae.data.crops import Volumes, cut
 from jmae.data.loader import Images, Samples, batches, load_rows
 from jmae.errors import InputError, NonFiniteLoss, Stopped, exit_code
-from jmae.evaluate import evaluate
+from jmae.evaluate import calibrate_run, evaluate
 from jmae.run_folder import add_history, cut_history, describe_run, digest, fixed, log, write_csv, write_text
 from jmae.sharding import device_mesh, keep_compiled, place_batch, replicated
 from jmae.system import Results, Stage, State, System, load_system, split_replicates, stage_keys
@@ -71,6 +71,7 @@ def run(config: ConfigDict, workdir: Path) -> int:
         evaluate(config, system, rows, workdir, split="test", out=workdir / "evaluation")
     else:
         log("no test row has a label: not evaluated")
+        calibrate_run(config, system, rows, workdir)
     return 0
 
 

@@ -24,9 +24,9 @@ from jmae.errors import InputError, exit_code
 from jmae.masking import case_keys
 from jmae.system import System, load_system
 
-KEYS = (
-    "system split n n_normal n_abnormal primary image pixel scores subsets per_patient baselines decision chi2".split()
-)
+KEYS = """
+system split n n_normal n_abnormal primary image pixel scores subsets per_patient baselines decision chi2 alarms
+""".split()
 IMAGE = {"auroc", "auroc_ci", "ap", "ap_ci", "n_normal", "n_abnormal"}
 PIXEL = {"auroc", "ap", "prevalence", "dice_best", "iou", "froc"}
 CENTRAL = "central 80%"

@@ -982,3 +982,22 @@ def test_what_a_decoder_logs_does_not_reach_the_user(tmp_path, caplog):
     with contextlib.suppress(InputError):
         read_image(str(tmp_path / "a.tif"))
     assert not caplog.records
+
+
+def test_an_interlaced_png_is_read_and_one_of_other_rows_refused(tmp_path):
+    """Adam7 by its definition: seven smaller images, each row behind a filter byte."""
+    array = np.arange(7 * 11, dtype=np.uint8).reshape(7, 11)
+    starts = ((0, 8, 0, 8), (4, 8, 0, 8), (0, 4, 4, 8), (2, 4, 0, 4), (0, 2, 2, 4), (1, 2, 0, 2), (0, 1, 1, 2))
+    rows = b"".join(b"\0" + bytes(row) for x, dx, y, dy in starts for row in array[y::dy, x::dx])
+    chunk = lambda kind, data: struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    def write(height):
+        head = struct.pack(">IIBBBBB", 11, height, 8, 0, 0, 0, 1)
+        parts = chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+        (tmp_path / "x.png").write_bytes(b"\x89PNG\r\n\x1a\n" + parts)
+        return tmp_path / "x.png"
+
+    np.testing.assert_array_equal(read_image(write(7)).array[..., 0], array)
+    for height in (6, 8, 70):
+        with pytest.raises(InputError, match="which its data are not"):
+            read_image(write(height))

@@ -17,6 +17,7 @@ import threading
 import uuid
 import warnings
 import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -343,6 +344,14 @@ def _is_dicom(head: bytes) -> bool:
     return head[128:132] == b"DICM" or (head[:2] in (b"\x02\0", b"\x08\0") and head[3:4] == b"\0")
 
 
+def is_dicom(path: str | os.PathLike) -> bool:
+    """Whether a regular file begins as DICOM does; False where it cannot be read."""
+    try:
+        return os.path.isfile(path) and _is_dicom(_head(os.fspath(path)))
+    except OSError:
+        return False
+
+
 def _check_claim(size: Sequence[int], value_bytes: float, length: int) -> None:
     """Refuses a header that claims more than a file of `length` bytes can hold or memory should."""
     if any(n < 1 for n in size):
@@ -416,7 +425,7 @@ def _upright(array: np.ndarray, orientation: int) -> np.ndarray:
 
 
 def _png(file: IO[bytes], length: int) -> _Found:
-    head = file.read(26)
+    head = file.read(29)
     width, height = np.frombuffer(head[16:24], ">u4").tolist()
     depth, colour = head[24], head[25]
     channels = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}.get(colour, 4)
@@ -428,6 +437,7 @@ def _png(file: IO[bytes], length: int) -> _Found:
             if getattr(image, "n_frames", 1) > 1:
                 raise _Refused("is an animation: save one frame")
             image.verify()  # the checksums, which decoding alone does not compare
+        _check_rows(file, width, height, channels * depth, interlaced=bool(head[28]))
         file.seek(0)
         if depth == 16:  # Pillow keeps 16 bits of grey only
             array = np.atleast_3d(np.asarray(imagecodecs.png_decode(file.read())))
@@ -436,6 +446,23 @@ def _png(file: IO[bytes], length: int) -> _Found:
         return _one_grey(array[..., : 3 if colour in (2, 3, 6) else 1])
 
     return _Found((height, width), load, bits=16 if depth == 16 else 8)
+
+
+def _check_rows(file: IO[bytes], width: int, height: int, pixel_bits: int, *, interlaced: bool) -> None:
+    """Refuses a PNG whose data are not those of its header's size: decoders fill up what is missing in silence."""
+    adam7 = ((0, 8, 0, 8), (4, 8, 0, 8), (0, 4, 4, 8), (2, 4, 0, 4), (0, 2, 2, 4), (1, 2, 0, 2), (0, 1, 1, 2))
+    passes = [(-(-(width - x) // dx), -(-(height - y) // dy)) for x, dx, y, dy in adam7 if x < width and y < height]
+    claim = sum(h * (1 + -(-w * pixel_bits // 8)) for w, h in (passes if interlaced else [(width, height)]))
+    file.seek(8)
+    unpack, found = zlib.decompressobj(), 0
+    while len(chunk := file.read(8)) == 8 and found <= claim:
+        data = file.read(int.from_bytes(chunk[:4], "big"))
+        file.seek(4, os.SEEK_CUR)
+        while chunk[4:] == b"IDAT" and data and found <= claim:
+            found += len(unpack.decompress(data, BLOCK))
+            data = unpack.unconsumed_tail
+    if found != claim:
+        raise _Refused(f"its header claims the size {(height, width)}, which its data are not: copy or export it again")
 
 
 def _jpeg(file: IO[bytes], length: int) -> _Found:

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import grain
 import jax
@@ -19,7 +19,18 @@ from ml_collections import ConfigDict
 
 from jmae.data import duplicates, phantoms
 from jmae.data.files import Image, read_image, read_mask
-from jmae.data.manifest import LEAKS, PHANTOM, Finding, Row, check_files, first, leaks, parse_manifest, summary
+from jmae.data.manifest import (
+    LEAKS,
+    PHANTOM,
+    Finding,
+    Row,
+    check_files,
+    first,
+    held_out,
+    leaks,
+    parse_manifest,
+    summary,
+)
 from jmae.data.transforms import area_resize, equalise, grey, resize, to_unit
 from jmae.data.volumes import Volume, boxes_mask, in_window, prepare, read_subtraction, read_volume
 from jmae.errors import InputError
@@ -67,13 +78,13 @@ def usable(row: Row, stored: Image, size: tuple[int, ...], channels: int) -> np.
     return array
 
 
-def read_case(row: Row, data: ConfigDict) -> np.ndarray:
+def read_case(row: Row, data: ConfigDict, stored: Image | None = None) -> np.ndarray:
     """A row's image as the networks see it: float32 (*size, channels) in [0, 1]; raises InputError as `usable`.
 
     With `data.window` its ends become 0 and 1, in each image alike. With `data.equalise` (P-PII, as MIMIC-CXR-JPG) the
     image is shrunk by area, and its histogram of 256 levels made even. Raises InputError also where the window leaves a
     constant image."""
-    stored, size = stored_image(row), tuple(data.size)
+    stored, size = stored_image(row) if stored is None else stored, tuple(data.size)
     array, bits = usable(row, stored, size, data.channels), stored.bits or 0
     if data.get("equalise"):
         array = area_resize(array, size)
@@ -193,6 +204,9 @@ def load_rows(config: ConfigDict, log: Callable[[str], None] = print) -> list[Ro
         log(f"phantoms {data.phantom}: {summary(rows)}")
     else:
         raise InputError("no data: set --config.data.manifest=MANIFEST.csv, or data.phantom")
+    if data.get("calibration"):
+        before, rows = sum(row.split == "train" for row in rows), kept_apart(rows, data.calibration)
+        log(f"data.calibration: {before - sum(row.split == 'train' for row in rows)} of {before} train rows kept apart")
     if data.get("unlabeled_labels"):
         unlabeled_labels(config, rows)  # what is wrong with that file is said now, not when it is used
     return with_anomaly_ratio(rows, config) if data.get("anomaly_ratio", -1) >= 0 else rows
@@ -218,6 +232,23 @@ def marked(rows: Sequence[Row], leaking: Sequence[Finding]) -> list[Row]:
         for row in one.rows:
             what.setdefault(row.id, []).append(one.what)
     return [row._replace(leak="; ".join(what[row.id])) if row.id in what else row for row in rows]
+
+
+def kept_apart(rows: Sequence[Row], share: float) -> list[Row]:
+    """The rows with `share` of the train patients (whole patients, none with a lesion) as normals of `val` instead:
+    they are trained on no more, so that scores can be calibrated on them (`scoring.Calibration`).
+
+    Raises InputError where `share` is no share, or so few patients are left that none is kept apart.
+    """
+    if not 0 <= share < 1:
+        raise InputError(f"data.calibration={share}: is no share of the patients: write 0.1 for a tenth, 0 for none")
+    name = lambda row: row.patient or row.id
+    lesions = {name(row) for row in rows if row.split == "train" and row.label == 1}
+    candidates = [row for row in rows if row.split == "train" and name(row) not in lesions]
+    apart = {row.id for row, held in zip(candidates, held_out(candidates, share), strict=True) if held}
+    if not apart:
+        raise InputError(f"data.calibration={share}: of fewer than ten train patients none is kept apart: set it to 0")
+    return [row._replace(split="val", label=0) if row.id in apart else row for row in rows]
 
 
 def unlabeled_labels(config: ConfigDict, rows: Sequence[Row]) -> dict[str, int]:
@@ -356,6 +387,17 @@ class Images:
         return array
 
 
+class Decoded(NamedTuple):
+    """Images that are scored and no more, already as the networks see them."""
+
+    images: np.ndarray  # (n, *size, c)
+    words: np.ndarray  # (n, 2)
+
+    def image(self, index: np.ndarray) -> np.ndarray:
+        """Images (m, *size, c) by number."""
+        return self.images[index]
+
+
 def save_array(file: Path, array: np.ndarray) -> None:
     """Writes a .npy file that has its name only when it is whole."""
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -419,7 +461,7 @@ def batches(
     return iter(zipped.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)))
 
 
-def in_order(images: Images, rows: np.ndarray, batch: int) -> Iterator[tuple[int, dict[str, Any]]]:
+def in_order(images: Images | Decoded, rows: np.ndarray, batch: int) -> Iterator[tuple[int, dict[str, Any]]]:
     """Every row once, in equal batches: (how many rows, batch); the last is filled up with its own last row."""
     for start in range(0, len(rows), batch):
         part = rows[start : start + batch]

@@ -1,0 +1,105 @@
+"""What p-values promise of normal cases, on normal phantoms drawn for it and scored by a trained run.
+
+    python -m benchmarks.coverage                                  # trains configs/memmc_mae.py:smoke first
+    python -m benchmarks.coverage --run RUN                        # a run on the phantoms `chest`
+    python -m benchmarks.coverage --draws 20 --tests 200           # quicker
+
+1000 normals are judged by 200 calibration sets of 60 normals each, no phantom twice and none trained on. Of p-values of
+at most a, `jmae.scoring.Calibration` promises the share floor(a (n + 1)) / (n + 1) of normals, on average over draws.
+Monte-Carlo error of that average over D sets and T test normals: the root of b (1 - b) / (n + 2) / D + b (1 - b) / T
+with the promised share b, the first term being the variance of Beta(k, n + 1 - k), k = floor(a (n + 1)). Prints a table
+and writes benchmarks/results/coverage.json; exit code 1 where the share is further than three such errors away.
+"""
+
+import argparse
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from math import floor, sqrt
+from pathlib import Path
+
+import numpy as np
+from scipy.stats import beta
+
+from benchmarks.timing import table, write
+from jmae import predict, recipe
+from jmae.data import phantoms
+from jmae.data.files import Image
+from jmae.evaluate import ahead
+from jmae.scoring import p_values
+
+RESULTS = Path(__file__).parent / "results" / "coverage.json"
+RATES = (0.05, 0.1, 0.2)
+
+
+def scores(run: predict.Run, label: int, n: int) -> np.ndarray:
+    """The primary scores of n newly drawn phantoms of a label, in their order."""
+    size, found = run.at_once, []
+
+    def drawn(start: int) -> list[tuple]:
+        rows = [predict.row_of(f"coverage-{label}-{i}", ("phantom",)) for i in range(start, min(start + size, n))]
+        draws = [phantoms.chest(phantoms.generator("coverage", label, row.id), label) for row in rows]
+        return [(row, run.open(row, Image(d.image, d.spacing, None, 8))) for row, d in zip(rows, draws, strict=True)]
+
+    for group in said(ahead(drawn, range(0, n, size)), n, size):
+        results = run.score(*map(list, zip(*group, strict=True)))
+        found += [predict.checked_line(run, row, r)["score"] for (row, _), r in zip(group, results, strict=True)]
+    return np.array(found)
+
+
+def said(groups: Iterator, n: int, size: int) -> Iterator:
+    """The groups, and a line now and then."""
+    last = time.monotonic()
+    for number, group in enumerate(groups):
+        if time.monotonic() - last > 30:
+            last = time.monotonic()
+            print(f"{number * size} of {n} phantoms", file=sys.stderr, flush=True)
+        yield group
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path)
+    parser.add_argument("--draws", type=int, default=200)
+    parser.add_argument("--normals", type=int, default=60, help="of one calibration set")
+    parser.add_argument("--tests", type=int, default=1000)
+    arguments = parser.parse_args()
+    n, draws, tests = arguments.normals, arguments.draws, arguments.tests
+    with tempfile.TemporaryDirectory() as folder:
+        if arguments.run is None:
+            given = ["--config=configs/memmc_mae.py:smoke", f"--workdir={folder}/run"]
+            subprocess.run([sys.executable, "-m", "jmae.train", *given], check=True)
+        workdir = arguments.run or Path(folder) / "run"
+        config = recipe.read(workdir)
+        run = predict.open_run(workdir, config)
+        normal, abnormal = scores(run, 0, tests + n * draws), scores(run, 1, tests)
+    test, sets = normal[:tests], normal[tests:].reshape(draws, n)
+    rows, result, far = [], {}, False
+    for rate in RATES:
+        k = floor(round(rate * (n + 1), 9))
+        promised = k / (n + 1)
+        each = np.array([(p_values(normals, test) <= rate).mean() for normals in sets])
+        power = float(np.mean([(p_values(normals, abnormal) <= rate).mean() for normals in sets]))
+        error = sqrt(promised * (1 - promised) * (1 / (n + 2) / draws + 1 / tests))
+        got, ends = float(each.mean()), [float(x) for x in np.quantile(each, (0.05, 0.95))]
+        known = [float(x) for x in beta.ppf((0.05, 0.95), k, n + 1 - k)]
+        far |= abs(got - promised) > 3 * error
+        rows.append((rate, promised, got, error, *ends, *known, power))
+        result[str(rate)] = {
+            "promised": promised,
+            "false_alarms": got,
+            "monte_carlo_error": error,
+            "of_single_sets": {"5%": ends[0], "95%": ends[1], "beta": known},
+            "abnormal": power,
+        }
+    names = "level promised found error 5%-set 95%-set beta-5% beta-95% abnormal".split()
+    print(table(tuple(names), rows))
+    about = {"system": config.system, "normals": n, "draws": draws, "tests": tests, "rates": result}
+    write(RESULTS, f"{config.system}, {n} normals", about)
+    return int(far)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

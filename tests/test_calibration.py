@@ -1,0 +1,188 @@
+"""What p-values promise, how a run gets them, and that `evaluate` and `predict` never take them from anything else."""
+
+import csv
+import json
+from math import floor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_evaluate import SYSTEM, config
+
+from jmae import evaluate as ev
+from jmae.data.loader import kept_apart, load_rows
+from jmae.data.manifest import Row
+from jmae.errors import InputError
+from jmae.scoring import Calibration, alarm_threshold, colour_ends, p_values
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
+# --- the guarantee ----------------------------------------------------------------------------------------------------
+
+
+def test_false_alarms_are_as_promised_on_average_and_as_beta_says_for_one_set():
+    """Continuous scores: exactly floor(a (n + 1)) / (n + 1) on average; tied ones: no more."""
+    rng, n, draws, tests = np.random.default_rng(0), 60, 2000, 1000
+    test, sets = rng.lognormal(size=tests), rng.lognormal(size=(draws, n))
+    for rate in (0.05, 0.1, 0.2):
+        k = floor(rate * (n + 1))
+        each = np.array([(p_values(normals, test) <= rate).mean() for normals in sets])
+        promised, variance = k / (n + 1), k * (n + 1 - k) / (n + 1) ** 2 / (n + 2)
+        assert abs(each.mean() - promised) < 3 * np.sqrt(variance / draws + promised * (1 - promised) / tests)
+        uniform = 1 - np.array(
+            [alarm_threshold(normals, rate) for normals in rng.random((draws, n))]
+        )  # each set's rate
+        assert uniform.mean() == pytest.approx(promised, abs=4 * np.sqrt(variance / draws))
+        assert uniform.std() == pytest.approx(np.sqrt(variance), rel=0.1)
+        tied = [(p_values(np.round(normals), np.round(test)) <= rate).mean() for normals in sets]
+        assert np.mean(tied) < promised
+
+
+def test_a_p_value_is_the_share_of_cases_that_score_as_high():
+    assert p_values([3, 1, 2], [0, 1, 1.5, 3, 4]).tolist() == [1, 1, 0.75, 0.5, 0.25]
+    calibration = Calibration({"a": 3.0, "b": 1.0, "c": 2.0})
+    assert calibration.p_value(2.5) == 0.5 and calibration.p_value(2.5, "b") is None
+
+
+@pytest.mark.parametrize("n", [1, 9, 19, 60, 99])
+def test_an_alarm_is_a_score_above_the_threshold(n):
+    rng = np.random.default_rng(n)
+    normals = rng.integers(0, 30, n).astype(float)  # ties among them
+    for rate in (0.01, 0.05, 0.1, 0.29, 0.5, 0.9):
+        threshold, p = alarm_threshold(normals, rate), p_values(normals, np.arange(-1, 32))
+        if threshold is None:
+            assert (p > rate).all() and n + 1 < 1 / rate
+        else:
+            assert ((p <= rate) == (np.arange(-1, 32) > threshold)).all()
+
+
+def test_the_colour_scale_keeps_normal_maps_below_its_end():
+    lows, highs = np.arange(100) / 100, 1 + np.arange(100) / 100
+    low, high = colour_ends(lows, highs)
+    assert low == 0.495 and (highs <= high).mean() >= 0.95 and high < 2
+    assert colour_ends([0.0], [0.0]) == (0.0, 1.0), "a scale has two ends"
+
+
+# --- held-out normals -------------------------------------------------------------------------------------------------
+
+
+def row(name: str, patient: str = "", split: str = "train", label: int | None = 0) -> Row:
+    return Row(name, patient, split, label, (f"/{name}.png",))
+
+
+def test_a_share_of_whole_normal_patients_is_kept_apart():
+    rows = [row(f"{i}-{k}", f"p{i}", label=None if i == 3 else 0) for i in range(20) for k in range(2)]
+    sick = [row("sick", "p5", label=1), row("test", "q", "test", 1)]
+    after = kept_apart([*rows, *sick], 0.2)
+    apart = [r for r in after if r.split == "val"]
+    assert len({r.patient for r in apart}) == 4 and len(apart) == 8 and all(r.label == 0 for r in apart)
+    assert not {r.patient for r in apart} & {r.patient for r in after if r.split == "train"}
+    assert "p5" not in {r.patient for r in apart} and [r.id for r in after] == [r.id for r in [*rows, *sick]]
+    for share, these, problem in (
+        (1.0, rows, "is no share"),
+        (-0.1, rows, "is no share"),
+        (0.1, rows[:9], "fewer than"),
+    ):
+        with pytest.raises(InputError, match=problem):
+            kept_apart(these, share)
+
+
+def test_a_recipe_keeps_train_patients_apart(tools, tmp_path):
+    manifest = tools.write_set(tmp_path / "set", {("train", 0): 24, ("test", 0): 1, ("test", 1): 1})
+    said: list[str] = []
+    c = config(manifest, (16, 16), 1, **{"data.calibration": 0.25})
+    rows = load_rows(c, said.append)
+    assert sum(r.split == "val" for r in rows) == 6 and sum(r.split == "train" for r in rows) == 18
+    assert said[-1] == "data.calibration: 6 of 24 train rows kept apart"
+    assert sum(r.split == "val" for r in load_rows(config(manifest, (16, 16), 1), said.append)) == 0
+
+
+# --- in a run ---------------------------------------------------------------------------------------------------------
+
+
+def lines(file: Path) -> list[dict[str, str]]:
+    with open(file, newline="") as table:
+        return list(csv.DictReader(table))
+
+
+@pytest.fixture(scope="module")
+def calibrated(tools, tmp_path_factory):
+    """(recipe, rows, run folder) of a system of one line, evaluated on `test` with 12 normals in `val`."""
+    folder = tmp_path_factory.mktemp("calibrated")
+    counts = {("train", 0): 4, ("val", 0): 12, ("test", 0): 4, ("test", 1): 4}
+    c = config(tools.write_set(folder / "set", counts), (16, 16), 1, **{"evaluation.alarm_rate": 0.2})
+    rows = load_rows(c, lambda line: None)
+    ev.evaluate(c, SYSTEM, rows, folder, split="test", out=folder / "evaluation")
+    return c, rows, folder
+
+
+def test_an_evaluation_calibrates_on_the_normals_of_val(calibrated):
+    c, rows, folder = calibrated
+    about = json.loads((folder / "calibration.json").read_text())
+    normals = [r for r in rows if r.split == "val"]
+    scores = ev.scorer(c, SYSTEM, {})(ev.Images(normals, c), np.arange(12)).scores["bright"][0]
+    assert about["scores"] == {r.id: float(s) for r, s in zip(normals, scores, strict=True)}
+    assert (about["n"], about["alarm_rate"], about["threshold"]) == (12, 0.2, float(np.sort(scores)[-2]))
+    table = lines(folder / "evaluation" / "scores.csv")
+    for line in table:
+        assert float(line["p_value"]) == (1 + np.sum(scores >= float(line["score"]))) / 13
+    metrics = json.loads((folder / "evaluation" / "metrics.json").read_text())
+    called = [float(line["p_value"]) <= 0.2 for line in table if line["label"] == "0"]
+    assert metrics["alarms"]["normal"] == np.mean(called) and metrics["alarms"]["n"] == 12
+    assert "held-out normals" in (folder / "evaluation" / "report.html").read_text()
+
+
+def test_the_normals_themselves_and_other_settings_or_weights_have_no_p_value(calibrated, tmp_path, capfd):
+    c, rows, folder = calibrated
+    p = lambda name: [line["p_value"] for line in lines(tmp_path / name / "scores.csv")]
+    ev.evaluate(c, SYSTEM, rows, folder, split="val", out=tmp_path / "val")
+    assert set(p("val")) == {""} and "not calibrated" not in capfd.readouterr().err
+    ev.evaluate(c, SYSTEM, rows, folder, split="test", out=tmp_path / "other", own=False)
+    assert p("other") == [line["p_value"] for line in lines(folder / "evaluation" / "scores.csv")]
+    changed = c.copy_and_resolve_references()
+    changed.evaluation.masks = 9
+    capfd.readouterr()
+    assert ev.read_calibration(changed, SYSTEM, {}, folder) is None
+    assert "is of another evaluation.masks: no p-values" in capfd.readouterr().err
+    assert ev.read_calibration(c, SYSTEM, {"a": {"params": np.ones(2)}}, folder) is None
+    assert "is of other weights" in capfd.readouterr().err
+    changed.evaluation.masks, changed.evaluation.batch = c.evaluation.masks, 1
+    assert ev.read_calibration(changed, SYSTEM, {}, folder).scores
+
+
+def test_damaged_calibrations_and_rates_are_refused_in_one_line(calibrated, tmp_path):
+    c, _, folder = calibrated
+    whole = json.loads((folder / "calibration.json").read_text())
+    for text in (
+        "",
+        "[]",
+        "{}",
+        json.dumps(whole)[:-9],
+        json.dumps(whole | {"scores": {}}),
+        json.dumps(whole | {"scores": {"a": float("nan")}}),
+        json.dumps(whole | {"scores": [1, 2]}),
+        json.dumps(whole | {"of": 3}),
+    ):
+        (tmp_path / "calibration.json").write_text(text)
+        with pytest.raises(InputError, match="is no calibration") as error:
+            ev.read_calibration(c, SYSTEM, {}, tmp_path)
+        assert "\n" not in str(error.value)
+    for rate in (0.0, 1.0, -1.0):
+        with pytest.raises(InputError, match="is no rate"):
+            ev.alarm_rate(config(Path("none"), (8, 8), 1, **{"evaluation.alarm_rate": rate}))
+
+
+def test_a_run_without_labels_to_test_is_calibrated_too_and_few_normals_are_said(calibrated, tmp_path, capfd):
+    c, rows, folder = calibrated
+    ev.calibrate_run(c, SYSTEM, rows, tmp_path)
+    one, two = (json.loads((place / "calibration.json").read_text()) for place in (tmp_path, folder))
+    assert one == two
+    strict = c.copy_and_resolve_references()
+    strict.evaluation.alarm_rate = 0.01
+    ev.calibrate_run(strict, SYSTEM, rows, tmp_path)
+    assert "12 held-out normals give no p-value up to 0.01: 99 would" in capfd.readouterr().err
+    assert json.loads((tmp_path / "calibration.json").read_text())["threshold"] is None
+    (tmp_path / "calibration.json").unlink()
+    ev.calibrate_run(c, SYSTEM, [r for r in rows if r.split != "val"], tmp_path)
+    assert "not calibrated" in capfd.readouterr().err and not (tmp_path / "calibration.json").exists()

@@ -1,0 +1,455 @@
+"""Predicting new cases: what is written, that it is what `evaluate` writes, and what happens to files that are not
+what they claim. Most use systems of a few lines instead of trained ones: the command knows only their functions."""
+
+import csv
+import gzip
+import os
+import shutil
+import struct
+import zlib
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import nibabel as nib
+import numpy as np
+import patients
+import pytest
+from PIL import Image
+from test_files import dicom
+from test_series import series
+
+import jmae
+from jmae import evaluate, predict, recipe
+from jmae.data.files import read_image
+from jmae.data.transforms import resize, to_unit
+from jmae.errors import InputError, exit_code
+from jmae.masking import case_keys
+from jmae.report import Scale
+from jmae.system import Sweep, System
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+MASKS, SIZE, WINDOW = 4, (16, 12), (8, 8, 4)
+
+
+def bright(results, batch, key, *, chunk=None):
+    """Brightness with noise of the case's key, `chunk` masks at a time."""
+    image, keys = batch["image"], case_keys(key, batch["case"])
+    noise = lambda k, j: jax.random.uniform(jax.random.fold_in(k, j), image.shape[1:-1])
+    each = jax.lax.map(lambda j: jax.vmap(noise, (0, None))(keys, j), jnp.arange(MASKS), batch_size=chunk)
+    maps = image.mean(-1) + 0.1 * each.mean(0)
+    scores = {"bright": maps.mean((1, 2)), "peak": image.max((1, 2, 3))}
+    return {"maps": {"bright": maps}, "scores": scores, "confidence": each.std(0)}
+
+
+def window_bright(results, image, keys):
+    noise = jax.vmap(lambda key: jax.random.uniform(key, image.shape[1:-1]))(keys)
+    return jnp.concatenate([image, noise[..., None]], -1), jnp.ones((*image.shape[:-1], 1))
+
+
+def fuse(averages, inside):
+    maps = averages[..., :2].mean(-1) + 0.1 * averages[..., 2]
+    return {"maps": {"bright": jnp.where(inside, maps, 0)}, "reconstruction": averages[..., :2]}
+
+
+IMAGES = System("toy", (), bright, (), "bright", masks=MASKS)
+VOLUMES = System("toy", (), None, (), "bright", sweep=Sweep(WINDOW, (4, 4, 2), 2, window_bright, fuse))
+
+
+def write_run(folder: Path, system: System, monkeypatch, **changes) -> Path:
+    """A run folder whose system is `system`, without weights."""
+    argv = ["--config=configs/amae.py:smoke"] if system.score else patients.arguments(Path("none"), folder)
+    config, _ = recipe.parse([word for word in argv if not word.startswith("--workdir")], "")
+    if system.score:
+        config.data.size, config.evaluation.batch = SIZE, 3
+    with config.unlocked():
+        config.update_from_flattened_dict(changes)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(recipe.to_json(config))
+    for module in (predict, evaluate):
+        monkeypatch.setattr(module, "load_system", lambda config: system)
+    return folder
+
+
+@pytest.fixture
+def images_run(tmp_path, monkeypatch):
+    return write_run(tmp_path / "run", IMAGES, monkeypatch)
+
+
+@pytest.fixture
+def volumes_run(tmp_path, monkeypatch):
+    return write_run(tmp_path / "run", VOLUMES, monkeypatch)
+
+
+def run(workdir: Path, out: Path, *words) -> int:
+    return exit_code(predict.main, [f"--workdir={workdir}", f"--out={out}", *map(str, words)])
+
+
+def table(file: Path) -> dict[str, dict[str, str]]:
+    with open(file, newline="", encoding="utf-8") as lines:
+        return {line["id"]: line for line in csv.DictReader(lines)}
+
+
+def picture(path: Path, seed: int = 0) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    array = np.random.default_rng(seed).integers(0, 256, (20, 30), dtype=np.uint8)
+    Image.fromarray(array).save(path, "PNG")
+    return path
+
+
+def volume(path: Path, seed: int = 0, size=(11, 9, 7), affine=patients.AFFINE) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    array = np.random.default_rng(seed).normal(100, 20, size).astype(np.float32)
+    nib.save(nib.Nifti1Image(array, affine), path)
+    return path
+
+
+def left(out: Path) -> set[str]:
+    """All files of a folder of predictions but its record of what is done."""
+    return set(os.listdir(out)) - {predict.DONE} if out.exists() else set()
+
+
+# --- what is written --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def full_compilation():
+    """As `finished` was compiled: other optimisations round otherwise."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
+
+
+def test_predict_repeats_evaluate(finished, small_set, full_compilation, tmp_path):
+    """To the bit, in the same batches, in others and alone."""
+    before = finished / "evaluation"
+    evaluated = table(before / "scores.csv")
+    file = {name: next(f for f in small_set.parent.glob(f"{name}.*")) for name in evaluated}
+    assert run(finished, tmp_path / "all", *file.values()) == 0
+    predicted = table(tmp_path / "all" / "scores.csv")
+    assert predicted == {name: line | {"label": ""} for name, line in evaluated.items()}
+    assert list(predicted) == list(evaluated) and all(0 < float(line["p_value"]) <= 1 for line in predicted.values())
+    for written in (before / "maps").iterdir():
+        assert written.read_bytes() == (tmp_path / "all" / written.name).read_bytes()
+
+    some = sorted(evaluated)[::-1][:7]
+    assert run(finished, tmp_path / "some", *(file[name] for name in some)) == 0
+    assert list(table(tmp_path / "some" / "scores.csv").items()) == [(name, predicted[name]) for name in some]
+    one = jmae.load(finished)(file[some[0]])
+    line = predicted[some[0]]
+    assert (one.score, one.p_value) == (float(line["score"]), float(line["p_value"]))
+    np.testing.assert_array_equal(one.map, read_image(tmp_path / "all" / f"{some[0]}_anomaly.tif").array[..., 0])
+    assert one.map.dtype == np.float32 and one.confidence is None
+
+
+def test_images_of_any_name_from_folders_keep_their_grid(images_run, tmp_path, capfd):
+    folder, out = tmp_path / "cases", tmp_path / "out"
+    words = ["a b.PNG", "Zürich 影像.png", "1.2.840", ".hidden.png", "sub/a b.png", "sub/x;y.png", "x" * 240]
+    for i, name in enumerate(words):
+        picture(folder / name, i)
+    dicom(folder / "sub" / "plain.dcm", np.arange(30 * 20, dtype=np.uint16).reshape(20, 30))
+    assert run(images_run, out, folder, picture(tmp_path / "one.png", 9)) == 0
+    ids = set(table(out / "scores.csv"))
+    long = predict.clean("x" * 240)
+    assert ids == {"cases_a b", "sub_a b", "Zürich 影像", "1.2.840", "x;y", long, "plain", "one"}
+    assert len(long.encode()) == 200 and "hidden" not in " ".join(os.listdir(out))
+    assert left(out) == {f"{i}_{end}" for i in ids for end in ("anomaly.tif", "confidence.tif", "overlay.png")} | {
+        "scores.csv"
+    }
+    for name in ids:
+        assert read_image(out / f"{name}_anomaly.tif").array.shape == (20, 30, 1)
+        with Image.open(out / f"{name}_overlay.png") as overlay:
+            assert overlay.size == (30, 20)
+    lines = table(out / "scores.csv")
+    assert list(lines["one"]) == ["id", "label", "score", "p_value", "peak"] and lines["one"]["p_value"] == ""
+    array = read_image(tmp_path / "one.png").array[..., 0].astype(np.uint8)
+    one = jmae.load(images_run)(array, id="one")
+    expected = resize(to_unit(array[..., None], 8), SIZE)
+    assert abs(one.score - float(lines["one"]["score"])) == 0 and abs(one.score - expected.mean() - 0.05) < 0.02
+    np.testing.assert_array_equal(one.confidence, read_image(out / "one_confidence.tif").array[..., 0])
+    assert "not calibrated" in capfd.readouterr().err
+
+
+def test_volumes_of_several_sequences_and_series_keep_their_grid(tmp_path, monkeypatch):
+    workdir = write_run(tmp_path / "run", VOLUMES, monkeypatch)
+    pair = [volume(tmp_path / "in" / f"p1-{part}.nii.gz", i) for i, part in enumerate("ab")]
+    same = [shutil.copy(file, tmp_path / f"copy {part}.nii.gz") for file, part in zip(pair, "ab", strict=True)]
+    assert run(workdir, tmp_path / "out", f"{pair[0]};{pair[1]}", f"{same[0]}; {same[1]}") == 0
+    assert set(table(tmp_path / "out" / "scores.csv")) == {"p1-a", "copy a"}
+    for kind, shape in (("anomaly", (11, 9, 7)), ("recon", (11, 9, 7, 2))):
+        written, stored = nib.load(tmp_path / "out" / f"p1-a_{kind}.nii.gz"), nib.load(pair[0])
+        np.testing.assert_array_equal(written.affine, stored.affine)
+        assert written.shape == shape and written.header["sform_code"] == stored.header["sform_code"]
+    both = jmae.load(workdir)([str(file) for file in pair])
+    np.testing.assert_array_equal(both.map, nib.load(tmp_path / "out" / "p1-a_anomaly.nii.gz").get_fdata())
+    assert both.confidence is None and both.p_value is None
+    stack = np.stack([nib.load(file).get_fdata() for file in pair], -1).astype(np.float32)
+    array = jmae.load(workdir)(stack, affine=patients.AFFINE, id="p1-a")
+    np.testing.assert_array_equal(array.map, both.map)
+
+    single = write_run(tmp_path / "single", VOLUMES, monkeypatch, **{"data.channels": 1})
+    one = lambda results, image, keys: window_bright(results, jnp.concatenate([image, image], -1), keys)
+    system = VOLUMES._replace(sweep=VOLUMES.sweep._replace(score=one))
+    for module in (predict, evaluate):
+        monkeypatch.setattr(module, "load_system", lambda config: system)
+    series(tmp_path / "scans" / "patient 1" / "T1")
+    volume(tmp_path / "scans" / "patient 2.nii.gz")
+    assert run(single, tmp_path / "out2", tmp_path / "scans") == 0
+    assert set(table(tmp_path / "out2" / "scores.csv")) == {"T1", "patient 2"}
+    assert nib.load(tmp_path / "out2" / "T1_anomaly.nii.gz").shape == (5, 7, 6)
+
+
+def test_an_array_without_affine_has_the_runs_axes(tmp_path, monkeypatch):
+    """Indices that grow to posterior, left, superior, at (2, 3, 4) mm: as a file that says so."""
+    workdir = write_run(tmp_path / "run", VOLUMES, monkeypatch)
+    affine = np.array([[0, -3, 0, 0], [-2, 0, 0, 0], [0, 0, 4, 0], [0, 0, 0, 1.0]])
+    pair = [str(volume(tmp_path / f"{part}.nii.gz", i, affine=affine)) for i, part in enumerate("ab")]
+    stack = np.stack([nib.load(file).get_fdata() for file in pair], -1)
+    of = jmae.load(workdir)
+    np.testing.assert_array_equal(of(stack, spacing=(2, 3, 4), id="a").map, of(pair).map)
+    assert not np.array_equal(of(stack, spacing=(2, 3, 4), id="other").map, of(pair).map)
+
+
+def test_arrays_that_cannot_be_used_are_refused_in_one_line(images_run, tmp_path):
+    of, good = jmae.load(images_run), np.random.default_rng(0).random((9, 8))
+    bad = good.copy()
+    bad[2, 3] = np.nan
+    for array, words, problem in (
+        (good[None, None], {}, "give real values"),
+        (np.zeros((0, 4)), {}, "give real values"),
+        (good.astype(complex), {}, "give real values"),
+        (np.array([["a"]]), {}, "give real values"),
+        (good[..., None].repeat(2, -1), {}, "2 channels where the recipe has 1"),
+        (bad, {}, "1 values are not finite"),
+        (good * 1e300, {}, "not finite"),
+        (good, {"spacing": (1, 2, 3)}, "not 2 numbers above 0"),
+        (good, {"spacing": (1, -2)}, "not 2 numbers above 0"),
+        (good, {"affine": np.zeros((4, 4))}, "no invertible"),
+        (tmp_path / "none.png", {}, "not found"),
+        ("", {}, "is empty"),
+    ):
+        with pytest.raises(InputError, match=problem) as error:
+            of(array, **words)
+        assert "\n" not in str(error.value)
+
+
+def test_a_calm_map_stays_dark_on_the_scale_of_normals():
+    grey, rng = np.full((8, 8, 1), 0.5, np.float32), np.random.default_rng(0)
+    stored = predict.of_array(grey, recipe.load("configs/amae.py:smoke").data, None, None, "x")
+    calm, lesion = rng.uniform(0, 0.9, (8, 8)), np.zeros((8, 8))
+    lesion[3, 4] = 5
+    shown = lambda heat: predict.overlay(stored, heat, Scale(1.0, 2.0, "")).astype(int)
+    assert np.ptp(shown(calm)) == 0, "below the scale nothing is coloured"
+    assert np.argwhere(np.ptp(shown(lesion), -1)).tolist() == [[3, 4]]
+
+
+# --- files that are not what they claim -------------------------------------------------------------------------------
+
+
+def flipped(path: Path, at: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[at] ^= 4
+    path.write_bytes(data)
+
+
+def cut(path: Path, share: float) -> None:
+    path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+
+
+def lying_png(path: Path) -> None:
+    """A header, checksum and all, that claims twice as many rows."""
+    data = bytearray(path.read_bytes())
+    data[20:24] = struct.pack(">I", 40)
+    data[29:33] = struct.pack(">I", zlib.crc32(bytes(data[12:29])))
+    path.write_bytes(data)
+
+
+def lying_nifti(path: Path) -> None:
+    data = bytearray(gzip.decompress(path.read_bytes()))
+    data[42:48] = struct.pack("<3h", 32000, 32000, 32000)
+    path.write_bytes(gzip.compress(bytes(data)))
+
+
+def damaged_images(folder: Path) -> list[Path]:
+    """Cut, flipped, empty and lying PNG and DICOM files. (A bit of raw DICOM pixels has no checksum.)"""
+    made = []
+    for kind in ("png", "dcm"):
+        for name, harm in (
+            ("cut", lambda path: cut(path, 0.7)),
+            ("cut short", lambda path: cut(path, 0.02)),
+            ("empty", lambda path: path.write_bytes(b"")),
+            ("text", lambda path: path.write_text("id,label\n" * 50)),
+            ("flipped", lambda path: flipped(path, path.stat().st_size // 2) if path.suffix == ".png" else None),
+            ("lying", lambda path: lying_png(path) if path.suffix == ".png" else None),
+        ):
+            path = folder / f"{name} {kind}.{kind}"
+            if kind == "png":
+                picture(path)
+            else:
+                rows = (
+                    {"Rows": 60000, "Columns": 60000} if name == "lying" else {"Rows": 24} if name == "flipped" else {}
+                )
+                dicom(path, np.arange(600, dtype=np.uint16).reshape(20, 30), **rows)
+            harm(path)
+            made.append(path)
+    return made
+
+
+def check_damaged(workdir: Path, out: Path, good: Path, bad: list[Path], said) -> None:
+    """Each bad file is refused in one line by its path, the good one is done, nothing else is left."""
+    assert run(workdir, out, *bad[: len(bad) // 2], good, *bad[len(bad) // 2 :]) == 1
+    lines = [line for line in said().err.splitlines() if line.startswith("failed: ")]
+    failed = table(out / "failed.csv")
+    assert len(lines) == len(bad) == len(failed) and "Traceback" not in "".join(lines)
+    for path in bad:
+        (line,) = (line for line in failed.values() if line["image"] == str(path))
+        assert line["reason"].startswith(str(path)) and "\n" not in line["reason"]
+    (name,) = table(out / "scores.csv")
+    assert left(out) == {file.name for file in out.glob(f"{name}_*")} | {"scores.csv", "failed.csv"}
+
+
+def test_damaged_images_are_refused_each_in_a_line_and_the_others_go_on(images_run, tmp_path, capfd):
+    bad = [*damaged_images(tmp_path / "bad"), tmp_path / "gone.png"]
+    check_damaged(images_run, tmp_path / "out", picture(tmp_path / "good.png"), bad, capfd.readouterr)
+    cases = {line["id"]: line["reason"] for line in table(tmp_path / "out" / "failed.csv").values()}
+    assert "not found" in cases["gone"] and "is empty" in cases["empty dcm"]
+    assert "is beyond the limit" in cases["lying dcm"]
+    assert "claims the size (40, 30), which its data are not" in cases["lying png"]
+
+
+def test_damaged_volumes_are_refused_each_in_a_line_and_the_others_go_on(tmp_path, monkeypatch, capfd):
+    workdir, folder = write_run(tmp_path / "run", VOLUMES, monkeypatch, **{"data.channels": 1}), tmp_path / "bad"
+    one = lambda results, image, keys: window_bright(results, jnp.concatenate([image, image], -1), keys)
+    system = VOLUMES._replace(sweep=VOLUMES.sweep._replace(score=one))
+    for module in (predict, evaluate):
+        monkeypatch.setattr(module, "load_system", lambda config: system)
+    bad = []
+    for name, harm in (
+        ("cut", lambda path: cut(path, 0.5)),
+        ("cut at its end", lambda path: cut(path, 0.999)),
+        ("cut in its header", lambda path: cut(path, 0.01)),
+        ("flipped", lambda path: flipped(path, path.stat().st_size // 2)),
+        ("flipped checksum", lambda path: flipped(path, -6)),
+        ("empty", lambda path: path.write_bytes(b"")),
+        ("lying", lying_nifti),
+    ):
+        bad.append(volume(folder / f"{name}.nii.gz"))
+        harm(bad[-1])
+    bad.append(picture(folder / "2D.png"))
+    for name, skip in (("a slice is missing", (3,)), ("one slice", (0, 1, 2, 3, 4))):
+        bad.append(series(folder / name, skip=skip))
+    bad.append(series(folder / "a cut slice"))
+    cut(bad[-1] / "002.dcm", 0.9)
+    out, good = tmp_path / "out", volume(tmp_path / "good.nii.gz")
+    assert run(workdir, out, folder, good) == 1
+    failed = {line["image"]: line["reason"] for line in table(out / "failed.csv").values()}
+    assert set(failed) == set(map(str, bad)) and all("\n" not in reason for reason in failed.values())
+    assert all(reason.startswith(path) for path, reason in failed.items())
+    assert sum(line.startswith("failed: ") for line in capfd.readouterr().err.splitlines()) == len(bad)
+    assert left(out) == {"good_anomaly.nii.gz", "good_recon.nii.gz", "good_overlay.png", "scores.csv", "failed.csv"}
+
+
+def test_what_is_wrong_with_the_command_is_one_line(images_run, tmp_path, capfd):
+    image = picture(tmp_path / "a.png")
+    copy = picture(tmp_path / "b" / "a.png")
+    for words, problem in (
+        ([f"--workdir={images_run}", f"--out={tmp_path / 'out'}"], "at least one case"),
+        ([f"--workdir={images_run}", str(image)], "name a new folder"),
+        ([f"--out={tmp_path / 'out'}", str(image)], "no run folder"),
+        ([f"--workdir={tmp_path / 'none'}", f"--out={tmp_path / 'out'}", str(image)], "no config.json"),
+        ([f"--workdir={images_run}", f"--out={tmp_path / 'out'}", "--config.data.size=8,8", str(image)], "is unknown"),
+        ([f"--workdir={images_run}", f"--out={tmp_path / 'out'}", "--continu=1", str(image)], "--continue"),
+        ([f"--workdir={images_run}", f"--out={tmp_path / 'out'}", str(image), str(image)], "name it once"),
+        ([f"--workdir={images_run}", f"--out={tmp_path / 'out'}", f"{image};"], "empty name"),
+        ([f"--workdir={images_run}", f"--out={image}", str(image), str(copy)], "not written"),
+    ):
+        assert exit_code(predict.main, words) == 2
+        said = [
+            line for line in capfd.readouterr().err.splitlines() if "calibrat" not in line and "held-out" not in line
+        ]
+        assert len(said) == 1 and problem in said[0], said
+    assert not (tmp_path / "out").exists()
+
+
+# --- interruptions, memory --------------------------------------------------------------------------------------------
+
+
+def test_an_interrupted_prediction_goes_on_where_it_stopped(images_run, tmp_path, monkeypatch, capfd):
+    files, out, whole = [picture(tmp_path / f"{i}.png", i) for i in range(7)], tmp_path / "out", tmp_path / "whole"
+    assert run(images_run, whole, *files) == 0
+    real, written = predict.write_case, []
+
+    def dying(run, row, *rest):
+        if len(written) == 4:
+            raise KeyboardInterrupt
+        written.append(row.id)
+        return real(run, row, *rest)
+
+    monkeypatch.setattr(predict, "write_case", dying)
+    assert run(images_run, out, *files) == 130
+    assert "--continue" in capfd.readouterr().err and not (out / "scores.csv").exists()
+    with open(out / predict.DONE, "a") as torn:
+        torn.write('{"id": "4", "im')  # as a kill may leave it
+    (out / "1_anomaly.tif").unlink()
+    monkeypatch.setattr(predict, "write_case", lambda run, row, *rest: written.append(row.id) or real(run, row, *rest))
+    assert run(images_run, out, *files) == 2 and "add --continue" in capfd.readouterr().err
+    assert run(images_run, out, "--continue", *files) == 0
+    assert written == ["0", "1", "2", "3", "1", "4", "5", "6"]
+    assert (out / "scores.csv").read_text() == (whole / "scores.csv").read_text()
+    assert {f: (out / f).read_bytes() for f in left(out)} == {f: (whole / f).read_bytes() for f in left(whole)}
+    assert run(images_run, out, "--continue", *files) == 0 and len(written) == 8
+    assert run(images_run, out, "--continue", "--config.evaluation.masks=9", *files) == 2
+    assert "of another run, calibration or settings" in capfd.readouterr().err
+
+
+def test_what_failed_is_done_once_it_is_mended(images_run, tmp_path):
+    good, bad = picture(tmp_path / "good.png"), tmp_path / "bad.png"
+    bad.write_bytes(b"")
+    assert run(images_run, tmp_path / "out", good, bad) == 1
+    assert set(table(tmp_path / "out" / "scores.csv")) == {"good"}
+    picture(bad, 3)
+    assert run(images_run, tmp_path / "out", "--continue", good, bad) == 0
+    assert list(table(tmp_path / "out" / "scores.csv")) == ["good", "bad"]
+    assert "failed.csv" not in left(tmp_path / "out")
+
+
+class Full:
+    """A compiled program on a device that has room for `room` at a time."""
+
+    def __init__(self, compiled, chunk, room):
+        self.compiled, self.chunk, self.room = compiled, chunk, room
+
+    def __call__(self, *args):
+        if self.chunk > self.room:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes.")
+        return self.compiled(*args)
+
+    def memory_analysis(self):
+        return self.compiled.memory_analysis()
+
+
+@pytest.mark.parametrize("volumes", [False, True])
+def test_a_device_that_is_full_gets_less_at_a_time_with_the_same_map(tmp_path, monkeypatch, volumes, capfd):
+    key = "evaluation.batch" if volumes else "evaluation.chunk"
+    workdir = write_run(tmp_path / "run", VOLUMES if volumes else IMAGES, monkeypatch, **{key: 2})
+    if volumes:
+        case = [str(volume(tmp_path / f"{part}.nii.gz", i)) for i, part in enumerate("ab")]
+    else:
+        case = str(picture(tmp_path / "a.png"))
+    whole, real = jmae.load(workdir)(case), evaluate.fitting
+
+    def fitting(lower, most, **words):
+        compiled, chunk = real(lower, most, **words)
+        asked.append(chunk)
+        return Full(compiled, chunk, room), chunk
+
+    monkeypatch.setattr(evaluate, "fitting", fitting)
+    for room in (1, 0):
+        asked: list[int] = []
+        if room:
+            part = jmae.load(workdir)(case)
+            np.testing.assert_allclose(part.map, whole.map, atol=1e-6)
+            assert asked == [2, 1]
+        else:
+            with pytest.raises(InputError, match=r"needs \S+ GB of the \S+ GB of .*: crop or resample it, or take"):
+                jmae.load(workdir)(case)

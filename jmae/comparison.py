@@ -99,7 +99,7 @@ def compare(runs: Sequence[Run], *, draws: int = 2000) -> tuple[list[str], bool,
     labels, patients = labels_of(runs[0], shared), known or shared
     pairs = []
     for a, b in combinations(runs, 2):
-        each = []
+        each: list[Any] = []
         for measure in (metrics.auroc, metrics.average_precision):
             each += metrics.paired_difference(
                 measure, labels, scores_of(a, shared), scores_of(b, shared), patients, draws=draws
@@ -171,7 +171,7 @@ def write_comparison(path: Path, folders: Sequence[Path], *, draws: int = 2000) 
     figures = []
     for run, more in zip(runs, own, strict=True):
         e = run.metrics
-        central = next((s for name, s in e["subsets"].items() if name.startswith("central")), {})
+        central: Mapping[str, Any] = next((s for name, s in e["subsets"].items() if name.startswith("central")), {})
         figures.append(
             {
                 "name": run.name,

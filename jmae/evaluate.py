@@ -206,7 +206,8 @@ def scorer(config: ConfigDict, system: System, results: Results) -> Callable[[Im
         return b, compiled, chunk
 
     def attempt(images: Images | Decoded, rows: np.ndarray, b: int, compiled: Any) -> Scored | None:
-        began, said, parts = time.monotonic(), time.monotonic(), []
+        began = said = time.monotonic()
+        parts: list[tuple[int, Any]] = []
         try:
             for used, host in in_order(images, rows, b):
                 if time.monotonic() - said > SECONDS_BETWEEN_LINES:

@@ -317,7 +317,7 @@ def signals() -> Iterator[Callable[[], signal.Signals | None]]:
     def note(number: int, _: Any) -> None:
         arrived.append(signal.Signals(number))
         if number == signal.SIGINT:
-            signal.signal(number, before[number])
+            signal.signal(number, before[signal.SIGINT])
             log("Ctrl-C: saving after this step; once more stops at once")
 
     try:

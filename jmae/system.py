@@ -19,7 +19,7 @@ from jmae.patches import sincos_positions
 
 SYSTEMS = ("amae", "maemi", "memmc_mae", "ppii", "simsid")
 
-Results = Mapping[str, Mapping[str, PyTree]]  # by stage: {"params", "stats"} of its last step
+Results = Mapping[str, Mapping[str, PyTree]]  # by stage: {"params", "stats"}, of its last step or the one chosen
 
 
 class State(NamedTuple):
@@ -36,8 +36,10 @@ class State(NamedTuple):
 class Check(NamedTuple):
     """A look at a stage's state every `every` steps and after the last, on samples that it is not trained on.
 
-    rows(rows) -> manifest row numbers; `samples` samples of them are made once and are the same at every look.
-    look(state, batch) -> (State, metrics): pure, and deterministic.
+    rows(rows) -> manifest row numbers; `samples` samples of them (0: one each) are made once and are the same at every
+        look.
+    look(state, batch) -> (State, metrics): pure, and deterministic. A batch holds "image", "index", "case" and
+        "unlabeled", whether a sample's row is.
     """
 
     every: int
@@ -59,6 +61,8 @@ class Stage(NamedTuple):
     table(rows, results) -> rows of a CSV file STAGE.csv in the run folder that a person can read, or None.
     weights: what `model.weights` is to this stage: "instead" of training it, the "start" of it, or "" nothing.
     positions: the position codes of its network, which those of a file must equal.
+    check: a look at how training goes; selection: one that decides which step's weights are kept.
+    result(state) -> {"params", "stats"} that later stages and the score read.
     """
 
     name: str
@@ -73,6 +77,8 @@ class Stage(NamedTuple):
     weights: str = ""
     positions: Callable[[tuple[int, ...], int], np.ndarray] = sincos_positions
     check: Check | None = None
+    selection: Check | None = None
+    result: Callable[[State], dict[str, PyTree]] = lambda state: {"params": state.params, "stats": state.stats}
 
 
 class Sweep(NamedTuple):
@@ -102,7 +108,8 @@ class System(NamedTuple):
     primary map over the system's samples. Higher is more abnormal; `chunk` masks (or samples) at a time. `masks` is how
     many one pass has. `uses` names the stages whose results `score` reads, `primary` the score that stands for the
     system, and `map` the map that does, where the primary score has none. A system of volumes has a `sweep` instead of
-    `score` and `masks`.
+    `score` and `masks`. `choice` names the stage whose weights `select=aucp` chooses, where it is not the last of
+    `uses`: `rest()` are stand-ins for the results of the stages behind it, with which `score` ranks cases alike.
     """
 
     name: str
@@ -113,6 +120,8 @@ class System(NamedTuple):
     masks: int = 1
     sweep: Sweep | None = None
     map: str = ""
+    choice: str = ""
+    rest: Callable[[], dict[str, Any]] = dict
 
 
 def load_system(config: ConfigDict) -> System:
@@ -127,7 +136,12 @@ def load_system(config: ConfigDict) -> System:
             raise InputError(f"evaluation.{name} is {value}: {least} or more")
     if not 0 <= (q := evaluation.get("iou", 0.0)) <= (0 if volumes else 100):
         raise InputError(f"evaluation.iou is {q}: a percentile from 0 (no IoU) to 100; of volumes 0 alone")
-    return system
+    rules, rule = ("last", "dice", "aucp") if system.name == "ppii" else ("last", "aucp"), config.get("select", "last")
+    if rule not in rules:
+        raise InputError(f"select is {rule!r}: one of {', '.join(rules)}")
+    if rule != "aucp":
+        return system
+    return importlib.import_module("jmae.selection").by_pseudo_auc(config, system)
 
 
 def network(make: Callable[[nnx.Rngs], nnx.Module]) -> tuple[Callable[[Array], PyTree], Callable[..., Any]]:

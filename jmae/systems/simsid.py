@@ -16,7 +16,7 @@ its score is low); loss weights, rates and epochs as in the recipe.
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -179,6 +179,13 @@ def build(config: ConfigDict) -> System:
         maps = {name: jnp.where(inside, averages[..., i], 0) for i, name in enumerate(SCORES)}
         return {"maps": maps, "reconstruction": averages[..., len(SCORES) :]}
 
+    def rest() -> Results:
+        """Any D, which no reconstruction error depends on, and a calibration by constants: it ranks logits as any does,
+        and is so wide that no two logits become the same A in float32."""
+        params, stats = discriminator_of(config)[0](jax.random.key(0))
+        wide = {"mean": jnp.zeros(2), "squares": jnp.full(2, 1e4), "count": jnp.int32(1), "left": jnp.int32(0)}
+        return {"discriminator": {"params": params, "stats": stats}, "calibration": {"params": {}, "stats": wide}}
+
     batch = config.discriminator.batch
     last = Stage(
         "calibration",
@@ -190,11 +197,13 @@ def build(config: ConfigDict) -> System:
         shuffle=False,
     )
     stages, uses = (*variant.stages, last), (*names, "calibration")
+    student = config.variant == "report" and score_name in MAPS
+    choice: dict[str, Any] = {"choice": "student" if student else names[-1], "rest": rest}
     if len(size) == 3:
         sweep = Sweep(size, tuple(evaluation.stride), 1, window_score, fuse)
-        return System("simsid", stages, None, uses, score_name, sweep=sweep)
+        return System("simsid", stages, None, uses, score_name, sweep=sweep, **choice)
     # A and the difference are of whole images: the picture beside them is |I - made|.
-    return System("simsid", stages, score, uses, score_name, map="" if score_name in MAPS else "l1")
+    return System("simsid", stages, score, uses, score_name, map="" if score_name in MAPS else "l1", **choice)
 
 
 def trained(config: ConfigDict, rows: list[Row], results: Results | None = None) -> np.ndarray:

@@ -106,18 +106,20 @@ def by_pseudo_auc(config: ConfigDict, system: System) -> System:
 def image_scores(config: ConfigDict, system: System, results: Results, batch: dict) -> Float[Array, " n"]:
     """The primary score of each image, in batches as the evaluation has them, under masks that are the same at every
     look."""
-    n, b, key = len(batch["image"]), config.evaluation.batch, jax.random.key(config.seed)
+    assert system.score
+    run, n, b, key = system.score, len(batch["image"]), config.evaluation.batch, jax.random.key(config.seed)
     numbers = jnp.minimum(jnp.arange(-(-n // b) * b), n - 1).reshape(-1, b)
 
     def one(numbers: Array) -> Float[Array, " b"]:
         part = {what: batch[what][numbers] for what in ("image", "case")}
-        return system.score(results, part, key, chunk=config.evaluation.get("chunk") or None)["scores"][system.primary]
+        return run(results, part, key, chunk=config.evaluation.get("chunk") or None)["scores"][system.primary]
 
     return jax.lax.map(one, numbers).reshape(-1)[:n]
 
 
 def crop_scores(config: ConfigDict, system: System, results: Results, batch: dict) -> Float[Array, " n"]:
     """The mean of the primary map of each crop, which is scored as a volume of a window's size."""
+    assert system.sweep
     sweep, n = system.sweep, len(batch["image"])
     keys = jax.vmap(jax.random.fold_in)(case_keys(jax.random.key(config.seed), batch["case"]), jnp.arange(n))
 

@@ -14,8 +14,8 @@ from jmae.errors import InputError, NonFiniteLoss, exit_code
 from jmae.evaluate import restore_results
 from jmae.recipe import load, override
 from jmae.run_folder import read_history
-from jmae.selection import auroc, by_pseudo_auc
-from jmae.system import Stage, State, System, load_system
+from jmae.selection import auroc, by_pseudo_auc, crop_scores
+from jmae.system import Stage, State, Sweep, System, load_system
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 BEST = 4
@@ -133,13 +133,26 @@ def test_simsid_chooses_in_the_stage_that_settles_its_score(variant, score, stag
 
 def test_a_system_of_images_from_training_to_metrics(small_set, tmp_path):
     changes = """
-    data.phantom= data.size=16,16 model.widths=3,4 model.base=3 train.batch=4 train.steps=4 anomaly.patch=0.2,0.6
-    evaluation.batch=4 select=aucp select_every=2 select_samples=6 checkpoint_every=2 log_every=2 evaluation.maps=false
+    data.phantom= data.size=16,16 model.patch=8,8 model.width=8 model.heads=1 model.depth=1 model.memory=2
+    model.decoder_width=8 model.decoder_heads=1 model.decoder_depth=1 model.long_skips=false train.batch=4 train.steps=4
+    evaluation.masks=2 evaluation.batch=4 evaluation.window=3,3 evaluation.scales=1.0 evaluation.iou=0
+    evaluation.maps=false select=aucp select_every=2 select_samples=6 checkpoint_every=2 log_every=2
     """.split()
     given = [f"--config.{change}" for change in [f"data.manifest={small_set}", *changes]]
-    assert exit_code(train.main, ["--config=configs/ppii.py:smoke", f"--workdir={tmp_path}", *given]) == 0
+    assert exit_code(train.main, ["--config=configs/memmc_mae.py:smoke", f"--workdir={tmp_path}", *given]) == 0
     history = [line for line in read_history(tmp_path / "metrics.jsonl") if "aucp" in line]
     best = max(history, key=lambda line: (line["aucp"], line["step"]))
     assert [line["step"] for line in history] == [2, 4]
     assert history[-1]["best_aucp"] == best["aucp"] and history[-1]["best_step"] == best["step"]
     assert json.loads((tmp_path / "evaluation" / "metrics.json").read_text())["image"]["auroc"] is not None
+
+
+def test_a_crop_s_score_is_the_mean_of_its_primary_map():
+    c = config("", "evaluation.batch=4")
+    score = lambda results, image, keys: (image * results["factor"], jnp.ones((*image.shape[:-1], 1)))
+    fuse = lambda averages, inside: {"maps": {"toy": jnp.where(inside, averages[..., 0], 0)}}
+    system = System("toy", (), None, (), "toy", sweep=Sweep((8, 6, 4), (4, 4, 2), 2, score, fuse))
+    image = np.random.default_rng(0).random((3, 8, 6, 4, 2)).astype(np.float32)
+    batch = {"image": jnp.asarray(image), "case": jnp.zeros((3, 2), jnp.uint32)}
+    found = crop_scores(c, system, {"factor": jnp.float32(3)}, batch)
+    np.testing.assert_allclose(found, 3 * image[..., 0].mean((1, 2, 3)), rtol=1e-5)

@@ -20,7 +20,8 @@ def get_config(preset: str = "phantom") -> ConfigDict:
     c.system = "simsid"
     c.variant = "report"  # "official": sections `joint` and `model.discriminator` instead of the others
     c.seed = 0
-    c.select = "auroc"  # weights of the discriminator with the best AUROC on labelled val images; "last"
+    c.select = "auroc"  # weights of the discriminator with the best AUROC on labelled val images; "last"; "aucp":
+    # those of the highest AUROC of unlabelled rows against known normals
     c.replicates = 1  # seeds seed, seed + 1, ... trained as one program
     c.budget = 1.0  # multiplies steps and epochs
 
@@ -86,6 +87,7 @@ def get_config(preset: str = "phantom") -> ConfigDict:
     c.checkpoint_every = 5000  # steps
     c.log_every = 64  # steps
     c.tensorboard = False
+    c.select_every, c.select_samples = 250, 200  # of aucp: steps; rows of either kind, at most
     c.evaluation = ConfigDict()
     c.evaluation.score = "simsid"  # the primary one: "simsid", "difference" (discriminator), "l1", "mse", "patches"
     c.evaluation.patch = (16, 16)  # cells of "patches", the squares of their mean errors ...

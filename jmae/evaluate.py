@@ -162,7 +162,7 @@ def restore_results(config: ConfigDict, system: System, workdir: Path) -> Result
         if not found:
             raise InputError(f"{workdir}: stage {stage.name} has no checkpoint: train it first (python -m jmae.train)")
         checkpoint.refuse_unfinished(workdir / "checkpoints" / stage.name, found[0], found[2])
-        results[stage.name] = {"params": found[1].params, "stats": found[1].stats}
+        results[stage.name] = stage.result(found[1])
     return results
 
 

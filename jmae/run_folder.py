@@ -61,9 +61,9 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def fixed(config: ConfigDict) -> dict:
-    """The part of a recipe that a checkpoint depends on."""
+    """The part of a recipe that a checkpoint depends on; with `select=aucp` the evaluation too, whose score chooses."""
     out = json.loads(recipe.to_json(config))
-    for path in FREE:
+    for path in FREE if config.get("select") != "aucp" else set(FREE) - {"evaluation"}:
         *parents, last = path.split(".")
         section = out
         for parent in parents:

@@ -19,7 +19,7 @@ from jmae.patches import sincos_positions
 
 SYSTEMS = ("amae", "maemi", "memmc_mae", "ppii", "simsid")
 
-Results = Mapping[str, Mapping[str, PyTree]]  # by stage: {"params", "stats"} of its last step
+Results = Mapping[str, Mapping[str, PyTree]]  # by stage: {"params", "stats"}, of its last step or the one chosen
 
 
 class State(NamedTuple):
@@ -38,8 +38,9 @@ class Check(NamedTuple):
 
     rows(rows) -> manifest row numbers; `samples` samples of them (0: one of each) are made once and are the same at
         every look; without rows there is none.
-    look(state, batch) -> (State, metrics): pure, and deterministic.
-    labelled: `rows` are of `val` too, and batch["label"] (n,) is 0 normal, 1 abnormal, -1 all other rows.
+    look(state, batch) -> (State, metrics): pure, and deterministic. A batch holds "image", "index", "case", "unlabeled",
+        whether a sample's row is, and "label": 0 normal, 1 abnormal of labelled rows of `val`, -1 of all other ones.
+    labelled: `rows` are of `val` too.
     """
 
     every: int
@@ -63,6 +64,8 @@ class Stage(NamedTuple):
     weights: what `model.weights` is to this stage: "instead" of training it, the "start" of it, or "" nothing.
     positions: the position codes of its network, which those of a file must equal.
     printed: values of its metrics that the paper prints, METRIC -> {epoch, counted from 1: value}.
+    check: a look at how training goes; selection: one that decides which step's weights are kept.
+    result(state) -> {"params", "stats"} that later stages and the score read.
     """
 
     name: str
@@ -78,6 +81,8 @@ class Stage(NamedTuple):
     positions: Callable[[tuple[int, ...], int], np.ndarray] = sincos_positions
     check: Check | None = None
     printed: Mapping[str, Mapping[int, float]] = {}
+    selection: Check | None = None
+    result: Callable[[State], dict[str, PyTree]] = lambda state: {"params": state.params, "stats": state.stats}
 
 
 class Sweep(NamedTuple):
@@ -108,7 +113,8 @@ class System(NamedTuple):
     unit}, for the report alone. Higher is more abnormal; `chunk` masks (or samples) at a time. `masks` is how
     many one pass has. `uses` names the stages whose results `score` reads, `primary` the score that stands for the
     system, and `map` the map that does, where the primary score has none. A system of volumes has a `sweep` instead of
-    `score` and `masks`.
+    `score` and `masks`. `choice` names the stage whose weights `select=aucp` chooses, where it is not the last of
+    `uses`: `rest()` are stand-ins for the results of the stages behind it, with which `score` ranks cases alike.
     """
 
     name: str
@@ -119,6 +125,8 @@ class System(NamedTuple):
     masks: int = 1
     sweep: Sweep | None = None
     map: str = ""
+    choice: str = ""
+    rest: Callable[[], dict[str, Any]] = dict
 
 
 def load_system(config: ConfigDict) -> System:
@@ -133,7 +141,13 @@ def load_system(config: ConfigDict) -> System:
             raise InputError(f"evaluation.{name} is {value}: {least} or more")
     if not 0 <= (q := evaluation.get("iou", 0.0)) <= (0 if volumes else 100):
         raise InputError(f"evaluation.iou is {q}: a percentile from 0 (no IoU) to 100; of volumes 0 alone")
-    return system
+    own = {"ppii": ("dice",), "simsid": ("auroc",)}.get(system.name, ())
+    rules, rule = ("last", *own, "aucp"), config.get("select", "last")
+    if rule not in rules:
+        raise InputError(f"select is {rule!r}: one of {', '.join(rules)}")
+    if rule != "aucp":
+        return system
+    return importlib.import_module("jmae.selection").by_pseudo_auc(config, system)
 
 
 def network(make: Callable[[nnx.Rngs], nnx.Module]) -> tuple[Callable[[Array], PyTree], Callable[..., Any]]:

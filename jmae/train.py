@@ -34,7 +34,7 @@ from jmae.errors import InputError, NonFiniteLoss, Stopped, exit_code
 from jmae.evaluate import calibrate_run, evaluate
 from jmae.run_folder import add_history, cut_history, describe_run, digest, fixed, log, write_csv, write_text
 from jmae.sharding import device_mesh, keep_compiled, place_batch, replicated
-from jmae.system import Results, Stage, State, System, load_system, split_replicates, stage_keys
+from jmae.system import Check, Results, Stage, State, System, load_system, split_replicates, stage_keys
 from jmae.weights import load_weights, read_weights, summary, table
 
 APART = (
@@ -62,9 +62,11 @@ def run(config: ConfigDict, workdir: Path) -> int:
     if config.tensorboard:
         board()
     rows = load_rows(config, log)
-    splits, make = (("train",), Volumes) if system.sweep else (("train", "unlabeled"), Images)
+    splits, make = ["train"], Volumes if system.sweep else Images
+    if not system.sweep or any(stage.selection for stage in system.stages):
+        splits.append("unlabeled")
     if any(stage.check and stage.check.labelled for stage in system.stages):
-        splits = (*splits, "val")
+        splits.append("val")
     images: Samples = make([row for row in rows if row.split in splits], config, workdir / "cache")
     train(config, system, images, workdir)
     if any(row.split == "test" and row.label is not None for row in rows):
@@ -78,9 +80,12 @@ def run(config: ConfigDict, workdir: Path) -> int:
 def train(config: ConfigDict, system: System, images: Samples, workdir: Path) -> Results:
     """All stages in order; returns their results."""
     results: dict[str, Any] = {}
+    for stage in system.stages:
+        if stage.selection:
+            stage.selection.rows(images.rows)  # what it lacks is said before the first stage is trained
     for number, stage in enumerate(system.stages):
         state = train_stage(config, stage, number, images, results, workdir)
-        results[stage.name] = {"params": state.params, "stats": state.stats}
+        results[stage.name] = stage.result(state)
         if stage.table:
             for seed, part in enumerate(split_replicates(results, config.replicates)):
                 suffix = f"_{config.seed + seed}" if config.replicates > 1 else ""
@@ -141,14 +146,11 @@ def train_stage(
     del resident
     crop = () if held is None else tuple(config.data.size)
     step = compiled_step(stage.step, steps, n, crop)
-    checked = None
-    if stage.check and (chosen := stage.check.rows(images.rows)).size:
-        chosen = np.resize(chosen, stage.check.samples or len(chosen))
-        of = lambda row: row.label if row.split == "val" and row.label is not None else -1
-        label = np.array([of(images.rows[i]) for i in chosen], np.int32)
-        some = images.samples(chosen, np.arange(len(chosen)), CHECKS, 0)
-        checked = jax.device_put(some | {"index": np.arange(len(chosen)), "label": label}, replicated(mesh))
-        look_at = compiled_check(stage.check.look, n, crop)
+    checks = []
+    for check in (stage.check, stage.selection):
+        if check and (chosen := check.rows(images.rows)).size:
+            batch = jax.device_put(check_batch(chosen, check, images), replicated(mesh))
+            checks.append((check.every, compiled_check(check.look, n, crop), batch))
     pending: list[tuple[int, np.ndarray, dict]] = []  # steps whose metrics are still on the device
     seen: list[dict[str, float]] = position.get("seen", [])  # metrics since the last line
     saved_at = start
@@ -185,11 +187,15 @@ def train_stage(
                 show({"step": k})
             pending.append((k, batch["index"], metrics))
             stop = stopped()
-            if stage.check and checked and (k % stage.check.every == 0 or k == steps):
+            for every, look_at, checked in checks:
+                if k % every and k != steps:
+                    continue
                 look(pending)
                 pending.clear()
                 state, found_out = look_at(state, checked, held)
                 means = {m: float(np.mean(value)) for m, value in jax.device_get(found_out).items()}
+                if not np.isfinite(means.get("aucp", 0)):
+                    raise NonFiniteLoss(f"stage {name}, step {k}: scores not finite; {kept()}")
                 line = {"stage": name, "step": k} | means
                 add_history(history, line | {"time": round(time.time(), 3)})
                 show(line)
@@ -222,6 +228,16 @@ def compiled_step(step: Callable, steps: int, n: int, crop: tuple[int, ...] = ()
         return step(state, batch, jax.random.fold_in(key, state.step), steps=steps)
 
     return jax.jit(one if n == 1 else jax.vmap(one, (0, 0, 0, None)), donate_argnums=0)
+
+
+def check_batch(rows: np.ndarray, check: Check, images: Samples) -> dict[str, np.ndarray]:
+    """The samples of rows that a check looks at."""
+    rows = np.resize(rows, check.samples or len(rows))
+    numbers, own = np.arange(len(rows)), [images.rows[i] for i in rows]
+    label = [row.label if row.split == "val" and row.label is not None else -1 for row in own]
+    more = {"index": numbers, "case": images.words[rows], "label": np.array(label, np.int32)}
+    more |= {"unlabeled": np.array([row.split == "unlabeled" for row in own])}
+    return images.samples(rows, numbers, CHECKS, 0) | more
 
 
 @lru_cache(maxsize=8)
@@ -272,14 +288,14 @@ def adopt(config: ConfigDict, stage: Stage, state: State, workdir: Path) -> Stat
         log(f"{stage.name}: {summary(loaded[0][1])} from {source}, part {part}: {workdir / 'weights.txt'}")
         write_text(workdir / "weights.txt", table(loaded[0][1]) + "\n")
     else:
-        params = of_run(config, stage.name, state)
+        params = of_run(config, stage, state)
     return state._replace(params=jax.device_put(params, jax.tree.map(lambda x: x.sharding, state.params)))
 
 
-def of_run(config: ConfigDict, stage: str, state: State) -> PyTree:
+def of_run(config: ConfigDict, stage: Stage, state: State) -> PyTree:
     """A stage's parameters from the run folder `model.weights`."""
     workdir, n = Path(config.model.weights), config.replicates
-    folder = workdir / "checkpoints" / stage
+    folder = workdir / "checkpoints" / stage.name
     if not workdir.exists():
         raise InputError(f"model.weights: {workdir} not found: name a checkpoint file, or the folder of an earlier run")
     if not (workdir / "config.json").is_file():
@@ -299,8 +315,9 @@ def of_run(config: ConfigDict, stage: str, state: State) -> PyTree:
         raise InputError(f"model.weights: {folder} has no checkpoint: name the folder of an earlier run")
     step, saved, position = found
     checkpoint.refuse_unfinished(folder, step, position)
-    log(f"{stage}: taken over from {folder}, step {step}")
-    return saved.params if n == 1 or stacked else jax.tree.map(lambda x: jnp.stack([x] * n), saved.params)
+    log(f"{stage.name}: taken over from {folder}, step {step}")
+    params = stage.result(saved)["params"]
+    return params if n == 1 or stacked else jax.tree.map(lambda x: jnp.stack([x] * n), params)
 
 
 # --- signs of life --------------------------------------------------------------------------------------------------
@@ -357,7 +374,7 @@ def progress(stage: str, start: int, steps: int) -> Iterator[Callable[[Mapping],
 def headline(line: Mapping) -> str:
     """The metrics of a line that are worth a look while it runs."""
     return "  ".join(
-        f"{name} {line[name]:.4f}" for name in ("loss", "accuracy", "abnormal_share", "dice") if name in line
+        f"{name} {line[name]:.4f}" for name in ("loss", "accuracy", "abnormal_share", "dice", "aucp") if name in line
     )
 
 

@@ -107,7 +107,7 @@ def test_phiseg_of_the_paper_preset_has_two_more_levels():
         ("evaluation.froc=-5.0", "evaluation.froc and evaluation.chunk: not below 0"),
         ("data.size=16,16,8", "data.size has 3 axes: take the preset small3d"),
         ("anomaly.jmae.gain=-1.0", "anomaly.jmae.gain: above 0"),
-        ("select=aucp", "select is 'aucp': one of last, dice"),
+        ("select=best", "select is 'best': one of last, dice, aucp"),
         ("train.held_out=1.0", "train.dice_at and train.held_out: from 0 to below 1"),
         ("anomaly.jmae.anomalies=3,2", "anomaly.jmae.anomalies"),
         ("anomaly.patch=0.5,0.2", "anomaly.patch"),

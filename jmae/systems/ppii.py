@@ -48,7 +48,7 @@ def build(config: ConfigDict) -> System:
         "anomaly.source": (anomaly.source, ("other", "self")),
         "anomaly.shape": (anomaly.shape, SHAPES),
         "train.loss": (train.loss, ("cross_entropy", "mse")),
-        "select": (config.select, ("last", "dice")),
+        "select": (config.select, ("last", "dice", "aucp")),
     }
     for key, (value, allowed) in choices.items():
         if value not in allowed:

@@ -18,7 +18,7 @@ its score is low); loss weights, rates and epochs as in the recipe.
 from collections.abc import Callable, Mapping
 from functools import partial
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -86,7 +86,7 @@ def check(config: ConfigDict) -> None:
     data, model, memory, joint = config.data, config.model, config.memory, config.joint
     for key, value, allowed in (
         ("variant", config.variant, ("report", "official")),
-        ("select", config.select, ("auroc", "last")),
+        ("select", config.select, ("auroc", "last", "aucp")),
         ("evaluation.score", config.evaluation.score, SCORES),
         ("model.encoder", model.encoder, ("joint", "frozen_random")),
         ("model.centre", model.centre, ("retrieved", "raw", "mask")),
@@ -141,7 +141,7 @@ def check(config: ConfigDict) -> None:
         raise InputError(f"data.size has {len(data.size)} axes: take the preset {preset}")
     if "join" in data:
         check_settings(data)
-        if config.select != "last":
+        if config.select == "auroc":
             raise InputError("select=auroc is of images: of volumes write --config.select=last")
     elif data.normalise not in ("unit", "image"):
         raise InputError(f"data.normalise is {data.normalise!r}: one of unit, image")
@@ -225,6 +225,13 @@ def build(config: ConfigDict) -> System:
         maps = {name: jnp.where(inside, averages[..., i], 0) for i, name in enumerate(SCORES)}
         return {"maps": maps, "reconstruction": averages[..., len(SCORES) :]}
 
+    def rest() -> Results:
+        """Any D, which no reconstruction error depends on, and a calibration by constants: it ranks logits as any does,
+        and is so wide that no two logits become the same A in float32."""
+        params, stats = discriminator_of(config)[0](jax.random.key(0))
+        wide = {"mean": jnp.zeros(2), "squares": jnp.full(2, 1e4), "count": jnp.int32(1), "left": jnp.int32(0)}
+        return {"discriminator": {"params": params, "stats": stats}, "calibration": {"params": {}, "stats": wide}}
+
     batch = variant.stages[-1].batch
     last = Stage(
         "calibration",
@@ -236,11 +243,13 @@ def build(config: ConfigDict) -> System:
         shuffle=False,
     )
     stages, uses = (*variant.stages, normalising(config, last)), (*names, "calibration")
+    student = config.variant == "report" and score_name in MAPS
+    choice: dict[str, Any] = {"choice": "student" if student else names[-1], "rest": rest}
     if len(size) == 3:
         sweep = Sweep(size, tuple(evaluation.stride), 1, window_score, fuse)
-        return System("simsid", stages, None, uses, score_name, sweep=sweep)
+        return System("simsid", stages, None, uses, score_name, sweep=sweep, **choice)
     # A and the difference are of whole images: the picture beside them is |I - made|.
-    return System("simsid", stages, score, uses, score_name, map="" if score_name in MAPS else "l1")
+    return System("simsid", stages, score, uses, score_name, map="" if score_name in MAPS else "l1", **choice)
 
 
 def normalised(config: ConfigDict, image: Float[Array, "b *size c"]) -> tuple[Array, Callable[[Array], Array]]:

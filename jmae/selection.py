@@ -1,0 +1,143 @@
+"""Which step's weights are scored, chosen without a label: `config.select = "aucp"`.
+
+Siddiquee, Rafsani, Shah, Wu, Chong, Schwedt, Li, "AUCp: Pseudo-AUC for Inference Model Selection with Unlabeled
+Validation Data in Abnormality Detection", IEEE TMI 2026, arXiv 2606.08742: the AUROC of all unlabelled images against
+known normals. With a share p of abnormal images among the unlabelled it is p AUROC + (1 - p) / 2 where their normals
+score as the known ones do, so that both have their best step in common.
+
+Known normals that are trained on score lower than new ones of an overfit network; then the pseudo-AUC rises with
+overfitting. Recipes that hold normals out (`held_out`) compare with those.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float
+from ml_collections import ConfigDict
+
+from jmae.data.manifest import Row, held_out
+from jmae.errors import InputError
+from jmae.masking import case_keys
+from jmae.system import Check, Results, State, System
+from jmae.windows import average
+
+MOST = 10_000  # rows of either kind: their pairs are counted in 32 bits
+
+
+def auroc(scores: Float[Array, " n"], positive: Bool[Array, " n"]) -> Float[Array, ""]:
+    """The chance that a positive scores above a negative, ties counting half: `metrics.auroc` on the device, of at most
+    `MOST` of each class; nan where one is missing or a score is not finite."""
+    negatives, m = jnp.sort(jnp.where(positive, jnp.inf, scores)), jnp.sum(~positive)
+    halves = sum(jnp.minimum(jnp.searchsorted(negatives, scores, side), m) for side in ("left", "right"))
+    value = jnp.sum(jnp.where(positive, halves, 0)) / (2.0 * m * jnp.sum(positive))
+    return jnp.where(jnp.isfinite(scores).all(), value, jnp.nan)
+
+
+def by_pseudo_auc(config: ConfigDict, system: System) -> System:
+    """The system whose stage `choice` (the last that `uses` names) looks at its pseudo-AUC every `select_every` steps
+    and after the last, and whose result is the step with the highest, the later one of equals.
+
+    Raises InputError on settings that mean nothing; `Check.rows` raises it where no row is unlabelled.
+    """
+    if config.select_every < 1 or not 1 <= config.select_samples <= MOST:
+        raise InputError(f"select_every is 1 or more, select_samples from 1 to {MOST}")
+    name = system.choice or system.uses[-1]
+    number = [stage.name for stage in system.stages].index(name)
+    stage, before = system.stages[number], [s.name for s in system.stages[:number] if s.name in system.uses]
+    if stage.weights == "instead" and config.model.weights:
+        raise InputError(f"select=aucp: model.weights stands for stage {name}, no step is to be chosen: select=last")
+    share = next((config[s].held_out for s in ("train", "validation") if "held_out" in config.get(s, {})), 0.0)
+    score = crop_scores if system.sweep else image_scores
+
+    def init(key: Array, results: Results, n: int) -> State:
+        state = stage.init(key, results, n)
+        best = {"params": state.params, "stats": state.stats, "aucp": jnp.float32(-1), "step": state.step}
+        frozen = {"own": state.frozen, "results": {name: results[name] for name in before}}
+        return state._replace(stats={"own": state.stats, "best": best}, frozen=frozen)
+
+    def on_own(function: Callable) -> Callable:
+        """A step or look of the stage on the state that holds the best beside its own."""
+
+        def wrapped(state: State, *args: Any, **more: Any) -> tuple[State, dict[str, Array]]:
+            own = state._replace(stats=state.stats["own"], frozen=state.frozen["own"])
+            after, metrics = function(own, *args, **more)
+            return after._replace(stats=state.stats | {"own": after.stats}, frozen=state.frozen), metrics
+
+        return wrapped
+
+    def rows(rows: list[Row]) -> np.ndarray:
+        held, splits = held_out(rows, share), np.array([row.split for row in rows])
+        normals = np.flatnonzero(held if held.any() else splits == "train")
+        unlabelled = np.flatnonzero(splits == "unlabeled")
+        if not min(normals.size, unlabelled.size):
+            raise InputError(
+                "select=aucp compares rows of split 'unlabeled' with rows of 'train': give the manifest both, or take"
+                " select=last"
+            )
+
+        def some(numbers: np.ndarray) -> np.ndarray:  # one sample of an image, several crops of a volume
+            count = config.select_samples if system.sweep else min(numbers.size, config.select_samples)
+            return numbers[np.arange(count) * numbers.size // count]
+
+        return np.concatenate([some(normals), some(unlabelled)])
+
+    def look(state: State, batch: dict) -> tuple[State, dict[str, Array]]:
+        own, best = {"params": state.params, "stats": state.stats["own"]}, state.stats["best"]
+        results = system.rest() | state.frozen["results"] | {name: own}
+        value = auroc(score(config, system, results, batch), batch["unlabeled"])
+        new = own | {"aucp": value, "step": state.step}
+        best = jax.tree.map(lambda new, old: jnp.where(value >= best["aucp"], new, old), new, best)
+        found = {"aucp": value, "best_aucp": best["aucp"], "best_step": best["step"]}
+        return state._replace(stats=state.stats | {"best": best}), found
+
+    chosen = stage._replace(
+        init=init,
+        step=on_own(stage.step),
+        check=stage.check and stage.check._replace(look=on_own(stage.check.look)),
+        selection=Check(config.select_every, 0, rows, look),
+        result=lambda state: {what: state.stats["best"][what] for what in ("params", "stats")},
+    )
+    return system._replace(stages=(*system.stages[:number], chosen, *system.stages[number + 1 :]))
+
+
+def image_scores(config: ConfigDict, system: System, results: Results, batch: dict) -> Float[Array, " n"]:
+    """The primary score of each image, in batches as the evaluation has them, under masks that are the same at every
+    look."""
+    assert system.score
+    run, n, b, key = system.score, len(batch["image"]), config.evaluation.batch, jax.random.key(config.seed)
+    numbers = jnp.minimum(jnp.arange(-(-n // b) * b), n - 1).reshape(-1, b)
+
+    def one(numbers: Array) -> Float[Array, " b"]:
+        part = {what: batch[what][numbers] for what in ("image", "case")}
+        return run(results, part, key, chunk=config.evaluation.get("chunk") or None)["scores"][system.primary]
+
+    return jax.lax.map(one, numbers).reshape(-1)[:n]
+
+
+def crop_scores(config: ConfigDict, system: System, results: Results, batch: dict) -> Float[Array, " n"]:
+    """The mean of the primary map of each crop, which is scored as a volume of a window's size."""
+    assert system.sweep
+    sweep, n = system.sweep, len(batch["image"])
+    keys = jax.vmap(jax.random.fold_in)(case_keys(jax.random.key(config.seed), batch["case"]), jnp.arange(n))
+
+    def one(sample: tuple[Array, Array]) -> Float[Array, ""]:
+        image, key = sample
+        averages = average(
+            lambda image, keys: sweep.score(results, image, keys),
+            image,
+            jnp.zeros((1, image.ndim - 1), jnp.int32),
+            jnp.int32(1),
+            tuple(jnp.ones(edge) for edge in sweep.window),
+            key,
+            window=sweep.window,
+            repeats=sweep.repeats,
+            batch=sweep.repeats,
+            weighted=sweep.weighted,
+            released=sweep.released,
+        )
+        return jnp.mean(sweep.fuse(averages, jnp.ones(sweep.window, bool))["maps"][system.primary])
+
+    return jax.lax.map(one, (batch["image"], keys), batch_size=max(1, config.evaluation.batch // sweep.repeats))

@@ -38,8 +38,8 @@ class Check(NamedTuple):
 
     rows(rows) -> manifest row numbers; `samples` samples of them (0: one of each) are made once and are the same at
         every look; without rows there is none.
-    look(state, batch) -> (State, metrics): pure, and deterministic. A batch holds "image", "index", "case", "unlabeled",
-        whether a sample's row is, and "label": 0 normal, 1 abnormal of labelled rows of `val`, -1 of all other ones.
+    look(state, batch) -> (State, metrics): pure, and deterministic. A batch holds "image", "index", "case", whether a
+        sample's row is "unlabeled", and "label": 0 normal, 1 abnormal of labelled rows of `val`, -1 of all other ones.
     labelled: `rows` are of `val` too.
     """
 

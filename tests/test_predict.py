@@ -219,7 +219,7 @@ def test_arrays_that_cannot_be_used_are_refused_in_one_line(images_run, tmp_path
         (np.zeros((0, 4)), {}, "give real values"),
         (good.astype(complex), {}, "give real values"),
         (np.array([["a"]]), {}, "give real values"),
-        (good[..., None].repeat(2, -1), {}, "2 channels where the recipe has 1"),
+        (good[..., None].repeat(2, -1), {}, "channels: 2 where the recipe has 1"),
         (bad, {}, "1 values are not finite"),
         (good * 1e300, {}, "not finite"),
         (good, {"spacing": (1, 2, 3)}, "not 2 numbers above 0"),

@@ -1,7 +1,5 @@
 """Memory-augmented attention, long skips and the multi-level decoder against their formulas."""
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -44,9 +42,9 @@ def attend(q, k, v, heads):
     return out.swapaxes(0, 1).reshape(out.shape[1], -1)
 
 
-def randomised(module, seed=0):
-    """The module with every parameter drawn anew: zero biases and equal scales hide mistakes."""
-    graph, params = nnx.split(module)
+def randomised(make, seed=0):
+    """What `make` makes, with every parameter drawn anew: zero biases and equal scales hide mistakes."""
+    graph, params = nnx.split(nnx.eval_shape(make))
     leaves, tree = jax.tree.flatten(params)
     rng = np.random.default_rng(seed)
     drawn = [jnp.asarray(0.5 * rng.standard_normal(leaf.shape), jnp.float32) for leaf in leaves]
@@ -94,7 +92,7 @@ class OneByOne(nnx.Module):
 
 @pytest.mark.parametrize("slots", [0, 1, SLOTS])
 def test_a_block_equals_the_written_out_formula_with_and_without_memory(slots):
-    block = randomised(Block(WIDTH, HEADS, 4.0, jnp.float32, slots, rngs=nnx.Rngs(0)))
+    block = randomised(lambda: Block(WIDTH, HEADS, 4.0, jnp.float32, slots, rngs=nnx.Rngs(0)))
     assert {"memory_k", "memory_v"} & set(nnx.to_pure_dict(nnx.state(block))) == (
         {"memory_k", "memory_v"} if slots else set()
     )
@@ -117,8 +115,8 @@ def test_memory_is_drawn_as_its_source_has_it_and_has_gradients():
 
 @pytest.mark.parametrize("depth", [1, 2, 5, 6])
 def test_long_skips_join_the_blocks_that_the_rule_names(depth):
-    make = partial(Block, WIDTH, HEADS, 2.0, jnp.float32, rngs=nnx.Rngs(0))
-    blocks, x = randomised(Blocks(depth, make, long_skips=True)), tokens(2, 4, WIDTH)
+    make = lambda: Block(WIDTH, HEADS, 2.0, jnp.float32, rngs=nnx.Rngs(0))
+    blocks, x = randomised(lambda: Blocks(depth, make, long_skips=True)), tokens(2, 4, WIDTH)
     outputs = jitted(OneByOne(blocks), x, method="outputs")
     np.testing.assert_allclose(jitted(blocks, x), outputs[-1], rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(jitted(blocks, x, method="outputs"), outputs, rtol=1e-4, atol=1e-4)
@@ -126,7 +124,7 @@ def test_long_skips_join_the_blocks_that_the_rule_names(depth):
 
 def test_the_network_has_long_skips_in_both_stacks():
     sizes = TINY | dict(depth=3, decoder_depth=3, memory=2, long_skips=True)
-    mae = randomised(MultiLevelMAE(**sizes, rngs=nnx.Rngs(0)))
+    mae = randomised(lambda: MultiLevelMAE(**sizes, rngs=nnx.Rngs(0)))
     order = np.array([[4, 1, 0, 2, 3, 5], [0, 3, 5, 1, 2, 4]])
     given = tokens(2, 6, 16), order[:, :2], np.argsort(order, 1)
     found = jitted(mae, *given)
@@ -138,10 +136,8 @@ def test_the_network_has_long_skips_in_both_stacks():
 @pytest.mark.parametrize("gate", ["channel", "token"])
 def test_the_multi_level_block_equals_a_loop_over_levels(gate, normed):
     levels, e, n = 4, 10, 6
-    block = MultiLevelBlock(
-        WIDTH, HEADS, 2.0, jnp.float32, levels=levels, level_width=e, gate=gate, normed=normed, rngs=nnx.Rngs(0)
-    )
-    block = randomised(block)
+    options = dict(levels=levels, level_width=e, gate=gate, normed=normed)
+    block = randomised(lambda: MultiLevelBlock(WIDTH, HEADS, 2.0, jnp.float32, **options, rngs=nnx.Rngs(0)))
     y, x = tokens(2, n, WIDTH), tokens(levels, 2, 5, e, seed=2)
     found = jitted(block, y, x)
     kernel, bias = (np.asarray(p[...], np.float64) for p in (block.gates.kernel, block.gates.bias))
@@ -163,7 +159,9 @@ def test_the_multi_level_block_equals_a_loop_over_levels(gate, normed):
 
 
 def test_closed_gates_leave_the_plain_decoder_block():
-    block = randomised(MultiLevelBlock(WIDTH, HEADS, 2.0, jnp.float32, levels=3, level_width=10, rngs=nnx.Rngs(0)))
+    block = randomised(
+        lambda: MultiLevelBlock(WIDTH, HEADS, 2.0, jnp.float32, levels=3, level_width=10, rngs=nnx.Rngs(0))
+    )
     block.gates.kernel[...] = jnp.zeros_like(block.gates.kernel[...])
     block.gates.bias[...] = jnp.full_like(block.gates.bias[...], -200.0)
     y = tokens(2, 4, WIDTH)
@@ -177,7 +175,7 @@ def test_an_unknown_gate_is_refused():
 
 def test_the_network_decodes_from_the_outputs_of_all_encoder_blocks():
     size, patch = (8, 8, 4), (4, 4, 2)
-    mae = randomised(MultiLevelMAE(**TINY | dict(size=size, patch=patch, memory=4), rngs=nnx.Rngs(0)))
+    mae = randomised(lambda: MultiLevelMAE(**TINY | dict(size=size, patch=patch, memory=4), rngs=nnx.Rngs(0)))
     count, values = int(np.prod(np.array(size) // patch)), int(np.prod(patch))
     patches, keep = tokens(2, count, values), np.array([[1, 3], [0, 2]])
     restore = np.argsort(np.concatenate([keep, [[i for i in range(count) if i not in row] for row in keep]], 1), 1)

@@ -98,6 +98,7 @@ if __name__ == "__main__":
     code = exit_code(train.main, given)
     wrong = exit_code(train.main, [*given, "--config.pretrain.batch=12", f"--workdir={run}-12"])
     code += exit_code(train.main, arguments(Path(manifest), Path(volumes), *EIGHT))
+    jax.config.update("jax_disable_most_optimizations", True)  # the steps compile for longer than they run
     mapped = mapped_against_jitted(*small_system("pretrain.augment=false", "adapt.augment=false"), batch)
     mapped |= mapped_against_jitted(*small_system(name="maemi"), crops)
     for title, name, *changes in (

@@ -8,7 +8,7 @@
 PyTorch has the report's networks, retrieval and transformer, once with the patches and positions in Python loops, as
 the report's listings have them, and once with them as a batch. Settings train with `python -m jmae.train --config
 configs/simsid.py`; further --config.KEY=VALUE are passed on, `--only NAME ...` runs some. Printed are all scores beside
-the cheap baselines, and the training MSE beside the report's printed values; benchmarks/results/simsid.json keeps them.
+the cheap baselines, and training figures beside the report's printed values; benchmarks/results/simsid.json keeps them.
 """
 
 import argparse
@@ -43,21 +43,6 @@ PARTS: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
         },
     ),
 }
-PRINTED = {  # the report's training MSE by epoch; the student's first epoch is 0 there
-    "teacher": {
-        1: 0.3495,
-        2: 0.0608,
-        3: 0.0444,
-        4: 0.0394,
-        5: 0.0372,
-        10: 0.0342,
-        15: 0.0333,
-        20: 0.0323,
-        1000: 0.0029,
-    },
-    "student": {1: 0.0317, 11: 0.0119, 21: 0.0099, 232: 0.0033, 251: 0.0032},
-}
-
 
 # --- speed ------------------------------------------------------------------------------------------------------------
 
@@ -251,27 +236,6 @@ def speed(paper: bool, rounds: int) -> None:
 # --- settings ---------------------------------------------------------------------------------------------------------
 
 
-def curves(workdir: Path) -> dict[str, dict[int, float]]:
-    """Training MSE of teacher and student at the epochs that the report prints, where they were trained so long."""
-    from jmae import recipe
-    from jmae.data.loader import load_rows
-    from jmae.run_folder import read_history
-    from jmae.systems.simsid import trained
-
-    config = recipe.read(workdir)
-    n, out = len(trained(config, load_rows(config, lambda text: None))), {}
-    for stage, printed in PRINTED.items():
-        lines = [
-            (h["step"], h.get("mse", h.get("loss")))
-            for h in read_history(workdir / "metrics.jsonl")
-            if h["stage"] == stage and "loss" in h
-        ]
-        ends = {epoch: epoch * max(1, n // config[stage].batch) for epoch in printed}
-        near = lambda end, lines=lines: min(lines, key=lambda line: abs(line[0] - end))[1]
-        out[stage] = {epoch: near(end) for epoch, end in ends.items() if lines and end <= lines[-1][0]}
-    return out
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("speed", *PARTS))
@@ -300,7 +264,7 @@ def main() -> None:
         result = train([f"--config=configs/simsid.py{preset}", *given, *overrides], workdir)
         found = json.loads((workdir / "evaluation" / "metrics.json").read_text())
         result |= {key: found[key] for key in ("primary", "scores", "baselines", "decision")}
-        result["mse_by_epoch"] = curves(workdir) if change.get("variant") != "official" else {}
+        result["printed"] = found.get("printed", [])
         write(RESULTS, f"{options.what}, {name}", without_curves(result))
         for kind in ("scores", "baselines"):
             for score, part in found[kind].items():
@@ -310,10 +274,11 @@ def main() -> None:
                 rows.append(
                     (name, score + mark, image.get("auroc", ""), low, high, image.get("ap", ""), pixel.get("auroc", ""))
                 )
-        for stage, at in result["mse_by_epoch"].items():
-            epochs += [(name, stage, epoch, value, PRINTED[stage][epoch]) for epoch, value in at.items()]
+        epochs += [
+            (name, p["stage"], p["metric"], p["epoch"], p["ours"] or "", p["printed"]) for p in result["printed"]
+        ]
     print(table(("setting", "score", "image AUROC", "from", "to", "AP", "pixel AUROC"), rows))
-    print(table(("setting", "stage", "epoch", "training MSE", "report's"), epochs))
+    print(table(("setting", "stage", "metric", "epoch", "here", "report's"), epochs))
     return None
 
 

@@ -90,7 +90,7 @@ class MultiLevelBlock(nnx.Module):
             c = self.out(found.reshape(-1, d)).reshape(count, b * n, d)
             alpha = jax.nn.sigmoid(_each(rows, of_s) + jnp.einsum("lrd,ldo->lro", c, of_c) + bias)
             return jnp.sum(alpha * c, axis=0).reshape(b, n, d)
-        project, shift = (p[...].astype(s.dtype) for p in (self.out.kernel, self.out.bias) if p is not None)
+        project, shift = (p[...].astype(s.dtype) for p in (self.out.kernel, self.out.bias))  # type: ignore[index]
         seen = jnp.einsum("lrd,ldo->lro", found, project @ of_c) + (shift @ of_c)[:, None]
         alpha = jax.nn.sigmoid(_each(rows, of_s) + seen + bias)
         mixed = jnp.sum(alpha * found, axis=0) @ project + jnp.sum(alpha, axis=0) * shift

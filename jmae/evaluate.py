@@ -48,10 +48,10 @@ from jmae.errors import InputError, exit_code
 from jmae.masking import case_keys
 from jmae.reconstruct import fitting, out_of_memory, too_large
 from jmae.report import PERCENTILES, Case, Scale, choose_cases, one_slice, without_curves, write_report
-from jmae.run_folder import log, read_history, write_csv, write_text
-from jmae.scoring import Calibration, alarm_threshold, colour_ends, p_values, top_mean
+from jmae.run_folder import digest, log, read_history, write_csv, write_text
+from jmae.scoring import Calibration, alarm_threshold, colour_ends, top_mean
 from jmae.sharding import device_mesh, keep_compiled, replicated, split
-from jmae.system import Results, Sweep, System, load_system, stage_keys
+from jmae.system import Results, Sweep, System, compute_type, load_system, stage_keys
 from jmae.windows import average, inside, tile
 
 WHOLE = "whole"  # the part that is the split itself
@@ -61,6 +61,7 @@ CALIBRATION = "calibration.json"
 UNCALIBRATED = (
     "not calibrated, so no p-values: give the manifest val rows of label 0, or train with --config.data.calibration=0.1"
 )
+NEEDS = ("region", "midline", "half")  # columns that the score of a volume depends on
 NO_SCORE = "batch chunk subsets maps reconstruction draws froc iou alarm_rate".split()  # of `evaluation`
 
 
@@ -485,13 +486,34 @@ def shown_map(system: System) -> str:
     return system.map or system.primary
 
 
-def calibrate(config: ConfigDict, system: System, results: Results, held: Held, workdir: Path) -> Calibration:
+def calibrators(config: ConfigDict, system: System, rows: Sequence[Row]) -> list[bool]:
+    """Which rows of `val` say what a score means: the normals that nothing was chosen by."""
+    labels = {row.label for row in rows if row.split == "val" and not row.kept}
+    if system.chosen_on_val and {0, 1} <= labels:
+        log(
+            f"select={config.select}: val's labels chose the weights, so only train rows kept apart give p-values "
+            "(--config.data.calibration=0.1)"
+        )
+        return [row.kept for row in rows]
+    return [row.label == 0 for row in rows]
+
+
+def calibrate(config: ConfigDict, system: System, results: Results, held: Held, workdir: Path) -> Calibration | None:
     """Calibrates a run on the normals of `held` and writes calibration.json: whom it is of, the score of each normal,
-    the threshold at the false-alarm rate `evaluation.alarm_rate`, the colour scale of maps."""
+    the threshold at the false-alarm rate `evaluation.alarm_rate`, the colour scale of maps. None where no row is left
+    that nothing was chosen by."""
+    used = calibrators(config, system, held.rows)
+    normals = [row for row, use in zip(held.rows, used, strict=True) if use]
+    if not normals:
+        return None
     scores = {
-        row.id: float(values.mean()) for row, values in zip(held.rows, held.scores.T, strict=True) if row.label == 0
+        row.id: float(values.mean()) for row, values, use in zip(held.rows, held.scores.T, used, strict=True) if use
     }
-    ends = held.ends[[row.label == 0 for row in held.rows]]
+    patients = len({patient_of(row) for row in normals})
+    if patients < len(normals):
+        log(f"warning: {len(normals)} held-out normals of {patients} patients: p-values promise less than their number")
+    needs = [name for name in NEEDS if "join" in config.data and any(stated(row, name) for row in normals)]
+    ends = held.ends[used]
     low, high = colour_ends(*ends.T) if np.isfinite(ends).all() else (None, None)
     rate = alarm_rate(config)
     threshold = alarm_threshold(list(scores.values()), rate)
@@ -499,6 +521,8 @@ def calibrate(config: ConfigDict, system: System, results: Results, held: Held, 
         log(f"warning: {len(scores)} held-out normals give no p-value up to {rate:g}: {math.ceil(1 / rate) - 1} would")
     about = {
         "n": len(scores),
+        "patients": patients,
+        "needs": needs,
         "alarm_rate": rate,
         "threshold": threshold,
         "colours": {"low": low, "high": high},
@@ -507,12 +531,18 @@ def calibrate(config: ConfigDict, system: System, results: Results, held: Held, 
     }
     write_text(workdir / CALIBRATION, json.dumps(about, indent=1))
     log(f"calibrated on {len(scores)} held-out normals: {workdir / CALIBRATION}")
-    return Calibration(scores, low, high)
+    return Calibration(scores, low, high, tuple(needs))
+
+
+def stated(row: Row, name: str) -> bool:
+    """Whether a row says something in the column `name` of `NEEDS`."""
+    return bool(row.region if name == "region" else row.extra.get(name))
 
 
 def calibrate_run(config: ConfigDict, system: System, rows: Sequence[Row], workdir: Path) -> None:
     """Calibrates a run that is not evaluated, where its data have held-out normals."""
-    normals = [row for row in rows if row.split == "val" and row.label == 0]
+    val = [row for row in rows if row.split == "val"]
+    normals = [row for row, use in zip(val, calibrators(config, system, val), strict=True) if use]
     if not normals:
         log(UNCALIBRATED)
         return
@@ -534,6 +564,7 @@ def read_calibration(config: ConfigDict, system: System, results: Results, workd
         scores = {str(name): float(score) for name, score in about["scores"].items()}
         low, high = (None if end is None else float(end) for end in (about["colours"]["low"], about["colours"]["high"]))
         weights, settings = str(about["of"]["weights"]), dict(about["of"]["settings"])
+        needs = tuple(str(name) for name in about["needs"])
         if not scores or not np.isfinite([*scores.values(), low or 0, high or 0]).all():
             raise ValueError("no scores, or not finite ones")
     except FileNotFoundError:
@@ -548,7 +579,7 @@ def read_calibration(config: ConfigDict, system: System, results: Results, workd
     if other := [k for k in settings | own["settings"] if settings.get(k) != own["settings"].get(k)]:
         log(f"warning: {file} is of another evaluation.{other[0]}: no p-values")
         return None
-    return Calibration(scores, low, high)
+    return Calibration(scores, low, high, needs)
 
 
 def scored_by(config: ConfigDict, system: System, results: Results) -> dict[str, Any]:
@@ -558,7 +589,10 @@ def scored_by(config: ConfigDict, system: System, results: Results) -> dict[str,
     for path, leaf in jax.tree.leaves_with_path(results):
         digest.update(jax.tree_util.keystr(path).encode())
         digest.update(np.ascontiguousarray(leaf).tobytes())
-    settings = {"score": system.primary} | {k: v for k, v in config.evaluation.items() if k not in NO_SCORE}
+    precision = str(jnp.dtype(compute_type(config))) if "dtype" in config.get("model", {}) else ""
+    settings = {"score": system.primary, "dtype": precision} | {
+        k: v for k, v in config.evaluation.items() if k not in NO_SCORE
+    }
     return {"weights": digest.hexdigest(), "settings": settings}
 
 
@@ -579,12 +613,15 @@ def alarm_rate(config: ConfigDict) -> float:
     return rate
 
 
-def alarms(split: "Split", means: np.ndarray, calibration: Calibration | None, rate: float) -> dict[str, Any] | None:
-    """How often labelled rows have a p-value of at most `rate`, of primary scores (n,); None where uncalibrated."""
-    if not calibration:
+def alarms(
+    split: "Split", values: Sequence[float | None], calibration: Calibration | None, rate: float
+) -> dict[str, Any] | None:
+    """How often labelled rows that have a p-value have one of at most `rate`; None where no row has one."""
+    p = np.array([np.nan if value is None else value for value in values])
+    if not calibration or np.isnan(p).all():
         return None
-    p = p_values(list(calibration.scores.values()), means)
-    share = lambda label: float((p[split.labels == label] <= rate).mean()) if (split.labels == label).any() else None
+    of = lambda label: (split.labels == label) & ~np.isnan(p)
+    share = lambda label: float((p[of(label)] <= rate).mean()) if of(label).any() else None
     return {"n": len(calibration.scores), "rate": rate, "normal": share(0), "abnormal": share(1)}
 
 
@@ -855,10 +892,14 @@ def evaluate(
         stream = score_volumes(config, system, results, rows, of, workdir)
     else:
         stream = score_images(config, system, results, rows, of, parts)
-    if own and of.normals and stream.held:
-        calibration: Calibration | None = calibrate(config, system, results, stream.held, workdir)
+    if own and of.normals and stream.held and not other_rows(system, rows, workdir):
+        calibration = calibrate(config, system, results, stream.held, workdir)
     else:
         calibration = read_calibration(config, system, results, workdir)
+    judge = calibration
+    if own and split in ("train", "unlabeled"):
+        judge = None
+        log(f"{split}: no p-values, which are of cases that were not trained on")
     gathered = gather(config, system, of, stream, parts, out)
     evaluation: dict[str, Any] = {
         "system": system.name,
@@ -889,8 +930,8 @@ def evaluate(
             evaluation["per_patient"] = parts[WHOLE].pixels.per_patient(shown, list(evaluation["scores"]))
 
     of_row = lambda i: {name: values[:, i] for name, values in gathered.scores.items()}
-    table = [score_line(row, of_row(i), system, calibration) for i, row in enumerate(of.rows)]
-    evaluation["alarms"] = alarms(of, np.array([line["score"] for line in table]), calibration, rate)
+    table = [score_line(row, of_row(i), system, judge) for i, row in enumerate(of.rows)]
+    evaluation["alarms"] = alarms(of, [line["p_value"] for line in table], calibration, rate)
     history = read_history(workdir / "metrics.jsonl")
     if printed := beside_printed(config, system, rows, workdir, history):
         evaluation["printed"] = printed
@@ -932,13 +973,39 @@ def beside_printed(
     return out
 
 
+def trained_rows(system: System, rows: Sequence[Row]) -> list[Row]:
+    """The rows whose images training reads."""
+    splits = ["train"]
+    if not system.sweep or any(stage.selection for stage in system.stages):
+        splits.append("unlabeled")
+    if any(stage.check and stage.check.labelled for stage in system.stages):
+        splits.append("val")
+    return [row for row in rows if row.split in splits]
+
+
+def other_rows(system: System, rows: Sequence[Row], workdir: Path) -> bool:
+    """Whether the data, changed since, no longer tell which rows were trained on: then none may calibrate."""
+    if not system.stages:
+        return False
+    folder = workdir / "checkpoints" / system.stages[-1].name
+    saved = json.loads((folder / str(checkpoint.steps(folder)[-1]) / "step.json").read_text())["config"].get("rows")
+    if saved in (None, digest(trained_rows(system, rows))):
+        return False
+    log("warning: the manifest has changed since the training: not calibrated on it anew")
+    return True
+
+
 def score_line(
     row: Row, scores: Mapping[str, np.ndarray], system: System, calibration: Calibration | None
 ) -> dict[str, Any]:
     """A line of scores.csv, of scores (r,): the mean over replicates."""
     mean = {name: float(values.mean()) for name, values in scores.items()}
     primary = mean.pop(system.primary)
-    p_value = calibration.p_value(primary, row.id) if calibration else None
+    p_value = None
+    if calibration and all(stated(row, name) for name in calibration.needs):
+        p_value = calibration.p_value(primary, row.id)
+        if p_value is None and row.split != "val":
+            log(f"{row.id}: no p-value: it has the name of a held-out normal")
     return {"id": row.id, "label": row.label, "score": primary, "p_value": p_value} | mean
 
 

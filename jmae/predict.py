@@ -156,6 +156,11 @@ def open_run(workdir: Path, config: ConfigDict) -> Run:
     system = load_system(config)
     results = restore_results(config, system, workdir)
     calibration, of = read_calibration(config, system, results, workdir), scored_by(config, system, results)
+    if calibration and calibration.needs:
+        log(
+            f"no p-values: the held-out normals were scored with a {' and a '.join(calibration.needs)}, which files do "
+            "not tell: use jmae.evaluate with a manifest of split test"
+        )
     if system.sweep:
         sweep = sweeper(config, system.sweep, results)
         open_one = lambda row, stored: prepared(row, config.data, stored)
@@ -288,7 +293,7 @@ def of_array(
         affine = np.asarray(affine, np.float64)
         if affine.shape != (4, 4) or not np.isfinite(affine).all() or abs(np.linalg.det(affine)) < 1e-12:
             raise InputError(f"{name}: its affine is no invertible (4, 4) matrix of voxels to RAS mm: give one")
-        spacing = spacing or tuple(np.linalg.norm(affine[:3, :rank], axis=0).tolist())
+        spacing = spacing if spacing is not None else tuple(np.linalg.norm(affine[:3, :rank], axis=0).tolist())
     stored = with_spacing(Image(values, None, affine, bits), spacing, name)
     if affine is None and stored.spacing and rank == 3 and data.get("axes"):
         affine = np.diag([0.0, 0.0, 0.0, 1.0])
@@ -321,8 +326,10 @@ def predict_all(run: Run, rows: Sequence[Row], out: Path, *, further: bool) -> i
     written.
     """
     done = begin(run, out, further)
-    kept = lambda row: row.id in done and done[row.id]["image"] == list(row.image)
-    missing = [row for row in rows if not kept(row)]
+    for row in rows:
+        if row.id in done and done[row.id]["image"] != list(row.image):
+            raise InputError(f"{row.id}: {out} has another case of that name: name another --out")
+    missing = [row for row in rows if row.id not in done or done[row.id]["of"] != stamps(row)]
     if len(missing) < len(rows):
         log(f"{len(rows) - len(missing)} of {len(rows)} cases are done")
     colours = colours_of(run.calibration) if run.calibration else None
@@ -360,12 +367,21 @@ def predict_all(run: Run, rows: Sequence[Row], out: Path, *, further: bool) -> i
                     fail(row, error)
                     continue
                 files = write_case(run, row, result, out, colours)
-                done[row.id] = {"id": row.id, "image": list(row.image), "files": files, "line": line}
+                done[row.id] = {"id": row.id, "image": list(row.image), "of": stamps(row), "files": files, "line": line}
                 add_history(out / DONE, done[row.id])
             if time.monotonic() - said > SECONDS_BETWEEN_LINES:
                 said = time.monotonic()
                 log(f"{min((number + 1) * run.at_once, len(missing))} of {len(missing)} cases")
     return finish(run, rows, done, failed, out)
+
+
+def stamps(row: Row) -> list[list[int]]:
+    """Size and time of a case's files, by which `--continue` sees that one was replaced; none where one is gone."""
+    try:
+        parts = [sorted(Path(name).iterdir()) if Path(name).is_dir() else [Path(name)] for name in row.image]
+        return [[path.stat().st_size, path.stat().st_mtime_ns] for part in parts for path in part]
+    except OSError:
+        return []
 
 
 def opened_case(run: Run, row: Row) -> Any:

@@ -231,6 +231,7 @@ class Calibration(NamedTuple):
     scores: Mapping[str, float]  # by the id of each held-out normal
     low: float | None = None  # the map's value that is black, and the one that is pale yellow; None without maps
     high: float | None = None
+    needs: tuple[str, ...] = ()  # columns of the manifest that the normals' scores depend on: a case needs them too
 
     def p_value(self, score: float, case: str = "") -> float | None:
         """The p-value of a case; None where it is one of the normals itself, which say nothing of themselves."""

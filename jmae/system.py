@@ -126,6 +126,7 @@ class System(NamedTuple):
     sweep: Sweep | None = None
     map: str = ""
     choice: str = ""
+    chosen_on_val: bool = False  # whether labelled rows of `val` chose what `primary` reads
     rest: Callable[[], dict[str, Any]] = dict
 
 
@@ -139,6 +140,10 @@ def load_system(config: ConfigDict) -> System:
     for name, least in (("batch", 1), ("draws", 1), ("chunk", 0)):
         if (value := evaluation.get(name, least)) < least:
             raise InputError(f"evaluation.{name} is {value}: {least} or more")
+    if not 0 < (rate := evaluation.get("alarm_rate", 0.05)) < 1:
+        raise InputError(f"evaluation.alarm_rate={rate}: is no rate: above 0 and below 1, as 0.05")
+    if not 0 < (top := evaluation.get("top", 1.0)) <= 1:
+        raise InputError(f"evaluation.top={top}: is no share of the map: above 0, up to 1")
     if not 0 <= (q := evaluation.get("iou", 0.0)) <= (0 if volumes else 100):
         raise InputError(f"evaluation.iou is {q}: a percentile from 0 (no IoU) to 100; of volumes 0 alone")
     own = {"ppii": ("dice",), "simsid": ("auroc",)}.get(system.name, ())

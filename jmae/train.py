@@ -31,7 +31,7 @@ from jmae import checkpoint, recipe
 from jmae.data.crops import Volumes, cut
 from jmae.data.loader import Images, Samples, batches, load_rows
 from jmae.errors import InputError, NonFiniteLoss, Stopped, exit_code
-from jmae.evaluate import calibrate_run, evaluate
+from jmae.evaluate import calibrate_run, evaluate, trained_rows
 from jmae.run_folder import add_history, cut_history, describe_run, digest, fixed, log, write_csv, write_text
 from jmae.sharding import device_mesh, keep_compiled, place_batch, replicated
 from jmae.system import Check, Results, Stage, State, System, load_system, split_replicates, stage_keys
@@ -62,12 +62,8 @@ def run(config: ConfigDict, workdir: Path) -> int:
     if config.tensorboard:
         board()
     rows = load_rows(config, log)
-    splits, make = ["train"], Volumes if system.sweep else Images
-    if not system.sweep or any(stage.selection for stage in system.stages):
-        splits.append("unlabeled")
-    if any(stage.check and stage.check.labelled for stage in system.stages):
-        splits.append("val")
-    images: Samples = make([row for row in rows if row.split in splits], config, workdir / "cache")
+    make = Volumes if system.sweep else Images
+    images: Samples = make(trained_rows(system, rows), config, workdir / "cache")
     train(config, system, images, workdir)
     if any(row.split == "test" and row.label is not None for row in rows):
         evaluate(config, system, rows, workdir, split="test", out=workdir / "evaluation")
@@ -329,7 +325,8 @@ def signals() -> Iterator[Callable[[], signal.Signals | None]]:
     once. Elsewhere either ends the process at once, which a shell sees as 143 or 130 too: nothing but these steps is
     lost with it."""
     arrived: list[signal.Signals] = []
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = {n: signal.getsignal(n) for n in numbers if signal.getsignal(n) != signal.SIG_IGN}
 
     def note(number: int, _: Any) -> None:
         arrived.append(signal.Signals(number))

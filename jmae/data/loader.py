@@ -188,6 +188,8 @@ def load_rows(config: ConfigDict, log: Callable[[str], None] = print) -> list[Ro
             prints[row.id] = duplicates.taken(image.array)
 
         of_files = check_files(rows, workers=WORKERS, use=look, read=read)
+        if data.get("calibration") and not problems:
+            rows = kept_apart(rows, data.calibration)  # before copies of trained images are looked for
         leaking = [*leaks(rows), *duplicates.in_two_splits(rows, prints)]
         if leaking and not data.get("allow_leaks"):
             problems += first([f"{data.manifest}: {one.what}, or set data.allow_leaks" for one in leaking])
@@ -201,12 +203,12 @@ def load_rows(config: ConfigDict, log: Callable[[str], None] = print) -> list[Ro
         log(f"{data.manifest}: {summary(rows, ignored)}")
     elif data.phantom:
         rows = phantoms.rows(data.phantom)
+        rows = kept_apart(rows, data.calibration) if data.get("calibration") else rows
         log(f"phantoms {data.phantom}: {summary(rows)}")
     else:
         raise InputError("no data: set --config.data.manifest=MANIFEST.csv, or data.phantom")
     if data.get("calibration"):
-        before, rows = sum(row.split == "train" for row in rows), kept_apart(rows, data.calibration)
-        log(f"data.calibration: {before - sum(row.split == 'train' for row in rows)} of {before} train rows kept apart")
+        log(f"data.calibration: {sum(row.kept for row in rows)} train rows kept apart, as normals of val")
     if data.get("unlabeled_labels"):
         unlabeled_labels(config, rows)  # what is wrong with that file is said now, not when it is used
     return with_anomaly_ratio(rows, config) if data.get("anomaly_ratio", -1) >= 0 else rows
@@ -248,7 +250,7 @@ def kept_apart(rows: Sequence[Row], share: float) -> list[Row]:
     apart = {row.id for row, held in zip(candidates, held_out(candidates, share), strict=True) if held}
     if not apart:
         raise InputError(f"data.calibration={share}: of fewer than ten train patients none is kept apart: set it to 0")
-    return [row._replace(split="val", label=0) if row.id in apart else row for row in rows]
+    return [row._replace(split="val", label=0, kept=True) if row.id in apart else row for row in rows]
 
 
 def unlabeled_labels(config: ConfigDict, rows: Sequence[Row]) -> dict[str, int]:

@@ -50,6 +50,7 @@ class Row(NamedTuple):
     # first piece is [0, midline); and `half`: "", or "first" or "second", the only piece that is used.
     extra: Mapping[str, str] = MappingProxyType({})
     leak: str = ""  # what else of another split this row is the same as, where `data.allow_leaks` lets it pass
+    kept: bool = False  # a train row that `data.calibration` made a normal of `val`
 
 
 class Finding(NamedTuple):

@@ -245,6 +245,7 @@ def build(config: ConfigDict) -> System:
     stages, uses = (*variant.stages, normalising(config, last)), (*names, "calibration")
     student = config.variant == "report" and score_name in MAPS
     choice: dict[str, Any] = {"choice": "student" if student else names[-1], "rest": rest}
+    choice["chosen_on_val"] = config.select == "auroc" and not student  # the student's errors do not depend on D
     if len(size) == 3:
         sweep = Sweep(size, tuple(evaluation.stride), 1, window_score, fuse)
         return System("simsid", stages, None, uses, score_name, sweep=sweep, **choice)
@@ -292,7 +293,9 @@ def held(config: ConfigDict, rows: list[Row]) -> np.ndarray:
 
 def labelled(rows: list[Row]) -> np.ndarray:
     """The labelled rows of `val`; none where a class is missing."""
-    chosen = np.array([i for i, row in enumerate(rows) if row.split == "val" and row.label is not None], np.int64)
+    chosen = np.array(
+        [i for i, row in enumerate(rows) if row.split == "val" and row.label is not None and not row.kept], np.int64
+    )
     if len({rows[i].label for i in chosen}) == 2:
         return chosen
     log("select=auroc: val has no labelled images of both classes: the last weights are used")

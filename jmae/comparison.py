@@ -16,8 +16,6 @@ from matplotlib.axes import Axes
 from numpy.typing import NDArray
 
 from jmae import metrics
-from jmae.data import phantoms
-from jmae.data.manifest import parse_manifest
 from jmae.errors import InputError
 from jmae.report import FAINT, chart, flat, templates, write_page
 
@@ -30,6 +28,8 @@ class Run(NamedTuple):
     name: str
     metrics: Mapping[str, Any]
     cases: Mapping[str, tuple[int, float]]  # id -> label and primary score, of the labelled cases
+    patients: Mapping[str, str]  # by id; "" where not known
+    images: Mapping[str, str]  # digest of the image by id
     config: Mapping[str, Any]
     environment: Mapping[str, Any]
 
@@ -43,30 +43,16 @@ def read_run(folder: Path) -> Run:
         with open(inner / "scores.csv", newline="") as file:
             rows = list(csv.DictReader(file))
         cases = {row["id"]: (int(row["label"]), float(row["score"])) for row in rows if row["label"] != ""}
-        about = [path / "config.json" for path in (folder, inner.parent) if (path / "config.json").exists()]
-        config = json.loads(about[0].read_text()) if about else {}
-        environment = about[0].with_name("environment.json") if about else None
-        found_there = json.loads(environment.read_text()) if environment and environment.exists() else {}
+        with open(inner / "cases.csv", newline="") as file:
+            about = {row["id"]: row for row in csv.DictReader(file)}
+        patients, images = ({name: row[key] for name, row in about.items()} for key in ("patient", "image"))
+        config = json.loads((inner / "config.json").read_text())
+        environment = next((p for p in (folder, inner.parent) if (p / "environment.json").exists()), None)
+        found_there = json.loads((environment / "environment.json").read_text()) if environment else {}
     except (OSError, ValueError, KeyError) as error:
         why = getattr(error, "strerror", None) or error
         raise InputError(f"{folder}: no whole evaluation ({why}): run python -m jmae.evaluate --workdir=DIR") from None
-    return Run(folder.name or str(folder), found, cases, config, found_there)
-
-
-def patients_of(run: Run, ids: Sequence[str]) -> list[str] | None:
-    """The patient of each case by the data that the run names; None where that is not at hand."""
-    data = run.config.get("data") or {}
-    try:
-        if data.get("manifest"):
-            rows = parse_manifest(Path(data["manifest"]), normal_crops_only=True)[0]
-        elif data.get("phantom"):
-            rows = phantoms.rows(data["phantom"])
-        else:
-            return None
-    except InputError:
-        return None
-    known = {row.id: row.patient for row in rows}
-    return [known[name] for name in ids] if all(name in known for name in ids) else None
+    return Run(folder.name or str(folder), found, cases, patients, images, config, found_there)
 
 
 class Pair(NamedTuple):
@@ -95,8 +81,12 @@ def compare(runs: Sequence[Run], *, draws: int = 2000) -> tuple[list[str], bool,
                 f"{run.name} and {runs[0].name} contradict each other on the labels of {len(wrong)} cases, as "
                 f"{wrong[0]}: evaluate them on one manifest"
             )
-    known = next((found for run in runs if (found := patients_of(run, shared))), None)
-    labels, patients = labels_of(runs[0], shared), known or shared
+        if wrong := [name for name in shared if run.images[name] != runs[0].images[name]]:
+            raise InputError(
+                f"{run.name} and {runs[0].name} have other images under the names of {len(wrong)} cases, as "
+                f"{wrong[0]}: evaluate them on one manifest"
+            )
+    labels, patients = labels_of(runs[0], shared), [runs[0].patients[name] for name in shared]
     pairs = []
     for a, b in combinations(runs, 2):
         each: list[Any] = []
@@ -105,7 +95,7 @@ def compare(runs: Sequence[Run], *, draws: int = 2000) -> tuple[list[str], bool,
                 measure, labels, scores_of(a, shared), scores_of(b, shared), patients, draws=draws
             )
         pairs.append(Pair(a.name, b.name, *each))
-    return shared, known is not None, pairs
+    return shared, any(patients), pairs
 
 
 def labels_of(run: Run, ids: Sequence[str]) -> NDArray[np.bool_]:
@@ -158,6 +148,8 @@ def write_comparison(path: Path, folders: Sequence[Path], *, draws: int = 2000) 
 
     Raises InputError for folders without an evaluation, runs without a case in common, or of contrary labels.
     """
+    if len({folder.resolve() for folder in folders}) < len(folders):
+        raise InputError("one run is named twice: name each once")
     runs = [read_run(folder) for folder in folders]
     names = [run.name for run in runs]
     if len(set(names)) < len(names):  # told apart by the folders above

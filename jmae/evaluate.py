@@ -870,6 +870,7 @@ class Gathered(NamedTuple):
     cases: list[Case]
     seconds: float
     cheap: dict[str, np.ndarray]  # (1, n): scores of baselines that come case by case; of those that every row has
+    digests: list[str]  # (n,) of the images' values
 
 
 def evaluate(
@@ -938,6 +939,9 @@ def evaluate(
     evaluation["seconds"] = time.monotonic() - began
     evaluation["seconds_per_case"] = gathered.seconds / len(of.rows)
     write_csv(out / "scores.csv", [{k: "" if v is None else v for k, v in line.items()} for line in table])
+    about_cases = zip(of.rows, gathered.digests, strict=True)
+    write_csv(out / "cases.csv", [{"id": row.id, "patient": row.patient, "image": seen} for row, seen in about_cases])
+    write_text(out / "config.json", recipe.to_json(config))  # with what was changed for this evaluation
     write_text(out / "metrics.json", json.dumps(metrics.json_ready(evaluation), indent=1))
     environment = workdir / "environment.json"
     about = json.loads(environment.read_text()) if environment.exists() else {}
@@ -1029,10 +1033,12 @@ def gather(
     inner: dict[str, list[np.ndarray]] = {}
     cases: list[Case] = []
     cheap: list[Mapping[str, float]] = []
+    digests: list[str] = []
     seconds = 0.0
     for i, (row, result) in enumerate(zip(split.rows, stream.results, strict=True)):
         seconds += result.seconds
         cheap.append(result.cheap_scores)
+        digests.append(hashlib.sha256(np.ascontiguousarray(result.stored.array).tobytes()).hexdigest()[:16])
         for name, values in result.scores.items():
             scores.setdefault(name, []).append(values)
         for name in result.maps.keys() & result.scores.keys():
@@ -1065,7 +1071,7 @@ def gather(
     known = [scores for scores, row in zip(cheap, split.rows, strict=True) if row.label is not None]
     whole = [name for name in (known[0] if known else ()) if all(name in scores for scores in known)]
     each = {name: np.array([[scores.get(name, np.nan) for scores in cheap]]) for name in whole}
-    return Gathered(stack(scores), stack(inner), cases, seconds, each)
+    return Gathered(stack(scores), stack(inner), cases, seconds, each, digests)
 
 
 def own_results(result: Result, system: System, asked: Sequence[str]) -> dict[str, np.ndarray]:

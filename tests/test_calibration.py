@@ -94,7 +94,7 @@ def test_a_recipe_keeps_train_patients_apart(tools, tmp_path):
     c = config(manifest, (16, 16), 1, **{"data.calibration": 0.25})
     rows = load_rows(c, said.append)
     assert sum(r.split == "val" for r in rows) == 6 and sum(r.split == "train" for r in rows) == 18
-    assert said[-1] == "data.calibration: 6 of 24 train rows kept apart"
+    assert said[-1] == "data.calibration: 6 train rows kept apart, as normals of val"
     assert sum(r.split == "val" for r in load_rows(config(manifest, (16, 16), 1), said.append)) == 0
 
 

@@ -70,9 +70,10 @@ def main(argv: list[str]) -> int:
     own = "manifest" not in given and not any(flag.startswith("config") for flag in given)
     workdir, config = run_of(given)
     split = given.get("split", "test")
+    if not own and "out" not in given:
+        what = "--manifest" if "manifest" in given else "--config.evaluation.KEY"
+        raise InputError(f"{what} goes with --out=DIR: the run's own evaluation stays as it is")
     if "manifest" in given:
-        if "out" not in given:
-            raise InputError("--manifest goes with --out=DIR: the run's own evaluation stays as it is")
         config.data.manifest = given["manifest"]
         # These are of the data trained on.
         neutral = {"anomaly_ratio": -1.0, "unlabeled_size": 0, "unlabeled_labels": "", "calibration": 0.0}

@@ -12,8 +12,8 @@ from pydicom import uid
 
 from jmae.data import prepare
 from jmae.data.manifest import check_files, read_manifest
-from jmae.data.prepare import chexpert
-from jmae.errors import exit_code
+from jmae.data.prepare import chexpert, folders
+from jmae.errors import InputError, exit_code
 
 RNG = np.random.default_rng(0)
 
@@ -352,3 +352,16 @@ def test_two_pictures_of_one_name_in_a_folder_of_hyper_kvasir_are_noticed(tmp_pa
         picture(root / name)
     (line,) = refused(capsys, "hyper_kvasir", f"--root={root}", out=tmp_path / "out")
     assert "cecum/a.png: has the name of a.jpg beside it: keep one" in line
+
+
+def test_no_image_gets_the_mask_of_another_class_and_normals_of_another_name_are_no_lesions(tmp_path):
+    for name in ("train/good/0.png", "test/crack/0.png", "test/scratch/0.png", "ground_truth/scratch/0_mask.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((8, 8), 255, np.uint8)).save(tmp_path / name)
+    found = folders.prepare(tmp_path, tmp_path / "out", 0)
+    masks = {row.extra["class"]: row.mask for row in found.rows if row.split == "test"}
+    assert masks["crack"] is None and masks["scratch"].endswith("ground_truth/scratch/0_mask.png")
+    assert found.left_out["masks of images that are normal or not there"] == 0
+    (tmp_path / "test" / "crack").rename(tmp_path / "test" / "no_finding")
+    with pytest.raises(InputError, match="the class 'no_finding' would count as abnormal"):
+        folders.prepare(tmp_path, tmp_path / "out", 0)

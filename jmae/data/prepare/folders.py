@@ -69,7 +69,14 @@ def prepare(root: Path | None, out: Path, seed: int, normal: str = "", test: str
         remedy = f"name one of the folders in it: {', '.join(inner)}" if inner else "sort them into train/good and test"
         raise InputError(f"{root}: has no images in a folder train: {remedy}")
     problems: list[str] = []
-    rows = [row._replace(mask=mask_of(row, masks, root, problems)) if row.label == 1 else row for row in rows]
+    classes = {row.extra["class"] for row in rows} - {""}
+    for kind in sorted(classes - {*NORMAL}):
+        if re.search(r"(?<!ab)(?<!un)(normal|good|healthy|control)|no[_ -]?finding|negative", kind):
+            problems.append(
+                f"{root}: the class {kind!r} would count as abnormal: rename it to normal, or to what is found"
+            )
+    mask = lambda row: mask_of(row, masks, root, classes, problems) if row.label == 1 else None
+    rows = [row._replace(mask=mask(row)) for row in rows]
     refuse(problems)
     bare = sum(row.label == 1 and row.mask is None for row in rows)
     found = f"{len(rows)} cases" + (f", {bare} abnormal ones without a mask" if bare else "")
@@ -133,14 +140,14 @@ def kind_of(folders: list[str]) -> str | None:
     return inner[0] if inner else None
 
 
-def mask_of(row: Row, masks: dict[str, list[Path]], root: Path, problems: list[str]) -> str | None:
-    """The mask of a row by its name, and of several the one in a folder of its class; None where there is none."""
+def mask_of(row: Row, masks: dict[str, list[Path]], root: Path, classes: set[str], problems: list[str]) -> str | None:
+    """The mask of a row by its name in a folder of its class, or else in one of no class; None where there is none."""
     found = masks.get(stem(Path(row.image[0])), [])
     parts = lambda path: [part.lower() for part in path.relative_to(root).parts[:-1]]
     splits = [path for path in found if row.split in {SPLITS.get(part) for part in parts(path)}]
     found = splits or [path for path in found if not {*parts(path)} & {*SPLITS}]
     found = [path for path in found if row.extra["class"] in parts(path)] or [
-        path for path in found if not any(part in NORMAL for part in parts(path))
+        path for path in found if not {*parts(path)} & {*classes, *NORMAL}
     ]
     if len(found) > 1:
         several = ", ".join(str(path.relative_to(root)) for path in found)

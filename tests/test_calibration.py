@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 from test_evaluate import SYSTEM, config
 
 from jmae import evaluate as ev
@@ -14,6 +15,7 @@ from jmae.data.loader import kept_apart, load_rows
 from jmae.data.manifest import Row
 from jmae.errors import InputError
 from jmae.scoring import Calibration, alarm_threshold, colour_ends, p_values
+from jmae.system import System
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -186,3 +188,31 @@ def test_a_run_without_labels_to_test_is_calibrated_too_and_few_normals_are_said
     (tmp_path / "calibration.json").unlink()
     ev.calibrate_run(c, SYSTEM, [r for r in rows if r.split != "val"], tmp_path)
     assert "not calibrated" in capfd.readouterr().err and not (tmp_path / "calibration.json").exists()
+
+
+def test_only_normals_that_nothing_was_chosen_by_calibrate(capfd):
+    row = lambda name, label, kept=False: Row(name, "", "val", label, ("x.png",), kept=kept)
+    rows = [row("a", 0), row("b", 1), row("c", 0, kept=True)]
+    plain = System("toy", (), None, (), "bright")
+    c = ConfigDict({"select": "auroc"})
+    assert ev.calibrators(c, plain, rows) == [True, False, True]
+    chosen = plain._replace(chosen_on_val=True)
+    assert ev.calibrators(c, chosen, rows) == [False, False, True]
+    assert "only train rows kept apart give p-values" in capfd.readouterr().err
+    assert ev.calibrators(c, chosen, [rows[0], rows[2]]) == [True, True]  # without an abnormal one nothing was chosen
+
+
+def test_alarms_leave_out_cases_without_a_p_value_and_needed_columns_are_asked_for(capfd):
+    rows = [Row(name, "", "test", int(name > "b"), ("x.png",)) for name in "abcd"]
+    split = ev.Split("test", rows, [], [], np.array([0, 0, 1, 1]), False)
+    calibration = Calibration({"a": 1.0, "n": 2.0, "m": 3.0})
+    found = ev.alarms(split, [None, 0.5, 0.25, 1.0], calibration, 0.25)
+    assert (found["normal"], found["abnormal"]) == (0, 0.5)
+    assert ev.alarms(split, [None] * 4, calibration, 0.25) is None
+    system = System("toy", (), None, (), "bright")
+    line = lambda row, c: ev.score_line(row, {"bright": np.array([2.5])}, system, c)["p_value"]
+    assert line(rows[1], calibration) == 0.5
+    assert line(rows[0], calibration) is None and "a: no p-value: it has the name" in capfd.readouterr().err
+    within = calibration._replace(needs=("region", "midline"))
+    assert line(rows[1], within) is None
+    assert line(rows[1]._replace(region="r.nii", extra={"midline": "middle"}), within) == 0.5

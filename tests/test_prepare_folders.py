@@ -251,6 +251,29 @@ def test_bids_asks_for_sequences_where_there_are_several(bids, tmp_path, capsys)
     assert "has no sub-NAME/anat" in refused(capsys, "bids", f"--root={tmp_path / 'out'}", out=tmp_path / "four")[0]
 
 
+def test_bids_keeps_subjects_with_a_mask_of_no_one_session_out_of_train(bids, tmp_path, capsys):
+    for session in ("ses-a", "ses-b"):
+        for subject in ("sub-05", "sub-06"):
+            volume(bids / subject / session / "anat" / f"{subject}_{session}_T1w.nii.gz")
+    volume(bids / "sub-07/ses-a/anat/sub-07_ses-a_T1w.nii.gz")
+    masks = bids / "derivatives" / "lesions"
+    volume(masks / "sub-05_space-T1w_label-lesion_mask.nii.gz", lesion())  # of which session?
+    volume(masks / "sub-06_ses-a_label-lesion_dseg.nii.gz", lesion())
+    volume(masks / "sub-07_space-T1w_label-lesion_mask.nii.gz", lesion())  # of its only session
+    volume(masks / "sub-04_ses-z_label-lesion_mask.nii.gz", lesion())  # of a session without images
+    rows, said = prepared(capsys, "bids", f"--root={bids}", "--sequences=T1w", out=tmp_path / "out")
+    assert {id: rows[id].label for id in rows if rows[id].patient > "sub-03"} == {
+        **{"sub-04": None, "sub-05_ses-a": None, "sub-05_ses-b": None},
+        **{"sub-06_ses-a": 1, "sub-06_ses-b": None, "sub-07_ses-a": 1},
+    }
+    assert all(row.split == "test" for row in rows.values() if row.patient > "sub-03")
+    assert rows["sub-06_ses-a"].mask.endswith("dseg.nii.gz") and {row.split for row in rows.values()} > {"test"}
+    assert "2 lesion masks of no one case (their subjects do not train)" in said
+    volume(masks / "sub-06_ses-b_label-lesion_mask.nii.gz", lesion(False))
+    rows, _ = prepared(capsys, "bids", f"--root={bids}", "--sequences=T1w", out=tmp_path / "two")
+    assert (rows["sub-06_ses-b"].split, rows["sub-06_ses-b"].label) == ("test", 0)
+
+
 # CheXpert
 
 HEAD = (

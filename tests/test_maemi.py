@@ -392,7 +392,7 @@ def test_two_cases_of_one_bucket_share_a_program_and_little_memory_gives_the_sam
     one, _ = (sweep(volume, case_words("x"))["maps"]["maemi"][0] for volume in volumes)
     assert lowered == [16]
     small = evaluate.sweeper(c, system.sweep, results)
-    monkeypatch.setattr(evaluate, "fitting", lambda lower, batch: (lower(2).compile(), 2))
+    monkeypatch.setattr(evaluate, "fitting", lambda lower, batch, **_: (lower(2).compile(), 2))
     np.testing.assert_allclose(small(volumes[0], case_words("x"))["maps"]["maemi"][0], one, rtol=1e-4, atol=1e-6)
 
 

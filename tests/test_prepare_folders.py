@@ -322,6 +322,18 @@ def test_chexpert_draws_one_pa_film_a_patient_and_keeps_uncertain_ones_out(radio
     assert "7 patients with No Finding" in said and "1 images of other views" in said
 
 
+def test_a_film_of_another_view_or_an_uncertain_pneumonia_keeps_a_patient_from_the_normals(radiographs, tmp_path):
+    lines = (radiographs / "train.csv").read_text().splitlines()
+    film = next(line for line in lines if "patient00003" in line)
+    lateral = film.replace("view1_frontal", "view2_lateral").replace("Frontal,PA,1.0,,,,,,,", "Lateral,,,,,,,,,1.0")
+    unsure = next(line for line in lines if "patient00004" in line).replace("PA,1.0,,,,,,,", "PA,1.0,,,,,,,-1.0")
+    kept = [line for line in lines if "patient00004" not in line]
+    (radiographs / "train.csv").write_text("\n".join([*kept, lateral, unsure]) + "\n")
+    prepared = chexpert.prepare(radiographs, tmp_path / "out", 0)
+    assert "4 patients with No Finding, 3 with Pneumonia" in prepared.found  # of 6, without 3 and 4
+    assert prepared.left_out["normal images of patients with Pneumonia"] == 2
+
+
 def test_fewer_films_of_chexpert_are_shared_out(radiographs, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(chexpert, "PARTS", {0: {"test": 100, "val": 50, "train": 150}, 1: {"test": 2, "val": 1}})
     rows, _ = prepared(capsys, "chexpert", f"--root={radiographs}", out=tmp_path / "out")

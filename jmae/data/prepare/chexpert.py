@@ -28,11 +28,11 @@ def prepare(root: Path, out: Path, seed: int, views: str = "PA") -> Prepared:
         raise InputError(f"--views={views}: is unknown: write one of {', '.join(VIEWS)}")
     left_out = Counter[str]()
     images: dict[int, dict[str, list[Row]]] = {0: defaultdict(list), 1: defaultdict(list)}  # by label and patient
-    tables = find_tables(root)
-    for table in tables:
-        for row in read_table(table, views, left_out):
+    sick: set[str] = set()
+    for table in find_tables(root):
+        for row in read_table(table, views, left_out, sick):
             images[row.label or 0][row.patient].append(row)
-    both = images[0].keys() & images[1].keys()
+    both = images[0].keys() & sick
     left_out["normal images of patients with Pneumonia"] += sum(len(images[0].pop(patient)) for patient in both)
     rows, problems = [], []
     for label, parts in PARTS.items():
@@ -68,8 +68,9 @@ def find_tables(root: Path) -> list[Path]:
     return [found[0], valid] if valid.is_file() else found
 
 
-def read_table(table: Path, views: str, left_out: Counter[str]) -> list[Row]:
-    """The normal and abnormal images of a table in the wanted views; raises InputError with all problems."""
+def read_table(table: Path, views: str, left_out: Counter[str], sick: set[str]) -> list[Row]:
+    """The normal and abnormal images of a table in the wanted views; adds the patients with Pneumonia in any view to
+    `sick`. Raises InputError with all problems."""
     lines = csv.DictReader(io.StringIO(text_of(table), newline=""))
     if missing := [name for name in NEEDED if name not in (lines.fieldnames or ())]:
         raise InputError(f"{table}: has no column {', '.join(missing)}: copy the original again")
@@ -79,20 +80,22 @@ def read_table(table: Path, views: str, left_out: Counter[str]) -> list[Row]:
         if not match or any(line[name] is None for name in NEEDED):
             problems.append(f"{table}: line {lines.line_num}: {line['Path']!r} is no image's path: copy it again")
             continue
-        if (views != "all" and line["Frontal/Lateral"] != "Frontal") or (views == "PA" and line["AP/PA"] != "PA"):
-            left_out["images of other views"] += 1
-            continue
         try:
-            normal, sick = (float(line[name] or 0) for name in ("No Finding", "Pneumonia"))
+            normal, pneumonia = (float(line[name] or 0) for name in ("No Finding", "Pneumonia"))
         except ValueError:
             problems.append(f"{table}: line {lines.line_num}: an observation is no number: copy the original again")
             continue
-        if (normal == 1) == (sick == 1):
+        if pneumonia == 1:
+            sick.add(match[2])
+        if (views != "all" and line["Frontal/Lateral"] != "Frontal") or (views == "PA" and line["AP/PA"] != "PA"):
+            left_out["images of other views"] += 1
+            continue
+        if (normal, pneumonia) != (1, 0) and (normal == 1 or pneumonia != 1):
             left_out["images with neither No Finding nor Pneumonia for certain"] += 1
             continue
         extra = {"sex": line["Sex"], "age": line["Age"], "view": line["AP/PA"] or line["Frontal/Lateral"]}
         name = "_".join(match.groups()[1:])
-        rows.append(Row(name, match[2], "", int(sick == 1), (str(table.parent / match[1]),), extra=extra))
+        rows.append(Row(name, match[2], "", int(pneumonia == 1), (str(table.parent / match[1]),), extra=extra))
     refuse(problems)
     return rows
 

@@ -56,7 +56,8 @@ def test_the_smoke_recipe_trains_saves_scores_and_reports(tmp_path):
     run = tmp_path / "smoke"
     assert exit_code(train.main, ["--config=configs/amae.py:smoke", f"--workdir={run}"]) == 0
     assert {"config.json", "environment.json", "metrics.jsonl", "checkpoints", "evaluation"} <= set(os.listdir(run))
-    assert set(os.listdir(run / "evaluation")) == {"metrics.json", "scores.csv", "report.html", "maps"}
+    written = {"metrics.json", "scores.csv", "report.html", "maps", "cases.csv", "config.json"}
+    assert set(os.listdir(run / "evaluation")) == written
     assert len(os.listdir(run / "evaluation" / "maps")) == 200
     with open(run / "labels.csv", newline="") as file:
         labels = {row["id"]: row["hidden_label"] for row in csv.DictReader(file)}

@@ -6,7 +6,9 @@ import hashlib
 import os
 import platform
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -15,11 +17,19 @@ from jaxtyping import PyTree
 
 from jmae.errors import InputError
 
+SPLIT_FROM = 2**14  # numbers: what is smaller costs more to gather than to hold
 
-def device_mesh() -> Mesh:
-    """All devices on the axis `data`, with the axis `fsdp` of size 1 that parameters may be split over."""
-    devices = np.array(jax.devices()).reshape(-1, 1)
-    return Mesh(devices, ("data", "fsdp"), axis_types=(AxisType.Auto, AxisType.Auto))
+
+def device_mesh(fsdp: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """All devices (or the given ones) on the axes `data` x `fsdp`: batches are split over both, parameters and
+    optimiser state over `fsdp`.
+
+    Raises InputError where `fsdp` does not divide the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    if fsdp < 1 or len(devices) % fsdp:
+        raise InputError(f"fsdp={fsdp} does not divide {len(devices)} devices: set it to one of their divisors")
+    return Mesh(np.array(devices).reshape(-1, fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto, AxisType.Auto))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -29,15 +39,31 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def split(mesh: Mesh, axis: int = 0) -> NamedSharding:
     """Every device holds its share along `axis`."""
-    return NamedSharding(mesh, PartitionSpec(*[None] * axis, "data"))
+    return NamedSharding(mesh, PartitionSpec(*[None] * axis, ("data", "fsdp")))
+
+
+def sharded(mesh: Mesh, tree: PyTree) -> PyTree:
+    """A NamedSharding for each array (or shape) of a tree of parameters or optimiser state. One rule: an array of
+    `SPLIT_FROM` numbers or more is split over `fsdp` along the longest axis that it divides, the last of equals; all
+    others, keys and steps are whole on every device."""
+    size = mesh.shape["fsdp"]
+
+    def place(leaf: Any) -> NamedSharding:
+        axes = [axis for axis, n in enumerate(leaf.shape) if n % size == 0]
+        if size == 1 or not axes or np.prod(leaf.shape) < SPLIT_FROM:
+            return replicated(mesh)
+        axis = max(axes, key=lambda axis: (leaf.shape[axis], axis))
+        return NamedSharding(mesh, PartitionSpec(*[None] * axis, "fsdp"))
+
+    return jax.tree.map(place, tree)
 
 
 def place_batch(batch: PyTree, mesh: Mesh, *, axis: int = 0) -> PyTree:
-    """Host arrays as global arrays, split over `data` along `axis`; each process gives its own part.
+    """Host arrays as global arrays, split over all devices along `axis`; each process gives its own part.
 
     Raises InputError where the batch does not divide among the devices.
     """
-    sharding, local = split(mesh, axis), mesh.shape["data"] // jax.process_count()
+    sharding, local = split(mesh, axis), mesh.size // jax.process_count()
     for leaf in jax.tree.leaves(batch):
         if leaf.shape[axis] % local:
             raise InputError(

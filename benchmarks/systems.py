@@ -1,0 +1,141 @@
+"""All five systems on one data pack at equal training budget: their `small` recipes, side by side.
+
+    JMAE_DATA=FOLDER python -m benchmarks.systems cxr_peds --budget 0.5    # image scores, whole image and central crop
+    JMAE_DATA=FOLDER python -m benchmarks.systems endoscopy --budget 0.25  # maps against masks
+
+Budget 1 is each recipe's own: some 15 minutes of training on two cores. Every system trains with `python -m jmae.train
+--config configs/NAME.py:small`, sees grey images and is scored by the one score that its recipe names beforehand.
+Printed and kept in benchmarks/results/systems.json: AUROC and AP with 95 % intervals over patients, on the whole image
+and on the central 80 % of each axis, pixel AUROC and AP, all beside the cheap baselines; the differences of every pair
+over the same draws of patients; seconds of training. The page that compares the runs lies in the work folder.
+`--only NAME ...` trains some; those that are trained already are compared. What a changed recipe of a system stands
+for is said in CHANGES.
+"""
+
+import argparse
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.maemi import train
+from benchmarks.ppii import without_curves
+from benchmarks.timing import table, write
+from jmae import metrics
+from jmae.comparison import compare, read_run, write_comparison
+from jmae.data.files import read_image
+from jmae.data.transforms import central
+from jmae.system import SYSTEMS
+
+RESULTS = Path(__file__).parent / "results" / "systems.json"
+# MAEMI is a system of volumes, and a film is one: on its own grid, one window of 14 x 14 patches, mirrored left to right.
+CHANGES: dict[str, dict[str, Any]] = {
+    "maemi": {
+        "data.channels": 1,
+        "data.size": "224,224",
+        "data.axes": "",
+        "data.region": "",
+        "data.least_region": 0.0,
+        "data.normalise": "crop",
+        "data.flips": "1,",
+        "model.patch": "16,16",
+        "evaluation.stride": "224,224",
+        "evaluation.filter": "1,1",
+    },
+}
+PACKS: dict[str, dict[str, dict[str, Any]]] = {
+    "cxr_peds": {},
+    "endoscopy": {"maemi": {"data.size": "128,128", "evaluation.stride": "128,128", "model.patch": "8,8"}},
+}
+
+
+def central_of(folder: Path, top: float) -> dict[str, Any]:
+    """What `subsets` of metrics.json says of the central crop, of a system of volumes from its maps of films: the mean
+    of the share `top` of the highest values, as its own score has it."""
+    run = read_run(folder)
+    ids, values = list(run.cases), []
+    for name in ids:
+        inner = np.sort(
+            central(read_image(folder / "evaluation" / "maps" / f"{name}_anomaly.tif").array[..., 0]).ravel()
+        )
+        values.append(inner[-max(1, round(top * inner.size)) :].mean())
+    labels, patients = np.array([run.cases[name][0] for name in ids], bool), [run.patients[name] for name in ids]
+    out: dict[str, Any] = {}
+    for title, measure in (("auroc", metrics.auroc), ("ap", metrics.average_precision)):
+        out[title] = measure(labels, np.array(values))
+        out[f"{title}_ci"] = metrics.bootstrap_interval(measure, labels, np.array(values), patients)
+    return out
+
+
+def figures(folder: Path) -> dict[str, Any]:
+    """What of a run's metrics.json is kept: its primary score, and the baselines, whole and central."""
+    found = json.loads((folder / "evaluation" / "metrics.json").read_text())
+    crop = next((part for name, part in found["subsets"].items() if name.startswith("central")), None)
+    if crop:
+        inner = {"image": crop["scores"][found["primary"]]["image"], "baselines": crop["baselines"]}
+    else:
+        top = json.loads((folder / "evaluation" / "config.json").read_text())["evaluation"]["top"]
+        inner = {"image": central_of(folder, top), "baselines": {}}
+    kept = {k: found[k] for k in ("primary", "image", "pixel", "baselines", "seconds_per_case")}
+    history = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    kept |= {"central": inner, "stages": {h["stage"]: h["step"] for h in history}}
+    return without_curves(kept)
+
+
+def rows_of(name: str, found: dict[str, Any]) -> list[tuple[Any, ...]]:
+    """Table rows of a system and of its baselines."""
+
+    def row(title: str, image: Any, inner: Any, pixel: Any) -> tuple[Any, ...]:
+        each: list[Any] = []
+        for part in (image, inner, pixel):
+            interval = (part or {}).get("auroc_ci") or (None, None)
+            shown = "" if interval[0] is None else "[{:.3f}, {:.3f}]".format(*interval)
+            each += [part["auroc"], shown, part["ap"]] if part and part.get("auroc") is not None else ["", "", ""]
+        return (name, title, *each)
+
+    rows = [row(found["primary"] + " *", found["image"], found["central"]["image"], found["pixel"])]
+    for title, part in found["baselines"].items():
+        inner = (found["central"]["baselines"].get(title) or {}).get("image")
+        rows.append(row(title, part["image"], inner, part["pixel"]))
+    return rows
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("pack", choices=tuple(PACKS))
+    parser.add_argument("--only", nargs="+", default=SYSTEMS, choices=SYSTEMS)
+    parser.add_argument("--budget", type=float, default=1.0)
+    parser.add_argument("--workdir", type=Path, default=Path("runs/systems"))
+    options = parser.parse_args(argv)
+    manifest = Path(os.environ.get("JMAE_DATA", "")) / options.pack / "manifest.csv"
+    if not os.environ.get("JMAE_DATA") or not manifest.is_file():
+        print(f"not run: {manifest} is not there; set JMAE_DATA to the folder of the packs")
+        return
+    place, rows = options.workdir / f"{options.pack}-{options.budget:g}", []
+    for name in options.only:
+        changes = CHANGES.get(name, {}) | PACKS[options.pack].get(name, {})
+        given = [f"--config.{key}={value}" for key, value in changes.items()]
+        given = [f"--config=configs/{name}.py:small", f"--config.budget={options.budget}", *given]
+        own = train([*given, f"--config.data.manifest={manifest}"], place / name)
+        result = figures(place / name) | {"wall_seconds": own["wall_seconds"], "arguments": given}
+        write(RESULTS, f"{options.pack}, budget {options.budget:g}, {name}", result)
+        rows += rows_of(name, result)
+    head = ("system", "score", "AUROC", "95 %", "AP", "central AUROC", "95 %", "AP", "pixel AUROC", "95 %", "AP")
+    print(table(head, rows))
+    ready = [place / name for name in SYSTEMS if (place / name / "evaluation" / "metrics.json").is_file()]
+    if len(ready) > 1:
+        _, by_patient, pairs = compare([read_run(folder) for folder in ready])
+        differences = {f"{pair.first} - {pair.second}": pair._asdict() for pair in pairs}
+        write(
+            RESULTS,
+            f"{options.pack}, budget {options.budget:g}, differences",
+            {"over": "patients" if by_patient else "images", "pairs": differences},
+        )
+        print(write_comparison(place / "comparison.html", ready))
+
+
+if __name__ == "__main__":
+    main()

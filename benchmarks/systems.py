@@ -31,7 +31,7 @@ from jmae.data.transforms import central
 from jmae.system import SYSTEMS
 
 RESULTS = Path(__file__).parent / "results" / "systems.json"
-# MAEMI is a system of volumes, and a film is one: on its own grid, one window of 14 x 14 patches, mirrored left to right.
+# MAEMI is a system of volumes, and a film is one: its own grid, a window of 14 x 14 patches, mirrored left to right.
 CHANGES: dict[str, dict[str, Any]] = {
     "maemi": {
         "data.channels": 1,

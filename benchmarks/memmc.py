@@ -205,8 +205,8 @@ def main() -> None:
         own = ["--config=configs/memmc_mae.py:small", f"--config.data.manifest={manifest}", *given, *overrides]
         seconds = train(own, folder)["wall_seconds"]
         result = json.loads((folder / "evaluation" / "metrics.json").read_text()) | {"wall_seconds": seconds}
-        kept = ("image", "pixel", "scores", "baselines", "decision", "seconds_per_case", "wall_seconds")
-        write(RESULTS, f"{options.what}, {name}", {k: result[k] for k in kept})
+        kept = ("image", "pixel", "scores", "baselines", "replicates", "decision", "seconds_per_case", "wall_seconds")
+        write(RESULTS, f"{options.what}, {name}", {k: result.get(k) for k in kept})
         rows += show(name, result)
     head = ("setting", "score", "image AUROC", "95 %", "AP", "pixel AUROC", "AP", "IoU", "IoU, oracle")
     print(table(head, rows))

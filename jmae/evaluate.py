@@ -47,8 +47,8 @@ from jmae.data.volumes import Volume, read_subtraction
 from jmae.errors import InputError, exit_code
 from jmae.masking import case_keys
 from jmae.reconstruct import fitting, out_of_memory, too_large
-from jmae.report import PERCENTILES, Case, Scale, choose_cases, one_slice, without_curves, write_report
-from jmae.run_folder import digest, log, read_history, write_csv, write_text
+from jmae.report import PERCENTILES, Case, Scale, choose_cases, held_side, one_slice, without_curves, write_report
+from jmae.run_folder import digest, log, read_history, recipe_digest, write_csv, write_text
 from jmae.scoring import Calibration, alarm_threshold, colour_ends, top_mean
 from jmae.sharding import device_mesh, keep_compiled, replicated, split
 from jmae.system import Results, Sweep, System, compute_type, load_system, stage_keys
@@ -61,6 +61,7 @@ CALIBRATION = "calibration.json"
 UNCALIBRATED = (
     "not calibrated, so no p-values: give the manifest val rows of label 0, or train with --config.data.calibration=0.1"
 )
+NO_OTHERS = "no case of this split is another than the held-out normals, which say nothing of themselves"
 NEEDS = ("region", "midline", "half")  # columns that the score of a volume depends on
 NO_SCORE = "batch chunk subsets maps reconstruction draws froc iou alarm_rate".split()  # of `evaluation`
 
@@ -487,11 +488,13 @@ def shown_map(system: System) -> str:
     return system.map or system.primary
 
 
-def calibrators(config: ConfigDict, system: System, rows: Sequence[Row]) -> list[bool]:
+def calibrators(
+    config: ConfigDict, system: System, rows: Sequence[Row], say: Callable[[str], None] = log
+) -> list[bool]:
     """Which rows of `val` say what a score means: the normals that nothing was chosen by."""
     labels = {row.label for row in rows if row.split == "val" and not row.kept}
     if system.chosen_on_val and {0, 1} <= labels:
-        log(
+        say(
             f"select={config.select}: val's labels chose the weights, so only train rows kept apart give p-values "
             "(--config.data.calibration=0.1)"
         )
@@ -499,11 +502,18 @@ def calibrators(config: ConfigDict, system: System, rows: Sequence[Row]) -> list
     return [row.label == 0 for row in rows]
 
 
-def calibrate(config: ConfigDict, system: System, results: Results, held: Held, workdir: Path) -> Calibration | None:
+def calibrate(
+    config: ConfigDict,
+    system: System,
+    results: Results,
+    held: Held,
+    workdir: Path,
+    say: Callable[[str], None] = log,
+) -> Calibration | None:
     """Calibrates a run on the normals of `held` and writes calibration.json: whom it is of, the score of each normal,
     the threshold at the false-alarm rate `evaluation.alarm_rate`, the colour scale of maps. None where no row is left
     that nothing was chosen by."""
-    used = calibrators(config, system, held.rows)
+    used = calibrators(config, system, held.rows, say)
     normals = [row for row, use in zip(held.rows, used, strict=True) if use]
     if not normals:
         return None
@@ -556,8 +566,10 @@ def calibrate_run(config: ConfigDict, system: System, rows: Sequence[Row], workd
     calibrate(config, system, results, held, workdir)
 
 
-def read_calibration(config: ConfigDict, system: System, results: Results, workdir: Path) -> Calibration | None:
-    """The run's calibration; None, said aloud, where there is none or it is of other weights or settings. Raises
+def read_calibration(
+    config: ConfigDict, system: System, results: Results, workdir: Path, say: Callable[[str], None] = log
+) -> Calibration | None:
+    """The run's calibration; None, and why to `say`, where there is none or it is of other weights or settings. Raises
     InputError where the file is damaged."""
     file = workdir / CALIBRATION
     try:
@@ -569,16 +581,16 @@ def read_calibration(config: ConfigDict, system: System, results: Results, workd
         if not scores or not np.isfinite([*scores.values(), low or 0, high or 0]).all():
             raise ValueError("no scores, or not finite ones")
     except FileNotFoundError:
-        log(UNCALIBRATED)
+        say(UNCALIBRATED)
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{file}: is no calibration ({error!r}): delete it and run jmae.evaluate again") from None
     own = json.loads(json.dumps(scored_by(config, system, results)))
     if weights != own["weights"]:
-        log(f"warning: {file} is of other weights: no p-values; run jmae.evaluate again")
+        say(f"warning: {file} is of other weights: no p-values; run jmae.evaluate again")
         return None
     if other := [k for k in settings | own["settings"] if settings.get(k) != own["settings"].get(k)]:
-        log(f"warning: {file} is of another evaluation.{other[0]}: no p-values")
+        say(f"warning: {file} is of another evaluation.{other[0]}: no p-values")
         return None
     return Calibration(scores, low, high, needs)
 
@@ -623,7 +635,9 @@ def alarms(
         return None
     of = lambda label: (split.labels == label) & ~np.isnan(p)
     share = lambda label: float((p[of(label)] <= rate).mean()) if of(label).any() else None
-    return {"n": len(calibration.scores), "rate": rate, "normal": share(0), "abnormal": share(1)}
+    threshold = alarm_threshold(list(calibration.scores.values()), rate)
+    found = {"n": len(calibration.scores), "rate": rate, "threshold": threshold}
+    return found | {"normal": share(0), "abnormal": share(1)}
 
 
 # --- cheap baselines --------------------------------------------------------------------------------------------------
@@ -883,7 +897,8 @@ def evaluate(
     normals of `val`; any other are read by the calibration that it has. Raises InputError where the split is empty,
     or `evaluation.alarm_rate` is no rate.
     """
-    began = time.monotonic()
+    began, why = time.monotonic(), list[str]()  # why there are no p-values
+    told = lambda line: (why.append(line.removeprefix("warning: ")), log(line))
     rate, of = alarm_rate(config), split_of(rows, split)
     parts = parts_of(config, of, volumes=system.sweep is not None)
     results = restore_results(config, system, workdir)
@@ -895,13 +910,13 @@ def evaluate(
     else:
         stream = score_images(config, system, results, rows, of, parts)
     if own and of.normals and stream.held and not other_rows(system, rows, workdir):
-        calibration = calibrate(config, system, results, stream.held, workdir)
+        calibration = calibrate(config, system, results, stream.held, workdir, told)
     else:
-        calibration = read_calibration(config, system, results, workdir)
+        calibration = read_calibration(config, system, results, workdir, told)
     judge = calibration
     if own and split in ("train", "unlabeled"):
         judge = None
-        log(f"{split}: no p-values, which are of cases that were not trained on")
+        told(f"{split}: no p-values, which are of cases that were not trained on")
     gathered = gather(config, system, of, stream, parts, out)
     evaluation: dict[str, Any] = {
         "system": system.name,
@@ -934,6 +949,15 @@ def evaluate(
     of_row = lambda i: {name: values[:, i] for name, values in gathered.scores.items()}
     table = [score_line(row, of_row(i), system, judge) for i, row in enumerate(of.rows)]
     evaluation["alarms"] = alarms(of, [line["p_value"] for line in table], calibration, rate)
+    if not evaluation["alarms"]:
+        needs = " and a ".join(calibration.needs) if calibration else ""
+        none = f"the held-out normals were scored with a {needs}, which no row here has" if needs else NO_OTHERS
+        evaluation["uncalibrated"] = why[0] if why else none
+    evaluation["digests"] = {
+        "recipe": recipe_digest(config),
+        "rows trained on": rows_of(system, workdir) or "unknown",
+        "images evaluated": hashlib.sha256("\n".join(gathered.digests).encode()).hexdigest()[:16],
+    }
     history = read_history(workdir / "metrics.jsonl")
     if printed := beside_printed(config, system, rows, workdir, history):
         evaluation["printed"] = printed
@@ -988,12 +1012,17 @@ def trained_rows(system: System, rows: Sequence[Row]) -> list[Row]:
     return [row for row in rows if row.split in splits]
 
 
+def rows_of(system: System, workdir: Path) -> str | None:
+    """The digest of the rows that a run was trained on; None where it tells none."""
+    if not system.stages:
+        return None
+    folder = workdir / "checkpoints" / system.stages[-1].name
+    return json.loads((folder / str(checkpoint.steps(folder)[-1]) / "step.json").read_text())["config"].get("rows")
+
+
 def other_rows(system: System, rows: Sequence[Row], workdir: Path) -> bool:
     """Whether the data, changed since, no longer tell which rows were trained on: then none may calibrate."""
-    if not system.stages:
-        return False
-    folder = workdir / "checkpoints" / system.stages[-1].name
-    saved = json.loads((folder / str(checkpoint.steps(folder)[-1]) / "step.json").read_text())["config"].get("rows")
+    saved = rows_of(system, workdir)
     if saved in (None, digest(trained_rows(system, rows))):
         return False
     log("warning: the manifest has changed since the training: not calibrated on it anew")
@@ -1067,7 +1096,7 @@ def gather(
             score = float(result.scores[system.primary].mean())
             further = {name: each.mean(0) for name, each in result.pictures.items()}
             case = Case(row.id, row.label, score, result.image, mean, lesion, picture, None, confidence, further)
-            cases.append(one_slice(case))
+            cases.append(one_slice(case, held_side(len(split.rows))))
     stack = lambda values: {name: np.stack(each, 1) for name, each in values.items()}
     known = [scores for scores, row in zip(cheap, split.rows, strict=True) if row.label is not None]
     whole = [name for name in (known[0] if known else ()) if all(name in scores for scores in known)]

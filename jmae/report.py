@@ -1,20 +1,23 @@
-"""One evaluation as one HTML page: numbers beside cheap baselines, curves, cases on one colour scale, recipe.
+"""python -m jmae.report DIR [DIR ...] --out FILE.html [--draws 2000] [--debug]
 
-    python -m jmae.report DIR [DIR ...] --out FILE.html [--draws 2000] [--debug]
-
-puts several runs on one page (`jmae.comparison`). Exit codes: 0 done; 2 a folder has no whole evaluation, or the runs
-share no case.
-
-The page holds everything itself and asks for nothing: no script, no font, no request (its content security policy
-forbids them), so it opens the same from a cluster's file share, a phone, or an archive in ten years. What comes
-from data (ids, names, configuration) is only ever written through Jinja's autoescape and never into a figure.
-
-Small to large: choosing cases, pictures, charts, words, the page. Each part takes plain values, so that a page on
-several runs can be made of the same parts.
+Puts the evaluations of several runs on one page: figures side by side, paired differences, what differs in recipes and
+environments. DIR is a run folder, or an evaluation's own. Exit codes: 0 done; 2 a folder has no whole evaluation, or
+the runs share no case.
 """
 
+# Also the page that every evaluation writes: numbers beside cheap baselines, curves, cases on one colour scale, recipe.
+# Small to large: choosing cases, pictures, charts, words, the page. Each part takes plain values, so that the page on
+# several runs (`jmae.comparison`) is made of the same parts.
+#
+# A page holds everything itself and asks for nothing: no script, no font, no request (its content security policy
+# forbids them), so it opens the same from a cluster's file share, a phone, or an archive in ten years; its slider is
+# radio buttons and CSS. What comes from data (ids, names, configuration) is only ever written through Jinja's
+# autoescape and never into a figure.
+
 import base64
+import hashlib
 import io
+import json
 import math
 import os
 import re
@@ -33,6 +36,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
+from scipy import stats
 from skimage import measure
 
 from jmae import metrics, recipe
@@ -40,9 +44,14 @@ from jmae.errors import InputError, exit_code
 
 NORMAL, ABNORMAL, INK, FAINT = "#2f6690", "#b4491f", "#1c1c1c", "#8a8a8a"
 PER_GROUP = 2  # cases shown of each of the six groups
+RANKED = 100  # cases listed by their score, at most
 PERCENTILES = (50.0, 99.9)  # of the normals' map values: the two ends of the colour scale
 PICTURE_BYTES = 1_800_000  # for all pictures of a page, before base64 adds a third
 MAX_SIDE = 256  # pixels of a picture
+SLICES = 24  # of a volume that can be paged through, at most
+SLIDE_SIDES = (192, 160, 128, 96, 64)  # pixels of a slice: the largest with which all slices of a page fit into
+SLIDE_BYTES = 3_000_000  # before base64
+HELD_BYTES = 500_000_000  # for the slices of all cases of a split, until those that are shown are known
 PALETTE = (matplotlib.colormaps["inferno"](np.arange(256))[:, :3] * 255).round().astype(np.uint8)
 
 STYLE: dict[Any, Any] = {
@@ -64,6 +73,16 @@ STYLE: dict[Any, Any] = {
 }
 
 
+class Slices(NamedTuple):
+    """Some of a volume's slices along its last axis, shrunk."""
+
+    numbers: tuple[int, ...]
+    depth: int  # how many the volume has
+    image: NDArray[np.uint8]  # (k, h, w), the first channel, windowed to the 1st to 99th percentile of these slices
+    map: NDArray[np.float32]  # (k, h, w)
+    outlines: tuple[str, ...]  # (k,) of the mask, as `_outline`; "" where a slice has none
+
+
 class Case(NamedTuple):
     """One scored case as the report shows it."""
 
@@ -77,6 +96,7 @@ class Case(NamedTuple):
     slice: int | None = None  # where `one_slice` has cut a volume, on its last axis
     confidence: NDArray[Any] | None = None  # size, spread of the samples whose mean the map is
     pictures: Mapping[str, NDArray[Any]] = MappingProxyType({})  # (*size, c) as `image`, or (h, w) in another unit
+    slices: Slices | None = None  # of the volume that `one_slice` has cut
 
 
 class Scale(NamedTuple):
@@ -144,9 +164,9 @@ def spread_scale(cases: Sequence[Case]) -> Scale | None:
     return Scale(low, high if high > low else low + 1, source)
 
 
-def one_slice(case: Case) -> Case:
-    """The case in two dimensions, which is all that a page shows: its mask only where it marks something, and of a
-    volume the slice of the last axis with the most lesion, or else with the highest map."""
+def one_slice(case: Case, side: int = SLIDE_SIDES[0]) -> Case:
+    """The case in two dimensions, as a page shows it: its mask only where it marks something, and of a volume the slice
+    of the last axis with the most lesion, or else with the highest map, beside `slices` of at most `side` pixels."""
     mask = case.mask if case.mask is not None and case.mask.any() else None
     if case.map.ndim == 2:
         return case._replace(mask=mask)
@@ -155,14 +175,63 @@ def one_slice(case: Case) -> Case:
     parts: dict[str, Any] = {
         name: cut(getattr(case, name)) for name in ("image", "map", "reconstruction", "confidence")
     }
-    return case._replace(**parts, mask=cut(mask), slice=k)
+    slices = some_slices(case.image[..., 0], case.map, mask, k, side)
+    return case._replace(**parts, mask=cut(mask), slice=k, slices=slices)
+
+
+def some_slices(image: NDArray, heat: NDArray, mask: NDArray | None, k: int, side: int) -> Slices:
+    """At most `SLICES` of a volume's slices, equally spaced; the nearest of them to slice `k` is `k` itself."""
+    depth = heat.shape[2]
+    numbers = np.unique(np.linspace(0, depth - 1, min(SLICES, depth)).round().astype(int))
+    numbers[np.abs(numbers - k).argmin()] = k
+    shrunk = lambda array: np.stack([_shrink(array[:, :, i], side) for i in numbers])
+    greys = shrunk(image)
+    dark, bright = np.percentile(greys, (1, 99))
+    window = np.clip((greys - dark) / ((bright - dark) or 1), 0, 1)
+    outlines = tuple("" if mask is None else _outline(mask[:, :, i], side) for i in numbers)
+    return Slices(tuple(numbers.tolist()), depth, (255 * window).round().astype(np.uint8), shrunk(heat), outlines)
+
+
+def held_side(n: int) -> int:
+    """Pixels of the slices that are kept of each of `n` volumes, so that all take at most `HELD_BYTES`."""
+    return min(SLIDE_SIDES[0], math.isqrt(HELD_BYTES // (5 * SLICES * max(1, n))))
+
+
+def slides(cases: Sequence[Case], scale: Scale) -> list[list[dict[str, Any]]]:
+    """Of each case its slices as {number, image, overlay, outline}; pictures are JPEG data URIs, of the largest of
+    `SLIDE_SIDES` with which all take at most `SLIDE_BYTES`, or else the smallest."""
+    out: list[list[dict[str, Any]]] = []
+    for side in SLIDE_SIDES:
+        out = [_slides(case.slices, scale, side) if case.slices else [] for case in cases]
+        if sum(len(s["image"]) + len(s["overlay"]) for each in out for s in each) <= SLIDE_BYTES * 4 / 3:
+            break
+    return out
+
+
+def _slides(slices: Slices, scale: Scale, side: int) -> list[dict[str, Any]]:
+    out = []
+    for number, image, heat, outline in zip(slices.numbers, slices.image, slices.map, slices.outlines, strict=True):
+        grey, heat = _shrink(image / 255, side), _shrink(heat, side)
+        plain = Image.fromarray((255 * grey).round().astype(np.uint8))
+        over = Image.fromarray(blend(grey, heat, scale))
+        out.append({"number": number, "image": _jpeg(plain), "overlay": _jpeg(over), "outline": outline})
+    return out
 
 
 def _png(picture: Image.Image) -> str:
     """A data URI."""
+    return _uri(picture, "png", optimize=True)
+
+
+def _jpeg(picture: Image.Image) -> str:
+    """A data URI, with losses."""
+    return _uri(picture, "jpeg", quality=82, optimize=True)
+
+
+def _uri(picture: Image.Image, kind: str, **settings: Any) -> str:
     buffer = io.BytesIO()
-    picture.save(buffer, "PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    picture.save(buffer, kind, **settings)
+    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def _shrink(array: NDArray, side: int) -> NDArray:
@@ -435,6 +504,36 @@ def headline(evaluation: Mapping[str, Any]) -> list[str]:
     return words + voxels(evaluation)
 
 
+def promise(evaluation: Mapping[str, Any]) -> list[str]:
+    """What a p-value is, and how often cases of either label alarmed at the promised rate; or why there are none."""
+    found, table = evaluation.get("alarms"), evaluation.get("table") or []
+    if not found:
+        why = evaluation.get("uncalibrated")
+        return [f"The scores have no p-value and no threshold: {why}."] if why else []
+    n, rate, threshold = found["n"], found["rate"], found.get("threshold")
+    words = [
+        f"A case’s p-value is the share of normals that score as high, itself counted among {n} held-out ones: of "
+        f"normal cases of the same kind at most {100 * rate:g} % get one of {rate:g} or less, on average."
+    ]
+    if threshold is None:
+        return [*words, f"So few normals cannot give one so low: that takes {math.ceil(1 / rate) - 1}."]
+    counts = []
+    for label, kind in ((0, "normal"), (1, "abnormal"), (None, "unlabelled")):
+        p = [row["p_value"] for row in table if row["label"] == label and row.get("p_value") is not None]
+        called = sum(value <= rate for value in p)
+        counts += [f"{called} of {len(p)} {kind} cases"] if p else []
+        if label == 0 and p:
+            k = math.floor(round(rate * (n + 1), 9))  # the threshold is the k-th highest of the n
+            chance = stats.betabinom.sf(called - 1, len(p), k, n + 1 - k)
+    words.append(f"With that alarm, at scores above {threshold:.4g}, here {' and '.join(counts)} alarmed.")
+    if "normal" in " ".join(counts).split() and chance < 0.01:
+        words.append(
+            "So many normal alarms have a chance below 1 in 100 if these normals are like those held out: take the "
+            "p-values as too low, and calibrate on normals of this kind."
+        )
+    return words
+
+
 def flat(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
     """Nested settings as (dotted key, value) in their own order."""
     rows: list[tuple[str, str]] = []
@@ -478,11 +577,16 @@ def _shown_cases(
     pictures = sum(4 + (spread is not None) + len(cases[i].pictures) for i in shown)
     side = min(MAX_SIDE, int(math.sqrt(PICTURE_BYTES / pictures)))  # palette PNG: at most a byte a pixel
 
-    def entry(case: Case) -> dict[str, Any]:
-        below = f"above {np.sum(normals < case.score)} of {normals.size} normals" if normals.size else ""
-        return {"case": case, "below": below, **case_pictures(case, scale, side, spread)}
+    flat = {i: one_slice(cases[i]) for i in shown}
+    paged = dict(zip(shown, slides([flat[i] for i in shown], scale), strict=True))
 
-    return scale, spread, [{"title": t, "cases": [entry(cases[i]) for i in group]} for t, group in groups.items()]
+    def entry(i: int) -> dict[str, Any]:
+        case = flat[i]
+        below = f"above {np.sum(normals < case.score)} of {normals.size} normals" if normals.size else ""
+        more = {"slides": paged[i], "number": i, "depth": case.slices.depth if case.slices else None}
+        return {"case": case, "below": below, **case_pictures(case, scale, side, spread), **more}
+
+    return scale, spread, [{"title": t, "cases": [entry(i) for i in group]} for t, group in groups.items()]
 
 
 def write_report(
@@ -531,6 +635,7 @@ def write_report(
             e=evaluation,
             data=source.get("manifest") or phantom,
             headline=headline(evaluation),
+            promise=promise(evaluation),
             reason=reason,
             rows=rows,
             axis=min(0.4, math.floor(10 * min(bounds)) / 10) if bounds else 0.4,
@@ -545,9 +650,12 @@ def write_report(
             histogram=score_chart(labels if curves else None, scores if curves else every, threshold)
             if every.size
             else None,
-            ranked=by_score[:100] if reason else [],
+            ranked=by_score[:RANKED],
+            calibrated=any(row.get("p_value") is not None for row in table),
+            digests={**evaluation.get("digests", {}), "environment": digest(environment)},
             scale=scale,
             spread=spread,
+            slides_most=SLICES,
             groups=groups,
             losses=[(stage, loss_chart(i, *xy)) for i, (stage, xy) in enumerate(stages.items())],
             printed=evaluation.get("printed") or [],
@@ -556,6 +664,11 @@ def write_report(
         )
     )
     write_page(Path(path), page)
+
+
+def digest(settings: Mapping[str, Any]) -> str:
+    """Equal for equal settings, whatever their order."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def templates() -> jinja2.Environment:

@@ -63,7 +63,7 @@ UNCALIBRATED = (
 )
 NO_OTHERS = "no case of this split is another than the held-out normals, which say nothing of themselves"
 NEEDS = ("region", "midline", "half")  # columns that the score of a volume depends on
-NO_SCORE = "batch chunk subsets maps reconstruction draws froc iou alarm_rate".split()  # of `evaluation`
+NO_SCORE = "batch chunk subsets maps reconstruction draws froc iou alarm_rate convergence".split()  # of `evaluation`
 
 
 def main(argv: list[str]) -> int:
@@ -245,14 +245,14 @@ def scorer(config: ConfigDict, system: System, results: Results) -> Callable[[Im
 
 
 def sweeper(config: ConfigDict, sweep: Sweep, results: Any) -> Callable[[Volume, np.ndarray], dict[str, Any]]:
-    """The function (prepared volume, words of its id) -> {"maps": {NAME: (r, *size)}, "reconstruction"}: one program a
-    bucket of sizes, whatever the case; as many windows at a time as fit in the memory, split over the devices. Raises
-    InputError where one window at a time does not."""
+    """The function (prepared volume, words of its id, repeats=the sweep's) -> {"maps": {NAME: (r, *size)},
+    "reconstruction"}: one program a bucket of sizes, whatever the case and `repeats`; as many windows at a time as fit
+    in the memory, split over the devices. Raises InputError where one window at a time does not."""
     mesh, keys = device_mesh(), seeds_of(config)
     devices = mesh.shape["data"]
     programs: dict[tuple[int, ...], tuple[Any, int]] = {}
 
-    def score(results, volume, size, origins, number, coverage, words, keys, batch):
+    def score(results, volume, size, origins, number, coverage, words, repeats, keys, batch):
         def one(result, key):
             averages = average(
                 partial(sweep.score, result),
@@ -262,7 +262,7 @@ def sweeper(config: ConfigDict, sweep: Sweep, results: Any) -> Callable[[Volume,
                 coverage,
                 case_keys(key, words[None])[0],
                 window=sweep.window,
-                repeats=sweep.repeats,
+                repeats=repeats,
                 batch=-(-batch // devices) * devices,
                 weighted=sweep.weighted,
                 released=sweep.released,
@@ -272,16 +272,16 @@ def sweeper(config: ConfigDict, sweep: Sweep, results: Any) -> Callable[[Volume,
 
         return each_replicate(one, results, keys)
 
-    program = jax.jit(score, static_argnums=8, out_shardings=replicated(mesh))
+    program = jax.jit(score, static_argnums=9, out_shardings=replicated(mesh))
 
-    def run(volume: Volume, words: np.ndarray) -> dict[str, Any]:
+    def run(volume: Volume, words: np.ndarray, repeats: int = sweep.repeats) -> dict[str, Any]:
         shape = volume.array.shape[:-1]
         tiling = tile(shape, sweep.window, sweep.stride, side=volume.side, midline=volume.midline)
         origins = np.zeros((2 ** max(4, (len(tiling.origins) - 1).bit_length()), len(shape)), np.int32)
         origins[: len(tiling.origins)] = tiling.origins
         array = np.pad(volume.array, [*tiling.pad, (0, 0)])
         number = np.int32(len(tiling.origins))
-        case = (array, np.array(tiling.size, np.int32), origins, number, tiling.coverage, words)
+        case = (array, np.array(tiling.size, np.int32), origins, number, tiling.coverage, words, np.int32(repeats))
         case = jax.device_put(case, replicated(mesh))
         kind = (*array.shape, len(origins))
         what, lower = f"a volume of {array.shape[:-1]}", lambda batch: program.lower(results, *case, keys, batch)
@@ -946,6 +946,12 @@ def evaluate(
         if (shown := shown_map(system)) in parts[WHOLE].pixels.pooled:
             evaluation["per_patient"] = parts[WHOLE].pixels.per_patient(shown, list(evaluation["scores"]))
 
+    if config.evaluation.get("convergence"):
+        from jmae.convergence import convergence  # which is made of this module's parts
+
+        labelled = [row for row in of.rows if row.label is not None]
+        if found := convergence(config, system, results, labelled):
+            evaluation["convergence"] = found
     of_row = lambda i: {name: values[:, i] for name, values in gathered.scores.items()}
     table = [score_line(row, of_row(i), system, judge) for i, row in enumerate(of.rows)]
     evaluation["alarms"] = alarms(of, [line["p_value"] for line in table], calibration, rate)

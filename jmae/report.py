@@ -399,6 +399,22 @@ def score_chart(labels: NDArray | None, scores: NDArray, threshold: float | None
     return chart("scores", f"Histogram of the scores: {middles}.", draw, (6, 3.1))
 
 
+def convergence_chart(found: Mapping[str, Any]) -> Markup:
+    """The mean AUROC of `jmae.convergence` against the number of masks, with its standard errors."""
+    steps, what = found["steps"], found["what"]
+    x, y, se = ([step[name] for step in steps] for name in ("number", "auroc", "se"))
+
+    def draw(ax: Axes) -> None:
+        ax.axhspan(y[-1] - found["close"], y[-1] + found["close"], color=NORMAL, alpha=0.1, lw=0)
+        ax.errorbar(x, y, se, color=INK, fmt="o-", ms=4, lw=1.2, capsize=3)
+        ax.set_xscale("log", base=2)
+        ax.set(xlabel=what, ylabel="AUROC", xticks=x, xticklabels=map(str, x))
+        ax.minorticks_off()
+
+    points = ", ".join(f"{v:.3f} ± {e:.3f} at {n}" for n, v, e in zip(x, y, se, strict=True))
+    return chart("convergence", f"AUROC and its standard error by the number of {what}: {points}.", draw, (4.6, 2.9))
+
+
 def loss_chart(number: int, steps: NDArray, losses: NDArray) -> Markup:
     """A stage's training loss against the step, with a running mean over a fiftieth of the points."""
     thin = np.unique(np.linspace(0, steps.size - 1, min(steps.size, 500)).astype(int))
@@ -502,6 +518,32 @@ def headline(evaluation: Mapping[str, Any]) -> list[str]:
         else:
             words.append(f"The best cheap baseline, “{name}”, gets {100 * value:.0f}.")
     return words + voxels(evaluation)
+
+
+def convergence_words(found: Mapping[str, Any]) -> list[str]:
+    """How many masks, samples or repeats are enough, in sentences."""
+    what, steps, close = found["what"], found["steps"], found["close"]
+    last = steps[-1]
+    if all(step["deviation"] == 0 and step["auroc"] == last["auroc"] for step in steps):
+        return [f"The score does not depend on the {what}."]
+    at = f"AUROC {last['auroc']:.3f} ± {last['se']:.3f} with the recipe’s {last['number']} {what}"
+    words = [f"{at} (mean and standard error of {last['draws']} repetitions with other random numbers)."]
+    found_at = next((step for step in steps if step["number"] == found["enough"]), None)
+    if not found_at:
+        words.append(
+            f"That is too few to fix the second digit: one evaluation varies by {2 * last['deviation']:.3f} (two "
+            f"standard deviations), so raise evaluation.{what}."
+        )
+    elif found_at is last:
+        words.append(f"No fewer give an evaluation within {close:g} of that.")
+    else:
+        words.append(
+            f"From {found_at['number']} on, one evaluation lies within {close:g} of that (difference of the means and "
+            f"two standard deviations, {2 * found_at['deviation']:.3f}): more cost time and change little."
+        )
+    if found["rising"]:
+        words.append(f"The last doubling still raised it: more {what} may raise it further.")
+    return words
 
 
 def promise(evaluation: Mapping[str, Any]) -> list[str]:
@@ -624,6 +666,7 @@ def write_report(
     bounds = [v for r in rows for v in (r.image.get("auroc"), *(r.image.get("auroc_ci") or ())) if v is not None]
     stages = stage_losses(history)
     patients = evaluation.get("per_patient")
+    converged = evaluation.get("convergence")
     source = config.get("data") or {}
     phantom = f"phantoms: {source['phantom']}" if source.get("phantom") else ""
     by_score = sorted(table, key=lambda row: -math.inf if row["score"] is None else row["score"], reverse=True)
@@ -657,6 +700,8 @@ def write_report(
             spread=spread,
             slides_most=SLICES,
             groups=groups,
+            convergence=convergence_words(converged) if converged else [],
+            convergence_chart=convergence_chart(converged) if converged else None,
             losses=[(stage, loss_chart(i, *xy)) for i, (stage, xy) in enumerate(stages.items())],
             printed=evaluation.get("printed") or [],
             config=flat(config),

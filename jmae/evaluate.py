@@ -28,6 +28,7 @@ from ml_collections import ConfigDict
 from scipy.ndimage import minimum_filter
 
 from jmae import baselines, checkpoint, metrics, recipe
+from jmae.cards import rows_of, write_cards
 from jmae.data.crops import Volumes
 from jmae.data.files import Image, write_map
 from jmae.data.loader import (
@@ -61,7 +62,7 @@ CALIBRATION = "calibration.json"
 UNCALIBRATED = (
     "not calibrated, so no p-values: give the manifest val rows of label 0, or train with --config.data.calibration=0.1"
 )
-NO_OTHERS = "no case of this split is another than the held-out normals, which say nothing of themselves"
+NO_OTHERS = "no p-values: no case of this split is another than the held-out normals, which say nothing of themselves"
 NEEDS = ("region", "midline", "half")  # columns that the score of a volume depends on
 NO_SCORE = "batch chunk subsets maps reconstruction draws froc iou alarm_rate convergence".split()  # of `evaluation`
 
@@ -957,7 +958,11 @@ def evaluate(
     evaluation["alarms"] = alarms(of, [line["p_value"] for line in table], calibration, rate)
     if not evaluation["alarms"]:
         needs = " and a ".join(calibration.needs) if calibration else ""
-        none = f"the held-out normals were scored with a {needs}, which no row here has" if needs else NO_OTHERS
+        none = (
+            f"no p-values: the held-out normals were scored with a {needs}, which no row here has"
+            if needs
+            else NO_OTHERS
+        )
         evaluation["uncalibrated"] = why[0] if why else none
     evaluation["digests"] = {
         "recipe": recipe_digest(config),
@@ -979,6 +984,8 @@ def evaluate(
     page = {**evaluation, "table": table}
     colours = colours_of(calibration) if calibration else None
     write_report(out / "report.html", page, gathered.cases, history, config.to_dict(), about, colours)
+    if own:
+        write_cards(workdir, config, system, rows)
     log(headline(evaluation))
     log(f"report: {out / 'report.html'}")
     return evaluation
@@ -1016,14 +1023,6 @@ def trained_rows(system: System, rows: Sequence[Row]) -> list[Row]:
     if any(stage.check and stage.check.labelled for stage in system.stages):
         splits.append("val")
     return [row for row in rows if row.split in splits]
-
-
-def rows_of(system: System, workdir: Path) -> str | None:
-    """The digest of the rows that a run was trained on; None where it tells none."""
-    if not system.stages:
-        return None
-    folder = workdir / "checkpoints" / system.stages[-1].name
-    return json.loads((folder / str(checkpoint.steps(folder)[-1]) / "step.json").read_text())["config"].get("rows")
 
 
 def other_rows(system: System, rows: Sequence[Row], workdir: Path) -> bool:

@@ -14,6 +14,7 @@ the runs share no case.
 # radio buttons and CSS. What comes from data (ids, names, configuration) is only ever written through Jinja's
 # autoescape and never into a figure.
 
+import ast
 import base64
 import hashlib
 import io
@@ -477,6 +478,17 @@ def voxels(evaluation: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def described(system: str) -> tuple[str, str]:
+    """(what a system is in a sentence, its paper), as its file begins; both empty of a system that has no file."""
+    file = Path(__file__).parent / "systems" / f"{system}.py"
+    if not system.isidentifier() or not file.is_file():
+        return "", ""
+    what, paper, *_ = (ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or "").split("\n\n")
+    found = re.match(r".*?arXiv [\d.]+\d", paper, re.S)
+    assert found, file
+    return " ".join(what.split()), " ".join(found[0].split()) + "."
+
+
 def without_curves(evaluation: Mapping[str, Any]) -> str | None:
     """Why there are no AUROC, AP and curves; None where there are."""
     n, k = evaluation["n_normal"], evaluation["n_abnormal"]
@@ -551,7 +563,7 @@ def promise(evaluation: Mapping[str, Any]) -> list[str]:
     found, table = evaluation.get("alarms"), evaluation.get("table") or []
     if not found:
         why = evaluation.get("uncalibrated")
-        return [f"The scores have no p-value and no threshold: {why}."] if why else []
+        return [f"{why[0].upper()}{why[1:]}."] if why else []
     n, rate, threshold = found["n"], found["rate"], found.get("threshold")
     words = [
         f"A case’s p-value is the share of normals that score as high, itself counted among {n} held-out ones: of "
@@ -677,6 +689,7 @@ def write_report(
         .render(
             e=evaluation,
             data=source.get("manifest") or phantom,
+            about=described(evaluation["system"])[0],
             headline=headline(evaluation),
             promise=promise(evaluation),
             reason=reason,

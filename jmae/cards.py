@@ -65,8 +65,9 @@ def model_card(workdir: Path, config: ConfigDict, system: System, found: Sequenc
         RESEARCH,
         *([what, f"Paper: {paper}"] if what else []),
         "## Use",
-        f"Intended: research on anomaly detection in images of the kind told in DATA_CARD.md, prepared as told there; "
-        f"the networks see {' x '.join(map(str, data.size))} {'voxels' if len(data.size) == 3 else 'pixels'}. The primary score is `{system.primary}`: higher is more abnormal.",
+        f"Intended: research on anomaly detection in images of the kind that DATA_CARD.md tells, prepared as it tells; "
+        f"the networks see {' x '.join(map(str, data.size))} {'voxels' if len(data.size) == 3 else 'pixels'}.",
+        f"The primary score is `{system.primary}`: higher is more abnormal.",
         "Not intended: any decision on a patient. It is no medical device.",
         "## Training",
         bullets(

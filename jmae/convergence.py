@@ -83,7 +83,7 @@ def enough(steps: Sequence[Mapping[str, Any]]) -> int | None:
 def with_number(config: ConfigDict, what: str, number: int) -> tuple[ConfigDict, System]:
     """The recipe and its system with another number of masks, samples or sweeps."""
     other = config.copy_and_resolve_references()
-    other.evaluation[what] = number
+    other.evaluation.update({what: number, "convergence": 0})
     return other, load_system(other)
 
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from jmae import metrics
 from jmae.errors import InputError
-from jmae.report import FAINT, chart, flat, templates, write_page
+from jmae.report import FAINT, chart, digest, flat, templates, write_page
 
 MOST = 12  # runs on a page
 
@@ -198,6 +198,7 @@ def write_comparison(path: Path, folders: Sequence[Path], *, draws: int = 2000) 
             recipes=differing([run.config for run in runs]),
             environments=differing([run.environment for run in runs]),
             digest=case_digest(runs[0], shared),
+            digests=[(run.name, digests_of(run)) for run in runs],
             draws=draws,
         ),
     )
@@ -216,6 +217,11 @@ def case_digest(run: Run, ids: Sequence[str]) -> str:
     """A digest of the compared cases' ids and labels: equal where the same cases were compared."""
     text = "\n".join(f"{name},{run.cases[name][0]}" for name in sorted(ids))
     return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def digests_of(run: Run) -> dict[str, str]:
+    """What the run's recipe, data and environment are told apart by."""
+    return {**(run.metrics.get("digests") or {}), "environment": digest(run.environment)}
 
 
 def as_text(figures: Sequence[Mapping[str, Any]], pairs: Sequence[Pair]) -> str:

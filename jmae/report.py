@@ -620,7 +620,7 @@ def _interval(pair: Sequence[float | None] | None, digits: int = 3) -> str:
 
 
 def _shown_cases(
-    cases: Sequence[Case], normals: NDArray, colours: Scale | None
+    cases: Sequence[Case], normals: NDArray, colours: Scale | None, p_values: Mapping[str, float]
 ) -> tuple[Scale | None, Scale | None, list[dict[str, Any]]]:
     """The scales of maps and spreads, and the groups of cases with pictures and how many normals score lower."""
     groups = choose_cases([c.label for c in cases], [c.score for c in cases])
@@ -637,7 +637,12 @@ def _shown_cases(
     def entry(i: int) -> dict[str, Any]:
         case = flat[i]
         below = f"above {np.sum(normals < case.score)} of {normals.size} normals" if normals.size else ""
-        more = {"slides": paged[i], "number": i, "depth": case.slices.depth if case.slices else None}
+        more = {
+            "p": p_values.get(case.id),
+            "slides": paged[i],
+            "number": i,
+            "depth": case.slices.depth if case.slices else None,
+        }
         return {"case": case, "below": below, **case_pictures(case, scale, side, spread), **more}
 
     return scale, spread, [{"title": t, "cases": [entry(i) for i in group]} for t, group in groups.items()]
@@ -669,9 +674,10 @@ def write_report(
     scores = np.array([row["score"] for row in known], float)
     every = np.array([row["score"] for row in table if row.get("score") is not None], float)
     threshold = (evaluation.get("decision") or {}).get("threshold")
+    p_values = {row["id"]: row["p_value"] for row in table if row.get("p_value") is not None}
     reason = without_curves(evaluation)
     curves = bool(known) and labels.any() and not labels.all()
-    scale, spread, groups = _shown_cases(cases, scores[~labels], colours)
+    scale, spread, groups = _shown_cases(cases, scores[~labels], colours, p_values)
     rows = comparison_rows(evaluation)
     frocs = [r.pixel["froc"] for r in rows if r.pixel.get("froc")]
     froc = (evaluation.get("pixel") or {}).get("froc")
@@ -707,7 +713,7 @@ def write_report(
             if every.size
             else None,
             ranked=by_score[:RANKED],
-            calibrated=any(row.get("p_value") is not None for row in table),
+            calibrated=bool(p_values),
             digests={**evaluation.get("digests", {}), "environment": digest(environment)},
             scale=scale,
             spread=spread,

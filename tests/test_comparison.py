@@ -27,6 +27,7 @@ def a_run(folder: Path, noise: float, *, ids=IDS, labels=LABELS, patients=None, 
         "image": image,
         "pixel": None,
         "subsets": {"central 80%": {"n": len(ids), "image": image, "pixel": None}},
+        "digests": {"recipe": f"recipe-{recipe}", "rows trained on": "rows", "images evaluated": "seen"},
         "baselines": {
             "5-NN": {"image": image | {"auroc": 0.61}, "pixel": None},
             "dark": {"image": None, "pixel": None},
@@ -80,6 +81,9 @@ def test_the_page_shows_the_runs_their_differences_and_what_differs(tmp_path, ca
     assert "draws of cases (the patients are not known here)" in words
     assert re.search("model.memory 40 0", words) and "versions.jax 0.0.3 0.2.0" in words
     assert "0.610 5-NN" in words
+    environments = [comparison.digests_of(comparison.read_run(run))["environment"] for run in runs]
+    assert "good recipe-{} rows seen" in words and all(found in words for found in environments)
+    assert environments[0] != environments[1]
     assert page.index("good") < page.index("&lt;b&gt;bad")  # the best first
 
 

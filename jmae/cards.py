@@ -135,7 +135,7 @@ def data_card(
     else:
         source = {"phantoms": f"{config.data.phantom}: drawn by jmae, of no patient", "licence": "that of jmae"}
     source["digest of the rows trained on"] = rows_of(system, workdir) if last_steps(system, workdir) else None
-    source |= {f"digest of the images of {e['split']}": e["digests"]["images evaluated"] for e in found}
+    source |= {f"digest of the images of {e['split']}": e.get("digests", {}).get("images evaluated") for e in found}
     lines = [
         "# Data card",
         RESEARCH,

@@ -899,7 +899,11 @@ def evaluate(
     or `evaluation.alarm_rate` is no rate.
     """
     began, why = time.monotonic(), list[str]()  # why there are no p-values
-    told = lambda line: (why.append(line.removeprefix("warning: ")), log(line))
+
+    def told(line: str) -> None:
+        why.append(line.removeprefix("warning: "))
+        log(line)
+
     rate, of = alarm_rate(config), split_of(rows, split)
     parts = parts_of(config, of, volumes=system.sweep is not None)
     results = restore_results(config, system, workdir)

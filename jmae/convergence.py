@@ -32,7 +32,7 @@ Draws = Mapping[int, Sequence[Float[np.ndarray, "r n"]]]  # by number: a draw's 
 
 def convergence(config: ConfigDict, system: System, results: Results, rows: Sequence[Row]) -> dict[str, Any] | None:
     """{"what", "draws", "steps", "enough", "close", "rising", "seconds"} of labelled rows: "steps" by `summary`,
-    "enough" by `enough`, "rising" whether the last doubling of the number raised the AUROC by more than two standard
+    "enough" by `enough`, "rising" whether the AUROC rose from the last number but one by more than two standard
     errors. None where a class is missing, said aloud."""
     labels = np.array([row.label for row in rows])
     if set(labels) != {0, 1}:

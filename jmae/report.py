@@ -413,7 +413,7 @@ def convergence_chart(found: Mapping[str, Any]) -> Markup:
         ax.minorticks_off()
 
     points = ", ".join(f"{v:.3f} ± {e:.3f} at {n}" for n, v, e in zip(x, y, se, strict=True))
-    return chart("convergence", f"AUROC and its standard error by the number of {what}: {points}.", draw, (4.6, 2.9))
+    return chart("convergence", f"AUROC and its standard error by the number of {what}: {points}.", draw, (6, 3.1))
 
 
 def loss_chart(number: int, steps: NDArray, losses: NDArray) -> Markup:
@@ -554,7 +554,7 @@ def convergence_words(found: Mapping[str, Any]) -> list[str]:
             f"two standard deviations, {2 * found_at['deviation']:.3f}): more cost time and change little."
         )
     if found["rising"]:
-        words.append(f"The last doubling still raised it: more {what} may raise it further.")
+        words.append(f"From {steps[-2]['number']} to {last['number']} it still rose: more {what} may raise it further.")
     return words
 
 
@@ -566,8 +566,8 @@ def promise(evaluation: Mapping[str, Any]) -> list[str]:
         return [f"{why[0].upper()}{why[1:]}."] if why else []
     n, rate, threshold = found["n"], found["rate"], found.get("threshold")
     words = [
-        f"A case’s p-value is the share of normals that score as high, itself counted among {n} held-out ones: of "
-        f"normal cases of the same kind at most {100 * rate:g} % get one of {rate:g} or less, on average."
+        f"A case’s p-value is the share, of {n} held-out normals and itself, that scores at least as high: of normal "
+        f"cases of the same kind at most {100 * rate:g} % get one of {rate:g} or less, on average."
     ]
     if threshold is None:
         return [*words, f"So few normals cannot give one so low: that takes {math.ceil(1 / rate) - 1}."]

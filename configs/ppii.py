@@ -87,6 +87,7 @@ def get_config(preset: str = "phantom") -> ConfigDict:
     c.evaluation.maps = True  # write the maps of the split
     c.evaluation.draws = 2000  # of patients, for the intervals
     c.evaluation.alarm_rate = 0.05  # false alarms at the threshold of calibration.json
+    c.evaluation.convergence = 0  # 2 or more: score that often at 1, 2, 4, ... samples, to tell how many are enough
 
     if preset == "paper":
         return c

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from jmae import metrics
 from jmae.errors import InputError
-from jmae.report import FAINT, chart, flat, templates, write_page
+from jmae.report import FAINT, chart, digest, flat, templates, write_page
 
 MOST = 12  # runs on a page
 
@@ -131,10 +131,10 @@ def roc_curves(runs: Sequence[Run], ids: Sequence[str]) -> Markup | None:
             style: Any = styles[i // len(colours) % len(styles)]
             ax.plot(fpr, tpr, color=colours[i % len(colours)], ls=style, label=run.name, clip_on=False)
         ax.set(xlim=(0, 1), ylim=(0, 1), xlabel="1 - specificity", ylabel="sensitivity", aspect="equal")
-        ax.legend(frameon=False, loc="lower right", fontsize=8)
+        ax.legend(frameon=False, loc="upper left", bbox_to_anchor=(-0.02, -0.13), fontsize=8)
 
     names = ", ".join(run.name for run in runs)
-    return chart("rocs", f"ROC curves of {names}.", draw, size=(5.2, 4.4))
+    return chart("rocs", f"ROC curves of {names}.", draw, size=(5.2, 4.4 + 0.17 * len(runs)))
 
 
 def best_baseline(run: Run) -> tuple[str, float] | None:
@@ -185,6 +185,7 @@ def write_comparison(path: Path, folders: Sequence[Path], *, draws: int = 2000) 
         .get_template("comparison.html.j2")
         .render(
             runs=figures,
+            lead=lead(figures, pairs),
             split=", ".join(sorted({run.metrics["split"] for run in runs})),
             shared=len(shared),
             n_abnormal=int(labels_of(runs[0], shared).sum()),
@@ -198,6 +199,7 @@ def write_comparison(path: Path, folders: Sequence[Path], *, draws: int = 2000) 
             recipes=differing([run.config for run in runs]),
             environments=differing([run.environment for run in runs]),
             digest=case_digest(runs[0], shared),
+            digests=[(run.name, digests_of(run)) for run in runs],
             draws=draws,
         ),
     )
@@ -216,6 +218,34 @@ def case_digest(run: Run, ids: Sequence[str]) -> str:
     """A digest of the compared cases' ids and labels: equal where the same cases were compared."""
     text = "\n".join(f"{name},{run.cases[name][0]}" for name in sorted(ids))
     return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def lead(figures: Sequence[Mapping[str, Any]], pairs: Sequence[Pair]) -> list[str]:
+    """The result in sentences: the run with the highest AUROC, how far the next is, which do not beat a baseline."""
+    rated = [f for f in figures if f["image"].get("auroc") is not None]
+    if not rated:
+        return ["No AUROC: the cases in common are of one class."]
+    best = rated[0]
+    words = [f"{best['name']} ({best['system']}) has the highest AUROC, {best['image']['auroc']:.3f}."]
+    if len(rated) > 1:
+        second = rated[1]["name"]
+        pair = next(p for p in pairs if {p.first, p.second} == {best["name"], second})
+        sign = 1 if pair.first == best["name"] else -1
+        low, high = sorted(sign * end for end in pair.auroc_ci)
+        settled = "" if low > 0 else ", which does not settle which of the two is better"
+        words.append(
+            f"On the cases in common it is {sign * pair.auroc:+.3f} against the next, {second} (95 % interval "
+            f"{low:+.3f} to {high:+.3f}){settled}."
+        )
+    behind = [f["name"] for f in rated if f["baseline"] and f["baseline"][1] >= f["image"]["auroc"]]
+    if behind:
+        words.append(f"A cheap baseline does as well as or better than {', '.join(behind)}.")
+    return words
+
+
+def digests_of(run: Run) -> dict[str, str]:
+    """What the run's recipe, data and environment are told apart by."""
+    return {**(run.metrics.get("digests") or {}), "environment": digest(run.environment)}
 
 
 def as_text(figures: Sequence[Mapping[str, Any]], pairs: Sequence[Pair]) -> str:

@@ -37,7 +37,7 @@ def exit_code(main: Callable[[list[str]], int | None], argv: list[str] | None = 
     except KeyboardInterrupt:
         if debug:
             traceback.print_exc()
-        print("interrupted: the same command goes on from the last checkpoint, if there is one", file=sys.stderr)
+        print("interrupted: no file is half-written; the same command can be run again", file=sys.stderr)
         return 130
     except (InputError, NonFiniteLoss, Stopped) as error:
         if debug:

@@ -28,6 +28,7 @@ from ml_collections import ConfigDict
 from scipy.ndimage import minimum_filter
 
 from jmae import baselines, checkpoint, metrics, recipe
+from jmae.cards import rows_of, write_cards
 from jmae.data.crops import Volumes
 from jmae.data.files import Image, write_map
 from jmae.data.loader import (
@@ -47,8 +48,8 @@ from jmae.data.volumes import Volume, read_subtraction
 from jmae.errors import InputError, exit_code
 from jmae.masking import case_keys
 from jmae.reconstruct import fitting, out_of_memory, too_large
-from jmae.report import PERCENTILES, Case, Scale, choose_cases, one_slice, without_curves, write_report
-from jmae.run_folder import digest, log, read_history, write_csv, write_text
+from jmae.report import PERCENTILES, Case, Scale, choose_cases, held_side, one_slice, without_curves, write_report
+from jmae.run_folder import digest, log, read_history, recipe_digest, write_csv, write_text
 from jmae.scoring import Calibration, alarm_threshold, colour_ends, top_mean
 from jmae.sharding import device_mesh, keep_compiled, replicated, split
 from jmae.system import Results, Sweep, System, compute_type, load_system, stage_keys
@@ -61,8 +62,9 @@ CALIBRATION = "calibration.json"
 UNCALIBRATED = (
     "not calibrated, so no p-values: give the manifest val rows of label 0, or train with --config.data.calibration=0.1"
 )
+NO_OTHERS = "no p-values: no case of this split is another than the held-out normals, which say nothing of themselves"
 NEEDS = ("region", "midline", "half")  # columns that the score of a volume depends on
-NO_SCORE = "batch chunk subsets maps reconstruction draws froc iou alarm_rate".split()  # of `evaluation`
+NO_SCORE = "batch chunk subsets maps reconstruction draws froc iou alarm_rate convergence".split()  # of `evaluation`
 
 
 def main(argv: list[str]) -> int:
@@ -244,14 +246,14 @@ def scorer(config: ConfigDict, system: System, results: Results) -> Callable[[Im
 
 
 def sweeper(config: ConfigDict, sweep: Sweep, results: Any) -> Callable[[Volume, np.ndarray], dict[str, Any]]:
-    """The function (prepared volume, words of its id) -> {"maps": {NAME: (r, *size)}, "reconstruction"}: one program a
-    bucket of sizes, whatever the case; as many windows at a time as fit in the memory, split over the devices. Raises
-    InputError where one window at a time does not."""
+    """The function (prepared volume, words of its id, repeats=the sweep's) -> {"maps": {NAME: (r, *size)},
+    "reconstruction"}: one program a bucket of sizes, whatever the case and `repeats`; as many windows at a time as fit
+    in the memory, split over the devices. Raises InputError where one window at a time does not."""
     mesh, keys = device_mesh(), seeds_of(config)
     devices = mesh.shape["data"]
     programs: dict[tuple[int, ...], tuple[Any, int]] = {}
 
-    def score(results, volume, size, origins, number, coverage, words, keys, batch):
+    def score(results, volume, size, origins, number, coverage, words, repeats, keys, batch):
         def one(result, key):
             averages = average(
                 partial(sweep.score, result),
@@ -261,7 +263,7 @@ def sweeper(config: ConfigDict, sweep: Sweep, results: Any) -> Callable[[Volume,
                 coverage,
                 case_keys(key, words[None])[0],
                 window=sweep.window,
-                repeats=sweep.repeats,
+                repeats=repeats,
                 batch=-(-batch // devices) * devices,
                 weighted=sweep.weighted,
                 released=sweep.released,
@@ -271,16 +273,16 @@ def sweeper(config: ConfigDict, sweep: Sweep, results: Any) -> Callable[[Volume,
 
         return each_replicate(one, results, keys)
 
-    program = jax.jit(score, static_argnums=8, out_shardings=replicated(mesh))
+    program = jax.jit(score, static_argnums=9, out_shardings=replicated(mesh))
 
-    def run(volume: Volume, words: np.ndarray) -> dict[str, Any]:
+    def run(volume: Volume, words: np.ndarray, repeats: int = sweep.repeats) -> dict[str, Any]:
         shape = volume.array.shape[:-1]
         tiling = tile(shape, sweep.window, sweep.stride, side=volume.side, midline=volume.midline)
         origins = np.zeros((2 ** max(4, (len(tiling.origins) - 1).bit_length()), len(shape)), np.int32)
         origins[: len(tiling.origins)] = tiling.origins
         array = np.pad(volume.array, [*tiling.pad, (0, 0)])
         number = np.int32(len(tiling.origins))
-        case = (array, np.array(tiling.size, np.int32), origins, number, tiling.coverage, words)
+        case = (array, np.array(tiling.size, np.int32), origins, number, tiling.coverage, words, np.int32(repeats))
         case = jax.device_put(case, replicated(mesh))
         kind = (*array.shape, len(origins))
         what, lower = f"a volume of {array.shape[:-1]}", lambda batch: program.lower(results, *case, keys, batch)
@@ -487,11 +489,13 @@ def shown_map(system: System) -> str:
     return system.map or system.primary
 
 
-def calibrators(config: ConfigDict, system: System, rows: Sequence[Row]) -> list[bool]:
+def calibrators(
+    config: ConfigDict, system: System, rows: Sequence[Row], say: Callable[[str], None] = log
+) -> list[bool]:
     """Which rows of `val` say what a score means: the normals that nothing was chosen by."""
     labels = {row.label for row in rows if row.split == "val" and not row.kept}
     if system.chosen_on_val and {0, 1} <= labels:
-        log(
+        say(
             f"select={config.select}: val's labels chose the weights, so only train rows kept apart give p-values "
             "(--config.data.calibration=0.1)"
         )
@@ -499,11 +503,18 @@ def calibrators(config: ConfigDict, system: System, rows: Sequence[Row]) -> list
     return [row.label == 0 for row in rows]
 
 
-def calibrate(config: ConfigDict, system: System, results: Results, held: Held, workdir: Path) -> Calibration | None:
+def calibrate(
+    config: ConfigDict,
+    system: System,
+    results: Results,
+    held: Held,
+    workdir: Path,
+    say: Callable[[str], None] = log,
+) -> Calibration | None:
     """Calibrates a run on the normals of `held` and writes calibration.json: whom it is of, the score of each normal,
     the threshold at the false-alarm rate `evaluation.alarm_rate`, the colour scale of maps. None where no row is left
     that nothing was chosen by."""
-    used = calibrators(config, system, held.rows)
+    used = calibrators(config, system, held.rows, say)
     normals = [row for row, use in zip(held.rows, used, strict=True) if use]
     if not normals:
         return None
@@ -556,8 +567,10 @@ def calibrate_run(config: ConfigDict, system: System, rows: Sequence[Row], workd
     calibrate(config, system, results, held, workdir)
 
 
-def read_calibration(config: ConfigDict, system: System, results: Results, workdir: Path) -> Calibration | None:
-    """The run's calibration; None, said aloud, where there is none or it is of other weights or settings. Raises
+def read_calibration(
+    config: ConfigDict, system: System, results: Results, workdir: Path, say: Callable[[str], None] = log
+) -> Calibration | None:
+    """The run's calibration; None, and why to `say`, where there is none or it is of other weights or settings. Raises
     InputError where the file is damaged."""
     file = workdir / CALIBRATION
     try:
@@ -569,16 +582,16 @@ def read_calibration(config: ConfigDict, system: System, results: Results, workd
         if not scores or not np.isfinite([*scores.values(), low or 0, high or 0]).all():
             raise ValueError("no scores, or not finite ones")
     except FileNotFoundError:
-        log(UNCALIBRATED)
+        say(UNCALIBRATED)
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{file}: is no calibration ({error!r}): delete it and run jmae.evaluate again") from None
     own = json.loads(json.dumps(scored_by(config, system, results)))
     if weights != own["weights"]:
-        log(f"warning: {file} is of other weights: no p-values; run jmae.evaluate again")
+        say(f"warning: {file} is of other weights: no p-values; run jmae.evaluate again")
         return None
     if other := [k for k in settings | own["settings"] if settings.get(k) != own["settings"].get(k)]:
-        log(f"warning: {file} is of another evaluation.{other[0]}: no p-values")
+        say(f"warning: {file} is of another evaluation.{other[0]}: no p-values")
         return None
     return Calibration(scores, low, high, needs)
 
@@ -623,7 +636,9 @@ def alarms(
         return None
     of = lambda label: (split.labels == label) & ~np.isnan(p)
     share = lambda label: float((p[of(label)] <= rate).mean()) if of(label).any() else None
-    return {"n": len(calibration.scores), "rate": rate, "normal": share(0), "abnormal": share(1)}
+    threshold = alarm_threshold(list(calibration.scores.values()), rate)
+    found = {"n": len(calibration.scores), "rate": rate, "threshold": threshold}
+    return found | {"normal": share(0), "abnormal": share(1)}
 
 
 # --- cheap baselines --------------------------------------------------------------------------------------------------
@@ -883,7 +898,12 @@ def evaluate(
     normals of `val`; any other are read by the calibration that it has. Raises InputError where the split is empty,
     or `evaluation.alarm_rate` is no rate.
     """
-    began = time.monotonic()
+    began, why = time.monotonic(), list[str]()  # why there are no p-values
+
+    def told(line: str) -> None:
+        why.append(line.removeprefix("warning: "))
+        log(line)
+
     rate, of = alarm_rate(config), split_of(rows, split)
     parts = parts_of(config, of, volumes=system.sweep is not None)
     results = restore_results(config, system, workdir)
@@ -895,13 +915,13 @@ def evaluate(
     else:
         stream = score_images(config, system, results, rows, of, parts)
     if own and of.normals and stream.held and not other_rows(system, rows, workdir):
-        calibration = calibrate(config, system, results, stream.held, workdir)
+        calibration = calibrate(config, system, results, stream.held, workdir, told)
     else:
-        calibration = read_calibration(config, system, results, workdir)
+        calibration = read_calibration(config, system, results, workdir, told)
     judge = calibration
     if own and split in ("train", "unlabeled"):
         judge = None
-        log(f"{split}: no p-values, which are of cases that were not trained on")
+        told(f"{split}: no p-values, which are of cases that were not trained on")
     gathered = gather(config, system, of, stream, parts, out)
     evaluation: dict[str, Any] = {
         "system": system.name,
@@ -931,9 +951,28 @@ def evaluate(
         if (shown := shown_map(system)) in parts[WHOLE].pixels.pooled:
             evaluation["per_patient"] = parts[WHOLE].pixels.per_patient(shown, list(evaluation["scores"]))
 
+    if config.evaluation.get("convergence"):
+        from jmae.convergence import convergence  # which is made of this module's parts
+
+        labelled = [row for row in of.rows if row.label is not None]
+        if found := convergence(config, system, results, labelled):
+            evaluation["convergence"] = found
     of_row = lambda i: {name: values[:, i] for name, values in gathered.scores.items()}
     table = [score_line(row, of_row(i), system, judge) for i, row in enumerate(of.rows)]
     evaluation["alarms"] = alarms(of, [line["p_value"] for line in table], calibration, rate)
+    if not evaluation["alarms"]:
+        needs = " and a ".join(calibration.needs) if calibration else ""
+        none = (
+            f"no p-values: the held-out normals were scored with a {needs}, which no row here has"
+            if needs
+            else NO_OTHERS
+        )
+        evaluation["uncalibrated"] = why[0] if why else none
+    evaluation["digests"] = {
+        "recipe": recipe_digest(config),
+        "rows trained on": rows_of(system, workdir) or "unknown",
+        "images evaluated": hashlib.sha256("\n".join(gathered.digests).encode()).hexdigest()[:16],
+    }
     history = read_history(workdir / "metrics.jsonl")
     if printed := beside_printed(config, system, rows, workdir, history):
         evaluation["printed"] = printed
@@ -949,6 +988,8 @@ def evaluate(
     page = {**evaluation, "table": table}
     colours = colours_of(calibration) if calibration else None
     write_report(out / "report.html", page, gathered.cases, history, config.to_dict(), about, colours)
+    if own:
+        write_cards(workdir, config, system, rows)
     log(headline(evaluation))
     log(f"report: {out / 'report.html'}")
     return evaluation
@@ -990,10 +1031,7 @@ def trained_rows(system: System, rows: Sequence[Row]) -> list[Row]:
 
 def other_rows(system: System, rows: Sequence[Row], workdir: Path) -> bool:
     """Whether the data, changed since, no longer tell which rows were trained on: then none may calibrate."""
-    if not system.stages:
-        return False
-    folder = workdir / "checkpoints" / system.stages[-1].name
-    saved = json.loads((folder / str(checkpoint.steps(folder)[-1]) / "step.json").read_text())["config"].get("rows")
+    saved = rows_of(system, workdir)
     if saved in (None, digest(trained_rows(system, rows))):
         return False
     log("warning: the manifest has changed since the training: not calibrated on it anew")
@@ -1067,7 +1105,7 @@ def gather(
             score = float(result.scores[system.primary].mean())
             further = {name: each.mean(0) for name, each in result.pictures.items()}
             case = Case(row.id, row.label, score, result.image, mean, lesion, picture, None, confidence, further)
-            cases.append(one_slice(case))
+            cases.append(one_slice(case, held_side(len(split.rows))))
     stack = lambda values: {name: np.stack(each, 1) for name, each in values.items()}
     known = [scores for scores, row in zip(cheap, split.rows, strict=True) if row.label is not None]
     whole = [name for name in (known[0] if known else ()) if all(name in scores for scores in known)]

@@ -1,20 +1,24 @@
-"""One evaluation as one HTML page: numbers beside cheap baselines, curves, cases on one colour scale, recipe.
+"""python -m jmae.report DIR [DIR ...] --out FILE.html [--draws 2000] [--debug]
 
-    python -m jmae.report DIR [DIR ...] --out FILE.html [--draws 2000] [--debug]
-
-puts several runs on one page (`jmae.comparison`). Exit codes: 0 done; 2 a folder has no whole evaluation, or the runs
-share no case.
-
-The page holds everything itself and asks for nothing: no script, no font, no request (its content security policy
-forbids them), so it opens the same from a cluster's file share, a phone, or an archive in ten years. What comes
-from data (ids, names, configuration) is only ever written through Jinja's autoescape and never into a figure.
-
-Small to large: choosing cases, pictures, charts, words, the page. Each part takes plain values, so that a page on
-several runs can be made of the same parts.
+Puts the evaluations of several runs on one page: figures side by side, paired differences, what differs in recipes and
+environments. DIR is a run folder, or an evaluation's own. Exit codes: 0 done; 2 a folder has no whole evaluation, or
+the runs share no case.
 """
 
+# Also the page that every evaluation writes: numbers beside cheap baselines, curves, cases on one colour scale, recipe.
+# Small to large: choosing cases, pictures, charts, words, the page. Each part takes plain values, so that the page on
+# several runs (`jmae.comparison`) is made of the same parts.
+#
+# A page holds everything itself and asks for nothing: no script, no font, no request (its content security policy
+# forbids them), so it opens the same from a cluster's file share, a phone, or an archive in ten years; its slider is
+# radio buttons and CSS. What comes from data (ids, names, configuration) is only ever written through Jinja's
+# autoescape and never into a figure.
+
+import ast
 import base64
+import hashlib
 import io
+import json
 import math
 import os
 import re
@@ -33,6 +37,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
+from scipy import stats
 from skimage import measure
 
 from jmae import metrics, recipe
@@ -40,9 +45,14 @@ from jmae.errors import InputError, exit_code
 
 NORMAL, ABNORMAL, INK, FAINT = "#2f6690", "#b4491f", "#1c1c1c", "#8a8a8a"
 PER_GROUP = 2  # cases shown of each of the six groups
+RANKED = 100  # cases listed by their score, at most
 PERCENTILES = (50.0, 99.9)  # of the normals' map values: the two ends of the colour scale
 PICTURE_BYTES = 1_800_000  # for all pictures of a page, before base64 adds a third
 MAX_SIDE = 256  # pixels of a picture
+SLICES = 24  # of a volume that can be paged through, at most
+SLIDE_SIDES = (192, 160, 128, 96, 64)  # pixels of a slice: the largest with which all slices of a page fit into
+SLIDE_BYTES = 3_000_000  # before base64
+HELD_BYTES = 500_000_000  # for the slices of all cases of a split, until those that are shown are known
 PALETTE = (matplotlib.colormaps["inferno"](np.arange(256))[:, :3] * 255).round().astype(np.uint8)
 
 STYLE: dict[Any, Any] = {
@@ -64,6 +74,16 @@ STYLE: dict[Any, Any] = {
 }
 
 
+class Slices(NamedTuple):
+    """Some of a volume's slices along its last axis, shrunk."""
+
+    numbers: tuple[int, ...]
+    depth: int  # how many the volume has
+    image: NDArray[np.uint8]  # (k, h, w), the first channel, windowed to the 1st to 99th percentile of these slices
+    map: NDArray[np.float32]  # (k, h, w)
+    outlines: tuple[str, ...]  # (k,) of the mask, as `_outline`; "" where a slice has none
+
+
 class Case(NamedTuple):
     """One scored case as the report shows it."""
 
@@ -77,6 +97,7 @@ class Case(NamedTuple):
     slice: int | None = None  # where `one_slice` has cut a volume, on its last axis
     confidence: NDArray[Any] | None = None  # size, spread of the samples whose mean the map is
     pictures: Mapping[str, NDArray[Any]] = MappingProxyType({})  # (*size, c) as `image`, or (h, w) in another unit
+    slices: Slices | None = None  # of the volume that `one_slice` has cut
 
 
 class Scale(NamedTuple):
@@ -144,9 +165,9 @@ def spread_scale(cases: Sequence[Case]) -> Scale | None:
     return Scale(low, high if high > low else low + 1, source)
 
 
-def one_slice(case: Case) -> Case:
-    """The case in two dimensions, which is all that a page shows: its mask only where it marks something, and of a
-    volume the slice of the last axis with the most lesion, or else with the highest map."""
+def one_slice(case: Case, side: int = SLIDE_SIDES[0]) -> Case:
+    """The case in two dimensions, as a page shows it: its mask only where it marks something, and of a volume the slice
+    of the last axis with the most lesion, or else with the highest map, beside `slices` of at most `side` pixels."""
     mask = case.mask if case.mask is not None and case.mask.any() else None
     if case.map.ndim == 2:
         return case._replace(mask=mask)
@@ -155,14 +176,63 @@ def one_slice(case: Case) -> Case:
     parts: dict[str, Any] = {
         name: cut(getattr(case, name)) for name in ("image", "map", "reconstruction", "confidence")
     }
-    return case._replace(**parts, mask=cut(mask), slice=k)
+    slices = some_slices(case.image[..., 0], case.map, mask, k, side)
+    return case._replace(**parts, mask=cut(mask), slice=k, slices=slices)
+
+
+def some_slices(image: NDArray, heat: NDArray, mask: NDArray | None, k: int, side: int) -> Slices:
+    """At most `SLICES` of a volume's slices, equally spaced; the nearest of them to slice `k` is `k` itself."""
+    depth = heat.shape[2]
+    numbers = np.unique(np.linspace(0, depth - 1, min(SLICES, depth)).round().astype(int))
+    numbers[np.abs(numbers - k).argmin()] = k
+    shrunk = lambda array: np.stack([_shrink(array[:, :, i], side) for i in numbers])
+    greys = shrunk(image)
+    dark, bright = np.percentile(greys, (1, 99))
+    window = np.clip((greys - dark) / ((bright - dark) or 1), 0, 1)
+    outlines = tuple("" if mask is None else _outline(mask[:, :, i], side) for i in numbers)
+    return Slices(tuple(numbers.tolist()), depth, (255 * window).round().astype(np.uint8), shrunk(heat), outlines)
+
+
+def held_side(n: int) -> int:
+    """Pixels of the slices that are kept of each of `n` volumes, so that all take at most `HELD_BYTES`."""
+    return min(SLIDE_SIDES[0], math.isqrt(HELD_BYTES // (5 * SLICES * max(1, n))))
+
+
+def slides(cases: Sequence[Case], scale: Scale) -> list[list[dict[str, Any]]]:
+    """Of each case its slices as {number, image, overlay, outline}; pictures are JPEG data URIs, of the largest of
+    `SLIDE_SIDES` with which all take at most `SLIDE_BYTES`, or else the smallest."""
+    out: list[list[dict[str, Any]]] = []
+    for side in SLIDE_SIDES:
+        out = [_slides(case.slices, scale, side) if case.slices else [] for case in cases]
+        if sum(len(s["image"]) + len(s["overlay"]) for each in out for s in each) <= SLIDE_BYTES * 4 / 3:
+            break
+    return out
+
+
+def _slides(slices: Slices, scale: Scale, side: int) -> list[dict[str, Any]]:
+    out = []
+    for number, image, heat, outline in zip(slices.numbers, slices.image, slices.map, slices.outlines, strict=True):
+        grey, heat = _shrink(image / 255, side), _shrink(heat, side)
+        plain = Image.fromarray((255 * grey).round().astype(np.uint8))
+        over = Image.fromarray(blend(grey, heat, scale))
+        out.append({"number": number, "image": _jpeg(plain), "overlay": _jpeg(over), "outline": outline})
+    return out
 
 
 def _png(picture: Image.Image) -> str:
     """A data URI."""
+    return _uri(picture, "png", optimize=True)
+
+
+def _jpeg(picture: Image.Image) -> str:
+    """A data URI, with losses."""
+    return _uri(picture, "jpeg", quality=82, optimize=True)
+
+
+def _uri(picture: Image.Image, kind: str, **settings: Any) -> str:
     buffer = io.BytesIO()
-    picture.save(buffer, "PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    picture.save(buffer, kind, **settings)
+    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def _shrink(array: NDArray, side: int) -> NDArray:
@@ -330,6 +400,22 @@ def score_chart(labels: NDArray | None, scores: NDArray, threshold: float | None
     return chart("scores", f"Histogram of the scores: {middles}.", draw, (6, 3.1))
 
 
+def convergence_chart(found: Mapping[str, Any]) -> Markup:
+    """The mean AUROC of `jmae.convergence` against the number of masks, with its standard errors."""
+    steps, what = found["steps"], found["what"]
+    x, y, se = ([step[name] for step in steps] for name in ("number", "auroc", "se"))
+
+    def draw(ax: Axes) -> None:
+        ax.axhspan(y[-1] - found["close"], y[-1] + found["close"], color=NORMAL, alpha=0.1, lw=0)
+        ax.errorbar(x, y, se, color=INK, fmt="o-", ms=4, lw=1.2, capsize=3)
+        ax.set_xscale("log", base=2)
+        ax.set(xlabel=what, ylabel="AUROC", xticks=x, xticklabels=map(str, x))
+        ax.minorticks_off()
+
+    points = ", ".join(f"{v:.3f} ± {e:.3f} at {n}" for n, v, e in zip(x, y, se, strict=True))
+    return chart("convergence", f"AUROC and its standard error by the number of {what}: {points}.", draw, (6, 3.1))
+
+
 def loss_chart(number: int, steps: NDArray, losses: NDArray) -> Markup:
     """A stage's training loss against the step, with a running mean over a fiftieth of the points."""
     thin = np.unique(np.linspace(0, steps.size - 1, min(steps.size, 500)).astype(int))
@@ -392,6 +478,17 @@ def voxels(evaluation: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def described(system: str) -> tuple[str, str]:
+    """(what a system is in a sentence, its paper), as its file begins; both empty of a system that has no file."""
+    file = Path(__file__).parent / "systems" / f"{system}.py"
+    if not system.isidentifier() or not file.is_file():
+        return "", ""
+    what, paper, *_ = (ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or "").split("\n\n")
+    found = re.match(r".*?arXiv [\d.]+\d", paper, re.S)
+    assert found, file
+    return " ".join(what.split()), " ".join(found[0].split()) + "."
+
+
 def without_curves(evaluation: Mapping[str, Any]) -> str | None:
     """Why there are no AUROC, AP and curves; None where there are."""
     n, k = evaluation["n_normal"], evaluation["n_abnormal"]
@@ -435,6 +532,62 @@ def headline(evaluation: Mapping[str, Any]) -> list[str]:
     return words + voxels(evaluation)
 
 
+def convergence_words(found: Mapping[str, Any]) -> list[str]:
+    """How many masks, samples or repeats are enough, in sentences."""
+    what, steps, close = found["what"], found["steps"], found["close"]
+    last = steps[-1]
+    if all(step["deviation"] == 0 and step["auroc"] == last["auroc"] for step in steps):
+        return [f"The score does not depend on the {what}."]
+    at = f"AUROC {last['auroc']:.3f} ± {last['se']:.3f} with the recipe’s {last['number']} {what}"
+    words = [f"{at} (mean and standard error of {last['draws']} repetitions with other random numbers)."]
+    found_at = next((step for step in steps if step["number"] == found["enough"]), None)
+    if not found_at:
+        words.append(
+            f"That is too few to fix the second digit: one evaluation varies by {2 * last['deviation']:.3f} (two "
+            f"standard deviations), so raise evaluation.{what}."
+        )
+    elif found_at is last:
+        words.append(f"No fewer give an evaluation within {close:g} of that.")
+    else:
+        words.append(
+            f"From {found_at['number']} on, one evaluation lies within {close:g} of that (difference of the means and "
+            f"two standard deviations, {2 * found_at['deviation']:.3f}): more cost time and change little."
+        )
+    if found["rising"]:
+        words.append(f"From {steps[-2]['number']} to {last['number']} it still rose: more {what} may raise it further.")
+    return words
+
+
+def promise(evaluation: Mapping[str, Any]) -> list[str]:
+    """What a p-value is, and how often cases of either label alarmed at the promised rate; or why there are none."""
+    found, table = evaluation.get("alarms"), evaluation.get("table") or []
+    if not found:
+        why = evaluation.get("uncalibrated")
+        return [f"{why[0].upper()}{why[1:]}."] if why else []
+    n, rate, threshold = found["n"], found["rate"], found.get("threshold")
+    words = [
+        f"A case’s p-value is the share, of {n} held-out normals and itself, that scores at least as high: of normal "
+        f"cases of the same kind at most {100 * rate:g} % get one of {rate:g} or less, on average."
+    ]
+    if threshold is None:
+        return [*words, f"So few normals cannot give one so low: that takes {math.ceil(1 / rate) - 1}."]
+    counts, chance = [], 1.0
+    for label, kind in ((0, "normal"), (1, "abnormal"), (None, "unlabelled")):
+        p = [row["p_value"] for row in table if row["label"] == label and row.get("p_value") is not None]
+        called = sum(value <= rate for value in p)
+        counts += [f"{called} of {len(p)} {kind} cases"] if p else []
+        if label == 0 and p:
+            k = math.floor(round(rate * (n + 1), 9))  # the threshold is the k-th highest of the n
+            chance = float(stats.betabinom.sf(called - 1, len(p), k, n + 1 - k))
+    words.append(f"With that alarm, at scores above {threshold:.4g}, here {' and '.join(counts)} alarmed.")
+    if chance < 0.01:
+        words.append(
+            "So many normal alarms have a chance below 1 in 100 if these normals are like those held out: take the "
+            "p-values as too low, and calibrate on normals of this kind."
+        )
+    return words
+
+
 def flat(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
     """Nested settings as (dotted key, value) in their own order."""
     rows: list[tuple[str, str]] = []
@@ -467,7 +620,7 @@ def _interval(pair: Sequence[float | None] | None, digits: int = 3) -> str:
 
 
 def _shown_cases(
-    cases: Sequence[Case], normals: NDArray, colours: Scale | None
+    cases: Sequence[Case], normals: NDArray, colours: Scale | None, p_values: Mapping[str, float]
 ) -> tuple[Scale | None, Scale | None, list[dict[str, Any]]]:
     """The scales of maps and spreads, and the groups of cases with pictures and how many normals score lower."""
     groups = choose_cases([c.label for c in cases], [c.score for c in cases])
@@ -478,11 +631,21 @@ def _shown_cases(
     pictures = sum(4 + (spread is not None) + len(cases[i].pictures) for i in shown)
     side = min(MAX_SIDE, int(math.sqrt(PICTURE_BYTES / pictures)))  # palette PNG: at most a byte a pixel
 
-    def entry(case: Case) -> dict[str, Any]:
-        below = f"above {np.sum(normals < case.score)} of {normals.size} normals" if normals.size else ""
-        return {"case": case, "below": below, **case_pictures(case, scale, side, spread)}
+    flat = {i: one_slice(cases[i]) for i in shown}
+    paged = dict(zip(shown, slides([flat[i] for i in shown], scale), strict=True))
 
-    return scale, spread, [{"title": t, "cases": [entry(cases[i]) for i in group]} for t, group in groups.items()]
+    def entry(i: int) -> dict[str, Any]:
+        case = flat[i]
+        below = f"above {np.sum(normals < case.score)} of {normals.size} normals" if normals.size else ""
+        more = {
+            "p": p_values.get(case.id),
+            "slides": paged[i],
+            "number": i,
+            "depth": case.slices.depth if case.slices else None,
+        }
+        return {"case": case, "below": below, **case_pictures(case, scale, side, spread), **more}
+
+    return scale, spread, [{"title": t, "cases": [entry(i) for i in group]} for t, group in groups.items()]
 
 
 def write_report(
@@ -511,15 +674,17 @@ def write_report(
     scores = np.array([row["score"] for row in known], float)
     every = np.array([row["score"] for row in table if row.get("score") is not None], float)
     threshold = (evaluation.get("decision") or {}).get("threshold")
+    p_values = {row["id"]: row["p_value"] for row in table if row.get("p_value") is not None}
     reason = without_curves(evaluation)
     curves = bool(known) and labels.any() and not labels.all()
-    scale, spread, groups = _shown_cases(cases, scores[~labels], colours)
+    scale, spread, groups = _shown_cases(cases, scores[~labels], colours, p_values)
     rows = comparison_rows(evaluation)
     frocs = [r.pixel["froc"] for r in rows if r.pixel.get("froc")]
     froc = (evaluation.get("pixel") or {}).get("froc")
     bounds = [v for r in rows for v in (r.image.get("auroc"), *(r.image.get("auroc_ci") or ())) if v is not None]
     stages = stage_losses(history)
     patients = evaluation.get("per_patient")
+    converged = evaluation.get("convergence")
     source = config.get("data") or {}
     phantom = f"phantoms: {source['phantom']}" if source.get("phantom") else ""
     by_score = sorted(table, key=lambda row: -math.inf if row["score"] is None else row["score"], reverse=True)
@@ -530,7 +695,9 @@ def write_report(
         .render(
             e=evaluation,
             data=source.get("manifest") or phantom,
+            about=described(evaluation["system"])[0],
             headline=headline(evaluation),
+            promise=promise(evaluation),
             reason=reason,
             rows=rows,
             axis=min(0.4, math.floor(10 * min(bounds)) / 10) if bounds else 0.4,
@@ -545,10 +712,15 @@ def write_report(
             histogram=score_chart(labels if curves else None, scores if curves else every, threshold)
             if every.size
             else None,
-            ranked=by_score[:100] if reason else [],
+            ranked=by_score[:RANKED],
+            calibrated=bool(p_values),
+            digests={**evaluation.get("digests", {}), "environment": digest(environment)},
             scale=scale,
             spread=spread,
+            slides_most=SLICES,
             groups=groups,
+            convergence=convergence_words(converged) if converged else [],
+            convergence_chart=convergence_chart(converged) if converged else None,
             losses=[(stage, loss_chart(i, *xy)) for i, (stage, xy) in enumerate(stages.items())],
             printed=evaluation.get("printed") or [],
             config=flat(config),
@@ -556,6 +728,11 @@ def write_report(
         )
     )
     write_page(Path(path), page)
+
+
+def digest(settings: Mapping[str, Any]) -> str:
+    """Equal for equal settings, whatever their order."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def templates() -> jinja2.Environment:

@@ -77,6 +77,11 @@ def digest(rows: Sequence[Row]) -> str:
     return hashlib.sha256("\n".join(f"{row.split}\t{row.id}" for row in rows).encode()).hexdigest()[:16]
 
 
+def recipe_digest(config: ConfigDict) -> str:
+    """Which recipe a checkpoint is of: equal where `fixed` is."""
+    return hashlib.sha256(json.dumps(fixed(config), sort_keys=True).encode()).hexdigest()[:16]
+
+
 def describe_run(config: ConfigDict, workdir: Path) -> None:
     """Writes config.json and environment.json."""
     libraries = "jmae jax jaxlib flax optax orbax-checkpoint grain numpy scipy scikit-image".split()

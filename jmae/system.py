@@ -126,6 +126,7 @@ class System(NamedTuple):
     sweep: Sweep | None = None
     map: str = ""
     choice: str = ""
+    averaged: bool = True  # whether the primary score is the mean of what each mask or sample alone would give
     chosen_on_val: bool = False  # whether labelled rows of `val` chose what `primary` reads
     rest: Callable[[], dict[str, Any]] = dict
 
@@ -146,6 +147,14 @@ def load_system(config: ConfigDict) -> System:
         raise InputError(f"evaluation.top={top}: is no share of the map: above 0, up to 1")
     if not 0 <= (q := evaluation.get("iou", 0.0)) <= (0 if volumes else 100):
         raise InputError(f"evaluation.iou is {q}: a percentile from 0 (no IoU) to 100; of volumes 0 alone")
+    if evaluation.get("convergence"):
+        if evaluation.convergence < 2:
+            raise InputError(f"evaluation.convergence is {evaluation.convergence}: 0 (off), or 2 or more repetitions")
+        what, number = drawn(config)
+        if number < 2:
+            raise InputError(
+                f"evaluation.convergence asks for the score at fewer {what}: evaluation.{what} is {number}"
+            )
     own = {"ppii": ("dice",), "simsid": ("auroc",)}.get(system.name, ())
     rules, rule = ("last", *own, "aucp"), config.get("select", "last")
     if rule not in rules:
@@ -153,6 +162,12 @@ def load_system(config: ConfigDict) -> System:
     if rule != "aucp":
         return system
     return importlib.import_module("jmae.selection").by_pseudo_auc(config, system)
+
+
+def drawn(config: ConfigDict) -> tuple[str, int]:
+    """(which setting of the evaluation says how many random masks, samples or sweeps a score has, how many)."""
+    what = next(name for name in ("masks", "samples", "repeats") if name in config.evaluation)
+    return what, config.evaluation[what]
 
 
 def network(make: Callable[[nnx.Rngs], nnx.Module]) -> tuple[Callable[[Array], PyTree], Callable[..., Any]]:

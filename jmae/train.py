@@ -28,6 +28,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from jmae import checkpoint, recipe
+from jmae.cards import write_cards
 from jmae.data.crops import Volumes, cut
 from jmae.data.loader import Images, Samples, batches, load_rows
 from jmae.errors import InputError, NonFiniteLoss, Stopped, exit_code
@@ -70,6 +71,7 @@ def run(config: ConfigDict, workdir: Path) -> int:
     else:
         log("no test row has a label: not evaluated")
         calibrate_run(config, system, rows, workdir)
+        write_cards(workdir, config, system, rows)
     return 0
 
 

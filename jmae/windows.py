@@ -100,7 +100,7 @@ def average(
     key: Key[Array, ""],
     *,
     window: tuple[int, ...],
-    repeats: int,
+    repeats: int | Int[Array, ""],
     batch: int,
     weighted: bool = False,
     released: bool = False,

@@ -1,6 +1,7 @@
 """Several runs on one page: read from their folders, paired by case, refused where they do not belong together."""
 
 import csv
+import html
 import json
 import re
 from pathlib import Path
@@ -27,6 +28,7 @@ def a_run(folder: Path, noise: float, *, ids=IDS, labels=LABELS, patients=None, 
         "image": image,
         "pixel": None,
         "subsets": {"central 80%": {"n": len(ids), "image": image, "pixel": None}},
+        "digests": {"recipe": f"recipe-{recipe}", "rows trained on": "rows", "images evaluated": "seen"},
         "baselines": {
             "5-NN": {"image": image | {"auroc": 0.61}, "pixel": None},
             "dark": {"image": None, "pixel": None},
@@ -80,7 +82,23 @@ def test_the_page_shows_the_runs_their_differences_and_what_differs(tmp_path, ca
     assert "draws of cases (the patients are not known here)" in words
     assert re.search("model.memory 40 0", words) and "versions.jax 0.0.3 0.2.0" in words
     assert "0.610 5-NN" in words
+    assert f"it is {expected:+.3f} against the next, <b>bad (95 % interval" in html.unescape(words)
+    environments = [comparison.digests_of(comparison.read_run(run))["environment"] for run in runs]
+    assert "good recipe-{} rows seen" in words and all(found in words for found in environments)
+    assert environments[0] != environments[1]
     assert page.index("good") < page.index("&lt;b&gt;bad")  # the best first
+
+
+def test_the_lead_says_what_is_settled_and_who_does_not_beat_a_baseline():
+    line = lambda name, auroc: {"name": name, "system": "s", "image": {"auroc": auroc}, "baseline": ("5-NN", 0.8)}
+    figures = [line("a", 0.9), line("b", 0.8), line("c", None)]
+    settled = comparison.Pair("b", "a", -0.1, (-0.2, -0.05), 0, (0, 0))
+    words = " ".join(comparison.lead(figures, [settled]))
+    assert "a (s) has the highest AUROC, 0.900. " in words and "as well as or better than b." in words
+    assert "it is +0.100 against the next, b (95 % interval +0.050 to +0.200)." in words
+    open_ = settled._replace(auroc_ci=(-0.2, 0.05))
+    assert "-0.050 to +0.200), which does not settle" in " ".join(comparison.lead(figures, [open_]))
+    assert comparison.lead([line("c", None)], []) == ["No AUROC: the cases in common are of one class."]
 
 
 def test_patients_are_resampled_where_they_are_known(tmp_path):

@@ -94,7 +94,7 @@ def write(path, evaluation, cases=None, history=HISTORY, config=None, environmen
 class Page(HTMLParser):
     """All tags with their attributes, the ids, the text, and whether every tag that opens closes."""
 
-    void = frozenset({"meta", "link", "img", "br"})
+    void = frozenset({"meta", "link", "img", "br", "input"})
 
     def __init__(self, text):
         super().__init__()
@@ -272,6 +272,47 @@ def test_the_headline_says_what_the_interval_and_the_baselines_allow(auroc, ci, 
     assert expected in " ".join(headline(e))
 
 
+def calibrated(labels, p, n, rate=0.05, threshold=0.7):
+    rows = enumerate(zip(labels, p, strict=False))  # as many as the shorter
+    table = [{"id": f"c{i}", "label": y, "score": 1.0, "p_value": value} for i, (y, value) in rows]
+    return {"table": table, "alarms": {"n": n, "rate": rate, "threshold": threshold, "normal": 0, "abnormal": 0}}
+
+
+def test_what_was_promised_stands_beside_what_came_of_it():
+    p = [0.01] * 3 + [0.9] * 47 + [0.05] * 20 + [0.06] * 30 + [None]
+    words = " ".join(report.promise(calibrated([0] * 50 + [1] * 51, p, 99)))
+    assert "among 99 held-out ones" in words and "at most 5 % get one of 0.05 or less" in words
+    assert "above 0.7, here 3 of 50 normal cases and 20 of 50 abnormal cases alarmed." in words
+    assert "chance below" not in words
+    # 30 of 50 at 5 % promised: not by chance; 1 of 1 says little
+    assert "calibrate on normals of this kind" in report.promise(calibrated([0] * 50, [0.01] * 30 + [1] * 20, 99))[-1]
+    assert len(report.promise(calibrated([0], [0.01], 99))) == 2
+    unknown = " ".join(report.promise(calibrated([None] * 4, [0.01, 1, 1, 1], 99)))
+    assert "here 1 of 4 unlabelled cases alarmed" in unknown
+    few = report.promise(calibrated([0, 1], [0.5, 0.5], 9, threshold=None))
+    assert few[-1] == "So few normals cannot give one so low: that takes 19."
+    assert report.promise({"alarms": None, "uncalibrated": "give it normals"}) == ["Give it normals."]
+
+
+def test_the_surprise_at_normal_alarms_is_that_of_drawing_both_sets_alike():
+    rng, n, m, rate, seen = np.random.default_rng(0), 19, 40, 0.1, 0
+    for _ in range(4000):
+        held, new = rng.normal(size=n), rng.normal(size=m)
+        p = (1 + (held >= new[:, None]).sum(1)) / (n + 1)
+        seen += len(report.promise(calibrated([0] * m, p.tolist(), n, rate))) == 3
+    assert 0 < seen / 4000 < 0.01 + 3 * 0.1 / 4000**0.5
+
+
+def test_cases_by_score_have_their_p_values(tmp_path):
+    e = an_evaluation()
+    e |= calibrated([0, 1, 1], [0.5, 0.024, None], 99)
+    text = write(tmp_path / "r.html", e, [], [])
+    rows = [re.sub(r"<[^>]*>", " ", row).split() for row in re.findall(r"<tr>.*?</tr>", text, re.S)]
+    assert "score 1, p-value 0.024" in write(tmp_path / "shown.html", e, [a_case("c1", 1, 1.0)], [])
+    assert ["c1", "abnormal", "1", "0.024"] in rows and ["c2", "abnormal", "1", "–"] in rows
+    assert "p-value</th>" not in write(tmp_path / "plain.html", an_evaluation(), [], [])
+
+
 def test_unlabelled_data_get_their_scores_and_the_reason(tmp_path):
     parsed = Page(write(tmp_path / "r.html", unlabelled(), history=[]))
     assert "No case of this split has a label" in parsed.text and "No ROC or precision-recall" in parsed.text
@@ -320,6 +361,69 @@ def test_a_volume_is_cut_where_its_lesion_is_largest_or_its_map_highest():
     assert report.one_slice(normal).slice == 1
 
 
+def picture(uri):
+    return Image.open(io.BytesIO(base64.b64decode(uri.split(",")[1])))
+
+
+def decode(uri):
+    return np.asarray(picture(uri), int)
+
+
+def test_a_volume_can_be_paged_through_from_the_slice_that_is_shown(tmp_path):
+    e = an_evaluation()
+    cases = cases_of(e, size=(20, 16, 40))
+    text = write(tmp_path / "r.html", e, [c._replace(id=EVIL) for c in cases], [])
+    page = Page(text)
+    radios = page.of("input")
+    assert len(radios) == report.SLICES * len(cases) and not page.open and "<script" not in text
+    checked = [r for r in radios if "checked" in r]
+    assert {r["name"] for r in checked} == {r["name"] for r in radios} and len(checked) == len(cases)
+    shown = sorted(report.one_slice(case).slice + 1 for case in cases)
+    assert sorted(int(re.match(r"Slice (\d+) of 40", r["aria-label"])[1]) for r in checked) == shown
+    assert {r["id"] for r in radios} >= {label["for"] for label in page.of("label")}
+    marked = [r for r in radios if r.get("class") == "marked"]
+    assert marked and all("with lesion" in r["aria-label"] for r in marked)
+    assert f"{report.SLICES - 1} slices more at most" in page.text
+    assert "Slice" not in str(Page(write(tmp_path / "flat.html", e, history=[])).of("input"))
+
+
+def test_slices_are_equally_spaced_hold_the_one_shown_and_are_what_they_say():
+    case = a_case("v", 1, 1.0, (20, 16, 100))
+    case.image[...] = np.arange(100)[:, None] / 100  # each slice has the value of its number
+    case.mask[...] = False
+    case.mask[3:6, 4:7, 10] = True
+    slices = report.one_slice(case, side=10).slices
+    assert len(slices.numbers) == report.SLICES and 10 in slices.numbers and slices.depth == 100
+    assert max(np.diff(slices.numbers)) <= 100 / (report.SLICES - 1) + 4 and slices.numbers[0] == 0
+    assert slices.image.shape == slices.map.shape == (report.SLICES, 10, 8)
+    assert [bool(o) for o in slices.outlines] == [n == 10 for n in slices.numbers]
+    scale = report.Scale(0, 1, "")
+    (made,) = report.slides([case._replace(slices=slices)], scale)
+    values = [decode(s["image"]).mean() for s in made]
+    assert [s["number"] for s in made] == list(slices.numbers) and np.all(np.diff(values) > 0)
+    few = report.one_slice(a_case("v", 0, 1.0, (8, 6, 3)))
+    assert few.slices.numbers == (0, 1, 2)
+
+
+def test_the_overlay_of_a_slice_is_that_slice_s_map():
+    case = a_case("v", 0, 1.0, (32, 32, 5))
+    case.image[...], case.map[...] = 0, 0
+    case.map[:16, :, 3] = 1
+    (made,) = report.slides([report.one_slice(case)], report.Scale(0, 1, ""))
+    halves = np.array([[decode(s["overlay"])[:12].mean(), decode(s["overlay"])[20:].mean()] for s in made])
+    assert halves[3, 0] > 100 and np.delete(halves.ravel(), 6).max() < 10
+
+
+def test_slices_of_large_noisy_volumes_keep_the_page_bounded(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "SLIDE_BYTES", 300_000)
+    e = an_evaluation()
+    write(tmp_path / "r.html", e, cases_of(e, size=(200, 160, 6)), [])
+    assert (tmp_path / "r.html").stat().st_size < 3_000_000 + 4 / 3 * 300_000
+    volumes = 5000
+    assert volumes * 5 * report.SLICES * report.held_side(volumes) ** 2 <= report.HELD_BYTES
+    assert report.held_side(1) == report.SLIDE_SIDES[0]
+
+
 def test_a_page_without_cases_history_and_extras_still_stands(tmp_path):
     e = an_evaluation(pixel=None, decision=None, chi2=None, replicates=None, per_patient=None, baselines={}, scores={})
     text = Page(write(tmp_path / "r.html", {**e, "subsets": {}}, [], [])).text
@@ -353,9 +457,8 @@ def test_all_maps_share_the_scale_of_the_normals():
     hot = a_case("a", 1, 1.0, (10, 10))._replace(map=flat(9.0))
     scale = colour_scale([normal, hot])
     assert (scale.low, scale.high) == pytest.approx((0.5, 0.999))
-    decode = lambda uri: Image.open(io.BytesIO(base64.b64decode(uri.split(",")[1])))
     colours = [
-        decode(report.case_pictures(hot._replace(map=flat(v)), scale)["map"]).convert("RGB").getpixel((5, 5))
+        picture(report.case_pictures(hot._replace(map=flat(v)), scale)["map"]).convert("RGB").getpixel((5, 5))
         for v in (0.1, 0.5, 0.999, 9.0)
     ]
     assert colours[0] == colours[1] == (0, 0, 4) and colours[2] == colours[3] == (252, 255, 164)  # inferno's ends
@@ -368,10 +471,7 @@ def test_a_reconstruction_is_shown_in_the_grey_window_of_its_image():
     pictures = report.case_pictures(case._replace(reconstruction=case.image), scale)
     assert pictures["reconstruction"] == pictures["image"]
     brighter = report.case_pictures(case._replace(reconstruction=case.image + 0.2), scale)
-    image, other = (
-        np.asarray(Image.open(io.BytesIO(base64.b64decode(uri.split(",")[1]))), int)
-        for uri in (pictures["image"], brighter["reconstruction"])
-    )
+    image, other = (decode(uri) for uri in (pictures["image"], brighter["reconstruction"]))
     dark, bright = np.percentile(case.image[..., 0], (1, 99))
     inside = (image > 5) & (other < 250)
     assert abs((other - image)[inside] - 255 * 0.2 / (bright - dark)).max() <= 1
@@ -428,9 +528,8 @@ def test_spreads_share_one_grey_scale_and_stand_with_their_words(tmp_path):
     scale, spreads = colour_scale([case]), report.spread_scale([case, case._replace(confidence=spread)])
     assert (spreads.low, spreads.high) == pytest.approx((2, 2.999))
     assert report.spread_scale([case]) is None and report.case_pictures(case, scale, 256, spreads)["spread"] is None
-    decode = lambda uri: Image.open(io.BytesIO(base64.b64decode(uri.split(",")[1])))
     shown = [report.case_pictures(case._replace(confidence=flat(v)), scale, 256, spreads) for v in (1, 2.4995, 9)]
-    assert [decode(p["spread"]).getpixel((5, 5)) for p in shown] == [0, 128, 255]
+    assert [picture(p["spread"]).getpixel((5, 5)) for p in shown] == [0, 128, 255]
 
     e = an_evaluation()
     cases = [c._replace(confidence=c.map / 2) for c in cases_of(e)]

@@ -332,11 +332,13 @@ def build(config: ConfigDict) -> System:
         Stage("module_a", adapt.batch, rows_a, adapt_steps, init_a, adapt_step),
         Stage("module_b", adapt.batch, rows_b, adapt_steps, init_a, adapt_step),
     )
+    primary = DISCREPANCIES[evaluation.discrepancy] if "module_b" in names else config.variant
     return System(
         "amae",
         tuple(stage for stage in stages if stage.name in names),
         score,
         tuple(name for name in names if name != "labels"),
-        DISCREPANCIES[evaluation.discrepancy] if "module_b" in names else config.variant,
+        primary,
         evaluation.masks,
+        averaged=primary != "stage2",  # a difference of means
     )

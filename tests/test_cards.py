@@ -1,0 +1,117 @@
+"""The cards say what the run knows, once it knows it, and nothing else."""
+
+import csv
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from jmae import cards, recipe
+from jmae.report import described
+from jmae.system import SYSTEMS, System
+
+TOY = System("amae", (), None, (), "bright")
+
+
+def a_recipe(manifest: Path | None):
+    config, _ = recipe.parse(["--config=configs/amae.py:smoke"], "")
+    config.data.manifest = str(manifest or "")
+    return config
+
+
+@pytest.fixture(scope="module")
+def rows(tools, tmp_path_factory):
+    """(manifest with a column licence, its rows)."""
+    from jmae.data.manifest import read_manifest
+
+    folder = tmp_path_factory.mktemp("cards")
+    manifest = tools.write_set(folder, {("train", 0): 8, ("unlabeled", None): 3, ("test", 0): 4, ("test", 1): 2})
+    with open(manifest, newline="") as file:
+        lines = list(csv.DictReader(file))
+    for i, line in enumerate(lines):
+        line["licence"] = "CC BY 4.0" if i < 10 else ""
+        line["patient"] = "" if line["id"] == "train-0-0" else line["patient"]
+    with open(manifest, "w", newline="") as file:
+        writer = csv.DictWriter(file, list(lines[0]))
+        writer.writeheader()
+        writer.writerows(lines)
+    return manifest, read_manifest(manifest)
+
+
+def test_every_system_names_its_paper():
+    for name in SYSTEMS:
+        what, paper = described(name)
+        assert len(what) > 30 and re.search(r"arXiv \d{4}\.\d{5}\.$", paper), name
+    assert described("toy") == described("../train") == ("", "")
+
+
+def test_the_data_card_counts_what_the_manifest_has(rows, tmp_path):
+    manifest, read = rows
+    cards.write_cards(tmp_path, a_recipe(manifest), TOY, read)
+    card = (tmp_path / "DATA_CARD.md").read_text()
+    assert "| train | normal | 8 | 4 | 1 | 0 |" in card and "| test | abnormal | 2 | 1 | 0 | 2 |" in card
+    assert "| unlabeled | unknown | 3 | 2 | 0 | 0 |" in card
+    assert "licence: CC BY 4.0 (10 cases), not stated (7 cases)" in card
+    assert "data.size: (64, 64)" in card or "data.size: [64, 64]" in card
+    endings = [Path(row.image[0]).name.split(".", 1)[1] for row in read]
+    for ending in ("png", "npy", "nii.gz"):
+        assert f"| .{ending} | 1 | 40 x 36 | {endings.count(ending)} |" in card, card
+    plain = [row._replace(extra={}) for row in read]
+    cards.write_cards(tmp_path, a_recipe(manifest), TOY, plain)
+    assert "licence: unknown" in (tmp_path / "DATA_CARD.md").read_text()
+
+
+def test_images_of_other_sizes_are_told_apart(rows, tmp_path):
+    _, read = rows
+    Image.fromarray(np.zeros((7, 9), np.uint8)).save(tmp_path / "small.png")
+    table = cards.kinds([*read[:3], read[0]._replace(image=(str(tmp_path / "small.png"),))])
+    assert "| .png | 1 | 7 x 9 | 1 |" in table and "| .png | 1 | 40 x 36 | 2 |" in table
+    assert "not in one header" in cards.kinds([read[0]._replace(image=(str(tmp_path),))])
+
+
+def test_phantoms_are_of_no_patient(tmp_path):
+    from jmae.data import phantoms
+
+    cards.write_cards(tmp_path, a_recipe(None), TOY, phantoms.rows("chest"))
+    card = (tmp_path / "DATA_CARD.md").read_text()
+    assert "phantoms: chest: drawn by jmae, of no patient" in card and "SHA-256" not in card
+
+
+def test_the_model_card_has_figures_with_intervals_once_there_are_any(rows, tmp_path):
+    manifest, read = rows
+    cards.write_cards(tmp_path, a_recipe(manifest), TOY, read)
+    card = (tmp_path / "MODEL_CARD.md").read_text()
+    assert "Not evaluated." in card and "not for clinical use" in card and "arXiv 2307.12721" in card
+    assert "last steps: none saved" in card
+    image = {"auroc": 0.9123, "auroc_ci": [0.85, 0.95], "ap": 0.5, "ap_ci": [None, None]}
+    weak = {"auroc": 0.6, "auroc_ci": [0.5, 0.7], "ap": 0.4, "ap_ci": [0.3, 0.5]}
+    evaluation = {
+        **{"system": "amae", "split": "test", "n": 6, "n_normal": 4, "n_abnormal": 2, "primary": "bright"},
+        **{"image": image, "pixel": None, "scores": {"bright": {"image": image, "pixel": {"auroc": 0.7, "ap": 0.1}}}},
+        "baselines": {"a | b": {"image": weak, "pixel": None}},
+        "alarms": {"rate": 0.05, "n": 40, "normal": 0.25, "abnormal": None},
+        "leaks": ["one"],
+        "digests": {"images evaluated": "abc"},
+    }
+    (tmp_path / "evaluation").mkdir()
+    (tmp_path / "evaluation" / "metrics.json").write_text(json.dumps(evaluation))
+    versions = {"python": "3.12.1", "devices": ["cpu:0"], "versions": {"jax": "0.10.1"}}
+    (tmp_path / "environment.json").write_text(json.dumps(versions))
+    cards.write_cards(tmp_path, a_recipe(manifest), TOY, read)
+    card = (tmp_path / "MODEL_CARD.md").read_text()
+    assert "| bright (primary) | 0.912 (0.850 to 0.950) | 0.500 | 0.700 | 0.100 |" in card
+    assert r"| a \| b (baseline) | 0.600 (0.500 to 0.700) | 0.400 (0.300 to 0.500) |  |  |" in card
+    assert "of 40 held-out normals: 25.0% of normal cases." in card and "Not evaluated" not in card
+    assert "not an independent test: 1 leaks" in card and "jax 0.10.1" in card
+    assert "digest of the images of test: abc" in (tmp_path / "DATA_CARD.md").read_text()
+
+
+def test_a_trained_and_evaluated_run_has_both_cards(finished):
+    card = (finished / "MODEL_CARD.md").read_text()
+    metrics = json.loads((finished / "evaluation" / "metrics.json").read_text())
+    assert f"{metrics['image']['auroc']:.3f}" in card and metrics["digests"]["rows trained on"] in card
+    assert "pretrain 20, proxy 10" in card and metrics["digests"]["recipe"] in card
+    assert "| train | normal | 16 |" in (finished / "DATA_CARD.md").read_text()

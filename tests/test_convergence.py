@@ -1,0 +1,182 @@
+"""How many masks are enough: which scores are means over masks, that other numbers are other draws, and the verdict."""
+
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from sklearn.metrics import roc_auc_score
+
+from jmae import convergence as co
+from jmae import recipe, report
+from jmae.data.loader import case_words
+from jmae.data.volumes import Volume
+from jmae.errors import InputError
+from jmae.evaluate import sweeper
+from jmae.system import Sweep, load_system
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+MANY = 40
+
+
+def a_recipe(name: str, **changes):
+    config, _ = recipe.parse([f"--config=configs/{name}.py:smoke"], "")
+    config.update_from_flattened_dict(changes)
+    return config
+
+
+def untrained(system, key):
+    """Results of stages that were not trained; of one network each, so that no two are alike."""
+    results = {}
+    for i, stage in enumerate(system.stages):
+        found = stage.result(stage.init(jax.random.fold_in(key, i), results, 1))
+        noise = lambda x, i=i: x + 0.02 * jax.random.normal(jax.random.fold_in(key, 99 + i), x.shape)
+        results[stage.name] = found | {"params": jax.tree.map(noise, found["params"])}
+    return results
+
+
+@pytest.mark.parametrize(
+    ("name", "what", "alone"),
+    [
+        ("amae", "masks", {"stage2"}),
+        ("memmc_mae", "masks", set()),
+        ("ppii", "samples", {"ppii_top_quarter", "ppii_highest"}),
+    ],
+)
+def test_scores_that_are_means_over_masks_are_those_that_are_said_to_be(name, what, alone):
+    changes = {"model.backbone": "mc_unet", "model.widths": (8, 8), "data.size": (32, 32)} if name == "ppii" else {}
+    config = a_recipe(name, **changes)
+    (one, single), (all_, many) = (
+        ((c := config.copy_and_resolve_references()), c.evaluation.update({what: n}), load_system(c))[::2]
+        for n in (1, MANY)
+    )
+    results = jax.jit(lambda key: untrained(single, key))(jax.random.key(0))
+    image = jax.random.uniform(jax.random.key(1), (1, *config.data.size, config.data.channels))
+    words = jnp.asarray(np.stack([case_words(str(i)) for i in range(MANY)]))
+    score = lambda system: jax.jit(lambda batch: system.score(results, batch, jax.random.key(2))["scores"])
+    each = score(single)({"image": jnp.repeat(image, MANY, 0), "case": words})
+    together = score(many)({"image": image, "case": words[:1]})
+    for key, values in each.items():
+        # two means of MANY masks each, so that their difference has twice the variance of a mean
+        error = float(np.std(values, ddof=1)) * (2 / MANY) ** 0.5
+        apart = abs(float(together[key][0]) - float(np.mean(values)))
+        assert (apart > 5 * error + 1e-6) == (key in alone), (key, apart, error)
+    assert one.evaluation[what] == 1 and all_.evaluation[what] == MANY
+    assert single.averaged == (single.primary not in alone)
+    if name == "amae":
+        assert not load_system(a_recipe(name, **{"evaluation.discrepancy": "reconstruction"})).averaged
+
+
+@pytest.fixture
+def fake(monkeypatch, small_set):
+    """A system whose single masks score label + noise by the case's words; what was asked of it is kept."""
+    asked = []
+
+    def scorer(config, system, results):
+        asked.append(config.evaluation.masks)
+        assert not config.evaluation.convergence
+
+        def score(images, index):
+            n = config.evaluation.masks
+            noise = [np.random.default_rng(w.tolist()).normal(0, 3 / n**0.5) for w in images.words]
+            values = np.array([row.label for row in images.rows]) + noise
+            return SimpleNamespace(scores={system.primary: values[None]})
+
+        return score
+
+    monkeypatch.setattr(co, "scorer", scorer)
+    config = a_recipe("amae", **{"evaluation.masks": 6, "evaluation.convergence": 3})
+    rows = [row for row in co_rows(small_set) if row.split == "test"]
+    return config, rows, asked
+
+
+def co_rows(manifest):
+    from jmae.data.manifest import read_manifest
+
+    return read_manifest(manifest)
+
+
+@pytest.mark.parametrize("averaged", [True, False])
+def test_draws_are_independent_and_single_masks_are_scored_by_one_program(fake, averaged):
+    config, rows, asked = fake
+    system = load_system(config)._replace(averaged=averaged)
+    draws = co.image_draws(config, system, {}, rows, "masks", [1, 2, 4, 6])
+    assert asked == ([1] if averaged else [1, 2, 4, 6])
+    assert [len(each) for each in draws.values()] == ([18, 9, 4, 3] if averaged else [3] * 4)
+    for number, each in draws.items():
+        values = np.concatenate([np.ravel(scores) for scores in each])
+        assert len(np.unique(values)) == values.size, number
+    if averaged:
+        np.testing.assert_allclose(draws[6][1], np.mean(draws[1][6:12], 0))
+
+
+def test_the_standard_error_is_that_of_the_draws_aurocs(fake):
+    config, rows, _ = fake
+    found = co.convergence(config, load_system(config), {}, rows)
+    labels = [row.label for row in rows]
+    draws = co.image_draws(config, load_system(config), {}, rows, "masks", [1, 2, 4, 6])
+    for step, each in zip(found["steps"], draws.values(), strict=True):
+        values = [roc_auc_score(labels, scores[0]) for scores in each]
+        assert step["auroc"] == pytest.approx(np.mean(values)) and step["draws"] == len(each)
+        assert step["se"] == pytest.approx(np.std(values, ddof=1) / len(each) ** 0.5)
+    assert found["what"] == "masks" and [s["number"] for s in found["steps"]] == [1, 2, 4, 6]
+    assert co.convergence(config, load_system(config), {}, rows[:6]) is None  # one class
+
+
+def steps_of(*triples):
+    return [dict(zip(("number", "auroc", "deviation"), t, strict=True), se=t[2] / 2, draws=4) for t in triples]
+
+
+@pytest.mark.parametrize(
+    ("steps", "expected", "words"),
+    [
+        (
+            steps_of((1, 0.70, 0.02), (2, 0.798, 0.001), (4, 0.8, 0.001)),
+            2,
+            "From 2 on, one evaluation lies within 0.01",
+        ),
+        (steps_of((1, 0.8, 0.001), (2, 0.77, 0.001), (4, 0.8, 0.001)), 4, "No fewer give an evaluation within 0.01"),
+        (steps_of((1, 0.7, 0.1), (2, 0.75, 0.05), (4, 0.8, 0.02)), None, "varies by 0.040"),
+        (steps_of((1, 0.8, 0), (2, 0.8, 0)), 1, "does not depend on the masks"),
+    ],
+)
+def test_enough_is_from_where_on_nothing_larger_strays(steps, expected, words):
+    assert co.enough(steps) == expected
+    found = {"what": "masks", "steps": steps, "enough": expected, "close": co.CLOSE, "rising": False}
+    assert words in " ".join(report.convergence_words(found))
+    assert "aria-label" in report.convergence_chart(found)
+    rising = " ".join(report.convergence_words(found | {"rising": True}))
+    assert ("may raise it further" in rising) == (steps[0]["deviation"] > 0)
+
+
+def test_sweeps_over_a_volume_are_a_number_that_one_program_is_given():
+    traced = []
+
+    def score(results, image, keys):
+        traced.append(1)
+        noise = jax.vmap(lambda key: jax.random.uniform(key, image.shape[1:]))(keys)
+        return image + noise, jnp.ones((*image.shape[:-1], 1))
+
+    sweep = Sweep((4, 4), (2, 4), 3, score, lambda averages, inside: {"maps": {"m": averages[..., 0] ** 2}})
+    config = a_recipe("maemi", **{"evaluation.batch": 4})
+    volume = Volume(jnp.zeros((10, 8, 1)), *[None] * (len(Volume._fields) - 1))
+    run, words = sweeper(config, sweep._replace(repeats=1), {}), case_words("a")
+    once = run(volume, words)["maps"]["m"]
+    count = len(traced)
+    again = run(volume, words, repeats=3)["maps"]["m"]
+    assert len(traced) == count and np.abs(once - again).max() > 0.05
+    np.testing.assert_allclose(again, sweeper(config, sweep, {})(volume, words)["maps"]["m"], rtol=1e-6)
+    assert np.std(again) < np.std(once)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("amae", {"evaluation.convergence": 1}, "0 .off., or 2 or more repetitions"),
+        ("maemi", {"evaluation.convergence": 2}, "fewer repeats: evaluation.repeats is 1"),
+    ],
+)
+def test_what_cannot_be_told_is_refused(name, changes, message):
+    with pytest.raises(InputError, match=message):
+        load_system(a_recipe(name, **changes))

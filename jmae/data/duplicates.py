@@ -49,7 +49,6 @@ class Copy(NamedTuple):
 def taken(array: Float[np.ndarray, "*size c"]) -> Print:
     """The print of an image or volume; values that are not finite count as the mean."""
     rank = array.ndim - 1
-    digest = hashlib.sha256(repr(array.shape).encode() + np.ascontiguousarray(array).tobytes()).digest()
     grey = array.mean(-1, keepdims=True)
     finite = np.isfinite(grey)
     if not finite.all():
@@ -60,7 +59,19 @@ def taken(array: Float[np.ndarray, "*size c"]) -> Print:
     detail = _taper(rank) * detail / (strength + EVEN * strength.max() + 1e-12)
     detail -= detail.mean()
     length = np.linalg.norm(detail)
-    return Print(digest, (detail / length if length > 1e-6 else 0 * detail).astype(np.float16))
+    return Print(digest(array), (detail / length if length > 1e-6 else 0 * detail).astype(np.float16))
+
+
+def digest(array: Float[np.ndarray, "*size c"]) -> bytes:
+    """The SHA-256 of an image's shape and values: equal for copies of a file, and for what another format holds."""
+    whole = hashlib.sha256(repr(array.shape).encode())
+    whole.update(np.ascontiguousarray(array))
+    return whole.digest()
+
+
+def content(array: Float[np.ndarray, "*size c"]) -> str:
+    """The first 16 hexadecimal digits of `digest`: `Row.content`."""
+    return digest(array).hex()[:16]
 
 
 def in_two_splits(rows: Sequence[Row], prints: Mapping[str, Print]) -> list[Finding]:

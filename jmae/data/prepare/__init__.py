@@ -139,6 +139,12 @@ def table(rows: Sequence[Row]) -> list[str]:
     return lines
 
 
+def unknown(files: Iterable[Path]) -> Counter[str]:
+    """How many files of each ending are no images that are read, as `Prepared.left_out` has it."""
+    ending = lambda file: f"{file.suffix.lower()} files" if file.suffix else "files without an ending"
+    return Counter(f"{ending(file)} (no images, or of a kind that is not read)" for file in files)
+
+
 def refuse(problems: Sequence[str]) -> None:
     """Raises InputError with a line each, if there are any; of many the first 20."""
     if problems:

@@ -268,7 +268,7 @@ def test_a_leak_is_refused_and_where_it_is_allowed_told_and_marked(tmp_path, nam
     (line,) = str(caught.value).splitlines()
     what = {
         "copy": "are identical",
-        "near": "are one image (correlation 0.",
+        "near": "are one image, or two of one patient (correlation 0.",
         "other": "patient 'P0' is in train and test",
     }
     assert what[name] in line and line.endswith("or set data.allow_leaks")

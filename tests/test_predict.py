@@ -333,8 +333,13 @@ def lying_nifti(path: Path) -> None:
     path.write_bytes(gzip.compress(bytes(data)))
 
 
+def rows_at(path: Path) -> int:
+    """Where a DICOM file of explicit value representations has its number of rows."""
+    return path.read_bytes().index(b"\x28\x00\x10\x00US\x02\x00") + 8
+
+
 def damaged_images(folder: Path) -> list[Path]:
-    """Cut, flipped, empty and lying PNG and DICOM files. (A bit of raw DICOM pixels has no checksum.)"""
+    """Cut, flipped, empty and lying PNG and DICOM files. (Raw DICOM pixels have no checksum: the bit is of its Rows.)"""
     made = []
     for kind in ("png", "dcm"):
         for name, harm in (
@@ -342,16 +347,17 @@ def damaged_images(folder: Path) -> list[Path]:
             ("cut short", lambda path: cut(path, 0.02)),
             ("empty", lambda path: path.write_bytes(b"")),
             ("text", lambda path: path.write_text("id,label\n" * 50)),
-            ("flipped", lambda path: flipped(path, path.stat().st_size // 2) if path.suffix == ".png" else None),
+            (
+                "flipped",
+                lambda path: flipped(path, path.stat().st_size // 2 if path.suffix == ".png" else rows_at(path)),
+            ),
             ("lying", lambda path: lying_png(path) if path.suffix == ".png" else None),
         ):
             path = folder / f"{name} {kind}.{kind}"
             if kind == "png":
                 picture(path)
             else:
-                rows = (
-                    {"Rows": 60000, "Columns": 60000} if name == "lying" else {"Rows": 24} if name == "flipped" else {}
-                )
+                rows = {"Rows": 60000, "Columns": 60000} if name == "lying" else {}
                 dicom(path, np.arange(600, dtype=np.uint16).reshape(20, 30), **rows)
             harm(path)
             made.append(path)
@@ -376,7 +382,7 @@ def test_damaged_images_are_refused_each_in_a_line_and_the_others_go_on(images_r
     check_damaged(images_run, tmp_path / "out", picture(tmp_path / "good.png"), bad, capfd.readouterr)
     cases = {line["id"]: line["reason"] for line in table(tmp_path / "out" / "failed.csv").values()}
     assert "not found" in cases["gone"] and "is empty" in cases["empty dcm"]
-    assert "is beyond the limit" in cases["lying dcm"]
+    assert "is beyond the limit" in cases["lying dcm"] and "more pixels" in cases["flipped dcm"]
     assert "claims the size (40, 30), which its data are not" in cases["lying png"]
 
 

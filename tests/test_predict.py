@@ -339,7 +339,7 @@ def rows_at(path: Path) -> int:
 
 
 def damaged_images(folder: Path) -> list[Path]:
-    """Cut, flipped, empty and lying PNG and DICOM files. (Raw DICOM pixels have no checksum: the bit is of its Rows.)"""
+    """Cut, flipped, empty and lying PNG and DICOM files. (DICOM pixels have no checksum: the bit is one of Rows.)"""
     made = []
     for kind in ("png", "dcm"):
         for name, harm in (

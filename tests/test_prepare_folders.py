@@ -229,6 +229,32 @@ def test_nnunet_without_dataset_json_takes_the_usual_ending_and_says_what_lesion
     )
 
 
+def test_a_data_json_of_ddad_is_taken_as_it_is(tmp_path, capsys):
+    root, out = tmp_path / "rsna", tmp_path / "out"
+    names = {key: [f"{key}{i}.png" for i in range(n)] for key, n in (("a", 3), ("b", 1), ("c", 2), ("d", 1), ("e", 1))}
+    for name in [name for part in names.values() for name in part]:
+        picture(root / "train_png_512" / name)
+    about = {"train": {"0": names["a"], "unlabeled": {"0": names["b"], "1": names["c"]}}}
+    about["test"] = {"0": names["d"], "1": names["e"]}
+    assert "data.json: not found" in refused(capsys, "ddad", f"--root={root}", out=out)[0]
+    (root / "data.json").write_text(json.dumps(about))
+    rows, said = prepared(capsys, "ddad", f"--root={root}", out=out)
+    assert kinds(rows) == {
+        ("train", 0, False): 3,
+        ("unlabeled", None, False): 3,
+        ("test", 0, False): 1,
+        ("test", 1, False): 1,
+    }
+    assert "unlabeled_labels.csv for a sweep" in said
+    assert (out / "unlabeled_labels.csv").read_text().splitlines() == ["id,label", "b0,0", "c0,1", "c1,1"]
+    (root / "train_png_512" / "e0.png").unlink()
+    assert "e0.png: is not found, of test.1" in refused(capsys, "ddad", f"--root={root}", out=tmp_path / "two")[0]
+    for text in ("[]", "{", '{"train": {"0": ["../x.png"]}}'):
+        (root / "data.json").write_text(text)
+        (line,) = refused(capsys, "ddad", f"--root={root}", out=tmp_path / "two")
+        assert "is no data.json of train and test lists" in line
+
+
 def test_dicom_of_any_name_is_found_and_files_that_are_not_read_are_counted(tmp_path, capsys):
     folder = tmp_path / "normal"
     folder.mkdir()

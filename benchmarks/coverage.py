@@ -7,7 +7,8 @@
 1000 normals are judged by 200 calibration sets of 60 normals each, no phantom twice and none trained on. Of p-values of
 at most a, `jmae.scoring.Calibration` promises the share floor(a (n + 1)) / (n + 1) of normals, on average over draws.
 Monte-Carlo error of that average over D sets and T test normals: the root of b (1 - b) / (n + 2) / D + b (1 - b) / T
-with the promised share b, the first term being the variance of Beta(k, n + 1 - k), k = floor(a (n + 1)). Prints a table
+with the promised share b, the first term being the variance of Beta(k, n + 1 - k), k = floor(a (n + 1)). The first set
+also judges through `jmae.predict` itself, whose p-values must be these to the last bit. Prints a table
 and writes benchmarks/results/coverage.json; exit code 1 where the share is further than three such errors away.
 """
 
@@ -28,25 +29,27 @@ from jmae import predict, recipe
 from jmae.data import phantoms
 from jmae.data.files import Image
 from jmae.evaluate import ahead
-from jmae.scoring import p_values
+from jmae.scoring import Calibration, p_values
 
 RESULTS = Path(__file__).parent / "results" / "coverage.json"
 RATES = (0.05, 0.1, 0.2)
 
 
-def scores(run: predict.Run, label: int, n: int) -> np.ndarray:
-    """The primary scores of n newly drawn phantoms of a label, in their order."""
-    size, found = run.at_once, []
+def scores(run: predict.Run, label: int, numbers: range) -> tuple[np.ndarray, list[float | None]]:
+    """The primary scores, and the p-values of `predict`, of newly drawn phantoms of a label by their numbers."""
+    size, lines = run.at_once, []
 
     def drawn(start: int) -> list[tuple]:
-        rows = [predict.row_of(f"coverage-{label}-{i}", ("phantom",)) for i in range(start, min(start + size, n))]
+        own = range(start, min(start + size, numbers.stop))
+        rows = [predict.row_of(f"coverage-{label}-{i}", ("phantom",)) for i in own]
         draws = [phantoms.chest(phantoms.generator("coverage", label, row.id), label) for row in rows]
         return [(row, run.open(row, Image(d.image, d.spacing, None, 8))) for row, d in zip(rows, draws, strict=True)]
 
-    for group in said(ahead(drawn, range(0, n, size)), n, size):
+    starts = range(numbers.start, numbers.stop, size)
+    for group in said(ahead(drawn, starts), len(numbers), size):
         results = run.score(*map(list, zip(*group, strict=True)))
-        found += [predict.checked_line(run, row, r)["score"] for (row, _), r in zip(group, results, strict=True)]
-    return np.array(found)
+        lines += [predict.checked_line(run, row, r) for (row, _), r in zip(group, results, strict=True)]
+    return np.array([line["score"] for line in lines]), [line["p_value"] for line in lines]
 
 
 def said(groups: Iterator, n: int, size: int) -> Iterator:
@@ -74,8 +77,12 @@ def main() -> int:
         workdir = arguments.run or Path(folder) / "run"
         config = recipe.read(workdir)
         run = predict.open_run(workdir, config)
-        normal, abnormal = scores(run, 0, tests + n * draws), scores(run, 1, tests)
-    test, sets = normal[:tests], normal[tests:].reshape(draws, n)
+        sets = scores(run, 0, range(tests, tests + n * draws))[0].reshape(draws, n)
+        first = Calibration({f"normal {i}": float(score) for i, score in enumerate(sets[0])})
+        test, judged = scores(run._replace(calibration=first), 0, range(tests))
+        abnormal, _ = scores(run, 1, range(tests))
+    if judged != p_values(sets[0], test).tolist():
+        raise SystemExit("jmae.predict gives other p-values than jmae.scoring.p_values: one of them is wrong")
     rows, result, far = [], {}, False
     for rate in RATES:
         k = floor(round(rate * (n + 1), 9))

@@ -1,8 +1,10 @@
 """python -m jmae.evaluate --workdir DIR [--manifest MANIFEST.csv] [--split test] [--out DIR]
-                         [--config.evaluation.KEY=VALUE ...] [--debug]
+                         [--config.evaluation.KEY=VALUE ...] [--config.data.allow_leaks=True] [--debug]
 
 Scores a split with a trained run and writes metrics.json, scores.csv, report.html and the maps, into DIR/evaluation
-(`test`) or DIR/evaluation-SPLIT where no other folder is named; with another manifest one must be. Exit codes: 0 done;
+(`test`) or DIR/evaluation-SPLIT where no other folder is named; with another manifest one must be. Of that no case may
+be of a patient, or have an image, that the run was trained or calibrated on; with data.allow_leaks these are told, have
+no p-value, and mark the report. Copies that are not equal value by value are not looked for there. Exit codes: 0 done;
 2 the input or the environment is wrong.
 """
 
@@ -49,12 +51,13 @@ from jmae.errors import InputError, exit_code
 from jmae.masking import case_keys
 from jmae.reconstruct import fitting, out_of_memory, too_large
 from jmae.report import PERCENTILES, Case, Scale, choose_cases, held_side, one_slice, without_curves, write_report
-from jmae.run_folder import digest, log, read_history, recipe_digest, write_csv, write_text
+from jmae.run_folder import digest, log, read_history, read_seen, recipe_digest, write_csv, write_seen, write_text
 from jmae.scoring import Calibration, alarm_threshold, colour_ends, top_mean
 from jmae.sharding import device_mesh, keep_compiled, replicated, split
 from jmae.system import Results, Sweep, System, compute_type, load_system, stage_keys
 from jmae.windows import average, inside, tile
 
+ALLOW = "config.data.allow_leaks"
 WHOLE = "whole"  # the part that is the split itself
 SECONDS_BETWEEN_LINES = 20  # while cases are scored
 CENTRAL = 0.8  # share of each axis that the central crop keeps
@@ -70,6 +73,9 @@ NO_SCORE = "batch chunk subsets maps reconstruction draws froc iou alarm_rate co
 def main(argv: list[str]) -> int:
     given = recipe.arguments(argv, __doc__, ["workdir", "manifest", "split", "out", "config"])
     own = "manifest" not in given and not any(flag.startswith("config") for flag in given)
+    if ALLOW in given and "manifest" not in given:
+        raise InputError(f"--{ALLOW} goes with --manifest: the run's own manifest was looked at when it was trained")
+    allow = recipe.typed(ALLOW, given.pop(ALLOW, "false"), False)
     workdir, config = run_of(given)
     split = given.get("split", "test")
     if not own and "out" not in given:
@@ -77,13 +83,47 @@ def main(argv: list[str]) -> int:
         raise InputError(f"{what} goes with --out=DIR: the run's own evaluation stays as it is")
     if "manifest" in given:
         config.data.manifest = given["manifest"]
+        neutral = {"allow_leaks": allow}
         # These are of the data trained on.
-        neutral = {"anomaly_ratio": -1.0, "unlabeled_size": 0, "unlabeled_labels": "", "calibration": 0.0}
+        neutral |= {"anomaly_ratio": -1.0, "unlabeled_size": 0, "unlabeled_labels": "", "calibration": 0.0}
         config.data.update({key: value for key, value in neutral.items() if key in config.data})
     keep_compiled()
     out = Path(given.get("out", workdir / ("evaluation" if split == "test" else f"evaluation-{split}")))
-    evaluate(config, load_system(config), load_rows(config, log), workdir, split=split, out=out, own=own)
+    rows = load_rows(config, log)
+    if "manifest" in given:
+        rows = not_seen(rows, split, workdir, given["manifest"], allow=allow)
+    evaluate(config, load_system(config), rows, workdir, split=split, out=out, own=own)
     return 0
+
+
+def not_seen(rows: Sequence[Row], split: str, workdir: Path, manifest: str, *, allow: bool) -> list[Row]:
+    """The rows of another manifest, of which those of `split`, and of `val` that chooses thresholds, are held against
+    what the run has seen (seen.csv): patients, images by their content, ids where that is not known. Raises InputError
+    where one was seen, or with `allow` marks it; val of the run may be val again."""
+    seen = read_seen(workdir)
+    if all(row.split == "val" for row in seen):
+        log(f"warning: {workdir} does not say what it was trained on: not known whether cases of {manifest} were")
+    by: dict[str, dict[str, Row]] = {"patient": {}, "content": {}, "id": {}}
+    for row in seen:
+        for key, named in by.items():
+            named.setdefault(getattr(row, key), row)
+
+    def leak(row: Row) -> str:
+        for key, word in (("patient", "patient"), ("content", "image"), ("id", "id")):
+            other = by[key].get(getattr(row, key)) if getattr(row, key) else None
+            unsure = key == "id" and other and row.content and other.content
+            if other and not unsure and not row.split == other.split == "val" != split:
+                return f"the {word} of {row.id} is that of {other.id}, {other.split} of the run"
+        return ""
+
+    rows = [row._replace(leak=row.leak or leak(row)) if row.split in (split, "val") else row for row in rows]
+    found = [row.leak for row in rows if row.leak]
+    if found and not allow:
+        more = f", and {len(found) - 1} more cases were seen in training" if len(found) > 1 else ""
+        raise InputError(f"{manifest}: {found[0]}{more}: leave them out, or --{ALLOW}=True marks the report")
+    for what in found[:20]:
+        log(f"warning: {what}")
+    return rows
 
 
 def run_of(given: dict[str, str]) -> tuple[Path, ConfigDict]:
@@ -542,6 +582,7 @@ def calibrate(
         "scores": scores,
     }
     write_text(workdir / CALIBRATION, json.dumps(about, indent=1))
+    write_seen(workdir, normals)
     log(f"calibrated on {len(scores)} held-out normals: {workdir / CALIBRATION}")
     return Calibration(scores, low, high, tuple(needs))
 
@@ -1045,7 +1086,7 @@ def score_line(
     mean = {name: float(values.mean()) for name, values in scores.items()}
     primary = mean.pop(system.primary)
     p_value = None
-    if calibration and all(stated(row, name) for name in calibration.needs):
+    if calibration and not row.leak and all(stated(row, name) for name in calibration.needs):
         p_value = calibration.p_value(primary, row.id)
         if p_value is None and row.split != "val":
             log(f"{row.id}: no p-value: it has the name of a held-out normal")

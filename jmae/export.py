@@ -12,9 +12,15 @@ without jmae:
 
 `image` is float32 (batch, *size, channels) as the network sees it, and `case` (batch, 2) what `jmae.export.case_words`
 makes of the cases' ids: the masks' randomness. A system of volumes takes one prepared volume (*size, channels) of the
---size in voxels of the working grid, and (2,): windows, repetitions and averaging are inside, a midline is not. Results
-are those of `jmae.evaluate` to 1e-5, with a leading axis of replicates where the run has several, and need the platform
-on which they were exported. Exit codes: 0 done; 2 the input or the environment is wrong.
+--size in voxels of the working grid, and (2,): windows, repetitions and averaging are inside, a midline is not.
+
+`export.json` also holds the settings of the evaluation and, of a calibrated run, "calibration": the scores of the n
+held-out normals, what they depend on ("needs"), and the threshold at the false-alarm rate. The p-value of a score s is
+(1 + number of those scores >= s) / (n + 1), an alarm a score above the threshold. The score of a volume is the mean of
+the highest share evaluation.top of its map in the region.
+
+Results are those of `jmae.evaluate` to 1e-5, with a leading axis of replicates where the run has several, and need the
+platform on which they were exported. Exit codes: 0 done; 2 the input or the environment is wrong.
 """
 
 import hashlib
@@ -37,7 +43,7 @@ from ml_collections import ConfigDict
 from jmae import recipe
 from jmae.data.loader import case_words
 from jmae.errors import InputError, exit_code
-from jmae.evaluate import each_replicate, restore_results, seeds_of
+from jmae.evaluate import CALIBRATION, each_replicate, read_calibration, restore_results, seeds_of
 from jmae.masking import case_keys
 from jmae.run_folder import log
 from jmae.system import System, load_system
@@ -45,6 +51,7 @@ from jmae.windows import average, inside, tile
 
 __all__ = ["case_words", "export", "load"]
 FUNCTION, WEIGHTS, ABOUT = "function.bin", "weights.safetensors", "export.json"
+HALF = ".part"  # folder inside of the one that is written
 
 
 def main(argv: list[str]) -> int:
@@ -57,12 +64,16 @@ def main(argv: list[str]) -> int:
     config = recipe.read(workdir)
     recipe.override(config, given, "evaluation.")
     system = load_system(config)
-    out = Path(given["out"])
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    out = Path(given["out"]).absolute()
+    if out.exists() and (not out.is_dir() or any(path.name != HALF for path in out.iterdir())):
         raise InputError(f"{out}: is there already and not an empty folder: choose another --out")
     numbers = {name: whole(name, given[name]) for name in ("batch", "size") if name in given}
     if len(numbers.get("batch", (1,))) > 1:
         raise InputError(f"--batch={given['batch']}: one number")
+    if "batch" in numbers and system.sweep:
+        raise InputError(
+            f"--batch is of images: {system.name} takes one volume; --config.evaluation.batch: its windows"
+        )
     export(config, system, workdir, out, batch=numbers.get("batch", (1,))[0], size=numbers.get("size", ()))
     return 0
 
@@ -87,6 +98,7 @@ def export(
     Raises InputError where a stage has no finished checkpoint, `size` does not fit the system, or writing fails.
     """
     results = jax.device_get(restore_results(config, system, workdir))
+    calibration = read_calibration(config, system, results, workdir)
     leaves, nesting = jax.tree_util.tree_flatten_with_path(results)
     names = ["/".join(str(key.key) for key in path) for path, _ in leaves]
     weights = {name: np.ascontiguousarray(leaf) for name, (_, leaf) in zip(names, leaves, strict=True)}
@@ -119,10 +131,12 @@ def export(
         "out": {name: list(leaf.shape) for name, leaf in found.items()},
         "replicates": seeds,
         "data": json.loads(recipe.to_json(config))["data"],  # how files become images
+        "evaluation": json.loads(recipe.to_json(config))["evaluation"],
+        "calibration": calibration and json.loads((workdir / CALIBRATION).read_text(encoding="utf-8")),
         "jax": jax.__version__,
         "use": "for research, not for clinical use",
     }
-    half = out.with_name(f".{out.name}.tmp")
+    new, half = not out.exists(), out / HALF
     try:
         shutil.rmtree(half, ignore_errors=True)
         half.mkdir(parents=True)
@@ -130,11 +144,11 @@ def export(
         safetensors.numpy.save_file(weights, half / WEIGHTS)
         about["sha256"] = {name: sha256(half / name) for name in (FUNCTION, WEIGHTS)}
         (half / ABOUT).write_text(json.dumps(about, indent=1) + "\n")
-        if out.is_dir():
-            out.rmdir()
-        os.replace(half, out)
+        for name in (FUNCTION, WEIGHTS, ABOUT):  # the last makes it an export
+            os.replace(half / name, out / name)
+        half.rmdir()
     except OSError as error:
-        shutil.rmtree(half, ignore_errors=True)
+        shutil.rmtree(out if new else half, ignore_errors=True)
         raise InputError(f"{out}: not written ({error.strerror or error}): free space or change the folder") from None
     log(f"{out}: {system.name}, {sum(w.size for w in weights.values()):,} numbers, for {', '.join(exported.platforms)}")
 

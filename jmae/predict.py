@@ -1,4 +1,5 @@
 """python -m jmae.predict --workdir DIR --out DIR [--continue] INPUT [INPUT ...] [--config.evaluation.KEY=VALUE ...]
+python -m jmae.predict --workdir DIR --out DIR [--continue] --manifest CASES.csv [--config.evaluation.KEY=VALUE ...]
 
 Scores new cases with a trained run: for each a map on its own grid, a score, and what the score means.
 
@@ -7,11 +8,15 @@ of the run's channels; of a run of volumes a folder of one DICOM series. Or a fo
 below is a case, or every series where the run is of volumes; hidden files and DICOMDIR are passed over. A case's id is
 its (first) file's name without the format's ending; two of one name are told apart by their folders.
 
+CASES.csv lists cases instead: columns id and image, and where volumes are scored within a region or in two pieces also
+region, midline and half, all as in a manifest, whose other columns are not looked at.
+
 Into --out: ID_anomaly.nii.gz (of images .tif, 32 bits), ID_confidence where the system has one, ID_recon where the
 recipe has evaluation.reconstruction, ID_overlay.png (of a volume the axial slice with the highest value), and, when all
 is done, scores.csv: id,label,score,p_value and further scores. The p-value says how many held-out normals score as high
-(jmae.scoring.Calibration); it is empty where the run is not calibrated. What fails is said, listed in failed.csv, and
-the other cases go on.
+(jmae.scoring.Calibration); it is empty where the run is not calibrated, for an image that it was trained or calibrated
+on, and where a case names no region, midline or half and the normals did, or the other way round. What fails is said,
+listed in failed.csv, and the other cases go on.
 
 --continue  finishes what is missing in --out: after an interruption, or once what failed is mended.
 
@@ -36,13 +41,15 @@ from ml_collections import ConfigDict
 from PIL import Image as pillow
 
 from jmae import recipe
+from jmae.data.duplicates import content
 from jmae.data.files import Image, is_dicom, write_map
 from jmae.data.loader import WORKERS, Decoded, case_words, prepared, read_case, stored_image, stored_volume
-from jmae.data.manifest import ID_BYTES, Row
+from jmae.data.manifest import ID_BYTES, Row, read_cases, wrong_pieces
 from jmae.data.slices import command, lie
 from jmae.data.volumes import WORLD
 from jmae.errors import InputError, exit_code
 from jmae.evaluate import (
+    NEEDS,
     SECONDS_BETWEEN_LINES,
     Result,
     ahead,
@@ -55,11 +62,12 @@ from jmae.evaluate import (
     score_line,
     scored_by,
     scorer,
+    stated,
     sweeper,
     volume_result,
 )
 from jmae.report import PERCENTILES, Scale, blend
-from jmae.run_folder import add_history, log, read_history, write_bytes, write_csv, write_text
+from jmae.run_folder import add_history, log, read_history, read_seen, write_bytes, write_csv, write_text
 from jmae.scoring import Calibration
 from jmae.sharding import keep_compiled
 from jmae.system import System, load_system
@@ -86,21 +94,26 @@ class Run(NamedTuple):
     calibration: Calibration | None
     of: dict[str, Any]  # `scored_by`
     at_once: int  # cases that are scored together
-    open: Callable[[Row, Image | None], Any]  # a case on the host, as `score` takes it
+    open: Callable[..., Any]  # (row, image if it has been read, region if it is no file): a case, as `score` takes it
+    seen: dict[str, Row]  # what it was trained or calibrated on, by `Row.content`
     score: Callable[[Sequence[Row], Sequence[Any]], list[Result]]
 
 
 def main(argv: list[str]) -> int:
     further = "--continue" in argv
     words = [word for word in argv if word != "--continue"]
-    names, given = command(words, __doc__, ["workdir", "out", "continue", "config"])
-    if not names or "out" not in given:
+    names, given = command(words, __doc__, ["workdir", "out", "manifest", "continue", "config"])
+    if bool(names) == ("manifest" in given) or "out" not in given:
         raise InputError(
-            "name a new folder and at least one case: python -m jmae.predict --workdir=DIR --out=DIR INPUT"
+            "name a new folder and either at least one case or --manifest=CASES.csv: "
+            "python -m jmae.predict --workdir=DIR --out=DIR INPUT"
         )
     workdir, config = run_of(given)
-    cases = [case for name in names for case in cases_of(name, volumes=len(config.data.size) == 3)]
-    rows = [row_of(name, case) for name, case in zip(names_of(cases), cases, strict=True)]
+    if names:
+        cases = [case for name in names for case in cases_of(name, volumes=len(config.data.size) == 3)]
+        rows = [row_of(name, case) for name, case in zip(names_of(cases), cases, strict=True)]
+    else:
+        rows = read_cases(given["manifest"], SPLIT)
     keep_compiled()
     try:
         return predict_all(open_run(workdir, config), rows, Path(given["out"]), further=further)
@@ -110,7 +123,8 @@ def main(argv: list[str]) -> int:
 
 
 def load(workdir: str | os.PathLike) -> Callable[..., Prediction]:
-    """The function `predict(image, spacing=None, affine=None, id="")` -> Prediction of a run folder.
+    """The function `predict(image, spacing=None, affine=None, id="", region=None, midline="", half="")` -> Prediction
+    of a run folder.
 
     Raises InputError where the folder holds no finished run. `predict` raises it, in one line, where a case cannot be
     used. Its arguments:
@@ -122,12 +136,21 @@ def load(workdir: str | os.PathLike) -> Callable[..., Prediction]:
         the run works in (`data.axes`, as PLS: indices grow to posterior, left and superior).
       id: whence a case's random masks come: that of the manifest repeats `jmae.evaluate` on the same device. Of a path
         it is the file's name without its ending.
+      region: of a volume, where its score counts, and what it is cropped to or normalised by where the run's training
+        volumes were: a path, or an array (*size) on the volume's own grid, above 0 inside.
+      midline, half: of a volume that is two pieces, as in a manifest: "middle" or an index; "first" or "second".
     """
     workdir = Path(workdir)
     run = open_run(workdir, recipe.read(workdir))
 
     def predict(
-        image: Any, spacing: Sequence[float] | None = None, affine: np.ndarray | None = None, id: str = ""
+        image: Any,
+        spacing: Sequence[float] | None = None,
+        affine: np.ndarray | None = None,
+        id: str = "",
+        region: Any = None,
+        midline: str | float = "",
+        half: str = "",
     ) -> Prediction:
         named = isinstance(image, str | os.PathLike)
         if named or (isinstance(image, list | tuple) and all(isinstance(part, str | os.PathLike) for part in image)):
@@ -140,7 +163,19 @@ def load(workdir: str | os.PathLike) -> Callable[..., Prediction]:
         else:
             row = Row(id, "", SPLIT, None, (f"array {id}".strip(),))
             stored = of_array(image, run.config.data, spacing, affine, row.image[0])
-        (result,) = run.score([row], [run.open(row, stored)])
+        row, inside = row._replace(extra={"midline": str(midline), "half": half}), None
+        if problem := next((what for _, what in wrong_pieces(str(midline), half)), ""):
+            raise InputError(f"{row.image[0]}: {problem}")
+        if not run.system.sweep and (region is not None or midline or half):
+            raise InputError(f"{row.image[0]}: a region, a midline and halves are of volumes: leave them out")
+        if isinstance(region, str | os.PathLike):
+            row = row._replace(region=os.path.abspath(region))
+        elif region is not None:
+            row, inside = row._replace(region="array"), np.asarray(region) > 0
+            if inside.shape != stored.array.shape[:-1]:
+                what = f"its region has the shape {inside.shape}, the image {stored.array.shape[:-1]}"
+                raise InputError(f"{row.image[0]}: {what}: give one on the image's grid")
+        (result,) = run.score([row], [run.open(row, stored, inside)])
         line = checked_line(run, row, result)
         found = own_results(result, run.system, ["anomaly", "confidence"])
         return Prediction(found.get("anomaly"), line["score"], line["p_value"], found.get("confidence"))
@@ -156,19 +191,22 @@ def open_run(workdir: Path, config: ConfigDict) -> Run:
     system = load_system(config)
     results = restore_results(config, system, workdir)
     calibration, of = read_calibration(config, system, results, workdir), scored_by(config, system, results)
+    seen = {row.content: row for row in read_seen(workdir) if row.content}
+    if calibration and not seen and config.data.manifest:
+        log(f"warning: {workdir} has no list of the images it has seen: theirs get p-values too, which mean nothing")
     if calibration and calibration.needs:
         log(
-            f"no p-values: the held-out normals were scored with a {' and a '.join(calibration.needs)}, which files do "
-            "not tell: use jmae.evaluate with a manifest of split test"
+            f"p-values are of cases with a {' and a '.join(calibration.needs)}, as the held-out normals had: name them "
+            "in columns of --manifest=CASES.csv, from Python by keyword"
         )
     if system.sweep:
         sweep = sweeper(config, system.sweep, results)
-        open_one = lambda row, stored: prepared(row, config.data, stored)
+        open_one = lambda row, stored=None, region=None: prepared(row, config.data, stored, region)
         one_by_one = lambda rows, cases: [volume_result(config, *case, sweep) for case in zip(rows, cases, strict=True)]
-        return Run(config, system, calibration, of, 1, open_one, one_by_one)
+        return Run(config, system, calibration, of, 1, open_one, seen, one_by_one)
     run = scorer(config, system, results)
 
-    def open_image(row: Row, stored: Image | None) -> tuple[Image, np.ndarray]:
+    def open_image(row: Row, stored: Image | None = None, region: Any = None) -> tuple[Image, np.ndarray]:
         stored = stored_image(row) if stored is None else stored
         return stored, read_case(row, config.data, stored)
 
@@ -177,7 +215,7 @@ def open_run(workdir: Path, config: ConfigDict) -> Run:
         scored = run(Decoded(np.stack([image for _, image in cases]), words), np.arange(len(rows)))
         return [image_result(stored, image, scored, k) for k, (stored, image) in enumerate(cases)]
 
-    return Run(config, system, calibration, of, config.evaluation.batch, open_image, score)
+    return Run(config, system, calibration, of, config.evaluation.batch, open_image, seen, score)
 
 
 def stored_case(row: Row, config: ConfigDict) -> Image:
@@ -189,7 +227,20 @@ def checked_line(run: Run, row: Row, result: Result) -> dict[str, Any]:
     """A line of scores.csv; raises InputError where a score is not finite."""
     if bad := [name for name, values in result.scores.items() if not np.isfinite(values).all()]:
         raise InputError(f"{row.image[0]}: its score {bad[0]} is not finite: look at its values, or leave it out")
-    return score_line(row, result.scores, run.system, run.calibration)
+    line = score_line(row, result.scores, run.system, run.calibration)
+    if line["p_value"] is not None and (why := without_p_value(run, row, result.stored)):
+        log(f"{row.id}: no p-value: {why}")
+        line["p_value"] = None
+    return line
+
+
+def without_p_value(run: Run, row: Row, stored: Image) -> str:
+    """Why a score of a calibrated run says nothing of a case; empty where it does."""
+    if known := run.seen.get(content(stored.array)):
+        return f"it is the image of {known.id} in {known.split}, which the run was trained or calibrated on"
+    assert run.calibration
+    further = [name for name in NEEDS if stated(row, name) and name not in run.calibration.needs]
+    return f"it has a {further[0]}, which the held-out normals had not" if run.system.sweep and further else ""
 
 
 # --- cases ------------------------------------------------------------------------------------------------------------
@@ -375,11 +426,14 @@ def predict_all(run: Run, rows: Sequence[Row], out: Path, *, further: bool) -> i
     return finish(run, rows, done, failed, out)
 
 
-def stamps(row: Row) -> list[list[int]]:
-    """Size and time of a case's files, by which `--continue` sees that one was replaced; none where one is gone."""
+def stamps(row: Row) -> list[list]:
+    """Size and time of a case's files, by which `--continue` sees that one was replaced, and what else is said of it;
+    none where one is gone."""
     try:
-        parts = [sorted(Path(name).iterdir()) if Path(name).is_dir() else [Path(name)] for name in row.image]
-        return [[path.stat().st_size, path.stat().st_mtime_ns] for part in parts for path in part]
+        names = [*row.image, *([row.region] if row.region else [])]
+        parts = [sorted(Path(name).iterdir()) if Path(name).is_dir() else [Path(name)] for name in names]
+        files = [[path.stat().st_size, path.stat().st_mtime_ns] for part in parts for path in part]
+        return [*files, *([column, cell] for column, cell in sorted(row.extra.items()) if cell)]
     except OSError:
         return []
 
@@ -387,7 +441,7 @@ def stamps(row: Row) -> list[list[int]]:
 def opened_case(run: Run, row: Row) -> Any:
     """A case as `run.score` takes it, or why it cannot be used."""
     try:
-        return run.open(row, None)
+        return run.open(row)
     except (InputError, MemoryError) as error:
         return error
 

@@ -33,7 +33,17 @@ from jmae.data.crops import Volumes, cut
 from jmae.data.loader import Images, Samples, batches, load_rows
 from jmae.errors import InputError, NonFiniteLoss, Stopped, exit_code
 from jmae.evaluate import calibrate_run, evaluate, trained_rows
-from jmae.run_folder import add_history, cut_history, describe_run, digest, fixed, log, write_csv, write_text
+from jmae.run_folder import (
+    add_history,
+    cut_history,
+    describe_run,
+    digest,
+    fixed,
+    log,
+    write_csv,
+    write_seen,
+    write_text,
+)
 from jmae.sharding import device_mesh, keep_compiled, place_batch, replicated
 from jmae.system import Check, Results, Stage, State, System, load_system, split_replicates, stage_keys
 from jmae.weights import load_weights, read_weights, summary, table
@@ -66,6 +76,7 @@ def run(config: ConfigDict, workdir: Path) -> int:
     make = Volumes if system.sweep else Images
     images: Samples = make(trained_rows(system, rows), config, workdir / "cache")
     train(config, system, images, workdir)
+    write_seen(workdir, images.rows)
     if any(row.split == "test" and row.label is not None for row in rows):
         evaluate(config, system, rows, workdir, split="test", out=workdir / "evaluation")
     else:

@@ -166,12 +166,14 @@ def test_every_kind_of_finding_is_told_with_its_cases(cases, chests, capsys):
         ["near", "Q2", "train", 0, "near.jpg", "", ""],
         ["same", "Q3", "val", 1, "5.png", "small.png", ""],
         ["patient", "P4", "train", 0, "6.png", "", ""],
-        ["sick", "Q4", "train", 1, "7.png", "empty.png", ""],
+        ["sick", "Q4", "train", 1, "7.png", "", ""],
+        ["wrong", "Q5", "test", 1, "8.png", "empty.png", ""],
     ]
+    save(folder / "8.png", chests[8])
     assert found(cases) == {
         "unreadable": [["c0"]],
         "geometry": [["same"]],
-        "truth": [["sick"]],
+        "truth": [["wrong"]],
         "not finite": [["c1"]],
         "constant": [["c2"]],
         "patient": [["c4", "patient"]],
@@ -182,8 +184,18 @@ def test_every_kind_of_finding_is_told_with_its_cases(cases, chests, capsys):
     }
     said = capsys.readouterr().out
     assert "     1  near-identical  the same, resized" in said and "10 findings" in said
-    assert "c4 in test and near in train are one image (correlation " in said
-    assert "sick is abnormal and in train: move it, or set data.normal_crops_only" in said
+    assert "c4 in test and near in train are one image, or two of one patient (correlation " in said
+    assert "sick is abnormal and in train: move it to val, test or unlabeled, or give it a mask" in said
+
+
+def test_abnormal_training_cases_with_a_mask_are_a_note(cases, capsys):
+    rows = cases[1]
+    rows[5][2] = "train"
+    assert run(write(cases), "--json", str(cases[0] / "out.json")) == 0
+    said = capsys.readouterr().out
+    assert "note: 1 abnormal cases in train have a mask or boxes: set --config.data.normal_crops_only=True" in said
+    content = json.loads((cases[0] / "out.json").read_text())
+    assert len(content["notes"]) == 1 and content["findings"] == []
 
 
 def test_sequences_of_volumes_on_other_grids_are_findings(tmp_path, capsys):

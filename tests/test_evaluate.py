@@ -22,6 +22,7 @@ from jmae.data.loader import Images, load_rows
 from jmae.data.transforms import central, resize
 from jmae.errors import InputError, exit_code
 from jmae.masking import case_keys
+from jmae.run_folder import write_seen, write_text
 from jmae.system import System, load_system
 
 KEYS = """
@@ -51,6 +52,44 @@ def config(manifest: Path, size: tuple[int, ...], channels: int, **changes) -> C
     c.evaluation.subsets, c.evaluation.batch = ("matched",), 5
     c.update_from_flattened_dict(changes)
     return c
+
+
+def test_cases_of_another_manifest_that_the_run_has_seen_are_refused_or_marked(tools, tmp_path, monkeypatch, capfd):
+    counts = {("train", 0): 2, ("val", 0): 2, ("test", 0): 3, ("test", 1): 3}
+    own = config(tools.write_set(tmp_path / "own", counts), (16, 16), 1, **{"data.allow_leaks": True})
+    workdir = tmp_path / "run"
+    write_text(workdir / "config.json", recipe.to_json(own))
+    monkeypatch.setattr(ev, "load_system", lambda config: SYSTEM)
+    other = tools.write_set(tmp_path / "other", counts, seed=1)
+    arguments = [f"--workdir={workdir}", f"--manifest={other}", f"--out={tmp_path / 'out'}"]
+    assert exit_code(ev.main, ["--config.data.allow_leaks=True", *arguments[::2]]) == 2
+    assert "goes with --manifest" in capfd.readouterr().err
+    rows = load_rows(own, str)
+    write_seen(workdir, [row for row in rows if row.split in ("train", "val")])
+    lines = (other.parent / "manifest.csv").read_text().replace("p-", "q-")
+    other.write_text(lines)
+    assert exit_code(ev.main, arguments) == 0  # equal ids of other images and patients
+    shutil.rmtree(tmp_path / "out")
+
+    for change, problem in (
+        (lines.replace("q-test-0-0", "p-train-0-0"), "the patient of test-0-0 is that of train-0-0, train of the run"),
+        (
+            lines.replace("test-1-1.png", "../own/val-0-0.png"),
+            "the image of test-1-1 is that of val-0-0, val of the run",
+        ),
+        (lines.replace("val-0-1.png", "../own/train-0-1.png"), "the image of val-0-1 is that of train-0-1, train of"),
+    ):
+        other.write_text(change)
+        capfd.readouterr()
+        assert exit_code(ev.main, arguments) == 2
+        said = capfd.readouterr().err.splitlines()[-1]
+        assert problem in said and "--config.data.allow_leaks=True marks the report" in said
+        assert not (tmp_path / "out").exists()
+    other.write_text(lines.replace("test-1-1.png", "../own/train-0-0.png"))
+    assert exit_code(ev.main, [*arguments, "--config.data.allow_leaks=True"]) == 0
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert metrics["leaks"] == ["the image of test-1-1 is that of train-0-0, train of the run"]
+    assert "NOT AN INDEPENDENT TEST" in capfd.readouterr().err
 
 
 def write_volumes(folder: Path, tools) -> Path:

@@ -1,6 +1,7 @@
 """An exported scoring function against the evaluator's own, read again without the recipe."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ from patients import SETTINGS
 from jmae import checkpoint, export, recipe
 from jmae.data.loader import Images, load_rows, prepared
 from jmae.errors import InputError, exit_code
-from jmae.evaluate import restore_results, scorer, sweeper
+from jmae.evaluate import restore_results, scored_by, scorer, sweeper
 from jmae.run_folder import describe_run
 from jmae.system import load_system, stage_keys
 
@@ -37,10 +38,17 @@ def drawn(arguments: list[str], workdir: Path):
     return config, system
 
 
-def test_an_exported_function_of_images_gives_the_evaluators_scores_without_jmae(tmp_path):
+def test_an_exported_function_of_images_gives_the_evaluators_scores_without_jmae(tmp_path, monkeypatch):
     config, system = drawn(IMAGES, tmp_path / "run")
-    assert exit_code(export.main, [f"--workdir={tmp_path / 'run'}", f"--out={tmp_path / 'out'}", "--batch=3"]) == 0
-    images = Images([row for row in load_rows(config, str) if row.split == "test"][:3], config)
+    rows = load_rows(config, str)
+    of = scored_by(config, system, restore_results(config, system, tmp_path / "run"))
+    known = {"scores": {"a": 1.0, "b": 2.0}, "colours": {"low": 0, "high": 1}, "needs": [], "threshold": 2.0, "of": of}
+    (tmp_path / "run" / "calibration.json").write_text(json.dumps(known))
+    (tmp_path / "out").mkdir()
+    monkeypatch.chdir(tmp_path / "out")
+    assert exit_code(export.main, [f"--workdir={tmp_path / 'run'}", "--out=.", "--batch=3"]) == 0
+    assert sorted(os.listdir(".")) == sorted([export.FUNCTION, export.WEIGHTS, export.ABOUT])
+    images = Images([row for row in rows if row.split == "test"][:3], config)
     expected = scorer(config, system, restore_results(config, system, tmp_path / "run"))(images, np.arange(3))
 
     given = {"image": images.image(np.arange(3)), "case": np.stack([export.case_words(r.id) for r in images.rows])}
@@ -65,6 +73,8 @@ numpy.savez("found.npz", **{name.replace("/", "."): value for name, value in out
     about = json.loads((tmp_path / "out" / "export.json").read_text())
     assert about["image"] == [3, 16, 16, 1] and about["primary"] == "ms_ssim" and about["replicates"] == [0, 1]
     assert about["out"]["maps/ms_ssim"] == [2, 3, 16, 16]
+    assert about["calibration"]["scores"] == known["scores"] and about["calibration"]["threshold"] == 2
+    assert about["evaluation"]["masks"] == 2
 
     for name in (export.WEIGHTS, export.FUNCTION, export.ABOUT):  # a flipped bit
         file = tmp_path / "out" / name
@@ -87,6 +97,8 @@ def test_an_exported_function_of_volumes_gives_the_evaluators_map(tmp_path, capf
     arguments = [f"--workdir={tmp_path / 'run'}", f"--out={tmp_path / 'out'}"]
     assert exit_code(export.main, arguments) == 2
     assert "--size has 0 numbers: write the volume's voxels" in capfd.readouterr().err
+    assert exit_code(export.main, [*arguments, f"--size={size}", "--batch=2"]) == 2
+    assert "--batch is of images" in capfd.readouterr().err
     assert exit_code(export.main, [*arguments, f"--size={size}"]) == 0
     assert sweep_matches(config, system, volume, row.id, tmp_path)
     assert exit_code(export.main, [*arguments, f"--size={size}"]) == 2

@@ -168,7 +168,10 @@ def test_all_unusable_images_are_named_at_once(tmp_path):
     lines = str(caught.value).splitlines()
     assert len(lines) == 3
     assert "nan.npy: 12 values are not finite" in lines[0]
-    assert "colour.npy: channels: 4 where the recipe has 1: set --config.data.channels=4" in lines[1]
+    assert (
+        "colour.npy: channels: 4 where the recipe has 1: give so many, or train with --config.data.channels=4"
+        in lines[1]
+    )
     assert "volume.npy: 3 axes where data.size has 2" in lines[2]
 
 
@@ -265,7 +268,7 @@ def test_a_leak_is_refused_and_where_it_is_allowed_told_and_marked(tmp_path, nam
     (line,) = str(caught.value).splitlines()
     what = {
         "copy": "are identical",
-        "near": "are one image (correlation 0.",
+        "near": "are one image, or two of one patient (correlation 0.",
         "other": "patient 'P0' is in train and test",
     }
     assert what[name] in line and line.endswith("or set data.allow_leaks")

@@ -22,10 +22,12 @@ from test_series import series
 import jmae
 from jmae import evaluate, predict, recipe
 from jmae.data.files import read_image
+from jmae.data.loader import load_rows
 from jmae.data.transforms import resize, to_unit
 from jmae.errors import InputError, exit_code
 from jmae.masking import case_keys
 from jmae.report import Scale
+from jmae.run_folder import write_csv, write_seen
 from jmae.system import Sweep, System
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -199,6 +201,67 @@ def test_volumes_of_several_sequences_and_series_keep_their_grid(tmp_path, monke
     assert nib.load(tmp_path / "out2" / "T1_anomaly.nii.gz").shape == (5, 7, 6)
 
 
+def test_regions_and_midlines_are_taken_and_give_the_p_values_of_evaluate(tmp_path, monkeypatch, capfd):
+    """Of a run that crops to the region, as MAEMI's paper does: from a list of cases, and from Python."""
+    crop = {"data.crop": "region", "data.crop_least": (9.0, 9.0, 9.0), "data.crop_most": (40.0, 40.0, 40.0)}
+    workdir = write_run(tmp_path / "run", VOLUMES, monkeypatch, **crop)
+    config = recipe.read(workdir)
+    config.data.manifest = str(patients.write_patients(tmp_path))
+    rows = load_rows(config, str)
+    evaluate.evaluate(config, VOLUMES, rows, workdir, split="test", out=workdir / "evaluation")
+    evaluated = table(workdir / "evaluation" / "scores.csv")
+    assert all(0 < float(line["p_value"]) <= 1 for line in evaluated.values())
+
+    asked = [row for row in rows if row.id in evaluated]
+    lines = [[row.id, ";".join(row.image), row.region, row.extra["midline"], row.label] for row in asked]
+    write_csv(
+        tmp_path / "cases.csv", [dict(zip("id image region midline label".split(), x, strict=True)) for x in lines]
+    )
+    assert run(workdir, tmp_path / "out", f"--manifest={tmp_path / 'cases.csv'}") == 0
+    predicted = table(tmp_path / "out" / "scores.csv")
+    assert predicted == {name: line | {"label": ""} for name, line in evaluated.items()}
+    assert "p-values are of cases with a region and a midline" in capfd.readouterr().err
+    of, row = jmae.load(workdir), asked[0]
+    inside, middle = nib.load(row.region).get_fdata(), row.extra["midline"]
+    for region in (row.region, inside):
+        one = of(list(row.image), id=row.id, region=region, midline=middle)
+        assert (str(one.score), str(one.p_value)) == (predicted[row.id]["score"], predicted[row.id]["p_value"])
+    assert of(list(row.image), id=row.id, region=inside).p_value is None  # without the midline
+    val = next(row for row in rows if row.split == "val")
+    known = of(list(val.image), id="renamed", region=val.region, midline=val.extra["midline"])
+    assert known.p_value is None and f"it is the image of {val.id} in val" in capfd.readouterr().err
+    for words, problem in (
+        ({}, "names no region to crop to"),
+        ({"region": inside[1:]}, "its region has the shape"),
+        ({"region": inside, "midline": "centre"}, "midline 'centre': write middle"),
+        ({"region": inside, "half": "first"}, "write first or second beside a midline"),
+        ({"region": tmp_path / "none.nii"}, "not found"),
+    ):
+        with pytest.raises(InputError, match=problem):
+            of(list(row.image), **words)
+
+
+def test_images_that_the_run_has_seen_have_no_p_value_under_any_name(tmp_path, monkeypatch, tools, capfd):
+    workdir = write_run(tmp_path / "run", IMAGES, monkeypatch)
+    config = recipe.read(workdir)
+    config.data.manifest = str(tools.write_set(tmp_path / "set", {("train", 0): 2, ("val", 0): 4, ("test", 0): 1}))
+    rows = load_rows(config, str)
+    evaluate.evaluate(config, IMAGES, rows, workdir, split="test", out=workdir / "evaluation")
+    write_seen(workdir, [row for row in rows if row.split == "train"])
+    renamed = {}
+    for row in rows:
+        renamed[row.id] = shutil.copy(row.image[0], tmp_path / f"scan {row.id}{Path(row.image[0]).suffix}")
+    capfd.readouterr()
+    assert run(workdir, tmp_path / "out", *renamed.values()) == 0
+    found = {name: line["p_value"] for name, line in table(tmp_path / "out" / "scores.csv").items()}
+    assert [bool(p) for p in found.values()] == [False] * 6 + [True], found
+    said = capfd.readouterr().err
+    assert "it is the image of val-0-3 in val, which the run was trained or calibrated on" in said
+    assert "it is the image of train-0-0 in train" in said
+    with pytest.raises(InputError, match="are of volumes"):
+        jmae.load(workdir)(renamed["test-0-0"], midline="middle")
+
+
 def test_an_array_without_affine_has_the_runs_axes(tmp_path, monkeypatch):
     """Indices that grow to posterior, left, superior, at (2, 3, 4) mm: as a file that says so."""
     workdir = write_run(tmp_path / "run", VOLUMES, monkeypatch)
@@ -270,8 +333,13 @@ def lying_nifti(path: Path) -> None:
     path.write_bytes(gzip.compress(bytes(data)))
 
 
+def rows_at(path: Path) -> int:
+    """Where a DICOM file of explicit value representations has its number of rows."""
+    return path.read_bytes().index(b"\x28\x00\x10\x00US\x02\x00") + 8
+
+
 def damaged_images(folder: Path) -> list[Path]:
-    """Cut, flipped, empty and lying PNG and DICOM files. (A bit of raw DICOM pixels has no checksum.)"""
+    """Cut, flipped, empty and lying PNG and DICOM files. (DICOM pixels have no checksum: the bit is one of Rows.)"""
     made = []
     for kind in ("png", "dcm"):
         for name, harm in (
@@ -279,16 +347,17 @@ def damaged_images(folder: Path) -> list[Path]:
             ("cut short", lambda path: cut(path, 0.02)),
             ("empty", lambda path: path.write_bytes(b"")),
             ("text", lambda path: path.write_text("id,label\n" * 50)),
-            ("flipped", lambda path: flipped(path, path.stat().st_size // 2) if path.suffix == ".png" else None),
+            (
+                "flipped",
+                lambda path: flipped(path, path.stat().st_size // 2 if path.suffix == ".png" else rows_at(path)),
+            ),
             ("lying", lambda path: lying_png(path) if path.suffix == ".png" else None),
         ):
             path = folder / f"{name} {kind}.{kind}"
             if kind == "png":
                 picture(path)
             else:
-                rows = (
-                    {"Rows": 60000, "Columns": 60000} if name == "lying" else {"Rows": 24} if name == "flipped" else {}
-                )
+                rows = {"Rows": 60000, "Columns": 60000} if name == "lying" else {}
                 dicom(path, np.arange(600, dtype=np.uint16).reshape(20, 30), **rows)
             harm(path)
             made.append(path)
@@ -313,7 +382,7 @@ def test_damaged_images_are_refused_each_in_a_line_and_the_others_go_on(images_r
     check_damaged(images_run, tmp_path / "out", picture(tmp_path / "good.png"), bad, capfd.readouterr)
     cases = {line["id"]: line["reason"] for line in table(tmp_path / "out" / "failed.csv").values()}
     assert "not found" in cases["gone"] and "is empty" in cases["empty dcm"]
-    assert "is beyond the limit" in cases["lying dcm"]
+    assert "is beyond the limit" in cases["lying dcm"] and "more pixels" in cases["flipped dcm"]
     assert "claims the size (40, 30), which its data are not" in cases["lying png"]
 
 

@@ -9,6 +9,7 @@ import pydicom
 import pytest
 from PIL import Image
 from pydicom import uid
+from test_files import dicom
 
 from jmae.data import prepare
 from jmae.data.manifest import check_files, read_manifest
@@ -77,7 +78,7 @@ def test_the_mvtec_convention_gives_labels_and_the_mask_of_the_own_defect(tmp_pa
     lines = [line.split() for line in said.splitlines()]
     assert ["train", "2", "0", "0", "0", "-"] in lines and ["test", "1", "2", "0", "2", "-"] in lines
     (line,) = refused(capsys, "folders", f"--root={tmp_path}", out=tmp_path / "other")
-    assert "has no images in a folder train: name one of the folders in it: bottle" in line
+    assert "has no images in a folder train" in line and ": name one of the folders in it: bottle" in line
 
 
 def test_masks_beside_the_images_of_a_class_and_a_validation_set_are_found(tmp_path, capsys):
@@ -180,7 +181,7 @@ def test_nnunet_joins_channels_and_takes_labels_from_segmentations(dataset, tmp_
     assert kinds(rows) == {("train", 1, True): 1, ("train", 0, False): 1, ("test", None, False): 1}
     names = [f"b_1_{k:04d}.nii.gz" for k in range(2)]
     assert rows["b_1"].image == tuple(str(dataset / "imagesTr" / name) for name in names)
-    assert "3 cases of FLAIR + T1" in said and "caution: every class counts as lesion: tumour, oedema" in said
+    assert "3 cases of FLAIR + T1" in said and "caution: every class above 0 counts as lesion: tumour, oedema" in said
     assert "give the recipe --config.data.normal_crops_only=True --config.data.channels=2" in said
     volume(dataset / "labelsTs" / "b_3.nii.gz", lesion())
     rows, _ = prepared(capsys, "nnu-net", f"--root={dataset}", out=tmp_path / "two", normal_crops_only=True)
@@ -203,7 +204,76 @@ def test_what_an_nnunet_folder_lacks_is_one_line(dataset, tmp_path, capsys):
     (dataset / "dataset.json").write_text("{")
     assert "dataset.json: not readable" in refused(capsys, "nnunet", f"--root={dataset}", out=out)[0]
     (tmp_path / "away").mkdir()
-    assert "no image is left" in refused(capsys, "nnunet", f"--root={tmp_path / 'away'}", out=out)[0]
+    assert "has no folder imagesTr" in refused(capsys, "nnunet", f"--root={tmp_path / 'away'}", out=out)[0]
+    assert (
+        f"name one of the folders in it: {dataset.name}"
+        in refused(capsys, "nnunet", f"--root={dataset.parent}", out=out)[0]
+    )
+
+
+def test_nnunet_without_dataset_json_takes_the_usual_ending_and_says_what_lesions_are(tmp_path, capsys):
+    root = tmp_path / "set"
+    for case in ("a", "b", "c"):
+        picture(root / "imagesTr" / f"{case}_0000.png")
+        picture(root / "labelsTr" / f"{case}.png", mask=True)
+    (root / "imagesTr" / "notes.txt").write_text("")
+    rows, said = prepared(capsys, "nnunet", f"--root={root}", out=tmp_path / "out", normal_crops_only=True)
+    assert kinds(rows) == {("train", 1, True): 3}
+    assert "1 files that are not CASE_0000.png (.txt)" in said
+    assert "every class above 0 counts as lesion: dataset.json, which would name them, is not there" in said
+    for file in (root / "imagesTr").iterdir():
+        file.rename(file.with_name(f"x{file.name.replace('_0000', '')}"))
+    assert (
+        "none of 4 files, as xa.png, is CASE_0000.nii.gz"
+        in refused(capsys, "nnunet", f"--root={root}", out=tmp_path / "two")[0]
+    )
+
+
+def test_a_data_json_of_ddad_is_taken_as_it_is(tmp_path, capsys):
+    root, out = tmp_path / "rsna", tmp_path / "out"
+    names = {key: [f"{key}{i}.png" for i in range(n)] for key, n in (("a", 3), ("b", 1), ("c", 2), ("d", 1), ("e", 1))}
+    for name in [name for part in names.values() for name in part]:
+        picture(root / "train_png_512" / name)
+    about = {"train": {"0": names["a"], "unlabeled": {"0": names["b"], "1": names["c"]}}}
+    about["test"] = {"0": names["d"], "1": names["e"]}
+    assert "data.json: not found" in refused(capsys, "ddad", f"--root={root}", out=out)[0]
+    (root / "data.json").write_text(json.dumps(about))
+    rows, said = prepared(capsys, "ddad", f"--root={root}", out=out)
+    assert kinds(rows) == {
+        ("train", 0, False): 3,
+        ("unlabeled", None, False): 3,
+        ("test", 0, False): 1,
+        ("test", 1, False): 1,
+    }
+    assert "unlabeled_labels.csv for a sweep" in said
+    assert (out / "unlabeled_labels.csv").read_text().splitlines() == ["id,label", "b0,0", "c0,1", "c1,1"]
+    (root / "train_png_512" / "e0.png").unlink()
+    assert "e0.png: is not found, of test.1" in refused(capsys, "ddad", f"--root={root}", out=tmp_path / "two")[0]
+    for text in ("[]", "{", '{"train": {"0": ["../x.png"]}}'):
+        (root / "data.json").write_text(text)
+        (line,) = refused(capsys, "ddad", f"--root={root}", out=tmp_path / "two")
+        assert "is no data.json of train and test lists" in line
+
+
+def test_dicom_of_any_name_is_found_and_files_that_are_not_read_are_counted(tmp_path, capsys):
+    folder = tmp_path / "normal"
+    folder.mkdir()
+    for i, name in enumerate(("1.2.840.113619.2.5", "plain", "old.IMA", "odd.name", "x.dcm")):
+        dicom(folder / name, np.arange(600, dtype=np.uint16).reshape(20, 30) + i)
+    picture(folder / "a.png")
+    for name in ("a.bmp", "b.bmp", "c.gif", "README", "Thumbs.db"):
+        (folder / name).write_bytes(b"BM" * 99)
+    rows, said = prepared(capsys, "folders", f"--normal={folder}", out=tmp_path / "out")
+    assert {row.image[0].rsplit("/", 1)[1] for row in rows.values()} == {
+        *("1.2.840.113619.2.5", "plain", "old.IMA", "odd.name", "x.dcm", "a.png")
+    }
+    for count in ("2 .bmp files", "1 .gif files", "1 files without an ending", "1 .db files"):
+        assert f"{count} (no images, or of a kind that is not read)" in said
+    for path in list(folder.iterdir()):
+        if path.suffix not in (".bmp", ".gif"):
+            path.unlink()
+    (line,) = refused(capsys, "folders", f"--normal={folder}", out=tmp_path / "two")
+    assert "has no image, but 2 .bmp files" in line
 
 
 # BIDS

@@ -11,9 +11,10 @@ patient         a patient in two splits
 image           a file in two splits
 identical       an image in two splits under two names
 near-identical  the same, resized, saved again as JPEG, or shifted by a few percent
-abnormal        abnormal cases among the training normals
+abnormal        abnormal cases among the training normals, without a mask or boxes
 
-With --json all of it is written to a file as well. Nothing is changed, and no network is loaded.
+Those with a mask or boxes are a note: with data.normal_crops_only they are trained on outside of their lesions. With
+--json all of it is written to a file as well. Nothing is changed, and no network is loaded.
 
 Exit codes: 0 nothing found; 1 findings; 2 the manifest itself is wrong, or the environment.
 """
@@ -56,6 +57,7 @@ class Checked(NamedTuple):
     rows: list[Row]
     summary: str
     findings: list[Finding]
+    notes: list[str]  # what is no fault
 
 
 def main(argv: list[str]) -> int:
@@ -86,7 +88,7 @@ def check(manifest: Path) -> Checked:
     found += [*values, *leaks(rows), *duplicates.in_two_splits(rows, prints), *abnormal(rows)]
     order = {row.id: i for i, row in enumerate(rows)}
     found.sort(key=lambda one: (list(KINDS).index(one.kind), order[one.rows[0].id], one.what))
-    return Checked(rows, summary(rows, ignored), found)
+    return Checked(rows, summary(rows, ignored), found, notes(rows))
 
 
 def of_values(row: Row, array: np.ndarray) -> Iterator[Finding]:
@@ -101,12 +103,18 @@ def of_values(row: Row, array: np.ndarray) -> Iterator[Finding]:
 
 
 def abnormal(rows: list[Row]) -> Iterator[Finding]:
-    """Abnormal rows of `train`."""
+    """Abnormal rows of `train` that say nowhere where they are normal."""
     for row in rows:
-        if row.split == "train" and row.label == 1:
-            outside = row.mask or row.boxes
-            remedy = "move it, or set data.normal_crops_only" if outside else "move it to val, test or unlabeled"
-            yield Finding("abnormal", (row,), f"{row.id} is abnormal and in train: {remedy}")
+        if row.split == "train" and row.label == 1 and not (row.mask or row.boxes):
+            what = f"{row.id} is abnormal and in train: move it to val, test or unlabeled, or give it a mask"
+            yield Finding("abnormal", (row,), what)
+
+
+def notes(rows: list[Row]) -> list[str]:
+    """What a recipe must be told, in lines."""
+    n = sum(row.split == "train" and row.label == 1 and bool(row.mask or row.boxes) for row in rows)
+    what = f"{n} abnormal cases in train have a mask or boxes: set --config.data.normal_crops_only=True, or move them"
+    return [what] if n else []
 
 
 def table(manifest: Path, checked: Checked) -> str:
@@ -117,6 +125,7 @@ def table(manifest: Path, checked: Checked) -> str:
     for kind in counts:
         lines += ["", f"{kind}:"]
         lines += [f"  {line}" for line in first([of_case(one) for one in checked.findings if one.kind == kind])]
+    lines += ["", *(f"note: {line}" for line in checked.notes)] if checked.notes else []
     return "\n".join([*lines, "", f"{len(checked.findings)} findings" if checked.findings else "nothing found"])
 
 
@@ -136,6 +145,7 @@ def to_json(manifest: Path, checked: Checked, seconds: float) -> str:
         "summary": checked.summary,
         "counts": {kind: counts[kind] for kind in KINDS},
         "findings": findings,
+        "notes": checked.notes,
         "seconds": round(seconds, 3),
     }
     return json.dumps(content, indent=1) + "\n"

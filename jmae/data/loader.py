@@ -62,14 +62,14 @@ def usable(row: Row, stored: Image, size: tuple[int, ...], channels: int) -> np.
     if array.ndim - 1 != len(size):
         preset = "small3d or phantom3d" if array.ndim == 4 else "small"
         raise InputError(
-            f"{row.image[0]}: {array.ndim - 1} axes where data.size has {len(size)}: use a recipe for it, as :{preset}"
+            f"{row.image[0]}: {array.ndim - 1} axes where data.size has {len(size)}: train one for it, as :{preset}"
         )
     if array.shape[-1] == 3 and channels == 1:
         array = grey(array)
     if array.shape[-1] != channels:
         raise InputError(
-            f"{row.image[0]}: channels: {array.shape[-1]} where the recipe has {channels}: set "
-            f"--config.data.channels={array.shape[-1]}, and model.channels where the recipe has it"
+            f"{row.image[0]}: channels: {array.shape[-1]} where the recipe has {channels}: give so many, or train "
+            f"with --config.data.channels={array.shape[-1]}, and model.channels where the recipe has it"
         )
     if not np.isfinite(array).all():
         bad = np.count_nonzero(~np.isfinite(array), axis=tuple(range(array.ndim - 1)))
@@ -129,8 +129,8 @@ def scored_region(row: Row, stored: Image, data: ConfigDict) -> np.ndarray | Non
     return np.any(stored.array != 0, axis=-1) if region is None and data.get("region") == "nonzero" else region
 
 
-def prepared(row: Row, data: ConfigDict, stored: Image | None = None) -> Volume:
-    """A row's volume on the working grid (`jmae.data.volumes.prepare`)."""
+def prepared(row: Row, data: ConfigDict, stored: Image | None = None, region: np.ndarray | None = None) -> Volume:
+    """A row's volume on the working grid (`jmae.data.volumes.prepare`), within the row's region if none is given."""
     stored = stored_volume(row, data) if stored is None else stored
     usable(row, stored, tuple(data.size), data.channels)
     return prepare(
@@ -138,7 +138,7 @@ def prepared(row: Row, data: ConfigDict, stored: Image | None = None) -> Volume:
         data,
         name=row.image[0],
         lesion=lesion_mask(row, stored),
-        region=scored_region(row, stored, data),
+        region=scored_region(row, stored, data) if region is None else region,
         midline=row.extra.get("midline", ""),
         half=row.extra.get("half", ""),
         # What is scored must not depend on its label, whatever was published.
@@ -195,6 +195,7 @@ def load_rows(config: ConfigDict, log: Callable[[str], None] = print) -> list[Ro
             problems += first([f"{data.manifest}: {one.what}, or set data.allow_leaks" for one in leaking])
         if problems := [*problems, *folded(of_files)]:
             raise InputError("\n".join(problems))
+        rows = [row._replace(content=prints[row.id].digest.hex()[:16]) if row.id in prints else row for row in rows]
         if colour:
             log(f"{len(colour)} colour images are made grey: --config.data.channels=3 keeps colour where a recipe can")
         for line in first([f"warning: {one.what}" for one in leaking]):

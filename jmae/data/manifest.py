@@ -12,7 +12,7 @@ import io
 import math
 import os
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import MappingProxyType
@@ -51,6 +51,7 @@ class Row(NamedTuple):
     extra: Mapping[str, str] = MappingProxyType({})
     leak: str = ""  # what else of another split this row is the same as, where `data.allow_leaks` lets it pass
     kept: bool = False  # a train row that `data.calibration` made a normal of `val`
+    content: str = ""  # `duplicates.content` of its image, where that has been opened
 
 
 class Finding(NamedTuple):
@@ -120,6 +121,30 @@ def parse_manifest(
     shown = [f"{os.fspath(path)}: {line}" for lines in told for line in first(lines)]
     ignored = {f"rows of other splits ({', '.join(map(_other_split, other))})": other.total()} if other else {}
     return rows, ignored | {what: n for what, n in dropped.items() if n}, shown
+
+
+def read_cases(path: str | os.PathLike, split: str) -> list[Row]:
+    """The rows of a list of new cases, all of `split`: of the columns of a manifest `id` and `image` must be there, and
+    `region`, `midline` and `half` say what they say in one. `split`, `label`, `mask` and `boxes` are not looked at.
+
+    Raises:
+      InputError: all problems of the file, a line each.
+    """
+    problems: dict[str, list[str]] = defaultdict(list)
+    folder, lines_of = Path(os.path.abspath(path)).parent, defaultdict[str, list[int]](list)
+    rows, read = [], ("id", "image", "region", "midline", "half")
+    for line, cells in _cells(path, problems, needed=("id", "image")):
+        known = {name: cells.get(name, "") for name in read} | {"patient": "", "label": "", "mask": "", "split": split}
+        rows.append(_row(line, known, folder, problems))
+        lines_of[rows[-1].id].append(line)
+    for case, lines in lines_of.items():
+        if case and len(lines) > 1:
+            problems["id"].append(f"id {case!r} is in lines {', '.join(map(str, lines))}: give each row its own")
+    if problems:
+        raise InputError(
+            "\n".join(f"{os.fspath(path)}: {line}" for lines in problems.values() for line in first(lines))
+        )
+    return rows
 
 
 def check_files(
@@ -222,7 +247,9 @@ def held_out(rows: Sequence[Row], share: float) -> Bool[np.ndarray, " n"]:
     return np.array([row.split == "train" and (row.patient or row.id) in held for row in rows], bool)
 
 
-def _cells(path: str | os.PathLike, problems: dict[str, list[str]]) -> Iterable[tuple[int, dict[str, str]]]:
+def _cells(
+    path: str | os.PathLike, problems: dict[str, list[str]], needed: Collection[str] = COLUMNS
+) -> Iterable[tuple[int, dict[str, str]]]:
     """(line number, column -> stripped cell) of every row that is not blank."""
     try:
         data = Path(path).read_bytes()
@@ -246,9 +273,9 @@ def _cells(path: str | os.PathLike, problems: dict[str, list[str]]) -> Iterable[
         raise InputError(f"{os.fspath(path)}: line {reader.line_num}: {error}: repair the quotes") from None
     lines = [(line, cells) for line, cells in lines if any(cells)]
     if not lines:
-        raise InputError(f"{os.fspath(path)}: is empty: write the columns {','.join(COLUMNS)} and a row a case")
+        raise InputError(f"{os.fspath(path)}: is empty: write the columns {','.join(needed)} and a row a case")
     (_, columns), *body = lines
-    _check_columns(path, columns)
+    _check_columns(path, columns, needed)
     for line, cells in body:
         if len(cells) != len(columns):
             what = f"{len(cells)} cells for {len(columns)} columns"
@@ -257,13 +284,13 @@ def _cells(path: str | os.PathLike, problems: dict[str, list[str]]) -> Iterable[
     return [(line, dict(zip(columns, cells, strict=True))) for line, cells in fitting]
 
 
-def _check_columns(path: str | os.PathLike, columns: list[str]) -> None:
+def _check_columns(path: str | os.PathLike, columns: list[str], needed: Collection[str]) -> None:
     lines = [f"column {name!r} is there {n} times: keep one" for name, n in Counter(columns).items() if n > 1]
     further = {column.lower(): column for column in columns if column not in COLUMNS}
     for name in (*COLUMNS, *FURTHER, "midline", "half"):
         unsure = name in FURTHER[1:] or name == "half"  # so short that other words are near: plurals and capitals alone
         near = difflib.get_close_matches(name, further, n=1, cutoff=0.85 if unsure else 0.7)
-        if name not in columns and (near or name in COLUMNS):
+        if name not in columns and (near or name in needed):
             hint = f"rename {further[near[0]]!r}" if near else "add it, empty if there is nothing to say"
             lines.append(f"column {name!r} is missing: {hint}")
     if lines:
@@ -293,11 +320,8 @@ def _row(line: int, cells: Mapping[str, str], folder: Path, problems: dict[str, 
     if not all(post) or len(set(pre + post)) < len(pre + post) or (len(pre), bool(post)) not in ((0, False), (1, True)):
         what = f"pre {cells.get('pre', '')!r} with post {cells.get('post', '')!r}"
         bad("contrast", f"{what}: name one series before contrast, and each phase after it once, joined by ;")
-    midline, half = cells.get("midline", ""), cells.get("half", "")
-    if midline not in ("", "middle") and not _is_index(midline):
-        bad("midline", f"midline {midline!r}: write middle, a voxel index above 0, or leave it empty")
-    if half not in ("", "first", "second") or (half and not midline):
-        bad("half", f"half {half!r}, midline {midline!r}: write first or second beside a midline, or leave it empty")
+    for kind, what in wrong_pieces(cells.get("midline", ""), cells.get("half", "")):
+        bad(kind, what)
     boxes = _boxes(cells.get("boxes", ""))
     if boxes is None:
         bad("boxes", f"boxes {cells['boxes']!r}: write x0 y0 x1 y1 (3D: x0 y0 z0 x1 y1 z1), several joined by ;")
@@ -319,6 +343,14 @@ def _row(line: int, cells: Mapping[str, str], folder: Path, problems: dict[str, 
 
 def _names(cell: str) -> list[str]:
     return [name.strip() for name in cell.split(";")] if cell else []
+
+
+def wrong_pieces(midline: str, half: str) -> Iterator[tuple[str, str]]:
+    """What is wrong with the cells `midline` and `half` of a row: (column, a line)."""
+    if midline not in ("", "middle") and not _is_index(midline):
+        yield "midline", f"midline {midline!r}: write middle, a voxel index above 0, or leave it empty"
+    if half not in ("", "first", "second") or (half and not midline):
+        yield "half", f"half {half!r}, midline {midline!r}: write first or second beside a midline, or leave it empty"
 
 
 def _is_index(text: str) -> bool:

@@ -238,7 +238,9 @@ def prepare(
     if region is None and data.region == "nonzero":
         region = np.any(stored.array != 0, axis=-1)
     if region is None and "region" in (data.crop, data.normalise):
-        raise InputError(f"{name}: names no region to crop to or to normalise by: fill it, or data.region=nonzero")
+        raise InputError(
+            f"{name}: names no region to crop to or to normalise by: give it one, or train with data.region=nonzero"
+        )
     if data.crop == "region" and region is not None:
         if grid.spacing is None:
             raise InputError(f"{name}: tells no spacing for a crop in mm: save it as NIfTI, or --config.data.crop=none")

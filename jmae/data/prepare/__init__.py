@@ -7,6 +7,7 @@ folders     train/good, test/good, test/DEFECT and masks anywhere (mask, ground_
 nnunet      imagesTr/CASE_0000.nii.gz and on, labelsTr, imagesTs, dataset.json. Empty segmentations are normal.
 bids        sub-*/[ses-*/]anat/*_T1w.nii.gz; the channels are --sequences=T1w,FLAIR. Sessions with a lesion mask are
             the test.
+ddad        data.json of DDAD and MedIAnomaly (train.0, train.unlabeled.0 and .1, test.0 and .1) and a folder of images.
 
 or a public data set as it is downloaded:
 
@@ -50,6 +51,7 @@ DATASETS: dict[str, tuple[str, ...]] = {  # each a module with `prepare(root, ou
     "bids": ("sequences",),
     "chexpert": ("views",),
     "covidx": (),
+    "ddad": (),
     "deeplesion": (),
     "folders": ("normal", "test"),
     "hyper_kvasir": (),
@@ -57,7 +59,7 @@ DATASETS: dict[str, tuple[str, ...]] = {  # each a module with `prepare(root, ou
     "lidc": (),
     "nnunet": (),
 }
-NAMES = {"mvtec": "folders", "nnu-net": "nnunet"}  # also understood
+NAMES = {"mvtec": "folders", "nnu-net": "nnunet", "medianomaly": "ddad"}  # also understood
 SHOWN = 20  # problems that are spelled out
 
 T = TypeVar("T")
@@ -137,6 +139,12 @@ def table(rows: Sequence[Row]) -> list[str]:
         if own:
             lines.append(f"{split:<10}{n[0]:>9}{n[1]:>10}{n[None]:>9}{masks:>8}{patients:>10}")
     return lines
+
+
+def unknown(files: Iterable[Path]) -> Counter[str]:
+    """How many files of each ending are no images that are read, as `Prepared.left_out` has it."""
+    ending = lambda file: f"{file.suffix.lower()} files" if file.suffix else "files without an ending"
+    return Counter(f"{ending(file)} (no images, or of a kind that is not read)" for file in files)
 
 
 def refuse(problems: Sequence[str]) -> None:

@@ -8,7 +8,8 @@
 
 Or two folders anywhere, --normal DIR and --test DIR: one to train on, one with labels that nobody knows.
 
-A case is an image file, or a folder of one DICOM series. Its id is its path below the root. Patients are not known.
+A case is an image file, or a folder of one DICOM series; DICOM files may have any name. Its id is its path below the
+root. Patients are not known. Files of other kinds are counted aloud.
 """
 
 import os
@@ -19,8 +20,10 @@ from pathlib import Path
 
 import pydicom
 
+from jmae.data.files import is_dicom
 from jmae.data.manifest import Row
-from jmae.data.prepare import Prepared, refuse
+from jmae.data.prepare import Prepared, refuse, unknown
+from jmae.data.slices import counted
 from jmae.errors import InputError
 
 SPLITS = {
@@ -33,9 +36,10 @@ NORMAL = ("good", "normal", "healthy", "negative", "0")
 MASKS = r"(ground_?truth|gt|masks?|annotations?|labels?|seg(mentations?)?)"
 IMAGES = ("img", "imgs", "image", "images")  # folders inside one of a class
 ENDS = (
-    *(".nii.gz", ".nii", ".nrrd", ".npy", ".npz", ".dcm", ".dicom"),
+    *(".nii.gz", ".nii", ".nrrd", ".npy", ".npz", ".dcm", ".dicom", ".ima"),
     *(".png", ".jpg", ".jpeg", ".tif", ".tiff"),
 )
+DICOM = (".dcm", ".dicom", ".ima")
 
 
 def prepare(root: Path | None, out: Path, seed: int, normal: str = "", test: str = "") -> Prepared:
@@ -43,13 +47,15 @@ def prepare(root: Path | None, out: Path, seed: int, normal: str = "", test: str
     if root is None:
         if not normal:
             raise InputError("name the folder: --root=DIR, or --normal=DIR and --test=DIR")
-        rows = [*two(Path(normal), "train", 0), *(two(Path(test), "test", None) if test else [])]
+        other: list[Path] = []
+        rows = [*two(Path(normal), "train", 0, other), *(two(Path(test), "test", None, other) if test else [])]
         named = f"{normal} and {test}" if test else normal
-        return Prepared(rows, f"{named}: {len(rows)} cases, those to train on taken as normal", Counter())
+        return Prepared(rows, f"{named}: {len(rows)} cases, those to train on taken as normal", unknown(other))
     if normal or test:
         raise InputError("--root goes without --normal and --test: write one or the others")
     rows, masks, left_out = [], defaultdict[str, list[Path]](list), Counter[str]()
-    for path in cases(root):
+    other = []
+    for path in cases(root, other):
         parts = path.relative_to(root).parts
         folders = [part.lower() for part in parts[:-1]]
         if any(re.fullmatch(MASKS, part) for part in folders):
@@ -64,10 +70,12 @@ def prepare(root: Path | None, out: Path, seed: int, normal: str = "", test: str
             extra = {"class": "" if split == "unlabeled" else kind or ""}
             known = None if split == "unlabeled" else label
             rows.append(Row(name_of(parts), "", split, known, (str(path),), extra=extra))
+    left_out += unknown(other)
     if not any(row.split == "train" for row in rows):
         inner = sorted({p.parent.name for name in SPLITS for p in root.glob(f"*/{name}")})
         remedy = f"name one of the folders in it: {', '.join(inner)}" if inner else "sort them into train/good and test"
-        raise InputError(f"{root}: has no images in a folder train: {remedy}")
+        there = f" (left out: {counted(left_out)})" if left_out else ""
+        raise InputError(f"{root}: has no images in a folder train{there}: {remedy}")
     problems: list[str] = []
     classes = {row.extra["class"] for row in rows} - {""}
     for kind in sorted(classes - {*NORMAL}):
@@ -86,41 +94,39 @@ def prepare(root: Path | None, out: Path, seed: int, normal: str = "", test: str
     return Prepared(rows, found, left_out)
 
 
-def two(folder: Path, split: str, label: int | None) -> Iterator[Row]:
-    """A row a case below a folder, all of one split and label."""
+def two(folder: Path, split: str, label: int | None, other: list[Path]) -> Iterator[Row]:
+    """A row a case below a folder, all of one split and label; what is none is added to `other`."""
     folder = folder.absolute()
     if not folder.is_dir():
         raise InputError(f"{folder}: is no folder: name one with images")
-    paths = list(cases(folder))
+    own: list[Path] = []
+    paths = list(cases(folder, own))
+    other += own
     if not paths:
-        raise InputError(f"{folder}: has no image: name a folder with images ({', '.join(ENDS)}) or DICOM series")
+        there = f", but {counted(unknown(own))}" if own else ""
+        raise InputError(f"{folder}: has no image{there}: name a folder with images ({', '.join(ENDS)}) or DICOM")
     for path in paths:
         yield Row(name_of((split, *path.relative_to(folder).parts)), "", split, label, (str(path),))
 
 
-def cases(folder: Path) -> Iterator[Path]:
-    """The image files below a folder and its folders of one DICOM series, by name. Hidden ones are passed over."""
+def cases(folder: Path, other: list[Path]) -> Iterator[Path]:
+    """The image files below a folder and its folders of one DICOM series, by name; other files are added to `other`,
+    hidden ones passed over."""
     problems = []
     for place, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         files = [Path(place, name) for name in sorted(names) if not name.startswith(".") and name != "DICOMDIR"]
-        known = [file for file in files if file.name.lower().endswith(ENDS) or not file.suffix]
-        dicom = [file for file in known if file.name.lower().endswith((".dcm", ".dicom")) or is_dicom(file)]
+        named = [file.name.lower() for file in files]
+        dicom = [file for file, name in zip(files, named, strict=True) if name.endswith(DICOM) or is_dicom(file)]
+        known = [file for file, name in zip(files, named, strict=True) if file in dicom or name.endswith(ENDS)]
+        other += [file for file in files if file not in known]
         if len(series := [series_of(file) for file in dicom]) > 1 and len(set(series)) < len(series) and all(series):
             if len(set(series)) > 1:
                 problems.append(f"{place}: holds {len(set(series))} DICOM series: give each a folder of its own")
             yield Path(place)
             known = [file for file in known if file not in dicom]
-        yield from (file for file in known if file.suffix or file in dicom)
+        yield from known
     refuse(problems)
-
-
-def is_dicom(file: Path) -> bool:
-    """Whether a file without an ending is a DICOM file."""
-    if file.suffix and not re.fullmatch(r"\.\d+", file.suffix):  # names may be UIDs
-        return False
-    with open(file, "rb") as stream:
-        return stream.read(132)[128:] == b"DICM"
 
 
 def series_of(file: Path) -> str:

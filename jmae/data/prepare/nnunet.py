@@ -2,7 +2,8 @@
 
 imagesTr/CASE_0000.nii.gz is the first channel of a case, CASE_0001.nii.gz the second; labelsTr/CASE.nii.gz its
 segmentation, in which every class above 0 is taken as lesion. imagesTr train and are normal where their segmentation is
-empty, or where there is no labelsTr at all; imagesTs are the test, of known label where labelsTs has them.
+empty, or where there is no labelsTr at all; imagesTs are the test, of known label where labelsTs has them. Without a
+dataset.json the ending of files is the most frequent one, and channels are those there are.
 """
 
 import json
@@ -20,12 +21,13 @@ from jmae.errors import InputError
 def prepare(root: Path, out: Path, seed: int) -> Prepared:
     """The rows; nothing is written. Raises InputError with all problems."""
     about = read_json(root / "dataset.json")
-    ending, channels = str(about.get("file_ending", ".nii.gz")), channels_of(about)
+    ending, channels = str(about.get("file_ending") or usual_ending(root)), channels_of(about)
     rows, problems, left_out = [], [], Counter[str]()
     for split, part in (("train", "Tr"), ("test", "Ts")):
         images, labels = root / f"images{part}", root / f"labels{part}"
         own, other = channel_files(images, ending)
-        left_out[f"files that are not CASE_0000{ending}"] += other
+        for name in other:
+            left_out[f"files that are not CASE_0000{ending} ({Path(name).suffix or 'without an ending'})"] += 1
         for case, files in own.items():
             if sorted(files) != list(range(len(channels) or len(files))):
                 there, wanted = ", ".join(f"{k:04d}" for k in sorted(files)), len(channels) or len(files)
@@ -49,9 +51,25 @@ def prepare(root: Path, out: Path, seed: int) -> Prepared:
     if any(row.split == "train" and row.label for row in rows):
         flags = f"--config.data.normal_crops_only=True {flags}".strip()
     taken = "" if (root / "labelsTr").is_dir() else ", those to train on taken as normal, as there is no labelsTr"
-    caution = f"every class counts as lesion: {', '.join(map(str, names))}" if any(row.mask for row in rows) else ""
+    classes = ", ".join(map(str, names)) or "dataset.json, which would name them, is not there or names none"
+    caution = f"every class above 0 counts as lesion: {classes}" if any(row.mask for row in rows) else ""
     title = " + ".join(channels) or "channels as they are"
     return Prepared(rows, f"{len(rows)} cases of {title}{taken}", left_out, flags, caution)
+
+
+def usual_ending(root: Path) -> str:
+    """The most frequent ending of files CASE_0000 in imagesTr and imagesTs; raises InputError where there is none."""
+    folders = [root / "imagesTr", root / "imagesTs"]
+    names = [name for folder in folders if folder.is_dir() for name in sorted(os.listdir(folder))]
+    if endings := [match[1] for name in names if (match := re.fullmatch(r".+_\d{4}(\.nii\.gz|\.\w+)", name))]:
+        return Counter(endings).most_common(1)[0][0]
+    if names:
+        raise InputError(f"{root}: none of {len(names)} files, as {names[0]}, is CASE_0000.nii.gz: rename them so")
+    inner = sorted(
+        {str(path.parent.relative_to(root)) for path in [*root.glob("*/imagesTr"), *root.glob("*/*/imagesTr")]}
+    )
+    remedy = f"name one of the folders in it: {', '.join(inner)}" if inner else "name the folder DatasetXXX_NAME"
+    raise InputError(f"{root}: has no folder imagesTr with images: {remedy}")
 
 
 def read_json(path: Path) -> dict:
@@ -76,13 +94,13 @@ def channels_of(about: dict) -> list[str]:
         raise InputError(f"dataset.json: channel_names {named!r} are not numbered from 0: repair it") from None
 
 
-def channel_files(folder: Path, ending: str) -> tuple[dict[str, dict[int, Path]], int]:
-    """The files of each case by channel, and how many files are none of a channel."""
+def channel_files(folder: Path, ending: str) -> tuple[dict[str, dict[int, Path]], list[str]]:
+    """The files of each case by channel, and the names of files that are none of a channel."""
     found: dict[str, dict[int, Path]] = {}
-    other = 0
+    other = []
     for name in sorted(os.listdir(folder)) if folder.is_dir() else []:
         if match := re.fullmatch(rf"(.+)_(\d{{4}}){re.escape(ending)}", name):
             found.setdefault(match[1], {})[int(match[2])] = folder / name
-        else:
-            other += not name.startswith(".")
+        elif not name.startswith("."):
+            other.append(name)
     return found, other

@@ -831,13 +831,6 @@ def test_a_mosaic_has_each_patch_s_features_at_its_place():
         np.testing.assert_array_equal(out[:, 2 * i : 2 * i + 2, 4 * j : 4 * j + 4], f[:, 3 * i + j].reshape(2, 2, 4))
 
 
-def test_auroc_of_the_labelled_with_ties():
-    rng = np.random.default_rng(0)
-    scores, labels = rng.integers(0, 5, 40).astype(np.float32), rng.integers(-1, 2, 40)
-    known = labels >= 0
-    near(simsid.auroc(jnp.asarray(scores), jnp.asarray(labels)), auroc(labels[known], scores[known]))
-
-
 # --- commands ---------------------------------------------------------------------------------------------------------
 
 

@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, PyTree
 from ml_collections import ConfigDict
 
 from jmae.data.manifest import Row, held_out
@@ -46,6 +46,7 @@ from jmae.nn.simsid import (
 )
 from jmae.patches import grid_of, patchify, unpatchify
 from jmae.run_folder import log
+from jmae.scoring import auroc
 from jmae.system import Check, Results, Stage, State, Sweep, System, averaged, compute_type, network, stats_of, steps_of
 
 SCORES = ("simsid", "difference", "l1", "mse", "patches")
@@ -88,6 +89,7 @@ def check(config: ConfigDict) -> None:
         ("variant", config.variant, ("report", "official")),
         ("select", config.select, ("auroc", "last", "aucp")),
         ("evaluation.score", config.evaluation.score, SCORES),
+        ("evaluation.decision", config.evaluation.decision, ("accuracy", "youden")),
         ("model.encoder", model.encoder, ("joint", "frozen_random")),
         ("model.centre", model.centre, ("retrieved", "raw", "mask")),
     ):
@@ -315,14 +317,6 @@ def reconstruction_check(config: ConfigDict, make: Callable[[State, Array], Arra
 
 
 # --- the weights of the best AUROC ------------------------------------------------------------------------------------
-
-
-def auroc(scores: Float[Array, " n"], labels: Int[Array, " n"]) -> Float[Array, ""]:
-    """AUROC of those labelled 0 and 1, ties half."""
-    normal, abnormal = labels == 0, labels == 1
-    below = jnp.sort(jnp.where(normal, scores, jnp.inf))
-    wins = (jnp.searchsorted(below, scores, side="left") + jnp.searchsorted(below, scores, side="right")) / 2
-    return jnp.sum(abnormal * wins) / (jnp.sum(abnormal) * jnp.sum(normal))
 
 
 def with_best(state: State) -> State:

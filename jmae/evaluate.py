@@ -62,7 +62,7 @@ UNCALIBRATED = (
     "not calibrated, so no p-values: give the manifest val rows of label 0, or train with --config.data.calibration=0.1"
 )
 NEEDS = ("region", "midline", "half")  # columns that the score of a volume depends on
-NO_SCORE = "batch chunk subsets maps reconstruction draws froc iou alarm_rate".split()  # of `evaluation`
+NO_SCORE = "batch chunk subsets maps reconstruction draws froc iou alarm_rate decision".split()  # of `evaluation`
 
 
 def main(argv: list[str]) -> int:

@@ -89,7 +89,7 @@ def check(config: ConfigDict) -> None:
         ("variant", config.variant, ("report", "official")),
         ("select", config.select, ("auroc", "last", "aucp")),
         ("evaluation.score", config.evaluation.score, SCORES),
-        ("evaluation.decision", config.evaluation.decision, ("accuracy", "youden")),
+        ("evaluation.decision", config.evaluation.get("decision", "youden"), ("accuracy", "youden")),
         ("model.encoder", model.encoder, ("joint", "frozen_random")),
         ("model.centre", model.centre, ("retrieved", "raw", "mask")),
     ):
@@ -99,6 +99,13 @@ def check(config: ConfigDict) -> None:
     validation, shares = config.validation, (joint.translation, joint.scaling, config.validation.held_out)
     for what, holds in {
         "data.size: 2 or 3 numbers, 1 or more": len(data.size) in (2, 3) and min(data.size) >= 1,
+        "data.channels: 1 or more": data.channels >= 1,
+        "model.patch, evaluation.patch and joint.windows: numbers, 1 or more": all(
+            edges and min(edges) >= 1 for edges in (model.patch, config.evaluation.patch, joint.windows)
+        ),
+        "betas: two numbers, from 0 to below 1": all(
+            len(section.betas) == 2 and 0 <= min(section.betas) and max(section.betas) < 1 for section in sections
+        ),
         "batches, validation.every, select_every and samples, and evaluation.batch: 1 or more": min(
             *(section.batch for section in (*sections, memory)),
             validation.every,
@@ -108,6 +115,7 @@ def check(config: ConfigDict) -> None:
         )
         >= 1,
         "learning rates: above 0": min(section.lr for section in sections) > 0,
+        "joint.lr_least and joint.decay: not below 0": min(joint.lr_least, joint.decay) >= 0,
         "model.features, model.width, model.depth, model.heads and model.mlp: 1 or more": min(
             model.features, model.width, model.depth, model.heads, model.mlp
         )
@@ -119,8 +127,8 @@ def check(config: ConfigDict) -> None:
         "memory.levels: from 1 to 3": 1 <= memory.levels <= 3,
         "memory.threshold: above 0, to 1": 0 < memory.threshold <= 1,
         "memory.temperature: above 0": memory.temperature > 0,
-        "memory.top_k, memory.slots, memory.passes, joint.top_k and joint.slots: 1 or more": min(
-            memory.top_k, memory.slots, memory.passes, joint.top_k, joint.slots
+        "memory.top_k, slots and passes, joint.top_k, slots and heads: 1 or more": min(
+            memory.top_k, memory.slots, memory.passes, joint.top_k, joint.slots, joint.heads
         )
         >= 1,
         "memory.ema: from 0 to below 1, with memory.slots=1": 0 <= memory.ema < 1

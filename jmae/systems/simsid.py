@@ -366,9 +366,25 @@ def mosaic(features: Float[Array, "b n d"], grid: tuple[int, ...]) -> Float[Arra
     return unpatchify(features, size, tile)[..., 0]
 
 
+def affine(image: Float[Array, "*size c"], key: Array, *, translation: float, scaling: float) -> Array:
+    """Moved by U(-translation, translation) of each edge and scaled by U(1 - scaling, 1 + scaling) about the middle,
+    linear between pixels, 0 outside."""
+    size = image.shape[:-1]
+    u, n, axes = jax.random.uniform(key, (1 + len(size),), minval=-1), np.array(size, np.float32), range(len(size))
+    scale = jnp.full(len(size), 1 + scaling * u[0])
+    move = translation * u[1:] * n + (1 - scale) * n / 2
+    return jax.image.scale_and_translate(image, image.shape, tuple(axes), scale, move, "linear", antialias=False)
+
+
 def adam(section: ConfigDict) -> optax.GradientTransformation:
     """Adam as a stage's section has it."""
     return optax.adam(section.lr, b1=section.betas[0], b2=section.betas[1])
+
+
+def decayed_adam(section: ConfigDict, lr: float | Array) -> optax.GradientTransformation:
+    """Adam of epsilon 1e-7 with weight decay as a part of the gradient (PyTorch's)."""
+    adam = optax.adam(lr, b1=section.betas[0], b2=section.betas[1], eps=1e-7)
+    return optax.chain(optax.add_decayed_weights(section.decay), adam)
 
 
 def gathered(values: PyTree, axis_name: str | None) -> PyTree:
@@ -707,29 +723,15 @@ def official(config: ConfigDict) -> Variant:
     def pictures(results: Results, image: Array) -> dict[str, Array]:
         return {"reconstruction by the teacher": made_by(chosen(results["joint"]), image, 1)}
 
-    def augment(image: Float[Array, "*size c"], key: Array) -> Float[Array, "*size c"]:
-        """Moved by U(-translation, translation) of each edge and scaled by U(1 - scaling, 1 + scaling) about the
-        middle, linear between pixels, 0 outside."""
-        n, u = np.array(image.shape[:-1], np.float32), jax.random.uniform(key, (1 + len(size),), minval=-1)
-        scale = jnp.full(len(size), 1 + joint.scaling * u[0])
-        move = joint.translation * u[1:] * n + (1 - scale) * n / 2
-        axes = tuple(range(len(size)))
-        return jax.image.scale_and_translate(image, image.shape, axes, scale, move, "linear", antialias=False)
-
     def rate(step: Array, steps: int) -> Array:
         """Cosine from `lr` to `lr_least` in a share `cosine` of the steps, and back again (PyTorch's)."""
         return joint.lr_least + (joint.lr - joint.lr_least) * (1 + jnp.cos(jnp.pi * step / (joint.cosine * steps))) / 2
-
-    def generator_adam(lr: float | Array) -> optax.GradientTransformation:
-        """Adam with weight decay as a part of the gradient (PyTorch's)."""
-        adam = optax.adam(lr, b1=joint.betas[0], b2=joint.betas[1], eps=1e-7)
-        return optax.chain(optax.add_decayed_weights(joint.decay), adam)
 
     def joint_init(key, results, n):
         parts = {"network": net_init(jax.random.fold_in(key, 0)), "discriminator": dis_init(jax.random.fold_in(key, 1))}
         params, stats = ({name: part[i] for name, part in parts.items()} for i in range(2))
         opt = {
-            "network": generator_adam(0.0).init(params["network"]),
+            "network": decayed_adam(joint, 0.0).init(params["network"]),
             "discriminator": adam(joint).init(params["discriminator"]),
         }
         state = State(params, opt, stats, {}, jnp.int32(0))
@@ -739,6 +741,7 @@ def official(config: ConfigDict) -> Variant:
         """D at every step, the network at every `critic`-th; each by its own losses."""
         view, shortcut = jnp.moveaxis(jax.vmap(jax.random.split)(sample_keys(key, batch["index"])), 1, 0)
         moved = joint.translation or joint.scaling
+        augment = partial(affine, translation=joint.translation, scaling=joint.scaling)
         x = seen(jax.vmap(augment)(batch["image"], view) if moved else batch["image"])
 
         def forward(params):
@@ -774,7 +777,7 @@ def official(config: ConfigDict) -> Variant:
 
         def learn() -> tuple[PyTree, PyTree]:
             grads = averaged(pull(cotangents)[0], axis_name)
-            of = generator_adam(rate(state.step, steps))
+            of = decayed_adam(joint, rate(state.step, steps))
             updates, opt = of.update(grads, state.opt["network"], state.params["network"])
             return optax.apply_updates(state.params["network"], updates), opt
 

@@ -73,7 +73,9 @@ def jmae_run(what: str, paper: bool) -> Prepared:
             break
     start = time.perf_counter()
     if what == "score":
-        compiled = jax.jit(lambda results, batch: system.score(results, batch, key)).lower(results, batch).compile()
+        asked = lambda out: {name: out[name] for name in ("maps", "scores", "reconstruction")}  # no report's pictures
+        score = jax.jit(lambda results, batch: asked(system.score(results, batch, key)))
+        compiled = score.lower(results, batch).compile()
         run = lambda: jax.block_until_ready(compiled(results, batch))
     else:
         step = lambda state, batch, key: stage.step(state, batch, jax.random.fold_in(key, state.step), steps=1000)

@@ -92,6 +92,8 @@ def get_config(preset: str = "phantom") -> ConfigDict:
     c.evaluation.score = "simsid"  # the primary one: "simsid", "difference" (discriminator), "l1", "mse", "patches"
     c.evaluation.patch = (16, 16)  # cells of "patches", the squares of their mean errors ...
     c.evaluation.top = 1.0  # ... and the share of them that its score averages, the highest ones
+    c.evaluation.decision = "accuracy"  # largest on val at the threshold of the decision; "youden" (ours): sensitivity
+    # and specificity together, for a val of few abnormal cases
     c.evaluation.batch = 16
     c.evaluation.subsets = ()  # manifest columns; rows with another value than 0 or empty are scored apart too
     c.evaluation.maps = True  # write the maps of the split

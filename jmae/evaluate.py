@@ -67,7 +67,9 @@ UNCALIBRATED = (
 )
 NO_OTHERS = "no p-values: no case of this split is another than the held-out normals, which say nothing of themselves"
 NEEDS = ("region", "midline", "half")  # columns that the score of a volume depends on
-NO_SCORE = "batch chunk subsets maps reconstruction draws froc iou alarm_rate convergence".split()  # of `evaluation`
+NO_SCORE = (  # of `evaluation`
+    "batch chunk subsets maps reconstruction draws froc iou alarm_rate convergence decision".split()
+)
 
 
 def main(argv: list[str]) -> int:
@@ -988,7 +990,7 @@ def evaluate(
             title: part_figures(config, system, of, stream, gathered, title, part) for title, part in parts.items()
         }
         evaluation |= found.pop(WHOLE) | {"n": len(of.rows), "subsets": found}
-        evaluation |= of_scores(of, gathered.scores[system.primary][:, of.known], stream.held)
+        evaluation |= of_scores(config, of, gathered.scores[system.primary][:, of.known], stream.held)
         if (shown := shown_map(system)) in parts[WHOLE].pixels.pooled:
             evaluation["per_patient"] = parts[WHOLE].pixels.per_patient(shown, list(evaluation["scores"]))
 
@@ -1187,13 +1189,16 @@ def part_figures(
     return {"n": int(part.inside.sum()), **top, "scores": scores, "baselines": better_ends(baseline)}
 
 
-def of_scores(split: Split, values: np.ndarray, held: Held | None) -> dict[str, Any]:
-    """The decision at the threshold chosen on `val`, and the distance of the classes, of primary scores (r, known)."""
+def of_scores(config: ConfigDict, split: Split, values: np.ndarray, held: Held | None) -> dict[str, Any]:
+    """The decision at the threshold chosen on `val`, and the distance of the classes, of primary scores (r, known).
+    ours: by Youden's J, which does not depend on how many of `val` are abnormal, where a recipe names no rule."""
     labels = split.labels[split.known]
     decision = None
     if held and split.val:
-        thresholds = [metrics.threshold_on(np.array([row.label for row in split.val], int), v) for v in held.scores]
-        decision = mean_of([metrics.at_threshold(labels, v, t) for v, t in zip(values, thresholds, strict=True)])
+        val, rule = np.array([row.label for row in split.val], int), config.evaluation.get("decision", "youden")
+        thresholds = [metrics.threshold_on(val, v, rule) for v in held.scores]
+        each = [metrics.at_threshold(labels, v, t) for v, t in zip(values, thresholds, strict=True)]
+        decision = (mean_of(each) or {}) | {"chosen_by": rule}
     chi2 = mean_of([metrics.chi2_distance(v[labels == 0], v[labels == 1]) for v in values])
     return {"decision": decision, "chi2": chi2}
 

@@ -177,18 +177,20 @@ def pr_curve(labels: ArrayLike, scores: ArrayLike, points: int = 200) -> tuple[N
     return tp / ranked.positives.size, tp / (tp + fp), t
 
 
-def threshold_on(labels_val: ArrayLike, scores_val: ArrayLike) -> float:
-    """The validation score at which Youden's J = sensitivity + specificity - 1 is largest.
+def threshold_on(labels_val: ArrayLike, scores_val: ArrayLike, largest: str = "youden") -> float:
+    """The validation score at which Youden's J = sensitivity + specificity - 1, or with `largest="accuracy"` the
+    accuracy, is largest, of those that call an abnormal case abnormal.
 
-    Among thresholds of equal J the highest is taken (the fewest false alarms). nan where a class is missing.
+    Of equally good ones the highest is taken (the fewest false alarms). nan where a class is missing.
     """
     ranked = rank(labels_val, scores_val)
-    n, p = ranked.negatives.size, ranked.positives.size
-    return _best(ranked, lambda tp, fp: tp * n - fp * p)[1]  # J in integers, so that equal J are equal
+    n, p = (ranked.negatives.size, ranked.positives.size) if largest == "youden" else (1, 1)
+    return _best(ranked, lambda tp, fp: tp * n - fp * p)[1]  # in integers, so that equal ones are equal
 
 
 def at_threshold(labels: ArrayLike, scores: ArrayLike, threshold: float) -> dict[str, float]:
-    """Accuracy, F1 of the abnormal, sensitivity, specificity of `score >= threshold`; nan where undefined."""
+    """Accuracy; F1, precision and sensitivity (recall) of the abnormal; specificity of `score >= threshold`. nan where
+    undefined."""
     labels, scores = _checked(labels, scores)
     called = scores >= threshold
     tp, fp = np.count_nonzero(called & labels), np.count_nonzero(called & ~labels)
@@ -197,6 +199,7 @@ def at_threshold(labels: ArrayLike, scores: ArrayLike, threshold: float) -> dict
     return {
         "accuracy": ratio(tp + n - fp, n + p),
         "f1": ratio(2 * tp, tp + fp + p),
+        "precision": ratio(tp, tp + fp),
         "sensitivity": ratio(tp, p),
         "specificity": ratio(n - fp, n),
         "threshold": float(threshold),

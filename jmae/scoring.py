@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from jmae.errors import InputError
 
@@ -210,6 +210,21 @@ def ms_ssim_map(
             image = jnp.take(image, np.arange(n) * image.shape[axis] // n, axis=axis)
         total += w * image
     return total
+
+
+def auroc(scores: Float[Array, " n"], labels: Int[Array, " n"] | Bool[Array, " n"]) -> Float[Array, ""]:
+    """The chance that a positive (label 1) scores above a negative (0), ties counting half: `metrics.auroc` on the
+    device. Other labels do not count; nan where a class is missing or a score that counts is not finite.
+
+    Raises InputError from 2^16 scores on: pairs are counted exactly, in 32 bits.
+    """
+    if len(scores) >= 2**16:
+        raise InputError(f"AUROC of {len(scores)} scores on the device: give fewer than {2**16} images to choose by")
+    negative, positive = labels == 0, labels == 1
+    below, m = jnp.sort(jnp.where(negative, scores, jnp.inf)), jnp.sum(negative)
+    halves = sum(jnp.searchsorted(below, scores, side) for side in ("left", "right"))
+    value = jnp.sum(jnp.where(positive, halves, 0)) / (2.0 * m * jnp.sum(positive))
+    return jnp.where(jnp.isfinite(scores).all(where=negative | positive), value, jnp.nan)
 
 
 # --- what a score means -----------------------------------------------------------------------------------------------

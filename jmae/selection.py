@@ -15,25 +15,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
 from jmae.data.manifest import Row, held_out
 from jmae.errors import InputError
 from jmae.masking import case_keys
+from jmae.scoring import auroc
 from jmae.system import Check, Results, State, System
 from jmae.windows import average
 
-MOST = 10_000  # rows of either kind: their pairs are counted in 32 bits
-
-
-def auroc(scores: Float[Array, " n"], positive: Bool[Array, " n"]) -> Float[Array, ""]:
-    """The chance that a positive scores above a negative, ties counting half: `metrics.auroc` on the device, of at most
-    `MOST` of each class; nan where one is missing or a score is not finite."""
-    negatives, m = jnp.sort(jnp.where(positive, jnp.inf, scores)), jnp.sum(~positive)
-    halves = sum(jnp.minimum(jnp.searchsorted(negatives, scores, side), m) for side in ("left", "right"))
-    value = jnp.sum(jnp.where(positive, halves, 0)) / (2.0 * m * jnp.sum(positive))
-    return jnp.where(jnp.isfinite(scores).all(), value, jnp.nan)
+MOST = 10_000  # rows of either kind
 
 
 def by_pseudo_auc(config: ConfigDict, system: System) -> System:

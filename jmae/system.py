@@ -137,6 +137,9 @@ def load_system(config: ConfigDict) -> System:
     if config.system not in SYSTEMS:
         raise InputError(f"system {config.system!r} is unknown: one of {', '.join(SYSTEMS)}")
     system = importlib.import_module(f"jmae.systems.{config.system}").build(config)
+    for name in ("checkpoint_every", "log_every", "replicates"):
+        if (value := config.get(name, 1)) < 1:
+            raise InputError(f"{name} is {value}: 1 or more")
     evaluation, volumes = config.evaluation, system.sweep is not None
     for name, least in (("batch", 1), ("draws", 1), ("chunk", 0)):
         if (value := evaluation.get(name, least)) < least:

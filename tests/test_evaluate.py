@@ -154,7 +154,15 @@ def test_metrics_json_has_the_keys_of_the_design(finished):
         assert set(part["image"]) == IMAGE and set(part["scores"]) == set(metrics["scores"]) - (
             {"stage1"} if name == CENTRAL else set()
         )
-    assert set(metrics["decision"]) == {"accuracy", "f1", "sensitivity", "specificity", "threshold"}
+    assert set(metrics["decision"]) == {
+        "accuracy",
+        "f1",
+        "precision",
+        "sensitivity",
+        "specificity",
+        "threshold",
+        "chosen_by",
+    }
     assert set(metrics["chi2"]) == {"raw", "normalised"}
     assert 0 < metrics["seconds_per_case"] < metrics["seconds"]
 

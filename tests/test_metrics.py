@@ -149,6 +149,14 @@ def test_the_threshold_maximises_youdens_j_and_ties_go_to_the_highest():
     assert metrics.threshold_on([0, 1, 0, 1], [1.0, 2.0, 3.0, 4.0]) == 4.0  # J = 1/2 at 2 and at 4
 
 
+def test_the_threshold_may_maximise_accuracy():
+    for labels, scores in random_cases(30):
+        at = {t: sk.accuracy_score(labels, scores >= t) for t in set(scores[labels])}
+        assert metrics.threshold_on(labels, scores, "accuracy") == max(t for t in at if at[t] == max(at.values()))
+    few = [0, 0, 0, 0, 0, 0, 1, 1], [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 5.5, 6.5]
+    assert (metrics.threshold_on(*few, "accuracy"), metrics.threshold_on(*few)) == (6.5, 5.5)
+
+
 def test_decisions_at_a_threshold_are_those_of_scikit_learn():
     for labels, scores in random_cases(20):
         t = float(np.median(scores))
@@ -156,6 +164,7 @@ def test_decisions_at_a_threshold_are_those_of_scikit_learn():
         assert row["accuracy"] == pytest.approx(sk.accuracy_score(labels, called))
         assert row["f1"] == pytest.approx(sk.f1_score(labels, called))
         assert row["sensitivity"] == pytest.approx(sk.recall_score(labels, called))
+        assert row["precision"] == pytest.approx(sk.precision_score(labels, called))
         assert row["specificity"] == pytest.approx(sk.recall_score(~labels, ~called))
         assert row["threshold"] == t
 

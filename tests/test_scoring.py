@@ -4,9 +4,10 @@ import jax
 import numpy as np
 import pytest
 from scipy import ndimage
+from sklearn.metrics import roc_auc_score
 
 from jmae.errors import InputError
-from jmae.scoring import check_ssim, minimum_filter, ms_ssim, ms_ssim_map, top_mean
+from jmae.scoring import auroc, check_ssim, minimum_filter, ms_ssim, ms_ssim_map, top_mean
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 OPTIONS = ("window", "sigma", "weights", "data_range", "pool")
@@ -210,3 +211,26 @@ def test_the_largest_window_named_fits_and_one_voxel_less_does_not(size, window,
     check_ssim(least, window, weights, pool)
     with pytest.raises(InputError):
         check_ssim((least[0] - 1, *least[1:]), window, weights, pool)
+
+
+@pytest.mark.parametrize("levels", [2, 5, 1000])
+def test_auroc_on_the_device_is_scikit_learn_s_with_ties_and_without_the_unlabelled(levels):
+    rng, run = np.random.default_rng(levels), jax.jit(auroc)
+    scores, labels = rng.integers(0, levels, 60).astype(np.float32), rng.integers(-1, 2, 60)
+    known = labels >= 0
+    expected = roc_auc_score(labels[known], scores[known])
+    np.testing.assert_allclose(run(scores, labels), expected, 1e-6)
+    np.testing.assert_allclose(run(scores, labels == 1), roc_auc_score(labels == 1, scores), 1e-6)  # a mask will do
+    lost = lambda label: np.where(np.arange(60) == np.flatnonzero(labels == label)[0], np.nan, scores)
+    np.testing.assert_allclose(run(lost(-1), labels), expected, 1e-6)
+    assert np.isnan(run(lost(0), labels)) and np.isnan(run(-lost(1), labels))
+    for one in (0, 1):
+        assert np.isnan(run(scores, np.where(labels == one, one, -1)))
+
+
+def test_auroc_on_the_device_counts_every_pair_of_many():
+    n = 2**16 - 1
+    scores, labels = np.arange(n, dtype=np.float32), np.arange(n) >= n // 2
+    assert jax.jit(auroc)(scores, labels) == 1  # n^2 / 4 pairs, all won
+    with pytest.raises(InputError, match="fewer than 65536"):
+        auroc(np.zeros(n + 1), np.zeros(n + 1, int))

@@ -14,20 +14,11 @@ from jmae.errors import InputError, NonFiniteLoss, exit_code
 from jmae.evaluate import restore_results
 from jmae.recipe import load, override
 from jmae.run_folder import read_history
-from jmae.selection import auroc, by_pseudo_auc, crop_scores
+from jmae.selection import by_pseudo_auc, crop_scores
 from jmae.system import Stage, State, Sweep, System, load_system
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 BEST = 4
-
-
-def test_auroc_on_the_device_is_that_of_metrics_with_ties():
-    rng = np.random.default_rng(0)
-    for levels in (2, 5, 1000):
-        scores, positive = rng.integers(0, levels, 60).astype(np.float32), rng.random(60) < 0.4
-        np.testing.assert_allclose(auroc(jnp.array(scores), jnp.array(positive)), metrics.auroc(positive, scores), 1e-6)
-    assert np.isnan(auroc(jnp.array(scores), jnp.zeros(60, bool)))
-    assert np.isnan(auroc(jnp.array(scores).at[3].set(jnp.nan), jnp.array(positive)))
 
 
 def config(manifest, *changes: str, preset: str = "smoke"):

@@ -1,5 +1,6 @@
 """SimSID against its specification: memory by hand, layers against JAX's general ones, stages, calibration, scores."""
 
+import csv
 import json
 from functools import cache, partial
 from itertools import product
@@ -9,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
+from ml_collections import ConfigDict
 from patients import write_patients
 from scipy.special import expit
 from scipy.stats import entropy
@@ -20,10 +23,11 @@ from jmae.errors import InputError, exit_code
 from jmae.losses import discriminator_loss, histogram_kl, pixel_kl
 from jmae.metrics import auroc
 from jmae.nn import simsid as nets
+from jmae.nn.unet import upsample
 from jmae.recipe import override
 from jmae.run_folder import read_history
 from jmae.sharding import device_mesh, place_batch, replicated
-from jmae.system import load_system, network
+from jmae.system import Check, Stage, State, load_system, network, stats_of
 from jmae.systems import simsid
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -425,6 +429,28 @@ def test_the_paper_preset_is_the_specification_s():
     assert (c.teacher.epochs, c.student.epochs, c.discriminator.epochs, c.joint.epochs) == (1000, 250, 100, 600)
     assert {c[s].batch for s in ("teacher", "student", "discriminator", "joint")} == {16}
     assert (c.student.distillation, c.student.adversarial) == (0.1, 0.0)
+    model = (c.model.width, c.model.depth, c.model.heads, c.model.mlp, c.model.dropout, c.model.centre, c.model.encoder)
+    assert model == (64, 2, 8, 256, 0.1, "retrieved", "joint") and c.student.kept == 1 and not c.student.from_teacher
+    assert c.model.widths == (32, 64, 128, 256) and c.model.discriminator == (16, 32, 64, 128, 256)
+    assert (c.memory.slots, c.memory.ema, c.memory.passes, c.memory.weighted, c.memory.restrict) == (
+        1,
+        0,
+        2,
+        True,
+        False,
+    )
+    assert {(c[s].lr, c[s].betas) for s in ("teacher", "student", "discriminator", "joint")} == {(1e-4, (0.5, 0.999))}
+    assert c.joint.weights.to_dict() == {
+        "reconstruction": 10.0,
+        "teacher": 0.01,
+        "distillation": 0.001,
+        "adversarial": 0.005,
+        "discriminator": 0.005,
+    }
+    joint = (c.joint.windows, c.joint.widths, c.joint.slots, c.joint.top_k, c.joint.heads, c.joint.kept, c.joint.critic)
+    assert joint == ((2, 2), (32, 64, 128, 256, 512), 200, 5, 8, 0.9, 2)
+    assert (c.joint.lr_least, c.joint.cosine, c.joint.decay) == (5e-5, 0.5, 1e-5)
+    assert (c.joint.translation, c.joint.scaling, c.evaluation.decision) == (0.05, 0.05, "accuracy")
     system = load_system(c)
     assert [stage.name for stage in system.stages] == ["teacher", "memory", "student", "discriminator", "calibration"]
     assert [stage.steps(1024) for stage in system.stages] == [64_000, 128, 16_000, 6_400, 64]
@@ -444,6 +470,18 @@ def test_the_paper_preset_is_the_specification_s():
         ("data.normalise=slice", "data.normalise is 'slice': one of unit, image"),
         ("evaluation.top=0.0", "evaluation.top: above 0, to 1"),
         ("evaluation.patch=5,4", "is not divisible by patch"),
+        ("evaluation.patch=0,4", "model.patch, evaluation.patch and joint.windows: numbers, 1 or more"),
+        ("evaluation.patch=", "model.patch, evaluation.patch and joint.windows"),
+        ("model.patch=-4,4", "model.patch, evaluation.patch and"),
+        ("joint.windows=0,2", "joint.windows: numbers, 1 or more"),
+        ("variant=official joint.windows=2,2,2", "joint.windows has a number an axis"),
+        ("data.channels=0", "data.channels: 1 or more"),
+        ("student.betas=0.5", "betas: two numbers, from 0 to below 1"),
+        ("teacher.betas=0.5,1.0", "betas: two numbers, from 0 to below 1"),
+        ("joint.decay=-0.1", "joint.lr_least and joint.decay: not below 0"),
+        ("variant=official joint.heads=0", "joint.top_k, slots and heads: 1 or more"),
+        ("log_every=0", "log_every is 0: 1 or more"),
+        ("evaluation.decision=f1", "evaluation.decision is 'f1': one of accuracy, youden"),
         ("model.encoder=none", "model.encoder is 'none': one of joint, frozen_random"),
         ("model.centre=own", "model.centre is 'own': one of retrieved, raw, mask"),
         ("model.patch=2,2", r"model.patch \(2, 2\): 2 poolings need multiples of 4"),
@@ -809,6 +847,65 @@ def test_the_bottleneck_is_a_loop_over_windows(windows):
     near(whole, net.leave(jnp.asarray(expected.reshape(2 * w, *cells, -1)), train=False), rtol=1e-3, atol=1e-4)
 
 
+def test_the_autoencoder_is_a_loop_over_its_windows():
+    make = lambda rngs: nets.Windows((16, 8), 1, (2, 2), (4, 4, 16), 1, 3, 2, 2, 0.5, jnp.float32, rngs=rngs)
+    init, bind = network(make)
+    params, stats = drawn(lambda: init(KEY))
+    image = normal(2, 16, 8, 1)
+    made, taught, differences = jax.jit(lambda params: bind(params, stats)(image, train=False))(params)
+    deeper, deepest = np.zeros((2, 2, 2, 4, 2, 4), np.float32), np.zeros((2, 2, 2, 2, 1, 16), np.float32)
+    rows = np.asarray(params["memories"][0]["rows"])
+
+    @jax.jit
+    def down(window):
+        net = bind(params, stats)
+        first = net.down[0](net.enter(window, train=False), train=False)
+        return first, net.down[1](first, train=False)
+
+    @jax.jit
+    def up(decoder, below, skip):
+        decoder = bind(*(own | {"student": part} for own, part in zip((params, stats), decoder, strict=True))).student
+        return decoder.levels[0](jnp.concatenate([skip, upsample(below, (4, 2))], -1), train=False)
+
+    student, teacher = ((params[name], stats[name]) for name in ("student", "teacher"))
+    for b, i, j in np.ndindex(2, 2, 2):
+        window = image[b : b + 1, 8 * i : 8 * i + 8, 4 * j : 4 * j + 4]
+        first, second = down(window)
+        deeper[b, i, j], deepest[b, i, j] = first[0], second[0]
+    inpainted = np.asarray(jax.jit(lambda x: bind(params, stats).inpaint(x, train=False))(deepest.reshape(8, 2, 1, 16)))
+    inpainted = inpainted.reshape(deepest.shape)
+    whole, other = np.zeros((2, 8, 4, 4), np.float32), np.zeros((2, 8, 4, 4), np.float32)
+    for b, i, j in np.ndindex(2, 2, 2):
+        skip, place = deeper[b, i, j][None], np.s_[b, 4 * i : 4 * i + 4, 2 * j : 2 * j + 2]
+        x = np.array(up(student, inpainted[b, i, j][None], skip)[0])
+        for number, (r, c) in enumerate(product(range(2), repeat=2)):  # each part of a window reads its own memory
+            part = np.s_[2 * r : 2 * r + 2, c : c + 1]
+            x[part] = plain_retrieve(x[part].ravel(), rows[number], np.zeros(3), 2, 1.0, True).reshape(2, 1, 4)
+        whole[place] = x
+        other[place] = up(teacher, deepest[b, i, j][None], skip)[0]  # from features not inpainted
+
+    @jax.jit
+    def last(decoder, x):
+        decoder = bind(*(own | {"student": part} for own, part in zip((params, stats), decoder, strict=True))).student
+        x = decoder.levels[1](upsample(x, (16, 8)), train=False)
+        return x, jnp.tanh(decoder.out(x))
+
+    (x, own), (y, theirs) = last(student, whole), last(teacher, other)
+    near(made, own, rtol=1e-4, atol=1e-4)
+    near(taught, theirs, rtol=1e-4, atol=1e-4)
+    near(differences, np.mean((whole - other) ** 2) + np.mean((x - y) ** 2), rtol=1e-3)
+
+
+def test_the_teacher_decoder_teaches_the_encoder_nothing():
+    make = lambda rngs: nets.Windows((8, 8), 1, (2, 2), (4, 4, 16), 1, 3, 2, 2, 1.0, jnp.float32, rngs=rngs)
+    init, bind = network(make)
+    params, stats = drawn(lambda: init(KEY))
+    image = normal(1, 8, 8, 1)
+    grads = jax.jit(jax.grad(lambda params: jnp.sum(bind(params, stats)(image, train=False)[1] ** 2)))(params)
+    learns = {name: any(np.any(leaf) for leaf in jax.tree.leaves(part)) for name, part in grads.items()}
+    assert {name for name in learns if learns[name]} == {"teacher"}
+
+
 def test_windows_are_joined_and_their_parts_remembered_in_place():
     make = lambda rngs: nets.Windows((16, 8), 1, (2, 2), (4, 4, 16), 1, 3, 2, 2, 1.0, jnp.float32, rngs=rngs)
     init, bind = network(make)
@@ -823,19 +920,97 @@ def test_windows_are_joined_and_their_parts_remembered_in_place():
         near(numbered[part], x[part] + 10 * (2 * i + j))
 
 
+def test_augmentation_moves_and_scales_about_the_middle():
+    ramp = np.broadcast_to(np.arange(40, dtype=np.float32)[:, None, None], (40, 30, 1))
+    keys = jax.random.split(KEY, 64)
+
+    def found(**given):
+        """(1 / scale, rows that the middle was moved by) of 64 draws: the slope and offset of the moved ramp."""
+        each = jax.jit(jax.vmap(partial(simsid.affine, jnp.asarray(ramp), **given)))(keys)[:, 17:24, 15, 0]
+        return np.diff(each, axis=1).mean(1), 19.5 - np.mean(each[:, 2:4], 1)
+
+    slope, move = found(translation=0.1, scaling=0.0)
+    near(slope, 1)
+    assert 3 < move.max() <= 4 and -4 <= move.min() < -3  # a tenth of 40 rows, either way
+    slope, move = found(translation=0.0, scaling=0.2)
+    assert 0.8 <= (1 / slope).min() < 0.85 and 1.15 < (1 / slope).max() <= 1.2
+    near(move, 0, atol=1e-3)
+    far = jax.jit(partial(simsid.affine, translation=0.9, scaling=0.0))(jnp.ones((8, 8, 1)), keys[0])
+    assert np.min(far) == 0  # outside is black
+
+
+def test_an_image_s_own_mean_and_deviation_are_taken_off_and_put_back():
+    image, c = batch(3)["image"] * np.float32([0.2, 0.5, 1]).reshape(3, 1, 1, 1), config("data.normalise=image")
+    seen, back = simsid.normalised(c, jnp.asarray(image))
+    near(np.mean(seen, (1, 2, 3)), 0.5)
+    near(np.std(seen, (1, 2, 3)), 0.2)
+    near(back(seen), image)
+    assert np.max(back(seen + 9)) == 1 and np.min(back(seen - 9)) == 0
+    flat, _ = simsid.normalised(c, jnp.full((1, 4, 4, 1), 0.3))
+    near(flat, 0.5, atol=1e-2)
+    same, clip = simsid.normalised(config(), jnp.asarray(image))
+    assert np.array_equal(same, image) and clip(jnp.float32(2)) == 1
+    got = []
+    seen_by = lambda state, some, *_: got.append(some)
+    kept = Stage("s", 1, None, None, None, seen_by, check=Check(1, 0, None, seen_by))
+    stage = simsid.normalising(c, kept)
+    stage.step(None, {"image": image, "index": 7}, KEY)
+    stage.check.look(None, {"image": image})
+    for part in got:
+        near(part["image"], seen)
+    assert got[0]["index"] == 7 and simsid.normalising(config(), kept) is kept
+
+
+def test_the_best_weights_are_the_later_of_equals_and_never_of_no_auroc():
+    at = lambda w: State({"w": jnp.float32(w)}, {}, {}, {}, jnp.int32(0))
+    state = simsid.with_best(at(1))
+    assert simsid.chosen(as_results(state))["params"]["w"] == 1  # none was found yet: the last
+    for w, found, best in ((2, np.nan, None), (3, 0.7, 3), (4, 0.7, 4), (5, 0.6, 4), (6, np.nan, 4)):
+        state = simsid.keep_best(at(w)._replace(stats=state.stats), jnp.float32(found))
+        assert simsid.chosen(as_results(state))["params"]["w"] == (w if best is None else best)
+
+
+def test_adam_has_a_section_s_rate_and_betas():
+    optimiser = simsid.adam(ConfigDict(dict(lr=0.1, betas=(0.5, 0.75))))
+    state, moves = optimiser.init(0.0), []
+    for gradient in (1.0, 2.0):
+        move, state = optimiser.update(gradient, state)
+        moves.append(float(move))
+    mean, square = (0.25 * 1 + 0.5 * 2) / (1 - 0.5**2), (0.75 * 0.25 * 1 + 0.25 * 4) / (1 - 0.75**2)
+    near(moves, [-0.1, -0.1 * mean / square**0.5])
+    decayed = simsid.decayed_adam(ConfigDict(dict(betas=(0.5, 0.75), decay=1e-7)), 0.1)
+    move, _ = decayed.update(0.0, decayed.init(3.0), 3.0)
+    near(move, -0.1 * 3e-7 / (3e-7 + 1e-7))  # the weight's decay is its gradient, epsilon is 1e-7
+
+
+def test_layers_have_the_listings_constants():
+    near(nets.leaky_relu(jnp.asarray([-1.0, 2.0])), [-0.2, 2.0])
+    init, bind = network(lambda rngs: nets.Layer(2, 1, 2, 1, jnp.float32, activation=lambda x: x, rngs=rngs))
+    params, stats = drawn(lambda: init(KEY))
+    image, kernel = 0.01 * normal(3, 4, 4, 1), 1 + params["conv"]["kernel"]
+    params = params | {"conv": params["conv"] | {"kernel": kernel}}
+
+    @jax.jit
+    def run(params, stats):
+        layer = bind(params, stats)
+        return layer(image, train=True), stats_of(layer)
+
+    out, new = run(params, stats)
+    x, norm = image @ kernel[0, 0] + params["conv"]["bias"], params["norm"]
+    mean, var = x.mean((0, 1, 2)), x.var((0, 1, 2))
+    near(out, (x - mean) / np.sqrt(var + 1e-5) * norm["scale"] + norm["bias"], rtol=1e-3, atol=1e-3)
+    near(new["norm"]["mean"], 0.9 * stats["norm"]["mean"] + 0.1 * mean)
+    near(new["norm"]["var"], 0.9 * stats["norm"]["var"] + 0.1 * var)
+    rows = nets.Slots(2, 500, 16, 1, rngs=nnx.Rngs(0)).rows[...]
+    assert 0.245 < rows.max() <= 0.25 and -0.25 <= rows.min() < -0.245  # uniform within 1 / sqrt(16)
+
+
 def test_a_mosaic_has_each_patch_s_features_at_its_place():
     f = normal(2, 6, 8)
     out = np.asarray(simsid.mosaic(jnp.asarray(f), (2, 3)))
     assert out.shape == (2, 4, 12)
     for i, j in np.ndindex(2, 3):
         np.testing.assert_array_equal(out[:, 2 * i : 2 * i + 2, 4 * j : 4 * j + 4], f[:, 3 * i + j].reshape(2, 2, 4))
-
-
-def test_auroc_of_the_labelled_with_ties():
-    rng = np.random.default_rng(0)
-    scores, labels = rng.integers(0, 5, 40).astype(np.float32), rng.integers(-1, 2, 40)
-    known = labels >= 0
-    near(simsid.auroc(jnp.asarray(scores), jnp.asarray(labels)), auroc(labels[known], scores[known]))
 
 
 # --- commands ---------------------------------------------------------------------------------------------------------
@@ -854,7 +1029,7 @@ def test_a_run_scores_and_shows_where(small_set, tmp_path):
     }
     assert metrics["scores"]["simsid"]["pixel"] is None and metrics["pixel"] == metrics["scores"]["l1"]["pixel"]
     assert len(list((tmp_path / "evaluation" / "maps").glob("*_anomaly.*"))) == 12
-    assert metrics["decision"]["threshold"] is not None
+    assert metrics["decision"]["threshold"] is not None and metrics["decision"]["chosen_by"] == "accuracy"
     history = read_history(tmp_path / "metrics.jsonl")
     assert [h["step"] for h in history if h["stage"] == "student" and "check_kl" in h] == [3, 6]
     header = (tmp_path / "evaluation" / "scores.csv").read_text().splitlines()[0]
@@ -879,7 +1054,11 @@ def test_a_run_scores_and_shows_where(small_set, tmp_path):
 def test_the_official_variant_runs(small_set, tmp_path):
     assert exit_code(train.main, arguments(small_set, tmp_path, "variant=official")) == 0
     metrics = json.loads((tmp_path / "evaluation" / "metrics.json").read_text())
-    assert metrics["image"]["auroc"] >= 0 and metrics["decision"]["threshold"] is not None
+    with (tmp_path / "evaluation" / "scores.csv").open() as file:
+        table = [(int(line["label"]), float(line["score"])) for line in csv.DictReader(file)]
+    labels, scores = map(np.array, zip(*table, strict=True))
+    near(metrics["image"]["auroc"], auroc(labels, scores))
+    near(metrics["decision"]["accuracy"], np.mean((scores >= metrics["decision"]["threshold"]) == labels))
     history = read_history(tmp_path / "metrics.jsonl")
     assert [h["step"] for h in history if "check_auroc" in h and "check_kl" in h] == [3, 6]
 

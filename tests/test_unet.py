@@ -87,10 +87,10 @@ def test_pooling_is_the_mean_of_blocks_and_upsampling_linear_interpolation(size)
 
 
 @pytest.mark.parametrize("length", [1, 3])
-@pytest.mark.parametrize("size", [(6, 5), (4, 5, 3)])
-def test_convolution_and_its_gradients_are_those_of_jax(size, length):
+@pytest.mark.parametrize(("size", "outputs"), [((6, 5), 3), ((6, 5), 16), ((4, 5, 3), 3)])  # 6 pairs of channels or 32
+def test_convolution_and_its_gradients_are_those_of_jax(size, outputs, length):
     x, names = images(size, channels=2), "DHW"[-len(size) :]
-    kernel = images((length,) * (len(size) - 1) + (2,), length, 3)
+    kernel = images((length,) * (len(size) - 1) + (2,), length, outputs)
     numbers = (f"N{names}C", f"{names}IO", f"N{names}C")
     plain = lambda x, k: jax.lax.conv_general_dilated(x, k, (1,) * len(size), "SAME", dimension_numbers=numbers)
     loss = lambda f: lambda x, k: ((y := f(x, k)).sum() + jnp.sin(y).sum(), y)

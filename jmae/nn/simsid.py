@@ -150,6 +150,10 @@ def write(
     """One image's values offered to all slots at once (Alg. 4.4): a slot whose memory is like its value, cosine at
     least `threshold`, stays; else, and where it is empty, the value takes the place of its oldest row.
 
+    With one row a slot the rule keeps no record of the images before the last writer: a second pass over the same
+    images in the same order meets the same rows from its first write on, and writes as many. Only the rows of many
+    (`slots`), a lower threshold or `ema` can settle.
+
     With `ema` the first visit writes the value and every further one moves the (only) row by that share of the way to
     it (ours). Returns the memory and which slots were written.
     """

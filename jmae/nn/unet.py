@@ -68,12 +68,16 @@ def convolve(
     XLA's CPU is fast over two axes only. There, neighbours along the first of more axes become channels and the axis
     joins the batch: on one core, 32x32x8, batch 8, width 8 / 16 / 32, forward and backward took 24 / 66 / 186 instead
     of 139 / 278 / 573 ms. Over two axes matrix products do not come near, but where the kernel is longer than the
-    image: 256x2x2x64 to 128 took 5 instead of 42 ms.
+    image: 256x2x2x64 to 128 took 5 instead of 42 ms; and where channels are so few that XLA leaves its fast form:
+    256x16x16x1 to 16 took 2.4 instead of 5.2 ms forward and 6.6 instead of 8.3 with gradients, 64x32x32x1 to 8 took
+    2.0 instead of 5.4 and 2.8 instead of 4.8, but 4x128x128x1 to 32 would take 2.5 instead of 1.4 and 11.7 instead of
+    4.9.
     """
     rank, k = x.ndim - 2, kernel.shape[0]
     if rank == 0:
         return x @ kernel
-    if jax.default_backend() == "cpu" and (rank > 2 or max(x.shape[1:-1]) < k):
+    few = x.shape[-1] * kernel.shape[-1] < 32
+    if jax.default_backend() == "cpu" and (rank != 2 or few or max(x.shape[1:-1]) < k):
         padded = jnp.pad(x, ((0, 0), (k // 2, (k - 1) // 2), *[(0, 0)] * rank))
         near = jnp.concatenate([padded[:, i : i + x.shape[1]] for i in range(k)], axis=-1)
         flat = jnp.moveaxis(kernel, 0, -3).reshape(*kernel.shape[1:-2], -1, kernel.shape[-1])

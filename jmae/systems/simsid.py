@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, PyTree
 from ml_collections import ConfigDict
 
 from jmae.data.manifest import Row, held_out
@@ -46,6 +46,7 @@ from jmae.nn.simsid import (
 )
 from jmae.patches import grid_of, patchify, unpatchify
 from jmae.run_folder import log
+from jmae.scoring import auroc
 from jmae.system import Check, Results, Stage, State, Sweep, System, averaged, compute_type, network, stats_of, steps_of
 
 SCORES = ("simsid", "difference", "l1", "mse", "patches")
@@ -88,6 +89,7 @@ def check(config: ConfigDict) -> None:
         ("variant", config.variant, ("report", "official")),
         ("select", config.select, ("auroc", "last", "aucp")),
         ("evaluation.score", config.evaluation.score, SCORES),
+        ("evaluation.decision", config.evaluation.get("decision", "youden"), ("accuracy", "youden")),
         ("model.encoder", model.encoder, ("joint", "frozen_random")),
         ("model.centre", model.centre, ("retrieved", "raw", "mask")),
     ):
@@ -97,6 +99,13 @@ def check(config: ConfigDict) -> None:
     validation, shares = config.validation, (joint.translation, joint.scaling, config.validation.held_out)
     for what, holds in {
         "data.size: 2 or 3 numbers, 1 or more": len(data.size) in (2, 3) and min(data.size) >= 1,
+        "data.channels: 1 or more": data.channels >= 1,
+        "model.patch, evaluation.patch and joint.windows: numbers, 1 or more": all(
+            edges and min(edges) >= 1 for edges in (model.patch, config.evaluation.patch, joint.windows)
+        ),
+        "betas: two numbers, from 0 to below 1": all(
+            len(section.betas) == 2 and 0 <= min(section.betas) and max(section.betas) < 1 for section in sections
+        ),
         "batches, validation.every, select_every and samples, and evaluation.batch: 1 or more": min(
             *(section.batch for section in (*sections, memory)),
             validation.every,
@@ -106,6 +115,7 @@ def check(config: ConfigDict) -> None:
         )
         >= 1,
         "learning rates: above 0": min(section.lr for section in sections) > 0,
+        "joint.lr_least and joint.decay: not below 0": min(joint.lr_least, joint.decay) >= 0,
         "model.features, model.width, model.depth, model.heads and model.mlp: 1 or more": min(
             model.features, model.width, model.depth, model.heads, model.mlp
         )
@@ -117,8 +127,8 @@ def check(config: ConfigDict) -> None:
         "memory.levels: from 1 to 3": 1 <= memory.levels <= 3,
         "memory.threshold: above 0, to 1": 0 < memory.threshold <= 1,
         "memory.temperature: above 0": memory.temperature > 0,
-        "memory.top_k, memory.slots, memory.passes, joint.top_k and joint.slots: 1 or more": min(
-            memory.top_k, memory.slots, memory.passes, joint.top_k, joint.slots
+        "memory.top_k, slots and passes, joint.top_k, slots and heads: 1 or more": min(
+            memory.top_k, memory.slots, memory.passes, joint.top_k, joint.slots, joint.heads
         )
         >= 1,
         "memory.ema: from 0 to below 1, with memory.slots=1": 0 <= memory.ema < 1
@@ -317,14 +327,6 @@ def reconstruction_check(config: ConfigDict, make: Callable[[State, Array], Arra
 # --- the weights of the best AUROC ------------------------------------------------------------------------------------
 
 
-def auroc(scores: Float[Array, " n"], labels: Int[Array, " n"]) -> Float[Array, ""]:
-    """AUROC of those labelled 0 and 1, ties half."""
-    normal, abnormal = labels == 0, labels == 1
-    below = jnp.sort(jnp.where(normal, scores, jnp.inf))
-    wins = (jnp.searchsorted(below, scores, side="left") + jnp.searchsorted(below, scores, side="right")) / 2
-    return jnp.sum(abnormal * wins) / (jnp.sum(abnormal) * jnp.sum(normal))
-
-
 def with_best(state: State) -> State:
     """A fresh state that will keep its best weights beside the last."""
     return state._replace(stats=state.stats | {"best": {**as_result(state), "auroc": jnp.float32(-1)}})
@@ -364,9 +366,25 @@ def mosaic(features: Float[Array, "b n d"], grid: tuple[int, ...]) -> Float[Arra
     return unpatchify(features, size, tile)[..., 0]
 
 
+def affine(image: Float[Array, "*size c"], key: Array, *, translation: float, scaling: float) -> Array:
+    """Moved by U(-translation, translation) of each edge and scaled by U(1 - scaling, 1 + scaling) about the middle,
+    linear between pixels, 0 outside."""
+    size = image.shape[:-1]
+    u, n, axes = jax.random.uniform(key, (1 + len(size),), minval=-1), np.array(size, np.float32), range(len(size))
+    scale = jnp.full(len(size), 1 + scaling * u[0])
+    move = translation * u[1:] * n + (1 - scale) * n / 2
+    return jax.image.scale_and_translate(image, image.shape, tuple(axes), scale, move, "linear", antialias=False)
+
+
 def adam(section: ConfigDict) -> optax.GradientTransformation:
     """Adam as a stage's section has it."""
     return optax.adam(section.lr, b1=section.betas[0], b2=section.betas[1])
+
+
+def decayed_adam(section: ConfigDict, lr: float | Array) -> optax.GradientTransformation:
+    """Adam of epsilon 1e-7 with weight decay as a part of the gradient (PyTorch's)."""
+    adam = optax.adam(lr, b1=section.betas[0], b2=section.betas[1], eps=1e-7)
+    return optax.chain(optax.add_decayed_weights(section.decay), adam)
 
 
 def gathered(values: PyTree, axis_name: str | None) -> PyTree:
@@ -705,29 +723,15 @@ def official(config: ConfigDict) -> Variant:
     def pictures(results: Results, image: Array) -> dict[str, Array]:
         return {"reconstruction by the teacher": made_by(chosen(results["joint"]), image, 1)}
 
-    def augment(image: Float[Array, "*size c"], key: Array) -> Float[Array, "*size c"]:
-        """Moved by U(-translation, translation) of each edge and scaled by U(1 - scaling, 1 + scaling) about the
-        middle, linear between pixels, 0 outside."""
-        n, u = np.array(image.shape[:-1], np.float32), jax.random.uniform(key, (1 + len(size),), minval=-1)
-        scale = jnp.full(len(size), 1 + joint.scaling * u[0])
-        move = joint.translation * u[1:] * n + (1 - scale) * n / 2
-        axes = tuple(range(len(size)))
-        return jax.image.scale_and_translate(image, image.shape, axes, scale, move, "linear", antialias=False)
-
     def rate(step: Array, steps: int) -> Array:
         """Cosine from `lr` to `lr_least` in a share `cosine` of the steps, and back again (PyTorch's)."""
         return joint.lr_least + (joint.lr - joint.lr_least) * (1 + jnp.cos(jnp.pi * step / (joint.cosine * steps))) / 2
-
-    def generator_adam(lr: float | Array) -> optax.GradientTransformation:
-        """Adam with weight decay as a part of the gradient (PyTorch's)."""
-        adam = optax.adam(lr, b1=joint.betas[0], b2=joint.betas[1], eps=1e-7)
-        return optax.chain(optax.add_decayed_weights(joint.decay), adam)
 
     def joint_init(key, results, n):
         parts = {"network": net_init(jax.random.fold_in(key, 0)), "discriminator": dis_init(jax.random.fold_in(key, 1))}
         params, stats = ({name: part[i] for name, part in parts.items()} for i in range(2))
         opt = {
-            "network": generator_adam(0.0).init(params["network"]),
+            "network": decayed_adam(joint, 0.0).init(params["network"]),
             "discriminator": adam(joint).init(params["discriminator"]),
         }
         state = State(params, opt, stats, {}, jnp.int32(0))
@@ -737,6 +741,7 @@ def official(config: ConfigDict) -> Variant:
         """D at every step, the network at every `critic`-th; each by its own losses."""
         view, shortcut = jnp.moveaxis(jax.vmap(jax.random.split)(sample_keys(key, batch["index"])), 1, 0)
         moved = joint.translation or joint.scaling
+        augment = partial(affine, translation=joint.translation, scaling=joint.scaling)
         x = seen(jax.vmap(augment)(batch["image"], view) if moved else batch["image"])
 
         def forward(params):
@@ -772,7 +777,7 @@ def official(config: ConfigDict) -> Variant:
 
         def learn() -> tuple[PyTree, PyTree]:
             grads = averaged(pull(cotangents)[0], axis_name)
-            of = generator_adam(rate(state.step, steps))
+            of = decayed_adam(joint, rate(state.step, steps))
             updates, opt = of.update(grads, state.opt["network"], state.params["network"])
             return optax.apply_updates(state.params["network"], updates), opt
 

@@ -3,6 +3,7 @@
     python -m benchmarks.cpu                 # ten minutes on two idle cores
     python -m benchmarks.cpu --cores 1       # where others use the machine: compare the CPU seconds
     python -m benchmarks.cpu --only composites
+    python -m benchmarks.cpu --small         # the small recipes in place of the first three: to try it, no goals
 
 - vit_s: a training step of ViT-S/16 with the 512 x 8 decoder, batch 16, against `transformers`' masked autoencoder
   (throughput.py): scaled_dot_product_attention and the faster AdamW; eager, and by torch.compile.
@@ -59,12 +60,12 @@ def between(case: str, out: dict[str, Any], against: str, key: str) -> list[list
     return [*rows, [case, "step", *whole, "100%", ""]]
 
 
-def trained(case: str, rounds: int, compiled: bool) -> tuple[dict[str, Any], str, list[list[Any]]]:
+def trained(case: str, rounds: int, compiled: bool, small: bool) -> tuple[dict[str, Any], str, list[list[Any]]]:
     """(contestants, the fastest form of PyTorch, rows of ratios) of a training step and its parts."""
     from benchmarks import throughput, volume
 
     if case == "vit_s":
-        size = throughput.SIZES["vit_s"]
+        size = throughput.SIZES["small" if small else "vit_s"]
         own, batch = "benchmarks.throughput:", size["batch"]
         contestants = {"jmae": (own + "jmae_step", size), "tuned": (own + "torch_step", size)}
         if compiled:
@@ -72,10 +73,11 @@ def trained(case: str, rounds: int, compiled: bool) -> tuple[dict[str, Any], str
         network = {k: size[k] for k in ("width", "depth", "heads", "decoder")}
         network |= {"size": (size["image"],) * 2, "patch": (size["patch"],) * 2, "ratio": throughput.RATIO}
     else:
-        network, batch = volume.settings("paper")[1]["network"], 1
+        preset, batch = ("small", 16) if small else ("paper", 1)
+        network = volume.settings(preset)[1]["network"]
         theirs = {"network": network, "batch": batch, "device": "cpu", "compiled": False}
         contestants = {
-            "jmae": ("benchmarks.volume:jmae_train", {"size": "paper", "batch": batch}),
+            "jmae": ("benchmarks.volume:jmae_train", {"size": preset, "batch": batch}),
             "official": ("benchmarks.volume:torch_train", theirs | {"tuned": False}),
             "tuned": ("benchmarks.volume:torch_train", theirs | {"tuned": True}),
         }
@@ -88,17 +90,17 @@ def trained(case: str, rounds: int, compiled: bool) -> tuple[dict[str, Any], str
     return out, best, [without_goal(r) if r[1] == "official" else r for r in rows]
 
 
-def windows(number: int, rounds: int) -> tuple[dict[str, Any], list[list[Any]]]:
-    """So many windows of the paper's size, each with one mask."""
+def windows(size: str, number: int, rounds: int) -> tuple[dict[str, Any], list[list[Any]]]:
+    """So many windows, each with one mask."""
     from benchmarks import volume
 
-    _, told = volume.settings("paper", number)
+    _, told = volume.settings(size, number)
     with tempfile.TemporaryDirectory() as folder:
         weights = f"{folder}/weights.npz"
         volume.random_weights(Path(weights), told["network"])
-        agreed = volume.agreement("paper", number, weights, "cpu")
+        agreed = volume.agreement(size, number, weights, "cpu")
         theirs = {"told": told, "weights": weights, "sweeps": 1, "device": "cpu"}
-        ours = {"size": "paper", "windows": number, "weights": weights, "number": number}
+        ours = {"size": size, "windows": number, "weights": weights, "number": number}
         contestants = {
             "jmae": ("benchmarks.volume:jmae_volume", ours),
             "official": ("benchmarks.volume:torch_volume", theirs | {"fused": False}),
@@ -116,17 +118,18 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=tuple(GOALS), default=tuple(GOALS))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--windows", type=int, default=4)
+    parser.add_argument("--small", action="store_true")
     parser.add_argument("--compile", action="store_true", help="PyTorch by torch.compile, too: minutes more")
     parser.add_argument("--cores", type=int, help="use only so many; default all")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
-    cores = use_cores(options.cores)
+    cores = use_cores(options.cores) + ", small" * options.small
     os.environ["JAX_PLATFORMS"] = "cpu"
     key = "cpu_median_s" if options.cores == 1 else "median_s"  # of "between": unlike wall, not the neighbours' too
     gaps: list[list[Any]] = []
     for case in options.only:
         if case == "windows":
-            out, rows = windows(options.windows, options.rounds)
+            out, rows = windows("small" if options.small else "paper", options.windows, options.rounds)
         elif case == "composites":
             from benchmarks import anomalies
 
@@ -138,8 +141,9 @@ def main() -> None:
                     one = {"median_s": out[name]["median_s"] / out[name].get("composites", 1)}
                     rows.append(row(case, f"{peer}; {name}", out[peer], one, each))
         else:
-            out, best, rows = trained(case, options.rounds, options.compile)
+            out, best, rows = trained(case, options.rounds, options.compile, options.small)
             gaps += between(case, out, best, key)
+        rows = [without_goal(r) for r in rows] if options.small and case != "composites" else rows
         print(table(HEAD, [tuple(r) for r in rows]), flush=True)
         write(options.out, case + cores, {"contestants": out, "table": [HEAD, rows]})
     if gaps:

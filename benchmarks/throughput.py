@@ -469,6 +469,9 @@ def main() -> None:
     parser.add_argument("--cores", type=int, help="use only so many; default all")
     arguments = parser.parse_args()
     cores = use_cores(arguments.cores)
+    known = STEPS if arguments.systems else ("small", "small, 4 seeds", "vit_s", "attention")
+    if unknown := [case for case in arguments.only or () if case not in known]:
+        parser.error(f"--only {unknown[0]}: one of {'; '.join(known)}")
     if arguments.systems:
         return all_systems(arguments, cores)
     rounds, rows = max(arguments.rounds, 5), []

@@ -86,7 +86,7 @@ def use_cores(number: int | None) -> str:
     """Lets this process and those that it starts use so many cores; the words for a case's name. None: all."""
     if not number:
         return ""
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-number:])
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:number])  # inherited
     os.environ["OMP_NUM_THREADS"] = str(number)
     return f", cores {number}"
 

@@ -169,6 +169,12 @@ def environment(case: dict[str, Any]) -> str:
     return f"{', '.join(words)}; {', '.join(f'{name} {version}' for name, version in versions.items())}"
 
 
+def part_of(command: str, parts: list[Part]) -> Part | None:
+    """The part whose words are all in a command; of several the longest."""
+    fits = [part for part in parts if set(part.command.split()) <= set(command.split())]
+    return max(fits, key=lambda part: len(part.command.split()), default=None)
+
+
 def page(results: Path) -> str:
     """benchmarks/results.md of the JSON files in a folder."""
     machines: list[str] = []
@@ -194,12 +200,9 @@ def page(results: Path) -> str:
     for script in SCRIPTS:
         file = results / f"{script}.json"
         cases = read(file) if file.is_file() else {}
-        ran = [case["command"] + " " for case in cases.values()]
-        missing = [
-            f"`{p.command}`"
-            for p in PARTS
-            if p.script == script and not any(c.startswith(p.command + " ") for c in ran)
-        ]
+        own = [part for part in PARTS if part.script == script]
+        ran = {part_of(case["command"], own) for case in cases.values()}
+        missing = [f"`{part.command}`" for part in own if part not in ran]
         section(script, summary(script), cases, missing)
     for script in GPU:
         file = results / f"{script}_gpu.json"

@@ -36,6 +36,14 @@ def test_a_case_stands_on_the_page_with_command_date_machine_and_load(tmp_path):
     assert "not run: `python -m benchmarks.parity`" in text
 
 
+def test_a_run_with_more_options_counts_as_that_part_alone(tmp_path):
+    case = {"command": "python -m benchmarks.throughput --systems small --cores 1", **ABOUT, "value": 1.5}
+    (tmp_path / "throughput.json").write_text(json.dumps({"amae": case}))
+    text = page(tmp_path)
+    assert "not run: `python -m benchmarks.throughput --systems small`" not in text
+    assert "not run: `python -m benchmarks.throughput`" in text
+
+
 def test_another_part_of_the_same_script_is_not_run(tmp_path):
     case = {"command": "python -m benchmarks.memmc steps --batch 8", **ABOUT, "value": 1.5}
     (tmp_path / "memmc.json").write_text(json.dumps({"steps": case}))

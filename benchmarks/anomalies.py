@@ -116,33 +116,76 @@ def agreement() -> float:
     return float(np.abs(np.asarray(ours(batch=1, deviation=True)[0]()[0])[0, ..., 0] - reference).max())
 
 
-def step(*, part: str, side: int, batch: int, variant: str = "paper") -> Prepared:
-    """A training step of the recipe `paper` with its U-Net, or its composites alone."""
+def only_composites(*, side: int, batch: int, variant: str = "paper") -> Prepared:
+    """The composites of a training step of the recipe `paper`, draws included."""
     import jax
     import jax.numpy as jnp
 
-    from jmae import recipe
     from jmae.anomalies.interpolation import ppii
-    from jmae.system import load_system
 
-    changes = [f"--config.data.size={side},{side}", f"--config.train.batch={batch}", f"--config.variant={variant}"]
-    config, _ = recipe.parse(["--config=configs/ppii.py:paper", *changes], "")
     image = jnp.asarray(np.resize(images(2)[:, :side, :side], (batch, side, side)))[..., None]
-    index = jnp.arange(batch)
-    if part == "composites":
-        make = jax.jit(jax.vmap(partial(ppii, preset=variant), (0, None, 0, 0)))
-        keys = jax.random.split(jax.random.key(0), batch)
-        return lambda: jax.block_until_ready(make(image, image, keys, index)), {"images": batch}
-    stage = load_system(config).stages[0]
-    state = jax.jit(lambda key: stage.init(key, {}, batch))(jax.random.key(0))
-    run = jax.jit(partial(stage.step, steps=100), donate_argnums=0)
-    held = [state]
+    make = jax.jit(jax.vmap(partial(ppii, preset=variant), (0, None, 0, 0)))
+    keys = jax.random.split(jax.random.key(0), batch)
+    return lambda: jax.block_until_ready(make(image, image, keys, jnp.arange(batch))), {"images": batch}
 
-    def once() -> None:
-        held[0], _ = run(held[0], {"image": image, "index": index}, jax.random.key(1))
-        jax.block_until_ready(held[0])
 
-    return once, {"images": batch}
+def unet(*, size: tuple[int, int], channels: int, widths: tuple[int, ...], head: int, fused: bool = False) -> Any:
+    """The paper's U-Net (baumgach/PHiSeg-code, `det_unet2D`) written plainly; a call gives the loss of images against
+    a drawn target. `fused`: channels last."""
+    import torch
+    from torch import nn
+    from torch.nn import functional as F
+
+    def convs(i: int, o: int, k: int = 3) -> nn.Sequential:
+        layers: list[nn.Module] = []
+        for a in (i, o, o):
+            layers += [nn.Conv2d(a, o, k, padding=k // 2, bias=False), nn.BatchNorm2d(o, 1e-3, 0.01), nn.ReLU()]
+        return nn.Sequential(*layers)
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            below = (*widths[1:], widths[-1])
+            self.down = nn.ModuleList(convs(a, b) for a, b in zip((channels, *widths), widths, strict=False))
+            triples = zip(widths[:-1], below[1:], widths[1:], strict=True)
+            self.up = nn.ModuleList(convs(a + b, c) for a, b, c in triples)
+            self.head, self.out = convs(below[0], head, 1), nn.Conv2d(head, 2, 1)
+
+        def forward(self, image: Any) -> Any:
+            x, skips = image.to(memory_format=torch.channels_last) if fused else image, []
+            for k, level in enumerate(self.down):
+                x = level(F.avg_pool2d(x, 2) if k else x)
+                skips.append(x)
+            for level, skip in zip(reversed(self.up), skips[-2::-1], strict=True):
+                x = level(torch.cat([F.interpolate(x, scale_factor=2, mode="bilinear"), skip], 1))
+            logits = self.out(self.head(x)).float()
+            target = image[:, 0]
+            return F.cross_entropy(logits, torch.stack([1 - target, target], 1))
+
+    return Model().to(memory_format=torch.channels_last) if fused else Model()
+
+
+def composites(rounds: int) -> dict[str, Any]:
+    """Times all contestants and prints; "pie_torch_over": the ratios of pie-torch's time a composite to theirs."""
+    contestants = {
+        "pie-torch": ("benchmarks.anomalies:pie_torch", {}),
+        "jmae, deviation": ("benchmarks.anomalies:ours", {"batch": 1, "deviation": True}),
+        "jmae": ("benchmarks.anomalies:ours", {"batch": 1, "deviation": False}),
+        "jmae, batch of 8": ("benchmarks.anomalies:ours", {"batch": 8, "deviation": False}),
+        "25 blends, pie-torch": ("benchmarks.anomalies:blends", {"way": "pie-torch"}),
+        "25 blends, jmae": ("benchmarks.anomalies:blends", {"way": "jmae"}),
+    }
+    out = interleaved(contestants, rounds=rounds)
+    speeds = {n: ratio(out["25 blends, pie-torch" if "blends" in n else "pie-torch"], out[n]) for n in contestants}
+    times = {n: {key: x * out[n].get("composites", 1) for key, x in speeds[n].items()} for n in contestants}
+    difference = agreement()
+    rows = [
+        (n, out[n]["median_s"], out[n].get("composites", 1) / out[n]["median_s"], times[n]["median"])
+        for n in contestants
+    ]
+    print(table(("contestant", "median s", "a second", "x pie-torch"), rows))
+    print(f"largest difference of the composites {difference:.1e}")
+    return {**out, "pie_torch_over": times, "largest_difference": difference}
 
 
 def main() -> None:
@@ -154,32 +197,20 @@ def main() -> None:
     arguments = parser.parse_args()
     file = Path(__file__).parent / "results" / "anomalies.json"
     if arguments.step:
-        size = {"side": arguments.side, "batch": arguments.batch}
-        names = ("step", "composites")
-        out = interleaved(
-            {name: ("benchmarks.anomalies:step", {"part": name, **size}) for name in names}, rounds=arguments.rounds
-        )
+        changes, names = {"data.size": f"{arguments.side},{arguments.side}"}, ("step", "composites")
+        given = {"recipe": "ppii.py:paper", "batch": arguments.batch, "changes": changes}
+        alone = {"side": arguments.side, "batch": arguments.batch}
+        pair = {
+            "step": ("benchmarks.throughput:jmae_stage", given),
+            "composites": ("benchmarks.anomalies:only_composites", alone),
+        }
+        out = interleaved(pair, rounds=arguments.rounds)
         share = ratio(out["composites"], out["step"])
         write(file, f"step {arguments.side}, batch {arguments.batch}", {**out, "share_of_step": share})
         print(table(("part", "median s", "MiB"), [(n, out[n]["median_s"], out[n]["peak_mib"]) for n in names]))
         print(f"composites take {share['median']:.1%} of the step, draws included")
         return
-    contestants = {
-        "pie-torch": ("benchmarks.anomalies:pie_torch", {}),
-        "jmae, deviation": ("benchmarks.anomalies:ours", {"batch": 1, "deviation": True}),
-        "jmae": ("benchmarks.anomalies:ours", {"batch": 1, "deviation": False}),
-        "jmae, batch of 8": ("benchmarks.anomalies:ours", {"batch": 8, "deviation": False}),
-        "25 blends, pie-torch": ("benchmarks.anomalies:blends", {"way": "pie-torch"}),
-        "25 blends, jmae": ("benchmarks.anomalies:blends", {"way": "jmae"}),
-    }
-    out = interleaved(contestants, rounds=arguments.rounds)
-    speeds = {n: ratio(out["25 blends, pie-torch" if "blends" in n else "pie-torch"], out[n]) for n in contestants}
-    times = {n: speeds[n]["median"] * out[n].get("composites", 1) for n in contestants}
-    difference = agreement()
-    write(file, "composites", {**out, "pie_torch_over": times, "largest_difference": difference})
-    rows = [(n, out[n]["median_s"], out[n].get("composites", 1) / out[n]["median_s"], times[n]) for n in contestants]
-    print(table(("contestant", "median s", "a second", "x pie-torch"), rows))
-    print(f"largest difference of the composites {difference:.1e}")
+    write(file, "composites", composites(arguments.rounds))
 
 
 if __name__ == "__main__":

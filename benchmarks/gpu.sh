@@ -2,7 +2,8 @@
 # Builds, checks and times on a bare machine with one NVIDIA GPU, in at most LIMIT seconds (590).
 # Not run: written without a GPU at hand. Its programs were run on a CPU, at small sizes.
 #
-#     bash benchmarks/gpu.sh                  # all parts: check infer train largest masks anomalies memmc
+#     bash benchmarks/gpu.sh                  # all parts, in this order: check infer train (MAEMI), amae memmc_mae ppii
+#                                             # simsid (their steps), largest masks anomalies memmc
 #     bash benchmarks/gpu.sh largest masks    # some, as those that the time did not suffice for
 #
 # A part that fails is said at the end and the others go on. Tables: NAME_gpu.json in $OUT, else in benchmarks/results,
@@ -10,7 +11,7 @@
 # jax and torch for the GPU; else python3 where it has, else build/gpu, a virtual environment that is made.
 set -u
 root=$(cd "$(dirname "$0")/.." && pwd)
-limit=${LIMIT:-590} to=${OUT:-$root/benchmarks/results} wanted=${*:-check infer train largest masks anomalies memmc}
+limit=${LIMIT:-590} to=${OUT:-$root/benchmarks/results} wanted=${*:-check infer train amae memmc_mae ppii simsid largest masks anomalies memmc}
 venv=$root/build/gpu said=() failed=0
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 export XLA_PYTHON_CLIENT_PREALLOCATE=false # contestants share the GPU
@@ -27,7 +28,7 @@ scratch=$(mktemp -d)
 mkdir "$scratch/tests"
 cp -r "$root/benchmarks" "$root/configs" "$scratch" && cp -r "$root/tests/golden" "$scratch/tests"
 rm -f "$scratch"/benchmarks/results/*
-for name in volume masks anomalies memmc; do
+for name in volume throughput masks anomalies memmc; do
     [ ! -f "$to/${name}_gpu.json" ] || cp "$to/${name}_gpu.json" "$scratch/benchmarks/results/$name.json"
 done
 keep() {
@@ -79,6 +80,11 @@ echo "built after $SECONDS s: $(command -v "$python")"
 part check "$python" -m benchmarks.volume check
 part infer "$python" -m benchmarks.volume infer --sweeps "${SWEEPS:-1}"
 part train "$python" -m benchmarks.volume train --batch 6
+for system in amae memmc_mae ppii simsid; do
+    steps=("$system")
+    [ "$system" != simsid ] || steps=("simsid teacher" "simsid student")
+    part "$system" "$python" -m benchmarks.throughput --systems paper --rounds 5 --only "${steps[@]}"
+done
 part largest "$python" -m benchmarks.volume train --batch 0
 part masks "$python" -m benchmarks.masks --rounds 3
 part anomalies "$python" -m benchmarks.anomalies --step

@@ -72,27 +72,73 @@ def recipe(changes: dict[str, Any], preset: str = "paper") -> Any:
     return parse([f"--config=configs/memmc_mae.py:{preset}", *(f"--config.{k}={v}" for k, v in changes.items())], "")[0]
 
 
-def step(*, changes: dict[str, Any], batch: int, preset: str) -> Prepared:
-    """One training step on a batch that is there already."""
-    import jax
+def official(*, memory: int, fused: bool = False, **network: Any) -> Any:
+    """MemMC-MAE written plainly on the official MAE's blocks, by the decisions of the recipe `paper` (gates a channel,
+    norm by the root of the levels, long skips); a call gives the loss of images."""
+    import torch
+    from torch import nn
 
-    from jmae.system import load_system, stage_keys
-    from jmae.train import compiled_step
+    from benchmarks.volume import attend
+    from benchmarks.volume import official as plain
 
-    config = recipe(changes | {"data.crop_scale": ""}, preset)
-    stage, key = load_system(config).stages[0], stage_keys(config, 0)
-    state = jax.jit(lambda key: stage.init(key, {}, batch))(key)
-    program = compiled_step(stage.step, 1000, 1)
-    rng = np.random.default_rng(0)
-    image = rng.uniform(size=(batch, *config.data.size, config.data.channels)).astype(np.float32)
-    some = jax.device_put({"image": image, "index": np.arange(batch), "case": np.zeros((batch, 2), np.uint32)})
-    box = [state]
+    base = plain(**network, fused=fused)
+    width, depth, (d, _, heads) = network["width"], network["depth"], network["decoder"]
+    split = lambda x, h: x.reshape(len(x), x.shape[1], h, -1).transpose(1, 2)
+    norm = lambda d: nn.LayerNorm(d, eps=1e-6)
 
-    def run() -> None:
-        box[0], metrics = program(box[0], some, key, None)
-        jax.block_until_ready((box[0], metrics))
+    class Memory(nn.Module):
+        def __init__(self, attention: nn.Module):
+            super().__init__()
+            self.qkv, self.proj, self.heads = attention.qkv, attention.proj, attention.heads
+            self.k, self.v = (nn.Parameter(torch.randn(1, memory, width) / memory) for _ in range(2))
 
-    return run, {"batch": batch, "multiply_adds": multiply_adds(config)}
+        def forward(self, x: Any) -> Any:
+            q, k, v = self.qkv(x).chunk(3, -1)
+            k, v = (torch.cat([a, s.expand(len(x), -1, -1)], 1) for a, s in ((k, self.k), (v, self.v)))
+            out = attend(*(split(a, self.heads) for a in (q, k, v)), fused)
+            return self.proj(out.transpose(1, 2).flatten(2))
+
+    class MultiLevel(nn.Module):
+        def __init__(self, block: nn.Module):
+            super().__init__()
+            self.block, self.norm, self.level_norm = block, norm(d), norm(width)
+            self.query, self.key_value, self.out = nn.Linear(d, d), nn.Linear(width, 2 * d), nn.Linear(d, d)
+            self.gates = nn.ModuleList(nn.Linear(2 * d, d) for _ in range(depth))
+
+        def forward(self, y: Any, levels: list[Any]) -> Any:
+            s = y + self.block.attn(self.block.norm1(y))
+            q, mixed = split(self.query(self.norm(s)), heads), torch.zeros_like(s)
+            for gate, level in zip(self.gates, levels, strict=True):
+                k, v = (split(a, heads) for a in self.key_value(self.level_norm(level)).chunk(2, -1))
+                c = self.out(attend(q, k, v, fused).transpose(1, 2).flatten(2))
+                mixed = mixed + torch.sigmoid(gate(torch.cat([s, c], -1))) * c
+            s = s + mixed * depth**-0.5
+            return s + self.block.mlp(self.block.norm2(s))
+
+    def through(blocks: nn.ModuleList, x: Any, *seen: Any) -> list[Any]:
+        """The outputs of all blocks, with long skips."""
+        outputs: list[Any] = []
+        for k, block in enumerate(blocks):
+            x = x + outputs[len(blocks) - 1 - k] if k >= len(blocks) - (len(blocks) - 1) // 2 else x
+            x = block(x, *seen)
+            outputs.append(x)
+        return outputs
+
+    class Model(type(base)):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            for block in self.blocks:
+                block.attn = Memory(block.attn)
+            self.decoder_blocks = nn.ModuleList(MultiLevel(block) for block in self.decoder_blocks)
+
+        def encoded(self, x: Any) -> tuple[Any, Any]:
+            levels = through(self.blocks, x)
+            return self.norm(levels[-1]), levels
+
+        def decoded(self, x: Any, seen: Any) -> Any:
+            return self.decoder_norm(through(self.decoder_blocks, x, seen)[-1])
+
+    return Model()
 
 
 def score(*, fused: bool, batch: int, preset: str) -> Prepared:
@@ -126,16 +172,20 @@ def score(*, fused: bool, batch: int, preset: str) -> Prepared:
 
 def steps(preset: str, batch: int, rounds: int) -> None:
     given = {
-        name: ("benchmarks.memmc:step", {"changes": changes, "batch": batch, "preset": preset})
+        name: (
+            "benchmarks.throughput:jmae_stage",
+            {"recipe": f"memmc_mae.py:{preset}", "batch": batch, "changes": changes | {"data.crop_scale": ""}},
+        )
         for name, changes in VARIANTS.items()
     }
+    counts = {name: multiply_adds(recipe(changes, preset)) for name, changes in VARIANTS.items()}
     out, rows = interleaved(given, rounds=rounds, warmup=1), []
     plain = out["MAE"]
     for name, one in out.items():
-        counted = sum(one["multiply_adds"]) / sum(plain["multiply_adds"])
+        counted = sum(counts[name]) / sum(counts["MAE"])
         measured = ratio(one, plain)["median"]
         rows.append((name, one["median_s"], measured, counted, measured / counted, one["peak_mib"]))
-        one |= {"over_plain": measured, "counted": counted}
+        one |= {"over_plain": measured, "counted": counted, "multiply_adds": counts[name]}
     write(RESULTS, f"steps, {preset}, batch {batch}", out)
     if preset == "paper":
         hours = 2000 * 13_794 / batch * out["memory, decoder (channel)"]["median_s"] / 3600

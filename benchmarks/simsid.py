@@ -54,8 +54,8 @@ def settings(paper: bool) -> Any:
     return recipe.load("configs/simsid.py:paper" if paper else "configs/simsid.py")
 
 
-def jmae_run(what: str, paper: bool) -> Prepared:
-    """jmae's teacher step, student step or score of a batch, on weights as drawn."""
+def jmae_score(*, paper: bool) -> Prepared:
+    """jmae's scores of a batch, on weights as drawn."""
     import jax
     import numpy as np
 
@@ -64,38 +64,28 @@ def jmae_run(what: str, paper: bool) -> Prepared:
     config = settings(paper)
     system, results, key, n = load_system(config), {}, jax.random.key(0), config.teacher.batch
     image = np.random.default_rng(0).uniform(size=(n, *config.data.size, config.data.channels)).astype(np.float32)
-    batch = {"image": image, "index": np.arange(n, dtype=np.int32), "case": np.zeros((n, 2), np.uint32)}
-    batch = jax.device_put(batch)
+    batch = jax.device_put({"image": image, "case": np.zeros((n, 2), np.uint32)})
     for stage in system.stages:
         state = jax.jit(lambda key, results, stage=stage: stage.init(key, results, n))(key, results)
         results[stage.name] = {"params": state.params, "stats": state.stats}
-        if stage.name == what:
-            break
     start = time.perf_counter()
-    if what == "score":
-        asked = lambda out: {name: out[name] for name in ("maps", "scores", "reconstruction")}  # no report's pictures
-        score = jax.jit(lambda results, batch: asked(system.score(results, batch, key)))
-        compiled = score.lower(results, batch).compile()
-        run = lambda: jax.block_until_ready(compiled(results, batch))
-    else:
-        step = lambda state, batch, key: stage.step(state, batch, jax.random.fold_in(key, state.step), steps=1000)
-        state = jax.tree.map(jax.numpy.copy, state)
-        compiled = jax.jit(step, donate_argnums=0).lower(state, batch, key).compile()
-
-        def run() -> None:
-            nonlocal state
-            state, metrics = compiled(state, batch, key)
-            jax.block_until_ready((state, metrics))
-
-    return run, {"compile_s": time.perf_counter() - start}
+    asked = lambda out: {name: out[name] for name in ("maps", "scores", "reconstruction")}  # no report's pictures
+    score = jax.jit(lambda results, batch: asked(system.score(results, batch, key)))
+    compiled = score.lower(results, batch).compile()
+    return lambda: jax.block_until_ready(compiled(results, batch)), {"compile_s": time.perf_counter() - start}
 
 
-def torch_run(what: str, paper: bool, looped: bool) -> Prepared:
-    """The same in PyTorch, eagerly; with `looped` patches and positions one by one."""
+def torch_run(*, what: str, paper: bool, looped: bool, device: str = "cpu") -> Prepared:
+    """A teacher step, a student step or a score in PyTorch, eagerly, with `looped` patches and positions one by one;
+    without, on a GPU, in bfloat16."""
     import torch
     from torch import nn
     from torch.nn import functional as F
+    from torch.utils.flop_counter import FlopCounterMode
 
+    from benchmarks.volume import torch_facts
+
+    torch.set_default_device(device)
     torch.manual_seed(0)
     config = settings(paper)
     model, memory, b = config.model, config.memory, config.teacher.batch
@@ -184,7 +174,7 @@ def torch_run(what: str, paper: bool, looped: bool) -> Prepared:
     for net in (enc, teacher, student, inpainting, judge):
         net.train(net in trained)
     parameters = [p for net in trained for p in net.parameters()]
-    adam = torch.optim.Adam(parameters, 1e-4, (0.5, 0.999)) if parameters else None
+    adam = torch.optim.Adam(parameters, 1e-4, (0.5, 0.999), fused=not looped) if parameters else None
 
     def loss() -> torch.Tensor:
         if what == "teacher":
@@ -206,20 +196,38 @@ def torch_run(what: str, paper: bool, looped: bool) -> Prepared:
         loss().backward()
         adam.step()
 
-    return (score if what == "score" else step), {}
+    def run() -> None:
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda" and not looped):
+            (score if what == "score" else step)()
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    run()
+    facts = {"batch": b, "parameters": sum(p.numel() for p in parameters)}
+    if looped:
+        with FlopCounterMode(display=False) as counter:
+            run()
+        facts["counted_flops"] = counter.get_total_flops()
+    return run, facts | torch_facts(device)
+
+
+def contestants(what: str, paper: bool, device: str = "cpu") -> dict[str, tuple[str, dict[str, Any]]]:
+    """jmae, and PyTorch with loops and as a batch."""
+    given = {"what": what, "paper": paper, "device": device}
+    ours: dict[str, Any] = {"recipe": f"simsid.py:{'paper' if paper else 'phantom'}", "stage": what}
+    score = ("benchmarks.simsid:jmae_score", {"paper": paper})
+    return {
+        "jmae": score if what == "score" else ("benchmarks.throughput:jmae_stage", ours),
+        "PyTorch, loops": ("benchmarks.simsid:torch_run", given | {"looped": True}),
+        "PyTorch, batch": ("benchmarks.simsid:torch_run", given | {"looped": False}),
+    }
 
 
 def speed(paper: bool, rounds: int) -> None:
     """Prints and writes milliseconds and ratios."""
     for what in ("teacher", "student", "score"):
-        given = {"what": what, "paper": paper}
-        contestants = {
-            "jmae": ("benchmarks.simsid:jmae_run", given),
-            "PyTorch, loops": ("benchmarks.simsid:torch_run", given | {"looped": True}),
-            "PyTorch, batch": ("benchmarks.simsid:torch_run", given | {"looped": False}),
-        }
-        results: dict[str, Any] = interleaved(contestants, rounds=rounds)
-        ratios = {name: ratio(results[name], results["jmae"]) for name in contestants if name != "jmae"}
+        results: dict[str, Any] = interleaved(contestants(what, paper), rounds=rounds)
+        ratios = {name: ratio(results[name], results["jmae"]) for name in results if name != "jmae"}
         lines = [
             (
                 what,

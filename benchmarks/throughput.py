@@ -5,19 +5,30 @@ Same sizes, batch, mask ratio, float32, AdamW, on the same processor in the same
     python -m benchmarks.throughput            # ViT-S/16, the small CPU recipe, four seeds at once, attention
     python -m benchmarks.throughput --small    # the small ones only
     python -m benchmarks.throughput --cores 1  # compares CPU seconds where others use the machine, too
+    python -m benchmarks.throughput --systems small    # steps of all five systems, at the sizes of their small recipes
+    python -m benchmarks.throughput --systems paper    # and of the papers, at the batch that this device bears
 
 Each contestant has a process of its own and all of them take turns (benchmarks/timing.py). A step is forward,
 backward and update on a batch that is there already, with fresh random masks; compile time stands apart. PyTorch
 runs eagerly, with its default scaled-dot-product attention and the faster of its fused and foreach AdamW.
+
+--systems: jmae's step as `jmae.train` runs it, augmentation and synthetic anomalies included, against networks of the
+same size in PyTorch on the same device, on images that are there already, without either: "official" is written plainly
+(attention step by step, SimSID's patches in loops; on a GPU float16 with loss scaling for the masked autoencoders, as
+published, else float32), "tuned" has fused attention and AdamW, channels last for the U-Net, SimSID's patches as a
+batch, and on a GPU bfloat16 and torch.compile (not for SimSID; on a CPU by --compile). AMAE: the step of modules A and
+B. FLOPs of a step are those of the official form, forward and backward, by PyTorch's formulas for each operation
+(torch.utils.flop_counter); "share" is of the rate of a large matrix product in the same rounds.
 """
 
 import argparse
+import math
 import os
 import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.timing import Prepared, interleaved, ratio, table, write
+from benchmarks.timing import Prepared, interleaved, ratio, table, use_cores, write
 
 SIZES: dict[str, dict[str, Any]] = {
     "vit_s": dict(batch=16, image=224, patch=16, channels=3, width=384, depth=12, heads=6, decoder=(512, 8, 16)),
@@ -119,8 +130,9 @@ def torch_step(
     depth: int,
     heads: int,
     decoder: tuple[int, int, int],
+    compiled: bool = False,
 ) -> Prepared:
-    """One eager step of `transformers`' masked autoencoder."""
+    """One step of `transformers`' masked autoencoder, eager or by torch.compile."""
     import torch
     from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
@@ -142,13 +154,14 @@ def torch_step(
         )
     ).train()
     images = torch.randn(batch, channels, image, image)
+    forward = torch.compile(model, dynamic=False) if compiled else model
 
     def step(optimizer: torch.optim.Optimizer) -> None:
         optimizer.zero_grad(set_to_none=True)
-        model(pixel_values=images).loss.backward()
+        forward(pixel_values=images).loss.backward()
         optimizer.step()
 
-    seconds = {}
+    seconds, start = {}, time.perf_counter()
     for form in ("fused", "foreach"):
         optimizer = torch.optim.AdamW(model.parameters(), LR, betas=BETAS, weight_decay=DECAY, **{form: True})
         step(optimizer)
@@ -166,7 +179,7 @@ def torch_step(
         "threads": torch.get_num_threads(),
         "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
     }
-    return lambda: step(optimizer), facts
+    return lambda: step(optimizer), facts | ({"compile_s": time.perf_counter() - start} if compiled else {})
 
 
 def jmae_attention(*, shape: tuple[int, ...], gradient: bool) -> Prepared:
@@ -198,6 +211,88 @@ def torch_attention(*, shape: tuple[int, ...], gradient: bool) -> Prepared:
             torch.autograd.grad(out, (q, k, v), d_out)
 
     return run, {}
+
+
+# --- parts of a step: what its attention and its dense products take alone -------------------------------------------
+
+Layers = list[tuple[int, int, int, int, int]]  # blocks, samples, tokens, heads, head width
+
+
+def layers_of(network: dict[str, Any], batch: int) -> Layers:
+    """The encoder's and the decoder's blocks of a masked autoencoder, as `volume.official` takes it."""
+    n = math.prod(network["size"]) // math.prod(network["patch"])
+    width, heads, decoder = network["width"], network["heads"], network["decoder"]
+    return [
+        (network["depth"], batch, int(n * (1 - network["ratio"])) + 1, heads, width // heads),
+        (decoder[1], batch, n + 1, decoder[2], decoder[0] // decoder[2]),
+    ]
+
+
+def jmae_part(*, layers: Layers, what: str) -> Prepared:
+    """All blocks' attention ("attention") or dense products ("products"), forward and with gradients."""
+    import jax
+
+    from jmae.nn.attention import attention
+
+    programs = []
+    for blocks, b, n, h, d in layers:
+        normal = lambda *shape: jax.random.normal(jax.random.key(0), shape)
+        if what == "attention":
+            given = [normal(b, n, h, d)] * 4
+            run = jax.jit(lambda q, k, v, d_out: (attention(q, k, v), jax.vjp(attention, q, k, v)[1](d_out)))
+            programs.append((blocks, run.lower(*given).compile(), given))
+            continue
+        for i, o in products_of(h * d):
+            given = [normal(b * n, i), normal(i, o), normal(b * n, o)]
+            run = jax.jit(lambda x, w, d_out: (x @ w, d_out @ w.T, x.T @ d_out))
+            programs.append((blocks, run.lower(*given).compile(), given))
+
+    def once() -> None:
+        for blocks, program, given in programs:
+            for _ in range(blocks):
+                jax.block_until_ready(program(*given))
+
+    return once, {}
+
+
+def torch_part(*, layers: Layers, what: str) -> Prepared:
+    """The same by PyTorch."""
+    import torch
+
+    attend = torch.nn.functional.scaled_dot_product_attention
+
+    def once() -> None:
+        for blocks, given in programs:
+            for _ in range(blocks):
+                if what == "attention":
+                    torch.autograd.grad(attend(*given[:3]), given[:3], given[3])
+                else:
+                    x, w, d_out = given
+                    x @ w, d_out @ w.T, x.T @ d_out
+
+    programs: list[tuple[int, list[torch.Tensor]]] = []
+    for blocks, b, n, h, d in layers:
+        if what == "attention":
+            programs.append((blocks, [torch.randn(b, h, n, d, requires_grad=k < 3) for k in range(4)]))
+        else:
+            shapes = [((b * n, i), (i, o), (b * n, o)) for i, o in products_of(h * d)]
+            programs += [(blocks, [torch.randn(shape) for shape in three]) for three in shapes]
+    return once, {}
+
+
+def products_of(width: int) -> list[tuple[int, int]]:
+    """The dense layers of a block, (inputs, outputs)."""
+    return [(width, 3 * width), (width, width), (width, 4 * width), (4 * width, width)]
+
+
+def parts(network: dict[str, Any], batch: int) -> dict[str, tuple[str, dict[str, Any]]]:
+    """The contestants of a network's attention and products."""
+    layers, own = layers_of(network, batch), "benchmarks.throughput:"
+    names = ((who, what) for what in ("attention", "products") for who in ("jmae", "torch"))
+    return {f"{who} {what}": (f"{own}{who}_part", {"layers": layers, "what": what}) for who, what in names}
+
+
+# --- the cases ------------------------------------------------------------------------------------------------------
 
 
 def steps(name: str, rounds: int) -> dict[str, Any]:
@@ -240,17 +335,145 @@ def attentions(rounds: int) -> dict[str, Any]:
     return {"cases": results}
 
 
+# --- all systems ------------------------------------------------------------------------------------------------------
+
+STEPS = ("amae", "maemi", "memmc_mae", "ppii", "simsid teacher", "simsid student")
+BATCHES = {"amae": (4, 16), "maemi": (1, 6), "memmc_mae": (2, 64), "ppii": (2, 16)}  # paper's sizes: on a CPU, on a GPU
+
+
+def jmae_stage(*, recipe: str, stage: str = "train", batch: int = 0, changes: dict[str, Any] | None = None) -> Prepared:
+    """A stage's training step of a recipe (FILE:PRESET), compiled as `jmae.train` compiles it, on a batch that is there
+    already; the stages before it are as drawn."""
+    import jax
+    import numpy as np
+
+    from benchmarks.volume import ROOT, jmae_facts
+    from jmae.recipe import parse
+    from jmae.system import load_system, stage_keys
+    from jmae.train import compiled_step
+
+    given = [f"--config.{key}={value}" for key, value in (changes or {}).items()]
+    config, _ = parse([f"--config={ROOT / 'configs' / recipe}", *given], "")
+    results: dict[str, Any] = {}
+    stages = {one.name: (number, one) for number, one in enumerate(load_system(config).stages)}
+    for name, (number, one) in stages.items():
+        n, key = batch or one.batch, stage_keys(config, number)
+        state = jax.jit(lambda key, results, one=one, n=n: one.init(key, results, n))(key, results)
+        results[name] = {"params": state.params, "stats": state.stats}
+        if name == stage:
+            break
+    image = np.random.default_rng(0).uniform(size=(n, *config.data.size, config.data.channels)).astype(np.float32)
+    rows = {"image": image, "index": np.arange(n, dtype=np.int32), "case": np.zeros((n, 2), np.uint32)}
+    rows |= {name: np.stack([make(one) for one in image]) for name, make in stages[stage][1].host.items()}
+    rows, state = jax.device_put(rows), jax.tree.map(jax.numpy.copy, state)  # as it is donated
+    start = time.perf_counter()
+    compiled = compiled_step(stages[stage][1].step, 1000, 1).lower(state, rows, key, None).compile()
+    facts = {"batch": n, "compile_s": time.perf_counter() - start}
+    facts |= {"parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params))}
+
+    def run() -> None:
+        nonlocal state
+        state, metrics = compiled(state, rows, key, None)
+        jax.block_until_ready((state, metrics))
+
+    run()
+    return run, facts | jmae_facts()
+
+
+def contestants_of(step: str, size: str, device: str, compiled: bool) -> dict[str, tuple[str, dict[str, Any]]]:
+    """jmae's step of a system, and PyTorch's two."""
+    from benchmarks import simsid, volume
+    from jmae import recipe
+
+    if step.startswith("simsid"):
+        jmae, looped, tuned = simsid.contestants(step.split()[1], size == "paper", device).values()
+        return {"jmae": jmae, "official": looped, "tuned": tuned}
+    c = recipe.load(f"{volume.ROOT / 'configs' / step}.py:{size}")
+    batch = BATCHES[step][device == "cuda"] if size == "paper" else 0
+    if step == "maemi":
+        network, batch = volume.settings(size)[1]["network"], batch or 16
+        jmae: tuple[str, dict[str, Any]] = ("benchmarks.volume:jmae_train", {"size": size, "batch": batch})
+        build = {}
+    else:
+        stage = {"stage": "module_a"} if step == "amae" else {}
+        jmae = ("benchmarks.throughput:jmae_stage", {"recipe": f"{step}.py:{size}", "batch": batch, **stage})
+        network = {"size": tuple(c.data.size), "channels": c.model.get("channels", c.data.channels)}
+        if step == "ppii":
+            build = {"build": "benchmarks.anomalies:unet", "published": "float32"}
+            network |= {"widths": tuple(c.model.widths), "head": c.model.base}
+        else:
+            section, m = (c.adapt if step == "amae" else c.train), c.model
+            network |= {"patch": tuple(m.patch), "width": m.width, "depth": m.depth, "heads": m.heads}
+            network |= {"decoder": (m.decoder_width, m.decoder_depth, m.decoder_heads), "ratio": section.mask_ratio}
+            build = {"build": "benchmarks.memmc:official"} if step == "memmc_mae" else {}
+            network |= {"memory": m.memory} if step == "memmc_mae" else {}
+            batch = batch or section.batch
+            batch *= section.get("masks", 1)
+        batch = batch or c.train.batch
+    theirs = {"network": network, "batch": batch, "device": device, "compiled": compiled, **build}
+    names = {"official": False, "tuned": True}
+    return {"jmae": jmae} | {n: ("benchmarks.volume:torch_train", theirs | {"tuned": t}) for n, t in names.items()}
+
+
+def system_steps(step: str, size: str, device: str, rounds: int, compiled: bool) -> dict[str, Any]:
+    """The contestants' results and their table."""
+    from benchmarks.volume import same_device
+
+    given = contestants_of(step, size, device, compiled)
+    given["matrix product"] = ("benchmarks.volume:matrix_product", {"device": device})
+    out = interleaved(given, rounds=rounds, warmup=1)
+    found, rate = same_device(out), out.pop("matrix product")
+    parameters = {r["parameters"] for r in out.values()}
+    assert len(parameters) == 1, f"{step}: not the same network: {parameters} parameters"
+    flops, images = out["official"]["counted_flops"], out["jmae"]["batch"]
+    rows = []
+    for who, r in out.items():
+        r["share"] = flops / r["median_s"] / (rate["flops"] / rate["median_s"])
+        each = ratio(r, out["jmae"])
+        times = (
+            [each["median"], f"{each['least']:.2f} to {each['greatest']:.2f}", each["cpu"]]
+            if who != "jmae"
+            else [""] * 3
+        )
+        of_device = [int(r["device_mib"])] if "device_mib" in r else [""]
+        rows.append(
+            [step, who, images, r["median_s"], r["cpu_median_s"], *times, flops / 1e9, f"{r['share']:.0%}",
+             r.get("compile_s", ""), int(r["peak_mib"]), *of_device]
+        )  # fmt: skip
+    head = ("step", "who", "batch", "median s", "CPU s", "x jmae", "range", "of CPU s", "GFLOP", "share", "compile s",
+            "host MiB", "device MiB")  # fmt: skip
+    print(table(head, [tuple(row) for row in rows]), flush=True)
+    return {"device": found, "contestants": out, "matrix product": rate, "table": [head, rows]}
+
+
+def all_systems(arguments: argparse.Namespace, cores: str) -> None:
+    """--systems."""
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # contestants share the device
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() and os.environ.get("JAX_PLATFORMS") != "cpu" else "cpu"
+    for step in arguments.only or STEPS:
+        compiled = arguments.compile or device == "cuda"
+        result = system_steps(step, arguments.systems, device, arguments.rounds, compiled)
+        write(arguments.out, f"{step}, {arguments.systems}{cores}, {device}", result)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--small", action="store_true", help="the small CPU recipe only")
     parser.add_argument("--rounds", type=int, default=7, help="timed rounds each, at least 5")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "throughput.json")
-    parser.add_argument("--only", help="one case: small; small, 4 seeds; vit_s; attention")
+    parser.add_argument("--systems", choices=("small", "paper"), help="steps of all five systems")
+    parser.add_argument("--only", nargs="+", help=f"cases: small; small, 4 seeds; vit_s; attention; {'; '.join(STEPS)}")
+    parser.add_argument("--compile", action="store_true", help="--systems: torch.compile on a CPU, too")
     parser.add_argument("--cores", type=int, help="use only so many; default all")
     arguments = parser.parse_args()
-    if arguments.cores:
-        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: arguments.cores])  # contestants inherit it
-        os.environ["OMP_NUM_THREADS"] = str(arguments.cores)
+    cores = use_cores(arguments.cores)
+    known = STEPS if arguments.systems else ("small", "small, 4 seeds", "vit_s", "attention")
+    if unknown := [case for case in arguments.only or () if case not in known]:
+        parser.error(f"--only {unknown[0]}: one of {'; '.join(known)}")
+    if arguments.systems:
+        return all_systems(arguments, cores)
     rounds, rows = max(arguments.rounds, 5), []
     cases = {
         "small": lambda: steps("small", rounds),
@@ -259,10 +482,10 @@ def main() -> None:
     if not arguments.small:
         cases |= {"vit_s": lambda: steps("vit_s", rounds), "attention": lambda: attentions(rounds)}
     for case, measure in cases.items():
-        if arguments.only and case != arguments.only:
+        if arguments.only and case not in arguments.only:
             continue
         result = measure()
-        write(arguments.out, f"{case}, cores {arguments.cores}" if arguments.cores else case, result)
+        write(arguments.out, case + cores, result)
         for name, part in result.get("cases", {case: result}).items():
             (pair, each) = next((k, v) for k, v in part.items() if "/" in k)
             for who, r in part["contestants"].items():
@@ -280,6 +503,7 @@ def main() -> None:
             rows.append((name, pair, *(f"{each[k]:.2f}" for k in ("median", "least", "greatest")), "", ""))
     print(table(("case", "who", "median s", "least s", "cpu s", "compile s", "peak MiB"), rows))
     print("ratio rows: median, least and greatest of the rounds' ratios")
+    return None
 
 
 if __name__ == "__main__":

@@ -14,11 +14,12 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "torch", "transformers")
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "torch", "transformers", "pie-torch")
 SETTINGS = ("XLA_FLAGS", "OMP_NUM_THREADS", "GLIBC_TUNABLES")
 
 
@@ -75,9 +76,19 @@ def interleaved(
 
 
 def ratio(numerator: dict[str, Any], denominator: dict[str, Any]) -> dict[str, float]:
-    """Median, least and greatest ratio of two contestants' rounds."""
+    """Median, least and greatest ratio of two contestants' rounds; "cpu": of the medians of their CPU seconds."""
     each = [a / b for a, b in zip(numerator["seconds"], denominator["seconds"], strict=True)]
-    return {"median": statistics.median(each), "least": min(each), "greatest": max(each)}
+    cpu = numerator["cpu_median_s"] / denominator["cpu_median_s"]
+    return {"median": statistics.median(each), "least": min(each), "greatest": max(each), "cpu": cpu}
+
+
+def use_cores(number: int | None) -> str:
+    """Lets this process and those that it starts use so many cores; the words for a case's name. None: all."""
+    if not number:
+        return ""
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:number])  # inherited
+    os.environ["OMP_NUM_THREADS"] = str(number)
+    return f", cores {number}"
 
 
 def machine() -> dict[str, Any]:
@@ -119,7 +130,8 @@ def write(path: Path, case: str, result: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     cases = json.loads(path.read_text()) if path.exists() else {}
     command = "python -m " + " ".join([Path(sys.argv[0]).parent.name + "." + Path(sys.argv[0]).stem, *sys.argv[1:]])
-    cases[case] = {"command": command, "machine": machine(), "versions": versions(), **result}
+    about = {"command": command, "date": datetime.now(UTC).date().isoformat()}
+    cases[case] = {**about, "machine": machine(), "versions": versions(), **result}
     path.write_text(json.dumps(cases, indent=1) + "\n")
 
 

@@ -24,7 +24,7 @@ not counted. "share" is of the rate of a large matrix product (PyTorch; bfloat16
 
 import argparse
 import gc
-import json
+import importlib
 import math
 import multiprocessing
 import os
@@ -38,7 +38,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.timing import Prepared, interleaved, ratio, table, write
+from benchmarks.timing import Prepared, interleaved, ratio, table, use_cores, write
 
 ROOT = Path(__file__).parent.parent
 VOLUMES = {"paper": (273, 406, 105), "small": (48, 80, 24)}  # voxels
@@ -121,6 +121,15 @@ def flops(*, size: Any, patch: Any, channels: int, width: int, depth: int, decod
 # --- PyTorch ----------------------------------------------------------------------------------------------------------
 
 
+def attend(q: Any, k: Any, v: Any, fused: bool) -> Any:
+    """Attention over (b, heads, tokens, width), step by step or fused."""
+    from torch.nn.functional import scaled_dot_product_attention
+
+    if fused:
+        return scaled_dot_product_attention(q, k, v)
+    return ((q @ k.transpose(-2, -1)) * q.shape[-1] ** -0.5).softmax(dim=-1) @ v
+
+
 def official(
     *,
     size: tuple[int, ...],
@@ -134,30 +143,27 @@ def official(
     fused: bool = False,
 ) -> Any:
     """The official network by its names and arithmetic (facebookresearch/mae on timm 0.3.2's blocks, its 3D form
-    LangDaniel/MAEMI), at PyTorch's initial weights; `fused` takes scaled_dot_product_attention."""
+    LangDaniel/MAEMI), for two axes or three, at PyTorch's initial weights; `fused`: scaled_dot_product_attention."""
     import torch
     from torch import nn
 
     from jmae.patches import sincos_positions
 
     grid = tuple(s // p for s, p in zip(size, patch, strict=True))
-    n, values = math.prod(grid), math.prod(patch) * channels
+    n, values, rank = math.prod(grid), math.prod(patch) * channels, len(size)
+    axes = range(2, 2 * rank + 2, 2)
     norm = lambda d: nn.LayerNorm(d, eps=1e-6)
 
     class Attention(nn.Module):
         def __init__(self, d: int, heads: int):
             super().__init__()
-            self.heads, self.scale = heads, (d // heads) ** -0.5
+            self.heads = heads
             self.qkv, self.proj = nn.Linear(d, 3 * d), nn.Linear(d, d)
 
         def forward(self, x: Any) -> Any:
             b, n, d = x.shape
             q, k, v = self.qkv(x).reshape(b, n, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
-            if fused:
-                x = nn.functional.scaled_dot_product_attention(q, k, v)
-            else:
-                x = ((q @ k.transpose(-2, -1)) * self.scale).softmax(dim=-1) @ v
-            return self.proj(x.transpose(1, 2).reshape(b, n, d))
+            return self.proj(attend(q, k, v, fused).transpose(1, 2).reshape(b, n, d))
 
     class Block(nn.Module):
         def __init__(self, d: int, heads: int):
@@ -179,7 +185,7 @@ def official(
         def __init__(self) -> None:
             super().__init__()
             self.patch_embed = nn.Module()
-            self.patch_embed.proj = nn.Conv3d(channels, width, patch, stride=patch)
+            self.patch_embed.proj = (nn.Conv2d if rank == 2 else nn.Conv3d)(channels, width, patch, stride=patch)
             self.cls_token = nn.Parameter(0.02 * torch.randn(1, 1, width))
             self.pos_embed = codes(width)
             self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
@@ -193,12 +199,24 @@ def official(
 
         def patchify(self, image: Any) -> Any:
             parts = [x for g, p in zip(grid, patch, strict=True) for x in (g, p)]
-            x = image.reshape(len(image), channels, *parts).permute(0, 2, 4, 6, 3, 5, 7, 1)
+            x = image.reshape(len(image), channels, *parts).permute(0, *axes, *(axis + 1 for axis in axes), 1)
             return x.reshape(len(image), n, values)
 
         def unpatchify(self, tokens: Any) -> Any:
-            x = tokens.reshape(len(tokens), *grid, *patch, channels).permute(0, 7, 1, 4, 2, 5, 3, 6)
+            x = tokens.reshape(len(tokens), *grid, *patch, channels)
+            x = x.permute(0, 2 * rank + 1, *(axis for k in range(1, rank + 1) for axis in (k, k + rank)))
             return x.reshape(len(tokens), channels, *size)
+
+        def encoded(self, x: Any) -> tuple[Any, Any]:
+            """(latent, what else the decoder's blocks see)."""
+            for block in self.blocks:
+                x = block(x)
+            return self.norm(x), None
+
+        def decoded(self, x: Any, seen: Any) -> Any:
+            for block in self.decoder_blocks:
+                x = block(x)
+            return self.decoder_norm(x)
 
         def predict(self, image: Any, noise: Any = None) -> tuple[Any, Any]:
             """(prediction of every token, 1 where it was hidden)."""
@@ -208,15 +226,12 @@ def official(
             restore = torch.argsort(order, dim=1)
             x = torch.gather(x, 1, order[:, :kept, None].expand(-1, -1, width))
             x = torch.cat([(self.cls_token + self.pos_embed[:, :1]).expand(b, -1, -1), x], dim=1)
-            for block in self.blocks:
-                x = block(x)
-            x = self.decoder_embed(self.norm(x))
+            x, seen = self.encoded(x)
+            x = self.decoder_embed(x)
             rest = torch.cat([x[:, 1:], self.mask_token.expand(b, n - kept, -1).to(x.dtype)], dim=1)
             rest = torch.gather(rest, 1, restore[..., None].expand(-1, -1, decoder[0]))
             x = torch.cat([x[:, :1], rest], dim=1) + self.decoder_pos_embed
-            for block in self.decoder_blocks:
-                x = block(x)
-            return self.decoder_pred(self.decoder_norm(x))[:, 1:], (restore >= kept).float()
+            return self.decoder_pred(self.decoded(x, seen))[:, 1:], (restore >= kept).float()
 
         def forward(self, image: Any) -> Any:
             """The mean squared error over hidden tokens."""
@@ -310,34 +325,47 @@ def torch_map(told: dict[str, Any], weights: str, device: str, noise: np.ndarray
     return loop(told, weights, device, sweeps=told["repeats"], noise=noise)(None)
 
 
-def torch_train(*, network: dict[str, Any], batch: int, tuned: bool, device: str, compiled: bool) -> Prepared:
-    """The official training step, or a tuned one."""
+def torch_train(
+    *,
+    network: dict[str, Any],
+    batch: int,
+    tuned: bool,
+    device: str,
+    compiled: bool,
+    build: str = OWN + "official",
+    published: str = "float16",
+) -> Prepared:
+    """The official training step, or a tuned one, of the network that `build` makes, whose call gives the loss of
+    images; `published`: what the official step computes in on a GPU, with float16 as the MAE's loop does."""
     import torch
+    from torch.utils.flop_counter import FlopCounterMode
 
-    cuda = device == "cuda"
+    cuda, (module, function) = device == "cuda", build.split(":")
+    half = torch.bfloat16 if tuned else getattr(torch, published)
+    make, scaled = getattr(importlib.import_module(module), function), published == "float16" and not tuned
 
     def prepare(batch: int, trial: bool = False) -> Prepared:
         torch.manual_seed(0)
         if cuda:
             torch.cuda.reset_peak_memory_stats()
-        model = official(**network, fused=tuned).to(device).train()
+        model = make(**network, fused=tuned).to(device).train()
         params = [p for p in model.parameters() if p.requires_grad]
         decayed = [p for p in params if p.ndim > 1]
         groups = [{"params": decayed, "weight_decay": 0.05}]
         groups += [{"params": [p for p in params if p.ndim == 1], "weight_decay": 0.0}]
         optimizer = torch.optim.AdamW(groups, 1e-3, betas=(0.9, 0.95), **({"fused": True} if tuned else {}))
-        scaler = torch.amp.GradScaler(device, enabled=cuda and not tuned)
+        scaler = torch.amp.GradScaler(device, enabled=cuda and scaled)
         fast = tuned and compiled and not trial  # uncompiled trials: compiled steps hold less, and take a minute each
         forward = torch.compile(model, dynamic=False) if fast else model
         images = torch.rand(batch, network["channels"], *network["size"], device=device)
 
         def step() -> None:
-            with torch.autocast(device, torch.bfloat16 if tuned else torch.float16, enabled=cuda):
+            with torch.autocast(device, half, enabled=cuda and half != torch.float32):
                 loss = forward(images)
-            if not tuned:
+            if scaled:
                 loss.item()  # the official loop looks at each loss, and takes the gradients' norm
             scaler.scale(loss).backward()
-            if not tuned:
+            if scaled:
                 scaler.unscale_(optimizer)
                 torch.norm(torch.stack([torch.norm(p.grad) for p in params]))
             scaler.step(optimizer)
@@ -350,6 +378,10 @@ def torch_train(*, network: dict[str, Any], batch: int, tuned: bool, device: str
         step()
         facts = {"batch": batch, "parameters": sum(p.numel() for p in params)}
         facts |= {"compile_s": time.perf_counter() - start} if fast else {}
+        if not (tuned or trial):
+            with FlopCounterMode(display=False) as counter:
+                step()
+            facts["counted_flops"] = counter.get_total_flops()
         return step, facts | torch_facts(device)
 
     return largest(prepare, batch)
@@ -588,7 +620,10 @@ def same_device(results: dict[str, dict[str, Any]]) -> str:
 
 def rates(results: dict[str, dict[str, Any]], unit: str) -> dict[str, dict[str, float]]:
     """jmae's seconds a window (a sample) to the others'."""
-    each = {name: {"seconds": [s / r[unit] for s in r["seconds"]]} for name, r in results.items()}
+    each = {
+        name: {"seconds": [s / r[unit] for s in r["seconds"]], "cpu_median_s": r["cpu_median_s"] / r[unit]}
+        for name, r in results.items()
+    }
     return {f"jmae / {name}": ratio(each["jmae"], part) for name, part in each.items() if name != "jmae"}
 
 
@@ -698,15 +733,13 @@ def main() -> None:
     parser.add_argument("--cores", type=int, help="use only so many; default all")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "volume.json")
     options = parser.parse_args()
-    if options.cores:
-        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.cores])  # contestants inherit it
-        os.environ["OMP_NUM_THREADS"] = str(options.cores)
+    cores = use_cores(options.cores)
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # contestants share the device
     import torch
 
     device = "cuda" if torch.cuda.is_available() and os.environ.get("JAX_PLATFORMS") != "cpu" else "cpu"
     size, cpu = "small" if options.small else "paper", device == "cpu"
-    end = (f", cores {options.cores}" if options.cores else "") + f", {device}"
+    end = f"{cores}, {device}"
     if options.what == "check":
         result = check(device)
         write(options.out, f"check{end}", result)
@@ -724,11 +757,6 @@ def main() -> None:
             case = f"train, {size}, batch {batch or 'largest'}"
             compiled = options.compile or not cpu
             write(options.out, case + end, train(case, size, batch, options.rounds or 5, device, compiled))
-    if cpu:
-        for case in ("infer, paper, cuda", "train, paper, batch 6, cuda", "train, paper, batch largest, cuda"):
-            if case not in json.loads(options.out.read_text()):
-                write(options.out, case, {"not run": "takes a GPU: bash benchmarks/gpu.sh"})
-                print(f"{case}: not run")
 
 
 if __name__ == "__main__":

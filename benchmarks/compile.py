@@ -1,0 +1,102 @@
+"""Seconds to the first training step of every stage of each system, with no program kept and with those kept on disk.
+
+    python -m benchmarks.compile                        # the recipes `small`
+    python -m benchmarks.compile --preset smoke --only amae --runs 1
+
+Each run is a process of its own. "start" is Python's start and the imports, "first steps" the rest: for every stage its
+weights are drawn, its step is traced, compiled (or read from disk) and run once, on a batch of noise. "cold" has an
+empty folder for kept programs, "kept" the one that the cold run left. `jmae.train` keeps programs by default, in
+~/.cache/jmae (`jmae.sharding.keep_compiled`); JAX keeps those that took a second or more to compile.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.timing import table, use_cores, write
+
+RESULTS = Path(__file__).parent / "results" / "compile.json"
+
+
+def first_steps(system: str, preset: str) -> dict[str, Any]:
+    """Seconds by stage, in this process."""
+    import jax
+    import numpy as np
+
+    from benchmarks.volume import ROOT
+    from jmae import recipe
+    from jmae.sharding import keep_compiled
+    from jmae.system import load_system, stage_keys
+    from jmae.train import compiled_step
+
+    keep_compiled()
+    config = recipe.load(f"{ROOT / 'configs' / system}.py:{preset}")
+    results: dict[str, Any] = {}
+    seconds, imported = {}, time.time()
+    for number, stage in enumerate(load_system(config).stages):
+        start, n, key = time.perf_counter(), stage.batch, stage_keys(config, number)
+        state = jax.jit(lambda key, results, stage=stage, n=n: stage.init(key, results, n))(key, results)
+        image = np.random.default_rng(0).uniform(size=(n, *config.data.size, config.data.channels)).astype(np.float32)
+        rows = {"image": image, "index": np.arange(n, dtype=np.int32), "case": np.zeros((n, 2), np.uint32)}
+        rows |= {name: np.stack([make(one) for one in image]) for name, make in stage.host.items()}
+        # A copy, as the step's own state is donated and may share arrays with the results of the stages before it.
+        state, metrics = compiled_step(stage.step, 1000, 1)(jax.tree.map(jax.numpy.copy, state), rows, key, None)
+        jax.block_until_ready((state, metrics))
+        results[stage.name] = stage.result(state)
+        seconds[stage.name] = time.perf_counter() - start
+    return {"imported": imported, "seconds": seconds}
+
+
+def run(system: str, preset: str, folder: str) -> dict[str, Any]:
+    """One process: seconds of its start, and by stage."""
+    command = [sys.executable, "-m", "benchmarks.compile", "--preset", preset, "--in-process", system]
+    began = time.time()
+    done = subprocess.run(command, env=os.environ | {"XDG_CACHE_HOME": folder}, stdout=subprocess.PIPE, check=True)
+    found = json.loads(done.stdout.splitlines()[-1])
+    stages = found["seconds"]
+    return {"start": found["imported"] - began, "first_steps": sum(stages.values()), "stages": stages}
+
+
+def main() -> None:
+    from jmae.system import SYSTEMS
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=SYSTEMS, default=SYSTEMS)
+    parser.add_argument("--preset", default="small")
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--cores", type=int, help="use only so many; default all")
+    parser.add_argument("--in-process", metavar="SYSTEM", help="this system alone, in this process, as JSON")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    if options.in_process:
+        print(json.dumps(first_steps(options.in_process, options.preset)))
+        return
+    cores, rows = use_cores(options.cores), list[list[Any]]()
+    result: dict[str, Any] = {}
+    for system in options.only:
+        runs: dict[str, list[dict[str, Any]]] = {"cold": [], "kept": []}
+        for _ in range(options.runs):
+            with tempfile.TemporaryDirectory() as folder:
+                for way in runs:
+                    runs[way].append(run(system, options.preset, folder))
+                kept = sum(file.stat().st_size for file in Path(folder).rglob("*") if file.is_file()) / 2**20
+        middle = lambda way, name, runs=runs: statistics.median(r[name] for r in runs[way])
+        cold, warm = (middle(way, "first_steps") for way in runs)
+        stages = len(runs["cold"][0]["stages"])
+        rows.append([system, stages, middle("cold", "start"), cold, warm, cold / warm, kept])
+        result[system] = runs
+        print(table(("system", "stages", "start s", "cold s", "kept s", "times", "kept MiB"), [tuple(rows[-1])]))
+    head = ("system", "stages", "start s", "first steps cold s", "first steps kept s", "times", "kept MiB")
+    print(table(head, [tuple(row) for row in rows]))
+    write(options.out, f"{options.preset}{cores}", {"runs": result, "table": [head, rows]})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,29 @@
+"""What tests/test_processes.py runs as one of two processes: a training command that a signal hits at a batch.
+
+    python on_2_processes.py PROCESS SIGNAL NUMBER ARGUMENT ...
+
+sends the process with number PROCESS the signal SIGNAL when it places its batch NUMBER; 0 sends none.
+"""
+
+import os
+import signal
+import sys
+
+import jax
+
+from jmae import sharding, train
+from jmae.errors import exit_code
+
+if __name__ == "__main__":
+    sharding.SPLIT_FROM = 256  # numbers: the network is small
+    process, name, number, *arguments = sys.argv[1:]
+    place, calls = train.place_batch, []
+
+    def hit(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == int(number) and jax.process_index() == int(process):
+            os.kill(os.getpid(), signal.Signals[name])
+        return place(*args, **kwargs)
+
+    train.place_batch = hit
+    sys.exit(exit_code(train.main, arguments))

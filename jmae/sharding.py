@@ -4,17 +4,21 @@ Models know nothing of it. A run of several processes, one a host or a device, i
 JAX_COORDINATOR_ADDRESS (HOST:PORT of the first), JAX_NUM_PROCESSES and JAX_PROCESS_ID (0, 1, ...); in a step of SLURM
 (srun) or Open MPI (mpirun) of several tasks, JAX finds these by itself; on TPU pods where JAX_NUM_PROCESSES=auto."""
 
+import ctypes
 import hashlib
+import operator
 import os
 import pickle
 import platform
 import re
+import signal
 import sys
 import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -28,9 +32,12 @@ from jaxtyping import PyTree
 from jmae.errors import InputError, exit_code
 
 SPLIT_FROM = 2**14  # numbers: what is smaller costs more to gather than to hold
+KEPT: list[Any] = []  # what native code calls lives as long as the process
 HEARTBEAT = 30  # seconds without one, after which a process counts as dead
 START = 300  # seconds in which all processes of a run must have started
 LOST = "another process of this run has ended: what was saved is kept: start all processes again to go on"
+ABORTED = f"JAX ended this process, as it does when {LOST} (--debug shows its own words)"
+APART = f"the processes of this run did not find each other in {START} seconds: start all, with the same address"
 
 
 def device_mesh(fsdp: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -105,7 +112,8 @@ def on_host(tree: PyTree) -> PyTree:
 def joined() -> Iterator[None]:
     """Joins the processes of this run, where it was started as several, and leaves them when all are done. The end of
     one without the others, however it comes, ends these too, with one line and exit code 2: at once where they wait for
-    it in a collective operation of the CPU, else within `HEARTBEAT` seconds.
+    it in a collective operation of the CPU, or it is the first, else after `HEARTBEAT` seconds. What native code writes
+    to standard error is shown with --debug alone.
 
     Raises InputError where the processes do not find each other.
     """
@@ -124,7 +132,8 @@ def joined() -> Iterator[None]:
 
 
 def leave(error: BaseException) -> NoReturn:
-    """Says what went wrong and ends this process; the first one last, as the others lose their connection with it."""
+    """Says what went wrong and ends this process; the first one last, as the others lose their connection with it. The
+    runtime cannot be left in an orderly way: it would wait for all."""
 
     def fail(_: list[str]) -> int:
         raise error
@@ -136,8 +145,9 @@ def leave(error: BaseException) -> NoReturn:
         code = 1
     sys.stdout.flush()
     sys.stderr.flush()
-    time.sleep(1 if jax.process_index() else 3)
-    os._exit(code)  # the runtime cannot be left in an orderly way: it waits for all
+    if str(error) != LOST:  # the others may say the same of themselves
+        time.sleep(3 if os.environ.get("JAX_PROCESS_ID", "0") == "0" else 1)
+    os._exit(code)
 
 
 def join(number: str) -> None:
@@ -153,10 +163,31 @@ def join(number: str) -> None:
         given = {"coordinator_address": address, "num_processes": int(numbers[0]), "process_id": int(numbers[1])}
     # SIGTERM is the commands' own (`train.signals`), not that service's.
     jax.config.update("jax_enable_preemption_service", False)
+    say = on_abort()
+    say(APART)
     try:
         jax.distributed.initialize(**given, heartbeat_timeout_seconds=HEARTBEAT, initialization_timeout=START)
     except (RuntimeError, ValueError, OSError) as error:
-        raise InputError(f"the processes of this run did not find each other: {str(error).splitlines()[0]}") from error
+        leave(InputError(f"the processes of this run did not find each other: {str(error).splitlines()[0]}"))
+    say(ABORTED)
+
+
+def on_abort() -> Callable[[str], None]:
+    """Gives a function that sets the one line that is said, with exit code 2, where JAX's runtime aborts this process,
+    as it does when another one is gone: it has no callback for that. Its own page, and all else that native code writes
+    to standard error, is left out without --debug."""
+    sys.stderr, line = os.fdopen(os.dup(2), "w", buffering=1), [""]
+    if "--debug" not in sys.argv:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+
+    def ended(_: int) -> None:
+        os.write(sys.stderr.fileno(), f"{line[0]}\n".encode())
+        os._exit(2)
+
+    handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(ended)  # Python's own handlers run too late
+    ctypes.CDLL(None).signal(signal.SIGABRT, handler)
+    KEPT.append(handler)
+    return partial(operator.setitem, line, 0)
 
 
 def lost(error: BaseException) -> bool:

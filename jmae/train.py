@@ -243,13 +243,13 @@ def compiled_step(step: Callable, steps: int, n: int, crop: tuple[int, ...] = ()
 
 
 def kept_placed(function: Callable, mesh: Mesh | None) -> Callable:
-    """The function, its results (state, metrics) placed on the mesh."""
+    """The function, its results (state, metrics) placed on a mesh of several devices."""
 
     def wrapped(*args: Any) -> tuple[State, dict]:
         state, metrics = function(*args)
         return placed(state, mesh), jax.lax.with_sharding_constraint(metrics, replicated(mesh))
 
-    return wrapped if mesh else function
+    return wrapped if mesh and mesh.size > 1 else function
 
 
 def placed(state: State, mesh: Mesh) -> State:

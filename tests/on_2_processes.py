@@ -2,7 +2,7 @@
 
     python on_2_processes.py PROCESS SIGNAL NUMBER ARGUMENT ...
 
-sends the process with number PROCESS the signal SIGNAL when it places its batch NUMBER; 0 sends none.
+sends the process with number PROCESS the signal SIGNAL when it places its batch NUMBER.
 """
 
 import os
@@ -11,11 +11,10 @@ import sys
 
 import jax
 
-from jmae import sharding, train
+from jmae import train
 from jmae.errors import exit_code
 
 if __name__ == "__main__":
-    sharding.SPLIT_FROM = 256  # numbers: the network is small
     process, name, number, *arguments = sys.argv[1:]
     place, calls = train.place_batch, []
 

@@ -22,6 +22,8 @@ def get_config(preset: str = "phantom") -> ConfigDict:
     c.seed = 0
     c.replicates = 1  # seeds seed, seed + 1, ... trained as one program; the paper reports 4
     c.budget = 1.0  # multiplies steps and epochs of every stage
+    c.fsdp = 1  # devices that share one copy of the parameters and of the optimiser's state
+    c.accumulate = 1  # parts of a batch of `pretrain` and `adapt`, one after the other, where a whole one does not fit
 
     c.data = ConfigDict()
     c.data.manifest = ""

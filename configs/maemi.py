@@ -19,6 +19,8 @@ def get_config(preset: str = "phantom") -> ConfigDict:
     c.seed = 0
     c.replicates = 1  # seeds seed, seed + 1, ... trained as one program
     c.budget = 1.0  # multiplies steps and epochs
+    c.fsdp = 1  # devices that share one copy of the parameters and of the optimiser's state
+    c.accumulate = 1  # parts of a batch, one after the other, where a whole one does not fit in memory
 
     c.data = ConfigDict()
     c.data.manifest = ""

@@ -24,6 +24,8 @@ def get_config(preset: str = "phantom") -> ConfigDict:
     # those of the highest AUROC of unlabelled rows against known normals
     c.replicates = 1  # seeds seed, seed + 1, ... trained as one program
     c.budget = 1.0  # multiplies steps and epochs
+    c.fsdp = 1  # devices that share one copy of the parameters and of the optimiser's state
+    c.accumulate = 1  # no other: batch norm and memory are of the whole batch
 
     c.data = ConfigDict()
     c.data.manifest = ""

@@ -13,7 +13,7 @@ import json
 import math
 import sys
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -25,6 +25,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 from jaxtyping import Array
 from ml_collections import ConfigDict
 from scipy.ndimage import minimum_filter
@@ -53,7 +55,7 @@ from jmae.reconstruct import fitting, out_of_memory, too_large
 from jmae.report import PERCENTILES, Case, Scale, choose_cases, held_side, one_slice, without_curves, write_report
 from jmae.run_folder import digest, log, read_history, read_seen, recipe_digest, write_csv, write_seen, write_text
 from jmae.scoring import Calibration, alarm_threshold, colour_ends, top_mean
-from jmae.sharding import device_mesh, keep_compiled, replicated, split
+from jmae.sharding import device_mesh, joined, keep_compiled, of_all, replicated, split
 from jmae.system import Results, Sweep, System, compute_type, load_system, stage_keys
 from jmae.windows import average, inside, tile
 
@@ -89,12 +91,13 @@ def main(argv: list[str]) -> int:
         # These are of the data trained on.
         neutral |= {"anomaly_ratio": -1.0, "unlabeled_size": 0, "unlabeled_labels": "", "calibration": 0.0}
         config.data.update({key: value for key, value in neutral.items() if key in config.data})
-    keep_compiled()
     out = Path(given.get("out", workdir / ("evaluation" if split == "test" else f"evaluation-{split}")))
-    rows = load_rows(config, log)
-    if "manifest" in given:
-        rows = not_seen(rows, split, workdir, given["manifest"], allow=allow)
-    evaluate(config, load_system(config), rows, workdir, split=split, out=out, own=own)
+    with joined():
+        keep_compiled()
+        rows = load_rows(config, log)
+        if "manifest" in given:
+            rows = not_seen(rows, split, workdir, given["manifest"], allow=allow)
+        evaluate(config, load_system(config), rows, workdir, split=split, out=out, own=own)
     return 0
 
 
@@ -195,7 +198,8 @@ class Stream(NamedTuple):
 
 
 def restore_results(config: ConfigDict, system: System, workdir: Path) -> Results:
-    """What `system.score` reads, from the run folder's last checkpoints; raises InputError where one is missing."""
+    """What `system.score` reads, from the run folder's last checkpoints, on each of this process's devices; raises
+    InputError where one is missing."""
     results: dict[str, Any] = {}
     place = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated(device_mesh()))
     for number, stage in enumerate(system.stages):
@@ -209,7 +213,14 @@ def restore_results(config: ConfigDict, system: System, workdir: Path) -> Result
             raise InputError(f"{workdir}: stage {stage.name} has no checkpoint: train it first (python -m jmae.train)")
         checkpoint.refuse_unfinished(workdir / "checkpoints" / stage.name, found[0], found[2])
         results[stage.name] = stage.result(found[1])
-    return results
+    if jax.process_count() == 1:
+        return results
+    return jax.device_put(jax.tree.map(lambda x: x.addressable_data(0), results), replicated(own_mesh()))
+
+
+def own_mesh() -> Mesh:
+    """The devices of this process: each scores its share of the cases without the others."""
+    return device_mesh(devices=jax.local_devices())
 
 
 def seeds_of(config: ConfigDict) -> Array:
@@ -227,10 +238,10 @@ def each_replicate(one: Callable, results: Any, keys: Array) -> Any:
 def scorer(config: ConfigDict, system: System, results: Results) -> Callable[[Images | Decoded, np.ndarray], Scored]:
     """The function (images, row numbers) -> Scored, one compiled program for all batches.
 
-    Batches are split over the devices; a case's result depends on neither, as its key comes from its id. Where a device
-    runs out of memory, fewer masks at a time, then fewer images, are tried until they fit.
+    Rows are split over the processes, batches over the devices; a case's result depends on neither, as its key comes
+    from its id. Where a device runs out of memory, fewer masks at a time, then fewer images, are tried until they fit.
     """
-    mesh, keys = device_mesh(), seeds_of(config)
+    mesh, keys = own_mesh(), seeds_of(config)
     devices = mesh.shape["data"]
 
     one = system.score
@@ -275,23 +286,33 @@ def scorer(config: ConfigDict, system: System, results: Results) -> Callable[[Im
     fitted = [fit(size, config.evaluation.get("chunk") or system.masks)]
 
     def run(images: Images | Decoded, rows: np.ndarray) -> Scored:
-        while (scored := attempt(images, rows, *fitted[0][:2])) is None:
+        n, own = jax.process_count(), jax.process_index()
+        mine = np.concatenate([rows, np.repeat(rows[-1:], -len(rows) % n)])[own::n]
+        while (scored := attempt(images, mine, *fitted[0][:2])) is None:
             b, compiled, chunk = fitted[0]
             if chunk == 1 and b == devices:
                 raise too_large(f"scoring {b} images of {tuple(config.data.size)}", compiled)
             fewer = b if chunk > 1 else -(-b // 2 // devices) * devices
             log(f"out of memory at {b} images, {chunk} masks at a time: trying fewer")
             fitted[0] = fit(fewer, max(1, chunk // 2))
-        return scored
+        return scored if n == 1 else gathered(scored, len(rows))
 
     return run
+
+
+def gathered(scored: Scored, n: int) -> Scored:
+    """All n images of which each process has scored every so-many-th one."""
+    each = multihost_utils.process_allgather(scored)  # (processes, r, of each, ...)
+    join = lambda x: np.moveaxis(x, 0, 2).reshape(x.shape[1], -1, *x.shape[3:])[:, :n]
+    seconds = float(each.seconds.max())
+    return jax.tree.map(join, each._replace(seconds=None))._replace(seconds=seconds)
 
 
 def sweeper(config: ConfigDict, sweep: Sweep, results: Any) -> Callable[[Volume, np.ndarray], dict[str, Any]]:
     """The function (prepared volume, words of its id, repeats=the sweep's) -> {"maps": {NAME: (r, *size)},
     "reconstruction"}: one program a bucket of sizes, whatever the case and `repeats`; as many windows at a time as fit
     in the memory, split over the devices. Raises InputError where one window at a time does not."""
-    mesh, keys = device_mesh(), seeds_of(config)
+    mesh, keys = own_mesh(), seeds_of(config)
     devices = mesh.shape["data"]
     programs: dict[tuple[int, ...], tuple[Any, int]] = {}
 
@@ -367,19 +388,31 @@ def volume_results(
     config: ConfigDict, rows: Sequence[Row], run: Callable, cheap: Callable[[Row, Volume], dict[str, np.ndarray]]
 ) -> Iterator[Result]:
     """Each row prepared, scored and put back on its own grid. ours: a map's score is the mean of its highest voxels in
-    the region, a share `evaluation.top` of them (the paper scores voxels only)."""
+    the region, a share `evaluation.top` of them (the paper scores voxels only). Of several processes each scores every
+    so-many-th row, and all yield all results."""
     said = time.monotonic()
-    for i, (row, volume) in enumerate(zip(rows, ahead(partial(prepared, data=config.data), rows), strict=True)):
-        began = time.monotonic()
-        if began - said > SECONDS_BETWEEN_LINES:
-            said = began
+    for i, (row, volume, result) in enumerate(scored_volumes(config, rows, run)):
+        if time.monotonic() - said > SECONDS_BETWEEN_LINES:
+            said = time.monotonic()
             log(f"{i} of {len(rows)} volumes scored")
-        result, baselines = volume_result(config, row, volume, run), cheap(row, volume)
+        baselines = cheap(row, volume)
         region = scored_region(row, volume.stored, config.data)
         region = result.seen if region is None else region & result.seen
         ends = baselines | {f"low {name}": -m for name, m in baselines.items() if name.startswith("brightness")}
         cheap_scores = {name: top_mean(m, region, config.evaluation.top) for name, m in ends.items()}
         yield result._replace(cheap_scores=cheap_scores, cheap=baselines)
+
+
+def scored_volumes(config: ConfigDict, rows: Sequence[Row], run: Callable) -> Iterator[tuple[Row, Volume, Result]]:
+    """Rows with their volumes and results, prepared one ahead; a row a process at a time."""
+    volumes, n, own = ahead(partial(prepared, data=config.data), rows), jax.process_count(), jax.process_index()
+    for start in range(0, len(rows), n):
+        part = [(row, next(volumes)) for row in rows[start : start + n]]
+        began = time.monotonic()
+        outs = of_all(run(part[own][1], case_words(part[own][0].id)) if own < len(part) else None)
+        seconds = (time.monotonic() - began) / len(part)
+        for (row, volume), out in zip(part, outs, strict=False):  # the last rows may be fewer than processes
+            yield row, volume, volume_result(config, row, volume, lambda *_, out=out: out)._replace(seconds=seconds)
 
 
 def volume_result(config: ConfigDict, row: Row, volume: Volume, run: Callable) -> Result:
@@ -455,7 +488,8 @@ def score_images(
     scored = score(images, np.arange(n))
     scored_held = score(images, np.array(every[n:])) if held else None
     cheap = {name: Scored({}, {}) for name in parts}
-    if split.known.any() and (normals := [row for row in rows if row.split == "train" and row.label != 1]):
+    normals = [row for row in rows if row.split == "train" and row.label != 1]
+    if split.known.any() and normals and jax.process_index() == 0:
         fit = partial(baseline_scores, Images(normals, config), images, n, mapped=len(every) if localised else n)
         cheap = {name: fit(share=part.share, pixels=split.marked and part.share == 1) for name, part in parts.items()}
     thresholds = {}
@@ -495,7 +529,7 @@ def score_volumes(
     run = sweeper(config, system.sweep, results)
     nothing: Callable[[Row, Volume], dict[str, np.ndarray]] = lambda row, volume: {}
     cheap = nothing
-    if split.known.any():
+    if split.known.any() and jax.process_index() == 0:
         train = [row for row in rows if row.split == "train"]
         cheap = volume_baselines(config, system, Volumes(train, config, workdir / "cache") if train else None)
     on_held = held_volumes(config, system, split.held, run) if split.held else None
@@ -939,7 +973,7 @@ def evaluate(
 
     Labels of the split and of `val` serve figures alone. `own` data and settings of the run calibrate it, on the
     normals of `val`; any other are read by the calibration that it has. Raises InputError where the split is empty,
-    or `evaluation.alarm_rate` is no rate.
+    or `evaluation.alarm_rate` is no rate. Of several processes the first writes and returns; the others return {}.
     """
     began, why = time.monotonic(), list[str]()  # why there are no p-values
 
@@ -947,6 +981,8 @@ def evaluate(
         why.append(line.removeprefix("warning: "))
         log(line)
 
+    if config.evaluation.get("convergence") and jax.process_count() > 1:
+        raise InputError("evaluation.convergence is of one process: set it to 0, and evaluate again with one")
     rate, of = alarm_rate(config), split_of(rows, split)
     parts = parts_of(config, of, volumes=system.sweep is not None)
     results = restore_results(config, system, workdir)
@@ -965,7 +1001,11 @@ def evaluate(
     if own and split in ("train", "unlabeled"):
         judge = None
         told(f"{split}: no p-values, which are of cases that were not trained on")
-    gathered = gather(config, system, of, stream, parts, out)
+    if jax.process_index():  # it scores its share; the first process counts and writes
+        if system.sweep:
+            deque(stream.results, maxlen=0)
+        return {}
+    kept = gather(config, system, of, stream, parts, out)
     evaluation: dict[str, Any] = {
         "system": system.name,
         "split": split,
@@ -986,11 +1026,9 @@ def evaluate(
     if leaking := sorted({row.leak for row in rows if row.leak}):
         evaluation["leaks"] = leaking
     if of.known.any():
-        found = {
-            title: part_figures(config, system, of, stream, gathered, title, part) for title, part in parts.items()
-        }
+        found = {title: part_figures(config, system, of, stream, kept, title, part) for title, part in parts.items()}
         evaluation |= found.pop(WHOLE) | {"n": len(of.rows), "subsets": found}
-        evaluation |= of_scores(config, of, gathered.scores[system.primary][:, of.known], stream.held)
+        evaluation |= of_scores(config, of, kept.scores[system.primary][:, of.known], stream.held)
         if (shown := shown_map(system)) in parts[WHOLE].pixels.pooled:
             evaluation["per_patient"] = parts[WHOLE].pixels.per_patient(shown, list(evaluation["scores"]))
 
@@ -1000,7 +1038,7 @@ def evaluate(
         labelled = [row for row in of.rows if row.label is not None]
         if found := convergence(config, system, results, labelled):
             evaluation["convergence"] = found
-    of_row = lambda i: {name: values[:, i] for name, values in gathered.scores.items()}
+    of_row = lambda i: {name: values[:, i] for name, values in kept.scores.items()}
     table = [score_line(row, of_row(i), system, judge) for i, row in enumerate(of.rows)]
     evaluation["alarms"] = alarms(of, [line["p_value"] for line in table], calibration, rate)
     if not evaluation["alarms"]:
@@ -1014,15 +1052,15 @@ def evaluate(
     evaluation["digests"] = {
         "recipe": recipe_digest(config),
         "rows trained on": rows_of(system, workdir) or "unknown",
-        "images evaluated": hashlib.sha256("\n".join(gathered.digests).encode()).hexdigest()[:16],
+        "images evaluated": hashlib.sha256("\n".join(kept.digests).encode()).hexdigest()[:16],
     }
     history = read_history(workdir / "metrics.jsonl")
     if printed := beside_printed(config, system, rows, workdir, history):
         evaluation["printed"] = printed
     evaluation["seconds"] = time.monotonic() - began
-    evaluation["seconds_per_case"] = gathered.seconds / len(of.rows)
+    evaluation["seconds_per_case"] = kept.seconds / len(of.rows)
     write_csv(out / "scores.csv", [{k: "" if v is None else v for k, v in line.items()} for line in table])
-    about_cases = zip(of.rows, gathered.digests, strict=True)
+    about_cases = zip(of.rows, kept.digests, strict=True)
     write_csv(out / "cases.csv", [{"id": row.id, "patient": row.patient, "image": seen} for row, seen in about_cases])
     write_text(out / "config.json", recipe.to_json(config))  # with what was changed for this evaluation
     write_text(out / "metrics.json", json.dumps(metrics.json_ready(evaluation), indent=1))
@@ -1030,7 +1068,7 @@ def evaluate(
     about = json.loads(environment.read_text()) if environment.exists() else {}
     page = {**evaluation, "table": table}
     colours = colours_of(calibration) if calibration else None
-    write_report(out / "report.html", page, gathered.cases, history, config.to_dict(), about, colours)
+    write_report(out / "report.html", page, kept.cases, history, config.to_dict(), about, colours)
     if own:
         write_cards(workdir, config, system, rows)
     log(headline(evaluation))

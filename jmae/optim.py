@@ -23,6 +23,23 @@ def warmup_cosine(lr: float, *, warmup: float, steps: int, least: float = 0.0) -
     return schedule
 
 
+def accumulated(loss: Callable[..., Array], parts: int) -> Callable[..., tuple[Array, PyTree]]:
+    """(params, *arrays (b, ...)) -> the value and gradient of a loss that is a mean over the batch, `parts` equal parts
+    of it one after the other: the same to rounding, in the memory of one part. Part j has the samples j, j + parts, ...
+    so that each device keeps its own. Losses that look at several samples at once, as batch norm does, differ."""
+    if parts == 1:
+        return jax.value_and_grad(loss)
+
+    def mean(params: PyTree, *arrays: Array) -> tuple[Array, PyTree]:
+        cut = lambda x: jnp.moveaxis(x.reshape(len(x) // parts, parts, *x.shape[1:]), 1, 0)
+        one = lambda sums, part: (jax.tree.map(jnp.add, sums, jax.value_and_grad(loss)(params, *part)), None)
+        nothing = jnp.float32(0), jax.tree.map(jnp.zeros_like, params)
+        sums, _ = jax.lax.scan(one, nothing, tuple(map(cut, arrays)))
+        return jax.tree.map(lambda x: x / parts, sums)
+
+    return mean
+
+
 def decayed(params: PyTree) -> PyTree:
     """True for leaves with weight decay: all but biases and norms (by name, since stacked biases are matrices)."""
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key not in ("bias", "scale"), params)

@@ -1,23 +1,43 @@
-"""Devices: placement of states and batches over them, and where their compiled programs are kept.
+"""Devices and processes: placement of states and batches over them, and where their compiled programs are kept.
 
-Models know nothing of it."""
+Models know nothing of it. A run of several processes, one a host or a device, is started by setting in each of them
+JAX_COORDINATOR_ADDRESS (HOST:PORT of the first), JAX_NUM_PROCESSES and JAX_PROCESS_ID (0, 1, ...); in a step of SLURM
+(srun) or Open MPI (mpirun) of several tasks, JAX finds these by itself; on TPU pods where JAX_NUM_PROCESSES=auto."""
 
+import ctypes
 import hashlib
+import operator
 import os
+import pickle
 import platform
+import re
+import signal
+import sys
+import time
+import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
-from jmae.errors import InputError
+from jmae.errors import InputError, exit_code
 
 SPLIT_FROM = 2**14  # numbers: what is smaller costs more to gather than to hold
+KEPT: list[Any] = []  # what native code calls lives as long as the process
+HEARTBEAT = 30  # seconds without one, after which a process counts as dead
+START = 300  # seconds in which all processes of a run must have started
+LOST = "another process of this run has ended: what was saved is kept: start all processes again to go on"
+ABORTED = f"JAX ended this process, as it does when {LOST} (--debug shows its own words)"
+APART = f"the processes of this run did not find each other in {START} seconds: start all, with the same address"
 
 
 def device_mesh(fsdp: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -70,6 +90,133 @@ def place_batch(batch: PyTree, mesh: Mesh, *, axis: int = 0) -> PyTree:
                 f"a batch of {leaf.shape[axis]} is not divisible by {local} devices: use a multiple, or fewer devices"
             )
     return jax.tree.map(lambda leaf: jax.make_array_from_process_local_data(sharding, leaf), batch)
+
+
+def place_whole(tree: PyTree, mesh: Mesh) -> PyTree:
+    """Host arrays, the same in every process, as global arrays that every device holds whole."""
+    whole = replicated(mesh)
+    return jax.tree.map(lambda leaf: jax.make_array_from_process_local_data(whole, np.asarray(leaf)), tree)
+
+
+def on_host(tree: PyTree) -> PyTree:
+    """Arrays whole on the host, also those that other processes hold parts of; every process must call it."""
+    if jax.process_count() > 1:
+        tree = jax.jit(lambda tree: tree, out_shardings=replicated(device_mesh()))(tree)
+    return jax.device_get(tree)
+
+
+# --- several processes ------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def joined() -> Iterator[None]:
+    """Joins the processes of this run, where it was started as several, and leaves them when all are done. The end of
+    one without the others, however it comes, ends these too, with one line and exit code 2: at once where they wait for
+    it in a collective operation of the CPU, or it is the first, else after `HEARTBEAT` seconds. What native code writes
+    to standard error is shown with --debug alone.
+
+    Raises InputError where the processes do not find each other.
+    """
+    tasks = max(int(os.environ.get(name, "1")) for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"))
+    number = os.environ.get("JAX_NUM_PROCESSES") or ("auto" if tasks > 1 else "1")
+    if number == "1" or jax.distributed.is_initialized():
+        yield
+        return
+    join(number)
+    try:
+        yield
+        multihost_utils.sync_global_devices("done")
+        jax.distributed.shutdown()
+    except BaseException as error:
+        leave(InputError(LOST) if lost(error) else error)
+
+
+def leave(error: BaseException) -> NoReturn:
+    """Says what went wrong and ends this process; the first one last, as the others lose their connection with it. The
+    runtime cannot be left in an orderly way: it would wait for all."""
+
+    def fail(_: list[str]) -> int:
+        raise error
+
+    try:
+        code = exit_code(fail)
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if str(error) != LOST:  # the others may say the same of themselves
+        time.sleep(3 if os.environ.get("JAX_PROCESS_ID", "0") == "0" else 1)
+    os._exit(code)
+
+
+def join(number: str) -> None:
+    """Joins `number` processes; "auto": as many as JAX finds."""
+    given: dict[str, Any] = {}
+    if number != "auto":
+        names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+        if missing := [name for name in names if not os.environ.get(name)]:
+            raise InputError(f"several processes need {', '.join(names)}: {missing[0]} is not set")
+        address, *numbers = (os.environ[name] for name in names)
+        if not all(n.isdecimal() for n in numbers) or not int(numbers[1]) < int(numbers[0]):
+            raise InputError(f"JAX_NUM_PROCESSES={numbers[0]}, JAX_PROCESS_ID={numbers[1]}: a number and one below it")
+        given = {"coordinator_address": address, "num_processes": int(numbers[0]), "process_id": int(numbers[1])}
+    # SIGTERM is the commands' own (`train.signals`), not that service's.
+    jax.config.update("jax_enable_preemption_service", False)
+    say = on_abort()
+    say(APART)
+    try:
+        jax.distributed.initialize(**given, heartbeat_timeout_seconds=HEARTBEAT, initialization_timeout=START)
+    except (RuntimeError, ValueError, OSError) as error:
+        leave(InputError(f"the processes of this run did not find each other: {str(error).splitlines()[0]}"))
+    say(ABORTED)
+
+
+def on_abort() -> Callable[[str], None]:
+    """Gives a function that sets the one line that is said, with exit code 2, where JAX's runtime aborts this process,
+    as it does when another one is gone: it has no callback for that. Its own page, and all else that native code writes
+    to standard error, is left out without --debug."""
+    sys.stderr, line = os.fdopen(os.dup(2), "w", buffering=1), [""]
+    if "--debug" not in sys.argv:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+
+    def ended(_: int) -> None:
+        os.write(sys.stderr.fileno(), f"{line[0]}\n".encode())
+        os._exit(2)
+
+    handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(ended)  # Python's own handlers run too late
+    ctypes.CDLL(None).signal(signal.SIGABRT, handler)
+    KEPT.append(handler)
+    return partial(operator.setitem, line, 0)
+
+
+def lost(error: BaseException) -> bool:
+    """Whether an error says that another process has ended."""
+    return jax.process_count() > 1 and bool(re.search("Gloo|NCCL|UNAVAILABLE|[Hh]eartbeat|coordination", str(error)))
+
+
+def of_all(value: Any) -> list[Any]:
+    """What every process gives, arrays in containers, in the order of the processes; every process must call it."""
+    if jax.process_count() == 1:
+        return [value]
+    own = pickle.dumps(value)
+    sizes = multihost_utils.process_allgather(np.int32(len(own)))
+    all_ = multihost_utils.process_allgather(np.frombuffer(own.ljust(max(sizes), b"\0"), np.uint8))
+    return [pickle.loads(each[:size].tobytes()) for each, size in zip(all_, sizes, strict=True)]
+
+
+def agreement() -> Callable[[int, bool], int]:
+    """Gives a function (number, now) -> the largest number that any process gave it one call before, or, `now`, up to
+    this call: the same in every process, and none waits for the step that it has just begun."""
+    mesh, told = device_mesh(), [jnp.int32(0)]
+    largest = jax.jit(jnp.max, out_shardings=replicated(mesh))
+
+    def agreed(number: int, now: bool) -> int:
+        mine = np.full(jax.local_device_count(), number, np.int32)
+        told.append(largest(place_batch(mine, mesh)))
+        return int(told[-1] if now else told.pop(0))
+
+    return agreed
 
 
 def keep_compiled() -> None:

@@ -158,6 +158,11 @@ def load_system(config: ConfigDict) -> System:
             raise InputError(
                 f"evaluation.convergence asks for the score at fewer {what}: evaluation.{what} is {number}"
             )
+    if (k := config.get("accumulate", 1)) != 1 and system.name in ("ppii", "simsid"):
+        raise InputError(f"accumulate={k}: {system.name} takes statistics of the whole batch: set it to 1")
+    if k < 1 or any(stage.batch % k for stage in system.stages):
+        batches = ", ".join(f"{stage.name} {stage.batch}" for stage in system.stages)
+        raise InputError(f"accumulate={k}: does not divide a batch ({batches}): set it to a common divisor")
     own = {"ppii": ("dice",), "simsid": ("auroc",)}.get(system.name, ())
     rules, rule = ("last", *own, "aucp"), config.get("select", "last")
     if rule not in rules:

@@ -22,6 +22,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, PyTree
 from ml_collections import ConfigDict
 from rich.console import Console
@@ -44,7 +45,17 @@ from jmae.run_folder import (
     write_seen,
     write_text,
 )
-from jmae.sharding import device_mesh, keep_compiled, place_batch, replicated
+from jmae.sharding import (
+    agreement,
+    device_mesh,
+    joined,
+    keep_compiled,
+    on_host,
+    place_batch,
+    place_whole,
+    replicated,
+    sharded,
+)
 from jmae.system import Check, Results, Stage, State, System, load_system, split_replicates, stage_keys
 from jmae.weights import load_weights, read_weights, summary, table
 
@@ -61,10 +72,11 @@ SECONDS_BETWEEN_LINES = 10  # where standard error is no terminal
 
 def main(argv: list[str]) -> int:
     config, flags = recipe.parse(argv, __doc__, ["workdir"])
-    keep_compiled()
     workdir = Path(flags.get("workdir", f"runs/{config.system}"))
-    with checkpoint.workdir_lock(workdir):
-        return run(config, workdir)
+    with joined():
+        keep_compiled()
+        with checkpoint.workdir_lock(workdir):
+            return run(config, workdir)
 
 
 def run(config: ConfigDict, workdir: Path) -> int:
@@ -115,12 +127,15 @@ def train_stage(
     if not min(len(table) for table in tables):
         raise InputError(f"stage {name}: no rows to train on: give the manifest rows of its splits")
     steps = round(np.mean([stage.steps(len(table)) for table in tables]))
-    keys, mesh = stage_keys(config, number), device_mesh()
+    keys, mesh = stage_keys(config, number), device_mesh(config.get("fsdp", 1))
 
     def init(key: Any, results: Results) -> State:
         return stage.init(key, results, len(tables[0]))
 
-    state = jax.jit(init if n == 1 else jax.vmap(init), out_shardings=replicated(mesh))(keys, results)
+    def whole(key: Any, results: Results) -> State:
+        return placed((init if n == 1 else jax.vmap(init))(key, results), mesh)
+
+    state = jax.jit(whole)(keys, results)
     frozen = state.frozen
     identity = {"recipe": fixed(config), "rows": digest(images.rows)}
     found = checkpoint.restore(folder, state._replace(frozen={}), config=identity, log=log)
@@ -151,15 +166,15 @@ def train_stage(
     if found:
         iterator.set_state(position["data"])
     resident = images.resident()
-    held = None if resident is None else jax.device_put(resident, replicated(mesh))
+    held = None if resident is None else place_whole(resident, mesh)
     del resident
     crop = () if held is None else tuple(config.data.size)
-    step = compiled_step(stage.step, steps, n, crop)
+    step = compiled_step(stage.step, steps, n, crop, mesh)
     checks = []
     for check in (stage.check, stage.selection):
         if check and (chosen := check.rows(images.rows)).size:
-            batch = jax.device_put(check_batch(chosen, check, images), replicated(mesh))
-            checks.append((check.every, compiled_check(check.look, n, crop), batch))
+            batch = place_whole(check_batch(chosen, check, images), mesh)
+            checks.append((check.every, compiled_check(check.look, n, crop, mesh), batch))
     pending: list[tuple[int, np.ndarray, dict]] = []  # steps whose metrics are still on the device
     seen: list[dict[str, float]] = position.get("seen", [])  # metrics since the last line
     saved_at = start
@@ -195,7 +210,7 @@ def train_stage(
                 jax.block_until_ready(state)  # compiled: the pace is measured from here
                 show({"step": k})
             pending.append((k, batch["index"], metrics))
-            stop = stopped()
+            stop = stopped(k == steps)
             for every, look_at, checked in checks:
                 if k % every and k != steps:
                     continue
@@ -228,15 +243,34 @@ def train_stage(
 
 
 @lru_cache(maxsize=8)
-def compiled_step(step: Callable, steps: int, n: int, crop: tuple[int, ...] = ()) -> Callable:
+def compiled_step(step: Callable, steps: int, n: int, crop: tuple[int, ...] = (), mesh: Mesh | None = None) -> Callable:
     """The stage's step as one program, `vmap`ped over n replicates; stages that share a step share its compilation.
-    With `crop` the images are first cut from the volumes on the device, its last argument."""
+    With `crop` the images are first cut from the volumes on the device, its last argument. On a `mesh` the state stays
+    `placed`, and every device has the metrics."""
 
     def one(state: State, batch: PyTree, key: Any, held: Any = None) -> tuple[State, dict]:
         batch = cut(held, batch, crop) if crop else batch
         return step(state, batch, jax.random.fold_in(key, state.step), steps=steps)
 
-    return jax.jit(one if n == 1 else jax.vmap(one, (0, 0, 0, None)), donate_argnums=0)
+    return jax.jit(kept_placed(one if n == 1 else jax.vmap(one, (0, 0, 0, None)), mesh), donate_argnums=0)
+
+
+def kept_placed(function: Callable, mesh: Mesh | None) -> Callable:
+    """The function, its results (state, metrics) placed on a mesh of several devices."""
+
+    def wrapped(*args: Any) -> tuple[State, dict]:
+        state, metrics = function(*args)
+        return placed(state, mesh), jax.lax.with_sharding_constraint(metrics, replicated(mesh))
+
+    return wrapped if mesh and mesh.size > 1 else function
+
+
+def placed(state: State, mesh: Mesh) -> State:
+    """The state with parameters, optimiser state and frozen weights as `sharded` has them; statistics, which the host
+    reads too, and the step are whole on every device."""
+    own = {part: sharded(mesh, getattr(state, part)) for part in ("params", "opt", "frozen")}
+    rest = jax.tree.map(lambda _: replicated(mesh), {"stats": state.stats, "step": state.step})
+    return jax.lax.with_sharding_constraint(state, State(**own, **rest))
 
 
 def check_batch(rows: np.ndarray, check: Check, images: Samples) -> dict[str, np.ndarray]:
@@ -250,13 +284,13 @@ def check_batch(rows: np.ndarray, check: Check, images: Samples) -> dict[str, np
 
 
 @lru_cache(maxsize=8)
-def compiled_check(look: Callable, n: int, crop: tuple[int, ...] = ()) -> Callable:
+def compiled_check(look: Callable, n: int, crop: tuple[int, ...] = (), mesh: Mesh | None = None) -> Callable:
     """A stage's look at its state as one program, as `compiled_step` makes it of a step."""
 
     def one(state: State, batch: PyTree, held: Any = None) -> tuple[State, dict]:
         return look(state, cut(held, batch, crop) if crop else batch)
 
-    return jax.jit(one if n == 1 else jax.vmap(one, (0, None, None)), donate_argnums=0)
+    return jax.jit(kept_placed(one if n == 1 else jax.vmap(one, (0, None, None)), mesh), donate_argnums=0)
 
 
 @jax.jit
@@ -277,7 +311,8 @@ def adopt(config: ConfigDict, stage: Stage, state: State, workdir: Path) -> Stat
         part = model.get("weights_part", "mae")
         if weights.size is None and part != "blocks":  # which file this is for nothing else tells
             weights = read_weights(source, size=tuple(config.data.size))
-        single = lambda r: state.params if n == 1 else jax.tree.map(lambda x: x[r], state.params)
+        drawn = on_host(state.params)
+        single = lambda r: drawn if n == 1 else jax.tree.map(lambda x: x[r], drawn)
         loaded = [
             load_weights(
                 weights,
@@ -298,7 +333,8 @@ def adopt(config: ConfigDict, stage: Stage, state: State, workdir: Path) -> Stat
         write_text(workdir / "weights.txt", table(loaded[0][1]) + "\n")
     else:
         params = of_run(config, stage, state)
-    return state._replace(params=jax.device_put(params, jax.tree.map(lambda x: x.sharding, state.params)))
+    put = lambda new, old: jax.make_array_from_callback(new.shape, old.sharding, lambda i: new[i])
+    return state._replace(params=jax.tree.map(put, on_host(params), state.params))
 
 
 def of_run(config: ConfigDict, stage: Stage, state: State) -> PyTree:
@@ -333,10 +369,11 @@ def of_run(config: ConfigDict, stage: Stage, state: State) -> PyTree:
 
 
 @contextmanager
-def signals() -> Iterator[Callable[[], signal.Signals | None]]:
+def signals() -> Iterator[Callable[[bool], signal.Signals | None]]:
     """Gives a function that tells which of SIGTERM and SIGINT (Ctrl-C) has arrived; the second Ctrl-C interrupts at
     once. Elsewhere either ends the process at once, which a shell sees as 143 or 130 too: nothing but these steps is
-    lost with it."""
+    lost with it. Of several processes all learn at the same call what one of them has got: the last call, told by its
+    argument, knows all, an earlier one what came before the call before it."""
     arrived: list[signal.Signals] = []
     numbers = (signal.SIGTERM, signal.SIGINT)
     before = {n: signal.getsignal(n) for n in numbers if signal.getsignal(n) != signal.SIG_IGN}
@@ -350,7 +387,12 @@ def signals() -> Iterator[Callable[[], signal.Signals | None]]:
     try:
         for number in before:
             signal.signal(number, note)
-        yield lambda: arrived[0] if arrived else None
+        if jax.process_count() == 1:
+            yield lambda last: arrived[0] if arrived else None
+        else:
+            agreed = agreement()
+            number = lambda last: agreed(arrived[0] if arrived else 0, last)
+            yield lambda last: signal.Signals(found) if (found := number(last)) else None
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from patients import arguments
 
-from jmae import recipe, train
+from jmae import recipe, sharding, train
 from jmae.errors import exit_code
 from jmae.system import load_system, stage_keys
 
@@ -92,12 +92,27 @@ def mapped_against_jitted(config, system, batch) -> dict:
     return out
 
 
+def bytes_of_states() -> dict[str, list[int]]:
+    """Bytes of parameters, optimiser state and statistics: on the first of eight devices, and in all, by `fsdp`."""
+    config, system = small_system(name="maemi")
+    key, first, out = stage_keys(config, 0), jax.devices()[0], {}
+    for fsdp in (1, 4, 8):
+        mesh = sharding.device_mesh(fsdp)
+        state = jax.jit(lambda key, mesh=mesh: train.placed(system.stages[0].init(key, {}, 16), mesh))(key)
+        leaves = [leaf for leaf in jax.tree.leaves((state.params, state.opt)) if leaf.size >= sharding.SPLIT_FROM]
+        shards = [shard.data.nbytes for leaf in leaves for shard in leaf.addressable_shards if shard.device == first]
+        out[str(fsdp)] = [sum(shards), sum(leaf.nbytes for leaf in leaves)]
+    return out
+
+
 if __name__ == "__main__":
     assert jax.device_count() == 8
+    sharding.SPLIT_FROM = 256  # numbers: the networks are small
     run, volumes, manifest, *given = sys.argv[1:]
     code = exit_code(train.main, given)
     wrong = exit_code(train.main, [*given, "--config.pretrain.batch=12", f"--workdir={run}-12"])
-    code += exit_code(train.main, arguments(Path(manifest), Path(volumes), *EIGHT))
+    code += exit_code(train.main, arguments(Path(manifest), Path(volumes), *EIGHT, "fsdp=4"))
+    uneven = exit_code(train.main, [*given, "--config.fsdp=3", f"--workdir={run}-3"])
     jax.config.update("jax_disable_most_optimizations", True)  # the steps compile for longer than they run
     mapped = mapped_against_jitted(*small_system("pretrain.augment=false", "adapt.augment=false"), batch)
     mapped |= mapped_against_jitted(*small_system(name="maemi"), crops)
@@ -109,4 +124,6 @@ if __name__ == "__main__":
     ):
         found = mapped_against_jitted(*small_system(*changes, name=name), small)
         mapped |= {f"{title} {stage}": both for stage, both in found.items()}
-    print(json.dumps({"code": code, "indivisible": wrong, "mapped": mapped}))
+    print(
+        json.dumps({"code": code, "indivisible": wrong, "uneven": uneven, "mapped": mapped, "bytes": bytes_of_states()})
+    )

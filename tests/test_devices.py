@@ -59,7 +59,18 @@ def test_a_batch_that_does_not_divide_among_the_devices_is_one_line(on_eight):
     assert "a batch of 12 is not divisible by 8 devices: use a multiple, or fewer devices" in stderr
 
 
-def test_one_device_and_eight_train_alike_on_crops_and_give_the_same_volumes_maps(on_eight, tmp_path):
+def test_parameters_and_optimiser_state_are_split_over_the_devices_of_fsdp(on_eight):
+    for fsdp, (own, all_) in on_eight[1]["bytes"].items():
+        assert all_ > 50_000 and own == all_ // int(fsdp)
+
+
+def test_an_fsdp_that_does_not_divide_the_devices_is_one_line(on_eight):
+    _, said, stderr = on_eight
+    assert said["uneven"] == 2
+    assert "fsdp=3 does not divide 8 devices: set it to one of their divisors" in stderr
+
+
+def test_one_device_and_eight_with_fsdp_train_alike_on_crops_and_give_the_same_volumes_maps(on_eight, tmp_path):
     run, said, _ = on_eight
     volumes, manifest = run.with_name("volumes"), run.with_name("manifest.csv")
     assert said["code"] == 0

@@ -1,11 +1,18 @@
-"""The schedule and the optimiser."""
+"""The schedule, the optimiser and gradients of a batch in parts."""
 
+from functools import partial
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from on_8_devices import batch, crops, difference, small, small_system
 
+from jmae.errors import InputError
 from jmae.losses import masked_mse
 from jmae.optim import adamw, warmup_cosine
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def test_the_schedule_is_linear_then_half_a_cosine():
@@ -52,3 +59,33 @@ def test_the_masked_loss_ignores_visible_patches():
     prediction = jnp.array([[[1.0, 3.0], [100.0, 100.0], [2.0, 2.0], [-50.0, 0.0]]])
     hidden = jnp.array([[True, False, True, False]])
     assert float(masked_mse(prediction, target, hidden)[0]) == pytest.approx(((1 + 9) / 2 + 4) / 2)
+
+
+@pytest.mark.parametrize("name, samples", [("amae", batch), ("maemi", crops), ("memmc_mae", small)])
+def test_a_batch_in_parts_gives_the_step_of_the_whole_batch(name, samples):
+    key, found = jax.random.key(1), []
+    for parts in (1, 4):
+        _, system = small_system(f"accumulate={parts}", name=name)
+        stage = system.stages[0]
+        # One step on: in the first the learning rate is zero.
+        state = stage.init(jax.random.key(0), {}, 16)._replace(step=jnp.int32(1))
+        program = jax.jit(partial(stage.step, steps=3)).lower(state, samples(16), key).compile()
+        found.append((*program(state, samples(16), key), program.memory_analysis().temp_size_in_bytes))
+    (whole, metrics, most), (summed, said, least) = found
+    assert difference(said, metrics) < 1e-5 and difference(summed.opt, whole.opt) < 1e-5
+    assert difference(summed.params, whole.params) < 1e-5
+    assert least < most
+
+
+@pytest.mark.parametrize(
+    "name, change, words",
+    [
+        ("ppii", "accumulate=2", "accumulate=2: ppii takes statistics of the whole batch: set it to 1"),
+        ("simsid", "accumulate=2", "accumulate=2: simsid takes statistics of the whole batch: set it to 1"),
+        ("maemi", "accumulate=3", r"accumulate=3: does not divide a batch \(train 8\): set it to a common divisor"),
+        ("maemi", "accumulate=0", r"accumulate=0: does not divide a batch"),
+    ],
+)
+def test_parts_that_mean_nothing_are_refused(name, change, words):
+    with pytest.raises(InputError, match=words):
+        small_system(change, name=name)

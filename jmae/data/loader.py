@@ -404,7 +404,7 @@ class Decoded(NamedTuple):
 def save_array(file: Path, array: np.ndarray) -> None:
     """Writes a .npy file that has its name only when it is whole."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(f".{file.stem}.{os.getpid()}.npy")
+    part = file.with_name(f".{file.stem}.{os.getpid()}.{jax.process_index()}.npy")  # hosts may have equal numbers
     try:
         np.save(part, array)
         part.replace(file)

@@ -27,7 +27,7 @@ from jmae.data.transforms import moments_of, random_flip, random_resized_crop
 from jmae.errors import InputError
 from jmae.masking import case_keys, sample_keys
 from jmae.nn.transformer import linear
-from jmae.optim import adamw, warmup_cosine
+from jmae.optim import accumulated, adamw, warmup_cosine
 from jmae.patches import patchify
 from jmae.reconstruct import masked_loss, reconstruct
 from jmae.run_folder import log
@@ -137,7 +137,8 @@ def build(config: ConfigDict) -> System:
             mask, view = jnp.moveaxis(jax.vmap(jax.random.split)(sample_keys(key, batch["index"])), 1, 0)
             image = normalise(batch["image"])
             image = augment(image, view) if section.augment else image
-            value, grads = averaged(jax.value_and_grad(loss)(state.params, image, mask), axis_name)
+            found = accumulated(loss, config.get("accumulate", 1))(state.params, image, mask)
+            value, grads = averaged(found, axis_name)
             updates, opt = optimiser(schedule(state.step)).update(grads, state.opt, state.params)
             metrics = {"loss": value, "lr": schedule(state.step), "grad_norm": optax.tree.norm(grads)}
             return State(optax.apply_updates(state.params, updates), opt, {}, {}, state.step + 1), metrics

@@ -21,7 +21,7 @@ from jmae.data.transforms import random_flip
 from jmae.data.volumes import check_settings
 from jmae.errors import InputError
 from jmae.masking import hidden, random_mask, sample_keys, visible_tokens
-from jmae.optim import adamw, warmup_cosine
+from jmae.optim import accumulated, adamw, warmup_cosine
 from jmae.patches import grid_of, patchify, sincos_positions, unpatchify
 from jmae.reconstruct import masked_loss
 from jmae.scoring import minimum_filter
@@ -75,10 +75,11 @@ def build(config: ConfigDict) -> System:
         mask, view = jnp.moveaxis(jax.vmap(jax.random.split)(sample_keys(key, batch["index"])), 1, 0)
         image = jax.vmap(partial(random_flip, axes=tuple(data.flips)))(jnp.clip(batch["image"], low, high), view)
 
-        def loss(params):
+        def loss(params, image, mask):
             return masked_loss(mae_of(params), image, mask, patch=patch, ratio=train.mask_ratio, masks=1)
 
-        value, grads = averaged(jax.value_and_grad(loss)(state.params), axis_name)
+        found = accumulated(loss, config.get("accumulate", 1))(state.params, image, mask)
+        value, grads = averaged(found, axis_name)
         updates, opt = optimiser(schedule(state.step)).update(grads, state.opt, state.params)
         metrics = {"loss": value, "lr": schedule(state.step), "grad_norm": optax.tree.norm(grads)}
         return State(optax.apply_updates(state.params, updates), opt, {}, {}, state.step + 1), metrics

@@ -26,7 +26,7 @@ from jmae.errors import InputError
 from jmae.masking import case_keys, sample_keys, visible_tokens
 from jmae.nn.mae import MAE
 from jmae.nn.memory import MultiLevelMAE
-from jmae.optim import adamw, warmup_cosine
+from jmae.optim import accumulated, adamw, warmup_cosine
 from jmae.patches import grid_of, patchify
 from jmae.reconstruct import Reconstruction, masked_loss, reconstruct
 from jmae.scoring import check_ssim, ms_ssim, ms_ssim_map
@@ -109,10 +109,11 @@ def build(config: ConfigDict) -> System:
             image = jax.vmap(partial(random_resized_crop, scale=tuple(data.crop_scale)))(image, crop)
         image = jax.vmap(partial(random_flip, axes=tuple(int(axis) for axis in data.flips)))(image, flip)
 
-        def loss(params):
+        def loss(params, image, mask):
             return masked_loss(mae_of(params), image, mask, patch=patch, ratio=train.mask_ratio, masks=1)
 
-        value, grads = averaged(jax.value_and_grad(loss)(state.params), axis_name)
+        found = accumulated(loss, config.get("accumulate", 1))(state.params, image, mask)
+        value, grads = averaged(found, axis_name)
         updates, opt = optimiser(schedule(state.step)).update(grads, state.opt, state.params)
         metrics = {"loss": value, "lr": schedule(state.step), "grad_norm": optax.tree.norm(grads)}
         return State(optax.apply_updates(state.params, updates), opt, {}, {}, state.step + 1), metrics

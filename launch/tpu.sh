@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# A TPU pod: the same command on each of its hosts, with jmae[tpu] and the data on all of them:
+#   launch/tpu.sh NAME ZONE --config configs/maemi.py:paper --config.data.manifest=MANIFEST.csv --workdir /shared/maemi
+set -euo pipefail
+name=$1 zone=$2
+shift 2
+gcloud compute tpus tpu-vm ssh "$name" --zone="$zone" --worker=all \
+  --command="cd jmae && JAX_NUM_PROCESSES=auto .venv/bin/python -m jmae.train $(printf '%q ' "$@")"

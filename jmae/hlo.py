@@ -59,7 +59,7 @@ class Program:
             called = self._called(op)
             if op.kind == "while":
                 for name in called:
-                    yield from self._executed(name, times * self._trips(op))
+                    yield from self._executed(name, times * self._trips(part, op))
             elif op.kind in ("conditional", "call", "async-start"):
                 for name in called:
                     yield from self._executed(name, times)
@@ -71,9 +71,22 @@ class Program:
             return re.findall(r"[\w.\-]+", branches[1])
         return re.findall(r"(?:calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)", op.rest)
 
-    def _trips(self, op: Operation) -> int:
+    def _trips(self, part: str, op: Operation) -> int:
+        """How often a loop runs: as XLA says, or up to the constant that its counter is compared with."""
         if known := re.search(r'known_trip_count"?:\s*\{"?n"?:\s*"?(\d+)', op.rest):
             return int(known[1])
+        (name,) = re.findall(r"condition=%?([\w.\-]+)", op.rest)
+        own = self.ops[name]
+        last = next(each for each in self.parts[name] if each.root)
+        counter, limit = (own.get(each) for each in (*last.operands, "", "")[:2])
+        if last.kind == "compare" and "direction=LT" in last.rest and counter and limit and limit.kind == "constant":
+            number = re.search(r"index=(\d+)", counter.rest)
+            state = self.ops[part].get(op.operands[0])
+            if number and state and state.kind == "tuple":
+                start = self.ops[part][state.operands[int(number[1])]]
+                return int(limit.rest.split(")")[0]) - (
+                    int(start.rest.split(")")[0]) if start.kind == "constant" else 0
+                )
         self.unknown += 1
         return 1
 
@@ -82,14 +95,17 @@ class Program:
     def collectives(self) -> list[Collective]:
         """The collective operations of one step, those of a kind and group together; groups of one send nothing."""
         found: dict[tuple[str, tuple[int, ...]], list[float]] = {}
+        seen: set[str] = set()
         for part, op, times in self.run:
-            inside = [(part, op)]
-            if op.kind == "fusion":
-                inside = [(name, each) for name in self._called(op) for each in self.parts[name]]
-            for where, each in inside:
+            for where, each in self._within(part, op):
                 kind = each.kind.removesuffix("-start")
                 if kind not in COLLECTIVES:
                     continue
+                # TPU: one that runs beside other work is named in each of the fused operations that drive it.
+                if channel := re.search(r"channel_id=\d+", each.rest):
+                    if channel[0] in seen:
+                        continue
+                    seen.add(channel[0])
                 # TPU: a reduce-scatter is a fusion of an all-reduce and the slice that a device keeps.
                 if where != part and kind == "all-reduce" and "reduce-scatter" in where + op.name:
                     kind = "reduce-scatter"
@@ -104,6 +120,14 @@ class Program:
                     total[i] += times * more
         return [Collective(kind, group, int(n), whole, sent) for (kind, group), (n, whole, sent) in found.items()]
 
+    def _within(self, part: str, op: Operation) -> Iterator[tuple[str, Operation]]:
+        """The operation, or those that are fused in it."""
+        if op.kind != "fusion":
+            yield part, op
+        for name in self._called(op) if op.kind == "fusion" else ():
+            for each in self.parts[name]:
+                yield from self._within(name, each)
+
     def _group(self, op: Operation) -> tuple[int, ...]:
         """The devices of the first group."""
         if pairs := re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", op.rest):
@@ -114,6 +138,17 @@ class Program:
             shape, dims, order = ([int(i) for i in (m or "").split(",") if i] for m in made.groups())
             numbers = np.arange(math.prod(dims)).reshape(dims).transpose(order or range(len(dims)))
             return tuple(numbers.reshape(shape)[0].tolist())
+        if made := re.search(r"replica_groups=mesh\[(.*?)\](?:, device_ids=\(([\d,]+)\))? \{(.*?)\}", op.rest):
+            # Axes, whole or (as in 'a':(2)4) a part of one: its size behind those of a size before it.
+            axes = {name: int(n) for name, n in re.findall(r"'(\w+)'=(\d+)", made[1])}
+            chosen = re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", made[3])
+            parts = {name: (int(before or 1), int(n or axes[name])) for name, before, n in chosen}
+            dims = [each for name, n in axes.items() for each in _thirds(n, *parts.get(name, (n, 1)))]
+            middle = [3 * list(axes).index(name) + 1 for name, _, _ in chosen]
+            numbers = np.array([int(i) for i in made[2].split(",")] if made[2] else range(math.prod(dims)))
+            order = [i for i in range(len(dims)) if i not in middle] + middle
+            last = math.prod(dims[i] for i in middle)
+            return tuple(numbers.reshape(dims).transpose(order).reshape(-1, last)[0].tolist())
         if re.search(r"replica_groups=\{\}", op.rest) or "replica_groups" not in op.rest:
             return tuple(range(self.devices))
         raise ValueError(f"replica_groups of another form: {op.rest[:200]}")
@@ -181,6 +216,10 @@ class Program:
         return size(op.type)
 
 
+def _thirds(n: int, before: int, middle: int) -> tuple[int, int, int]:
+    return before, middle, n // before // middle
+
+
 def parse(text: str) -> tuple[dict[str, list[Operation]], str]:
     """({part: its operations}, the part that is run) of XLA's text."""
     parts: dict[str, list[Operation]] = {}
@@ -200,7 +239,7 @@ def parse(text: str) -> tuple[dict[str, list[Operation]], str]:
             stop = closing(call, len(kind))
             inside = call[len(kind) + 1 : stop - 1]
             operands = () if kind in ("parameter", "constant") else tuple(re.findall(r"%([\w.\-]+)", inside))
-            rest = call[stop:] if kind != "parameter" else call[len(kind) + 1 :]
+            rest = call[len(kind) + 1 :] if kind in ("parameter", "constant") else call[stop:]
             parts[current].append(Operation(name, kind, type_, operands, rest, bool(root)))
     if not entry:
         raise ValueError("no program in XLA's text")

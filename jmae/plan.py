@@ -13,8 +13,8 @@ hold a parameter's parts (default: the recipe's, or 1). Images are the batch's; 
 device (data.crops_on) comes on top: 4 bytes a voxel and channel.
 
 Predicted time is that of the stated peak figures, which no program reaches: products at the peak rate, what the program
-reads and writes at the memory's, what a chip sends at the network's. Exit codes: 0 fits; 1 a stage does not; 2 the input
-or the environment is wrong.
+reads and writes at the memory's, what a chip sends at the network's.
+Exit codes: 0 fits; 1 a stage does not; 2 the input or the environment is wrong.
 """
 
 import importlib.util
@@ -62,15 +62,16 @@ class Chip(NamedTuple):
     whole: int  # TPU: an axis of a multiple of so many chips is closed to a ring; GPU: how many a host has
     between: float  # GPU: bytes a second of its port to other hosts, one way
     source: str
+    example: str = ""  # TPU: a machine that has it, as libtpu calls it
 
 
 TPU, NVIDIA = "cloud.google.com/tpu/docs/", "nvidia.com/en-us/data-center/"
 # Ports of TPUs: the stated bandwidth a chip, both ways, over ports and ways. Closed rings: v5e, v6e axes of 16 alone,
 # v5p multiples of 4. GPUs: the SXM forms with NVLink, in hosts of 8 with a ConnectX port each (DGX).
 CHIPS = {
-    "v5e": Chip("tpu", 197e12, 1, 16e9, 819e9, 4, 50e9, 16, 0, TPU + "v5e"),
-    "v5p": Chip("tpu", 459e12, 1, 95e9, 2765e9, 6, 100e9, 4, 0, TPU + "v5p"),
-    "v6e": Chip("tpu", 918e12, 1, 32e9, 1638e9, 4, 100e9, 16, 0, TPU + "v6e"),
+    "v5e": Chip("tpu", 197e12, 1, 16e9, 819e9, 4, 50e9, 16, 0, TPU + "v5e", "v5litepod-8"),
+    "v5p": Chip("tpu", 459e12, 1, 95e9, 2765e9, 6, 100e9, 4, 0, TPU + "v5p", "v5p-8"),
+    "v6e": Chip("tpu", 918e12, 1, 32e9, 1638e9, 4, 100e9, 16, 0, TPU + "v6e", "v6e-8"),
     "a100": Chip("cpu", 312e12, 0.5, 80e9, 2039e9, 1, 300e9, 8, 25e9, NVIDIA + "a100 (80 GB), dgx-a100"),
     "h100": Chip("cpu", 989e12, 0.5, 80e9, 3350e9, 1, 450e9, 8, 50e9, NVIDIA + "h100, dgx-h100"),
     "h200": Chip("cpu", 989e12, 0.5, 141e9, 4800e9, 1, 450e9, 8, 50e9, NVIDIA + "h200, dgx-h200"),
@@ -152,9 +153,10 @@ def devices_of(target: Target) -> Sequence[Any]:
     if importlib.util.find_spec("libtpu") is None:
         raise InputError(f"target {target.name} needs libtpu, the TPUs' compiler: pip install 'jmae[plan]'")
     # No TPU is looked for, others may compile or train beside this process, and only what is fatal is said.
-    quiet = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
-    for key, value in (quiet | {"TPU_MIN_LOG_LEVEL": "3", "TPU_STDERR_LOG_LEVEL": "3"}).items():
-        os.environ.setdefault(key, value)
+    settings = f"""TPU_SKIP_MDS_QUERY=1 ALLOW_MULTIPLE_LIBTPU_LOAD=1 TPU_WORKER_HOSTNAMES=localhost
+        TPU_ACCELERATOR_TYPE={target.chip.example} TPU_MIN_LOG_LEVEL=3 TPU_STDERR_LOG_LEVEL=3"""
+    for setting in settings.split():
+        os.environ.setdefault(*setting.split("="))
     name, options = f"{target.name}:{'x'.join(map(str, target.shape))}", {}
     if count == 1:
         options = {"chips_per_host_bounds": (1, 1, 1)}
@@ -212,9 +214,7 @@ def step_of(
     keys = jax.eval_shape(partial(stage_keys, config, number))
     state = jax.eval_shape(init if n == 1 else jax.vmap(init), keys, results)
     own = {part: sharded(mesh, getattr(state, part)) for part in ("params", "opt", "frozen")}
-    places = State(
-        **own, **jax.tree.map(lambda _: replicated(mesh), {"stats": state.stats, "step": state.step})
-    )
+    places = State(**own, **jax.tree.map(lambda _: replicated(mesh), {"stats": state.stats, "step": state.step}))
     image = (*config.data.size, config.data.channels)
     arrays = {"image": (image, jnp.float32), "index": ((), jnp.int32), "case": ((2,), jnp.uint32)}
     for name, make in stage.host.items():
@@ -251,12 +251,14 @@ def planned(target: Target, mesh: Mesh, jitted: Any, state: State, batch: PyTree
     try:
         compiled = traced.lower().compile()
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
         need = re.search(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm", str(error))
-        size = lambda n, unit: float(n) * 2.0 ** (10 * (1 + "KMGT".index(unit)))
-        out |= {"limit": size(*need.groups()[2:])} if need else {}
-        return out | {"fits": False, "total": size(*need.groups()[:2]) if need else None, "compute_s": compute}
+        if not need:
+            raise InputError(f"this step cannot be compiled for {target.name}: {first_line(error)}") from error
+        total, limit = (
+            float(n) * 2.0 ** (10 * (1 + "KMGT".index(unit)))
+            for n, unit in zip(need.groups()[::2], need.groups()[1::2], strict=True)
+        )
+        return out | {"fits": False, "total": total, "limit": limit, "compute_s": compute}
     sizes = compiled.memory_analysis()
     memory["gradients and activations"] = sizes.temp_size_in_bytes
     memory["program"] = sizes.generated_code_size_in_bytes
@@ -301,9 +303,7 @@ def predicted(compute_s: float, memory_s: float, network_s: float) -> dict[str, 
 
 def held(tree: PyTree) -> int:
     """Bytes of a tree of placed shapes on one chip."""
-    return sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)
-    )
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def products(jaxpr: Any, platform: str) -> Counter[int]:
@@ -353,18 +353,18 @@ def inner(params: dict[str, Any]) -> Iterator[Any]:
 
 def report(target: Target, found: dict[str, Any]) -> list[str]:
     """The lines that are printed of a stage's plan."""
-    chip, gpu = target.chip, target.chip.platform == "cpu"
+    gpu = target.chip.platform == "cpu"
     n, data = found["chips"], found["chips"] // found["fsdp"]
     gb = lambda size: f"{size / 1e9:.3g}"
     ms = lambda seconds: f"{1e3 * seconds:.3g}"
     how = "estimated from the program for CPUs" if gpu else "compiled"
     whose = "--batch" if found["batch_from"] == "--batch" else "the recipe's on each"
     memory = ", ".join(f"{name} {gb(size)}" for name, size in found["memory"].items() if size >= 1e6)
-    total = "more" if found["total"] is None else gb(found["total"])
     lines = [
         f"{found['system']}, stage {found['stage']}, on {n} {target.name} ({'x'.join(map(str, target.shape))}), "
         f"data {data} x fsdp {found['fsdp']}, global batch {found['batch']} ({whose})",
-        f"  fits         {'yes' if found['fits'] else 'NO'}: {total} of {gb(found['limit'])} GB a chip [{how}]",
+        f"  fits         {'yes' if found['fits'] else 'NO'}: {gb(found['total'])} of {gb(found['limit'])} GB a chip "
+        f"[{how}]",
         f"  memory       {memory} GB a chip [{'arrays exact, the rest ' if gpu else ''}{how}]",
         f"  work         {found['flops'] / 1e12:.4g} TFLOP a step, {found['flops_chip'] / 1e12:.4g} a chip [traced]",
     ]

@@ -134,21 +134,19 @@ class Program:
             return tuple(sorted({int(pairs[1]), int(pairs[2])}))
         if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", op.rest):
             return tuple(int(i) for i in listed[1].split(","))
-        if made := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", op.rest):
-            shape, dims, order = ([int(i) for i in (m or "").split(",") if i] for m in made.groups())
-            numbers = np.arange(math.prod(dims)).reshape(dims).transpose(order or range(len(dims)))
-            return tuple(numbers.reshape(shape)[0].tolist())
-        if made := re.search(r"replica_groups=mesh\[(.*?)\](?:, device_ids=\(([\d,]+)\))? \{(.*?)\}", op.rest):
+        if made := re.search(r"replica_groups=\[([\d,]+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)", op.rest):
+            shape = [int(i) for i in made[1].split(",")]
+            return tuple(_numbers(made[2]).reshape(shape)[0].tolist())
+        if made := re.search(r"replica_groups=mesh\[(.*?)\](?:, device_ids=\((.*?\)?)\))? \{(.*?)\}", op.rest):
             # Axes, whole or (as in 'a':(2)4) a part of one: its size behind those of a size before it.
             axes = {name: int(n) for name, n in re.findall(r"'(\w+)'=(\d+)", made[1])}
             chosen = re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", made[3])
             parts = {name: (int(before or 1), int(n or axes[name])) for name, before, n in chosen}
             dims = [each for name, n in axes.items() for each in _thirds(n, *parts.get(name, (n, 1)))]
             middle = [3 * list(axes).index(name) + 1 for name, _, _ in chosen]
-            numbers = np.array([int(i) for i in made[2].split(",")] if made[2] else range(math.prod(dims)))
+            numbers = _numbers(made[2] or f"[{math.prod(dims)}]").reshape(dims)
             order = [i for i in range(len(dims)) if i not in middle] + middle
-            last = math.prod(dims[i] for i in middle)
-            return tuple(numbers.reshape(dims).transpose(order).reshape(-1, last)[0].tolist())
+            return tuple(numbers.transpose(order).reshape(-1, math.prod(dims[i] for i in middle))[0].tolist())
         if re.search(r"replica_groups=\{\}", op.rest) or "replica_groups" not in op.rest:
             return tuple(range(self.devices))
         raise ValueError(f"replica_groups of another form: {op.rest[:200]}")
@@ -214,6 +212,16 @@ class Program:
         if op.kind == "fusion":
             return self._written(self._called(op)[0])
         return size(op.type)
+
+
+def _numbers(text: str) -> np.ndarray:
+    """Numbers of devices: "0,2,1,3", or "[2,2]T(1,0)", all in order, as an array of that shape, transposed."""
+    if not text.startswith("["):
+        return np.array([int(i) for i in text.split(",")])
+    dims, _, order = (part.strip("[]()") for part in text.partition("T"))
+    axes = [int(n) for n in dims.split(",")]
+    transposed = [int(i) for i in order.split(",")] if order else None
+    return np.arange(math.prod(axes)).reshape(axes).transpose(transposed).reshape(-1)
 
 
 def _thirds(n: int, before: int, middle: int) -> tuple[int, int, int]:

@@ -157,9 +157,8 @@ def devices_of(target: Target) -> Sequence[Any]:
         TPU_ACCELERATOR_TYPE={target.chip.example} TPU_MIN_LOG_LEVEL=3 TPU_STDERR_LOG_LEVEL=3"""
     for setting in settings.split():
         os.environ.setdefault(*setting.split("="))
-    name, options = f"{target.name}:{'x'.join(map(str, target.shape))}", {}
-    if count == 1:
-        options = {"chips_per_host_bounds": (1, 1, 1)}
+    name = f"{target.name}:{'x'.join(map(str, target.shape))}"
+    options: dict[str, Any] = {"chips_per_host_bounds": (1, 1, 1)} if count == 1 else {}
     try:
         return topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
     except Exception as error:
@@ -183,7 +182,9 @@ def plan(config: ConfigDict, target: Target, *, stage: str = "", batch: int = 0,
     fsdp = fsdp or config.get("fsdp", 1)
     devices = devices_of(target)
     mesh = device_mesh(fsdp, devices)
-    results, found, known = {}, [], {}
+    results: dict[str, Any] = {}
+    found: list[dict[str, Any]] = []
+    known: dict[Any, dict[str, Any]] = {}
     # Networks that have a form of their own for the CPU ask which platform they are traced for.
     with mock.patch.object(jax, "default_backend", lambda: "tpu" if target.chip.platform == "tpu" else "gpu"):
         system = load_system(config)
@@ -369,7 +370,11 @@ def report(target: Target, found: dict[str, Any]) -> list[str]:
         f"  work         {found['flops'] / 1e12:.4g} TFLOP a step, {found['flops_chip'] / 1e12:.4g} a chip [traced]",
     ]
     if "step_s" not in found:
-        return [*lines, "  smaller: --config.model.remat=true, a smaller --batch, a larger --fsdp", peaks(target)]
+        return [
+            *lines,
+            "  smaller      --config.model.remat=true, a smaller --batch, --config.accumulate=2, a larger --fsdp",
+            peaks(target),
+        ]
     if found["flops_compiler"]:
         lines[-1] += f"; the compiler counts {found['flops_compiler'] / 1e12:.4g}, a loop's body once"
     parts = ", ".join(

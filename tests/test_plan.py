@@ -10,9 +10,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jmae import plan
+from jmae import plan, recipe
 from jmae.errors import InputError, exit_code
 from jmae.hlo import Program, size
+from jmae.sharding import device_mesh
+from jmae.system import load_system
 
 # Eight devices, groups of four a stride of two apart. A loop of 12: each time gathers 4 x [16,32] and slices weights
 # [12,64,64] in a fusion. Then an all-reduce of 4096 numbers with a pair of operations, a fused reduce-scatter over all.
@@ -158,6 +160,27 @@ def test_products_count_loops_by_their_length_and_the_target_s_own_branch():
     half = jnp.bfloat16
     traced = jax.jit(convolved).trace(jnp.zeros((2, 6, 6, 3), half), jnp.zeros((3, 3, 3, 4), half)).jaxpr.jaxpr
     assert plan.products(traced, "tpu") == {2: 2 * (2 * 6 * 6 * 4) * 27}
+
+
+def test_products_of_a_step_are_those_of_the_formula():
+    config = recipe.load("configs/maemi.py:smoke")
+    (stage,) = load_system(config).stages
+    state, inputs, jitted = plan.step_of(config, stage, 0, {}, device_mesh(1, jax.devices()[:1]), 2)
+    found = sum(plan.products(jitted.trace(state, *inputs).jaxpr.jaxpr, "tpu").values())
+    model, values = config.model, 8 * 8 * 2 * 2
+    tokens = 4 * 3 * 2
+    visible = tokens - int(tokens * config.train.mask_ratio)
+
+    def block(n, width):  # (dense products, attention's) of one block, forward
+        return 2 * n * 12 * width**2, 4 * n**2 * width
+
+    blocks = [block(visible + 1, model.width)] * model.depth
+    blocks += [block(tokens + 1, model.decoder_width)] * model.decoder_depth
+    ends = 2 * (visible + 1) * model.width * model.decoder_width + 2 * tokens * model.decoder_width * values
+    dense, attention = sum(d for d, _ in blocks) + ends, sum(a for _, a in blocks)
+    first = 2 * (2 * tokens * values * model.width)  # the patch embedding: no gradient of the image
+    # Attention: two products forward and four backward, and up to two again where its scores are not kept.
+    assert 2 * (3 * dense + first + 3 * attention) <= found <= 2 * (3 * dense + first + 4 * attention)
 
 
 def test_predicted_time_is_the_longer_of_work_and_memory_and_then_the_network():

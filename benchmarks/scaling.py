@@ -1,0 +1,98 @@
+"""How MAEMI's training scales from one chip to 256: what fits, how fast a step is at most, and what limits it.
+
+Each row is a plan (`jmae.plan`) and holds the command that makes it again; no chip is needed, but libtpu
+(pip install 'jmae[plan]'). The batch is the recipe's on every chip. Rows that the JSON has already, made with the same
+versions, are kept; --again makes them anew.
+
+    python -m benchmarks.scaling
+    python -m benchmarks.scaling --only h
+"""
+
+import argparse
+import json
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from benchmarks.timing import machine, table
+from jmae import plan, recipe
+
+# Vision transformers of the three common sizes (Dosovitskiy et al. 2021, table 1); the decoder is the paper's.
+SIZES = {
+    "b": {"width": 768, "depth": 12, "heads": 12},
+    "l": {"width": 1024, "depth": 24, "heads": 16},
+    "h": {"width": 1280, "depth": 32, "heads": 16},
+}
+SHAPES = ("1x1", "2x4", "8x8", "16x16")  # of v5e: 1 to 256 chips
+RESULTS = Path(__file__).parent / "results" / "scaling.json"
+
+
+def cases(sizes: list[str], chip: str) -> list[dict[str, Any]]:
+    """The plans of the table: data parallel, and parameters over the chips of a host."""
+    return [
+        {"size": size, "target": f"{chip}:{shape}", "fsdp": fsdp}
+        for shape in SHAPES
+        for size in sizes
+        for fsdp in ((1,) if shape == "1x1" else (1, 8))
+    ]
+
+
+def arguments(case: dict[str, Any]) -> list[str]:
+    """The command line of a plan."""
+    model = [f"--config.model.{key}={value}" for key, value in SIZES[case["size"]].items()]
+    fsdp = [f"--fsdp={case['fsdp']}"] if case["fsdp"] > 1 else []
+    return ["--config=configs/maemi.py:paper", *model, f"--target={case['target']}", *fsdp]
+
+
+def row(case: dict[str, Any], own: list[str]) -> dict[str, Any]:
+    """One plan."""
+    start = time.perf_counter()
+    config, _ = recipe.parse([a for a in own if a.startswith("--config")], "")
+    (found,) = plan.plan(config, plan.target_of(case["target"]), fsdp=case["fsdp"])
+    return case | {"command": plan.command(own), "plan_s": time.perf_counter() - start} | found
+
+
+def shown(each: dict[str, Any], alone: dict[str, float]) -> tuple[Any, ...]:
+    """A row of the table; efficiency is against one chip's own plan, where that fits."""
+    gb, ms = (lambda key, unit=unit: f"{each[key] * unit:.3g}" for unit in (1e-9, 1e3))
+    head = (f"ViT-{each['size'].upper()}", each["target"], each["chips"] // each["fsdp"], each["fsdp"], each["batch"])
+    memory = f"{'' if each['fits'] else 'NO: '}{gb('total')}"
+    if "step_s" not in each:
+        return (*head, memory, *[""] * 6, "memory size")
+    one = alone.get(each["size"])
+    efficiency = f"{one / each['step_s']:.0%}" if one else f"({each['efficiency']:.0%})"
+    times = (ms("compute_s"), ms("memory_s"), ms("network_s"), ms("step_s"))
+    return (*head, memory, *times, f"{each['batch'] / each['step_s']:.0f}", efficiency, each["limited_by"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", choices=list(SIZES), help="one size of the network")
+    parser.add_argument("--chip", default="v5e", choices=("v5e", "v6e"), help="default v5e")
+    parser.add_argument("--again", action="store_true", help="make rows anew that the JSON has")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    given = parser.parse_args()
+    versions = {name: version(name) for name in ("jax", "libtpu")}
+    kept = json.loads(given.out.read_text())["rows"] if given.out.exists() else []
+    done = {each["command"]: each for each in kept}
+    for case in cases([given.only] if given.only else list(SIZES), given.chip):
+        own = arguments(case)
+        known = done.get(plan.command(own), {})
+        if given.again or known.get("versions") != versions:
+            done[plan.command(own)] = row(case, own) | {"versions": versions}
+            content = {"command": "python -m benchmarks.scaling", "machine": machine(), "rows": list(done.values())}
+            given.out.write_text(json.dumps(content, indent=1) + "\n")
+    order = {case: i for i, case in enumerate(SIZES)}
+    rows = sorted(
+        done.values(), key=lambda each: (order[each["size"]], each["target"][:3], each["chips"], each["fsdp"])
+    )
+    alone = {each["size"]: each["step_s"] for each in rows if each["chips"] == 1 and "step_s" in each}
+    head = "network target data fsdp batch GB compute memory traffic_network step samples/s efficiency limit"
+    print(table(tuple(head.split()), [shown(each, alone) for each in rows]))
+    print("GB a chip; ms a step at peak figures, the network after the rest; efficiency against one chip's own plan,")
+    print("in brackets, where that does not fit, against the same program without its network")
+
+
+if __name__ == "__main__":
+    main()

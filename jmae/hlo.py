@@ -1,0 +1,280 @@
+"""What a compiled program does, from XLA's text of it: what it sends to other devices, what it reads and writes.
+
+XLA's own cost analysis counts the body of a loop once, and says nothing of the network; here a loop's body counts as
+often as it runs.
+"""
+
+import math
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
+# Operations that move no data of their own.
+FREE = """parameter constant tuple get-tuple-element bitcast while conditional call after-all partition-id replica-id
+    opt-barrier domain""".split()
+BITS = {"pred": 8, "token": 0, "opaque": 0, "c64": 64, "c128": 128}
+ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,<=]*)\](\{[^{}]*\})?")
+
+
+class Operation(NamedTuple):
+    name: str
+    kind: str
+    type: str
+    operands: tuple[str, ...]
+    rest: str  # attributes
+    root: bool
+
+
+class Collective(NamedTuple):
+    """Equal collective operations of one step, together."""
+
+    kind: str
+    group: tuple[int, ...]  # devices of one of its groups
+    count: int
+    size: float  # bytes of the whole arrays: what is reduced, gathered, scattered or sent
+    sent: float  # bytes that a device sends, at the least (ring)
+
+
+class Program:
+    """XLA's text of a program compiled for `devices`; `unknown` counts its loops of unknown length."""
+
+    def __init__(self, text: str, devices: int):
+        self.devices, self.unknown = devices, 0
+        self.parts, self.entry = parse(text)
+        self.ops = {part: {op.name: op for op in ops} for part, ops in self.parts.items()}
+        self.users: dict[str, dict[str, list[Operation]]] = {part: {} for part in self.parts}
+        for part, ops in self.parts.items():
+            for op in ops:
+                for operand in dict.fromkeys(op.operands):
+                    self.users[part].setdefault(operand, []).append(op)
+        self.run = list(self._executed(self.entry, 1))
+
+    def _executed(self, part: str, times: int) -> Iterator[tuple[str, Operation, int]]:
+        """(its part, operation, how often it runs); all branches of a condition count."""
+        for op in self.parts[part]:
+            yield part, op, times
+            called = self._called(op)
+            if op.kind == "while":
+                for name in called:
+                    yield from self._executed(name, times * self._trips(part, op))
+            elif op.kind in ("conditional", "call", "async-start"):
+                for name in called:
+                    yield from self._executed(name, times)
+
+    def _called(self, op: Operation) -> list[str]:
+        if op.kind == "while":
+            return re.findall(r"body=%?([\w.\-]+)", op.rest)
+        if branches := re.search(r"branch_computations=\{([^}]*)\}", op.rest):
+            return re.findall(r"[\w.\-]+", branches[1])
+        return re.findall(r"(?:calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)", op.rest)
+
+    def _trips(self, part: str, op: Operation) -> int:
+        """How often a loop runs: as XLA says, or up to the constant that its counter is compared with."""
+        if known := re.search(r'known_trip_count"?:\s*\{"?n"?:\s*"?(\d+)', op.rest):
+            return int(known[1])
+        (name,) = re.findall(r"condition=%?([\w.\-]+)", op.rest)
+        own = self.ops[name]
+        last = next(each for each in self.parts[name] if each.root)
+        counter, limit = (own.get(each) for each in (*last.operands, "", "")[:2])
+        if last.kind == "compare" and "direction=LT" in last.rest and counter and limit and limit.kind == "constant":
+            number = re.search(r"index=(\d+)", counter.rest)
+            state = self.ops[part].get(op.operands[0])
+            if number and state and state.kind == "tuple":
+                start = self.ops[part][state.operands[int(number[1])]]
+                return int(limit.rest.split(")")[0]) - (
+                    int(start.rest.split(")")[0]) if start.kind == "constant" else 0
+                )
+        self.unknown += 1
+        return 1
+
+    # --- network ------------------------------------------------------------------------------------------------------
+
+    def collectives(self) -> list[Collective]:
+        """The collective operations of one step, those of a kind and group together; groups of one send nothing."""
+        found: dict[tuple[str, tuple[int, ...]], list[float]] = {}
+        seen: set[str] = set()
+        for part, op, times in self.run:
+            for where, each in self._within(part, op):
+                kind = each.kind.removesuffix("-start")
+                if kind not in COLLECTIVES:
+                    continue
+                # TPU: one that runs beside other work is named in each of the fused operations that drive it.
+                if channel := re.search(r"channel_id=\d+", each.rest):
+                    if channel[0] in seen:
+                        continue
+                    seen.add(channel[0])
+                # TPU: a reduce-scatter is a fusion of an all-reduce and the slice that a device keeps.
+                if where != part and kind == "all-reduce" and "reduce-scatter" in where + op.name:
+                    kind = "reduce-scatter"
+                group = self._group(each)
+                n, given = len(group), sum(size(self.ops[where][name].type) for name in each.operands)
+                if n == 1:
+                    continue
+                whole = given * n if kind == "all-gather" else given
+                share = {"all-reduce": 2 * (n - 1) / n, "collective-permute": 1, "collective-broadcast": 1}
+                total = found.setdefault((kind, group), [0, 0, 0])
+                for i, more in enumerate((1, whole, share.get(kind, (n - 1) / n) * whole)):
+                    total[i] += times * more
+        return [Collective(kind, group, int(n), whole, sent) for (kind, group), (n, whole, sent) in found.items()]
+
+    def _within(self, part: str, op: Operation) -> Iterator[tuple[str, Operation]]:
+        """The operation, or those that are fused in it."""
+        if op.kind != "fusion":
+            yield part, op
+        for name in self._called(op) if op.kind == "fusion" else ():
+            for each in self.parts[name]:
+                yield from self._within(name, each)
+
+    def _group(self, op: Operation) -> tuple[int, ...]:
+        """The devices of the first group."""
+        if pairs := re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", op.rest):
+            return tuple(sorted({int(pairs[1]), int(pairs[2])}))
+        if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", op.rest):
+            return tuple(int(i) for i in listed[1].split(","))
+        if made := re.search(r"replica_groups=\[([\d,]+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)", op.rest):
+            shape = [int(i) for i in made[1].split(",")]
+            return tuple(_numbers(made[2]).reshape(shape)[0].tolist())
+        if made := re.search(r"replica_groups=mesh\[(.*?)\](?:, device_ids=\((.*?\)?)\))? \{(.*?)\}", op.rest):
+            # Axes, whole or (as in 'a':(2)4) a part of one: its size behind those of a size before it.
+            axes = {name: int(n) for name, n in re.findall(r"'(\w+)'=(\d+)", made[1])}
+            chosen = re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", made[3])
+            parts = {name: (int(before or 1), int(n or axes[name])) for name, before, n in chosen}
+            dims = [each for name, n in axes.items() for each in _thirds(n, *parts.get(name, (n, 1)))]
+            middle = [3 * list(axes).index(name) + 1 for name, _, _ in chosen]
+            numbers = _numbers(made[2] or f"[{math.prod(dims)}]").reshape(dims)
+            order = [i for i in range(len(dims)) if i not in middle] + middle
+            return tuple(numbers.transpose(order).reshape(-1, math.prod(dims[i] for i in middle))[0].tolist())
+        if re.search(r"replica_groups=\{\}", op.rest) or "replica_groups" not in op.rest:
+            return tuple(range(self.devices))
+        raise ValueError(f"replica_groups of another form: {op.rest[:200]}")
+
+    # --- memory -------------------------------------------------------------------------------------------------------
+
+    def traffic(self) -> float:
+        """Bytes that one step reads from and writes to a device's memory: of each operation what it is given and what
+        it gives, of a fused one as a whole; of slices the slice. What lies in a memory of the core's own (TPU's VMEM)
+        does not count."""
+        return sum(times * self._moved(part, op) for part, op, times in self.run)
+
+    def _moved(self, part: str, op: Operation) -> float:
+        if op.kind in FREE or op.kind.endswith("-done") or op.kind == "async-start":
+            return 0
+        given = [size(self.ops[part][name].type, here=True) for name in op.operands]
+        if op.kind in ("dynamic-slice", "gather"):
+            return size(op.type, here=True) * 2
+        if op.kind == "dynamic-update-slice":
+            return 2 * given[1]
+        if op.kind == "copy-start":  # type: (to, from, state)
+            return sum(size(each, here=True) for each in elements(op.type)[:2])
+        if op.kind.endswith("-start"):
+            return 2 * sum(given)
+        if op.kind != "fusion":
+            return sum(given) + size(op.type, here=True)
+        (inner,) = self._called(op)
+        parameters = {int(each.rest.split(")")[0]): each.name for each in self.parts[inner] if each.kind == "parameter"}
+        reads = sum(min(most, self._read(inner, parameters[i])) for i, most in enumerate(given))
+        return reads + min(size(op.type, here=True), self._written(inner))
+
+    def _read(self, part: str, name: str) -> float:
+        """Bytes of a value that its users in a fused operation look at."""
+        most, total = size(self.ops[part][name].type), 0.0
+        for user in self.users[part].get(name, []):
+            if user.kind in ("dynamic-slice", "gather") and user.operands[0] == name:
+                total += size(user.type)
+            elif user.kind == "dynamic-update-slice" and user.operands[0] == name:
+                continue
+            elif user.kind == "bitcast":
+                total += self._read(part, user.name)
+            elif user.kind == "fusion":
+                (inner,) = self._called(user)
+                number = user.operands.index(name)
+                total += next(
+                    self._read(inner, each.name)
+                    for each in self.parts[inner]
+                    if each.kind == "parameter" and int(each.rest.split(")")[0]) == number
+                )
+            else:
+                return most
+        return min(most, total)
+
+    def _written(self, part: str, name: str = "") -> float:
+        """Bytes that a fused operation writes: of an array changed in place the slice."""
+        op = self.ops[part][name] if name else next(op for op in self.parts[part] if op.root)
+        if op.kind == "tuple":
+            return sum(self._written(part, each) for each in op.operands)
+        if op.kind == "bitcast":
+            return self._written(part, op.operands[0])
+        if op.kind == "dynamic-update-slice":
+            return size(self.ops[part][op.operands[1]].type)
+        if op.kind == "fusion":
+            return self._written(self._called(op)[0])
+        return size(op.type)
+
+
+def _numbers(text: str) -> np.ndarray:
+    """Numbers of devices: "0,2,1,3", or "[2,2]T(1,0)", all in order, as an array of that shape, transposed."""
+    if not text.startswith("["):
+        return np.array([int(i) for i in text.split(",")])
+    dims, _, order = (part.strip("[]()") for part in text.partition("T"))
+    axes = [int(n) for n in dims.split(",")]
+    transposed = [int(i) for i in order.split(",")] if order else None
+    return np.arange(math.prod(axes)).reshape(axes).transpose(transposed).reshape(-1)
+
+
+def _thirds(n: int, before: int, middle: int) -> tuple[int, int, int]:
+    return before, middle, n // before // middle
+
+
+def parse(text: str) -> tuple[dict[str, list[Operation]], str]:
+    """({part: its operations}, the part that is run) of XLA's text."""
+    parts: dict[str, list[Operation]] = {}
+    entry, current = "", ""
+    for line in text.splitlines():
+        if header := re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line):
+            current = header[2]
+            parts[current] = []
+            entry = current if header[1] else entry
+        elif line.startswith("}"):
+            current = ""
+        elif current and (found := re.match(r"\s+(ROOT )?%?([\w.\-]+) = (.*)", line)):
+            root, name, body = found.groups()
+            end = closing(body, 0) if body.startswith("(") else body.index(" ")
+            type_, call = body[:end].strip(), body[end:].strip()
+            kind, _, _ = call.partition("(")
+            stop = closing(call, len(kind))
+            inside = call[len(kind) + 1 : stop - 1]
+            operands = () if kind in ("parameter", "constant") else tuple(re.findall(r"%([\w.\-]+)", inside))
+            rest = call[len(kind) + 1 :] if kind in ("parameter", "constant") else call[stop:]
+            parts[current].append(Operation(name, kind, type_, operands, rest, bool(root)))
+    if not entry:
+        raise ValueError("no program in XLA's text")
+    return parts, entry
+
+
+def closing(text: str, start: int) -> int:
+    """The place behind the bracket that closes the one at `start`."""
+    depth = 0
+    for i in range(start, len(text)):
+        depth += (text[i] in "([{") - (text[i] in ")]}")
+        if not depth:
+            return i + 1
+    raise ValueError(f"a bracket is not closed: {text[start : start + 200]}")
+
+
+def elements(type_: str) -> list[str]:
+    """The arrays of a type."""
+    return [found[0] for found in ARRAY.finditer(type_)]
+
+
+def size(type_: str, *, here: bool = False) -> float:
+    """Bytes of all arrays of a type; with `here` of those in the device's main memory."""
+    total = 0.0
+    for kind, shape, layout in ARRAY.findall(type_):
+        if here and re.search(r"S\([1-9]", layout):
+            continue
+        bits = BITS[kind] if kind in BITS else int(re.findall(r"\d+", kind)[0])
+        total += bits / 8 * math.prod(int(n.strip("<=")) for n in shape.split(",") if n)
+    return total

@@ -1,0 +1,274 @@
+"""Plans for accelerators that are not here: what a program sends, moves and computes, and the lines for wrong input."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jmae import plan, recipe
+from jmae.errors import InputError, exit_code
+from jmae.hlo import Program, size
+from jmae.sharding import device_mesh
+from jmae.system import load_system
+
+# Eight devices, groups of four a stride of two apart. A loop of 12: each time gathers 4 x [16,32] and slices weights
+# [12,64,64] in a fusion. Then an all-reduce of 4096 numbers with a pair of operations, a fused reduce-scatter over all.
+TEXT = """HloModule jit_one, is_scheduled=true
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %sum = f32[] add(%a, %b)
+}
+
+%fused (param_0: f32[12,64,64], param_1: s32[], param_2: bf16[64,64]) -> f32[64,64] {
+  %param_0 = f32[12,64,64]{2,1,0} parameter(0)
+  %param_1 = s32[] parameter(1)
+  %param_2 = bf16[64,64]{1,0} parameter(2)
+  %zero = s32[] constant(0)
+  %slice = f32[1,64,64]{2,1,0} dynamic-slice(%param_0, %param_1, %zero, %zero), dynamic_slice_sizes={1,64,64}
+  %flat = f32[64,64]{1,0} bitcast(%slice)
+  %wide = f32[64,64]{1,0} convert(%param_2)
+  ROOT %product = f32[64,64]{1,0} multiply(%flat, %wide)
+}
+
+%all-reduce-scatter.1 (param_0.1: f32[8192]) -> f32[1024] {
+  %param_0.1 = f32[8192]{0} parameter(0)
+  %all-reduce.7 = f32[8192]{0} all-reduce(%param_0.1), replica_groups={}, to_apply=%add
+  %start = s32[] constant(0)
+  ROOT %mine = f32[1024]{0} dynamic-slice(%all-reduce.7, %start), dynamic_slice_sizes={1024}
+}
+
+%cond (state: (s32[], f32[12,64,64], bf16[16,32])) -> pred[] {
+  %state = (s32[], f32[12,64,64]{2,1,0}, /*index=2*/bf16[16,32]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%state), index=0
+  %n = s32[] constant(12)
+  ROOT %less = pred[] compare(%i, %n), direction=LT
+}
+
+%body (state.1: (s32[], f32[12,64,64], bf16[16,32])) -> (s32[], f32[12,64,64], bf16[16,32]) {
+  %state.1 = (s32[], f32[12,64,64]{2,1,0}, bf16[16,32]{1,0}) parameter(0)
+  %i.1 = s32[] get-tuple-element(%state.1), index=0
+  %w = f32[12,64,64]{2,1,0} get-tuple-element(%state.1), index=1
+  %x = bf16[16,32]{1,0:T(8,128)(2,1)} get-tuple-element(%state.1), index=2
+  %gathered = bf16[64,32]{1,0} all-gather(%x), replica_groups=[2,4]<=[4,2]T(1,0), dimensions={0}
+  %near = bf16[64,64]{1,0:T(8,128)(2,1)S(1)} pad(%gathered)
+  %used = f32[64,64]{1,0} fusion(%w, %i.1, %near), kind=kLoop, calls=%fused
+  ROOT %next = (s32[], f32[12,64,64]{2,1,0}, bf16[16,32]{1,0}) tuple(%i.1, %w, %x)
+}
+
+ENTRY %main (p: f32[4096], q: f32[8192], s: (s32[], f32[12,64,64], bf16[16,32])) -> f32[1024] {
+  %p = f32[4096]{0} parameter(0)
+  %q = f32[8192]{0} parameter(1)
+  %s = (s32[], f32[12,64,64]{2,1,0}, bf16[16,32]{1,0}) parameter(2)
+  %loop = (s32[], f32[12,64,64]{2,1,0}, bf16[16,32]{1,0}) while(%s), condition=%cond, body=%body, \
+backend_config={"known_trip_count":{"n":"12"}}
+  %ar = f32[4096]{0} all-reduce-start(%p), replica_groups={{0,2,4,6},{1,3,5,7}}, to_apply=%add
+  %ar.done = f32[4096]{0} all-reduce-done(%ar)
+  %alone = f32[4096]{0} all-reduce(%ar.done), replica_groups={{0},{1},{2},{3},{4},{5},{6},{7}}, to_apply=%add
+  ROOT %rs = f32[1024]{0} fusion(%q), kind=kCustom, calls=%all-reduce-scatter.1
+}
+"""
+
+
+def test_collectives_are_those_of_the_text_a_loop_s_as_often_as_it_runs():
+    found = {c.kind: c for c in Program(TEXT, 8).collectives()}
+    assert set(found) == {"all-gather", "all-reduce", "reduce-scatter"}
+    gather, reduce, scatter = (found[kind] for kind in ("all-gather", "all-reduce", "reduce-scatter"))
+    assert gather.group == (0, 2, 4, 6) and gather.count == 12
+    assert gather.size == 12 * 4 * 16 * 32 * 2 and gather.sent == 12 * 3 * 16 * 32 * 2
+    assert reduce.group == (0, 2, 4, 6) and (reduce.count, reduce.size, reduce.sent) == (1, 16384, 1.5 * 16384)
+    assert scatter.group == tuple(range(8)) and (scatter.size, scatter.sent) == (32768, 7 / 8 * 32768)
+
+
+@pytest.mark.parametrize(
+    "groups, first",
+    [
+        ("{{0,1},{2,3}}", (0, 1)),
+        ("{}", (0, 1, 2, 3)),
+        ("[2,2]<=[4]", (0, 1)),
+        ("[2,2]<=[2,2]T(1,0)", (0, 2)),
+        ("mesh['x'=2,'y'=2] {'y'}", (0, 1)),
+        ("mesh['x'=2,'y'=2] {'x'}", (0, 2)),
+        ("mesh['x'=4,'y'=1] {'x','y'}", (0, 1, 2, 3)),
+        ("mesh['x'=4] {'x':(1)2}", (0, 2)),
+        ("mesh['x'=4] {'x':(2)2}", (0, 1)),
+        ("mesh['z'=1,'x'=2,'y'=2], device_ids=(0,2,1,3) {'y'}", (0, 2)),
+        ("mesh['x'=2,'y'=2], device_ids=([2,2]T(1,0)) {'y'}", (0, 2)),
+    ],
+)
+def test_groups_in_all_their_forms(groups, first):
+    text = TEXT.replace("replica_groups={{0,2,4,6},{1,3,5,7}}", f"replica_groups={groups}")
+    found = [c.group for c in Program(text, 4).collectives() if c.size == 16384]
+    assert found == [first]
+
+
+def test_traffic_is_what_operations_read_and_write_of_slices_the_slice_and_nothing_of_near_memory():
+    array = 64 * 64 * 4
+    gather, pad, fusion = 16 * 32 * 2 + 64 * 32 * 2, 64 * 32 * 2, array + 4 + array
+    entry = 2 * 16384 + 2 * 16384 + 32768 + 4096  # the start of one all-reduce, another, the fused one
+    assert Program(TEXT, 8).traffic() == 12 * (gather + pad + fusion) + entry
+
+
+def test_a_loop_of_unknown_length_is_counted_once_and_told():
+    program = Program(TEXT.replace("known_trip_count", "something"), 8)
+    assert program.unknown == 1 and {c.kind: c.count for c in program.collectives()}["all-gather"] == 1
+
+
+def test_a_part_that_is_written_in_place_is_its_slice():
+    text = """HloModule m
+
+%fused (a: f32[100,8], b: f32[1,8], i: s32[]) -> f32[100,8] {
+  %a = f32[100,8]{1,0} parameter(0)
+  %b = f32[1,8]{1,0} parameter(1)
+  %i = s32[] parameter(2)
+  ROOT %put = f32[100,8]{1,0} dynamic-update-slice(%a, %b, %i, %i)
+}
+
+ENTRY %main (x: f32[100,8], y: f32[1,8], j: s32[]) -> f32[100,8] {
+  %x = f32[100,8]{1,0} parameter(0)
+  %y = f32[1,8]{1,0} parameter(1)
+  %j = s32[] parameter(2)
+  ROOT %f = f32[100,8]{1,0} fusion(%x, %y, %j), kind=kLoop, calls=%fused
+}
+"""
+    assert Program(text, 1).traffic() == 32 + 4 + 32
+
+
+def test_sizes_of_types():
+    assert size("(f32[2,3]{1,0}, bf16[4]{0:T(256)}, pred[5]{0}, s4[8]{0}, u32[])") == 24 + 8 + 5 + 4 + 4
+    assert size("(f32[2,3]{1,0:T(8,128)S(1)}, bf16[4])", here=True) == 8
+
+
+def test_products_count_loops_by_their_length_and_the_target_s_own_branch():
+    def step(x, w):
+        x, _ = jax.lax.scan(lambda x, w: (x @ w, None), x, w)
+        twice = lambda x: x @ w[0] @ w[1]
+        return jax.lax.platform_dependent(x, cpu=lambda x: x, default=twice).astype(jnp.bfloat16)
+
+    def convolved(x, k):
+        return jax.lax.conv_general_dilated(x, k, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+    traced = jax.jit(step).trace(jnp.zeros((5, 8)), jnp.zeros((3, 8, 8))).jaxpr.jaxpr
+    assert plan.products(traced, "cpu") == {4: 3 * 2 * 5 * 8 * 8}
+    assert plan.products(traced, "tpu") == {4: 5 * 2 * 5 * 8 * 8}
+    half = jnp.bfloat16
+    traced = jax.jit(convolved).trace(jnp.zeros((2, 6, 6, 3), half), jnp.zeros((3, 3, 3, 4), half)).jaxpr.jaxpr
+    assert plan.products(traced, "tpu") == {2: 2 * (2 * 6 * 6 * 4) * 27}
+
+
+def test_products_of_a_step_are_those_of_the_formula():
+    config = recipe.load("configs/maemi.py:smoke")
+    (stage,) = load_system(config).stages
+    state, inputs, jitted = plan.step_of(config, stage, 0, {}, device_mesh(1, jax.devices()[:1]), 2)
+    found = sum(plan.products(jitted.trace(state, *inputs).jaxpr.jaxpr, "tpu").values())
+    model, values = config.model, 8 * 8 * 2 * 2
+    tokens = 4 * 3 * 2
+    visible = tokens - int(tokens * config.train.mask_ratio)
+
+    def block(n, width):  # (dense products, attention's) of one block, forward
+        return 2 * n * 12 * width**2, 4 * n**2 * width
+
+    blocks = [block(visible + 1, model.width)] * model.depth
+    blocks += [block(tokens + 1, model.decoder_width)] * model.decoder_depth
+    ends = 2 * (visible + 1) * model.width * model.decoder_width + 2 * tokens * model.decoder_width * values
+    dense, attention = sum(d for d, _ in blocks) + ends, sum(a for _, a in blocks)
+    first = 2 * (2 * tokens * values * model.width)  # the patch embedding: no gradient of the image
+    # Attention: two products forward and four backward, and up to two again where its scores are not kept.
+    assert 2 * (3 * dense + first + 3 * attention) <= found <= 2 * (3 * dense + first + 4 * attention)
+
+
+def test_predicted_time_is_the_longer_of_work_and_memory_and_then_the_network():
+    found = plan.predicted(0.003, 0.004, 0.001)
+    assert (found["step_s"], found["step_least_s"]) == (0.005, 0.004)
+    assert found["efficiency"] == pytest.approx(0.8) and found["limited_by"] == "memory"
+    assert plan.predicted(0.001, 0.001, 0.1)["limited_by"] == "network"
+
+
+@pytest.mark.parametrize(
+    "target, group, expected",
+    [
+        ("v5e:16x16", range(256), 200e9),  # both axes are closed: all four links
+        ("v5e:4x4", range(16), 150e9),  # 2 x 3/4 links an axis
+        ("v5e:4x4", (0, 4, 8, 12), 100e9),  # a ring
+        ("v5e:4x4", (0, 1), 50e9),
+        ("v5p:4x4x4", range(64), 600e9),
+        ("h100:16", range(8), 450e9),
+        ("h100:16", range(16), 400e9),  # eight ports together
+        ("h100:16", (0, 8), 50e9),
+    ],
+)
+def test_what_a_chip_can_send_depends_on_the_group(target, group, expected):
+    assert plan.target_of(target).sending(tuple(group)) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    "given, said",
+    [
+        ([], "no target: write --target=v5e:4x4"),
+        (["--target=v5f:4x4"], "target 'v5f:4x4' is unknown: did you mean v5"),
+        (["--target=h10:4"], "did you mean h100?"),
+        (["--target=v5e"], "has no number of chips: write v5e:4x4 (the torus)"),
+        (["--target=h100:4x4"], "write h100:8 (GPUs)"),
+        (["--target=h100:1", "--batch=0"], "--batch and --fsdp are 1 or more"),
+        (["--target=h100:1", "--fsdp=2"], "fsdp=2 does not divide 1 devices"),
+        (["--target=h100:1", "--stage=trian"], "stage 'trian' is unknown: one of train"),
+        (["--target=h100:4096"], "needs a process of its own"),
+    ],
+)
+def test_wrong_input_is_one_line(given, said, capsys):
+    jax.devices()
+    assert exit_code(plan.main, ["--config=configs/maemi.py:smoke", *given]) == 2
+    err = capsys.readouterr().err
+    assert said in err and err.count("\n") == 1
+
+
+def test_without_libtpu_the_line_says_how_to_install_it(monkeypatch):
+    monkeypatch.setattr(plan.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"target v5e needs libtpu, the TPUs' compiler: pip install 'jmae\[plan\]'"):
+        plan.devices_of(plan.target_of("v5e:2x2"))
+
+
+def planned(tmp_path: Path, *given: str, code: int = 0) -> tuple[dict, str]:
+    """(the JSON, what was printed) of a plan of the smallest volumes' recipe in a process of its own."""
+    file = tmp_path / "plan.json"
+    tiny = ("data.size=16,16,4", "model.width=128", "model.depth=3", "model.heads=2")
+    command = [sys.executable, "-m", "jmae.plan", "--config=configs/maemi.py:smoke", f"--json={file}", *given]
+    environment = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    done = subprocess.run(
+        [*command, *(f"--config.{each}" for each in tiny)], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == code, done.stderr
+    return json.loads(file.read_text()), done.stdout
+
+
+def test_a_plan_for_gpus_is_compiled_for_virtual_devices_and_says_so(tmp_path):
+    found, said = planned(tmp_path, "--target=h100:4", "--fsdp=2", "--batch=8")
+    (stage,) = found["stages"]
+    assert (stage["stage"], stage["chips"], stage["fsdp"], stage["batch"]) == ("train", 4, 2, 8)
+    # Adam has two numbers for each parameter, and one count of 4 bytes.
+    assert stage["memory"]["optimiser"] == 2 * stage["memory"]["parameters"] + 4
+    groups = {(c["kind"], c["chips"]) for c in stage["collectives"]}
+    assert any(kind == "all-gather" and n == 2 for kind, n in groups)
+    assert stage["fits"] and stage["sent_chip"] > 0 and stage["traffic_chip"] > 0
+    assert stage["step_s"] == pytest.approx(max(stage["compute_s"], stage["memory_s"]) + stage["network_s"])
+    assert stage["flops_chip"] == stage["flops"] / 4 and stage["loops_unknown"] == 0
+    assert "on 4 h100 (4), data 2 x fsdp 2, global batch 8 (--batch)" in said
+    assert "estimated from the program for CPUs" in said and "limited by" in said
+
+
+def test_a_plan_for_tpus_is_compiled_by_libtpu(tmp_path):
+    pytest.importorskip("libtpu")
+    found, said = planned(tmp_path, "--target=v5e:2x2")
+    (stage,) = found["stages"]
+    assert stage["chips"] == 4 and stage["batch"] == 4 * 8 and stage["fits"]
+    assert {c["chips"] for c in stage["collectives"]} == {4}
+    reduced = sum(c["bytes"] for c in stage["collectives"] if c["kind"] in ("all-reduce", "reduce-scatter"))
+    # Gradients of all parameters are summed, as they come, in bfloat16 or float32; a few scalars come along.
+    assert stage["memory"]["parameters"] / 2 <= reduced <= 1.01 * stage["memory"]["parameters"] + 1024
+    assert "[compiled]" in said and "estimated from" not in said

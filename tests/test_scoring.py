@@ -8,7 +8,6 @@ from scipy import ndimage
 from jmae.errors import InputError
 from jmae.scoring import check_ssim, minimum_filter, ms_ssim, ms_ssim_map, top_mean
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 OPTIONS = ("window", "sigma", "weights", "data_range", "pool")
 scored = jax.jit(ms_ssim, static_argnames=OPTIONS)
 scored_and_mapped = jax.jit(lambda x, y, **o: (ms_ssim(x, y, **o), ms_ssim_map(x, y, **o)), static_argnames=OPTIONS)

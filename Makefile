@@ -21,7 +21,7 @@ demo: $(VENV)/ready  ## AMAE on built-in phantoms: all stages, evaluation, repor
 	$(RUN) -m jmae.train --config configs/amae.py --workdir runs/demo
 
 test: $(VENV)/ready-dev
-	$(RUN) -m pytest -n 2 --dist loadfile
+	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 check: $(VENV)/ready-dev  ## format, lint, types
 	$(VENV)/bin/ruff format --check .

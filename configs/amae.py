@@ -128,5 +128,5 @@ def get_config(preset: str = "phantom") -> ConfigDict:
         c.adapt.percentile_over = "all"  # so short a proxy task may predict one class alone
         c.checkpoint_every = 5
         c.log_every = 5
-        c.evaluation.draws = 200
+        c.evaluation.draws, c.evaluation.masks = 200, 4
     return c

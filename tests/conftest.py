@@ -1,18 +1,31 @@
-"""What several test files share: one folder of compiled programs, one small data set, one uninterrupted run on it."""
+"""What all workers share: one folder of compiled programs, one small data set, one uninterrupted run on it."""
 
+import atexit
 import os
+import shutil
+import subprocess
+import sys
 import tempfile
 
-# Before JAX is imported, and for the processes that tests start: equal programs are compiled once a session.
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="jmae-programs-"))
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+# Before JAX is imported, and for the processes that tests start: programs are compiled with less effort, in a tenth of
+# the time, and equal ones once, as the workers inherit the folder.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="jmae-programs-")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+if "XLA_FLAGS" not in os.environ:  # a process ends at a flag that its XLA does not know
+    trial = os.environ | {"XLA_FLAGS": "--xla_cpu_use_fusion_emitters=false"}
+    done = subprocess.run([sys.executable, "-c", "import jax; jax.devices()"], env=trial, capture_output=True)
+    os.environ["XLA_FLAGS"] = "" if done.returncode else trial["XLA_FLAGS"]
 
 import csv
+import fcntl
 import json
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
-import jax
 import nibabel as nib
 import numpy as np
 import pytest
@@ -109,13 +122,27 @@ def content(workdir: Path) -> dict:
     }
 
 
-@pytest.fixture(scope="module")
-def quick_compilation():
-    """Programs compiled with less effort, in a third of the time: for files whose tests compile for longer than they
-    run, and do not depend on it."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+LONGEST = "devices simsid ppii train maemi memmc_mae amae evaluate phiseg checkpoint".split()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files that take longest come first, so that no worker is left with one of them at the end."""
+    order = {f"test_{name}.py": i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
+
+
+def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
+    """The folder `name` of this session, which the first worker to come fills by `make`; others wait for it."""
+    base = factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    with open(base / f"{name}.lock", "a+") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        lock.seek(0)
+        if not lock.read():
+            (base / name).mkdir(exist_ok=True)
+            make(base / name)
+            lock.write("made")
+    return base / name
 
 
 @pytest.fixture(scope="session")
@@ -126,20 +153,25 @@ def tools() -> SimpleNamespace:
 @pytest.fixture(scope="session")
 def small_set(tmp_path_factory) -> Path:
     counts = {("train", 0): 16, ("unlabeled", None): 16, ("val", 0): 3, ("val", 1): 3, ("test", 0): 6, ("test", 1): 6}
-    return write_set(tmp_path_factory.mktemp("set"), counts)
+    return once(tmp_path_factory, "set", lambda folder: write_set(folder, counts)) / "manifest.csv"
 
 
 @pytest.fixture(scope="session")
-def programs() -> list:
-    """The compiled steps of `finished`, a stage each."""
-    return []
-
-
-@pytest.fixture(scope="session")
-def finished(small_set, programs, tmp_path_factory) -> Path:
+def finished(small_set, tmp_path_factory) -> Path:
     """The folder of a run that nothing interrupted; nobody writes into it."""
-    workdir, real = tmp_path_factory.mktemp("finished") / "run", train.compiled_step
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "compiled_step", lambda *args: programs.append(real(*args)) or programs[-1])
-        assert exit_code(train.main, arguments(small_set, workdir)) == 0
-    return workdir
+
+    def make(folder: Path) -> None:
+        steps, real = [], train.compiled_step
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(train, "compiled_step", lambda *args: steps.append(real(*args)) or steps[-1])
+            assert exit_code(train.main, arguments(small_set, folder / "run")) == 0
+        told = [[steps.index(step), step._cache_size()] for step in steps]
+        (folder / "programs.json").write_text(json.dumps(told))
+
+    return once(tmp_path_factory, "finished", make) / "run"
+
+
+@pytest.fixture(scope="session")
+def programs(finished) -> list:
+    """Of each stage of `finished`: the first stage with the same compiled step, and how often that was compiled."""
+    return json.loads(finished.with_name("programs.json").read_text())

@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from drawn import first_state
 from patients import arguments
 
 from jmae import recipe, sharding, train
@@ -71,9 +72,7 @@ def mapped_against_jitted(config, system, batch) -> dict:
     out, results, known = {}, {}, {}
     for number, stage in enumerate(system.stages):
         key = stage_keys(config, number)
-        # One step on: in the first the learning rate is zero.
-        init = jax.jit(lambda key, results, init=stage.init: init(key, results, 16)._replace(step=jnp.int32(1)))
-        state = init(key, results)
+        state = first_state(stage, results, 16)._replace(step=jnp.int32(1))  # in the first the learning rate is zero
         if stage.step not in known:  # modules A and B share theirs
             step = partial(stage.step, steps=STEPS)
             mapped = jax.pmap(partial(step, axis_name="d"), axis_name="d", in_axes=(None, 0, None))
@@ -113,7 +112,6 @@ if __name__ == "__main__":
     wrong = exit_code(train.main, [*given, "--config.pretrain.batch=12", f"--workdir={run}-12"])
     code += exit_code(train.main, arguments(Path(manifest), Path(volumes), *EIGHT, "fsdp=4"))
     uneven = exit_code(train.main, [*given, "--config.fsdp=3", f"--workdir={run}-3"])
-    jax.config.update("jax_disable_most_optimizations", True)  # the steps compile for longer than they run
     mapped = mapped_against_jitted(*small_system("pretrain.augment=false", "adapt.augment=false"), batch)
     mapped |= mapped_against_jitted(*small_system(name="maemi"), crops)
     for title, name, *changes in (

@@ -19,7 +19,6 @@ from jmae.reconstruct import masked_loss, reconstruct
 from jmae.system import load_system, network
 from jmae.systems.amae import VARIANTS, pseudo_labels
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 KEY = jax.random.key(0)
 
 

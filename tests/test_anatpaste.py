@@ -10,8 +10,6 @@ from PIL import Image, ImageDraw, ImageEnhance, ImageFilter
 
 from jmae.anomalies import anatpaste as ap
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def chest(side, seed=0, centres=(0.3, 0.7), lung=0.3):
     """A grey chest in [0, 1]: a bright body in dark air, two dark ellipses for lungs; and where these are."""

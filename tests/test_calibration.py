@@ -17,9 +17,6 @@ from jmae.errors import InputError
 from jmae.scoring import Calibration, alarm_threshold, colour_ends, p_values
 from jmae.system import System
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
-
 # --- the guarantee ----------------------------------------------------------------------------------------------------
 
 

@@ -1,4 +1,5 @@
 import contextlib
+import gc
 import json
 import os
 import pickle
@@ -75,6 +76,15 @@ def restored(folder: Path, **kwargs: Any) -> tuple[int | None, list[str]]:
     assert_equal(result[1], make_state(result[0]))
     assert result[2] == POSITION | {"n": result[0]}
     return result[0], lines
+
+
+@pytest.fixture(scope="module", autouse=True)
+def young_heap():
+    """Whether orbax left a coroutine is asked of all objects: hundreds of thousands of imports and other tests'."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 def files_of(path: Path) -> list[Path]:

@@ -9,8 +9,6 @@ import scipy.stats
 
 from jmae.anomalies import cutpaste as cp
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def textured(size, channels, seed=0):
     rng = np.random.default_rng(seed)

@@ -18,7 +18,6 @@ from jmae.evaluate import restore_results, scored_by, scorer, sweeper
 from jmae.run_folder import describe_run
 from jmae.system import load_system, stage_keys
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 IMAGES = """--config=configs/memmc_mae.py:smoke data.size=16,16 model.patch=8,8 model.width=24 model.depth=2
 model.decoder_width=16 model.memory=2 model.heads=2 model.decoder_heads=2 evaluation.masks=2 evaluation.batch=3
 evaluation.window=3,3 evaluation.scales=0.5,0.5 replicates=2""".split()

@@ -7,8 +7,6 @@ from PIL import Image
 from jmae import gallery
 from jmae.errors import InputError, exit_code
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):

@@ -12,8 +12,6 @@ from scipy.sparse.linalg import spsolve
 from jmae.anomalies import interpolation as own
 from jmae.anomalies.poisson import edges_of
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 SIZES = [(40, 32), (20, 24, 16)]
 PATCH = (0.1, 0.35)
 

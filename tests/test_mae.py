@@ -1,6 +1,5 @@
 """The masked autoencoder against the official code (tests/golden), and what must hold by construction."""
 
-from functools import partial
 from pathlib import Path
 
 import jax
@@ -18,7 +17,6 @@ from jmae.optim import adamw
 from jmae.patches import grid_of, patchify, sincos_positions, unpatchify
 from jmae.weights import load_weights, read_weights
 
-jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # half the time to compile
 GOLDEN = Path(__file__).parent / "golden"
 SHAPES = {"2D": ((24, 16), (8, 4), 3), "3D": ((8, 12, 4), (4, 4, 2), 2)}  # size, patch, channels
 
@@ -47,7 +45,7 @@ def golden(request):
 def test_official_codes_latent_prediction_loss_and_reconstruction_are_reproduced(golden):
     gold, _, size, patch, image, model, kept = golden
 
-    @jit
+    @jax.jit
     def everything(image, noise):
         keep, restore = order_of(noise, kept)
         target = patchify(image, patch)
@@ -107,7 +105,7 @@ def small(request):
     patches = rng.standard_normal((2, tokens, np.prod(patch) * channels), np.float32)
     order = np.argsort(rng.random((2, tokens)))
     given = patches, order[:, :4], np.argsort(order)
-    return request.param, graph, params, given, jit(slopes(graph, given))
+    return request.param, graph, params, given, jax.jit(slopes(graph, given))
 
 
 def assert_trees_close(found, expected):
@@ -129,7 +127,7 @@ def test_jit_equals_no_jit(small):
 def test_recomputing_blocks_changes_no_gradient(small):
     rank, _, params, given, run = small
     graph, _ = structure(**sizes(rank, remat=True))
-    assert_trees_close(jit(slopes(graph, given))(params), run(params))
+    assert_trees_close(jax.jit(slopes(graph, given))(params), run(params))
 
 
 def test_gradient_is_the_slope_of_the_loss(small):
@@ -145,7 +143,7 @@ def test_gradient_is_the_slope_of_the_loss(small):
 def test_models_under_vmap_equal_single_ones(small):
     _, graph, params, given, run = small
     both = jax.tree.map(lambda x: np.stack([0.5 * x, x]), params)
-    mapped = jit(jax.vmap(slopes(graph, given)))(both)
+    mapped = jax.jit(jax.vmap(slopes(graph, given)))(both)
     assert_trees_close(jax.tree.map(lambda x: x[1], mapped), run(params))
 
 
@@ -153,7 +151,7 @@ def test_half_precision_is_within_its_rounding_and_predicts_in_single(small):
     rank, _, params, given, run = small
     exact = np.asarray(run(params)[0][1])
     graph, _ = structure(**sizes(rank, dtype=jnp.bfloat16))
-    rounded = jit(predictor(graph, given))(params, given[0])
+    rounded = jax.jit(predictor(graph, given))(params, given[0])
     assert rounded.dtype == jnp.float32
     assert np.abs(rounded - exact).max() < 0.05 * np.abs(exact).max()
 
@@ -162,7 +160,7 @@ def test_every_parameter_but_biases_and_norms_decays(small):
     params = small[2]
     optimizer = adamw(1e-2, betas=(0.9, 0.95), decay=0.5)
     update = lambda params: optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
-    for path, change in jax.tree_util.tree_leaves_with_path(jit(update)(params)[0]):
+    for path, change in jax.tree_util.tree_leaves_with_path(jax.jit(update)(params)[0]):
         assert np.any(np.asarray(change) != 0) == (path[-1].key not in ("bias", "scale")), path
 
 

@@ -28,7 +28,6 @@ from jmae.run_folder import read_history
 from jmae.system import load_system, masked_autoencoder
 from jmae.systems.maemi import released_positions
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 GOLDEN = Path(__file__).parent / "golden"
 
 

@@ -10,8 +10,6 @@ from jmae.errors import InputError
 from jmae.nn.memory import MultiLevelBlock, MultiLevelMAE
 from jmae.nn.transformer import Block, Blocks, gelu
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 WIDTH, HEADS, SLOTS = 12, 3, 5
 TINY = dict(size=(8, 12), patch=(4, 4), channels=1, width=24, depth=3, heads=2)
 TINY |= dict(decoder_width=16, decoder_depth=1, decoder_heads=2)

@@ -11,8 +11,6 @@ from skimage.morphology import ball, disk
 
 from jmae.anomalies import nsa as m
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def textured(size, channels, seed=0):
     rng = np.random.default_rng(seed)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from drawn import drawn
 from flax import nnx
 from scipy import integrate, special, stats
 
@@ -14,9 +15,6 @@ from jmae.losses import gaussian_kl, hierarchical_loss, soft_cross_entropy
 from jmae.nn.phiseg import PHiSeg, accumulated, nearest
 from jmae.system import network, stats_of
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
-jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # half the time to compile
 near = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
 RNG = np.random.default_rng(0)
 
@@ -30,16 +28,7 @@ def small(rank, **changes):
 
 @cache
 def arrays(init):
-    """Parameters and statistics of a network's shapes, drawn without compiling anything: He normal kernels, means
-    around 0, all else around 1."""
-    rng = np.random.default_rng(7)
-
-    def draw(path, leaf):
-        if path[-1].key == "kernel":
-            return jnp.float32(rng.normal(0, (2 / np.prod(leaf.shape[:-1])) ** 0.5, leaf.shape))
-        return jnp.float32(rng.uniform(0.5, 1.5, leaf.shape) - (path[-1].key == "mean"))
-
-    return jax.tree.map_with_path(draw, jax.eval_shape(init, jax.random.key(0)))
+    return drawn(lambda: init(jax.random.key(0)))
 
 
 def sample(size, batch=3):
@@ -55,8 +44,8 @@ def tiny():
     init, bind = small(2)
     params, start = arrays(init)
     x, _, target, keys = sample((8, 8))
-    run = jit(lambda x, target, keys: bind(params, start)(x, target, keys, train=False))
-    draw = jit(lambda x, keys: (lambda net: net.generate(net.features(x), keys))(bind(params, start)))
+    run = jax.jit(lambda x, target, keys: bind(params, start)(x, target, keys, train=False))
+    draw = jax.jit(lambda x, keys: (lambda net: net.generate(net.features(x), keys))(bind(params, start)))
     return run, draw, x, target, keys
 
 
@@ -185,7 +174,7 @@ def test_training_gives_every_parameter_a_finite_gradient_and_moves_all_statisti
         net = bind(params, start)
         return hierarchical_loss(*net(x, target, keys, train=True), y), stats_of(net)
 
-    program = jit(jax.value_and_grad(loss, has_aux=True))
+    program = jax.jit(jax.value_and_grad(loss, has_aux=True))
     (value, after), grads = program(params, x, keys)
     assert np.isfinite(value)
     silent = [path for path, g in jax.tree.leaves_with_path(grads) if not np.isfinite(g).all() or np.abs(g).max() == 0]
@@ -206,8 +195,8 @@ def test_statistics_over_a_named_axis_are_those_of_the_whole_batch():
 
     halves = jax.tree.map(lambda a: a.reshape(2, 2, *a.shape[1:]), (x, target, keys))
     (whole, after), (parts, both) = (
-        jit(run)(x, target, keys),
-        jit(jax.vmap(partial(run, axis_name="d"), axis_name="d"))(*halves),
+        jax.jit(run)(x, target, keys),
+        jax.jit(jax.vmap(partial(run, axis_name="d"), axis_name="d"))(*halves),
     )
     loose = partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-4)
     jax.tree.map(lambda a, b: loose(b.reshape(a.shape), a), whole, parts)
@@ -219,7 +208,7 @@ def test_bfloat16_and_remat_change_neither_types_nor_much_else():
     init, bind = small(2)
     params, start = arrays(init)
     run = lambda bind: bind(params, start)(x, target, keys, train=True)
-    exact, again, coarse = jit(
+    exact, again, coarse = jax.jit(
         lambda: [run(b) for b in (bind, small(2, remat=True)[1], small(2, dtype=jnp.bfloat16)[1])]
     )()
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), exact, again)

@@ -30,7 +30,6 @@ from jmae.report import Scale
 from jmae.run_folder import write_csv, write_seen
 from jmae.system import Sweep, System
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 MASKS, SIZE, WINDOW = 4, (16, 12), (8, 8, 4)
 
 
@@ -114,15 +113,7 @@ def left(out: Path) -> set[str]:
 # --- what is written --------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def full_compilation():
-    """As `finished` was compiled: other optimisations round otherwise."""
-    jax.config.update("jax_disable_most_optimizations", False)
-    yield
-    jax.config.update("jax_disable_most_optimizations", True)
-
-
-def test_predict_repeats_evaluate(finished, small_set, full_compilation, tmp_path):
+def test_predict_repeats_evaluate(finished, small_set, tmp_path):
     """To the bit, in the same batches, in others and alone."""
     before = finished / "evaluation"
     evaluated = table(before / "scores.csv")

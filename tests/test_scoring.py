@@ -9,7 +9,6 @@ from sklearn.metrics import roc_auc_score
 from jmae.errors import InputError
 from jmae.scoring import auroc, check_ssim, minimum_filter, ms_ssim, ms_ssim_map, top_mean
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 OPTIONS = ("window", "sigma", "weights", "data_range", "pool")
 scored = jax.jit(ms_ssim, static_argnames=OPTIONS)
 scored_and_mapped = jax.jit(lambda x, y, **o: (ms_ssim(x, y, **o), ms_ssim_map(x, y, **o)), static_argnames=OPTIONS)

@@ -17,7 +17,6 @@ from jmae.run_folder import read_history
 from jmae.selection import by_pseudo_auc, crop_scores
 from jmae.system import Stage, State, Sweep, System, load_system
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 BEST = 4
 
 

@@ -14,9 +14,6 @@ from jmae.nn import unet
 from jmae.nn.unet import Convs, UNet, check_size, convolve, dropout, pool, upsample
 from jmae.system import network, stats_of
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
-jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # half the time to compile
 SIZES = [(16, 24), (16, 8, 8), (16, 16, 2)]  # not square, 3D, thin: ends at 2x2x1 on 4 levels
 near = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
 
@@ -77,7 +74,7 @@ def test_pooling_is_the_mean_of_blocks_and_upsampling_linear_interpolation(size)
     x, half = images(size, channels=2), tuple(max(1, n // 2) for n in size)
     coarse, window = images(half, channels=2), (1, *(min(n, 2) for n in size), 1)
 
-    @jit
+    @jax.jit
     def ours_and_theirs():
         summed = jax.lax.reduce_window(x, 0.0, jax.lax.add, window, window, "VALID")
         resized = jax.image.resize(coarse, (3, *size, 2), "linear")
@@ -94,7 +91,7 @@ def test_convolution_and_its_gradients_are_those_of_jax(size, outputs, length):
     numbers = (f"N{names}C", f"{names}IO", f"N{names}C")
     plain = lambda x, k: jax.lax.conv_general_dilated(x, k, (1,) * len(size), "SAME", dimension_numbers=numbers)
     loss = lambda f: lambda x, k: ((y := f(x, k)).sum() + jnp.sin(y).sum(), y)
-    both = jit(lambda: [jax.value_and_grad(loss(f), (0, 1), has_aux=True)(x, kernel) for f in (convolve, plain)])
+    both = jax.jit(lambda: [jax.value_and_grad(loss(f), (0, 1), has_aux=True)(x, kernel) for f in (convolve, plain)])
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), *both())
 
 
@@ -110,7 +107,7 @@ def test_a_layer_normalises_by_the_batch_in_training_and_by_its_statistics_in_te
     mean, var = y.mean((0, 1, 2)), y.var((0, 1, 2))
 
     run = lambda train: (lambda net: (net(x, train=train), stats_of(net)))(bind(params, stats))
-    (tested, same), (trained, after) = jit(lambda: (run(False), run(True)))()
+    (tested, same), (trained, after) = jax.jit(lambda: (run(False), run(True)))()
     near(tested, expected(before["mean"], before["var"]), rtol=1e-4)
     jax.tree.map(np.testing.assert_array_equal, same, stats)
     near(trained, expected(mean, var), rtol=1e-4)
@@ -120,7 +117,7 @@ def test_a_layer_normalises_by_the_batch_in_training_and_by_its_statistics_in_te
 
 def test_a_new_layer_has_he_normal_kernels_and_a_norm_that_changes_nothing():
     init, _ = network(lambda rngs: Convs(2, 16, (32,), jnp.float32, rngs=rngs))
-    params, stats = jit(init)(jax.random.key(0))
+    params, stats = jax.jit(init)(jax.random.key(0))
     kernel, norm = params["convs"][0]["kernel"], params["norms"][0] | stats["norms"][0]
     assert kernel.shape == (3, 3, 16, 32) and abs(np.std(kernel) / (2 / (9 * 16)) ** 0.5 - 1) < 0.05
     assert {name: set(np.asarray(a)) for name, a in norm.items()} == {
@@ -142,7 +139,7 @@ def test_statistics_over_a_named_axis_are_those_of_the_whole_batch():
 
     halves = x.reshape(2, 2, 8, 8, 1)
     over = lambda axis_name: jax.vmap(partial(run, axis_name=axis_name), axis_name="devices")(halves)
-    (logits, after), (parts, both), (alone, _) = jit(lambda: (run(x), over("devices"), over(None)))()
+    (logits, after), (parts, both), (alone, _) = jax.jit(lambda: (run(x), over("devices"), over(None)))()
     loose = partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4)
     loose(parts.reshape(logits.shape), logits)
     jax.tree.map(lambda b, a: [loose(part, a) for part in b], both, after)
@@ -168,7 +165,7 @@ def test_every_level_drops_once_with_a_mask_of_its_own(monkeypatch):
         bind(params, stats)(images((8, 8), 2), train=False, keys=keys)
         return [jax.random.key_data(keys) for _, keys, _ in seen]
 
-    words = np.concatenate(jit(used)(jax.random.split(jax.random.key(0), 2)))
+    words = np.concatenate(jax.jit(used)(jax.random.split(jax.random.key(0), 2)))
     assert [shape[1:] for shape, *_ in seen] == [(8, 8, 4), (4, 4, 5), (2, 2, 6), (4, 4, 6), (8, 8, 5)]
     assert len(np.unique(words, axis=0)) == 2 * 5 and {rate for *_, rate in seen} == {0.1}
 
@@ -179,7 +176,7 @@ def test_a_samples_dropout_follows_from_its_key_alone(size):
     params, stats = arrays(init)
     x, keys = images(size), jax.random.split(jax.random.key(4), 3)
     compiled = []
-    net = jit(lambda x, keys=None: compiled.append(x) or bind(params, stats)(x, train=False, keys=keys))
+    net = jax.jit(lambda x, keys=None: compiled.append(x) or bind(params, stats)(x, train=False, keys=keys))
     drawn = net(x, keys)
     np.testing.assert_array_equal(drawn, net(x, keys))
     near(net(x[::-1], keys[::-1]), drawn[::-1])
@@ -189,7 +186,7 @@ def test_a_samples_dropout_follows_from_its_key_alone(size):
     assert len(compiled) == 2  # with keys and without: other values compile nothing
 
     certain = small(len(size))[1]  # no rate, the same parameters
-    near(net(x), jit(lambda: certain(params, stats)(x, train=False, keys=keys))())
+    near(net(x), jax.jit(lambda: certain(params, stats)(x, train=False, keys=keys))())
 
 
 def test_training_gives_every_parameter_a_finite_gradient_with_and_without_remat():
@@ -203,7 +200,7 @@ def test_training_gives_every_parameter_a_finite_gradient_with_and_without_remat
             net = bind(params, stats)
             return jnp.mean(soft_cross_entropy(net(x, train=True), target)), stats_of(net)
 
-        program = jit(jax.value_and_grad(loss, has_aux=True))
+        program = jax.jit(jax.value_and_grad(loss, has_aux=True))
         traced = program.trace(params)
         rows = sum(e.primitive.name.startswith(("remat", "checkpoint")) for e in traced.jaxpr.eqns)
         assert rows == (4 if remat else 0)  # two levels down, one up, the head
@@ -218,6 +215,6 @@ def test_bfloat16_reaches_the_convolutions_but_not_norms_and_logits():
     x, (init, fine), (_, coarse) = images((8, 8)), small(2), small(2, dtype=jnp.bfloat16)
     params, stats = arrays(init)
     run = lambda bind: (lambda net: (net(x, train=True), stats_of(net)))(bind(params, stats))
-    (exact, _), (logits, after) = jit(lambda: (run(fine), run(coarse)))()
+    (exact, _), (logits, after) = jax.jit(lambda: (run(fine), run(coarse)))()
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves((logits, after)))
     assert 1e-5 < np.abs(logits - exact).max() < 0.3

@@ -16,7 +16,6 @@ from jmae.errors import InputError
 from jmae.evaluate import sweeper
 from jmae.system import Sweep, load_system
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 MANY = 40
 
 

@@ -12,8 +12,6 @@ from jmae.errors import InputError
 from jmae.losses import masked_mse
 from jmae.optim import adamw, warmup_cosine
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def test_the_schedule_is_linear_then_half_a_cosine():
     schedule = warmup_cosine(2.0, warmup=10, steps=110, least=0.5)

@@ -21,7 +21,6 @@ from jmae.errors import exit_code
 from jmae.run_folder import read_history
 from jmae.sharding import ABORTED, LOST
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 # Wide enough that fsdp splits something.
 SETTINGS = "model.width=96 train.batch=4 evaluation.batch=4 evaluation.draws=20 evaluation.repeats=1".split()
 QUICK = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}

@@ -15,7 +15,6 @@ from ml_collections import ConfigDict
 from patients import voxel_auroc, write_patients
 from scipy.special import expit
 from scipy.stats import entropy
-from sklearn.metrics import roc_auc_score
 
 from configs import simsid as recipe
 from jmae import train

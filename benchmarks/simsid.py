@@ -210,7 +210,12 @@ def torch_run(what: str, paper: bool, looped: bool) -> Prepared:
 
 
 def speed(paper: bool, rounds: int) -> None:
-    """Prints and writes milliseconds and ratios."""
+    """Prints and writes milliseconds and ratios.
+
+    Every contestant in huge pages, as `make` has them: XLA's CPU asks for a step's memory anew each time, and at 4 KiB
+    a page the system's part of a call with 130 MiB was 106 ms on one core, in huge pages 25.
+    """
+    os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
     for what in ("teacher", "student", "score"):
         given = {"what": what, "paper": paper}
         contestants = {

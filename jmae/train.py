@@ -257,12 +257,14 @@ def compiled_step(step: Callable, steps: int, n: int, crop: tuple[int, ...] = ()
 
 def kept_placed(function: Callable, mesh: Mesh | None) -> Callable:
     """The function, its results (state, metrics) placed on a mesh of several devices."""
+    if mesh is None or mesh.size == 1:
+        return function
 
     def wrapped(*args: Any) -> tuple[State, dict]:
         state, metrics = function(*args)
         return placed(state, mesh), jax.lax.with_sharding_constraint(metrics, replicated(mesh))
 
-    return wrapped if mesh and mesh.size > 1 else function
+    return wrapped
 
 
 def placed(state: State, mesh: Mesh) -> State:
@@ -391,8 +393,8 @@ def signals() -> Iterator[Callable[[bool], signal.Signals | None]]:
             yield lambda last: arrived[0] if arrived else None
         else:
             agreed = agreement()
-            number = lambda last: agreed(arrived[0] if arrived else 0, last)
-            yield lambda last: signal.Signals(found) if (found := number(last)) else None
+            own = lambda: arrived[0] if arrived else 0
+            yield lambda last: signal.Signals(found) if (found := agreed(own(), last)) else None
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -284,7 +284,7 @@ def planned(target: Target, mesh: Mesh, jitted: Any, state: State, batch: PyTree
         "traffic_chip": bytes_moved,
         "sent_chip": sum(c.sent for c in network),
         "collectives": [
-            {"kind": c.kind, "chips": len(c.group), "count": c.count, "bytes": c.size, "sent": c.sent} for c in network
+            {"kind": c.kind, "chips": len(c.group), "count": c.times, "bytes": c.size, "sent": c.sent} for c in network
         ],
         "loops_unknown": program.unknown,
         "compute_s": compute,

@@ -80,9 +80,9 @@ def test_collectives_are_those_of_the_text_a_loop_s_as_often_as_it_runs():
     found = {c.kind: c for c in Program(TEXT, 8).collectives()}
     assert set(found) == {"all-gather", "all-reduce", "reduce-scatter"}
     gather, reduce, scatter = (found[kind] for kind in ("all-gather", "all-reduce", "reduce-scatter"))
-    assert gather.group == (0, 2, 4, 6) and gather.count == 12
+    assert gather.group == (0, 2, 4, 6) and gather.times == 12
     assert gather.size == 12 * 4 * 16 * 32 * 2 and gather.sent == 12 * 3 * 16 * 32 * 2
-    assert reduce.group == (0, 2, 4, 6) and (reduce.count, reduce.size, reduce.sent) == (1, 16384, 1.5 * 16384)
+    assert reduce.group == (0, 2, 4, 6) and (reduce.times, reduce.size, reduce.sent) == (1, 16384, 1.5 * 16384)
     assert scatter.group == tuple(range(8)) and (scatter.size, scatter.sent) == (32768, 7 / 8 * 32768)
 
 
@@ -117,7 +117,7 @@ def test_traffic_is_what_operations_read_and_write_of_slices_the_slice_and_nothi
 
 def test_a_loop_of_unknown_length_is_counted_once_and_told():
     program = Program(TEXT.replace("known_trip_count", "something"), 8)
-    assert program.unknown == 1 and {c.kind: c.count for c in program.collectives()}["all-gather"] == 1
+    assert program.unknown == 1 and {c.kind: c.times for c in program.collectives()}["all-gather"] == 1
 
 
 def test_a_part_that_is_written_in_place_is_its_slice():

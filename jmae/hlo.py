@@ -33,7 +33,7 @@ class Collective(NamedTuple):
 
     kind: str
     group: tuple[int, ...]  # devices of one of its groups
-    count: int
+    times: int
     size: float  # bytes of the whole arrays: what is reduced, gathered, scattered or sent
     sent: float  # bytes that a device sends, at the least (ring)
 

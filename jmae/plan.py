@@ -62,6 +62,7 @@ class Chip(NamedTuple):
     whole: int  # TPU: an axis of a multiple of so many chips is closed to a ring; GPU: how many a host has
     between: float  # GPU: bytes a second of its port to other hosts, one way
     source: str
+    most: int = 0  # TPU: chips of the largest slice
     example: str = ""  # TPU: a machine that has it, as libtpu calls it
 
 
@@ -69,9 +70,9 @@ TPU, NVIDIA = "cloud.google.com/tpu/docs/", "nvidia.com/en-us/data-center/"
 # Ports of TPUs: the stated bandwidth a chip, both ways, over ports and ways. Closed rings: v5e, v6e axes of 16 alone,
 # v5p multiples of 4. GPUs: the SXM forms with NVLink, in hosts of 8 with a ConnectX port each (DGX).
 CHIPS = {
-    "v5e": Chip("tpu", 197e12, 1, 16e9, 819e9, 4, 50e9, 16, 0, TPU + "v5e", "v5litepod-8"),
-    "v5p": Chip("tpu", 459e12, 1, 95e9, 2765e9, 6, 100e9, 4, 0, TPU + "v5p", "v5p-8"),
-    "v6e": Chip("tpu", 918e12, 1, 32e9, 1638e9, 4, 100e9, 16, 0, TPU + "v6e", "v6e-8"),
+    "v5e": Chip("tpu", 197e12, 1, 16 * 2**30, 819e9, 4, 50e9, 16, 0, TPU + "v5e", 256, "v5litepod-8"),
+    "v5p": Chip("tpu", 459e12, 1, 95 * 2**30, 2765e9, 6, 100e9, 4, 0, TPU + "v5p", 6144, "v5p-8"),
+    "v6e": Chip("tpu", 918e12, 1, 32 * 2**30, 1638e9, 4, 100e9, 16, 0, TPU + "v6e", 256, "v6e-8"),
     "a100": Chip("cpu", 312e12, 0.5, 80e9, 2039e9, 1, 300e9, 8, 25e9, NVIDIA + "a100 (80 GB), dgx-a100"),
     "h100": Chip("cpu", 989e12, 0.5, 80e9, 3350e9, 1, 450e9, 8, 50e9, NVIDIA + "h100, dgx-h100"),
     "h200": Chip("cpu", 989e12, 0.5, 141e9, 4800e9, 1, 450e9, 8, 50e9, NVIDIA + "h200, dgx-h200"),
@@ -131,11 +132,15 @@ def target_of(text: str) -> Target:
     name, _, shape = text.partition(":")
     if name not in CHIPS:
         raise InputError(f"target {text!r} is unknown: did you mean {recipe.nearest(name, list(CHIPS))}?")
-    gpu = CHIPS[name].platform == "cpu"
-    if not re.fullmatch(r"[1-9]\d*" if gpu else r"[1-9]\d*(x[1-9]\d*){1,2}", shape):
-        example = f"{name}:8 (GPUs)" if gpu else f"{name}:{'2x2x1' if name == 'v5p' else '4x4'} (the torus)"
-        raise InputError(f"target {text!r} has no number of chips: write {example}")
-    return Target(name, tuple(int(n) for n in shape.split("x")))
+    chip = CHIPS[name]
+    axes = 1 if chip.platform == "cpu" else chip.ports // 2
+    if not re.fullmatch("x".join([r"[1-9]\d{0,3}"] * axes), shape):
+        example = {1: "8 (GPUs)", 2: "4x4 (the torus)", 3: "2x2x1 (the torus)"}[axes]
+        raise InputError(f"target {text!r} does not say how many chips: write {name}:{example}")
+    target = Target(name, tuple(int(n) for n in shape.split("x")))
+    if chip.most and math.prod(target.shape) > chip.most:
+        raise InputError(f"target {text!r}: there are no slices of more than {chip.most} {name}")
+    return target
 
 
 def devices_of(target: Target) -> Sequence[Any]:
@@ -273,13 +278,13 @@ def planned(target: Target, mesh: Mesh, jitted: Any, state: State, batch: PyTree
     network_s = sum(c.sent / target.sending(c.group) for c in network)
     cost = compiled.cost_analysis() or {}
     out |= {
-        "fits": sum(memory.values()) <= out["limit"],
+        "fits": chip.platform == "tpu" or sum(memory.values()) <= out["limit"],  # libtpu compiles what fits alone
         "total": sum(memory.values()),
         "flops_compiler": cost.get("flops"),
         "traffic_chip": bytes_moved,
         "sent_chip": sum(c.sent for c in network),
         "collectives": [
-            {"kind": c.kind, "chips": len(c.group), "count": c.count, "bytes": c.size, "sent": c.sent} for c in network
+            {"kind": c.kind, "chips": len(c.group), "count": c.times, "bytes": c.size, "sent": c.sent} for c in network
         ],
         "loops_unknown": program.unknown,
         "compute_s": compute,

@@ -80,9 +80,9 @@ def test_collectives_are_those_of_the_text_a_loop_s_as_often_as_it_runs():
     found = {c.kind: c for c in Program(TEXT, 8).collectives()}
     assert set(found) == {"all-gather", "all-reduce", "reduce-scatter"}
     gather, reduce, scatter = (found[kind] for kind in ("all-gather", "all-reduce", "reduce-scatter"))
-    assert gather.group == (0, 2, 4, 6) and gather.count == 12
+    assert gather.group == (0, 2, 4, 6) and gather.times == 12
     assert gather.size == 12 * 4 * 16 * 32 * 2 and gather.sent == 12 * 3 * 16 * 32 * 2
-    assert reduce.group == (0, 2, 4, 6) and (reduce.count, reduce.size, reduce.sent) == (1, 16384, 1.5 * 16384)
+    assert reduce.group == (0, 2, 4, 6) and (reduce.times, reduce.size, reduce.sent) == (1, 16384, 1.5 * 16384)
     assert scatter.group == tuple(range(8)) and (scatter.size, scatter.sent) == (32768, 7 / 8 * 32768)
 
 
@@ -117,7 +117,7 @@ def test_traffic_is_what_operations_read_and_write_of_slices_the_slice_and_nothi
 
 def test_a_loop_of_unknown_length_is_counted_once_and_told():
     program = Program(TEXT.replace("known_trip_count", "something"), 8)
-    assert program.unknown == 1 and {c.kind: c.count for c in program.collectives()}["all-gather"] == 1
+    assert program.unknown == 1 and {c.kind: c.times for c in program.collectives()}["all-gather"] == 1
 
 
 def test_a_part_that_is_written_in_place_is_its_slice():
@@ -169,7 +169,7 @@ def test_products_of_a_step_are_those_of_the_formula():
     found = sum(plan.products(jitted.trace(state, *inputs).jaxpr.jaxpr, "tpu").values())
     model, values = config.model, 8 * 8 * 2 * 2
     tokens = 4 * 3 * 2
-    visible = tokens - int(tokens * config.train.mask_ratio)
+    visible = int(tokens * (1 - config.train.mask_ratio))
 
     def block(n, width):  # (dense products, attention's) of one block, forward
         return 2 * n * 12 * width**2, 4 * n**2 * width
@@ -213,7 +213,9 @@ def test_what_a_chip_can_send_depends_on_the_group(target, group, expected):
         ([], "no target: write --target=v5e:4x4"),
         (["--target=v5f:4x4"], "target 'v5f:4x4' is unknown: did you mean v5"),
         (["--target=h10:4"], "did you mean h100?"),
-        (["--target=v5e"], "has no number of chips: write v5e:4x4 (the torus)"),
+        (["--target=v5e"], "target 'v5e' does not say how many chips: write v5e:4x4 (the torus)"),
+        (["--target=v5p:4x4"], "write v5p:2x2x1 (the torus)"),
+        (["--target=v5e:32x32"], "there are no slices of more than 256 v5e"),
         (["--target=h100:4x4"], "write h100:8 (GPUs)"),
         (["--target=h100:1", "--batch=0"], "--batch and --fsdp are 1 or more"),
         (["--target=h100:1", "--fsdp=2"], "fsdp=2 does not divide 1 devices"),
@@ -232,6 +234,18 @@ def test_without_libtpu_the_line_says_how_to_install_it(monkeypatch):
     monkeypatch.setattr(plan.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"target v5e needs libtpu, the TPUs' compiler: pip install 'jmae\[plan\]'"):
         plan.devices_of(plan.target_of("v5e:2x2"))
+
+
+def test_a_torus_that_libtpu_refuses_is_one_line(monkeypatch):
+    def refuse(**_):
+        raise RuntimeError("INVALID_ARGUMENT: not divisible by 2x2x1\nand more")
+
+    monkeypatch.setattr(plan.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(plan.topologies, "get_topology_desc", refuse)
+    with pytest.raises(
+        InputError, match=r"libtpu refuses the torus v5e:3x5: INVALID_ARGUMENT: not divisible by 2x2x1$"
+    ):
+        plan.devices_of(plan.target_of("v5e:3x5"))
 
 
 def planned(tmp_path: Path, *given: str, code: int = 0) -> tuple[dict, str]:

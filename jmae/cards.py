@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from jmae import checkpoint, recipe
 from jmae.data.files import image_size
-from jmae.data.loader import WORKERS
+from jmae.data.loader import WORKERS, phantom
 from jmae.data.manifest import SPLITS, Row
 from jmae.errors import InputError
 from jmae.report import described, flat, headline, without_curves
@@ -145,7 +145,7 @@ def data_card(
         counts(rows),
         "Rows of `unlabeled` have no label here, whatever the manifest says." if manifest else "",
         "## Images",
-        kinds(rows) if manifest else f"Drawn at {' x '.join(map(str, config.data.size))}.",
+        kinds(rows) if manifest else drawn_at(rows[0]),
         "## Preparation",
         bullets({f"data.{key}": value for key, value in flat(json.loads(recipe.to_json(config))["data"]) if value}),
     ]
@@ -194,6 +194,12 @@ def kinds(rows: Sequence[Row]) -> str:
     table += [f"| {cell(ending)} | {files} | {size} | {n} |" for (ending, files, size), n in found.most_common(KINDS)]
     rest = len(found) - KINDS
     return "\n".join(table) + (f"\n\nAnd {rest} more kinds." if rest > 0 else "")
+
+
+def drawn_at(row: Row) -> str:
+    """The size and channels of a phantom set, which its rows have in common."""
+    *size, channels = phantom(row.image[0]).image.shape
+    return f"Drawn at {' x '.join(map(str, size))}, {channels} channel{'s' * (channels > 1)}."
 
 
 def bullets(facts: Mapping[str, Any]) -> str:

@@ -78,6 +78,7 @@ def test_phantoms_are_of_no_patient(tmp_path):
     cards.write_cards(tmp_path, a_recipe(None), TOY, phantoms.rows("chest"))
     card = (tmp_path / "DATA_CARD.md").read_text()
     assert "phantoms: chest: drawn by jmae, of no patient" in card and "SHA-256" not in card
+    assert "Drawn at 128 x 128, 1 channel." in card
 
 
 def test_the_model_card_has_figures_with_intervals_once_there_are_any(rows, tmp_path):

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from jmae import checkpoint, recipe
 from jmae.data.files import image_size
-from jmae.data.loader import WORKERS
+from jmae.data.loader import WORKERS, phantom
 from jmae.data.manifest import SPLITS, Row
 from jmae.errors import InputError
 from jmae.report import described, flat, headline, without_curves
@@ -33,8 +33,9 @@ def write_cards(workdir: Path, config: ConfigDict, system: System, rows: Sequenc
 
 
 def evaluations(workdir: Path) -> list[dict[str, Any]]:
-    """The metrics.json of the run's own evaluations, a split each."""
-    return [json.loads(file.read_text(encoding="utf-8")) for file in sorted(workdir.glob("evaluation*/metrics.json"))]
+    """The metrics.json of each evaluation in the run folder, with the name of its "folder"."""
+    files = sorted(workdir.glob("evaluation*/metrics.json"))
+    return [json.loads(file.read_text(encoding="utf-8")) | {"folder": file.parent.name} for file in files]
 
 
 def last_steps(system: System, workdir: Path) -> dict[str, tuple[int, Mapping[str, Any]]]:
@@ -86,9 +87,9 @@ def model_card(workdir: Path, config: ConfigDict, system: System, found: Sequenc
         "## Limits",
         "Figures are of the cases named above and hold for cases of their kind: no hospital, scanner, protocol or "
         "population was looked at but those of the data (DATA_CARD.md).",
-        *(f"{e['split']}: {' '.join(headline(e))}" for e in found),
-        *(f"{e['split']}: no p-values: {e['uncalibrated']}." for e in found if e.get("uncalibrated")),
-        *(f"{e['split']}: not an independent test: {len(e['leaks'])} leaks." for e in found if e.get("leaks")),
+        *(f"{e['folder']}: {' '.join(headline(e))}" for e in found),
+        *(f"{e['folder']}: {e['uncalibrated']}." for e in found if e.get("uncalibrated")),
+        *(f"{e['folder']}: not an independent test: {len(e['leaks'])} leaks." for e in found if e.get("leaks")),
     ]
     return "\n\n".join(lines) + "\n"
 
@@ -101,7 +102,7 @@ def figures_of(evaluation: Mapping[str, Any]) -> str:
         number(of.get(name))
         + (f" ({number(ci[0])} to {number(ci[1])})" if None not in (ci := of.get(f"{name}_ci") or [None]) else "")
     )
-    lines = [f"Split {e['split']}: {e['n']} cases, {e['n_normal']} normal, {e['n_abnormal']} abnormal."]
+    lines = [f"{e['folder']}: split {e['split']}, {e['n']} cases, {e['n_normal']} normal, {e['n_abnormal']} abnormal."]
     if reason := without_curves(e):
         lines.append(reason)
     each = [(f"{name}{' (primary)' * (name == e['primary'])}", of) for name, of in e["scores"].items()]
@@ -135,7 +136,7 @@ def data_card(
     else:
         source = {"phantoms": f"{config.data.phantom}: drawn by jmae, of no patient", "licence": "that of jmae"}
     source["digest of the rows trained on"] = rows_of(system, workdir) if last_steps(system, workdir) else None
-    source |= {f"digest of the images of {e['split']}": e.get("digests", {}).get("images evaluated") for e in found}
+    source |= {f"digest of the images of {e['folder']}": e.get("digests", {}).get("images evaluated") for e in found}
     lines = [
         "# Data card",
         RESEARCH,
@@ -144,7 +145,7 @@ def data_card(
         counts(rows),
         "Rows of `unlabeled` have no label here, whatever the manifest says." if manifest else "",
         "## Images",
-        kinds(rows) if manifest else f"Drawn at {' x '.join(map(str, config.data.size))}.",
+        kinds(rows) if manifest else drawn_at(rows[0]),
         "## Preparation",
         bullets({f"data.{key}": value for key, value in flat(json.loads(recipe.to_json(config))["data"]) if value}),
     ]
@@ -193,6 +194,12 @@ def kinds(rows: Sequence[Row]) -> str:
     table += [f"| {cell(ending)} | {files} | {size} | {n} |" for (ending, files, size), n in found.most_common(KINDS)]
     rest = len(found) - KINDS
     return "\n".join(table) + (f"\n\nAnd {rest} more kinds." if rest > 0 else "")
+
+
+def drawn_at(row: Row) -> str:
+    """The size and channels of a phantom set, which its rows have in common."""
+    *size, channels = phantom(row.image[0]).image.shape
+    return f"Drawn at {' x '.join(map(str, size))}, {channels} channel{'s' * (channels > 1)}."
 
 
 def bullets(facts: Mapping[str, Any]) -> str:

@@ -78,6 +78,7 @@ def test_phantoms_are_of_no_patient(tmp_path):
     cards.write_cards(tmp_path, a_recipe(None), TOY, phantoms.rows("chest"))
     card = (tmp_path / "DATA_CARD.md").read_text()
     assert "phantoms: chest: drawn by jmae, of no patient" in card and "SHA-256" not in card
+    assert "Drawn at 128 x 128, 1 channel." in card
 
 
 def test_the_model_card_has_figures_with_intervals_once_there_are_any(rows, tmp_path):
@@ -102,11 +103,12 @@ def test_the_model_card_has_figures_with_intervals_once_there_are_any(rows, tmp_
     (tmp_path / "environment.json").write_text(json.dumps(versions))
     cards.write_cards(tmp_path, a_recipe(manifest), TOY, read)
     card = (tmp_path / "MODEL_CARD.md").read_text()
+    assert "evaluation: split test, 6 cases, 4 normal, 2 abnormal." in card
     assert "| bright (primary) | 0.912 (0.850 to 0.950) | 0.500 | 0.700 | 0.100 |" in card
     assert r"| a \| b (baseline) | 0.600 (0.500 to 0.700) | 0.400 (0.300 to 0.500) |  |  |" in card
     assert "of 40 held-out normals: 25.0% of normal cases." in card and "Not evaluated" not in card
     assert "not an independent test: 1 leaks" in card and "jax 0.10.1" in card
-    assert "digest of the images of test: abc" in (tmp_path / "DATA_CARD.md").read_text()
+    assert "digest of the images of evaluation: abc" in (tmp_path / "DATA_CARD.md").read_text()
 
 
 def test_a_trained_and_evaluated_run_has_both_cards(finished):

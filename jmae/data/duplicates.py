@@ -29,7 +29,7 @@ STRETCH = (0.98, 1.0, 1.02)  # of either axis, tried on images that are nearly a
 # From here two images are one, by their number of axes: correlation of spectra, which decides whether a shift is looked
 # for, and of details at the best shift. Measured on three public packs of images (pairs of one patient in brackets):
 #   1,616 chest films of children     strangers up to 0.73 (0.71), copies from 0.92
-#   629 chest films of adults         strangers up to 0.78 (0.88: an early and a late film), copies from 0.92
+#   629 chest films of adults         strangers up to 0.78 (0.88), copies from 0.92
 #   1,510 endoscopic frames           strangers up to 0.75, copies from 0.91, but 8 % of those shifted into black
 # Copies: resized, of another aspect ratio, JPEG of quality 40, darker, shifted or cut by 2 %, and several of these.
 CANDIDATE = {2: 0.45, 3: 0.75}

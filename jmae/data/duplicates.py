@@ -89,7 +89,8 @@ def in_two_splits(rows: Sequence[Row], prints: Mapping[str, Print]) -> list[Find
         a, b = known[copy.first], known[copy.second]
         if set(a.image) & set(b.image):
             continue  # one file: that is told of the manifest
-        near = f"are one image, or two of one patient (correlation {copy.correlation:.2f})"
+        further = ", or share a hard edge of air and little else" if prints[a.id].detail.ndim == 3 else ""
+        near = f"are one image, or two of one patient{further} (correlation {copy.correlation:.2f})"
         alike = "are identical" if copy.correlation == 1 else near
         what = f"{a.id} in {a.split} and {b.id} in {b.split} {alike}: keep both in one split, or leave one out"
         found.append(Finding("identical" if copy.correlation == 1 else "near-identical", (a, b), what))

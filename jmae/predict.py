@@ -163,7 +163,8 @@ def load(workdir: str | os.PathLike) -> Callable[..., Prediction]:
         else:
             row = Row(id, "", SPLIT, None, (f"array {id}".strip(),))
             stored = of_array(image, run.config.data, spacing, affine, row.image[0])
-        row, inside = row._replace(extra={"midline": str(midline), "half": half}), None
+        row = row._replace(extra={"midline": str(midline), "half": half})
+        inside: np.ndarray | None = None
         if problem := next((what for _, what in wrong_pieces(str(midline), half)), ""):
             raise InputError(f"{row.image[0]}: {problem}")
         if not run.system.sweep and (region is not None or midline or half):
@@ -171,7 +172,8 @@ def load(workdir: str | os.PathLike) -> Callable[..., Prediction]:
         if isinstance(region, str | os.PathLike):
             row = row._replace(region=os.path.abspath(region))
         elif region is not None:
-            row, inside = row._replace(region="array"), np.asarray(region) > 0
+            row = row._replace(region="array")
+            inside = np.asarray(region) > 0
             if inside.shape != stored.array.shape[:-1]:
                 what = f"its region has the shape {inside.shape}, the image {stored.array.shape[:-1]}"
                 raise InputError(f"{row.image[0]}: {what}: give one on the image's grid")

@@ -97,7 +97,7 @@ def read_seen(workdir: Path) -> list[Row]:
     try:
         with file.open(newline="", encoding="utf-8") as lines:
             rows = list(csv.DictReader(lines, strict=True))
-        return [Row(*(row[name] for name in SEEN_COLUMNS[:3]), None, (), content=row[SEEN_COLUMNS[3]]) for row in rows]
+        return [Row(row["id"], row["patient"], row["split"], None, (), content=row["image"]) for row in rows]
     except FileNotFoundError:
         return []
     except (OSError, ValueError, KeyError, csv.Error) as error:

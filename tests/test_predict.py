@@ -27,7 +27,7 @@ from jmae.data.transforms import resize, to_unit
 from jmae.errors import InputError, exit_code
 from jmae.masking import case_keys
 from jmae.report import Scale
-from jmae.run_folder import write_csv, write_seen
+from jmae.run_folder import read_seen, write_csv, write_seen
 from jmae.system import Sweep, System
 
 MASKS, SIZE, WINDOW = 4, (16, 12), (8, 8, 4)
@@ -116,6 +116,8 @@ def left(out: Path) -> set[str]:
 def test_predict_repeats_evaluate(finished, small_set, tmp_path):
     """To the bit, in the same batches, in others and alone."""
     before = finished / "evaluation"
+    seen = [(row.split, bool(row.content)) for row in read_seen(finished)]
+    assert sorted(set(seen)) == [("train", True), ("unlabeled", True), ("val", True)] and len(seen) == 16 + 16 + 3
     evaluated = table(before / "scores.csv")
     file = {name: next(f for f in small_set.parent.glob(f"{name}.*")) for name in evaluated}
     assert run(finished, tmp_path / "all", *file.values()) == 0

@@ -239,7 +239,8 @@ def prepare(
         region = np.any(stored.array != 0, axis=-1)
     if region is None and "region" in (data.crop, data.normalise):
         raise InputError(
-            f"{name}: names no region to crop to or to normalise by: give it one, or train with data.region=nonzero"
+            f"{name}: names no region to crop to or to normalise by: fill the column region, or train with "
+            "data.region=nonzero"
         )
     if data.crop == "region" and region is not None:
         if grid.spacing is None:

@@ -127,7 +127,7 @@ def data_card(
     manifest = Path(config.data.manifest) if config.data.manifest else None
     if manifest:
         checked = "told, not refused (data.allow_leaks)" if config.data.get("allow_leaks") else "none: it is refused"
-        source = {
+        source: dict[str, str | None] = {
             "manifest": str(manifest),
             "its SHA-256": hashlib.sha256(manifest.read_bytes()).hexdigest(),
             "licence": licences(rows),

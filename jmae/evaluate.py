@@ -308,7 +308,7 @@ def gathered(scored: Scored, n: int) -> Scored:
     return jax.tree.map(join, each._replace(seconds=None))._replace(seconds=seconds)
 
 
-def sweeper(config: ConfigDict, sweep: Sweep, results: Any) -> Callable[[Volume, np.ndarray], dict[str, Any]]:
+def sweeper(config: ConfigDict, sweep: Sweep, results: Any) -> Callable[..., dict[str, Any]]:
     """The function (prepared volume, words of its id, repeats=the sweep's) -> {"maps": {NAME: (r, *size)},
     "reconstruction"}: one program a bucket of sizes, whatever the case and `repeats`; as many windows at a time as fit
     in the memory, split over the devices. Raises InputError where one window at a time does not."""
@@ -1036,8 +1036,8 @@ def evaluate(
         from jmae.convergence import convergence  # which is made of this module's parts
 
         labelled = [row for row in of.rows if row.label is not None]
-        if found := convergence(config, system, results, labelled):
-            evaluation["convergence"] = found
+        if numbers := convergence(config, system, results, labelled):
+            evaluation["convergence"] = numbers
     of_row = lambda i: {name: values[:, i] for name, values in kept.scores.items()}
     table = [score_line(row, of_row(i), system, judge) for i, row in enumerate(of.rows)]
     evaluation["alarms"] = alarms(of, [line["p_value"] for line in table], calibration, rate)

@@ -72,7 +72,7 @@ def taken(array: Float[np.ndarray, "*size c"]) -> Print:
 def digest(array: Float[np.ndarray, "*size c"]) -> bytes:
     """The SHA-256 of an image's shape and values: equal for copies of a file, and for what another format holds."""
     whole = hashlib.sha256(repr(array.shape).encode())
-    whole.update(np.ascontiguousarray(array))
+    whole.update(np.ascontiguousarray(array).data)
     return whole.digest()
 
 

@@ -336,7 +336,7 @@ def products(jaxpr: Any, platform: str) -> Counter[int]:
             if (platforms := chosen.get(eqn.invars[0])) is not None:
                 own = [i for i, names in enumerate(platforms) if names is None or platform in names]
                 parts = [parts[own[0]]]
-            total += max(parts, key=lambda part: sum(part.values()))
+            total.update(max(parts, key=Counter.total))
         else:
             times = params["length"] if name == "scan" else 1
             for sub in inner(params):

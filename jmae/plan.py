@@ -336,8 +336,8 @@ def products(jaxpr: Any, platform: str) -> Counter[int]:
             if (platforms := chosen.get(eqn.invars[0])) is not None:
                 own = [i for i, names in enumerate(platforms) if names is None or platform in names]
                 parts = [parts[own[0]]]
-            most = max(parts, key=Counter.total)
-            total += most
+            longest = max(parts, key=lambda part: part.total())
+            total += longest
         else:
             times = params["length"] if name == "scan" else 1
             for sub in inner(params):

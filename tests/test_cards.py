@@ -109,11 +109,3 @@ def test_the_model_card_has_figures_with_intervals_once_there_are_any(rows, tmp_
     assert "of 40 held-out normals: 25.0% of normal cases." in card and "Not evaluated" not in card
     assert "not an independent test: 1 leaks" in card and "jax 0.10.1" in card
     assert "digest of the images of evaluation: abc" in (tmp_path / "DATA_CARD.md").read_text()
-
-
-def test_a_trained_and_evaluated_run_has_both_cards(finished):
-    card = (finished / "MODEL_CARD.md").read_text()
-    metrics = json.loads((finished / "evaluation" / "metrics.json").read_text())
-    assert f"{metrics['image']['auroc']:.3f}" in card and metrics["digests"]["rows trained on"] in card
-    assert "pretrain 20, proxy 10" in card and metrics["digests"]["recipe"] in card
-    assert "| train | normal | 16 |" in (finished / "DATA_CARD.md").read_text()

@@ -11,10 +11,11 @@ from sklearn.metrics import roc_auc_score
 from jmae import convergence as co
 from jmae import recipe, report
 from jmae.data.loader import case_words
+from jmae.data.manifest import Row, read_manifest
 from jmae.data.volumes import Volume
 from jmae.errors import InputError
 from jmae.evaluate import sweeper
-from jmae.system import Sweep, load_system
+from jmae.system import Sweep, System, load_system
 
 MANY = 64
 
@@ -71,14 +72,8 @@ def fake(monkeypatch, small_set):
 
     monkeypatch.setattr(co, "scorer", scorer)
     config = a_recipe("amae", **{"evaluation.masks": 6, "evaluation.convergence": 3})
-    rows = [row for row in co_rows(small_set) if row.split == "test"]
+    rows = [row for row in read_manifest(small_set) if row.split == "test"]
     return config, rows, asked
-
-
-def co_rows(manifest):
-    from jmae.data.manifest import read_manifest
-
-    return read_manifest(manifest)
 
 
 @pytest.mark.parametrize("averaged", [True, False])
@@ -152,6 +147,24 @@ def test_sweeps_over_a_volume_are_a_number_that_one_program_is_given():
     assert len(traced) == count and np.abs(once - again).max() > 0.05
     np.testing.assert_allclose(again, sweeper(config, sweep, {})(volume, words)["maps"]["m"], rtol=1e-6)
     assert np.std(again) < np.std(once)
+
+
+def test_volumes_are_swept_from_one_mask_up_and_more_masks_vary_less(monkeypatch):
+    def score(results, image, keys):
+        noise = jax.vmap(lambda key: jax.random.uniform(key, image.shape[1:]))(keys)
+        return image + noise, jnp.ones((*image.shape[:-1], 1))
+
+    sweep = Sweep((4, 4), (4, 4), 1, score, lambda averages, inside: {"maps": {"m": averages[..., 0]}})
+    toy = System("toy", (), None, (), "m", sweep=sweep)
+    config = a_recipe("maemi", **{"evaluation.repeats": 8, "evaluation.convergence": 4, "evaluation.top": 0.1})
+    rows = [Row(str(i), "", "test", i % 2, ("x",)) for i in range(4)]
+    volume = lambda row, data: Volume(jnp.full((8, 8, 1), row.label / 10.0), *[None] * (len(Volume._fields) - 1))
+    monkeypatch.setattr(co, "with_number", lambda config, what, n: (config, toy))
+    monkeypatch.setattr(co, "prepared", volume)
+    draws = co.volume_draws(config, toy, {}, rows, "repeats", [1, 8])
+    assert [len(each) for each in draws.values()] == [4, 4] and draws[1][0].shape == (1, 4)
+    assert np.std(draws[8], axis=0).max() < np.std(draws[1], axis=0).max()
+    assert np.mean(draws[1]) > np.mean(draws[8]) > 0.5  # the highest tenth of fewer masks lies higher
 
 
 @pytest.mark.parametrize(

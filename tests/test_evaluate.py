@@ -136,6 +136,14 @@ def written_map(folder: Path, name: str) -> Path:
 # --- the files --------------------------------------------------------------------------------------------------------
 
 
+def test_a_trained_and_evaluated_run_has_both_cards(finished):
+    card = (finished / "MODEL_CARD.md").read_text()
+    metrics = json.loads((finished / "evaluation" / "metrics.json").read_text())
+    assert f"{metrics['image']['auroc']:.3f}" in card and metrics["digests"]["rows trained on"] in card
+    assert "pretrain 20, proxy 10" in card and metrics["digests"]["recipe"] in card
+    assert "| train | normal | 16 |" in (finished / "DATA_CARD.md").read_text()
+
+
 def test_metrics_json_has_the_keys_of_the_design(finished):
     metrics = json.loads((finished / "evaluation" / "metrics.json").read_text())
     assert set(KEYS) | {"seconds", "seconds_per_case"} == set(metrics)

@@ -41,7 +41,7 @@ def cases(sizes: list[str], chip: str) -> list[dict[str, Any]]:
 def arguments(case: dict[str, Any]) -> list[str]:
     """The command line of a plan."""
     model = [f"--config.model.{key}={value}" for key, value in SIZES[case["size"]].items()]
-    fsdp = [f"--fsdp={case['fsdp']}"] if case["fsdp"] > 1 else []
+    fsdp = [f"--config.fsdp={case['fsdp']}"] if case["fsdp"] > 1 else []
     return ["--config=configs/maemi.py:paper", *model, f"--target={case['target']}", *fsdp]
 
 
@@ -49,7 +49,7 @@ def row(case: dict[str, Any], own: list[str]) -> dict[str, Any]:
     """One plan."""
     start = time.perf_counter()
     config, _ = recipe.parse([a for a in own if a.startswith("--config")], "")
-    (found,) = plan.plan(config, plan.target_of(case["target"]), fsdp=case["fsdp"])
+    (found,) = plan.plan(config, plan.target_of(case["target"]))
     return case | {"command": plan.command(own), "plan_s": time.perf_counter() - start} | found
 
 

@@ -1,5 +1,5 @@
 """python -m jmae.plan --config configs/NAME.py[:PRESET] --target TARGET [--config.KEY=VALUE ...]
-                    [--stage NAME] [--batch N] [--fsdp N] [--json FILE] [--debug]
+                    [--stage NAME] [--batch N] [--json FILE] [--debug]
 
 Whether the training of a system fits on accelerators that are not at hand, how fast it can be there at most, and what
 limits it. Each stage's step is compiled ahead of time, with shapes alone. TARGET:
@@ -8,8 +8,8 @@ limits it. Each stage's step is compiled ahead of time, with shapes alone. TARGE
     h100:8, h200:16, a100:8         so many GPUs. There is no compiler for them without one: the same sharded program is
                                     compiled for as many virtual CPU devices, and what depends on that is "estimated"
 
-The global batch is the recipe's batch on every chip (batches are split over both mesh axes), or --batch. --fsdp chips
-hold a parameter's parts (default: the recipe's, or 1). Images are the batch's; a set of volumes that is kept on the
+The global batch is the recipe's batch on every chip (batches are split over both mesh axes), or --batch. As many
+chips as the recipe's `fsdp` hold a parameter's parts. Images are the batch's; a set of volumes that is kept on the
 device (data.crops_on) comes on top: 4 bytes a voxel and channel.
 
 Predicted time is that of the stated peak figures, which no program reaches: products at the peak rate, what the program
@@ -43,8 +43,9 @@ from jmae import recipe
 from jmae.errors import InputError, exit_code
 from jmae.hlo import Program
 from jmae.run_folder import write_text
-from jmae.sharding import device_mesh, replicated, sharded, split
+from jmae.sharding import device_mesh, replicated, split
 from jmae.system import Stage, State, load_system, stage_keys
+from jmae.train import compiled_step, places
 
 ROWS = 1000  # of a made-up manifest: sizes what a stage keeps of each row (AMAE's margins), and the schedule
 
@@ -106,14 +107,14 @@ class Target(NamedTuple):
 
 
 def main(argv: list[str]) -> int:
-    config, flags = recipe.parse(argv, __doc__, ["target", "stage", "batch", "fsdp", "json"])
+    config, flags = recipe.parse(argv, __doc__, ["target", "stage", "batch", "json"])
     if "target" not in flags:
         raise InputError(f"no target: write --target=v5e:4x4, or another of {', '.join(CHIPS)}")
     target = target_of(flags["target"])
-    whole = {name: recipe.typed(name, flags[name], 1) for name in ("batch", "fsdp") if name in flags}
-    if min(whole.values(), default=1) < 1:
-        raise InputError("--batch and --fsdp are 1 or more")
-    found = plan(config, target, stage=flags.get("stage", ""), **whole)
+    batch = recipe.typed("batch", flags["batch"], 1) if "batch" in flags else None
+    if batch is not None and batch < 1:
+        raise InputError("--batch is 1 or more")
+    found = plan(config, target, stage=flags.get("stage", ""), batch=batch)
     print("\n".join(line for each in found for line in report(target, each)))
     if "json" in flags:
         versions = {name: version(name) for name in ("jmae", "jax", "libtpu") if importlib.util.find_spec(name)}
@@ -177,14 +178,14 @@ def first_line(error: Exception) -> str:
 # --- the plan of a system ---------------------------------------------------------------------------------------------
 
 
-def plan(config: ConfigDict, target: Target, *, stage: str = "", batch: int = 0, fsdp: int = 0) -> list[dict[str, Any]]:
+def plan(config: ConfigDict, target: Target, *, stage: str = "", batch: int | None = None) -> list[dict[str, Any]]:
     """What each stage (or the one named) needs on a target, and how fast its step can be at most: `report` shows it.
 
-    Raises InputError as `load_system` and `devices_of` do, and where a batch or `fsdp` does not divide."""
+    Raises InputError as `load_system` and `devices_of` do, and where a batch or the recipe's `fsdp` does not divide."""
     jax.config.update("jax_platforms", "cpu")  # an accelerator that is here is not taken
     if config.model.dtype == "auto":
         config.model.dtype = "bfloat16"
-    fsdp = fsdp or config.get("fsdp", 1)
+    fsdp = config.get("fsdp", 1)
     devices = devices_of(target)
     mesh = device_mesh(fsdp, devices)
     results: dict[str, Any] = {}
@@ -209,7 +210,7 @@ def plan(config: ConfigDict, target: Target, *, stage: str = "", batch: int = 0,
 
 
 def step_of(
-    config: ConfigDict, stage: Stage, number: int, results: PyTree, mesh: Mesh, batch: int
+    config: ConfigDict, stage: Stage, number: int, results: PyTree, mesh: Mesh, batch: int | None
 ) -> tuple[State, tuple[PyTree, Any], Any]:
     """(state, (batch, keys), jitted step) of a stage on a mesh: shapes with their places, no numbers."""
     n, steps = config.replicates, stage.steps(ROWS)
@@ -219,8 +220,6 @@ def step_of(
     init = lambda key, results: stage.init(key, results, ROWS)
     keys = jax.eval_shape(partial(stage_keys, config, number))
     state = jax.eval_shape(init if n == 1 else jax.vmap(init), keys, results)
-    own = {part: sharded(mesh, getattr(state, part)) for part in ("params", "opt", "frozen")}
-    places = State(**own, **jax.tree.map(lambda _: replicated(mesh), {"stats": state.stats, "step": state.step}))
     image = (*config.data.size, config.data.channels)
     arrays = {"image": (image, jnp.float32), "index": ((), jnp.int32), "case": ((2,), jnp.uint32)}
     for name, make in stage.host.items():
@@ -228,22 +227,16 @@ def step_of(
         arrays[name] = (made.shape, made.dtype)
     lead = (size,) if n == 1 else (n, size)
     shapes = {name: jax.ShapeDtypeStruct((*lead, *shape), dtype) for name, (shape, dtype) in arrays.items()}
-
-    def one(state: State, batch: PyTree, key: Any) -> tuple[State, dict]:
-        return stage.step(state, batch, jax.random.fold_in(key, state.step), steps=steps)
-
-    step = one if n == 1 else jax.vmap(one)
-    jitted = jax.jit(step, donate_argnums=0, out_shardings=(places, replicated(mesh)))
     put = lambda shape, place: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=place)
     over = split(mesh, len(lead) - 1)
     inputs = jax.tree.map(lambda s: put(s, over), shapes), put(keys, replicated(mesh))
-    return jax.tree.map(put, state, places), inputs, jitted
+    return jax.tree.map(put, state, places(state, mesh)), inputs, compiled_step(stage.step, steps, n, (), mesh)
 
 
 def planned(target: Target, mesh: Mesh, jitted: Any, state: State, batch: PyTree, keys: Any) -> dict[str, Any]:
     """Memory, work, network and time of a step."""
     chip, chips = target.chip, mesh.size
-    traced = jitted.trace(state, batch, keys)
+    traced = jitted.trace(state, batch, keys, None)
     work = products(traced.jaxpr.jaxpr, chip.platform)
     memory = {
         "parameters": held(state.params),
@@ -378,7 +371,7 @@ def report(target: Target, found: dict[str, Any]) -> list[str]:
     if "step_s" not in found:
         return [
             *lines,
-            "  smaller      --config.model.remat=true, a smaller --batch, --config.accumulate=2, a larger --fsdp",
+            "  smaller      --config.model.remat=true, a smaller --batch, --config.accumulate, --config.fsdp",
             peaks(target),
         ]
     if found["flops_compiler"]:

@@ -268,11 +268,16 @@ def kept_placed(function: Callable, mesh: Mesh | None) -> Callable:
 
 
 def placed(state: State, mesh: Mesh) -> State:
-    """The state with parameters, optimiser state and frozen weights as `sharded` has them; statistics, which the host
-    reads too, and the step are whole on every device."""
+    """The state at its `places`."""
+    return jax.lax.with_sharding_constraint(state, places(state, mesh))
+
+
+def places(state: State, mesh: Mesh) -> State:
+    """Where a state, or its shapes, lies: parameters, optimiser state and frozen weights as `sharded` has them;
+    statistics, which the host reads too, and the step are whole on every device."""
     own = {part: sharded(mesh, getattr(state, part)) for part in ("params", "opt", "frozen")}
     rest = jax.tree.map(lambda _: replicated(mesh), {"stats": state.stats, "step": state.step})
-    return jax.lax.with_sharding_constraint(state, State(**own, **rest))
+    return State(**own, **rest)
 
 
 def check_batch(rows: np.ndarray, check: Check, images: Samples) -> dict[str, np.ndarray]:

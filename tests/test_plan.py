@@ -217,8 +217,8 @@ def test_what_a_chip_can_send_depends_on_the_group(target, group, expected):
         (["--target=v5p:4x4"], "write v5p:2x2x1 (the torus)"),
         (["--target=v5e:32x32"], "there are no slices of more than 256 v5e"),
         (["--target=h100:4x4"], "write h100:8 (GPUs)"),
-        (["--target=h100:1", "--batch=0"], "--batch and --fsdp are 1 or more"),
-        (["--target=h100:1", "--fsdp=2"], "fsdp=2 does not divide 1 devices"),
+        (["--target=h100:1", "--batch=0"], "--batch is 1 or more"),
+        (["--target=h100:1", "--config.fsdp=2"], "fsdp=2 does not divide 1 devices"),
         (["--target=h100:1", "--stage=trian"], "stage 'trian' is unknown: one of train"),
         (["--target=h100:4096"], "needs a process of its own"),
     ],
@@ -262,7 +262,7 @@ def planned(tmp_path: Path, *given: str, code: int = 0) -> tuple[dict, str]:
 
 
 def test_a_plan_for_gpus_is_compiled_for_virtual_devices_and_says_so(tmp_path):
-    found, said = planned(tmp_path, "--target=h100:4", "--fsdp=2", "--batch=8")
+    found, said = planned(tmp_path, "--target=h100:4", "--config.fsdp=2", "--batch=8")
     (stage,) = found["stages"]
     assert (stage["stage"], stage["chips"], stage["fsdp"], stage["batch"]) == ("train", 4, 2, 8)
     # Adam has two numbers for each parameter, and one count of 4 bytes.

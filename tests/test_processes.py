@@ -78,7 +78,8 @@ def assert_alike(run: Path, alone: Path) -> None:
     a, b = (read_history(folder / "metrics.jsonl") for folder in (alone, run))
     assert [h["step"] for h in b] == [h["step"] for h in a]
     assert [h["loss"] for h in b] == pytest.approx([h["loss"] for h in a], rel=1e-5)
-    a, b = (list(csv.DictReader((folder / "evaluation" / "scores.csv").open())) for folder in (alone, run))
+    lines = lambda folder: (folder / "evaluation" / "scores.csv").read_text().splitlines()
+    a, b = (list(csv.DictReader(lines(folder))) for folder in (alone, run))
     assert [row["id"] for row in b] == [row["id"] for row in a]
     assert [float(row["score"]) for row in b] == pytest.approx([float(row["score"]) for row in a], rel=1e-4)
     a, b = (json.loads((folder / "evaluation" / "metrics.json").read_text()) for folder in (alone, run))

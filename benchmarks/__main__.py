@@ -22,7 +22,12 @@ from typing import Any, NamedTuple
 
 HERE = Path(__file__).parent
 RESULTS, PAGE = HERE / "results", HERE / "results.md"
-PEERS = {"torch": "torch", "transformers": "transformers", "pietorch": "pie-torch"}  # module -> package
+PEERS = {
+    "torch": "torch",
+    "transformers": "transformers",
+    "pietorch": "pie-torch",
+    "libtpu": "libtpu",
+}  # module -> package
 
 
 class Part(NamedTuple):
@@ -43,7 +48,7 @@ class Part(NamedTuple):
                 if not os.environ.get(need):
                     return "JMAE_DATA is not set"
             elif importlib.util.find_spec(need) is None:
-                return f"{PEERS[need]} is not installed: pip install 'jmae[bench]'"
+                return f"{PEERS[need]} is not installed: pip install {PEERS[need]}"
         return ""
 
 
@@ -75,6 +80,9 @@ PARTS = (
     *(Part("ppii", what, "JMAE_DATA") for what in ("endoscopy", "mri3d", "cxr_nih")),
     *(Part("simsid", what) for what in ("phantoms", "volumes")),
     Part("simsid", "cxr_peds", "JMAE_DATA"),
+    Part("systems", "cxr_peds --budget 0.5", "JMAE_DATA"),
+    Part("systems", "endoscopy --budget 0.25", "JMAE_DATA"),
+    Part("scaling", needs="libtpu"),
 )
 SCRIPTS = tuple(dict.fromkeys(part.script for part in PARTS))
 GPU = ("volume", "throughput", "masks", "anomalies", "memmc")  # scripts that gpu.sh runs: NAME_gpu.json

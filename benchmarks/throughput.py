@@ -167,9 +167,9 @@ def torch_step(
         step(optimizer)
         times = []
         for _ in range(3):  # the update alone, with the gradients of the step
-            start = time.perf_counter()
+            began = time.perf_counter()
             optimizer.step()
-            times.append(time.perf_counter() - start)
+            times.append(time.perf_counter() - began)
         seconds[form] = min(times)
     form = min(seconds, key=lambda form: seconds[form])
     optimizer = torch.optim.AdamW(model.parameters(), LR, betas=BETAS, weight_decay=DECAY, **{form: True})

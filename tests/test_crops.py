@@ -4,11 +4,12 @@ import jax
 import nibabel as nib
 import numpy as np
 import pytest
+from PIL import Image
 
 from jmae import recipe
 from jmae.data import crops
 from jmae.data.crops import Volumes, allowed, box_sums, cut
-from jmae.data.loader import batches
+from jmae.data.loader import batches, prepared
 from jmae.data.manifest import Row
 from jmae.errors import InputError
 
@@ -173,3 +174,13 @@ def test_all_unusable_volumes_come_in_one_list(rows, tmp_path):
     with pytest.raises(InputError) as caught:
         Volumes(rows, config(), tmp_path / "cache")
     assert len(str(caught.value).splitlines()) == 2
+
+
+def test_a_colour_film_is_made_grey_and_three_sequences_are_not(tmp_path):
+    rng, data = np.random.default_rng(0), config(**{"data.size": (6, 5)}).data
+    for name, shape in {"film": (9, 8, 3), "t1": (9, 8), "t2": (9, 8), "fs": (9, 8)}.items():
+        Image.fromarray(rng.integers(0, 256, shape).astype(np.uint8)).save(tmp_path / f"{name}.png")
+    row = lambda *names: Row("case", "", "train", 0, tuple(str(tmp_path / f"{name}.png") for name in names), None)
+    assert prepared(row("film"), data).array.shape == (9, 8, 1)
+    with pytest.raises(InputError, match="channels: 3 where the recipe has 1"):
+        prepared(row("t1", "t2", "fs"), data)

@@ -64,7 +64,7 @@ def usable(row: Row, stored: Image, size: tuple[int, ...], channels: int) -> np.
         raise InputError(
             f"{row.image[0]}: {array.ndim - 1} axes where data.size has {len(size)}: train one for it, as :{preset}"
         )
-    if array.shape[-1] == 3 and channels == 1:
+    if array.shape[-1] == 3 and channels == 1 and len(row.image) == 1:
         array = grey(array)
     if array.shape[-1] != channels:
         raise InputError(
@@ -132,7 +132,7 @@ def scored_region(row: Row, stored: Image, data: ConfigDict) -> np.ndarray | Non
 def prepared(row: Row, data: ConfigDict, stored: Image | None = None, region: np.ndarray | None = None) -> Volume:
     """A row's volume on the working grid (`jmae.data.volumes.prepare`), within the row's region if none is given."""
     stored = stored_volume(row, data) if stored is None else stored
-    usable(row, stored, tuple(data.size), data.channels)
+    stored = stored._replace(array=usable(row, stored, tuple(data.size), data.channels))
     return prepare(
         stored,
         data,

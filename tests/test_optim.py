@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from on_8_devices import batch, crops, difference, small, small_system
+from on_8_devices import batch, crops, difference, small_system
 
 from jmae.errors import InputError
 from jmae.losses import masked_mse
@@ -59,7 +59,7 @@ def test_the_masked_loss_ignores_visible_patches():
     assert float(masked_mse(prediction, target, hidden)[0]) == pytest.approx(((1 + 9) / 2 + 4) / 2)
 
 
-@pytest.mark.parametrize("name, samples", [("amae", batch), ("maemi", crops), ("memmc_mae", small)])
+@pytest.mark.parametrize("name, samples", [("amae", batch), ("maemi", crops)])
 def test_a_batch_in_parts_gives_the_step_of_the_whole_batch(name, samples):
     key, found = jax.random.key(1), []
     for parts in (1, 4):

@@ -149,7 +149,7 @@ def test_sweeps_over_a_volume_are_a_number_that_one_program_is_given():
     assert np.std(again) < np.std(once)
 
 
-def test_volumes_are_swept_from_one_mask_up_and_more_masks_vary_less(monkeypatch):
+def test_volumes_are_swept_from_one_mask_up_with_other_masks_each_time(monkeypatch):
     def score(results, image, keys):
         noise = jax.vmap(lambda key: jax.random.uniform(key, image.shape[1:]))(keys)
         return image + noise, jnp.ones((*image.shape[:-1], 1))
@@ -163,8 +163,8 @@ def test_volumes_are_swept_from_one_mask_up_and_more_masks_vary_less(monkeypatch
     monkeypatch.setattr(co, "prepared", volume)
     draws = co.volume_draws(config, toy, {}, rows, "repeats", [1, 8])
     assert [len(each) for each in draws.values()] == [4, 4] and draws[1][0].shape == (1, 4)
-    assert np.std(draws[8], axis=0).max() < np.std(draws[1], axis=0).max()
-    assert np.mean(draws[1]) > np.mean(draws[8]) > 0.5  # the highest tenth of fewer masks lies higher
+    assert all(len(np.unique(each)) == 16 for each in draws.values())
+    assert np.mean(draws[1]) > np.mean(draws[8]) + 0.1 > 0.6  # noise: the highest tenth of one mask lies higher
 
 
 @pytest.mark.parametrize(

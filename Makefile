@@ -16,7 +16,11 @@ $(VENV)/ready-dev: $(VENV)/ready
 	$(RUN) -m pip install --quiet --editable '.[dev]'
 	touch $@
 
-.PHONY: demo test check clean
+browser: $(VENV)/ready-dev  ## the report's pages in Chromium
+	$(RUN) -m pip install --quiet --editable '.[browser]'
+	$(RUN) -m pytest tests/in_browser.py
+
+.PHONY: demo test check browser clean
 demo: $(VENV)/ready  ## AMAE on built-in phantoms: all stages, evaluation, report
 	$(RUN) -m jmae.train --config configs/amae.py --workdir runs/demo
 

@@ -21,8 +21,8 @@ from jmae.windows import room
 
 SHARE = 0.4  # of a device's memory that a set may take; on the CPU twice, once on the way
 # What a prepared volume and its allowed origins depend on, of the recipe's section `data`.
-PREPARED = """size channels axes spacing join crop crop_least crop_most crop_margin region normalise mean std least_region
-    window equalise""".split()
+PREPARED = """size channels axes spacing join crop crop_least crop_most crop_margin region normalise mean std
+    least_region window equalise""".split()
 
 
 def box_sums(marked: Bool[np.ndarray, "*size"], box: tuple[int, ...]) -> Int[np.ndarray, "*places"]:

@@ -64,7 +64,8 @@ def model_card(workdir: Path, config: ConfigDict, system: System, found: Sequenc
     lines = [
         f"# Model card: {system.name}{variant}",
         RESEARCH,
-        *([what, f"Paper: {paper}"] if what else []),
+        *([what] if what else []),
+        *([f"Paper: {paper}"] if paper else []),
         "## Use",
         f"Intended: research on anomaly detection in images of the kind that DATA_CARD.md tells, prepared as it tells; "
         f"the networks see {' x '.join(map(str, data.size))} {'voxels' if len(data.size) == 3 else 'pixels'}.",
@@ -90,6 +91,7 @@ def model_card(workdir: Path, config: ConfigDict, system: System, found: Sequenc
         *(f"{e['folder']}: {' '.join(headline(e))}" for e in found),
         *(f"{e['folder']}: {e['uncalibrated']}." for e in found if e.get("uncalibrated")),
         *(f"{e['folder']}: not an independent test: {len(e['leaks'])} leaks." for e in found if e.get("leaks")),
+        *(f"{e['folder']}: {e['unchecked']}." for e in found if e.get("unchecked")),
     ]
     return "\n\n".join(lines) + "\n"
 

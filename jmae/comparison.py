@@ -70,7 +70,8 @@ def compare(runs: Sequence[Run], *, draws: int = 2000) -> tuple[list[str], bool,
     """(ids of the cases that all runs have, whether patients are known, differences of every pair of runs).
 
     Differences are of the primary scores, with 95 % intervals over the same draws of patients for both; of cases, where
-    the patients are not known. Raises InputError where the runs share no case or contradict each other's labels.
+    the patients are not known; none where the cases in common are of one class. Raises InputError where the runs share
+    no case or contradict each other's labels.
     """
     shared = [name for name in runs[0].cases if all(name in run.cases for run in runs)]
     if not shared:
@@ -88,7 +89,7 @@ def compare(runs: Sequence[Run], *, draws: int = 2000) -> tuple[list[str], bool,
             )
     labels, patients = labels_of(runs[0], shared), [runs[0].patients[name] for name in shared]
     pairs = []
-    for a, b in combinations(runs, 2):
+    for a, b in combinations(runs, 2) if 0 < labels.sum() < len(labels) else ():
         each: list[Any] = []
         for measure in (metrics.auroc, metrics.average_precision):
             each += metrics.paired_difference(
@@ -229,14 +230,21 @@ def lead(figures: Sequence[Mapping[str, Any]], pairs: Sequence[Pair]) -> list[st
     words = [f"{best['name']} ({best['system']}) has the highest AUROC, {best['image']['auroc']:.3f}."]
     if len(rated) > 1:
         second = rated[1]["name"]
-        pair = next(p for p in pairs if {p.first, p.second} == {best["name"], second})
-        sign = 1 if pair.first == best["name"] else -1
-        low, high = sorted(sign * end for end in pair.auroc_ci)
-        settled = "" if low > 0 else ", which does not settle which of the two is better"
-        words.append(
-            f"On the cases in common it is {sign * pair.auroc:+.3f} against the next, {second} (95 % interval "
-            f"{low:+.3f} to {high:+.3f}){settled}."
-        )
+        pair = next((p for p in pairs if {p.first, p.second} == {best["name"], second}), None)
+        if not pair:
+            words.append(f"The cases in common with the next, {second}, are of one class, so they tell no difference.")
+        else:
+            sign = 1 if pair.first == best["name"] else -1
+            low, high = sorted(sign * end for end in pair.auroc_ci)
+            between = "" if math.isnan(low) else f" (95 % interval {low:+.3f} to {high:+.3f})"
+            settled = ""
+            if low <= 0 <= high:
+                settled = ", which does not settle which of the two is better"
+            elif high < 0:
+                settled = f": there {second} is the better one"
+            words.append(
+                f"On the cases in common it is {sign * pair.auroc:+.3f} against the next, {second}{between}{settled}."
+            )
     behind = [f["name"] for f in rated if f["baseline"] and f["baseline"][1] >= f["image"]["auroc"]]
     if behind:
         words.append(f"A cheap baseline does as well as or better than {', '.join(behind)}.")

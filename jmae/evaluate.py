@@ -4,8 +4,8 @@
 Scores a split with a trained run and writes metrics.json, scores.csv, report.html and the maps, into DIR/evaluation
 (`test`) or DIR/evaluation-SPLIT where no other folder is named; with another manifest one must be. Of that no case may
 be of a patient, or have an image, that the run was trained or calibrated on; with data.allow_leaks these are told, have
-no p-value, and mark the report. Copies that are not equal value by value are not looked for there. Exit codes: 0 done;
-2 the input or the environment is wrong.
+no p-value, and mark the report. Copies that are not equal value by value are not looked for there. The splits `train`
+and `unlabeled` get no p-values. Exit codes: 0 done; 2 the input or the environment is wrong.
 """
 
 import hashlib
@@ -96,18 +96,32 @@ def main(argv: list[str]) -> int:
         keep_compiled()
         rows = load_rows(config, log)
         if "manifest" in given:
-            rows = not_seen(rows, split, workdir, given["manifest"], allow=allow)
-        evaluate(config, load_system(config), rows, workdir, split=split, out=out, own=own)
+            rows, unchecked = not_seen(rows, split, workdir, given["manifest"], allow=allow)
+        else:
+            rows, unchecked = not_seen_before(config, rows, workdir)
+        evaluate(config, load_system(config), rows, workdir, split=split, out=out, own=own, unchecked=unchecked)
     return 0
 
 
-def not_seen(rows: Sequence[Row], split: str, workdir: Path, manifest: str, *, allow: bool) -> list[Row]:
+def not_seen_before(config: ConfigDict, rows: Sequence[Row], workdir: Path) -> tuple[list[Row], str]:
+    """A run's own rows, of which `test` and `val`, where `model.weights` names another run, are held against what
+    `workdir` has seen, as `not_seen` does: that other run before the training, this one afterwards."""
+    source = config.model.get("weights") or ""
+    if not source or Path(source).is_file():
+        return list(rows), ""
+    where = f"{config.data.manifest or config.data.phantom} (model.weights={source})"
+    return not_seen(rows, "test", workdir, where, allow=bool(config.data.get("allow_leaks")))
+
+
+def not_seen(rows: Sequence[Row], split: str, workdir: Path, manifest: str, *, allow: bool) -> tuple[list[Row], str]:
     """The rows of another manifest, of which those of `split`, and of `val` that chooses thresholds, are held against
-    what the run has seen (seen.csv): patients, images by their content, ids where that is not known. Raises InputError
-    where one was seen, or with `allow` marks it; val of the run may be val again."""
-    seen = read_seen(workdir)
+    what the run has seen (seen.csv): patients, images by their content, ids where that is not known; and the sentence
+    that a run which does not tell what it has seen gets, else "". Raises InputError where one was seen, or with `allow`
+    marks it; val of the run may be val again."""
+    seen, unchecked = read_seen(workdir), ""
     if all(row.split == "val" for row in seen):
-        log(f"warning: {workdir} does not say what it was trained on: not known whether cases of {manifest} were")
+        unchecked = f"{workdir} does not say what it was trained on: not known whether cases of {manifest} were"
+        log(f"warning: {unchecked}")
     by: dict[str, dict[str, Row]] = {"patient": {}, "content": {}, "id": {}}
     for row in seen:
         for key, named in by.items():
@@ -128,7 +142,7 @@ def not_seen(rows: Sequence[Row], split: str, workdir: Path, manifest: str, *, a
         raise InputError(f"{manifest}: {found[0]}{more}: leave them out, or --{ALLOW}=True marks the report")
     for what in found[:20]:
         log(f"warning: {what}")
-    return rows
+    return rows, unchecked
 
 
 def run_of(given: dict[str, str]) -> tuple[Path, ConfigDict]:
@@ -967,12 +981,21 @@ class Gathered(NamedTuple):
 
 
 def evaluate(
-    config: ConfigDict, system: System, rows: Sequence[Row], workdir: Path, *, split: str, out: Path, own: bool = True
+    config: ConfigDict,
+    system: System,
+    rows: Sequence[Row],
+    workdir: Path,
+    *,
+    split: str,
+    out: Path,
+    own: bool = True,
+    unchecked: str = "",
 ) -> dict[str, Any]:
     """Scores `split` of `rows`, writes metrics.json, scores.csv, report.html and maps into `out`; returns the metrics.
 
     Labels of the split and of `val` serve figures alone. `own` data and settings of the run calibrate it, on the
-    normals of `val`; any other are read by the calibration that it has. Raises InputError where the split is empty,
+    normals of `val`; any other are read by the calibration that it has. `unchecked` says why it is not known whether
+    the cases were trained on; "" where it is. Raises InputError where the split is empty,
     or `evaluation.alarm_rate` is no rate. Of several processes the first writes and returns; the others return {}.
     """
     began, why = time.monotonic(), list[str]()  # why there are no p-values
@@ -998,7 +1021,7 @@ def evaluate(
     else:
         calibration = read_calibration(config, system, results, workdir, told)
     judge = calibration
-    if own and split in ("train", "unlabeled"):
+    if split in ("train", "unlabeled"):
         judge = None
         told(f"{split}: no p-values, which are of cases that were not trained on")
     if jax.process_index():  # it scores its share; the first process counts and writes
@@ -1025,6 +1048,8 @@ def evaluate(
     }
     if leaking := sorted({row.leak for row in rows if row.leak}):
         evaluation["leaks"] = leaking
+    if unchecked:
+        evaluation["unchecked"] = unchecked
     if of.known.any():
         found = {title: part_figures(config, system, of, stream, kept, title, part) for title, part in parts.items()}
         evaluation |= found.pop(WHOLE) | {"n": len(of.rows), "subsets": found}

@@ -479,14 +479,13 @@ def voxels(evaluation: Mapping[str, Any]) -> list[str]:
 
 
 def described(system: str) -> tuple[str, str]:
-    """(what a system is in a sentence, its paper), as its file begins; both empty of a system that has no file."""
+    """(what a system is in a sentence, its paper up to the arXiv number), as its file begins; empty what that lacks."""
     file = Path(__file__).parent / "systems" / f"{system}.py"
     if not system.isidentifier() or not file.is_file():
         return "", ""
-    what, paper, *_ = (ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or "").split("\n\n")
+    what, paper, *_ = *(ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or "").split("\n\n"), ""
     found = re.match(r".*?arXiv [\d.]+\d", paper, re.S)
-    assert found, file
-    return " ".join(what.split()), " ".join(found[0].split()) + "."
+    return " ".join(what.split()), " ".join(found[0].split()) + "." if found else ""
 
 
 def without_curves(evaluation: Mapping[str, Any]) -> str | None:

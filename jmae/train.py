@@ -33,7 +33,7 @@ from jmae.cards import write_cards
 from jmae.data.crops import Volumes, cut
 from jmae.data.loader import Images, Samples, batches, load_rows
 from jmae.errors import InputError, NonFiniteLoss, Stopped, exit_code
-from jmae.evaluate import calibrate_run, evaluate, trained_rows
+from jmae.evaluate import calibrate_run, evaluate, not_seen_before, trained_rows
 from jmae.run_folder import (
     add_history,
     cut_history,
@@ -41,6 +41,7 @@ from jmae.run_folder import (
     digest,
     fixed,
     log,
+    read_seen,
     write_csv,
     write_seen,
     write_text,
@@ -84,13 +85,14 @@ def run(config: ConfigDict, workdir: Path) -> int:
     system = load_system(config)
     if config.tensorboard:
         board()
-    rows = load_rows(config, log)
+    source = Path(config.model.get("weights") or workdir)  # another run, whose cases this one has seen too
+    rows, unchecked = not_seen_before(config, load_rows(config, log), source)
     make = Volumes if system.sweep else Images
     images: Samples = make(trained_rows(system, rows), config, workdir / "cache")
     train(config, system, images, workdir)
-    write_seen(workdir, images.rows)
+    write_seen(workdir, [*(read_seen(source) if source.is_dir() else ()), *images.rows])
     if any(row.split == "test" and row.label is not None for row in rows):
-        evaluate(config, system, rows, workdir, split="test", out=workdir / "evaluation")
+        evaluate(config, system, rows, workdir, split="test", out=workdir / "evaluation", unchecked=unchecked)
     else:
         log("no test row has a label: not evaluated")
         calibrate_run(config, system, rows, workdir)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jmae import cards, recipe
+from jmae import cards, recipe, report
 from jmae.report import described
 from jmae.system import SYSTEMS, System
 
@@ -46,6 +46,19 @@ def test_every_system_names_its_paper():
         what, paper = described(name)
         assert len(what) > 30 and re.search(r"arXiv \d{4}\.\d{5}\.$", paper), name
     assert described("toy") == described("../train") == ("", "")
+
+
+def test_a_system_whose_file_names_no_paper_is_described_without_one(tmp_path, monkeypatch):
+    (tmp_path / "systems").mkdir()
+    monkeypatch.setattr(report, "__file__", str(tmp_path / "report.py"))
+    for text, expected in (
+        ('"""One\nsentence.\n\nNo number."""', ("One sentence.", "")),
+        ('"""One sentence."""', ("One sentence.", "")),
+        ("x = 1", ("", "")),
+        ('"""One.\n\nA. Name, arXiv 2206.03935, and more."""', ("One.", "A. Name, arXiv 2206.03935.")),
+    ):
+        (tmp_path / "systems" / "sixth.py").write_text(text)
+        assert described("sixth") == expected
 
 
 def test_the_data_card_counts_what_the_manifest_has(rows, tmp_path):

@@ -98,7 +98,23 @@ def test_the_lead_says_what_is_settled_and_who_does_not_beat_a_baseline():
     assert "it is +0.100 against the next, b (95 % interval +0.050 to +0.200)." in words
     open_ = settled._replace(auroc_ci=(-0.2, 0.05))
     assert "-0.050 to +0.200), which does not settle" in " ".join(comparison.lead(figures, [open_]))
+    contrary = comparison.Pair("a", "b", -0.05, (-0.09, -0.01), 0, (0, 0))  # on the cases in common alone
+    said = "it is -0.050 against the next, b (95 % interval -0.090 to -0.010): there b is the better one."
+    assert said in " ".join(comparison.lead(figures, [contrary]))
+    bare = " ".join(comparison.lead(figures, [settled._replace(auroc_ci=(np.nan, np.nan))]))
+    assert "it is +0.100 against the next, b." in bare
+    assert "the next, b, are of one class, so they tell no difference." in " ".join(comparison.lead(figures, []))
     assert comparison.lead([line("c", None)], []) == ["No AUROC: the cases in common are of one class."]
+
+
+def test_cases_in_common_of_one_class_tell_no_difference(tmp_path):
+    normals = [i for i, label in enumerate(LABELS) if not label]
+    more = [i for i, label in enumerate(LABELS) if label]
+    ids = [IDS[i] for i in normals] + [f"own{i}" for i in more]
+    runs = [a_run(tmp_path / "a", 0.5), a_run(tmp_path / "b", 1.0, ids=ids, labels=LABELS[normals + more])]
+    said = comparison.write_comparison(tmp_path / "page.html", runs, draws=20)
+    page = (tmp_path / "page.html").read_text()
+    assert "nan" not in said + page and "are of one class, so they tell no difference" in page
 
 
 def test_patients_are_resampled_where_they_are_known(tmp_path):

@@ -77,7 +77,9 @@ def test_one_device_and_eight_with_fsdp_train_alike_on_crops_and_give_the_same_v
     assert exit_code(train.main, arguments(manifest, tmp_path / "one", *EIGHT)) == 0
     one, eight = (read_history(folder / "metrics.jsonl") for folder in (tmp_path / "one", volumes))
     assert [h["loss"] for h in eight] == pytest.approx([h["loss"] for h in one], rel=1e-5)
-    for name in os.listdir(volumes / "evaluation" / "maps"):
+    names = sorted(os.listdir(volumes / "evaluation" / "maps"))
+    assert names and names == sorted(os.listdir(tmp_path / "one" / "evaluation" / "maps"))
+    for name in names:
         a, b = (nib.load(folder / "evaluation" / "maps" / name).dataobj for folder in (tmp_path / "one", volumes))
         np.testing.assert_allclose(b, a, rtol=1e-3, atol=1e-4 * np.abs(a).max())
 

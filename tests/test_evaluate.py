@@ -64,11 +64,17 @@ def test_cases_of_another_manifest_that_the_run_has_seen_are_refused_or_marked(t
     arguments = [f"--workdir={workdir}", f"--manifest={other}", f"--out={tmp_path / 'out'}"]
     assert exit_code(ev.main, ["--config.data.allow_leaks=True", *arguments[::2]]) == 2
     assert "goes with --manifest" in capfd.readouterr().err
+    assert exit_code(ev.main, arguments) == 0  # there is no seen.csv yet
+    unchecked = json.loads((tmp_path / "out" / "metrics.json").read_text())["unchecked"]
+    assert unchecked == f"{workdir} does not say what it was trained on: not known whether cases of {other} were"
+    assert "Perhaps not an independent test.</b> " + unchecked in (tmp_path / "out" / "report.html").read_text()
+    shutil.rmtree(tmp_path / "out")
     rows = load_rows(own, str)
     write_seen(workdir, [row for row in rows if row.split in ("train", "val")])
     lines = (other.parent / "manifest.csv").read_text().replace("p-", "q-")
     other.write_text(lines)
     assert exit_code(ev.main, arguments) == 0  # equal ids of other images and patients
+    assert "unchecked" not in json.loads((tmp_path / "out" / "metrics.json").read_text())
     shutil.rmtree(tmp_path / "out")
 
     for change, problem in (
@@ -90,6 +96,18 @@ def test_cases_of_another_manifest_that_the_run_has_seen_are_refused_or_marked(t
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert metrics["leaks"] == ["the image of test-1-1 is that of train-0-0, train of the run"]
     assert "NOT AN INDEPENDENT TEST" in capfd.readouterr().err
+
+
+def test_cases_that_were_trained_on_have_no_p_value_with_other_settings_either(tools, tmp_path, monkeypatch):
+    own = config(tools.write_set(tmp_path / "own", {("train", 0): 2, ("val", 0): 2, ("test", 0): 2}), (16, 16), 1)
+    workdir = tmp_path / "run"
+    write_text(workdir / "config.json", recipe.to_json(own))
+    monkeypatch.setattr(ev, "load_system", lambda config: SYSTEM)
+    assert exit_code(ev.main, [f"--workdir={workdir}"]) == 0
+    for split, any_ in (("test", True), ("train", False)):
+        changes = [f"--split={split}", "--config.evaluation.draws=3", f"--out={tmp_path / split}"]
+        assert exit_code(ev.main, [f"--workdir={workdir}", *changes]) == 0
+        assert {line["p_value"] != "" for line in table_of(tmp_path / split)} == {any_}
 
 
 def write_volumes(folder: Path, tools) -> Path:

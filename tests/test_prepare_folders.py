@@ -1,6 +1,7 @@
 """Folder conventions and CheXpert, small: what becomes of them, and what is said when something is missing."""
 
 import json
+import time
 from collections import Counter
 
 import nibabel as nib
@@ -229,6 +230,19 @@ def test_nnunet_without_dataset_json_takes_the_usual_ending_and_says_what_lesion
     )
 
 
+def test_a_folder_of_many_files_takes_time_in_proportion(tmp_path, monkeypatch, capfd):
+    names = [f"{i}.{'png' if i % 2 else 'txt'}" for i in range(20_000)]
+    monkeypatch.setattr(folders.os, "walk", lambda folder: [(str(folder), [], names)])
+    monkeypatch.setattr(folders, "is_dicom", lambda file: False)
+    began, other = time.process_time(), []
+    assert len(list(folders.cases(tmp_path, other))) == len(other) == 10_000
+    assert time.process_time() - began < 10  # a search in a list for each of them takes minutes
+    monkeypatch.setattr(folders, "SECONDS_BETWEEN_LINES", 0)
+    del names[3:]
+    assert [path.name for path in folders.cases(tmp_path, other)] == ["1.png"]
+    assert f"{tmp_path}: 2 files read" in capfd.readouterr().err
+
+
 def test_a_data_json_of_ddad_is_taken_as_it_is(tmp_path, capsys):
     root, out = tmp_path / "rsna", tmp_path / "out"
     names = {key: [f"{key}{i}.png" for i in range(n)] for key, n in (("a", 3), ("b", 1), ("c", 2), ("d", 1), ("e", 1))}
@@ -247,6 +261,17 @@ def test_a_data_json_of_ddad_is_taken_as_it_is(tmp_path, capsys):
     }
     assert "unlabeled_labels.csv for a sweep" in said
     assert (out / "unlabeled_labels.csv").read_text().splitlines() == ["id,label", "b0,0", "c0,1", "c1,1"]
+    del about["train"]["unlabeled"], about["test"]["0"]
+    (root / "data.json").write_text(json.dumps(about))
+    _, said = prepared(capsys, "ddad", f"--root={root}", out=tmp_path / "absent")
+    for absent in ("train.unlabeled.0", "train.unlabeled.1", "test.0"):
+        assert f"1 list {absent}, which data.json has not" in said
+    about["train"]["unlabeled"] = {"0": names["b"], "1": names["b"]}
+    (root / "data.json").write_text(json.dumps(about))
+    assert "b0: would be the id of" in refused(capsys, "ddad", f"--root={root}", out=tmp_path / "two")[0]
+    assert not (tmp_path / "two").exists()  # so that it is free for the next try
+    about["train"]["unlabeled"], about["test"]["0"] = {"0": names["b"], "1": names["c"]}, names["d"]
+    (root / "data.json").write_text(json.dumps(about))
     (root / "train_png_512" / "e0.png").unlink()
     assert "e0.png: is not found, of test.1" in refused(capsys, "ddad", f"--root={root}", out=tmp_path / "two")[0]
     for text in ("[]", "{", '{"train": {"0": ["../x.png"]}}'):

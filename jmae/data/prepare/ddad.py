@@ -11,7 +11,7 @@ from collections import Counter
 from pathlib import Path
 
 from jmae.data.manifest import Row
-from jmae.data.prepare import Prepared, refuse
+from jmae.data.prepare import Prepared, check_rows, refuse
 from jmae.data.prepare.folders import name_of
 from jmae.errors import InputError
 from jmae.run_folder import write_csv
@@ -26,12 +26,12 @@ PARTS = {  # where each list is: (split, label)
 
 
 def prepare(root: Path, out: Path, seed: int) -> Prepared:
-    """Writes `out`/unlabeled_labels.csv and returns the rows; raises InputError with all problems."""
+    """Writes `out`/unlabeled_labels.csv, last of all, and returns the rows; raises InputError with all problems."""
     lists = read(root / "data.json")
     folders = [root, *sorted(path for path in root.iterdir() if path.is_dir() and path.name[0] != ".")]
     rows, problems, hidden = [], [], []
     for part, (split, label) in PARTS.items():
-        for name in lists[part]:
+        for name in lists.get(part, ()):
             there = [folder / name for folder in folders if (folder / name).is_file()]
             if len(there) != 1:
                 where = f"is in {' and '.join(str(path.parent) for path in there)}" if there else "is not found"
@@ -41,23 +41,26 @@ def prepare(root: Path, out: Path, seed: int) -> Prepared:
             rows.append(Row(case, "", split, None if split == "unlabeled" else label, (str(there[0]),)))
             hidden += [{"id": case, "label": label}] if split == "unlabeled" else []
     refuse(problems)
+    check_rows(rows)
+    absent = Counter(f"list {'.'.join(part)}, which data.json has not" for part in PARTS if part not in lists)
     flags = ""
     if hidden:
         write_csv(out / "unlabeled_labels.csv", hidden)
         flags = f"--config.data.unlabeled_labels={out / 'unlabeled_labels.csv'} for a sweep over anomaly ratios"
-    return Prepared(rows, f"{len(rows)} images of data.json", Counter(), flags)
+    return Prepared(rows, f"{len(rows)} images of data.json", absent, flags)
 
 
 def read(path: Path) -> dict[tuple[str, ...], list[str]]:
-    """The lists of data.json by `PARTS`, empty where there is none; raises InputError where it is not of this form."""
+    """The lists of data.json by `PARTS`, as far as they are there; raises InputError where it is not of this form."""
     try:
         about = json.loads(path.read_text(encoding="utf-8"))
         lists = {}
         for part in PARTS:
             found = about
             for key in part:
-                found = found.get(key, {})
-            lists[part] = [str(Path(name)) for name in found]
+                found = found.get(key, {} if key != part[-1] else None)
+            if found is not None:
+                lists[part] = [str(Path(name)) for name in found]
         if outside := [name for names in lists.values() for name in names if {"..", "/"} & {*Path(name).parts}]:
             raise ValueError(f"names {outside[0]}, outside of the folder")
         return lists

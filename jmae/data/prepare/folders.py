@@ -14,6 +14,7 @@ root. Patients are not known. Files of other kinds are counted aloud.
 
 import os
 import re
+import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +26,7 @@ from jmae.data.manifest import Row
 from jmae.data.prepare import Prepared, refuse, unknown
 from jmae.data.slices import counted
 from jmae.errors import InputError
+from jmae.run_folder import log
 
 SPLITS = {
     **dict.fromkeys(("train", "training"), "train"),
@@ -40,6 +42,7 @@ ENDS = (
     *(".png", ".jpg", ".jpeg", ".tif", ".tiff"),
 )
 DICOM = (".dcm", ".dicom", ".ima")
+SECONDS_BETWEEN_LINES = 10  # while files are read
 
 
 def prepare(root: Path | None, out: Path, seed: int, normal: str = "", test: str = "") -> Prepared:
@@ -112,19 +115,25 @@ def two(folder: Path, split: str, label: int | None, other: list[Path]) -> Itera
 def cases(folder: Path, other: list[Path]) -> Iterator[Path]:
     """The image files below a folder and its folders of one DICOM series, by name; other files are added to `other`,
     hidden ones passed over."""
-    problems = []
+    problems, read, said = [], 0, time.monotonic()
     for place, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        files = [Path(place, name) for name in sorted(names) if not name.startswith(".") and name != "DICOMDIR"]
-        named = [file.name.lower() for file in files]
-        dicom = [file for file, name in zip(files, named, strict=True) if name.endswith(DICOM) or is_dicom(file)]
-        known = [file for file, name in zip(files, named, strict=True) if file in dicom or name.endswith(ENDS)]
-        other += [file for file in files if file not in known]
-        if len(series := [series_of(file) for file in dicom]) > 1 and len(set(series)) < len(series) and all(series):
-            if len(set(series)) > 1:
-                problems.append(f"{place}: holds {len(set(series))} DICOM series: give each a folder of its own")
+        known, series = list[Path](), dict[Path, str]()  # images; the series of those that are DICOM
+        for file in (Path(place, name) for name in sorted(names) if not name.startswith(".") and name != "DICOMDIR"):
+            if time.monotonic() - said > SECONDS_BETWEEN_LINES:
+                said = time.monotonic()
+                log(f"{folder}: {read} files read")
+            read += 1
+            name = file.name.lower()
+            if name.endswith(DICOM) or is_dicom(file):
+                series[file] = series_of(file)
+            (known if file in series or name.endswith(ENDS) else other).append(file)
+        found = {*series.values()}
+        if len(found) < len(series) and all(found):
+            if len(found) > 1:
+                problems.append(f"{place}: holds {len(found)} DICOM series: give each a folder of its own")
             yield Path(place)
-            known = [file for file in known if file not in dicom]
+            known = [file for file in known if file not in series]
         yield from known
     refuse(problems)
 

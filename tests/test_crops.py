@@ -173,3 +173,14 @@ def test_all_unusable_volumes_come_in_one_list(rows, tmp_path):
     with pytest.raises(InputError) as caught:
         Volumes(rows, config(), tmp_path / "cache")
     assert len(str(caught.value).splitlines()) == 2
+
+
+def test_crops_are_cut_on_the_devices_where_those_of_all_processes_hold_the_set(rows, tmp_path, monkeypatch):
+    asked = []
+    for others, held in (([True], True), ([False], False)):
+        monkeypatch.setattr(crops, "of_all", lambda mine, others=others: asked.append(mine) or [mine, *others])
+        assert (Volumes(rows, config(), tmp_path / "cache").resident() is not None) == held
+    assert asked == [True, True]
+    # The host's memory is shared by its processes.
+    monkeypatch.setattr(jax, "process_count", lambda: 10**9)
+    assert Volumes(rows, config(), tmp_path / "cache").resident() is None and asked[-1] is False

@@ -204,10 +204,8 @@ def of_all(value: Any) -> list[Any]:
         return [value]
     own = pickle.dumps(value)
     # Numbers of 32 bits, and lengths of powers of two, as each new one is a compilation.
-    sizes = [
-        q * PIECE + r
-        for q, r in multihost_utils.process_allgather(np.array(divmod(len(own), PIECE), np.int32)).tolist()
-    ]
+    told = multihost_utils.process_allgather(np.array(divmod(len(own), PIECE), np.int32))
+    sizes = [wholes * PIECE + rest for wholes, rest in told.tolist()]
     pieces = []
     for start in range(0, max(sizes), PIECE):
         length = min(1 << (max(sizes) - start - 1).bit_length(), PIECE)

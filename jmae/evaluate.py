@@ -980,6 +980,12 @@ class Gathered(NamedTuple):
     digests: list[str]  # (n,) of the images' values
 
 
+def check_processes(config: ConfigDict) -> None:
+    """Raises InputError where the evaluation cannot be of as many processes as there are."""
+    if config.evaluation.get("convergence") and jax.process_count() > 1:
+        raise InputError("evaluation.convergence is of one process: set it to 0, and evaluate again with one")
+
+
 def evaluate(
     config: ConfigDict,
     system: System,
@@ -1004,8 +1010,7 @@ def evaluate(
         why.append(line.removeprefix("warning: "))
         log(line)
 
-    if config.evaluation.get("convergence") and jax.process_count() > 1:
-        raise InputError("evaluation.convergence is of one process: set it to 0, and evaluate again with one")
+    check_processes(config)
     rate, of = alarm_rate(config), split_of(rows, split)
     parts = parts_of(config, of, volumes=system.sweep is not None)
     results = restore_results(config, system, workdir)

@@ -26,7 +26,8 @@ def warmup_cosine(lr: float, *, warmup: float, steps: int, least: float = 0.0) -
 def accumulated(loss: Callable[..., Array], parts: int) -> Callable[..., tuple[Array, PyTree]]:
     """(params, *arrays (b, ...)) -> the value and gradient of a loss that is a mean over the batch, `parts` equal parts
     of it one after the other: the same to rounding, in the memory of one part. Part j has the samples j, j + parts, ...
-    so that each device keeps its own. Losses that look at several samples at once, as batch norm does, differ."""
+    so that each device keeps its own, where a part divides among them; gradients are summed over devices once a part,
+    so that this time does not shrink. Losses that look at several samples at once, as batch norm does, differ."""
     if parts == 1:
         return jax.value_and_grad(loss)
 

@@ -371,7 +371,8 @@ def report(target: Target, found: dict[str, Any]) -> list[str]:
     if "step_s" not in found:
         return [
             *lines,
-            "  smaller      --config.model.remat=true, a smaller --batch, --config.accumulate, --config.fsdp",
+            "  smaller      --config.model.remat=true, a smaller --batch, --config.fsdp, --config.accumulate (which "
+            "sums gradients over the chips once a part)",
             peaks(target),
         ]
     if found["flops_compiler"]:

@@ -33,10 +33,12 @@ from jmae.errors import InputError, exit_code
 
 SPLIT_FROM = 2**14  # numbers: what is smaller costs more to gather than to hold
 KEPT: list[Any] = []  # what native code calls lives as long as the process
+PIECE = 2**28  # bytes that processes exchange at a time
 HEARTBEAT = 30  # seconds without one, after which a process counts as dead
 START = 300  # seconds in which all processes of a run must have started
-LOST = "another process of this run has ended: what was saved is kept: start all processes again to go on"
-ABORTED = f"JAX ended this process, as it does when {LOST} (--debug shows its own words)"
+AGAIN = "what was saved is kept: start all processes again to go on"
+LOST = f"another process of this run has ended, or is not reached: {AGAIN}"
+ABORTED = f"either another process of this run has ended, or JAX itself failed (--debug shows its words): {AGAIN}"
 APART = f"the processes of this run did not find each other in {START} seconds: start all, with the same address"
 
 
@@ -128,7 +130,7 @@ def joined() -> Iterator[None]:
         multihost_utils.sync_global_devices("done")
         jax.distributed.shutdown()
     except BaseException as error:
-        leave(InputError(LOST) if lost(error) else error)
+        leave(InputError(f"{LOST}: {str(error).strip().splitlines()[0]}") if lost(error) else error)
 
 
 def leave(error: BaseException) -> NoReturn:
@@ -145,8 +147,9 @@ def leave(error: BaseException) -> NoReturn:
         code = 1
     sys.stdout.flush()
     sys.stderr.flush()
-    if str(error) != LOST:  # the others may say the same of themselves
-        time.sleep(3 if os.environ.get("JAX_PROCESS_ID", "0") == "0" else 1)
+    if not str(error).startswith(LOST):  # the others may say the same of themselves
+        number = os.environ.get("JAX_PROCESS_ID") or (jax.distributed.is_initialized() and jax.process_index())
+        time.sleep(3 if int(number) == 0 else 1)
     os._exit(code)
 
 
@@ -200,9 +203,15 @@ def of_all(value: Any) -> list[Any]:
     if jax.process_count() == 1:
         return [value]
     own = pickle.dumps(value)
-    sizes = multihost_utils.process_allgather(np.int32(len(own)))
-    all_ = multihost_utils.process_allgather(np.frombuffer(own.ljust(max(sizes), b"\0"), np.uint8))
-    return [pickle.loads(each[:size].tobytes()) for each, size in zip(all_, sizes, strict=True)]
+    # Numbers of 32 bits, and lengths of powers of two, as each new one is a compilation.
+    told = multihost_utils.process_allgather(np.array(divmod(len(own), PIECE), np.int32))
+    sizes = [wholes * PIECE + rest for wholes, rest in told.tolist()]
+    pieces = []
+    for start in range(0, max(sizes), PIECE):
+        length = min(1 << (max(sizes) - start - 1).bit_length(), PIECE)
+        piece = own[start : start + length].ljust(length, b"\0")
+        pieces.append(multihost_utils.process_allgather(np.frombuffer(piece, np.uint8)))
+    return [pickle.loads(b"".join(each)[:size]) for each, size in zip(zip(*pieces, strict=True), sizes, strict=True)]
 
 
 def agreement() -> Callable[[int, bool], int]:

@@ -66,6 +66,7 @@ class Stage(NamedTuple):
     printed: values of its metrics that the paper prints, METRIC -> {epoch, counted from 1: value}.
     check: a look at how training goes; selection: one that decides which step's weights are kept.
     result(state) -> {"params", "stats"} that later stages and the score read.
+    parts: how many the step takes its batch in (`accumulate`).
     """
 
     name: str
@@ -83,6 +84,7 @@ class Stage(NamedTuple):
     printed: Mapping[str, Mapping[int, float]] = {}
     selection: Check | None = None
     result: Callable[[State], dict[str, PyTree]] = lambda state: {"params": state.params, "stats": state.stats}
+    parts: int = 1
 
 
 class Sweep(NamedTuple):
@@ -160,8 +162,8 @@ def load_system(config: ConfigDict) -> System:
             )
     if (k := config.get("accumulate", 1)) != 1 and system.name in ("ppii", "simsid"):
         raise InputError(f"accumulate={k}: {system.name} takes statistics of the whole batch: set it to 1")
-    if k < 1 or any(stage.batch % k for stage in system.stages):
-        batches = ", ".join(f"{stage.name} {stage.batch}" for stage in system.stages)
+    if k < 1 or any(stage.batch % stage.parts for stage in system.stages):
+        batches = ", ".join(f"{stage.name} {stage.batch}" for stage in system.stages if stage.parts != 1)
         raise InputError(f"accumulate={k}: does not divide a batch ({batches}): set it to a common divisor")
     own = {"ppii": ("dice",), "simsid": ("auroc",)}.get(system.name, ())
     rules, rule = ("last", *own, "aucp"), config.get("select", "last")

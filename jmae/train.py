@@ -33,7 +33,7 @@ from jmae.cards import write_cards
 from jmae.data.crops import Volumes, cut
 from jmae.data.loader import Images, Samples, batches, load_rows
 from jmae.errors import InputError, NonFiniteLoss, Stopped, exit_code
-from jmae.evaluate import calibrate_run, evaluate, not_seen_before, trained_rows
+from jmae.evaluate import calibrate_run, check_processes, evaluate, not_seen_before, trained_rows
 from jmae.run_folder import (
     add_history,
     cut_history,
@@ -83,6 +83,8 @@ def main(argv: list[str]) -> int:
 def run(config: ConfigDict, workdir: Path) -> int:
     """Trains and evaluates in `workdir`; the caller holds its lock."""
     system = load_system(config)
+    check_batches(system, device_mesh(config.get("fsdp", 1)).size)
+    check_processes(config)
     if config.tensorboard:
         board()
     source = Path(config.model.get("weights") or workdir)  # another run, whose cases this one has seen too
@@ -98,6 +100,17 @@ def run(config: ConfigDict, workdir: Path) -> int:
         calibrate_run(config, system, rows, workdir)
         write_cards(workdir, config, system, rows)
     return 0
+
+
+def check_batches(system: System, devices: int) -> None:
+    """Raises InputError where a stage's batch, or each of its parts, does not divide among the devices."""
+    for stage in system.stages:
+        if stage.batch % (least := devices * stage.parts):
+            batch = f"a batch of {stage.batch}" + (f" in {stage.parts} parts" if stage.parts > 1 else "")
+            raise InputError(
+                f"stage {stage.name}: {batch} is not divisible by {devices} devices: "
+                f"use a multiple of {least}, or fewer devices"
+            )
 
 
 def train(config: ConfigDict, system: System, images: Samples, workdir: Path) -> Results:

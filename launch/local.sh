@@ -1,8 +1,14 @@
 #!/usr/bin/env bash
 # Several processes on this machine, one for each of its first N GPUs, or on its cores:
-#   launch/local.sh N --config configs/maemi.py:paper --config.data.manifest=MANIFEST.csv --workdir runs/maemi
-# Exit code: that of the first process that ends with another than 0; the others end with it.
+#   launch/local.sh 8 --config configs/maemi.py:paper --config.train.batch=16 \
+#     --config.data.manifest=MANIFEST.csv --workdir runs/maemi
+# N, here 8, divides the recipe's batches. All end when one does; exit code: 0 where all end with it, else that of the
+# process of lowest number that does not.
 set -euo pipefail
+if [[ ! ${1-} =~ ^[1-9][0-9]*$ || $# -lt 2 ]]; then
+  echo "usage: launch/local.sh N --config FILE[:PRESET] ...: N processes, 1 or more" >&2
+  exit 2
+fi
 export JAX_NUM_PROCESSES=$1 JAX_COORDINATOR_ADDRESS=127.0.0.1:${PORT:-1234}
 shift
 processes=()

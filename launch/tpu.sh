@@ -1,7 +1,13 @@
 #!/usr/bin/env bash
-# A TPU pod: the same command on each of its hosts, with jmae[tpu] and the data on all of them:
-#   launch/tpu.sh NAME ZONE --config configs/maemi.py:paper --config.data.manifest=MANIFEST.csv --workdir /shared/maemi
+# A TPU pod, here of 16 chips, which divide the recipe's batches: the same command on each of its hosts, with jmae[tpu]
+# and the data on all of them:
+#   launch/tpu.sh NAME ZONE --config configs/maemi.py:paper --config.train.batch=16 \
+#     --config.data.manifest=MANIFEST.csv --workdir /shared/maemi
 set -euo pipefail
+if (($# < 3)); then
+  echo "usage: launch/tpu.sh NAME ZONE --config FILE[:PRESET] ..." >&2
+  exit 2
+fi
 name=$1 zone=$2
 shift 2
 gcloud compute tpus tpu-vm ssh "$name" --zone="$zone" --worker=all \

@@ -56,7 +56,9 @@ def test_one_device_and_eight_give_the_same_maps_and_scores(finished, on_eight):
 def test_a_batch_that_does_not_divide_among_the_devices_is_one_line(on_eight):
     _, said, stderr = on_eight
     assert said["indivisible"] == 2
-    assert "a batch of 12 is not divisible by 8 devices: use a multiple, or fewer devices" in stderr
+    assert (
+        "stage pretrain: a batch of 12 is not divisible by 8 devices: use a multiple of 8, or fewer devices" in stderr
+    )
 
 
 def test_parameters_and_optimiser_state_are_split_over_the_devices_of_fsdp(on_eight):

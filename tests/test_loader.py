@@ -156,6 +156,15 @@ def test_images_decoded_at_every_use_equal_those_decoded_once(images, monkeypatc
         np.testing.assert_array_equal(a["image"], b["image"])
 
 
+def test_processes_share_the_memory_that_decoded_images_may_take(images, monkeypatch):
+    real, least = loader.os.sysconf, 4 * 4 * len(images.rows) * 64 * 64  # bytes: four times the set's
+    sizes = {"SC_PHYS_PAGES": least, "SC_PAGE_SIZE": 1}
+    monkeypatch.setattr(loader.os, "sysconf", lambda name: sizes.get(name) or real(name))
+    assert Images(images.rows, config(size=(64, 64))).decoded is not None
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    assert Images(images.rows, config(size=(64, 64))).decoded is None
+
+
 def test_all_unusable_images_are_named_at_once(tmp_path):
     good, nan, colour, volume = np.ones((4, 4)), np.full((4, 4), np.nan), np.ones((4, 4, 4)), np.ones((4, 4, 9))
     nan[0] = 1

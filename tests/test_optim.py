@@ -11,6 +11,7 @@ from on_8_devices import batch, crops, difference, small_system
 from jmae.errors import InputError
 from jmae.losses import masked_mse
 from jmae.optim import adamw, warmup_cosine
+from jmae.train import check_batches
 
 
 def test_the_schedule_is_linear_then_half_a_cosine():
@@ -87,3 +88,26 @@ def test_a_batch_in_parts_gives_the_step_of_the_whole_batch(name, samples):
 def test_parts_that_mean_nothing_are_refused(name, change, words):
     with pytest.raises(InputError, match=words):
         small_system(change, name=name)
+
+
+def test_parts_divide_the_batches_of_the_stages_that_take_them_alone():
+    _, system = small_system("accumulate=4", "pretrain.batch=16", "proxy.batch=6", "adapt.batch=8")
+    assert {stage.name: stage.parts for stage in system.stages} == {
+        **{"pretrain": 4, "proxy": 1, "labels": 1},
+        **{"module_a": 4, "module_b": 4},
+    }
+    check_batches(system, 2)
+    with pytest.raises(
+        InputError, match=r"accumulate=4: does not divide a batch \(pretrain 16, module_a 6, module_b 6"
+    ):
+        small_system("accumulate=4", "pretrain.batch=16", "adapt.batch=6")
+
+
+def test_each_part_divides_among_the_devices():
+    _, system = small_system(name="maemi")
+    of = lambda batch, parts: system._replace(stages=(system.stages[0]._replace(batch=batch, parts=parts),))
+    check_batches(of(32, 4), 8)
+    for whole, parts in ((16, 4), (8, 2), (8, 8)):
+        words = f"a batch of {whole} in {parts} parts is not divisible by 8 devices: use a multiple of {8 * parts}, or"
+        with pytest.raises(InputError, match=words):
+            check_batches(of(whole, parts), 8)

@@ -5,7 +5,7 @@ import json
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import cached_property, partial
 from math import prod
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from jmae.data.loader import SHOWN, WORKERS, Host, case_words, prepared, save_array
 from jmae.data.manifest import PHANTOM, Row
 from jmae.errors import InputError
+from jmae.sharding import of_all
 from jmae.windows import room
 
 SHARE = 0.4  # of a device's memory that a set may take; on the CPU twice, once on the way
@@ -81,14 +82,19 @@ class Volumes:
             more = [f"and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
             raise InputError("\n".join([*problems[:SHOWN], *more]))
         self.arrays, self.origins = zip(*made, strict=True)
+        self.crops_on, choices = config.data.crops_on, ("auto", "device", "host")
+        if self.crops_on not in choices:
+            raise InputError(f"data.crops_on is {self.crops_on!r}: one of {', '.join(choices)}")
+
+    @cached_property
+    def largest(self) -> tuple[int, ...] | None:
+        """The size (*size, c) that holds every volume, where they live on the device; else None. "auto": where they fit
+        on that of every process; each must ask, as training does, before anything else is exchanged."""
         largest = tuple(np.max([array.shape for array in self.arrays], axis=0).tolist())
-        limit = (jax.local_devices()[0].memory_stats() or {}).get(
-            "bytes_limit", os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2
-        )
-        choices = {"auto": 4 * len(rows) * prod(largest) <= SHARE * limit, "device": True, "host": False}
-        if config.data.crops_on not in choices:
-            raise InputError(f"data.crops_on is {config.data.crops_on!r}: one of {', '.join(choices)}")
-        self.largest = largest if choices[config.data.crops_on] else None
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2 / jax.process_count()
+        limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", memory)
+        fits = 4 * len(self.rows) * prod(largest) <= SHARE * limit
+        return largest if self.crops_on == "device" or (self.crops_on == "auto" and all(of_all(fits))) else None
 
     def _made(self, row: Row, *, data: ConfigDict, folder: Path) -> tuple[np.ndarray, np.ndarray | None] | str:
         """(the padded volume, its allowed origins) from the cache, or made; what is wrong with the row."""

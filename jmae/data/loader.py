@@ -322,7 +322,8 @@ class Samples(Protocol):
 
 
 class Images:
-    """The images of rows, each decoded once where all fit in a quarter of the memory, else at every use.
+    """The images of rows, each decoded once where all fit in a quarter of the memory, else at every use. Of several
+    processes each has its share of that quarter, as if all were on one host.
 
     Raises InputError with all unusable images in one list; those decoded at use are named one by one.
     """
@@ -333,7 +334,7 @@ class Images:
         self.words = np.array([case_words(row.id) for row in rows], np.uint32).reshape(-1, 2)
         self.folder = folder  # of host arrays
         shape = (len(rows), *self.size, self.channels)
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / jax.process_count()
         self.decoded = np.empty(shape, np.float32) if 4 * np.prod(shape, dtype=float) <= memory / 4 else None
         if self.decoded is not None:
             with ThreadPoolExecutor(WORKERS) as pool:

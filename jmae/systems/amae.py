@@ -103,7 +103,7 @@ def build(config: ConfigDict) -> System:
     if config.data.unlabeled_size and config.data.anomaly_ratio < 0:
         raise InputError("data.unlabeled_size goes with data.anomaly_ratio: set that too, or take it back to 0")
     names = VARIANTS[config.variant]
-    patch, ratio = tuple(model.patch), adapt.mask_ratio
+    patch, ratio, parts = tuple(model.patch), adapt.mask_ratio, config.get("accumulate", 1)
     mae_init, mae_of = masked_autoencoder(config, model.channels)
     head_init, head_of = network(lambda rngs: Head(model.width, tuple(proxy.head), rngs=rngs))
 
@@ -137,7 +137,7 @@ def build(config: ConfigDict) -> System:
             mask, view = jnp.moveaxis(jax.vmap(jax.random.split)(sample_keys(key, batch["index"])), 1, 0)
             image = normalise(batch["image"])
             image = augment(image, view) if section.augment else image
-            found = accumulated(loss, config.get("accumulate", 1))(state.params, image, mask)
+            found = accumulated(loss, parts)(state.params, image, mask)
             value, grads = averaged(found, axis_name)
             updates, opt = optimiser(schedule(state.step)).update(grads, state.opt, state.params)
             metrics = {"loss": value, "lr": schedule(state.step), "grad_norm": optax.tree.norm(grads)}
@@ -325,13 +325,14 @@ def build(config: ConfigDict) -> System:
             partial(pretrain_init, fresh),
             pretrain_step,
             weights="instead",
+            parts=parts,
         ),
         Stage("proxy", proxy.batch, normal_rows, proxy_steps, proxy_init, proxy_step, host=lungs),
         Stage(
             "labels", proxy.batch, unlabelled_rows, sweep, labels_init, labels_step, shuffle=False, table=labels_table
         ),
-        Stage("module_a", adapt.batch, rows_a, adapt_steps, init_a, adapt_step),
-        Stage("module_b", adapt.batch, rows_b, adapt_steps, init_a, adapt_step),
+        Stage("module_a", adapt.batch, rows_a, adapt_steps, init_a, adapt_step, parts=parts),
+        Stage("module_b", adapt.batch, rows_b, adapt_steps, init_a, adapt_step, parts=parts),
     )
     primary = DISCREPANCIES[evaluation.discrepancy] if "module_b" in names else config.variant
     return System(

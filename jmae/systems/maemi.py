@@ -118,6 +118,7 @@ def build(config: ConfigDict) -> System:
         train_step,
         weights="start",
         positions=positions,
+        parts=config.get("accumulate", 1),
     )
     sweep = Sweep(
         size,

@@ -181,7 +181,8 @@ def build(config: ConfigDict) -> System:
     def rows(rows: list[Row], results) -> np.ndarray:
         return np.array([i for i, row in enumerate(rows) if row.split == "train"], np.int64)
 
-    stage = Stage("train", train.batch, rows, steps_of(train, config.budget), train_init, train_step)
+    steps, parts = steps_of(train, config.budget), config.get("accumulate", 1)
+    stage = Stage("train", train.batch, rows, steps, train_init, train_step, parts=parts)
     if not volumes:
         return System("memmc_mae", (stage,), score, ("train",), evaluation.score, evaluation.masks)
     sweep = Sweep(size, tuple(evaluation.stride), evaluation.masks, window_score, fuse)

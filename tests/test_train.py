@@ -144,6 +144,7 @@ def test_killed_three_times_a_run_ends_as_if_it_never_was(finished, small_set, t
 
 
 def test_sigterm_and_ctrl_c_save_and_exit_143_and_130_and_the_run_goes_on(finished, go, tools, tmp_path, monkeypatch):
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start with it ignored
     # Between two lines of metrics; at the last step of Stage 0, 18 later; in the proxy task.
     kinds = ((2, "pretrain", 2, "SIGTERM"), (18, "pretrain", 20, "SIGINT"), (3, "proxy", 3, "SIGTERM"))
     for calls, stage, step, name in kinds:

@@ -20,7 +20,7 @@ from rich.console import Console
 from jmae import checkpoint, evaluate, recipe, train
 from jmae.data import loader, phantoms
 from jmae.errors import InputError, exit_code
-from jmae.run_folder import add_history, cut_history, read_history, read_seen
+from jmae.run_folder import add_history, cut_history, read_history, read_seen, write_seen
 
 ONE_STAGE = ("variant=mae", "evaluation.maps=false")
 
@@ -304,42 +304,41 @@ def test_stage_0_is_taken_over_from_another_run(finished, go, tmp_path):
 
 
 def test_what_another_run_has_seen_counts_as_seen_by_the_one_that_takes_over_its_weights(
-    finished, small_set, go, tmp_path, monkeypatch
+    small_set, go, tmp_path, monkeypatch
 ):
+    other, run = tmp_path / "other", tmp_path / "run"
+    c, _ = recipe.parse(["--config=configs/amae.py:smoke", f"--config.data.manifest={small_set}"], "")
+    write_seen(other, [row for row in loader.load_rows(c, str) if row.split != "test"])
     rows = list(csv.DictReader(small_set.open()))
     by = {row["id"]: row for row in rows}
     by["test-0-1"]["image"], by["train-0-1"]["image"] = by["train-0-1"]["image"], by["test-0-1"]["image"]
-    manifest = small_set.with_name("other.csv")  # its own splits are apart
+    manifest = small_set.with_name("swapped.csv")  # its own splits are apart
     with manifest.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-    changes = (*ONE_STAGE, f"data.manifest={manifest}")
-    taken, run = f"model.weights={finished}", tmp_path / "run"
-    code, said = go(run, *changes, taken)
+    changes = (*ONE_STAGE, f"data.manifest={manifest}", f"model.weights={other}")
+    code, said = go(run, *changes)
     assert code == 2 and not (run / "seen.csv").exists() and not (run / "checkpoints").exists()
-    assert (
-        f"{manifest} (model.weights={finished}): the image of test-0-1 is that of train-0-1, train of the run" in said
-    )
+    where = f"{manifest} (model.weights={other})"
+    assert f"{where}: the image of test-0-1 is that of train-0-1, train of the run" in said
     assert "--config.data.allow_leaks=True marks the report" in said.splitlines()[-1]
 
     found = []
     monkeypatch.setattr(train, "train", lambda *_: None)
     monkeypatch.setattr(train, "evaluate", lambda config, system, rows, *_, **__: found.extend(rows))
-    assert go(run, *changes, taken, "data.allow_leaks=true")[0] == 0
+    assert go(run, *changes, "data.allow_leaks=true")[0] == 0
     assert [row.id for row in found if row.leak] == ["test-0-1"]
     known = {(row.id, row.split, row.content) for row in read_seen(run)}
-    assert known > {(row.id, row.split, row.content) for row in read_seen(finished)}
+    assert known > {(row.id, row.split, row.content) for row in read_seen(other)}
     assert len([name for name, *_ in known if name == "train-0-1"]) == 2  # its own, and the other run's
 
-    config, _ = recipe.parse(
-        ["--config=configs/amae.py:smoke", f"--config.{taken}", *(f"--config.{c}" for c in changes)], ""
-    )
-    own = loader.load_rows(config, str)
+    c.model.weights = str(other)
+    own = [row._replace(leak="") for row in found]
     with pytest.raises(InputError, match="test-0-1 is that of train-0-1"):  # also when it is evaluated again
-        evaluate.not_seen_before(config, own, run)
-    config.model.weights = ""
-    assert evaluate.not_seen_before(config, own, run) == (own, "")
+        evaluate.not_seen_before(c, own, run)
+    c.model.weights = ""
+    assert evaluate.not_seen_before(c, own, run) == (own, "")
 
 
 @pytest.fixture

@@ -849,7 +849,7 @@ class Pixels:
         self.left[patient] -= 1
         if not self.left[patient] and (mine := self.own.pop(patient, {})):
             figures = {name: pooled.result() for name, pooled in both_ends(mine).items()}
-            self.patients.append({"patient": row.patient, "figures": figures})
+            self.patients.append({"patient": row.patient or row.id, "figures": figures})
 
     def result(self, name: str, thresholds: Sequence[float] = ()) -> dict[str, Any] | None:
         """The pooled figures of a map, or of its "low " end, the mean over replicates; None where no case has a lesion
@@ -1079,6 +1079,7 @@ def evaluate(
             else NO_OTHERS
         )
         evaluation["uncalibrated"] = why[0] if why else none
+    evaluation["resampled"] = "patients" if any(row.patient for row in of.rows) else "cases"  # for the intervals
     evaluation["digests"] = {
         "recipe": recipe_digest(config),
         "rows trained on": rows_of(system, workdir) or "unknown",

@@ -192,7 +192,7 @@ def load_rows(config: ConfigDict, log: Callable[[str], None] = print) -> list[Ro
             rows = kept_apart(rows, data.calibration)  # before copies of trained images are looked for
         leaking = [*leaks(rows), *duplicates.in_two_splits(rows, prints)]
         if leaking and not data.get("allow_leaks"):
-            problems += first([f"{data.manifest}: {one.what}, or set data.allow_leaks" for one in leaking])
+            problems += first([f"{data.manifest}: {one.what}, or --config.data.allow_leaks=True" for one in leaking])
         if problems := [*problems, *folded(of_files)]:
             raise InputError("\n".join(problems))
         rows = [row._replace(content=prints[row.id].digest.hex()[:16]) if row.id in prints else row for row in rows]
@@ -250,7 +250,9 @@ def kept_apart(rows: Sequence[Row], share: float) -> list[Row]:
     candidates = [row for row in rows if row.split == "train" and name(row) not in lesions]
     apart = {row.id for row, held in zip(candidates, held_out(candidates, share), strict=True) if held}
     if not apart:
-        raise InputError(f"data.calibration={share}: of fewer than ten train patients none is kept apart: set it to 0")
+        raise InputError(
+            f"data.calibration={share}: of fewer than ten train patients none is kept apart: set it to 0 (no p-values then), or give val rows of label 0"
+        )
     return [row._replace(split="val", label=0, kept=True) if row.id in apart else row for row in rows]
 
 

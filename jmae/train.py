@@ -216,7 +216,7 @@ def train_stage(
         what = f"step {saved_at} is kept in {folder}" if saved_at else "no step was saved yet"
         return f"{what}: lower the stage's lr, or mend these images"
 
-    log(f"{name}: {len(tables[0])} images, steps {start} to {steps}, batch {stage.batch}")
+    log(f"{name}: {len(tables[0])} images, steps {start} to {steps}, batch {stage.batch}, compiling")
     with progress(name, start, steps) as show, drawing(config, workdir, name, start) as draw, signals() as stopped:
         for k in range(start + 1, steps + 1):
             batch = next(iterator)
@@ -438,7 +438,7 @@ def progress(stage: str, start: int, steps: int) -> Iterator[Callable[[Mapping],
                 text += f"  {done / seconds:.2f} steps/s  {(steps - step) * seconds / done:.0f} s left"
             if terminal:
                 bar.update(task, completed=step, text=text)
-            elif text and (marks[-1][0] - shown[0] > SECONDS_BETWEEN_LINES or step == steps):
+            elif headline(line) and (marks[-1][0] - shown[0] > SECONDS_BETWEEN_LINES or step == steps):
                 shown[0] = marks[-1][0]
                 log(f"{stage} {step}/{steps}  {text}")
 

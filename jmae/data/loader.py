@@ -251,7 +251,8 @@ def kept_apart(rows: Sequence[Row], share: float) -> list[Row]:
     apart = {row.id for row, held in zip(candidates, held_out(candidates, share), strict=True) if held}
     if not apart:
         raise InputError(
-            f"data.calibration={share}: of fewer than ten train patients none is kept apart: set it to 0 (no p-values then), or give val rows of label 0"
+            f"data.calibration={share}: of fewer than ten train patients none is kept apart: set it to 0 (no p-values"
+            " then), or give val rows of label 0"
         )
     return [row._replace(split="val", label=0, kept=True) if row.id in apart else row for row in rows]
 

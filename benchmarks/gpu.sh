@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Builds, checks and times on a bare machine with one NVIDIA GPU, in at most LIMIT seconds (590).
-# Not run: written without a GPU at hand. Its programs were run on a CPU, at small sizes.
+# Not yet run on a GPU. Its programs were run on a CPU, at small sizes.
 #
 #     bash benchmarks/gpu.sh                  # all parts, in this order: check infer train (MAEMI), amae memmc_mae ppii
 #                                             # simsid (their steps), largest masks anomalies memmc

@@ -94,12 +94,13 @@ def main(argv: list[str]) -> int:
     out = Path(given.get("out", workdir / ("evaluation" if split == "test" else f"evaluation-{split}")))
     with joined():
         keep_compiled()
+        system = load_system(config)
         rows = load_rows(config, log)
         if "manifest" in given:
             rows, unchecked = not_seen(rows, split, workdir, given["manifest"], allow=allow)
         else:
             rows, unchecked = not_seen_before(config, rows, workdir)
-        evaluate(config, load_system(config), rows, workdir, split=split, out=out, own=own, unchecked=unchecked)
+        evaluate(config, system, rows, workdir, split=split, out=out, own=own, unchecked=unchecked)
     return 0
 
 

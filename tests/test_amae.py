@@ -215,7 +215,8 @@ def test_equal_modules_have_no_discrepancy(trained):
     _, results = trained
     same = {**results, "module_b": results["module_a"]}
     out = score(config(), same, batch(4))
-    assert not np.asarray(out["maps"]["stage2"]).any() and not np.asarray(out["scores"]["stage2"]).any()
+    # Two calls of one network in one program: equal up to the rounding of sums in another order.
+    assert np.abs(out["maps"]["stage2"]).max() < 1e-6 and np.abs(out["scores"]["stage2"]).max() < 1e-6
 
 
 def test_the_score_is_the_mean_absolute_difference_of_mean_reconstructions(trained):

@@ -281,7 +281,7 @@ def calibrated(labels, p, n, rate=0.05, threshold=0.7):
 def test_what_was_promised_stands_beside_what_came_of_it():
     p = [0.01] * 3 + [0.9] * 47 + [0.05] * 20 + [0.06] * 30 + [None]
     words = " ".join(report.promise(calibrated([0] * 50 + [1] * 51, p, 99)))
-    assert "among 99 held-out ones" in words and "at most 5 % get one of 0.05 or less" in words
+    assert "of 99 held-out normals and itself" in words and "at most 5 % get one of 0.05 or less" in words
     assert "above 0.7, here 3 of 50 normal cases and 20 of 50 abnormal cases alarmed." in words
     assert "chance below" not in words
     # 30 of 50 at 5 % promised: not by chance; 1 of 1 says little
@@ -427,7 +427,7 @@ def test_slices_of_large_noisy_volumes_keep_the_page_bounded(tmp_path, monkeypat
 def test_a_page_without_cases_history_and_extras_still_stands(tmp_path):
     e = an_evaluation(pixel=None, decision=None, chi2=None, replicates=None, per_patient=None, baselines={}, scores={})
     text = Page(write(tmp_path / "r.html", {**e, "subsets": {}}, [], [])).text
-    assert "none was run here" in text and "Cases" not in text and "Training" not in text
+    assert "none was run here" in text and "\nCases\n" not in text and "Training" not in text
 
 
 def test_volumes_are_shown_where_the_lesion_or_the_map_is_largest():

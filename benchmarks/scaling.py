@@ -15,7 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from benchmarks.timing import machine, table
+from benchmarks.timing import table, write
 from jmae import plan, recipe
 
 # Vision transformers of the three common sizes (Dosovitskiy et al. 2021, table 1); the decoder is the paper's.
@@ -50,7 +50,7 @@ def row(case: dict[str, Any], own: list[str]) -> dict[str, Any]:
     start = time.perf_counter()
     config, _ = recipe.parse([a for a in own if a.startswith("--config")], "")
     (found,) = plan.plan(config, plan.target_of(case["target"]))
-    return case | {"command": plan.command(own), "plan_s": time.perf_counter() - start} | found
+    return case | {"plan": plan.command(own), "plan_s": time.perf_counter() - start} | found
 
 
 def shown(each: dict[str, Any], alone: dict[str, float]) -> tuple[Any, ...]:
@@ -73,16 +73,13 @@ def main() -> None:
     parser.add_argument("--again", action="store_true", help="make rows anew that the JSON has")
     parser.add_argument("--out", type=Path, default=RESULTS)
     given = parser.parse_args()
-    versions = {name: version(name) for name in ("jax", "libtpu")}
-    kept = json.loads(given.out.read_text())["rows"] if given.out.exists() else []
-    done = {each["command"]: each for each in kept}
+    made_with = {name: version(name) for name in ("jax", "libtpu")}
+    done = json.loads(given.out.read_text()) if given.out.exists() else {}
     for case in cases([given.only] if given.only else list(SIZES), given.chip):
-        own = arguments(case)
-        known = done.get(plan.command(own), {})
-        if given.again or known.get("versions") != versions:
-            done[plan.command(own)] = row(case, own) | {"versions": versions}
-            content = {"command": "python -m benchmarks.scaling", "machine": machine(), "rows": list(done.values())}
-            given.out.write_text(json.dumps(content, indent=1) + "\n")
+        name = f"ViT-{case['size'].upper()}, {case['target']}, fsdp {case['fsdp']}"
+        if given.again or done.get(name, {}).get("made_with") != made_with:
+            write(given.out, name, row(case, arguments(case)) | {"made_with": made_with})
+            done = json.loads(given.out.read_text())
     order = {case: i for i, case in enumerate(SIZES)}
     rows = sorted(
         done.values(), key=lambda each: (order[each["size"]], each["target"][:3], each["chips"], each["fsdp"])

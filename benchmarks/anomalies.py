@@ -197,7 +197,7 @@ def main() -> None:
     arguments = parser.parse_args()
     file = Path(__file__).parent / "results" / "anomalies.json"
     if arguments.step:
-        changes, names = {"data.size": f"{arguments.side},{arguments.side}"}, ("step", "composites")
+        changes, names = {"data.size": (arguments.side, arguments.side)}, ("step", "composites")
         given = {"recipe": "ppii.py:paper", "batch": arguments.batch, "changes": changes}
         alone = {"side": arguments.side, "batch": arguments.batch}
         pair = {

@@ -188,7 +188,7 @@ def main() -> None:
                     given = {"files": files, "way": way, "folder": str(folder / f"{what}-{kind}")}
                     cases[what, kind, way] = given
         named = {", ".join(case): (OWN + "load", given) for case, given in cases.items()}
-        out = interleaved(named, rounds=options.rounds, warmup=1)
+        out = interleaved(named, rounds=options.rounds)
         for case, given in cases.items():
             with multiprocessing.get_context("spawn").Pool(1) as pool:
                 out[", ".join(case)]["waits"] = pool.apply(waiting, kwds=given)

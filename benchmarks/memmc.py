@@ -174,12 +174,12 @@ def steps(preset: str, batch: int, rounds: int) -> None:
     given = {
         name: (
             "benchmarks.throughput:jmae_stage",
-            {"recipe": f"memmc_mae.py:{preset}", "batch": batch, "changes": changes | {"data.crop_scale": ""}},
+            {"recipe": f"memmc_mae.py:{preset}", "batch": batch, "changes": changes | {"data.crop_scale": ()}},
         )
         for name, changes in VARIANTS.items()
     }
     counts = {name: multiply_adds(recipe(changes, preset)) for name, changes in VARIANTS.items()}
-    out, rows = interleaved(given, rounds=rounds, warmup=1), []
+    out, rows = interleaved(given, rounds=rounds), []
     plain = out["MAE"]
     for name, one in out.items():
         counted = sum(counts[name]) / sum(counts["MAE"])
@@ -198,7 +198,7 @@ def scoring(preset: str, batch: int, rounds: int) -> None:
         name: ("benchmarks.memmc:score", {"fused": name == "fused", "batch": batch, "preset": preset})
         for name in ("fused", "ten calls")
     }
-    out = interleaved(given, rounds=rounds, warmup=1)
+    out = interleaved(given, rounds=rounds)
     gain = ratio(out["ten calls"], out["fused"])
     write(RESULTS, f"scoring, {preset}, batch {batch}", out | {"ten_calls_over_fused": gain})
     rows = [(name, 1000 * one["median_s"] / batch, one["peak_mib"]) for name, one in out.items()]

@@ -348,12 +348,12 @@ def jmae_stage(*, recipe: str, stage: str = "train", batch: int = 0, changes: di
     import numpy as np
 
     from benchmarks.volume import ROOT, jmae_facts
-    from jmae.recipe import parse
+    from jmae.recipe import load
     from jmae.system import load_system, stage_keys
     from jmae.train import compiled_step
 
-    given = [f"--config.{key}={value}" for key, value in (changes or {}).items()]
-    config, _ = parse([f"--config={ROOT / 'configs' / recipe}", *given], "")
+    config = load(f"{ROOT / 'configs' / recipe}")
+    config.update_from_flattened_dict(changes or {})
     results: dict[str, Any] = {}
     stages = {one.name: (number, one) for number, one in enumerate(load_system(config).stages)}
     for name, (number, one) in stages.items():
@@ -377,7 +377,10 @@ def jmae_stage(*, recipe: str, stage: str = "train", batch: int = 0, changes: di
         jax.block_until_ready((state, metrics))
 
     run()
-    return run, facts | jmae_facts()
+    memory, facts = compiled.memory_analysis(), facts | jmae_facts()
+    if "device_mib" in facts:  # of this program, not of others before it
+        facts["device_mib"] = (memory.argument_size_in_bytes + memory.temp_size_in_bytes) / 2**20
+    return run, facts
 
 
 def contestants_of(step: str, size: str, device: str, compiled: bool) -> dict[str, tuple[str, dict[str, Any]]]:
@@ -421,7 +424,7 @@ def system_steps(step: str, size: str, device: str, rounds: int, compiled: bool)
 
     given = contestants_of(step, size, device, compiled)
     given["matrix product"] = ("benchmarks.volume:matrix_product", {"device": device})
-    out = interleaved(given, rounds=rounds, warmup=1)
+    out = interleaved(given, rounds=rounds)
     found, rate = same_device(out), out.pop("matrix product")
     parameters = {r["parameters"] for r in out.values()}
     assert len(parameters) == 1, f"{step}: not the same network: {parameters} parameters"

@@ -477,35 +477,10 @@ def jmae_map(size: str, windows: int, weights: str, dtype: str, masks: int) -> t
 
 def jmae_train(*, size: str, batch: int) -> Prepared:
     """The recipe's training step, compiled as `jmae.train` compiles it."""
-    import jax
+    from benchmarks.throughput import jmae_stage
 
-    from jmae.system import load_system
-    from jmae.train import compiled_step
-
-    config, _ = settings(size)
-    stage, key = load_system(config).stages[0], jax.random.key(0)
-
-    def prepare(batch: int, trial: bool = False) -> Prepared:
-        state = jax.jit(lambda key: stage.init(key, {}, batch))(key)
-        image = jax.random.uniform(key, (batch, *config.data.size, config.data.channels))
-        rows = {"image": image, "index": jax.numpy.arange(batch)}
-        start = time.perf_counter()
-        compiled = compiled_step(stage.step, 1000, 1).lower(state, rows, key, None).compile()
-        facts = {"batch": batch, "compile_s": time.perf_counter() - start}
-        facts |= {"parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params))}
-
-        def step() -> None:
-            nonlocal state
-            state, metrics = compiled(state, rows, key, None)
-            jax.block_until_ready((state, metrics))
-
-        step()
-        memory, facts = compiled.memory_analysis(), facts | jmae_facts()
-        if "device_mib" in facts:  # of this program, not of trials before it
-            facts["device_mib"] = (memory.argument_size_in_bytes + memory.temp_size_in_bytes) / 2**20
-        return step, facts
-
-    return largest(prepare, batch)
+    changes = SMALL if size == "small" else {}
+    return largest(lambda batch, trial=False: jmae_stage(recipe="maemi.py:paper", batch=batch, changes=changes), batch)
 
 
 def largest(prepare: Callable[..., Prepared], batch: int) -> Prepared:
@@ -678,7 +653,7 @@ def infer(case: str, size: str, windows: int, rounds: int, sweeps: int, device: 
             "paper's loop": (OWN + "torch_volume", theirs | {"fused": False}),
             "loop, fused attention": (OWN + "torch_volume", theirs | {"fused": True}),
         }
-        results = interleaved(contestants, rounds=rounds, warmup=1 if size == "small" else 0)
+        results = interleaved(contestants, rounds=rounds, before=int(size == "small"))
     for r in results.values():
         r["whole_volume_s"] = r["median_s"] * everything / r["windows"]
         r["whole_volume"] = "measured" if r["windows"] == everything else "extrapolated"

@@ -80,6 +80,16 @@ def sharded(mesh: Mesh, tree: PyTree) -> PyTree:
     return jax.tree.map(place, tree)
 
 
+def by_sample(x: jax.Array) -> jax.Array:
+    """Inside a step of several devices: the same array, its first axis split over all of them, and nothing else of it,
+    where it divides. Networks say so between their blocks; else the compiler, which sees weights split over `fsdp`,
+    splits channels too and sends activations around instead of weights. Elsewhere: the array."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1 or len(x) % mesh.size:
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(("data", "fsdp")))
+
+
 def place_batch(batch: PyTree, mesh: Mesh, *, axis: int = 0) -> PyTree:
     """Host arrays as global arrays, split over all devices along `axis`; each process gives its own part.
 

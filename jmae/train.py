@@ -271,12 +271,14 @@ def compiled_step(step: Callable, steps: int, n: int, crop: tuple[int, ...] = ()
 
 
 def kept_placed(function: Callable, mesh: Mesh | None) -> Callable:
-    """The function, its results (state, metrics) placed on a mesh of several devices."""
+    """The function on a mesh of several devices, where its networks' samples are split and its results (state, metrics)
+    are placed."""
     if mesh is None or mesh.size == 1:
         return function
 
     def wrapped(*args: Any) -> tuple[State, dict]:
-        state, metrics = function(*args)
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            state, metrics = function(*args)
         return placed(state, mesh), jax.lax.with_sharding_constraint(metrics, replicated(mesh))
 
     return wrapped

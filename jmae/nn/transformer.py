@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 
 from jmae.errors import InputError
 from jmae.nn.attention import attention
+from jmae.sharding import by_sample
 
 xavier = nnx.initializers.xavier_uniform()
 
@@ -115,7 +116,7 @@ class Blocks(nnx.Module):
         graph, parameters = nnx.split(self.stack)
         if self.skips:
             return self.outputs(x, *context)[-1]
-        block = lambda x, p: (nnx.merge(graph, p)(x, *context), None)
+        block = lambda x, p: (by_sample(nnx.merge(graph, p)(by_sample(x), *context)), None)
         return jax.lax.scan(self._checkpoint(block), x, parameters)[0]
 
     def outputs(self, x: Float[Array, "b n d"], *context: Array) -> Float[Array, "depth b n d"]:
@@ -124,7 +125,7 @@ class Blocks(nnx.Module):
 
         def block(x: Array, one: tuple[Any, Array | None]) -> tuple[Array, Array]:
             p, skip = one
-            x = nnx.merge(graph, p)(x if skip is None else x + skip, *context)
+            x = by_sample(nnx.merge(graph, p)(by_sample(x if skip is None else x + skip), *context))
             return x, x
 
         scan = partial(jax.lax.scan, self._checkpoint(block))

@@ -85,7 +85,7 @@ def by_sample(x: jax.Array) -> jax.Array:
     where it divides. Networks say so between their blocks; else the compiler, which sees weights split over `fsdp`,
     splits channels too and sends activations around instead of weights. Elsewhere: the array."""
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1 or len(x) % mesh.size:
+    if mesh.axis_names != ("data", "fsdp") or len(x) % mesh.size:  # under `pmap` the mesh has its axis
         return x
     return jax.lax.with_sharding_constraint(x, PartitionSpec(("data", "fsdp")))
 

@@ -1,11 +1,15 @@
 """How MAEMI's training scales from one chip to 256: what fits, how fast a step is at most, and what limits it.
 
-Each row is a plan (`jmae.plan`) and holds the command that makes it again; no chip is needed, but libtpu
-(pip install 'jmae[plan]'). The batch is the recipe's on every chip. Rows that the JSON has already, made with the same
-versions, are kept; --again makes them anew.
+Each row is a plan (`jmae.plan`) beside the command that makes it again, some two minutes each on two cores; no chip is
+needed, but libtpu (pip install 'jmae[plan]'). The batch is the recipe's on every chip. Rows that the JSON has already,
+made with the same versions, are kept; --again makes them anew.
 
     python -m benchmarks.scaling
     python -m benchmarks.scaling --only h
+
+GB a chip (1e9 bytes); ms a step at peak figures: arithmetic, memory, the network with all its traffic after them. The
+efficiency is against one chip's own plan, in brackets, where that does not fit, against the same program without its
+network.
 """
 
 import argparse
@@ -26,6 +30,7 @@ SIZES = {
 }
 SHAPES = ("1x1", "2x4", "8x8", "16x16")  # of v5e: 1 to 256 chips
 RESULTS = Path(__file__).parent / "results" / "scaling.json"
+HEAD = tuple("network target data fsdp batch GB compute memory network-ms step samples/s efficiency limit plan".split())
 
 
 def cases(sizes: list[str], chip: str) -> list[dict[str, Any]]:
@@ -74,21 +79,24 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     given = parser.parse_args()
     made_with = {name: version(name) for name in ("jax", "libtpu")}
-    done = json.loads(given.out.read_text()) if given.out.exists() else {}
+    title = f"MAEMI on {given.chip}"
+    cases_kept = json.loads(given.out.read_text()) if given.out.exists() else {}
+    plans = cases_kept.get(title, {}).get("plans", {})
+    rows: list[tuple[Any, ...]] = []
     for case in cases([given.only] if given.only else list(SIZES), given.chip):
         name = f"ViT-{case['size'].upper()}, {case['target']}, fsdp {case['fsdp']}"
-        if given.again or done.get(name, {}).get("made_with") != made_with:
-            write(given.out, name, row(case, arguments(case)) | {"made_with": made_with})
-            done = json.loads(given.out.read_text())
-    order = {case: i for i, case in enumerate(SIZES)}
-    rows = sorted(
-        done.values(), key=lambda each: (order[each["size"]], each["target"][:3], each["chips"], each["fsdp"])
-    )
-    alone = {each["size"]: each["step_s"] for each in rows if each["chips"] == 1 and "step_s" in each}
-    head = "network target data fsdp batch GB compute memory traffic_network step samples/s efficiency limit"
-    print(table(tuple(head.split()), [shown(each, alone) for each in rows]))
-    print("GB a chip; ms a step at peak figures, the network after the rest; efficiency against one chip's own plan,")
-    print("in brackets, where that does not fit, against the same program without its network")
+        if given.again or plans.get(name, {}).get("made_with") != made_with:
+            plans[name] = row(case, arguments(case)) | {"made_with": made_with}
+        order = list(SIZES).index
+        kept = sorted(plans.values(), key=lambda each: (order(each["size"]), each["chips"], each["fsdp"]))
+        alone = {each["size"]: each["step_s"] for each in kept if each["chips"] == 1 and "step_s" in each}
+        rows = [shown(each, alone) for each in kept]
+        write(
+            given.out,
+            title,
+            {"table": [HEAD, [[*cells, each["plan"]] for cells, each in zip(rows, kept, strict=True)]], "plans": plans},
+        )
+    print(table(HEAD[:-1], rows))
 
 
 if __name__ == "__main__":

@@ -359,13 +359,15 @@ def jmae_stage(*, recipe: str, stage: str = "train", batch: int = 0, changes: di
     for name, (number, one) in stages.items():
         n, key = batch or one.batch, stage_keys(config, number)
         state = jax.jit(lambda key, results, one=one, n=n: one.init(key, results, n))(key, results)
-        results[name] = {"params": state.params, "stats": state.stats}
         if name == stage:
             break
+        results[name] = {"params": state.params, "stats": state.stats}
     image = np.random.default_rng(0).uniform(size=(n, *config.data.size, config.data.channels)).astype(np.float32)
     rows = {"image": image, "index": np.arange(n, dtype=np.int32), "case": np.zeros((n, 2), np.uint32)}
     rows |= {name: np.stack([make(one) for one in image]) for name, make in stages[stage][1].host.items()}
-    rows, state = jax.device_put(rows), jax.tree.map(jax.numpy.copy, state)  # as it is donated
+    rows = jax.device_put(rows)
+    if results:  # with which it may share arrays, and it is donated
+        state = jax.tree.map(jax.numpy.copy, state)
     start = time.perf_counter()
     compiled = compiled_step(stages[stage][1].step, 1000, 1).lower(state, rows, key, None).compile()
     facts = {"batch": n, "compile_s": time.perf_counter() - start}

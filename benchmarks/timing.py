@@ -1,9 +1,10 @@
 """Timing on a machine that others use too: every contestant in a process of its own, rounds interleaved.
 
 Interleaving gives every contestant the same neighbours; a process each gives it its own thread pool and a peak
-memory of its own. A turn is two runs of which the second counts, as a loop's runs follow each other: virtual machines
-that hand free pages back to their host made the first step after another process's turn up to 35 % slower where that
-step takes its workspace anew. Medians and minima are reported, and the ratio of medians round by round.
+memory of its own. A turn is two runs of which the last counts (but for hour-long ones), as a loop's runs follow each
+other: a virtual machine that hands free pages back to its host makes the first step after another process's turn
+slower, where that step takes its workspace anew. Medians and minima are reported, and the ratio of medians round by
+round.
 """
 
 import importlib

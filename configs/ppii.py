@@ -10,7 +10,7 @@ Ours are in benchmarks/results.
   the same in 3D: phantom3d, small3d
 
 Variants (`--config.variant=`): paper, released (the authors' file), jmae (ours), and the tasks pii, fpi, cutpaste, nsa.
-Backbones (`--config.model.backbone=`): unet; mc_unet and phiseg take longer: 6 minutes with budget=0.7 and 0.45 (phiseg then lags).
+Backbones (`--config.model.backbone=`): unet; mc_unet and phiseg take longer: 6 minutes with budget=0.7 and 0.45.
 """
 
 from ml_collections import ConfigDict

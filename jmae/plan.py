@@ -42,7 +42,7 @@ from ml_collections import ConfigDict
 from jmae import recipe
 from jmae.errors import InputError, exit_code
 from jmae.hlo import Program
-from jmae.run_folder import write_text
+from jmae.run_folder import log, write_text
 from jmae.sharding import device_mesh, replicated, split
 from jmae.system import Stage, State, load_system, stage_keys
 from jmae.train import compiled_step, places
@@ -114,6 +114,8 @@ def main(argv: list[str]) -> int:
     batch = recipe.typed("batch", flags["batch"], 1) if "batch" in flags else None
     if batch is not None and batch < 1:
         raise InputError("--batch is 1 or more")
+    if "json" in flags and Path(flags["json"]).is_dir():
+        raise InputError(f"--json={flags['json']} is a folder: name a file")
     found = plan(config, target, stage=flags.get("stage", ""), batch=batch)
     print("\n".join(line for each in found for line in report(target, each)))
     if "json" in flags:
@@ -132,7 +134,9 @@ def target_of(text: str) -> Target:
     """The target that "v5e:4x4" or "h100:8" names; raises InputError where it names none."""
     name, _, shape = text.partition(":")
     if name not in CHIPS:
-        raise InputError(f"target {text!r} is unknown: did you mean {recipe.nearest(name, list(CHIPS))}?")
+        raise InputError(
+            f"target {text!r} is unknown: did you mean {recipe.nearest(name, list(CHIPS))}? One of {', '.join(CHIPS)}"
+        )
     chip = CHIPS[name]
     axes = 1 if chip.platform == "cpu" else chip.ports // 2
     if not re.fullmatch("x".join([r"[1-9]\d{0,3}"] * axes), shape):
@@ -202,6 +206,7 @@ def plan(config: ConfigDict, target: Target, *, stage: str = "", batch: int | No
             results[each.name] = jax.eval_shape(each.result, state)
             if stage in ("", each.name):
                 if each.step not in known:  # AMAE's modules share theirs
+                    log(f"stage {each.name}: compiling for {target.name}, a minute or more at a paper's size")
                     known[each.step] = planned(target, mesh, jitted, state, *inputs)
                 size = batch or each.batch * mesh.size
                 head = {"system": config.system, "stage": each.name, "chips": mesh.size, "fsdp": fsdp, "batch": size}
@@ -215,8 +220,9 @@ def step_of(
     """(state, (batch, keys), jitted step) of a stage on a mesh: shapes with their places, no numbers."""
     n, steps = config.replicates, stage.steps(ROWS)
     size = batch or stage.batch * mesh.size
-    if size % mesh.size:
-        raise InputError(f"a batch of {size} is not divisible by {mesh.size} chips: --batch is a multiple of them")
+    if size % (mesh.size * stage.parts):
+        parts = f" times {stage.parts} parts (accumulate)" if stage.parts > 1 else ""
+        raise InputError(f"a batch of {size} is not divisible by {mesh.size} chips{parts}: --batch is a multiple")
     init = lambda key, results: stage.init(key, results, ROWS)
     keys = jax.eval_shape(partial(stage_keys, config, number))
     state = jax.eval_shape(init if n == 1 else jax.vmap(init), keys, results)

@@ -1,5 +1,6 @@
 """The files of a run folder that are not checkpoints: written whole or not at all."""
 
+import contextlib
 import csv
 import hashlib
 import io
@@ -49,6 +50,8 @@ def write_bytes(path: Path, content: bytes) -> None:
         temporary.write_bytes(content)
         os.replace(temporary, path)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise InputError(f"{path}: not written ({error.strerror or error}): free space or change the folder") from None
 
 

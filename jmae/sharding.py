@@ -1,8 +1,9 @@
 """Devices and processes: placement of states and batches over them, and where their compiled programs are kept.
 
-Models know nothing of it. A run of several processes, one a host or a device, is started by setting in each of them
-JAX_COORDINATOR_ADDRESS (HOST:PORT of the first), JAX_NUM_PROCESSES and JAX_PROCESS_ID (0, 1, ...); in a step of SLURM
-(srun) or Open MPI (mpirun) of several tasks, JAX finds these by itself; on TPU pods where JAX_NUM_PROCESSES=auto."""
+Models say of their arrays only that samples are split (`by_sample`, `on_each_device`). A run of several processes, one
+a host or a device, is started by setting in each of them JAX_COORDINATOR_ADDRESS (HOST:PORT of the first),
+JAX_NUM_PROCESSES and JAX_PROCESS_ID (0, 1, ...); in a step of SLURM (srun) or Open MPI (mpirun) of several tasks, JAX
+finds these by itself; on TPU pods where JAX_NUM_PROCESSES=auto."""
 
 import ctypes
 import hashlib
@@ -32,6 +33,7 @@ from jaxtyping import PyTree
 from jmae.errors import InputError, exit_code
 
 SPLIT_FROM = 2**14  # numbers: what is smaller costs more to gather than to hold
+BY_SAMPLE = PartitionSpec(("data", "fsdp"))
 KEPT: list[Any] = []  # what native code calls lives as long as the process
 PIECE = 2**28  # bytes that processes exchange at a time
 HEARTBEAT = 30  # seconds without one, after which a process counts as dead
@@ -82,12 +84,28 @@ def sharded(mesh: Mesh, tree: PyTree) -> PyTree:
 
 def by_sample(x: jax.Array) -> jax.Array:
     """Inside a step of several devices: the same array, its first axis split over all of them, and nothing else of it,
-    where it divides. Networks say so between their blocks; else the compiler, which sees weights split over `fsdp`,
+    where it divides. Transformers say so between their blocks; else the compiler, which sees weights split over `fsdp`,
     splits channels too and sends activations around instead of weights. Elsewhere: the array."""
+    return jax.lax.with_sharding_constraint(x, BY_SAMPLE) if divides(x) else x
+
+
+def on_each_device(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """A function of arrays of samples, for each device's own inside a step of several devices: its loops over samples
+    are not loops over those of all devices."""
+
+    def each(*arrays: jax.Array) -> jax.Array:
+        if not divides(arrays[0]):
+            return function(*arrays)
+        return jax.shard_map(function, in_specs=BY_SAMPLE, out_specs=BY_SAMPLE, check_vma=False)(*arrays)
+
+    return each
+
+
+def divides(x: jax.Array) -> bool:
+    """Whether this is inside a step of several devices (not of `pmap`, whose mesh has its own axis) that divide the
+    samples."""
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.axis_names != ("data", "fsdp") or len(x) % mesh.size:  # under `pmap` the mesh has its axis
-        return x
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(("data", "fsdp")))
+    return mesh.axis_names == ("data", "fsdp") and len(x) % mesh.size == 0
 
 
 def place_batch(batch: PyTree, mesh: Mesh, *, axis: int = 0) -> PyTree:

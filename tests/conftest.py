@@ -35,7 +35,7 @@ from PIL import Image
 from jmae import checkpoint, train
 from jmae.errors import exit_code
 
-# Tracing leaves many objects and little garbage: collecting it rarely saves a tenth of the time.
+# Tracing leaves many objects and little garbage: it is collected rarely.
 gc.freeze()
 gc.set_threshold(100_000, 50, 100)
 

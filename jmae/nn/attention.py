@@ -8,6 +8,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Float
 
+from jmae.sharding import on_each_device
+
 # Scores that the CPU computes at once: all of them below WHOLE, else blocks that fit its cache. Milliseconds of CPU
 # time on one core for (b, n, h, d), forward / with gradients; a block of all, of 2^17, 2^19, 2^21, PyTorch 2.13:
 #   (16, 50, 6, 64)      1.6 / 4.8     2.0 / 5.9    1.4 / 4.6    1.6 / 4.7    1.3 / 4.4
@@ -27,7 +29,7 @@ def attention(
     """
     plain = lambda q, k, v: jax.nn.dot_product_attention(q, k, v)
     cuda = _flash if _flash_may_run(q) else plain
-    return jax.lax.platform_dependent(q, k, v, cpu=_cpu, cuda=cuda, default=plain)
+    return jax.lax.platform_dependent(q, k, v, cpu=on_each_device(_cpu), cuda=cuda, default=plain)
 
 
 def _flash_may_run(q: Array) -> bool:

@@ -482,31 +482,37 @@ Boxes = Sequence[Sequence[Sequence[float]]]
 
 
 class _Marked(NamedTuple):
-    """An image of a `Froc`."""
+    """An image of a `Froc`, or several of one shape, stacked."""
 
-    scores: NDArray[np.float32]  # -inf outside its region
+    scores: NDArray[np.float32]  # ([images,] *axes); -inf outside the region
     boxes: NDArray[np.int64]  # (lesions, axes, 2), half-open
     pixels: NDArray[np.int64]  # flat indices of the lesions' pixels inside the region; empty without `overlap`
     owners: NDArray[np.int64]  # and the lesion of each
+    images: NDArray[np.int64]  # of stacked ones the image of each lesion
+
+
+def _stacked(kept: list[_Marked]) -> Iterator[_Marked]:
+    """Small neighbours of one shape as a copy of up to CHUNK scores; an image above CHUNK / 16 alone, as a view."""
+    start = 0
+    while start < len(kept):
+        shape, size = kept[start].scores.shape, kept[start].scores.size
+        part = kept[start : start + (CHUNK // size if 16 * size <= CHUNK else 1)]
+        part = part[: next((k for k, image in enumerate(part) if image.scores.shape != shape), len(part))]
+        start += len(part)
+        lesions = np.array([len(image.boxes) for image in part])
+        before = np.cumsum(lesions) - lesions
+        yield _Marked(
+            np.stack([image.scores for image in part]) if len(part) > 1 else part[0].scores[None],
+            np.concatenate([image.boxes for image in part]),
+            np.concatenate([image.pixels + k * size for k, image in enumerate(part)]),
+            np.concatenate([image.owners + n for n, image in zip(before, part, strict=True)]),
+            np.repeat(np.arange(len(part)), lesions),
+        )
 
 
 def _components(mask: NDArray[np.bool_]) -> tuple[NDArray[np.int32], int]:
     """Components labelled 1..n, also over edges and corners (8 neighbours in 2D, 26 in 3D); n."""
     return ndimage.label(mask, np.ones((3,) * mask.ndim))
-
-
-def _moments(labels: NDArray[np.int32], n: int, places: bool) -> tuple[NDArray, NDArray]:
-    """The sizes (n,) of components and, with `places`, the sums (axes, n) of their pixels' indices."""
-    sizes, sums = np.zeros(n, int), np.zeros((labels.ndim, n))
-    rows = max(1, CHUNK * len(labels) // labels.size)
-    for start in range(0, len(labels), rows):
-        block = labels[start : start + rows]
-        of = block.ravel().astype(np.intp)
-        sizes += np.bincount(of, minlength=n + 1)[1:]
-        axes = np.ogrid[start : start + len(block), *(slice(edge) for edge in block.shape[1:])] if places else ()
-        for axis, index in enumerate(axes):
-            sums[axis] += np.bincount(of, np.broadcast_to(index, block.shape).ravel(), n + 1)[1:]
-    return sizes, sums
 
 
 def _lesions(lesions: Boxes | NDArray, shape: tuple[int, ...]) -> tuple[NDArray, NDArray, NDArray]:
@@ -583,27 +589,42 @@ class Froc:
         used, owners = np.unique(owners[counted], return_inverse=True)
         pixels = pixels[counted] if self.overlap is not None else np.empty(0, int)
         self.images, self.lesions, self.size = self.images + 1, self.lesions + used.size, self.size + scores.size
-        self.kept.append(_Marked(scores, boxes[used], pixels, owners[: pixels.size]))
+        self.kept.append(_Marked(scores, boxes[used], pixels, owners[: pixels.size], np.zeros(used.size, int)))
         if self.size > FROC_EXACT:
             self.kept.clear()
 
-    def _found(self, image: _Marked, t: np.float32) -> tuple[int, int]:
-        """How many lesions are hit, and how many components hit none."""
-        labels, n = _components(image.scores >= t)
-        sizes, sums = _moments(labels, n, bool(len(image.boxes)))
-        large = sizes >= self.least
-        if not (len(image.boxes) and large.any()):
-            return 0, int(np.count_nonzero(large))
-        centre = (sums / sizes).T[large]
-        low, high = image.boxes[..., 0] - 0.5, image.boxes[..., 1] - 0.5  # the outer borders of their pixels
-        hits = ((low <= centre[:, None]) & (centre[:, None] <= high)).all(-1)
+    def _found(self, part: _Marked, t: np.float32) -> tuple[int, int]:
+        """How many lesions of stacked images are hit, and how many components hit none."""
+        within = np.zeros((3,) * part.scores.ndim)
+        within[1] = 1  # neighbours of one image
+        labels, n = ndimage.label(part.scores >= t, within)
+        pixels = np.flatnonzero(labels)
+        of = labels.ravel()[pixels] - 1
+        sizes = np.bincount(of, minlength=n)
+        large = np.flatnonzero(sizes >= self.least)
+        if not (len(part.boxes) and large.size):
+            return 0, large.size
+        image, *places = np.unravel_index(pixels, labels.shape)
+        centre = np.stack([np.bincount(of, place, n) for place in places], 1)[large] / sizes[large][:, None]
+        images = np.zeros(n, int)
+        images[of] = image
+        # Every lesion with the components of its image, which are numbered image by image.
+        ends = np.searchsorted(images[large], np.stack([part.images, part.images + 1]))
+        numbers = ends[1] - ends[0]
+        lesion = np.repeat(np.arange(len(numbers)), numbers)
+        component = np.arange(lesion.size) + np.repeat(ends[0] - np.cumsum(numbers) + numbers, numbers)
+        low, high = part.boxes[..., 0] - 0.5, part.boxes[..., 1] - 0.5  # the outer borders of their pixels
+        hits = ((low[lesion] <= centre[component]) & (centre[component] <= high[lesion])).all(-1)
         if self.overlap is not None:
-            k = len(image.boxes)
-            shared = np.bincount(labels.ravel()[image.pixels] * k + image.owners, minlength=(n + 1) * k)
-            shared = shared.reshape(n + 1, k)[1:][large]
-            union = sizes[large][:, None] + np.bincount(image.owners, minlength=k) - shared
+            k = len(part.boxes)
+            found = labels.ravel()[part.pixels] - 1
+            keys, counts = np.unique((found * k + part.owners)[found >= 0], return_counts=True)
+            wanted = large[component] * k + lesion
+            at = np.minimum(np.searchsorted(keys, wanted), max(len(keys) - 1, 0))
+            shared = np.where(keys[at] == wanted, counts[at], 0) if len(keys) else np.zeros(len(wanted), int)
+            union = sizes[large][component] + np.bincount(part.owners, minlength=k)[lesion] - shared
             hits |= shared >= self.overlap * union
-        return int(hits.any(0).sum()), int((~hits.any(1)).sum())
+        return np.unique(lesion[hits]).size, large.size - np.unique(component[hits]).size
 
     def result(self) -> dict[str, Any] | None:
         """The images so far; None where none has a lesion.
@@ -621,10 +642,11 @@ class Froc:
         evenly = np.linspace(0, last, min(values.size, self.thresholds))
         ranks = np.unique(np.concatenate([evenly, values.size - np.geomspace(1, values.size, evenly.size)]).astype(int))
         values.partition(ranks)
+        parts = list(_stacked(self.kept))
         curve = [(0.0, 0.0)]
         best = 0.0
         for t in np.unique(values[ranks])[::-1]:
-            hits, false = np.sum([self._found(image, t) for image in self.kept], 0)
+            hits, false = np.sum([self._found(part, t) for part in parts], 0)
             curve.append((float(false / self.images), float(hits / self.lesions)))
             if curve[-1][0] > self.at:
                 (x0, y0), (x1, y1) = curve[-2:]

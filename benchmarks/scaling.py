@@ -7,7 +7,7 @@ made with the same versions, are kept; --again makes them anew.
     python -m benchmarks.scaling
     python -m benchmarks.scaling --only h
 
-GB a chip (1e9 bytes); ms a step at peak figures: arithmetic, memory, the network with all its traffic after them. The
+GB are 1e9 bytes; ms a step at peak figures: arithmetic, memory, the network, whose traffic comes after both. The
 efficiency is against one chip's own plan, in brackets, where that does not fit, against the same program without its
 network.
 """
@@ -30,7 +30,8 @@ SIZES = {
 }
 SHAPES = ("1x1", "2x4", "8x8", "16x16")  # of v5e: 1 to 256 chips
 RESULTS = Path(__file__).parent / "results" / "scaling.json"
-HEAD = tuple("network target data fsdp batch GB compute memory network-ms step samples/s efficiency limit plan".split())
+HEAD = ("network", "target", "data", "fsdp", "batch", "GB a chip", "compute ms", "memory ms", "network ms", "step ms")
+HEAD += ("samples/s", "efficiency", "limit", "plan")
 
 
 def cases(sizes: list[str], chip: str) -> list[dict[str, Any]]:
@@ -71,6 +72,14 @@ def shown(each: dict[str, Any], alone: dict[str, float]) -> tuple[Any, ...]:
     return (*head, memory, *times, f"{each['batch'] / each['step_s']:.0f}", efficiency, each["limited_by"])
 
 
+def rows_of(plans: dict[str, dict[str, Any]]) -> list[list[Any]]:
+    """The table of all plans, by network, chips and fsdp."""
+    order = list(SIZES).index
+    kept = sorted(plans.values(), key=lambda each: (order(each["size"]), each["chips"], each["fsdp"]))
+    alone = {each["size"]: each["step_s"] for each in kept if each["chips"] == 1 and "step_s" in each}
+    return [[*shown(each, alone), each["plan"]] for each in kept]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", choices=list(SIZES), help="one size of the network")
@@ -80,22 +89,14 @@ def main() -> None:
     given = parser.parse_args()
     made_with = {name: version(name) for name in ("jax", "libtpu")}
     title = f"MAEMI on {given.chip}"
-    cases_kept = json.loads(given.out.read_text()) if given.out.exists() else {}
-    plans = cases_kept.get(title, {}).get("plans", {})
-    rows: list[tuple[Any, ...]] = []
+    done = json.loads(given.out.read_text()) if given.out.exists() else {}
+    plans = done.get(title, {}).get("plans", {})
     for case in cases([given.only] if given.only else list(SIZES), given.chip):
         name = f"ViT-{case['size'].upper()}, {case['target']}, fsdp {case['fsdp']}"
         if given.again or plans.get(name, {}).get("made_with") != made_with:
             plans[name] = row(case, arguments(case)) | {"made_with": made_with}
-        order = list(SIZES).index
-        kept = sorted(plans.values(), key=lambda each: (order(each["size"]), each["chips"], each["fsdp"]))
-        alone = {each["size"]: each["step_s"] for each in kept if each["chips"] == 1 and "step_s" in each}
-        rows = [shown(each, alone) for each in kept]
-        write(
-            given.out,
-            title,
-            {"table": [HEAD, [[*cells, each["plan"]] for cells, each in zip(rows, kept, strict=True)]], "plans": plans},
-        )
+            write(given.out, title, {"table": [HEAD, rows_of(plans)], "plans": plans})
+    rows = [tuple(cells[:-1]) for cells in rows_of(plans)]
     print(table(HEAD[:-1], rows))
 
 

@@ -598,16 +598,19 @@ class Froc:
         within = np.zeros((3,) * part.scores.ndim)
         within[1] = 1  # neighbours of one image
         labels, n = ndimage.label(part.scores >= t, within)
-        pixels = np.flatnonzero(labels)
-        of = labels.ravel()[pixels] - 1
-        sizes = np.bincount(of, minlength=n)
+        flat, axes = labels.ravel(), part.scores.ndim - 1
+        sizes, images, sums = np.zeros(n, int), np.zeros(n, int), np.zeros((axes, n))
+        for start in range(0, flat.size, CHUNK):
+            pixels = start + np.flatnonzero(flat[start : start + CHUNK])
+            of = flat[pixels] - 1
+            sizes += np.bincount(of, minlength=n)
+            if len(part.boxes):
+                images[of], *places = np.unravel_index(pixels, labels.shape)
+                sums += [np.bincount(of, place, n) for place in places]
         large = np.flatnonzero(sizes >= self.least)
         if not (len(part.boxes) and large.size):
             return 0, large.size
-        image, *places = np.unravel_index(pixels, labels.shape)
-        centre = np.stack([np.bincount(of, place, n) for place in places], 1)[large] / sizes[large][:, None]
-        images = np.zeros(n, int)
-        images[of] = image
+        centre = (sums / sizes).T[large]
         # Every lesion with the components of its image, which are numbered image by image.
         ends = np.searchsorted(images[large], np.stack([part.images, part.images + 1]))
         numbers = ends[1] - ends[0]

@@ -172,7 +172,8 @@ def devices_of(target: Target) -> Sequence[Any]:
     try:
         return topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
     except Exception as error:
-        raise InputError(f"libtpu refuses the torus {name}: {first_line(error)}") from error
+        known = {2: "4x4, 8x8 or 16x16", 3: "2x2x1, 2x2x4 or 4x4x4"}[len(target.shape)]
+        raise InputError(f"libtpu refuses the torus {name} ({first_line(error)}): use {known}, say") from error
 
 
 def first_line(error: Exception) -> str:
@@ -402,7 +403,7 @@ def report(target: Target, found: dict[str, Any]) -> list[str]:
 
 def peaks(target: Target) -> str:
     chip = target.chip
-    links = f"{chip.ports} links of {chip.link / 1e9:.4g} GB/s each way"
+    links = f"{chip.ports} link{'s' * (chip.ports > 1)} of {chip.link / 1e9:.4g} GB/s each way"
     if chip.between:
         links += f", between hosts of {chip.whole} {chip.between / 1e9:.4g}"
     return (

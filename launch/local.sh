@@ -5,6 +5,10 @@
 # N, here 8, divides the recipe's batches. All end when one does; exit code: 0 where all end with it, else that of the
 # process of lowest number that does not.
 set -euo pipefail
+if [[ ${1-} == --help ]]; then
+  sed -n '2,/^set/{/^set/!s/^# \{0,1\}//p}' "$0"
+  exit 0
+fi
 if [[ ! ${1-} =~ ^[1-9][0-9]*$ || $# -lt 2 ]]; then
   echo "usage: launch/local.sh N --config FILE[:PRESET] ...: N processes, 1 or more" >&2
   exit 2

@@ -4,6 +4,10 @@
 #   launch/tpu.sh NAME ZONE --config configs/maemi.py:paper --config.train.batch=16 \
 #     --config.data.manifest=MANIFEST.csv --workdir /shared/maemi
 set -euo pipefail
+if [[ ${1-} == --help ]]; then
+  sed -n '2,/^set/{/^set/!s/^# \{0,1\}//p}' "$0"
+  exit 0
+fi
 if (($# < 3)); then
   echo "usage: launch/tpu.sh NAME ZONE --config FILE[:PRESET] ..." >&2
   exit 2

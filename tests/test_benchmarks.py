@@ -5,7 +5,7 @@ import json
 import pytest
 
 from benchmarks import cpu
-from benchmarks.__main__ import GPU, PARTS, SCRIPTS, page, summary
+from benchmarks.__main__ import GPU, PAGE, PARTS, RESULTS, SCRIPTS, page, summary
 from benchmarks.timing import ratio
 
 MACHINE = {"processor": "P", "cores": 2, "memory_gib": 8.0, "load": 3.14, "environment": {}}
@@ -59,6 +59,10 @@ def test_results_of_a_gpu_stand_in_a_section_of_their_own(tmp_path):
     own = text.split("## volume on a GPU")[1].split("\n## ")[0]
     assert "| x | 0.5 |" in own and "not run" not in own
     assert ", H; jax 0.10.2" in text
+
+
+def test_the_page_is_that_of_the_results_beside_it():
+    assert PAGE.read_text() == page(RESULTS), "python -m benchmarks --render"
 
 
 def test_a_torn_result_file_is_one_line(tmp_path):

@@ -50,6 +50,12 @@ def test_local_sh_without_a_number_of_processes_is_one_line(given):
     assert done.returncode == 2 and done.stderr.startswith("usage: ") and len(done.stderr.splitlines()) == 1
 
 
+@pytest.mark.parametrize("name", ["local.sh", "tpu.sh"])
+def test_help_shows_how_to_start(name):
+    done = subprocess.run(["bash", str(LAUNCH / name), "--help"], capture_output=True, text=True, check=True)
+    assert f"launch/{name}" in done.stdout and "set -" not in done.stdout and not done.stderr
+
+
 def test_slurm_hands_its_cores_to_srun(tmp_path):
     (tmp_path / "srun").write_text('#!/bin/sh\necho "$SRUN_CPUS_PER_TASK $*"\n')
     (tmp_path / "srun").chmod(0o755)

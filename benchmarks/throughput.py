@@ -302,18 +302,18 @@ def steps(name: str, rounds: int) -> dict[str, Any]:
     result = interleaved({"jmae": (own + "jmae_step", size), "torch": (own + "torch_step", size)}, rounds=rounds)
     parameters = [r["parameters"] for r in result.values()]
     assert parameters[0] == parameters[1], f"not the same network: {parameters} parameters"
-    return {"size": size, "contestants": result, "jmae/torch": ratio(result["jmae"], result["torch"])}
+    return {"size": size, "contestants": result, "torch/jmae": ratio(result["torch"], result["jmae"])}
 
 
 def seeds(name: str, rounds: int, number: int = 4) -> dict[str, Any]:
     """`number` models in one vmapped step against as many single steps."""
     own, size = "benchmarks.throughput:jmae_step", SIZES[name]
     result = interleaved({"single": (own, size), "vmapped": (own, size | {"seeds": number})}, rounds=rounds)
-    each = ratio(result["vmapped"], result["single"])
+    each = ratio(result["single"], result["vmapped"])
     return {
         "size": size,
         "contestants": result,
-        "vmapped/singles": {key: value / number for key, value in each.items()},
+        "singles/vmapped": {key: value * number for key, value in each.items()},
     }
 
 
@@ -330,7 +330,7 @@ def attentions(rounds: int) -> dict[str, Any]:
             results[f"{name}, {'with gradients' if gradient else 'forward'}"] = {
                 "shape": shape,
                 "contestants": result,
-                "jmae/torch": ratio(result["jmae"], result["torch"]),
+                "torch/jmae": ratio(result["torch"], result["jmae"]),
             }
     return {"cases": results}
 

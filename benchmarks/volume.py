@@ -594,12 +594,12 @@ def same_device(results: dict[str, dict[str, Any]]) -> str:
 
 
 def rates(results: dict[str, dict[str, Any]], unit: str) -> dict[str, dict[str, float]]:
-    """jmae's seconds a window (a sample) to the others'."""
+    """The others' seconds a window (a sample) to jmae's."""
     each = {
         name: {"seconds": [s / r[unit] for s in r["seconds"]], "cpu_median_s": r["cpu_median_s"] / r[unit]}
         for name, r in results.items()
     }
-    return {f"jmae / {name}": ratio(each["jmae"], part) for name, part in each.items() if name != "jmae"}
+    return {f"{name} / jmae": ratio(part, each["jmae"]) for name, part in each.items() if name != "jmae"}
 
 
 def show(case: str, result: dict[str, Any], unit: str, *more: tuple[str, Callable[[dict[str, Any]], Any]]) -> None:
@@ -617,9 +617,7 @@ def show(case: str, result: dict[str, Any], unit: str, *more: tuple[str, Callabl
     rows = [(case, who, r[unit], *(value(r) for _, value in columns)) for who, r in result["contestants"].items()]
     print(table(("case", "who", unit, *(name for name, _ in columns)), rows))
     for pair, each in result[f"ratio, {unit}"].items():
-        print(
-            f"{pair}: {each['median']:.2f} of the time ({each['least']:.2f} to {each['greatest']:.2f} over the rounds)"
-        )
+        print(f"{pair}: {each['median']:.2f} ({each['least']:.2f} to {each['greatest']:.2f} over the rounds)")
 
 
 def agreement(size: str, windows: int, weights: str, device: str) -> dict[str, Any]:

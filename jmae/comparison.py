@@ -8,16 +8,18 @@ import math
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from markupsafe import Markup
-from matplotlib.axes import Axes
 from numpy.typing import NDArray
 
 from jmae import metrics
 from jmae.errors import InputError
 from jmae.report import FAINT, chart, digest, flat, templates, write_page
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 MOST = 12  # runs on a page
 
@@ -125,7 +127,7 @@ def roc_curves(runs: Sequence[Run], ids: Sequence[str]) -> Markup | None:
     styles = ["-", (0, (5, 1.5)), (0, (1, 1)), (0, (4, 1, 1, 1))]
     colours = ["#1c1c1c", "#2f6690", "#b4491f", "#5b8c5a", "#8a5a9e"]
 
-    def draw(ax: Axes) -> None:
+    def draw(ax: "Axes") -> None:
         ax.plot([0, 1], [0, 1], color=FAINT, lw=0.8, ls=(0, (4, 3)))
         for i, run in enumerate(runs):
             fpr, tpr, _ = metrics.roc_curve(labels, scores_of(run, ids))

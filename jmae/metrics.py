@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import ndimage, stats
+from scipy import ndimage, special
 
 from jmae.errors import InputError
 
@@ -213,8 +213,11 @@ def _clusters(patients: Sequence[Any]) -> NDArray[np.int64]:
     return np.array([number.setdefault(key, len(number)) for key in keys], np.int64)
 
 
+Measure = Callable[[ArrayLike, ArrayLike], float]
+
+
 def bootstrap_interval(
-    metric: Callable[[NDArray, NDArray], float],
+    measure: Measure,
     labels: ArrayLike,
     scores: ArrayLike,
     patients: Sequence[Any],
@@ -223,18 +226,18 @@ def bootstrap_interval(
     seed: int = 0,
     level: float = 0.95,
 ) -> tuple[float, float]:
-    """Percentile interval of metric(labels, scores), resampling patients with all their images (clusters).
+    """Percentile interval of `auroc` or `average_precision`, resampling patients with all their images (clusters).
 
     As many patients as there are, with replacement, `draws` times; a draw that lacks a class is left out.
     (nan, nan) where no draw has both. Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13.
     """
     labels, scores = _checked(labels, scores)
-    drawn = _drawn(labels, patients, draws, seed)
-    return _percentiles([metric(labels[cases], scores[cases]) for cases in drawn], level)
+    each = _over_draws(measure, labels, scores)
+    return _percentiles([each(counts) for counts in _drawn(labels, patients, draws, seed)], level)
 
 
 def paired_difference(
-    metric: Callable[[NDArray, NDArray], float],
+    measure: Measure,
     labels: ArrayLike,
     scores: ArrayLike,
     others: ArrayLike,
@@ -244,35 +247,55 @@ def paired_difference(
     seed: int = 0,
     level: float = 0.95,
 ) -> tuple[float, tuple[float, float]]:
-    """metric(labels, scores) - metric(labels, others) of the same cases, and its percentile interval over the same
+    """measure(labels, scores) - measure(labels, others) of the same cases, and its percentile interval over the same
     draws of patients for both (`bootstrap_interval`)."""
     (labels, scores), (_, others) = _checked(labels, scores), _checked(labels, others)
-    difference = lambda cases: metric(labels[cases], scores[cases]) - metric(labels[cases], others[cases])
-    each = [difference(cases) for cases in _drawn(labels, patients, draws, seed)]
-    return difference(np.arange(labels.size)), _percentiles(each, level)
+    a, b = (_over_draws(measure, labels, values) for values in (scores, others))
+    each = [a(counts) - b(counts) for counts in _drawn(labels, patients, draws, seed)]
+    return measure(labels, scores) - measure(labels, others), _percentiles(each, level)
 
 
 def _drawn(labels: NDArray[np.bool_], patients: Sequence[Any], draws: int, seed: int) -> Iterator[NDArray[np.int64]]:
-    """Case numbers of every draw of patients that has both classes; none where the labels have one."""
+    """Some draws of patients at a time that have both classes: how often each case is in each, (k, cases)."""
     if len(patients) != labels.size:
         raise ValueError(f"{len(patients)} patients for {labels.size} scores: give one patient a score")
     if labels.all() or not labels.any():
         return
     clusters = _clusters(patients)
-    order, counts = np.argsort(clusters, kind="stable"), np.bincount(clusters)
-    starts = np.cumsum(counts) - counts
-    rng = np.random.default_rng(seed)
-    for _ in range(draws):
-        drawn = rng.integers(counts.size, size=counts.size)
-        size = counts[drawn]
-        ends = np.cumsum(size)
-        cases = order[np.arange(ends[-1]) + np.repeat(starts[drawn] - ends + size, size)]
-        if (y := labels[cases]).any() and not y.all():
-            yield cases
+    n, rng = int(clusters.max()) + 1, np.random.default_rng(seed)
+    rows = max(1, CHUNK // labels.size)
+    for start in range(0, draws, rows):
+        drawn = rng.integers(n, size=(min(rows, draws - start), n))
+        places = drawn + n * np.arange(len(drawn))[:, None]
+        counts = np.bincount(places.ravel(), minlength=drawn.size).reshape(drawn.shape)[:, clusters]
+        yield counts[counts[:, labels].any(1) & counts[:, ~labels].any(1)]
 
 
-def _percentiles(values: Sequence[float], level: float) -> tuple[float, float]:
-    if not values:
+def _over_draws(measure: Measure, labels: NDArray[np.bool_], scores: NDArray[Any]) -> Callable[[NDArray], NDArray]:
+    """A function (k, cases) -> (k,): a measure of draws from how often each case is in them; scores are sorted once."""
+    if measure not in (auroc, average_precision):
+        raise ValueError("draws have auroc or average_precision")
+    _check_finite(scores[~labels], scores[labels])
+    order = np.argsort(scores)
+    sorted_scores, sorted_labels = scores[order], labels[order]
+    low, high = (np.searchsorted(sorted_scores, sorted_scores[sorted_labels], side) for side in ("left", "right"))
+
+    def each(counts: NDArray[np.int64]) -> NDArray[np.float64]:
+        counts = counts[:, order]
+        before = lambda own: np.pad(np.cumsum(counts * own, 1), ((0, 0), (1, 0)))  # cases of a class below each place
+        negatives, positives, times = before(~sorted_labels), before(sorted_labels), counts[:, sorted_labels]
+        n, p = negatives[:, -1], positives[:, -1]
+        if measure is auroc:
+            return np.sum(times * (negatives[:, low] + negatives[:, high]), 1) / (2 * n * p)
+        tp, fp = p[:, None] - positives[:, low], n[:, None] - negatives[:, low]
+        return np.sum(times * tp / np.maximum(tp + fp, 1), 1) / p
+
+    return each
+
+
+def _percentiles(parts: Sequence[NDArray], level: float) -> tuple[float, float]:
+    values = np.concatenate([*parts, np.zeros(0)])
+    if not values.size:
         return math.nan, math.nan
     lo, hi = np.quantile(values, ((1 - level) / 2, (1 + level) / 2))
     return float(lo), float(hi)
@@ -313,7 +336,7 @@ def welch_test(a: Sequence[float], b: Sequence[float]) -> dict[str, float]:
     vx, vy = x.var(ddof=1) / x.size, y.var(ddof=1) / y.size
     t = (x.mean() - y.mean()) / math.sqrt(vx + vy)
     df = (vx + vy) ** 2 / (vx**2 / (x.size - 1) + vy**2 / (y.size - 1))
-    return {"t": float(t), "df": float(df), "p": float(2 * stats.t.sf(abs(t), df))}
+    return {"t": float(t), "df": float(df), "p": float(2 * special.stdtr(df, -abs(t)))}
 
 
 def image_metrics(

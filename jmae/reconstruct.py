@@ -46,9 +46,12 @@ def masked_loss(
     """Mean over `masks` masks of the masked-patch error (AMAE Eq. 3; with one mask He et al. 2022)."""
     patches = patchify(image, patch)
     kept = visible_tokens(patches.shape[1], ratio)
-    keep, restore = random_mask(_mask_rows(keys, jnp.arange(masks)), patches.shape[1], kept)
-    prediction = mae.decode(mae.encode(take(_repeat(mae.embed(patches), masks), keep)), restore)
-    return jnp.mean(masked_mse(prediction, _repeat(patches, masks), hidden(restore, kept)))
+    # Sample-major, so that a split of samples over devices stays one.
+    keys = jax.vmap(partial(fold_in, keys), out_axes=1)(jnp.arange(masks)).reshape(-1)
+    keep, restore = random_mask(keys, patches.shape[1], kept)
+    again = partial(jnp.repeat, repeats=masks, axis=0)
+    prediction = mae.decode(mae.encode(take(again(mae.embed(patches)), keep)), restore)
+    return jnp.mean(masked_mse(prediction, again(patches), hidden(restore, kept)))
 
 
 def reconstruct(

@@ -24,24 +24,22 @@ import os
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jinja2
-import matplotlib
 import numpy as np
 from markupsafe import Markup
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_svg import FigureCanvasSVG
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
-from scipy import stats
-from skimage import measure
 
 from jmae import metrics, recipe
 from jmae.errors import InputError, exit_code
+
+if TYPE_CHECKING:  # what draws is imported where it is needed, as every command imports this module
+    from matplotlib.axes import Axes
 
 NORMAL, ABNORMAL, INK, FAINT = "#2f6690", "#b4491f", "#1c1c1c", "#8a8a8a"
 PER_GROUP = 2  # cases shown of each of the six groups
@@ -53,7 +51,6 @@ SLICES = 24  # of a volume that can be paged through, at most
 SLIDE_SIDES = (192, 160, 128, 96, 64)  # pixels of a slice: the largest with which all slices of a page fit into
 SLIDE_BYTES = 3_000_000  # before base64
 HELD_BYTES = 500_000_000  # for the slices of all cases of a split, until those that are shown are known
-PALETTE = (matplotlib.colormaps["inferno"](np.arange(256))[:, :3] * 255).round().astype(np.uint8)
 
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text: searchable, read aloud, in the page's own face
@@ -246,6 +243,8 @@ def _shrink(array: NDArray, side: int) -> NDArray:
 
 def _outline(mask: NDArray, side: int) -> str:
     """The mask's border as an SVG path in pixels of the whole slice."""
+    from skimage import measure
+
     rings = measure.find_contours(np.pad(mask.astype(np.float32), 1), 0.5)
     keep = [measure.approximate_polygon(ring, 0.4 * max(1, max(mask.shape) / side)) for ring in rings]
     points = lambda ring: "L".join(f"{x - 0.5:.1f} {y - 0.5:.1f}" for y, x in ring)
@@ -257,11 +256,19 @@ def unit_heat(heat: NDArray, scale: Scale) -> NDArray:
     return np.clip((heat - scale.low) / (scale.high - scale.low), 0, 1)
 
 
+@lru_cache(1)
+def palette() -> NDArray[np.uint8]:
+    """The 256 colours of maps, (256, 3)."""
+    import matplotlib
+
+    return (matplotlib.colormaps["inferno"](np.arange(256))[:, :3] * 255).round().astype(np.uint8)
+
+
 def blend(grey: NDArray, heat: NDArray, scale: Scale) -> NDArray[np.uint8]:
     """A grey picture (h, w) in [0, 1] under its map (h, w), as opaque as the map is high: (h, w, 3)."""
     unit = unit_heat(heat, scale)
     opacity = 0.75 * unit[..., None]
-    colours = PALETTE[(unit * 255).round().astype(np.uint8)]
+    colours = palette()[(unit * 255).round().astype(np.uint8)]
     return (255 * grey[..., None] * (1 - opacity) + colours * opacity).round().astype(np.uint8)
 
 
@@ -293,7 +300,7 @@ def case_pictures(case: Case, scale: Scale, side: int = MAX_SIDE, spreads: Scale
     grey = window(image)
     indices = (unit_heat(heat, scale) * 255).round().astype(np.uint8)
     coloured = Image.fromarray(indices).convert("P")
-    coloured.putpalette(PALETTE.tobytes())
+    coloured.putpalette(palette().tobytes())
     h, w = case.map.shape[:2]
     return {
         "image": greys(grey),
@@ -312,8 +319,12 @@ def case_pictures(case: Case, scale: Scale, side: int = MAX_SIDE, spreads: Scale
 # Charts
 
 
-def chart(name: str, alt: str, draw: Callable[[Axes], None], size: tuple[float, float] = (4.6, 3.7)) -> Markup:
+def chart(name: str, alt: str, draw: Callable[["Axes"], None], size: tuple[float, float] = (4.6, 3.7)) -> Markup:
     """An inline SVG drawn by `draw(axes)`, `size` in inches, described by `alt`; `name` keeps its ids unique."""
+    import matplotlib
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
     with matplotlib.rc_context({**STYLE, "svg.hashsalt": name}):
         figure = Figure(figsize=size, layout="constrained")
         draw(figure.add_subplot())
@@ -333,7 +344,7 @@ def roc_chart(labels: NDArray, scores: NDArray, threshold: float | None = None) 
     fpr, tpr, _ = metrics.roc_curve(labels, scores)
     auroc = metrics.auroc(labels, scores)
 
-    def draw(ax: Axes) -> None:
+    def draw(ax: "Axes") -> None:
         ax.plot([0, 1], [0, 1], color=FAINT, lw=0.8, ls=(0, (4, 3)))
         ax.plot(fpr, tpr, color=INK, clip_on=False)
         if threshold is not None:
@@ -350,7 +361,7 @@ def pr_chart(labels: NDArray, scores: NDArray, threshold: float | None = None) -
     recall, precision, _ = metrics.pr_curve(labels, scores)
     ap, share = metrics.average_precision(labels, scores), float(np.mean(labels))
 
-    def draw(ax: Axes) -> None:
+    def draw(ax: "Axes") -> None:
         ax.axhline(share, color=FAINT, lw=0.8, ls=(0, (4, 3)))
         ax.plot(np.r_[0, recall], np.r_[precision[0], precision], color=INK, ds="steps-pre", clip_on=False)
         if threshold is not None and np.any(called := scores >= threshold):
@@ -367,7 +378,7 @@ def froc_chart(froc: Mapping[str, Any]) -> Markup:
     fp, found = np.transpose(froc["curve"])
     at, value = froc["at"], froc["sensitivity"]
 
-    def draw(ax: Axes) -> None:
+    def draw(ax: "Axes") -> None:
         ax.plot(fp, found, color=INK)
         if fp[-1] >= at:
             ax.plot(at, value, "o", ms=7, color=INK, clip_on=False)
@@ -385,7 +396,7 @@ def score_chart(labels: NDArray | None, scores: NDArray, threshold: float | None
     if labels is not None:
         parts = [(scores[~labels], NORMAL, "normal", "-"), (scores[labels], ABNORMAL, "abnormal", (0, (5, 1.5)))]
 
-    def draw(ax: Axes) -> None:
+    def draw(ax: "Axes") -> None:
         for values, colour, word, line in parts:
             if values.size:
                 heights = np.histogram(values, bins)[0] / values.size
@@ -405,7 +416,7 @@ def convergence_chart(found: Mapping[str, Any]) -> Markup:
     steps, what = found["steps"], found["what"]
     x, y, se = ([step[name] for step in steps] for name in ("number", "auroc", "se"))
 
-    def draw(ax: Axes) -> None:
+    def draw(ax: "Axes") -> None:
         ax.axhspan(y[-1] - found["close"], y[-1] + found["close"], color=NORMAL, alpha=0.1, lw=0)
         ax.errorbar(x, y, se, color=INK, fmt="o-", ms=4, lw=1.2, capsize=3)
         ax.set_xscale("log", base=2)
@@ -424,7 +435,7 @@ def loss_chart(number: int, steps: NDArray, losses: NDArray) -> Markup:
     first = np.maximum(np.arange(steps.size) - width + 1, 0)
     running = (total[1:] - total[first]) / (np.arange(steps.size) - first + 1)
 
-    def draw(ax: Axes) -> None:
+    def draw(ax: "Axes") -> None:
         ax.plot(steps[thin], losses[thin], color=NORMAL, lw=0.7, alpha=0.4)
         ax.plot(steps[thin], running[thin], color=NORMAL, marker="o" if steps.size == 1 else None)
         if losses.min() > 0 and losses.max() > 20 * losses.min():
@@ -576,6 +587,8 @@ def promise(evaluation: Mapping[str, Any]) -> list[str]:
         called = sum(value <= rate for value in p)
         counts += [f"{called} of {len(p)} {kind} cases"] if p else []
         if label == 0 and p:
+            from scipy import stats
+
             k = math.floor(round(rate * (n + 1), 9))  # the threshold is the k-th highest of the n
             chance = float(stats.betabinom.sf(called - 1, len(p), k, n + 1 - k))
     words.append(f"With that alarm, at scores above {threshold:.4g}, here {' and '.join(counts)} alarmed.")
@@ -734,6 +747,7 @@ def digest(settings: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 
+@lru_cache(1)
 def templates() -> jinja2.Environment:
     """The pages' templates; what they write is escaped."""
     found = jinja2.Environment(
@@ -744,8 +758,7 @@ def templates() -> jinja2.Environment:
         lstrip_blocks=True,
     )
     found.filters |= {"number": _number, "interval": _interval}
-    colours = matplotlib.colormaps["inferno"](np.linspace(0, 1, 9))
-    gradient = ", ".join(f"rgb({r * 255:.0f} {g * 255:.0f} {b * 255:.0f})" for r, g, b, _ in colours)
+    gradient = ", ".join(f"rgb({r} {g} {b})" for r, g, b in palette()[np.linspace(0, 255, 9).round().astype(int)])
     found.globals |= {"normal": NORMAL, "abnormal": ABNORMAL, "gradient": gradient}
     return found
 

@@ -1,7 +1,7 @@
 """Devices and processes: placement of states and batches over them, and where their compiled programs are kept.
 
-Models say of their arrays only that samples are split (`by_sample`, `on_each_device`). A run of several processes, one
-a host or a device, is started by setting in each of them JAX_COORDINATOR_ADDRESS (HOST:PORT of the first),
+Models say of their arrays only that samples are split (`over_samples`, `on_each_device`). A run of several processes,
+one a host or a device, is started by setting in each of them JAX_COORDINATOR_ADDRESS (HOST:PORT of the first),
 JAX_NUM_PROCESSES and JAX_PROCESS_ID (0, 1, ...); in a step of SLURM (srun) or Open MPI (mpirun) of several tasks, JAX
 finds these by itself; on TPU pods where JAX_NUM_PROCESSES=auto."""
 
@@ -19,7 +19,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -82,11 +82,18 @@ def sharded(mesh: Mesh, tree: PyTree) -> PyTree:
     return jax.tree.map(place, tree)
 
 
-def by_sample(x: jax.Array) -> jax.Array:
-    """Inside a step of several devices: the same array, its first axis split over all of them, and nothing else of it,
-    where it divides. Transformers say so between their blocks; else the compiler, which sees weights split over `fsdp`,
-    splits channels too and sends activations around instead of weights. Elsewhere: the array."""
-    return jax.lax.with_sharding_constraint(x, BY_SAMPLE) if divides(x) else x
+def over_samples(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """A function (samples, ...) -> samples of which, inside a step of several devices, argument and result have their
+    first axis split over all of them, and nothing else of them, where it divides. All products and convolutions of
+    networks are such; else the compiler, which sees weights split over `fsdp`, splits channels too and sends
+    activations around instead of weights."""
+    split = lambda x: jax.lax.with_sharding_constraint(x, BY_SAMPLE) if divides(x) else x
+
+    @wraps(function)
+    def over(x: jax.Array, *more: Any, **options: Any) -> jax.Array:
+        return split(function(split(x), *more, **options))
+
+    return over
 
 
 def on_each_device(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:

@@ -3,7 +3,7 @@
 import importlib
 from collections.abc import Callable, Mapping
 from operator import itemgetter
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -180,13 +180,26 @@ def drawn(config: ConfigDict) -> tuple[str, int]:
     return what, config.evaluation[what]
 
 
+class Keys:
+    """The keys for initial weights that `nnx.Rngs(params=key)` gives, counted in Python: there the count is an array,
+    whose every update was traced, most of the time that it took to trace a network's initial weights."""
+
+    def __init__(self, key: Array):
+        self.key, self.drawn = key, 0
+
+    def params(self) -> Array:
+        self.drawn += 1
+        return jax.random.fold_in(self.key, self.drawn - 1)
+
+
 def network(make: Callable[[nnx.Rngs], nnx.Module]) -> tuple[Callable[[Array], PyTree], Callable[..., Any]]:
     """(init, bind) of a network: `init(key)` -> (params, stats) as plain nested dicts, `bind(params, stats)` -> the
     module. Statistics after a call: `stats_of(module)`."""
-    graph, *_ = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))), nnx.Param, ...)
+    drawn = lambda key: make(cast(nnx.Rngs, Keys(key)))
+    graph, *_ = nnx.split(nnx.eval_shape(lambda: drawn(jax.random.key(0))), nnx.Param, ...)
 
     def init(key: Array) -> tuple[PyTree, PyTree]:
-        params, stats = nnx.state(make(nnx.Rngs(params=key)), nnx.Param, ...)
+        params, stats = nnx.state(drawn(key), nnx.Param, ...)
         return nnx.to_pure_dict(params), nnx.to_pure_dict(stats)
 
     return init, lambda params, stats=None: nnx.merge(graph, params, stats or {})

@@ -8,14 +8,14 @@ import sys
 import tempfile
 
 # Before JAX is imported, and for the processes that tests start: programs are compiled with less effort, in a tenth of
-# the time, and equal ones once, as the workers inherit the folder.
+# the time, and equal ones once, as the workers inherit the folder, but for small ones, which cost more to keep.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="jmae-programs-")
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 if "XLA_FLAGS" not in os.environ:  # a process ends at a flag that its XLA does not know
-    trial = os.environ | {"XLA_FLAGS": "--xla_cpu_use_fusion_emitters=false"}
+    trial = os.environ | {"XLA_FLAGS": "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"}
     done = subprocess.run([sys.executable, "-c", "import jax; jax.devices()"], env=trial, capture_output=True)
     os.environ["XLA_FLAGS"] = "" if done.returncode else trial["XLA_FLAGS"]
 

@@ -73,18 +73,19 @@ class MultiLevelBlock(nnx.Module):
         self.gates = Gates(levels, width, width if gate == "channel" else 1, dtype, rngs=rngs)
         self.heads, self.gate, self.scale = heads, gate, levels**-0.5 if normed else 1.0
 
-    def __call__(self, y: Float[Array, "b n d"], levels: Float[Array, "levels b k e"]) -> Float[Array, "b n d"]:
+    def __call__(self, y: Float[Array, "b n d"], levels: Float[Array, "b levels k e"]) -> Float[Array, "b n d"]:
         s = self.attend.attended(y)
         return self.attend.transformed(s + self.scale * self.cross(s, levels))
 
-    def cross(self, s: Float[Array, "b n d"], levels: Float[Array, "levels b k e"]) -> Float[Array, "b n d"]:
+    def cross(self, s: Float[Array, "b n d"], levels: Float[Array, "b levels k e"]) -> Float[Array, "b n d"]:
         """sum_l alpha_l C_l, all levels in one call of the attention."""
-        (b, n, d), (count, _, k, e) = s.shape, levels.shape
+        (b, n, d), (_, count, k, e) = s.shape, levels.shape
         heads = (self.heads, d // self.heads)
         rows = s.reshape(b * n, d)
-        q = jnp.broadcast_to(self.query(self.norm(rows)).reshape(b, n, *heads), (count, b, n, *heads))
-        kv = self.key_value(self.level_norm(levels.reshape(-1, e))).reshape(count * b, k, 2, *heads)
-        found = attention(q.reshape(count * b, n, *heads), kv[:, :, 0], kv[:, :, 1]).reshape(count, b * n, d)
+        q = jnp.repeat(self.query(self.norm(rows)).reshape(b, n, *heads), count, axis=0)
+        kv = self.key_value(self.level_norm(levels.reshape(-1, e))).reshape(b * count, k, 2, *heads)
+        found = attention(q, kv[:, :, 0], kv[:, :, 1]).reshape(b, count, n, d)
+        found = found.swapaxes(0, 1).reshape(count, b * n, d)
         of_s, of_c, bias = self.gates.parts()
         if self.gate == "channel":
             c = self.out(found.reshape(-1, d)).reshape(count, b * n, d)
@@ -118,4 +119,4 @@ class MultiLevelMAE(MAE):
         self, latent: Float[Array, "levels b k+1 d"], restore: Int[Array, "b n"], *context: Array
     ) -> Float[Array, "b n v"]:
         """A prediction for every token from what `encode` gives, in float32; hidden places hold the mask token."""
-        return super().decode(self.encoder_norm(latent[-1]), restore, latent, *context)
+        return super().decode(self.encoder_norm(latent[-1]), restore, latent.swapaxes(0, 1), *context)

@@ -28,6 +28,7 @@ from jmae.nn.attention import attention
 from jmae.nn.transformer import layer_norm, linear
 from jmae.nn.unet import conv, convolve, dropout, upsample
 from jmae.patches import grid_of, patchify, unpatchify
+from jmae.sharding import over_samples
 
 leaky_relu = partial(jax.nn.leaky_relu, negative_slope=0.2)
 
@@ -35,6 +36,7 @@ leaky_relu = partial(jax.nn.leaky_relu, negative_slope=0.2)
 # --- convolutions -----------------------------------------------------------------------------------------------------
 
 
+@over_samples
 def halved(
     x: Float[Array, "b *size c"], kernel: Float[Array, "*kernel c d"], *_: object, **__: object
 ) -> Float[Array, "b *half d"]:
@@ -55,6 +57,7 @@ def halved(
     return convolve(blocks, flat.reshape(*[length] * rank, -1, d))
 
 
+@over_samples
 def doubled(
     x: Float[Array, "b *size c"], kernel: Float[Array, "*kernel c d"], *_: object, **__: object
 ) -> Float[Array, "b *double d"]:

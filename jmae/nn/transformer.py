@@ -15,9 +15,10 @@ from jaxtyping import Array, Float
 
 from jmae.errors import InputError
 from jmae.nn.attention import attention
-from jmae.sharding import by_sample
+from jmae.sharding import over_samples
 
 xavier = nnx.initializers.xavier_uniform()
+product = over_samples(jax.lax.dot_general)
 
 
 def kept(primitive: Any, *values: Any, **parameters: Any) -> bool:
@@ -33,7 +34,7 @@ def kept(primitive: Any, *values: Any, **parameters: Any) -> bool:
 
 def linear(inputs: int, outputs: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.Linear:
     """Dense layer, Xavier uniform, zero bias; float32 parameters, `dtype` arithmetic."""
-    return nnx.Linear(inputs, outputs, kernel_init=xavier, dtype=dtype, rngs=rngs)
+    return nnx.Linear(inputs, outputs, kernel_init=xavier, dtype=dtype, dot_general=product, rngs=rngs)
 
 
 def layer_norm(width: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.LayerNorm:
@@ -116,7 +117,7 @@ class Blocks(nnx.Module):
         graph, parameters = nnx.split(self.stack)
         if self.skips:
             return self.outputs(x, *context)[-1]
-        block = lambda x, p: (by_sample(nnx.merge(graph, p)(by_sample(x), *context)), None)
+        block = lambda x, p: (nnx.merge(graph, p)(x, *context), None)
         return jax.lax.scan(self._checkpoint(block), x, parameters)[0]
 
     def outputs(self, x: Float[Array, "b n d"], *context: Array) -> Float[Array, "depth b n d"]:
@@ -125,7 +126,7 @@ class Blocks(nnx.Module):
 
         def block(x: Array, one: tuple[Any, Array | None]) -> tuple[Array, Array]:
             p, skip = one
-            x = by_sample(nnx.merge(graph, p)(by_sample(x if skip is None else x + skip), *context))
+            x = nnx.merge(graph, p)(x if skip is None else x + skip, *context)
             return x, x
 
         scan = partial(jax.lax.scan, self._checkpoint(block))

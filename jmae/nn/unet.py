@@ -17,6 +17,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Key
 
 from jmae.errors import InputError
+from jmae.sharding import over_samples
 
 
 def check_size(size: tuple[int, ...], levels: int) -> list[tuple[int, ...]]:
@@ -59,6 +60,7 @@ def dropout(x: Float[Array, " b *n"], keys: Key[Array, " b"], rate: float) -> Fl
     return jnp.where(kept, x / (1 - rate), 0).astype(x.dtype)
 
 
+@over_samples
 def convolve(
     x: Float[Array, "b *size c"], kernel: Float[Array, "*kernel c d"], *_: Any, **__: Any
 ) -> Float[Array, "b *size d"]:

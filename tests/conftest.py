@@ -15,7 +15,7 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="jmae-programs-")
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 if "XLA_FLAGS" not in os.environ:  # a process ends at a flag that its XLA does not know
-    trial = os.environ | {"XLA_FLAGS": "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"}
+    trial = os.environ | {"XLA_FLAGS": "--xla_cpu_use_fusion_emitters=false"}
     done = subprocess.run([sys.executable, "-c", "import jax; jax.devices()"], env=trial, capture_output=True)
     os.environ["XLA_FLAGS"] = "" if done.returncode else trial["XLA_FLAGS"]
 

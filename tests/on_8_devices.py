@@ -11,7 +11,7 @@ import numpy as np
 from drawn import first_state
 from patients import arguments
 
-from jmae import recipe, sharding, train
+from jmae import plan, recipe, sharding, train
 from jmae.errors import exit_code
 from jmae.system import load_system, stage_keys
 
@@ -104,6 +104,24 @@ def bytes_of_states() -> dict[str, list[int]]:
     return out
 
 
+def exchanged() -> dict[str, list[float]]:
+    """Of steps of 4096 samples on 8 devices with weights over 4: bytes of all collectives, and of all weights. P-PII's
+    anomalies come from the image itself, as others' are exchanged by design."""
+    out = {}
+    for name, stage, *changes in (
+        ("memmc_mae", "train"),
+        ("amae", "proxy"),
+        ("amae", "module_a", "adapt.masks=2"),
+        ("ppii", "train", "anomaly.source=self"),
+        ("simsid", "teacher", "variant=report"),
+    ):
+        config, _ = small_system("fsdp=4", *changes, name=name)
+        (found,) = plan.plan(config, plan.target_of("h100:8"), stage=stage, batch=4096)
+        weights = 4 * sum(found["memory"][kind] for kind in ("parameters", "frozen weights and statistics"))
+        out[f"{name} {stage}"] = [sum(each["bytes"] for each in found["collectives"]), weights]
+    return out
+
+
 if __name__ == "__main__":
     assert jax.device_count() == 8
     sharding.SPLIT_FROM = 256  # numbers: the networks are small
@@ -122,6 +140,5 @@ if __name__ == "__main__":
     ):
         found = mapped_against_jitted(*small_system(*changes, name=name), small)
         mapped |= {f"{title} {stage}": both for stage, both in found.items()}
-    print(
-        json.dumps({"code": code, "indivisible": wrong, "uneven": uneven, "mapped": mapped, "bytes": bytes_of_states()})
-    )
+    said = {"code": code, "indivisible": wrong, "uneven": uneven, "mapped": mapped, "bytes": bytes_of_states()}
+    print(json.dumps(said | {"exchanged": exchanged()}))

@@ -66,6 +66,11 @@ def test_parameters_and_optimiser_state_are_split_over_the_devices_of_fsdp(on_ei
         assert all_ > 50_000 and own == all_ // int(fsdp)
 
 
+def test_devices_exchange_weights_and_gradients_and_no_activations(on_eight):
+    for stage, (collected, weights) in on_eight[1]["exchanged"].items():
+        assert 0 < collected < 5 * weights, stage  # forward, backward, gradients; the samples are many times as much
+
+
 def test_an_fsdp_that_does_not_divide_the_devices_is_one_line(on_eight):
     _, said, stderr = on_eight
     assert said["uneven"] == 2

@@ -84,13 +84,14 @@ class MultiLevelBlock(nnx.Module):
         rows = s.reshape(b * n, d)
         q = jnp.repeat(self.query(self.norm(rows)).reshape(b, n, *heads), count, axis=0)
         kv = self.key_value(self.level_norm(levels.reshape(-1, e))).reshape(b * count, k, 2, *heads)
-        found = attention(q, kv[:, :, 0], kv[:, :, 1]).reshape(b, count, n, d)
-        found = found.swapaxes(0, 1).reshape(count, b * n, d)
+        found = attention(q, kv[:, :, 0], kv[:, :, 1])
+        by_level = lambda x: x.reshape(b, count, n, d).swapaxes(0, 1).reshape(count, b * n, d)
         of_s, of_c, bias = self.gates.parts()
         if self.gate == "channel":
-            c = self.out(found.reshape(-1, d)).reshape(count, b * n, d)
+            c = by_level(self.out(found.reshape(-1, d)))
             alpha = jax.nn.sigmoid(_each(rows, of_s) + jnp.einsum("lrd,ldo->lro", c, of_c) + bias)
             return jnp.sum(alpha * c, axis=0).reshape(b, n, d)
+        found = by_level(found)
         project, shift = (p[...].astype(s.dtype) for p in (self.out.kernel, self.out.bias))  # type: ignore[index]
         seen = jnp.einsum("lrd,ldo->lro", found, project @ of_c) + (shift @ of_c)[:, None]
         alpha = jax.nn.sigmoid(_each(rows, of_s) + seen + bias)

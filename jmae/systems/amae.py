@@ -204,8 +204,9 @@ def build(config: ConfigDict) -> System:
         pasted, _, _ = jax.vmap(lambda image, lungs, key: paste(image, image, key, lungs=lungs))(
             batch["image"], batch["lungs"], sample_keys(key, batch["index"])
         )
-        x = jax.lax.stop_gradient(features(state.frozen, jnp.concatenate([batch["image"], pasted])))
-        target = jnp.repeat(jnp.arange(2), len(batch["image"]))
+        both = jnp.stack([batch["image"], pasted], 1).reshape(-1, *pasted.shape[1:])  # a device has both of its own
+        x = jax.lax.stop_gradient(features(state.frozen, both))
+        target = jnp.tile(jnp.arange(2), len(pasted))
 
         def loss(params):  # Eq. 2: the two terms, each a mean over the batch
             head = head_of(params, state.stats)

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 from jmae.masking import take
 from jmae.nn.transformer import Block, Blocks, layer_norm, linear
 from jmae.patches import grid_of, sincos_positions
+from jmae.sharding import over_samples
 
 token_init = nnx.initializers.normal(0.02)
 
@@ -73,7 +74,7 @@ class MAE(nnx.Module):
 
     def embed(self, patches: Float[Array, "b n v"]) -> Float[Array, "b n d"]:
         """All patches as tokens with their position codes, no class token yet."""
-        return self.patch_embed(patches) + self.positions(self.grid, self.width).astype(self.dtype)
+        return over_samples(self.patch_embed)(patches) + self.positions(self.grid, self.width).astype(self.dtype)
 
     def with_class(self, tokens: Float[Array, "b k d"]) -> Float[Array, "b k+1 d"]:
         """The class token before the others."""
@@ -88,13 +89,13 @@ class MAE(nnx.Module):
         self, latent: Float[Array, "b k+1 d"], restore: Int[Array, "b n"], *context: Array
     ) -> Float[Array, "b n v"]:
         """A prediction for every token, in float32; hidden places hold the mask token; `context` for the blocks."""
-        x = self.decoder_embed(latent)
+        x = over_samples(self.decoder_embed)(latent)
         absent = (len(x), restore.shape[1] + 1 - x.shape[1], self.decoder_width)
         mask_token = jnp.broadcast_to(self.mask_token[...].astype(self.dtype), absent)
         tokens = take(jnp.concatenate([x[:, 1:], mask_token], axis=1), restore)
         tokens = tokens + self.positions(self.grid, self.decoder_width).astype(self.dtype)
         x = self.decoder_norm(self.decoder(jnp.concatenate([x[:, :1], tokens], axis=1), *context))
-        return self.predict(x[:, 1:]).astype(jnp.float32)
+        return over_samples(self.predict)(x[:, 1:]).astype(jnp.float32)
 
     def __call__(
         self, patches: Float[Array, "b n v"], keep: Int[Array, "b k"], restore: Int[Array, "b n"]

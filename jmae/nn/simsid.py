@@ -369,7 +369,7 @@ class Inpainting(nnx.Module):
         drop = None if keys is None else jax.vmap(lambda key: jax.random.split(key, (depth, 2)))(keys)
         for i, layer in enumerate(self.layers):
             query = tokens if i + 1 < depth else tokens[:, -1:]
-            tokens = layer(query, tokens, None if drop is None else drop[:, i])
+            tokens = over_samples(layer)(query, tokens, None if drop is None else drop[:, i])
         return self.out(tokens[:, -1]).reshape(*x.shape[:2], -1)
 
 

@@ -18,7 +18,6 @@ from jmae.nn.attention import attention
 from jmae.sharding import over_samples
 
 xavier = nnx.initializers.xavier_uniform()
-product = over_samples(jax.lax.dot_general)
 
 
 def kept(primitive: Any, *values: Any, **parameters: Any) -> bool:
@@ -34,7 +33,7 @@ def kept(primitive: Any, *values: Any, **parameters: Any) -> bool:
 
 def linear(inputs: int, outputs: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.Linear:
     """Dense layer, Xavier uniform, zero bias; float32 parameters, `dtype` arithmetic."""
-    return nnx.Linear(inputs, outputs, kernel_init=xavier, dtype=dtype, dot_general=product, rngs=rngs)
+    return nnx.Linear(inputs, outputs, kernel_init=xavier, dtype=dtype, rngs=rngs)
 
 
 def layer_norm(width: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.LayerNorm:
@@ -117,7 +116,7 @@ class Blocks(nnx.Module):
         graph, parameters = nnx.split(self.stack)
         if self.skips:
             return self.outputs(x, *context)[-1]
-        block = lambda x, p: (nnx.merge(graph, p)(x, *context), None)
+        block = lambda x, p: (over_samples(nnx.merge(graph, p))(x, *context), None)
         return jax.lax.scan(self._checkpoint(block), x, parameters)[0]
 
     def outputs(self, x: Float[Array, "b n d"], *context: Array) -> Float[Array, "depth b n d"]:
@@ -126,7 +125,7 @@ class Blocks(nnx.Module):
 
         def block(x: Array, one: tuple[Any, Array | None]) -> tuple[Array, Array]:
             p, skip = one
-            x = nnx.merge(graph, p)(x if skip is None else x + skip, *context)
+            x = over_samples(nnx.merge(graph, p))(x if skip is None else x + skip, *context)
             return x, x
 
         scan = partial(jax.lax.scan, self._checkpoint(block))

@@ -32,9 +32,9 @@ def first_steps(system: str, preset: str) -> dict[str, Any]:
 
     from benchmarks.volume import ROOT
     from jmae import recipe
-    from jmae.sharding import keep_compiled
+    from jmae.sharding import device_mesh, keep_compiled
     from jmae.system import load_system, stage_keys
-    from jmae.train import compiled_step
+    from jmae.train import compiled_init, compiled_step
 
     keep_compiled()
     config = recipe.load(f"{ROOT / 'configs' / system}.py:{preset}")
@@ -42,7 +42,7 @@ def first_steps(system: str, preset: str) -> dict[str, Any]:
     seconds, imported = {}, time.time()
     for number, stage in enumerate(load_system(config).stages):
         start, n, key = time.perf_counter(), stage.batch, stage_keys(config, number)
-        state = jax.jit(lambda key, results, stage=stage, n=n: stage.init(key, results, n))(key, results)
+        state = compiled_init(stage, n, 1, device_mesh())(key, results)
         image = np.random.default_rng(0).uniform(size=(n, *config.data.size, config.data.channels)).astype(np.float32)
         rows = {"image": image, "index": np.arange(n, dtype=np.int32), "case": np.zeros((n, 2), np.uint32)}
         rows |= {name: np.stack([make(one) for one in image]) for name, make in stage.host.items()}

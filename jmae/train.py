@@ -144,13 +144,7 @@ def train_stage(
     steps = round(np.mean([stage.steps(len(table)) for table in tables]))
     keys, mesh = stage_keys(config, number), device_mesh(config.get("fsdp", 1))
 
-    def init(key: Any, results: Results) -> State:
-        return stage.init(key, results, len(tables[0]))
-
-    def whole(key: Any, results: Results) -> State:
-        return placed((init if n == 1 else jax.vmap(init))(key, results), mesh)
-
-    state = jax.jit(whole)(keys, results)
+    state = compiled_init(stage, len(tables[0]), n, mesh)(keys, results)
     frozen = state.frozen
     identity = {"recipe": fixed(config), "rows": digest(images.rows)}
     found = checkpoint.restore(folder, state._replace(frozen={}), config=identity, log=log)
@@ -255,6 +249,20 @@ def train_stage(
                 what = f"stopped by {stop.name}: stage {name}, step {k} saved in {folder}: run again to go on"
                 raise Stopped(what, stop)
     return state
+
+
+def compiled_init(stage: Stage, rows: int, n: int, mesh: Mesh) -> Callable[[Any, Results], State]:
+    """A stage's first state for so many rows, `vmap`ped over n replicates, `placed`. It runs once: for a CPU it is
+    compiled with less effort, in about half the time, to the same numbers."""
+
+    def one(key: Any, results: Results) -> State:
+        return stage.init(key, results, rows)
+
+    def whole(key: Any, results: Results) -> State:
+        return placed((one if n == 1 else jax.vmap(one))(key, results), mesh)
+
+    less = jax.default_backend() == "cpu" and not jax.config.values["jax_disable_most_optimizations"]
+    return jax.jit(whole, compiler_options={"xla_backend_optimization_level": 1} if less else None)
 
 
 @lru_cache(maxsize=8)

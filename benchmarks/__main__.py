@@ -222,8 +222,8 @@ def page(results: Path) -> str:
     head += (
         "A figure stands beside its command, its date, the machine [n] and how loaded that was (load: processes that"
     )
-    head += " wanted to run when the result was written).\nRatios of times: median, least and greatest over interleaved"
-    head += " rounds; where others use the machine, the ratio of CPU seconds tells more.\n"
+    head += " wanted to run when the result was written).\nRatios of times, the others' over jmae's: median, least and"
+    head += " greatest over interleaved rounds; where others use the machine, the ratio of CPU seconds tells more.\n"
     where = [f"{k}. {text}" for k, text in enumerate(machines, 1)]
     missing = [f"- {line}" for line in absent] or ["- nothing"]
     return "\n".join([head, "## Machines\n", *where, "\n## Not run\n", *missing, "", *body]).rstrip() + "\n"

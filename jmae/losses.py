@@ -8,8 +8,8 @@ from jmae.nn.phiseg import Normal, accumulated
 
 
 def masked_mse(
-    prediction: Float[Array, "b n v"], target: Float[Array, "b n v"], hidden: Bool[Array, "b n"]
-) -> Float[Array, " b"]:
+    prediction: Float[Array, "*b n v"], target: Float[Array, "*b n v"], hidden: Bool[Array, "*b n"]
+) -> Float[Array, " *b"]:
     """Mean squared error of a patch, averaged over the hidden patches of each sample (He et al. 2022, section 3;
     raw pixels, no normalisation of patches). Every sample hides equally many, so the mean over the batch is the
     official code's loss."""

@@ -3,7 +3,7 @@
 A higher score is more abnormal, and "called abnormal at t" means `score >= t` throughout. Everything follows
 from two sorted arrays, the scores of the negatives and those of the positives: AUROC is the rank statistic, AP
 the mean over positives of the precision at their own score; and as a threshold that is no positive's score only
-adds negatives, the best Dice and the best Youden index lie at a positive's score too. So nothing is argsorted,
+adds negatives, the best Dice and the best Youden index lie at a positive's score too. So no pixels are argsorted,
 ties need no special case, and 10^8 float32 pixels take about 1 GB beside the caller's own arrays. Only pools of
 more than `EXACT` pixels are counted in bins, and then state how far off AUROC and AP can be (`Pooled`).
 
@@ -20,7 +20,7 @@ from scipy import ndimage, special
 
 from jmae.errors import InputError
 
-CHUNK = 1 << 20  # scores looked up or binned at a time; bounds the int64 counts to a few ten MB
+CHUNK = 1 << 20  # scores looked up or binned, and cases of draws counted, at a time: at most about 100 MB
 EXACT = 1 << 27  # pixels that a pool keeps one by one (512 MiB of float32); more are counted in bins
 FROC_EXACT = 1 << 30  # pixels of the maps that a free-response curve keeps (4 GiB)
 IOU_EXACT = 1 << 26  # distinct scores that a `Localisation` keeps one by one (768 MiB); more are thinned
@@ -274,7 +274,7 @@ def _drawn(labels: NDArray[np.bool_], patients: Sequence[Any], draws: int, seed:
 def _over_draws(measure: Measure, labels: NDArray[np.bool_], scores: NDArray[Any]) -> Callable[[NDArray], NDArray]:
     """A function (k, cases) -> (k,): a measure of draws from how often each case is in them; scores are sorted once."""
     if measure not in (auroc, average_precision):
-        raise ValueError("draws have auroc or average_precision")
+        raise ValueError("measure is auroc or average_precision")
     _check_finite(scores[~labels], scores[labels])
     order = np.argsort(scores)
     sorted_scores, sorted_labels = scores[order], labels[order]

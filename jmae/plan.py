@@ -167,13 +167,13 @@ def devices_of(target: Target) -> Sequence[Any]:
         TPU_ACCELERATOR_TYPE={target.chip.example} TPU_MIN_LOG_LEVEL=3 TPU_STDERR_LOG_LEVEL=3"""
     for setting in settings.split():
         os.environ.setdefault(*setting.split("="))
+    own = {2: "4x4, 8x8, 16x16", 3: "2x2x1, 2x2x4, 4x4x4"}[len(target.shape)]
     name = f"{target.name}:{'x'.join(map(str, target.shape))}"
     options: dict[str, Any] = {"chips_per_host_bounds": (1, 1, 1)} if count == 1 else {}
     try:
         return topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
     except Exception as error:
-        known = {2: "4x4, 8x8 or 16x16", 3: "2x2x1, 2x2x4 or 4x4x4"}[len(target.shape)]
-        raise InputError(f"libtpu refuses the torus {name} ({first_line(error)}): use {known}, say") from error
+        raise InputError(f"libtpu refuses {name} ({first_line(error)}): use a torus that is made, as {own}") from error
 
 
 def first_line(error: Exception) -> str:

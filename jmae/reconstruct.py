@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key, PyTree
+from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from jmae.errors import InputError
 from jmae.losses import masked_mse
@@ -25,13 +25,16 @@ class Reconstruction(NamedTuple):
     measured: PyTree = None  # mean over the masks of what `measure` gave
 
 
-def _mask_rows(keys: Key[Array, " b"], numbers: Array) -> Key[Array, " m*b"]:
-    """Keys of masks `numbers` of every sample, mask-major: a mask depends on its sample's key and its number only."""
-    return jax.vmap(partial(fold_in, keys))(numbers).reshape(-1)
-
-
-def _repeat(x: Float[Array, "b n d"], times: int) -> Float[Array, "m*b n d"]:
-    return jnp.broadcast_to(x, (times, *x.shape)).reshape(-1, *x.shape[1:])
+def _predicted(
+    mae: MAE, tokens: Float[Array, "b n d"], keys: Key[Array, " b"], numbers: Int[Array, " m"], kept: int
+) -> tuple[Float[Array, "b m n v"], Bool[Array, "b m n"]]:
+    """What the decoder makes of every sample under its masks `numbers`, and what they hide. A mask depends on its
+    sample's key and its number only. Samples come first, so that they stay on the devices over which they are split."""
+    (b, n, _), m = tokens.shape, len(numbers)
+    keys = jax.vmap(partial(fold_in, keys), out_axes=1)(numbers).reshape(-1)
+    keep, restore = random_mask(keys, n, kept)
+    prediction = mae.decode(mae.encode(take(jnp.repeat(tokens, m, axis=0), keep)), restore)
+    return prediction.reshape(b, m, n, -1), hidden(restore, kept).reshape(b, m, n)
 
 
 def masked_loss(
@@ -46,12 +49,8 @@ def masked_loss(
     """Mean over `masks` masks of the masked-patch error (AMAE Eq. 3; with one mask He et al. 2022)."""
     patches = patchify(image, patch)
     kept = visible_tokens(patches.shape[1], ratio)
-    # Sample-major, so that a split of samples over devices stays one.
-    keys = jax.vmap(partial(fold_in, keys), out_axes=1)(jnp.arange(masks)).reshape(-1)
-    keep, restore = random_mask(keys, patches.shape[1], kept)
-    again = partial(jnp.repeat, repeats=masks, axis=0)
-    prediction = mae.decode(mae.encode(take(again(mae.embed(patches)), keep)), restore)
-    return jnp.mean(masked_mse(prediction, again(patches), hidden(restore, kept)))
+    prediction, unseen = _predicted(mae, mae.embed(patches), keys, jnp.arange(masks), kept)
+    return jnp.mean(masked_mse(prediction, patches[:, None], unseen))
 
 
 def reconstruct(
@@ -75,21 +74,19 @@ def reconstruct(
     """
     patches = patchify(image, patch)
     tokens = mae.embed(patches)
-    b, n, _ = patches.shape
-    kept = visible_tokens(n, ratio)
+    kept = visible_tokens(patches.shape[1], ratio)
     chunk = min(chunk or masks, masks)
 
     whole = partial(unpatchify, size=image.shape[1:-1], patch=patch)
 
     def moments(numbers: Array) -> PyTree:
-        keep, restore = random_mask(_mask_rows(keys, numbers), n, kept)
-        prediction = mae.decode(mae.encode(take(_repeat(tokens, chunk), keep)), restore)
-        difference = prediction.reshape(chunk, b, n, -1) - patches
+        prediction, unseen = _predicted(mae, tokens, keys, numbers, kept)
+        difference = prediction - patches[:, None]
         if paste:
-            difference = difference * hidden(restore, kept).reshape(chunk, b, n, 1)
-        measured = jax.vmap(lambda d: measure(image, image + whole(d)))(difference)
+            difference = difference * unseen[..., None]
+        measured = jax.vmap(lambda d: measure(image, image + whole(d)), 1, 1)(difference)
         used = (numbers < masks).astype(jnp.float32)  # the last chunk may be padded
-        mean = lambda values: jnp.tensordot(used, values, 1) / masks
+        mean = lambda values: jnp.tensordot(values, used, (1, 0)) / masks
         return jax.tree.map(mean, (difference, difference**2, measured))
 
     numbers = jnp.arange(-(-masks // chunk) * chunk).reshape(-1, chunk)

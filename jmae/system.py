@@ -185,21 +185,21 @@ class Keys:
     whose every update was traced, most of the time that it took to trace a network's initial weights."""
 
     def __init__(self, key: Array):
-        self.key, self.drawn = key, 0
+        self.key, self.count = key, 0
 
     def params(self) -> Array:
-        self.drawn += 1
-        return jax.random.fold_in(self.key, self.drawn - 1)
+        self.count += 1
+        return jax.random.fold_in(self.key, self.count - 1)
 
 
 def network(make: Callable[[nnx.Rngs], nnx.Module]) -> tuple[Callable[[Array], PyTree], Callable[..., Any]]:
     """(init, bind) of a network: `init(key)` -> (params, stats) as plain nested dicts, `bind(params, stats)` -> the
     module. Statistics after a call: `stats_of(module)`."""
-    drawn = lambda key: make(cast(nnx.Rngs, Keys(key)))
-    graph, *_ = nnx.split(nnx.eval_shape(lambda: drawn(jax.random.key(0))), nnx.Param, ...)
+    made = lambda key: make(cast(nnx.Rngs, Keys(key)))
+    graph, *_ = nnx.split(nnx.eval_shape(lambda: made(jax.random.key(0))), nnx.Param, ...)
 
     def init(key: Array) -> tuple[PyTree, PyTree]:
-        params, stats = nnx.state(drawn(key), nnx.Param, ...)
+        params, stats = nnx.state(made(key), nnx.Param, ...)
         return nnx.to_pure_dict(params), nnx.to_pure_dict(stats)
 
     return init, lambda params, stats=None: nnx.merge(graph, params, stats or {})

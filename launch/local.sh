@@ -6,7 +6,7 @@
 # process of lowest number that does not.
 set -euo pipefail
 if [[ ${1-} == --help ]]; then
-  sed -n '2,/^set/{/^set/!s/^# \{0,1\}//p}' "$0"
+  sed -n '/^set/q; 2,$ s/^# \{0,1\}//p' "$0"
   exit 0
 fi
 if [[ ! ${1-} =~ ^[1-9][0-9]*$ || $# -lt 2 ]]; then

@@ -5,7 +5,7 @@
 #     --config.data.manifest=MANIFEST.csv --workdir /shared/maemi
 set -euo pipefail
 if [[ ${1-} == --help ]]; then
-  sed -n '2,/^set/{/^set/!s/^# \{0,1\}//p}' "$0"
+  sed -n '/^set/q; 2,$ s/^# \{0,1\}//p' "$0"
   exit 0
 fi
 if (($# < 3)); then

@@ -114,9 +114,11 @@ def exchanged() -> dict[str, list[float]]:
         ("amae", "module_a", "adapt.masks=2"),
         ("ppii", "train", "anomaly.source=self"),
         ("simsid", "teacher", "variant=report"),
+        ("simsid", "student", "variant=report"),
     ):
         config, _ = small_system("fsdp=4", *changes, name=name)
         (found,) = plan.plan(config, plan.target_of("h100:8"), stage=stage, batch=4096)
+        assert not found["loops_unknown"]
         weights = 4 * sum(found["memory"][kind] for kind in ("parameters", "frozen weights and statistics"))
         out[f"{name} {stage}"] = [sum(each["bytes"] for each in found["collectives"]), weights]
     return out

@@ -62,7 +62,7 @@ def test_results_of_a_gpu_stand_in_a_section_of_their_own(tmp_path):
 
 
 def test_the_page_is_that_of_the_results_beside_it():
-    assert PAGE.read_text() == page(RESULTS), "python -m benchmarks --render"
+    assert PAGE.read_text(encoding="utf-8") == page(RESULTS), "python -m benchmarks --render"
 
 
 def test_a_torn_result_file_is_one_line(tmp_path):

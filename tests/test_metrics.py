@@ -231,7 +231,7 @@ def test_intervals_do_not_depend_on_how_many_draws_are_looked_at_at_a_time(monke
         with monkeypatch.context() as patch:
             patch.setattr(metrics, "CHUNK", 70)
             assert metrics.bootstrap_interval(figure, labels, scores, patients, draws=100) == pytest.approx(together)
-    with pytest.raises(ValueError, match="auroc or average_precision"):
+    with pytest.raises(ValueError, match="measure is auroc or average_precision"):
         metrics.bootstrap_interval(metrics.best_dice, labels, scores, patients)
 
 

@@ -243,7 +243,8 @@ def test_a_torus_that_libtpu_refuses_is_one_line(monkeypatch):
     monkeypatch.setattr(plan.importlib.util, "find_spec", lambda name: name)
     monkeypatch.setattr(plan.topologies, "get_topology_desc", refuse)
     with pytest.raises(
-        InputError, match=r"libtpu refuses the torus v5e:3x5 \(INVALID_ARGUMENT: not divisible by 2x2x1\): use 4x4, "
+        InputError,
+        match=r"libtpu refuses v5e:3x5 \(INVALID_ARGUMENT: not divisible by 2x2x1\): use a torus that is made, as 4x4",
     ):
         plan.devices_of(plan.target_of("v5e:3x5"))
 

@@ -36,7 +36,6 @@ leaky_relu = partial(jax.nn.leaky_relu, negative_slope=0.2)
 # --- convolutions -----------------------------------------------------------------------------------------------------
 
 
-@over_samples
 def halved(
     x: Float[Array, "b *size c"], kernel: Float[Array, "*kernel c d"], *_: object, **__: object
 ) -> Float[Array, "b *half d"]:

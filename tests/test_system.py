@@ -1,0 +1,56 @@
+"""Initial weights, and what a command imports."""
+
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from on_8_devices import small_system
+
+from jmae.nn.transformer import Block
+from jmae.nn.unet import Convs
+from jmae.sharding import device_mesh
+from jmae.system import network, stage_keys
+from jmae.train import compiled_init
+
+
+def equal(a, b) -> bool:
+    return jax.tree.all(jax.tree.map(lambda x, y: bool((np.asarray(x) == np.asarray(y)).all()), a, b))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda rngs: Block(6, 2, 2.0, jnp.float32, 3, rngs=rngs),
+        lambda rngs: Convs(2, 1, (3, 2), jnp.float32, rngs=rngs),
+    ],
+    ids=["transformer", "convolutions"],
+)
+def test_initial_weights_are_those_of_the_library_s_keys(make):
+    key = jax.random.key(7)
+    init, _ = network(make)
+    library = jax.jit(lambda: nnx.state(make(nnx.Rngs(params=key)), nnx.Param))()
+    assert equal(jax.jit(init)(key)[0], nnx.to_pure_dict(library))
+
+
+@pytest.mark.parametrize("name", ["memmc_mae", "ppii"])
+def test_less_effort_of_the_compiler_gives_the_same_initial_weights(name):
+    config, system = small_system(name=name)
+    stage, key = system.stages[0], stage_keys(config, 0)
+    before = jax.config.values["jax_disable_most_optimizations"]
+    jax.config.update("jax_disable_most_optimizations", False)
+    try:
+        whole = jax.jit(lambda key: stage.init(key, {}, 8))(key)
+        less = compiled_init(stage, 8, 1, device_mesh())(key, {})
+    finally:
+        jax.config.update("jax_disable_most_optimizations", before)
+    assert equal(whole, less)
+
+
+def test_training_does_not_import_what_draws_before_it_draws():
+    program = "import sys, jmae.train, jmae.evaluate; print(*({'matplotlib', 'scipy.stats', 'torch'} & {*sys.modules}))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert not done.stdout.strip()

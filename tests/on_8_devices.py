@@ -115,6 +115,7 @@ def exchanged() -> dict[str, list[float]]:
         ("ppii", "train", "anomaly.source=self"),
         ("simsid", "teacher", "variant=report"),
         ("simsid", "student", "variant=report"),
+        ("simsid", "joint", "variant=official"),
     ):
         config, _ = small_system("fsdp=4", *changes, name=name)
         (found,) = plan.plan(config, plan.target_of("h100:8"), stage=stage, batch=4096)

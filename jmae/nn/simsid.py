@@ -28,7 +28,7 @@ from jmae.nn.attention import attention
 from jmae.nn.transformer import layer_norm, linear
 from jmae.nn.unet import conv, convolve, dropout, upsample
 from jmae.patches import grid_of, patchify, unpatchify
-from jmae.sharding import over_samples
+from jmae.sharding import on_each_device, over_samples
 
 leaky_relu = partial(jax.nn.leaky_relu, negative_slope=0.2)
 
@@ -200,7 +200,8 @@ def retrieve(
     """
     own = "nmd" if rows.ndim == 3 else "md"
     soft = jax.nn.softmax((jnp.einsum(f"bnd,{own}->bnm", query, rows) + noise) / temperature)
-    index = jax.lax.top_k(soft, min(k, soft.shape[-1]))[1]
+    highest = on_each_device(lambda x: jax.lax.top_k(x, min(k, x.shape[-1]))[1])  # else gathered from all for it
+    index = highest(jax.lax.stop_gradient(soft))
     chosen = jnp.sum(jax.nn.one_hot(index, soft.shape[-1], dtype=soft.dtype), -2)
     if weighted:
         chosen = chosen * soft

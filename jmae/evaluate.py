@@ -53,7 +53,17 @@ from jmae.errors import InputError, exit_code
 from jmae.masking import case_keys
 from jmae.reconstruct import fitting, out_of_memory, too_large
 from jmae.report import PERCENTILES, Case, Scale, choose_cases, held_side, one_slice, without_curves, write_report
-from jmae.run_folder import digest, log, read_history, read_seen, recipe_digest, write_csv, write_seen, write_text
+from jmae.run_folder import (
+    digest,
+    log,
+    output_folder,
+    read_history,
+    read_seen,
+    recipe_digest,
+    write_csv,
+    write_seen,
+    write_text,
+)
 from jmae.scoring import Calibration, alarm_threshold, colour_ends, top_mean
 from jmae.sharding import device_mesh, joined, keep_compiled, of_all, replicated, split
 from jmae.system import Results, Sweep, System, compute_type, load_system, stage_keys
@@ -91,7 +101,7 @@ def main(argv: list[str]) -> int:
         # These are of the data trained on.
         neutral |= {"anomaly_ratio": -1.0, "unlabeled_size": 0, "unlabeled_labels": "", "calibration": 0.0}
         config.data.update({key: value for key, value in neutral.items() if key in config.data})
-    out = Path(given.get("out", workdir / ("evaluation" if split == "test" else f"evaluation-{split}")))
+    out = output_folder(given.get("out", workdir / ("evaluation" if split == "test" else f"evaluation-{split}")))
     with joined():
         keep_compiled()
         system = load_system(config)

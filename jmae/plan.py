@@ -413,4 +413,6 @@ def peaks(target: Target) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(exit_code(main))
+    code = exit_code(main)
+    sys.stdout.flush()
+    os._exit(code)  # an interrupted compilation runs on in its threads, and ends badly with the interpreter

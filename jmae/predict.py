@@ -67,7 +67,7 @@ from jmae.evaluate import (
     volume_result,
 )
 from jmae.report import PERCENTILES, Scale, blend
-from jmae.run_folder import add_history, log, read_history, read_seen, write_bytes, write_csv, write_text
+from jmae.run_folder import add_history, log, output_folder, read_history, read_seen, write_bytes, write_csv, write_text
 from jmae.scoring import Calibration
 from jmae.sharding import keep_compiled
 from jmae.system import System, load_system
@@ -108,6 +108,7 @@ def main(argv: list[str]) -> int:
             "name a new folder and either at least one case or --manifest=CASES.csv: "
             "python -m jmae.predict --workdir=DIR --out=DIR INPUT"
         )
+    out = output_folder(given["out"])
     workdir, config = run_of(given)
     if names:
         cases = [case for name in names for case in cases_of(name, volumes=len(config.data.size) == 3)]
@@ -116,7 +117,7 @@ def main(argv: list[str]) -> int:
         rows = read_cases(given["manifest"], SPLIT)
     keep_compiled()
     try:
-        return predict_all(open_run(workdir, config), rows, Path(given["out"]), further=further)
+        return predict_all(open_run(workdir, config), rows, out, further=further)
     except KeyboardInterrupt:
         log("interrupted: the same command with --continue finishes what is missing")
         return 130

@@ -34,6 +34,13 @@ def log(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
 
+def output_folder(text: str | Path) -> Path:
+    """The folder that --out names; raises InputError where it is a file."""
+    if (folder := Path(text)).is_file():
+        raise InputError(f"--out={text} is a file: name a folder")
+    return folder
+
+
 def write_text(path: Path, text: str) -> None:
     """Writes a text file as `write_bytes` does."""
     write_bytes(path, text.encode())

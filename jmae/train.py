@@ -69,6 +69,7 @@ APART = (
 )  # of `model`: a checkpoint fits whatever they are
 CHECKS = 2**40  # the step whose crops a stage's check takes: none that is trained on
 SECONDS_BETWEEN_LINES = 10  # where standard error is no terminal
+PACE_AFTER = 3  # seconds of steps: the first few tell little, checkpoints count too
 
 
 def main(argv: list[str]) -> int:
@@ -444,7 +445,7 @@ def progress(stage: str, start: int, steps: int) -> Iterator[Callable[[Mapping],
             step, text = line["step"], headline(line)
             marks.append((time.monotonic(), step))
             seconds, done = marks[-1][0] - marks[0][0], step - marks[0][1]
-            if done:
+            if seconds > PACE_AFTER:
                 text += f"  {done / seconds:.2f} steps/s  {(steps - step) * seconds / done:.0f} s left"
             if terminal:
                 bar.update(task, completed=step, text=text)

@@ -15,6 +15,7 @@ if [[ ! ${1-} =~ ^[1-9][0-9]*$ || $# -lt 2 ]]; then
 fi
 export JAX_NUM_PROCESSES=$1 JAX_COORDINATOR_ADDRESS=127.0.0.1:${PORT:-1234}
 shift
+PATH=$PWD/.venv/bin:$PATH
 processes=()
 trap 'kill -TERM "${processes[@]}" 2>/dev/null || true' INT TERM # all save the same step
 for ((i = 0; i < JAX_NUM_PROCESSES; i++)); do

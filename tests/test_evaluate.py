@@ -474,6 +474,8 @@ def test_no_evaluation_overwrites_the_one_of_the_test_split(finished, small_set,
     before = (run / "evaluation" / "metrics.json").read_bytes()
     assert exit_code(ev.main, [f"--workdir={run}", f"--manifest={small_set}"]) == 2
     assert "--manifest goes with --out=DIR" in capfd.readouterr().err
+    assert exit_code(ev.main, [f"--workdir={run}", f"--out={small_set}"]) == 2
+    assert capfd.readouterr().err.splitlines() == [f"--out={small_set} is a file: name a folder"]
     assert exit_code(ev.main, [f"--workdir={run}", "--split=val"]) == 0
     result = json.loads((run / "evaluation-val" / "metrics.json").read_text())
     assert result["decision"] is None, "val chose the threshold: it cannot judge it"

@@ -423,7 +423,7 @@ def test_what_is_wrong_with_the_command_is_one_line(images_run, tmp_path, capfd)
         ([f"--workdir={images_run}", f"--out={tmp_path / 'out'}", "--continu=1", str(image)], "--continue"),
         ([f"--workdir={images_run}", f"--out={tmp_path / 'out'}", str(image), str(image)], "name it once"),
         ([f"--workdir={images_run}", f"--out={tmp_path / 'out'}", f"{image};"], "empty name"),
-        ([f"--workdir={images_run}", f"--out={image}", str(image), str(copy)], "not written"),
+        ([f"--workdir={images_run}", f"--out={image}", str(image), str(copy)], "is a file: name a folder"),
     ):
         assert exit_code(predict.main, words) == 2
         said = [

@@ -105,8 +105,9 @@ def bytes_of_states() -> dict[str, list[int]]:
 
 
 def exchanged() -> dict[str, list[float]]:
-    """Of steps of 4096 samples on 8 devices with weights over 4: bytes of all collectives, and of all weights. P-PII's
-    anomalies come from the image itself, as others' are exchanged by design."""
+    """Of steps of 4096 samples on 8 devices with weights over 4: bytes of all collectives, and of all weights. So many
+    samples that the CPU's attention loops over heads. P-PII's anomalies come from the image itself, as others' are
+    exchanged by design."""
     out = {}
     for name, stage, *changes in (
         ("memmc_mae", "train"),

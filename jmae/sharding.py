@@ -84,7 +84,7 @@ def sharded(mesh: Mesh, tree: PyTree) -> PyTree:
 
 def over_samples(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
     """A function (samples, ...) -> samples of which, inside a step of several devices, argument and result have their
-    first axis split over all of them, and nothing else of them, where it divides. Transformers' blocks and all
+    first axis split over all of them, and nothing else of them, where it divides. Transformers' blocks and U-Nets'
     convolutions are such; else the compiler, which sees weights split over `fsdp`, splits channels too and sends
     activations around instead of weights."""
     split = lambda x: jax.lax.with_sharding_constraint(x, BY_SAMPLE) if divides(x) else x

@@ -445,7 +445,7 @@ def progress(stage: str, start: int, steps: int) -> Iterator[Callable[[Mapping],
             step, text = line["step"], headline(line)
             marks.append((time.monotonic(), step))
             seconds, done = marks[-1][0] - marks[0][0], step - marks[0][1]
-            if seconds > PACE_AFTER:
+            if done and seconds > PACE_AFTER:
                 text += f"  {done / seconds:.2f} steps/s  {(steps - step) * seconds / done:.0f} s left"
             if terminal:
                 bar.update(task, completed=step, text=text)

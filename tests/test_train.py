@@ -468,6 +468,14 @@ def test_elsewhere_plain_lines_come_now_and_then_and_at_the_end(monkeypatch, cap
     assert said[1].startswith("pretrain 20/20  loss 0.2500  accuracy 0.7500  ") and "steps/s  0 s left" in said[1]
 
 
+def test_a_first_step_that_is_shown_again_has_no_pace(monkeypatch, capsys):
+    monkeypatch.setattr(train, "PACE_AFTER", 0)
+    with train.progress("pretrain", 0, 1) as show:
+        for line in ({"step": 1}, {"step": 1, "loss": 0.5}):  # as where a stage of one step is checked
+            show(line)
+    assert capsys.readouterr().err == "pretrain 1/1  loss 0.5000\n"
+
+
 def test_tensorboard_files_hold_the_lines_of_metrics_jsonl(go, tmp_path, monkeypatch):
     from tensorboardX.proto.event_pb2 import Event
     from tensorboardX.record_writer import RecordWriter  # noqa: F401  (the reader below knows its framing)

@@ -28,7 +28,7 @@ from jmae.nn.attention import attention
 from jmae.nn.transformer import layer_norm, linear
 from jmae.nn.unet import conv, convolve, dropout, upsample
 from jmae.patches import grid_of, patchify, unpatchify
-from jmae.sharding import on_each_device, over_samples
+from jmae.sharding import on_each_device
 
 leaky_relu = partial(jax.nn.leaky_relu, negative_slope=0.2)
 
@@ -56,7 +56,6 @@ def halved(
     return convolve(blocks, flat.reshape(*[length] * rank, -1, d))
 
 
-@over_samples
 def doubled(
     x: Float[Array, "b *size c"], kernel: Float[Array, "*kernel c d"], *_: object, **__: object
 ) -> Float[Array, "b *double d"]:
@@ -369,7 +368,7 @@ class Inpainting(nnx.Module):
         drop = None if keys is None else jax.vmap(lambda key: jax.random.split(key, (depth, 2)))(keys)
         for i, layer in enumerate(self.layers):
             query = tokens if i + 1 < depth else tokens[:, -1:]
-            tokens = over_samples(layer)(query, tokens, None if drop is None else drop[:, i])
+            tokens = layer(query, tokens, None if drop is None else drop[:, i])
         return self.out(tokens[:, -1]).reshape(*x.shape[:2], -1)
 
 

@@ -197,7 +197,7 @@ def plan(config: ConfigDict, target: Target, *, stage: str = "", batch: int | No
     found: list[dict[str, Any]] = []
     known: dict[Any, dict[str, Any]] = {}
     # Networks that have a form of their own for the CPU ask which platform they are traced for.
-    with mock.patch.object(jax, "default_backend", lambda: "tpu" if target.chip.platform == "tpu" else "gpu"):
+    with tracing_for(Target("tpu")):
         system = load_system(config)
         names = [each.name for each in system.stages]
         if stage and stage not in names:

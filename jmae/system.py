@@ -16,6 +16,7 @@ from jmae.data.manifest import Row
 from jmae.errors import InputError
 from jmae.nn.mae import MAE
 from jmae.patches import sincos_positions
+from jmae.target import target
 
 SYSTEMS = ("amae", "maemi", "memmc_mae", "ppii", "simsid")
 
@@ -207,7 +208,7 @@ def network(make: Callable[[nnx.Rngs], nnx.Module]) -> tuple[Callable[[Array], P
 
 def compute_type(config: ConfigDict) -> Any:
     """What `model.dtype` says networks compute in."""
-    auto = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    auto = jnp.float32 if target().platform == "cpu" else jnp.bfloat16
     dtypes = {"auto": auto, "float32": jnp.float32, "bfloat16": jnp.bfloat16}
     if config.model.dtype not in dtypes:
         raise InputError(f"model.dtype is {config.model.dtype!r}: one of {', '.join(dtypes)}")

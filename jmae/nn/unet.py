@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Key
 
 from jmae.errors import InputError
 from jmae.sharding import over_samples
+from jmae.target import target
 
 
 def check_size(size: tuple[int, ...], levels: int) -> list[tuple[int, ...]]:
@@ -79,7 +80,7 @@ def convolve(
     if rank == 0:
         return x @ kernel
     few = x.shape[-1] * kernel.shape[-1] < 32
-    if jax.default_backend() == "cpu" and (rank != 2 or few or max(x.shape[1:-1]) < k):
+    if target().platform == "cpu" and (rank != 2 or few or max(x.shape[1:-1]) < k):
         padded = jnp.pad(x, ((0, 0), (k // 2, (k - 1) // 2), *[(0, 0)] * rank))
         near = jnp.concatenate([padded[:, i : i + x.shape[1]] for i in range(k)], axis=-1)
         flat = jnp.moveaxis(kernel, 0, -3).reshape(*kernel.shape[1:-2], -1, kernel.shape[-1])

@@ -48,6 +48,7 @@ from jmae.patches import grid_of, patchify, unpatchify
 from jmae.run_folder import log
 from jmae.scoring import auroc
 from jmae.system import Check, Results, Stage, State, Sweep, System, averaged, compute_type, network, stats_of, steps_of
+from jmae.target import target
 
 SCORES = ("simsid", "difference", "l1", "mse", "patches")
 MAPS = ("l1", "mse", "patches")
@@ -782,7 +783,7 @@ def official(config: ConfigDict) -> Variant:
             return optax.apply_updates(state.params["network"], updates), opt
 
         kept, due = (state.params["network"], state.opt["network"]), state.step % joint.critic == 0
-        if jax.default_backend() == "cpu":  # computed for nothing between: in a branch XLA takes 17 times as long
+        if target().platform == "cpu":  # computed for nothing between: in a branch XLA takes 17 times as long
             net_params, net_opt = jax.tree.map(partial(jnp.where, due), learn(), kept)
         else:
             net_params, net_opt = jax.lax.cond(due, learn, lambda: kept)

@@ -1,0 +1,65 @@
+"""The device that programs are made for: the one place that answers questions about it.
+
+A program may be traced and compiled for a device that is not here (`jmae.plan`, the tests). Code whose form depends on
+the device therefore asks `target()`, never a live device.
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+from typing import Any, NamedTuple
+from unittest import mock
+
+import jax
+
+
+class Target(NamedTuple):
+    """A kind of device.
+
+    Attributes:
+        platform: "cpu", "cuda", "rocm" or "tpu", as `jax.lax.platform_dependent` names them.
+        capability: compute capability of an NVIDIA GPU, (9, 0) for an H200.
+        cudnn: version of cuDNN, 91000 for 9.10.0; 0 where there is none.
+    """
+
+    platform: str
+    capability: tuple[int, int] = (0, 0)
+    cudnn: int = 0
+
+
+_chosen: ContextVar[Target | None] = ContextVar("target", default=None)
+
+
+def target() -> Target:
+    """The device that `tracing_for` has chosen, or else the default device of this process."""
+    return _chosen.get() or _of(jax.local_devices()[0])
+
+
+def _of(device: Any) -> Target:
+    if device.platform != "gpu":
+        return Target(device.platform)
+    if "rocm" in device.client.platform_version:
+        return Target("rocm")
+    major, minor = map(int, device.compute_capability.split("."))
+    return Target("cuda", (major, minor), 91000)
+
+
+@contextmanager
+def tracing_for(chosen: Target) -> Iterator[None]:
+    """Programs that are traced inside are made for a device of the given kind, whether one is here or not.
+
+    JAX's cuDNN attention asks the live devices while it is traced, and has no argument for the answers. For an NVIDIA
+    GPU its three questions are therefore answered here, for plans and tests alone; no training or scoring enters this.
+    """
+    with ExitStack() as stack:
+        token = _chosen.set(chosen)
+        stack.callback(_chosen.reset, token)
+        if chosen.platform == "cuda":
+            from jax._src.cudnn import fused_attention_stablehlo as asks
+
+            at_least = lambda text: chosen.capability >= tuple(map(int, text.split(".")))
+            equal = lambda text: chosen.capability == tuple(map(int, text.split(".")))
+            stack.enter_context(mock.patch.object(asks, "check_cudnn_version", lambda: chosen.cudnn))
+            stack.enter_context(mock.patch.object(asks, "check_compute_capability", at_least))
+            stack.enter_context(mock.patch.object(asks, "is_cuda_compute_capability_equal", equal))
+        yield

@@ -29,7 +29,6 @@ from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -45,6 +44,7 @@ from jmae.hlo import Program
 from jmae.run_folder import log, write_text
 from jmae.sharding import device_mesh, replicated, split
 from jmae.system import Stage, State, load_system, stage_keys
+from jmae.target import Target, tracing_for
 from jmae.train import compiled_step, places
 
 ROWS = 1000  # of a made-up manifest: sizes what a stage keeps of each row (AMAE's margins), and the schedule
@@ -81,7 +81,7 @@ CHIPS = {
 USABLE = 0.75  # of a GPU's memory: what JAX takes unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise
 
 
-class Target(NamedTuple):
+class Machine(NamedTuple):
     """Chips of one kind, (n,) GPUs or the axes of a torus of TPUs."""
 
     name: str
@@ -130,7 +130,7 @@ def command(argv: Sequence[str]) -> str:
     return " ".join(["python -m jmae.plan", *argv])
 
 
-def target_of(text: str) -> Target:
+def target_of(text: str) -> Machine:
     """The target that "v5e:4x4" or "h100:8" names; raises InputError where it names none."""
     name, _, shape = text.partition(":")
     if name not in CHIPS:
@@ -142,13 +142,13 @@ def target_of(text: str) -> Target:
     if not re.fullmatch("x".join([r"[1-9]\d{0,3}"] * axes), shape):
         example = {1: "8 (GPUs)", 2: "4x4 (the torus)", 3: "2x2x1 (the torus)"}[axes]
         raise InputError(f"target {text!r} does not say how many chips: write {name}:{example}")
-    target = Target(name, tuple(int(n) for n in shape.split("x")))
+    target = Machine(name, tuple(int(n) for n in shape.split("x")))
     if chip.most and math.prod(target.shape) > chip.most:
         raise InputError(f"target {text!r}: there are no slices of more than {chip.most} {name}")
     return target
 
 
-def devices_of(target: Target) -> Sequence[Any]:
+def devices_of(target: Machine) -> Sequence[Any]:
     """The devices of a target, for which programs can be compiled and on which none runs.
 
     Raises InputError where libtpu is not there or refuses the torus."""
@@ -183,7 +183,7 @@ def first_line(error: Exception) -> str:
 # --- the plan of a system ---------------------------------------------------------------------------------------------
 
 
-def plan(config: ConfigDict, target: Target, *, stage: str = "", batch: int | None = None) -> list[dict[str, Any]]:
+def plan(config: ConfigDict, target: Machine, *, stage: str = "", batch: int | None = None) -> list[dict[str, Any]]:
     """What each stage (or the one named) needs on a target, and how fast its step can be at most: `report` shows it.
 
     Raises InputError as `load_system` and `devices_of` do, and where a batch or the recipe's `fsdp` does not divide."""
@@ -197,7 +197,7 @@ def plan(config: ConfigDict, target: Target, *, stage: str = "", batch: int | No
     found: list[dict[str, Any]] = []
     known: dict[Any, dict[str, Any]] = {}
     # Networks that have a form of their own for the CPU ask which platform they are traced for.
-    with tracing_for(Target("tpu")):
+    with tracing_for(Target("tpu" if target.chip.platform == "tpu" else "cuda", (9, 0), 91000)):
         system = load_system(config)
         names = [each.name for each in system.stages]
         if stage and stage not in names:
@@ -240,7 +240,7 @@ def step_of(
     return jax.tree.map(put, state, places(state, mesh)), inputs, compiled_step(stage.step, steps, n, (), mesh)
 
 
-def planned(target: Target, mesh: Mesh, jitted: Any, state: State, batch: PyTree, keys: Any) -> dict[str, Any]:
+def planned(target: Machine, mesh: Mesh, jitted: Any, state: State, batch: PyTree, keys: Any) -> dict[str, Any]:
     """Memory, work, network and time of a step."""
     chip, chips = target.chip, mesh.size
     traced = jitted.trace(state, batch, keys, None)
@@ -358,7 +358,7 @@ def inner(params: dict[str, Any]) -> Iterator[Any]:
 # --- what is printed --------------------------------------------------------------------------------------------------
 
 
-def report(target: Target, found: dict[str, Any]) -> list[str]:
+def report(target: Machine, found: dict[str, Any]) -> list[str]:
     """The lines that are printed of a stage's plan."""
     gpu = target.chip.platform == "cpu"
     n, data = found["chips"], found["chips"] // found["fsdp"]
@@ -401,7 +401,7 @@ def report(target: Target, found: dict[str, Any]) -> list[str]:
     return [*lines, peaks(target)]
 
 
-def peaks(target: Target) -> str:
+def peaks(target: Machine) -> str:
     chip = target.chip
     links = f"{chip.ports} link{'s' * (chip.ports > 1)} of {chip.link / 1e9:.4g} GB/s each way"
     if chip.between:

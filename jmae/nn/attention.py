@@ -1,5 +1,6 @@
 """Softmax attention, one function for every network and device."""
 
+from functools import partial
 from math import ceil
 
 import jax
@@ -9,6 +10,11 @@ from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Float
 
 from jmae.sharding import on_each_device
+from jmae.target import target
+
+# Sequences are padded to a multiple of it for NVIDIA GPUs: JAX's cuDNN attention refuses odd lengths in training, and
+# XLA pads each product whose rows are no multiple of 8. Longer padding costs more than it gives: 197 tokens would be 256.
+MULTIPLE = 8
 
 # Scores that the CPU computes at once: all of them below WHOLE, else blocks that fit its cache. Milliseconds of CPU
 # time on one core for (b, n, h, d), forward / with gradients; a block of all, of 2^17, 2^19, 2^21, PyTorch 2.13:
@@ -17,31 +23,60 @@ from jmae.sharding import on_each_device
 #   (16, 197, 16, 32)   26.9 / 167    47.1 / 109   33.4 / 105   33.8 / 151   27.4 / 88.8
 #   (1, 2520, 16, 24)         -        181 / 683    159 / 639    167 / 662    182 / 668
 WHOLE, BLOCK = 2**21, 2**19
+GPU_BLOCK = 2**28  # scores that an NVIDIA GPU without a flash kernel computes at once: 1 GB in float32
 
 
 def attention(
-    q: Float[Array, "b n h d"], k: Float[Array, "b m h d"], v: Float[Array, "b m h d"]
+    q: Float[Array, "b n h d"], k: Float[Array, "b m h d"], v: Float[Array, "b m h d"], keys: int | None = None
 ) -> Float[Array, "b n h d"]:
     """softmax(q k^T / sqrt(d)) v, for each head; softmax in float32.
 
-    The platform decides the form when the program is lowered: cuDNN's flash kernel on NVIDIA GPUs where it may
-    run, `jax.nn.dot_product_attention` on other accelerators, `_cpu` on the CPU.
+    Only the first `keys` keys and values count (None: all). The others are padding; what they hold, NaN included,
+    changes neither the output nor a gradient.
+
+    The platform decides the form when the program is lowered: cuDNN's flash kernel on NVIDIA GPUs where cuDNN has one,
+    blocks of scores on other NVIDIA GPUs and on the CPU, `jax.nn.dot_product_attention` on other accelerators.
     """
-    plain = lambda q, k, v: jax.nn.dot_product_attention(q, k, v)
-    cuda = _flash if _flash_may_run(q) else plain
-    return jax.lax.platform_dependent(q, k, v, cpu=on_each_device(_cpu), cuda=cuda, default=plain)
+    keys = keys or k.shape[1]
+    first = lambda form: lambda q, k, v: form(q, k[:, :keys], v[:, :keys])
+    blockwise = on_each_device(first(_blockwise))
+    cuda = partial(_flash, keys=keys) if _flash_runs(q) else blockwise
+    return jax.lax.platform_dependent(q, k, v, cpu=blockwise, cuda=cuda, default=first(jax.nn.dot_product_attention))
 
 
-def _flash_may_run(q: Array) -> bool:
-    """Half precision, heads of 8, 16, ... 128 channels, NVIDIA GPUs from Ampere on. Asked of the devices of this
-    process, since JAX raises at tracing where it finds no cuDNN, even in programs for a CPU or a TPU."""
-    device = jax.local_devices()[0]
-    half = q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
-    return half and "cuda" in device.client.platform_version and float(device.compute_capability) >= 8
+def padding(length: int) -> int:
+    """Rows that bring a sequence to a length that suits the device: up to 7 on NVIDIA GPUs, else none."""
+    return -length % MULTIPLE if target().platform == "cuda" else 0
 
 
-def _flash(q: Array, k: Array, v: Array) -> Array:
-    return jax.nn.dot_product_attention(*_together(q, k, v), implementation="cudnn")
+def _flash_runs(q: Array) -> bool:
+    """Whether cuDNN has a flash kernel: NVIDIA GPUs from Ampere on, half precision, heads of 8, 16, ... 128 channels.
+
+    Asked before the call, since JAX raises at tracing where it finds no cuDNN, even in programs for a CPU or a TPU."""
+    device, width = target(), q.shape[-1]
+    half = q.dtype in (jnp.bfloat16, jnp.float16) and width % 8 == 0 and width <= 128
+    return half and device.platform == "cuda" and device.capability >= (8, 0)
+
+
+def _flash(q: Array, k: Array, v: Array, keys: int, implementation: str = "cudnn") -> Array:
+    """The fused kernel, on sequences of a multiple of `MULTIPLE`.
+
+    Keys alone are masked. Queries of padding are computed and cut off: cuDNN leaves rows behind a query length
+    undefined, and their gradients, too. For the same reason padding is set to 0, and with it its gradient."""
+    n = q.shape[1]
+    q, k, v = _filled(q, n), _filled(k, keys), _filled(v, keys)
+    kernel = partial(jax.nn.dot_product_attention, implementation=implementation)
+    if keys == k.shape[1]:
+        return kernel(*_together(q, k, v))[:, :n]
+    lengths = (jnp.full(len(x), length, jnp.int32) for x, length in ((q, q.shape[1]), (k, keys)))
+    q, k, v, queries, known = _together(q, k, v, *lengths)
+    return kernel(q, k, v, query_seq_lengths=queries, key_value_seq_lengths=known)[:, :n]
+
+
+def _filled(x: Float[Array, "b n h d"], rows: int) -> Float[Array, "b n+p h d"]:
+    """The first rows, and 0 behind them up to a multiple of `MULTIPLE`."""
+    x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % MULTIPLE), (0, 0), (0, 0)))
+    return x if rows == x.shape[1] else jnp.where((jnp.arange(x.shape[1]) < rows)[:, None, None], x, 0)
 
 
 @jax.custom_vjp
@@ -69,7 +104,7 @@ def _broadcast(size: int, batched: list[bool], arrays: tuple[Array, ...]) -> tup
     return tuple(x if b else jnp.broadcast_to(x, (size, *x.shape)) for x, b in both)
 
 
-def _cpu(q: Array, k: Array, v: Array) -> Array:
+def _blockwise(q: Array, k: Array, v: Array) -> Array:
     """Heads first (g = b h), since XLA's CPU products want contiguous matrices, then blocks of scores."""
     b, n, h, d = q.shape
     first = lambda x: x.transpose(0, 2, 1, 3).reshape(b * h, -1, d)
@@ -103,10 +138,11 @@ def _dot(a: Array, b: Array, i: int, j: int) -> Array:
 
 def _blocks(g: int, n: int, m: int) -> tuple[int, int]:
     """(heads, query rows) of one block."""
-    if g * n * m <= WHOLE:
+    whole, most = (GPU_BLOCK, GPU_BLOCK) if target().platform == "cuda" else (WHOLE, BLOCK)
+    if g * n * m <= whole:
         return g, n
-    heads = max(i for i in range(1, g + 1) if g % i == 0 and (i == 1 or i * n * m <= BLOCK))
-    return heads, n if heads > 1 else ceil(n / min(n, ceil(n * m / BLOCK)))
+    heads = max(i for i in range(1, g + 1) if g % i == 0 and (i == 1 or i * n * m <= most))
+    return heads, n if heads > 1 else ceil(n / min(n, ceil(n * m / most)))
 
 
 def _over_heads(f, heads: int, *arrays: Array):

@@ -73,8 +73,10 @@ class MultiLevelBlock(nnx.Module):
         self.gates = Gates(levels, width, width if gate == "channel" else 1, dtype, rngs=rngs)
         self.heads, self.gate, self.scale = heads, gate, levels**-0.5 if normed else 1.0
 
-    def __call__(self, y: Float[Array, "b n d"], levels: Float[Array, "b levels k e"]) -> Float[Array, "b n d"]:
-        s = self.attend.attended(y)
+    def __call__(
+        self, y: Float[Array, "b n d"], levels: Float[Array, "b levels k e"], *, tokens: int | None = None
+    ) -> Float[Array, "b n d"]:
+        s = self.attend.attended(y, tokens)
         return self.attend.transformed(s + self.scale * self.cross(s, levels))
 
     def cross(self, s: Float[Array, "b n d"], levels: Float[Array, "b levels k e"]) -> Float[Array, "b n d"]:

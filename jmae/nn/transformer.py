@@ -14,8 +14,9 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from jmae.errors import InputError
-from jmae.nn.attention import attention
+from jmae.nn.attention import attention, padding
 from jmae.sharding import over_samples
+from jmae.target import target
 
 xavier = nnx.initializers.xavier_uniform()
 
@@ -50,7 +51,7 @@ class Block(nnx.Module):
     """x + attention(norm x), then x + mlp(norm x).
 
     With `memory` slots, attention is memory-augmented: m learned keys and values, the same for every input and split
-    over the heads as the others, stand behind those of the tokens (Tian et al. 2022, arXiv 2203.11725, Eq. 1; scaled
+    over the heads as the others, stand before those of the tokens (Tian et al. 2022, arXiv 2203.11725, Eq. 1; scaled
     and drawn as in Cornia et al., "Meshed-Memory Transformer", CVPR 2020, its source). Queries are the tokens alone;
     no slots are plain attention.
     """
@@ -70,29 +71,32 @@ class Block(nnx.Module):
         self.fc1 = linear(width, int(width * mlp_ratio), dtype, rngs)
         self.fc2 = linear(int(width * mlp_ratio), width, dtype, rngs)
 
-    def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
-        return self.transformed(self.attended(x))
+    def __call__(self, x: Float[Array, "b n d"], *, tokens: int | None = None) -> Float[Array, "b n d"]:
+        """The block's output; rows behind the first `tokens` are padding, to which no token attends."""
+        return self.transformed(self.attended(x, tokens))
 
-    def attended(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
+    def attended(self, x: Float[Array, "b n d"], tokens: int | None = None) -> Float[Array, "b n d"]:
         """x + attention(norm x)."""
         b, n, d = x.shape
         x = x.reshape(b * n, d)  # matrices: XLA's CPU copies a transpose for each gradient of a wider product
         qkv = self.qkv(self.norm1(x)).reshape(b, n, 3, self.heads, d // self.heads)
         q, k, v = jnp.moveaxis(qkv, 2, 0)
+        keys = tokens or n
         if self.memory:
-            k = self._behind(k, self.memory_k[...] * (d / self.heads) ** 0.5)
-            v = self._behind(v, self.memory_v[...] * self.memory**0.5)
-        return (x + self.out(attention(q, k, v).reshape(b * n, d))).reshape(b, n, d)
+            k = self._before(k, self.memory_k[...] * (d / self.heads) ** 0.5)
+            v = self._before(v, self.memory_v[...] * self.memory**0.5)
+            keys += self.memory
+        return (x + self.out(attention(q, k, v, keys).reshape(b * n, d))).reshape(b, n, d)
 
     def transformed(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
         """x + mlp(norm x)."""
         rows = x.reshape(-1, x.shape[-1])
         return (rows + self.fc2(gelu(self.fc1(self.norm2(rows))))).reshape(x.shape)
 
-    def _behind(self, tokens: Float[Array, "b n h e"], slots: Float[Array, "m d"]) -> Float[Array, "b n+m h e"]:
+    def _before(self, tokens: Float[Array, "b n h e"], slots: Float[Array, "m d"]) -> Float[Array, "b m+n h e"]:
         b, _, h, e = tokens.shape
         slots = jnp.broadcast_to(slots.reshape(-1, h, e).astype(tokens.dtype), (b, self.memory, h, e))
-        return jnp.concatenate([tokens, slots], axis=1)
+        return jnp.concatenate([slots, tokens], axis=1)
 
 
 class Blocks(nnx.Module):
@@ -113,28 +117,53 @@ class Blocks(nnx.Module):
 
     def __call__(self, x: Float[Array, "b n d"], *context: Array) -> Float[Array, "b n d"]:
         """Output of the last block; each gets `context` as well."""
-        graph, parameters = nnx.split(self.stack)
         if self.skips:
             return self.outputs(x, *context)[-1]
-        block = lambda x, p: (over_samples(nnx.merge(graph, p))(x, *context), None)
-        return jax.lax.scan(self._checkpoint(block), x, parameters)[0]
+        block = self._block(x, context)
+        return _over(lambda x, p: (block(x, p), None), _filled(x), self._parameters(x))[0][:, : x.shape[1]]
 
     def outputs(self, x: Float[Array, "b n d"], *context: Array) -> Float[Array, "depth b n d"]:
         """Outputs of all blocks."""
-        graph, parameters = nnx.split(self.stack)
+        block, parameters, n = self._block(x, context), self._parameters(x), self.depth - self.skips
 
-        def block(x: Array, one: tuple[Any, Array | None]) -> tuple[Array, Array]:
-            p, skip = one
-            x = over_samples(nnx.merge(graph, p))(x if skip is None else x + skip, *context)
+        def one(x: Array, given: tuple[Any, Array | None]) -> tuple[Array, Array]:
+            p, skip = given
+            x = block(x if skip is None else x + skip, p)
             return x, x
 
-        scan = partial(jax.lax.scan, self._checkpoint(block))
-        n = self.depth - self.skips
-        x, outputs = scan(x, (jax.tree.map(lambda p: p[:n], parameters), None))
-        if not self.skips:
-            return outputs
-        skipped = outputs[: self.skips][::-1]
-        return jnp.concatenate([outputs, scan(x, (jax.tree.map(lambda p: p[n:], parameters), skipped))[1]])
+        last, outputs = _over(one, _filled(x), (jax.tree.map(lambda p: p[:n], parameters), None))
+        if self.skips:
+            skipped = outputs[: self.skips][::-1]
+            more = _over(one, last, (jax.tree.map(lambda p: p[n:], parameters), skipped))[1]
+            outputs = jnp.concatenate([outputs, more])
+        return outputs[:, :, : x.shape[1]]
 
-    def _checkpoint(self, block: Callable) -> Callable:
+    def _block(self, x: Float[Array, "b n d"], context: tuple[Array, ...]) -> Callable[[Array, Any], Array]:
+        """A block as a function of its input, which may have padding behind the tokens of `x`, and its parameters."""
+        graph, _ = nnx.split(self.stack)
+        block = lambda x, p: over_samples(nnx.merge(graph, p))(x, *context, tokens=tokens)
+        tokens = x.shape[1]
         return jax.checkpoint(block, prevent_cse=False, policy=None if self.remat else kept)
+
+    def _parameters(self, x: Float[Array, "b n d"]) -> Any:
+        """All blocks' parameters; on accelerators matrices in the type of `x`, cast once for all blocks."""
+        parameters = nnx.state(self.stack)
+        if target().platform == "cpu":
+            return parameters
+        return jax.tree.map_with_path(lambda path, p: p.astype(x.dtype) if _is_kernel(path) else p, parameters)
+
+
+def _is_kernel(path: tuple[Any, ...]) -> bool:
+    return any(getattr(key, "key", None) == "kernel" for key in path)
+
+
+def _filled(x: Float[Array, "b n d"]) -> Float[Array, "b n+p d"]:
+    """The tokens, and rows of 0 behind them that bring the sequence to a length that suits the device."""
+    return jnp.pad(x, ((0, 0), (0, padding(x.shape[1])), (0, 0)))
+
+
+def _over(step: Callable, carry: Any, given: Any) -> tuple[Any, Any]:
+    """`jax.lax.scan`. For NVIDIA GPUs it is unrolled: a loop there copies and clears what each block keeps, twice the
+    kernels, and hides no communication behind the next block. The loop compiles in half the time."""
+    unroll = target().platform == "cuda"
+    return jax.lax.scan(step, carry, given, unroll=unroll or 1)

@@ -1,11 +1,13 @@
-"""What a compiled program does, from XLA's text of it: what it sends to other devices, what it reads and writes.
+"""What a compiled program does, from XLA's text of it: its kernels, what they compute, read and write, and what the
+program sends to other devices.
 
-XLA's own cost analysis counts the body of a loop once, and says nothing of the network; here a loop's body counts as
-often as it runs.
+XLA's own cost analysis counts the body of a loop once, says nothing of the network, and for GPUs does not exist; here a
+loop's body counts as often as it runs.
 """
 
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -15,6 +17,8 @@ COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "coll
 # Operations that move no data of their own.
 FREE = """parameter constant tuple get-tuple-element bitcast while conditional call after-all partition-id replica-id
     opt-barrier domain""".split()
+# Calls of the compiler to itself: they name a place or a memory, and run nothing.
+NO_CALL = """Sharding SPMDFullToShardShape SPMDShardToFullShape AllocateBuffer annotate_device_placement""".split()
 BITS = {"pred": 8, "token": 0, "opaque": 0, "c64": 64, "c128": 128}
 ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,<=]*)\](\{[^{}]*\})?")
 
@@ -26,6 +30,25 @@ class Operation(NamedTuple):
     operands: tuple[str, ...]
     rest: str  # attributes
     root: bool
+
+
+class Work(NamedTuple):
+    """FLOPs of products and convolutions, two a multiplication, by the type of their inputs."""
+
+    low: float = 0.0  # fewer than four bytes a number: bfloat16, float16
+    float32: float = 0.0
+
+
+class Kernel(NamedTuple):
+    """An operation that a device launches."""
+
+    name: str
+    kind: str  # of the operation, as XLA names it
+    target: str  # the function that a custom call names, "" of other operations
+    times: int  # how often it runs in one step
+    bytes: float  # that it reads and writes each time
+    work: Work  # each time
+    padding: bool  # what it gives is its input, longer by filling
 
 
 class Collective(NamedTuple):
@@ -151,6 +174,85 @@ class Program:
             return tuple(range(self.devices))
         raise ValueError(f"replica_groups of another form: {op.rest[:200]}")
 
+    # --- kernels ------------------------------------------------------------------------------------------------------
+
+    def kernels(self) -> list[Kernel]:
+        """The operations that a device launches, each once, with the number of times that it runs.
+
+        Loops, tuples, bitcasts, the end of an asynchronous operation and the compiler's own markers launch nothing. All
+        branches of a condition are listed, though one of them runs."""
+        return [
+            Kernel(
+                op.name,
+                op.kind,
+                call_target(op),
+                times,
+                self._moved(part, op),
+                self._work(part, op),
+                self._pads(part, op),
+            )
+            for part, op, times in self.run
+            if self._launches(op)
+        ]
+
+    def launches(self) -> int:
+        """How many kernels one step launches."""
+        return sum(times for _, op, times in self.run if self._launches(op))
+
+    def custom_calls(self) -> Counter[str]:
+        """How often one step calls each function of a library (cuDNN, cuBLAS, Triton), by its name in XLA."""
+        calls: Counter[str] = Counter()
+        for _, op, times in self.run:
+            if op.kind == "custom-call" and self._launches(op):
+                calls[call_target(op)] += times
+        return calls
+
+    def work(self) -> Work:
+        """FLOPs of one step on a device: matrix products, also those that are fused or called in a library,
+        convolutions, and cuDNN's attention (4 b h n m d forward, 10 b h n m d backward)."""
+        each = [(times, self._work(part, op)) for part, op, times in self.run]
+        return Work(sum(n * work.low for n, work in each), sum(n * work.float32 for n, work in each))
+
+    def padding(self) -> float:
+        """Bytes that kernels read and write which only make an array longer."""
+        return sum(kernel.times * kernel.bytes for kernel in self.kernels() if kernel.padding)
+
+    def seconds(self, low: float, float32: float, bandwidth: float) -> float:
+        """Time of one step at given rates, kernels one after the other: each takes the longer of its FLOPs (at `low`
+        and `float32` FLOP/s, by the type of its inputs) and its bytes (at `bandwidth` bytes/s)."""
+        return sum(
+            kernel.times * max(kernel.work.low / low + kernel.work.float32 / float32, kernel.bytes / bandwidth)
+            for kernel in self.kernels()
+        )
+
+    def _launches(self, op: Operation) -> bool:
+        if op.kind in FREE or op.kind.endswith("-done") or op.kind == "async-start":
+            return False
+        return call_target(op) not in NO_CALL
+
+    def _work(self, part: str, op: Operation) -> Work:
+        """FLOPs of an operation, a fused one's together."""
+        if op.kind not in ("fusion", "dot", "convolution", "custom-call"):
+            return Work()
+        low = float32 = 0.0
+        for where, each in self._within(part, op):
+            given = [self.ops[where][name].type for name in each.operands]
+            if flops := flops_of(each, given):
+                small = size_of_number(given[0]) < 4
+                low, float32 = low + flops * small, float32 + flops * (not small)
+        return Work(low, float32)
+
+    def _pads(self, part: str, op: Operation) -> bool:
+        """Whether an operation, or what a fused one gives (one of its results), is a pad, perhaps of another type."""
+        if op.kind in ("bitcast", "convert"):
+            return self._pads(part, self.ops[part][op.operands[0]])
+        if op.kind == "tuple":
+            return any(self._pads(part, self.ops[part][name]) for name in op.operands)
+        if op.kind == "fusion":
+            (inner,) = self._called(op)
+            return self._pads(inner, next(each for each in self.parts[inner] if each.root))
+        return op.kind == "pad"
+
     # --- memory -------------------------------------------------------------------------------------------------------
 
     def traffic(self) -> float:
@@ -160,7 +262,7 @@ class Program:
         return sum(times * self._moved(part, op) for part, op, times in self.run)
 
     def _moved(self, part: str, op: Operation) -> float:
-        if op.kind in FREE or op.kind.endswith("-done") or op.kind == "async-start":
+        if not self._launches(op):
             return 0
         given = [size(self.ops[part][name].type, here=True) for name in op.operands]
         if op.kind in ("dynamic-slice", "gather"):
@@ -171,6 +273,8 @@ class Program:
             return sum(size(each, here=True) for each in elements(op.type)[:2])
         if op.kind.endswith("-start"):
             return 2 * sum(given)
+        if call_target(op).startswith(("__cublas", "__cudnn")):  # (results, and a workspace of bytes)
+            return sum(given) + sum(size(each) for each in elements(op.type) if not each.startswith(("s8", "u8")))
         if op.kind != "fusion":
             return sum(given) + size(op.type, here=True)
         (inner,) = self._called(op)
@@ -212,6 +316,65 @@ class Program:
         if op.kind == "fusion":
             return self._written(self._called(op)[0])
         return size(op.type)
+
+
+# --- FLOPs of one operation -------------------------------------------------------------------------------------------
+
+
+def flops_of(op: Operation, given: list[str]) -> float:
+    """FLOPs of a product, a convolution or a call of a library that does one, by the types of its operands; else 0."""
+    target = call_target(op)
+    if op.kind == "dot" or target.startswith("__cublas"):
+        found = re.search(r'lhs_contracting_dim(?:s=|ensions":)[{\[]([\d,"]*)[}\]]', op.rest)
+        if not found:
+            raise ValueError(f"a product of another form: {op.rest[:200]}")
+        lengths = shape_of(given[0])
+        depth = math.prod(lengths[int(axis)] for axis in found[1].replace('"', "").split(",") if axis)
+        return 2 * math.prod(shape_of(op.type)) * depth
+    if target.startswith("__cudnn$fmha"):
+        scores = re.search(r'"intermediate_tensor_shape":.*?"dimensions":\s*\[([^\]]*)\]', op.rest)
+        if not scores:
+            raise ValueError(f"an attention of another form: {op.rest[:200]}")
+        n = math.prod(int(length) for length in scores[1].replace('"', "").split(","))
+        return (10 if "Backward" in target else 4) * n * shape_of(given[0])[-1]
+    if op.kind != "convolution" and not target.startswith("__cudnn$conv"):
+        return 0
+    # A cuDNN call is labelled as the forward convolution whose result or whose gradient it is.
+    x, kernel, out = given[0], given[1], op.type
+    if "BackwardInput" in target:
+        out = x
+    elif "BackwardFilter" in target:
+        kernel, out = op.type, given[1]
+    labels = re.search(r"dim_labels=\w+_(\w+)->\w+", op.rest)
+    if not labels:
+        raise ValueError(f"a convolution of another form: {op.rest[:200]}")
+    lengths = shape_of(kernel)
+    depth = math.prod(lengths) / lengths[labels[1].index("o")]
+    groups = re.search(r"batch_group_count=(\d+)", op.rest)
+    apart = re.search(r"lhs_dilate=([\dx]+)", op.rest)  # zeros between the inputs are no work
+    less = math.prod(map(int, apart[1].split("x"))) if apart else 1
+    return 2 * math.prod(shape_of(out)) * depth / (int(groups[1]) if groups else 1) / less
+
+
+def call_target(op: Operation) -> str:
+    """The function that a custom call names; "" of other operations."""
+    if op.kind != "custom-call":
+        return ""
+    found = re.search(r'custom_call_target="([^"]*)"', op.rest)
+    return found[1] if found else ""
+
+
+def shape_of(type_: str) -> list[int]:
+    """The lengths of the first array of a type."""
+    found = ARRAY.search(type_)
+    if not found:
+        raise ValueError(f"no array in the type {type_}")
+    return [int(n.strip("<=")) for n in found[2].split(",") if n]
+
+
+def size_of_number(type_: str) -> float:
+    """Bytes of a number of the first array of a type."""
+    return size(f"{type_.strip('(').partition('[')[0]}[]")
 
 
 def _numbers(text: str) -> np.ndarray:

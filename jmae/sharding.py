@@ -96,23 +96,29 @@ def over_samples(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]
     return over
 
 
-def on_each_device(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    """A function of arrays of samples, for each device's own inside a step of several devices: its loops over samples
-    are not loops over those of all devices."""
+def on_each_device(
+    function: Callable[..., jax.Array], axes: Sequence[int] | int = 0, out: int = 0
+) -> Callable[..., jax.Array]:
+    """A function of arrays of samples, for each device's own samples inside a step of several devices: its loops over
+    samples are not loops over those of all devices. `axes` are the samples' axes in the arguments (one for all, or one
+    each), `out` is their axis in the result."""
+    spec = lambda axis: PartitionSpec(*[None] * axis, *BY_SAMPLE)
 
     def each(*arrays: jax.Array) -> jax.Array:
-        if not divides(arrays[0]):
+        own = [axes] * len(arrays) if isinstance(axes, int) else axes
+        if not divides(arrays[0], own[0]):
             return function(*arrays)
-        return jax.shard_map(function, in_specs=BY_SAMPLE, out_specs=BY_SAMPLE, check_vma=False)(*arrays)
+        specs = tuple(map(spec, own))
+        return jax.shard_map(function, in_specs=specs, out_specs=spec(out), check_vma=False)(*arrays)
 
     return each
 
 
-def divides(x: jax.Array) -> bool:
+def divides(x: jax.Array, axis: int = 0) -> bool:
     """Whether this is inside a step of several devices (not of `pmap`, whose mesh has its own axis) that divide the
-    samples."""
+    samples, which lie along `axis`; not inside the part of such a step that each device runs for itself."""
     mesh = jax.sharding.get_abstract_mesh()
-    return mesh.axis_names == ("data", "fsdp") and len(x) % mesh.size == 0
+    return mesh.axis_names == ("data", "fsdp") and not mesh.manual_axes and x.shape[axis] % mesh.size == 0
 
 
 def place_batch(batch: PyTree, mesh: Mesh, *, axis: int = 0) -> PyTree:

@@ -136,7 +136,7 @@ def test_the_multi_level_block_equals_a_loop_over_levels(gate, normed):
     levels, e, n = 4, 10, 6
     options = dict(levels=levels, level_width=e, gate=gate, normed=normed)
     block = randomised(lambda: MultiLevelBlock(WIDTH, HEADS, 2.0, jnp.float32, **options, rngs=nnx.Rngs(0)))
-    y, x = tokens(2, n, WIDTH), tokens(2, levels, 5, e, seed=2)
+    y, x = tokens(2, n, WIDTH), np.swapaxes(tokens(2, levels, 5, e, seed=2), 0, 1)
     found = jitted(block, y, x)
     kernel, bias = (np.asarray(p[...], np.float64) for p in (block.gates.kernel, block.gates.bias))
     assert kernel.shape == (levels, 2 * WIDTH, WIDTH if gate == "channel" else 1)
@@ -147,7 +147,7 @@ def test_the_multi_level_block_equals_a_loop_over_levels(gate, normed):
         s = row + dense(inner.out, attend(q, k, v, HEADS))
         total = np.zeros_like(s)
         for level in range(levels):
-            k, v = np.split(dense(block.key_value, norm(block.level_norm, x[i, level].astype(float))), 2, -1)
+            k, v = np.split(dense(block.key_value, norm(block.level_norm, x[level, i].astype(float))), 2, -1)
             c = dense(block.out, attend(dense(block.query, norm(block.norm, s)), k, v, HEADS))
             alpha = 1 / (1 + np.exp(-(np.concatenate([s, c], -1) @ kernel[level] + bias[level])))
             total += alpha * c
@@ -163,7 +163,7 @@ def test_closed_gates_leave_the_plain_decoder_block():
     block.gates.kernel[...] = jnp.zeros_like(block.gates.kernel[...])
     block.gates.bias[...] = jnp.full_like(block.gates.bias[...], -200.0)
     y = tokens(2, 4, WIDTH)
-    np.testing.assert_allclose(jitted(block, y, tokens(2, 3, 5, 10)), jitted(block.attend, y), rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(jitted(block, y, tokens(3, 2, 5, 10)), jitted(block.attend, y), rtol=1e-6, atol=1e-6)
 
 
 def test_an_unknown_gate_is_refused():

@@ -5,18 +5,21 @@ Masked Autoencoder", MLMI 2023, arXiv 2203.11725. No code of it is public; consu
 et al., CVPR 2020), the source of both operators, which decides what the paper leaves open.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from jmae.errors import InputError
 from jmae.nn.attention import attention
 from jmae.nn.mae import MAE
 from jmae.nn.transformer import Block, layer_norm, linear
+from jmae.sharding import divides, on_each_device
 
 GATES = ("channel", "token")
 
@@ -74,37 +77,59 @@ class MultiLevelBlock(nnx.Module):
         self.heads, self.gate, self.scale = heads, gate, levels**-0.5 if normed else 1.0
 
     def __call__(
-        self, y: Float[Array, "b n d"], levels: Float[Array, "b levels k e"], *, tokens: int | None = None
+        self, y: Float[Array, "b n d"], levels: Float[Array, "levels b k e"], *, tokens: int | None = None
     ) -> Float[Array, "b n d"]:
         s = self.attend.attended(y, tokens)
         return self.attend.transformed(s + self.scale * self.cross(s, levels))
 
-    def cross(self, s: Float[Array, "b n d"], levels: Float[Array, "b levels k e"]) -> Float[Array, "b n d"]:
+    def cross(self, s: Float[Array, "b n d"], levels: Float[Array, "levels b k e"]) -> Float[Array, "b n d"]:
         """sum_l alpha_l C_l, all levels in one call of the attention."""
-        (b, n, d), (_, count, k, e) = s.shape, levels.shape
+        (b, n, d), (count, _, k, _) = s.shape, levels.shape
         heads = (self.heads, d // self.heads)
         rows = s.reshape(b * n, d)
-        q = jnp.repeat(self.query(self.norm(rows)).reshape(b, n, *heads), count, axis=0)
-        kv = self.key_value(self.level_norm(levels.reshape(-1, e))).reshape(b * count, k, 2, *heads)
-        found = attention(q, kv[:, :, 0], kv[:, :, 1])
-        by_level = lambda x: x.reshape(b, count, n, d).swapaxes(0, 1).reshape(count, b * n, d)
+        q = self.query(self.norm(rows)).reshape(b, n, *heads)
+        kv = _rowwise(lambda x: self.key_value(self.level_norm(x)), levels).reshape(count, b, k, 2, *heads)
+        found = on_each_device(_attention_to_levels, (0, 1), 1)(q, kv)
         of_s, of_c, bias = self.gates.parts()
         if self.gate == "channel":
-            c = by_level(self.out(found.reshape(-1, d)))
-            alpha = jax.nn.sigmoid(_each(rows, of_s) + jnp.einsum("lrd,ldo->lro", c, of_c) + bias)
+            c = _rowwise(self.out, found).reshape(count, b * n, d)
+            alpha = jax.nn.sigmoid(_gate(rows, of_s, c, of_c, bias))
             return jnp.sum(alpha * c, axis=0).reshape(b, n, d)
-        found = by_level(found)
+        found = found.reshape(count, b * n, d)
         project, shift = (p[...].astype(s.dtype) for p in (self.out.kernel, self.out.bias))  # type: ignore[index]
-        seen = jnp.einsum("lrd,ldo->lro", found, project @ of_c) + (shift @ of_c)[:, None]
-        alpha = jax.nn.sigmoid(_each(rows, of_s) + seen + bias)
+        alpha = jax.nn.sigmoid(_gate(rows, of_s, found, project @ of_c, bias + (shift @ of_c)[:, None]))
         mixed = jnp.sum(alpha * found, axis=0) @ project + jnp.sum(alpha, axis=0) * shift
         return mixed.reshape(b, n, d)
 
 
-def _each(rows: Float[Array, "r d"], kernels: Float[Array, "levels d o"]) -> Float[Array, "levels r o"]:
-    """Rows by the kernel of every level, as one dense product."""
-    count, d, o = kernels.shape
-    return jnp.moveaxis((rows @ kernels.swapaxes(0, 1).reshape(d, -1)).reshape(-1, count, o), 1, 0)
+def _attention_to_levels(
+    q: Float[Array, "b n h e"], kv: Float[Array, "levels b k 2 h e"]
+) -> Float[Array, "levels b n h*e"]:
+    """Each sample's queries attend to each of its levels apart."""
+    count, b, k, _, *heads = kv.shape
+    samples = lambda x: x.reshape(count * b, -1, *heads)
+    found = attention(samples(jnp.broadcast_to(q, (count, *q.shape))), samples(kv[:, :, :, 0]), samples(kv[:, :, :, 1]))
+    return found.reshape(count, b, q.shape[1], -1)
+
+
+def _rowwise(layer: Callable[[Array], Array], x: Float[Array, "levels b k e"]) -> Float[Array, "levels b k o"]:
+    """A layer of rows over all levels: of one matrix, which a CPU wants, but where devices share the samples."""
+    if divides(x, 1):
+        return layer(x)
+    return layer(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
+
+
+def _gate(
+    rows: Float[Array, "r d"],
+    of_s: Float[Array, "levels d o"],
+    found: Float[Array, "levels r d"],
+    of_c: Float[Array, "levels d o"],
+    bias: Float[Array, "levels 1 o"],
+) -> Float[Array, "levels r o"]:
+    """What a level's gate is the sigmoid of; kept for the backward pass. The rows meet all levels in one product."""
+    count, d, o = of_s.shape
+    seen = jnp.moveaxis((rows @ of_s.swapaxes(0, 1).reshape(d, -1)).reshape(-1, count, o), 1, 0)
+    return checkpoint_name(seen + jnp.einsum("lrd,ldo->lro", found, of_c) + bias, "gate")
 
 
 class MultiLevelMAE(MAE):
@@ -122,4 +147,4 @@ class MultiLevelMAE(MAE):
         self, latent: Float[Array, "levels b k+1 d"], restore: Int[Array, "b n"], *context: Array
     ) -> Float[Array, "b n v"]:
         """A prediction for every token from what `encode` gives, in float32; hidden places hold the mask token."""
-        return super().decode(self.encoder_norm(latent[-1]), restore, latent.swapaxes(0, 1), *context)
+        return super().decode(self.encoder_norm(latent[-1]), restore, latent, *context)

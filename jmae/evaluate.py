@@ -267,20 +267,10 @@ def scorer(config: ConfigDict, system: System, results: Results) -> Callable[[Im
     from its id. Where a device runs out of memory, fewer masks at a time, then fewer images, are tried until they fit.
     """
     mesh, keys = own_mesh(), seeds_of(config)
-    devices = mesh.shape["data"]
-
-    one = system.score
-    assert one
-
-    def score(results: Results, batch: Any, keys: Any, chunk: int) -> Any:
-        return each_replicate(lambda result, key: one(result, batch, key, chunk=chunk), results, keys)
-
-    program = jax.jit(score, static_argnums=3, out_shardings=replicated(mesh))
+    devices, program = mesh.shape["data"], scoring_program(system, mesh)
 
     def fit(b: int, most: int) -> tuple[int, Any, int]:
-        shapes = {"image": (b, *config.data.size, config.data.channels), "case": (b, 2)}
-        types = {"image": jnp.float32, "case": jnp.uint32}
-        batch = {name: jax.ShapeDtypeStruct(shapes[name], types[name], sharding=split(mesh)) for name in shapes}
+        batch = scoring_batch(config, b, mesh)
         lower = lambda chunk: program.lower(results, batch, keys, chunk)
         compiled, chunk = fitting(lower, most, what=f"scoring {b} images of {tuple(config.data.size)}")
         if chunk < system.masks:
@@ -325,6 +315,25 @@ def scorer(config: ConfigDict, system: System, results: Results) -> Callable[[Im
     return run
 
 
+def scoring_program(system: System, mesh: Mesh) -> Any:
+    """The jitted function (results, batch, keys of the replicates, chunk) -> what `system.score` gives, a leading axis
+    of replicates before each array."""
+    one = system.score
+    assert one
+
+    def score(results: Results, batch: Any, keys: Any, chunk: int) -> Any:
+        return each_replicate(lambda result, key: one(result, batch, key, chunk=chunk), results, keys)
+
+    return jax.jit(score, static_argnums=3, out_shardings=replicated(mesh))
+
+
+def scoring_batch(config: ConfigDict, b: int, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of b images and of what their ids give, split over the devices."""
+    shapes = {"image": (b, *config.data.size, config.data.channels), "case": (b, 2)}
+    types = {"image": jnp.float32, "case": jnp.uint32}
+    return {name: jax.ShapeDtypeStruct(shapes[name], types[name], sharding=split(mesh)) for name in shapes}
+
+
 def gathered(scored: Scored, n: int) -> Scored:
     """All n images of which each process has scored every so-many-th one."""
     each = multihost_utils.process_allgather(scored)  # (processes, r, of each, ...)
@@ -338,38 +347,14 @@ def sweeper(config: ConfigDict, sweep: Sweep, results: Any) -> Callable[..., dic
     "reconstruction"}: one program a bucket of sizes, whatever the case and `repeats`; as many windows at a time as fit
     in the memory, split over the devices. Raises InputError where one window at a time does not."""
     mesh, keys = own_mesh(), seeds_of(config)
-    devices = mesh.shape["data"]
+    program = sweep_program(sweep, mesh)
     programs: dict[tuple[int, ...], tuple[Any, int]] = {}
-
-    def score(results, volume, size, origins, number, coverage, words, repeats, keys, batch):
-        def one(result, key):
-            averages = average(
-                partial(sweep.score, result),
-                volume,
-                origins,
-                number,
-                coverage,
-                case_keys(key, words[None])[0],
-                window=sweep.window,
-                repeats=repeats,
-                batch=-(-batch // devices) * devices,
-                weighted=sweep.weighted,
-                released=sweep.released,
-                place=lambda x: jax.lax.with_sharding_constraint(x, split(mesh)),
-            )
-            return sweep.fuse(averages, inside(volume.shape[:-1], size))
-
-        return each_replicate(one, results, keys)
-
-    program = jax.jit(score, static_argnums=9, out_shardings=replicated(mesh))
 
     def run(volume: Volume, words: np.ndarray, repeats: int = sweep.repeats) -> dict[str, Any]:
         shape = volume.array.shape[:-1]
         tiling = tile(shape, sweep.window, sweep.stride, side=volume.side, midline=volume.midline)
-        origins = np.zeros((2 ** max(4, (len(tiling.origins) - 1).bit_length()), len(shape)), np.int32)
-        origins[: len(tiling.origins)] = tiling.origins
+        origins, number = filled(tiling.origins), np.int32(len(tiling.origins))
         array = np.pad(volume.array, [*tiling.pad, (0, 0)])
-        number = np.int32(len(tiling.origins))
         case = (array, np.array(tiling.size, np.int32), origins, number, tiling.coverage, words, np.int32(repeats))
         case = jax.device_put(case, replicated(mesh))
         kind = (*array.shape, len(origins))
@@ -394,6 +379,42 @@ def sweeper(config: ConfigDict, sweep: Sweep, results: Any) -> Callable[..., dic
         return jax.tree.map(lambda x: x[(slice(None), *own)], out)
 
     return run
+
+
+def sweep_program(sweep: Sweep, mesh: Mesh) -> Any:
+    """The jitted function (results, volume, its true size, origins of windows, how many of them count, coverage, words
+    of the case's id, repeats, keys of the replicates, windows at a time) -> what `sweep.fuse` gives, a leading axis of
+    replicates before each array."""
+    devices = mesh.shape["data"]
+
+    def score(results, volume, size, origins, number, coverage, words, repeats, keys, batch):
+        def one(result, key):
+            averages = average(
+                partial(sweep.score, result),
+                volume,
+                origins,
+                number,
+                coverage,
+                case_keys(key, words[None])[0],
+                window=sweep.window,
+                repeats=repeats,
+                batch=-(-batch // devices) * devices,
+                weighted=sweep.weighted,
+                released=sweep.released,
+                place=lambda x: jax.lax.with_sharding_constraint(x, split(mesh)),
+            )
+            return sweep.fuse(averages, inside(volume.shape[:-1], size))
+
+        return each_replicate(one, results, keys)
+
+    return jax.jit(score, static_argnums=9, out_shardings=replicated(mesh))
+
+
+def filled(origins: np.ndarray) -> np.ndarray:
+    """Origins of windows, with zeros behind them up to a power of two: few lengths are compiled."""
+    rows = np.zeros((2 ** max(4, (len(origins) - 1).bit_length()), origins.shape[1]), np.int32)
+    rows[: len(origins)] = origins
+    return rows
 
 
 def ahead(function: Callable, items: Sequence) -> Iterator[Any]:

@@ -144,7 +144,6 @@ def devices_of(machine: Machine) -> Sequence[Any]:
 def gpus(machine: Machine) -> Sequence[Any]:
     if not any(importlib.util.find_spec(f"jax_cuda{n}_plugin") for n in (12, 13)):
         raise InputError(f"target {machine.name} needs XLA's GPU compiler (182 MB): pip install 'jmae[plan-gpu]'")
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # that there is no driver is no news
     shape = "x".join(map(str, (1, *machine.shape)))
     options = {"target_config": description(machine.name), "topology": shape}
     try:

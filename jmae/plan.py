@@ -1,19 +1,26 @@
-"""python -m jmae.plan --config configs/NAME.py[:PRESET] --target TARGET [--config.KEY=VALUE ...]
-                    [--stage NAME] [--batch N] [--json FILE] [--debug]
+"""python -m jmae.plan --config configs/NAME.py[:PRESET] --target TARGET [--config.KEY=VALUE ...] [--stage NAME]
+                    [--batch N] [--largest] [--scoring] [--volume 273x406x105] [--json FILE] [--debug]
 
-Whether the training of a system fits on accelerators that are not at hand, how fast it can be there at most, and what
-limits it. Each stage's step is compiled ahead of time, with shapes alone. TARGET:
+Whether a system trains, and scores, on accelerators that are not at hand, how fast it can be there at most, and what
+limits it. Each stage's step is compiled ahead of time, with shapes alone, by the accelerator's own compiler. TARGET:
 
-    v5e:4x4, v6e:16x16, v5p:2x2x4   TPUs: compiled for them by libtpu (pip install 'jmae[plan]'), no TPU is needed
-    h100:8, h200:16, a100:8         so many GPUs. There is no compiler for them without one: the same sharded program is
-                                    compiled for as many virtual CPU devices, and what depends on that is "estimated"
+    h200:1, h100:8, a100:16, b200:8   NVIDIA GPUs, more than 8 of them in hosts of 8 (pip install 'jmae[plan-gpu]')
+    h100:1x32x8                       32 hosts of 8
+    v5e:4x4, v6e:16x16, v5p:2x2x4     TPUs and their torus (pip install 'jmae[plan]')
 
 The global batch is the recipe's batch on every chip (batches are split over both mesh axes), or --batch. As many
 chips as the recipe's `fsdp` hold a parameter's parts. Images are the batch's; a set of volumes that is kept on the
 device (data.crops_on) comes on top: 4 bytes a voxel and channel.
 
-Predicted time is that of the stated peak figures, which no program reaches: products at the peak rate, what the program
-reads and writes at the memory's, what a chip sends at the network's.
+--largest also searches the largest batch that fits: a line through two batches estimates it, one more compilation
+confirms it. --scoring plans the scoring on one host instead: of images all masks of a batch in one pass, of volumes the
+sweep over one of --volume voxels. At a paper's size a compilation takes one to three minutes.
+
+What is [compiled] is read from the compiler's own program, [traced] from JAX's. What is [estimated] is arithmetic at
+the stated rates, which no program reaches: of GPUs, kernels one after the other, each the longer of its products and
+its memory's traffic; of TPUs, the longer of all products and all traffic; then what a chip sends over the network.
+For GPUs two things are missing that happen on the card alone: the choice among kernels by trial, and the workspaces of
+cuDNN, in memory.
 Exit codes: 0 fits; 1 a stage does not; 2 the input or the environment is wrong.
 """
 
@@ -24,103 +31,58 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import topologies
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
 from jmae import recipe
+from jmae.chips import CHIPS, Machine, devices_of, first_line, target_of
 from jmae.errors import InputError, exit_code
-from jmae.hlo import Program
+from jmae.evaluate import filled, scoring_batch, scoring_program, seeds_of, sweep_program
+from jmae.hlo import Program, Work
+from jmae.reconstruct import fitting
 from jmae.run_folder import log, write_text
 from jmae.sharding import device_mesh, replicated, split
-from jmae.system import Stage, State, load_system, stage_keys
-from jmae.target import Target, tracing_for
+from jmae.system import Stage, State, Sweep, System, load_system, stage_keys
+from jmae.target import tracing_for
 from jmae.train import compiled_step, places
+from jmae.windows import tile
 
 ROWS = 1000  # of a made-up manifest: sizes what a stage keeps of each row (AMAE's margins), and the schedule
-
-
-class Chip(NamedTuple):
-    """Peak figures of one chip, as its maker states them."""
-
-    platform: str  # what programs for it are compiled for
-    flops: float  # a second, dense, bfloat16
-    float32: float  # share of it that float32 products reach as JAX does them (TPU: one bfloat16 pass; GPU: TF32)
-    memory: float  # bytes
-    bandwidth: float  # of the memory, bytes a second
-    ports: int  # TPU: links to neighbours in the torus; GPU: one link to all of a host
-    link: float  # bytes a second of a port, one way
-    whole: int  # TPU: an axis of a multiple of so many chips is closed to a ring; GPU: how many a host has
-    between: float  # GPU: bytes a second of its port to other hosts, one way
-    source: str
-    most: int = 0  # TPU: chips of the largest slice
-    example: str = ""  # TPU: a machine that has it, as libtpu calls it
-
-
-TPU, NVIDIA = "cloud.google.com/tpu/docs/", "nvidia.com/en-us/data-center/"
-# Ports of TPUs: the stated bandwidth a chip, both ways, over ports and ways. Closed rings: v5e, v6e axes of 16 alone,
-# v5p multiples of 4. GPUs: the SXM forms with NVLink, in hosts of 8 with a ConnectX port each (DGX).
-CHIPS = {
-    "v5e": Chip("tpu", 197e12, 1, 16 * 2**30, 819e9, 4, 50e9, 16, 0, TPU + "v5e", 256, "v5litepod-8"),
-    "v5p": Chip("tpu", 459e12, 1, 95 * 2**30, 2765e9, 6, 100e9, 4, 0, TPU + "v5p", 6144, "v5p-8"),
-    "v6e": Chip("tpu", 918e12, 1, 32 * 2**30, 1638e9, 4, 100e9, 16, 0, TPU + "v6e", 256, "v6e-8"),
-    "a100": Chip("cpu", 312e12, 0.5, 80e9, 2039e9, 1, 300e9, 8, 25e9, NVIDIA + "a100 (80 GB), dgx-a100"),
-    "h100": Chip("cpu", 989e12, 0.5, 80e9, 3350e9, 1, 450e9, 8, 50e9, NVIDIA + "h100, dgx-h100"),
-    "h200": Chip("cpu", 989e12, 0.5, 141e9, 4800e9, 1, 450e9, 8, 50e9, NVIDIA + "h200, dgx-h200"),
-}
 USABLE = 0.75  # of a GPU's memory: what JAX takes unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise
-
-
-class Machine(NamedTuple):
-    """Chips of one kind, (n,) GPUs or the axes of a torus of TPUs."""
-
-    name: str
-    shape: tuple[int, ...]
-
-    @property
-    def chip(self) -> Chip:
-        return CHIPS[self.name]
-
-    def sending(self, group: Sequence[int]) -> float:
-        """Bytes a second that a chip can send to the others of its group in a collective operation, all links busy.
-
-        TPUs: all links of the torus where the group is the whole of it, else those of a ring (both ways), of a pair
-        one. GPUs: NVLink, and over hosts the ports of all its GPUs in one host together, if that is less."""
-        chip, n = self.chip, len(group)
-        if chip.platform == "cpu":
-            most = max(Counter(i // chip.whole for i in group).values())
-            return chip.link if most == n else min(chip.link, most * chip.between)
-        if n < math.prod(self.shape):
-            return chip.link * min(n - 1, 2)
-        degree = sum(2 if a % chip.whole == 0 else 2 * (a - 1) / a for a in self.shape)
-        return chip.link * min(degree, chip.ports)
+LAUNCH = 2e-6  # seconds at the least between the launches of two kernels of a GPU
+PASS = 0.8  # of that memory: what scoring gives the temporary arrays of a pass (`reconstruct.device_bytes`)
+PACKAGES = ("jmae", "jax", "jaxlib", "libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin")
 
 
 def main(argv: list[str]) -> int:
-    config, flags = recipe.parse(argv, __doc__, ["target", "stage", "batch", "json"])
+    wishes = {word for word in argv if word in ("--largest", "--scoring")}
+    rest = [word for word in argv if word not in wishes]
+    config, flags = recipe.parse(rest, __doc__, ["target", "stage", "batch", "largest", "scoring", "volume", "json"])
     if "target" not in flags:
-        raise InputError(f"no target: write --target=v5e:4x4, or another of {', '.join(CHIPS)}")
-    target = target_of(flags["target"])
+        raise InputError(f"no target: write --target=h200:1, or another of {', '.join(CHIPS)}")
+    machine = target_of(flags["target"])
     batch = recipe.typed("batch", flags["batch"], 1) if "batch" in flags else None
     if batch is not None and batch < 1:
         raise InputError("--batch is 1 or more")
     if "json" in flags and Path(flags["json"]).is_dir():
         raise InputError(f"--json={flags['json']} is a folder: name a file")
-    found = plan(config, target, stage=flags.get("stage", ""), batch=batch)
-    print("\n".join(line for each in found for line in report(target, each)))
+    if "--scoring" in wishes:
+        found = [scoring(config, machine, volume=volume_of(flags.get("volume", "")))]
+    else:
+        found = plan(config, machine, stage=flags.get("stage", ""), batch=batch, largest="--largest" in wishes)
+    print("\n".join(line for each in found for line in report(machine, each)))
     if "json" in flags:
-        versions = {name: version(name) for name in ("jmae", "jax", "libtpu") if importlib.util.find_spec(name)}
-        content = {"command": command(argv), "versions": versions, "target": flags["target"], "stages": found}
+        content = {"command": command(argv), "versions": versions(), "target": flags["target"], "stages": found}
         write_text(Path(flags["json"]), json.dumps(content, indent=1) + "\n")
     return 0 if all(each["fits"] for each in found) else 1
 
@@ -130,103 +92,98 @@ def command(argv: Sequence[str]) -> str:
     return " ".join(["python -m jmae.plan", *argv])
 
 
-def target_of(text: str) -> Machine:
-    """The target that "v5e:4x4" or "h100:8" names; raises InputError where it names none."""
-    name, _, shape = text.partition(":")
-    if name not in CHIPS:
-        raise InputError(
-            f"target {text!r} is unknown: did you mean {recipe.nearest(name, list(CHIPS))}? One of {', '.join(CHIPS)}"
-        )
-    chip = CHIPS[name]
-    axes = 1 if chip.platform == "cpu" else chip.ports // 2
-    if not re.fullmatch("x".join([r"[1-9]\d{0,3}"] * axes), shape):
-        example = {1: "8 (GPUs)", 2: "4x4 (the torus)", 3: "2x2x1 (the torus)"}[axes]
-        raise InputError(f"target {text!r} does not say how many chips: write {name}:{example}")
-    target = Machine(name, tuple(int(n) for n in shape.split("x")))
-    if chip.most and math.prod(target.shape) > chip.most:
-        raise InputError(f"target {text!r}: there are no slices of more than {chip.most} {name}")
-    return target
+def versions() -> dict[str, str]:
+    """The packages that a plan depends on, those that are installed."""
+    return {name: version(name) for name in PACKAGES if importlib.util.find_spec(name.replace("-", "_"))}
 
 
-def devices_of(target: Machine) -> Sequence[Any]:
-    """The devices of a target, for which programs can be compiled and on which none runs.
-
-    Raises InputError where libtpu is not there or refuses the torus."""
-    count = math.prod(target.shape)
-    if target.chip.platform == "cpu":
-        try:
-            jax.config.update("jax_num_cpu_devices", count)
-        except RuntimeError:  # the process has its devices already
-            if len(jax.devices("cpu")) < count:
-                raise InputError(f"a plan for {count} GPUs needs a process of its own: python -m jmae.plan") from None
-        return jax.devices("cpu")[:count]
-    if importlib.util.find_spec("libtpu") is None:
-        raise InputError(f"target {target.name} needs libtpu, the TPUs' compiler: pip install 'jmae[plan]'")
-    # No TPU is looked for, others may compile or train beside this process, and only what is fatal is said.
-    settings = f"""TPU_SKIP_MDS_QUERY=1 ALLOW_MULTIPLE_LIBTPU_LOAD=1 TPU_WORKER_HOSTNAMES=localhost
-        TPU_ACCELERATOR_TYPE={target.chip.example} TPU_MIN_LOG_LEVEL=3 TPU_STDERR_LOG_LEVEL=3"""
-    for setting in settings.split():
-        os.environ.setdefault(*setting.split("="))
-    own = {2: "4x4, 8x8, 16x16", 3: "2x2x1, 2x2x4, 4x4x4"}[len(target.shape)]
-    name = f"{target.name}:{'x'.join(map(str, target.shape))}"
-    options: dict[str, Any] = {"chips_per_host_bounds": (1, 1, 1)} if count == 1 else {}
-    try:
-        return topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
-    except Exception as error:
-        raise InputError(f"libtpu refuses {name} ({first_line(error)}): use a torus that is made, as {own}") from error
-
-
-def first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
+def volume_of(text: str) -> tuple[int, ...]:
+    """(273, 406, 105) of "273x406x105"; () of nothing."""
+    if text and not re.fullmatch(r"[1-9]\d{0,3}(x[1-9]\d{0,3}){2}", text):
+        raise InputError(f"--volume={text} is no size: write --volume=273x406x105 (voxels)")
+    return tuple(int(n) for n in text.split("x")) if text else ()
 
 
 # --- the plan of a system ---------------------------------------------------------------------------------------------
 
 
-def plan(config: ConfigDict, target: Machine, *, stage: str = "", batch: int | None = None) -> list[dict[str, Any]]:
-    """What each stage (or the one named) needs on a target, and how fast its step can be at most: `report` shows it.
+def plan(
+    config: ConfigDict, machine: Machine, *, stage: str = "", batch: int | None = None, largest: bool = False
+) -> list[dict[str, Any]]:
+    """What each stage (or the one named) needs on a machine, and how fast its step can be at most: `report` shows it.
 
     Raises InputError as `load_system` and `devices_of` do, and where a batch or the recipe's `fsdp` does not divide."""
-    jax.config.update("jax_platforms", "cpu")  # an accelerator that is here is not taken
-    if config.model.dtype == "auto":
-        config.model.dtype = "bfloat16"
+    devices = prepared(config, machine)
     fsdp = config.get("fsdp", 1)
-    devices = devices_of(target)
     mesh = device_mesh(fsdp, devices)
     results: dict[str, Any] = {}
     found: list[dict[str, Any]] = []
     known: dict[Any, dict[str, Any]] = {}
-    # Networks that have a form of their own for the CPU ask which platform they are traced for.
-    with tracing_for(Target("tpu" if target.chip.platform == "tpu" else "cuda", (9, 0), 91000)):
+    with tracing_for(machine.answers):
         system = load_system(config)
         names = [each.name for each in system.stages]
         if stage and stage not in names:
             raise InputError(f"stage {stage!r} is unknown: one of {', '.join(names)}")
         for number, each in enumerate(system.stages):
-            state, inputs, jitted = step_of(config, each, number, results, mesh, batch)
-            results[each.name] = jax.eval_shape(each.result, state)
-            if stage in ("", each.name):
-                if each.step not in known:  # AMAE's modules share theirs
-                    log(f"stage {each.name}: compiling for {target.name}, a minute or more at a paper's size")
-                    known[each.step] = planned(target, mesh, jitted, state, *inputs)
-                size = batch or each.batch * mesh.size
-                head = {"system": config.system, "stage": each.name, "chips": mesh.size, "fsdp": fsdp, "batch": size}
-                found.append(head | {"batch_from": "--batch" if batch else "recipe"} | known[each.step])
+            before = dict(results)
+            results[each.name] = result_of(config, each, number, results)
+            if stage not in ("", each.name):
+                continue
+            size = batch or each.batch * mesh.size
+            head = {"system": config.system, "stage": each.name, "chips": mesh.size, "fsdp": fsdp, "batch": size}
+            for phase in dict.fromkeys(each.phases):
+                at = partial(planned_at, config, machine, mesh, each, number, before, phase)
+                if (each.step, phase) not in known:  # AMAE's modules share theirs
+                    log(f"stage {each.name}: compiling for {machine.name}, a minute or more at a paper's size")
+                    known[each.step, phase] = at(size)
+                    if largest:
+                        unit = mesh.size * each.parts
+                        more = largest_batch(at, size, unit, known[each.step, phase])
+                        known[each.step, phase] |= {"largest": more}
+                share = each.phases.count(phase) / len(each.phases)
+                own = {"phase": str(phase), "share": share} if share < 1 else {}
+                found.append(head | {"batch_from": "--batch" if batch else "recipe"} | own | known[each.step, phase])
     return found
 
 
+def prepared(config: ConfigDict, machine: Machine) -> Sequence[Any]:
+    """The machine's devices; the recipe becomes one for them."""
+    jax.config.update("jax_platforms", "cpu")  # an accelerator that is here is not taken
+    if config.model.dtype == "auto":
+        config.model.dtype = "bfloat16"
+    return devices_of(machine)
+
+
+def state_of(config: ConfigDict, stage: Stage, number: int, results: PyTree) -> State:
+    """Shapes of a stage's state."""
+    init = lambda key, results: stage.init(key, results, ROWS)
+    keys = jax.eval_shape(partial(stage_keys, config, number))
+    return jax.eval_shape(init if config.replicates == 1 else jax.vmap(init), keys, results)
+
+
+def result_of(config: ConfigDict, stage: Stage, number: int, results: PyTree) -> PyTree:
+    """Shapes of what a stage gives to later ones and to the score."""
+    return jax.eval_shape(stage.result, state_of(config, stage, number, results))
+
+
 def step_of(
-    config: ConfigDict, stage: Stage, number: int, results: PyTree, mesh: Mesh, batch: int | None
+    config: ConfigDict,
+    stage: Stage,
+    number: int,
+    results: PyTree,
+    mesh: Mesh,
+    batch: int | None,
+    phase: Any = None,
 ) -> tuple[State, tuple[PyTree, Any], Any]:
-    """(state, (batch, keys), jitted step) of a stage on a mesh: shapes with their places, no numbers."""
+    """(state, (batch, keys), jitted step) of a stage on a mesh: shapes with their places, no numbers. `phase` is the
+    one of the stage's phases that the step is of, the first where not given."""
     n, steps = config.replicates, stage.steps(ROWS)
     size = batch or stage.batch * mesh.size
     if size % (mesh.size * stage.parts):
         parts = f" times {stage.parts} parts (accumulate)" if stage.parts > 1 else ""
         raise InputError(f"a batch of {size} is not divisible by {mesh.size} chips{parts}: --batch is a multiple")
-    init = lambda key, results: stage.init(key, results, ROWS)
     keys = jax.eval_shape(partial(stage_keys, config, number))
-    state = jax.eval_shape(init if n == 1 else jax.vmap(init), keys, results)
+    state = state_of(config, stage, number, results)
     image = (*config.data.size, config.data.channels)
     arrays = {"image": (image, jnp.float32), "index": ((), jnp.int32), "case": ((2,), jnp.uint32)}
     for name, make in stage.host.items():
@@ -237,68 +194,123 @@ def step_of(
     put = lambda shape, place: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=place)
     over = split(mesh, len(lead) - 1)
     inputs = jax.tree.map(lambda s: put(s, over), shapes), put(keys, replicated(mesh))
-    return jax.tree.map(put, state, places(state, mesh)), inputs, compiled_step(stage.step, steps, n, (), mesh)
+    step = compiled_step(stage.step, steps, n, (), mesh, stage.phases[0] if phase is None else phase)
+    return jax.tree.map(put, state, places(state, mesh)), inputs, step
 
 
-def planned(target: Machine, mesh: Mesh, jitted: Any, state: State, batch: PyTree, keys: Any) -> dict[str, Any]:
+def planned_at(
+    config: ConfigDict,
+    machine: Machine,
+    mesh: Mesh,
+    stage: Stage,
+    number: int,
+    results: PyTree,
+    phase: Any,
+    batch: int,
+) -> dict[str, Any]:
+    """A stage's step at a batch."""
+    return planned(machine, mesh, *step_of(config, stage, number, results, mesh, batch, phase))
+
+
+def planned(machine: Machine, mesh: Mesh, state: State, inputs: tuple[PyTree, Any], jitted: Any) -> dict[str, Any]:
     """Memory, work, network and time of a step."""
-    chip, chips = target.chip, mesh.size
-    traced = jitted.trace(state, batch, keys, None)
-    work = products(traced.jaxpr.jaxpr, chip.platform)
-    memory = {
+    traced = jitted.trace(state, *inputs, None)
+    arguments = {
         "parameters": held(state.params),
         "optimiser": held(state.opt),
         "frozen weights and statistics": held((state.frozen, state.stats)),
-        "batch": held(batch),
+        "batch": held(inputs[0]),
     }
-    compute = sum(n / (chip.flops * (1 if itemsize < 4 else chip.float32)) for itemsize, n in work.items()) / chips
-    out: dict[str, Any] = {"memory": memory, "flops": sum(work.values()), "flops_chip": sum(work.values()) / chips}
-    out["limit"] = chip.memory * (USABLE if chip.platform == "cpu" else 1)
+    work = products(traced.jaxpr.jaxpr, machine.chip.platform)
+    out: dict[str, Any] = {"flops": sum(work.values()), "flops_chip": sum(work.values()) / mesh.size}
+    traced_s = seconds_of(machine, Work(sum(n for b, n in work.items() if b < 4), work[4] + work[8])) / mesh.size
     try:
         compiled = traced.lower().compile()
     except jax.errors.JaxRuntimeError as error:
         need = re.search(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm", str(error))
         if not need:
-            raise InputError(f"this step cannot be compiled for {target.name}: {first_line(error)}") from error
+            raise InputError(f"this step cannot be compiled for {machine.name}: {first_line(error)}") from error
         total, limit = (
             float(n) * 2.0 ** (10 * (1 + "KMGT".index(unit)))
             for n, unit in zip(need.groups()[::2], need.groups()[1::2], strict=True)
         )
-        return out | {"fits": False, "total": total, "limit": limit, "compute_s": compute}
-    sizes = compiled.memory_analysis()
-    memory["gradients and activations"] = sizes.temp_size_in_bytes
+        out |= {"memory": arguments, "fits": False, "total": total, "limit": limit, "compute_s": traced_s}
+        return out
+    return out | measured(machine, mesh, compiled, arguments, None if machine.gpus else traced_s)
+
+
+def measured(
+    machine: Machine, mesh: Mesh, compiled: Any, arguments: Mapping[str, int], compute_s: float | None
+) -> dict[str, Any]:
+    """What a compiled program says of itself, and the time that follows. `compute_s` is that of its products, where
+    they are not counted in the program (of TPUs, whose convolutions XLA writes in many forms)."""
+    chip, sizes = machine.chip, compiled.memory_analysis()
+    limit = memory_limit(machine)
+    memory = dict(arguments)
+    memory["temporary arrays"] = sizes.temp_size_in_bytes
     memory["program"] = sizes.generated_code_size_in_bytes
-    arguments = sum(list(memory.values())[:4])
-    memory["padding and metrics"] = max(0, sizes.argument_size_in_bytes - arguments) + max(
+    memory["padding and metrics"] = max(0, sizes.argument_size_in_bytes - sum(arguments.values())) + max(
         0, sizes.output_size_in_bytes - sizes.alias_size_in_bytes
     )
-    program = Program(compiled.as_text(), chips)
-    network = program.collectives()
-    bytes_moved = program.traffic()
-    network_s = sum(c.sent / target.sending(c.group) for c in network)
+    program = Program(compiled.as_text(), mesh.size)
+    network, work, traffic = program.collectives(), program.work(), program.traffic()
     cost = compiled.cost_analysis() or {}
-    out |= {
-        "fits": chip.platform == "tpu" or sum(memory.values()) <= out["limit"],  # libtpu compiles what fits alone
+    out: dict[str, Any] = {
+        "memory": memory,
+        "limit": limit,
+        "fits": not machine.gpus or sum(memory.values()) <= limit,  # libtpu compiles what fits alone
         "total": sum(memory.values()),
         "flops_compiler": cost.get("flops"),
-        "traffic_chip": bytes_moved,
+        "traffic_chip": traffic,
         "sent_chip": sum(c.sent for c in network),
         "collectives": [
             {"kind": c.kind, "chips": len(c.group), "count": c.times, "bytes": c.size, "sent": c.sent} for c in network
         ],
         "loops_unknown": program.unknown,
-        "compute_s": compute,
-        "memory_s": bytes_moved / chip.bandwidth,
-        "network_s": network_s,
+        "compute_s": seconds_of(machine, work) if compute_s is None else compute_s,
+        "memory_s": traffic / chip.bandwidth,
+        "network_s": sum(c.sent / machine.sending(c.group) for c in network),
     }
-    return out | predicted(out["compute_s"], out["memory_s"], out["network_s"])
+    if not machine.gpus:
+        return out | predicted(out["compute_s"], out["memory_s"], out["network_s"])
+    launches = program.launches()
+    kernels_s = program.seconds(chip.usable, chip.usable * chip.float32, chip.bandwidth)
+    out |= {
+        "flops_compiled_chip": work._asdict(),
+        "kernels": launches,
+        "custom_calls": dict(program.custom_calls()),
+        "padding_chip": program.padding(),
+        "kernels_s": kernels_s,
+        "launches_s": launches * LAUNCH,
+        "peak_share": out["compute_s"] / kernels_s,
+        "rate": chip.usable,
+    }
+    return out | predicted(out["compute_s"], out["memory_s"], out["network_s"], kernels_s, out["launches_s"])
 
 
-def predicted(compute_s: float, memory_s: float, network_s: float) -> dict[str, Any]:
-    """A step's time where a chip computes while it moves data in its memory: `step_s` with the network after that,
-    `step_least_s` with the network beside it; the share of one chip's speed that is left; and the longest part."""
-    local = max(compute_s, memory_s)
+def seconds_of(machine: Machine, work: Work) -> float:
+    """Time of products alone."""
+    chip = machine.chip
+    return work.low / chip.usable + work.float32 / (chip.usable * chip.float32)
+
+
+def memory_limit(machine: Machine) -> float:
+    """Bytes that JAX takes of a chip."""
+    return machine.chip.memory * (USABLE if machine.gpus else 1)
+
+
+def predicted(
+    compute_s: float, memory_s: float, network_s: float, kernels_s: float = 0, launches_s: float = 0
+) -> dict[str, Any]:
+    """A step's time: `step_s` with the network after what a chip does alone, `step_least_s` with the network beside it;
+    the share of one chip's speed that is left; and the longest part.
+
+    A chip alone takes the longest of its products, its memory's traffic, its kernels one after the other, and their
+    launches, which run ahead of them."""
+    local = max(compute_s, memory_s, kernels_s, launches_s)
     parts = {"compute": compute_s, "memory": memory_s, "network": network_s}
+    if launches_s > max(kernels_s, network_s):
+        parts = {"launches": launches_s}
     return {
         "step_s": local + network_s,
         "step_least_s": max(local, network_s),
@@ -307,21 +319,141 @@ def predicted(compute_s: float, memory_s: float, network_s: float) -> dict[str, 
     }
 
 
+def largest_batch(at: Callable[[int], dict[str, Any]], base: int, unit: int, found: dict[str, Any]) -> dict[str, Any]:
+    """The largest batch that fits, a multiple of `unit` (of 8 units from 64 of them on).
+
+    A line through the memory of `base`, which is `found`, and that of another batch estimates it; `at` compiles it and
+    so confirms it. Where that takes more than there is, the line through it gives the next, up to three times."""
+    limit = found["limit"]
+    whole = lambda b: int(b // (unit * 8) * unit * 8 if b >= 64 * unit else b // unit * unit)
+    other = 2 * base if found["fits"] else max(unit, whole(base / 2))
+    if other == base:
+        return {"batch": 0, "total": found["total"], "tried": [base]}
+    points = [(base, found["total"]), (other, at(other)["total"])]
+    tried = [base, other]
+    for _ in range(3):
+        (b0, m0), (b1, m1) = points[0], points[-1]
+        slope = (m1 - m0) / (b1 - b0)
+        if slope <= 0:
+            raise InputError(f"memory does not grow from a batch of {b0} to one of {b1}: there is no line to follow")
+        estimate = whole(b0 + (limit - m0) / slope)
+        if estimate < unit:
+            return {"batch": 0, "total": m0, "tried": tried}
+        log(f"batch {estimate}: compiling to confirm it")
+        result = at(estimate)
+        tried.append(estimate)
+        if result["fits"]:
+            return {"batch": estimate, "total": result["total"], "tried": tried}
+        points.append((estimate, result["total"]))
+    return {"batch": None, "total": points[-1][1], "tried": tried}
+
+
+# --- scoring ----------------------------------------------------------------------------------------------------------
+
+
+def scoring(config: ConfigDict, machine: Machine, *, volume: tuple[int, ...] = ()) -> dict[str, Any]:
+    """What one scoring needs on one host of a machine: of images all masks of a batch in one pass, of volumes the sweep
+    over one of the size `volume`. As many masks, or windows, at a time as the memory holds, as in an evaluation."""
+    every = prepared(config, machine)
+    devices = [device for device in every if device.process_index == every[0].process_index]
+    mesh = device_mesh(1, devices)
+    place = lambda shape: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=replicated(mesh))
+    with tracing_for(machine.answers):
+        system = load_system(config)
+        if system.sweep and len(volume) != len(system.sweep.window):
+            raise InputError(f"{config.system} scores volumes: name the size of one, as --volume=273x406x105 (voxels)")
+        every_result: dict[str, Any] = {}
+        for number, stage in enumerate(system.stages):
+            every_result[stage.name] = result_of(config, stage, number, every_result)
+        results = jax.tree.map(place, {name: every_result[name] for name in system.uses})
+        keys = place(jax.eval_shape(partial(seeds_of, config)))
+        if system.sweep:
+            most, what = config.evaluation.batch, "windows"
+            batch, trace = sweep_of(config, system.sweep, mesh, volume, results, keys)
+        else:
+            most, what = config.evaluation.get("chunk") or system.masks, "masks"
+            batch, trace = pass_of(config, system, mesh, results, keys)
+        log(f"scoring: compiling for {machine.name}, a minute or more at a paper's size")
+        arguments = {"weights": held(results), "batch": held(batch)}
+        room = PASS * (memory_limit(machine) - arguments["weights"])
+        compiled, chunk = fitting(lambda chunk: trace(chunk).lower(), most, limit=int(room))
+        out = measured(machine, mesh, compiled, arguments, None)
+    size = 1 if system.sweep else -(-config.evaluation.batch // mesh.size) * mesh.size
+    head = {"system": config.system, "stage": "scoring", "chips": mesh.size, "fsdp": 1, "batch": size}
+    case = {"volume": volume} if system.sweep else {}
+    flops = (out["flops_compiled_chip"]["low"] + out["flops_compiled_chip"]["float32"]) if machine.gpus else 0.0
+    work = {"flops": flops * mesh.size, "flops_chip": flops}
+    return head | case | {"batch_from": "recipe", "at_once": chunk, "at_once_of": most, "what": what} | work | out
+
+
+def pass_of(
+    config: ConfigDict, system: System, mesh: Mesh, results: PyTree, keys: Any
+) -> tuple[PyTree, Callable[[int], Any]]:
+    """(shapes of a batch of images, the traced fused pass for so many masks at a time)."""
+    batch = scoring_batch(config, -(-config.evaluation.batch // mesh.size) * mesh.size, mesh)
+    program = scoring_program(system, mesh)
+    return batch, lambda chunk: program.trace(results, batch, keys, chunk)
+
+
+def sweep_of(
+    config: ConfigDict, sweep: Sweep, mesh: Mesh, volume: tuple[int, ...], results: PyTree, keys: Any
+) -> tuple[PyTree, Callable[[int], Any]]:
+    """(shapes of a volume with its windows, the traced sweep for so many windows at a time). How many windows there are
+    is known to the program, so that its loop's length is: in an evaluation it is an argument."""
+    tiling = tile(volume, sweep.window, sweep.stride)
+    array = tuple(n + low + high for n, (low, high) in zip(volume, tiling.pad, strict=True))
+    shapes = {
+        "array": jax.ShapeDtypeStruct((*array, config.data.channels), jnp.float32),
+        "origins": jax.eval_shape(lambda: jnp.asarray(filled(tiling.origins))),
+        "coverage": tuple(jax.ShapeDtypeStruct(each.shape, jnp.float32) for each in tiling.coverage),
+        "words": jax.ShapeDtypeStruct((2,), jnp.uint32),
+    }
+    case = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=replicated(mesh)), shapes)
+    program = sweep_program(sweep, mesh)
+    size, number, repeats = np.array(tiling.size, np.int32), np.int32(len(tiling.origins)), np.int32(sweep.repeats)
+
+    def trace(batch: int) -> Any:
+        def score(results, case, keys):
+            windows = (case["origins"], number, case["coverage"], case["words"], repeats)
+            return program(results, case["array"], size, *windows, keys, batch)
+
+        return jax.jit(score).trace(results, case, keys)
+
+    return case, trace
+
+
 def held(tree: PyTree) -> int:
     """Bytes of a tree of placed shapes on one chip."""
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
+# Operations that hand a number on as it is. Gradients keep the number of the platform beside the branches' results.
+SAME = "copy convert_element_type reshape squeeze broadcast_in_dim slice dynamic_slice reduce_precision name".split()
+ATTENTION = {"dot_product_attention_fwd_wrapper": 4, "dot_product_attention_bwd_wrapper": 10}  # cuDNN's: x b h n m d
+
+
 def products(jaxpr: Any, platform: str) -> Counter[int]:
-    """FLOPs of all matrix products and convolutions of a traced program, two a multiplication, by the bytes of a number
-    of their inputs; a loop's body as often as it runs, of branches the longest. (The compiler's own count has a loop's
-    body once.)"""
+    """FLOPs of all matrix products, convolutions and cuDNN attentions of a traced program, two a multiplication, by the
+    bytes of a number of their inputs. A loop's body counts as often as it runs (`while`: once); of branches the
+    platform's own counts, or else the longest."""
+    return traced_work(jaxpr, platform, [None] * len(jaxpr.invars))[0]
+
+
+def traced_work(jaxpr: Any, platform: str, given: Sequence[Any]) -> tuple[Counter[int], list[Any]]:
+    """(FLOPs, the platforms that each output chooses among) of a program, by those that its inputs choose among: a
+    tuple for an array that is a `platform_index`, None for any other."""
     total: Counter[int] = Counter()
-    chosen: dict[Any, tuple] = {}
+    chosen: dict[Any, tuple | None] = dict(zip(jaxpr.invars, given, strict=True))
+    of = lambda var: None if hasattr(var, "val") else chosen.get(var)
     for eqn in jaxpr.eqns:
         name, params = eqn.primitive.name, eqn.params
+        outs: Sequence[Any] = ()
         if name == "platform_index":
-            chosen[eqn.outvars[0]] = params["platforms"]
+            outs = [params["platforms"]]
+        elif name in SAME:
+            outs = [of(eqn.invars[0])]
+        elif name == "optimization_barrier":
+            outs = [of(var) for var in eqn.invars]
         elif name == "dot_general":
             shape, ((axes, _), _) = eqn.invars[0].aval.shape, params["dimension_numbers"]
             depth = math.prod(shape[axis] for axis in axes)
@@ -331,19 +463,31 @@ def products(jaxpr: Any, platform: str) -> Counter[int]:
             depth = kernel.size / kernel.shape[params["dimension_numbers"].rhs_spec[0]]
             apart = math.prod(params["lhs_dilation"])  # zeros between the inputs are no work
             total[kernel.dtype.itemsize] += round(2 * depth * eqn.outvars[0].aval.size / apart)
+        elif name in ATTENTION:
+            queries, keys = eqn.invars[0].aval, eqn.invars[1].aval  # (b, n, h, d), or (b, h, n, d)
+            total[queries.dtype.itemsize] += ATTENTION[name] * queries.size * keys.shape[2 if params["layout"] else 1]
         elif name == "cond":
-            parts = [products(branch.jaxpr, platform) for branch in params["branches"]]
-            if (platforms := chosen.get(eqn.invars[0])) is not None:
-                own = [i for i, names in enumerate(platforms) if names is None or platform in names]
-                parts = [parts[own[0]]]
-            longest = max(parts, key=lambda part: part.total())
-            total += longest
+            given = [of(var) for var in eqn.invars[1:]]
+            parts = [traced_work(branch.jaxpr, platform, given) for branch in params["branches"]]
+            if (platforms := of(eqn.invars[0])) is not None:
+                parts = [parts[i] for i, names in enumerate(platforms) if names is None or platform in names][:1]
+            flops, outs = max(parts, key=lambda part: part[0].total())
+            total += flops
         else:
             times = params["length"] if name == "scan" else 1
-            for sub in inner(params):
-                for size, n in products(sub, platform).items():
+            subs = list(inner(params))
+            given = [of(var) for var in eqn.invars]
+            for sub in subs:
+                # A loop's or a call's own program has the equation's inputs; `while` has some of them in each of two.
+                same = len(sub.invars) == len(given)
+                flops, outs = traced_work(sub, platform, given if same else [None] * len(sub.invars))
+                for size, n in flops.items():
                     total[size] += times * n
-    return total
+            if len(subs) != 1:
+                outs = ()
+        if len(outs) == len(eqn.outvars):
+            chosen |= dict(zip(eqn.outvars, outs, strict=True))
+    return total, [of(var) for var in jaxpr.outvars]
 
 
 def inner(params: dict[str, Any]) -> Iterator[Any]:
@@ -358,58 +502,106 @@ def inner(params: dict[str, Any]) -> Iterator[Any]:
 # --- what is printed --------------------------------------------------------------------------------------------------
 
 
-def report(target: Machine, found: dict[str, Any]) -> list[str]:
-    """The lines that are printed of a stage's plan."""
-    gpu = target.chip.platform == "cpu"
-    n, data = found["chips"], found["chips"] // found["fsdp"]
+def report(machine: Machine, found: dict[str, Any]) -> list[str]:
+    """The lines that are printed of a plan of a stage, or of scoring."""
+    gpus, n, data = machine.gpus, found["chips"], found["chips"] // found["fsdp"]
     gb = lambda size: f"{size / 1e9:.3g}"
     ms = lambda seconds: f"{1e3 * seconds:.3g}"
-    how = "estimated from the program for CPUs" if gpu else "compiled"
     whose = "--batch" if found["batch_from"] == "--batch" else "the recipe's on each"
     memory = ", ".join(f"{name} {gb(size)}" for name, size in found["memory"].items() if size >= 1e6)
+    what = f"stage {found['stage']}" if found["stage"] != "scoring" else "scoring"
+    if "phase" in found:
+        what += f" (phase {found['phase']}, {found['share']:.0%} of the steps)"
+    batch = f"global batch {found['batch']} ({whose})"
+    if found["stage"] == "scoring":
+        batch = f"{found['at_once']} of {found['at_once_of']} {found['what']} at a time, "
+        size = "x".join(map(str, found.get("volume", ())))
+        batch += f"one volume of {size}" if size else f"{found['batch']} images"
+    limit = f"{gb(found['limit'])} GB a chip [compiled]"
+    if gpus:
+        limit = f"{gb(found['limit'])} GB, {USABLE:.0%} of a chip's as JAX takes [compiled, without cuDNN's workspaces]"
     lines = [
-        f"{found['system']}, stage {found['stage']}, on {n} {target.name} ({'x'.join(map(str, target.shape))}), "
-        f"data {data} x fsdp {found['fsdp']}, global batch {found['batch']} ({whose})",
-        f"  fits         {'yes' if found['fits'] else 'NO'}: {gb(found['total'])} of {gb(found['limit'])} GB a chip "
-        f"[{how}]",
-        f"  memory       {memory} GB a chip [{'arrays exact, the rest ' if gpu else ''}{how}]",
-        f"  work         {found['flops'] / 1e12:.4g} TFLOP a step, {found['flops_chip'] / 1e12:.4g} a chip [traced]",
+        f"{found['system']}, {what}, on {n} {machine.name} ({machine.words}), data {data} x fsdp {found['fsdp']}, "
+        f"{batch}",
+        f"  fits         {'yes' if found['fits'] else 'NO'}: {gb(found['total'])} of {limit}",
+        f"  memory       {memory} GB a chip [compiled]",
     ]
+    if found["stage"] != "scoring":
+        lines.append(
+            f"  work         {found['flops'] / 1e12:.4g} TFLOP a step, {found['flops_chip'] / 1e12:.4g} a chip [traced]"
+        )
     if "step_s" not in found:
         return [
             *lines,
             "  smaller      --config.model.remat=true, a smaller --batch, --config.fsdp, --config.accumulate (which "
             "sums gradients over the chips once a part)",
-            peaks(target),
+            peaks(machine),
         ]
     if found["flops_compiler"]:
         lines[-1] += f"; the compiler counts {found['flops_compiler'] / 1e12:.4g}, a loop's body once"
+    lines += kernel_lines(found) if gpus else []
     parts = ", ".join(
         f"{c['count']} {c['kind']} of {gb(c['bytes'])} GB over {c['chips']}" for c in found["collectives"]
     )
+    lines.append(f"  network      a chip sends {gb(found['sent_chip'])} GB a step: {parts or 'nothing'} [compiled]")
+    alone = f"products {ms(found['compute_s'])} ms, memory {ms(found['memory_s'])} ({gb(found['traffic_chip'])} GB)"
+    if gpus:
+        lines += [
+            f"  time         kernels one after the other {ms(found['kernels_s'])} ms; {alone}; network "
+            f"{ms(found['network_s'])} ms [estimated]",
+            f"  launches     {ms(found['launches_s'])} ms beside them, at {LAUNCH * 1e6:g} us each [estimated]",
+            f"  peak         at most {found['peak_share']:.0%} of {found['rate'] / 1e12:.4g} TFLOP/s [estimated]",
+        ]
+    else:
+        lines.append(f"  time         {alone}, network {ms(found['network_s'])} ms [estimated]")
+    unit = "samples" if found["stage"] != "scoring" else "volumes" if "volume" in found else "images"
     lines += [
-        f"  network      a chip sends {gb(found['sent_chip'])} GB a step: {parts or 'nothing'} [{how}]",
-        f"  time         compute {ms(found['compute_s'])} ms, memory {ms(found['memory_s'])} "
-        f"({gb(found['traffic_chip'])} GB), network {ms(found['network_s'])} [estimated at peak figures]",
         f"  step         {ms(found['step_least_s'])} (network beside the rest) to {ms(found['step_s'])} ms (after it): "
-        f"at most {found['batch'] / found['step_least_s']:.3g} samples a second",
+        f"at most {found['batch'] / found['step_least_s']:.3g} {unit} a second [estimated]",
         f"  efficiency   {found['efficiency']:.0%} of one chip's with the network after the rest; limited by "
-        f"{found['limited_by']}",
+        f"{found['limited_by']} [estimated]",
     ]
+    if "largest" in found:
+        lines.append(largest_line(found["largest"], gb(found["limit"])))
     if found["loops_unknown"]:
         lines.append(f"  note         {found['loops_unknown']} loops of unknown length are counted once")
-    return [*lines, peaks(target)]
+    return [*lines, peaks(machine)]
 
 
-def peaks(target: Machine) -> str:
-    chip = target.chip
+def kernel_lines(found: dict[str, Any]) -> list[str]:
+    """What the compiled program of a GPU consists of."""
+    low, float32 = (found["flops_compiled_chip"][name] for name in ("low", "float32"))
+    calls = ", ".join(f"{n} {name}" for name, n in found["custom_calls"].items())
+    padding = found["padding_chip"] / max(1, found["traffic_chip"])
+    return [
+        f"  products     {(low + float32) / 1e12:.4g} TFLOP a chip, {float32 / max(1, low + float32):.1%} of them with "
+        "float32 inputs [compiled]",
+        f"  kernels      {found['kernels']} a chip, {padding:.1%} of the traffic is padding [compiled, the card may "
+        "choose others by trial]",
+        f"  calls        {calls or 'none'} [compiled]",
+    ]
+
+
+def largest_line(found: dict[str, Any], limit: str) -> str:
+    """What the search of the largest batch found."""
+    tried = ", ".join(map(str, found["tried"]))
+    if found["batch"]:
+        return f"  largest      batch {found['batch']}: {found['total'] / 1e9:.3g} of {limit} GB [compiled: {tried}]"
+    if found["batch"] == 0:
+        return f"  largest      none fits in {limit} GB [compiled: {tried}; the rest estimated]"
+    return f"  largest      not found: the memory is no line [compiled: {tried}]"
+
+
+def peaks(machine: Machine) -> str:
+    """The stated figures that the estimates reckon with."""
+    chip = machine.chip
     links = f"{chip.ports} link{'s' * (chip.ports > 1)} of {chip.link / 1e9:.4g} GB/s each way"
     if chip.between:
-        links += f", between hosts of {chip.whole} {chip.between / 1e9:.4g}"
-    return (
-        f"  peak         {chip.flops / 1e12:.4g} TFLOP/s in bfloat16, {chip.bandwidth / 1e9:.4g} GB/s, {links} "
-        f"({chip.source})"
-    )
+        links += f", between hosts of {machine.shape[1]} {chip.between / 1e9:.4g}"
+    rate = f"{chip.flops / 1e12:.4g} TFLOP/s in bfloat16"
+    if chip.measured:
+        rate += f" nominal, {chip.measured / 1e12:.4g} measured on an H200, with which it is estimated"
+    return f"  rates        {rate}; {chip.bandwidth / 1e9:.4g} GB/s; {links} ({chip.source})"
 
 
 if __name__ == "__main__":

@@ -16,11 +16,22 @@ $(VENV)/ready-dev: $(VENV)/ready
 	$(RUN) -m pip install --quiet --editable '.[dev]'
 	touch $@
 
+# XLA's compiler for NVIDIA GPUs has an environment of its own: without a GPU it says so at each start of JAX.
+GPU := build/gpu-check
+$(GPU)/ready: pyproject.toml
+	$(PYTHON) -m venv $(GPU)
+	$(GPU)/bin/python -m pip install --quiet --upgrade pip
+	$(GPU)/bin/python -m pip install --quiet --editable '.[plan-gpu]'
+	touch $@
+
+gpu-check: $(GPU)/ready  ## compiles a stage of each system for an H200, without one, and checks the programs; 15 minutes
+	$(GPU)/bin/python -m benchmarks.gpu_check
+
 browser: $(VENV)/ready-dev  ## the report's pages in Chromium
 	$(RUN) -m pip install --quiet --editable '.[browser]'
 	$(RUN) -m pytest tests/in_browser.py
 
-.PHONY: demo test check browser clean
+.PHONY: demo test check gpu-check browser clean
 demo: $(VENV)/ready  ## AMAE on built-in phantoms: all stages, evaluation, report
 	$(RUN) -m jmae.train --config configs/amae.py --workdir runs/demo
 
@@ -33,4 +44,4 @@ check: $(VENV)/ready-dev  ## format, lint, types
 	$(VENV)/bin/mypy
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) $(GPU) runs

@@ -82,7 +82,7 @@ class Machine(NamedTuple):
         if not self.gpus:
             return "x".join(map(str, self.shape))
         hosts, each = self.shape
-        return f"{hosts} host{'s' * (hosts > 1)} of {each}"
+        return f"{hosts} hosts of {each}" if hosts > 1 else "one host"
 
     def sending(self, group: Sequence[int]) -> float:
         """Bytes a second that a chip can send to the others of its group in a collective operation, all links busy.

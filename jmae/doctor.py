@@ -234,6 +234,8 @@ def why_no_gpu(facts: Facts, asks_gpu: bool, asked: str, said: str) -> str:
     hidden = facts.variables.get("CUDA_VISIBLE_DEVICES")
     if hidden is not None and (not hidden or hidden.startswith(("-1", "NoDevFiles"))):
         return f"CUDA_VISIBLE_DEVICES={hidden!r} hides it: unset it, or name the GPU's number"
+    if "Unable to load CUDA" in facts.answer.said and not facts.variables.get("LD_LIBRARY_PATH"):
+        return f"NVIDIA's libraries are not installed (the extra plan-gpu has none): {pip(installed[0])}"
     if facts.variables.get("LD_LIBRARY_PATH"):
         return f"JAX says “{said}”: unset LD_LIBRARY_PATH, whose CUDA goes before that of the plugin"
     return f"JAX says “{said}”: end other processes that fill it (nvidia-smi), or {pip(installed[0])}"
@@ -300,7 +302,9 @@ def described(facts: Facts) -> list[str]:
     lines = [f"python     {platform.python_version()}, {platform.platform()}, {os.cpu_count()} cores"]
     lines += ["packages   " + ", ".join(f"{name} {facts.versions[name] or 'MISSING'}" for name in PACKAGES)]
     plugins = [f"{name} {facts.versions[name]}" for name in PLUGINS if facts.versions[name]]
-    lines += ["plugins    " + (", ".join(plugins) or "none: JAX runs on the CPU")]
+    without = any("cuda" in name for name in plugins) and not facts.gpus
+    words = " (no NVIDIA GPU is here: JAX says so at each start and runs on; jmae.plan compiles for GPUs with it)"
+    lines += ["plugins    " + (", ".join(plugins) or "none: JAX runs on the CPU") + words * without]
     for gpu in facts.gpus:
         memory = "" if gpu.gib is None else f", {gpu.gib:.1f} GiB"
         capability = "" if gpu.capability is None else f", compute capability {gpu.capability:g}"

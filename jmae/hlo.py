@@ -209,7 +209,8 @@ class Program:
 
     def work(self) -> Work:
         """FLOPs of one step on a device: matrix products, also those that are fused or called in a library,
-        convolutions, and cuDNN's attention (4 b h n m d forward, 10 b h n m d backward)."""
+        convolutions, and cuDNN's attention (4 b h n m d forward, 10 b h n m d backward). Products inside a kernel that
+        was written by hand (Pallas, Triton) are not seen."""
         each = [(times, self._work(part, op)) for part, op, times in self.run]
         return Work(sum(n * work.low for n, work in each), sum(n * work.float32 for n, work in each))
 

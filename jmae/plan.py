@@ -277,6 +277,7 @@ def measured(
     kernels_s = program.seconds(chip.usable, chip.usable * chip.float32, chip.bandwidth)
     out |= {
         "flops_compiled_chip": work._asdict(),
+        "float32_most_chip": max((k.times * k.work.float32 for k in program.kernels()), default=0.0),  # one kernel's
         "kernels": launches,
         "custom_calls": dict(program.custom_calls()),
         "padding_chip": program.padding(),
@@ -596,7 +597,7 @@ def peaks(machine: Machine) -> str:
     """The stated figures that the estimates reckon with."""
     chip = machine.chip
     links = f"{chip.ports} link{'s' * (chip.ports > 1)} of {chip.link / 1e9:.4g} GB/s each way"
-    if chip.between:
+    if machine.gpus and machine.shape[0] > 1:
         links += f", between hosts of {machine.shape[1]} {chip.between / 1e9:.4g}"
     rate = f"{chip.flops / 1e12:.4g} TFLOP/s in bfloat16"
     if chip.measured:

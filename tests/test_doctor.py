@@ -86,6 +86,21 @@ def test_what_keeps_an_installed_plugin_from_the_gpu_is_said():
     assert "“RuntimeError: cuDNN of version 8”: end other processes" in gpu(failed, **cuda13)
 
 
+def test_the_compiler_for_gpus_alone_is_no_finding_without_a_gpu_and_lacks_libraries_with_one():
+    plugin = {"jax_cuda12_plugin": "0.10.2"}
+    said = (
+        "RuntimeError: cudaRuntimeGetVersion failed\n\nTraceback\nRuntimeError: Unable to load CUDA. Is it installed?"
+    )
+    here = facts(ON_CPU._replace(said=said), **plugin)
+    assert doctor.findings(here) == []
+    (line,) = [line for line in doctor.described(here) if line.startswith("plugins")]
+    assert line.startswith("plugins    jax-cuda12-plugin 0.10.2 (no NVIDIA GPU is here:") and "jmae.plan" in line
+    line = one(ON_CPU._replace(said=said), [H100._replace(driver="570.86.15")], **plugin)
+    assert line.endswith(f"NVIDIA's libraries are not installed (the extra plan-gpu has none): {PIP} 'jmae[cuda12]'")
+    assert "no NVIDIA GPU" not in "".join(doctor.described(facts(ON_GPU, [H100], **plugin)))
+    assert "none: JAX runs on the CPU" in "".join(doctor.described(facts()))
+
+
 def test_a_tpu_that_is_not_used_is_said():
     assert one(tpu=True) == f"a TPU is not used: libtpu is not installed: {PIP} 'jmae[tpu]'"
     assert "JAX_PLATFORMS=cpu keeps JAX from it" in one(tpu=True, variables={"JAX_PLATFORMS": "cpu"})

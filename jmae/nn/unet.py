@@ -13,12 +13,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
 from jmae.errors import InputError
 from jmae.sharding import over_samples
 from jmae.target import target
+
+NARROW = 4  # outputs up to which a 1x1 convolution is no matrix product on a GPU
 
 
 def check_size(size: tuple[int, ...], levels: int) -> list[tuple[int, ...]]:
@@ -42,23 +45,92 @@ def pool(x: Float[Array, "b *size c"]) -> Float[Array, "b *half c"]:
     return jnp.mean(x.reshape(len(x), *split, x.shape[-1]), axis=tuple(range(2, 2 * len(size) + 1, 2)))
 
 
+def on_gpu() -> bool:
+    """Whether programs are made for a GPU: there, each function below takes the form that reads and writes least."""
+    return target().platform in ("cuda", "rocm")
+
+
 def upsample(x: Float[Array, "b *half c"], size: tuple[int, ...]) -> Float[Array, "b *size c"]:
     """Linear interpolation to `size`, along each axis the double or the same length; half-pixel centres, edges
     repeated: output 2i is x[i-1]/4 + 3x[i]/4 and output 2i+1 is 3x[i]/4 + x[i+1]/4."""
-    for axis, n in enumerate(size, 1):
-        if n != x.shape[axis]:
-            cut = partial(jax.lax.slice_in_dim, x, axis=axis)
-            before = jnp.concatenate([cut(0, 1), cut(0, -1)], axis)
-            after = jnp.concatenate([cut(1, None), cut(-1, None)], axis)
-            pairs = jnp.stack([0.25 * before + 0.75 * x, 0.75 * x + 0.25 * after], axis + 1)
-            x = pairs.reshape(*x.shape[:axis], n, *x.shape[axis + 1 :])
+    axes = tuple(axis for axis, n in enumerate(size, 1) if n != x.shape[axis])
+    return doubled_at_once(x, axes) if on_gpu() else doubled(x, axes)
+
+
+def doubled(x: Float[Array, "b *half c"], axes: tuple[int, ...]) -> Float[Array, "b *size c"]:
+    """`upsample` along `axes`, one axis after the other in the type of `x`."""
+    for axis in axes:
+        cut = partial(jax.lax.slice_in_dim, x, axis=axis)
+        before = jnp.concatenate([cut(0, 1), cut(0, -1)], axis)
+        after = jnp.concatenate([cut(1, None), cut(-1, None)], axis)
+        pairs = jnp.stack([0.25 * before + 0.75 * x, 0.75 * x + 0.25 * after], axis + 1)
+        x = pairs.reshape(*x.shape[:axis], 2 * x.shape[axis], *x.shape[axis + 1 :])
     return x
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def doubled_at_once(x: Float[Array, "b *half c"], axes: tuple[int, ...]) -> Float[Array, "b *size c"]:
+    """`upsample` along `axes` as one sum of gathers in float32, rounded once.
+
+    XLA's GPU compiler fuses it with the concatenation behind it and its gradient with the slice before it, where
+    `doubled` writes each axis to memory.
+    """
+    own = lambda n: np.arange(2 * n) // 2
+    other = lambda n: own(n) + np.tile([-1, 1], n)
+    return weighted(x.astype(jnp.float32), axes, lambda n: [(0.75, own(n)), (0.25, other(n))]).astype(x.dtype)
+
+
+def _doubled_at_once_gradient(axes: tuple[int, ...], _: None, g: Array) -> tuple[Array]:
+    weights = {-1: 0.25, 0: 0.75, 1: 0.75, 2: 0.25}  # of outputs 2i - 1 to 2i + 2
+    taps = lambda n: [(weight, np.arange(0, n, 2) + k) for k, weight in weights.items()]
+    return (weighted(g.astype(jnp.float32), axes, taps).astype(g.dtype),)
+
+
+doubled_at_once.defvjp(lambda x, axes: (doubled_at_once(x, axes), None), _doubled_at_once_gradient)
+
+
+def weighted(x: Array, axes: tuple[int, ...], taps: Callable[[int], list[tuple[float, np.ndarray]]]) -> Array:
+    """Weighted sums of elements along each of `axes`; `taps` gives the weights and the places of an axis's length.
+    Places outside count as the edge."""
+    if not axes:
+        return x
+    axis, n = axes[0], x.shape[axes[0]]
+    total = jnp.zeros((), x.dtype)
+    for weight, places in taps(n):
+        at = (slice(None),) * axis + (np.clip(places, 0, n - 1),)
+        total = total + weight * weighted(x.at[at].get(mode="promise_in_bounds"), axes[1:], taps)
+    return total
 
 
 def dropout(x: Float[Array, " b *n"], keys: Key[Array, " b"], rate: float) -> Float[Array, " b *n"]:
     """Each element 0 with probability `rate`, else divided by 1 - rate; a sample's mask follows from its key alone."""
     kept = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, x.shape[1:]))(keys)
     return jnp.where(kept, x / (1 - rate), 0).astype(x.dtype)
+
+
+def totals(arrays: tuple[Float[Array, "..."], ...], axes: tuple[int, ...]) -> tuple[Float[Array, "..."], ...]:
+    """The sum of each array over `axes`. On a GPU one reduction of all, as they come of the same memory."""
+    if not on_gpu():
+        return tuple(jnp.sum(array, axes) for array in arrays)
+    zeros = tuple(jnp.zeros((), array.dtype) for array in arrays)
+    return tuple(jax.lax.reduce(arrays, zeros, lambda a, b: tuple(map(jnp.add, a, b)), axes))
+
+
+@jax.custom_vjp
+def narrow_product(x: Float[Array, "b *size c"], matrix: Float[Array, "c d"]) -> Float[Array, "b *size d"]:
+    """`x` @ `matrix` for a small d, by element-wise products: on a GPU these fuse with the norm before them, so that
+    neither `x` nor its gradient is written to memory."""
+    return jnp.stack(totals(tuple(x * column for column in matrix.T), (x.ndim - 1,)), -1)
+
+
+def _narrow_product_gradient(kept: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
+    x, matrix = kept
+    parts = tuple(jnp.split(g, g.shape[-1], -1))
+    of_x = sum((part * column for part, column in zip(parts, matrix.T, strict=True)), jnp.zeros((), g.dtype))
+    return of_x, jnp.stack(totals(tuple(x * part for part in parts), tuple(range(x.ndim - 1))), -1)
+
+
+narrow_product.defvjp(lambda x, matrix: (narrow_product(x, matrix), (x, matrix)), _narrow_product_gradient)
 
 
 @over_samples
@@ -79,6 +151,8 @@ def convolve(
     rank, k = x.ndim - 2, kernel.shape[0]
     if rank == 0:
         return x @ kernel
+    if on_gpu() and max(kernel.shape[:-2]) == 1 and kernel.shape[-1] <= NARROW:
+        return narrow_product(x, kernel.reshape(kernel.shape[-2:]))
     few = x.shape[-1] * kernel.shape[-1] < 32
     if target().platform == "cpu" and (rank != 2 or few or max(x.shape[1:-1]) < k):
         padded = jnp.pad(x, ((0, 0), (k // 2, (k - 1) // 2), *[(0, 0)] * rank))
@@ -115,6 +189,63 @@ def conv(
     )
 
 
+def moments(
+    x: Float[Array, "b *size c"], shift: Float[Array, " c"], axis_name: str | None
+) -> tuple[Float[Array, " c"], Float[Array, " c"]]:
+    """Mean and variance of each channel, in one pass over `x`: E[d] + shift and E[d^2] - E[d]^2 of d = x - shift, so
+    that little cancels where `shift` is near the mean."""
+    apart = x.astype(jnp.float32) - shift
+    first, second = means((apart, apart * apart), axis_name)
+    return shift + first, jnp.maximum(second - first * first, 0)
+
+
+def means(arrays: tuple[Float[Array, "b *size c"], ...], axis_name: str | None) -> tuple[Float[Array, " c"], ...]:
+    """The mean of each channel of every array, over the devices of `axis_name` too."""
+    count = arrays[0].size // arrays[0].shape[-1]
+    found = tuple(total / count for total in totals(arrays, tuple(range(arrays[0].ndim - 1))))
+    return found if axis_name is None else jax.lax.pmean(found, axis_name)
+
+
+def normalised(x: Array, mean: Array, var: Array, scale: Array, bias: Array, epsilon: float) -> Array:
+    """(x - mean) / sqrt(var + epsilon) * scale + bias in float32."""
+    return (x.astype(jnp.float32) - mean) * (jax.lax.rsqrt(var + epsilon) * scale) + bias
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def batch_norm_relu(
+    x: Float[Array, "b *size c"],
+    mean: Float[Array, " c"],
+    var: Float[Array, " c"],
+    scale: Float[Array, " c"],
+    bias: Float[Array, " c"],
+    epsilon: float,
+    axis_name: str | None,
+) -> Float[Array, "b *size c"]:
+    """relu(normalised(x)) in the type of `x`, where `mean` and `var` are the moments of `x` over the batch.
+
+    Its gradient is that of batch norm (Ioffe and Szegedy, ICML 2015): `mean` and `var` depend on `x` and get none of
+    their own. It keeps `x` in its own type and the moments, and reads `x` and the result's gradient twice: once for
+    two sums a channel, once for the gradient of `x`.
+    """
+    return jax.nn.relu(normalised(x, mean, var, scale, bias, epsilon)).astype(x.dtype)
+
+
+def _batch_norm_relu_gradient(epsilon: float, axis_name: str | None, kept: tuple[Array, ...], g: Array) -> tuple:
+    x, mean, var, scale, bias = kept
+    rate = jax.lax.rsqrt(var + epsilon)
+    unit = (x.astype(jnp.float32) - mean) * rate
+    g = jnp.where(normalised(x, mean, var, scale, bias, epsilon) > 0, g.astype(jnp.float32), 0)
+    sums = totals((g, g * unit), tuple(range(x.ndim - 1)))
+    over, over_unit = (total / (x.size // x.shape[-1]) for total in sums)
+    if axis_name is not None:
+        over, over_unit = jax.lax.pmean((over, over_unit), axis_name)
+    of_x = scale * rate * (g - over - unit * over_unit)
+    return of_x.astype(x.dtype), jnp.zeros_like(mean), jnp.zeros_like(var), sums[1], sums[0]
+
+
+batch_norm_relu.defvjp(lambda *given: (batch_norm_relu(*given), given[:5]), _batch_norm_relu_gradient)
+
+
 class Convs(nnx.Module):
     """Convolutions in a row to `widths` channels, each with batch norm (momentum 0.99, epsilon 1e-3) and ReLU.
 
@@ -138,10 +269,21 @@ class Convs(nnx.Module):
         self.norms = nnx.List([norm(b) for b in widths])
         self.dtype, self.remat = dtype, remat
 
+    def normed(self, norm: nnx.BatchNorm, x: Array, train: bool, axis_name: str | None) -> Array:
+        """Batch norm and ReLU; in training with the moments of the batch, which move the running ones."""
+        variables: list[Any] = [norm.mean, norm.var, norm.scale, norm.bias]
+        mean, var, scale, bias = (variable[...] for variable in variables)
+        if not train:
+            return jax.nn.relu(normalised(x, mean, var, scale, bias, norm.epsilon)).astype(self.dtype)
+        found = moments(jax.lax.stop_gradient(x), mean, axis_name)
+        norm.mean[...], norm.var[...] = (
+            norm.momentum * old + (1 - norm.momentum) * new for old, new in zip((mean, var), found, strict=True)
+        )
+        return batch_norm_relu(x, *found, scale, bias, norm.epsilon, axis_name)
+
     def row(self, x: Float[Array, "b *size c"], train: bool, axis_name: str | None) -> Float[Array, "b *size d"]:
         for layer, norm in zip(self.convs, self.norms, strict=True):
-            norm.axis_name = axis_name
-            x = jax.nn.relu(norm(layer(x), use_running_average=not train)).astype(self.dtype)
+            x = self.normed(norm, layer(x), train, axis_name)
         return x
 
     def __call__(

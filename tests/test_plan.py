@@ -5,16 +5,19 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-from jmae import plan, recipe
+from jmae import chips, gpus, plan, recipe
 from jmae.errors import InputError, exit_code
 from jmae.hlo import Program, size
+from jmae.nn.attention import attention
 from jmae.sharding import device_mesh
 from jmae.system import load_system
+from jmae.target import Target, tracing_for
 
 # Eight devices, groups of four a stride of two apart. A loop of 12: each time gathers 4 x [16,32] and slices weights
 # [12,64,64] in a fusion. Then an all-reduce of 4096 numbers with a pair of operations, a fused reduce-scatter over all.
@@ -183,11 +186,35 @@ def test_products_of_a_step_are_those_of_the_formula():
     assert 2 * (3 * dense + first + 3 * attention) <= found <= 2 * (3 * dense + first + 4 * attention)
 
 
+def test_products_count_cudnn_s_attention_and_the_gpu_s_branch_in_a_backward_pass_too():
+    b, n, m, h, d, layers = 2, 16, 24, 2, 8, 3
+
+    def loss(q, k):
+        again = lambda q, _: (attention(q, k, k), None)
+        return jax.lax.scan(again, q, None, layers)[0].astype(jnp.float32).sum()
+
+    half = lambda *shape: jnp.zeros(shape, jnp.bfloat16)
+    with tracing_for(Target("cuda", (9, 0), 91000)):
+        forward = jax.jit(loss).trace(half(b, n, h, d), half(b, m, h, d)).jaxpr.jaxpr
+        both = jax.jit(jax.grad(loss)).trace(half(b, n, h, d), half(b, m, h, d)).jaxpr.jaxpr
+        shared = jax.jit(jax.grad(jax.checkpoint(loss))).trace(half(b, n, h, d), half(b, m, h, d)).jaxpr.jaxpr
+    one = b * h * n * m * d
+    assert plan.products(forward, "cuda") == {2: layers * 4 * one}
+    assert plan.products(both, "cuda") == {2: layers * (4 + 10) * one}
+    assert plan.products(shared, "cuda") == {2: layers * (4 + 4 + 10) * one}
+    assert plan.products(forward, "tpu").total() == layers * 4 * one  # the two products of the plain form
+
+
 def test_predicted_time_is_the_longer_of_work_and_memory_and_then_the_network():
     found = plan.predicted(0.003, 0.004, 0.001)
     assert (found["step_s"], found["step_least_s"]) == (0.005, 0.004)
     assert found["efficiency"] == pytest.approx(0.8) and found["limited_by"] == "memory"
     assert plan.predicted(0.001, 0.001, 0.1)["limited_by"] == "network"
+    # Of a GPU, kernels one after the other, and their launches beside them.
+    found = plan.predicted(0.003, 0.004, 0.001, 0.006, 0.002)
+    assert (found["step_s"], found["limited_by"]) == (pytest.approx(0.007), "memory")
+    found = plan.predicted(0.003, 0.004, 0.001, 0.006, 0.008)
+    assert (found["step_s"], found["limited_by"]) == (pytest.approx(0.009), "launches")
 
 
 @pytest.mark.parametrize(
@@ -201,6 +228,8 @@ def test_predicted_time_is_the_longer_of_work_and_memory_and_then_the_network():
         ("h100:16", range(8), 450e9),
         ("h100:16", range(16), 400e9),  # eight ports together
         ("h100:16", (0, 8), 50e9),
+        ("h100:1x2x4", range(8), 200e9),  # four ports together
+        ("b200:8", range(8), 900e9),
     ],
 )
 def test_what_a_chip_can_send_depends_on_the_group(target, group, expected):
@@ -208,40 +237,96 @@ def test_what_a_chip_can_send_depends_on_the_group(target, group, expected):
 
 
 @pytest.mark.parametrize(
+    "text, shape, words",
+    [
+        ("h200:1", (1, 1), "one host"),
+        ("a100:8", (1, 8), "one host"),
+        ("b200:24", (3, 8), "3 hosts of 8"),
+        ("h100:1x32x8", (32, 8), "32 hosts of 8"),
+        ("h100:1x2x4", (2, 4), "2 hosts of 4"),
+        ("v5p:2x2x4", (2, 2, 4), "2x2x4"),
+    ],
+)
+def test_a_target_names_hosts_of_gpus_or_a_torus(text, shape, words):
+    machine = plan.target_of(text)
+    assert (machine.shape, machine.words) == (shape, words)
+
+
+@pytest.mark.parametrize(
     "given, said",
     [
-        ([], "no target: write --target=v5e:4x4"),
+        ([], "no target: write --target=h200:1"),
         (["--target=v5f:4x4"], "target 'v5f:4x4' is unknown: did you mean v5"),
         (["--target=h10:4"], "did you mean h100?"),
         (["--target=v5e"], "target 'v5e' does not say how many chips: write v5e:4x4 (the torus)"),
         (["--target=v5p:4x4"], "write v5p:2x2x1 (the torus)"),
         (["--target=v5e:32x32"], "there are no slices of more than 256 v5e"),
-        (["--target=h100:4x4"], "write h100:8 (GPUs)"),
+        (["--target=h100:4x4"], "write h100:8 (GPUs) or h100:1x2x8 (2 hosts)"),
+        (["--target=h100"], "write h100:8 (GPUs)"),
+        (["--target=h100:12"], "more than 8 h100 are hosts of 8: write h100:16"),
+        (["--target=h100:1x2x16"], "a host has 8 h100 at most: write h100:1x2x8"),
+        (["--target=h100:1", "--scoring", "--volume=9x9"], "--volume=9x9 is no size: write --volume=273x406x105"),
+        (["--target=h100:1", "--scoring"], "maemi scores volumes: name the size of one, as --volume=273x406x105"),
         (["--target=h100:1", "--batch=0"], "--batch is 1 or more"),
         (["--target=h100:1", "--config.fsdp=2"], "fsdp=2 does not divide 1 devices"),
         (["--target=h100:1", "--stage=trian"], "stage 'trian' is unknown: one of train"),
-        (["--target=h100:4096"], "needs a process of its own"),
     ],
 )
-def test_wrong_input_is_one_line(given, said, capsys):
-    jax.devices()
+def test_wrong_input_is_one_line(given, said, capsys, monkeypatch):
+    monkeypatch.setattr(plan, "devices_of", lambda machine: jax.devices()[:1])
     assert exit_code(plan.main, ["--config=configs/maemi.py:smoke", *given]) == 2
     err = capsys.readouterr().err
     assert said in err and err.count("\n") == 1
 
 
 def test_without_libtpu_the_line_says_how_to_install_it(monkeypatch):
-    monkeypatch.setattr(plan.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(chips.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"target v5e needs libtpu, the TPUs' compiler: pip install 'jmae\[plan\]'"):
         plan.devices_of(plan.target_of("v5e:2x2"))
+
+
+def test_without_the_gpu_compiler_the_line_says_how_to_install_it(monkeypatch, capsys):
+    monkeypatch.setattr(chips.importlib.util, "find_spec", lambda name: None)
+    assert exit_code(plan.main, ["--config=configs/maemi.py:smoke", "--target=h200:1"]) == 2
+    said = "target h200 needs XLA's GPU compiler (182 MB): pip install 'jmae[plan-gpu]'\n"
+    assert capsys.readouterr().err == said
+
+
+def test_a_description_that_the_compiler_does_not_read_is_one_line(monkeypatch):
+    nameless = SimpleNamespace(devices=[SimpleNamespace(device_kind="")])
+    monkeypatch.setattr(chips.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(chips.topologies, "get_topology_desc", lambda **_: nameless)
+    with pytest.raises(InputError, match="took the h200 for '': update jmae"):
+        plan.devices_of(plan.target_of("h200:1"))
+
+
+@pytest.mark.parametrize("name", gpus.CARDS)
+def test_each_card_s_description_gives_devices_of_its_name_and_capability(name):
+    pytest.importorskip("jax_cuda12_plugin", reason="XLA's GPU compiler is not installed: pip install 'jmae[plan-gpu]'")
+    devices = plan.devices_of(plan.target_of(f"{name}:1x2x4"))
+    assert [device.process_index for device in devices] == [0] * 4 + [1] * 4
+    assert {device.device_kind for device in devices} == {gpus.CARDS[name].kind}
+    (capability,) = {device.compute_capability for device in devices}
+    assert gpus.answers(name) == Target("cuda", tuple(int(n) for n in capability.split(".")), 91000)
+
+
+def test_a_card_s_description_is_balanced_and_has_the_card_s_own_numbers():
+    for name, card in gpus.CARDS.items():
+        text = gpus.description(name)
+        assert text.count("{") == text.count("}") == (4 if card.links else 3)
+        numbers = dict(line.split(": ") for line in text.splitlines() if line.count(":") == 1 and "{" not in line)
+        assert int(numbers["device_memory_size"]) == card.memory and int(numbers["core_count"]) == card.cores
+        # The compiler's figures and those of the plan are of the same card: the makers' are round.
+        assert card.memory == pytest.approx(chips.CHIPS[name].memory, rel=0.08)
+        assert card.bandwidth == pytest.approx(chips.CHIPS[name].bandwidth, rel=0.05)
 
 
 def test_a_torus_that_libtpu_refuses_is_one_line(monkeypatch):
     def refuse(**_):
         raise RuntimeError("INVALID_ARGUMENT: not divisible by 2x2x1\nand more")
 
-    monkeypatch.setattr(plan.importlib.util, "find_spec", lambda name: name)
-    monkeypatch.setattr(plan.topologies, "get_topology_desc", refuse)
+    monkeypatch.setattr(chips.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(chips.topologies, "get_topology_desc", refuse)
     with pytest.raises(
         InputError,
         match=r"libtpu refuses v5e:3x5 \(INVALID_ARGUMENT: not divisible by 2x2x1\): use a torus that is made, as 4x4",
@@ -262,19 +347,141 @@ def planned(tmp_path: Path, *given: str, code: int = 0) -> tuple[dict, str]:
     return json.loads(file.read_text()), done.stdout
 
 
-def test_a_plan_for_gpus_is_compiled_for_virtual_devices_and_says_so(tmp_path):
+# A product of (1024, 1024) numbers in bfloat16 on each of two GPUs, an exchange of its gradient, and a pad.
+GPU = """HloModule m
+
+%gemm (a: bf16[1024,1024], b: bf16[1024,1024]) -> bf16[1024,1024] {
+  %a = bf16[1024,1024]{1,0} parameter(0)
+  %b = bf16[1024,1024]{1,0} parameter(1)
+  ROOT %dot = bf16[1024,1024]{1,0} dot(%a, %b), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+
+ENTRY %main (x: bf16[1024,1024]) -> bf16[1024,1032] {
+  %x = bf16[1024,1024]{1,0} parameter(0)
+  %zero = bf16[] constant(0)
+  %product = bf16[1024,1024]{1,0} fusion(%x, %x), kind=kCustom, calls=%gemm
+  %sum = bf16[1024,1024]{1,0} all-reduce(%product), replica_groups={{0,1}}, to_apply=%add
+  ROOT %pad = bf16[1024,1032]{1,0} pad(%sum, %zero), padding=0_0x0_8
+}
+"""
+
+
+def compiled(text: str, temporary: int = 10**9) -> SimpleNamespace:
+    """What JAX gives of a compiled program."""
+    sizes = {"argument": 5 * 10**6, "output": 10**6, "alias": 10**6, "temp": temporary, "generated_code": 0}
+    sizes = SimpleNamespace(**{f"{name}_size_in_bytes": n for name, n in sizes.items()})
+    return SimpleNamespace(as_text=lambda: text, memory_analysis=lambda: sizes, cost_analysis=lambda: None)
+
+
+def on_gpus(target: str = "h200:2", **changes) -> tuple[dict, list[str]]:
+    """(a plan's figures of the program above, the lines that are printed)."""
+    machine = plan.target_of(target)
+    mesh = SimpleNamespace(size=2)
+    found = plan.measured(machine, mesh, compiled(GPU, **changes), {"parameters": 4 * 10**6, "batch": 10**6}, None)
+    head = {"system": "maemi", "stage": "train", "chips": 2, "fsdp": 1, "batch": 12, "batch_from": "recipe"}
+    found = head | {"flops": 2e9, "flops_chip": 1e9} | found
+    return found, plan.report(machine, found)
+
+
+def test_a_gpu_s_plan_is_the_program_s_kernels_one_after_the_other():
+    found, lines = on_gpus()
+    array = 2 * 2**20
+    pad = 2 * array + 2 * 8 * 1024 + 2
+    assert found["flops_compiled_chip"] == {"low": 2 * 2**30, "float32": 0}
+    assert (found["kernels"], found["padding_chip"], found["traffic_chip"]) == (3, pad, 3 * array + 2 * array + pad)
+    product_s = 2 * 2**30 / 789e12  # longer than what it reads and writes
+    assert found["kernels_s"] == pytest.approx(product_s + (2 * array + pad) / 4.8e12)
+    assert found["peak_share"] == pytest.approx(product_s / found["kernels_s"])
+    assert found["network_s"] == pytest.approx(array / 450e9) and found["launches_s"] == pytest.approx(3 * 2e-6)
+    assert found["step_s"] == pytest.approx(6e-6 + array / 450e9) and found["limited_by"] == "launches"
+    assert found["total"] == 5 * 10**6 + 10**9 and found["limit"] == 0.75 * 141e9 and found["fits"]
+    said = "\n".join(lines)
+    assert "on 2 h200 (one host), data 2 x fsdp 1, global batch 12 (the recipe's on each)" in said
+    assert "1 of 106 GB, 75% of a chip's as JAX takes [compiled, without cuDNN's workspaces]" in said
+    assert "0.002147 TFLOP a chip, 0.0% of them with float32 inputs [compiled]" in said
+    assert (
+        f"3 a chip, {pad / (5 * array + pad):.1%} of the traffic is padding" in said
+        and "1 all-reduce of 0.0021 GB over 2" in said
+    )
+    assert f"at most {found['peak_share']:.0%} of 789 TFLOP/s [estimated]" in said
+    # Each figure says where it comes from.
+    assert all(any(word in line for word in ("compiled", "traced", "estimated")) for line in lines[1:])
+
+
+def test_a_gpu_s_program_that_is_larger_than_its_memory_does_not_fit():
+    found, lines = on_gpus(temporary=106 * 10**9)
+    assert not found["fits"] and "fits         NO: 106 of 106 GB" in lines[1]
+    assert on_gpus("b200:2", temporary=106 * 10**9)[0]["fits"]
+
+
+@pytest.mark.parametrize("base, unit, limit, expected", [(6, 1, 100, 180), (6, 1, 20, 20), (64, 8, 100, 176)])
+def test_the_largest_batch_is_estimated_by_a_line_and_compiled(base, unit, limit, expected):
+    asked = []
+
+    def at(batch: int) -> dict:  # 10 and half a sample; of 64 units on multiples of 8 units are tried
+        asked.append(batch)
+        return {"total": 10 + batch / 2, "limit": limit, "fits": 10 + batch / 2 <= limit}
+
+    found = plan.largest_batch(at, base, unit, at(base))
+    exact = int((limit - 10) / 0.5)
+    step = 8 * unit if exact >= 64 * unit else unit
+    assert found["batch"] == exact // step * step and found["tried"] == asked
+    assert found["batch"] <= expected and found["batch"] > expected - 8 * unit
+
+
+def test_a_batch_that_turns_out_not_to_fit_is_not_the_largest():
+    at = lambda batch: {"total": batch**2, "limit": 2500, "fits": batch**2 <= 2500}  # no line
+    found = plan.largest_batch(at, 10, 1, at(10))
+    assert found["tried"][:2] == [10, 20] and (found["batch"] or 0) <= 50
+    assert all(batch**2 > 2500 for batch in found["tried"][2:-1])
+    none = plan.largest_batch(lambda batch: {"total": 9, "limit": 5, "fits": False}, 1, 1, at(1) | {"fits": False})
+    assert none["batch"] == 0
+
+
+def test_the_sweep_over_a_volume_is_planned_with_all_its_windows(monkeypatch):
+    monkeypatch.setattr(plan, "devices_of", lambda machine: jax.devices()[:1])
+    config = recipe.load("configs/maemi.py:smoke")
+    config.model.dtype, config.model.depth, config.model.decoder_depth = "float32", 1, 1
+    config.evaluation.repeats = 2
+    # Compiled for the CPU: the figures are those of its program.
+    found = plan.scoring(config, plan.target_of("v5e:1x1"), volume=(48, 40, 8))
+    assert (found["stage"], found["volume"], found["at_once"]) == ("scoring", (48, 40, 8), config.evaluation.batch)
+    assert found["loops_unknown"] == 0
+    config.evaluation.repeats = 4
+    twice = plan.scoring(config, plan.target_of("v5e:1x1"), volume=(48, 40, 8))
+    config.evaluation.repeats = 6
+    thrice = plan.scoring(config, plan.target_of("v5e:1x1"), volume=(48, 40, 8))
+    # Beside what is done once, every two sweeps more are as much again.
+    more = twice["traffic_chip"] - found["traffic_chip"]
+    assert more > 0 and thrice["traffic_chip"] - twice["traffic_chip"] == pytest.approx(more, rel=1e-3)
+
+
+@pytest.mark.parametrize("batch", [3])
+def test_the_fused_pass_of_images_is_planned_with_all_masks(monkeypatch, batch):
+    monkeypatch.setattr(plan, "devices_of", lambda machine: jax.devices()[:1])
+    config = recipe.load("configs/amae.py:smoke")
+    config.evaluation.batch = batch
+    found = plan.scoring(config, plan.target_of("v5e:1x1"))
+    assert (found["at_once"], found["what"], found["batch"]) == (config.evaluation.masks, "masks", batch)
+    assert found["memory"]["weights"] > 0 and found["traffic_chip"] > found["memory"]["weights"]
+
+
+def test_a_plan_for_gpus_is_compiled_by_xla_s_own_compiler(tmp_path):
+    pytest.importorskip("jax_cuda12_plugin", reason="XLA's GPU compiler is not installed: pip install 'jmae[plan-gpu]'")
     found, said = planned(tmp_path, "--target=h100:4", "--config.fsdp=2", "--batch=8")
     (stage,) = found["stages"]
     assert (stage["stage"], stage["chips"], stage["fsdp"], stage["batch"]) == ("train", 4, 2, 8)
     # Adam has two numbers for each parameter, and one count of 4 bytes.
     assert stage["memory"]["optimiser"] == 2 * stage["memory"]["parameters"] + 4
-    groups = {(c["kind"], c["chips"]) for c in stage["collectives"]}
-    assert any(kind == "all-gather" and n == 2 for kind, n in groups)
+    assert any(c["kind"] == "all-gather" and c["chips"] == 2 for c in stage["collectives"])
+    # Attention of 128 / 2 channels a head runs in cuDNN's kernel, once forward and once backward a block at least.
+    assert all(stage["custom_calls"][call] >= 3 for call in ("__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"))
     assert stage["fits"] and stage["sent_chip"] > 0 and stage["traffic_chip"] > 0
-    assert stage["step_s"] == pytest.approx(max(stage["compute_s"], stage["memory_s"]) + stage["network_s"])
+    assert stage["step_s"] == pytest.approx(max(stage["kernels_s"], stage["launches_s"]) + stage["network_s"])
     assert stage["flops_chip"] == stage["flops"] / 4 and stage["loops_unknown"] == 0
-    assert "on 4 h100 (4), data 2 x fsdp 2, global batch 8 (--batch)" in said
-    assert "estimated from the program for CPUs" in said and "limited by" in said
+    # Padding of sequences and what the compiler splits add a little to the traced products.
+    assert stage["flops_chip"] <= sum(stage["flops_compiled_chip"].values()) <= 1.3 * stage["flops_chip"]
+    assert "on 4 h100 (one host), data 2 x fsdp 2, global batch 8 (--batch)" in said
 
 
 def test_a_plan_for_tpus_is_compiled_by_libtpu(tmp_path):
@@ -286,4 +493,4 @@ def test_a_plan_for_tpus_is_compiled_by_libtpu(tmp_path):
     reduced = sum(c["bytes"] for c in stage["collectives"] if c["kind"] in ("all-reduce", "reduce-scatter"))
     # Gradients of all parameters are summed, as they come, in bfloat16 or float32; a few scalars come along.
     assert stage["memory"]["parameters"] / 2 <= reduced <= 1.01 * stage["memory"]["parameters"] + 1024
-    assert "[compiled]" in said and "estimated from" not in said
+    assert "[compiled]" in said and "kernels" not in said

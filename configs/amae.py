@@ -24,6 +24,7 @@ def get_config(preset: str = "phantom") -> ConfigDict:
     c.budget = 1.0  # multiplies steps and epochs of every stage
     c.fsdp = 1  # devices that share one copy of the parameters and of the optimiser's state
     c.accumulate = 1  # parts of a batch of `pretrain` and `adapt`, one after the other, where a whole one does not fit
+    c.steps_per_dispatch = 0  # steps that one program runs; 0: several where batches are small, on a CPU one
 
     c.data = ConfigDict()
     c.data.manifest = ""

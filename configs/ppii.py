@@ -28,6 +28,7 @@ def get_config(preset: str = "phantom") -> ConfigDict:
     c.budget = 1.0  # multiplies steps and epochs
     c.fsdp = 1  # devices that share one copy of the parameters and of the optimiser's state
     c.accumulate = 1  # no other: batch norm is of the whole batch
+    c.steps_per_dispatch = 0  # steps that one program runs; 0: several where batches are small, on a CPU one
 
     c.data = ConfigDict()
     c.data.manifest = ""

@@ -23,6 +23,7 @@ from jmae.errors import InputError
 # A checkpoint does not depend on these: they may change between a run and its continuation.
 FREE = (
     *("log_every", "checkpoint_every", "tensorboard", "evaluation", "fsdp", "accumulate"),
+    "steps_per_dispatch",
     *("data.manifest", "data.unlabeled_labels", "data.allow_leaks"),
 )
 SEEN, SEEN_COLUMNS = "seen.csv", ("id", "patient", "split", "image")

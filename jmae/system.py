@@ -68,6 +68,9 @@ class Stage(NamedTuple):
     check: a look at how training goes; selection: one that decides which step's weights are kept.
     result(state) -> {"params", "stats"} that later stages and the score read.
     parts: how many the step takes its batch in (`accumulate`).
+    phases: values that the step receives in turn as its argument `phase`, known while it is traced: step k, counted
+        from 0, receives phases[k % len(phases)]. Equal ones share a program, and all have the same metrics. With one,
+        None, the step has no such argument.
     """
 
     name: str
@@ -86,6 +89,7 @@ class Stage(NamedTuple):
     selection: Check | None = None
     result: Callable[[State], dict[str, PyTree]] = lambda state: {"params": state.params, "stats": state.stats}
     parts: int = 1
+    phases: tuple[Any, ...] = (None,)
 
 
 class Sweep(NamedTuple):

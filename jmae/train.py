@@ -10,6 +10,7 @@ Exit codes: 0 done; 2 the input or the environment is wrong;
 3 a loss was not finite, last good step kept; 143 stopped by SIGTERM after saving, 130 by Ctrl-C.
 """
 
+import math
 import signal
 import sys
 import time
@@ -58,6 +59,7 @@ from jmae.sharding import (
     sharded,
 )
 from jmae.system import Check, Results, Stage, State, System, load_system, split_replicates, stage_keys
+from jmae.target import target
 from jmae.weights import load_weights, read_weights, summary, table
 
 APART = (
@@ -70,6 +72,7 @@ APART = (
 CHECKS = 2**40  # the step whose crops a stage's check takes: none that is trained on
 SECONDS_BETWEEN_LINES = 10  # where standard error is no terminal
 PACE_AFTER = 3  # seconds of steps: the first few tell little, checkpoints count too
+MOST_STEPS, MOST_BYTES = 16, 2**26  # of a dispatch that the loop chooses: steps, and images on a device
 
 
 def main(argv: list[str]) -> int:
@@ -84,7 +87,10 @@ def main(argv: list[str]) -> int:
 def run(config: ConfigDict, workdir: Path) -> int:
     """Trains and evaluates in `workdir`; the caller holds its lock."""
     system = load_system(config)
-    check_batches(system, device_mesh(config.get("fsdp", 1)).size)
+    devices = device_mesh(config.get("fsdp", 1)).size
+    check_batches(system, devices)
+    for stage in system.stages:
+        steps_of_dispatch(config, stage, devices)
     check_processes(config)
     if config.tensorboard:
         board()
@@ -179,19 +185,24 @@ def train_stage(
     held = None if resident is None else place_whole(resident, mesh)
     del resident
     crop = () if held is None else tuple(config.data.size)
-    step = compiled_step(stage.step, steps, n, crop, mesh)
+    length = steps_of_dispatch(config, stage, mesh.size)
+    single = {phase: compiled_step(stage.step, steps, n, crop, mesh, phase) for phase in dict.fromkeys(stage.phases)}
+    several = compiled_steps(stage.step, steps, n, crop, mesh, stage.phases, length) if length > 1 else None
     checks = []
     for check in (stage.check, stage.selection):
         if check and (chosen := check.rows(images.rows)).size:
             batch = place_whole(check_batch(chosen, check, images), mesh)
             checks.append((check.every, compiled_check(check.look, n, crop, mesh), batch))
-    pending: list[tuple[int, np.ndarray, dict]] = []  # steps whose metrics are still on the device
+    halts = [config.checkpoint_every, *(every for every, *_ in checks)]
+    pending: list[tuple[int, list[np.ndarray], dict]] = []  # dispatches whose metrics are still on the device
     seen: list[dict[str, float]] = position.get("seen", [])  # metrics since the last line
     saved_at = start
 
-    def look(some: Sequence[tuple[int, np.ndarray, dict]]) -> None:
-        """Fetches the metrics of steps; ends the run at one that is not finite; writes a line every `log_every`."""
-        for (k, index, _), metrics in zip(some, jax.device_get([metrics for *_, metrics in some]), strict=True):
+    def look(some: Sequence[tuple[int, list[np.ndarray], dict]]) -> None:
+        """Fetches the metrics of dispatches; ends the run at a step where one is not finite; writes a line every
+        `log_every` steps."""
+        fetched = jax.device_get([metrics for *_, metrics in some])
+        for k, index, metrics in each_step([(*one[:2], own) for one, own in zip(some, fetched, strict=True)]):
             if bad := [metric for metric, value in metrics.items() if not np.isfinite(value).all()]:
                 r = int(np.argmin(np.isfinite(metrics[bad[0]])))  # the first bad replicate
                 rows = tables[r][np.atleast_2d(index)[r] % len(tables[r])]
@@ -213,13 +224,21 @@ def train_stage(
 
     log(f"{name}: {len(tables[0])} images, steps {start} to {steps}, batch {stage.batch}, compiling")
     with progress(name, start, steps) as show, drawing(config, workdir, name, start) as draw, signals() as stopped:
-        for k in range(start + 1, steps + 1):
-            batch = next(iterator)
-            state, metrics = step(state, place_batch(batch, mesh, axis=int(n > 1)), keys, held)
-            if k == start + 1:
+        k = start
+        while k < steps:
+            first, count = k + 1, next_dispatch(k, steps, length, len(stage.phases), halts)
+            taken = [next(iterator) for _ in range(count)]
+            if several and count == length:
+                whole = jax.tree.map(lambda *arrays: np.stack(arrays), *taken)
+                state, metrics = several(state, place_batch(whole, mesh, axis=1 + int(n > 1)), keys, held)
+            else:
+                step = single[stage.phases[k % len(stage.phases)]]
+                state, metrics = step(state, place_batch(taken[0], mesh, axis=int(n > 1)), keys, held)
+            k += count
+            if first == start + 1:
                 jax.block_until_ready(state)  # compiled: the pace is measured from here
                 show({"step": k})
-            pending.append((k, batch["index"], metrics))
+            pending.append((first, [batch["index"] for batch in taken], metrics))
             stop = stopped(k == steps)
             for every, look_at, checked in checks:
                 if k % every and k != steps:
@@ -243,13 +262,57 @@ def train_stage(
                 position = {"data": iterator.get_state(), "seen": seen, "steps": steps}
                 checkpoint.save(folder, k, state._replace(frozen={}), position, config=identity)
                 saved_at = k
-            elif len(pending) > config.log_every:  # the newest step goes on while the others' metrics are fetched
+            elif pending and k - pending[0][0] >= config.log_every:  # the newest runs on while others are fetched
                 look(pending[:-1])
                 del pending[:-1]
             if stop:
                 what = f"stopped by {stop.name}: stage {name}, step {k} saved in {folder}: run again to go on"
                 raise Stopped(what, stop)
     return state
+
+
+def steps_of_dispatch(config: ConfigDict, stage: Stage, devices: int) -> int:
+    """How many steps of a stage one program runs: `config.steps_per_dispatch`, or with 0 a choice.
+
+    The choice is 1 on a CPU, where a loop is slower than its steps one by one. Elsewhere it is the largest number up to
+    `MOST_STEPS` that is whole rounds of the stage's phases, whose images take `MOST_BYTES` of a device at most, and
+    that divides `checkpoint_every` and the intervals of the stage's checks. Stages of large batches thus have 1: their
+    steps take so long that launching them costs nothing beside.
+
+    Raises InputError where the recipe's number is below 0, or no multiple of the stage's phases.
+    """
+    given, period = config.get("steps_per_dispatch", 0), len(stage.phases)
+    if given < 0 or (given > 1 and given % period):
+        more = "or 1 or more" if period == 1 else f"1, or a multiple of the {period} phases of stage {stage.name}"
+        raise InputError(f"steps_per_dispatch is {given}: 0 (automatic), {more}")
+    if given:
+        return given
+    if target().platform == "cpu":
+        return 1
+    size = 4 * math.prod(config.data.size) * config.data.channels * stage.batch * config.replicates / devices
+    intervals = [config.checkpoint_every, *(check.every for check in (stage.check, stage.selection) if check)]
+    fits = [
+        k for k in range(period, MOST_STEPS + 1, period) if k * size <= MOST_BYTES and math.gcd(*intervals) % k == 0
+    ]
+    return max(fits, default=1)
+
+
+def next_dispatch(done: int, steps: int, length: int, period: int, halts: Sequence[int]) -> int:
+    """How many steps the dispatch after step `done` takes: `length`, or 1. No dispatch crosses a multiple of a number
+    in `halts`, at which the host has something to do, or the stage's end. It depends on the number of the step alone,
+    so that a resumed run has the dispatches of an unbroken one."""
+    before = max(done - done % every for every in halts)
+    after = min(steps, *(done - done % every + every for every in halts))
+    first = -(-before // period) * period  # where a round of the phases begins
+    whole = done >= first and (done - first) % length == 0 and done + length <= after
+    return length if whole else 1
+
+
+def each_step(dispatches: Sequence[tuple[int, list[np.ndarray], dict]]) -> Iterator[tuple[int, np.ndarray, dict]]:
+    """(step, index, metrics) of every step of dispatches (first step, indices, metrics)."""
+    for first, indices, metrics in dispatches:
+        for i, index in enumerate(indices):
+            yield first + i, index, metrics if len(indices) == 1 else {m: value[i] for m, value in metrics.items()}
 
 
 def compiled_init(stage: Stage, rows: int, n: int, mesh: Mesh) -> Callable[[Any, Results], State]:
@@ -262,21 +325,60 @@ def compiled_init(stage: Stage, rows: int, n: int, mesh: Mesh) -> Callable[[Any,
     def whole(key: Any, results: Results) -> State:
         return placed((one if n == 1 else jax.vmap(one))(key, results), mesh)
 
-    less = jax.default_backend() == "cpu" and not jax.config.values["jax_disable_most_optimizations"]
+    less = target().platform == "cpu" and not jax.config.values["jax_disable_most_optimizations"]
     return jax.jit(whole, compiler_options={"xla_backend_optimization_level": 1} if less else None)
 
 
 @lru_cache(maxsize=8)
-def compiled_step(step: Callable, steps: int, n: int, crop: tuple[int, ...] = (), mesh: Mesh | None = None) -> Callable:
+def compiled_step(
+    step: Callable, steps: int, n: int, crop: tuple[int, ...] = (), mesh: Mesh | None = None, phase: Any = None
+) -> Callable:
     """The stage's step as one program, `vmap`ped over n replicates; stages that share a step share its compilation.
     With `crop` the images are first cut from the volumes on the device, its last argument. On a `mesh` the state stays
-    `placed`, and every device has the metrics."""
+    `placed`, and every device has the metrics. A step of a stage with `phases` is compiled for one of them."""
+    return jax.jit(one_step(step, steps, n, crop, mesh, phase), donate_argnums=0)
+
+
+@lru_cache(maxsize=8)
+def compiled_steps(
+    step: Callable,
+    steps: int,
+    n: int,
+    crop: tuple[int, ...],
+    mesh: Mesh | None,
+    phases: tuple[Any, ...],
+    length: int,
+) -> Callable:
+    """`length` steps as one program, a loop on the device; the first of them is of the first phase. Batches and metrics
+    have a leading axis of that length."""
+    each = [one_step(step, steps, n, crop, mesh, phase) for phase in phases]
+
+    def several(state: State, batches: PyTree, key: Any, held: Any = None) -> tuple[State, dict]:
+        def cycle(state: State, some: PyTree) -> tuple[State, dict]:
+            found = []
+            for i, one in enumerate(each):
+                state, metrics = one(state, jax.tree.map(lambda x, i=i: x[i], some), key, held)
+                found.append(metrics)
+            return state, jax.tree.map(lambda *values: jnp.stack(values), *found)
+
+        cycles = jax.tree.map(lambda x: x.reshape(length // len(each), len(each), *x.shape[1:]), batches)
+        state, metrics = jax.lax.scan(cycle, state, cycles)
+        return state, jax.tree.map(lambda x: x.reshape(length, *x.shape[2:]), metrics)
+
+    return jax.jit(several, donate_argnums=0)
+
+
+def one_step(
+    step: Callable, steps: int, n: int, crop: tuple[int, ...], mesh: Mesh | None, phase: Any
+) -> Callable[..., tuple[State, dict]]:
+    """What `compiled_step` compiles."""
+    more = {} if phase is None else {"phase": phase}
 
     def one(state: State, batch: PyTree, key: Any, held: Any = None) -> tuple[State, dict]:
         batch = cut(held, batch, crop) if crop else batch
-        return step(state, batch, jax.random.fold_in(key, state.step), steps=steps)
+        return step(state, batch, jax.random.fold_in(key, state.step), steps=steps, **more)
 
-    return jax.jit(kept_placed(one if n == 1 else jax.vmap(one, (0, 0, 0, None)), mesh), donate_argnums=0)
+    return kept_placed(one if n == 1 else jax.vmap(one, (0, 0, 0, None)), mesh)
 
 
 def kept_placed(function: Callable, mesh: Mesh | None) -> Callable:

@@ -132,7 +132,7 @@ if __name__ == "__main__":
     run, volumes, manifest, *given = sys.argv[1:]
     code = exit_code(train.main, given)
     wrong = exit_code(train.main, [*given, "--config.pretrain.batch=12", f"--workdir={run}-12"])
-    code += exit_code(train.main, arguments(Path(manifest), Path(volumes), *EIGHT, "fsdp=4"))
+    code += exit_code(train.main, arguments(Path(manifest), Path(volumes), *EIGHT, "fsdp=4", "steps_per_dispatch=2"))
     uneven = exit_code(train.main, [*given, "--config.fsdp=3", f"--workdir={run}-3"])
     mapped = mapped_against_jitted(*small_system("pretrain.augment=false", "adapt.augment=false"), batch)
     mapped |= mapped_against_jitted(*small_system(name="maemi"), crops)

@@ -2,6 +2,8 @@
 
 import csv
 import json
+import os
+import signal
 from functools import cache, partial
 from itertools import product
 from math import prod
@@ -17,7 +19,7 @@ from scipy.special import expit
 from scipy.stats import entropy
 
 from configs import simsid as recipe
-from jmae import train
+from jmae import checkpoint, train
 from jmae.data.manifest import Row
 from jmae.errors import InputError, exit_code
 from jmae.losses import discriminator_loss, histogram_kl, pixel_kl
@@ -102,9 +104,11 @@ def compiled(*changes: str):
     score = jax.jit(lambda results, some: system.score(results, some, KEY))
 
     def of(stage):
-        step, mesh = train.compiled_step(stage.step, stage.steps(8), 1), device_mesh()
+        mesh, phases = device_mesh(), stage.phases
+        steps = {phase: train.compiled_step(stage.step, stage.steps(8), 1, phase=phase) for phase in set(phases)}
         copy = lambda state: jax.device_put(jax.tree.map(np.array, state), replicated(mesh))  # it is donated
-        return lambda state, some, key: step(copy(state), place_batch(some, mesh), key, None)
+        own = lambda state: steps[phases[int(state.step) % len(phases)]]
+        return lambda state, some, key: own(state)(copy(state), place_batch(some, mesh), key, None)
 
     return system, {stage.name: of(stage) for stage in system.stages}, score
 
@@ -734,6 +738,33 @@ def test_the_official_step_alternates():
     near([half, step(both._replace(step=jnp.int32(6)), batch(), KEY)[1]["lr"]], [5e-4, 1e-3])
 
 
+def test_the_official_step_is_two_programs_and_neither_computes_for_the_other():
+    system, steps, _ = compiled("variant=official")
+    stage = system.stages[0]
+    assert stage.phases == (True, False)
+    assert load_system(config("variant=official", "joint.critic=4")).stages[0].phases == (True, False, False, False)
+    start, some = jax.tree.map(jnp.asarray, fresh(stage, {})), batch()
+    flops = lambda function, *args: jax.jit(function).lower(*args).cost_analysis()["flops"]
+    step = lambda phase: flops(lambda state: stage.step(state, some, KEY, steps=6, phase=phase)[0], start)
+    c = config("variant=official")
+    made = flops(lambda image: simsid.official(c).remake({"joint": simsid.as_result(start)}, image), some["image"])
+    both, critic = step(True), step(False)
+    # The network forward is most of the one; its gradient, as two networks more, is in the other alone. D is small.
+    assert made < critic < 2 * made and both - critic > 2 * made
+    # A round of both on the device is the two steps one after the other.
+    mesh = device_mesh()
+    several = train.compiled_steps(stage.step, stage.steps(8), 1, (), mesh, stage.phases, 4)
+    some = [batch(4, seed=i) for i in range(4)]
+    whole = jax.device_put(jax.tree.map(np.array, start), replicated(mesh))
+    stacked = place_batch(jax.tree.map(lambda *arrays: np.stack(arrays), *some), mesh, axis=1)
+    whole, found = several(whole, stacked, KEY, None)
+    for i, each in enumerate(some):
+        start, metrics = steps["joint"](start, each, KEY)
+        near([found[name][i] for name in metrics], [*metrics.values()], rtol=1e-5, atol=1e-6)
+    jax.tree.map(partial(near, rtol=1e-2, atol=1e-3), whole.stats, start.stats)  # after steps of Adam
+    assert whole.step == 4
+
+
 # --- calibration and scores -------------------------------------------------------------------------------------------
 
 
@@ -1062,6 +1093,30 @@ def test_the_official_variant_runs(small_set, tmp_path):
     near(metrics["decision"]["accuracy"], np.mean((scores >= metrics["decision"]["threshold"]) == labels))
     history = read_history(tmp_path / "metrics.jsonl")
     assert [h["step"] for h in history if "check_auroc" in h and "check_kl" in h] == [3, 6]
+
+
+def test_an_alternating_run_that_is_stopped_within_a_round_goes_on_with_the_other_step(
+    small_set, tools, tmp_path, monkeypatch
+):
+    changes = ("variant=official", "joint.critic=3", "joint.steps=5", "select=last", "evaluation.maps=false")
+    runs, placed = [tmp_path / name for name in ("whole", "stopped")], train.place_batch
+    assert exit_code(train.main, arguments(small_set, runs[0], *changes)) == 0
+    calls = []
+
+    def stop(*args, **options):
+        calls.append(1)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return placed(*args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "place_batch", stop)
+        assert exit_code(train.main, arguments(small_set, runs[1], *changes)) == 143
+    assert checkpoint.steps(runs[1] / "checkpoints" / "joint") == [2]
+    assert exit_code(train.main, arguments(small_set, runs[1], *changes)) == 0
+    (runs[0] / "labels.csv").touch()
+    (runs[1] / "labels.csv").touch()
+    assert tools.content(runs[1]) == tools.content(runs[0])
 
 
 def test_volumes_go_through_the_same_code(tmp_path):

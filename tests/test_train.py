@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import jax
@@ -21,6 +22,8 @@ from jmae import checkpoint, evaluate, recipe, train
 from jmae.data import loader, phantoms
 from jmae.errors import InputError, exit_code
 from jmae.run_folder import add_history, cut_history, read_history, read_seen, write_seen
+from jmae.system import load_system
+from jmae.target import Target, tracing_for
 
 ONE_STAGE = ("variant=mae", "evaluation.maps=false")
 
@@ -230,7 +233,133 @@ def test_lines_beyond_the_checkpoint_are_cut(tmp_path):
     assert file.read_text() == '{"stage": "a", "step": 3}\n{"stage": "b", "step": 9}\n'
 
 
+# --- several steps a dispatch -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("steps", "length", "period", "halts"), [(20, 4, 1, [8]), (37, 6, 2, [10, 15]), (50, 4, 2, [7]), (9, 16, 1, [100])]
+)
+def test_dispatches_cross_no_halt_and_depend_on_the_step_s_number_alone(steps, length, period, halts):
+    def walk(done: int) -> list[tuple[int, int]]:
+        out = []
+        while done < steps:
+            out.append((done, train.next_dispatch(done, steps, length, period, halts)))
+            done += out[-1][1]
+        assert done == steps
+        return out
+
+    whole = walk(0)
+    for done, count in whole:
+        assert count in (1, length) and not any(
+            k % every == 0 for k in range(done + 1, done + count) for every in halts
+        )
+        assert count == 1 or done % period == 0
+        assert walk(done) == whole[[d for d, _ in whole].index(done) :]  # as a run that is continued from there
+    stops = sorted({0, steps, *(k for every in halts for k in range(every, steps, every))})
+    for a, b in pairwise(stops):  # between two halts as many whole dispatches as there is room for
+        first = -(-a // period) * period
+        assert sum(count > 1 for done, count in whole if a <= done < b) == max(0, b - first) // length
+
+
+def test_the_loop_chooses_how_many_steps_a_program_has_by_the_size_of_a_batch():
+    def chosen(name: str, platform: str, *changes: str, devices: int = 1) -> dict[str, int]:
+        config, _ = recipe.parse([f"--config=configs/{name}", *(f"--config.{c}" for c in changes)], "")
+        with tracing_for(Target(platform)):
+            stages = load_system(config).stages
+            return {stage.name: train.steps_of_dispatch(config, stage, devices) for stage in stages}
+
+    assert set(chosen("simsid.py:paper", "cpu").values()) == {1}
+    # Images of 64 KiB in batches of 16; intervals of 5000 with 640, none or 64 steps.
+    expected = {"teacher": 10, "memory": 10, "student": 10, "discriminator": 8, "calibration": 10}
+    assert chosen("simsid.py:paper", "tpu") == expected
+    official = ("simsid.py:paper", "tpu", "variant=official", "checkpoint_every=36", "validation.every=72")
+    assert chosen(*official) == {"joint": 12, "calibration": 12}
+    assert chosen(*official, "joint.critic=4")["joint"] == 12 and chosen(*official, "joint.critic=5")["joint"] == 1
+    # 2048 and 16 images of 224 x 224, four bytes a value: 392 and 3.06 MiB.
+    amae = chosen("amae.py:paper", "tpu", "checkpoint_every=16")
+    assert amae == {"pretrain": 1, "proxy": 16, "labels": 16, "module_a": 16, "module_b": 16}
+    assert chosen("amae.py:paper", "tpu", "checkpoint_every=16", devices=16)["pretrain"] == 2
+    assert set(chosen("simsid.py:paper", "tpu", "steps_per_dispatch=7").values()) == {7}
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        (["steps_per_dispatch=-1"], "steps_per_dispatch is -1: 0 (automatic), or 1 or more"),
+        (
+            ["steps_per_dispatch=3", "variant=official"],
+            "steps_per_dispatch is 3: 0 (automatic), 1, or a multiple of the 2 phases of stage joint",
+        ),
+    ],
+)
+def test_a_wrong_number_of_steps_is_one_line_before_data_are_read(changes, line, tmp_path, capfd):
+    given = ["--config=configs/simsid.py:smoke", "--config.data.manifest=nowhere.csv", f"--workdir={tmp_path / 'run'}"]
+    assert exit_code(train.main, [*given, *(f"--config.{change}" for change in changes)]) == 2
+    assert capfd.readouterr().err == f"{line}\n"
+
+
+def same_training(run: Path, other: Path) -> None:
+    """Lines equal but for the clock, losses to 1e-6 and other metrics to 1e-5, and checkpoints of the same steps."""
+    one, two = (read_history(folder / "metrics.jsonl") for folder in (run, other))
+    assert [(h["stage"], h["step"], h.keys()) for h in one] == [(h["stage"], h["step"], h.keys()) for h in two]
+    for a, b in zip(one, two, strict=True):
+        for name in a.keys() - {"stage", "step", "time"}:
+            near = 1e-6 if name == "loss" else 1e-5
+            assert b[name] == pytest.approx(a[name], rel=near, abs=near), (a["stage"], a["step"], name)
+    for stage in (run / "checkpoints").iterdir():
+        assert checkpoint.steps(stage) == checkpoint.steps(other / "checkpoints" / stage.name)
+
+
+def test_four_steps_a_dispatch_are_the_steps_one_by_one_also_killed_and_stopped_within(
+    finished, go, small_set, tools, tmp_path, monkeypatch
+):
+    four, seen, at = ("steps_per_dispatch=4",), [], train.place_batch
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "place_batch", lambda batch, *a, **k: seen.append(batch) or at(batch, *a, **k))
+        assert go(tmp_path / "whole", *four)[0] == 0
+    same_training(finished, tmp_path / "whole")
+    # Stage 0: 8, 8 and 4 steps in dispatches of 4; 8 and 2 of the proxy task; the labels' one; module A, module B.
+    ten = [(4,), (4,), (), ()]
+    assert [batch["index"].shape[:-1] for batch in seen] == [*[(4,)] * 5, *ten, (), *ten, *ten]
+    # Killed at the dispatch of steps 13 to 16, continued from step 8; stopped within that of steps 9 to 12.
+    run = tmp_path / "run"
+    killed = [sys.executable, "-c", KILLER, "place", "4", *tools.arguments(small_set, run, *four)]
+    assert subprocess.run(killed, capture_output=True).returncode == -signal.SIGKILL
+    assert checkpoint.steps(run / "checkpoints" / "pretrain") == [8]
+    with monkeypatch.context() as patch:
+        count_calls(patch, train, "place_batch", lambda call: call == 1 and os.kill(os.getpid(), signal.SIGTERM))
+        code, said = go(run, *four)
+    assert code == 143 and said.splitlines()[-1].startswith("stopped by SIGTERM: stage pretrain, step 12 saved in ")
+    assert go(run, *four)[0] == 0
+    assert tools.content(run) == tools.content(tmp_path / "whole")
+
+
+def test_replicates_take_several_steps_a_dispatch_too(go, tmp_path):
+    both = (*ONE_STAGE, "replicates=2")
+    assert go(tmp_path / "one", *both)[0] == 0 and go(tmp_path / "four", *both, "steps_per_dispatch=4")[0] == 0
+    same_training(tmp_path / "one", tmp_path / "four")
+
+
 # --- losses that are not finite ---------------------------------------------------------------------------------------
+
+
+def test_a_loss_that_is_not_finite_within_a_dispatch_is_told_by_its_step(go, tmp_path, monkeypatch):
+    real, seen, at = loader.read_case, [], train.place_batch
+    sick = lambda row, *args: real(row, *args) * (np.nan if row.id == "train-0-3" else 1)
+    monkeypatch.setattr(loader, "read_case", sick)
+    monkeypatch.setattr(train, "place_batch", lambda batch, *a, **k: seen.append(batch) or at(batch, *a, **k))
+    changes = (*ONE_STAGE, "pretrain.batch=4", "checkpoint_every=4", "steps_per_dispatch=4")
+    code, said = go(tmp_path / "run", *changes)
+    healthy = np.isfinite(np.concatenate([batch["image"] for batch in seen])).all((1, 2, 3, 4))
+    first = int(healthy.argmin()) + 1  # of each step one batch
+    last = said.splitlines()[-1]
+    assert code == 3 and last.startswith(f"stage pretrain, step {first}: ") and "not finite; batch: " in last
+    words = np.concatenate([batch["case"] for batch in seen])[first - 1]
+    named = last.partition("batch: ")[2].partition(";")[0].split(", ")
+    np.testing.assert_array_equal([loader.case_words(name) for name in named], words)
+    kept = (first - 1) // 4 * 4
+    assert checkpoint.steps(tmp_path / "run" / "checkpoints" / "pretrain") == ([kept] if kept else [])
+    assert (f"step {kept} is kept" if kept else "no step was saved yet") in last
 
 
 @pytest.mark.parametrize("replicates", [1, 2])

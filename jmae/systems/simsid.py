@@ -48,7 +48,6 @@ from jmae.patches import grid_of, patchify, unpatchify
 from jmae.run_folder import log
 from jmae.scoring import auroc
 from jmae.system import Check, Results, Stage, State, Sweep, System, averaged, compute_type, network, stats_of, steps_of
-from jmae.target import target
 
 SCORES = ("simsid", "difference", "l1", "mse", "patches")
 MAPS = ("l1", "mse", "patches")
@@ -738,8 +737,8 @@ def official(config: ConfigDict) -> Variant:
         state = State(params, opt, stats, {}, jnp.int32(0))
         return with_best(state) if config.select == "auroc" else state
 
-    def joint_step(state, batch, key, *, steps, axis_name=None):
-        """D at every step, the network at every `critic`-th; each by its own losses."""
+    def joint_step(state, batch, key, *, steps, axis_name=None, phase=True):
+        """D at every step, the network where `phase` is true; each by its own losses."""
         view, shortcut = jnp.moveaxis(jax.vmap(jax.random.split)(sample_keys(key, batch["index"])), 1, 0)
         moved = joint.translation or joint.scaling
         augment = partial(affine, translation=joint.translation, scaling=joint.scaling)
@@ -749,7 +748,11 @@ def official(config: ConfigDict) -> Variant:
             net = net_of(params, state.stats["network"])
             return net(x, shortcut, train=True, axis_name=axis_name), stats_of(net)
 
-        outs, pull, net_stats = jax.vjp(forward, state.params["network"], has_aux=True)
+        net_params, net_opt = state.params["network"], state.opt["network"]
+        if phase:
+            outs, pull, net_stats = jax.vjp(forward, net_params, has_aux=True)
+        else:
+            outs, net_stats = forward(net_params)
 
         def critic_loss(params):
             d = dis_of(params, state.stats["discriminator"])
@@ -774,19 +777,13 @@ def official(config: ConfigDict) -> Variant:
             }
             return sum((weights[name] * value for name, value in parts.items()), jnp.float32(0)), parts
 
-        (value, parts), cotangents = jax.value_and_grad(loss, has_aux=True)(outs)
-
-        def learn() -> tuple[PyTree, PyTree]:
+        if phase:
+            (value, parts), cotangents = jax.value_and_grad(loss, has_aux=True)(outs)
             grads = averaged(pull(cotangents)[0], axis_name)
-            of = decayed_adam(joint, rate(state.step, steps))
-            updates, opt = of.update(grads, state.opt["network"], state.params["network"])
-            return optax.apply_updates(state.params["network"], updates), opt
-
-        kept, due = (state.params["network"], state.opt["network"]), state.step % joint.critic == 0
-        if target().platform == "cpu":  # computed for nothing between: in a branch XLA takes 17 times as long
-            net_params, net_opt = jax.tree.map(partial(jnp.where, due), learn(), kept)
+            updates, net_opt = decayed_adam(joint, rate(state.step, steps)).update(grads, net_opt, net_params)
+            net_params = optax.apply_updates(net_params, updates)
         else:
-            net_params, net_opt = jax.lax.cond(due, learn, lambda: kept)
+            value, parts = loss(outs)
         value, parts, net_stats = averaged((value, parts, net_stats), axis_name)
         metrics = {"loss": value, **parts, "discriminator": critic, "accuracy": accuracy}
         return State(
@@ -818,5 +815,6 @@ def official(config: ConfigDict) -> Variant:
         joint_init,
         joint_step,
         check=Check(config.validation.every, 0, rows, look, labelled=config.select == "auroc"),
+        phases=(True, *[False] * (joint.critic - 1)),
     )
     return Variant((stage,), remake, judge, pictures)

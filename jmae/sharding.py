@@ -96,20 +96,21 @@ def over_samples(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]
     return over
 
 
-def on_each_device(
-    function: Callable[..., jax.Array], axes: Sequence[int] | int = 0, out: int = 0
-) -> Callable[..., jax.Array]:
+def on_each_device(function: Callable[..., Any], axes: Sequence[int | None] | int = 0, out: Any = 0) -> Callable[..., Any]:
     """A function of arrays of samples, for each device's own samples inside a step of several devices: its loops over
-    samples are not loops over those of all devices. `axes` are the samples' axes in the arguments (one for all, or one
-    each), `out` is their axis in the result."""
-    spec = lambda axis: PartitionSpec(*[None] * axis, *BY_SAMPLE)
+    samples are not loops over those of all devices.
 
-    def each(*arrays: jax.Array) -> jax.Array:
+    `axes` are the samples' axes in the arguments (one for all, or one each; None: an argument that all devices share).
+    `out` is their axis in the result, or in each of several results.
+    """
+    spec = lambda axis: PartitionSpec() if axis is None else PartitionSpec(*[None] * axis, *BY_SAMPLE)
+
+    def each(*arrays: jax.Array) -> Any:
         own = [axes] * len(arrays) if isinstance(axes, int) else axes
-        if not divides(arrays[0], own[0]):
+        if not divides(arrays[0], own[0] or 0):
             return function(*arrays)
         specs = tuple(map(spec, own))
-        return jax.shard_map(function, in_specs=specs, out_specs=spec(out), check_vma=False)(*arrays)
+        return jax.shard_map(function, in_specs=specs, out_specs=jax.tree.map(spec, out), check_vma=False)(*arrays)
 
     return each
 

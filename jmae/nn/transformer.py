@@ -11,11 +11,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from jmae.errors import InputError
 from jmae.nn.attention import attention, padding
+from jmae.nn.norm import layer_norm
 from jmae.sharding import over_samples
 from jmae.target import target
 
@@ -28,7 +28,7 @@ def kept(primitive: Any, *values: Any, **parameters: Any) -> bool:
     policies = jax.checkpoint_policies
     return (
         policies.dots_with_no_batch_dims_saveable(primitive, *values, **parameters)
-        or policies.save_only_these_names("attention", "gate", "norm")(primitive, *values, **parameters)
+        or policies.save_only_these_names("attention", "gate")(primitive, *values, **parameters)
         or "dot_product_attention" in primitive.name
     )
 
@@ -36,46 +36,6 @@ def kept(primitive: Any, *values: Any, **parameters: Any) -> bool:
 def linear(inputs: int, outputs: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.Linear:
     """Dense layer, Xavier uniform, zero bias; float32 parameters, `dtype` arithmetic."""
     return nnx.Linear(inputs, outputs, kernel_init=xavier, dtype=dtype, rngs=rngs)
-
-
-class LayerNorm(nnx.LayerNorm):
-    """LayerNorm over the last axis, with statistics in float32 and a backward pass of its own.
-
-    The derivative that JAX finds writes the normed values in float32 and reads them three times. This one reads the
-    input and the gradient twice, in their own type, and keeps two numbers a row."""
-
-    def __call__(self, x: Float[Array, "*n d"]) -> Float[Array, "*n d"]:
-        return _normed(x, self.scale[...], self.bias[...], self.epsilon, self.dtype)  # type: ignore[index]
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _normed(x: Array, scale: Array, bias: Array, epsilon: float, dtype: Any) -> Array:
-    return _normed_fwd(x, scale, bias, epsilon, dtype)[0]
-
-
-def _normed_fwd(x: Array, scale: Array, bias: Array, epsilon: float, dtype: Any) -> tuple[Array, tuple[Array, ...]]:
-    wide = x.astype(jnp.float32)
-    mean = jnp.mean(wide, -1, keepdims=True)
-    rate = jax.lax.rsqrt(jnp.mean((wide - mean) ** 2, -1, keepdims=True) + epsilon)
-    mean, rate = (checkpoint_name(each, "norm") for each in (mean, rate))
-    return ((wide - mean) * (rate * scale) + bias).astype(dtype), (x, mean, rate, scale)
-
-
-def _normed_bwd(epsilon: float, dtype: Any, kept: tuple[Array, ...], d_out: Array) -> tuple[Array, Array, Array]:
-    x, mean, rate, scale = kept
-    normed, gradient = (x.astype(jnp.float32) - mean) * rate, d_out.astype(jnp.float32)
-    inner = gradient * scale
-    d_x = inner - jnp.mean(inner, -1, keepdims=True) - normed * jnp.mean(inner * normed, -1, keepdims=True)
-    rows = tuple(range(x.ndim - 1))
-    return (rate * d_x).astype(x.dtype), jnp.sum(gradient * normed, rows), jnp.sum(gradient, rows)
-
-
-_normed.defvjp(_normed_fwd, _normed_bwd)
-
-
-def layer_norm(width: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> LayerNorm:
-    """LayerNorm with the paper's epsilon 1e-6, statistics in float32, `dtype` output."""
-    return LayerNorm(width, epsilon=1e-6, dtype=dtype, rngs=rngs)
 
 
 def gelu(x: Float[Array, "*n"]) -> Float[Array, "*n"]:

@@ -107,9 +107,10 @@ def build(config: ConfigDict) -> System:
     mae_init, mae_of = masked_autoencoder(config, model.channels)
     head_init, head_of = network(lambda rngs: Head(model.width, tuple(proxy.head), rngs=rngs))
 
-    def normalise(image: Float[Array, "b *size c"]) -> Float[Array, "b *size c"]:
-        """[0, 1] to the network's range; one channel is repeated to as many as the network has."""
-        mean, std = moments_of(image, config.data)
+    def normalise(image: Float[Array, "b *size c"], whole: Array | None = None) -> Float[Array, "b *size c"]:
+        """[0, 1] to the network's range; one channel is repeated to as many as the network has. Where each image has
+        its own moments, those of a crop are its whole image's."""
+        mean, std = moments_of(image if whole is None else whole, config.data)
         return jnp.broadcast_to((image - mean) / std, (*image.shape[:-1], model.channels))
 
     def augment(image: Array, keys: Array) -> Array:
@@ -135,8 +136,9 @@ def build(config: ConfigDict) -> System:
         def step(state, batch, key, *, steps, axis_name=None):
             schedule = warmup_cosine(lr, warmup=section.warmup * steps, steps=steps, least=section.lr_least)
             mask, view = jnp.moveaxis(jax.vmap(jax.random.split)(sample_keys(key, batch["index"])), 1, 0)
-            image = normalise(batch["image"])
-            image = augment(image, view) if section.augment else image
+            # Crops come before one channel is repeated: their weights add up to 1, so the order changes nothing.
+            image = augment(batch["image"], view) if section.augment else batch["image"]
+            image = normalise(image, batch["image"])
             found = accumulated(loss, parts)(state.params, image, mask)
             value, grads = averaged(found, axis_name)
             updates, opt = optimiser(schedule(state.step)).update(grads, state.opt, state.params)

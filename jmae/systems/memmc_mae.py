@@ -80,12 +80,13 @@ def build(config: ConfigDict) -> System:
 
     # --- images in the network's range -------------------------------------------------------------------------------
 
-    def prepared(image: Float[Array, "b *size c"]) -> tuple[Array, Array]:
-        """(standardised images, span of values (b,) that an image can have); one channel is repeated."""
+    def prepared(image: Float[Array, "b *size c"], whole: Array | None = None) -> tuple[Array, Array]:
+        """(standardised images, span of values (b,) that an image can have); one channel is repeated. Where each image
+        has its own moments, those of a crop are its whole image's."""
         if volumes:
             low, high = data.clip
             return jnp.clip(image, low, high), jnp.full(len(image), high - low)
-        mean, std = moments_of(image, data)
+        mean, std = moments_of(image if whole is None else whole, data)
         wide = jnp.broadcast_to((image - mean) / std, (*image.shape[:-1], model.channels))
         dark, bright = ((end - mean) / std + jnp.zeros((len(image), *[1] * rank, 1)) for end in (0, 1))
         axes = tuple(range(1, image.ndim))
@@ -104,10 +105,11 @@ def build(config: ConfigDict) -> System:
         schedule = warmup_cosine(train.lr, warmup=train.warmup * steps, steps=steps)
         mask, view = jnp.moveaxis(jax.vmap(jax.random.split)(sample_keys(key, batch["index"])), 1, 0)
         crop, flip = jnp.moveaxis(jax.vmap(jax.random.split)(view), 1, 0)
-        image, _ = prepared(batch["image"])
-        if data.crop_scale:
+        image = jnp.clip(batch["image"], *data.clip) if volumes else batch["image"]
+        if data.crop_scale:  # before one channel is repeated: the crop's weights add up to 1, the order changes nothing
             image = jax.vmap(partial(random_resized_crop, scale=tuple(data.crop_scale)))(image, crop)
         image = jax.vmap(partial(random_flip, axes=tuple(int(axis) for axis in data.flips)))(image, flip)
+        image, _ = prepared(image, batch["image"])
 
         def loss(params, image, mask):
             return masked_loss(mae_of(params), image, mask, patch=patch, ratio=train.mask_ratio, masks=1)

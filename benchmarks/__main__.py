@@ -83,6 +83,7 @@ PARTS = (
     Part("systems", "cxr_peds --budget 0.5", "JMAE_DATA"),
     Part("systems", "endoscopy --budget 0.25", "JMAE_DATA"),
     Part("scaling", needs="libtpu"),
+    *(Part("scaling", what, "jax_cuda12_plugin") for what in ("--chip h100", "--recipes")),
 )
 SCRIPTS = tuple(dict.fromkeys(part.script for part in PARTS))
 GPU = ("volume", "throughput", "masks", "anomalies", "memmc")  # scripts that gpu.sh runs: NAME_gpu.json

@@ -1,15 +1,19 @@
 """How MAEMI's training scales from one chip to 256: what fits, how fast a step is at most, and what limits it.
 
-Each row is a plan (`jmae.plan`) beside the command that makes it again, some two minutes each on two cores; no chip is
-needed, but libtpu (pip install 'jmae[plan]'). The batch is the recipe's on every chip. Rows that the JSON has already,
-made with the same versions, are kept; --again makes them anew.
+Also each paper's recipe on one GPU. Each row is a plan (`jmae.plan`) beside the command that makes it again, one to
+five minutes each on two cores. No chip is needed, but its compiler (pip install 'jmae[plan]' for TPUs, 'jmae[plan-gpu]'
+for GPUs). The batch is the recipe's on every chip. Rows that the JSON has already, made with the same versions, are
+kept, so that a table can be made in pieces; --again makes them anew, as is right when a network has changed.
 
-    python -m benchmarks.scaling
-    python -m benchmarks.scaling --only h
+    python -m benchmarks.scaling                             MAEMI on 1 to 256 v5e
+    python -m benchmarks.scaling --chip h100 [--only h]      MAEMI on 1 to 256 H100
+    python -m benchmarks.scaling --recipes [--only simsid]   every paper's recipe on one H100 and one H200
 
-GB are 1e9 bytes; ms a step at peak figures: arithmetic, memory, the network, whose traffic comes after both. The
-efficiency is against one chip's own plan, in brackets, where that does not fit, against the same program without its
-network.
+Compiled: GB a chip (of GPUs without cuDNN's workspaces), kernels, traffic, what a chip sends. Estimated, at the rates
+that the plan states: ms a step for arithmetic, for memory, for kernels one after the other, for their launches (2
+microseconds each), for the network, whose traffic comes after the rest; the share of peak; the step. GB are 1e9 bytes.
+The efficiency is against one chip's own plan, in brackets, where that does not fit, against the same program without
+its network.
 """
 
 import argparse
@@ -28,19 +32,34 @@ SIZES = {
     "l": {"width": 1024, "depth": 24, "heads": 16},
     "h": {"width": 1280, "depth": 32, "heads": 16},
 }
-SHAPES = ("1x1", "2x4", "8x8", "16x16")  # of v5e: 1 to 256 chips
+# 1 to 256 chips: a torus of TPUs, hosts of 8 GPUs. The first stands alone, the others are data parallel, and fsdp=8.
+SHAPES = {chip: ("1x1", "2x4", "8x8", "16x16") for chip in ("v5e", "v6e")} | {"h100": ("1", "8", "1x8x8", "1x32x8")}
+COMPILERS = {"v5e": "libtpu", "v6e": "libtpu", "h100": "jax-cuda12-plugin", "h200": "jax-cuda12-plugin"}
+# The recipes as the papers have them: (what to call it, its overrides).
+RECIPES = {
+    "amae": [("amae", ())],
+    "maemi": [("maemi", ())],
+    "memmc_mae": [("memmc_mae", ())],
+    "ppii": [(f"ppii, {name}", (f"model.backbone={name}",)) for name in ("unet", "mc_unet", "phiseg")],
+    "simsid": [(f"simsid, {name}", (f"variant={name}",)) for name in ("report", "official")],
+}
 RESULTS = Path(__file__).parent / "results" / "scaling.json"
 HEAD = ("network", "target", "data", "fsdp", "batch", "GB a chip", "compute ms", "memory ms", "network ms", "step ms")
 HEAD += ("samples/s", "efficiency", "limit", "plan")
+GPU_HEAD = ("network", "target", "data", "fsdp", "batch", "GB a chip", "kernels", "traffic GB", "sent GB", "compute ms")
+GPU_HEAD += ("memory ms", "kernels ms", "launches ms", "network ms", "step ms", "samples/s", "of peak", "efficiency")
+GPU_HEAD += ("limit", "plan")
+RECIPE_HEAD = ("recipe", "stage", "target", "batch", "GB", "TFLOP", "kernels", "traffic GB", "compute ms", "memory ms")
+RECIPE_HEAD += ("kernels ms", "launches ms", "samples/s", "of peak", "limit", "plan")
 
 
 def cases(sizes: list[str], chip: str) -> list[dict[str, Any]]:
     """The plans of the table: data parallel, and parameters over the chips of a host."""
     return [
         {"size": size, "target": f"{chip}:{shape}", "fsdp": fsdp}
-        for shape in SHAPES
+        for shape in SHAPES[chip]
         for size in sizes
-        for fsdp in ((1,) if shape == "1x1" else (1, 8))
+        for fsdp in ((1,) if shape == SHAPES[chip][0] else (1, 8))
     ]
 
 
@@ -51,53 +70,114 @@ def arguments(case: dict[str, Any]) -> list[str]:
     return ["--config=configs/maemi.py:paper", *model, f"--target={case['target']}", *fsdp]
 
 
-def row(case: dict[str, Any], own: list[str]) -> dict[str, Any]:
-    """One plan."""
+def plans_of(own: list[str], target: str) -> list[dict[str, Any]]:
+    """The plan of each stage, with its command."""
     start = time.perf_counter()
     config, _ = recipe.parse([a for a in own if a.startswith("--config")], "")
-    (found,) = plan.plan(config, plan.target_of(case["target"]))
-    return case | {"plan": plan.command(own), "plan_s": time.perf_counter() - start} | found
+    found = plan.plan(config, plan.target_of(target))
+    seconds = (time.perf_counter() - start) / len(found)
+    return [{"plan": plan.command(own), "plan_s": seconds} | each for each in found]
+
+
+def numbers(each: dict[str, Any], *keys: str) -> tuple[str, ...]:
+    """Cells of a plan: times in ms, bytes in GB, FLOPs in TFLOP, kernels as they are; empty where it has none."""
+    units = {"_s": 1e3, "kernels": 1, "flops_chip": 1e-12}
+    unit = lambda key: next((n for end, n in units.items() if key.endswith(end)), 1e-9)
+    show = lambda key: str(each[key]) if key == "kernels" else f"{each[key] * unit(key):.3g}"
+    return tuple(show(key) if key in each else "" for key in keys)
 
 
 def shown(each: dict[str, Any], alone: dict[str, float]) -> tuple[Any, ...]:
     """A row of the table; efficiency is against one chip's own plan, where that fits."""
-    gb, ms = (lambda key, unit=unit: f"{each[key] * unit:.3g}" for unit in (1e-9, 1e3))
+    gpu = "kernels" in each
     head = (f"ViT-{each['size'].upper()}", each["target"], each["chips"] // each["fsdp"], each["fsdp"], each["batch"])
-    memory = f"{'' if each['fits'] else 'NO: '}{gb('total')}"
+    memory = f"{'' if each['fits'] else 'NO: '}{each['total'] * 1e-9:.3g}"
     if "step_s" not in each:
         return (*head, memory, *[""] * 6, "memory size")
     one = alone.get(each["size"])
     efficiency = f"{one / each['step_s']:.0%}" if one else f"({each['efficiency']:.0%})"
-    times = (ms("compute_s"), ms("memory_s"), ms("network_s"), ms("step_s"))
-    return (*head, memory, *times, f"{each['batch'] / each['step_s']:.0f}", efficiency, each["limited_by"])
+    rate = f"{each['batch'] / each['step_s']:.0f}"
+    if not gpu:
+        times = numbers(each, "compute_s", "memory_s", "network_s", "step_s")
+        return (*head, memory, *times, rate, efficiency, each["limited_by"])
+    program = numbers(each, "kernels", "traffic_chip", "sent_chip")
+    times = numbers(each, "compute_s", "memory_s", "kernels_s", "launches_s", "network_s", "step_s")
+    return (*head, memory, *program, *times, rate, f"{each['peak_share']:.0%}", efficiency, each["limited_by"])
 
 
 def rows_of(plans: dict[str, dict[str, Any]]) -> list[list[Any]]:
     """The table of all plans, by network, chips and fsdp."""
     order = list(SIZES).index
     kept = sorted(plans.values(), key=lambda each: (order(each["size"]), each["chips"], each["fsdp"]))
-    alone = {each["size"]: each["step_s"] for each in kept if each["chips"] == 1 and "step_s" in each}
+    alone = {each["size"]: each["step_s"] for each in kept if each["chips"] == 1 and each["fits"] and "step_s" in each}
     return [[*shown(each, alone), each["plan"]] for each in kept]
+
+
+def recipe_rows(plans: dict[str, dict[str, Any]]) -> list[list[Any]]:
+    """The table of the papers' recipes, in the order of `RECIPES`."""
+    names = [name for each in RECIPES.values() for name, _ in each]
+    kept = sorted(plans.values(), key=lambda each: (names.index(each["recipe"]), each["number"], each["target"]))
+    rows = []
+    for each in kept:
+        stage = f"{each['stage']}, {each['phase']} ({each['share']:.0%})" if "phase" in each else each["stage"]
+        memory = f"{'' if each['fits'] else 'NO: '}{each['total'] * 1e-9:.3g}"
+        work = f"{sum(each['flops_compiled_chip'].values()) * 1e-12:.3g}"
+        times = numbers(each, "compute_s", "memory_s", "kernels_s", "launches_s")
+        rate = f"{each['batch'] / each['step_s']:.0f}"
+        head = (each["recipe"], stage, each["target"], each["batch"], memory, work)
+        end = (rate, f"{each['peak_share']:.0%}", each["limited_by"], each["plan"])
+        rows.append([*head, *numbers(each, "kernels", "traffic_chip"), *times, *end])
+    return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", choices=list(SIZES), help="one size of the network")
-    parser.add_argument("--chip", default="v5e", choices=("v5e", "v6e"), help="default v5e")
+    parser.add_argument("--only", choices=[*SIZES, *RECIPES], help="one size of the network, or one system")
+    parser.add_argument("--chip", default="v5e", choices=list(SHAPES), help="default v5e")
+    parser.add_argument(
+        "--recipes", action="store_true", help="the papers' recipes on one GPU, not MAEMI on many chips"
+    )
     parser.add_argument("--again", action="store_true", help="make rows anew that the JSON has")
     parser.add_argument("--out", type=Path, default=RESULTS)
     given = parser.parse_args()
-    made_with = {name: version(name) for name in ("jax", "libtpu")}
-    title = f"MAEMI on {given.chip}"
+    if given.only and (given.only in RECIPES) != given.recipes:
+        parser.error(f"--only {given.only}: one of {', '.join(RECIPES if given.recipes else SIZES)}")
+    title = "papers' recipes on one GPU" if given.recipes else f"MAEMI on {given.chip}"
     done = json.loads(given.out.read_text()) if given.out.exists() else {}
     plans = done.get(title, {}).get("plans", {})
-    for case in cases([given.only] if given.only else list(SIZES), given.chip):
-        name = f"ViT-{case['size'].upper()}, {case['target']}, fsdp {case['fsdp']}"
-        if given.again or plans.get(name, {}).get("made_with") != made_with:
-            plans[name] = row(case, arguments(case)) | {"made_with": made_with}
-            write(given.out, title, {"table": [HEAD, rows_of(plans)], "plans": plans})
-    rows = [tuple(cells[:-1]) for cells in rows_of(plans)]
-    print(table(HEAD[:-1], rows))
+    made_with = lambda chip: {name: version(name) for name in ("jax", COMPILERS[chip])}
+    known = lambda name, chip: not given.again and plans.get(name, {}).get("made_with") == made_with(chip)
+    if given.recipes:
+        head, rows = RECIPE_HEAD, recipe_rows
+        todo = [
+            (
+                f"{name}, {chip}:1",
+                chip,
+                name,
+                [f"--config=configs/{system}.py:paper", *(f"--config.{c}" for c in changes)],
+            )
+            for chip in ("h100", "h200")
+            for system in ([given.only] if given.only else RECIPES)
+            for name, changes in RECIPES[system]
+        ]
+        for first, chip, name, own in todo:
+            if known(f"{first}, stage 0", chip):
+                continue
+            for number, each in enumerate(plans_of([*own, f"--target={chip}:1"], f"{chip}:1")):
+                row = {"recipe": name, "number": number, "target": f"{chip}:1", "made_with": made_with(chip)}
+                plans[f"{first}, stage {number}"] = each | row
+            write(given.out, title, {"table": [head, rows(plans)], "plans": plans})
+    else:
+        head, rows = GPU_HEAD if given.chip == "h100" else HEAD, rows_of
+        for case in cases([given.only] if given.only else list(SIZES), given.chip):
+            name = f"ViT-{case['size'].upper()}, {case['target']}, fsdp {case['fsdp']}"
+            if not known(name, given.chip):
+                (found,) = plans_of(arguments(case), case["target"])
+                plans[name] = case | found | {"made_with": made_with(given.chip)}
+                write(given.out, title, {"table": [head, rows(plans)], "plans": plans})
+    if not given.only and "--only" in done.get(title, {}).get("command", ""):  # made in pieces, and whole now
+        write(given.out, title, {"table": [head, rows(plans)], "plans": plans})
+    print(table(head[:-1], [tuple(cells[:-1]) for cells in rows(plans)]))
 
 
 if __name__ == "__main__":

@@ -350,11 +350,11 @@ def flops_of(op: Operation, given: list[str]) -> float:
     if not labels:
         raise ValueError(f"a convolution of another form: {op.rest[:200]}")
     lengths = shape_of(kernel)
-    depth = math.prod(lengths) / lengths[labels[1].index("o")]
+    each = math.prod(lengths) / lengths[labels[1].index("o")]  # products of one number of the result
     groups = re.search(r"batch_group_count=(\d+)", op.rest)
     apart = re.search(r"lhs_dilate=([\dx]+)", op.rest)  # zeros between the inputs are no work
     less = math.prod(map(int, apart[1].split("x"))) if apart else 1
-    return 2 * math.prod(shape_of(out)) * depth / (int(groups[1]) if groups else 1) / less
+    return 2 * math.prod(shape_of(out)) * each / (int(groups[1]) if groups else 1) / less
 
 
 def call_target(op: Operation) -> str:

@@ -54,7 +54,7 @@ from jmae.run_folder import log, write_text
 from jmae.sharding import device_mesh, replicated, split
 from jmae.system import Stage, State, Sweep, System, load_system, stage_keys
 from jmae.target import tracing_for
-from jmae.train import compiled_step, places
+from jmae.train import compiled_step, places, steps_of_dispatch
 from jmae.windows import tile
 
 ROWS = 1000  # of a made-up manifest: sizes what a stage keeps of each row (AMAE's margins), and the schedule
@@ -131,6 +131,7 @@ def plan(
                 continue
             size = batch or each.batch * mesh.size
             head = {"system": config.system, "stage": each.name, "chips": mesh.size, "fsdp": fsdp, "batch": size}
+            head["steps_of_dispatch"] = steps_of_dispatch(config, each, mesh.size)
             for phase in dict.fromkeys(each.phases):
                 at = partial(planned_at, config, machine, mesh, each, number, before, phase)
                 if (each.step, phase) not in known:  # AMAE's modules share theirs
@@ -510,6 +511,8 @@ def report(machine: Machine, found: dict[str, Any]) -> list[str]:
     ms = lambda seconds: f"{1e3 * seconds:.3g}"
     whose = "--batch" if found["batch_from"] == "--batch" else "the recipe's on each"
     memory = ", ".join(f"{name} {gb(size)}" for name, size in found["memory"].items() if size >= 1e6)
+    many = found.get("steps_of_dispatch", 1)
+    dispatch = f"; the host starts {many} steps at once" if many > 1 else ""
     what = f"stage {found['stage']}" if found["stage"] != "scoring" else "scoring"
     if "phase" in found:
         what += f" (phase {found['phase']}, {found['share']:.0%} of the steps)"
@@ -550,7 +553,8 @@ def report(machine: Machine, found: dict[str, Any]) -> list[str]:
         lines += [
             f"  time         kernels one after the other {ms(found['kernels_s'])} ms; {alone}; network "
             f"{ms(found['network_s'])} ms [estimated]",
-            f"  launches     {ms(found['launches_s'])} ms beside them, at {LAUNCH * 1e6:g} us each [estimated]",
+            f"  launches     {ms(found['launches_s'])} ms beside them, at {1e6 * LAUNCH:g} us each{dispatch} "
+            "[estimated]",
             f"  peak         at most {found['peak_share']:.0%} of {found['rate'] / 1e12:.4g} TFLOP/s [estimated]",
         ]
     else:

@@ -14,7 +14,6 @@ Exit codes: 0 all hold; 1 one does not; 2 the environment is wrong.
 
 import argparse
 import json
-import math
 import os
 import subprocess
 import sys
@@ -120,7 +119,7 @@ def sent(found: dict[str, Any]) -> dict[str, tuple[int, float]]:
 def bounded(case: Case, found: dict[str, Any]) -> Case:
     """The case with the bounds that a plan gives."""
     up = lambda number: float(f"{number * ROOM:.3g}")
-    new = case._replace(kernels=math.ceil(found["kernels"] * ROOM), traffic=up(found["traffic_chip"] / 1e9))
+    new = case._replace(kernels=round(found["kernels"] * ROOM), traffic=up(found["traffic_chip"] / 1e9))
     if case.sent is not None:
         new = new._replace(sent={kind: (n, up(gb)) for kind, (n, gb) in sent(found).items()})
     return new

@@ -67,6 +67,8 @@ PACKAGES = ("jmae", "jax", "jaxlib", "libtpu", "jax-cuda12-plugin", "jax-cuda13-
 def main(argv: list[str]) -> int:
     wishes = {word for word in argv if word in ("--largest", "--scoring")}
     rest = [word for word in argv if word not in wishes]
+    if valued := [word for word in rest if word.startswith(("--largest=", "--scoring="))]:
+        raise InputError(f"{valued[0]}: this flag has no value: write {valued[0].partition('=')[0]}")
     config, flags = recipe.parse(rest, __doc__, ["target", "stage", "batch", "largest", "scoring", "volume", "json"])
     if "target" not in flags:
         raise InputError(f"no target: write --target=h200:1, or another of {', '.join(CHIPS)}")
@@ -77,8 +79,12 @@ def main(argv: list[str]) -> int:
     if "json" in flags and Path(flags["json"]).is_dir():
         raise InputError(f"--json={flags['json']} is a folder: name a file")
     if "--scoring" in wishes:
+        if others := [name for name in ("stage", "batch") if name in flags] + ["largest"] * ("--largest" in wishes):
+            raise InputError(f"--{others[0]} is of the training: leave it out, or --scoring")
         found = [scoring(config, machine, volume=volume_of(flags.get("volume", "")))]
     else:
+        if "volume" in flags:
+            raise InputError("--volume is of the scoring: leave it out, or add --scoring")
         found = plan(config, machine, stage=flags.get("stage", ""), batch=batch, largest="--largest" in wishes)
     print("\n".join(line for each in found for line in report(machine, each)))
     if "json" in flags:
@@ -364,6 +370,8 @@ def scoring(config: ConfigDict, machine: Machine, *, volume: tuple[int, ...] = (
         system = load_system(config)
         if system.sweep and len(volume) != len(system.sweep.window):
             raise InputError(f"{config.system} scores volumes: name the size of one, as --volume=273x406x105 (voxels)")
+        if volume and not system.sweep:
+            raise InputError(f"{config.system} with this recipe scores images: leave out --volume")
         every_result: dict[str, Any] = {}
         for number, stage in enumerate(system.stages):
             every_result[stage.name] = result_of(config, stage, number, every_result)

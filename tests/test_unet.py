@@ -11,11 +11,19 @@ from flax import nnx
 from jmae.errors import InputError
 from jmae.losses import soft_cross_entropy
 from jmae.nn import unet
-from jmae.nn.unet import Convs, UNet, check_size, convolve, dropout, pool, upsample
+from jmae.nn.unet import Convs, UNet, batch_norm_relu, check_size, convolve, dropout, moments, pool, upsample
 from jmae.system import network, stats_of
+from jmae.target import Target, tracing_for
 
 SIZES = [(16, 24), (16, 8, 8), (16, 16, 2)]  # not square, 3D, thin: ends at 2x2x1 on 4 levels
 near = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
+TARGETS = {"cpu": Target("cpu"), "cuda": Target("cuda", (9, 0), 91000)}  # the form for a GPU runs here too
+
+
+@pytest.fixture(params=TARGETS)
+def platform(request):
+    with tracing_for(TARGETS[request.param]):
+        yield request.param
 
 
 @cache
@@ -70,22 +78,41 @@ def test_the_net_refuses_such_a_size_itself():
 
 
 @pytest.mark.parametrize("size", [(6, 10), (4, 6, 8), (8, 6, 1)])
-def test_pooling_is_the_mean_of_blocks_and_upsampling_linear_interpolation(size):
+def test_pooling_is_the_mean_of_blocks_and_upsampling_linear_interpolation(size, platform):
     x, half = images(size, channels=2), tuple(max(1, n // 2) for n in size)
     coarse, window = images(half, channels=2), (1, *(min(n, 2) for n in size), 1)
 
     @jax.jit
     def ours_and_theirs():
         summed = jax.lax.reduce_window(x, 0.0, jax.lax.add, window, window, "VALID")
-        resized = jax.image.resize(coarse, (3, *size, 2), "linear")
-        return (pool(x), upsample(coarse, size)), (summed / np.prod(window), resized)
+        resized, back = jax.vjp(lambda x: jax.image.resize(x, (3, *size, 2), "linear"), coarse)
+        ours, our_back = jax.vjp(lambda x: upsample(x, size), coarse)
+        return (pool(x), ours, our_back(x)), (summed / np.prod(window), resized, back(x))
 
     jax.tree.map(partial(np.testing.assert_allclose, atol=1e-6), *ours_and_theirs())
 
 
+def test_upsampling_for_a_gpu_rounds_once():
+    with tracing_for(TARGETS["cuda"]):
+        x = jnp.asarray(images((4, 6), channels=2), jnp.bfloat16)
+        fine, back = jax.vjp(lambda x: upsample(x, (8, 12)), x)
+        g = jnp.asarray(images((8, 12), channels=2), jnp.bfloat16)
+        (of_x,) = back(g)
+    # By hand, along one axis: outputs 2i and 2i + 1 are of i and its neighbour before or behind.
+    matrix = lambda n: sum(
+        w * (np.clip(np.arange(2 * n) // 2 + k * np.tile([-1, 1], n), 0, n - 1)[:, None] == np.arange(n))
+        for k, w in ((0, 0.75), (1, 0.25))
+    )
+    rows, columns = matrix(4), matrix(6)
+    exact = lambda array: np.asarray(array, np.float64)
+    rounded = lambda array: exact(jnp.asarray(array, jnp.bfloat16))
+    np.testing.assert_array_equal(exact(fine), rounded(np.einsum("ai,bj,nijc->nabc", rows, columns, exact(x))))
+    np.testing.assert_allclose(exact(of_x), np.einsum("ai,bj,nabc->nijc", rows, columns, exact(g)), rtol=2**-8)
+
+
 @pytest.mark.parametrize("length", [1, 3])
 @pytest.mark.parametrize(("size", "outputs"), [((6, 5), 3), ((6, 5), 16), ((4, 5, 3), 3)])  # 6 pairs of channels or 32
-def test_convolution_and_its_gradients_are_those_of_jax(size, outputs, length):
+def test_convolution_and_its_gradients_are_those_of_jax(size, outputs, length, platform):
     x, names = images(size, channels=2), "DHW"[-len(size) :]
     kernel = images((length,) * (len(size) - 1) + (2,), length, outputs)
     numbers = (f"N{names}C", f"{names}IO", f"N{names}C")
@@ -113,6 +140,58 @@ def test_a_layer_normalises_by_the_batch_in_training_and_by_its_statistics_in_te
     near(trained, expected(mean, var), rtol=1e-4)
     near(after["norms"][0]["mean"], 0.99 * before["mean"] + 0.01 * mean)
     near(after["norms"][0]["var"], 0.99 * before["var"] + 0.01 * var)
+
+
+def test_the_moments_of_a_batch_are_exact_though_its_mean_is_100_deviations(platform):
+    x = (np.random.default_rng(5).normal(300, 3, (4, 64, 64, 2))).astype(np.float32)
+    mean, var = x.mean((0, 1, 2), np.float64), x.astype(np.float64).var((0, 1, 2))
+    found = jax.jit(lambda shift: moments(x, shift, None))
+    for shift, exact in ((mean, 1e-5), (mean + 6, 1e-4), (0 * mean, 0.1)):  # the last: a first step
+        ours = found(jnp.float32(shift))
+        np.testing.assert_allclose(ours[0], mean, rtol=1e-5)
+        np.testing.assert_allclose(ours[1], var, rtol=exact)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_batch_norm_with_relu_has_the_gradient_of_its_formula_and_keeps_its_input_alone(dtype, platform):
+    x = jnp.asarray(images((8, 6), 4, 3) * 2 + 1, dtype)
+    scale, bias, g = jnp.array([0.5, 1, 2]), jnp.array([0.1, -0.2, 0.3]), images((8, 6), 4, 3)[::-1]
+
+    def formula(x, scale, bias):
+        x = x.astype(jnp.float32)
+        mean, var = x.mean((0, 1, 2)), x.var((0, 1, 2))
+        return jax.nn.relu((x - mean) / jnp.sqrt(var + 1e-3) * scale + bias)
+
+    def ours(x, scale, bias):
+        found = moments(jax.lax.stop_gradient(x), jnp.ones(3), None)
+        return batch_norm_relu(x, *found, scale, bias, 1e-3, None)
+
+    exact, back = jax.vjp(formula, x.astype(jnp.float32), scale, bias)
+    y, our_back = jax.vjp(ours, x, scale, bias)
+    assert y.dtype == x.dtype
+    kept = [leaf for leaf in jax.tree.leaves(our_back) if leaf.size > 3]
+    assert [leaf.dtype for leaf in kept] == [x.dtype] and kept[0].shape == x.shape
+    rounding = 1e-5 if dtype == "float32" else 1e-2
+    given = jnp.asarray(g, y.dtype)
+    for a, b in zip((y, *our_back(given)), (exact, *back(given.astype(jnp.float32))), strict=True):
+        np.testing.assert_allclose(np.float32(a), b, rtol=rounding, atol=rounding * np.abs(b).max())
+
+
+def test_its_gradient_over_a_named_axis_is_that_of_the_whole_batch():
+    x, scale, bias = jnp.asarray(images((4, 4), 4, 2)), jnp.array([0.5, 2]), jnp.array([0.1, -0.2])
+
+    def loss(x, scale, bias, weight, axis_name=None):
+        found = moments(jax.lax.stop_gradient(x), jnp.zeros(2), axis_name)
+        return jnp.mean(weight * batch_norm_relu(x, *found, scale, bias, 1e-3, axis_name))
+
+    weight = jnp.asarray(images((4, 4), 4, 2)[::-1])
+    whole = jax.grad(loss, (0, 1, 2))(x, scale, bias, weight)
+    halves = lambda a: a.reshape(2, 2, *a.shape[1:])
+    part = jax.vmap(partial(jax.grad(loss, (0, 1, 2)), axis_name="d"), (0, None, None, 0), axis_name="d")
+    parts = part(halves(x), scale, bias, halves(weight))
+    near(parts[0].reshape(x.shape) / 2, whole[0])  # a device's loss is the mean of its own
+    for a, b in zip(parts[1:], whole[1:], strict=True):
+        near(a.mean(0), b)
 
 
 def test_a_new_layer_has_he_normal_kernels_and_a_norm_that_changes_nothing():
@@ -218,3 +297,23 @@ def test_bfloat16_reaches_the_convolutions_but_not_norms_and_logits():
     (exact, _), (logits, after) = jax.jit(lambda: (run(fine), run(coarse)))()
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves((logits, after)))
     assert 1e-5 < np.abs(logits - exact).max() < 0.3
+
+
+@pytest.mark.parametrize("size", [(8, 8), (8, 4, 2)])
+def test_the_net_for_a_gpu_is_the_net_for_a_cpu(size):
+    init, bind = small(len(size), outputs=2)
+    params, stats = arrays(init)
+    x, target = images(size), jnp.linspace(0, 1, 3 * np.prod(size)).reshape(3, *size)
+
+    def loss(params):
+        net = bind(params, stats)
+        return jnp.mean(soft_cross_entropy(net(x, train=True), target)), stats_of(net)
+
+    found, texts = [], []
+    for chosen in TARGETS.values():
+        with tracing_for(chosen):
+            traced = jax.jit(lambda params: jax.value_and_grad(loss, has_aux=True)(params)).trace(params)
+        found.append(traced.lower().compile()(params))
+        texts.append(str(traced.jaxpr))
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-5), *found)
+    assert texts[0] != texts[1]

@@ -14,6 +14,7 @@ from jmae.errors import InputError
 from jmae.losses import gaussian_kl, hierarchical_loss, soft_cross_entropy
 from jmae.nn.phiseg import PHiSeg, accumulated, nearest
 from jmae.system import network, stats_of
+from jmae.target import Target, tracing_for
 
 near = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
 RNG = np.random.default_rng(0)
@@ -215,3 +216,16 @@ def test_bfloat16_and_remat_change_neither_types_nor_much_else():
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(coarse))
     differences = [np.abs(a - b).mean() for a, b in zip(jax.tree.leaves(exact), jax.tree.leaves(coarse), strict=True)]
     assert 1e-5 < max(differences) < 0.3
+
+
+def test_the_net_for_a_gpu_is_the_net_for_a_cpu():
+    x, _, target, keys = sample((8, 8))
+    init, bind = small(2)
+    params, start = arrays(init)
+
+    def run(chosen):
+        with tracing_for(chosen):
+            return jax.jit(lambda: bind(params, start)(x, target, keys, train=True))()
+
+    found = [run(chosen) for chosen in (Target("cpu"), Target("cuda", (9, 0), 91000))]
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), *found)

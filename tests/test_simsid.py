@@ -31,6 +31,7 @@ from jmae.run_folder import read_history
 from jmae.sharding import device_mesh, place_batch, replicated
 from jmae.system import Check, Stage, State, load_system, network, stats_of
 from jmae.systems import simsid
+from jmae.target import Target, tracing_for
 
 KEY = jax.random.key(0)
 TINY = """
@@ -1035,6 +1036,31 @@ def test_layers_have_the_listings_constants():
     near(new["norm"]["var"], 0.9 * stats["norm"]["var"] + 0.1 * var)
     rows = nets.Slots(2, 500, 16, 1, rngs=nnx.Rngs(0)).rows[...]
     assert 0.245 < rows.max() <= 0.25 and -0.25 <= rows.min() < -0.245  # uniform within 1 / sqrt(16)
+
+
+@pytest.mark.parametrize("activation", [jax.nn.relu, nets.leaky_relu, lambda x: x], ids=["relu", "leaky", "none"])
+@pytest.mark.parametrize(("form", "length"), [(nets.convolve, 3), (nets.halved, 5), (nets.doubled, 4)])
+def test_a_gpu_s_layer_is_the_layer(form, length, activation):
+    make = lambda rngs: nets.Layer(2, 3, 2, length, jnp.float32, form=form, activation=activation, rngs=rngs)
+    init, bind = network(make)
+    params, stats = jax.tree.map(jnp.asarray, drawn(lambda: init(KEY)))
+    params["conv"]["bias"] = jnp.float32([3.0, -2.0])  # far from 0, where batch norm takes it off
+    image, weight = normal(3, 4, 4, 3), normal(3, 8, 8, 2)
+
+    def loss(params, image):
+        layer = bind(params, stats)
+        out = layer(image, train=True)
+        return jnp.sum(weight[:, : out.shape[1], : out.shape[2]] * out), (out, stats_of(layer))
+
+    run = lambda: jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(params, image)
+    (_, plain), (of_params, of_image) = run()
+    with tracing_for(Target("cuda", (9, 0), 91000)):
+        (_, gpu), (params_gpu, image_gpu) = run()
+    jax.tree.map(partial(near, rtol=1e-4, atol=1e-4), gpu, plain)
+    near(image_gpu, of_image, rtol=1e-3, atol=1e-4)
+    assert not np.any(params_gpu["conv"].pop("bias"))  # a bias before batch norm has no gradient: here exactly
+    near(of_params["conv"].pop("bias"), 0, atol=1e-3)
+    jax.tree.map(partial(near, rtol=1e-3, atol=1e-3), params_gpu, of_params)
 
 
 def test_a_mosaic_has_each_patch_s_features_at_its_place():

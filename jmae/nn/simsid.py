@@ -26,7 +26,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from jmae.errors import InputError
 from jmae.nn.attention import attention
 from jmae.nn.transformer import layer_norm, linear
-from jmae.nn.unet import conv, convolve, dropout, upsample
+from jmae.nn.unet import batch_norm, conv, convolve, dropout, moments, on_gpu, upsample
 from jmae.patches import grid_of, patchify, unpatchify
 from jmae.sharding import on_each_device
 
@@ -110,13 +110,29 @@ class Layer(nnx.Module):
     ):
         self.conv = conv(rank, inputs, outputs, length, dtype, rngs, bias=bias, form=form)
         self.norm = nnx.BatchNorm(outputs, momentum=0.9, epsilon=1e-5, dtype=jnp.float32, rngs=rngs)
-        self.activation, self.dtype = activation, dtype
+        self.activation, self.form, self.dtype = activation, form, dtype
 
     def __call__(
         self, x: Float[Array, "b *size c"], *, train: bool, axis_name: str | None = None
     ) -> Float[Array, "b *_ d"]:
+        if train and on_gpu():
+            return self.trained(x, axis_name)
         self.norm.axis_name = axis_name
         return self.activation(self.norm(self.conv(x), use_running_average=not train)).astype(self.dtype)
+
+    def trained(self, x: Float[Array, "b *size c"], axis_name: str | None) -> Float[Array, "b *_ d"]:
+        """The layer in training, in fewer kernels. The mean over the batch holds the bias and takes it off again: only
+        the running mean, which scoring takes off, needs it."""
+        norm, bias = self.norm, 0 if self.conv.bias is None else jax.lax.stop_gradient(self.conv.bias[...])
+        variables: list[Any] = [norm.mean, norm.var, norm.scale, norm.bias]
+        mean, var, scale, shift = (variable[...] for variable in variables)
+        y = self.form(x.astype(self.dtype), self.conv.kernel[...].astype(self.dtype))
+        found = moments(jax.lax.stop_gradient(y), mean - bias, axis_name)
+        own = (found[0] + bias, found[1])
+        norm.mean[...], norm.var[...] = (
+            norm.momentum * old + (1 - norm.momentum) * new for old, new in zip((mean, var), own, strict=True)
+        )
+        return batch_norm(y, *found, scale, shift, norm.epsilon, axis_name, self.activation)
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------

@@ -12,6 +12,8 @@ from unittest import mock
 
 import jax
 
+CUDNN = 91000  # what a CUDA build of JAX comes with at least; a plan answers with the version that it is made for
+
 
 class Target(NamedTuple):
     """A kind of device.
@@ -41,7 +43,7 @@ def _of(device: Any) -> Target:
     if "rocm" in device.client.platform_version:
         return Target("rocm")
     major, minor = map(int, device.compute_capability.split("."))
-    return Target("cuda", (major, minor), 91000)
+    return Target("cuda", (major, minor), CUDNN)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import pytest
 
 from jmae.nn import attention as module
 from jmae.nn.attention import attention
+from jmae.target import Target, tracing_for
 
 FORMS = {  # WHOLE, BLOCK: 2 samples, 3 heads, 13 queries, 17 keys
     "all at once": (2**22, 2**20),
@@ -51,8 +52,8 @@ def formula(q, k, v, d_out):
     )
 
 
-def with_gradients(q, k, v, d_out):
-    out, backward = jax.vjp(attention, q, k, v)
+def with_gradients(q, k, v, d_out, keys=None):
+    out, backward = jax.vjp(lambda q, k, v: attention(q, k, v, keys), q, k, v)
     return out, *backward(d_out)
 
 
@@ -126,3 +127,60 @@ def test_arrays_that_vmap_mixes_become_mapped_ones_with_the_right_gradients():
     d_q, d_k = jax.grad(lambda q, k: jax.vmap(loss, in_axes=(0, None))(q, k).sum(), argnums=(0, 1))(q, k)
     np.testing.assert_allclose(d_q, q[:, ::-1] * 10)
     np.testing.assert_allclose(d_k, np.prod(q, axis=1).sum() * np.array([5.0, 2.0]))
+
+
+def flash(keys):
+    """What the GPU's form does around the fused kernel, whose place JAX's own attention takes."""
+
+    def run(q, k, v, d_out):
+        out, backward = jax.vjp(lambda q, k, v: module._flash(q, k, v, keys, implementation="xla"), q, k, v)
+        return out, *backward(d_out)
+
+    return jax.jit(run)
+
+
+@pytest.mark.parametrize("queries, keys", [(13, 17), (16, 24), (9, 16)])
+def test_padding_to_a_multiple_of_8_changes_neither_values_nor_gradients(queries, keys):
+    given = inputs(queries, keys)
+    for found, expected in zip(flash(keys)(*given), formula(*given), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("form", [flash, lambda keys: jax.jit(lambda *given: with_gradients(*given, keys))])
+def test_what_padded_keys_hold_reaches_nothing(form):
+    q, k, v, d_out = inputs(13, 16)
+    bad = lambda x: x.at[:, 11:].set(jnp.nan)
+    expected = formula(q, k[:, :11], v[:, :11], d_out)
+    out, d_q, d_k, d_v = form(11)(q, bad(k), bad(v), d_out)
+    for found, value in zip((out, d_q, d_k[:, :11], d_v[:, :11]), expected, strict=True):
+        np.testing.assert_allclose(found, value, rtol=1e-5, atol=1e-5)
+    assert not np.any(d_k[:, 11:]) and not np.any(d_v[:, 11:])
+
+
+def test_vmap_pads_and_masks_each_replicate_alike():
+    q, k, v, d_out = inputs(lead=(3, 2))
+    mapped = jax.vmap(flash(17), in_axes=(0, None, 0, 0))(q, k[0], v, d_out)
+    for i in range(3):
+        for found, expected in zip(mapped, formula(q[i], k[0], v[i], d_out[i]), strict=True):
+            np.testing.assert_allclose(found[i], expected, rtol=2e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "device, dtype, width, runs",
+    [
+        (Target("cuda", (9, 0), 91000), jnp.bfloat16, 24, True),
+        (Target("cuda", (8, 0), 91000), jnp.float16, 128, True),
+        (Target("cuda", (7, 5), 91000), jnp.bfloat16, 24, False),  # before Ampere
+        (Target("cuda", (9, 0), 91000), jnp.float32, 24, False),
+        (Target("cuda", (9, 0), 91000), jnp.bfloat16, 12, False),
+        (Target("cuda", (9, 0), 91000), jnp.bfloat16, 136, False),
+        (Target("cuda", (9, 0), 0), jnp.bfloat16, 24, False),  # no cuDNN
+        (Target("tpu"), jnp.bfloat16, 24, False),
+    ],
+)
+def test_the_flash_kernel_is_called_where_cudnn_has_one(device, dtype, width, runs):
+    x = jnp.zeros((2, 17, 3, width), dtype)
+    with tracing_for(device):
+        gradient = jax.jit(jax.grad(lambda q, k, v: attention(q, k, v).astype(jnp.float32).sum(), argnums=(0, 1, 2)))
+        text = gradient.trace(x, x, x).lower(lowering_platforms=("cuda",)).as_text()
+    assert ("fmhaSoftmaxBackward" in text) == runs and ("dot_general" in text) != runs

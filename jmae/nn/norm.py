@@ -51,7 +51,11 @@ def _normed(
     if interpret:
         return _forward(x, scale, bias, interpret=True, **options)
     return jax.lax.platform_dependent(
-        x, scale, bias, cuda=on_each_device(partial(_forward, **options), (0, None, None)), default=partial(_plain, **options)
+        x,
+        scale,
+        bias,
+        cuda=on_each_device(partial(_forward, **options), (0, None, None)),
+        default=partial(_plain, **options),
     )
 
 

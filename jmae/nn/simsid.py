@@ -121,18 +121,18 @@ class Layer(nnx.Module):
         return self.activation(self.norm(self.conv(x), use_running_average=not train)).astype(self.dtype)
 
     def trained(self, x: Float[Array, "b *size c"], axis_name: str | None) -> Float[Array, "b *_ d"]:
-        """The layer in training, in fewer kernels. The mean over the batch holds the bias and takes it off again: only
-        the running mean, which scoring takes off, needs it."""
-        norm, bias = self.norm, 0 if self.conv.bias is None else jax.lax.stop_gradient(self.conv.bias[...])
-        variables: list[Any] = [norm.mean, norm.var, norm.scale, norm.bias]
-        mean, var, scale, shift = (variable[...] for variable in variables)
+        """The layer in training, in fewer kernels. A bias before batch norm has no gradient, whatever rounding makes of
+        it: its sums are left out."""
+        norm, variables = self.norm, [self.norm.mean, self.norm.var, self.norm.scale, self.norm.bias]
+        mean, var, scale, bias = (variable[...] for variable in variables)
         y = self.form(x.astype(self.dtype), self.conv.kernel[...].astype(self.dtype))
-        found = moments(jax.lax.stop_gradient(y), mean - bias, axis_name)
-        own = (found[0] + bias, found[1])
+        if self.conv.bias is not None:
+            y = y + jax.lax.stop_gradient(self.conv.bias[...]).astype(self.dtype)
+        found = moments(jax.lax.stop_gradient(y), mean, axis_name)
         norm.mean[...], norm.var[...] = (
-            norm.momentum * old + (1 - norm.momentum) * new for old, new in zip((mean, var), own, strict=True)
+            norm.momentum * old + (1 - norm.momentum) * new for old, new in zip((mean, var), found, strict=True)
         )
-        return batch_norm(y, *found, scale, shift, norm.epsilon, axis_name, self.activation)
+        return batch_norm(y, *found, scale, bias, norm.epsilon, axis_name, self.activation)
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Bool, Float, PyTree
 from ml_collections import ConfigDict
 
@@ -44,6 +45,7 @@ from jmae.nn.simsid import (
     summaries,
     write_all,
 )
+from jmae.nn.unet import on_gpu
 from jmae.patches import grid_of, patchify, unpatchify
 from jmae.run_folder import log
 from jmae.scoring import auroc
@@ -387,6 +389,14 @@ def decayed_adam(section: ConfigDict, lr: float | Array) -> optax.GradientTransf
     return optax.chain(optax.add_decayed_weights(section.decay), adam)
 
 
+def laid_out(grads: PyTree) -> PyTree:
+    """Gradients in memory as their parameters. On an NVIDIA GPU a convolution's comes in another order, which Adam's
+    kernel takes over: XLA then copies the parameters and both moments back, instead of the gradient alone."""
+    if not on_gpu():
+        return grads
+    return jax.tree.map(lambda x: with_layout_constraint(x, Layout(tuple(range(x.ndim)))), grads)
+
+
 def gathered(values: PyTree, axis_name: str | None) -> PyTree:
     """The global batch in its order."""
     return values if axis_name is None else jax.lax.all_gather(values, axis_name, tiled=True)
@@ -514,7 +524,7 @@ def report(config: ConfigDict) -> Variant:
 
         (value, stats), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
         value, grads, stats = averaged((value, grads, stats), axis_name)
-        updates, opt = adam(config.teacher).update(grads, state.opt)
+        updates, opt = adam(config.teacher).update(laid_out(grads), state.opt)
         metrics = {"loss": value, "grad_norm": optax.tree.norm(grads)}
         return State(optax.apply_updates(state.params, updates), opt, stats, {}, state.step + 1), metrics
 
@@ -590,7 +600,7 @@ def report(config: ConfigDict) -> Variant:
 
         (_, (stats, metrics)), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
         grads, stats, metrics = averaged((grads, stats, metrics), axis_name)
-        updates, opt = adam(student).update(grads, state.opt)
+        updates, opt = adam(student).update(laid_out(grads), state.opt)
         params = optax.apply_updates(state.params, updates)
         return State(params, opt, stats, state.frozen, state.step + 1), metrics | {"grad_norm": optax.tree.norm(grads)}
 
@@ -617,7 +627,7 @@ def report(config: ConfigDict) -> Variant:
 
         (value, (stats, means)), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
         value, grads, stats, means = averaged((value, grads, stats, means), axis_name)
-        updates, opt = adam(config.discriminator).update(grads, state.opt)
+        updates, opt = adam(config.discriminator).update(laid_out(grads), state.opt)
         params = optax.apply_updates(state.params, updates)
         metrics = {"loss": value, **means, "grad_norm": optax.tree.norm(grads)}
         stats = state.stats | {"network": stats}
@@ -763,7 +773,7 @@ def official(config: ConfigDict) -> Variant:
         params, opt = state.params["discriminator"], state.opt["discriminator"]
         (critic, (stats, accuracy)), grads = jax.value_and_grad(critic_loss, has_aux=True)(params)
         critic, stats, accuracy, grads = averaged((critic, stats, accuracy, grads), axis_name)
-        updates, critic_opt = adam(joint).update(grads, opt)
+        updates, critic_opt = adam(joint).update(laid_out(grads), opt)
         critic_params = optax.apply_updates(params, updates)
 
         def loss(outs):
@@ -780,7 +790,7 @@ def official(config: ConfigDict) -> Variant:
         if phase:
             (value, parts), cotangents = jax.value_and_grad(loss, has_aux=True)(outs)
             grads = averaged(pull(cotangents)[0], axis_name)
-            updates, net_opt = decayed_adam(joint, rate(state.step, steps)).update(grads, net_opt, net_params)
+            updates, net_opt = decayed_adam(joint, rate(state.step, steps)).update(laid_out(grads), net_opt, net_params)
             net_params = optax.apply_updates(net_params, updates)
         else:
             value, parts = loss(outs)

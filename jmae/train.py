@@ -350,7 +350,11 @@ def compiled_steps(
     length: int,
 ) -> Callable:
     """`length` steps as one program, a loop on the device; the first of them is of the first phase. Batches and metrics
-    have a leading axis of that length."""
+    have a leading axis of that length.
+
+    A GPU launches as many kernels as for single steps; what the loop saves is the host's work between steps. XLA can
+    record a loop as one CUDA graph: XLA_FLAGS=--xla_gpu_enable_command_buffer=+WHILE asks for it, which the compiler
+    accepts but nobody has tried on a GPU, so it is off."""
     each = [one_step(step, steps, n, crop, mesh, phase) for phase in phases]
 
     def several(state: State, batches: PyTree, key: Any, held: Any = None) -> tuple[State, dict]:

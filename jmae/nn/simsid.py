@@ -122,13 +122,14 @@ class Layer(nnx.Module):
 
     def trained(self, x: Float[Array, "b *size c"], axis_name: str | None) -> Float[Array, "b *_ d"]:
         """The layer in training, in fewer kernels. A bias before batch norm has no gradient, whatever rounding makes of
-        it: its sums are left out."""
-        norm, variables = self.norm, [self.norm.mean, self.norm.var, self.norm.scale, self.norm.bias]
+        it: its sums are left out. The variance is E[y^2] - E[y]^2, as Flax has it: less a shift, y went to memory."""
+        norm = self.norm
+        variables: list[Any] = [norm.mean, norm.var, norm.scale, norm.bias]
         mean, var, scale, bias = (variable[...] for variable in variables)
         y = self.form(x.astype(self.dtype), self.conv.kernel[...].astype(self.dtype))
         if self.conv.bias is not None:
             y = y + jax.lax.stop_gradient(self.conv.bias[...]).astype(self.dtype)
-        found = moments(jax.lax.stop_gradient(y), mean, axis_name)
+        found = moments(jax.lax.stop_gradient(y), jnp.zeros(()), axis_name)
         norm.mean[...], norm.var[...] = (
             norm.momentum * old + (1 - norm.momentum) * new for old, new in zip((mean, var), found, strict=True)
         )

@@ -1,4 +1,4 @@
-"""Every training step and every score is made for an NVIDIA GPU here, where there is none: traced with an H200's answers
+"""Every training step and every score is made for an NVIDIA GPU here, where there is none: traced with an H200 in mind
 and lowered for "cuda", as far as JAX goes without the GPU's own packages."""
 
 import jax

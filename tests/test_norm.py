@@ -32,7 +32,8 @@ def formula(x, scale, bias, d_out):
 
 
 def by_kernels(x, scale, bias, d_out):
-    run = lambda x, scale, bias: norm._normed(x, scale, bias, 1e-6, x.dtype, True)
+    form = norm.Form(1e-6, x.dtype, beside=False, interpret=True)
+    run = lambda x, scale, bias: norm._normed(x, None, None, scale, bias, form)[0]
     out, backward = jax.vjp(run, x, scale, bias)
     return out, *backward(d_out)
 
@@ -76,3 +77,45 @@ def test_a_cpu_computes_the_same_whatever_it_is_traced_for():
     with tracing_for(H200):
         found = jax.jit(lambda x: slope(x))(x)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_sum_that_is_normed_its_gradient_and_the_offset_s_equal_the_formula():
+    x, scale, bias, d_out = inputs((3, 7, 24))
+    rng = np.random.default_rng(1)
+    branch, offset, d_sum = (jnp.asarray(rng.standard_normal(s), jnp.float32) for s in (x.shape, 24, x.shape))
+    form = norm.Form(1e-6, x.dtype, beside=True, interpret=True)
+    (total, out), backward = jax.vjp(lambda *given: norm._normed(*given, form), x, branch, offset, scale, bias)
+    expected = np.asarray(x, np.float64) + np.asarray(branch) + np.asarray(offset)
+    np.testing.assert_allclose(total, expected, rtol=1e-6)
+    normed, d_x, d_scale, d_bias = formula(expected, scale, bias, d_out)
+    np.testing.assert_allclose(out, normed, rtol=1e-3, atol=2e-4)
+    d_total = d_x + np.asarray(d_sum)
+    for found, value in zip(
+        backward((d_sum, d_out)), (d_total, d_total, d_total.sum((0, 1)), d_scale, d_bias), strict=True
+    ):
+        np.testing.assert_allclose(found, value, rtol=1e-3, atol=2e-4)
+
+
+def test_a_residual_path_beside_a_norm_gets_both_gradients():
+    x, scale, bias, d_out = inputs((5, 24))
+    form = norm.Form(1e-6, x.dtype, beside=True, interpret=True)
+    (same, out), backward = jax.vjp(lambda x: norm._normed(x, None, None, scale, bias, form), x)
+    normed, d_x, *_ = formula(x, scale, bias, d_out)
+    np.testing.assert_array_equal(same, x)
+    np.testing.assert_allclose(out, normed, rtol=1e-3, atol=2e-4)
+    np.testing.assert_allclose(backward((d_out, d_out))[0], d_x + np.asarray(d_out), rtol=1e-3, atol=2e-4)
+
+
+def test_the_layer_s_three_forms_agree_on_a_cpu_whatever_it_is_traced_for():
+    layer, (x, *_) = norm.layer_norm(24, jnp.float32, nnx.Rngs(0)), inputs((4, 24))
+    offset = jnp.linspace(-1, 1, 24)
+
+    def all_forms(x, offset):
+        total, out = layer.after(x, jnp.sin(x), offset)
+        return jnp.sum(jnp.cos(total) + jnp.sin(out)) + sum(jnp.sum(each) for each in layer.beside(jnp.cos(x)))
+
+    expected = jax.jit(jax.grad(all_forms, argnums=(0, 1)))(x, offset)
+    with tracing_for(H200):
+        found = jax.jit(lambda *given: jax.grad(all_forms, argnums=(0, 1))(*given))(x, offset)
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)

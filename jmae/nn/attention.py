@@ -27,7 +27,10 @@ GPU_BLOCK = 2**28  # scores that an NVIDIA GPU without a flash kernel computes a
 
 
 def attention(
-    q: Float[Array, "b n h d"], k: Float[Array, "b m h d"], v: Float[Array, "b m h d"], keys: int | None = None
+    q: Float[Array, "b n h d"],
+    k: Float[Array, "b m h d"],
+    v: Float[Array, "b m h d"],
+    keys: int | None = None,
 ) -> Float[Array, "b n h d"]:
     """softmax(q k^T / sqrt(d)) v, for each head; softmax in float32.
 

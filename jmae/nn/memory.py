@@ -79,27 +79,29 @@ class MultiLevelBlock(nnx.Module):
     def __call__(
         self, y: Float[Array, "b n d"], levels: Float[Array, "levels b k e"], *, tokens: int | None = None
     ) -> Float[Array, "b n d"]:
-        s = self.attend.attended(y, tokens)
-        return self.attend.transformed(s + self.scale * self.cross(s, levels))
+        rows, branch = self.attend.attended(y, tokens)
+        rows, normed = self.norm.after(rows, branch, self.attend.out.bias[...])  # type: ignore[index]
+        found = self.cross(rows, normed, levels)
+        return self.attend.transformed(rows, self.scale * found).reshape(y.shape)
 
-    def cross(self, s: Float[Array, "b n d"], levels: Float[Array, "levels b k e"]) -> Float[Array, "b n d"]:
-        """sum_l alpha_l C_l, all levels in one call of the attention."""
-        (b, n, d), (count, _, k, _) = s.shape, levels.shape
+    def cross(
+        self, rows: Float[Array, "b*n d"], normed: Float[Array, "b*n d"], levels: Float[Array, "levels b k e"]
+    ) -> Float[Array, "b*n d"]:
+        """sum_l alpha_l C_l for the rows S and their norm, all levels in one call of the attention."""
+        (r, d), (count, b, k, _) = rows.shape, levels.shape
         heads = (self.heads, d // self.heads)
-        rows = s.reshape(b * n, d)
-        q = self.query(self.norm(rows)).reshape(b, n, *heads)
+        q = self.query(normed).reshape(b, -1, *heads)
         kv = _rowwise(lambda x: self.key_value(self.level_norm(x)), levels).reshape(count, b, k, 2, *heads)
         found = on_each_device(_attention_to_levels, (0, 1), 1)(q, kv)
         of_s, of_c, bias = self.gates.parts()
         if self.gate == "channel":
-            c = _rowwise(self.out, found).reshape(count, b * n, d)
+            c = _rowwise(self.out, found).reshape(count, r, d)
             alpha = jax.nn.sigmoid(_gate(rows, of_s, c, of_c, bias))
-            return jnp.sum(alpha * c, axis=0).reshape(b, n, d)
-        found = found.reshape(count, b * n, d)
-        project, shift = (p[...].astype(s.dtype) for p in (self.out.kernel, self.out.bias))  # type: ignore[index]
+            return jnp.sum(alpha * c, axis=0)
+        found = found.reshape(count, r, d)
+        project, shift = (p[...].astype(rows.dtype) for p in (self.out.kernel, self.out.bias))  # type: ignore[index]
         alpha = jax.nn.sigmoid(_gate(rows, of_s, found, project @ of_c, bias + (shift @ of_c)[:, None]))
-        mixed = jnp.sum(alpha * found, axis=0) @ project + jnp.sum(alpha, axis=0) * shift
-        return mixed.reshape(b, n, d)
+        return jnp.sum(alpha * found, axis=0) @ project + jnp.sum(alpha, axis=0) * shift
 
 
 def _attention_to_levels(

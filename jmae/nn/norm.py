@@ -6,6 +6,7 @@ float32. The kernels here are two and the sum of the parameters' gradients; each
 
 from functools import partial
 from math import prod
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,16 +21,38 @@ from jmae.target import target
 ROWS = 4  # rows that a kernel's program reads at a time
 PROGRAMS = 1024  # programs of the backward kernel at most: each sums the parameters' gradients of its own rows
 
+Rows = Float[Array, "*n d"]
+Vector = Float[Array, " d"]
+
 
 class LayerNorm(nnx.LayerNorm):
     """LayerNorm over the last axis; statistics in float32."""
 
-    def __call__(self, x: Float[Array, "*n d"]) -> Float[Array, "*n d"]:
-        device = target()
-        if device.platform != "cuda" or device.capability < (8, 0):  # Triton's oldest GPUs
-            return super().__call__(x)
-        scale, bias = self.scale[...], self.bias[...]  # type: ignore[index]
-        return _normed(x, scale, bias, self.epsilon, jnp.dtype(self.dtype), False)
+    def __call__(self, x: Rows) -> Rows:
+        """(x - mean) / sqrt(variance + epsilon) * scale + bias."""
+        return self._kernels(False, x)[0] if _kernels_run() else super().__call__(x)
+
+    def beside(self, x: Rows) -> tuple[Rows, Rows]:
+        """(x, its norm), for a residual path: one kernel adds both gradients of x."""
+        return self._kernels(True, x) if _kernels_run() else (x, super().__call__(x))  # type: ignore[return-value]
+
+    def after(self, x: Rows, branch: Rows, offset: Vector | None = None) -> tuple[Rows, Rows]:
+        """(the sum x + (branch + offset), its norm), by one kernel; `offset` is the bias of the branch's last layer."""
+        offset = None if offset is None else offset.astype(branch.dtype)
+        if _kernels_run():
+            return self._kernels(True, x, branch, offset)  # type: ignore[return-value]
+        x = x + (branch if offset is None else branch + offset)
+        return x, super().__call__(x)
+
+    def _kernels(self, beside: bool, x: Rows, branch: Rows | None = None, offset: Vector | None = None):
+        parameters = self.scale[...], self.bias[...]  # type: ignore[index]
+        return _normed(x, branch, offset, *parameters, Form(self.epsilon, jnp.dtype(self.dtype), beside))
+
+
+def _kernels_run() -> bool:
+    """Whether programs are made for a GPU that Triton knows."""
+    device = target()
+    return device.platform == "cuda" and device.capability >= (8, 0)
 
 
 def layer_norm(width: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> LayerNorm:
@@ -37,112 +60,143 @@ def layer_norm(width: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> LayerNorm:
     return LayerNorm(width, epsilon=1e-6, dtype=dtype, use_fast_variance=False, rngs=rngs)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+class Form(NamedTuple):
+    """What a LayerNorm is: its epsilon, its output's type, whether the sum that it norms is given, too; and whether
+    Pallas' interpreter runs the kernels, on any device."""
+
+    epsilon: float
+    dtype: jnp.dtype
+    beside: bool
+    interpret: bool = False
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(5,))
 def _normed(
-    x: Float[Array, "*n d"],
-    scale: Float[Array, " d"],
-    bias: Float[Array, " d"],
-    epsilon: float,
-    dtype: jnp.dtype,
-    interpret: bool,
-) -> Float[Array, "*n d"]:
-    """(x - mean) / sqrt(variance + epsilon) * scale + bias by the kernels; `interpret` runs them on any device."""
-    options = dict(epsilon=epsilon, dtype=dtype)
-    if interpret:
-        return _forward(x, scale, bias, interpret=True, **options)
-    return jax.lax.platform_dependent(
-        x,
-        scale,
-        bias,
-        cuda=on_each_device(partial(_forward, **options), (0, None, None)),
-        default=partial(_plain, **options),
-    )
+    x: Rows, branch: Rows | None, offset: Vector | None, scale: Vector, bias: Vector, form: Form
+) -> tuple[Rows, ...]:
+    """([the sum of x, branch and offset,] its norm)."""
+    kernels = on_each_device(partial(_forward, form), (0, 0, None, None, None), (0, 0) if form.beside else (0,))
+    return _on_gpu(kernels, partial(_plain, form), form, x, branch, offset, scale, bias)
 
 
-def _normed_fwd(x, scale, bias, epsilon, dtype, interpret):
-    return _normed(x, scale, bias, epsilon, dtype, interpret), (x, scale, bias)
+def _normed_fwd(x, branch, offset, scale, bias, form):
+    out = _normed(x, branch, offset, scale, bias, form)
+    return out, (out[0] if branch is not None else x, branch is not None, offset, scale, bias)
 
 
-def _normed_bwd(epsilon, dtype, interpret, kept, d_out):
-    x, scale, bias = kept
-    if interpret:
-        d_x, partial_sums = _backward(x, scale, d_out, epsilon=epsilon, interpret=True)
-        d_scale, d_bias = jnp.sum(partial_sums, 0)
-        return d_x, d_scale, d_bias
+def _normed_bwd(form, kept, gradients):
+    total, branched, offset, scale, bias = kept
+    d_sum, d_out = gradients if form.beside else (None, *gradients)
 
-    def kernels(x, scale, bias, d_out):
-        each = on_each_device(partial(_backward, epsilon=epsilon), (0, None, 0), (0, 0))
-        d_x, sums = each(x, scale, d_out)
-        return d_x, *jnp.sum(sums, 0)
+    def kernels(total, d_sum, scale, bias, d_out):
+        each = on_each_device(partial(_backward, form, offset is not None), (0, 0, None, 0), (0, 0))
+        d_total, sums = each(total, d_sum, scale, d_out)
+        return d_total, *jnp.sum(sums, 0)
 
-    def plain(x, scale, bias, d_out):
-        return jax.vjp(partial(_plain, epsilon=epsilon, dtype=dtype), x, scale, bias)[1](d_out)
+    def plain(total, d_sum, scale, bias, d_out):
+        norm = lambda *given: _plain(form._replace(beside=False), given[0], None, None, *given[1:])[0]
+        d_total, d_scale, d_bias = jax.vjp(norm, total, scale, bias)[1](d_out)
+        d_total = d_total if d_sum is None else d_total + d_sum
+        rows = tuple(range(total.ndim - 1))
+        more = () if offset is None else (jnp.sum(d_total.astype(jnp.float32), rows),)
+        return d_total, d_scale, d_bias, *more
 
-    return jax.lax.platform_dependent(x, scale, bias, d_out, cuda=kernels, default=plain)
+    d_total, d_scale, d_bias, *d_offset = _on_gpu(kernels, plain, form, total, d_sum, scale, bias, d_out)
+    d_offset = d_offset[0].astype(offset.dtype) if d_offset else None
+    return d_total, d_total if branched else None, d_offset, d_scale, d_bias
 
 
 _normed.defvjp(_normed_fwd, _normed_bwd)
 
 
-def _plain(x: Array, scale: Array, bias: Array, *, epsilon: float, dtype: jnp.dtype) -> Array:
+def _on_gpu(kernels, plain, form: Form, *given):
+    if form.interpret:
+        return kernels(*given)
+    return jax.lax.platform_dependent(*given, cuda=kernels, default=plain)
+
+
+def _plain(form: Form, x, branch, offset, scale, bias) -> tuple[Rows, ...]:
+    """What the kernels compute, for other devices."""
+    if branch is not None:
+        x = x + (branch if offset is None else branch + offset)
     wide = x.astype(jnp.float32)
     centred = wide - jnp.mean(wide, -1, keepdims=True)
-    rate = jax.lax.rsqrt(jnp.mean(centred**2, -1, keepdims=True) + epsilon)
-    return (centred * (rate * scale) + bias).astype(dtype)
+    rate = jax.lax.rsqrt(jnp.mean(centred**2, -1, keepdims=True) + form.epsilon)
+    out = (centred * (rate * scale) + bias).astype(form.dtype)
+    return (x, out) if form.beside else (out,)
 
 
 # --- kernels ----------------------------------------------------------------------------------------------------------
 
 
-def _forward(x, scale, bias, *, epsilon, dtype, interpret=False):
+def _forward(form: Form, x, branch, offset, scale, bias):
+    """([the sum,] its norm); a branch comes with the sum."""
     rows, width = prod(x.shape[:-1]), x.shape[-1]
+    given = {"x": x, "branch": branch, "offset": offset, "scale": scale, "bias": bias}
+    given = {
+        name: each.reshape(-1, width) if each.ndim > 1 else each for name, each in given.items() if each is not None
+    }
+    summed = form.beside and branch is not None
 
-    def kernel(x, scale, bias, out):
+    def kernel(*refs):
+        ref, (*sums, out) = dict(zip(given, refs, strict=False)), refs[len(given) :]
         columns, inside = _columns(width)
-        numbers = pl.program_id(0) * ROWS + jnp.arange(ROWS)
-        at, here = (numbers[:, None], columns[None]), (numbers < rows)[:, None] & inside[None]
-        centred, rate = _centred(x, at, here, width, epsilon)
-        row = lambda ref: triton.load(ref.at[columns], mask=inside, other=0.0)[None]
-        normed = centred * rate * row(scale) + row(bias)
-        triton.store(out.at[at], normed.astype(dtype), mask=here)
+        at, here = _rows(pl.program_id(0), columns, rows, width)
+        block = lambda name: triton.load(ref[name].at[at], mask=here, other=0.0)
+        row = lambda name: triton.load(ref[name].at[columns], mask=inside, other=0.0)[None]
+        values = block("x")
+        if branch is not None:
+            values = values + (block("branch") if offset is None else block("branch") + row("offset"))
+        for each in sums:
+            triton.store(each.at[at], values, mask=here)
+        centred, rate = _centred(values, here, width, form.epsilon)
+        normed = centred * rate * row("scale") + row("bias")
+        triton.store(out.at[at], normed.astype(form.dtype), mask=here)
 
-    shape = jax.ShapeDtypeStruct((rows, width), dtype)
-    made = _call(kernel, pl.cdiv(rows, ROWS), shape, interpret)(x.reshape(rows, width), scale, bias)
-    return made.reshape(x.shape)
+    shape = lambda dtype: jax.ShapeDtypeStruct((rows, width), dtype)
+    shapes = (*[shape(x.dtype)] * summed, shape(form.dtype))
+    made = _call(kernel, pl.cdiv(rows, ROWS), shapes, form.interpret)(*given.values())
+    made = [each.reshape(x.shape) for each in made]
+    return (x, *made) if form.beside and not summed else tuple(made)
 
 
-def _backward(x, scale, d_out, *, epsilon, interpret=False):
-    """(gradient of x, sums over each program's rows of the gradients of scale and bias (programs, 2, d))."""
-    rows, width = prod(x.shape[:-1]), x.shape[-1]
+def _backward(form: Form, offset: bool, total, d_sum, scale, d_out):
+    """(gradient of the sum, sums over each program's rows of the gradients of scale, bias and, where there is one, the
+    offset (programs, 2 or 3, d))."""
+    rows, width = prod(total.shape[:-1]), total.shape[-1]
+    given = [each.reshape(rows, width) for each in (total, d_out, d_sum) if each is not None]
     blocks = pl.cdiv(rows, ROWS)
     times = pl.cdiv(blocks, PROGRAMS)
     programs = pl.cdiv(blocks, times)
 
-    def kernel(x, scale, d_out, d_x, sums):
+    def kernel(scale, total, d_out, *rest):
+        *d_sum, d_total, sums = rest
         columns, inside = _columns(width)
         program = pl.program_id(0)
         weight = triton.load(scale.at[columns], mask=inside, other=0.0)[None]
 
-        def block(i, total):
-            numbers = (program * times + i) * ROWS + jnp.arange(ROWS)
-            at, here = (numbers[:, None], columns[None]), (numbers < rows)[:, None] & inside[None]
-            centred, rate = _centred(x, at, here, width, epsilon)
-            normed, gradient = centred * rate, triton.load(d_out.at[at], mask=here, other=0.0).astype(jnp.float32)
+        def block(i, added):
+            at, here = _rows(program * times + i, columns, rows, width)
+            load = lambda ref: triton.load(ref.at[at], mask=here, other=0.0)
+            centred, rate = _centred(load(total), here, width, form.epsilon)
+            normed, gradient = centred * rate, load(d_out).astype(jnp.float32)
             inner = gradient * weight
             mean = lambda values: jnp.sum(values, 1, keepdims=True) / width
             found = rate * (inner - mean(inner) - normed * mean(inner * normed))
-            triton.store(d_x.at[at], found.astype(d_x.dtype), mask=here)
-            return total[0] + jnp.sum(gradient * normed, 0), total[1] + jnp.sum(gradient, 0)
+            for each in d_sum:
+                found = found + load(each).astype(jnp.float32)
+            triton.store(d_total.at[at], found.astype(d_total.dtype), mask=here)
+            terms = (gradient * normed, gradient, *[found] * offset)
+            return tuple(each + jnp.sum(term, 0) for each, term in zip(added, terms, strict=True))
 
-        nothing = jnp.zeros(columns.shape, jnp.float32)
-        found = jax.lax.fori_loop(0, times, block, (nothing, nothing))
-        for i, total in enumerate(found):
-            triton.store(sums.at[program, i, columns], total, mask=inside)
+        nothing = (jnp.zeros(columns.shape, jnp.float32),) * (2 + offset)
+        for i, each in enumerate(jax.lax.fori_loop(0, times, block, nothing)):
+            triton.store(sums.at[program, i, columns], each, mask=inside)
 
-    shapes = jax.ShapeDtypeStruct((rows, width), x.dtype), jax.ShapeDtypeStruct((programs, 2, width), jnp.float32)
-    flat = lambda a: a.reshape(rows, width)
-    d_x, sums = _call(kernel, programs, shapes, interpret)(flat(x), scale, flat(d_out))
-    return d_x.reshape(x.shape), sums
+    sums = jax.ShapeDtypeStruct((programs, 2 + offset, width), jnp.float32)
+    shapes = jax.ShapeDtypeStruct((rows, width), total.dtype), sums
+    d_total, sums = _call(kernel, programs, shapes, form.interpret)(scale, *given)
+    return d_total.reshape(total.shape), sums
 
 
 def _columns(width: int) -> tuple[Array, Array]:
@@ -151,9 +205,15 @@ def _columns(width: int) -> tuple[Array, Array]:
     return columns, columns < width
 
 
-def _centred(x, at, here, width: int, epsilon: float) -> tuple[Array, Array]:
+def _rows(block, columns: Array, rows: int, width: int) -> tuple[tuple[Array, Array], Array]:
+    """(index of a block of rows, which of its places are inside)."""
+    numbers = block * ROWS + jnp.arange(ROWS)
+    return (numbers[:, None], columns[None]), (numbers < rows)[:, None] & (columns < width)[None]
+
+
+def _centred(values: Array, here: Array, width: int, epsilon: float) -> tuple[Array, Array]:
     """Rows less their means, 0 outside, and 1 / sqrt(variance + epsilon)."""
-    values = triton.load(x.at[at], mask=here, other=0.0).astype(jnp.float32)
+    values = values.astype(jnp.float32)
     centred = jnp.where(here, values - jnp.sum(values, 1, keepdims=True) / width, 0)
     return centred, jax.lax.rsqrt(jnp.sum(centred**2, 1, keepdims=True) / width + epsilon)
 

@@ -43,6 +43,11 @@ def gelu(x: Float[Array, "*n"]) -> Float[Array, "*n"]:
     return 0.5 * x * (1 + jax.lax.erf(x * 0.5**0.5))
 
 
+def product(layer: nnx.Linear, rows: Float[Array, "r d"]) -> Float[Array, "r e"]:
+    """A dense layer without its bias."""
+    return rows @ layer.kernel[...].astype(rows.dtype)
+
+
 class Block(nnx.Module):
     """x + attention(norm x), then x + mlp(norm x).
 
@@ -69,25 +74,31 @@ class Block(nnx.Module):
 
     def __call__(self, x: Float[Array, "b n d"], *, tokens: int | None = None) -> Float[Array, "b n d"]:
         """The block's output; rows behind the first `tokens` are padding, to which no token attends."""
-        return self.transformed(self.attended(x, tokens))
+        rows, branch = self.attended(x, tokens)
+        return self.transformed(rows, branch, self.out.bias[...]).reshape(x.shape)  # type: ignore[index]
 
-    def attended(self, x: Float[Array, "b n d"], tokens: int | None = None) -> Float[Array, "b n d"]:
-        """x + attention(norm x)."""
+    def attended(
+        self, x: Float[Array, "b n d"], tokens: int | None = None
+    ) -> tuple[Float[Array, "b*n d"], Float[Array, "b*n d"]]:
+        """(x as rows, attention(norm x) as rows without the bias of `out`).
+
+        Rows make matrices: XLA's CPU copies a transpose for each gradient of a wider product."""
         b, n, d = x.shape
-        x = x.reshape(b * n, d)  # matrices: XLA's CPU copies a transpose for each gradient of a wider product
-        qkv = self.qkv(self.norm1(x)).reshape(b, n, 3, self.heads, d // self.heads)
-        q, k, v = jnp.moveaxis(qkv, 2, 0)
+        rows, normed = self.norm1.beside(x.reshape(b * n, d))
+        q, k, v = jnp.moveaxis(self.qkv(normed).reshape(b, n, 3, self.heads, d // self.heads), 2, 0)
         keys = tokens or n
         if self.memory:
             k = self._before(k, self.memory_k[...] * (d / self.heads) ** 0.5)
             v = self._before(v, self.memory_v[...] * self.memory**0.5)
             keys += self.memory
-        return (x + self.out(attention(q, k, v, keys).reshape(b * n, d))).reshape(b, n, d)
+        return rows, product(self.out, attention(q, k, v, keys).reshape(b * n, d))
 
-    def transformed(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
-        """x + mlp(norm x)."""
-        rows = x.reshape(-1, x.shape[-1])
-        return (rows + self.fc2(gelu(self.fc1(self.norm2(rows))))).reshape(x.shape)
+    def transformed(
+        self, rows: Float[Array, "r d"], branch: Float[Array, "r d"], offset: Float[Array, " d"] | None = None
+    ) -> Float[Array, "r d"]:
+        """s + mlp(norm s) of the sum s of rows, branch and offset."""
+        rows, normed = self.norm2.after(rows, branch, offset)
+        return rows + self.fc2(gelu(self.fc1(normed)))
 
     def _before(self, tokens: Float[Array, "b n h e"], slots: Float[Array, "m d"]) -> Float[Array, "b m+n h e"]:
         b, _, h, e = tokens.shape

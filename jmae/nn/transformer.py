@@ -153,7 +153,9 @@ class Blocks(nnx.Module):
         return jax.checkpoint(block, prevent_cse=False, policy=None if self.remat else kept)
 
     def _parameters(self, x: Float[Array, "b n d"]) -> Any:
-        """All blocks' parameters; on accelerators matrices in the type of `x`, cast once for all blocks."""
+        """All blocks' parameters; on accelerators matrices in the type of `x`, cast once for all blocks. Devices add the
+        gradients of these matrices in that type, too: half of what float32 would send, at an error below one percent
+        (tests/test_gpu.py); the optimiser and its moments are float32."""
         parameters = nnx.state(self.stack)
         if target().platform == "cpu":
             return parameters

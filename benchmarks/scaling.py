@@ -43,8 +43,8 @@ RECIPES = {
     "ppii": [(f"ppii, {name}", (f"model.backbone={name}",)) for name in ("unet", "mc_unet", "phiseg")],
     "simsid": [(f"simsid, {name}", (f"variant={name}",)) for name in ("report", "official")],
 }
-# The same stages on an H200 before sequences were padded once a stack, compiled and counted alike: (kernels, traffic GB,
-# kernels ms). Revision 6bcf958, each call of the attention padded to a multiple of 8: without padding JAX refused them.
+# (kernels, traffic GB, kernels ms) of the same stages on an H200, compiled and counted alike, of revision 6bcf958. Each
+# call of the attention was padded to a multiple of 8 there: without padding JAX refused to trace.
 BEFORE = {
     "amae": {
         "pretrain": (1504, 272.5, 71.26),

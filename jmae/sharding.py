@@ -96,7 +96,9 @@ def over_samples(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]
     return over
 
 
-def on_each_device(function: Callable[..., Any], axes: Sequence[int | None] | int = 0, out: Any = 0) -> Callable[..., Any]:
+def on_each_device(
+    function: Callable[..., Any], axes: Sequence[int | None] | int = 0, out: Any = 0
+) -> Callable[..., Any]:
     """A function of arrays of samples, for each device's own samples inside a step of several devices: its loops over
     samples are not loops over those of all devices.
 

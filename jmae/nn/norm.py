@@ -28,19 +28,19 @@ Vector = Float[Array, " d"]
 class LayerNorm(nnx.LayerNorm):
     """LayerNorm over the last axis; statistics in float32."""
 
-    def __call__(self, x: Rows) -> Rows:
-        """(x - mean) / sqrt(variance + epsilon) * scale + bias."""
-        return self._kernels(False, x)[0] if _kernels_run() else super().__call__(x)
+    def __call__(self, x: Rows, *, mask: Array | None = None) -> Rows:
+        """(x - mean) / sqrt(variance + epsilon) * scale + bias; `mask` as Flax has it."""
+        return self._kernels(False, x)[0] if mask is None and _kernels_run() else super().__call__(x, mask=mask)
 
     def beside(self, x: Rows) -> tuple[Rows, Rows]:
         """(x, its norm), for a residual path: one kernel adds both gradients of x."""
-        return self._kernels(True, x) if _kernels_run() else (x, super().__call__(x))  # type: ignore[return-value]
+        return self._kernels(True, x) if _kernels_run() else (x, super().__call__(x))
 
     def after(self, x: Rows, branch: Rows, offset: Vector | None = None) -> tuple[Rows, Rows]:
         """(the sum x + (branch + offset), its norm), by one kernel; `offset` is the bias of the branch's last layer."""
         offset = None if offset is None else offset.astype(branch.dtype)
         if _kernels_run():
-            return self._kernels(True, x, branch, offset)  # type: ignore[return-value]
+            return self._kernels(True, x, branch, offset)
         x = x + (branch if offset is None else branch + offset)
         return x, super().__call__(x)
 

@@ -5,7 +5,6 @@ LayerNorm epsilon as in the official MAE code (facebookresearch/mae, on timm's b
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
@@ -147,15 +146,17 @@ class Blocks(nnx.Module):
 
     def _block(self, x: Float[Array, "b n d"], context: tuple[Array, ...]) -> Callable[[Array, Any], Array]:
         """A block as a function of its input, which may have padding behind the tokens of `x`, and its parameters."""
-        graph, _ = nnx.split(self.stack)
+        graph, tokens = nnx.graphdef(self.stack), x.shape[1]
         block = lambda x, p: over_samples(nnx.merge(graph, p))(x, *context, tokens=tokens)
-        tokens = x.shape[1]
-        return jax.checkpoint(block, prevent_cse=False, policy=None if self.remat else kept)
+        # Without a loop around the blocks, the compiler would find whole blocks computed twice and keep their results.
+        apart = self.remat and target().platform == "cuda"
+        return jax.checkpoint(block, prevent_cse=apart, policy=None if self.remat else kept)
 
     def _parameters(self, x: Float[Array, "b n d"]) -> Any:
-        """All blocks' parameters; on accelerators matrices in the type of `x`, cast once for all blocks. Devices add the
-        gradients of these matrices in that type, too: half of what float32 would send, at an error below one percent
-        (tests/test_gpu.py); the optimiser and its moments are float32."""
+        """All blocks' parameters. On accelerators the matrices have the type of `x`, cast once for all blocks.
+
+        Devices add the gradients of these matrices in that type, too. That sends half of what float32 would, at an
+        error below one percent (tests/test_gpu.py). The optimiser and its moments are float32."""
         parameters = nnx.state(self.stack)
         if target().platform == "cpu":
             return parameters

@@ -13,7 +13,7 @@ from jmae.sharding import on_each_device
 from jmae.target import target
 
 # Sequences are padded to a multiple of it for NVIDIA GPUs: JAX's cuDNN attention refuses odd lengths in training, and
-# XLA pads each product whose rows are no multiple of 8. Longer padding costs more than it gives: 197 tokens would be 256.
+# XLA pads each product whose rows are no multiple of 8. Longer padding costs more than it gives: 64 makes 256 of 197.
 MULTIPLE = 8
 
 # Scores that the CPU computes at once: all of them below WHOLE, else blocks that fit its cache. Milliseconds of CPU

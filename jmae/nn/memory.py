@@ -108,7 +108,7 @@ def _attention_to_levels(
     q: Float[Array, "b n h e"], kv: Float[Array, "levels b k 2 h e"]
 ) -> Float[Array, "levels b n h*e"]:
     """Each sample's queries attend to each of its levels apart."""
-    count, b, k, _, *heads = kv.shape
+    count, b, _, _, *heads = kv.shape
     samples = lambda x: x.reshape(count * b, -1, *heads)
     found = attention(samples(jnp.broadcast_to(q, (count, *q.shape))), samples(kv[:, :, :, 0]), samples(kv[:, :, :, 1]))
     return found.reshape(count, b, q.shape[1], -1)

@@ -1,15 +1,19 @@
-"""Claims on NVIDIA GPUs that need no GPU: one stage of each system is compiled for an H200 and its program looked at.
+"""Checks claims about NVIDIA GPUs without one: compiles one stage of each system for an H200 and reads the program.
 
     make gpu-check                                  (in an environment of its own, under 15 minutes on two cores)
     python -m benchmarks.gpu_check [--only maemi] [--jobs 2] [--bounds]
 
-Each case is a plan (`jmae.plan`), at the paper's size where the table says no other. The claims are: cuDNN's flash
-attention runs forward and backward, where the system has attention; no kernel of products with float32 inputs does more
-than 1 % of the FLOPs; kernels that only pad move less than 5 % of the traffic; kernels and traffic a step stay below
-the bounds of the table; and a step on 8 GPUs sends what is listed. A violated claim is a line on standard error.
+Each case is a plan (`jmae.plan`), of the paper's size unless the table says otherwise. The claims are:
 
---bounds prints the table's bounds anew, 1.1 times what is compiled now: to be pasted here when a network has changed.
-Exit codes: 0 all hold; 1 one does not; 2 the environment is wrong.
+- cuDNN's flash attention runs forward and backward, where the system has attention;
+- no kernel of products with float32 inputs does more than 1 % of the FLOPs;
+- kernels that only pad move at most 5 % of the traffic, unless the table says otherwise;
+- kernels and traffic of a step stay within the bounds of the table;
+- a step on 8 GPUs sends no more than the table lists.
+
+A violated claim is a line on standard error. --bounds prints the table with new bounds, 1.1 times what is compiled now.
+Paste it here when a network has changed.
+Exit codes: 0 all claims hold; 1 a claim does not hold; 2 the environment is wrong.
 """
 
 import argparse
@@ -23,8 +27,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-ROOM = 1.1  # between what is compiled and the bound
-FLOAT32 = 0.01  # share of the FLOPs
+ROOM = 1.1  # a bound over what was compiled
+FLOAT32 = 0.01  # share of the FLOPs, at most, that one kernel of float32 products does
 FLASH = ("__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward")
 
 
@@ -33,7 +37,7 @@ class Case(NamedTuple):
 
     recipe: str
     stage: str
-    flash: bool  # whether the stage has attention of a form that cuDNN has
+    flash: bool  # whether the stage has attention that cuDNN supports
     kernels: int  # a step, at most
     traffic: float  # GB a step, at most
     target: str = "h200:1"
@@ -64,12 +68,12 @@ CASES = {
 
 
 def planned(case: Case) -> dict[str, Any] | str:
-    """The plan's content, or what it said where there is none."""
+    """The plan of a case, or a line about its failure."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "plan.json"
         words = [f"--config=configs/{case.recipe.replace(':', '.py:')}", f"--stage={case.stage}", *case.more]
         command = [sys.executable, "-m", "jmae.plan", *words, f"--target={case.target}", f"--json={file}"]
-        # The plugin without a driver is no news, and one core each is all that a compilation keeps busy.
+        # JAX_PLATFORMS=cpu: the plugin need not report that there is no driver.
         done = subprocess.run(command, env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True)
         if done.returncode not in (0, 1) or not file.exists():
             return (
@@ -80,7 +84,7 @@ def planned(case: Case) -> dict[str, Any] | str:
 
 
 def violations(name: str, case: Case, found: dict[str, Any]) -> list[str]:
-    """The claims that do not hold of a plan, a line each."""
+    """One line for each claim that a plan violates."""
     wrong = []
     if not found["fits"]:
         wrong.append(f"{found['total'] / 1e9:.3g} GB do not fit in {found['limit'] / 1e9:.3g}")
@@ -105,7 +109,7 @@ def violations(name: str, case: Case, found: dict[str, Any]) -> list[str]:
 
 
 def sent(found: dict[str, Any]) -> dict[str, tuple[int, float]]:
-    """{"KIND over CHIPS": (times, GB)} of a plan; single numbers, as of metrics, do not count."""
+    """{"KIND over CHIPS": (times, GB)} of a plan; small arrays, such as metrics, do not count."""
     total: dict[str, tuple[int, float]] = {}
     for each in found["collectives"]:
         if each["bytes"] < 1024 * each["count"]:
@@ -117,7 +121,7 @@ def sent(found: dict[str, Any]) -> dict[str, tuple[int, float]]:
 
 
 def bounded(case: Case, found: dict[str, Any]) -> Case:
-    """The case with the bounds that a plan gives."""
+    """The case with new bounds, which a plan gives."""
     up = lambda number: float(f"{number * ROOM:.3g}")
     new = case._replace(kernels=round(found["kernels"] * ROOM), traffic=up(found["traffic_chip"] / 1e9))
     if case.sent is not None:
@@ -135,9 +139,9 @@ def line(name: str, case: Case) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", choices=list(CASES), action="append", help="one case; more than once for several")
+    parser.add_argument("--only", choices=list(CASES), action="append", help="check one case; repeat it for several")
     parser.add_argument("--jobs", type=int, default=2, help="compilations at a time, default 2")
-    parser.add_argument("--bounds", action="store_true", help="print the table's bounds anew")
+    parser.add_argument("--bounds", action="store_true", help="print the table with new bounds")
     given = parser.parse_args(argv)
     chosen = {name: CASES[name] for name in given.only or CASES}
     wrong: list[str] = []

@@ -1,19 +1,19 @@
 """How MAEMI's training scales from one chip to 256: what fits, how fast a step is at most, and what limits it.
 
-Also each paper's recipe on one GPU. Each row is a plan (`jmae.plan`) beside the command that makes it again, one to
-five minutes each on two cores. No chip is needed, but its compiler (pip install 'jmae[plan]' for TPUs, 'jmae[plan-gpu]'
-for GPUs). The batch is the recipe's on every chip. Rows that the JSON has already, made with the same versions, are
-kept, so that a table can be made in pieces; --again makes them anew, as is right when a network has changed.
+It also plans each paper's recipe on one GPU. Each row is a plan (`jmae.plan`) beside the command that makes it again,
+which takes one to five minutes on two cores. No chip is needed, only its compiler (pip install 'jmae[plan]' for TPUs,
+'jmae[plan-gpu]' for GPUs). Every chip has the recipe's batch. Rows of the JSON that the same versions made are kept, so
+that a table can be made in pieces. --again makes them again; use it when a network has changed.
 
     python -m benchmarks.scaling                             MAEMI on 1 to 256 v5e
     python -m benchmarks.scaling --chip h100 [--only h]      MAEMI on 1 to 256 H100
     python -m benchmarks.scaling --recipes [--only simsid]   every paper's recipe on one H100 and one H200
 
-Compiled: GB a chip (of GPUs without cuDNN's workspaces), kernels, traffic, what a chip sends. Estimated, at the rates
-that the plan states: ms a step for arithmetic, for memory, for kernels one after the other, for their launches (2
-microseconds each), for the network, whose traffic comes after the rest; the share of peak; the step. GB are 1e9 bytes.
-The efficiency is against one chip's own plan, in brackets, where that does not fit, against the same program without
-its network.
+Compiled numbers are GB a chip (for GPUs without cuDNN's workspaces), kernels, traffic, and what a chip sends. Estimated
+numbers use the rates that the plan states: the share of peak, ms a step, and its parts. The parts are arithmetic,
+memory, kernels one after the other, their launches (2 microseconds each), and the network, which follows the rest. GB
+are 1e9 bytes. The efficiency is against one chip's own plan. Where that plan does not fit, the efficiency is in
+brackets, and is against the same program without its network.
 """
 
 import argparse
@@ -32,10 +32,10 @@ SIZES = {
     "l": {"width": 1024, "depth": 24, "heads": 16},
     "h": {"width": 1280, "depth": 32, "heads": 16},
 }
-# 1 to 256 chips: a torus of TPUs, hosts of 8 GPUs. The first stands alone, the others are data parallel, and fsdp=8.
+# 1 to 256 chips: a torus of TPUs, or hosts of 8 GPUs. More than one chip has two plans: data parallel, and fsdp=8.
 SHAPES = {chip: ("1x1", "2x4", "8x8", "16x16") for chip in ("v5e", "v6e")} | {"h100": ("1", "8", "1x8x8", "1x32x8")}
 COMPILERS = {"v5e": "libtpu", "v6e": "libtpu", "h100": "jax-cuda12-plugin", "h200": "jax-cuda12-plugin"}
-# The recipes as the papers have them: (what to call it, its overrides).
+# The recipes as the papers have them: (name in the table, overrides).
 RECIPES = {
     "amae": [("amae", ())],
     "maemi": [("maemi", ())],
@@ -79,7 +79,7 @@ RECIPE_HEAD += ("kernels before", "traffic GB before", "kernels ms before", "pla
 
 
 def cases(sizes: list[str], chip: str) -> list[dict[str, Any]]:
-    """The plans of the table: data parallel, and parameters over the chips of a host."""
+    """The plans of the table: data parallel, and with parameters split over 8 chips."""
     return [
         {"size": size, "target": f"{chip}:{shape}", "fsdp": fsdp}
         for shape in SHAPES[chip]
@@ -105,7 +105,7 @@ def plans_of(own: list[str], target: str) -> list[dict[str, Any]]:
 
 
 def numbers(each: dict[str, Any], *keys: str) -> tuple[str, ...]:
-    """Cells of a plan: times in ms, bytes in GB, FLOPs in TFLOP, kernels as they are; empty where it has none."""
+    """Cells of a plan: times in ms, bytes in GB, FLOPs in TFLOP, kernels as they are; empty where the plan has none."""
     units = {"_s": 1e3, "kernels": 1, "flops_chip": 1e-12}
     unit = lambda key: next((n for end, n in units.items() if key.endswith(end)), 1e-9)
     show = lambda key: str(each[key]) if key == "kernels" else f"{each[key] * unit(key):.3g}"
@@ -159,11 +159,11 @@ def recipe_rows(plans: dict[str, dict[str, Any]]) -> list[list[Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", choices=[*SIZES, *RECIPES], help="one size of the network, or one system")
-    parser.add_argument("--chip", default="v5e", choices=list(SHAPES), help="default v5e")
+    parser.add_argument("--chip", default="v5e", choices=list(SHAPES), help="chip to plan for, default v5e")
     parser.add_argument(
         "--recipes", action="store_true", help="the papers' recipes on one GPU, not MAEMI on many chips"
     )
-    parser.add_argument("--again", action="store_true", help="make rows anew that the JSON has")
+    parser.add_argument("--again", action="store_true", help="make rows again that the JSON has already")
     parser.add_argument("--out", type=Path, default=RESULTS)
     given = parser.parse_args()
     if given.only and (given.only in RECIPES) != given.recipes:
@@ -201,7 +201,8 @@ def main() -> None:
                 (found,) = plans_of(arguments(case), case["target"])
                 plans[name] = case | found | {"made_with": made_with(given.chip)}
                 write(given.out, title, {"table": [head, rows(plans)], "plans": plans})
-    if not given.only and "--only" in done.get(title, {}).get("command", ""):  # made in pieces, and whole now
+    # A table that was made in pieces may be complete now.
+    if not given.only and "--only" in done.get(title, {}).get("command", ""):
         write(given.out, title, {"table": [head, rows(plans)], "plans": plans})
     print(table(head[:-1], [tuple(cells[:-1]) for cells in rows(plans)]))
 

@@ -1,6 +1,6 @@
-"""Accelerators that need not be here: peak figures, how many of them a target names, and devices to compile for.
+"""Accelerators that this machine may lack: peak figures, the number that a target names, and devices to compile for.
 
-TPUs are compiled for by libtpu, NVIDIA's GPUs by XLA's own compiler in JAX's CUDA plugin. Neither needs the device.
+libtpu compiles for TPUs, XLA's compiler in JAX's CUDA plugin for NVIDIA GPUs. Neither compiler needs the device.
 """
 
 import importlib.util
@@ -22,30 +22,31 @@ from jmae.target import Target
 class Chip(NamedTuple):
     """Peak figures of one chip, as its maker states them."""
 
-    platform: str  # what programs for it are compiled for
-    flops: float  # a second, dense, bfloat16
-    float32: float  # share of it that float32 products reach as JAX does them (TPU: one bfloat16 pass; GPU: TF32)
+    platform: str  # "tpu" or "cuda", for which programs are compiled
+    flops: float  # FLOP/s of dense bfloat16 products
+    float32: float  # share of `flops` that float32 products reach by JAX's default (TPU: a bfloat16 pass; GPU: TF32)
     memory: float  # bytes
-    bandwidth: float  # of the memory, bytes a second
-    ports: int  # TPU: links to neighbours in the torus; GPU: one link to all of a host
-    link: float  # bytes a second of a port, one way
-    whole: int  # TPU: an axis of a multiple of so many chips is closed to a ring; GPU: how many a host has
-    between: float  # GPU: bytes a second of its port to other hosts, one way
+    bandwidth: float  # of the memory, in bytes a second
+    ports: int  # TPU: links to neighbours in the torus; GPU: 1, to all GPUs of its host
+    link: float  # bytes a second through one port, one way
+    whole: int  # TPU: an axis is a closed ring if its length is a multiple of this; GPU: the number in a host
+    between: float  # GPU: bytes a second through its port to other hosts, one way
     source: str
     most: int = 0  # TPU: chips of the largest slice
-    example: str = ""  # TPU: a machine that has it, as libtpu calls it
-    measured: float = 0  # FLOP/s of large bfloat16 products on a card, where somebody measured them
+    example: str = ""  # TPU: libtpu's name of a machine with this chip
+    measured: float = 0  # FLOP/s of large bfloat16 products on a card; 0 where nobody measured them
 
     @property
     def usable(self) -> float:
-        """FLOP/s that estimates of time reckon with."""
+        """FLOP/s for estimates of time: the measured rate, or else the stated one."""
         return self.measured or self.flops
 
 
 TPU, NVIDIA = "cloud.google.com/tpu/docs/", "nvidia.com/en-us/data-center/"
-# Ports of TPUs: the stated bandwidth a chip, both ways, over ports and ways. Closed rings: v5e, v6e axes of 16 alone,
-# v5p multiples of 4. GPUs: the SXM forms with NVLink, in hosts of 8 with a ConnectX port each (DGX). NVIDIA's figures
-# with sparsity are halved. 789 TFLOP/s were measured on an H200; the H100 has the same processor.
+# A TPU's `link` is the chip's stated bandwidth (both ways) divided by its ports and by 2. Closed rings are axes of 16
+# for v5e and v6e, and multiples of 4 for v5p. GPUs are the SXM forms with NVLink, in hosts of 8, and each GPU has a
+# ConnectX port (DGX). Figures that NVIDIA states with sparsity are halved. 789 TFLOP/s were measured on an H200; the
+# H100 has the same processor.
 CHIPS = {
     "v5e": Chip("tpu", 197e12, 1, 16 * 2**30, 819e9, 4, 50e9, 16, 0, TPU + "v5e", 256, "v5litepod-8"),
     "v5p": Chip("tpu", 459e12, 1, 95 * 2**30, 2765e9, 6, 100e9, 4, 0, TPU + "v5p", 6144, "v5p-8"),
@@ -58,7 +59,7 @@ CHIPS = {
 
 
 class Machine(NamedTuple):
-    """Chips of one kind: the axes of a torus of TPUs, or (hosts, GPUs of each)."""
+    """Chips of one kind. `shape` is the axes of the torus for TPUs, and (hosts, GPUs of each) for GPUs."""
 
     name: str
     shape: tuple[int, ...]
@@ -73,22 +74,23 @@ class Machine(NamedTuple):
 
     @property
     def answers(self) -> Target:
-        """What code that is traced for these chips asks of them."""
+        """The answer of `target()` to code that is traced for these chips."""
         return answers(self.name) if self.gpus else Target("tpu")
 
     @property
     def words(self) -> str:
-        """Its shape, for a reader."""
+        """The shape as text."""
         if not self.gpus:
             return "x".join(map(str, self.shape))
         hosts, each = self.shape
         return f"{hosts} hosts of {each}" if hosts > 1 else "one host"
 
     def sending(self, group: Sequence[int]) -> float:
-        """Bytes a second that a chip can send to the others of its group in a collective operation, all links busy.
+        """Bytes a second that a chip can send to the others of its group in a collective operation.
 
-        TPUs: all links of the torus where the group is the whole of it, else those of a ring (both ways), of a pair
-        one. GPUs: NVLink, and over hosts the ports of all its GPUs in one host together, if that is less."""
+        All links are busy. On TPUs, a group of all chips uses all links of the torus. A smaller group uses the two
+        links of a ring, and a pair uses one. On GPUs, a group within one host uses NVLink. Over hosts it uses the ports
+        of all its GPUs in one host together, and NVLink where that is slower."""
         chip, n = self.chip, len(group)
         if self.gpus:
             most = max(Counter(i // self.shape[1] for i in group).values())
@@ -120,7 +122,7 @@ def target_of(text: str) -> Machine:
 
 
 def hosts_of(text: str, name: str, shape: str, most: int) -> tuple[int, int]:
-    """(hosts, GPUs of each) of "16" or "1x2x8"."""
+    """Read (hosts, GPUs of each) from "16" or "1x2x8"."""
     if not (found := re.fullmatch(r"(?:1x([1-9]\d{0,3})x)?([1-9]\d{0,3})", shape)):
         raise InputError(f"target {text!r} does not say how many: write {name}:8 (GPUs) or {name}:1x2x{most} (2 hosts)")
     if found[1]:
@@ -135,9 +137,9 @@ def hosts_of(text: str, name: str, shape: str, most: int) -> tuple[int, int]:
 
 
 def devices_of(machine: Machine) -> Sequence[Any]:
-    """The devices of a machine, for which programs can be compiled and on which none runs.
+    """The devices of a machine. Programs can be compiled for them, but cannot run on them.
 
-    Raises InputError where their compiler is not installed, or refuses them."""
+    Raises InputError where the compiler is not installed, or refuses the machine."""
     return gpus(machine) if machine.gpus else tpus(machine)
 
 
@@ -151,7 +153,7 @@ def gpus(machine: Machine) -> Sequence[Any]:
     except Exception as error:
         raise InputError(f"XLA's GPU compiler refuses {machine.name}:{shape} ({first_line(error)})") from error
     devices: Sequence[Any] = found.devices
-    # The compiler takes a description that it cannot read for that of a card without a name.
+    # A description that the compiler cannot read becomes a card without a name.
     if devices[0].device_kind != CARDS[machine.name].kind:
         raise InputError(f"XLA's GPU compiler took the {machine.name} for {devices[0].device_kind!r}: update jmae")
     return devices
@@ -160,7 +162,7 @@ def gpus(machine: Machine) -> Sequence[Any]:
 def tpus(machine: Machine) -> Sequence[Any]:
     if importlib.util.find_spec("libtpu") is None:
         raise InputError(f"target {machine.name} needs libtpu, the TPUs' compiler: pip install 'jmae[plan]'")
-    # No TPU is looked for, others may compile or train beside this process, and only what is fatal is said.
+    # libtpu looks for no TPU, lets other processes compile or train beside this one, and logs only fatal errors.
     settings = f"""TPU_SKIP_MDS_QUERY=1 ALLOW_MULTIPLE_LIBTPU_LOAD=1 TPU_WORKER_HOSTNAMES=localhost
         TPU_ACCELERATOR_TYPE={machine.chip.example} TPU_MIN_LOG_LEVEL=3 TPU_STDERR_LOG_LEVEL=3"""
     for setting in settings.split():

@@ -1,9 +1,9 @@
-"""NVIDIA's cards as XLA's compiler needs them described, so that programs are compiled for a card that is not here.
+"""Descriptions of NVIDIA's cards for XLA's compiler, so that it compiles for a card that this machine lacks.
 
-The description is a `stream_executor.GpuTargetConfigProto` in text form. The numbers are facts of the cards, as OpenXLA
-lists them (github.com/openxla/xla, xla/backends/gpu/target_config/specs); what all four cards have in common stands
-in `COMMON`. The compiler accepts an empty description without a word: whoever makes devices of one compares their
-`device_kind` with `Card.kind`.
+A description is a `stream_executor.GpuTargetConfigProto` in text form. The numbers are facts of the cards, as OpenXLA
+lists them (github.com/openxla/xla, xla/backends/gpu/target_config/specs). `COMMON` holds what all four cards have in
+common. The compiler accepts an empty description without an error. Code that makes devices from a description therefore
+compares their `device_kind` with `Card.kind`.
 """
 
 from typing import NamedTuple
@@ -16,7 +16,7 @@ CUDNN, CUDA, DRIVER = (9, 10, 0), "12.8.0", "13.0.0"  # versions of the librarie
 class Card(NamedTuple):
     """What the compiler must know of one card."""
 
-    kind: str  # the name that the driver gives it, `device_kind` in JAX
+    kind: str  # the driver's name of the card, `device_kind` in JAX
     capability: tuple[int, int]  # compute capability
     accelerated: bool  # whether the capability has instructions that later cards lack (sm_90a, sm_100a)
     cores: int  # streaming multiprocessors
@@ -24,9 +24,9 @@ class Card(NamedTuple):
     clock_ghz: float
     memory: int  # bytes
     bandwidth: int  # bytes a second
-    cache: int  # bytes, of level 2
-    shared: int  # bytes, shared memory of a core
-    links: int  # NVLink; 0: OpenXLA lists none
+    cache: int  # bytes of the level-2 cache
+    shared: int  # bytes of a core's shared memory
+    links: int  # of NVLink; 0 where OpenXLA lists none
 
 
 CARDS = {
@@ -72,7 +72,7 @@ def description(name: str) -> str:
         "device_memory_size": card.memory,
         "l2_cache_size": card.cache,
         "shared_memory_per_core": card.shared,
-        "shared_memory_per_block_optin": card.shared - 1024,  # the system keeps 1 KiB of each block
+        "shared_memory_per_block_optin": card.shared - 1024,  # the system reserves 1 KiB for each block
     }
     major, minor = card.capability
     extension = "ACCELERATED_FEATURES" if card.accelerated else "NONE"
@@ -94,6 +94,6 @@ def description(name: str) -> str:
 
 
 def answers(name: str) -> Target:
-    """What code that is traced for the card asks of it."""
+    """The answer of `target()` to code that is traced for the card."""
     major, minor, patch = CUDNN
     return Target("cuda", CARDS[name].capability, 10000 * major + 100 * minor + patch)

@@ -1,7 +1,7 @@
 """What a compiled program does, from XLA's text of it: its kernels, what they compute, read and write, and what the
 program sends to other devices.
 
-XLA's own cost analysis counts the body of a loop once, says nothing of the network, and for GPUs does not exist; here a
+XLA's own cost analysis counts the body of a loop once, says nothing of the network, and does not exist for GPUs. Here a
 loop's body counts as often as it runs.
 """
 
@@ -17,7 +17,7 @@ COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "coll
 # Operations that move no data of their own.
 FREE = """parameter constant tuple get-tuple-element bitcast while conditional call after-all partition-id replica-id
     opt-barrier domain""".split()
-# Calls of the compiler to itself: they name a place or a memory, and run nothing.
+# Custom calls that only mark a place or a memory for the compiler; nothing runs.
 NO_CALL = """Sharding SPMDFullToShardShape SPMDShardToFullShape AllocateBuffer annotate_device_placement""".split()
 BITS = {"pred": 8, "token": 0, "opaque": 0, "c64": 64, "c128": 128}
 ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,<=]*)\](\{[^{}]*\})?")
@@ -33,7 +33,7 @@ class Operation(NamedTuple):
 
 
 class Work(NamedTuple):
-    """FLOPs of products and convolutions, two a multiplication, by the type of their inputs."""
+    """FLOPs of products and convolutions, by the type of their inputs; a multiply-add counts as two."""
 
     low: float = 0.0  # fewer than four bytes a number: bfloat16, float16
     float32: float = 0.0
@@ -43,12 +43,12 @@ class Kernel(NamedTuple):
     """An operation that a device launches."""
 
     name: str
-    kind: str  # of the operation, as XLA names it
+    kind: str  # XLA's name for the kind of operation
     target: str  # the function that a custom call names, "" of other operations
     times: int  # how often it runs in one step
-    bytes: float  # that it reads and writes each time
-    work: Work  # each time
-    padding: bool  # what it gives is its input, longer by filling
+    bytes: float  # bytes that one run reads and writes
+    work: Work  # of one run
+    padding: bool  # whether its result is its input, filled up to a longer array
 
 
 class Collective(NamedTuple):
@@ -180,7 +180,7 @@ class Program:
         """The operations that a device launches, each once, with the number of times that it runs.
 
         Loops, tuples, bitcasts, the end of an asynchronous operation and the compiler's own markers launch nothing. All
-        branches of a condition are listed, though one of them runs."""
+        branches of a condition are listed, although only one of them runs."""
         return [
             Kernel(
                 op.name,
@@ -208,19 +208,22 @@ class Program:
         return calls
 
     def work(self) -> Work:
-        """FLOPs of one step on a device: matrix products, also those that are fused or called in a library,
-        convolutions, and cuDNN's attention (4 b h n m d forward, 10 b h n m d backward). Products inside a kernel that
-        was written by hand (Pallas, Triton) are not seen."""
+        """FLOPs of one step on a device, from matrix products, convolutions and cuDNN's attention.
+
+        Fused products and library calls count, too. Attention counts 4 b h n m d forward, 10 b h n m d backward.
+        Products inside a hand-written kernel (Pallas, Triton) do not count."""
         each = [(times, self._work(part, op)) for part, op, times in self.run]
         return Work(sum(n * work.low for n, work in each), sum(n * work.float32 for n, work in each))
 
     def padding(self) -> float:
-        """Bytes that kernels read and write which only make an array longer."""
+        """Bytes read and written by kernels that only make an array longer."""
         return sum(kernel.times * kernel.bytes for kernel in self.kernels() if kernel.padding)
 
     def seconds(self, low: float, float32: float, bandwidth: float) -> float:
-        """Time of one step at given rates, kernels one after the other: each takes the longer of its FLOPs (at `low`
-        and `float32` FLOP/s, by the type of its inputs) and its bytes (at `bandwidth` bytes/s)."""
+        """Time of one step at the given rates, if kernels run one after the other.
+
+        A kernel takes the time of its FLOPs (at `low` and `float32` FLOP/s, by the type of its inputs) or that of its
+        bytes (at `bandwidth` bytes/s), whichever is longer."""
         return sum(
             kernel.times * max(kernel.work.low / low + kernel.work.float32 / float32, kernel.bytes / bandwidth)
             for kernel in self.kernels()
@@ -232,7 +235,7 @@ class Program:
         return call_target(op) not in NO_CALL
 
     def _work(self, part: str, op: Operation) -> Work:
-        """FLOPs of an operation, a fused one's together."""
+        """FLOPs of an operation; those of a fused one are added."""
         if op.kind not in ("fusion", "dot", "convolution", "custom-call"):
             return Work()
         low = float32 = 0.0
@@ -244,7 +247,7 @@ class Program:
         return Work(low, float32)
 
     def _pads(self, part: str, op: Operation) -> bool:
-        """Whether an operation, or what a fused one gives (one of its results), is a pad, perhaps of another type."""
+        """Whether an operation, or one result of a fused operation, is a pad, perhaps converted to another type."""
         if op.kind in ("bitcast", "convert"):
             return self._pads(part, self.ops[part][op.operands[0]])
         if op.kind == "tuple":
@@ -274,7 +277,7 @@ class Program:
             return sum(size(each, here=True) for each in elements(op.type)[:2])
         if op.kind.endswith("-start"):
             return 2 * sum(given)
-        if call_target(op).startswith(("__cublas", "__cudnn")):  # (results, and a workspace of bytes)
+        if call_target(op).startswith(("__cublas", "__cudnn")):  # results and a workspace of bytes
             return sum(given) + sum(size(each) for each in elements(op.type) if not each.startswith(("s8", "u8")))
         if op.kind != "fusion":
             return sum(given) + size(op.type, here=True)
@@ -323,7 +326,7 @@ class Program:
 
 
 def flops_of(op: Operation, given: list[str]) -> float:
-    """FLOPs of a product, a convolution or a call of a library that does one, by the types of its operands; else 0."""
+    """FLOPs of a product, a convolution or a library call for one, else 0. `given` has the types of the operands."""
     target = call_target(op)
     if op.kind == "dot" or target.startswith("__cublas"):
         found = re.search(r'lhs_contracting_dim(?:s=|ensions":)[{\[]([\d,"]*)[}\]]', op.rest)
@@ -340,7 +343,7 @@ def flops_of(op: Operation, given: list[str]) -> float:
         return (10 if "Backward" in target else 4) * n * shape_of(given[0])[-1]
     if op.kind != "convolution" and not target.startswith("__cudnn$conv"):
         return 0
-    # A cuDNN call is labelled as the forward convolution whose result or whose gradient it is.
+    # A cuDNN call has the labels of the forward convolution, also where the call computes a gradient.
     x, kernel, out = given[0], given[1], op.type
     if "BackwardInput" in target:
         out = x
@@ -350,7 +353,7 @@ def flops_of(op: Operation, given: list[str]) -> float:
     if not labels:
         raise ValueError(f"a convolution of another form: {op.rest[:200]}")
     lengths = shape_of(kernel)
-    each = math.prod(lengths) / lengths[labels[1].index("o")]  # products of one number of the result
+    each = math.prod(lengths) / lengths[labels[1].index("o")]  # products that make one number of the result
     groups = re.search(r"batch_group_count=(\d+)", op.rest)
     apart = re.search(r"lhs_dilate=([\dx]+)", op.rest)  # zeros between the inputs are no work
     less = math.prod(map(int, apart[1].split("x"))) if apart else 1

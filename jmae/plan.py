@@ -1,27 +1,28 @@
 """python -m jmae.plan --config configs/NAME.py[:PRESET] --target TARGET [--config.KEY=VALUE ...] [--stage NAME]
                     [--batch N] [--largest] [--scoring] [--volume 273x406x105] [--json FILE] [--debug]
 
-Whether a system trains, and scores, on accelerators that are not at hand, how fast it can be there at most, and what
-limits it. Each stage's step is compiled ahead of time, with shapes alone, by the accelerator's own compiler. TARGET:
+Says whether a system trains, and scores, on accelerators that this machine may lack, how fast it can be at most, and
+what limits it. The accelerator's own compiler compiles each stage's step from the shapes of arrays alone. TARGET:
 
     h200:1, h100:8, a100:16, b200:8   NVIDIA GPUs, more than 8 of them in hosts of 8 (pip install 'jmae[plan-gpu]')
     h100:1x32x8                       32 hosts of 8
     v5e:4x4, v6e:16x16, v5p:2x2x4     TPUs and their torus (pip install 'jmae[plan]')
 
-The global batch is the recipe's batch on every chip (batches are split over both mesh axes), or --batch. As many
-chips as the recipe's `fsdp` hold a parameter's parts. Images are the batch's; a set of volumes that is kept on the
-device (data.crops_on) comes on top: 4 bytes a voxel and channel.
+The global batch is the recipe's batch times the number of chips, or --batch; both mesh axes split it. The recipe's
+`fsdp` is the number of chips that share a parameter. Memory counts the images of one batch. Volumes that a recipe keeps
+on the device (data.crops_on) need 4 bytes a voxel and channel more.
 
---largest also searches the largest batch that fits: a line through two batches estimates it, one more compilation
-confirms it. --scoring plans the scoring on one host instead: of images all masks of a batch in one pass, of volumes the
-sweep over one of --volume voxels. At a paper's size a compilation takes one to three minutes.
+--largest also searches for the largest batch that fits: a line through two batches estimates it, and one more
+compilation confirms it. --scoring plans the scoring on one host instead. For images this is one pass with all masks of
+a batch, for volumes the sweep over one volume of --volume voxels. At a paper's size a compilation takes one to three
+minutes.
 
-What is [compiled] is read from the compiler's own program, [traced] from JAX's. What is [estimated] is arithmetic at
-the stated rates, which no program reaches: of GPUs, kernels one after the other, each the longer of its products and
-its memory's traffic; of TPUs, the longer of all products and all traffic; then what a chip sends over the network.
-For GPUs two things are missing that happen on the card alone: the choice among kernels by trial, and the workspaces of
-cuDNN, in memory.
-Exit codes: 0 fits; 1 a stage does not; 2 the input or the environment is wrong.
+Numbers marked [compiled] are read from the compiler's program, numbers marked [traced] from JAX's program. Numbers
+marked [estimated] follow from the stated rates, which no program reaches. On GPUs kernels run one after the other, and
+each takes the time of its products or of its memory traffic, whichever is longer. On TPUs a step takes the time of all
+products or of all memory traffic, whichever is longer. The time of the network is added. Two things are missing for
+GPUs, since they happen on the card alone: the choice among kernels by trial, and the memory of cuDNN's workspaces.
+Exit codes: 0 all stages fit; 1 a stage does not fit; 2 the input or the environment is wrong.
 """
 
 import importlib.util
@@ -57,10 +58,10 @@ from jmae.target import tracing_for
 from jmae.train import compiled_step, places, steps_of_dispatch
 from jmae.windows import tile
 
-ROWS = 1000  # of a made-up manifest: sizes what a stage keeps of each row (AMAE's margins), and the schedule
-USABLE = 0.75  # of a GPU's memory: what JAX takes unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise
-LAUNCH = 2e-6  # seconds at the least between the launches of two kernels of a GPU
-PASS = 0.8  # of that memory: what scoring gives the temporary arrays of a pass (`reconstruct.device_bytes`)
+ROWS = 1000  # of an assumed manifest; they size what a stage stores for each row (AMAE's margins), and the schedule
+USABLE = 0.75  # share of a GPU's memory that JAX takes unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise
+LAUNCH = 2e-6  # least time between the launches of two kernels on a GPU, in seconds
+PASS = 0.8  # share of what JAX takes that scoring gives the temporary arrays of a pass (`reconstruct.device_bytes`)
 PACKAGES = ("jmae", "jax", "jaxlib", "libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin")
 
 
@@ -99,12 +100,12 @@ def command(argv: Sequence[str]) -> str:
 
 
 def versions() -> dict[str, str]:
-    """The packages that a plan depends on, those that are installed."""
+    """Versions of the installed packages that a plan depends on."""
     return {name: version(name) for name in PACKAGES if importlib.util.find_spec(name.replace("-", "_"))}
 
 
 def volume_of(text: str) -> tuple[int, ...]:
-    """(273, 406, 105) of "273x406x105"; () of nothing."""
+    """(273, 406, 105) for "273x406x105"; () for an empty text."""
     if text and not re.fullmatch(r"[1-9]\d{0,3}(x[1-9]\d{0,3}){2}", text):
         raise InputError(f"--volume={text} is no size: write --volume=273x406x105 (voxels)")
     return tuple(int(n) for n in text.split("x")) if text else ()
@@ -116,9 +117,10 @@ def volume_of(text: str) -> tuple[int, ...]:
 def plan(
     config: ConfigDict, machine: Machine, *, stage: str = "", batch: int | None = None, largest: bool = False
 ) -> list[dict[str, Any]]:
-    """What each stage (or the one named) needs on a machine, and how fast its step can be at most: `report` shows it.
+    """What each stage, or `stage` alone, needs on a machine, and how fast its step can be at most.
 
-    Raises InputError as `load_system` and `devices_of` do, and where a batch or the recipe's `fsdp` does not divide."""
+    `report` makes lines of it. Raises InputError as `load_system` and `devices_of` do, where the chips do not divide
+    the batch, and where the recipe's `fsdp` does not divide the chips."""
     devices = prepared(config, machine)
     fsdp = config.get("fsdp", 1)
     mesh = device_mesh(fsdp, devices)
@@ -140,7 +142,7 @@ def plan(
             head["steps_of_dispatch"] = steps_of_dispatch(config, each, mesh.size)
             for phase in dict.fromkeys(each.phases):
                 at = partial(planned_at, config, machine, mesh, each, number, before, phase)
-                if (each.step, phase) not in known:  # AMAE's modules share theirs
+                if (each.step, phase) not in known:  # AMAE's modules share one step
                     log(f"stage {each.name}: compiling for {machine.name}, a minute or more at a paper's size")
                     known[each.step, phase] = at(size)
                     if largest:
@@ -154,8 +156,8 @@ def plan(
 
 
 def prepared(config: ConfigDict, machine: Machine) -> Sequence[Any]:
-    """The machine's devices; the recipe becomes one for them."""
-    jax.config.update("jax_platforms", "cpu")  # an accelerator that is here is not taken
+    """The machine's devices; a recipe with dtype "auto" gets bfloat16."""
+    jax.config.update("jax_platforms", "cpu")  # a plan takes no accelerator of this machine
     if config.model.dtype == "auto":
         config.model.dtype = "bfloat16"
     return devices_of(machine)
@@ -182,8 +184,9 @@ def step_of(
     batch: int | None,
     phase: Any = None,
 ) -> tuple[State, tuple[PyTree, Any], Any]:
-    """(state, (batch, keys), jitted step) of a stage on a mesh: shapes with their places, no numbers. `phase` is the
-    one of the stage's phases that the step is of, the first where not given."""
+    """(state, (batch, keys), jitted step) of a stage on a mesh, as shapes with their places, without numbers.
+
+    The step is that of `phase`, one of the stage's phases; None stands for the first."""
     n, steps = config.replicates, stage.steps(ROWS)
     size = batch or stage.batch * mesh.size
     if size % (mesh.size * stage.parts):
@@ -215,7 +218,7 @@ def planned_at(
     phase: Any,
     batch: int,
 ) -> dict[str, Any]:
-    """A stage's step at a batch."""
+    """The plan of a stage's step with one size of the batch."""
     return planned(machine, mesh, *step_of(config, stage, number, results, mesh, batch, phase))
 
 
@@ -249,8 +252,10 @@ def planned(machine: Machine, mesh: Mesh, state: State, inputs: tuple[PyTree, An
 def measured(
     machine: Machine, mesh: Mesh, compiled: Any, arguments: Mapping[str, int], compute_s: float | None
 ) -> dict[str, Any]:
-    """What a compiled program says of itself, and the time that follows. `compute_s` is that of its products, where
-    they are not counted in the program (of TPUs, whose convolutions XLA writes in many forms)."""
+    """What a compiled program needs, and the time that follows from this.
+
+    `compute_s` is the time of the products, or None, and then they are counted in the program. Programs for TPUs do not
+    allow that, since XLA writes their convolutions in many forms."""
     chip, sizes = machine.chip, compiled.memory_analysis()
     limit = memory_limit(machine)
     memory = dict(arguments)
@@ -265,7 +270,7 @@ def measured(
     out: dict[str, Any] = {
         "memory": memory,
         "limit": limit,
-        "fits": not machine.gpus or sum(memory.values()) <= limit,  # libtpu compiles what fits alone
+        "fits": not machine.gpus or sum(memory.values()) <= limit,  # libtpu compiles only what fits
         "total": sum(memory.values()),
         "flops_compiler": cost.get("flops"),
         "traffic_chip": traffic,
@@ -284,7 +289,7 @@ def measured(
     kernels_s = program.seconds(chip.usable, chip.usable * chip.float32, chip.bandwidth)
     out |= {
         "flops_compiled_chip": work._asdict(),
-        "float32_most_chip": max((k.times * k.work.float32 for k in program.kernels()), default=0.0),  # one kernel's
+        "float32_most_chip": max((k.times * k.work.float32 for k in program.kernels()), default=0.0),  # of one kernel
         "kernels": launches,
         "custom_calls": dict(program.custom_calls()),
         "padding_chip": program.padding(),
@@ -303,18 +308,18 @@ def seconds_of(machine: Machine, work: Work) -> float:
 
 
 def memory_limit(machine: Machine) -> float:
-    """Bytes that JAX takes of a chip."""
+    """Bytes that JAX takes of a chip's memory."""
     return machine.chip.memory * (USABLE if machine.gpus else 1)
 
 
 def predicted(
     compute_s: float, memory_s: float, network_s: float, kernels_s: float = 0, launches_s: float = 0
 ) -> dict[str, Any]:
-    """A step's time: `step_s` with the network after what a chip does alone, `step_least_s` with the network beside it;
-    the share of one chip's speed that is left; and the longest part.
+    """A step's time, its efficiency against one chip alone, and the longest part.
 
-    A chip alone takes the longest of its products, its memory's traffic, its kernels one after the other, and their
-    launches, which run ahead of them."""
+    `step_s` has the network after the chip's own work, `step_least_s` beside that work. A chip's own work takes the
+    longest of its products, its memory traffic, its kernels one after the other, and the kernels' launches, which run
+    ahead of them."""
     local = max(compute_s, memory_s, kernels_s, launches_s)
     parts = {"compute": compute_s, "memory": memory_s, "network": network_s}
     if launches_s > max(kernels_s, network_s):
@@ -328,10 +333,11 @@ def predicted(
 
 
 def largest_batch(at: Callable[[int], dict[str, Any]], base: int, unit: int, found: dict[str, Any]) -> dict[str, Any]:
-    """The largest batch that fits, a multiple of `unit` (of 8 units from 64 of them on).
+    """The largest batch that fits, a multiple of `unit`, and of 8 units from 64 units on.
 
-    A line through the memory of `base`, which is `found`, and that of another batch estimates it; `at` compiles it and
-    so confirms it. Where that takes more than there is, the line through it gives the next, up to three times."""
+    `found` is the plan of the batch `base`. A line through its memory and that of another batch gives an estimate. `at`
+    compiles the estimate to confirm it. If it does not fit, a line through its memory gives the next, up to
+    three in all."""
     limit = found["limit"]
     whole = lambda b: int(b // (unit * 8) * unit * 8 if b >= 64 * unit else b // unit * unit)
     other = 2 * base if found["fits"] else max(unit, whole(base / 2))
@@ -343,7 +349,7 @@ def largest_batch(at: Callable[[int], dict[str, Any]], base: int, unit: int, fou
         (b0, m0), (b1, m1) = points[0], points[-1]
         slope = (m1 - m0) / (b1 - b0)
         if slope <= 0:
-            raise InputError(f"memory does not grow from a batch of {b0} to one of {b1}: there is no line to follow")
+            raise InputError(f"memory does not grow from a batch of {b0} to one of {b1}: no line estimates the largest")
         estimate = whole(b0 + (limit - m0) / slope)
         if estimate < unit:
             return {"batch": 0, "total": m0, "tried": tried}
@@ -360,8 +366,10 @@ def largest_batch(at: Callable[[int], dict[str, Any]], base: int, unit: int, fou
 
 
 def scoring(config: ConfigDict, machine: Machine, *, volume: tuple[int, ...] = ()) -> dict[str, Any]:
-    """What one scoring needs on one host of a machine: of images all masks of a batch in one pass, of volumes the sweep
-    over one of the size `volume`. As many masks, or windows, at a time as the memory holds, as in an evaluation."""
+    """What scoring needs on one host of a machine.
+
+    For images this is one pass with all masks of a batch, for volumes the sweep over one volume of the size `volume`.
+    As in an evaluation, the program takes as many masks or windows at a time as fit the memory."""
     every = prepared(config, machine)
     devices = [device for device in every if device.process_index == every[0].process_index]
     mesh = device_mesh(1, devices)
@@ -399,7 +407,7 @@ def scoring(config: ConfigDict, machine: Machine, *, volume: tuple[int, ...] = (
 def pass_of(
     config: ConfigDict, system: System, mesh: Mesh, results: PyTree, keys: Any
 ) -> tuple[PyTree, Callable[[int], Any]]:
-    """(shapes of a batch of images, the traced fused pass for so many masks at a time)."""
+    """(shapes of a batch of images, function that traces the fused pass for a number of masks at a time)."""
     batch = scoring_batch(config, -(-config.evaluation.batch // mesh.size) * mesh.size, mesh)
     program = scoring_program(system, mesh)
     return batch, lambda chunk: program.trace(results, batch, keys, chunk)
@@ -408,8 +416,10 @@ def pass_of(
 def sweep_of(
     config: ConfigDict, sweep: Sweep, mesh: Mesh, volume: tuple[int, ...], results: PyTree, keys: Any
 ) -> tuple[PyTree, Callable[[int], Any]]:
-    """(shapes of a volume with its windows, the traced sweep for so many windows at a time). How many windows there are
-    is known to the program, so that its loop's length is: in an evaluation it is an argument."""
+    """(shapes of a volume with its windows, function that traces the sweep for a number of windows at a time).
+
+    The program knows how many windows there are, so that its loop has a known length. In an evaluation this number is
+    an argument."""
     tiling = tile(volume, sweep.window, sweep.stride)
     array = tuple(n + low + high for n, (low, high) in zip(volume, tiling.pad, strict=True))
     shapes = {
@@ -433,25 +443,28 @@ def sweep_of(
 
 
 def held(tree: PyTree) -> int:
-    """Bytes of a tree of placed shapes on one chip."""
+    """Bytes on one chip of a tree of shapes with their places."""
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-# Operations that hand a number on as it is. Gradients keep the number of the platform beside the branches' results.
+# Operations that pass a number on unchanged. For gradients the platform's index is stored beside the branches' results.
 SAME = "copy convert_element_type reshape squeeze broadcast_in_dim slice dynamic_slice reduce_precision name".split()
-ATTENTION = {"dot_product_attention_fwd_wrapper": 4, "dot_product_attention_bwd_wrapper": 10}  # cuDNN's: x b h n m d
+ATTENTION = {"dot_product_attention_fwd_wrapper": 4, "dot_product_attention_bwd_wrapper": 10}  # FLOPs: x b h n m d
 
 
 def products(jaxpr: Any, platform: str) -> Counter[int]:
-    """FLOPs of all matrix products, convolutions and cuDNN attentions of a traced program, two a multiplication, by the
-    bytes of a number of their inputs. A loop's body counts as often as it runs (`while`: once); of branches the
-    platform's own counts, or else the longest."""
+    """FLOPs of all matrix products, convolutions and cuDNN attentions of a traced program, by the bytes of a number of
+    their inputs.
+
+    A multiply-add counts as two. A loop's body counts as often as it runs, the body of `while` once. Of several
+    branches, that of the platform counts, or else the longest."""
     return traced_work(jaxpr, platform, [None] * len(jaxpr.invars))[0]
 
 
 def traced_work(jaxpr: Any, platform: str, given: Sequence[Any]) -> tuple[Counter[int], list[Any]]:
-    """(FLOPs, the platforms that each output chooses among) of a program, by those that its inputs choose among: a
-    tuple for an array that is a `platform_index`, None for any other."""
+    """(FLOPs, platforms of each output) of a program; `given` has the platforms of each input.
+
+    The platforms of a `platform_index` are the tuple that it chooses among; any other array has None."""
     total: Counter[int] = Counter()
     chosen: dict[Any, tuple | None] = dict(zip(jaxpr.invars, given, strict=True))
     of = lambda var: None if hasattr(var, "val") else chosen.get(var)
@@ -488,7 +501,7 @@ def traced_work(jaxpr: Any, platform: str, given: Sequence[Any]) -> tuple[Counte
             subs = list(inner(params))
             given = [of(var) for var in eqn.invars]
             for sub in subs:
-                # A loop's or a call's own program has the equation's inputs; `while` has some of them in each of two.
+                # The program of a loop or a call has the equation's inputs; each of the two of `while` has some.
                 same = len(sub.invars) == len(given)
                 flops, outs = traced_work(sub, platform, given if same else [None] * len(sub.invars))
                 for size, n in flops.items():
@@ -513,7 +526,7 @@ def inner(params: dict[str, Any]) -> Iterator[Any]:
 
 
 def report(machine: Machine, found: dict[str, Any]) -> list[str]:
-    """The lines that are printed of a plan of a stage, or of scoring."""
+    """The printed lines of the plan of a stage or of scoring."""
     gpus, n, data = machine.gpus, found["chips"], found["chips"] // found["fsdp"]
     gb = lambda size: f"{size / 1e9:.3g}"
     ms = lambda seconds: f"{1e3 * seconds:.3g}"
@@ -571,7 +584,7 @@ def report(machine: Machine, found: dict[str, Any]) -> list[str]:
     lines += [
         f"  step         {ms(found['step_least_s'])} (network beside the rest) to {ms(found['step_s'])} ms (after it): "
         f"at most {found['batch'] / found['step_least_s']:.3g} {unit} a second [estimated]",
-        f"  efficiency   {found['efficiency']:.0%} of one chip's with the network after the rest; limited by "
+        f"  efficiency   {found['efficiency']:.0%} of one chip's speed, with the network after the rest; limited by "
         f"{found['limited_by']} [estimated]",
     ]
     if "largest" in found:
@@ -596,28 +609,28 @@ def kernel_lines(found: dict[str, Any]) -> list[str]:
 
 
 def largest_line(found: dict[str, Any], limit: str) -> str:
-    """What the search of the largest batch found."""
+    """The line that tells the largest batch."""
     tried = ", ".join(map(str, found["tried"]))
     if found["batch"]:
         return f"  largest      batch {found['batch']}: {found['total'] / 1e9:.3g} of {limit} GB [compiled: {tried}]"
     if found["batch"] == 0:
         return f"  largest      none fits in {limit} GB [compiled: {tried}; the rest estimated]"
-    return f"  largest      not found: the memory is no line [compiled: {tried}]"
+    return f"  largest      not found: the memory does not follow a line [compiled: {tried}]"
 
 
 def peaks(machine: Machine) -> str:
-    """The stated figures that the estimates reckon with."""
+    """The line of the rates that the estimates use."""
     chip = machine.chip
     links = f"{chip.ports} link{'s' * (chip.ports > 1)} of {chip.link / 1e9:.4g} GB/s each way"
     if machine.gpus and machine.shape[0] > 1:
         links += f", between hosts of {machine.shape[1]} {chip.between / 1e9:.4g}"
     rate = f"{chip.flops / 1e12:.4g} TFLOP/s in bfloat16"
     if chip.measured:
-        rate += f" nominal, {chip.measured / 1e12:.4g} measured on an H200, with which it is estimated"
+        rate += f" nominal, {chip.measured / 1e12:.4g} measured on an H200: times are estimated with it"
     return f"  rates        {rate}; {chip.bandwidth / 1e9:.4g} GB/s; {links} ({chip.source})"
 
 
 if __name__ == "__main__":
     code = exit_code(main)
     sys.stdout.flush()
-    os._exit(code)  # an interrupted compilation runs on in its threads, and ends badly with the interpreter
+    os._exit(code)  # an interrupted compilation runs on in its threads, and may crash when the interpreter ends

@@ -1,7 +1,7 @@
-"""The device that programs are made for: the one place that answers questions about it.
+"""The kind of device that programs are compiled for, and the one function that tells it.
 
-A program may be traced and compiled for a device that is not here (`jmae.plan`, the tests). Code whose form depends on
-the device therefore asks `target()`, never a live device.
+A program may be traced and compiled for a device that this machine lacks (`jmae.plan`, the tests). Code whose form
+depends on the device therefore asks `target()`, never a live device.
 """
 
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from unittest import mock
 
 import jax
 
-CUDNN = 91000  # what a CUDA build of JAX comes with at least; a plan answers with the version that it is made for
+CUDNN = 91000  # the oldest version that a CUDA build of JAX installs; a plan uses the version in `jmae.gpus`
 
 
 class Target(NamedTuple):
@@ -48,10 +48,11 @@ def _of(device: Any) -> Target:
 
 @contextmanager
 def tracing_for(chosen: Target) -> Iterator[None]:
-    """Programs that are traced inside are made for a device of the given kind, whether one is here or not.
+    """Trace the programs inside for the given kind of device, whether this machine has one or not.
 
-    JAX's cuDNN attention asks the live devices while it is traced, and has no argument for the answers. For an NVIDIA
-    GPU its three questions are therefore answered here, for plans and tests alone; no training or scoring enters this.
+    JAX's cuDNN attention asks the live devices while it is traced, and has no argument for the answers. This
+    function therefore answers its three questions about an NVIDIA GPU. Only plans and tests use it; training and
+    scoring never do.
     """
     with ExitStack() as stack:
         token = _chosen.set(chosen)

@@ -12,8 +12,9 @@ from jaxtyping import Array, Float
 from jmae.sharding import on_each_device
 from jmae.target import target
 
-# Sequences are padded to a multiple of it for NVIDIA GPUs: JAX's cuDNN attention refuses odd lengths in training, and
-# XLA pads each product whose rows are no multiple of 8. Longer padding costs more than it gives: 64 makes 256 of 197.
+# For NVIDIA GPUs sequences are padded to a multiple of this length. JAX's cuDNN attention refuses odd lengths in
+# training, and XLA pads each product whose rows are no multiple of 8. Longer padding costs more than it saves: with 64,
+# 197 tokens become 256.
 MULTIPLE = 8
 
 # Scores that the CPU computes at once: all of them below WHOLE, else blocks that fit its cache. Milliseconds of CPU
@@ -55,17 +56,17 @@ def padding(length: int) -> int:
 def _flash_runs(q: Array) -> bool:
     """Whether cuDNN has a flash kernel: NVIDIA GPUs from Ampere on, half precision, heads of 8, 16, ... 128 channels.
 
-    Asked before the call, since JAX raises at tracing where it finds no cuDNN, even in programs for a CPU or a TPU."""
+    Callers ask before the call, since JAX raises while tracing if it finds no cuDNN, even for a CPU or a TPU."""
     device, width = target(), q.shape[-1]
     half = q.dtype in (jnp.bfloat16, jnp.float16) and width % 8 == 0 and width <= 128
     return half and device.platform == "cuda" and device.capability >= (8, 0) and device.cudnn > 0
 
 
 def _flash(q: Array, k: Array, v: Array, keys: int, implementation: str = "cudnn") -> Array:
-    """The fused kernel, on sequences of a multiple of `MULTIPLE`.
+    """cuDNN's flash kernel, on sequences whose length is padded to a multiple of `MULTIPLE`.
 
-    Keys alone are masked. Queries of padding are computed and cut off: cuDNN leaves rows behind a query length
-    undefined, and their gradients, too. For the same reason padding is set to 0, and with it its gradient."""
+    Only keys are masked. Rows of padding queries are computed and cut off, since cuDNN leaves rows after a query
+    length, and their gradients, undefined. For the same reason padding is set to 0, which also makes its gradient 0."""
     n = q.shape[1]
     q, k, v = _filled(q, n), _filled(k, keys), _filled(v, keys)
     kernel = partial(jax.nn.dot_product_attention, implementation=implementation)
@@ -77,7 +78,7 @@ def _flash(q: Array, k: Array, v: Array, keys: int, implementation: str = "cudnn
 
 
 def _filled(x: Float[Array, "b n h d"], rows: int) -> Float[Array, "b n+p h d"]:
-    """The first rows, and 0 behind them up to a multiple of `MULTIPLE`."""
+    """The first `rows` rows, and zeros after them up to a multiple of `MULTIPLE`."""
     x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % MULTIPLE), (0, 0), (0, 0)))
     return x if rows == x.shape[1] else jnp.where((jnp.arange(x.shape[1]) < rows)[:, None, None], x, 0)
 
@@ -108,7 +109,7 @@ def _broadcast(size: int, batched: list[bool], arrays: tuple[Array, ...]) -> tup
 
 
 def _blockwise(q: Array, k: Array, v: Array) -> Array:
-    """Heads first (g = b h), since XLA's CPU products want contiguous matrices, then blocks of scores."""
+    """Attention in blocks of scores; heads come first (g = b h), since XLA's CPU products want contiguous matrices."""
     b, n, h, d = q.shape
     first = lambda x: x.transpose(0, 2, 1, 3).reshape(b * h, -1, d)
     return _attend(first(q * d**-0.5), first(k), first(v)).reshape(b, h, n, d).transpose(0, 2, 1, 3)

@@ -87,7 +87,7 @@ class MultiLevelBlock(nnx.Module):
     def cross(
         self, rows: Float[Array, "b*n d"], normed: Float[Array, "b*n d"], levels: Float[Array, "levels b k e"]
     ) -> Float[Array, "b*n d"]:
-        """sum_l alpha_l C_l for the rows S and their norm, all levels in one call of the attention."""
+        """sum_l alpha_l C_l for the rows S and their LayerNorm; one call of the attention takes all levels."""
         (r, d), (count, b, k, _) = rows.shape, levels.shape
         heads = (self.heads, d // self.heads)
         q = self.query(normed).reshape(b, -1, *heads)
@@ -107,7 +107,7 @@ class MultiLevelBlock(nnx.Module):
 def _attention_to_levels(
     q: Float[Array, "b n h e"], kv: Float[Array, "levels b k 2 h e"]
 ) -> Float[Array, "levels b n h*e"]:
-    """Each sample's queries attend to each of its levels apart."""
+    """Each sample's queries attend to each of its levels separately."""
     count, b, _, _, *heads = kv.shape
     samples = lambda x: x.reshape(count * b, -1, *heads)
     found = attention(samples(jnp.broadcast_to(q, (count, *q.shape))), samples(kv[:, :, :, 0]), samples(kv[:, :, :, 1]))
@@ -115,7 +115,7 @@ def _attention_to_levels(
 
 
 def _rowwise(layer: Callable[[Array], Array], x: Float[Array, "levels b k e"]) -> Float[Array, "levels b k o"]:
-    """A layer of rows over all levels: of one matrix, which a CPU wants, but where devices share the samples."""
+    """A layer on the rows of all levels. They form one matrix, as suits a CPU, unless devices share the samples."""
     if divides(x, 1):
         return layer(x)
     return layer(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
@@ -128,7 +128,7 @@ def _gate(
     of_c: Float[Array, "levels d o"],
     bias: Float[Array, "levels 1 o"],
 ) -> Float[Array, "levels r o"]:
-    """What a level's gate is the sigmoid of; kept for the backward pass. The rows meet all levels in one product."""
+    """The input of each level's sigmoid gate, saved for the backward pass. One product of `rows` serves all levels."""
     count, d, o = of_s.shape
     seen = jnp.moveaxis((rows @ of_s.swapaxes(0, 1).reshape(d, -1)).reshape(-1, count, o), 1, 0)
     return checkpoint_name(seen + jnp.einsum("lrd,ldo->lro", found, of_c) + bias, "gate")

@@ -1,7 +1,8 @@
 """LayerNorm, with kernels of its own for NVIDIA GPUs.
 
-XLA's compiler makes seven kernels of a LayerNorm and its gradient there, some of which write the normed values in
-float32. The kernels here are two and the sum of the parameters' gradients; each reads its inputs once.
+For these GPUs XLA's compiler makes seven kernels of a LayerNorm and its gradient, some of which write the normed values
+in float32. This module has one kernel forward and one backward, each of which reads its inputs once. A sum of the
+parameters' gradients follows.
 """
 
 from functools import partial
@@ -19,7 +20,7 @@ from jmae.sharding import on_each_device
 from jmae.target import target
 
 ROWS = 4  # rows that a kernel's program reads at a time
-PROGRAMS = 1024  # programs of the backward kernel at most: each sums the parameters' gradients of its own rows
+PROGRAMS = 1024  # at most, of the backward kernel; each sums the parameters' gradients over its own rows
 
 Rows = Float[Array, "*n d"]
 Vector = Float[Array, " d"]
@@ -33,11 +34,11 @@ class LayerNorm(nnx.LayerNorm):
         return self._kernels(False, x)[0] if mask is None and _kernels_run() else super().__call__(x, mask=mask)
 
     def beside(self, x: Rows) -> tuple[Rows, Rows]:
-        """(x, its norm), for a residual path: one kernel adds both gradients of x."""
+        """(x, LayerNorm of x), for a residual path; one kernel adds both gradients of x."""
         return self._kernels(True, x) if _kernels_run() else (x, super().__call__(x))
 
     def after(self, x: Rows, branch: Rows, offset: Vector | None = None) -> tuple[Rows, Rows]:
-        """(the sum x + (branch + offset), its norm), by one kernel; `offset` is the bias of the branch's last layer."""
+        """(x + (branch + offset), LayerNorm of it), by one kernel; `offset` is the bias of the branch's last layer."""
         offset = None if offset is None else offset.astype(branch.dtype)
         if _kernels_run():
             return self._kernels(True, x, branch, offset)
@@ -50,7 +51,7 @@ class LayerNorm(nnx.LayerNorm):
 
 
 def _kernels_run() -> bool:
-    """Whether programs are made for a GPU that Triton knows."""
+    """Whether programs are made for a GPU that Triton supports."""
     device = target()
     return device.platform == "cuda" and device.capability >= (8, 0)
 
@@ -61,8 +62,14 @@ def layer_norm(width: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> LayerNorm:
 
 
 class Form(NamedTuple):
-    """What a LayerNorm is: its epsilon, its output's type, whether the sum that it norms is given, too; and whether
-    Pallas' interpreter runs the kernels, on any device."""
+    """Form of a LayerNorm.
+
+    Attributes:
+        epsilon: added to the variance.
+        dtype: type of the output.
+        beside: whether the sum that is normed is an output, too.
+        interpret: whether Pallas' interpreter runs the kernels, which it does on any device.
+    """
 
     epsilon: float
     dtype: jnp.dtype
@@ -74,7 +81,7 @@ class Form(NamedTuple):
 def _normed(
     x: Rows, branch: Rows | None, offset: Vector | None, scale: Vector, bias: Vector, form: Form
 ) -> tuple[Rows, ...]:
-    """([the sum of x, branch and offset,] its norm)."""
+    """The LayerNorm of the sum of x, branch and offset; with `form.beside`, (the sum, its LayerNorm)."""
     kernels = on_each_device(partial(_forward, form), (0, 0, None, None, None), (0, 0) if form.beside else (0,))
     return _on_gpu(kernels, partial(_plain, form), form, x, branch, offset, scale, bias)
 
@@ -116,7 +123,7 @@ def _on_gpu(kernels, plain, form: Form, *given):
 
 
 def _plain(form: Form, x, branch, offset, scale, bias) -> tuple[Rows, ...]:
-    """What the kernels compute, for other devices."""
+    """The outputs of `_normed` without a kernel, for other devices."""
     if branch is not None:
         x = x + (branch if offset is None else branch + offset)
     wide = x.astype(jnp.float32)
@@ -130,7 +137,7 @@ def _plain(form: Form, x, branch, offset, scale, bias) -> tuple[Rows, ...]:
 
 
 def _forward(form: Form, x, branch, offset, scale, bias):
-    """([the sum,] its norm); a branch comes with the sum."""
+    """The outputs of `_normed`. A branch needs `form.beside`."""
     rows, width = prod(x.shape[:-1]), x.shape[-1]
     given = {"x": x, "branch": branch, "offset": offset, "scale": scale, "bias": bias}
     given = {
@@ -161,8 +168,9 @@ def _forward(form: Form, x, branch, offset, scale, bias):
 
 
 def _backward(form: Form, offset: bool, total, d_sum, scale, d_out):
-    """(gradient of the sum, sums over each program's rows of the gradients of scale, bias and, where there is one, the
-    offset (programs, 2 or 3, d))."""
+    """(gradient of the sum, gradients of scale, bias and, where there is one, the offset (programs, 2 or 3, d)).
+
+    Each program sums the latter over its rows."""
     rows, width = prod(total.shape[:-1]), total.shape[-1]
     given = [each.reshape(rows, width) for each in (total, d_out, d_sum) if each is not None]
     blocks = pl.cdiv(rows, ROWS)
@@ -200,19 +208,19 @@ def _backward(form: Form, offset: bool, total, d_sum, scale, d_out):
 
 
 def _columns(width: int) -> tuple[Array, Array]:
-    """(numbers of a row's places, as many as a power of two, which Triton wants; which of them are inside)."""
+    """(indices of a row's elements, mask of those inside). Their number is a power of two, which Triton wants."""
     columns = jnp.arange(pl.next_power_of_2(width))
     return columns, columns < width
 
 
 def _rows(block, columns: Array, rows: int, width: int) -> tuple[tuple[Array, Array], Array]:
-    """(index of a block of rows, which of its places are inside)."""
+    """(indices of a block of rows, mask of the elements inside)."""
     numbers = block * ROWS + jnp.arange(ROWS)
     return (numbers[:, None], columns[None]), (numbers < rows)[:, None] & (columns < width)[None]
 
 
 def _centred(values: Array, here: Array, width: int, epsilon: float) -> tuple[Array, Array]:
-    """Rows less their means, 0 outside, and 1 / sqrt(variance + epsilon)."""
+    """(rows minus their means, 0 outside; 1 / sqrt(variance + epsilon))."""
     values = values.astype(jnp.float32)
     centred = jnp.where(here, values - jnp.sum(values, 1, keepdims=True) / width, 0)
     return centred, jax.lax.rsqrt(jnp.sum(centred**2, 1, keepdims=True) / width + epsilon)

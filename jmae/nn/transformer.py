@@ -22,8 +22,8 @@ xavier = nnx.initializers.xavier_uniform()
 
 
 def kept(primitive: Any, *values: Any, **parameters: Any) -> bool:
-    """Results that a block keeps for its backward pass: dense products and what attention names (or, of cuDNN's
-    kernel, all), not its scores."""
+    """Policy of what a block saves for its backward pass: dense products, the results with the names "attention" and
+    "gate", and all outputs of cuDNN's attention. The block computes scores again."""
     policies = jax.checkpoint_policies
     return (
         policies.dots_with_no_batch_dims_saveable(primitive, *values, **parameters)
@@ -50,10 +50,10 @@ def product(layer: nnx.Linear, rows: Float[Array, "r d"]) -> Float[Array, "r e"]
 class Block(nnx.Module):
     """x + attention(norm x), then x + mlp(norm x).
 
-    With `memory` slots, attention is memory-augmented: m learned keys and values, the same for every input and split
-    over the heads as the others, stand before those of the tokens (Tian et al. 2022, arXiv 2203.11725, Eq. 1; scaled
-    and drawn as in Cornia et al., "Meshed-Memory Transformer", CVPR 2020, its source). Queries are the tokens alone;
-    no slots are plain attention.
+    With `memory` slots, attention is memory-augmented (Tian et al. 2022, arXiv 2203.11725, Eq. 1): m learned keys and
+    values stand before those of the tokens. These are the same for every input, and split over the heads as the
+    others. Their scale and initial values are those of its source, Cornia et al., "Meshed-Memory Transformer", CVPR
+    2020. Only tokens are queries. Without slots, attention is plain.
     """
 
     def __init__(self, width: int, heads: int, mlp_ratio: float, dtype: jnp.dtype, memory: int = 0, *, rngs: nnx.Rngs):
@@ -72,7 +72,7 @@ class Block(nnx.Module):
         self.fc2 = linear(int(width * mlp_ratio), width, dtype, rngs)
 
     def __call__(self, x: Float[Array, "b n d"], *, tokens: int | None = None) -> Float[Array, "b n d"]:
-        """The block's output; rows behind the first `tokens` are padding, to which no token attends."""
+        """The block's output; rows after the first `tokens` are padding, to which no token attends."""
         rows, branch = self.attended(x, tokens)
         return self.transformed(rows, branch, self.out.bias[...]).reshape(x.shape)  # type: ignore[index]
 
@@ -81,7 +81,7 @@ class Block(nnx.Module):
     ) -> tuple[Float[Array, "b*n d"], Float[Array, "b*n d"]]:
         """(x as rows, attention(norm x) as rows without the bias of `out`).
 
-        Rows make matrices: XLA's CPU copies a transpose for each gradient of a wider product."""
+        Rows make matrices: for a product with more axes, XLA's CPU copies a transpose for each gradient."""
         b, n, d = x.shape
         rows, normed = self.norm1.beside(x.reshape(b * n, d))
         q, k, v = jnp.moveaxis(self.qkv(normed).reshape(b, n, 3, self.heads, d // self.heads), 2, 0)
@@ -95,7 +95,7 @@ class Block(nnx.Module):
     def transformed(
         self, rows: Float[Array, "r d"], branch: Float[Array, "r d"], offset: Float[Array, " d"] | None = None
     ) -> Float[Array, "r d"]:
-        """s + mlp(norm s) of the sum s of rows, branch and offset."""
+        """s + mlp(norm s), where s is the sum of rows, branch and offset."""
         rows, normed = self.norm2.after(rows, branch, offset)
         return rows + self.fc2(gelu(self.fc1(normed)))
 
@@ -145,7 +145,7 @@ class Blocks(nnx.Module):
         return outputs[:, :, : x.shape[1]]
 
     def _block(self, x: Float[Array, "b n d"], context: tuple[Array, ...]) -> Callable[[Array, Any], Array]:
-        """A block as a function of its input, which may have padding behind the tokens of `x`, and its parameters."""
+        """A block as a function of input and parameters. The input may have padding after the tokens of `x`."""
         graph, tokens = nnx.graphdef(self.stack), x.shape[1]
         block = lambda x, p: over_samples(nnx.merge(graph, p))(x, *context, tokens=tokens)
         # Without a loop around the blocks, the compiler would find whole blocks computed twice and keep their results.
@@ -168,12 +168,14 @@ def _is_kernel(path: tuple[Any, ...]) -> bool:
 
 
 def _filled(x: Float[Array, "b n d"]) -> Float[Array, "b n+p d"]:
-    """The tokens, and rows of 0 behind them that bring the sequence to a length that suits the device."""
+    """The tokens, and after them rows of 0 that bring the sequence to a length that suits the device."""
     return jnp.pad(x, ((0, 0), (0, padding(x.shape[1])), (0, 0)))
 
 
 def _over(step: Callable, carry: Any, given: Any) -> tuple[Any, Any]:
-    """`jax.lax.scan`. For NVIDIA GPUs it is unrolled: a loop there copies and clears what each block keeps, twice the
-    kernels, and hides no communication behind the next block. The loop compiles in half the time."""
+    """`jax.lax.scan`, unrolled for NVIDIA GPUs.
+
+    A loop there copies and clears what each block saves, launches twice as many kernels, and overlaps no communication
+    with the next block. Its only advantage is that it compiles in half the time."""
     unroll = target().platform == "cuda"
     return jax.lax.scan(step, carry, given, unroll=unroll or 1)

@@ -38,8 +38,8 @@ def attention(
     Only the first `keys` keys and values count (None: all). The others are padding; what they hold, NaN included,
     changes neither the output nor a gradient.
 
-    The platform decides the form when the program is lowered: cuDNN's flash kernel on NVIDIA GPUs where cuDNN has one,
-    blocks of scores on other NVIDIA GPUs and on the CPU, `jax.nn.dot_product_attention` on other accelerators.
+    The platform decides the form when the program is lowered. NVIDIA GPUs run cuDNN's flash kernel where cuDNN has one.
+    Otherwise they compute blocks of scores, as the CPU does. Other accelerators run `jax.nn.dot_product_attention`.
     """
     keys = keys or k.shape[1]
     first = lambda form: lambda q, k, v: form(q, k[:, :keys], v[:, :keys])

@@ -1,17 +1,20 @@
 #!/usr/bin/env bash
 # Builds, checks and times on a bare machine with one NVIDIA GPU, in at most LIMIT seconds (590).
-# Not yet run on a GPU. Its programs were run on a CPU, at small sizes.
+# Not yet run on a GPU. Its programs were run on a CPU, at small sizes; the plans say what to expect of a GPU.
 #
-#     bash benchmarks/gpu.sh                  # all parts, in this order: check infer train (MAEMI), amae memmc_mae ppii
-#                                             # simsid (their steps), largest masks anomalies memmc
+#     bash benchmarks/gpu.sh                  # all parts, in this order: check demo, infer train (MAEMI), amae memmc_mae
+#                                             # ppii simsid (their steps), largest masks anomalies memmc plans
 #     bash benchmarks/gpu.sh largest masks    # some, as those that the time did not suffice for
 #
-# A part that fails is said at the end and the others go on. Tables: NAME_gpu.json in $OUT, else in benchmarks/results,
+# demo: AMAE on phantoms, trained and evaluated. infer: a whole breast volume. anomalies: P-PII's composites. plans: what
+# the tables have by then beside the kept plans (benchmarks/results/scaling.json); it takes seconds, which are kept for
+# it. A part that fails is said at the end and the others go on. Tables: NAME_gpu.json in $OUT, else in benchmarks/results,
 # where other cases stay. SWEEPS=6: PyTorch's loops over the whole volume, too (1 is extrapolated). PYTHON: one that has
 # jax and torch for the GPU; else python3 where it has, else build/gpu, a virtual environment that is made.
 set -u
 root=$(cd "$(dirname "$0")/.." && pwd)
-limit=${LIMIT:-590} to=${OUT:-$root/benchmarks/results} wanted=${*:-check infer train amae memmc_mae ppii simsid largest masks anomalies memmc}
+parts='check demo infer train amae memmc_mae ppii simsid largest masks anomalies memmc plans'
+limit=${LIMIT:-590} to=${OUT:-$root/benchmarks/results} wanted=${*:-$parts}
 venv=$root/build/gpu said=() failed=0
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 export XLA_PYTHON_CLIENT_PREALLOCATE=false # contestants share the GPU
@@ -28,7 +31,7 @@ scratch=$(mktemp -d)
 mkdir "$scratch/tests"
 cp -r "$root/benchmarks" "$root/configs" "$scratch" && cp -r "$root/tests/golden" "$scratch/tests"
 rm -f "$scratch"/benchmarks/results/*
-for name in volume throughput masks anomalies memmc; do
+for name in demo volume throughput masks anomalies memmc; do
     [ ! -f "$to/${name}_gpu.json" ] || cp "$to/${name}_gpu.json" "$scratch/benchmarks/results/$name.json"
 done
 keep() {
@@ -46,14 +49,15 @@ has_torch() { "$1" -c 'import torch, transformers; assert torch.cuda.is_availabl
 ready() { command -v "$1" >/dev/null && has_jax "$1" && has_torch "$1"; }
 build() {
     python3 -m venv "$venv" && "$venv/bin/pip" install -q --upgrade pip || return
-    "$venv/bin/pip" install -q -e "$root[cuda,bench]"
+    "$venv/bin/pip" install -q -e "${root}[cuda,bench]"
 }
 part() { # NAME COMMAND...
-    local name=$1 left=$((limit - SECONDS)) code
+    local name=$1 left=$((limit - SECONDS)) least=1 code
     shift
     case " $wanted " in *" $name "*) ;; *) return ;; esac
+    [ "$name" = plans ] || left=$((left - 10)) least=20
     printf '\n== %s, %s s left\n' "$name" "$left"
-    if [ "$left" -lt 20 ]; then
+    if [ "$left" -lt "$least" ]; then
         said+=("$name: not run, no time left") failed=1
         return
     fi
@@ -78,6 +82,7 @@ fi
 echo "built after $SECONDS s: $(command -v "$python")"
 
 part check "$python" -m benchmarks.volume check
+part demo "$python" -m benchmarks.demo
 part infer "$python" -m benchmarks.volume infer --sweeps "${SWEEPS:-1}"
 part train "$python" -m benchmarks.volume train --batch 6
 for system in amae memmc_mae ppii simsid; do
@@ -90,6 +95,8 @@ part masks "$python" -m benchmarks.masks --rounds 3
 part anomalies "$python" -m benchmarks.anomalies --step
 part memmc "$python" -m benchmarks.memmc steps --batch 64
 part memmc "$python" -m benchmarks.memmc scoring --batch 8
+part plans "$python" -m benchmarks.against_plan --plans "$root/benchmarks/results/scaling.json" \
+    --tables benchmarks/results/{volume,throughput}.json --out benchmarks/results/against_plan.json
 printf '\n%s s, tables in %s\n' "$SECONDS" "$to"
 printf '%s\n' "${said[@]}"
 exit $failed

@@ -1,10 +1,14 @@
 """The benchmarks' page and tables; no figure of theirs."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
-from benchmarks import cpu
+from benchmarks import against_plan, cpu
 from benchmarks.__main__ import GPU, PAGE, PARTS, RESULTS, SCRIPTS, page, summary
 from benchmarks.timing import ratio
 
@@ -94,3 +98,84 @@ def test_what_stands_between_adds_up_to_the_difference_of_the_steps():
         ["step", 4.0, 5.0],
     ]
     assert [row[4:] for row in rows] == [["20%", "25%"], ["60%", "25%"], ["20%", "50%"], ["100%", ""]]
+
+
+def plan_of(recipe, stage, batch, kernels_s, launches_s):
+    step_s = max(kernels_s, launches_s)
+    times = {"kernels_s": kernels_s, "launches_s": launches_s, "step_s": step_s}
+    return {"recipe": recipe, "stage": stage, "target": "h200:1", "batch": batch, **times}
+
+
+def step_on(device, batch, seconds):
+    return {"contestants": {"jmae": {"device": device, "batch": batch, "median_s": seconds}}}
+
+
+def test_a_measured_step_stands_beside_its_plan(tmp_path, monkeypatch, capsys):
+    plans = [
+        plan_of("maemi", "train", 6, 0.005, 0.001),
+        plan_of("amae", "module_a", 16, 0.002, 0.004),  # its launches take longer than its kernels
+        plan_of("amae", "module_b", 16, 0.002, 0.004),
+        plan_of("ppii, unet", "train", 16, 0.02, 0.001),
+    ]
+    kept = {"papers' recipes on one GPU": {"plans": {str(k): plan for k, plan in enumerate(plans)}}}
+    steps = {
+        "train, paper, batch 6, cuda": step_on("NVIDIA H200", 6, 0.006),
+        "train, paper, batch largest, cuda": step_on("NVIDIA H200", 96, 0.08),
+        "amae, paper, cuda": step_on("NVIDIA H200", 16, 0.01),
+        "ppii, paper, cuda": step_on("NVIDIA A100-SXM4-80GB", 16, 0.05),
+        "ppii, paper, cpu": step_on("cpu", 2, 9.0),
+        "amae, small, cuda": step_on("NVIDIA H200", 16, 9.0),
+    }
+    files = {"plans": kept, "volume": steps}
+    for name, content in files.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    command = ["against_plan", f"--plans={tmp_path}/plans.json", f"--out={tmp_path}/out.json"]
+    monkeypatch.setattr(sys, "argv", [*command, "--tables", f"{tmp_path}/volume.json", f"{tmp_path}/absent.json"])
+    assert against_plan.main() == 0
+    out = json.loads((tmp_path / "out.json").read_text())["steps, cuda"]
+    head, rows = out["table"]
+    found = [[row[0], row[1], *row[3:5], *row[7:9]] for row in rows]
+    assert head[7:9] == ["planned ms", "measured / planned"]
+    assert found == [
+        ["maemi", "train", 6, 6.0, 5.0, pytest.approx(1.2)],
+        ["maemi", "train", 96, 80.0, 5.0, "not compared: the plan's batch is 6"],
+        ["amae", "module_a", 16, 10.0, 4.0, pytest.approx(2.5)],
+        ["amae", "module_b", 16, "not run", 4.0, ""],
+        ["ppii, unet", "train", 16, "not run", 20.0, ""],
+        ["ppii, unet", "train", 16, 50.0, "", "no plan for NVIDIA A100-SXM4-80GB"],
+    ]
+    assert "not compared" in capsys.readouterr().out
+
+
+def test_without_a_step_on_a_gpu_no_table_is_written(tmp_path, monkeypatch, capsys):
+    plans = {"papers' recipes on one GPU": {"plans": {"0": plan_of("maemi", "train", 6, 0.005, 0.001)}}}
+    (tmp_path / "plans.json").write_text(json.dumps(plans))
+    command = ["against_plan", f"--plans={tmp_path}/plans.json", f"--out={tmp_path}/out.json"]
+    monkeypatch.setattr(sys, "argv", [*command, "--tables", f"{tmp_path}/absent.json"])
+    assert against_plan.main() == 3
+    assert "not run" in capsys.readouterr().out and not (tmp_path / "out.json").exists()
+
+
+@pytest.mark.parametrize(("limit", "some"), [("590", False), ("590", True), ("15", False)])
+def test_the_script_for_a_gpu_runs_its_parts_in_order(tmp_path, limit, some):
+    """With an nvidia-smi and a Python that only say how they were called; infer fails."""
+    python = tmp_path / "python"
+    python.write_text(f'[ "$1" = -c ] && exit\necho "$*" >> {tmp_path}/log\ncase $* in *infer*) exit 1 ;; esac\n')
+    (tmp_path / "nvidia-smi").write_text("echo H200\n")
+    for name in ("python", "nvidia-smi"):
+        (tmp_path / name).write_text("#!/bin/sh\n" + (tmp_path / name).read_text())
+        (tmp_path / name).chmod(0o755)
+    settings = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": str(python), "OUT": str(tmp_path / "out")}
+    script = ["bash", str(Path(against_plan.__file__).parent / "gpu.sh"), *(["demo", "plans"] if some else [])]
+    ran = subprocess.run(script, env=os.environ | settings | {"LIMIT": limit}, capture_output=True, text=True)
+    log = [line.split()[1] for line in (tmp_path / "log").read_text().splitlines()]
+    log = [name.removeprefix("benchmarks.") for name in log]
+    if some:
+        assert log == ["demo", "against_plan"] and ran.returncode == 0
+    elif limit == "15":  # less than a part takes; the plans take seconds
+        assert log == ["against_plan"] and ran.stdout.count("not run, no time left") == 13 and ran.returncode == 1
+    else:
+        steps = ["throughput"] * 4
+        order = ["volume", "demo", "volume", "volume", *steps, "volume", "masks", "anomalies", "memmc", "memmc"]
+        assert log == [*order, "against_plan"]
+        assert "infer: FAILED, exit code 1" in ran.stdout and "plans: done" in ran.stdout and ran.returncode == 1

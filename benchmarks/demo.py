@@ -1,0 +1,65 @@
+"""The demo on this machine: AMAE on built-in phantoms, all stages and the evaluation, in a scratch folder.
+
+    python -m benchmarks.demo [--config.KEY=VALUE ...]     (configs/amae.py; --config=FILE:PRESET for another recipe)
+
+Wall seconds of the whole process: imports and compilation (or what ~/.cache/jmae has of it) are in it. The steps a
+second of a stage are from its first to its last line in the log, without the compilation before.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.timing import table, write
+
+ROOT = Path(__file__).parent.parent
+
+
+def stages(lines: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
+    """(stage, its steps, steps a second) of a run's log; no rate where a stage has one line."""
+    rows = []
+    for stage in dict.fromkeys(line["stage"] for line in lines):
+        own = [(line["step"], line["time"]) for line in lines if line["stage"] == stage]
+        (first, began), (last, ended) = own[0], own[-1]
+        rows.append((stage, last, (last - first) / (ended - began) if ended > began else ""))
+    return rows
+
+
+def demo(changes: list[str]) -> dict[str, Any]:
+    """Trains and evaluates; how long that took, and the test AUROC with its 95 % interval."""
+    config = [] if any(change.startswith("--config=") for change in changes) else [f"--config={ROOT}/configs/amae.py"]
+    with tempfile.TemporaryDirectory() as folder:
+        began = time.monotonic()
+        command = [sys.executable, "-m", "jmae.train", *config, *changes, f"--workdir={folder}/demo"]
+        subprocess.run(command, check=True)
+        seconds = time.monotonic() - began
+        metrics = json.loads(Path(folder, "demo", "evaluation", "metrics.json").read_text())
+        rows = stages([json.loads(line) for line in Path(folder, "demo", "metrics.jsonl").read_text().splitlines()])
+    image, head = metrics["image"], ("stage", "steps", "steps/s")
+    print(table(head, rows))
+    print(f"{seconds:.0f} s, {metrics['seconds']:.0f} of them the evaluation; test AUROC {image['auroc']:.3f}")
+    rows += [("all, s", "", seconds), ("evaluation, s", "", metrics["seconds"]), ("AUROC", "", image["auroc"])]
+    measured = {"wall_seconds": seconds, "evaluation_seconds": metrics["seconds"]}
+    measured |= {name: image[name] for name in ("auroc", "auroc_ci")}
+    return measured | {"table": [("stage", "steps", "steps/s, or as named"), rows]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "demo.json")
+    options, changes = parser.parse_known_args()
+    result = demo(changes)
+
+    from benchmarks.volume import jmae_facts  # takes the device, which the training had for itself
+
+    device = jmae_facts()["device"]
+    write(options.out, f"demo, {'cpu' if device == 'cpu' else 'cuda'}", {"device": device, **result})
+
+
+if __name__ == "__main__":
+    main()

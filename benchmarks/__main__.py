@@ -86,7 +86,8 @@ PARTS = (
     *(Part("scaling", what, "jax_cuda12_plugin") for what in ("--chip h100", "--recipes")),
 )
 SCRIPTS = tuple(dict.fromkeys(part.script for part in PARTS))
-GPU = ("volume", "throughput", "masks", "anomalies", "memmc")  # scripts that gpu.sh runs: NAME_gpu.json
+# Scripts that gpu.sh runs: NAME_gpu.json.
+GPU = ("demo", "volume", "throughput", "masks", "anomalies", "memmc", "against_plan")
 COLUMNS = {  # of a contestant -> heading of the page
     "median_s": "median s",
     "least_s": "least s",
@@ -217,7 +218,8 @@ def page(results: Path) -> str:
         file = results / f"{script}_gpu.json"
         cases = read(file) if file.is_file() else {}
         missing = [] if cases else ["`bash benchmarks/gpu.sh` takes an NVIDIA GPU"]
-        section(f"{script} on a GPU", f"As {script}, on one NVIDIA GPU.", cases, missing)
+        about = f"As {script}, on one NVIDIA GPU." if script in SCRIPTS else summary(script)
+        section(f"{script} on a GPU", about, cases, missing)
 
     head = "# Results of the benchmarks\n\nWritten by `python -m benchmarks --render` from benchmarks/results/*.json.\n"
     head += (

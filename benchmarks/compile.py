@@ -47,7 +47,9 @@ def first_steps(system: str, preset: str) -> dict[str, Any]:
         rows = {"image": image, "index": np.arange(n, dtype=np.int32), "case": np.zeros((n, 2), np.uint32)}
         rows |= {name: np.stack([make(one) for one in image]) for name, make in stage.host.items()}
         # A copy, as the step's own state is donated and may share arrays with the results of the stages before it.
-        state, metrics = compiled_step(stage.step, 1000, 1)(jax.tree.map(jax.numpy.copy, state), rows, key, None)
+        state, metrics = compiled_step(stage.step, 1000, 1, (), None, stage.phases[0])(
+            jax.tree.map(jax.numpy.copy, state), rows, key, None
+        )
         jax.block_until_ready((state, metrics))
         results[stage.name] = stage.result(state)
         seconds[stage.name] = time.perf_counter() - start

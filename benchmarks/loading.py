@@ -145,7 +145,8 @@ def waiting(files: list[str], way: str, folder: str) -> dict[str, float]:
     make, batch, _, resident, config = opened(files, way, folder)
     stage, key = load_system(config).stages[0], stage_keys(config, 0)
     state, held = jax.jit(lambda key: stage.init(key, {}, batch))(key), jax.device_put(resident)
-    step = compiled_step(stage.step, 1000, 1, () if held is None else tuple(config.data.size))
+    crop = () if held is None else tuple(config.data.size)
+    step = compiled_step(stage.step, 1000, 1, crop, None, stage.phases[0])
     iterator, times = make(), []
     for _ in range(STEPS + 2):
         start = time.perf_counter()

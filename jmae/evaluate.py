@@ -65,7 +65,7 @@ from jmae.run_folder import (
     write_text,
 )
 from jmae.scoring import Calibration, alarm_threshold, colour_ends, top_mean
-from jmae.sharding import device_mesh, joined, keep_compiled, of_all, replicated, split
+from jmae.sharding import device_mesh, inside_mesh, joined, keep_compiled, of_all, replicated, split
 from jmae.system import Results, Sweep, System, compute_type, load_system, stage_keys
 from jmae.windows import average, inside, tile
 
@@ -324,7 +324,7 @@ def scoring_program(system: System, mesh: Mesh) -> Any:
     def score(results: Results, batch: Any, keys: Any, chunk: int) -> Any:
         return each_replicate(lambda result, key: one(result, batch, key, chunk=chunk), results, keys)
 
-    return jax.jit(score, static_argnums=3, out_shardings=replicated(mesh))
+    return jax.jit(inside_mesh(score, mesh), static_argnums=3, out_shardings=replicated(mesh))
 
 
 def scoring_batch(config: ConfigDict, b: int, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
@@ -407,7 +407,7 @@ def sweep_program(sweep: Sweep, mesh: Mesh) -> Any:
 
         return each_replicate(one, results, keys)
 
-    return jax.jit(score, static_argnums=9, out_shardings=replicated(mesh))
+    return jax.jit(inside_mesh(score, mesh), static_argnums=9, out_shardings=replicated(mesh))
 
 
 def filled(origins: np.ndarray) -> np.ndarray:

@@ -47,6 +47,7 @@ from jmae.evaluate import CALIBRATION, each_replicate, read_calibration, restore
 from jmae.masking import case_keys
 from jmae.run_folder import log
 from jmae.system import System, load_system
+from jmae.target import portable
 from jmae.windows import average, inside, tile
 
 __all__ = ["case_words", "export", "load"]
@@ -119,7 +120,8 @@ def export(
         jax.ShapeDtypeStruct(shape, jnp.float32),
         jax.ShapeDtypeStruct((*lead, 2), jnp.uint32),
     )
-    exported = stablehlo.export(jax.jit(function))(*given)
+    with portable():
+        exported = stablehlo.export(jax.jit(function))(*given)
     found = jax.eval_shape(function, *given)
     about = {
         "system": system.name,

@@ -139,7 +139,7 @@ def plan(
                 continue
             size = batch or each.batch * mesh.size
             head = {"system": config.system, "stage": each.name, "chips": mesh.size, "fsdp": fsdp, "batch": size}
-            head["steps_of_dispatch"] = steps_of_dispatch(config, each, mesh.size)
+            head["steps_of_dispatch"] = steps_of_dispatch(config, each, size / mesh.size)
             for phase in dict.fromkeys(each.phases):
                 at = partial(planned_at, config, machine, mesh, each, number, before, phase)
                 if (each.step, phase) not in known:  # AMAE's modules share one step

@@ -82,6 +82,17 @@ def sharded(mesh: Mesh, tree: PyTree) -> PyTree:
     return jax.tree.map(place, tree)
 
 
+def inside_mesh(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
+    """A function of a program for a mesh, in which networks see that several devices share the samples."""
+
+    @wraps(function)
+    def wrapped(*args: Any) -> Any:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return function(*args)
+
+    return function if mesh.size == 1 else wrapped
+
+
 def over_samples(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
     """A function (samples, ...) -> samples of which, inside a step of several devices, argument and result have their
     first axis split over all of them, and nothing else of them, where it divides. Transformers' blocks and U-Nets'

@@ -22,18 +22,26 @@ class Target(NamedTuple):
         platform: "cpu", "cuda", "rocm" or "tpu", as `jax.lax.platform_dependent` names them.
         capability: compute capability of an NVIDIA GPU, (9, 0) for an H200.
         cudnn: version of cuDNN, 91000 for 9.10.0; 0 where there is none.
+        portable: whether programs are stored in files. JAX stores none that calls cuDNN's attention or a Triton kernel.
     """
 
     platform: str
     capability: tuple[int, int] = (0, 0)
     cudnn: int = 0
+    portable: bool = False
+
+    @property
+    def kernels(self) -> bool:
+        """Whether programs may call kernels that are written for one GPU: cuDNN's attention, and Triton's. Both need an
+        NVIDIA GPU of Ampere or later."""
+        return self.platform == "cuda" and self.capability >= (8, 0) and not self.portable
 
 
 _chosen: ContextVar[Target | None] = ContextVar("target", default=None)
 
 
 def target() -> Target:
-    """The device that `tracing_for` has chosen, or else the default device of this process."""
+    """The device that `tracing_for` or `portable` has chosen, or else the default device of this process."""
     return _chosen.get() or _of(jax.local_devices()[0])
 
 
@@ -47,12 +55,23 @@ def _of(device: Any) -> Target:
 
 
 @contextmanager
+def portable() -> Iterator[None]:
+    """Trace the programs inside for files: without kernels that JAX does not store."""
+    token = _chosen.set(target()._replace(portable=True))
+    try:
+        yield
+    finally:
+        _chosen.reset(token)
+
+
+@contextmanager
 def tracing_for(chosen: Target) -> Iterator[None]:
     """Trace the programs inside for the given kind of device, whether this machine has one or not.
 
     JAX's cuDNN attention asks the live devices while it is traced, and has no argument for the answers. This
     function therefore answers its three questions about an NVIDIA GPU. Only plans and tests use it; training and
-    scoring never do.
+    scoring never do. Pallas asks for a live GPU as well and takes compute capability 9.0 without one, so the Triton
+    kernels in a plan for an A100 or a B200 are lowered as an H100's.
     """
     with ExitStack() as stack:
         token = _chosen.set(chosen)

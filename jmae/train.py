@@ -50,6 +50,7 @@ from jmae.run_folder import (
 from jmae.sharding import (
     agreement,
     device_mesh,
+    inside_mesh,
     joined,
     keep_compiled,
     on_host,
@@ -90,7 +91,7 @@ def run(config: ConfigDict, workdir: Path) -> int:
     devices = device_mesh(config.get("fsdp", 1)).size
     check_batches(system, devices)
     for stage in system.stages:
-        steps_of_dispatch(config, stage, devices)
+        steps_of_dispatch(config, stage, stage.batch / devices)
     check_processes(config)
     if config.tensorboard:
         board()
@@ -185,7 +186,7 @@ def train_stage(
     held = None if resident is None else place_whole(resident, mesh)
     del resident
     crop = () if held is None else tuple(config.data.size)
-    length = steps_of_dispatch(config, stage, mesh.size)
+    length = steps_of_dispatch(config, stage, stage.batch / mesh.size)
     single = {phase: compiled_step(stage.step, steps, n, crop, mesh, phase) for phase in dict.fromkeys(stage.phases)}
     several = compiled_steps(stage.step, steps, n, crop, mesh, stage.phases, length) if length > 1 else None
     checks = []
@@ -271,8 +272,9 @@ def train_stage(
     return state
 
 
-def steps_of_dispatch(config: ConfigDict, stage: Stage, devices: int) -> int:
-    """How many steps of a stage one program runs: `config.steps_per_dispatch`, or with 0 a choice.
+def steps_of_dispatch(config: ConfigDict, stage: Stage, batch: float) -> int:
+    """How many steps of a stage with `batch` samples a device one program runs: `config.steps_per_dispatch`, or with 0
+    a choice.
 
     The choice is 1 on a CPU, where a loop is slower than its steps one by one. Elsewhere it is the largest number up to
     `MOST_STEPS` that is whole rounds of the stage's phases, whose images take `MOST_BYTES` of a device at most, and
@@ -289,7 +291,7 @@ def steps_of_dispatch(config: ConfigDict, stage: Stage, devices: int) -> int:
         return given
     if target().platform == "cpu":
         return 1
-    size = 4 * math.prod(config.data.size) * config.data.channels * stage.batch * config.replicates / devices
+    size = 4 * math.prod(config.data.size) * config.data.channels * batch * config.replicates
     intervals = [config.checkpoint_every, *(check.every for check in (stage.check, stage.selection) if check)]
     fits = [
         k for k in range(period, MOST_STEPS + 1, period) if k * size <= MOST_BYTES and math.gcd(*intervals) % k == 0
@@ -390,10 +392,10 @@ def kept_placed(function: Callable, mesh: Mesh | None) -> Callable:
     are placed."""
     if mesh is None or mesh.size == 1:
         return function
+    inner = inside_mesh(function, mesh)
 
     def wrapped(*args: Any) -> tuple[State, dict]:
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            state, metrics = function(*args)
+        state, metrics = inner(*args)
         return placed(state, mesh), jax.lax.with_sharding_constraint(metrics, replicated(mesh))
 
     return wrapped

@@ -1,6 +1,7 @@
 """What tests/test_devices.py runs in a process with eight virtual devices. Prints one line of JSON."""
 
 import json
+import re
 import sys
 from functools import partial
 from pathlib import Path
@@ -13,9 +14,13 @@ from patients import arguments
 
 from jmae import plan, recipe, sharding, train
 from jmae.errors import exit_code
+from jmae.evaluate import seeds_of
+from jmae.hlo import Program
 from jmae.system import load_system, stage_keys
+from jmae.target import Target, tracing_for
 
 STEPS = 3
+H200 = Target("cuda", (9, 0), 91000)
 EIGHT = ("train.batch=8", "evaluation.batch=8", "train.steps=3")  # of the volumes' recipe, divisible by the devices
 
 
@@ -74,7 +79,8 @@ def mapped_against_jitted(config, system, batch) -> dict:
         key = stage_keys(config, number)
         state = first_state(stage, results, 16)._replace(step=jnp.int32(1))  # in the first the learning rate is zero
         if stage.step not in known:  # modules A and B share theirs
-            step = partial(stage.step, steps=STEPS)
+            phase = {} if stage.phases[0] is None else {"phase": stage.phases[0]}
+            step = partial(stage.step, steps=STEPS, **phase)
             mapped = jax.pmap(partial(step, axis_name="d"), axis_name="d", in_axes=(None, 0, None))
             known[stage.step] = jax.jit(step), mapped
         jitted, mapped = known[stage.step]
@@ -107,8 +113,8 @@ def bytes_of_states() -> dict[str, list[int]]:
 def exchanged() -> dict[str, list[float]]:
     """Of steps of 4096 samples on 8 devices with weights over 4: bytes of all collectives, and of all weights. So many
     samples that the CPU's attention loops over heads. P-PII's anomalies come from the image itself, as others' are
-    exchanged by design."""
-    out = {}
+    exchanged by design. Traced for an H200, compiled for CPUs."""
+    out, mesh = {}, sharding.device_mesh(4)
     for name, stage, *changes in (
         ("memmc_mae", "train"),
         ("amae", "proxy"),
@@ -119,10 +125,37 @@ def exchanged() -> dict[str, list[float]]:
         ("simsid", "joint", "variant=official"),
     ):
         config, _ = small_system("fsdp=4", *changes, name=name)
-        (found,) = plan.plan(config, plan.target_of("h100:8"), stage=stage, batch=4096)
-        assert not found["loops_unknown"]
-        weights = 4 * sum(found["memory"][kind] for kind in ("parameters", "frozen weights and statistics"))
-        out[f"{name} {stage}"] = [sum(each["bytes"] for each in found["collectives"]), weights]
+        with tracing_for(H200):
+            results = {}
+            for number, each in enumerate(load_system(config).stages):
+                if each.name == stage:
+                    state, inputs, step = plan.step_of(config, each, number, results, mesh, 4096)
+                    program = Program(step.trace(state, *inputs, None).lower().compile().as_text(), 8)
+                results = results | {each.name: plan.result_of(config, each, number, results)}
+        assert not program.unknown
+        weights = 4 * plan.held((state.params, state.frozen, state.stats))
+        out[f"{name} {stage}"] = [sum(each.size for each in program.collectives()), weights]
+    return out
+
+
+def rows_of_kernels() -> dict[str, list[int]]:
+    """Rows of the largest array that a kernel of LayerNorm takes on each of 1 and of 8 GPUs, in MemMC-MAE's step and in
+    its scoring of 16 images; the programs are lowered for GPUs, not compiled."""
+    out: dict[str, list[int]] = {"train": [], "score": []}
+    config, _ = small_system(name="memmc_mae")
+    for count in (1, 8):
+        mesh = sharding.device_mesh(1, jax.devices()[:count])
+        with tracing_for(H200):
+            system = load_system(config)
+            state, inputs, step = plan.step_of(config, system.stages[0], 0, {}, mesh, 16)
+            results = {"train": plan.result_of(config, system.stages[0], 0, {})}
+            keys = jax.eval_shape(lambda: seeds_of(config))
+            _, trace = plan.pass_of(config, system, mesh, results, keys)
+            programs = {"train": step.trace(state, *inputs, None), "score": trace(system.masks)}
+        for name, traced in programs.items():
+            text = traced.lower(lowering_platforms=("cuda",)).as_text()
+            calls = "".join(line for line in text.splitlines() if "@__gpu$xla.gpu.triton" in line)
+            out[name].append(max(map(int, re.findall(r"tensor<(\d+)x\d+x(?:bf16|f32)>", calls))))
     return out
 
 
@@ -145,4 +178,4 @@ if __name__ == "__main__":
         found = mapped_against_jitted(*small_system(*changes, name=name), small)
         mapped |= {f"{title} {stage}": both for stage, both in found.items()}
     said = {"code": code, "indivisible": wrong, "uneven": uneven, "mapped": mapped, "bytes": bytes_of_states()}
-    print(json.dumps(said | {"exchanged": exchanged()}))
+    print(json.dumps(said | {"exchanged": exchanged(), "kernels": rows_of_kernels()}))

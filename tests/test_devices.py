@@ -138,3 +138,10 @@ def test_a_score_is_the_same_without_jit():
     with jax.disable_jit():
         plain = system.score(results, batch(2), jax.random.key(1))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), compiled, plain)
+
+
+@pytest.mark.parametrize("program", ["train", "score"])
+def test_each_gpu_runs_layer_norm_on_its_own_samples(on_eight, program):
+    """The compiler cannot split a kernel that it does not know: outside `shard_map` each GPU would take all rows."""
+    one, eight = on_eight[1]["kernels"][program]
+    assert one == 8 * eight

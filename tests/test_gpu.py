@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax import export
 
 from jmae import plan, recipe
 from jmae.evaluate import seeds_of
@@ -13,7 +14,7 @@ from jmae.nn import attention
 from jmae.nn.transformer import Block, Blocks
 from jmae.sharding import device_mesh
 from jmae.system import load_system
-from jmae.target import Target, tracing_for
+from jmae.target import Target, portable, tracing_for
 
 H200 = Target("cuda", (9, 0), 91000)
 FLASH = "__cudnn$fmhaSoftmax"
@@ -124,3 +125,17 @@ def test_gradients_that_eight_devices_add_in_bfloat16_are_within_one_percent():
                 pairs = pairs[::2] + pairs[1::2]
             exact = np.sum(np.asarray(leaf, np.float64), 0)
             assert np.linalg.norm(np.asarray(pairs[0], np.float64) - exact) < 0.01 * np.linalg.norm(exact)
+
+
+def test_what_is_stored_in_files_calls_no_kernel_of_one_gpu():
+    """`jmae.export` on a GPU: JAX stores neither cuDNN's attention nor Triton's kernels."""
+    graph, parameters = nnx.split(Blocks(2, lambda: Block(32, 4, 2.0, jnp.bfloat16, rngs=nnx.Rngs(0))))
+    run = lambda p, x: nnx.merge(graph, p)(x)
+    x = jnp.ones((2, 11, 32), jnp.bfloat16)
+    with tracing_for(H200), portable():
+        stored = export.export(jax.jit(run), platforms=("cpu", "cuda"))(parameters, x)
+    np.testing.assert_allclose(
+        np.asarray(stored.call(parameters, x), np.float32),
+        np.asarray(jax.jit(run)(parameters, x), np.float32),
+        atol=0.1,
+    )

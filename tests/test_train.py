@@ -266,7 +266,7 @@ def test_the_loop_chooses_how_many_steps_a_program_has_by_the_size_of_a_batch():
         config, _ = recipe.parse([f"--config=configs/{name}", *(f"--config.{c}" for c in changes)], "")
         with tracing_for(Target(platform)):
             stages = load_system(config).stages
-            return {stage.name: train.steps_of_dispatch(config, stage, devices) for stage in stages}
+            return {stage.name: train.steps_of_dispatch(config, stage, stage.batch / devices) for stage in stages}
 
     assert set(chosen("simsid.py:paper", "cpu").values()) == {1}
     # Images of 64 KiB in batches of 16; intervals of 5000 with 640, none or 64 steps.

@@ -180,7 +180,7 @@ def crop_resized(
 
     The kernel (Keys, a = -1/2) reads beyond the box where the image goes on, as Pillow's does; its overshoot
     is clipped to the range of each channel, as 8-bit images clip theirs to 0 and 255. On an NVIDIA GPU the products
-    have ten bits of mantissa (TF32), two more than a grey value has.
+    have a mantissa of ten bits (TF32): 8-bit grey values keep all digits, values of 12 or 16 bits lose their last ones.
     """
     axes = tuple(range(image.ndim - 1))
     stretch = jnp.asarray(image.shape[:-1], jnp.float32) / edges

@@ -59,7 +59,7 @@ def _flash_runs(q: Array) -> bool:
     Callers ask before the call, since JAX raises while tracing if it finds no cuDNN, even for a CPU or a TPU."""
     device, width = target(), q.shape[-1]
     half = q.dtype in (jnp.bfloat16, jnp.float16) and width % 8 == 0 and width <= 128
-    return half and device.platform == "cuda" and device.capability >= (8, 0) and device.cudnn > 0
+    return half and device.kernels and device.cudnn > 0
 
 
 def _flash(q: Array, k: Array, v: Array, keys: int, implementation: str = "cudnn") -> Array:

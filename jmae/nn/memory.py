@@ -91,7 +91,8 @@ class MultiLevelBlock(nnx.Module):
         (r, d), (count, b, k, _) = rows.shape, levels.shape
         heads = (self.heads, d // self.heads)
         q = self.query(normed).reshape(b, -1, *heads)
-        kv = _rowwise(lambda x: self.key_value(self.level_norm(x)), levels).reshape(count, b, k, 2, *heads)
+        of_level = lambda x: self.key_value(self.level_norm(x, samples=int(x.ndim == 4)))
+        kv = _rowwise(of_level, levels).reshape(count, b, k, 2, *heads)
         found = on_each_device(_attention_to_levels, (0, 1), 1)(q, kv)
         of_s, of_c, bias = self.gates.parts()
         if self.gate == "channel":

@@ -29,31 +29,34 @@ Vector = Float[Array, " d"]
 class LayerNorm(nnx.LayerNorm):
     """LayerNorm over the last axis; statistics in float32."""
 
-    def __call__(self, x: Rows, *, mask: Array | None = None) -> Rows:
-        """(x - mean) / sqrt(variance + epsilon) * scale + bias; `mask` as Flax has it."""
-        return self._kernels(False, x)[0] if mask is None and _kernels_run() else super().__call__(x, mask=mask)
+    def __call__(self, x: Rows, *, mask: Array | None = None, samples: int = 0) -> Rows:
+        """(x - mean) / sqrt(variance + epsilon) * scale + bias. `mask` is Flax's; `samples` is the axis of samples."""
+        if mask is None and _kernels_run(x):
+            return self._kernels(False, x, samples=samples)[0]
+        return super().__call__(x, mask=mask)
 
     def beside(self, x: Rows) -> tuple[Rows, Rows]:
         """(x, LayerNorm of x), for a residual path; one kernel adds both gradients of x."""
-        return self._kernels(True, x) if _kernels_run() else (x, super().__call__(x))
+        return self._kernels(True, x) if _kernels_run(x) else (x, super().__call__(x))  # type: ignore[return-value]
 
     def after(self, x: Rows, branch: Rows, offset: Vector | None = None) -> tuple[Rows, Rows]:
         """(x + (branch + offset), LayerNorm of it), by one kernel; `offset` is the bias of the branch's last layer."""
         offset = None if offset is None else offset.astype(branch.dtype)
-        if _kernels_run():
-            return self._kernels(True, x, branch, offset)
+        if _kernels_run(x):
+            return self._kernels(True, x, branch, offset)  # type: ignore[return-value]
         x = x + (branch if offset is None else branch + offset)
         return x, super().__call__(x)
 
-    def _kernels(self, beside: bool, x: Rows, branch: Rows | None = None, offset: Vector | None = None):
+    def _kernels(
+        self, beside: bool, x: Rows, branch: Rows | None = None, offset: Vector | None = None, samples: int = 0
+    ) -> tuple[Rows, ...]:
         parameters = self.scale[...], self.bias[...]  # type: ignore[index]
-        return _normed(x, branch, offset, *parameters, Form(self.epsilon, jnp.dtype(self.dtype), beside))
+        return _normed(x, branch, offset, *parameters, Form(self.epsilon, jnp.dtype(self.dtype), beside, samples))
 
 
-def _kernels_run() -> bool:
-    """Whether programs are made for a GPU that Triton supports."""
-    device = target()
-    return device.platform == "cuda" and device.capability >= (8, 0)
+def _kernels_run(x: Rows) -> bool:
+    """Whether programs are made for a GPU that Triton supports; its places in an array are numbers of 32 bits."""
+    return target().kernels and x.size < 2**31
 
 
 def layer_norm(width: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> LayerNorm:
@@ -68,12 +71,14 @@ class Form(NamedTuple):
         epsilon: added to the variance.
         dtype: type of the output.
         beside: whether the sum that is normed is an output, too.
+        samples: axis of the samples, along which several devices split the input.
         interpret: whether Pallas' interpreter runs the kernels, which it does on any device.
     """
 
     epsilon: float
     dtype: jnp.dtype
     beside: bool
+    samples: int = 0
     interpret: bool = False
 
 
@@ -82,7 +87,9 @@ def _normed(
     x: Rows, branch: Rows | None, offset: Vector | None, scale: Vector, bias: Vector, form: Form
 ) -> tuple[Rows, ...]:
     """The LayerNorm of the sum of x, branch and offset; with `form.beside`, (the sum, its LayerNorm)."""
-    kernels = on_each_device(partial(_forward, form), (0, 0, None, None, None), (0, 0) if form.beside else (0,))
+    axis = form.samples
+    out = (axis, axis) if form.beside else (axis,)
+    kernels = on_each_device(partial(_forward, form), (axis, axis, None, None, None), out)
     return _on_gpu(kernels, partial(_plain, form), form, x, branch, offset, scale, bias)
 
 
@@ -96,7 +103,8 @@ def _normed_bwd(form, kept, gradients):
     d_sum, d_out = gradients if form.beside else (None, *gradients)
 
     def kernels(total, d_sum, scale, bias, d_out):
-        each = on_each_device(partial(_backward, form, offset is not None), (0, 0, None, 0), (0, 0))
+        axis = form.samples
+        each = on_each_device(partial(_backward, form, offset is not None), (axis, axis, None, axis), (axis, 0))
         d_total, sums = each(total, d_sum, scale, d_out)
         return d_total, *jnp.sum(sums, 0)
 

@@ -120,14 +120,17 @@ def totals(arrays: tuple[Float[Array, "..."], ...], axes: tuple[int, ...]) -> tu
 def narrow_product(x: Float[Array, "b *size c"], matrix: Float[Array, "c d"]) -> Float[Array, "b *size d"]:
     """`x` @ `matrix` for a small d, by element-wise products: on a GPU these fuse with the norm before them, so that
     neither `x` nor its gradient is written to memory."""
-    return jnp.stack(totals(tuple(x * column for column in matrix.T), (x.ndim - 1,)), -1)
+    wide, columns = x.astype(jnp.float32), matrix.T.astype(jnp.float32)  # sums are float32, as a product's are
+    return jnp.stack(totals(tuple(wide * column for column in columns), (x.ndim - 1,)), -1).astype(x.dtype)
 
 
 def _narrow_product_gradient(kept: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
     x, matrix = kept
-    parts = tuple(jnp.split(g, g.shape[-1], -1))
-    of_x = sum((part * column for part, column in zip(parts, matrix.T, strict=True)), jnp.zeros((), g.dtype))
-    return of_x, jnp.stack(totals(tuple(x * part for part in parts), tuple(range(x.ndim - 1))), -1)
+    wide, columns = x.astype(jnp.float32), matrix.T.astype(jnp.float32)
+    parts = tuple(jnp.split(g.astype(jnp.float32), g.shape[-1], -1))
+    of_x = sum((part * column for part, column in zip(parts, columns, strict=True)), jnp.zeros(()))
+    of_matrix = jnp.stack(totals(tuple(wide * part for part in parts), tuple(range(x.ndim - 1))), -1)
+    return of_x.astype(x.dtype), of_matrix.astype(matrix.dtype)
 
 
 narrow_product.defvjp(lambda x, matrix: (narrow_product(x, matrix), (x, matrix)), _narrow_product_gradient)

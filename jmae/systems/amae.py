@@ -136,7 +136,7 @@ def build(config: ConfigDict) -> System:
         def step(state, batch, key, *, steps, axis_name=None):
             schedule = warmup_cosine(lr, warmup=section.warmup * steps, steps=steps, least=section.lr_least)
             mask, view = jnp.moveaxis(jax.vmap(jax.random.split)(sample_keys(key, batch["index"])), 1, 0)
-            # Crops come before one channel is repeated: their weights add up to 1, so the order changes nothing.
+            # Crops come before one channel is repeated. Their weights add up to 1, so the order changes rounding alone.
             image = augment(batch["image"], view) if section.augment else batch["image"]
             image = normalise(image, batch["image"])
             found = accumulated(loss, parts)(state.params, image, mask)

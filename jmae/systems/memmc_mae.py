@@ -106,7 +106,9 @@ def build(config: ConfigDict) -> System:
         mask, view = jnp.moveaxis(jax.vmap(jax.random.split)(sample_keys(key, batch["index"])), 1, 0)
         crop, flip = jnp.moveaxis(jax.vmap(jax.random.split)(view), 1, 0)
         image = jnp.clip(batch["image"], *data.clip) if volumes else batch["image"]
-        if data.crop_scale:  # before one channel is repeated: the crop's weights add up to 1, the order changes nothing
+        if (
+            data.crop_scale
+        ):  # before one channel is repeated; the crop's weights add up to 1: the order changes rounding alone
             image = jax.vmap(partial(random_resized_crop, scale=tuple(data.crop_scale)))(image, crop)
         image = jax.vmap(partial(random_flip, axes=tuple(int(axis) for axis in data.flips)))(image, flip)
         image, _ = prepared(image, batch["image"])

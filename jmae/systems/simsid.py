@@ -747,7 +747,7 @@ def official(config: ConfigDict) -> Variant:
         state = State(params, opt, stats, {}, jnp.int32(0))
         return with_best(state) if config.select == "auroc" else state
 
-    def joint_step(state, batch, key, *, steps, axis_name=None, phase=True):
+    def joint_step(state, batch, key, *, steps, phase, axis_name=None):
         """D at every step, the network where `phase` is true; each by its own losses."""
         view, shortcut = jnp.moveaxis(jax.vmap(jax.random.split)(sample_keys(key, batch["index"])), 1, 0)
         moved = joint.translation or joint.scaling

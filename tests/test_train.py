@@ -299,13 +299,13 @@ def test_a_wrong_number_of_steps_is_one_line_before_data_are_read(changes, line,
 
 
 def same_training(run: Path, other: Path) -> None:
-    """Lines equal but for the clock, and checkpoints of the same steps: a stage's first losses to 1e-6, all else to
-    1e-5, as every step adds its rounding."""
+    """Lines equal to 1e-6 but for the clock, and checkpoints of the same steps. Of the proxy task to 1e-3: rounding
+    grows from step to step in the batch norm of its head."""
     one, two = (read_history(folder / "metrics.jsonl") for folder in (run, other))
     assert [(h["stage"], h["step"], h.keys()) for h in one] == [(h["stage"], h["step"], h.keys()) for h in two]
     for a, b in zip(one, two, strict=True):
         for name in a.keys() - {"stage", "step", "time"}:
-            near = 1e-6 if name == "loss" and a["step"] == 3 else 1e-5
+            near = 1e-3 if a["stage"] == "proxy" else 1e-6
             assert b[name] == pytest.approx(a[name], rel=near, abs=near), (a["stage"], a["step"], name)
     for stage in (run / "checkpoints").iterdir():
         assert checkpoint.steps(stage) == checkpoint.steps(other / "checkpoints" / stage.name)

@@ -72,7 +72,7 @@ def test_a_batch_in_parts_gives_the_step_of_the_whole_batch(name, samples):
         found.append((*program(state, samples(16), key), program.memory_analysis().temp_size_in_bytes))
     (whole, metrics, most), (summed, said, least) = found
     assert difference(said, metrics) < 1e-5 and difference(summed.opt, whole.opt) < 1e-5
-    assert difference(summed.params, whole.params) < 1e-5
+    assert difference(summed.params, whole.params) < 2e-5  # Adam makes whole steps of gradients that are rounding alone
     assert least < most
 
 

@@ -28,7 +28,7 @@ from benchmarks.timing import table, write
 from jmae import predict, recipe
 from jmae.data import phantoms
 from jmae.data.files import Image
-from jmae.evaluate import ahead
+from jmae.inference import ahead
 from jmae.scoring import Calibration, p_values
 
 RESULTS = Path(__file__).parent / "results" / "coverage.json"

@@ -423,7 +423,7 @@ def jmae_sweep(size: str, windows: int, weights: str, dtype: str) -> tuple[Calla
 
     from jmae.data.loader import case_words
     from jmae.data.volumes import Volume
-    from jmae.evaluate import sweeper
+    from jmae.inference import sweeper
     from jmae.system import load_system
     from jmae.weights import load_weights
 
@@ -460,7 +460,7 @@ def jmae_map(size: str, windows: int, weights: str, dtype: str, masks: int) -> t
     """(the sweep's map, the noise of its masks (masks, tokens), sweep by sweep)."""
     import jax
 
-    from jmae.evaluate import seeds_of
+    from jmae.inference import seeds_of
     from jmae.masking import case_keys
     from jmae.patches import grid_of
 

@@ -4,11 +4,23 @@ Image scores are computed on images shrunk to 64 x 64 (volumes: at most 32 a sid
 standardised per image. A system that does not beat them has not read the anatomy.
 """
 
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
+from ml_collections import ConfigDict
 from numpy.typing import NDArray
+from scipy.ndimage import minimum_filter
 
 from jmae.data.crops import Volumes
-from jmae.data.transforms import area_resize
+from jmae.data.loader import Images, case_words
+from jmae.data.manifest import Row
+from jmae.data.transforms import area_resize, central
+from jmae.data.volumes import Volume, read_subtraction
+from jmae.inference import Scored, sweeper
+from jmae.system import System
 
 COMPONENTS = 30
 NEIGHBOURS = 5
@@ -98,3 +110,61 @@ def pixel_maps(train: NDArray, test: NDArray) -> dict[str, NDArray[np.float32]]:
         "brightness": test.mean(-1, dtype=np.float32),
         "PCA-30 error": (residual**2).reshape(test.shape).mean(-1).astype(np.float32),
     }
+
+
+def baseline_scores(
+    normals: Images, images: Images, n: int, *, mapped: int, share: float = 1.0, pixels: bool = False
+) -> Scored:
+    """The cheap baselines on the first `n` of `images`, fitted to the training normals, both cut to the central
+    `share`; with `pixels` also the maps of the first `mapped`. Images are shrunk one by one, as all may not fit in
+    memory at once."""
+    side = 64 if len(images.size) == 2 else 32
+    cut = lambda image: np.stack([central(channel, share) for channel in np.moveaxis(image, -1, 0)], -1)
+    small = lambda i, of: shrink(cut(of.image(np.array([i]))[0])[None], side)[0]
+    train, test = (np.stack([small(i, of) for i in range(m)]) for of, m in ((normals, len(normals.rows)), (images, n)))
+    scores, maps = image_scores(train, test), {}
+    if pixels:
+        whole = lambda of, m: of.image(np.arange(m))
+        maps = pixel_maps(whole(normals, len(normals.rows)), whole(images, mapped))
+    lead = lambda values: {name: np.asarray(value)[None] for name, value in values.items()}
+    return Scored(lead(maps), lead(scores))
+
+
+def volume_baselines(
+    config: ConfigDict, system: System, volumes: Volumes | None
+) -> Callable[[Row, Volume], dict[str, np.ndarray]]:
+    """The function (row, prepared volume) -> the cheap baselines' maps on the row's own grid: every channel's
+    brightness, standardised as the volume is; the residual of random training crops' principal components in the
+    system's own windows; the subtraction image (MAEMI's Eq. 1) of rows that name pre- and post-contrast series."""
+    assert system.sweep
+    residual = None
+    if volumes:
+        mean, components = crop_components(volumes)
+
+        def score(results: Any, image: Array, keys: Array) -> tuple[Array, Array]:
+            rest = image.reshape(len(image), -1) - results["mean"]
+            rest = rest - (rest @ results["components"].T) @ results["components"]
+            error = jnp.mean(rest.reshape(image.shape) ** 2, -1, keepdims=True)
+            return error, jnp.ones_like(error)
+
+        fuse = lambda averages, inside: {"maps": {"residual": averages[..., 0]}}
+        part = system.sweep._replace(repeats=1, score=score, fuse=fuse, weighted=False, released=False)
+        single = config.copy_and_resolve_references()
+        single.replicates = 1
+        residual = sweeper(single, part, {"mean": mean, "components": components})
+
+    def maps(row: Row, volume: Volume) -> dict[str, np.ndarray]:
+        if row.label is None:
+            return {}  # nothing to hold them against
+        channels = volume.stored.array.shape[-1]
+        name = lambda k: "brightness" if channels == 1 else f"brightness of channel {k}"
+        standard = (volume.stored.array - volume.mean) / volume.std  # scanners differ in scale
+        out = {name(k): standard[..., k] for k in range(channels)}
+        if residual:
+            out["PCA-30 error"] = volume.grid.back(residual(volume, case_words(row.id))["maps"]["residual"][0])
+        if row.pre and row.post:
+            subtracted = read_subtraction(row, volume, config.data)
+            out["subtraction"] = volume.grid.back(minimum_filter(subtracted, config.evaluation.filter))
+        return out
+
+    return maps

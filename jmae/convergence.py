@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 from jmae import metrics
 from jmae.data.loader import Images, case_words, prepared
 from jmae.data.manifest import Row
-from jmae.evaluate import SECONDS_BETWEEN_LINES, ahead, scorer, sweeper
+from jmae.inference import SECONDS_BETWEEN_LINES, ahead, scorer, sweeper
 from jmae.run_folder import log
 from jmae.scoring import top_mean
 from jmae.system import Results, System, drawn, load_system
@@ -114,7 +114,7 @@ def image_draws(
 def volume_draws(
     config: ConfigDict, system: System, results: Results, rows: Sequence[Row], what: str, numbers: Sequence[int]
 ) -> Draws:
-    """Scores of volumes as `evaluate.volume_results` has them; sweeps of one mask or sample each."""
+    """Scores of volumes as `inference.volume_results` has them; sweeps of one mask or sample each."""
     single = with_number(config, what, 1)[1]
     assert single.sweep
     run, times, said = sweeper(config, single.sweep, results), config.evaluation.convergence, time.monotonic()

@@ -41,9 +41,10 @@ from jax import export as stablehlo
 from ml_collections import ConfigDict
 
 from jmae import recipe
+from jmae.calibration import CALIBRATION, read_calibration
 from jmae.data.loader import case_words
 from jmae.errors import InputError, exit_code
-from jmae.evaluate import CALIBRATION, each_replicate, read_calibration, restore_results, seeds_of
+from jmae.inference import each_replicate, restore_results, seeds_of
 from jmae.masking import case_keys
 from jmae.run_folder import log
 from jmae.system import System, load_system

@@ -48,8 +48,8 @@ from ml_collections import ConfigDict
 from jmae import recipe
 from jmae.chips import CHIPS, Machine, devices_of, first_line, target_of
 from jmae.errors import InputError, exit_code
-from jmae.evaluate import filled, scoring_batch, scoring_program, seeds_of, sweep_program
 from jmae.hlo import Program, Work
+from jmae.inference import filled, scoring_batch, scoring_program, seeds_of, sweep_program
 from jmae.reconstruct import fitting
 from jmae.run_folder import log, write_text
 from jmae.sharding import device_mesh, replicated, split

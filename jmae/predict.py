@@ -41,6 +41,7 @@ from ml_collections import ConfigDict
 from PIL import Image as pillow
 
 from jmae import recipe
+from jmae.calibration import NEEDS, colours_of, read_calibration, score_line, scored_by, stated
 from jmae.data.duplicates import content
 from jmae.data.files import Image, is_dicom, write_map
 from jmae.data.loader import WORKERS, Decoded, case_words, prepared, read_case, stored_image, stored_volume
@@ -48,27 +49,22 @@ from jmae.data.manifest import ID_BYTES, Row, read_cases, wrong_pieces
 from jmae.data.slices import command, lie
 from jmae.data.volumes import WORLD
 from jmae.errors import InputError, exit_code
-from jmae.evaluate import (
-    NEEDS,
+from jmae.evaluate import run_of
+from jmae.inference import (
     SECONDS_BETWEEN_LINES,
     Result,
     ahead,
-    colours_of,
     image_result,
     own_results,
-    read_calibration,
     restore_results,
-    run_of,
-    score_line,
-    scored_by,
     scorer,
-    stated,
     sweeper,
     volume_result,
 )
 from jmae.report import PERCENTILES, Scale, blend
-from jmae.run_folder import add_history, log, output_folder, read_history, read_seen, write_bytes, write_csv, write_text
+from jmae.run_folder import add_history, log, output_folder, read_history, write_bytes, write_csv, write_text
 from jmae.scoring import Calibration
+from jmae.seen import read_seen
 from jmae.sharding import keep_compiled
 from jmae.system import System, load_system
 

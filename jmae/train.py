@@ -30,11 +30,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from jmae import checkpoint, recipe
+from jmae.calibration import calibrate_run
 from jmae.cards import write_cards
 from jmae.data.crops import Volumes, cut
 from jmae.data.loader import Images, Samples, batches, load_rows
 from jmae.errors import InputError, NonFiniteLoss, Stopped, exit_code
-from jmae.evaluate import calibrate_run, check_processes, evaluate, not_seen_before, trained_rows
+from jmae.evaluate import check_processes, evaluate
 from jmae.run_folder import (
     add_history,
     cut_history,
@@ -42,11 +43,10 @@ from jmae.run_folder import (
     digest,
     fixed,
     log,
-    read_seen,
     write_csv,
-    write_seen,
     write_text,
 )
+from jmae.seen import not_seen_before, read_seen, trained_rows, write_seen
 from jmae.sharding import (
     agreement,
     device_mesh,

@@ -14,8 +14,8 @@ from patients import arguments
 
 from jmae import plan, recipe, sharding, train
 from jmae.errors import exit_code
-from jmae.evaluate import seeds_of
 from jmae.hlo import Program
+from jmae.inference import seeds_of
 from jmae.system import load_system, stage_keys
 from jmae.target import Target, tracing_for
 

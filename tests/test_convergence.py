@@ -14,7 +14,7 @@ from jmae.data.loader import case_words
 from jmae.data.manifest import Row, read_manifest
 from jmae.data.volumes import Volume
 from jmae.errors import InputError
-from jmae.evaluate import sweeper
+from jmae.inference import sweeper
 from jmae.system import Sweep, System, load_system
 
 MANY = 64

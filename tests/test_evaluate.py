@@ -21,8 +21,10 @@ from jmae.data.files import read_image, read_mask
 from jmae.data.loader import Images, load_rows
 from jmae.data.transforms import central, resize
 from jmae.errors import InputError, exit_code
+from jmae.inference import restore_results, scorer
 from jmae.masking import case_keys
-from jmae.run_folder import write_seen, write_text
+from jmae.run_folder import write_text
+from jmae.seen import write_seen
 from jmae.system import System, load_system
 
 KEYS = """
@@ -360,11 +362,11 @@ def scorers(finished):
     c = recipe.read(finished)
     rows = [row for row in load_rows(c, lambda line: None) if row.split == "test"]
     system = load_system(c)
-    results = ev.restore_results(c, system, finished)
+    results = restore_results(c, system, finished)
     made = {}
     for batch in (1, 16):
         c.evaluation.batch = batch
-        made[batch] = ev.scorer(c, system, results)
+        made[batch] = scorer(c, system, results)
     return Images(rows, c), made
 
 
@@ -437,7 +439,7 @@ def test_replicates_are_averaged_and_summed_up(tools, tmp_path):
     labels, each = [row.label for row in rows], []
     for seed in range(3):
         c.seed = seed
-        each.append(ev.scorer(c, SYSTEM, {})(Images(rows, c), np.arange(8)).scores["bright"][0])
+        each.append(scorer(c, SYSTEM, {})(Images(rows, c), np.arange(8)).scores["bright"][0])
     aurocs = [roc_auc_score(labels, values) for values in each]
     assert result["replicates"]["auroc"]["values"] == pytest.approx(aurocs)
     assert result["image"]["auroc"] == pytest.approx(np.mean(aurocs))

@@ -12,9 +12,10 @@ import pytest
 from patients import SETTINGS
 
 from jmae import checkpoint, export, recipe
+from jmae.calibration import scored_by
 from jmae.data.loader import Images, load_rows, prepared
 from jmae.errors import InputError, exit_code
-from jmae.evaluate import restore_results, scored_by, scorer, sweeper
+from jmae.inference import restore_results, scorer, sweeper
 from jmae.run_folder import describe_run
 from jmae.system import load_system, stage_keys
 

@@ -9,7 +9,7 @@ from flax import nnx
 from jax import export
 
 from jmae import plan, recipe
-from jmae.evaluate import seeds_of
+from jmae.inference import seeds_of
 from jmae.nn import attention
 from jmae.nn.transformer import Block, Blocks
 from jmae.sharding import device_mesh

@@ -20,14 +20,15 @@ from test_files import dicom
 from test_series import series
 
 import jmae
-from jmae import evaluate, predict, recipe
+from jmae import evaluate, inference, predict, recipe
 from jmae.data.files import read_image
 from jmae.data.loader import load_rows
 from jmae.data.transforms import resize, to_unit
 from jmae.errors import InputError, exit_code
 from jmae.masking import case_keys
 from jmae.report import Scale
-from jmae.run_folder import read_seen, write_csv, write_seen
+from jmae.run_folder import write_csv
+from jmae.seen import read_seen, write_seen
 from jmae.system import Sweep, System
 
 MASKS, SIZE, WINDOW = 4, (16, 12), (8, 8, 4)
@@ -498,14 +499,14 @@ def test_a_device_that_is_full_gets_less_at_a_time_with_the_same_map(tmp_path, m
         case = [str(volume(tmp_path / f"{part}.nii.gz", i)) for i, part in enumerate("ab")]
     else:
         case = str(picture(tmp_path / "a.png"))
-    whole, real = jmae.load(workdir)(case), evaluate.fitting
+    whole, real = jmae.load(workdir)(case), inference.fitting
 
     def fitting(lower, most, **words):
         compiled, chunk = real(lower, most, **words)
         asked.append(chunk)
         return Full(compiled, chunk, room), chunk
 
-    monkeypatch.setattr(evaluate, "fitting", fitting)
+    monkeypatch.setattr(inference, "fitting", fitting)
     for room in (1, 0):
         asked: list[int] = []
         if room:

@@ -11,7 +11,7 @@ from configs import memmc_mae as recipe
 from jmae import checkpoint, metrics, train
 from jmae.data.loader import Images, load_rows
 from jmae.errors import InputError, NonFiniteLoss, exit_code
-from jmae.evaluate import restore_results
+from jmae.inference import restore_results
 from jmae.recipe import load, override
 from jmae.run_folder import read_history
 from jmae.selection import by_pseudo_auc, crop_scores

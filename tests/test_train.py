@@ -18,10 +18,11 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from jmae import checkpoint, evaluate, recipe, train
+from jmae import checkpoint, evaluate, recipe, seen, train
 from jmae.data import loader, phantoms
 from jmae.errors import InputError, exit_code
-from jmae.run_folder import add_history, cut_history, read_history, read_seen, write_seen
+from jmae.run_folder import add_history, cut_history, read_history
+from jmae.seen import read_seen, write_seen
 from jmae.system import load_system
 from jmae.target import Target, tracing_for
 
@@ -466,9 +467,9 @@ def test_what_another_run_has_seen_counts_as_seen_by_the_one_that_takes_over_its
     c.model.weights = str(other)
     own = [row._replace(leak="") for row in found]
     with pytest.raises(InputError, match="test-0-1 is that of train-0-1"):  # also when it is evaluated again
-        evaluate.not_seen_before(c, own, run)
+        seen.not_seen_before(c, own, run)
     c.model.weights = ""
-    assert evaluate.not_seen_before(c, own, run) == (own, "")
+    assert seen.not_seen_before(c, own, run) == (own, "")
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@
 Each run is a process of its own. "start" is Python's start and the imports, "first steps" the rest: for every stage its
 weights are drawn, its step is traced, compiled (or read from disk) and run once, on a batch of noise. "cold" has an
 empty folder for kept programs, "kept" the one that the cold run left. `jmae.train` keeps programs by default, in
-~/.cache/jmae (`jmae.sharding.keep_compiled`); JAX keeps those that took a second or more to compile.
+~/.cache/jmae (`jmae.processes.keep_compiled`); JAX keeps those that took a second or more to compile.
 """
 
 import argparse
@@ -32,7 +32,8 @@ def first_steps(system: str, preset: str) -> dict[str, Any]:
 
     from benchmarks.volume import ROOT
     from jmae import recipe
-    from jmae.sharding import device_mesh, keep_compiled
+    from jmae.processes import keep_compiled
+    from jmae.sharding import device_mesh
     from jmae.system import load_system, stage_keys
     from jmae.train import compiled_init, compiled_step
 

@@ -73,10 +73,10 @@ from jmae.inference import (
     sweeper,
     volume_results,
 )
+from jmae.processes import join_processes, keep_compiled
 from jmae.report import Case, choose_cases, held_side, one_slice, without_curves, write_report
 from jmae.run_folder import log, output_folder, read_history, recipe_digest, write_csv, write_text
 from jmae.seen import ALLOW, not_seen, not_seen_before
-from jmae.sharding import joined, keep_compiled
 from jmae.system import Results, System, load_system
 
 
@@ -98,7 +98,7 @@ def main(argv: list[str]) -> int:
         neutral |= {"anomaly_ratio": -1.0, "unlabeled_size": 0, "unlabeled_labels": "", "calibration": 0.0}
         config.data.update({key: value for key, value in neutral.items() if key in config.data})
     out = output_folder(given.get("out", workdir / ("evaluation" if split == "test" else f"evaluation-{split}")))
-    with joined():
+    with join_processes():
         keep_compiled()
         system = load_system(config)
         rows = load_rows(config, log)

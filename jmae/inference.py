@@ -24,10 +24,11 @@ from jmae.data.transforms import resize
 from jmae.data.volumes import Volume
 from jmae.errors import InputError
 from jmae.masking import case_keys
+from jmae.processes import gather
 from jmae.reconstruct import fitting, out_of_memory, too_large
 from jmae.run_folder import log
 from jmae.scoring import top_mean
-from jmae.sharding import device_mesh, inside_mesh, of_all, replicated, split
+from jmae.sharding import device_mesh, inside_mesh, replicated, split
 from jmae.system import Results, Sweep, System, stage_keys
 from jmae.windows import average, inside, tile
 
@@ -278,9 +279,10 @@ def scored_volumes(config: ConfigDict, rows: Sequence[Row], run: Callable) -> It
     for start in range(0, len(rows), n):
         part = [(row, next(volumes)) for row in rows[start : start + n]]
         began = time.monotonic()
-        outs = of_all(run(part[own][1], case_words(part[own][0].id)) if own < len(part) else None)
+        case, volume = part[min(own, len(part) - 1)]  # the last rows may be fewer than processes: one is scored twice
+        outs = gather(run(volume, case_words(case.id)))
         seconds = (time.monotonic() - began) / len(part)
-        for (row, volume), out in zip(part, outs, strict=False):  # the last rows may be fewer than processes
+        for (row, volume), out in zip(part, outs, strict=False):
             yield row, volume, volume_result(config, row, volume, lambda *_, out=out: out)._replace(seconds=seconds)
 
 

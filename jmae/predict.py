@@ -61,11 +61,11 @@ from jmae.inference import (
     sweeper,
     volume_result,
 )
+from jmae.processes import keep_compiled
 from jmae.report import PERCENTILES, Scale, blend
 from jmae.run_folder import add_history, log, output_folder, read_history, write_bytes, write_csv, write_text
 from jmae.scoring import Calibration
 from jmae.seen import read_seen
-from jmae.sharding import keep_compiled
 from jmae.system import System, load_system
 
 ENDINGS = ".nii.gz .nii .dcm .dicom .ima .png .jpg .jpeg .tif .tiff .nrrd .npy .npz".split()

@@ -36,6 +36,7 @@ from jmae.data.crops import Volumes, cut
 from jmae.data.loader import Images, Samples, batches, load_rows
 from jmae.errors import InputError, NonFiniteLoss, Stopped, exit_code
 from jmae.evaluate import check_processes, evaluate
+from jmae.processes import agreement, join_processes, keep_compiled
 from jmae.run_folder import (
     add_history,
     cut_history,
@@ -48,11 +49,8 @@ from jmae.run_folder import (
 )
 from jmae.seen import not_seen_before, read_seen, trained_rows, write_seen
 from jmae.sharding import (
-    agreement,
     device_mesh,
     inside_mesh,
-    joined,
-    keep_compiled,
     on_host,
     place_batch,
     place_whole,
@@ -79,7 +77,7 @@ MOST_STEPS, MOST_BYTES = 16, 2**26  # of a dispatch that the loop chooses: steps
 def main(argv: list[str]) -> int:
     config, flags = recipe.parse(argv, __doc__, ["workdir"])
     workdir = Path(flags.get("workdir", f"runs/{config.system}"))
-    with joined():
+    with join_processes():
         keep_compiled()
         with checkpoint.workdir_lock(workdir):
             return run(config, workdir)

@@ -556,7 +556,7 @@ def test_a_stage_is_one_program_for_all_its_batches_and_the_modules_share_theirs
 def test_compiled_programs_are_kept_where_jax_was_told_nothing(tmp_path):
     environment = {k: v for k, v in os.environ.items() if not k.startswith("JAX_")}
     code = (
-        "import jax; from jmae import sharding; sharding.keep_compiled(); print(jax.config.jax_compilation_cache_dir)"
+        "import jax; from jmae import processes; processes.keep_compiled(); print(jax.config.jax_compilation_cache_dir)"
     )
     told = lambda **more: subprocess.run(
         [sys.executable, "-c", code], env=environment | more, capture_output=True, text=True, check=True

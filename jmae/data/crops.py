@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from jmae.data.loader import SHOWN, WORKERS, Host, case_words, prepared, save_array
 from jmae.data.manifest import PHANTOM, Row
 from jmae.errors import InputError
-from jmae.sharding import of_all
+from jmae.processes import gather
 from jmae.windows import room
 
 SHARE = 0.4  # of a device's memory that a set may take; on the CPU twice, once on the way
@@ -94,7 +94,7 @@ class Volumes:
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2 / jax.process_count()
         limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", memory)
         fits = 4 * len(self.rows) * prod(largest) <= SHARE * limit
-        return largest if self.crops_on == "device" or (self.crops_on == "auto" and all(of_all(fits))) else None
+        return largest if self.crops_on == "device" or (self.crops_on == "auto" and all(gather(fits))) else None
 
     def _made(self, row: Row, *, data: ConfigDict, folder: Path) -> tuple[np.ndarray, np.ndarray | None] | str:
         """(the padded volume, its allowed origins) from the cache, or made; what is wrong with the row."""

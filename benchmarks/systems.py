@@ -25,9 +25,9 @@ from benchmarks.maemi import train
 from benchmarks.ppii import without_curves
 from benchmarks.timing import table, write
 from jmae import metrics
-from jmae.comparison import compare, read_run, write_comparison
 from jmae.data.files import read_image
 from jmae.data.transforms import central
+from jmae.report.compare import compare, read_run, write_comparison
 from jmae.system import SYSTEMS
 
 RESULTS = Path(__file__).parent / "results" / "systems.json"

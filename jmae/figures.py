@@ -15,6 +15,7 @@ from jmae.data.manifest import Row
 from jmae.data.transforms import central
 from jmae.errors import InputError
 from jmae.inference import Result, own_maps
+from jmae.lesions import Froc, Localisation
 from jmae.report import Case
 from jmae.run_folder import log
 from jmae.system import System
@@ -96,8 +97,8 @@ class Pixels:
         self.share, self.lesions, self.froc, self.iou = share, False, froc, iou
         self.left = Counter(patient_of(row) for row in rows)
         self.pooled: dict[str, list[metrics.Pooled]] = {}
-        self.found: dict[str, list[metrics.Froc]] = {}
-        self.localised: dict[str, list[metrics.Localisation]] = {}
+        self.found: dict[str, list[Froc]] = {}
+        self.localised: dict[str, list[Localisation]] = {}
         self.own: dict[str, dict[str, metrics.Pooled]] = {}  # by patient, of the first replicate
         self.patients: list[dict[str, Any]] = []
 
@@ -114,11 +115,11 @@ class Pixels:
             mine.setdefault(name, metrics.Pooled()).add(mask, view(values[0]), region)
             if self.froc and self.share == 1:
                 lesions = boxes_of(row) if row.boxes and not row.mask else mask
-                found = self.found.setdefault(name, [metrics.Froc(self.froc) for _ in values])
+                found = self.found.setdefault(name, [Froc(self.froc) for _ in values])
                 for curve, value in zip(found, values, strict=True):
                     curve.add(lesions, value, region)
             if self.iou and self.share == 1 and row.mask:  # a box is no outline
-                localised = self.localised.setdefault(name, [metrics.Localisation() for _ in values])
+                localised = self.localised.setdefault(name, [Localisation() for _ in values])
                 for overlap, value in zip(localised, values, strict=True):
                     overlap.add(mask, value, region)
 

@@ -16,14 +16,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import ndimage, special
 
 from jmae.errors import InputError
 
 CHUNK = 1 << 20  # scores looked up or binned, and cases of draws counted, at a time: at most about 100 MB
 EXACT = 1 << 27  # pixels that a pool keeps one by one (512 MiB of float32); more are counted in bins
-FROC_EXACT = 1 << 30  # pixels of the maps that a free-response curve keeps (4 GiB)
-IOU_EXACT = 1 << 26  # distinct scores that a `Localisation` keeps one by one (768 MiB); more are thinned
 BINS = 1 << 20  # by the sign, the exponent and 11 bits of the mantissa: 2^-11 wide, relative to their scores
 
 
@@ -34,7 +31,7 @@ class Ranked(NamedTuple):
     positives: NDArray[Any]
 
 
-def _check_finite(negatives: NDArray[Any], positives: NDArray[Any]) -> None:
+def check_finite(negatives: NDArray[Any], positives: NDArray[Any]) -> None:
     """InputError where scores are not finite."""
     bad = sum(a.size - np.count_nonzero(np.isfinite(a)) for a in (negatives, positives))
     if bad:
@@ -44,9 +41,9 @@ def _check_finite(negatives: NDArray[Any], positives: NDArray[Any]) -> None:
         )
 
 
-def _sort(negatives: NDArray[Any], positives: NDArray[Any]) -> Ranked:
+def sort_classes(negatives: NDArray[Any], positives: NDArray[Any]) -> Ranked:
     """Sorts both in place (they must be nobody else's); InputError where scores are not finite."""
-    _check_finite(negatives, positives)
+    check_finite(negatives, positives)
     negatives.sort()
     positives.sort()
     return Ranked(negatives, positives)
@@ -65,7 +62,7 @@ def _checked(labels: ArrayLike, scores: ArrayLike) -> tuple[NDArray[np.bool_], N
 def rank(labels: ArrayLike, scores: ArrayLike) -> Ranked:
     """Sorts each class once; the inputs stay as they are."""
     labels, scores = _checked(labels, scores)
-    return _sort(scores[~labels], scores[labels])
+    return sort_classes(scores[~labels], scores[labels])
 
 
 def _one_class(ranked: Ranked) -> bool:
@@ -147,7 +144,7 @@ def iou(labels: ArrayLike, scores: ArrayLike, threshold: float) -> float:
     return np.count_nonzero(labels & called) / union if union else math.nan
 
 
-def _operating_points(ranked: Ranked, points: int) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+def operating_points(ranked: Ranked, points: int) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
     """Thresholds (descending) at evenly spread ranks of both classes, or all where they are few; tp; fp."""
     some = [a[np.linspace(0, a.size - 1, min(a.size, points)).astype(int)] for a in ranked]
     t = np.unique(np.concatenate(some))[::-1]
@@ -164,7 +161,7 @@ def roc_curve(labels: ArrayLike, scores: ArrayLike, points: int = 200) -> tuple[
     ranked = rank(labels, scores)
     if _one_class(ranked):
         return np.empty(0), np.empty(0), np.empty(0)
-    t, tp, fp = _operating_points(ranked, points)
+    t, tp, fp = operating_points(ranked, points)
     return np.r_[0, fp] / ranked.negatives.size, np.r_[0, tp] / ranked.positives.size, np.r_[np.inf, t]
 
 
@@ -173,7 +170,7 @@ def pr_curve(labels: ArrayLike, scores: ArrayLike, points: int = 200) -> tuple[N
     ranked = rank(labels, scores)
     if _one_class(ranked):
         return np.empty(0), np.empty(0), np.empty(0)
-    t, tp, fp = _operating_points(ranked, points)
+    t, tp, fp = operating_points(ranked, points)
     return tp / ranked.positives.size, tp / (tp + fp), t
 
 
@@ -275,7 +272,7 @@ def _over_draws(measure: Measure, labels: NDArray[np.bool_], scores: NDArray[Any
     """A function (k, cases) -> (k,): a measure of draws from how often each case is in them; scores are sorted once."""
     if measure not in (auroc, average_precision):
         raise ValueError("measure is auroc or average_precision")
-    _check_finite(scores[~labels], scores[labels])
+    check_finite(scores[~labels], scores[labels])
     order = np.argsort(scores)
     sorted_scores, sorted_labels = scores[order], labels[order]
     low, high = (np.searchsorted(sorted_scores, sorted_scores[sorted_labels], side) for side in ("left", "right"))
@@ -308,7 +305,7 @@ def chi2_distance(scores_normal: ArrayLike, scores_abnormal: ArrayLike, bins: in
     (Bozorgtabar et al. 2023) says neither which of the two nor how many bins; 100 is our reading.
     """
     classes = [np.array(s, np.float64).ravel() for s in (scores_normal, scores_abnormal)]
-    ranked = _sort(*classes)
+    ranked = sort_classes(*classes)
     if _one_class(ranked):
         return {"raw": math.nan, "normalised": math.nan}
     low, high = min(a[0] for a in ranked), max(a[-1] for a in ranked)
@@ -323,20 +320,6 @@ def replicate_summary(values: Sequence[float]) -> dict[str, Any]:
     mean = float(np.mean(values)) if values else math.nan
     half_width = 1.96 * float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
     return {"mean": mean, "half_width": half_width, "values": values}
-
-
-def welch_test(a: Sequence[float], b: Sequence[float]) -> dict[str, float]:
-    """Two-sided t-test for unequal variances: t, Welch-Satterthwaite degrees of freedom, p.
-
-    nan where a group has fewer than two values or neither varies.
-    """
-    x, y = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    if min(x.size, y.size) < 2 or not (np.ptp(x) or np.ptp(y)):
-        return {"t": math.nan, "df": math.nan, "p": math.nan}
-    vx, vy = x.var(ddof=1) / x.size, y.var(ddof=1) / y.size
-    t = (x.mean() - y.mean()) / math.sqrt(vx + vy)
-    df = (vx + vy) ** 2 / (vx**2 / (x.size - 1) + vy**2 / (y.size - 1))
-    return {"t": float(t), "df": float(df), "p": float(2 * special.stdtr(df, -abs(t)))}
 
 
 def image_metrics(
@@ -361,7 +344,7 @@ Maps = Sequence[NDArray[Any]]
 Regions = Sequence[NDArray[np.bool_] | None] | None
 
 
-def _bin(scores: NDArray[Any]) -> NDArray[Any]:
+def score_bins(scores: NDArray[Any]) -> NDArray[Any]:
     """The bin of each score, in the order of the scores: equal scores (-0.0 and 0.0 too) are in one bin.
 
     The bits of a float32, read as an integer, rise with a positive number and fall with a negative one.
@@ -371,7 +354,7 @@ def _bin(scores: NDArray[Any]) -> NDArray[Any]:
     return np.where(bits >> 31, ~bits, bits | 0x80000000) >> 12
 
 
-def _edge(bins: NDArray[Any]) -> NDArray[np.float32]:
+def bin_edges(bins: NDArray[Any]) -> NDArray[np.float32]:
     """The lowest score of each bin: what is at or above it lies in that bin or a higher one."""
     bits = bins.astype(np.uint32) << 12
     return np.where(bits >> 31, bits ^ np.uint32(0x80000000), ~bits).view(np.float32)
@@ -432,7 +415,7 @@ class Pooled:
         lesion = mask.astype(bool, copy=False)
         inside = np.True_ if region is None else region.astype(bool, copy=False)
         classes = scores[inside & ~lesion], scores[inside & lesion]
-        _check_finite(*classes)
+        check_finite(*classes)
         self.images += 1
         self.sizes = [size + values.size for size, values in zip(self.sizes, classes, strict=True)]
         for parts, values in zip(self.parts, classes, strict=True):
@@ -454,7 +437,7 @@ class Pooled:
         for counts, parts in zip(self.counts, self.parts, strict=True):
             for values in parts:
                 for start in range(0, values.size, CHUNK):
-                    counts += np.bincount(_bin(values[start : start + CHUNK]), minlength=BINS)
+                    counts += np.bincount(score_bins(values[start : start + CHUNK]), minlength=BINS)
             parts.clear()
 
     def percentile(self, q: float) -> float:
@@ -465,12 +448,12 @@ class Pooled:
         if self.counts is None:
             return float(np.percentile(np.concatenate(self.parts[0]), q))
         rank = math.floor((self.sizes[0] - 1) * q / 100)
-        return float(_edge(np.searchsorted(self.counts[0].cumsum(), [rank], "right"))[0])
+        return float(bin_edges(np.searchsorted(self.counts[0].cumsum(), [rank], "right"))[0])
 
     def result(self) -> dict[str, float | None]:
         """The figures of `pixel_metrics` over the images so far; in bins also auroc_error and ap_error."""
         if self.counts is None:
-            ranked = _sort(*(np.concatenate(parts) for parts in self.parts))
+            ranked = sort_classes(*(np.concatenate(parts) for parts in self.parts))
             found = {"auroc": _auroc(ranked), "ap": _average_precision(ranked), "dice_best": _best_dice(ranked)[0]}
         else:
             found = _binned(self.counts)
@@ -499,285 +482,6 @@ def pixel_metrics(masks: Masks, maps: Maps, regions: Regions = None) -> dict[str
     for mask, scores, region in zip(masks, maps, [None] * len(maps) if regions is None else regions, strict=True):
         pool.add(mask, scores, region)
     return pool.result()
-
-
-Boxes = Sequence[Sequence[Sequence[float]]]
-
-
-class _Marked(NamedTuple):
-    """An image of a `Froc`, or several of one shape, stacked."""
-
-    scores: NDArray[np.float32]  # ([images,] *axes); -inf outside the region
-    boxes: NDArray[np.int64]  # (lesions, axes, 2), half-open
-    pixels: NDArray[np.int64]  # flat indices of the lesions' pixels inside the region; empty without `overlap`
-    owners: NDArray[np.int64]  # and the lesion of each
-    images: NDArray[np.int64]  # of stacked ones the image of each lesion
-
-
-def _stacked(kept: list[_Marked]) -> Iterator[_Marked]:
-    """Small neighbours of one shape as a copy of up to CHUNK scores; an image above CHUNK / 16 alone, as a view."""
-    start = 0
-    while start < len(kept):
-        shape, size = kept[start].scores.shape, kept[start].scores.size
-        part = kept[start : start + (CHUNK // size if 16 * size <= CHUNK else 1)]
-        part = part[: next((k for k, image in enumerate(part) if image.scores.shape != shape), len(part))]
-        start += len(part)
-        lesions = np.array([len(image.boxes) for image in part])
-        before = np.cumsum(lesions) - lesions
-        yield _Marked(
-            np.stack([image.scores for image in part]) if len(part) > 1 else part[0].scores[None],
-            np.concatenate([image.boxes for image in part]),
-            np.concatenate([image.pixels + k * size for k, image in enumerate(part)]),
-            np.concatenate([image.owners + n for n, image in zip(before, part, strict=True)]),
-            np.repeat(np.arange(len(part)), lesions),
-        )
-
-
-def _components(mask: NDArray[np.bool_]) -> tuple[NDArray[np.int32], int]:
-    """Components labelled 1..n, also over edges and corners (8 neighbours in 2D, 26 in 3D); n."""
-    return ndimage.label(mask, np.ones((3,) * mask.ndim))
-
-
-def _lesions(lesions: Boxes | NDArray, shape: tuple[int, ...]) -> tuple[NDArray, NDArray, NDArray]:
-    """Boxes (lesions, axes, 2) in whole pixels; the flat indices of all lesions' pixels; the lesion of each."""
-    given = np.asarray(lesions)
-    if given.dtype == bool:
-        if given.shape != shape:
-            raise ValueError(f"the mask is {given.shape}, the map {shape}: bring them to one grid")
-        labels = _components(given)[0]
-        ends = [[(s.start, s.stop) for s in slices] for slices in ndimage.find_objects(labels)]
-        pixels = np.flatnonzero(labels)
-        return np.array(ends, int).reshape(-1, len(shape), 2), pixels, labels.ravel()[pixels] - 1
-    if given.size and given.shape[1:] != (len(shape), 2):
-        raise ValueError(
-            f"boxes are {given.shape}: give a pair (low, high) for each of {len(shape)} axes, or a bool mask"
-        )
-    low, high = np.moveaxis(np.floor(given.reshape(-1, len(shape), 2) + 0.5).astype(int), -1, 0)
-    low = np.clip(low, 0, np.array(shape) - 1)
-    boxes = np.stack([low, np.clip(high, low + 1, shape)], -1)
-    cells = [np.ravel_multi_index(np.ix_(*(np.arange(*ends) for ends in box)), shape).ravel() for box in boxes]
-    owners = np.repeat(np.arange(len(boxes)), [cell.size for cell in cells])
-    return boxes, np.concatenate([np.empty(0, int), *cells]), owners
-
-
-class Froc:
-    """Sensitivity for lesions against false positives an image, over images fed one by one (free-response ROC).
-
-    The rule: thresholds t are quantiles of the scores of all images inside their regions, evenly spread, equal ones
-    once. At each, the connected components (`_components`) of {score >= t} with fewer than `least` pixels are dropped.
-    A lesion is hit where the centroid of a component lies in its box (borders included) or, given `overlap`, where the
-    intersection over union of a component and the lesion is at least that. A component that hits no lesion is a false
-    positive; their number is a mean over all images, normal ones too. The sensitivity at `at` false positives is
-    interpolated linearly where their number first exceeds `at` going down from the highest score, or is the largest
-    one reached before: components merge, so neither number is monotone, and thresholds below are not looked at. Where
-    `at` is never exceeded it is the largest of all. P-PII (Müller et al. 2023) reports it at 10 and gives no rule:
-    this one is ours.
-
-    ours: to the evenly spread quantiles come as many in geometric progression from the highest score down. The highest
-    1/200 of a large, rough map can hold far more than `at` components: the curve then passes `at` in its first step,
-    and the value interpolated there is far too low (on 512 x 512 pixels of noise blurred by 2 pixels, 0.15 instead of
-    1.0). `thresholds` is the number of either.
-
-    Maps are kept in memory, as float32, up to `FROC_EXACT` pixels in all. Beyond, no curve is made and the sensitivity
-    is nan.
-    """
-
-    def __init__(self, at: float = 10.0, thresholds: int = 200, least: int = 5, overlap: float | None = None) -> None:
-        self.at, self.thresholds, self.least, self.overlap = at, thresholds, least, overlap
-        self.images = self.lesions = self.size = 0
-        self.kept: list[_Marked] = []
-
-    def add(self, lesions: Boxes | NDArray[np.bool_], scores: NDArray, region: NDArray | None = None) -> None:
-        """Takes one image.
-
-        Args:
-          lesions: a mask of the map's shape, whose connected components are the lesions; or boxes, each one pair (low,
-            high) for each axis of the map (rows first; a manifest has x0 y0 x1 y1), half-open, rounded to pixels,
-            of which each box keeps at least one; none for a normal image. A lesion without a pixel inside the region
-            is left out.
-          scores: the map; higher is more abnormal.
-          region: where it counts, bool; None is everywhere.
-
-        ValueError where shapes differ, InputError where scores inside the region are not finite; neither is taken.
-        """
-        if region is not None and region.shape != scores.shape:
-            raise ValueError(f"the region is {region.shape}, the map {scores.shape}: bring them to one grid")
-        boxes, pixels, owners = _lesions(lesions, scores.shape)
-        with np.errstate(over="ignore"):
-            scores = scores.astype(np.float32)  # a copy
-        inside = np.ones(scores.shape, bool) if region is None else region.astype(bool, copy=False)
-        _check_finite(scores[inside], np.empty(0))
-        scores[~inside] = -np.inf
-        counted = inside.ravel()[pixels]
-        used, owners = np.unique(owners[counted], return_inverse=True)
-        pixels = pixels[counted] if self.overlap is not None else np.empty(0, int)
-        self.images, self.lesions, self.size = self.images + 1, self.lesions + used.size, self.size + scores.size
-        self.kept.append(_Marked(scores, boxes[used], pixels, owners[: pixels.size], np.zeros(used.size, int)))
-        if self.size > FROC_EXACT:
-            self.kept.clear()
-
-    def _found(self, part: _Marked, t: np.float32) -> tuple[int, int]:
-        """How many lesions of stacked images are hit, and how many components hit none."""
-        within = np.zeros((3,) * part.scores.ndim)
-        within[1] = 1  # neighbours of one image
-        labels, n = ndimage.label(part.scores >= t, within)
-        flat, axes = labels.ravel(), part.scores.ndim - 1
-        sizes, images, sums = np.zeros(n, int), np.zeros(n, int), np.zeros((axes, n))
-        for start in range(0, flat.size, CHUNK):
-            pixels = start + np.flatnonzero(flat[start : start + CHUNK])
-            of = flat[pixels] - 1
-            sizes += np.bincount(of, minlength=n)
-            if len(part.boxes):
-                images[of], *places = np.unravel_index(pixels, labels.shape)
-                sums += [np.bincount(of, place, n) for place in places]
-        large = np.flatnonzero(sizes >= self.least)
-        if not (len(part.boxes) and large.size):
-            return 0, large.size
-        centre = (sums / sizes).T[large]
-        # Every lesion with the components of its image, which are numbered image by image.
-        ends = np.searchsorted(images[large], np.stack([part.images, part.images + 1]))
-        numbers = ends[1] - ends[0]
-        lesion = np.repeat(np.arange(len(numbers)), numbers)
-        component = np.arange(lesion.size) + np.repeat(ends[0] - np.cumsum(numbers) + numbers, numbers)
-        low, high = part.boxes[..., 0] - 0.5, part.boxes[..., 1] - 0.5  # the outer borders of their pixels
-        hits = ((low[lesion] <= centre[component]) & (centre[component] <= high[lesion])).all(-1)
-        if self.overlap is not None:
-            k = len(part.boxes)
-            found = labels.ravel()[part.pixels] - 1
-            keys, counts = np.unique((found * k + part.owners)[found >= 0], return_counts=True)
-            wanted = large[component] * k + lesion
-            at = np.minimum(np.searchsorted(keys, wanted), max(len(keys) - 1, 0))
-            shared = np.where(keys[at] == wanted, counts[at], 0) if len(keys) else np.zeros(len(wanted), int)
-            union = sizes[large][component] + np.bincount(part.owners, minlength=k)[lesion] - shared
-            hits |= shared >= self.overlap * union
-        return np.unique(lesion[hits]).size, large.size - np.unique(component[hits]).size
-
-    def result(self) -> dict[str, Any] | None:
-        """The images so far; None where none has a lesion.
-
-        Returns: sensitivity, `at`, the numbers of lesions and of images, and curve: [false positives an image,
-        sensitivity] from [0, 0] at an infinite threshold downwards, the last beyond `at` where it is exceeded.
-        """
-        if not self.lesions:
-            return None
-        about = {"at": self.at, "lesions": self.lesions, "images": self.images}
-        if not self.kept:
-            return {"sensitivity": math.nan, **about, "curve": []}
-        values = np.concatenate([image.scores[image.scores > -np.inf] for image in self.kept])
-        last = values.size - 1
-        evenly = np.linspace(0, last, min(values.size, self.thresholds))
-        ranks = np.unique(np.concatenate([evenly, values.size - np.geomspace(1, values.size, evenly.size)]).astype(int))
-        values.partition(ranks)
-        parts = list(_stacked(self.kept))
-        curve = [(0.0, 0.0)]
-        best = 0.0
-        for t in np.unique(values[ranks])[::-1]:
-            hits, false = np.sum([self._found(part, t) for part in parts], 0)
-            curve.append((float(false / self.images), float(hits / self.lesions)))
-            if curve[-1][0] > self.at:
-                (x0, y0), (x1, y1) = curve[-2:]
-                best = max(best, y0 + (y1 - y0) * (self.at - x0) / (x1 - x0))
-                break
-            best = max(best, curve[-1][1])
-        return {"sensitivity": best, **about, "curve": [list(point) for point in curve]}
-
-
-def _thinned(values: NDArray[np.float32], ious: NDArray[np.float64]) -> tuple[NDArray, NDArray]:
-    """Of ascending scores and the IoU at each, the lowest score of each bin, moved to the bin's edge."""
-    bins, first = np.unique(_bin(values), return_index=True)
-    return _edge(bins), ious[first]
-
-
-class Localisation:
-    """Intersection over union of lesion masks and {score >= t}, a mean over images, fed one by one.
-
-    MemMC-MAE (Tian et al. 2022) reports the mean over five random groups of 100 abnormal images, and names no rule for
-    the threshold t. ours: `oracle` is the one threshold that is best on the images of the groups, so an upper bound;
-    `normals` is given, a percentile of the pixels of held-out normals.
-
-    The oracle is exact: an image's IoU is a step function of t, so the sum over images is that of its jumps, sorted by
-    score. Kept are 12 bytes a distinct score (of each image); `result` takes about 40 more. Beyond `IOU_EXACT` of them
-    thresholds are the edges of `Pooled`'s bins, at most 2^-11 apart relative to the scores: IoU is exact at each, `t`
-    is lowered to the next one, and the oracle can be lower than the true one.
-    """
-
-    def __init__(self) -> None:
-        self.size = 0  # distinct scores so far, of each image
-        self.exact = True
-        self.kept: list[tuple[NDArray[np.float32], NDArray[np.float64]]] = []  # scores, ascending; IoU at each
-
-    def add(self, mask: NDArray, scores: NDArray, region: NDArray | None = None) -> None:
-        """Takes one image: its lesion mask, its map and where it counts (None is everywhere), of one shape. An image
-        without a lesion inside the region is left out.
-
-        ValueError where shapes differ, InputError where scores inside the region are not finite; neither is taken.
-        """
-        shapes = [a.shape for a in (mask, scores, region) if a is not None]
-        if len(set(shapes)) != 1:
-            raise ValueError(f"mask, map (and region) are {shapes}: bring them to one grid")
-        inside = np.True_ if region is None else region.astype(bool, copy=False)
-        lesion = mask.astype(bool, copy=False)
-        with np.errstate(over="ignore"):
-            ranked = _sort(*(scores[inside & part].astype(np.float32) for part in (~lesion, lesion)))
-        if not ranked.positives.size:
-            return
-        t, tp, fp = _operating_points(ranked, max(map(len, ranked)))
-        self.kept.append((t[::-1], (tp / (ranked.positives.size + fp))[::-1]))
-        self.size += t.size
-        if self.exact and self.size > IOU_EXACT:
-            self.exact, self.kept = False, [_thinned(*each) for each in self.kept]
-        elif not self.exact:
-            self.kept[-1] = _thinned(*self.kept[-1])
-
-    def at(self, threshold: float) -> NDArray[np.float64]:
-        """(n,) the IoU of each image so far; 0 where nothing is called abnormal."""
-        return np.array([np.append(ious, 0.0)[np.searchsorted(values, threshold)] for values, ious in self.kept])
-
-    def oracle(self, images: NDArray[np.integer] | None = None) -> float:
-        """The threshold whose mean IoU over `images` (their numbers; None is all) is the largest, up to rounding."""
-        used = self.kept if images is None else [self.kept[i] for i in images]
-        values = np.concatenate([values for values, _ in used])
-        jumps = np.concatenate([-np.diff(ious, append=0.0) for _, ious in used])
-        order = np.argsort(values)[::-1]
-        values, sums = values[order], np.cumsum(jumps[order])
-        sums[:-1][values[1:] == values[:-1]] = -1.0  # ties fall together, at the last of them
-        return float(values[sums.argmax()])
-
-    def result(
-        self, threshold: float | None = None, groups: int = 5, size: int = 100, seed: int = 0
-    ) -> dict[str, Any] | None:
-        """The images so far; None where none has a lesion.
-
-        Args:
-          threshold: of `normals`; None or nan: none is known.
-          groups, size: random groups of images, without an image twice in one; disjoint where there are enough. Of no
-            more images than `size` one group is all of them.
-          seed: with the number of images it alone decides the groups.
-
-        Returns: n, the number of images; groups, size: of the groups drawn, at most n; overlap: whether an image can be
-        in several groups, as n < groups * size; exact: False beyond `IOU_EXACT`. For `oracle` and for `normals` (None
-        without a threshold): the mean over groups, NAME_deviation between them (ddof 1; nan for one group), NAME_groups
-        (the mean of each), NAME_threshold.
-        """
-        n, rng = len(self.kept), np.random.default_rng(seed)
-        if not n:
-            return None
-        threshold = None if threshold is None or math.isnan(threshold) else threshold
-        groups, size = (groups, size) if n > size else (1, n)
-        overlap = n < groups * size
-        if overlap:
-            drawn = np.stack([rng.permutation(n)[:size] for _ in range(groups)])
-        else:
-            drawn = rng.permutation(n)[: groups * size].reshape(groups, size)
-        if threshold is not None and not self.exact:
-            threshold = float(_edge(_bin(np.array(threshold))))
-        out: dict[str, Any] = {"n": n, "groups": groups, "size": size, "overlap": overlap, "exact": self.exact}
-        for name, t in (("oracle", self.oracle(np.unique(drawn))), ("normals", threshold)):
-            means = np.empty(0) if t is None else self.at(t)[drawn].mean(1)
-            deviation = float(means.std(ddof=1)) if means.size > 1 else math.nan
-            figures = (float(means.mean()), deviation, means.tolist(), t) if means.size else (None,) * 4
-            out |= zip((name, f"{name}_deviation", f"{name}_groups", f"{name}_threshold"), figures, strict=True)
-        return out
 
 
 def patient_mean(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:

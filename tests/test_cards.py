@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jmae import cards, recipe, report
-from jmae.report import described
+from jmae import cards, recipe
+from jmae.report import described, words
 from jmae.system import SYSTEMS, System
 
 TOY = System("amae", (), None, (), "bright")
@@ -50,7 +50,7 @@ def test_every_system_names_its_paper():
 
 def test_a_system_whose_file_names_no_paper_is_described_without_one(tmp_path, monkeypatch):
     (tmp_path / "systems").mkdir()
-    monkeypatch.setattr(report, "__file__", str(tmp_path / "report.py"))
+    monkeypatch.setattr(words, "SYSTEM_FILES", tmp_path / "systems")
     for text, expected in (
         ('"""One\nsentence.\n\nNo number."""', ("One sentence.", "")),
         ('"""One sentence."""', ("One sentence.", "")),

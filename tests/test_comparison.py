@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from jmae import comparison, metrics, report
+from jmae import metrics
 from jmae.errors import exit_code
+from jmae.report import compare as comparison
+from jmae.report.__main__ import main
 
 IDS = [f"case{i}" for i in range(24)]
 LABELS = np.arange(24) % 2
@@ -71,7 +73,7 @@ def test_a_difference_is_that_of_the_metrics_and_its_interval_that_of_common_dra
 
 def test_the_page_shows_the_runs_their_differences_and_what_differs(tmp_path, capfd):
     runs = [a_run(tmp_path / "good", 0.3), a_run(tmp_path / "<b>bad", 2.0, memory=0)]
-    assert exit_code(report.main, [*map(str, runs), f"--out={tmp_path / 'page.html'}", "--draws", "100"]) == 0
+    assert exit_code(main, [*map(str, runs), f"--out={tmp_path / 'page.html'}", "--draws", "100"]) == 0
     page, said = (tmp_path / "page.html").read_text(), capfd.readouterr().err
     scores = [comparison.scores_of(comparison.read_run(run), IDS) for run in runs]
     expected = roc_auc_score(LABELS, scores[0]) - roc_auc_score(LABELS, scores[1])
@@ -155,9 +157,9 @@ def test_runs_that_do_not_belong_together_are_refused_in_one_line(tmp_path, capf
         (torn,): "torn: no whole evaluation",
         (): "name 1 to 12 run folders and the page",
     }.items():
-        assert exit_code(report.main, [*map(str, folders), out]) == 2
+        assert exit_code(main, [*map(str, folders), out]) == 2
         said = capfd.readouterr().err
         assert message in said and said.count("\n") == 1, said
-    assert exit_code(report.main, [str(good), "--out=page.txt"]) == 2
-    assert exit_code(report.main, [str(good), out, "--draws=0"]) == 2
+    assert exit_code(main, [str(good), "--out=page.txt"]) == 2
+    assert exit_code(main, [str(good), out, "--draws=0"]) == 2
     assert not (tmp_path / "page.html").exists()

@@ -9,12 +9,14 @@ import pytest
 from sklearn.metrics import roc_auc_score
 
 from jmae import convergence as co
-from jmae import recipe, report
+from jmae import recipe
 from jmae.data.loader import case_words
 from jmae.data.manifest import Row, read_manifest
 from jmae.data.volumes import Volume
 from jmae.errors import InputError
 from jmae.inference import sweeper
+from jmae.report.charts import convergence_chart
+from jmae.report.words import convergence_words
 from jmae.system import Sweep, System, load_system
 
 MANY = 64
@@ -123,9 +125,9 @@ def steps_of(*triples):
 def test_enough_is_from_where_on_nothing_larger_strays(steps, expected, words):
     assert co.enough(steps) == expected
     found = {"what": "masks", "steps": steps, "enough": expected, "close": co.CLOSE, "rising": False}
-    assert words in " ".join(report.convergence_words(found))
-    assert "aria-label" in report.convergence_chart(found)
-    rising = " ".join(report.convergence_words(found | {"rising": True}))
+    assert words in " ".join(convergence_words(found))
+    assert "aria-label" in convergence_chart(found)
+    rising = " ".join(convergence_words(found | {"rising": True}))
     assert ("may raise it further" in rising) == (steps[0]["deviation"] > 0)
 
 

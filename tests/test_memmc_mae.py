@@ -23,7 +23,7 @@ from jmae.nn.memory import MultiLevelMAE
 from jmae.optim import decayed
 from jmae.patches import patchify, unpatchify
 from jmae.recipe import override
-from jmae.scoring import ms_ssim, ms_ssim_map
+from jmae.ssim import ms_ssim, ms_ssim_map
 from jmae.system import load_system, masked_autoencoder
 
 KEY = jax.random.key(0)

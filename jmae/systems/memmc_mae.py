@@ -29,7 +29,7 @@ from jmae.nn.memory import MultiLevelMAE
 from jmae.optim import accumulated, adamw, warmup_cosine
 from jmae.patches import grid_of, patchify
 from jmae.reconstruct import Reconstruction, masked_loss, reconstruct
-from jmae.scoring import check_ssim, ms_ssim, ms_ssim_map
+from jmae.ssim import check_ssim, ms_ssim, ms_ssim_map
 from jmae.system import Stage, State, Sweep, System, averaged, masked_autoencoder, steps_of
 
 SCORES = ("ms_ssim", "ms_ssim_patches", "mse", "ms_ssim_product")

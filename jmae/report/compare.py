@@ -16,7 +16,9 @@ from numpy.typing import NDArray
 
 from jmae import metrics
 from jmae.errors import InputError
-from jmae.report import FAINT, chart, digest, flat, templates, write_page
+from jmae.report.charts import FAINT, chart
+from jmae.report.page import digest, templates, write_page
+from jmae.report.words import flat
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

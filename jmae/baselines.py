@@ -5,6 +5,7 @@ standardised per image. A system that does not beat them has not read the anatom
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import jax.numpy as jnp
@@ -21,6 +22,7 @@ from jmae.data.transforms import area_resize, central
 from jmae.data.volumes import Volume, read_subtraction
 from jmae.inference import Scored, sweeper
 from jmae.system import System
+from jmae.windows import average
 
 COMPONENTS = 30
 NEIGHBOURS = 5
@@ -148,7 +150,7 @@ def volume_baselines(
             return error, jnp.ones_like(error)
 
         fuse = lambda averages, inside: {"maps": {"residual": averages[..., 0]}}
-        part = system.sweep._replace(repeats=1, score=score, fuse=fuse, weighted=False, released=False)
+        part = replace(system.sweep, repeats=1, score=score, fuse=fuse, average=average)
         single = config.copy_and_resolve_references()
         single.replicates = 1
         residual = sweeper(single, part, {"mean": mean, "components": components})

@@ -21,8 +21,8 @@ from jmae.inference import Scored, restore_results, scorer, shown_map, sweeper, 
 from jmae.report import PERCENTILES, Scale
 from jmae.run_folder import digest, log, write_text
 from jmae.scoring import Calibration, alarm_threshold, colour_ends
-from jmae.seen import trained_rows, write_seen
-from jmae.system import Results, System, compute_type
+from jmae.seen import write_seen
+from jmae.system import Results, System, chosen_on_val, compute_type, rows_read
 
 CALIBRATION = "calibration.json"
 UNCALIBRATED = (
@@ -61,7 +61,7 @@ def calibrators(
 ) -> list[bool]:
     """Which rows of `val` say what a score means: the normals that nothing was chosen by."""
     labels = {row.label for row in rows if row.split == "val" and not row.kept}
-    if system.chosen_on_val and {0, 1} <= labels:
+    if chosen_on_val(system) and {0, 1} <= labels:
         say(
             f"select={config.select}: val's labels chose the weights, so only train rows kept apart give p-values "
             "(--config.data.calibration=0.1)"
@@ -226,7 +226,7 @@ def score_line(
 def other_rows(system: System, rows: Sequence[Row], workdir: Path) -> bool:
     """Whether the data, changed since, no longer tell which rows were trained on: then none may calibrate."""
     saved = rows_of(system, workdir)
-    if saved in (None, digest(trained_rows(system, rows))):
+    if saved in (None, digest(rows_read(system, rows))):
         return False
     log("warning: the manifest has changed since the training: not calibrated on it anew")
     return True

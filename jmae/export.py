@@ -49,7 +49,7 @@ from jmae.masking import case_keys
 from jmae.run_folder import log
 from jmae.system import System, load_system
 from jmae.target import portable
-from jmae.windows import average, inside, tile
+from jmae.windows import inside, tile
 
 __all__ = ["case_words", "export", "load"]
 FUNCTION, WEIGHTS, ABOUT = "function.bin", "weights.safetensors", "export.json"
@@ -175,7 +175,7 @@ def volume_score(config: ConfigDict, system: System, size: tuple[int, ...]) -> C
     own = tuple(slice(low, low + n) for (low, _), n in zip(tiling.pad, size, strict=True))
 
     def one(results, volume, case, key):
-        averages = average(
+        averages = sweep.average(
             partial(sweep.score, results),
             jnp.pad(volume, [*tiling.pad, (0, 0)]),
             jnp.asarray(tiling.origins),
@@ -185,8 +185,6 @@ def volume_score(config: ConfigDict, system: System, size: tuple[int, ...]) -> C
             window=sweep.window,
             repeats=sweep.repeats,
             batch=config.evaluation.batch,
-            weighted=sweep.weighted,
-            released=sweep.released,
         )
         shape = tuple(n + sum(pad) for n, pad in zip(size, tiling.pad, strict=True))
         return jax.tree.map(lambda x: x[own], sweep.fuse(averages, inside(shape, jnp.array(tiling.size, jnp.int32))))

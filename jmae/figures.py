@@ -18,7 +18,7 @@ from jmae.inference import Result, own_maps
 from jmae.lesions import Froc, Localisation
 from jmae.report import Case
 from jmae.run_folder import log
-from jmae.system import System
+from jmae.system import System, rows_read
 
 WHOLE = "whole"  # the part that is the split itself
 CENTRAL = 0.8  # share of each axis that the central crop keeps
@@ -302,14 +302,14 @@ def beside_printed(
 ) -> list[dict[str, Any]]:
     """{stage, metric, epoch, printed, ours} for every value of a stage's metrics that the paper prints: ours is the
     mean over that epoch, None where the run did not get so far; nothing where other rows are scored than trained on."""
-    printed = [stage for stage in system.stages if stage.printed]
+    printed = [stage for stage in system.stages if stage.published]
     if not printed or recipe.read(workdir).data.manifest != config.data.manifest:
         return []
     out = []
     for stage in printed:
-        n = len(stage.rows([row for row in rows if row.split in ("train", "unlabeled")], {}))
+        n = len(stage.rows(rows_read(system, rows), {}))
         length = max(1, n // stage.batch)
-        for metric, values in stage.printed.items():
+        for metric, values in stage.published.items():
             lines = [(h["step"], h[metric]) for h in history if h["stage"] == stage.name and metric in h]
             for epoch, value in values.items():
                 end = epoch * length

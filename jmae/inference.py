@@ -30,7 +30,7 @@ from jmae.run_folder import log
 from jmae.scoring import top_mean
 from jmae.sharding import device_mesh, inside_mesh, replicated, split
 from jmae.system import Results, Sweep, System, stage_keys
-from jmae.windows import average, inside, tile
+from jmae.windows import inside, tile
 
 SECONDS_BETWEEN_LINES = 20  # while cases are scored
 
@@ -75,7 +75,7 @@ def restore_results(config: ConfigDict, system: System, workdir: Path) -> Result
             continue
         init = lambda key, results, stage=stage: stage.init(key, results, 1)
         target = jax.eval_shape(init if config.replicates == 1 else jax.vmap(init), stage_keys(config, number), results)
-        target = jax.tree.map(place, target._replace(frozen={}))
+        target = jax.tree.map(place, target)
         found = checkpoint.restore(workdir / "checkpoints" / stage.name, target, config=None, log=log)
         if not found:
             raise InputError(f"{workdir}: stage {stage.name} has no checkpoint: train it first (python -m jmae.train)")
@@ -232,7 +232,7 @@ def sweep_program(sweep: Sweep, mesh: Mesh) -> Any:
 
     def score(results, volume, size, origins, number, coverage, words, repeats, keys, batch):
         def one(result, key):
-            averages = average(
+            averages = sweep.average(
                 partial(sweep.score, result),
                 volume,
                 origins,
@@ -242,8 +242,6 @@ def sweep_program(sweep: Sweep, mesh: Mesh) -> Any:
                 window=sweep.window,
                 repeats=repeats,
                 batch=-(-batch // devices) * devices,
-                weighted=sweep.weighted,
-                released=sweep.released,
                 place=lambda x: jax.lax.with_sharding_constraint(x, split(mesh)),
             )
             return sweep.fuse(averages, inside(volume.shape[:-1], size))

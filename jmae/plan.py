@@ -52,7 +52,7 @@ from jmae.hlo import Program, Work
 from jmae.inference import filled, scoring_batch, scoring_program, seeds_of, sweep_program
 from jmae.reconstruct import fitting
 from jmae.run_folder import log, write_text
-from jmae.sharding import device_mesh, replicated, split
+from jmae.sharding import device_mesh, replicated, sharded, split
 from jmae.system import Stage, State, Sweep, System, load_system, stage_keys
 from jmae.target import tracing_for
 from jmae.train import compiled_step, places, steps_of_dispatch
@@ -183,8 +183,8 @@ def step_of(
     mesh: Mesh,
     batch: int | None,
     phase: Any = None,
-) -> tuple[State, tuple[PyTree, Any], Any]:
-    """(state, (batch, keys), jitted step) of a stage on a mesh, as shapes with their places, without numbers.
+) -> tuple[State, tuple[PyTree, Any, PyTree], Any]:
+    """(state, (batch, keys, results), jitted step) of a stage on a mesh, as shapes with their places, without numbers.
 
     The step is that of `phase`, one of the stage's phases; None stands for the first."""
     n, steps = config.replicates, stage.steps(ROWS)
@@ -196,14 +196,15 @@ def step_of(
     state = state_of(config, stage, number, results)
     image = (*config.data.size, config.data.channels)
     arrays = {"image": (image, jnp.float32), "index": ((), jnp.int32), "case": ((2,), jnp.uint32)}
-    for name, make in stage.host.items():
+    for name, make in stage.host_arrays.items():
         made = np.asarray(make(np.linspace(0, 1, math.prod(image), dtype=np.float32).reshape(image)))
         arrays[name] = (made.shape, made.dtype)
     lead = (size,) if n == 1 else (n, size)
     shapes = {name: jax.ShapeDtypeStruct((*lead, *shape), dtype) for name, (shape, dtype) in arrays.items()}
     put = lambda shape, place: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=place)
     over = split(mesh, len(lead) - 1)
-    inputs = jax.tree.map(lambda s: put(s, over), shapes), put(keys, replicated(mesh))
+    earlier = jax.tree.map(put, results, sharded(mesh, results))
+    inputs = jax.tree.map(lambda s: put(s, over), shapes), put(keys, replicated(mesh)), earlier
     step = compiled_step(stage.step, steps, n, (), mesh, stage.phases[0] if phase is None else phase)
     return jax.tree.map(put, state, places(state, mesh)), inputs, step
 
@@ -222,13 +223,15 @@ def planned_at(
     return planned(machine, mesh, *step_of(config, stage, number, results, mesh, batch, phase))
 
 
-def planned(machine: Machine, mesh: Mesh, state: State, inputs: tuple[PyTree, Any], jitted: Any) -> dict[str, Any]:
+def planned(
+    machine: Machine, mesh: Mesh, state: State, inputs: tuple[PyTree, Any, PyTree], jitted: Any
+) -> dict[str, Any]:
     """Memory, work, network and time of a step."""
     traced = jitted.trace(state, *inputs, None)
     arguments = {
         "parameters": held(state.params),
         "optimiser": held(state.opt),
-        "frozen weights and statistics": held((state.frozen, state.stats)),
+        "frozen weights and statistics": held((inputs[2], state.stats)),
         "batch": held(inputs[0]),
     }
     work = products(traced.jaxpr.jaxpr, machine.chip.platform)

@@ -47,6 +47,11 @@ def arguments(argv: Sequence[str], usage: str, known: Sequence[str]) -> dict[str
     return out
 
 
+def is_volume(config: ConfigDict) -> bool:
+    """Whether a recipe is of volumes: `data.size` has three axes."""
+    return len(config.data.size) == 3
+
+
 def split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     """(names, flags) of a command line that takes both: a word after "--NAME" without "=" is that flag's value."""
     value = lambda i: i > 0 and argv[i - 1].startswith("--") and "=" not in argv[i - 1]

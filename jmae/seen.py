@@ -9,7 +9,6 @@ from ml_collections import ConfigDict
 from jmae.data.manifest import Row
 from jmae.errors import InputError
 from jmae.run_folder import log, write_csv
-from jmae.system import System
 
 ALLOW = "config.data.allow_leaks"
 SEEN, SEEN_COLUMNS = "seen.csv", ("id", "patient", "split", "image")
@@ -76,13 +75,3 @@ def not_seen(rows: Sequence[Row], split: str, workdir: Path, manifest: str, *, a
     for what in found[:20]:
         log(f"warning: {what}")
     return rows, unchecked
-
-
-def trained_rows(system: System, rows: Sequence[Row]) -> list[Row]:
-    """The rows whose images training reads."""
-    splits = ["train"]
-    if not system.sweep or any(stage.selection for stage in system.stages):
-        splits.append("unlabeled")
-    if any(stage.check and stage.check.labelled for stage in system.stages):
-        splits.append("val")
-    return [row for row in rows if row.split in splits]

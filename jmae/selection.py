@@ -9,7 +9,8 @@ Known normals that are trained on score lower than new ones of an overfit networ
 overfitting. Recipes that hold normals out (`held_out`) compare with those.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -23,7 +24,6 @@ from jmae.errors import InputError
 from jmae.masking import case_keys
 from jmae.scoring import auroc
 from jmae.system import Check, Results, State, System
-from jmae.windows import average
 
 MOST = 10_000  # rows of either kind
 
@@ -36,31 +36,30 @@ def by_pseudo_auc(config: ConfigDict, system: System) -> System:
     """
     if config.select_every < 1 or not 1 <= config.select_samples <= MOST:
         raise InputError(f"select_every is 1 or more, select_samples from 1 to {MOST}")
-    name = system.choice or system.uses[-1]
+    name = system.choice.stage if system.choice else system.uses[-1]
     number = [stage.name for stage in system.stages].index(name)
-    stage, before = system.stages[number], [s.name for s in system.stages[:number] if s.name in system.uses]
-    if stage.weights == "instead" and config.model.weights:
+    stage = system.stages[number]
+    if stage.pretrained and stage.pretrained.use == "instead" and config.model.weights:
         raise InputError(f"select=aucp: model.weights stands for stage {name}, no step is to be chosen: select=last")
     share = next((config[s].held_out for s in ("train", "validation") if "held_out" in config.get(s, {})), 0.0)
     score = crop_scores if system.sweep else image_scores
+    stand_ins = system.choice.stand_ins if system.choice else dict
 
     def init(key: Array, results: Results, n: int) -> State:
         state = stage.init(key, results, n)
         best = {"params": state.params, "stats": state.stats, "aucp": jnp.float32(-1), "step": state.step}
-        frozen = {"own": state.frozen, "results": {name: results[name] for name in before}}
-        return state._replace(stats={"own": state.stats, "best": best}, frozen=frozen)
+        return state.replace(stats={"own": state.stats, "best": best})
 
     def on_own(function: Callable) -> Callable:
         """A step or look of the stage on the state that holds the best beside its own."""
 
         def wrapped(state: State, *args: Any, **more: Any) -> tuple[State, dict[str, Array]]:
-            own = state._replace(stats=state.stats["own"], frozen=state.frozen["own"])
-            after, metrics = function(own, *args, **more)
-            return after._replace(stats=state.stats | {"own": after.stats}, frozen=state.frozen), metrics
+            after, metrics = function(state.replace(stats=state.stats["own"]), *args, **more)
+            return after.replace(stats=state.stats | {"own": after.stats}), metrics
 
         return wrapped
 
-    def rows(rows: list[Row]) -> np.ndarray:
+    def rows(rows: Sequence[Row]) -> np.ndarray:
         held, splits = held_out(rows, share), np.array([row.split for row in rows])
         normals = np.flatnonzero(held if held.any() else splits == "train")
         unlabelled = np.flatnonzero(splits == "unlabeled")
@@ -76,23 +75,26 @@ def by_pseudo_auc(config: ConfigDict, system: System) -> System:
 
         return np.concatenate([some(normals), some(unlabelled)])
 
-    def look(state: State, batch: dict) -> tuple[State, dict[str, Array]]:
+    def look(state: State, batch: dict, results: Results) -> tuple[State, dict[str, Array]]:
         own, best = {"params": state.params, "stats": state.stats["own"]}, state.stats["best"]
-        results = system.rest() | state.frozen["results"] | {name: own}
-        value = auroc(score(config, system, results, batch), batch["unlabeled"])
+        everything = stand_ins() | dict(results) | {name: own}
+        value = auroc(score(config, system, everything, batch), batch["unlabeled"])
         new = own | {"aucp": value, "step": state.step}
         best = jax.tree.map(lambda new, old: jnp.where(value >= best["aucp"], new, old), new, best)
         found = {"aucp": value, "best_aucp": best["aucp"], "best_step": best["step"]}
-        return state._replace(stats=state.stats | {"best": best}), found
+        return state.replace(stats=state.stats | {"best": best}), found
 
-    chosen = stage._replace(
+    checks = tuple(replace(check, look=on_own(check.look)) for check in stage.checks)
+    selection = Check(every=config.select_every, rows=rows, look=look)
+    chosen = replace(
+        stage,
+        splits=tuple(dict.fromkeys((*stage.splits, "train", "unlabeled"))),
         init=init,
         step=on_own(stage.step),
-        check=stage.check and stage.check._replace(look=on_own(stage.check.look)),
-        selection=Check(config.select_every, 0, rows, look),
+        checks=(*checks, selection),
         result=lambda state: {what: state.stats["best"][what] for what in ("params", "stats")},
     )
-    return system._replace(stages=(*system.stages[:number], chosen, *system.stages[number + 1 :]))
+    return replace(system, stages=(*system.stages[:number], chosen, *system.stages[number + 1 :]))
 
 
 def image_scores(config: ConfigDict, system: System, results: Results, batch: dict) -> Float[Array, " n"]:
@@ -117,7 +119,7 @@ def crop_scores(config: ConfigDict, system: System, results: Results, batch: dic
 
     def one(sample: tuple[Array, Array]) -> Float[Array, ""]:
         image, key = sample
-        averages = average(
+        averages = sweep.average(
             lambda image, keys: sweep.score(results, image, keys),
             image,
             jnp.zeros((1, image.ndim - 1), jnp.int32),
@@ -127,8 +129,6 @@ def crop_scores(config: ConfigDict, system: System, results: Results, batch: dic
             window=sweep.window,
             repeats=sweep.repeats,
             batch=sweep.repeats,
-            weighted=sweep.weighted,
-            released=sweep.released,
         )
         return jnp.mean(sweep.fuse(averages, jnp.ones(sweep.window, bool))["maps"][system.primary])
 

@@ -13,13 +13,14 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from jaxtyping import PyTree
+from jaxtyping import Array, Int, PyTree
 
 from jmae.errors import InputError
 
 AXES = ("data", "fsdp")
 SPLIT_FROM = 2**14  # numbers in an array; a smaller one costs more to gather than to replicate
 BY_SAMPLE = PartitionSpec(AXES)
+DEVICES = "devices"  # the axis of a step under jax.pmap
 
 
 def device_mesh(fsdp: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -120,6 +121,37 @@ def divides(x: jax.Array, axis: int = 0) -> bool:
     """
     mesh = jax.sharding.get_abstract_mesh()
     return mesh.axis_names == AXES and not mesh.manual_axes and x.shape[axis] % mesh.size == 0
+
+
+def device_mean(tree: PyTree) -> PyTree:
+    """The mean of a tree over the devices of a step under `jax.pmap` (axis `DEVICES`); elsewhere the tree itself.
+
+    A step that calls this on its gradients, statistics and metrics runs on one device, on a mesh, and under `pmap`.
+    """
+    return jax.lax.pmean(tree, DEVICES) if _mapped() else tree
+
+
+def device_gather(tree: PyTree) -> PyTree:
+    """Arrays (b, ...) of each device of a step under `jax.pmap`, joined to those of the whole batch in its order;
+    elsewhere the tree itself."""
+    return jax.lax.all_gather(tree, DEVICES, tiled=True) if _mapped() else tree
+
+
+def device_number() -> Int[Array, ""] | int:
+    """The number of this device in a step under `jax.pmap`; elsewhere 0."""
+    return jax.lax.axis_index(DEVICES) if _mapped() else 0
+
+
+def _mapped() -> bool:
+    return DEVICES in jax.sharding.get_abstract_mesh().manual_axes
+
+
+def over_devices(step: Callable[..., Any]) -> Callable[..., Any]:
+    """A stage's step under `jax.pmap`: (state, batches, key, results) -> (state, metrics) with a leading device axis.
+
+    `batches` has the devices first, (devices, b / devices, ...); state, key and results are the same on all devices.
+    """
+    return jax.pmap(step, axis_name=DEVICES, in_axes=(None, 0, None, None))
 
 
 def place_batch(batch: PyTree, mesh: Mesh, *, axis: int = 0) -> PyTree:

@@ -16,7 +16,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +46,7 @@ from jmae.run_folder import (
     write_csv,
     write_text,
 )
-from jmae.seen import not_seen_before, read_seen, trained_rows, write_seen
+from jmae.seen import not_seen_before, read_seen, write_seen
 from jmae.sharding import (
     device_mesh,
     inside_mesh,
@@ -57,7 +56,7 @@ from jmae.sharding import (
     replicated,
     sharded,
 )
-from jmae.system import Check, Results, Stage, State, System, load_system, split_replicates, stage_keys
+from jmae.system import Check, Results, Stage, State, System, load_system, rows_read, split_replicates, stage_keys
 from jmae.target import target
 from jmae.weights import load_weights, read_weights, summary, table
 
@@ -95,8 +94,8 @@ def run(config: ConfigDict, workdir: Path) -> int:
         board()
     source = Path(config.model.get("weights") or workdir)  # another run, whose cases this one has seen too
     rows, unchecked = not_seen_before(config, load_rows(config, log), source)
-    make = Volumes if system.sweep else Images
-    images: Samples = make(trained_rows(system, rows), config, workdir / "cache")
+    make = Volumes if recipe.is_volume(config) else Images
+    images: Samples = make(rows_read(system, rows), config, workdir / "cache")
     train(config, system, images, workdir)
     write_seen(workdir, [*(read_seen(source) if source.is_dir() else ()), *images.rows])
     if any(row.split == "test" and row.label is not None for row in rows):
@@ -122,11 +121,11 @@ def check_batches(system: System, devices: int) -> None:
 def train(config: ConfigDict, system: System, images: Samples, workdir: Path) -> Results:
     """All stages in order; returns their results."""
     results: dict[str, Any] = {}
-    for stage in system.stages:
-        if stage.selection:
-            stage.selection.rows(images.rows)  # what it lacks is said before the first stage is trained
+    # What a check lacks is said before the first stage is trained.
+    looks = {stage.name: [(check, check.rows(images.rows)) for check in stage.checks] for stage in system.stages}
+    programs: dict[Any, Callable] = {}
     for number, stage in enumerate(system.stages):
-        state = train_stage(config, stage, number, images, results, workdir)
+        state = train_stage(config, stage, number, images, results, workdir, looks[stage.name], programs)
         results[stage.name] = stage.result(state)
         if stage.table:
             for seed, part in enumerate(split_replicates(results, config.replicates)):
@@ -136,7 +135,14 @@ def train(config: ConfigDict, system: System, images: Samples, workdir: Path) ->
 
 
 def train_stage(
-    config: ConfigDict, stage: Stage, number: int, images: Samples, results: Results, workdir: Path
+    config: ConfigDict,
+    stage: Stage,
+    number: int,
+    images: Samples,
+    results: Results,
+    workdir: Path,
+    looks: Sequence[tuple[Check, np.ndarray]],
+    programs: dict[Any, Callable],
 ) -> State:
     """One stage from its newest sound checkpoint, or from its start, to its last step.
 
@@ -151,22 +157,21 @@ def train_stage(
     keys, mesh = stage_keys(config, number), device_mesh(config.get("fsdp", 1))
 
     state = compiled_init(stage, len(tables[0]), n, mesh)(keys, results)
-    frozen = state.frozen
     identity = {"recipe": fixed(config), "rows": digest(images.rows)}
-    found = checkpoint.restore(folder, state._replace(frozen={}), config=identity, log=log)
+    found = checkpoint.restore(folder, state, config=identity, log=log)
     if number == 0:  # not before a folder of another configuration is refused, and stays as it is
         describe_run(config, workdir)
     start = 0
     position: dict[str, Any] = {}
     if found:
         start, saved, position = found
-        state = saved._replace(frozen=frozen)
-    elif stage.weights and config.model.weights:
+        state = saved
+    elif stage.pretrained and config.model.weights:
         state = adopt(config, stage, state, workdir)
-        if stage.weights == "instead":
+        if stage.pretrained.use == "instead":
             start = steps
-            checkpoint.save(folder, steps, state._replace(frozen={}), {"steps": steps}, config=identity)
-    elif stage.weights == "start":
+            checkpoint.save(folder, steps, state, {"steps": steps}, config=identity)
+    elif stage.pretrained and stage.pretrained.use == "start":
         log(f"{name}: from random weights: model.weights names none")
     history = workdir / "metrics.jsonl"
     cut_history(history, name, start)
@@ -177,7 +182,7 @@ def train_stage(
     if (least := min(len(table) for table in tables)) < stage.batch:
         log(f"warning: {name}: {least} images are fewer than a batch of {stage.batch}: they repeat within it")
     seeds = [config.seed + r for r in range(n)]
-    iterator = batches(images, tables, batch=stage.batch, seeds=seeds, shuffle=stage.shuffle, host=stage.host)
+    iterator = batches(images, tables, batch=stage.batch, seeds=seeds, shuffle=stage.shuffle, host=stage.host_arrays)
     if found:
         iterator.set_state(position["data"])
     resident = images.resident()
@@ -185,11 +190,19 @@ def train_stage(
     del resident
     crop = () if held is None else tuple(config.data.size)
     length = steps_of_dispatch(config, stage, stage.batch / mesh.size)
-    single = {phase: compiled_step(stage.step, steps, n, crop, mesh, phase) for phase in dict.fromkeys(stage.phases)}
-    several = compiled_steps(stage.step, steps, n, crop, mesh, stage.phases, length) if length > 1 else None
+
+    def program(compile: Callable, *last: Any) -> Callable:
+        """A compiled step; stages that share a step share it."""
+        form = (compile, stage.step, steps, *last)
+        if form not in programs:
+            programs[form] = compile(stage.step, steps, n, crop, mesh, *last)
+        return programs[form]
+
+    single = {phase: program(compiled_step, phase) for phase in dict.fromkeys(stage.phases)}
+    several = program(compiled_steps, stage.phases, length) if length > 1 else None
     checks = []
-    for check in (stage.check, stage.selection):
-        if check and (chosen := check.rows(images.rows)).size:
+    for check, chosen in looks:
+        if chosen.size:
             batch = place_whole(check_batch(chosen, check, images), mesh)
             checks.append((check.every, compiled_check(check.look, n, crop, mesh), batch))
     halts = [config.checkpoint_every, *(every for every, *_ in checks)]
@@ -229,10 +242,10 @@ def train_stage(
             taken = [next(iterator) for _ in range(count)]
             if several and count == length:
                 whole = jax.tree.map(lambda *arrays: np.stack(arrays), *taken)
-                state, metrics = several(state, place_batch(whole, mesh, axis=1 + int(n > 1)), keys, held)
+                state, metrics = several(state, place_batch(whole, mesh, axis=1 + int(n > 1)), keys, results, held)
             else:
                 step = single[stage.phases[k % len(stage.phases)]]
-                state, metrics = step(state, place_batch(taken[0], mesh, axis=int(n > 1)), keys, held)
+                state, metrics = step(state, place_batch(taken[0], mesh, axis=int(n > 1)), keys, results, held)
             k += count
             if first == start + 1:
                 jax.block_until_ready(state)  # compiled: the pace is measured from here
@@ -244,7 +257,7 @@ def train_stage(
                     continue
                 look(pending)
                 pending.clear()
-                state, found_out = look_at(state, checked, held)
+                state, found_out = look_at(state, checked, results, held)
                 means = {m: float(np.mean(value)) for m, value in jax.device_get(found_out).items()}
                 if not np.isfinite(means.get("aucp", 0)):
                     raise NonFiniteLoss(f"stage {name}, step {k}: scores not finite; {kept()}")
@@ -259,7 +272,7 @@ def train_stage(
                 if not finite((state.params, state.stats)):
                     raise NonFiniteLoss(f"stage {name}, step {k}: weights not finite; {kept()}")
                 position = {"data": iterator.get_state(), "seen": seen, "steps": steps}
-                checkpoint.save(folder, k, state._replace(frozen={}), position, config=identity)
+                checkpoint.save(folder, k, state, position, config=identity)
                 saved_at = k
             elif pending and k - pending[0][0] >= config.log_every:  # the newest runs on while others are fetched
                 look(pending[:-1])
@@ -290,7 +303,7 @@ def steps_of_dispatch(config: ConfigDict, stage: Stage, batch: float) -> int:
     if target().platform == "cpu":
         return 1
     size = 4 * math.prod(config.data.size) * config.data.channels * batch * config.replicates
-    intervals = [config.checkpoint_every, *(check.every for check in (stage.check, stage.selection) if check)]
+    intervals = [config.checkpoint_every, *(check.every for check in stage.checks)]
     fits = [
         k for k in range(period, MOST_STEPS + 1, period) if k * size <= MOST_BYTES and math.gcd(*intervals) % k == 0
     ]
@@ -329,17 +342,16 @@ def compiled_init(stage: Stage, rows: int, n: int, mesh: Mesh) -> Callable[[Any,
     return jax.jit(whole, compiler_options={"xla_backend_optimization_level": 1} if less else None)
 
 
-@lru_cache(maxsize=8)
 def compiled_step(
     step: Callable, steps: int, n: int, crop: tuple[int, ...] = (), mesh: Mesh | None = None, phase: Any = None
 ) -> Callable:
-    """The stage's step as one program, `vmap`ped over n replicates; stages that share a step share its compilation.
+    """The stage's step as one program, `vmap`ped over n replicates.
+
     With `crop` the images are first cut from the volumes on the device, its last argument. On a `mesh` the state stays
     `placed`, and every device has the metrics. A step of a stage with `phases` is compiled for one of them."""
     return jax.jit(one_step(step, steps, n, crop, mesh, phase), donate_argnums=0)
 
 
-@lru_cache(maxsize=8)
 def compiled_steps(
     step: Callable,
     steps: int,
@@ -357,11 +369,11 @@ def compiled_steps(
     accepts but nobody has tried on a GPU, so it is off."""
     each = [one_step(step, steps, n, crop, mesh, phase) for phase in phases]
 
-    def several(state: State, batches: PyTree, key: Any, held: Any = None) -> tuple[State, dict]:
+    def several(state: State, batches: PyTree, key: Any, results: Results, held: Any = None) -> tuple[State, dict]:
         def cycle(state: State, some: PyTree) -> tuple[State, dict]:
             found = []
             for i, one in enumerate(each):
-                state, metrics = one(state, jax.tree.map(lambda x, i=i: x[i], some), key, held)
+                state, metrics = one(state, jax.tree.map(lambda x, i=i: x[i], some), key, results, held)
                 found.append(metrics)
             return state, jax.tree.map(lambda *values: jnp.stack(values), *found)
 
@@ -378,11 +390,11 @@ def one_step(
     """What `compiled_step` compiles."""
     more = {} if phase is None else {"phase": phase}
 
-    def one(state: State, batch: PyTree, key: Any, held: Any = None) -> tuple[State, dict]:
+    def one(state: State, batch: PyTree, key: Any, results: Results, held: Any = None) -> tuple[State, dict]:
         batch = cut(held, batch, crop) if crop else batch
-        return step(state, batch, jax.random.fold_in(key, state.step), steps=steps, **more)
+        return step(state, batch, jax.random.fold_in(key, state.step), results, steps=steps, **more)
 
-    return kept_placed(one if n == 1 else jax.vmap(one, (0, 0, 0, None)), mesh)
+    return kept_placed(one if n == 1 else jax.vmap(one, (0, 0, 0, 0, None)), mesh)
 
 
 def kept_placed(function: Callable, mesh: Mesh | None) -> Callable:
@@ -405,9 +417,9 @@ def placed(state: State, mesh: Mesh) -> State:
 
 
 def places(state: State, mesh: Mesh) -> State:
-    """Where a state, or its shapes, lies: parameters, optimiser state and frozen weights as `sharded` has them;
+    """Where a state, or its shapes, lies: parameters and optimiser state as `sharded` has them;
     statistics, which the host reads too, and the step are whole on every device."""
-    own = {part: sharded(mesh, getattr(state, part)) for part in ("params", "opt", "frozen")}
+    own = {part: sharded(mesh, getattr(state, part)) for part in ("params", "opt")}
     rest = jax.tree.map(lambda _: replicated(mesh), {"stats": state.stats, "step": state.step})
     return State(**own, **rest)
 
@@ -422,14 +434,13 @@ def check_batch(rows: np.ndarray, check: Check, images: Samples) -> dict[str, np
     return images.samples(rows, numbers, CHECKS, 0) | more
 
 
-@lru_cache(maxsize=8)
 def compiled_check(look: Callable, n: int, crop: tuple[int, ...] = (), mesh: Mesh | None = None) -> Callable:
     """A stage's look at its state as one program, as `compiled_step` makes it of a step."""
 
-    def one(state: State, batch: PyTree, held: Any = None) -> tuple[State, dict]:
-        return look(state, cut(held, batch, crop) if crop else batch)
+    def one(state: State, batch: PyTree, results: Results, held: Any = None) -> tuple[State, dict]:
+        return look(state, cut(held, batch, crop) if crop else batch, results)
 
-    return jax.jit(kept_placed(one if n == 1 else jax.vmap(one, (0, None, None)), mesh), donate_argnums=0)
+    return jax.jit(kept_placed(one if n == 1 else jax.vmap(one, (0, None, 0, None)), mesh), donate_argnums=0)
 
 
 @jax.jit
@@ -444,6 +455,7 @@ def adopt(config: ConfigDict, stage: Stage, state: State, workdir: Path) -> Stat
 
     Raises InputError where there is none, where they are of another network or preparation of images.
     """
+    assert stage.pretrained
     source, n = Path(config.model.weights), config.replicates
     if source.is_file():
         weights, model = read_weights(source), config.model
@@ -462,7 +474,7 @@ def adopt(config: ConfigDict, stage: Stage, state: State, workdir: Path) -> Stat
                 size=tuple(config.data.size),
                 patch=tuple(model.patch),
                 channels=model.get("channels", config.data.channels),
-                positions=stage.positions,
+                positions=stage.pretrained.positions,
                 adapt=model.weights_adapt,
             )
             for r in range(n)
@@ -473,7 +485,7 @@ def adopt(config: ConfigDict, stage: Stage, state: State, workdir: Path) -> Stat
     else:
         params = of_run(config, stage, state)
     put = lambda new, old: jax.make_array_from_callback(new.shape, old.sharding, lambda i: new[i])
-    return state._replace(params=jax.tree.map(put, on_host(params), state.params))
+    return state.replace(params=jax.tree.map(put, on_host(params), state.params))
 
 
 def of_run(config: ConfigDict, stage: Stage, state: State) -> PyTree:
@@ -493,7 +505,7 @@ def of_run(config: ConfigDict, stage: Stage, state: State) -> PyTree:
                 f"model.weights: {workdir} has {key}={theirs.get(key)}, the recipe {ours[key]}: make them equal"
             )
     stacked = n > 1 and source.replicates == n
-    single = (state if n == 1 or stacked else jax.tree.map(lambda x: x[0], state))._replace(frozen={})
+    single = state if n == 1 or stacked else jax.tree.map(lambda x: x[0], state)
     found = checkpoint.restore(folder, single, config=None, log=log)
     if not found:
         raise InputError(f"model.weights: {folder} has no checkpoint: name the folder of an earlier run")

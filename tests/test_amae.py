@@ -49,7 +49,7 @@ def trained():
     results, stages = {}, {stage.name: stage for stage in system.stages}
     for number, (name, stage) in enumerate(stages.items()):
         state = stage.init(KEY, results, 16)
-        step = jax.jit(lambda s, b, k, stage=stage: stage.step(s, b, k, steps=10))
+        step = jax.jit(lambda s, b, k, stage=stage: stage.step(s, b, k, {}, steps=10))
         for k in range(2):
             state, _ = step(state, batch(seed=10 * number + k), jax.random.fold_in(KEY, k))
         results[name] = {"params": state.params, "stats": state.stats}
@@ -170,7 +170,7 @@ def test_the_encoder_stays_frozen_in_the_proxy_task_and_only_the_head_learns(tra
     stages, results = trained
     stage = stages["proxy"]
     state = stage.init(KEY, results, 16)
-    after, _ = jax.jit(lambda s: stage.step(s, batch(), KEY, steps=10)[0])(state._replace(step=jnp.int32(5))), None
+    after, _ = jax.jit(lambda s: stage.step(s, batch(), KEY, {}, steps=10)[0])(state.replace(step=jnp.int32(5))), None
     assert leaves_equal(after.frozen, results["pretrain"]["params"])
     assert not leaves_equal(after.params, state.params)
     assert not leaves_equal(after.stats, state.stats)
@@ -181,7 +181,7 @@ def test_the_proxy_loss_is_the_sum_of_two_mean_cross_entropies(trained):
     stages, results = trained
     state = stages["proxy"].init(KEY, results, 16)
     state.params["out"]["kernel"] = jnp.zeros_like(state.params["out"]["kernel"])
-    loss = jax.jit(lambda state: stages["proxy"].step(state, batch(), KEY, steps=10)[1]["loss"])
+    loss = jax.jit(lambda state: stages["proxy"].step(state, batch(), KEY, {}, steps=10)[1]["loss"])
     assert float(loss(state)) == pytest.approx(2 * np.log(2), rel=1e-6)
     state.params["out"]["bias"] = jnp.array([1.0, 0.0])
     both = optax.softmax_cross_entropy_with_integer_labels(jnp.array([[1.0, 0.0]] * 2), jnp.arange(2))
@@ -200,7 +200,7 @@ def test_a_sample_is_masked_alike_wherever_it_stands_in_the_batch(trained):
     stage = stages["module_a"]
     state, whole = stage.init(KEY, results, 1), batch()
     turned = {name: value[::-1] for name, value in whole.items()}
-    losses = [float(jax.jit(lambda b: stage.step(state, b, KEY, steps=10)[1]["loss"])(b)) for b in (whole, turned)]
+    losses = [float(jax.jit(lambda b: stage.step(state, b, KEY, {}, steps=10)[1]["loss"])(b)) for b in (whole, turned)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
@@ -308,7 +308,7 @@ def test_the_proxy_task_learns_to_call_pasted_images_abnormal():
     state, data = proxy.init(KEY, results, 16), batch()
     data["image"] = jnp.full_like(data["image"], 0.2) + 0.3 * data["lungs"][..., None]
     data["image"] = data["image"].at[:, :6].set(0.9)  # what is cut from there shows inside the lungs
-    step = jax.jit(lambda s: proxy.step(s, data, KEY, steps=60))
+    step = jax.jit(lambda s: proxy.step(s, data, KEY, {}, steps=60))
     for _ in range(60):
         state, metrics = step(state)
     assert float(metrics["accuracy"]) > 0.8 and float(metrics["lung_fields_found"]) == 1
@@ -374,7 +374,7 @@ def test_an_adaptation_step_has_the_loss_of_its_masks_on_the_plain_image(masks):
     stages = {stage.name: stage for stage in load_system(c).stages}
     start = {"pretrain": {"params": stages["pretrain"].init(KEY, {}, 1).params, "stats": {}}}
     data = batch(4)
-    loss_of = lambda stage: jax.jit(lambda s, d: stage.step(s, d, KEY, steps=10)[1]["loss"])(
+    loss_of = lambda stage: jax.jit(lambda s, d: stage.step(s, d, KEY, {}, steps=10)[1]["loss"])(
         stage.init(KEY, start, 4), data
     )
     image = np.asarray(data["image"])

@@ -1,5 +1,6 @@
 """How many masks are enough: which scores are means over masks, that other numbers are other draws, and the verdict."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import jax
@@ -142,7 +143,7 @@ def test_sweeps_over_a_volume_are_a_number_that_one_program_is_given():
     sweep = Sweep((4, 4), (2, 4), 3, score, lambda averages, inside: {"maps": {"m": averages[..., 0] ** 2}})
     config = a_recipe("maemi", **{"evaluation.batch": 4})
     volume = Volume(jnp.zeros((10, 8, 1)), *[None] * (len(Volume._fields) - 1))
-    run, words = sweeper(config, sweep._replace(repeats=1), {}), case_words("a")
+    run, words = sweeper(config, replace(sweep, repeats=1), {}), case_words("a")
     once = run(volume, words)["maps"]["m"]
     count = len(traced)
     again = run(volume, words, repeats=3)["maps"]["m"]

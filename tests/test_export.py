@@ -34,7 +34,7 @@ def drawn(arguments: list[str], workdir: Path):
         init = lambda key, stage=stage: stage.init(key, {}, 4)
         state = jax.jit(init if one else jax.vmap(init))(stage_keys(config, number))
         folder = workdir / "checkpoints" / stage.name
-        checkpoint.save(folder, 1, state._replace(frozen={}), {"steps": 1}, config={})
+        checkpoint.save(folder, 1, state.replace(frozen={}), {"steps": 1}, config={})
     return config, system
 
 

@@ -125,7 +125,7 @@ def tiny(**changes):
     system = load_system(c)
     state = jax.jit(partial(system.stages[0].init, results={}, n=4))(jax.random.key(1))
     noise = lambda x: x + 0.05 * np.random.default_rng(x.size).normal(size=x.shape).astype(np.float32)
-    return c, system, state._replace(params=jax.tree.map(noise, state.params))
+    return c, system, state.replace(params=jax.tree.map(noise, state.params))
 
 
 def test_training_images_are_clipped_and_mirrored_on_the_first_two_axes():

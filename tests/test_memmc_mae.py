@@ -174,7 +174,7 @@ def loss_of(c, image):
     """What a step of the system says, and its state; without the step's gradients."""
     _, stage, state = started(c)
     some = batch() | {"image": image}
-    return jax.jit(lambda state: stage.step(state, some, KEY, steps=10)[1]["loss"])(state), state
+    return jax.jit(lambda state: stage.step(state, some, KEY, {}, steps=10)[1]["loss"])(state), state
 
 
 @pytest.mark.parametrize(
@@ -231,7 +231,7 @@ def test_a_step_is_adamw_s_with_its_decay_clipping_and_schedule(stepping):
     _, state, step = stepping
     some = batch()
     for at, lr in ((5, 0.004 * 5 / 10), (30, 0.004 * (1 + np.cos(np.pi * 20 / 40)) / 2)):
-        new, metrics = jax.device_get(step(state._replace(step=np.int32(at)), some, KEY))
+        new, metrics = jax.device_get(step(state.replace(step=np.int32(at)), some, KEY))
         assert metrics["lr"] == pytest.approx(lr, rel=1e-5) and new.step == at + 1
         pairs = jax.tree.map(lambda a, b: (a, b), state.params, new.params)
         for path, (a, b) in jax.tree_util.tree_leaves_with_path(pairs, is_leaf=lambda x: isinstance(x, tuple)):
@@ -375,7 +375,7 @@ def test_a_pasted_square_raises_the_score_where_it_lies():
     c = config("data.normalise=fixed", "data.mean=0.5", "data.std=0.25")
     _, _, state = started(c)
     predict = jax.tree.map(jnp.zeros_like, state.params["predict"])
-    state = state._replace(params=state.params | {"predict": predict})
+    state = state.replace(params=state.params | {"predict": predict})
     flat = batch() | {"image": jnp.full((4, 24, 16, 1), 0.5)}
     run = scorer(c)
     normal = run(state, flat)

@@ -1,5 +1,6 @@
 """The schedule, the optimiser and gradients of a batch in parts."""
 
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -105,7 +106,7 @@ def test_parts_divide_the_batches_of_the_stages_that_take_them_alone():
 
 def test_each_part_divides_among_the_devices():
     _, system = small_system(name="maemi")
-    of = lambda batch, parts: system._replace(stages=(system.stages[0]._replace(batch=batch, parts=parts),))
+    of = lambda batch, parts: replace(system, stages=(system.stages[0]._replace(batch=batch, parts=parts),))
     check_batches(of(32, 4), 8)
     for whole, parts in ((16, 4), (8, 2), (8, 8)):
         words = f"a batch of {whole} in {parts} parts is not divisible by 8 devices: use a multiple of {8 * parts}, or"

@@ -60,7 +60,7 @@ def batch(n: int = 4, size: tuple[int, ...] = (16, 16), channels: int = 1, seed:
 def kept(state, dice: float):
     """With its own weights as those of the best Dice."""
     best = {"params": state.params, "stats": state.stats["network"], "dice": jnp.float32(dice)}
-    return state._replace(stats=state.stats | {"best": best})
+    return state.replace(stats=state.stats | {"best": best})
 
 
 @cache
@@ -168,7 +168,7 @@ TASKS += [("paper", "self"), ("pii", "self")]
 def test_every_task_gives_targets_and_depends_on_the_key(variant, source):
     _, stage, state, _ = started(f"variant={variant}", f"anomaly.source={source}")
     # Of the program for the target alone, the network is no part.
-    target = jax.jit(lambda state, batch, key: stage.step(state, batch, key, steps=10)[1]["target"])
+    target = jax.jit(lambda state, batch, key: stage.step(state, batch, key, {}, steps=10)[1]["target"])
     targets = [float(target(state, batch(), jax.random.key(k))) for k in (0, 0, 1)]
     assert targets[0] == targets[1] != targets[2] and all(0 < t < 1 for t in targets)
 
@@ -177,7 +177,7 @@ def test_the_variance_of_the_raters_weighs_the_loss():
     losses = []
     for weight in (0.0, 1e4):
         _, stage, state, _ = started(f"train.variance_weight={weight}")
-        loss = jax.jit(lambda state, batch, stage=stage: stage.step(state, batch, KEY, steps=10)[1]["loss"])
+        loss = jax.jit(lambda state, batch, stage=stage: stage.step(state, batch, KEY, {}, steps=10)[1]["loss"])
         losses.append(float(loss(state, batch())))
     assert 0 < losses[1] < losses[0]
 
@@ -222,9 +222,9 @@ def test_the_best_weights_are_kept_and_scored():
     first, found = look(state, some)
     _, same = look(state, some)
     assert found["dice"] == same["dice"] == found["best_dice"]
-    worse = first._replace(params=jax.tree.map(jnp.zeros_like, first.params))  # predicts one half everywhere
-    best = first._replace(stats=first.stats | {"best": first.stats["best"] | {"dice": jnp.float32(2)}})
-    after, said = look(best._replace(params=worse.params), some)
+    worse = first.replace(params=jax.tree.map(jnp.zeros_like, first.params))  # predicts one half everywhere
+    best = first.replace(stats=first.stats | {"best": first.stats["best"] | {"dice": jnp.float32(2)}})
+    after, said = look(best.replace(params=worse.params), some)
     assert said["best_dice"] == 2 and said["dice"] < 2
     jax.tree.map(np.testing.assert_array_equal, after.stats["best"]["params"], first.params)
     score = jax.jit(lambda results: system.score(results, some, KEY)["maps"]["ppii"])
@@ -238,7 +238,7 @@ def test_the_best_weights_are_kept_and_scored():
 @pytest.mark.parametrize("at", [0.0, 0.5])
 def test_dice_by_hand(at):
     _, stage, state, _ = started(f"train.dice_at={at}")
-    flat = state._replace(params=jax.tree.map(jnp.zeros_like, state.params))  # p = 0.5 everywhere: above no threshold
+    flat = state.replace(params=jax.tree.map(jnp.zeros_like, state.params))  # p = 0.5 everywhere: above no threshold
     dice = float(jax.jit(stage.check.look)(flat, batch())[1]["dice"])
     assert dice == 0 if at else 0 < dice < 0.5
 

@@ -7,6 +7,7 @@ import os
 import shutil
 import struct
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -185,7 +186,7 @@ def test_volumes_of_several_sequences_and_series_keep_their_grid(tmp_path, monke
 
     single = write_run(tmp_path / "single", VOLUMES, monkeypatch, **{"data.channels": 1})
     one = lambda results, image, keys: window_bright(results, jnp.concatenate([image, image], -1), keys)
-    system = VOLUMES._replace(sweep=VOLUMES.sweep._replace(score=one))
+    system = replace(VOLUMES, sweep=replace(VOLUMES.sweep, score=one))
     for module in (predict, evaluate):
         monkeypatch.setattr(module, "load_system", lambda config: system)
     series(tmp_path / "scans" / "patient 1" / "T1")
@@ -383,7 +384,7 @@ def test_damaged_images_are_refused_each_in_a_line_and_the_others_go_on(images_r
 def test_damaged_volumes_are_refused_each_in_a_line_and_the_others_go_on(tmp_path, monkeypatch, capfd):
     workdir, folder = write_run(tmp_path / "run", VOLUMES, monkeypatch, **{"data.channels": 1}), tmp_path / "bad"
     one = lambda results, image, keys: window_bright(results, jnp.concatenate([image, image], -1), keys)
-    system = VOLUMES._replace(sweep=VOLUMES.sweep._replace(score=one))
+    system = replace(VOLUMES, sweep=replace(VOLUMES.sweep, score=one))
     for module in (predict, evaluate):
         monkeypatch.setattr(module, "load_system", lambda config: system)
     bad = []

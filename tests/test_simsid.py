@@ -87,7 +87,7 @@ def drawn(make, seed: int = 0):
 def fresh(stage, results, seed: int = 0, n: int = 8):
     """A stage's first state with drawn weights, zero moments, and what its own init says of the rest."""
     state = drawn(lambda: stage.init(KEY, results, n), seed)
-    return state._replace(opt=zeroed(state.opt), frozen={k: results[k] for k in state.frozen})
+    return state.replace(opt=zeroed(state.opt), frozen={k: results[k] for k in state.frozen})
 
 
 def zeroed(tree):
@@ -559,7 +559,7 @@ def test_the_student_s_losses_by_hand():
     state, image = fresh(system.stages[2], results), batch()["image"]
     silence = lambda params: params | {"generator": zeroed(params["generator"])}
     teacher = results["teacher"] | {"params": silence(results["teacher"]["params"])}
-    silent = state._replace(params=silence(state.params), frozen=state.frozen | {"teacher": teacher})
+    silent = state.replace(params=silence(state.params), frozen=state.frozen | {"teacher": teacher})
     _, metrics = steps["student"](silent, batch(), KEY)
     assert metrics["distillation"] == 0  # equal generators
     near(metrics["mse"], np.mean(image**2))
@@ -586,9 +586,7 @@ def test_the_adversarial_student_trains_its_discriminator_too():
     jax.tree.map(np.testing.assert_array_equal, judge.params, new.params["discriminator"])
     # With a hundred times the weight of all else: the generator has learned to look real to the D that it knew, and D,
     # by its own loss alone, to tell them apart.
-    after = lambda *names: step(state._replace(params=state.params | {n: new.params[n] for n in names}), batch(), KEY)[
-        1
-    ]
+    after = lambda *names: step(state.replace(params=state.params | {n: new.params[n] for n in names}), batch(), KEY)[1]
     assert after("generator")["adversarial"] < metrics["adversarial"]
     assert after("discriminator")["discriminator"] < metrics["discriminator"]
     assert after("discriminator")["adversarial"] > metrics["adversarial"]
@@ -608,7 +606,7 @@ def test_every_option_has_its_shapes():
     changes += " model.centre=mask model.sigmoid=true student.kept=0.5"
     results, (_, memory, student, *_) = trained(), load_system(config(*changes.split())).stages
     shape = lambda stage, results: jax.eval_shape(
-        lambda state, some: stage.step(state, some, KEY, steps=4),
+        lambda state, some: stage.step(state, some, KEY, {}, steps=4),
         jax.eval_shape(lambda: stage.init(KEY, results, 8)),
         batch(),
     )
@@ -626,7 +624,7 @@ def test_the_memory_s_options_reach_the_retrieval(monkeypatch):
     )
     changes = "memory.top_k=3 memory.temperature=0.5 memory.weighted=false memory.restrict=true"
     stage = load_system(config(*changes.split())).stages[2]
-    jax.eval_shape(lambda state, some: stage.step(state, some, KEY, steps=4), fresh(stage, trained()), batch())
+    jax.eval_shape(lambda state, some: stage.step(state, some, KEY, {}, steps=4), fresh(stage, trained()), batch())
     assert {k: seen[0][k] for k in ("k", "temperature", "weighted", "restrict")} == {
         "k": 3,
         "temperature": 0.5,
@@ -678,14 +676,12 @@ def test_the_best_weights_on_labelled_images_are_those_that_judge():
         [score(results, {k: v[s] for k, v in some.items()})["scores"]["simsid"] for s in (slice(4), slice(4, 8))]
     )
     near(found, auroc(label[:6], ranks(results)[:6]))
-    turned = state._replace(
-        params=state.params | {"out": {"kernel": -state.params["out"]["kernel"], "bias": 0 * found}}
-    )
+    turned = state.replace(params=state.params | {"out": {"kernel": -state.params["out"]["kernel"], "bias": 0 * found}})
     found = [float(look(s, some | {"label": label})[1]["check_auroc"]) for s in (state, turned)]
     near(sum(found), 1)
     better, worse = (state, turned)[int(np.argmax(found))], (state, turned)[int(np.argmin(found))]
     kept = look(better, some | {"label": label})[0]
-    kept = look(worse._replace(stats=kept.stats), some | {"label": label})[0]  # the last weights are the worse ones
+    kept = look(worse.replace(stats=kept.stats), some | {"label": label})[0]  # the last weights are the worse ones
     scored = lambda state: ranks(trained() | {"discriminator": as_results(state)})
     near(scored(kept), scored(better))
     rows = [Row(f"r{i}", "", "val", int(i == 3), ("x.png",)) for i in range(4)] + [Row("t", "", "train", 0, ("x",))]
@@ -700,7 +696,7 @@ def test_held_out_patients_are_checked_and_not_trained_on():
     assert used | checked == set(range(40)) and not used & checked and len(checked) == 8
     look = jax.jit(stage.check.look)
     state = fresh(stage, {})._replace(**trained()["teacher"])
-    state = state._replace(params={**state.params, "generator": zeroed(state.params["generator"])})
+    state = state.replace(params={**state.params, "generator": zeroed(state.params["generator"])})
     same, found = look(state, batch())
     near(found["check_mse"], np.mean(batch()["image"] ** 2))
     black = np.zeros_like(batch()["image"])
@@ -722,7 +718,7 @@ def test_the_official_step_alternates():
     # Black images stay black when moved, and a decoder without kernel makes grey ones: D's terms by hand.
     out = state.params["network"]["student"]["out"]
     student = state.params["network"]["student"] | {"out": {"kernel": 0 * out["kernel"], "bias": np.full(1, 0.3, "f")}}
-    grey = state._replace(params=state.params | {"network": state.params["network"] | {"student": student}})
+    grey = state.replace(params=state.params | {"network": state.params["network"] | {"student": student}})
     black = batch() | {"image": np.zeros((4, 16, 16, 1), np.float32)}
     after, known = step(grey, black, KEY)
     images = np.full((4, 16, 16, 1), -1.0), np.full((4, 16, 16, 1), np.tanh(0.3))
@@ -735,8 +731,8 @@ def test_the_official_step_alternates():
     total = sum(w[name] * metrics[name] for name in ("reconstruction", "teacher", "distillation", "adversarial"))
     near(metrics["loss"], total)
     near(metrics["lr"], 1e-3)
-    half = step(both._replace(step=jnp.int32(3)), batch(), KEY)[1]["lr"]  # half of the 6 steps
-    near([half, step(both._replace(step=jnp.int32(6)), batch(), KEY)[1]["lr"]], [5e-4, 1e-3])
+    half = step(both.replace(step=jnp.int32(3)), batch(), KEY)[1]["lr"]  # half of the 6 steps
+    near([half, step(both.replace(step=jnp.int32(6)), batch(), KEY)[1]["lr"]], [5e-4, 1e-3])
 
 
 def test_the_official_step_is_two_programs_and_neither_computes_for_the_other():
@@ -746,7 +742,7 @@ def test_the_official_step_is_two_programs_and_neither_computes_for_the_other():
     assert load_system(config("variant=official", "joint.critic=4")).stages[0].phases == (True, False, False, False)
     start, some = jax.tree.map(jnp.asarray, fresh(stage, {})), batch()
     flops = lambda function, *args: jax.jit(function).lower(*args).cost_analysis()["flops"]
-    step = lambda phase: flops(lambda state: stage.step(state, some, KEY, steps=6, phase=phase)[0], start)
+    step = lambda phase: flops(lambda state: stage.step(state, some, KEY, {}, steps=6, phase=phase)[0], start)
     c = config("variant=official")
     made = flops(lambda image: simsid.official(c).remake({"joint": simsid.as_result(start)}, image), some["image"])
     both, critic = step(True), step(False)

@@ -395,7 +395,7 @@ def test_weights_that_are_not_finite_are_never_saved(go, tmp_path, monkeypatch):
         def poisoned(*given):
             state, metrics = one(*given)
             late = jnp.where(state.step > 6, jnp.nan, 0.0)
-            return state._replace(params=jax.tree.map(lambda x: x + late, state.params)), metrics
+            return state.replace(params=jax.tree.map(lambda x: x + late, state.params)), metrics
 
         return poisoned
 

@@ -80,7 +80,6 @@ class Latents(nnx.Module):
         sample: Sample,
         *,
         train: bool,
-        axis_name: str | None = None,
     ) -> tuple[list[Float[Array, "b *_ z"]], list[Normal]]:
         """(samples, normals) by level, from the features of all resolution levels."""
         normals: list[Normal] = []
@@ -88,8 +87,8 @@ class Latents(nnx.Module):
         top = len(self.mean) - 1
         for i, x in zip(reversed(range(top + 1)), reversed(features), strict=False):
             if i < top:
-                lifted = self.lift[i](upsample(samples[0], x.shape[1:-1]), train=train, axis_name=axis_name)
-                x = self.join[i](jnp.concatenate([x, lifted], axis=-1), train=train, axis_name=axis_name)
+                lifted = self.lift[i](upsample(samples[0], x.shape[1:-1]), train=train)
+                x = self.join[i](jnp.concatenate([x, lifted], axis=-1), train=train)
             mean, deviation = self.mean[i](x), jax.nn.softplus(self.deviation[i](x))
             samples, normals = [sample(i, mean, deviation), *samples], [(mean, deviation), *normals]
         return samples, normals
@@ -126,21 +125,20 @@ class Likelihood(nnx.Module):
         size: tuple[int, ...],
         *,
         train: bool,
-        axis_name: str | None = None,
     ) -> list[Float[Array, "b *size outputs"]]:
         above = len(self.climb[0])
         sizes = check_size(size, above + len(samples))
         logits: list[Array] = []
         x: Array | None = None
         for i, z in reversed(list(enumerate(samples))):
-            own = self.enter[i](z, train=train, axis_name=axis_name)
+            own = self.enter[i](z, train=train)
             for k, layer in enumerate(self.climb[i], 1):
-                own = layer(upsample(own, sizes[i + above - k]), train=train, axis_name=axis_name)
+                own = layer(upsample(own, sizes[i + above - k]), train=train)
             if x is None:
                 x = own
             else:
-                lifted = self.lift[i](upsample(x, sizes[i]), train=train, axis_name=axis_name)
-                x = self.join[i](jnp.concatenate([own, lifted], axis=-1), train=train, axis_name=axis_name)
+                lifted = self.lift[i](upsample(x, sizes[i]), train=train)
+                x = self.join[i](jnp.concatenate([own, lifted], axis=-1), train=train)
             logits = [nearest(self.out[i](x), size), *logits]
         return logits
 
@@ -178,21 +176,18 @@ class PHiSeg(nnx.Module):
         keys: Key[Array, " b"],
         *,
         train: bool,
-        axis_name: str | None = None,
     ) -> tuple[list[Float[Array, "b *size outputs"]], list[Normal], list[Normal]]:
         """(logits, q, p) by latent level; `y` is the soft target (1 - y, y). One sample of the posterior drives the
         likelihood and the prior's conditions."""
-        mode: dict[str, Any] = {"train": train, "axis_name": axis_name}
+        mode: dict[str, Any] = {"train": train}
         seen = jnp.concatenate([x, y - 0.5], axis=-1)
         samples, q = self.posterior(self.posterior.encoder(seen, **mode), sampler(keys), **mode)
         _, p = self.prior(self.features(x, **mode), lambda i, *_: samples[i], **mode)
         return self.likelihood(samples, x.shape[1:-1], **mode), q, p
 
-    def features(
-        self, x: Float[Array, "b *size c"], *, train: bool = False, axis_name: str | None = None
-    ) -> list[Float[Array, "b *_ d"]]:
+    def features(self, x: Float[Array, "b *size c"], *, train: bool = False) -> list[Float[Array, "b *_ d"]]:
         """The prior's features of every resolution level, finest first: once an image, for any number of samples."""
-        return self.prior.encoder(x, train=train, axis_name=axis_name)
+        return self.prior.encoder(x, train=train)
 
     def generate(
         self, features: list[Float[Array, "b *_ d"]], keys: Key[Array, " b"]

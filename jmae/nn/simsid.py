@@ -112,15 +112,12 @@ class Layer(nnx.Module):
         self.norm = nnx.BatchNorm(outputs, momentum=0.9, epsilon=1e-5, dtype=jnp.float32, rngs=rngs)
         self.activation, self.form, self.dtype = activation, form, dtype
 
-    def __call__(
-        self, x: Float[Array, "b *size c"], *, train: bool, axis_name: str | None = None
-    ) -> Float[Array, "b *_ d"]:
+    def __call__(self, x: Float[Array, "b *size c"], *, train: bool) -> Float[Array, "b *_ d"]:
         if train and on_gpu():
-            return self.trained(x, axis_name)
-        self.norm.axis_name = axis_name
+            return self.trained(x)
         return self.activation(self.norm(self.conv(x), use_running_average=not train)).astype(self.dtype)
 
-    def trained(self, x: Float[Array, "b *size c"], axis_name: str | None) -> Float[Array, "b *_ d"]:
+    def trained(self, x: Float[Array, "b *size c"]) -> Float[Array, "b *_ d"]:
         """The layer in training, in fewer kernels. A bias before batch norm has no gradient, whatever rounding makes of
         it: its sums are left out. The variance is E[y^2] - E[y]^2, as Flax has it: less a shift, y went to memory."""
         norm = self.norm
@@ -129,11 +126,11 @@ class Layer(nnx.Module):
         y = self.form(x.astype(self.dtype), self.conv.kernel[...].astype(self.dtype))
         if self.conv.bias is not None:
             y = y + jax.lax.stop_gradient(self.conv.bias[...]).astype(self.dtype)
-        found = moments(jax.lax.stop_gradient(y), jnp.zeros(()), axis_name)
+        found = moments(jax.lax.stop_gradient(y), jnp.zeros(()))
         norm.mean[...], norm.var[...] = (
             norm.momentum * old + (1 - norm.momentum) * new for old, new in zip((mean, var), found, strict=True)
         )
-        return batch_norm(y, *found, scale, bias, norm.epsilon, axis_name, self.activation)
+        return batch_norm(y, *found, scale, bias, norm.epsilon, self.activation)
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------
@@ -292,14 +289,12 @@ class Encoder(nnx.Module):
         self.out = linear(cells * widths[-1], features, jnp.float32, rngs)
         self.patch = patch
 
-    def __call__(
-        self, image: Float[Array, "b *size c"], *, train: bool, axis_name: str | None = None
-    ) -> Float[Array, "b n d"]:
+    def __call__(self, image: Float[Array, "b *size c"], *, train: bool) -> Float[Array, "b n d"]:
         x = patchify(image, self.patch)
         b, n, _ = x.shape
         x = x.reshape(b * n, *self.patch, image.shape[-1])
         for layer in self.layers:
-            x = max_pool(layer(x, train=train, axis_name=axis_name))
+            x = max_pool(layer(x, train=train))
         return self.out(x.reshape(b * n, -1)).reshape(b, n, -1)
 
 
@@ -411,14 +406,12 @@ class Generator(nnx.Module):
         self.layers = nnx.List([Layer(rank, a, b, 4, dtype, form=doubled, rngs=rngs) for a, b in pairs])
         self.out = conv(rank, widths[-1], channels, 4, dtype, rngs, bias=True, form=doubled)
 
-    def __call__(
-        self, features: Float[Array, "b n d"], *, train: bool, axis_name: str | None = None
-    ) -> list[Float[Array, "b *_ _"]]:
+    def __call__(self, features: Float[Array, "b n d"], *, train: bool) -> list[Float[Array, "b *_ _"]]:
         """The layers' results x0, x1, ..., the last the image in float32."""
         x = self.dense(features.reshape(len(features), -1).astype(self.dtype))
         xs = [x.reshape(len(x), *self.start, self.width)]
         for layer in self.layers:
-            xs.append(layer(xs[-1], train=train, axis_name=axis_name))
+            xs.append(layer(xs[-1], train=train))
         image = self.out(xs[-1]).astype(jnp.float32)
         return [*xs[1:], jax.nn.sigmoid(image) if self.sigmoid else image]
 
@@ -439,12 +432,10 @@ class Discriminator(nnx.Module):
         self.layers = nnx.List([layer(a, b, 5, dtype) for a, b in pairs])
         self.out = linear(prod(size) * widths[-1], 1, jnp.float32, rngs)
 
-    def __call__(
-        self, image: Float[Array, "b *size c"], *, train: bool, axis_name: str | None = None
-    ) -> Float[Array, " b"]:
+    def __call__(self, image: Float[Array, "b *size c"], *, train: bool) -> Float[Array, " b"]:
         x = leaky_relu(self.first(image))
         for layer in self.layers:
-            x = layer(x, train=train, axis_name=axis_name)
+            x = layer(x, train=train)
         return self.out(x.reshape(len(x), -1).astype(jnp.float32))[:, 0]
 
 
@@ -461,12 +452,10 @@ class Residual(nnx.Module):
         self.middle = Layer(rank, outputs, outputs, 3, dtype, rngs=rngs)
         self.leave = Layer(rank, outputs, outputs, 3, dtype, activation=lambda x: x, rngs=rngs)
 
-    def __call__(
-        self, x: Float[Array, "b *size c"], *, train: bool, axis_name: str | None = None
-    ) -> Float[Array, "b *_ d"]:
-        x = self.enter(x, train=train, axis_name=axis_name)
-        y = self.middle(x, train=train, axis_name=axis_name)
-        return jax.nn.relu(x + self.leave(y, train=train, axis_name=axis_name))
+    def __call__(self, x: Float[Array, "b *size c"], *, train: bool) -> Float[Array, "b *_ d"]:
+        x = self.enter(x, train=train)
+        y = self.middle(x, train=train)
+        return jax.nn.relu(x + self.leave(y, train=train))
 
 
 class Slots(nnx.Module):
@@ -515,11 +504,9 @@ class Bottleneck(nnx.Module):
         self.leave = Layer(rank, narrow + bits, width, 1, dtype, rngs=rngs)
         self.heads, self.cells, self.bits, self.dtype = heads, cells, bits, dtype
 
-    def __call__(
-        self, x: Float[Array, "b*w *cells c"], *, train: bool, axis_name: str | None = None
-    ) -> Float[Array, "b*w *cells c"]:
+    def __call__(self, x: Float[Array, "b*w *cells c"], *, train: bool) -> Float[Array, "b*w *cells c"]:
         w = prod(self.windows)
-        f = self.enter(x, train=train, axis_name=axis_name).reshape(-1, w, self.q.in_features)
+        f = self.enter(x, train=train).reshape(-1, w, self.q.in_features)
         b, _, d = f.shape
         read = self.memory(f)
         # Zeros outside the image stay zeros in keys and values, which have no bias: so projected before gathered.
@@ -534,7 +521,7 @@ class Bottleneck(nnx.Module):
         bits = np.tile(bits, (b, 1)).reshape(b * w, *[1] * len(self.cells), self.bits)
         y = y.reshape(b * w, *self.cells, -1)
         y = jnp.concatenate([y, jnp.broadcast_to(bits, (*y.shape[:-1], self.bits))], -1).astype(self.dtype)
-        return self.leave(y, train=train, axis_name=axis_name)
+        return self.leave(y, train=train)
 
 
 class Decoder(nnx.Module):
@@ -608,11 +595,10 @@ class Windows(nnx.Module):
         keys: Key[Array, " b"] | None = None,
         *,
         train: bool,
-        axis_name: str | None = None,
     ) -> tuple[Float[Array, "b *size c"], Float[Array, "b *size c"], Float[Array, ""]]:
         """(student's image, teacher's image, mean squared differences of the two decoders' features, summed over the
         levels). With keys (b,) the masked shortcut: a cell keeps its inpainted features with probability `kept`."""
-        mode: dict[str, Any] = {"train": train, "axis_name": axis_name}
+        mode: dict[str, Any] = {"train": train}
         window = grid_of(image.shape[1:-1], self.windows)
         x = self.enter(patchify(image, window).reshape(-1, *window, image.shape[-1]).astype(self.dtype), **mode)
         skips = [x]

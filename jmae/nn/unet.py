@@ -18,7 +18,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Key
 
 from jmae.errors import InputError
-from jmae.sharding import over_samples
+from jmae.sharding import device_mean, over_samples
 from jmae.target import target
 
 NARROW = 4  # outputs up to which a 1x1 convolution is no matrix product on a GPU
@@ -192,9 +192,7 @@ def conv(
     )
 
 
-def moments(
-    x: Float[Array, "b *size c"], shift: Float[Array, " c"], axis_name: str | None
-) -> tuple[Float[Array, " c"], Float[Array, " c"]]:
+def moments(x: Float[Array, "b *size c"], shift: Float[Array, " c"]) -> tuple[Float[Array, " c"], Float[Array, " c"]]:
     """Mean and variance of each channel, in one pass over `x`: E[d] + shift and E[d^2] - E[d]^2 of d = x - shift, so
     that little cancels where `shift` is near the mean.
 
@@ -202,15 +200,15 @@ def moments(
     100 deviations costs the variance some per cent, as without a shift.
     """
     apart = x.astype(jnp.float32) - shift
-    first, second = means((apart, apart * apart), axis_name)
+    first, second = means((apart, apart * apart))
     return shift + first, jnp.maximum(second - first * first, 0)
 
 
-def means(arrays: tuple[Float[Array, "b *size c"], ...], axis_name: str | None) -> tuple[Float[Array, " c"], ...]:
-    """The mean of each channel of every array, over the devices of `axis_name` too."""
+def means(arrays: tuple[Float[Array, "b *size c"], ...]) -> tuple[Float[Array, " c"], ...]:
+    """The mean of each channel of every array, over the devices of a `jax.pmap` step too."""
     count = arrays[0].size // arrays[0].shape[-1]
     found = tuple(total / count for total in totals(arrays, tuple(range(arrays[0].ndim - 1))))
-    return found if axis_name is None else jax.lax.pmean(found, axis_name)
+    return device_mean(found)
 
 
 def normalised(x: Array, mean: Array, var: Array, scale: Array, bias: Array, epsilon: float) -> Array:
@@ -218,7 +216,7 @@ def normalised(x: Array, mean: Array, var: Array, scale: Array, bias: Array, eps
     return (x.astype(jnp.float32) - mean) * (jax.lax.rsqrt(var + epsilon) * scale) + bias
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
+@partial(jax.custom_vjp, nondiff_argnums=(5, 6))
 def batch_norm(
     x: Float[Array, "b *size c"],
     mean: Float[Array, " c"],
@@ -226,7 +224,6 @@ def batch_norm(
     scale: Float[Array, " c"],
     bias: Float[Array, " c"],
     epsilon: float,
-    axis_name: str | None,
     activation: Callable[[Array], Array],
 ) -> Float[Array, "b *size c"]:
     """activation(normalised(x)) in the type of `x`, where `mean` and `var` are the moments of `x` over the batch.
@@ -239,16 +236,14 @@ def batch_norm(
 
 
 def _batch_norm_gradient(
-    epsilon: float, axis_name: str | None, activation: Callable[[Array], Array], kept: tuple[Array, ...], g: Array
+    epsilon: float, activation: Callable[[Array], Array], kept: tuple[Array, ...], g: Array
 ) -> tuple:
     x, mean, var, scale, bias = kept
     rate = jax.lax.rsqrt(var + epsilon)
     unit = (x.astype(jnp.float32) - mean) * rate
     (g,) = jax.vjp(activation, normalised(x, mean, var, scale, bias, epsilon))[1](g.astype(jnp.float32))
     sums = totals((g, g * unit), tuple(range(x.ndim - 1)))
-    over, over_unit = (total / (x.size // x.shape[-1]) for total in sums)
-    if axis_name is not None:
-        over, over_unit = jax.lax.pmean((over, over_unit), axis_name)
+    over, over_unit = device_mean(tuple(total / (x.size // x.shape[-1]) for total in sums))
     of_x = scale * rate * (g - over - unit * over_unit)
     return of_x.astype(x.dtype), jnp.zeros_like(mean), jnp.zeros_like(var), sums[1], sums[0]
 
@@ -284,33 +279,31 @@ class Convs(nnx.Module):
         self.norms = nnx.List([norm(b) for b in widths])
         self.dtype, self.remat = dtype, remat
 
-    def normed(self, norm: nnx.BatchNorm, x: Array, train: bool, axis_name: str | None) -> Array:
+    def normed(self, norm: nnx.BatchNorm, x: Array, train: bool) -> Array:
         """Batch norm and ReLU; in training with the moments of the batch, which move the running ones."""
         variables: list[Any] = [norm.mean, norm.var, norm.scale, norm.bias]
         mean, var, scale, bias = (variable[...] for variable in variables)
         if not train:
             return jax.nn.relu(normalised(x, mean, var, scale, bias, norm.epsilon)).astype(self.dtype)
-        found = moments(jax.lax.stop_gradient(x), mean, axis_name)
+        found = moments(jax.lax.stop_gradient(x), mean)
         norm.mean[...], norm.var[...] = (
             norm.momentum * old + (1 - norm.momentum) * new for old, new in zip((mean, var), found, strict=True)
         )
-        return batch_norm_relu(x, *found, scale, bias, norm.epsilon, axis_name)
+        return batch_norm_relu(x, *found, scale, bias, norm.epsilon)
 
-    def row(self, x: Float[Array, "b *size c"], train: bool, axis_name: str | None) -> Float[Array, "b *size d"]:
+    def row(self, x: Float[Array, "b *size c"], train: bool) -> Float[Array, "b *size d"]:
         for layer, norm in zip(self.convs, self.norms, strict=True):
-            x = self.normed(norm, layer(x), train, axis_name)
+            x = self.normed(norm, layer(x), train)
         return x
 
-    def __call__(
-        self, x: Float[Array, "b *size c"], *, train: bool, axis_name: str | None = None
-    ) -> Float[Array, "b *size d"]:
+    def __call__(self, x: Float[Array, "b *size c"], *, train: bool) -> Float[Array, "b *size d"]:
         if not self.remat:
-            return self.row(x, train, axis_name)
+            return self.row(x, train)
         graph, state = nnx.split(self)
 
         def pure(state, x):
             copy = nnx.merge(graph, state)
-            return copy.row(x, train, axis_name), nnx.state(copy, nnx.BatchStat)
+            return copy.row(x, train), nnx.state(copy, nnx.BatchStat)
 
         x, stats = jax.checkpoint(pure)(state, x)
         nnx.update(self, stats)
@@ -331,13 +324,12 @@ class Encoder(nnx.Module):
         x: Float[Array, "b *size c"],
         *,
         train: bool,
-        axis_name: str | None = None,
         drop: Callable[[Array, int], Array] = lambda x, place: x,
     ) -> list[Float[Array, "b *_ d"]]:
         check_size(x.shape[1:-1], len(self.levels))
         features: list[Array] = []
         for i, level in enumerate(self.levels):
-            x = level(pool(features[-1]) if features else x, train=train, axis_name=axis_name)
+            x = level(pool(features[-1]) if features else x, train=train)
             features.append(drop(x, i))
         return features
 
@@ -375,15 +367,14 @@ class UNet(nnx.Module):
         *,
         train: bool,
         keys: Key[Array, " b"] | None = None,
-        axis_name: str | None = None,
     ) -> Float[Array, "b *size outputs"]:
         def drop(x: Array, place: int) -> Array:
             if keys is None or self.dropout == 0:
                 return x
             return dropout(x, jax.vmap(jax.random.fold_in, (0, None))(keys, place), self.dropout)
 
-        *skips, x = self.encoder(x, train=train, axis_name=axis_name, drop=drop)
+        *skips, x = self.encoder(x, train=train, drop=drop)
         for i, skip in reversed(list(enumerate(skips))):
             x = jnp.concatenate([upsample(x, skip.shape[1:-1]), skip], axis=-1)
-            x = drop(self.decoder[i](x, train=train, axis_name=axis_name), len(skips) + 1 + i)
-        return self.out(self.head(x, train=train, axis_name=axis_name))
+            x = drop(self.decoder[i](x, train=train), len(skips) + 1 + i)
+        return self.out(self.head(x, train=train))

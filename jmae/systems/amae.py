@@ -10,6 +10,7 @@ Stages: `pretrain` (Stage 0, where no weights are given), `proxy` (Stage 1), `la
 adapted, reconstruction error).
 """
 
+from collections.abc import Sequence
 from functools import partial
 
 import jax
@@ -31,7 +32,8 @@ from jmae.optim import accumulated, adamw, warmup_cosine
 from jmae.patches import patchify
 from jmae.reconstruct import masked_loss, reconstruct
 from jmae.run_folder import log
-from jmae.system import Results, Stage, State, System, averaged, masked_autoencoder, network, stats_of, steps_of
+from jmae.sharding import device_gather, device_mean
+from jmae.system import Pretrained, Results, Stage, State, System, masked_autoencoder, network, stats_of, steps_of
 
 VARIANTS = {
     "stage2": ("pretrain", "proxy", "labels", "module_a", "module_b"),
@@ -54,9 +56,8 @@ class Head(nnx.Module):
         self.norms = nnx.List([norm(b) for b in hidden])
         self.out = linear(widths[-1], 2, jnp.float32, rngs)
 
-    def __call__(self, x: Float[Array, "b d"], *, train: bool, axis_name: str | None = None) -> Float[Array, "b 2"]:
+    def __call__(self, x: Float[Array, "b d"], *, train: bool) -> Float[Array, "b 2"]:
         for layer, norm in zip(self.layers, self.norms, strict=True):
-            norm.axis_name = axis_name
             x = jax.nn.relu(norm(layer(x), use_running_average=not train))
         return self.out(x)
 
@@ -128,35 +129,36 @@ def build(config: ConfigDict) -> System:
 
         def init(start, key, results, n):
             params = start(key, results)
-            return State(params, optimiser(0.0).init(params), {}, {}, jnp.int32(0))
+            return State(params=params, opt=optimiser(0.0).init(params), stats={}, step=jnp.int32(0))
 
         def loss(params, image, keys):
             return masked_loss(mae_of(params), image, keys, patch=patch, ratio=section.mask_ratio, masks=section.masks)
 
-        def step(state, batch, key, *, steps, axis_name=None):
+        def step(state, batch, key, results, *, steps):
             schedule = warmup_cosine(lr, warmup=section.warmup * steps, steps=steps, least=section.lr_least)
             mask, view = jnp.moveaxis(jax.vmap(jax.random.split)(sample_keys(key, batch["index"])), 1, 0)
             # Crops come before one channel is repeated. Their weights add up to 1, so the order changes rounding alone.
             image = augment(batch["image"], view) if section.augment else batch["image"]
             image = normalise(image, batch["image"])
             found = accumulated(loss, parts)(state.params, image, mask)
-            value, grads = averaged(found, axis_name)
+            value, grads = device_mean(found)
             updates, opt = optimiser(schedule(state.step)).update(grads, state.opt, state.params)
             metrics = {"loss": value, "lr": schedule(state.step), "grad_norm": optax.tree.norm(grads)}
-            return State(optax.apply_updates(state.params, updates), opt, {}, {}, state.step + 1), metrics
+            params = optax.apply_updates(state.params, updates)
+            return state.replace(params=params, opt=opt, step=state.step + 1), metrics
 
         return init, step
 
-    def unlabelled(rows: list[Row]) -> np.ndarray:
+    def unlabelled(rows: Sequence[Row]) -> np.ndarray:
         chosen = [i for i, row in enumerate(rows) if row.split == "unlabeled"]
         if not chosen and config.variant not in ("stage1", "mae"):
             raise InputError(f"variant {config.variant} needs rows of split 'unlabeled': or take variant=stage1")
         return np.array(chosen, np.int64)
 
-    def normals(rows: list[Row]) -> np.ndarray:
+    def normals(rows: Sequence[Row]) -> np.ndarray:
         return np.array([i for i, row in enumerate(rows) if row.split == "train"], np.int64)
 
-    def pseudo_labelled(rows: list[Row], results: Results, label: int) -> np.ndarray:
+    def pseudo_labelled(rows: Sequence[Row], results: Results, label: int) -> np.ndarray:
         margin = np.asarray(results["labels"]["stats"]["margin"])
         predicted, kept = pseudo_labels(margin, adapt.percentile, adapt.percentile_over)
         chosen = unlabelled(rows)[kept & (predicted == label)]
@@ -188,9 +190,9 @@ def build(config: ConfigDict) -> System:
     def proxy_init(key, results, n):
         params, stats = head_init(key)
         opt = adamw(0.0, betas=tuple(proxy.betas), decay=proxy.decay).init(params)
-        return State(params, opt, stats, results["pretrain"]["params"], jnp.int32(0))
+        return State(params=params, opt=opt, stats=stats, step=jnp.int32(0))
 
-    def proxy_step(state, batch, key, *, steps, axis_name=None):
+    def proxy_step(state, batch, key, results, *, steps):
         schedule = warmup_cosine(proxy.lr, warmup=proxy.warmup * steps, steps=steps, least=proxy.lr_least)
         paste = partial(
             anatpaste,
@@ -207,28 +209,28 @@ def build(config: ConfigDict) -> System:
             batch["image"], batch["lungs"], sample_keys(key, batch["index"])
         )
         both = jnp.stack([batch["image"], pasted], 1).reshape(-1, *pasted.shape[1:])  # a device has both of its own
-        x = jax.lax.stop_gradient(features(state.frozen, both))
+        x = jax.lax.stop_gradient(features(results["pretrain"]["params"], both))
         target = jnp.tile(jnp.arange(2), len(pasted))
 
         def loss(params):  # Eq. 2: the two terms, each a mean over the batch
             head = head_of(params, state.stats)
-            logits = head(x, train=True, axis_name=axis_name)
+            logits = head(x, train=True)
             terms = optax.softmax_cross_entropy_with_integer_labels(logits, target)
             return 2 * jnp.mean(terms), (stats_of(head), jnp.mean(jnp.argmax(logits, 1) == target))
 
         (value, (stats, accuracy)), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
-        value, grads, stats, accuracy = averaged((value, grads, stats, accuracy), axis_name)
+        value, grads, stats, accuracy = device_mean((value, grads, stats, accuracy))
         optimiser = adamw(schedule(state.step), betas=tuple(proxy.betas), decay=proxy.decay)
         updates, opt = optimiser.update(grads, state.opt, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics = {
             "loss": value,
             "accuracy": accuracy,
-            "lung_fields_found": averaged(jnp.mean(~jnp.all(batch["lungs"], (1, 2))), axis_name),
+            "lung_fields_found": device_mean(jnp.mean(~jnp.all(batch["lungs"], (1, 2)))),
             "lr": schedule(state.step),
             "grad_norm": optax.tree.norm(grads),
         }
-        return State(params, opt, stats, state.frozen, state.step + 1), metrics
+        return State(params=params, opt=opt, stats=stats, step=state.step + 1), metrics
 
     def margin_of(results, image) -> Float[Array, " b"]:
         """Logit abnormal less logit normal of h_0(f_0(x)); its sigmoid is Stage 1's score softmax(h_0(f_0(x)))_1."""
@@ -239,15 +241,13 @@ def build(config: ConfigDict) -> System:
     # --- the pseudo-labels: one sweep over the unlabelled images ---------------------------------------------------
 
     def labels_init(key, results, n):
-        frozen = {name: {k: results[name][k] for k in ("params", "stats")} for name in ("pretrain", "proxy")}
-        return State({}, {}, {"margin": jnp.zeros(n)}, frozen, jnp.int32(0))
+        return State(params={}, opt={}, stats={"margin": jnp.zeros(n)}, step=jnp.int32(0))
 
-    def labels_step(state, batch, key, *, steps, axis_name=None):
-        index, margin = batch["index"], margin_of(state.frozen, batch["image"])
-        if axis_name is not None:
-            index, margin = jax.lax.all_gather((index, margin), axis_name, tiled=True)
+    def labels_step(state, batch, key, results, *, steps):
+        index, margin = batch["index"], margin_of(results, batch["image"])
+        index, margin = device_gather((index, margin))
         stats = {"margin": state.stats["margin"].at[index].set(margin)}
-        return state._replace(stats=stats, step=state.step + 1), {"abnormal_share": jnp.mean(margin > 0)}
+        return state.replace(stats=stats, step=state.step + 1), {"abnormal_share": jnp.mean(margin > 0)}
 
     def labels_table(rows, results):
         margin = np.asarray(results["labels"]["stats"]["margin"])
@@ -319,31 +319,68 @@ def build(config: ConfigDict) -> System:
     normal_rows, unlabelled_rows = (lambda rows, results: normals(rows)), (lambda rows, results: unlabelled(rows))
     sweep = lambda n: -(-n // proxy.batch)
     lungs = {"lungs": lung_field}
+    everyone, unknown = ("train", "unlabeled"), ("unlabeled",)
     stages = (
         Stage(
-            "pretrain",
-            config.pretrain.batch,
-            everything,
-            pretrain_steps,
-            partial(pretrain_init, fresh),
-            pretrain_step,
-            weights="instead",
+            name="pretrain",
+            splits=everyone,
+            rows=everything,
+            batch=config.pretrain.batch,
+            steps=pretrain_steps,
+            init=partial(pretrain_init, fresh),
+            step=pretrain_step,
+            pretrained=Pretrained(use="instead"),
             parts=parts,
         ),
-        Stage("proxy", proxy.batch, normal_rows, proxy_steps, proxy_init, proxy_step, host=lungs),
         Stage(
-            "labels", proxy.batch, unlabelled_rows, sweep, labels_init, labels_step, shuffle=False, table=labels_table
+            name="proxy",
+            rows=normal_rows,
+            batch=proxy.batch,
+            steps=proxy_steps,
+            init=proxy_init,
+            step=proxy_step,
+            host_arrays=lungs,
         ),
-        Stage("module_a", adapt.batch, rows_a, adapt_steps, init_a, adapt_step, parts=parts),
-        Stage("module_b", adapt.batch, rows_b, adapt_steps, init_a, adapt_step, parts=parts),
+        Stage(
+            name="labels",
+            splits=unknown,
+            rows=unlabelled_rows,
+            batch=proxy.batch,
+            steps=sweep,
+            init=labels_init,
+            step=labels_step,
+            shuffle=False,
+            table=labels_table,
+        ),
+        Stage(
+            name="module_a",
+            splits=("train",) if config.variant == "no_pseudo" else everyone,
+            rows=rows_a,
+            batch=adapt.batch,
+            steps=adapt_steps,
+            init=init_a,
+            step=adapt_step,
+            parts=parts,
+        ),
+        Stage(
+            name="module_b",
+            splits=unknown,
+            rows=rows_b,
+            batch=adapt.batch,
+            steps=adapt_steps,
+            init=init_a,
+            step=adapt_step,
+            parts=parts,
+        ),
     )
     primary = DISCREPANCIES[evaluation.discrepancy] if "module_b" in names else config.variant
     return System(
-        "amae",
-        tuple(stage for stage in stages if stage.name in names),
-        score,
-        tuple(name for name in names if name != "labels"),
-        primary,
-        evaluation.masks,
+        name="amae",
+        stages=tuple(stage for stage in stages if stage.name in names),
+        uses=tuple(name for name in names if name != "labels"),
+        primary=primary,
+        score=score,
+        masks=evaluation.masks,
+        repetitions="masks",
         averaged=primary != "stage2",  # a difference of means
     )

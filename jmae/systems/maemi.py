@@ -7,6 +7,7 @@ Differences: the released code's position codes, averaging and unclipped test im
 One stage, `train`: random crops of the healthy parts of volumes, masked reconstruction. Score: Eq. 2 and 3.
 """
 
+from collections.abc import Sequence
 from functools import partial
 
 import jax
@@ -25,7 +26,9 @@ from jmae.optim import accumulated, adamw, warmup_cosine
 from jmae.patches import grid_of, patchify, sincos_positions, unpatchify
 from jmae.reconstruct import masked_loss
 from jmae.scoring import minimum_filter
-from jmae.system import Stage, State, Sweep, System, averaged, masked_autoencoder, steps_of
+from jmae.sharding import device_mean
+from jmae.system import Pretrained, Stage, State, Sweep, System, masked_autoencoder, steps_of
+from jmae.windows import average
 
 SEEN = 1e-6  # weight of a visible token's error beside a hidden one's, where only these count
 
@@ -68,9 +71,9 @@ def build(config: ConfigDict) -> System:
 
     def train_init(key, results, n):
         params, _ = init(key)
-        return State(params, optimiser(0.0).init(params), {}, {}, jnp.int32(0))
+        return State(params=params, opt=optimiser(0.0).init(params), stats={}, step=jnp.int32(0))
 
-    def train_step(state, batch, key, *, steps, axis_name=None):
+    def train_step(state, batch, key, results, *, steps):
         schedule = warmup_cosine(train.lr, warmup=train.warmup * steps, steps=steps, least=train.lr_least)
         mask, view = jnp.moveaxis(jax.vmap(jax.random.split)(sample_keys(key, batch["index"])), 1, 0)
         image = jax.vmap(partial(random_flip, axes=tuple(data.flips)))(jnp.clip(batch["image"], low, high), view)
@@ -79,10 +82,10 @@ def build(config: ConfigDict) -> System:
             return masked_loss(mae_of(params), image, mask, patch=patch, ratio=train.mask_ratio, masks=1)
 
         found = accumulated(loss, config.get("accumulate", 1))(state.params, image, mask)
-        value, grads = averaged(found, axis_name)
+        value, grads = device_mean(found)
         updates, opt = optimiser(schedule(state.step)).update(grads, state.opt, state.params)
         metrics = {"loss": value, "lr": schedule(state.step), "grad_norm": optax.tree.norm(grads)}
-        return State(optax.apply_updates(state.params, updates), opt, {}, {}, state.step + 1), metrics
+        return state.replace(params=optax.apply_updates(state.params, updates), opt=opt, step=state.step + 1), metrics
 
     # --- score (Eq. 2 and 3) -----------------------------------------------------------------------------------------
 
@@ -106,27 +109,25 @@ def build(config: ConfigDict) -> System:
         fused = minimum_filter(mean[None, ..., None], filtered)[0, ..., 0]
         return {"maps": {"maemi": jnp.where(inside, fused, 0)}, "reconstruction": prediction}
 
-    def rows(rows: list[Row], results) -> np.ndarray:
+    def rows(rows: Sequence[Row], results) -> np.ndarray:
         return np.array([i for i, row in enumerate(rows) if row.split == "train"], np.int64)
 
     stage = Stage(
-        "train",
-        train.batch,
-        rows,
-        steps_of(train, config.budget),
-        train_init,
-        train_step,
-        weights="start",
-        positions=positions,
+        name="train",
+        rows=rows,
+        batch=train.batch,
+        steps=steps_of(train, config.budget),
+        init=train_init,
+        step=train_step,
+        pretrained=Pretrained(use="start", positions=positions),
         parts=config.get("accumulate", 1),
     )
     sweep = Sweep(
-        size,
-        stride,
-        evaluation.repeats,
-        window_error,
-        fuse,
-        weighted=evaluation.error == "hidden",
-        released=compat.averaging,
+        window=size,
+        stride=stride,
+        repeats=evaluation.repeats,
+        score=window_error,
+        fuse=fuse,
+        average=partial(average, weighted=evaluation.error == "hidden", released=compat.averaging),
     )
-    return System("maemi", (stage,), None, ("train",), "maemi", sweep=sweep)
+    return System(name="maemi", stages=(stage,), uses=("train",), primary="maemi", sweep=sweep, repetitions="repeats")

@@ -10,7 +10,9 @@ reconstructions under several masks. The rows of the paper's ablation are `model
 and `model.long_skips`.
 """
 
+from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,8 +31,9 @@ from jmae.nn.memory import MultiLevelMAE
 from jmae.optim import accumulated, adamw, warmup_cosine
 from jmae.patches import grid_of, patchify
 from jmae.reconstruct import Reconstruction, masked_loss, reconstruct
+from jmae.sharding import device_mean
 from jmae.ssim import check_ssim, ms_ssim, ms_ssim_map
-from jmae.system import Stage, State, Sweep, System, averaged, masked_autoencoder, steps_of
+from jmae.system import Stage, State, Sweep, System, masked_autoencoder, steps_of
 
 SCORES = ("ms_ssim", "ms_ssim_patches", "mse", "ms_ssim_product")
 
@@ -99,9 +102,9 @@ def build(config: ConfigDict) -> System:
 
     def train_init(key, results, n):
         params, _ = init(key)
-        return State(params, optimiser(0.0).init(params), {}, {}, jnp.int32(0))
+        return State(params=params, opt=optimiser(0.0).init(params), stats={}, step=jnp.int32(0))
 
-    def train_step(state, batch, key, *, steps, axis_name=None):
+    def train_step(state, batch, key, results, *, steps):
         schedule = warmup_cosine(train.lr, warmup=train.warmup * steps, steps=steps)
         mask, view = jnp.moveaxis(jax.vmap(jax.random.split)(sample_keys(key, batch["index"])), 1, 0)
         crop, flip = jnp.moveaxis(jax.vmap(jax.random.split)(view), 1, 0)
@@ -117,10 +120,10 @@ def build(config: ConfigDict) -> System:
             return masked_loss(mae_of(params), image, mask, patch=patch, ratio=train.mask_ratio, masks=1)
 
         found = accumulated(loss, config.get("accumulate", 1))(state.params, image, mask)
-        value, grads = averaged(found, axis_name)
+        value, grads = device_mean(found)
         updates, opt = optimiser(schedule(state.step)).update(grads, state.opt, state.params)
         metrics = {"loss": value, "lr": schedule(state.step), "grad_norm": optax.tree.norm(grads)}
-        return State(optax.apply_updates(state.params, updates), opt, {}, {}, state.step + 1), metrics
+        return state.replace(params=optax.apply_updates(state.params, updates), opt=opt, step=state.step + 1), metrics
 
     # --- score -------------------------------------------------------------------------------------------------------
 
@@ -182,12 +185,17 @@ def build(config: ConfigDict) -> System:
         maps = {name: jnp.where(inside, averages[..., k], 0) for k, name in enumerate(SCORES[:3])}
         return {"maps": maps, "reconstruction": averages[..., 3:]}
 
-    def rows(rows: list[Row], results) -> np.ndarray:
+    def rows(rows: Sequence[Row], results) -> np.ndarray:
         return np.array([i for i, row in enumerate(rows) if row.split == "train"], np.int64)
 
     steps, parts = steps_of(train, config.budget), config.get("accumulate", 1)
-    stage = Stage("train", train.batch, rows, steps, train_init, train_step, parts=parts)
+    stage = Stage(
+        name="train", rows=rows, batch=train.batch, steps=steps, init=train_init, step=train_step, parts=parts
+    )
+    about: dict[str, Any] = dict(name="memmc_mae", stages=(stage,), uses=("train",), primary=evaluation.score)
+    about["repetitions"] = "masks"
     if not volumes:
-        return System("memmc_mae", (stage,), score, ("train",), evaluation.score, evaluation.masks)
-    sweep = Sweep(size, tuple(evaluation.stride), evaluation.masks, window_score, fuse)
-    return System("memmc_mae", (stage,), None, ("train",), evaluation.score, sweep=sweep)
+        return System(**about, score=score, masks=evaluation.masks)
+    stride = tuple(evaluation.stride)
+    sweep = Sweep(window=size, stride=stride, repeats=evaluation.masks, score=window_score, fuse=fuse)
+    return System(**about, sweep=sweep)

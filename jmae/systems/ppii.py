@@ -10,7 +10,7 @@ is put in: the paper's generator (`paper`), the authors' file (`released`), ours
 their spread the confidence.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -33,7 +33,8 @@ from jmae.masking import case_keys, fold_in, sample_keys
 from jmae.nn.phiseg import PHiSeg
 from jmae.nn.unet import UNet, check_size
 from jmae.run_folder import log
-from jmae.system import Check, Stage, State, Sweep, System, averaged, compute_type, network, stats_of, steps_of
+from jmae.sharding import device_gather, device_mean, device_number
+from jmae.system import Check, Stage, State, Sweep, System, compute_type, network, stats_of, steps_of
 
 BACKBONES = ("unet", "mc_unet", "phiseg")
 OTHERS: dict[str, Callable] = {"pii": pii, "fpi": fpi, "cutpaste": cutpaste, "nsa": nsa}
@@ -132,12 +133,10 @@ def build(config: ConfigDict) -> System:
             deviation=train.variance_weight > 0,
         )
 
-    def corrupted(image: Float[Array, "b *size c"], keys: Array, axis_name: str | None) -> tuple[Array, Array, Array]:
+    def corrupted(image: Float[Array, "b *size c"], keys: Array) -> tuple[Array, Array, Array]:
         """New anomalies in every image: (images, targets (b, *size), deviations or 0)."""
-        b, place, everyone = len(image), jnp.arange(len(image)), image
-        if axis_name is not None:  # the whole batch, in its order
-            everyone = jax.lax.all_gather(image, axis_name, tiled=True)
-            place = place + b * jax.lax.axis_index(axis_name)
+        everyone = device_gather(image)
+        place = len(image) * device_number() + jnp.arange(len(image))
         make, which = generator(), jax.vmap(lambda key: jax.random.fold_in(key, 1))(keys)
         if anomaly.source == "self":
             out = jax.vmap(lambda image, key: make(image, image, key, None))(image, which)
@@ -167,14 +166,14 @@ def build(config: ConfigDict) -> System:
             return (jax.nn.softmax(logits)[..., 1] - target) ** 2
         return soft_cross_entropy(logits, target)
 
-    def loss(params, stats, image, target, deviation, keys, axis_name):
+    def loss(params, stats, image, target, deviation, keys):
         net = net_of(params, stats)
         if model.backbone == "phiseg":
             y = jnp.stack([1 - target, target], -1)
-            logits, q, p = net(seen(image), y, keys, train=True, axis_name=axis_name)
+            logits, q, p = net(seen(image), y, keys, train=True)
             value = hierarchical_loss(logits, q, p, target)
         else:
-            prediction = net(seen(image), train=True, keys=keys if random else None, axis_name=axis_name)
+            prediction = net(seen(image), train=True, keys=keys if random else None)
             # ours: where raters disagree a pixel counts less (the paper's future work).
             weight = 1 / (1 + train.variance_weight * deviation**2)
             value = jnp.mean(weight * pixel_loss(prediction, target))
@@ -186,40 +185,41 @@ def build(config: ConfigDict) -> System:
         params, stats = init(key)
         best = {"params": params, "stats": stats, "dice": jnp.float32(-1)}
         stats = {"network": stats} | ({"best": best} if config.select == "dice" else {})
-        return State(params, optimiser(0.0).init(params), stats, {}, jnp.int32(0))
+        return State(params=params, opt=optimiser(0.0).init(params), stats=stats, step=jnp.int32(0))
 
-    def train_step(state, batch, key, *, steps, axis_name=None):
+    def train_step(state, batch, key, results, *, steps):
         keys = sample_keys(key, batch["index"])
         view, made, noise = (fold_in(keys, k) for k in range(3))
-        image, target, deviation = corrupted(augment(batch["image"], view), made, axis_name)
+        image, target, deviation = corrupted(augment(batch["image"], view), made)
         of = jax.value_and_grad(loss, has_aux=True)
-        (value, stats), grads = of(state.params, state.stats["network"], image, target, deviation, noise, axis_name)
-        value, grads, stats = averaged((value, grads, stats), axis_name)
+        (value, stats), grads = of(state.params, state.stats["network"], image, target, deviation, noise)
+        value, grads, stats = device_mean((value, grads, stats))
         updates, opt = optimiser(train.lr).update(grads, state.opt, state.params)
-        metrics = {"loss": value, "grad_norm": optax.tree.norm(grads), "target": averaged(jnp.mean(target), axis_name)}
+        metrics = {"loss": value, "grad_norm": optax.tree.norm(grads), "target": device_mean(jnp.mean(target))}
         params = optax.apply_updates(state.params, updates)
-        return State(params, opt, state.stats | {"network": stats}, {}, state.step + 1), metrics
+        stats = state.stats | {"network": stats}
+        return State(params=params, opt=opt, stats=stats, step=state.step + 1), metrics
 
     # --- best Dice ---------------------------------------------------------------------------------------------------
 
-    def rows(rows: list[Row], results: Any = None) -> np.ndarray:
+    def rows(rows: Sequence[Row], results: Any = None) -> np.ndarray:
         held = held_out(rows, train.held_out)
         return np.array([i for i, row in enumerate(rows) if row.split == "train" and not held[i]], np.int64)
 
-    def checked(rows_: list[Row]) -> np.ndarray:
+    def checked(rows_: Sequence[Row]) -> np.ndarray:
         held = np.flatnonzero(held_out(rows_, train.held_out))
         if not held.size:
             log("best Dice: on training images with other anomalies, as none is held out (of ten patients or more)")
         return held if held.size else rows(rows_)
 
-    def look(state: State, batch: Any) -> tuple[State, dict[str, Array]]:
+    def look(state: State, batch: Any, results: Any) -> tuple[State, dict[str, Array]]:
         """Dice over all pixels of fixed synthetic samples; the state keeps the weights of the best.
 
         `train.dice_at` 0.5: of (prediction > 0.5) and (target > 0.5). 0: 2 sum p y / (sum p^2 + sum y^2), the same of
         binary maps; ours, as the targets |x - x'| of `paper` hardly ever reach 0.5."""
         key = jax.random.key(0)
         made, keys = (sample_keys(jax.random.fold_in(key, k), batch["index"]) for k in range(2))
-        image, target, _ = corrupted(batch["image"], made, None)
+        image, target, _ = corrupted(batch["image"], made)
         one = lambda x: probability(state.params, state.stats["network"], x[0][None], x[1][None])[0]
         prediction = jax.lax.map(one, (image, keys), batch_size=train.batch)
         if train.dice_at:
@@ -229,7 +229,7 @@ def build(config: ConfigDict) -> System:
         own = {"params": state.params, "stats": state.stats["network"], "dice": dice.astype(jnp.float32)}
         better = dice >= state.stats["best"]["dice"]
         best = jax.tree.map(lambda new, old: jnp.where(better, new, old), own, state.stats["best"])
-        return state._replace(stats=state.stats | {"best": best}), {"dice": dice, "best_dice": best["dice"]}
+        return state.replace(stats=state.stats | {"best": best}), {"dice": dice, "best_dice": best["dice"]}
 
     # --- score -------------------------------------------------------------------------------------------------------
 
@@ -290,9 +290,18 @@ def build(config: ConfigDict) -> System:
         mean, variance = (jnp.where(inside, averages[..., k], 0) for k in range(2))
         return {"maps": {"ppii": mean}} | ({"confidence": jnp.sqrt(variance)} if random else {})
 
-    check = Check(train.validate_every, train.validation_samples, checked, look) if config.select == "dice" else None
-    stage = Stage("train", train.batch, rows, steps_of(train, config.budget), train_init, train_step, check=check)
+    check = Check(every=train.validate_every, samples=train.validation_samples, rows=checked, look=look)
+    stage = Stage(
+        name="train",
+        rows=rows,
+        batch=train.batch,
+        steps=steps_of(train, config.budget),
+        init=train_init,
+        step=train_step,
+        checks=(check,) if config.select == "dice" else (),
+    )
+    about: dict[str, Any] = dict(name="ppii", stages=(stage,), uses=("train",), primary="ppii", best=("dice",))
+    about["repetitions"] = "samples"
     if rank == 2:
-        return System("ppii", (stage,), score, ("train",), "ppii", samples)
-    sweep = Sweep(size, tuple(evaluation.stride), 1, window_score, fuse)
-    return System("ppii", (stage,), None, ("train",), "ppii", sweep=sweep)
+        return System(**about, score=score, masks=samples)
+    return System(**about, sweep=Sweep(window=size, stride=tuple(evaluation.stride), score=window_score, fuse=fuse))

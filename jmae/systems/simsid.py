@@ -15,7 +15,8 @@ inpainting out); memory is written on training images alone; Eq. 5.7's sign (a r
 its score is low); loss weights, rates and epochs as in the recipe.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from math import prod
 from typing import Any, NamedTuple
@@ -49,12 +50,13 @@ from jmae.nn.unet import on_gpu
 from jmae.patches import grid_of, patchify, unpatchify
 from jmae.run_folder import log
 from jmae.scoring import auroc
-from jmae.system import Check, Results, Stage, State, Sweep, System, averaged, compute_type, network, stats_of, steps_of
+from jmae.sharding import device_gather, device_mean
+from jmae.system import Check, Choice, Results, Stage, State, Sweep, System, compute_type, network, stats_of, steps_of
 
 SCORES = ("simsid", "difference", "l1", "mse", "patches")
 MAPS = ("l1", "mse", "patches")
 DEVIATION = 0.2  # of an image's own values where data.normalise is "image"; their mean is 0.5
-PRINTED: dict[str, dict[str, dict[int, float]]] = {  # the report's training values; its student's first epoch is 0
+PUBLISHED: dict[str, dict[str, dict[int, float]]] = {  # the report's training values; its student's first epoch is 0
     "teacher": {
         "loss": {
             1: 0.3495,
@@ -179,11 +181,11 @@ def build(config: ConfigDict) -> System:
 
     def calibration_init(key, results, n):
         stats = {"mean": jnp.zeros(2), "squares": jnp.zeros(2), "count": jnp.int32(0), "left": jnp.int32(n)}
-        return State({}, {}, stats, {name: results[name] for name in names}, jnp.int32(0))
+        return State(params={}, opt={}, stats=stats, step=jnp.int32(0))
 
-    def calibration_step(state, batch, key, *, steps, axis_name=None):
+    def calibration_step(state, batch, key, results, *, steps):
         """Means and sums of squared differences to them, merged batch by batch (Chan et al. 1979)."""
-        values, old = gathered(logits(state.frozen, batch["image"])[1], axis_name), state.stats
+        values, old = device_gather(logits(results, batch["image"])[1]), state.stats
         used = (jnp.arange(len(values)) < old["left"])[:, None]
         own = jnp.sum(used)
         mean = jnp.sum(used * values, 0) / jnp.maximum(own, 1)
@@ -195,7 +197,7 @@ def build(config: ConfigDict) -> System:
             "count": count,
             "left": old["left"] - own,
         }
-        return state._replace(stats=stats, step=state.step + 1), {"logit": stats["mean"][0]}
+        return state.replace(stats=stats, step=state.step + 1), {"logit": stats["mean"][0]}
 
     # --- score (Eq. 5.7) -----------------------------------------------------------------------------------------
 
@@ -237,7 +239,7 @@ def build(config: ConfigDict) -> System:
         maps = {name: jnp.where(inside, averages[..., i], 0) for i, name in enumerate(SCORES)}
         return {"maps": maps, "reconstruction": averages[..., len(SCORES) :]}
 
-    def rest() -> Results:
+    def rest() -> dict[str, Any]:
         """Any D, which no reconstruction error depends on, and a calibration by constants: it ranks logits as any does,
         and is so wide that no two logits become the same A in float32."""
         params, stats = discriminator_of(config)[0](jax.random.key(0))
@@ -246,23 +248,23 @@ def build(config: ConfigDict) -> System:
 
     batch = variant.stages[-1].batch
     last = Stage(
-        "calibration",
-        batch,
-        partial(trained, config),
-        lambda n: -(-n // batch),
-        calibration_init,
-        calibration_step,
+        name="calibration",
+        rows=partial(trained, config),
+        batch=batch,
+        steps=lambda n: -(-n // batch),
+        init=calibration_init,
+        step=calibration_step,
         shuffle=False,
     )
     stages, uses = (*variant.stages, normalising(config, last)), (*names, "calibration")
     student = config.variant == "report" and score_name in MAPS
-    choice: dict[str, Any] = {"choice": "student" if student else names[-1], "rest": rest}
-    choice["chosen_on_val"] = config.select == "auroc" and not student  # the student's errors do not depend on D
+    about: dict[str, Any] = dict(name="simsid", stages=stages, uses=uses, primary=score_name, best=("auroc",))
+    about["choice"] = Choice(stage="student" if student else names[-1], stand_ins=rest)
     if len(size) == 3:
-        sweep = Sweep(size, tuple(evaluation.stride), 1, window_score, fuse)
-        return System("simsid", stages, None, uses, score_name, sweep=sweep, **choice)
+        stride = tuple(evaluation.stride)
+        return System(**about, sweep=Sweep(window=size, stride=stride, score=window_score, fuse=fuse))
     # A and the difference are of whole images: the picture beside them is |I - made|.
-    return System("simsid", stages, score, uses, score_name, map="" if score_name in MAPS else "l1", **choice)
+    return System(**about, score=score, map="" if score_name in MAPS else "l1")
 
 
 def normalised(config: ConfigDict, image: Float[Array, "b *size c"]) -> tuple[Array, Callable[[Array], Array]]:
@@ -281,21 +283,24 @@ def normalising(config: ConfigDict, stage: Stage) -> Stage:
     if config.data.normalise != "image":
         return stage
     ready = lambda batch: batch | {"image": normalised(config, batch["image"])[0]}
-    check = stage.check
-    if check:
-        look = check.look
-        check = check._replace(look=lambda state, batch: look(state, ready(batch)))
-    step = lambda state, batch, key, **options: stage.step(state, ready(batch), key, **options)
-    return stage._replace(step=step, check=check)
+    seeing = lambda look: lambda state, batch, results: look(state, ready(batch), results)
+    checks = tuple(replace(check, look=seeing(check.look)) for check in stage.checks)
+    step = lambda state, batch, key, results, **options: stage.step(state, ready(batch), key, results, **options)
+    return replace(stage, step=step, checks=checks)
 
 
-def trained(config: ConfigDict, rows: list[Row], results: Results | None = None) -> np.ndarray:
+def splits_of(config: ConfigDict) -> tuple[str, ...]:
+    """The splits that the stage reads whose weights `select=auroc` chooses."""
+    return ("train", "val") if config.select == "auroc" else ("train",)
+
+
+def trained(config: ConfigDict, rows: Sequence[Row], results: Results | None = None) -> np.ndarray:
     """The training rows that are not held out."""
     held = held_out(rows, config.validation.held_out)
     return np.array([i for i, row in enumerate(rows) if row.split == "train" and not held[i]], np.int64)
 
 
-def held(config: ConfigDict, rows: list[Row]) -> np.ndarray:
+def held(config: ConfigDict, rows: Sequence[Row]) -> np.ndarray:
     """`validation.samples` of the held-out training rows, or of those trained on where none is held out."""
     chosen = np.flatnonzero(held_out(rows, config.validation.held_out))
     if not chosen.size:
@@ -303,7 +308,7 @@ def held(config: ConfigDict, rows: list[Row]) -> np.ndarray:
     return np.resize(chosen if chosen.size else trained(config, rows), config.validation.samples)
 
 
-def labelled(rows: list[Row]) -> np.ndarray:
+def labelled(rows: Sequence[Row]) -> np.ndarray:
     """The labelled rows of `val`; none where a class is missing."""
     chosen = np.array(
         [i for i, row in enumerate(rows) if row.split == "val" and row.label is not None and not row.kept], np.int64
@@ -320,10 +325,10 @@ def divergences(image: Array, made: Array) -> dict[str, Array]:
     return {name: jnp.mean(v) for name, v in (mean | {"check_kl_histogram": histogram_kl(image, made)}).items()}
 
 
-def reconstruction_check(config: ConfigDict, make: Callable[[State, Array], Array]) -> Check:
+def reconstruction_check(config: ConfigDict, make: Callable[[State, Array, Results], Array]) -> Check:
     """`divergences` of the images that a stage's networks make."""
-    look = lambda state, batch: (state, divergences(batch["image"], make(state, batch["image"])))
-    return Check(config.validation.every, 0, partial(held, config), look)
+    look = lambda state, batch, results: (state, divergences(batch["image"], make(state, batch["image"], results)))
+    return Check(every=config.validation.every, rows=partial(held, config), look=look)
 
 
 # --- the weights of the best AUROC ------------------------------------------------------------------------------------
@@ -331,7 +336,7 @@ def reconstruction_check(config: ConfigDict, make: Callable[[State, Array], Arra
 
 def with_best(state: State) -> State:
     """A fresh state that will keep its best weights beside the last."""
-    return state._replace(stats=state.stats | {"best": {**as_result(state), "auroc": jnp.float32(-1)}})
+    return state.replace(stats=state.stats | {"best": {**as_result(state), "auroc": jnp.float32(-1)}})
 
 
 def keep_best(state: State, found: Float[Array, ""]) -> State:
@@ -339,7 +344,7 @@ def keep_best(state: State, found: Float[Array, ""]) -> State:
     best = state.stats["best"]
     own = {**as_result(state), "auroc": found.astype(jnp.float32)}
     best = jax.tree.map(partial(jnp.where, found >= best["auroc"]), own, best)
-    return state._replace(stats=state.stats | {"best": best})
+    return state.replace(stats=state.stats | {"best": best})
 
 
 def as_result(state: State) -> dict[str, PyTree]:
@@ -395,11 +400,6 @@ def laid_out(grads: PyTree) -> PyTree:
     if not on_gpu():
         return grads
     return jax.tree.map(lambda x: with_layout_constraint(x, Layout(tuple(range(x.ndim)))), grads)
-
-
-def gathered(values: PyTree, axis_name: str | None) -> PyTree:
-    """The global batch in its order."""
-    return values if axis_name is None else jax.lax.all_gather(values, axis_name, tiled=True)
 
 
 def discriminator_of(config: ConfigDict) -> tuple[Callable, Callable]:
@@ -510,25 +510,26 @@ def report(config: ConfigDict) -> Variant:
     def teacher_init(key, results, n):
         parts = {"encoder": enc_init(jax.random.fold_in(key, 0)), "generator": gen_init(jax.random.fold_in(key, 1))}
         params, stats = ({name: part[i] for name, part in parts.items()} for i in range(2))
-        return State(params, adam(config.teacher).init(params), stats, {}, jnp.int32(0))
+        return State(params=params, opt=adam(config.teacher).init(params), stats=stats, step=jnp.int32(0))
 
-    def teacher_step(state, batch, key, *, steps, axis_name=None):
+    def teacher_step(state, batch, key, results, *, steps):
         def loss(params):
             encoder = enc_of(params["encoder"], state.stats["encoder"])
-            f = encoder(batch["image"], train=together, axis_name=axis_name)
+            f = encoder(batch["image"], train=together)
             f = f if together else jax.lax.stop_gradient(f)  # without gradient Adam leaves the encoder as drawn
             generator = gen_of(params["generator"], state.stats["generator"])
-            made = generator(f, train=True, axis_name=axis_name)[-1]
+            made = generator(f, train=True)[-1]
             stats = {"encoder": stats_of(encoder), "generator": stats_of(generator)}
             return jnp.mean((batch["image"] - made) ** 2), stats
 
         (value, stats), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
-        value, grads, stats = averaged((value, grads, stats), axis_name)
+        value, grads, stats = device_mean((value, grads, stats))
         updates, opt = adam(config.teacher).update(laid_out(grads), state.opt)
         metrics = {"loss": value, "grad_norm": optax.tree.norm(grads)}
-        return State(optax.apply_updates(state.params, updates), opt, stats, {}, state.step + 1), metrics
+        params = optax.apply_updates(state.params, updates)
+        return State(params=params, opt=opt, stats=stats, step=state.step + 1), metrics
 
-    def taught(state: State, image: Array) -> Array:
+    def taught(state: State, image: Array, results: Results) -> Array:
         own = as_result(state)
         return taught_by(own, features(own, image))[-1]
 
@@ -542,10 +543,10 @@ def report(config: ConfigDict) -> Variant:
             "count": jnp.zeros(levels.sum(), jnp.int32),
             "left": jnp.int32(memory.passes * n),
         }
-        return State({}, {}, stats, {"teacher": results["teacher"]}, jnp.int32(0))
+        return State(params={}, opt={}, stats=stats, step=jnp.int32(0))
 
-    def memory_step(state, batch, key, *, steps, axis_name=None):
-        values = gathered(summaries(features(state.frozen["teacher"], batch["image"]), slots), axis_name)
+    def memory_step(state, batch, key, results, *, steps):
+        values = device_gather(summaries(features(results["teacher"], batch["image"]), slots))
         allowed = jnp.arange(len(values)) < state.stats["left"]
         (rows, count), written = write_all(
             (state.stats["rows"], state.stats["count"]), values, allowed, threshold=memory.threshold, ema=memory.ema
@@ -554,11 +555,9 @@ def report(config: ConfigDict) -> Variant:
         parts = jnp.split(shares, np.cumsum(levels)[:-1])
         metrics = {f"written_level_{i}": jnp.mean(part) for i, part in enumerate(parts)}
         stats = {"rows": rows, "count": count, "left": state.stats["left"] - jnp.sum(allowed)}
-        return state._replace(stats=stats, step=state.step + 1), metrics
+        return state.replace(stats=stats, step=state.step + 1), metrics
 
     # --- student (Eq. 5.4 and 5.5) -----------------------------------------------------------------------------------
-
-    before = ("teacher", "memory") if model.inpainting else ("teacher",)
 
     def student_init(key, results, n):
         parts = {"generator": gen_init(jax.random.fold_in(key, 0))}
@@ -569,17 +568,16 @@ def report(config: ConfigDict) -> Variant:
         if student.from_teacher:
             parts["generator"] = tuple(results["teacher"][what]["generator"] for what in ("params", "stats"))
         params, stats = ({name: part[i] for name, part in parts.items()} for i in range(2))
-        frozen = {name: results[name] for name in before}
-        return State(params, adam(student).init(params), stats, frozen, jnp.int32(0))
+        return State(params=params, opt=adam(student).init(params), stats=stats, step=jnp.int32(0))
 
-    def student_step(state, batch, key, *, steps, axis_name=None):
-        image, keys, teacher = batch["image"], sample_keys(key, batch["index"]), state.frozen["teacher"]
+    def student_step(state, batch, key, results, *, steps):
+        image, keys, teacher = batch["image"], sample_keys(key, batch["index"]), results["teacher"]
         f = features(teacher, image)
         shown = taught_by(teacher, f)
 
         def loss(params):
             generator = gen_of(params["generator"], state.stats["generator"])
-            xs = generator(for_student(state.frozen, params, f, keys), train=True, axis_name=axis_name)
+            xs = generator(for_student(results, params, f, keys), train=True)
             stats = state.stats | {"generator": stats_of(generator)}
             parts = {"mse": jnp.mean((image - xs[-1]) ** 2)}
             parts["distillation"] = sum(
@@ -590,19 +588,20 @@ def report(config: ConfigDict) -> Variant:
                 return total, (stats, parts | {"loss": total})
             # ours: D learns beside the student, each by its own terms: the student's by a D without gradient.
             fixed = dis_of(jax.lax.stop_gradient(params["discriminator"]), state.stats["discriminator"])
-            parts["adversarial"] = jnp.mean(jax.nn.softplus(-fixed(xs[-1], train=True, axis_name=axis_name)))
+            parts["adversarial"] = jnp.mean(jax.nn.softplus(-fixed(xs[-1], train=True)))
             total = total + student.adversarial * parts["adversarial"]
             d = partial(dis := dis_of(params["discriminator"], state.stats["discriminator"]), train=True)
-            real, fake = (d(x, axis_name=axis_name) for x in (image, jax.lax.stop_gradient(xs[-1])))
+            real, fake = (d(x) for x in (image, jax.lax.stop_gradient(xs[-1])))
             parts["discriminator"] = discriminator_loss(real, fake)
             stats |= {"discriminator": stats_of(dis)}
             return total + parts["discriminator"], (stats, parts | {"loss": total})
 
         (_, (stats, metrics)), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
-        grads, stats, metrics = averaged((grads, stats, metrics), axis_name)
+        grads, stats, metrics = device_mean((grads, stats, metrics))
         updates, opt = adam(student).update(laid_out(grads), state.opt)
         params = optax.apply_updates(state.params, updates)
-        return State(params, opt, stats, state.frozen, state.step + 1), metrics | {"grad_norm": optax.tree.norm(grads)}
+        metrics |= {"grad_norm": optax.tree.norm(grads)}
+        return State(params=params, opt=opt, stats=stats, step=state.step + 1), metrics
 
     # --- discriminator (Alg. 4.11) -----------------------------------------------------------------------------------
 
@@ -611,79 +610,80 @@ def report(config: ConfigDict) -> Variant:
         params, stats = dis_init(key)
         if student.adversarial:
             params, stats = own["params"]["discriminator"], own["stats"]["discriminator"]
-        frozen = {name: results[name] for name in (*before, "student")}
-        state = State(params, adam(config.discriminator).init(params), {"network": stats}, frozen, jnp.int32(0))
+        opt = adam(config.discriminator).init(params)
+        state = State(params=params, opt=opt, stats={"network": stats}, step=jnp.int32(0))
         return with_best(state) if config.select == "auroc" else state
 
-    def discriminator_step(state, batch, key, *, steps, axis_name=None):
-        made = jax.lax.stop_gradient(remake(state.frozen, batch["image"]))
+    def discriminator_step(state, batch, key, results, *, steps):
+        made = jax.lax.stop_gradient(remake(results, batch["image"]))
 
         def loss(params):
             d = dis_of(params, state.stats["network"])
-            real, fake = (d(x, train=True, axis_name=axis_name) for x in (batch["image"], made))
+            real, fake = (d(x, train=True) for x in (batch["image"], made))
             accuracy = (jnp.mean(real > 0) + jnp.mean(fake < 0)) / 2
             means = {"accuracy": accuracy, "real": jnp.mean(real), "fake": jnp.mean(fake)}
             return discriminator_loss(real, fake), (stats_of(d), means)
 
         (value, (stats, means)), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
-        value, grads, stats, means = averaged((value, grads, stats, means), axis_name)
+        value, grads, stats, means = device_mean((value, grads, stats, means))
         updates, opt = adam(config.discriminator).update(laid_out(grads), state.opt)
         params = optax.apply_updates(state.params, updates)
         metrics = {"loss": value, **means, "grad_norm": optax.tree.norm(grads)}
         stats = state.stats | {"network": stats}
-        return State(params, opt, stats, state.frozen, state.step + 1), metrics
+        return State(params=params, opt=opt, stats=stats, step=state.step + 1), metrics
 
-    def compare(state: State, batch: PyTree) -> tuple[State, dict[str, Array]]:
+    def compare(state: State, batch: PyTree, results: Results) -> tuple[State, dict[str, Array]]:
         """AUROC of D(made), as it is now, on the labelled images; keeps the best."""
-        made = lambda image: remake(state.frozen, image[None])
+        made = lambda image: remake(results, image[None])
         one = lambda image: dis_of(state.params, state.stats["network"])(made(image), train=False)[0]
         found = auroc(-jax.lax.map(one, batch["image"], batch_size=config.discriminator.batch), batch["label"])
         return keep_best(state, found), {"check_auroc": found}
 
     rows, budget = partial(trained, config), config.budget
-    checks = [
+    checks = tuple(
         reconstruction_check(config, make)
-        for make in (taught, lambda state, image: made_by(state.frozen, state.params, state.stats, image))
-    ]
-    select = Check(config.validation.select_every, 0, labelled, compare, labelled=True)
+        for make in (taught, lambda state, image, results: made_by(results, state.params, state.stats, image))
+    )
+    select = Check(every=config.validation.select_every, rows=labelled, look=compare)
     stages = (
         Stage(
-            "teacher",
-            config.teacher.batch,
-            rows,
-            steps_of(config.teacher, budget),
-            teacher_init,
-            teacher_step,
-            check=checks[0],
-            printed=PRINTED["teacher"],
+            name="teacher",
+            rows=rows,
+            batch=config.teacher.batch,
+            steps=steps_of(config.teacher, budget),
+            init=teacher_init,
+            step=teacher_step,
+            checks=checks[:1],
+            published=PUBLISHED["teacher"],
         ),
         Stage(
-            "memory",
-            memory.batch,
-            rows,
-            lambda n: -(-memory.passes * n // memory.batch),
-            memory_init,
-            memory_step,
+            name="memory",
+            rows=rows,
+            batch=memory.batch,
+            steps=lambda n: -(-memory.passes * n // memory.batch),
+            init=memory_init,
+            step=memory_step,
             shuffle=False,
         ),
         Stage(
-            "student",
-            student.batch,
-            rows,
-            steps_of(student, budget),
-            student_init,
-            student_step,
-            check=checks[1],
-            printed=PRINTED["student"],
+            name="student",
+            rows=rows,
+            batch=student.batch,
+            steps=steps_of(student, budget),
+            init=student_init,
+            step=student_step,
+            checks=checks[1:],
+            published=PUBLISHED["student"],
         ),
         Stage(
-            "discriminator",
-            config.discriminator.batch,
-            rows,
-            steps_of(config.discriminator, budget),
-            discriminator_init,
-            discriminator_step,
-            check=select if config.select == "auroc" else None,
+            name="discriminator",
+            splits=splits_of(config),
+            rows=rows,
+            batch=config.discriminator.batch,
+            steps=steps_of(config.discriminator, budget),
+            init=discriminator_init,
+            step=discriminator_step,
+            checks=(select,) if config.select == "auroc" else (),
         ),
     )
     kept = tuple(stage for stage in stages if stage.name != "memory" or model.inpainting)
@@ -744,10 +744,10 @@ def official(config: ConfigDict) -> Variant:
             "network": decayed_adam(joint, 0.0).init(params["network"]),
             "discriminator": adam(joint).init(params["discriminator"]),
         }
-        state = State(params, opt, stats, {}, jnp.int32(0))
+        state = State(params=params, opt=opt, stats=stats, step=jnp.int32(0))
         return with_best(state) if config.select == "auroc" else state
 
-    def joint_step(state, batch, key, *, steps, phase, axis_name=None):
+    def joint_step(state, batch, key, results, *, steps, phase):
         """D at every step, the network where `phase` is true; each by its own losses."""
         view, shortcut = jnp.moveaxis(jax.vmap(jax.random.split)(sample_keys(key, batch["index"])), 1, 0)
         moved = joint.translation or joint.scaling
@@ -756,7 +756,7 @@ def official(config: ConfigDict) -> Variant:
 
         def forward(params):
             net = net_of(params, state.stats["network"])
-            return net(x, shortcut, train=True, axis_name=axis_name), stats_of(net)
+            return net(x, shortcut, train=True), stats_of(net)
 
         net_params, net_opt = state.params["network"], state.opt["network"]
         if phase:
@@ -766,13 +766,13 @@ def official(config: ConfigDict) -> Variant:
 
         def critic_loss(params):
             d = dis_of(params, state.stats["discriminator"])
-            real, fake = (d(y, train=True, axis_name=axis_name) for y in (x, jax.lax.stop_gradient(outs[0])))
+            real, fake = (d(y, train=True) for y in (x, jax.lax.stop_gradient(outs[0])))
             accuracy = (jnp.mean(real > 0) + jnp.mean(fake < 0)) / 2
             return weights.discriminator * discriminator_loss(real, fake), (stats_of(d), accuracy)
 
         params, opt = state.params["discriminator"], state.opt["discriminator"]
         (critic, (stats, accuracy)), grads = jax.value_and_grad(critic_loss, has_aux=True)(params)
-        critic, stats, accuracy, grads = averaged((critic, stats, accuracy, grads), axis_name)
+        critic, stats, accuracy, grads = device_mean((critic, stats, accuracy, grads))
         updates, critic_opt = adam(joint).update(laid_out(grads), opt)
         critic_params = optax.apply_updates(params, updates)
 
@@ -783,31 +783,30 @@ def official(config: ConfigDict) -> Variant:
                 "reconstruction": jnp.mean((x - made) ** 2),
                 "teacher": jnp.mean((x - taught) ** 2),
                 "distillation": distillation,
-                "adversarial": jnp.mean(jax.nn.softplus(-d(made, train=True, axis_name=axis_name))),
+                "adversarial": jnp.mean(jax.nn.softplus(-d(made, train=True))),
             }
             return sum((weights[name] * value for name, value in parts.items()), jnp.float32(0)), parts
 
         if phase:
             (value, parts), cotangents = jax.value_and_grad(loss, has_aux=True)(outs)
-            grads = averaged(pull(cotangents)[0], axis_name)
+            grads = device_mean(pull(cotangents)[0])
             updates, net_opt = decayed_adam(joint, rate(state.step, steps)).update(laid_out(grads), net_opt, net_params)
             net_params = optax.apply_updates(net_params, updates)
         else:
             value, parts = loss(outs)
-        value, parts, net_stats = averaged((value, parts, net_stats), axis_name)
+        value, parts, net_stats = device_mean((value, parts, net_stats))
         metrics = {"loss": value, **parts, "discriminator": critic, "accuracy": accuracy}
         return State(
-            {"network": net_params, "discriminator": critic_params},
-            {"network": net_opt, "discriminator": critic_opt},
-            state.stats | {"network": net_stats, "discriminator": stats},
-            {},
-            state.step + 1,
+            params={"network": net_params, "discriminator": critic_params},
+            opt={"network": net_opt, "discriminator": critic_opt},
+            stats=state.stats | {"network": net_stats, "discriminator": stats},
+            step=state.step + 1,
         ), metrics | {"lr": rate(state.step, steps)}
 
-    def rows(rows: list[Row]) -> np.ndarray:
+    def rows(rows: Sequence[Row]) -> np.ndarray:
         return np.concatenate([held(config, rows), *[labelled(rows)] * (config.select == "auroc")])
 
-    def look(state: State, batch: PyTree) -> tuple[State, dict[str, Array]]:
+    def look(state: State, batch: PyTree, results: Results) -> tuple[State, dict[str, Array]]:
         """`divergences` of held-out images; AUROC of D(made) on labelled ones, of which the best is kept."""
         own, n = as_result(state), config.validation.samples
         found = divergences(batch["image"][:n], made_by(own, batch["image"][:n]))
@@ -818,13 +817,14 @@ def official(config: ConfigDict) -> Variant:
         return keep_best(state, value), found | {"check_auroc": value}
 
     stage = Stage(
-        "joint",
-        joint.batch,
-        partial(trained, config),
-        steps_of(joint, config.budget),
-        joint_init,
-        joint_step,
-        check=Check(config.validation.every, 0, rows, look, labelled=config.select == "auroc"),
+        name="joint",
+        splits=splits_of(config),
+        rows=partial(trained, config),
+        batch=joint.batch,
+        steps=steps_of(joint, config.budget),
+        init=joint_init,
+        step=joint_step,
+        checks=(Check(every=config.validation.every, rows=rows, look=look),),
         phases=(True, *[False] * (joint.critic - 1)),
     )
     return Variant((stage,), remake, judge, pictures)

@@ -25,7 +25,7 @@ def a_recipe(manifest: Path | None):
 @pytest.fixture(scope="module")
 def rows(tools, tmp_path_factory):
     """(manifest with a column licence, its rows)."""
-    from jmae.data.manifest import read_manifest
+    from jmae.data.manifest import parse_manifest
 
     folder = tmp_path_factory.mktemp("cards")
     manifest = tools.write_set(folder, {("train", 0): 8, ("unlabeled", None): 3, ("test", 0): 4, ("test", 1): 2})
@@ -38,7 +38,7 @@ def rows(tools, tmp_path_factory):
         writer = csv.DictWriter(file, list(lines[0]))
         writer.writeheader()
         writer.writerows(lines)
-    return manifest, read_manifest(manifest)
+    return manifest, parse_manifest(manifest)[0]
 
 
 def test_every_system_names_its_paper():

@@ -12,7 +12,7 @@ from sklearn.metrics import roc_auc_score
 from jmae import convergence as co
 from jmae import recipe
 from jmae.data.loader import case_words
-from jmae.data.manifest import Row, read_manifest
+from jmae.data.manifest import Row, parse_manifest
 from jmae.data.volumes import Volume
 from jmae.errors import InputError
 from jmae.inference import sweeper
@@ -75,7 +75,7 @@ def fake(monkeypatch, small_set):
 
     monkeypatch.setattr(co, "scorer", scorer)
     config = a_recipe("amae", **{"evaluation.masks": 6, "evaluation.convergence": 3})
-    rows = [row for row in read_manifest(small_set) if row.split == "test"]
+    rows = [row for row in parse_manifest(small_set)[0] if row.split == "test"]
     return config, rows, asked
 
 

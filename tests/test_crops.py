@@ -104,8 +104,8 @@ def test_host_and_device_give_the_same_crops_and_a_restored_iterator_goes_on_wit
 
 
 def test_a_volume_is_prepared_once_and_again_when_its_file_or_the_recipe_changes(rows, tmp_path, monkeypatch):
-    made, real = [], crops.prepared
-    monkeypatch.setattr(crops, "prepared", lambda row, data: made.append(row.id) or real(row, data))
+    made, real = [], crops.prepared_volume
+    monkeypatch.setattr(crops, "prepared_volume", lambda row, data: made.append(row.id) or real(row, data))
     folder = tmp_path / "cache"
     first = Volumes(rows, config(), folder)
     Volumes(rows, config(), folder)
@@ -145,8 +145,8 @@ def test_a_slice_that_is_rewritten_in_a_series_folder_is_seen(rows, tmp_path, mo
     folder = tmp_path / "series"
     folder.mkdir()
     (folder / "1.dcm").write_bytes(b"one")
-    real = crops.prepared
-    monkeypatch.setattr(crops, "prepared", lambda row, data: real(rows[0], data))
+    real = crops.prepared_volume
+    monkeypatch.setattr(crops, "prepared_volume", lambda row, data: real(rows[0], data))
     row = rows[0]._replace(image=(str(folder),))
     Volumes([row], config(), tmp_path / "cache")
     (folder / "1.dcm").write_bytes(b"other")

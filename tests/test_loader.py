@@ -13,8 +13,11 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from jmae.data import loader
-from jmae.data.loader import Images, batches, case_words, folded, in_order, load_rows, with_anomaly_ratio
+from jmae.data.cases import folded, load_rows
+from jmae.data.loader import Images, batches, in_order
 from jmae.data.manifest import Row
+from jmae.data.preparation import case_words, lesion_mask, region_mask, stored_image
+from jmae.data.unlabeled import unlabeled_labels, with_anomaly_ratio
 from jmae.errors import InputError
 
 
@@ -146,10 +149,10 @@ def test_images_decoded_at_every_use_equal_those_decoded_once(images, monkeypatc
     real = loader.os.sysconf
     monkeypatch.setattr(loader.os, "sysconf", lambda name: 1 if name == "SC_PHYS_PAGES" else real(name))
     reread = Images(images.rows, config(size=(64, 64)))
-    assert reread.decoded is None
+    assert not reread.ready
     monkeypatch.undo()
     kept = Images(images.rows, config(size=(64, 64)))
-    assert kept.decoded is not None
+    assert kept.ready
     index = np.array([3, 3, 0])
     np.testing.assert_array_equal(reread.image(index), kept.image(index))
     for a, b in zip(stream(reread, [index], 2, batch=2), stream(kept, [index], 2, batch=2), strict=True):
@@ -160,9 +163,9 @@ def test_processes_share_the_memory_that_decoded_images_may_take(images, monkeyp
     real, least = loader.os.sysconf, 4 * 4 * len(images.rows) * 64 * 64  # bytes: four times the set's
     sizes = {"SC_PHYS_PAGES": least, "SC_PAGE_SIZE": 1}
     monkeypatch.setattr(loader.os, "sysconf", lambda name: sizes.get(name) or real(name))
-    assert Images(images.rows, config(size=(64, 64))).decoded is not None
+    assert Images(images.rows, config(size=(64, 64))).ready
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    assert Images(images.rows, config(size=(64, 64))).decoded is None
+    assert not Images(images.rows, config(size=(64, 64))).ready
 
 
 def test_all_unusable_images_are_named_at_once(tmp_path):
@@ -202,7 +205,7 @@ def test_a_colour_image_becomes_grey_where_one_channel_is_asked_for(tmp_path):
 
 
 def test_a_file_that_vanishes_after_the_start_is_named(images, tmp_path):
-    images.decoded = None
+    images.slots[:] = -1  # as where not all images fit in memory
     iterator = batches(images, [np.arange(4)], batch=4, seeds=[0], shuffle=False, host={})
     (tmp_path / "2.npy").unlink()
     with pytest.raises(InputError, match=r"2\.npy"):
@@ -227,9 +230,9 @@ def test_phantom_volumes_pass_through_the_same_path():
     images = Images(rows, config(size=(16, 16, 8), channels=2))
     (_, batch), *_ = in_order(images, np.arange(3), 3)
     assert batch["image"].shape == (3, 16, 16, 8, 2) and 0 <= batch["image"].min() < batch["image"].max() <= 1
-    stored = loader.stored_image(rows[0])
-    assert stored.affine is not None and loader.region_mask(rows[0], stored).shape == stored.array.shape[:-1]
-    assert loader.lesion_mask(rows[0], stored).any()
+    stored = stored_image(rows[0])
+    assert stored.affine is not None and region_mask(rows[0], stored).shape == stored.array.shape[:-1]
+    assert lesion_mask(rows[0], stored).any()
 
 
 def test_a_manifest_of_mixed_files_reaches_the_batch(small_set):
@@ -302,7 +305,7 @@ def test_hidden_labels_are_found_by_path_and_a_wrong_file_is_said_at_once(tmp_pa
     (tmp_path / "m.csv").write_text(head + "a,,unlabeled,,u.npy,,\n")
     (tmp_path / "hidden.csv").write_text("path,label\n./u.npy,1\nelsewhere.npy,0\n")
     settings = config(manifest=str(tmp_path / "m.csv"), unlabeled_labels=str(tmp_path / "hidden.csv"))
-    assert loader.unlabeled_labels(settings, load_rows(settings, lambda line: None)) == {"a": 1}
+    assert unlabeled_labels(settings, load_rows(settings, lambda line: None)) == {"a": 1}
     (tmp_path / "hidden.csv").write_text("name,label\nu,1\n")
     with pytest.raises(InputError, match="columns id,label or path,label"):
         load_rows(settings, lambda line: None)
@@ -392,5 +395,5 @@ def test_too_few_of_a_class_and_wrong_label_files_are_named(tmp_path):
 
 def test_phantoms_know_their_hidden_labels():
     rows = load_rows(config(phantom="chest", anomaly_ratio=0.25, unlabeled_size=80), lambda line: None)
-    labels = loader.unlabeled_labels(SimpleNamespace(data=config(phantom="chest").data), rows)
+    labels = unlabeled_labels(SimpleNamespace(data=config(phantom="chest").data), rows)
     assert sum(labels[row.id] for row in rows if row.split == "unlabeled") == 20

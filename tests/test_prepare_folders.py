@@ -13,7 +13,8 @@ from pydicom import uid
 from test_files import dicom
 
 from jmae.data import prepare
-from jmae.data.manifest import check_files, read_manifest
+from jmae.data.manifest import parse_manifest
+from jmae.data.opening import open_each
 from jmae.data.prepare import chexpert, folders
 from jmae.errors import InputError, exit_code
 
@@ -27,8 +28,8 @@ def run(*arguments):
 def prepared(capsys, *arguments, out, **options):
     """The rows by id, read as any recipe reads them, and what the command said."""
     assert run(*arguments, f"--out={out}") == 0, capsys.readouterr().err
-    rows = read_manifest(out / "manifest.csv", **options)
-    assert check_files(rows, workers=1) == []
+    rows = parse_manifest(out / "manifest.csv", **options)[0]
+    assert open_each(rows, workers=1) == []
     return {row.id: row for row in rows}, capsys.readouterr().out
 
 

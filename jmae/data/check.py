@@ -30,9 +30,10 @@ from typing import NamedTuple
 import numpy as np
 
 from jmae.data import duplicates
-from jmae.data.files import Image
 from jmae.data.loader import WORKERS
-from jmae.data.manifest import LEAKS, Finding, Row, check_each, first, leaks, parse_manifest, summary
+from jmae.data.manifest import LEAKS, Finding, Row, first, leaks, parse_manifest, summary
+from jmae.data.opening import open_each
+from jmae.data.preparation import Opened
 from jmae.data.slices import command
 from jmae.errors import InputError, exit_code
 from jmae.run_folder import write_text
@@ -80,11 +81,11 @@ def check(manifest: Path) -> Checked:
     prints: dict[str, duplicates.Print] = {}
     values: list[Finding] = []
 
-    def look(row: Row, image: Image) -> None:
-        prints[row.id] = duplicates.taken(image.array)
-        values.extend(of_values(row, image.array))
+    def look(row: Row, case: Opened) -> None:
+        prints[row.id] = duplicates.taken(case.image.array)
+        values.extend(of_values(row, case.image.array))
 
-    found = check_each(rows, workers=WORKERS, use=look)
+    found = open_each(rows, workers=WORKERS, use=look)
     found += [*values, *leaks(rows), *duplicates.in_two_splits(rows, prints), *abnormal(rows)]
     order = {row.id: i for i, row in enumerate(rows)}
     found.sort(key=lambda one: (list(KINDS).index(one.kind), order[one.rows[0].id], one.what))

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, partial
 from math import prod
@@ -14,8 +14,10 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 from ml_collections import ConfigDict
 
-from jmae.data.loader import SHOWN, WORKERS, Host, case_words, prepared, save_array
+from jmae.data.loader import SHOWN, WORKERS, Host, code_digest, save_array
 from jmae.data.manifest import PHANTOM, Row
+from jmae.data.preparation import case_words, prepared_volume
+from jmae.data.volumes import Volume
 from jmae.errors import InputError
 from jmae.processes import gather
 from jmae.windows import room
@@ -77,7 +79,7 @@ class Volumes:
         if not rows:
             raise InputError("no train rows: give the manifest volumes of split train")
         with ThreadPoolExecutor(WORKERS) as pool:
-            made = list(pool.map(partial(self._made, data=config.data, folder=folder), rows))
+            made = list(pool.map(partial(self._loaded, data=config.data, folder=folder), rows))
         if problems := [line for line in made if isinstance(line, str)]:
             more = [f"and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
             raise InputError("\n".join([*problems[:SHOWN], *more]))
@@ -96,46 +98,14 @@ class Volumes:
         fits = 4 * len(self.rows) * prod(largest) <= SHARE * limit
         return largest if self.crops_on == "device" or (self.crops_on == "auto" and all(gather(fits))) else None
 
-    def _made(self, row: Row, *, data: ConfigDict, folder: Path) -> tuple[np.ndarray, np.ndarray | None] | str:
-        """(the padded volume, its allowed origins) from the cache, or made; what is wrong with the row."""
-        named = [file for file in (*row.image, row.mask, row.region) if file and not file.startswith(PHANTOM)]
-        files = [f for name in named for f in (sorted(Path(name).iterdir()) if os.path.isdir(name) else [name])]
-        state = [(str(f), s.st_size, s.st_mtime_ns) for f in files for s in [os.stat(f)]]
-        ways = {key: data.get(key) for key in PREPARED}
-        about = json.dumps([row.image, state, row.boxes, dict(row.extra), ways], default=str)
-        name = f"{row.id}-{hashlib.sha256(about.encode()).hexdigest()[:16]}"
-        parts = [folder / f"{name}.npy", folder / f"{name}-origins.npy"]
+    def _loaded(self, row: Row, *, data: ConfigDict, folder: Path) -> tuple[np.ndarray, np.ndarray | None] | str:
+        """(the padded volume, its allowed origins) from the cache; what is wrong with the row."""
         try:
-            if not all(part.is_file() for part in parts):
-                for part, array in zip(reversed(parts), reversed(self._make(row, data)), strict=True):
-                    save_array(part, array)  # the volume comes last: with it the pair is whole
-            array, origins = (np.load(part, mmap_mode="r", allow_pickle=False) for part in parts)
+            parts = cache_volume(row, data, folder, lambda: prepared_volume(row, data))
         except InputError as error:
             return str(error)
+        array, origins = (np.load(part, mmap_mode="r", allow_pickle=False) for part in parts)
         return array, origins if origins.size else None
-
-    def _make(self, row: Row, data: ConfigDict) -> tuple[np.ndarray, np.ndarray]:
-        volume = prepared(row, data)
-        if data.least_region > 0 and volume.region is None:
-            raise InputError(f"{row.id}: names no region for data.least_region: fill it, or data.region=nonzero")
-        pad, midline = room(volume.array.shape[:-1], self.crop, volume.side, volume.midline)
-        grow = lambda array: None if array is None else np.pad(array, pad)
-        array = np.pad(volume.array, [*pad, (0, 0)])
-        origins = allowed(
-            array.shape[:-1],
-            self.crop,
-            lesion=grow(volume.lesion),
-            region=grow(volume.region),
-            least=data.least_region,
-            side=volume.side,
-            midline=midline,
-        )
-        if origins is not None and not origins.size:
-            raise InputError(
-                f"{row.id}: no crop of {self.crop} fits: each touches a lesion, crosses the midline or has less than"
-                f" {data.least_region:.0%} of the region: lower data.size or data.least_region, or leave the case out"
-            )
-        return array, np.empty(0, np.int32) if origins is None else origins
 
     def origin(self, row: int, step: int, seed: int, number: int = 0) -> tuple[int, ...]:
         """Uniform over the allowed origins of a row; `number` is its place in a table that may hold it repeatedly."""
@@ -175,6 +145,53 @@ class Volumes:
         if make:
             raise ValueError(f"no {', '.join(make)} of random crops")
         return {}
+
+
+def cache_volume(row: Row, data: ConfigDict, folder: Path, make: Callable[[], Volume]) -> tuple[Path, Path]:
+    """The files of a row's padded volume and of its allowed origins in the cache `folder`; `make` prepares the volume
+    where they are not there yet.
+
+    The names hold a digest of everything that the files depend on: the row's files by size and time, its cells, the
+    recipe's keys `PREPARED`, the code. Raises InputError where no crop fits, or as `make` does.
+    """
+    named = [file for file in (*row.image, row.mask, row.region) if file and not file.startswith(PHANTOM)]
+    files = [f for name in named for f in (sorted(Path(name).iterdir()) if os.path.isdir(name) else [name])]
+    state = [(str(f), s.st_size, s.st_mtime_ns) for f in files for s in [os.stat(f)]]
+    ways = {key: data.get(key) for key in PREPARED}
+    about = json.dumps([row.image, state, row.boxes, dict(row.extra), ways, code_digest("data")], default=str)
+    name = f"{row.id}-{hashlib.sha256(about.encode()).hexdigest()[:16]}"
+    parts = folder / f"{name}.npy", folder / f"{name}-origins.npy"
+    if not all(part.is_file() for part in parts):
+        array, origins = padded(row, make(), data)
+        save_array(parts[1], origins)
+        save_array(parts[0], array)  # the volume comes last: with it the pair is whole
+    return parts
+
+
+def padded(row: Row, volume: Volume, data: ConfigDict) -> tuple[np.ndarray, np.ndarray]:
+    """A prepared volume with room for crops of `data.size`, and the flat numbers of their allowed origins; none of them
+    where all are. Raises InputError where no crop fits."""
+    crop = tuple(data.size)
+    if data.least_region > 0 and volume.region is None:
+        raise InputError(f"{row.id}: names no region for data.least_region: fill it, or data.region=nonzero")
+    pad, midline = room(volume.array.shape[:-1], crop, volume.side, volume.midline)
+    grow = lambda array: None if array is None else np.pad(array, pad)
+    array = np.pad(volume.array, [*pad, (0, 0)])
+    origins = allowed(
+        array.shape[:-1],
+        crop,
+        lesion=grow(volume.lesion),
+        region=grow(volume.region),
+        least=data.least_region,
+        side=volume.side,
+        midline=midline,
+    )
+    if origins is not None and not origins.size:
+        raise InputError(
+            f"{row.id}: no crop of {crop} fits: each touches a lesion, crosses the midline or has less than"
+            f" {data.least_region:.0%} of the region: lower data.size or data.least_region, or leave the case out"
+        )
+    return array, np.empty(0, np.int32) if origins is None else origins
 
 
 def cut(volumes: Float[Array, "n *size c"], batch: dict[str, Array], crop: tuple[int, ...]) -> dict[str, Array]:

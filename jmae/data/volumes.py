@@ -16,7 +16,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from scipy import ndimage
 
-from jmae.data.files import Image, off_grid, read_image, turned
+from jmae.data.files import Image, ReadFile, off_grid, read_file, read_image, turned
 from jmae.data.manifest import Row
 from jmae.data.transforms import equalise, to_unit
 from jmae.errors import InputError
@@ -162,7 +162,7 @@ class Volume(NamedTuple):
     stored: Image  # on its own grid
 
 
-def read_volume(paths: Sequence[str], data: ConfigDict) -> Image:
+def read_volume(paths: Sequence[str], data: ConfigDict, read: ReadFile = read_file) -> Image:
     """The sequences of a case as channels of one image on the grid of the first.
 
     `data.join` "same": all lie on one grid, as `read_image` demands. "resample": further sequences are put onto it by
@@ -173,8 +173,8 @@ def read_volume(paths: Sequence[str], data: ConfigDict) -> Image:
     """
     _choice(data, "join", ("same", "resample"))
     if data.join == "same" or len(paths) == 1:
-        return read_image(paths)
-    images = [read_image(path) for path in paths]
+        return read_image(paths, read)
+    images = [read_image(path, read) for path in paths]
     first = images[0]
     for path, image in zip(paths, images, strict=True):
         if image.affine is None:
@@ -455,7 +455,7 @@ def boxes_mask(boxes: Iterable[Sequence[float]], size: tuple[int, ...]) -> np.nd
     return mask
 
 
-def read_subtraction(row: Row, volume: Volume, data: ConfigDict) -> np.ndarray:
+def read_subtraction(row: Row, volume: Volume, data: ConfigDict, read: ReadFile = read_file) -> np.ndarray:
     """Eq. 1 of the paper before its minimum filter, float32 (*size), from the row's `pre` and `post` series.
 
     Each series is put onto the volume's grid and normalised over it (over its region, by `data.normalise`) for itself.
@@ -465,7 +465,7 @@ def read_subtraction(row: Row, volume: Volume, data: ConfigDict) -> np.ndarray:
         raise InputError(f"{row.id}: names no series before and after contrast: fill the columns pre and post")
 
     def prepared(path: str) -> np.ndarray:
-        image = read_image(path)
+        image = read_image(path, read)
         if image.array.shape[-1] != 1:
             raise InputError(f"{path}: has {image.array.shape[-1]} channels: name a series of one value a voxel")
         if off_grid(image, volume.stored) is None:

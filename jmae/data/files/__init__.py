@@ -13,8 +13,21 @@ compared. Whatever is wrong becomes one `InputError` of the form "PATH: what: re
 """
 
 from jmae.data.files.dicom import is_dicom
-from jmae.data.files.grids import Image, OffGrid, off_grid, turned
-from jmae.data.files.reading import image_size, read_image, read_mask
+from jmae.data.files.grids import Geometry, Image, OffGrid, off_grid, turned
+from jmae.data.files.reading import ReadFile, image_size, read_file, read_image, read_mask
 from jmae.data.files.writing import write_map
 
-__all__ = ["Image", "OffGrid", "image_size", "is_dicom", "off_grid", "read_image", "read_mask", "turned", "write_map"]
+__all__ = [
+    "Geometry",
+    "Image",
+    "OffGrid",
+    "ReadFile",
+    "image_size",
+    "is_dicom",
+    "off_grid",
+    "read_file",
+    "read_image",
+    "read_mask",
+    "turned",
+    "write_map",
+]

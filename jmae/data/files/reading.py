@@ -2,20 +2,41 @@
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
 from jmae.data.files import arrays, dicom, pictures
-from jmae.data.files.grids import Image, OffGrid, off_grid, turned
+from jmae.data.files.grids import Geometry, Image, OffGrid, off_grid, turned
 from jmae.data.files.guard import Header, Reader, Refused, named_errors, one_line, opened
 from jmae.errors import InputError
 
 
-def read_image(source: str | os.PathLike | Sequence[str | os.PathLike]) -> Image:
+def read_file(path: str | os.PathLike) -> tuple[Image, bool]:
+    """One file or series, and whether its compression lost something. All values of all files come through here.
+
+    Raises:
+      InputError: "PATH: what: remedy", for a file that cannot be read without doubt.
+    """
+    with _opened(path) as header:
+        with np.errstate(over="raise", invalid="ignore"):  # a double beyond float32 is an error, not an Inf
+            array = np.ascontiguousarray(header.decode(), dtype=np.float32)
+        if array.shape[:-1] != header.size:
+            raise Refused(f"its header says {header.size} but its data are {array.shape[:-1]}: export it again")
+        if not np.isfinite(array).any():
+            raise Refused("has no finite value: export it again, or leave the case out")
+        return Image(array, header.spacing, header.affine, header.bits, header.nifti), header.lossy
+
+
+ReadFile = Callable[[str], tuple[Image, bool]]  # as `read_file`
+
+
+def read_image(
+    source: str | os.PathLike | Sequence[str | os.PathLike], read: Callable[..., tuple[Image, bool]] | None = None
+) -> Image:
     """Reads one file or one folder of a DICOM series, or several of them as channels in order.
 
-    Several must lie on one grid: that of the first, to whose axes the others are `turned`.
+    Several must lie on one grid: that of the first, to whose axes the others are `turned`. `read` replaces `read_file`.
 
     Raises:
       InputError: "PATH: what: remedy", for every file that cannot be read without doubt.
@@ -23,7 +44,7 @@ def read_image(source: str | os.PathLike | Sequence[str | os.PathLike]) -> Image
     paths = [source] if isinstance(source, (str, os.PathLike)) else list(source)
     if not paths:
         raise InputError("image: no file given: name at least one")
-    images = [read_file(path)[0] for path in paths]
+    images = [(read or read_file)(path)[0] for path in paths]
     images = [images[0], *(turned(image, images[0]) for image in images[1:])]
     for path, image in zip(paths[1:], images[1:], strict=True):
         if problem := off_grid(image, images[0]):
@@ -34,16 +55,19 @@ def read_image(source: str | os.PathLike | Sequence[str | os.PathLike]) -> Image
     return placed._replace(array=array, bits=bits.pop() if len(bits) == 1 else None)
 
 
-def read_mask(path: str | os.PathLike, like: Image | None = None) -> np.ndarray:
+def read_mask(
+    path: str | os.PathLike, like: Image | Geometry | None = None, read: Callable[..., tuple[Image, bool]] | None = None
+) -> np.ndarray:
     """Reads a mask, bool `(*size)`: True where any channel is above 0 (alpha is not a channel).
 
     With `like`, the mask is `turned` to that image's axes and must lie on its grid. A JPEG whose values are not all 0
-    or 255 is refused: compression leaves small values around its lesions, so that they have no edge.
+    or 255 is refused: compression leaves small values around its lesions, so that they have no edge. `read` replaces
+    `read_file`.
 
     Raises:
       InputError: as `read_image`; `OffGrid` where the grids differ.
     """
-    image, lossy = read_file(path)
+    image, lossy = (read or read_file)(path)
     if lossy and not np.isin(image.array, (0, 255)).all():
         raise InputError(one_line(path, "a JPEG mask without sharp edges: cut it at 127 and save it as PNG"))
     image = image if like is None else turned(image, like)
@@ -56,18 +80,6 @@ def image_size(path: str | os.PathLike) -> tuple[int, ...]:
     """The size of `read_image(path).array` without channels, from the header alone."""
     with _opened(path) as header:
         return header.size
-
-
-def read_file(path: str | os.PathLike) -> tuple[Image, bool]:
-    """One file or series, and whether its compression lost something. All values of all files come through here."""
-    with _opened(path) as header:
-        with np.errstate(over="raise", invalid="ignore"):  # a double beyond float32 is an error, not an Inf
-            array = np.ascontiguousarray(header.decode(), dtype=np.float32)
-        if array.shape[:-1] != header.size:
-            raise Refused(f"its header says {header.size} but its data are {array.shape[:-1]}: export it again")
-        if not np.isfinite(array).any():
-            raise Refused("has no finite value: export it again, or leave the case out")
-        return Image(array, header.spacing, header.affine, header.bits, header.nifti), header.lossy
 
 
 @contextlib.contextmanager

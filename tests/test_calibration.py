@@ -12,7 +12,8 @@ from test_evaluate import SYSTEM, config
 
 from jmae import calibration as cal
 from jmae import evaluate as ev
-from jmae.data.loader import Images, kept_apart, load_rows
+from jmae.data.cases import kept_apart, load_rows
+from jmae.data.loader import Images
 from jmae.data.manifest import Row
 from jmae.errors import InputError
 from jmae.figures import Split

@@ -25,7 +25,7 @@ from jmae.errors import InputError, exit_code
 from jmae.losses import discriminator_loss, histogram_kl, pixel_kl
 from jmae.metrics import auroc
 from jmae.nn import simsid as nets
-from jmae.nn.unet import upsample
+from jmae.nn.conv import upsample
 from jmae.recipe import override
 from jmae.run_folder import read_history
 from jmae.sharding import device_mesh, place_batch, replicated

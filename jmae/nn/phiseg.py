@@ -17,7 +17,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Key
 
 from jmae.errors import InputError
-from jmae.nn.unet import Convs, Encoder, check_size, conv, upsample
+from jmae.nn.conv import conv, upsample
+from jmae.nn.unet import Convs, Encoder, check_size
 
 Normal = tuple[Array, Array]  # mean and standard deviation of a diagonal normal
 Sample = Callable[[int, Array, Array], Array]  # of a latent level's number, mean and standard deviation

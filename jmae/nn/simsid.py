@@ -25,8 +25,8 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from jmae.errors import InputError
 from jmae.nn.attention import attention
+from jmae.nn.conv import batch_norm, conv, convolve, dropout, moments, on_gpu, upsample
 from jmae.nn.transformer import layer_norm, linear
-from jmae.nn.unet import batch_norm, conv, convolve, dropout, moments, on_gpu, upsample
 from jmae.patches import grid_of, patchify, unpatchify
 from jmae.sharding import on_each_device
 

@@ -34,6 +34,7 @@ from jmae.data.volumes import check_settings
 from jmae.errors import InputError
 from jmae.losses import discriminator_loss, histogram_kl, pixel_kl
 from jmae.masking import sample_keys
+from jmae.nn.conv import on_gpu
 from jmae.nn.simsid import (
     Discriminator,
     Encoder,
@@ -46,7 +47,6 @@ from jmae.nn.simsid import (
     summaries,
     write_all,
 )
-from jmae.nn.unet import on_gpu
 from jmae.patches import grid_of, patchify, unpatchify
 from jmae.run_folder import log
 from jmae.scoring import auroc

@@ -39,7 +39,7 @@ def convergence(config: ConfigDict, system: System, results: Results, rows: Sequ
         log("evaluation.convergence: the labelled cases are of one class: no AUROC, so not computed")
         return None
     began = time.monotonic()
-    what, most = drawn(config)
+    what, most = system.repetitions, drawn(config, system)
     numbers = [*(2**i for i in range((most - 1).bit_length())), most]
     log(f"convergence: {len(rows)} cases, {', '.join(map(str, numbers))} {what}, {config.evaluation.convergence} times")
     make = volume_draws if system.sweep else image_draws

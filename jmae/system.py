@@ -8,7 +8,7 @@ import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import itemgetter
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,13 +17,14 @@ from flax import nnx, struct
 from jaxtyping import Array, Int, PyTree
 from ml_collections import ConfigDict
 
-from jmae import windows
+from jmae import recipe, windows
 from jmae.data.manifest import Row
 from jmae.errors import InputError
 from jmae.nn.mae import MAE
 from jmae.patches import sincos_positions
 from jmae.target import target
 
+PARTS = (nnx.Param, nnx.RngState, ...)  # of a network: trained, random streams, statistics
 SYSTEMS = ("amae", "maemi", "memmc_mae", "ppii", "simsid")
 
 Results = Mapping[str, Mapping[str, PyTree]]
@@ -212,6 +213,43 @@ class System:
     best: tuple[str, ...] = ()
 
 
+def with_best(state: State, rule: str) -> State:
+    """A first state that will keep its best weights under a rule beside its last: stats["best"] holds "params", "stats"
+    and, by the rule's name, the value -1."""
+    return state.replace(stats=state.stats | {"best": {**last_weights(state), rule: jnp.float32(-1)}})
+
+
+def keep_best(state: State, rule: str, value: Array, **more: Array) -> State:
+    """The state with its weights as the best, where their value is not below that of the best so far.
+
+    Args:
+        rule: name of the rule, as `with_best` has it.
+        value: value of the state's last weights; higher is better.
+        more: further numbers to keep with the weights, such as their step.
+    """
+    best = state.stats["best"]
+    new = {**last_weights(state), rule: value.astype(jnp.float32), **more}
+    better = value >= best[rule]
+    best = jax.tree.map(lambda new, old: jnp.where(better, new, old), new, best)
+    return state.replace(stats=state.stats | {"best": best})
+
+
+def last_weights(state: State) -> dict[str, PyTree]:
+    """The parameters and statistics of a state's last step, without the best ones."""
+    return {"params": state.params, "stats": {name: s for name, s in state.stats.items() if name != "best"}}
+
+
+def best_weights(result: Mapping[str, PyTree], rule: str) -> dict[str, PyTree]:
+    """The best {"params", "stats"} of a stage's result, or the last ones where no value of the rule was ever found or
+    the stage keeps no best weights."""
+    stats = dict(result["stats"])
+    last = {"params": result["params"], "stats": stats}
+    if "best" not in stats:
+        return last
+    best = stats.pop("best")
+    return jax.tree.map(lambda best_, last_: jnp.where(best[rule] >= 0, best_, last_), {k: best[k] for k in last}, last)
+
+
 def splits_read(system: System) -> tuple[str, ...]:
     """The splits whose rows training reads, those of its checks included."""
     return tuple(dict.fromkeys(split for stage in system.stages for split in stage.splits))
@@ -229,39 +267,38 @@ def chosen_on_val(system: System) -> bool:
 
 
 def load_system(config: ConfigDict) -> System:
-    """The system that `config.system` names, by import of `jmae.systems.NAME`; raises InputError where a setting means
-    nothing, also one of the evaluation, which would else come to light after the training."""
+    """The system that `config.system` names, by import of `jmae.systems.NAME`.
+
+    Raises InputError for a recipe that does not fit its declarations, and for settings that mean nothing together: also
+    for settings of the evaluation, which would otherwise come to light after the training.
+    """
     if config.system not in SYSTEMS:
         raise InputError(f"system {config.system!r} is unknown: one of {', '.join(SYSTEMS)}")
-    system = importlib.import_module(f"jmae.systems.{config.system}").build(config)
-    for name in ("checkpoint_every", "log_every", "replicates"):
-        if (value := config.get(name, 1)) < 1:
-            raise InputError(f"{name} is {value}: 1 or more")
-    evaluation, volumes = config.evaluation, system.sweep is not None
-    for name, least in (("batch", 1), ("draws", 1), ("chunk", 0)):
-        if (value := evaluation.get(name, least)) < least:
-            raise InputError(f"evaluation.{name} is {value}: {least} or more")
-    if not 0 < (rate := evaluation.get("alarm_rate", 0.05)) < 1:
-        raise InputError(f"evaluation.alarm_rate={rate}: is no rate: above 0 and below 1, as 0.05")
-    if not 0 < (top := evaluation.get("top", 1.0)) <= 1:
-        raise InputError(f"evaluation.top={top}: is no share of the map: above 0, up to 1")
-    if not 0 <= (q := evaluation.get("iou", 0.0)) <= (0 if volumes else 100):
-        raise InputError(f"evaluation.iou is {q}: a percentile from 0 (no IoU) to 100; of volumes 0 alone")
-    if evaluation.get("convergence"):
-        if evaluation.convergence < 2:
-            raise InputError(f"evaluation.convergence is {evaluation.convergence}: 0 (off), or 2 or more repetitions")
-        what, number = drawn(config)
-        if number < 2:
-            raise InputError(
-                f"evaluation.convergence asks for the score at fewer {what}: evaluation.{what} is {number}"
-            )
-    if (k := config.get("accumulate", 1)) != 1 and system.name in ("ppii", "simsid"):
+    module = importlib.import_module(f"jmae.systems.{config.system}")
+    if hasattr(module, "KEYS"):
+        recipe.check(config)
+    system = module.build(config)
+    evaluation, volumes = config.evaluation, recipe.is_volume(config)
+    if not volumes and config.data.get("normal_crops_only"):
+        raise InputError(
+            f"data.normal_crops_only is of volumes, whose crops can leave lesions out: {system.name} trains on whole "
+            "images: take abnormal rows out of train, and the key back to false"
+        )
+    if volumes and evaluation.get("iou"):
+        raise InputError(f"evaluation.iou is {evaluation.iou}: of volumes 0 alone (no IoU)")
+    convergence = evaluation.get("convergence", 0)
+    if convergence == 1:
+        raise InputError("evaluation.convergence is 1: 0 (off), or 2 or more repetitions")
+    if convergence and (number := drawn(config, system)) < 2:
+        what = system.repetitions
+        raise InputError(f"evaluation.convergence asks for the score at fewer {what}: evaluation.{what} is {number}")
+    k = config.accumulate
+    if k != 1 and all(stage.parts == 1 for stage in system.stages):
         raise InputError(f"accumulate={k}: {system.name} takes statistics of the whole batch: set it to 1")
-    if k < 1 or any(stage.batch % stage.parts for stage in system.stages):
+    if any(stage.batch % stage.parts for stage in system.stages):
         batches = ", ".join(f"{stage.name} {stage.batch}" for stage in system.stages if stage.parts != 1)
         raise InputError(f"accumulate={k}: does not divide a batch ({batches}): set it to a common divisor")
-    own = {"ppii": ("dice",), "simsid": ("auroc",)}.get(system.name, ())
-    rules, rule = ("last", *own, "aucp"), config.get("select", "last")
+    rules, rule = ("last", *system.best, "aucp"), config.select
     if rule not in rules:
         raise InputError(f"select is {rule!r}: one of {', '.join(rules)}")
     if rule != "aucp":
@@ -269,35 +306,55 @@ def load_system(config: ConfigDict) -> System:
     return importlib.import_module("jmae.selection").by_pseudo_auc(config, system)
 
 
-def drawn(config: ConfigDict) -> tuple[str, int]:
-    """(which setting of the evaluation says how many random masks, samples or sweeps a score has, how many)."""
-    what = next(name for name in ("masks", "samples", "repeats") if name in config.evaluation)
-    return what, config.evaluation[what]
+def drawn(config: ConfigDict, system: System) -> int:
+    """How many masks, samples or sweeps a score has; 1 where it has no random part."""
+    return config.evaluation[system.repetitions] if system.repetitions else 1
 
 
-class Keys:
-    """The keys for initial weights that `nnx.Rngs(params=key)` gives, counted in Python: there the count is an array,
-    whose every update was traced, most of the time that it took to trace a network's initial weights."""
+class Keys(nnx.Rngs):
+    """`nnx.Rngs(params=key)` with the keys of initial weights counted in Python.
+
+    In Flax the count is an array. Tracing its updates took most of the time that the initial weights took to trace.
+    Random streams of other names, as `nnx.Dropout` makes them, are Flax's own.
+    """
 
     def __init__(self, key: Array):
-        self.key, self.count = key, 0
+        super().__init__(jax.random.fold_in(key, 2**32 - 1))
+        self.key, self.number = key, 0
 
     def params(self) -> Array:
-        self.count += 1
-        return jax.random.fold_in(self.key, self.count - 1)
+        self.number += 1
+        return jax.random.fold_in(self.key, self.number - 1)
 
 
 def network(make: Callable[[nnx.Rngs], nnx.Module]) -> tuple[Callable[[Array], PyTree], Callable[..., Any]]:
-    """(init, bind) of a network: `init(key)` -> (params, stats) as plain nested dicts, `bind(params, stats)` -> the
-    module. Statistics after a call: `stats_of(module)`."""
-    made = lambda key: make(cast(nnx.Rngs, Keys(key)))
-    graph, *_ = nnx.split(nnx.eval_shape(lambda: made(jax.random.key(0))), nnx.Param, ...)
+    """The two functions (init, bind) of a network, between which all its arrays are plain nested dicts.
+
+    `init(key)` gives (params, stats). `bind(params, stats=None, key=None)` gives the module; `stats_of(module)` are its
+    statistics after a call. Flax's modules with a random stream, such as `nnx.Dropout`, draw from `key` for the whole
+    batch. A network whose randomness belongs to each sample takes the samples' keys as an argument instead.
+    """
+    graph, *parts = nnx.split(nnx.eval_shape(lambda: make(Keys(jax.random.key(0)))), *PARTS)
+
+    streams = parts[1]
 
     def init(key: Array) -> tuple[PyTree, PyTree]:
-        params, stats = nnx.state(made(key), nnx.Param, ...)
+        params, _, stats = nnx.state(make(Keys(key)), *PARTS)
         return nnx.to_pure_dict(params), nnx.to_pure_dict(stats)
 
-    return init, lambda params, stats=None: nnx.merge(graph, params, stats or {})
+    def bind(params: PyTree, stats: PyTree = None, key: Array | None = None) -> Any:
+        if not (leaves := jax.tree.leaves(streams)):
+            return nnx.merge(graph, params, {}, stats or {})
+        keys = iter(jax.random.split(jax.random.key(0) if key is None else key, len(leaves)))
+        seed = lambda leaf, one: one if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else jnp.zeros((), leaf.dtype)
+        return nnx.merge(graph, params, jax.tree.map(lambda leaf: seed(leaf, next(keys)), streams), stats or {})
+
+    return init, bind
+
+
+def stats_of(module: nnx.Module) -> PyTree:
+    """A network's statistics, such as those of batch norm, as a plain dict."""
+    return nnx.to_pure_dict(nnx.state(module, *PARTS)[2])
 
 
 def compute_type(config: ConfigDict) -> Any:
@@ -331,11 +388,6 @@ def masked_autoencoder(
             **other,
         )
     )
-
-
-def stats_of(module: nnx.Module) -> PyTree:
-    """A network's batch statistics as a plain dict."""
-    return nnx.to_pure_dict(nnx.state(module, nnx.Param, ...)[1])
 
 
 def steps_of(section: ConfigDict, budget: float) -> Callable[[int], int]:

@@ -27,7 +27,7 @@ from benchmarks.timing import table, write
 from jmae import metrics
 from jmae.data.files import read_image
 from jmae.data.transforms import central
-from jmae.report.compare import compare, read_run, write_comparison
+from jmae.report.compare import common_cases, paired_differences, read_run, write_comparison
 from jmae.system import SYSTEMS
 
 RESULTS = Path(__file__).parent / "results" / "systems.json"
@@ -127,7 +127,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(table(head, rows))
     ready = [place / name for name in SYSTEMS if (place / name / "evaluation" / "metrics.json").is_file()]
     if len(ready) > 1:
-        _, by_patient, pairs = compare([read_run(folder) for folder in ready])
+        runs = [read_run(folder) for folder in ready]
+        ids = common_cases(runs)
+        by_patient, pairs = any(runs[0].patients[name] for name in ids), paired_differences(runs, ids)
         differences = {f"{pair.first} - {pair.second}": pair._asdict() for pair in pairs}
         write(
             RESULTS,

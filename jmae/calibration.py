@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from jmae.cards import rows_of
+from jmae.cards import rows_digest
 from jmae.data.loader import Images
 from jmae.data.manifest import Row
 from jmae.errors import InputError
@@ -225,7 +225,7 @@ def score_line(
 
 def other_rows(system: System, rows: Sequence[Row], workdir: Path) -> bool:
     """Whether the data, changed since, no longer tell which rows were trained on: then none may calibrate."""
-    saved = rows_of(system, workdir)
+    saved = rows_digest(system, workdir)
     if saved in (None, digest(rows_read(system, rows))):
         return False
     log("warning: the manifest has changed since the training: not calibrated on it anew")

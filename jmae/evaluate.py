@@ -37,7 +37,7 @@ from jmae.calibration import (
     read_calibration,
     score_line,
 )
-from jmae.cards import rows_of, write_cards
+from jmae.cards import rows_digest, write_cards
 from jmae.convergence import convergence
 from jmae.data.crops import Volumes
 from jmae.data.files import write_map
@@ -74,7 +74,7 @@ from jmae.inference import (
     volume_results,
 )
 from jmae.processes import join_processes, keep_compiled
-from jmae.report import Case, choose_cases, held_side, one_slice, without_curves, write_report
+from jmae.report import Case, choose_cases, no_curves_reason, one_slice, slice_side, write_report
 from jmae.run_folder import log, output_folder, read_history, recipe_digest, write_csv, write_text
 from jmae.seen import ALLOW, not_seen, not_seen_before
 from jmae.system import Results, System, load_system
@@ -292,7 +292,7 @@ def evaluate(
     evaluation["resampled"] = "patients" if any(row.patient for row in of.rows) else "cases"  # for the intervals
     evaluation["digests"] = {
         "recipe": recipe_digest(config),
-        "rows trained on": rows_of(system, workdir) or "unknown",
+        "rows trained on": rows_digest(system, workdir) or "unknown",
         "images evaluated": hashlib.sha256("\n".join(kept.digests).encode()).hexdigest()[:16],
     }
     history = read_history(workdir / "metrics.jsonl")
@@ -358,7 +358,7 @@ def gather(
             score = float(result.scores[system.primary].mean())
             further = {name: each.mean(0) for name, each in result.pictures.items()}
             case = Case(row.id, row.label, score, result.image, mean, lesion, picture, None, confidence, further)
-            cases.append(one_slice(case, held_side(len(split.rows))))
+            cases.append(one_slice(case, slice_side(len(split.rows))))
     stack = lambda values: {name: np.stack(each, 1) for name, each in values.items()}
     known = [scores for scores, row in zip(cheap, split.rows, strict=True) if row.label is not None]
     whole = [name for name in (known[0] if known else ()) if all(name in scores for scores in known)]
@@ -393,7 +393,7 @@ def headline(evaluation: Mapping[str, Any]) -> str:
     counts += f", {unknown} of unknown label" if unknown else ""
     if evaluation.get("leaks"):
         counts = f"NOT AN INDEPENDENT TEST: patients or images are in two splits (data.allow_leaks)\n{counts}"
-    primary, reason = evaluation["primary"], without_curves(evaluation)
+    primary, reason = evaluation["primary"], no_curves_reason(evaluation)
     lines = [counts, *([reason] if reason else [])]
     scores, cheap = evaluation["scores"], evaluation["baselines"]
     if not reason:

@@ -17,7 +17,7 @@ from jmae.data.volumes import Volume
 from jmae.errors import InputError
 from jmae.inference import sweeper
 from jmae.report.charts import convergence_chart
-from jmae.report.words import convergence_words
+from jmae.report.words import convergence_sentences
 from jmae.system import Sweep, System, load_system
 
 MANY = 64
@@ -116,19 +116,23 @@ def steps_of(*triples):
         (
             steps_of((1, 0.70, 0.02), (2, 0.798, 0.001), (4, 0.8, 0.001)),
             2,
-            "From 2 on, one evaluation lies within 0.01",
+            "From 2 masks on, an evaluation differs from that by at most 0.01",
         ),
-        (steps_of((1, 0.8, 0.001), (2, 0.77, 0.001), (4, 0.8, 0.001)), 4, "No fewer give an evaluation within 0.01"),
+        (
+            steps_of((1, 0.8, 0.001), (2, 0.77, 0.001), (4, 0.8, 0.001)),
+            4,
+            "With fewer masks, an evaluation can differ from that by more than 0.01",
+        ),
         (steps_of((1, 0.7, 0.1), (2, 0.75, 0.05), (4, 0.8, 0.02)), None, "varies by 0.040"),
-        (steps_of((1, 0.8, 0), (2, 0.8, 0)), 1, "does not depend on the masks"),
+        (steps_of((1, 0.8, 0), (2, 0.8, 0)), 1, "does not depend on the number of masks"),
     ],
 )
 def test_enough_is_from_where_on_nothing_larger_strays(steps, expected, words):
     assert co.enough(steps) == expected
     found = {"what": "masks", "steps": steps, "enough": expected, "close": co.CLOSE, "rising": False}
-    assert words in " ".join(convergence_words(found))
+    assert words in " ".join(convergence_sentences(found))
     assert "aria-label" in convergence_chart(found)
-    rising = " ".join(convergence_words(found | {"rising": True}))
+    rising = " ".join(convergence_sentences(found | {"rising": True}))
     assert ("may raise it further" in rising) == (steps[0]["deviation"] > 0)
 
 

@@ -14,11 +14,11 @@ import pytest
 from PIL import Image
 
 from jmae import metrics
-from jmae.report.cases import HELD_BYTES, SLICES, SLIDE_SIDES, Case, choose_cases, held_side, one_slice, outline
+from jmae.report.cases import SLICE_BYTES, SLICES, SLIDE_SIDES, Case, choose_cases, one_slice, outline, slice_side
 from jmae.report.charts import froc_chart
 from jmae.report.page import write_report
 from jmae.report.pictures import Scale, case_pictures, colour_scale, slides, spread_scale
-from jmae.report.words import comparison_rows, headline, named_patients, promise, stage_losses
+from jmae.report.words import comparison_rows, p_value_sentences, patient_rows, result_sentences, stage_losses
 
 EVIL = "<script>alert('x')</script>\" onload=\"a()"
 
@@ -135,12 +135,12 @@ def test_worst_cases_are_the_most_wrongly_scored_and_no_case_comes_twice():
     scores = [*range(10), *range(10)]
     groups = choose_cases(labels, scores, 2)
     assert groups == {
-        "Abnormal, most wrongly scored": [10, 11],
-        "Abnormal, best scored": [19, 18],
-        "Abnormal, in the middle": [14, 15],
-        "Normal, most wrongly scored": [9, 8],
-        "Normal, best scored": [0, 1],
-        "Normal, in the middle": [5, 4],
+        "Abnormal, worst scores": [10, 11],
+        "Abnormal, best scores": [19, 18],
+        "Abnormal, middle scores": [14, 15],
+        "Normal, worst scores": [9, 8],
+        "Normal, best scores": [0, 1],
+        "Normal, middle scores": [5, 4],
     }
 
 
@@ -165,7 +165,7 @@ def test_leaks_are_a_warning_above_all_figures_and_without_them_there_is_none(tm
         write_report(tmp_path / f"{name}.html", evaluation, [], [], {}, {})
     page = (tmp_path / "leaky.html").read_text()
     assert page.index("Not an independent test.") < page.index("AUROC of the primary score")
-    assert page.count("is in train and test") == 20 and "And 3 more" in page and "<script" not in page
+    assert page.count("is in train and test") == 20 and "3 more are in metrics.json" in page and "<script" not in page
     assert "Not an independent test." not in (tmp_path / "sound.html").read_text()
 
 
@@ -231,7 +231,7 @@ def test_the_table_comes_first_and_everything_has_its_place(page):
         "Curves",
         "χ²",
         "Cases",
-        "Abnormal, most wrongly scored",
+        "Abnormal, worst scores",
         "Loss of stage proxy",
         "Loss of stage a & b",
         "Recipe",
@@ -239,7 +239,7 @@ def test_the_table_comes_first_and_everything_has_its_place(page):
     ):
         place = words.index(part, place)
     assert "percentile of the values of the 6 normal maps" in words
-    assert "mean over 1 patients" in words and "1 without a lesion left out" in words
+    assert "mean over 1 patients" in words and "1 without a lesion are left out" in words
 
 
 def test_the_numbers_are_those_of_the_evaluation(page):
@@ -249,7 +249,7 @@ def test_the_numbers_are_those_of_the_evaluation(page):
             lo, hi = image[f"{name}_ci"]
             assert re.search(rf"{image[name]:.3f}\s+{lo:.3f}–{hi:.3f}", words)
     found = round(e["decision"]["sensitivity"] * 20)
-    assert f"{found} of 20 abnormal cases are found" in words
+    assert f"it finds {found} of 20 abnormal cases" in words
 
 
 def test_baselines_stand_from_best_to_worst_with_chance_last():
@@ -263,18 +263,18 @@ def test_baselines_stand_from_best_to_worst_with_chance_last():
 @pytest.mark.parametrize(
     ("auroc", "ci", "baseline", "expected"),
     [
-        (0.9, [0.85, 0.95], 0.7, "gets 70."),
-        (0.9, [0.85, 0.95], 0.87, "do not settle which of the two is better"),
-        (0.9, [0.85, 0.95], 0.92, "does as well or better, with 92 in 100"),
-        (0.55, [0.45, 0.65], 0.5, "cannot be told from chance"),
+        (0.9, [0.85, 0.95], 0.7, "reaches 70."),
+        (0.9, [0.85, 0.95], 0.87, "do not show which of the two is better"),
+        (0.9, [0.85, 0.95], 0.92, "does as well or better: 92 times in 100"),
+        (0.55, [0.45, 0.65], 0.5, "cannot tell this result from chance"),
         (0.3, [0.2, 0.4], 0.2, "point the wrong way"),
-        (0.9, [None, None], 0.7, "90 times in 100; a coin gets 50."),
+        (0.9, [None, None], 0.7, "90 times in 100. Chance gives 50."),
     ],
 )
 def test_the_headline_says_what_the_interval_and_the_baselines_allow(auroc, ci, baseline, expected):
     e = an_evaluation(image={"auroc": auroc, "auroc_ci": ci, "ap": 0.5, "ap_ci": ci})
     e["baselines"] = {"edges": {"image": {"auroc": baseline}, "pixel": None}}
-    assert expected in " ".join(headline(e))
+    assert expected in " ".join(result_sentences(e))
 
 
 def calibrated(labels, p, n, rate=0.05, threshold=0.7):
@@ -285,18 +285,21 @@ def calibrated(labels, p, n, rate=0.05, threshold=0.7):
 
 def test_what_was_promised_stands_beside_what_came_of_it():
     p = [0.01] * 3 + [0.9] * 47 + [0.05] * 20 + [0.06] * 30 + [None]
-    words = " ".join(promise(calibrated([0] * 50 + [1] * 51, p, 99)))
-    assert "of 99 held-out normals and itself" in words and "at most 5 % get one of 0.05 or less" in words
-    assert "above 0.7, here 3 of 50 normal cases and 20 of 50 abnormal cases alarmed." in words
+    words = " ".join(p_value_sentences(calibrated([0] * 50 + [1] * 51, p, 99)))
+    assert "of 99 held-out normal cases and the case itself" in words and "at most 5 % have a p-value of 0.05" in words
+    assert "above 0.7 is raised here for 3 of 50 normal cases and 20 of 50 abnormal cases." in words
     assert "chance below" not in words
     # 30 of 50 at 5 % promised: not by chance; 1 of 1 says little
-    assert "calibrate on normals of this kind" in promise(calibrated([0] * 50, [0.01] * 30 + [1] * 20, 99))[-1]
-    assert len(promise(calibrated([0], [0.01], 99))) == 2
-    unknown = " ".join(promise(calibrated([None] * 4, [0.01, 1, 1, 1], 99)))
-    assert "here 1 of 4 unlabelled cases alarmed" in unknown
-    few = promise(calibrated([0, 1], [0.5, 0.5], 9, threshold=None))
-    assert few[-1] == "So few normals cannot give one so low: that takes 19."
-    assert promise({"alarms": None, "uncalibrated": "give it normals"}) == ["Give it normals."]
+    assert (
+        "calibrate on normal cases of this kind"
+        in p_value_sentences(calibrated([0] * 50, [0.01] * 30 + [1] * 20, 99))[-1]
+    )
+    assert len(p_value_sentences(calibrated([0], [0.01], 99))) == 2
+    unknown = " ".join(p_value_sentences(calibrated([None] * 4, [0.01, 1, 1, 1], 99)))
+    assert "here for 1 of 4 unlabelled cases" in unknown
+    few = p_value_sentences(calibrated([0, 1], [0.5, 0.5], 9, threshold=None))
+    assert few[-1] == "9 normal cases are too few for such a p-value: it takes 19."
+    assert p_value_sentences({"alarms": None, "uncalibrated": "give it normals"}) == ["Give it normals."]
 
 
 def test_the_surprise_at_normal_alarms_is_that_of_drawing_both_sets_alike():
@@ -304,7 +307,7 @@ def test_the_surprise_at_normal_alarms_is_that_of_drawing_both_sets_alike():
     for _ in range(4000):
         held, new = rng.normal(size=n), rng.normal(size=m)
         p = (1 + (held >= new[:, None]).sum(1)) / (n + 1)
-        seen += len(promise(calibrated([0] * m, p.tolist(), n, rate))) == 3
+        seen += len(p_value_sentences(calibrated([0] * m, p.tolist(), n, rate))) == 3
     assert 0 < seen / 4000 < 0.01 + 3 * 0.1 / 4000**0.5
 
 
@@ -320,9 +323,9 @@ def test_cases_by_score_have_their_p_values(tmp_path):
 
 def test_unlabelled_data_get_their_scores_and_the_reason(tmp_path):
     parsed = Page(write(tmp_path / "r.html", unlabelled(), history=[]))
-    assert "No case of this split has a label" in parsed.text and "No ROC or precision-recall" in parsed.text
+    assert "No case of this split has a label" in parsed.text and "no ROC or precision-recall" in parsed.text
     assert parsed.text.index("scan7") < parsed.text.index("scan6") < parsed.text.index("scan0")
-    assert "none is known normal" in parsed.text and "AUROC of the primary" not in parsed.text
+    assert "no case is labelled normal" in parsed.text and "AUROC of the primary" not in parsed.text
 
 
 def test_a_split_of_normals_alone_has_no_curves(tmp_path):
@@ -343,10 +346,10 @@ def test_volumes_that_are_all_abnormal_still_have_their_voxel_figures(tmp_path):
     changes = {"n_normal": 0, "n_abnormal": 40, "pixel": pixel, "per_patient": patients, "image": None}
     baselines = {"brightness": {"image": None, "pixel": weak}}
     evaluation = an_evaluation(**changes, scores={"stage2": {"image": None, "pixel": pixel}}, baselines=baselines)
-    reason, voxels = headline(evaluation)
+    reason, points, baseline = result_sentences(evaluation)
     assert "need both classes" in reason
-    assert "91 times in 100; the best cheap baseline, “brightness”, does so 62 times." in voxels
-    assert named_patients(evaluation)[0]["best"] == ("PCA-30 error", 0.72)
+    assert "91 times in 100." in points and baseline == "The best cheap baseline, “brightness”, reaches 62."
+    assert patient_rows(evaluation)[0]["best"] == ("PCA-30 error", 0.72)
     text = write(tmp_path / "r.html", evaluation, cases=[a_case("case0", 1, 2.0)])
     for word in ("0.910", "0.620", "first", "0.950", "PCA-30 error", "mean over 1 patients"):
         assert word in text
@@ -388,7 +391,7 @@ def test_a_volume_can_be_paged_through_from_the_slice_that_is_shown(tmp_path):
     assert {r["id"] for r in radios} >= {label["for"] for label in page.of("label")}
     marked = [r for r in radios if r.get("class") == "marked"]
     assert marked and all("with lesion" in r["aria-label"] for r in marked)
-    assert f"{SLICES - 1} slices more at most" in page.text
+    assert f"up to {SLICES - 1} more, equally spaced" in page.text
     assert "Slice" not in str(Page(write(tmp_path / "flat.html", e, history=[])).of("input"))
 
 
@@ -425,14 +428,14 @@ def test_slices_of_large_noisy_volumes_keep_the_page_bounded(tmp_path, monkeypat
     write(tmp_path / "r.html", e, cases_of(e, size=(200, 160, 6)), [])
     assert (tmp_path / "r.html").stat().st_size < 3_000_000 + 4 / 3 * 300_000
     volumes = 5000
-    assert volumes * 5 * SLICES * held_side(volumes) ** 2 <= HELD_BYTES
-    assert held_side(1) == SLIDE_SIDES[0]
+    assert volumes * 5 * SLICES * slice_side(volumes) ** 2 <= SLICE_BYTES
+    assert slice_side(1) == SLIDE_SIDES[0]
 
 
 def test_a_page_without_cases_history_and_extras_still_stands(tmp_path):
     e = an_evaluation(pixel=None, decision=None, chi2=None, replicates=None, per_patient=None, baselines={}, scores={})
     text = Page(write(tmp_path / "r.html", {**e, "subsets": {}}, [], [])).text
-    assert "none was run here" in text and "\nCases\n" not in text and "Training" not in text
+    assert "No baseline was run here" in text and "\nCases\n" not in text and "Training" not in text
 
 
 def test_volumes_are_shown_where_the_lesion_or_the_map_is_largest():

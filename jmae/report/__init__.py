@@ -1,14 +1,14 @@
-"""The page that every evaluation writes, and the page that compares several runs."""
+"""The page that every evaluation writes (`write_report`), and the page that compares several runs (`compare`).
 
-# A page holds everything itself and asks for nothing: no script, no font, no request (its content security policy
-# forbids them), so it opens the same from a cluster's file share, a phone, or an archive in ten years; its slider is
-# radio buttons and CSS. What comes from data (ids, names, configuration) is only ever written through Jinja's
-# autoescape and never into a figure.
+A page holds everything itself: no script, no font and no request. Its content security policy forbids them, so the page
+looks the same on a cluster's file share, on a phone, and in ten years. Its slider is made of radio buttons and CSS.
+Ids, names and configuration come from data: Jinja escapes them, and they are never part of a chart.
+"""
 
-from jmae.report.cases import Case, choose_cases, held_side, one_slice
+from jmae.report.cases import Case, choose_cases, one_slice, slice_side
 from jmae.report.page import write_report
 from jmae.report.pictures import PERCENTILES, Scale, blend, colour_scale
-from jmae.report.words import described, flat, headline, without_curves
+from jmae.report.words import flat_settings, no_curves_reason, result_sentences, system_description
 
 __all__ = [
     "PERCENTILES",
@@ -17,11 +17,11 @@ __all__ = [
     "blend",
     "choose_cases",
     "colour_scale",
-    "described",
-    "flat",
-    "headline",
-    "held_side",
+    "flat_settings",
+    "no_curves_reason",
     "one_slice",
-    "without_curves",
+    "result_sentences",
+    "slice_side",
+    "system_description",
     "write_report",
 ]

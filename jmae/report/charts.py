@@ -1,4 +1,4 @@
-"""Charts as SVG elements of a page."""
+"""Charts of a page, as SVG elements."""
 
 import io
 import math
@@ -37,7 +37,14 @@ STYLE: dict[Any, Any] = {
 
 
 def chart(name: str, alt: str, draw: Callable[["Axes"], None], size: tuple[float, float] = (4.6, 3.7)) -> Markup:
-    """An inline SVG drawn by `draw(axes)`, `size` in inches, described by `alt`; `name` keeps its ids unique."""
+    """An inline SVG that `draw(axes)` draws.
+
+    Args:
+      name: the prefix of the ids in the SVG, which must be unique on the page.
+      alt: the description for screen readers.
+      draw: draws on the axes.
+      size: width and height in inches.
+    """
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
@@ -57,7 +64,7 @@ def chart(name: str, alt: str, draw: Callable[["Axes"], None], size: tuple[float
 
 
 def roc_chart(labels: NDArray, scores: NDArray, threshold: float | None = None) -> Markup:
-    """The ROC curve with chance and, where given, the point at the validation threshold."""
+    """The ROC curve with the line of chance and, if there is a validation threshold, its point."""
     fpr, tpr, _ = metrics.roc_curve(labels, scores)
     auroc = metrics.auroc(labels, scores)
 
@@ -74,7 +81,7 @@ def roc_chart(labels: NDArray, scores: NDArray, threshold: float | None = None) 
 
 
 def pr_chart(labels: NDArray, scores: NDArray, threshold: float | None = None) -> Markup:
-    """The precision-recall curve as the steps that AP sums, with chance (the share of abnormal cases)."""
+    """The precision-recall curve as the steps that AP sums, with the line of chance (the share of abnormal cases)."""
     recall, precision, _ = metrics.pr_curve(labels, scores)
     ap, share = metrics.average_precision(labels, scores), float(np.mean(labels))
 
@@ -91,7 +98,7 @@ def pr_chart(labels: NDArray, scores: NDArray, threshold: float | None = None) -
 
 
 def froc_chart(froc: Mapping[str, Any]) -> Markup:
-    """The curve of `metrics.Froc` up to its false positives `at`, with the point there where the curve gets so far."""
+    """The curve of `lesions.Froc` up to its false positives `at`, with a point at `at` if the curve reaches it."""
     fp, found = np.transpose(froc["curve"])
     at, value = froc["at"], froc["sensitivity"]
 
@@ -107,7 +114,10 @@ def froc_chart(froc: Mapping[str, Any]) -> Markup:
 
 
 def score_chart(labels: NDArray | None, scores: NDArray, threshold: float | None = None) -> Markup:
-    """Histograms of the scores by class in common bins, as shares of their class; of all where labels is None."""
+    """Histograms of the scores of each class in common bins, as shares of the class.
+
+    Without labels there is one histogram of all scores.
+    """
     bins = np.histogram_bin_edges(scores, min(40, 2 + int(2 * math.sqrt(scores.size))))
     parts: list[tuple[NDArray, str, str, Any]] = [(scores, INK, "all", "-")]
     if labels is not None:
@@ -128,13 +138,13 @@ def score_chart(labels: NDArray | None, scores: NDArray, threshold: float | None
     return chart("scores", f"Histogram of the scores: {middles}.", draw, (6, 3.1))
 
 
-def convergence_chart(found: Mapping[str, Any]) -> Markup:
-    """The mean AUROC of `jmae.convergence` against the number of masks, with its standard errors."""
-    steps, what = found["steps"], found["what"]
+def convergence_chart(study: Mapping[str, Any]) -> Markup:
+    """The mean AUROC of `jmae.convergence` against the number of masks or samples, with its standard errors."""
+    steps, what = study["steps"], study["what"]
     x, y, se = ([step[name] for step in steps] for name in ("number", "auroc", "se"))
 
     def draw(ax: "Axes") -> None:
-        ax.axhspan(y[-1] - found["close"], y[-1] + found["close"], color=NORMAL, alpha=0.1, lw=0)
+        ax.axhspan(y[-1] - study["close"], y[-1] + study["close"], color=NORMAL, alpha=0.1, lw=0)
         ax.errorbar(x, y, se, color=INK, fmt="o-", ms=4, lw=1.2, capsize=3)
         ax.set_xscale("log", base=2)
         ax.set(xlabel=what, ylabel="AUROC", xticks=x, xticklabels=map(str, x))
@@ -145,7 +155,7 @@ def convergence_chart(found: Mapping[str, Any]) -> Markup:
 
 
 def loss_chart(number: int, steps: NDArray, losses: NDArray) -> Markup:
-    """A stage's training loss against the step, with a running mean over a fiftieth of the points."""
+    """The training loss of a stage against the step, with a running mean over a fiftieth of the points."""
     thin = np.unique(np.linspace(0, steps.size - 1, min(steps.size, 500)).astype(int))
     width = max(1, steps.size // 50)
     total = np.cumsum(np.r_[0, losses])

@@ -185,16 +185,21 @@ def test_every_kind_of_finding_is_told_with_its_cases(cases, chests, capsys):
     said = capsys.readouterr().out
     assert "     1  near-identical  the same, resized" in said and "10 findings" in said
     assert "c4 in test and near in train are one image, or two of one patient (correlation " in said
-    assert "sick is abnormal and in train: move it to val, test or unlabeled, or give it a mask" in said
+    assert "sick is abnormal and in train: move it to val, test or unlabeled\n" in said
 
 
-def test_abnormal_training_cases_with_a_mask_are_a_note(cases, capsys):
-    rows = cases[1]
-    rows[5][2] = "train"
-    assert run(write(cases), "--json", str(cases[0] / "out.json")) == 0
+def test_abnormal_training_volumes_with_a_mask_are_a_note_and_images_a_finding(cases, tmp_path, capsys):
+    cases[1][5][2] = "train"
+    assert found(cases) == {"abnormal": [["c5"]]}
+    assert "normal_crops_only" not in capsys.readouterr().out
+    volume = np.random.default_rng(0).random((8, 9, 10), np.float32)
+    for name, array in {"v": volume, "m": np.float32(volume > 0.99)}.items():
+        nib.save(nib.Nifti1Image(array, np.eye(4)), tmp_path / f"{name}.nii.gz")
+    volumes = tmp_path, [["v", "", "train", 1, "v.nii.gz", "m.nii.gz", ""]]
+    assert run(write(volumes), "--json", str(tmp_path / "out.json")) == 0
     said = capsys.readouterr().out
-    assert "note: 1 abnormal cases in train have a mask or boxes: set --config.data.normal_crops_only=True" in said
-    content = json.loads((cases[0] / "out.json").read_text())
+    assert "note: 1 abnormal volumes in train have a mask or boxes: set --config.data.normal_crops_only=True" in said
+    content = json.loads((tmp_path / "out.json").read_text())
     assert len(content["notes"]) == 1 and content["findings"] == []
 
 

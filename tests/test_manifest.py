@@ -103,8 +103,8 @@ FAULTS = {
     "patient in two splits": (["a,P,train,0,a.png,,", "b,P,test,0,b.png,,"], "patient 'P' is in train and test"),
     "patient in unlabeled": (["a,P,train,0,a.png,,", "b,P,unlabeled,,b.png,,"], "in train and unlabeled"),
     "image in two splits": (["a,P,train,0,x/../a.png,,", "b,Q,test,0,a.png,,"], "is in train and test"),
-    "abnormal in train": (["a,P,train,1,a.png,,"], "'a' is abnormal and in train: move it, or set"),
-    "abnormal in train with a mask": (["a,P,train,1,a.png,m.png,"], "data.normal_crops_only"),
+    "abnormal in train": (["a,P,train,1,a.png,,"], "'a' is abnormal and in train: move it to val, test or"),
+    "abnormal in train with a mask": (["a,P,train,1,a.png,m.png,"], "move it to val, test or unlabeled"),
     "only other splits": (["a,P,Train,0,a.png,,"], "no row of train, unlabeled, val, test, only 'Train'"),
     "no rows": ([], "no row of"),
 }
@@ -220,8 +220,10 @@ def test_blank_patients_are_patients_of_their_own(tmp_path):
 
 def test_abnormal_training_rows_need_a_mask_even_for_normal_crops(tmp_path):
     path = manifest(tmp_path, "a,P,train,1,a.png,m.png,", "b,Q,train,0,b.png,,")
-    assert [row.label for row in rows_of(path, normal_crops_only=True)] == [1, 0]
-    (line,) = problems(manifest(tmp_path, "a,P,train,1,a.png,,"), normal_crops_only=True)
+    assert [row.label for row in rows_of(path, crops=True, normal_crops_only=True)] == [1, 0]
+    assert "set data.normal_crops_only" in problems(path, crops=True)[0]
+    assert "normal_crops_only" not in problems(path, normal_crops_only=True)[0]  # whole images hold their lesions
+    (line,) = problems(manifest(tmp_path, "a,P,train,1,a.png,,"), crops=True, normal_crops_only=True)
     assert "give it a mask" in line
 
 

@@ -12,15 +12,17 @@ import threading
 import zlib
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from ml_collections import ConfigDict
 
+from jmae import recipe
 from jmae.data import duplicates, phantoms
 from jmae.data.crops import Volumes, cache_volume
-from jmae.data.files import Geometry
+from jmae.data.files import Geometry, read_image
 from jmae.data.loader import WORKERS, Images, ImageStore
 from jmae.data.manifest import (
     LEAKS,
@@ -32,18 +34,16 @@ from jmae.data.manifest import (
     parse_manifest,
     summary,
 )
-from jmae.data.opening import lines_of, open_each
+from jmae.data.opening import ReadCase, lines_of, open_each
 from jmae.data.preparation import (
     Opened,
-    is_volume,
     open_case,
     prepared_volume,
-    read_stored,
     region_or_nonzero,
     usable,
 )
 from jmae.data.unlabeled import unlabeled_labels, with_anomaly_ratio
-from jmae.data.volumes import Volume, read_subtraction
+from jmae.data.volumes import Volume, read_subtraction, read_volume
 from jmae.errors import InputError
 
 
@@ -136,7 +136,7 @@ class Cases:
         self.trained = {row.id for row in rows if row.split == "train"} if trained is None else set(trained)
         self.records: dict[str, Record] = {}
         used = [row for row in rows if row.id in self.trained or row.split in (*scored, "train")]
-        self.store: ImageStore | None = None if is_volume(config.data) else ImageStore(used, config.data)
+        self.store: ImageStore | None = None if recipe.is_volume(config) else ImageStore(used, config.data)
         self._volumes: dict[str, tuple[Volume, dict[str, Callable[[], np.ndarray | None]]]] = {}
         self._file: ArrayFile | None = None
         self._lock = threading.Lock()
@@ -180,7 +180,7 @@ class Cases:
     def _record(self, row: Row, case: Opened) -> Record:
         data = self.config.data
         stored = case.image
-        if is_volume(data):
+        if recipe.is_volume(self.config):
             stored = stored._replace(array=usable(row, stored, tuple(data.size), data.channels))
         region = region_or_nonzero(case.region, stored, data)
         digest = hashlib.sha256(_bytes_of(np.ascontiguousarray(stored.array))).hexdigest()[:16]
@@ -303,7 +303,10 @@ def _from_manifest(
     trained: Callable[[Sequence[Row]], Sequence[Row]] | None,
 ) -> Cases:
     data = config.data
-    rows, ignored, problems = parse_manifest(Path(data.manifest), normal_crops_only=data.normal_crops_only, allow=LEAKS)
+    crops = recipe.is_volume(config)
+    rows, ignored, problems = parse_manifest(
+        Path(data.manifest), crops=crops, normal_crops_only=data.normal_crops_only, allow=LEAKS
+    )
     written = rows
     if data.get("calibration") and not problems:
         rows = kept_apart(rows, data.calibration)  # before copies of trained images are looked for
@@ -317,7 +320,7 @@ def _from_manifest(
         colour.extend([row.id] * (case.image.array.shape[-1] == 3 and data.channels == 1))
         cases.take(now[row.id], case)
 
-    read = lambda paths, read_file: read_stored(rows[0]._replace(image=tuple(paths)), data, read_file)
+    read: ReadCase = partial(read_volume, data=data) if crops else read_image
     of_files = lines_of(open_each(written, workers=WORKERS, use=use, read=read))
     leaking = [*leaks(rows), *duplicates.in_two_splits(rows, prints)]
     if leaking and not data.get("allow_leaks"):

@@ -32,7 +32,7 @@ from jmae.data.preparation import (  # noqa: F401, some are still imported from 
 )
 from jmae.data.preparation import prepared_image as read_case  # noqa: F401
 from jmae.data.preparation import prepared_volume as prepared  # noqa: F401
-from jmae.data.preparation import read_stored as stored_volume  # noqa: F401
+from jmae.data.preparation import stored_case as stored_volume  # noqa: F401
 from jmae.data.unlabeled import unlabeled_labels, with_anomaly_ratio  # noqa: F401
 from jmae.errors import InputError
 

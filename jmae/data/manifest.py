@@ -61,15 +61,19 @@ class Finding(NamedTuple):
 
 
 def parse_manifest(
-    path: str | os.PathLike, *, normal_crops_only: bool = False, allow: Collection[str] = ()
+    path: str | os.PathLike, *, crops: bool = False, normal_crops_only: bool = False, allow: Collection[str] = ()
 ) -> tuple[list[Row], dict[str, int], list[str]]:
-    """The rows of the four splits; how often what was ignored, for `summary`; all problems of the file, a line each, of
-    one kind at most 20.
+    """Reads the rows of the four splits.
 
     Args:
       path: the CSV file; UTF-8 with or without BOM, any line ends.
-      normal_crops_only: abnormal rows may be in `train`, if they carry a mask.
-      allow: kinds of problems that are passed over: "abnormal" rows in `train`, `LEAKS`.
+      crops: whether the recipe trains on crops of volumes, so that `data.normal_crops_only` can be a remedy.
+      normal_crops_only: whether abnormal rows may be in `train` if they have a mask or boxes. Only crops can keep off
+        the lesions, so it counts with `crops` alone.
+      allow: kinds of problems that are no problem: "abnormal" rows in `train`, `LEAKS`.
+
+    Returns:
+      The rows; what was ignored and how often, for `summary`; the problems, a line each, of one kind at most 20.
 
     Raises:
       InputError: the file cannot be read, is no CSV, or lacks columns.
@@ -90,8 +94,12 @@ def parse_manifest(
                 if cells.get(column):
                     dropped[f"{what} of unlabeled rows"] += 1
             row = row._replace(label=None, mask=None, boxes=())
-        elif row.split == "train" and row.label == 1 and not (normal_crops_only and (row.mask or row.boxes)):
-            remedy = "give it a mask or boxes" if normal_crops_only else "move it, or set data.normal_crops_only"
+        elif row.split == "train" and row.label == 1 and not (crops and normal_crops_only and (row.mask or row.boxes)):
+            remedy = "move it to val, test or unlabeled"
+            if crops and normal_crops_only:
+                remedy = "give it a mask or boxes, or " + remedy
+            elif crops and (row.mask or row.boxes):
+                remedy = "set data.normal_crops_only to train on crops outside its lesions, or " + remedy
             problems["abnormal"].append(f"line {line}: {row.id!r} is abnormal and in train: {remedy}")
         rows.append(row)
 
@@ -101,8 +109,8 @@ def parse_manifest(
     for leak in leaks(rows):
         problems[f"{leak.kind} leak"].append(leak.what)
     if not rows and not problems:
-        seen = f", only {', '.join(map(repr, other))}" if other else ""
-        problems["empty"].append(f"no row of {', '.join(SPLITS)}{seen}: fill the column split")
+        instead = f", only {', '.join(map(repr, other))}" if other else ""
+        problems["empty"].append(f"no row of {', '.join(SPLITS)}{instead}: fill the column split")
     told = (lines for kind, lines in problems.items() if kind not in allow)
     shown = [f"{os.fspath(path)}: {line}" for lines in told for line in first(lines)]
     ignored = {f"rows of other splits ({', '.join(map(_other_split, other))})": other.total()} if other else {}

@@ -13,7 +13,7 @@ from jmae.data.volumes import boxes_mask
 from jmae.errors import InputError
 
 UseCase = Callable[[Row, Opened], object]
-ReadCase = Callable[[Sequence[str], ReadFile], Image]
+ReadCase = Callable[..., Image]  # (files, read=ReadFile)
 
 
 def open_each(
@@ -55,7 +55,7 @@ def _open_row(row: Row, use: UseCase | None, read: ReadCase) -> tuple[tuple[int,
     lines: list[tuple[str, str]] = []
     reader, image = CaseReader(row), None
     try:
-        image = read(row.image, reader)
+        image = read(row.image, read=reader)
     except InputError as error:
         lines += _failures(row.image, reader) or [(_kind(error), str(error))]
 

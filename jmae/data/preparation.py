@@ -57,21 +57,15 @@ def open_case(row: Row, data: ConfigDict, stored: Image | None = None, region: n
     Raises InputError where a file cannot be read.
     """
     read = CaseReader(row)
-    stored = read_stored(row, data, read) if stored is None else stored
+    stored = stored_case(row, data, read) if stored is None else stored
     region = region_mask(row, stored, read) if region is None else region
     return Opened(stored, lesion_mask(row, stored, read), region, read)
 
 
-def read_stored(row: Row, data: ConfigDict, read: ReadFile = read_file) -> Image:
-    """A row's image as stored; the channels of a volume are joined as `data.join` says."""
-    if row.image[0].startswith(PHANTOM) or not is_volume(data):
-        return stored_image(row, read)
-    return read_volume(row.image, data, read)
-
-
-def is_volume(data: ConfigDict) -> bool:
-    """Whether the recipe's section `data` is of volumes: `data.size` has three axes."""
-    return len(data.size) == 3 and "join" in data
+def stored_case(row: Row, data: ConfigDict, read: ReadFile = read_file) -> Image:
+    """A row's image or volume as stored; `data.join` says how the channels of a volume become one array."""
+    joined = len(data.size) == 3 and not row.image[0].startswith(PHANTOM)
+    return read_volume(row.image, data, read) if joined else stored_image(row, read)
 
 
 def stored_image(row: Row, read: ReadFile = read_file) -> Image:

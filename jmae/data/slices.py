@@ -119,7 +119,7 @@ def cut_manifest(manifest: Path, out: Path, how: How = How()) -> str:  # noqa: B
     Raises InputError with all problems, a line each; no manifest is written then.
     """
     refuse_used(out)
-    rows, ignored, problems = parse_manifest(manifest, normal_crops_only=True)
+    rows, ignored, problems = parse_manifest(manifest, crops=True, normal_crops_only=True)
     folder = None if problems else out
     found: dict[str, tuple[list[Row], Counter[str]]] = {}
 

@@ -105,24 +105,6 @@ def resize_mask(mask: Bool[np.ndarray, "*old"], size: Sequence[int]) -> Bool[np.
     return mask[np.ix_(*index)]
 
 
-def standardise(
-    array: Float[np.ndarray, "*size c"], region: Bool[np.ndarray, "*size"] | None = None
-) -> Float[np.ndarray, "*size c"]:
-    """Zero mean and unit deviation of each channel over `region` (default: everywhere), applied everywhere.
-
-    The moments are those of finite values; a value that is not finite becomes 0, the mean. A constant
-    channel is not divided; an empty region counts as everywhere.
-    """
-    finite = np.isfinite(array)
-    inside = finite & region[..., None] if region is not None and region.any() else finite
-    axes = tuple(range(array.ndim - 1))
-    count = np.maximum(inside.sum(axes), 1)
-    mean = np.where(inside, array, 0).sum(axes, dtype=np.float64) / count
-    centred = np.where(finite, array, mean) - mean
-    deviation = np.sqrt(np.where(inside, centred**2, 0).sum(axes) / count)
-    return (centred / np.where(deviation > 0, deviation, 1)).astype(np.float32)
-
-
 def central(array, share: float = 0.8):
     """The middle `share` of each axis of `(*size)`, as a view: for scores that leave the border out."""
     margins = [round(n * (1 - share) / 2) for n in array.shape]

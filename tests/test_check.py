@@ -9,7 +9,7 @@ import pytest
 from PIL import Image as pillow
 
 from jmae.data import check, duplicates, phantoms
-from jmae.data.duplicates import taken
+from jmae.data.duplicates import fingerprint
 from jmae.data.transforms import resize
 from jmae.errors import exit_code
 
@@ -28,7 +28,7 @@ def chests():
 
 @pytest.fixture(scope="module")
 def prints(chests):
-    return [taken(image) for image in chests]
+    return [fingerprint(image) for image in chests]
 
 
 def jpeg(image, quality):
@@ -64,7 +64,7 @@ def test_of_all_pairs_of_strangers_none_is_a_copy(prints):
 def test_every_exact_and_near_copy_is_found_and_nothing_else(chests, prints):
     own = [i % CHESTS for i in range(0, 7 * 60, 7)]  # ten of each kind would do; these are six
     kinds = [list(NEAR)[i % len(NEAR)] for i in range(len(own))]
-    copied = [taken(np.asarray(NEAR[kind](chests[i]), np.float32)) for i, kind in zip(own, kinds, strict=True)]
+    copied = [fingerprint(np.asarray(NEAR[kind](chests[i]), np.float32)) for i, kind in zip(own, kinds, strict=True)]
     found = duplicates.copies([*prints, *copied], [0] * CHESTS + [1] * len(copied))
     pairs = {(one.first, one.second - CHESTS) for one in found}
     planted = {(i, k) for k, i in enumerate(own)}
@@ -82,7 +82,7 @@ def test_copies_within_one_group_are_none(prints):
 @pytest.mark.parametrize("shape", [(20, 24, 1), (9, 12, 10, 2), (3, 2, 1)])
 def test_images_without_detail_are_copies_only_where_every_value_is_equal(shape):
     flat, other, none = np.full(shape, 3.0), np.full(shape, 4.0), np.full(shape, np.nan)
-    found = duplicates.copies([taken(np.float32(x)) for x in (flat, other, flat, none)], range(4))
+    found = duplicates.copies([fingerprint(np.float32(x)) for x in (flat, other, flat, none)], range(4))
     assert [(one.first, one.second, one.correlation) for one in found] == [(0, 2, 1)]
 
 
@@ -96,11 +96,11 @@ def test_copies_of_volumes_are_found_and_other_volumes_are_not():
         np.round(volumes[2] / 16),
         volumes[3] + rng.normal(0, 20, volumes[3].shape),
     ]
-    prints = [taken(np.asarray(v, np.float32)) for v in [*volumes, *copied]]
+    prints = [fingerprint(np.asarray(v, np.float32)) for v in [*volumes, *copied]]
     found = duplicates.copies(prints, [0] * 6 + [1] * 4)
     assert [(one.first, one.second) for one in found] == [(0, 6), (1, 7), (2, 8), (3, 9)]
     assert duplicates.copies(prints[:6], range(6)) == []
-    assert duplicates.copies([*prints, taken(volumes[0][:, :, 0])], [0] * 10 + [1]) == []  # a slice is no volume
+    assert duplicates.copies([*prints, fingerprint(volumes[0][:, :, 0])], [0] * 10 + [1]) == []  # a slice is no volume
 
 
 # The command

@@ -313,10 +313,10 @@ def _from_manifest(
     cases = Cases(rows, config, folder, scored=scored, trained=_ids(trained, rows))
     now = {row.id: row for row in rows}
     colour: list[str] = []
-    prints: dict[str, duplicates.Print] = {}
+    prints: dict[str, duplicates.Fingerprint] = {}
 
     def use(row: Row, case: Opened) -> None:
-        prints[row.id] = duplicates.taken(case.image.array)
+        prints[row.id] = duplicates.fingerprint(case.image.array)
         colour.extend([row.id] * (case.image.array.shape[-1] == 3 and data.channels == 1))
         cases.take(now[row.id], case)
 

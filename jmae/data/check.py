@@ -79,11 +79,11 @@ def check(manifest: Path) -> Checked:
     rows, ignored, problems = parse_manifest(manifest, allow=("abnormal", *LEAKS))
     if problems:
         raise InputError("\n".join(problems))
-    prints: dict[str, duplicates.Print] = {}
+    prints: dict[str, duplicates.Fingerprint] = {}
     values: list[Finding] = []
 
     def look(row: Row, case: Opened) -> None:
-        prints[row.id] = duplicates.taken(case.image.array)
+        prints[row.id] = duplicates.fingerprint(case.image.array)
         values.extend(of_values(row, case.image.array))
 
     found = open_each(rows, workers=WORKERS, use=look)

@@ -1,4 +1,4 @@
-"""Random crops of prepared volumes, for training: cut on the device where the set fits there, else on the host."""
+"""Random crops of prepared volumes, for training: taken on the device where the set fits there, else on the host."""
 
 import hashlib
 import json
@@ -22,14 +22,14 @@ from jmae.errors import InputError
 from jmae.processes import gather
 from jmae.windows import room
 
-SHARE = 0.4  # of a device's memory that a set may take; on the CPU twice, once on the way
-# What a prepared volume and its allowed origins depend on, of the recipe's section `data`.
+SHARE = 0.4  # of a device's memory that a set may take; on the CPU the set is there twice for a moment
+# Keys of the recipe's section `data` that a prepared volume and its allowed origins depend on.
 PREPARED = """size channels axes spacing join crop crop_least crop_most crop_margin region normalise mean std
     least_region window equalise""".split()
 
 
 def box_sums(marked: Bool[np.ndarray, "*size"], box: tuple[int, ...]) -> Int[np.ndarray, "*places"]:
-    """How many voxels are marked in the box at every place where it fits, by its lower corner."""
+    """The number of marked voxels in the box at every place where it fits, by its lower corner."""
     sums = marked.astype(np.int64)
     for axis, edge in enumerate(box):
         total = np.insert(np.cumsum(sums, axis), 0, 0, axis)
@@ -48,10 +48,10 @@ def allowed(
     side: int | None = None,
     midline: int | None = None,
 ) -> Int[np.ndarray, " n"] | None:
-    """The flat numbers of the origins a crop may have, in C order of the places where it fits; None: all of them.
+    """The flat numbers of the origins that a crop may have, in C order of the places where it fits; None: all of them.
 
-    A crop touches no voxel of `lesion`, has at least a share `least` of its voxels inside `region`, and does not cross
-    `midline` on the axis `side`.
+    Such a crop touches no voxel of `lesion`, has at least a share `least` of its voxels inside `region`, and does not
+    cross `midline` on the axis `side`.
     """
     places = tuple(n - c + 1 for n, c in zip(size, crop, strict=True))
     good = np.ones(places, bool)
@@ -66,10 +66,13 @@ def allowed(
 
 
 class Volumes:
-    """Prepared volumes of rows, kept in `folder` and mapped into memory; a sample is a random crop of `data.size`.
+    """The prepared volumes of rows; a sample is a random crop of `data.size`.
 
-    A row's crop at a step depends on the seed, the step, the row's id and its number in the table: not on the batch,
-    the number of processes, or where it is cut. Raises InputError with all unusable volumes in one list.
+    The folder keeps the volumes, which are mapped into memory. A row's crop at a step depends on the seed, the step,
+    the row's id and its number in the table; not on the batch, the number of processes, or the device.
+
+    Raises:
+      InputError: all unusable volumes in one list.
     """
 
     def __init__(self, rows: Sequence[Row], config: ConfigDict, folder: Path):
@@ -90,8 +93,11 @@ class Volumes:
 
     @cached_property
     def largest(self) -> tuple[int, ...] | None:
-        """The size (*size, c) that holds every volume, where they live on the device; else None. "auto": where they fit
-        on that of every process; each must ask, as training does, before anything else is exchanged."""
+        """The size (*size, c) that holds every volume, where the volumes live on the device; else None.
+
+        With crops_on "auto" they live there if they fit on the devices of every process. Every process must ask for
+        this before the processes exchange anything else, as training does.
+        """
         largest = tuple(np.max([array.shape for array in self.arrays], axis=0).tolist())
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2 / jax.process_count()
         limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", memory)
@@ -108,7 +114,8 @@ class Volumes:
         return array, origins if origins.size else None
 
     def origin(self, row: int, step: int, seed: int, number: int = 0) -> tuple[int, ...]:
-        """Uniform over the allowed origins of a row; `number` is its place in a table that may hold it repeatedly."""
+        """A crop's origin, uniform over the allowed ones of a row; `number` is the row's place in a table, which may
+        hold the row several times."""
         rng = np.random.Generator(np.random.Philox(key=[seed, self.keys[row]], counter=[0, 0, number, step]))
         places = tuple(n - c + 1 for n, c in zip(self.arrays[row].shape, self.crop, strict=False))
         some = self.origins[row]
@@ -132,7 +139,7 @@ class Volumes:
         return self.largest is not None
 
     def resident(self) -> Float[np.ndarray, "n *size c"] | None:
-        """All volumes as one array, filled up with zeros, where they shall live on the device."""
+        """All volumes as one array, padded with zeros, if they are to live on the device."""
         if not self.largest:
             return None
         stack = np.zeros((len(self.rows), *self.largest), np.float32)
@@ -141,9 +148,9 @@ class Volumes:
         return stack
 
     def host_arrays(self, index: np.ndarray, make: Host) -> dict[str, np.ndarray]:
-        """Nothing: a crop has no array made once an image."""
+        """Nothing: random crops have no arrays that are computed once an image."""
         if make:
-            raise ValueError(f"no {', '.join(make)} of random crops")
+            raise ValueError(f"random crops have no {', '.join(make)}")
         return {}
 
 
@@ -195,7 +202,7 @@ def padded(row: Row, volume: Volume, data: ConfigDict) -> tuple[np.ndarray, np.n
 
 
 def cut(volumes: Float[Array, "n *size c"], batch: dict[str, Array], crop: tuple[int, ...]) -> dict[str, Array]:
-    """The batch with the crops that its "row" and "origin" name."""
+    """The batch with the crops that its "row" and "origin" name as "image"."""
     one = lambda row, origin: jax.lax.dynamic_slice(volumes, (row, *origin, 0), (1, *crop, volumes.shape[-1]))[0]
     image = jax.vmap(one)(batch["row"], batch["origin"])
     return {name: batch[name] for name in batch.keys() - {"row", "origin"}} | {"image": image}

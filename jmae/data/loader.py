@@ -1,4 +1,4 @@
-"""From manifest rows to batches: images decoded once where they fit in memory, order and prefetch by grain."""
+"""From rows to batches: images that are decoded once where they fit in memory, in grain's order, fetched ahead."""
 
 import hashlib
 import inspect
@@ -39,7 +39,7 @@ from jmae.errors import InputError
 WORKERS = min(16, os.cpu_count() or 1)
 SHOWN = 20  # unusable images that are spelled out
 
-Host = Mapping[str, Callable[[np.ndarray], np.ndarray]]  # arrays made once an image, by name
+Host = Mapping[str, Callable[[np.ndarray], np.ndarray]]  # functions of an image that the host computes once, by name
 
 
 def load_rows(config: ConfigDict, log: Callable[[str], None] = print) -> list[Row]:
@@ -60,13 +60,14 @@ class Samples(Protocol):
         """Whether a batch needs no work but copying."""
 
     def samples(self, rows: np.ndarray, numbers: np.ndarray, step: int, seed: int) -> dict[str, np.ndarray]:
-        """A sample of each row, by its number in the table, for a step: its "image", or what names it in `resident`."""
+        """A sample of each row for a step: its "image", or the numbers that find it in `resident`. `numbers` are the
+        rows' places in the table."""
 
     def resident(self) -> np.ndarray | None:
-        """What of the set lives on the device."""
+        """The array of the set that lives on the device; None where nothing does."""
 
     def host_arrays(self, index: np.ndarray, make: Host) -> dict[str, np.ndarray]:
-        """What `make` computes of each image."""
+        """The arrays that the functions `make` compute of each image."""
 
 
 class ImageStore:
@@ -149,7 +150,7 @@ class Images:
         return {"image": self.image(rows)}
 
     def resident(self) -> None:
-        """Nothing of a set of images lives on the device."""
+        """None: images do not live on the device."""
 
     def host_arrays(self, index: np.ndarray, make: Host) -> dict[str, np.ndarray]:
         """What each function of `make` computes of each image, in the order of `index`.
@@ -200,7 +201,7 @@ def code_digest(package: str = "") -> str:
 
 
 class Decoded(NamedTuple):
-    """Images that are scored and no more, already as the networks see them."""
+    """Decoded images for scoring, as the networks see them."""
 
     images: np.ndarray  # (n, *size, c)
     words: np.ndarray  # (n, 2)
@@ -211,7 +212,7 @@ class Decoded(NamedTuple):
 
 
 def save_array(file: Path, array: np.ndarray) -> None:
-    """Writes a .npy file that has its name only when it is whole."""
+    """Writes a .npy file, which gets its name only when it is whole; raises InputError where that fails."""
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_name(f".{file.stem}.{os.getpid()}.{jax.process_index()}.npy")  # hosts may have equal numbers
     try:
@@ -231,12 +232,15 @@ def batches(
     shuffle: bool,
     host: Host,
 ) -> grain.DatasetIterator:
-    """An endless iterator of batches over index tables, one table a replicate; its state is its position.
+    """An endless iterator of batches over index tables, one table for each replicate; its state is its position.
 
-    A batch holds image (b, *size, c), index (b,): the sample's number in its table, case (b, 2): `case_words`, and the
-    host arrays; with several tables all have a leading replicate axis. With `shuffle`, every epoch has a new order by
-    seed and drops its last incomplete batch, else rows come in order, round and round; a table shorter than a batch is
-    repeated to fill one. Each process reads its own part of every batch.
+    A batch holds image (b, *size, c); index (b,), the sample's number in its table; case (b, 2), the `case_words`; and
+    the host arrays. With several tables all of them have a leading axis of replicates. With `shuffle` every epoch has
+    a new order by seed and drops its last incomplete batch; otherwise rows come in order, round and round. A table
+    shorter than a batch is repeated to fill one. Each process reads its own part of every batch.
+
+    Raises:
+      InputError: the batch does not divide among the processes.
     """
     process, processes = jax.process_index(), jax.process_count()
     if batch % processes:
@@ -274,7 +278,7 @@ def batches(
 
 
 def in_order(images: Images | Decoded, rows: np.ndarray, batch: int) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Every row once, in equal batches: (how many rows, batch); the last is filled up with its own last row."""
+    """Every row once, in equal batches: (number of rows, batch). The last batch repeats its last row to fill up."""
     for start in range(0, len(rows), batch):
         part = rows[start : start + batch]
         full = np.concatenate([part, np.repeat(part[-1:], batch - len(part))])

@@ -69,7 +69,7 @@ def read_run(folder: Path) -> Run:
         images = {row["id"]: row["image"] for row in case_rows}
         config = json.loads((inner / "config.json").read_text())
         files = [path / "environment.json" for path in (folder, inner.parent)]
-        environment = next((json.loads(file.read_text()) for file in files if file.exists()), {})
+        environment: dict[str, Any] = next((json.loads(file.read_text()) for file in files if file.exists()), {})
     except (OSError, ValueError, KeyError) as error:
         why = getattr(error, "strerror", None) or error
         raise InputError(

@@ -96,8 +96,9 @@ def score_values(evaluation: Mapping[str, Any]) -> dict[str, Any]:
     froc = (evaluation.get("pixel") or {}).get("froc")
     histogram = None
     if all_scores.size:
-        shown = (labels, scores) if both_classes else (None, all_scores)
-        histogram = charts.score_chart(*shown, threshold)
+        histogram = charts.score_chart(
+            labels if both_classes else None, scores if both_classes else all_scores, threshold
+        )
     by_score = sorted(table, key=lambda row: -math.inf if row["score"] is None else row["score"], reverse=True)
     return {
         "roc": charts.roc_chart(labels, scores, threshold) if both_classes else None,

@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from jmae import checkpoint, recipe
 from jmae.calibration import calibrate_run
 from jmae.cards import write_cards
-from jmae.data.crops import Volumes, cut
-from jmae.data.loader import Images, Samples, batches, load_rows
+from jmae.data.cases import load_cases
+from jmae.data.crops import cut
+from jmae.data.loader import Samples, batches
 from jmae.errors import InputError, NonFiniteLoss, Stopped, exit_code
 from jmae.evaluate import check_processes, evaluate
 from jmae.processes import agreement, join_processes, keep_compiled
@@ -93,9 +95,9 @@ def run(config: ConfigDict, workdir: Path) -> int:
     if config.tensorboard:
         board()
     source = Path(config.model.get("weights") or workdir)  # another run, whose cases this one has seen too
-    rows, unchecked = not_seen_before(config, load_rows(config, log), source)
-    make = Volumes if recipe.is_volume(config) else Images
-    images: Samples = make(rows_read(system, rows), config, workdir / "cache")
+    cases = load_cases(config, log, folder=workdir / "cache", trained=partial(rows_read, system))
+    rows, unchecked = not_seen_before(config, cases.rows, source)
+    images = cases.samples(rows_read(system, rows))
     train(config, system, images, workdir)
     write_seen(workdir, [*(read_seen(source) if source.is_dir() else ()), *images.rows])
     if any(row.split == "test" and row.label is not None for row in rows):

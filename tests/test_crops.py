@@ -189,7 +189,7 @@ def test_a_colour_film_is_made_grey_and_three_sequences_are_not(tmp_path):
 def test_crops_are_cut_on_the_devices_where_those_of_all_processes_hold_the_set(rows, tmp_path, monkeypatch):
     asked = []
     for others, held in (([True], True), ([False], False)):
-        monkeypatch.setattr(crops, "of_all", lambda mine, others=others: asked.append(mine) or [mine, *others])
+        monkeypatch.setattr(crops, "gather", lambda mine, others=others: asked.append(mine) or [mine, *others])
         assert (Volumes(rows, config(), tmp_path / "cache").resident() is not None) == held
     assert asked == [True, True]
     # The host's memory is shared by its processes.

@@ -9,6 +9,7 @@ import hashlib
 import os
 import tempfile
 import threading
+import weakref
 import zlib
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
@@ -23,7 +24,7 @@ from jmae import recipe
 from jmae.data import duplicates, phantoms
 from jmae.data.crops import Volumes, cache_volume
 from jmae.data.files import Geometry, read_image
-from jmae.data.loader import WORKERS, Images, ImageStore
+from jmae.data.loader import WORKERS, Images, ImageStore, Samples
 from jmae.data.manifest import (
     LEAKS,
     Finding,
@@ -79,7 +80,10 @@ class ArrayFile:
     def __init__(self, folder: Path | None):
         if folder:
             folder.mkdir(parents=True, exist_ok=True)
-        self.file, self.end, self.lock = tempfile.TemporaryFile(dir=folder), 0, threading.Lock()
+        self.descriptor, name = tempfile.mkstemp(dir=folder)
+        os.unlink(name)
+        weakref.finalize(self, os.close, self.descriptor)
+        self.end, self.lock = 0, threading.Lock()
         self.folder = folder or Path(tempfile.gettempdir())
 
     def add(self, array: np.ndarray | None) -> Callable[[], np.ndarray | None]:
@@ -92,7 +96,7 @@ class ArrayFile:
         view, done = _bytes_of(data), 0
         try:
             while done < data.nbytes:
-                done += os.pwrite(self.file.fileno(), view[done:], start + done)
+                done += os.pwrite(self.descriptor, view[done:], start + done)
         except OSError as error:
             raise InputError(f"{self.folder}: not written ({error.strerror or error}): free space there") from None
 
@@ -100,7 +104,7 @@ class ArrayFile:
             out = np.empty(data_shape, data_type)
             view, done = _bytes_of(out), 0
             while done < out.nbytes:
-                if not (n := os.preadv(self.file.fileno(), [view[done:]], start + done)):
+                if not (n := os.preadv(self.descriptor, [view[done:]], start + done)):
                     raise EOFError(f"temporary file in {self.folder} is too short")
                 done += n
             return out
@@ -210,6 +214,10 @@ class Cases:
         """The volumes of some of the rows, for training on crops."""
         self.folder = self.folder or Path(tempfile.mkdtemp(prefix="jmae-"))
         return Volumes(rows, self.config, self.folder)
+
+    def samples(self, rows: Sequence[Row]) -> Samples:
+        """The images or volumes of some of the rows, for training."""
+        return self.volumes(rows) if recipe.is_volume(self.config) else self.images(rows)
 
     def volume(self, row: Row) -> Volume:
         """A row's volume on the working grid, with the stored values."""

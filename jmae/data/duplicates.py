@@ -1,9 +1,9 @@
 """Copies of an image under another name, also with another size, saved as JPEG, or shifted by a few percent.
 
 Films of one view look alike, so hashes of their coarse brightness take strangers for copies. Here the fingerprint of an
-image is its detail, brought to even strength everywhere. Two images are copies if their details correlate after the best
-shift. In volumes the edge of a body in air may be most of the detail: two volumes that share this edge to the voxel are
-reported too.
+image is its detail, brought to even strength everywhere. Two images are copies if their details correlate after the
+best shift. In volumes the edge of a body in air may be most of the detail: two volumes that share this edge to the
+voxel are reported too.
 """
 
 import hashlib

@@ -81,7 +81,7 @@ def equalise(
     """Histogram equalisation of values in [0, 1] (others are clipped), channel by channel, in 8 bits.
 
     v = round(255 x) becomes round(255 (cdf(v) - cdf_min) / (n - cdf_min)) / 255 with the cumulative histogram cdf of
-    the n pixels `inside` and its least value above 0, cdf_min. Without `inside`, or where it is empty, all pixels count.
+    the n pixels `inside` and its least value above 0, cdf_min. Without `inside`, or if it is empty, all pixels count.
     This is OpenCV's equalizeHist, by which MIMIC-CXR-JPG was made (Johnson et al. 2019). The map is applied everywhere:
     pixels darker than all inside become 0. A channel of one value inside becomes 0.
     """

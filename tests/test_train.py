@@ -346,9 +346,9 @@ def test_replicates_take_several_steps_a_dispatch_too(go, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_within_a_dispatch_is_told_by_its_step(go, tmp_path, monkeypatch):
-    real, seen, at = loader.read_case, [], train.place_batch
+    real, seen, at = loader.prepared_image, [], train.place_batch
     sick = lambda row, *args: real(row, *args) * (np.nan if row.id == "train-0-3" else 1)
-    monkeypatch.setattr(loader, "read_case", sick)
+    monkeypatch.setattr(loader, "prepared_image", sick)
     monkeypatch.setattr(train, "place_batch", lambda batch, *a, **k: seen.append(batch) or at(batch, *a, **k))
     changes = (*ONE_STAGE, "pretrain.batch=4", "checkpoint_every=4", "steps_per_dispatch=4")
     code, said = go(tmp_path / "run", *changes)
@@ -366,9 +366,9 @@ def test_a_loss_that_is_not_finite_within_a_dispatch_is_told_by_its_step(go, tmp
 
 @pytest.mark.parametrize("replicates", [1, 2])
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_batch(go, tmp_path, monkeypatch, replicates):
-    real = loader.read_case
+    real = loader.prepared_image
     sick = lambda row, *args: real(row, *args) * (np.nan if row.id == "train-0-3" else 1)
-    monkeypatch.setattr(loader, "read_case", sick)
+    monkeypatch.setattr(loader, "prepared_image", sick)
     seen, at = [], train.place_batch
     monkeypatch.setattr(train, "place_batch", lambda batch, *a, **k: seen.append(batch) or at(batch, *a, **k))
     code, said = go(tmp_path / "run", *ONE_STAGE, f"replicates={replicates}", "checkpoint_every=1")

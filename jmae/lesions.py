@@ -10,33 +10,36 @@ from scipy import ndimage
 
 from jmae.metrics import CHUNK, bin_edges, check_finite, operating_points, score_bins, sort_classes
 
-FROC_EXACT = 1 << 30  # pixels of the maps that a free-response curve keeps (4 GiB)
-IOU_EXACT = 1 << 26  # distinct scores that a `Localisation` keeps one by one (768 MiB); more are thinned
+FROC_EXACT = 1 << 30  # pixels of all maps of a `Froc` (4 GiB); above, there is no curve
+IOU_EXACT = 1 << 26  # distinct scores in a `Localisation` (768 MiB); above, scores are grouped in bins
 
 Boxes = Sequence[Sequence[Sequence[float]]]
 
 
-class _Marked(NamedTuple):
-    """An image of a `Froc`, or several of one shape, stacked."""
+class MarkedMap(NamedTuple):
+    """The map and the lesions of one image of a `Froc`, or of several images of one shape, stacked."""
 
     scores: NDArray[np.float32]  # ([images,] *axes); -inf outside the region
     boxes: NDArray[np.int64]  # (lesions, axes, 2), half-open
-    pixels: NDArray[np.int64]  # flat indices of the lesions' pixels inside the region; empty without `overlap`
-    owners: NDArray[np.int64]  # and the lesion of each
-    images: NDArray[np.int64]  # of stacked ones the image of each lesion
+    pixels: NDArray[np.int64]  # flat indices of the pixels of lesions inside the region; empty without `overlap`
+    owners: NDArray[np.int64]  # for each of these pixels, the number of its lesion
+    images: NDArray[np.int64]  # for each lesion, the number of its image in the stack
 
 
-def _stacked(kept: list[_Marked]) -> Iterator[_Marked]:
-    """Small neighbours of one shape as a copy of up to CHUNK scores; an image above CHUNK / 16 alone, as a view."""
+def stacked(maps: list[MarkedMap]) -> Iterator[MarkedMap]:
+    """Stack neighbours of one shape while they have up to CHUNK scores.
+
+    An image above CHUNK / 16 stays alone, uncopied.
+    """
     start = 0
-    while start < len(kept):
-        shape, size = kept[start].scores.shape, kept[start].scores.size
-        part = kept[start : start + (CHUNK // size if 16 * size <= CHUNK else 1)]
+    while start < len(maps):
+        shape, size = maps[start].scores.shape, maps[start].scores.size
+        part = maps[start : start + (CHUNK // size if 16 * size <= CHUNK else 1)]
         part = part[: next((k for k, image in enumerate(part) if image.scores.shape != shape), len(part))]
         start += len(part)
         lesions = np.array([len(image.boxes) for image in part])
         before = np.cumsum(lesions) - lesions
-        yield _Marked(
+        yield MarkedMap(
             np.stack([image.scores for image in part]) if len(part) > 1 else part[0].scores[None],
             np.concatenate([image.boxes for image in part]),
             np.concatenate([image.pixels + k * size for k, image in enumerate(part)]),
@@ -45,26 +48,35 @@ def _stacked(kept: list[_Marked]) -> Iterator[_Marked]:
         )
 
 
-def _components(mask: NDArray[np.bool_]) -> tuple[NDArray[np.int32], int]:
-    """Components labelled 1..n, also over edges and corners (8 neighbours in 2D, 26 in 3D); n."""
+def components(mask: NDArray[np.bool_]) -> tuple[NDArray[np.int32], int]:
+    """Label the connected components 1..n, also across edges and corners (8 neighbours in 2D, 26 in 3D).
+
+    Returns n too.
+    """
     return ndimage.label(mask, np.ones((3,) * mask.ndim))
 
 
-def _lesions(lesions: Boxes | NDArray, shape: tuple[int, ...]) -> tuple[NDArray, NDArray, NDArray]:
-    """Boxes (lesions, axes, 2) in whole pixels; the flat indices of all lesions' pixels; the lesion of each."""
-    given = np.asarray(lesions)
-    if given.dtype == bool:
-        if given.shape != shape:
-            raise ValueError(f"the mask is {given.shape}, the map {shape}: bring them to one grid")
-        labels = _components(given)[0]
+def lesion_pixels(lesions: Boxes | NDArray, shape: tuple[int, ...]) -> tuple[NDArray, NDArray, NDArray]:
+    """The boxes (lesions, axes, 2) in whole pixels, the flat indices of all pixels of lesions, and the lesion of each
+    pixel.
+
+    Args:
+      lesions: boxes or a mask, as `Froc.add`.
+      shape: of the map.
+    """
+    array = np.asarray(lesions)
+    if array.dtype == bool:
+        if array.shape != shape:
+            raise ValueError(f"the mask is {array.shape}, the map {shape}: resample them to one grid")
+        labels = components(array)[0]
         ends = [[(s.start, s.stop) for s in slices] for slices in ndimage.find_objects(labels)]
         pixels = np.flatnonzero(labels)
         return np.array(ends, int).reshape(-1, len(shape), 2), pixels, labels.ravel()[pixels] - 1
-    if given.size and given.shape[1:] != (len(shape), 2):
+    if array.size and array.shape[1:] != (len(shape), 2):
         raise ValueError(
-            f"boxes are {given.shape}: give a pair (low, high) for each of {len(shape)} axes, or a bool mask"
+            f"boxes are {array.shape}: give a pair (low, high) for each of {len(shape)} axes, or a bool mask"
         )
-    low, high = np.moveaxis(np.floor(given.reshape(-1, len(shape), 2) + 0.5).astype(int), -1, 0)
+    low, high = np.moveaxis(np.floor(array.reshape(-1, len(shape), 2) + 0.5).astype(int), -1, 0)
     low = np.clip(low, 0, np.array(shape) - 1)
     boxes = np.stack([low, np.clip(high, low + 1, shape)], -1)
     cells = [np.ravel_multi_index(np.ix_(*(np.arange(*ends) for ends in box)), shape).ravel() for box in boxes]
@@ -73,48 +85,57 @@ def _lesions(lesions: Boxes | NDArray, shape: tuple[int, ...]) -> tuple[NDArray,
 
 
 class Froc:
-    """Sensitivity for lesions against false positives an image, over images fed one by one (free-response ROC).
+    """Free-response ROC: sensitivity for lesions against false positives per image. Images are added one by one.
 
-    The rule: thresholds t are quantiles of the scores of all images inside their regions, evenly spread, equal ones
-    once. At each, the connected components (`_components`) of {score >= t} with fewer than `least` pixels are dropped.
-    A lesion is hit where the centroid of a component lies in its box (borders included) or, given `overlap`, where the
-    intersection over union of a component and the lesion is at least that. A component that hits no lesion is a false
-    positive; their number is a mean over all images, normal ones too. The sensitivity at `at` false positives is
-    interpolated linearly where their number first exceeds `at` going down from the highest score, or is the largest
-    one reached before: components merge, so neither number is monotone, and thresholds below are not looked at. Where
-    `at` is never exceeded it is the largest of all. P-PII (Müller et al. 2023) reports it at 10 and gives no rule:
-    this one is ours.
+    1. Thresholds t are evenly spread quantiles of the scores of all images inside their regions, without duplicates.
+    2. At each t, the components (`components`) of {score >= t} with fewer than `least` pixels are dropped.
+    3. A lesion is hit where the centroid of a component lies in its box, border included. With `overlap`, it is also
+       hit where the intersection over union of a component and the lesion is at least `overlap`.
+    4. A component that hits no lesion is a false positive. Their number is a mean over all images, normal ones
+       included.
+    5. The thresholds go down from the highest score. The sensitivity at `at` false positives is the largest one before
+       their number first exceeds `at`, or the linear interpolation at that point if it is larger. Lower thresholds are
+       ignored: components merge, so neither number is monotone.
 
-    ours: to the evenly spread quantiles come as many in geometric progression from the highest score down. The highest
-    1/200 of a large, rough map can hold far more than `at` components: the curve then passes `at` in its first step,
-    and the value interpolated there is far too low (on 512 x 512 pixels of noise blurred by 2 pixels, 0.15 instead of
-    1.0). `thresholds` is the number of either.
+    Müller et al. 2023 (probabilistic Poisson image interpolation) report the sensitivity at 10 and give no rule, so
+    this rule is ours.
 
-    Maps are kept in memory, as float32, up to `FROC_EXACT` pixels in all. Beyond, no curve is made and the sensitivity
-    is nan.
+    ours: As many thresholds again lie in geometric progression from the highest score down. The highest 1/200 of a
+    large, rough map can hold far more than `at` components. With quantiles alone the curve then passes `at` in its
+    first step, and the interpolated value is far too low: 0.15 instead of 1.0 on 512 x 512 pixels of noise blurred by
+    2 pixels.
+
+    Maps stay in memory as float32, up to `FROC_EXACT` pixels in all. Above, there is no curve, and the sensitivity is
+    nan.
+
+    Args:
+      at: false positives per image.
+      thresholds: the number of quantiles.
+      least: pixels of the smallest component that counts.
+      overlap: intersection over union at which a component hits a lesion; None: only the centroid counts.
     """
 
     def __init__(self, at: float = 10.0, thresholds: int = 200, least: int = 5, overlap: float | None = None) -> None:
         self.at, self.thresholds, self.least, self.overlap = at, thresholds, least, overlap
         self.images = self.lesions = self.size = 0
-        self.kept: list[_Marked] = []
+        self.maps: list[MarkedMap] = []
 
     def add(self, lesions: Boxes | NDArray[np.bool_], scores: NDArray, region: NDArray | None = None) -> None:
-        """Takes one image.
+        """Add one image.
 
         Args:
-          lesions: a mask of the map's shape, whose connected components are the lesions; or boxes, each one pair (low,
-            high) for each axis of the map (rows first; a manifest has x0 y0 x1 y1), half-open, rounded to pixels,
-            of which each box keeps at least one; none for a normal image. A lesion without a pixel inside the region
-            is left out.
+          lesions: a mask of the map's shape, whose connected components are the lesions; or boxes, none for a normal
+            image. A box has one pair (low, high) for each axis of the map, rows first (a manifest has x0 y0 x1 y1). It
+            is half-open and is rounded to at least one pixel. A lesion without a pixel inside the region is left out.
           scores: the map; higher is more abnormal.
-          region: where it counts, bool; None is everywhere.
+          region: where the map counts, bool; None is everywhere.
 
-        ValueError where shapes differ, InputError where scores inside the region are not finite; neither is taken.
+        Raises ValueError where shapes differ, and InputError where scores inside the region are not finite. The image
+        is then not added.
         """
         if region is not None and region.shape != scores.shape:
-            raise ValueError(f"the region is {region.shape}, the map {scores.shape}: bring them to one grid")
-        boxes, pixels, owners = _lesions(lesions, scores.shape)
+            raise ValueError(f"the region is {region.shape}, the map {scores.shape}: resample them to one grid")
+        boxes, pixels, owners = lesion_pixels(lesions, scores.shape)
         with np.errstate(over="ignore"):
             scores = scores.astype(np.float32)  # a copy
         inside = np.ones(scores.shape, bool) if region is None else region.astype(bool, copy=False)
@@ -124,14 +145,14 @@ class Froc:
         used, owners = np.unique(owners[counted], return_inverse=True)
         pixels = pixels[counted] if self.overlap is not None else np.empty(0, int)
         self.images, self.lesions, self.size = self.images + 1, self.lesions + used.size, self.size + scores.size
-        self.kept.append(_Marked(scores, boxes[used], pixels, owners[: pixels.size], np.zeros(used.size, int)))
+        self.maps.append(MarkedMap(scores, boxes[used], pixels, owners[: pixels.size], np.zeros(used.size, int)))
         if self.size > FROC_EXACT:
-            self.kept.clear()
+            self.maps.clear()
 
-    def _found(self, part: _Marked, t: np.float32) -> tuple[int, int]:
-        """How many lesions of stacked images are hit, and how many components hit none."""
+    def _count_hits(self, part: MarkedMap, t: np.float32) -> tuple[int, int]:
+        """How many lesions of stacked images are hit at the threshold `t`, and how many components hit none."""
         within = np.zeros((3,) * part.scores.ndim)
-        within[1] = 1  # neighbours of one image
+        within[1] = 1  # pixels are neighbours only within one image
         labels, n = ndimage.label(part.scores >= t, within)
         flat, axes = labels.ravel(), part.scores.ndim - 1
         sizes, images, sums = np.zeros(n, int), np.zeros(n, int), np.zeros((axes, n))
@@ -146,12 +167,12 @@ class Froc:
         if not (len(part.boxes) and large.size):
             return 0, large.size
         centre = (sums / sizes).T[large]
-        # Every lesion with the components of its image, which are numbered image by image.
+        # Pair every lesion with all components of its image. Components are numbered image by image.
         ends = np.searchsorted(images[large], np.stack([part.images, part.images + 1]))
         numbers = ends[1] - ends[0]
         lesion = np.repeat(np.arange(len(numbers)), numbers)
         component = np.arange(lesion.size) + np.repeat(ends[0] - np.cumsum(numbers) + numbers, numbers)
-        low, high = part.boxes[..., 0] - 0.5, part.boxes[..., 1] - 0.5  # the outer borders of their pixels
+        low, high = part.boxes[..., 0] - 0.5, part.boxes[..., 1] - 0.5  # outer borders of the pixels
         hits = ((low[lesion] <= centre[component]) & (centre[component] <= high[lesion])).all(-1)
         if self.overlap is not None:
             k = len(part.boxes)
@@ -165,26 +186,26 @@ class Froc:
         return np.unique(lesion[hits]).size, large.size - np.unique(component[hits]).size
 
     def result(self) -> dict[str, Any] | None:
-        """The images so far; None where none has a lesion.
+        """The figures of the images so far; None where no image has a lesion.
 
-        Returns: sensitivity, `at`, the numbers of lesions and of images, and curve: [false positives an image,
-        sensitivity] from [0, 0] at an infinite threshold downwards, the last beyond `at` where it is exceeded.
+        Returns: "sensitivity"; "at"; "lesions" and "images", their numbers; and "curve", points [false positives per
+        image, sensitivity] from [0, 0] at an infinite threshold downwards. The last point may lie beyond `at`.
         """
         if not self.lesions:
             return None
         about = {"at": self.at, "lesions": self.lesions, "images": self.images}
-        if not self.kept:
+        if not self.maps:
             return {"sensitivity": math.nan, **about, "curve": []}
-        values = np.concatenate([image.scores[image.scores > -np.inf] for image in self.kept])
+        values = np.concatenate([image.scores[image.scores > -np.inf] for image in self.maps])
         last = values.size - 1
         evenly = np.linspace(0, last, min(values.size, self.thresholds))
         ranks = np.unique(np.concatenate([evenly, values.size - np.geomspace(1, values.size, evenly.size)]).astype(int))
         values.partition(ranks)
-        parts = list(_stacked(self.kept))
+        parts = list(stacked(self.maps))
         curve = [(0.0, 0.0)]
         best = 0.0
         for t in np.unique(values[ranks])[::-1]:
-            hits, false = np.sum([self._found(part, t) for part in parts], 0)
+            hits, false = np.sum([self._count_hits(part, t) for part in parts], 0)
             curve.append((float(false / self.images), float(hits / self.lesions)))
             if curve[-1][0] > self.at:
                 (x0, y0), (x1, y1) = curve[-2:]
@@ -194,39 +215,42 @@ class Froc:
         return {"sensitivity": best, **about, "curve": [list(point) for point in curve]}
 
 
-def _thinned(values: NDArray[np.float32], ious: NDArray[np.float64]) -> tuple[NDArray, NDArray]:
-    """Of ascending scores and the IoU at each, the lowest score of each bin, moved to the bin's edge."""
+def thinned(values: NDArray[np.float32], ious: NDArray[np.float64]) -> tuple[NDArray, NDArray]:
+    """Of ascending scores and the IoU at each score, keep the lowest score of each bin, moved to the edge of the
+    bin."""
     bins, first = np.unique(score_bins(values), return_index=True)
     return bin_edges(bins), ious[first]
 
 
 class Localisation:
-    """Intersection over union of lesion masks and {score >= t}, a mean over images, fed one by one.
+    """Intersection over union (IoU) of lesion masks and {score >= t}, a mean over images. Images are added one by one.
 
-    MemMC-MAE (Tian et al. 2022) reports the mean over five random groups of 100 abnormal images, and names no rule for
-    the threshold t. ours: `oracle` is the one threshold that is best on the images of the groups, so an upper bound;
-    `normals` is given, a percentile of the pixels of held-out normals.
+    Tian et al. 2022 (memory-augmented masked autoencoder) report the mean over five random groups of 100 abnormal
+    images, and name no rule for the threshold t. ours: "oracle" uses the one threshold that is best on the images of
+    the groups, so it is an upper bound; "normals" uses a threshold from held-out normal images, an argument of
+    `result`.
 
-    The oracle is exact: an image's IoU is a step function of t, so the sum over images is that of its jumps, sorted by
-    score. Kept are 12 bytes a distinct score (of each image); `result` takes about 40 more. Beyond `IOU_EXACT` of them
-    thresholds are the edges of `Pooled`'s bins, at most 2^-11 apart relative to the scores: IoU is exact at each, `t`
-    is lowered to the next one, and the oracle can be lower than the true one.
+    The oracle is exact. The IoU of an image is a step function of t, so the mean over images is found from all steps,
+    sorted by score. An image needs 12 bytes for each of its distinct scores, and `result` about 40 more. Above
+    `IOU_EXACT` distinct scores the thresholds are the edges of bins (`metrics.score_bins`), at most 2^-11 apart
+    relative to the scores. The IoU at an edge is exact, a threshold is lowered to the next edge, and the oracle can be
+    too low.
     """
 
     def __init__(self) -> None:
-        self.size = 0  # distinct scores so far, of each image
+        self.size = 0  # distinct scores of all images so far
         self.exact = True
-        self.kept: list[tuple[NDArray[np.float32], NDArray[np.float64]]] = []  # scores, ascending; IoU at each
+        self.curves: list[tuple[NDArray, NDArray]] = []  # of each image: ascending scores, and the IoU at each
 
     def add(self, mask: NDArray, scores: NDArray, region: NDArray | None = None) -> None:
-        """Takes one image: its lesion mask, its map and where it counts (None is everywhere), of one shape. An image
-        without a lesion inside the region is left out.
+        """Add one image: its lesion mask, its map, and the region where they count (None is everywhere), of one shape.
 
-        ValueError where shapes differ, InputError where scores inside the region are not finite; neither is taken.
+        An image without a lesion inside the region is left out. Raises ValueError where shapes differ, and InputError
+        where scores inside the region are not finite. The image is then not added.
         """
         shapes = [a.shape for a in (mask, scores, region) if a is not None]
         if len(set(shapes)) != 1:
-            raise ValueError(f"mask, map (and region) are {shapes}: bring them to one grid")
+            raise ValueError(f"mask, map (and region) are {shapes}: resample them to one grid")
         inside = np.True_ if region is None else region.astype(bool, copy=False)
         lesion = mask.astype(bool, copy=False)
         with np.errstate(over="ignore"):
@@ -234,44 +258,44 @@ class Localisation:
         if not ranked.positives.size:
             return
         t, tp, fp = operating_points(ranked, max(map(len, ranked)))
-        self.kept.append((t[::-1], (tp / (ranked.positives.size + fp))[::-1]))
+        self.curves.append((t[::-1], (tp / (ranked.positives.size + fp))[::-1]))
         self.size += t.size
         if self.exact and self.size > IOU_EXACT:
-            self.exact, self.kept = False, [_thinned(*each) for each in self.kept]
+            self.exact, self.curves = False, [thinned(*each) for each in self.curves]
         elif not self.exact:
-            self.kept[-1] = _thinned(*self.kept[-1])
+            self.curves[-1] = thinned(*self.curves[-1])
 
     def at(self, threshold: float) -> NDArray[np.float64]:
-        """(n,) the IoU of each image so far; 0 where nothing is called abnormal."""
-        return np.array([np.append(ious, 0.0)[np.searchsorted(values, threshold)] for values, ious in self.kept])
+        """(n,) the IoU of each image so far at a threshold; 0 where no pixel reaches it."""
+        return np.array([np.append(ious, 0.0)[np.searchsorted(values, threshold)] for values, ious in self.curves])
 
     def oracle(self, images: NDArray[np.integer] | None = None) -> float:
-        """The threshold whose mean IoU over `images` (their numbers; None is all) is the largest, up to rounding."""
-        used = self.kept if images is None else [self.kept[i] for i in images]
+        """The threshold with the largest mean IoU over `images` (numbers of images; None is all), up to rounding."""
+        used = self.curves if images is None else [self.curves[i] for i in images]
         values = np.concatenate([values for values, _ in used])
         jumps = np.concatenate([-np.diff(ious, append=0.0) for _, ious in used])
         order = np.argsort(values)[::-1]
         values, sums = values[order], np.cumsum(jumps[order])
-        sums[:-1][values[1:] == values[:-1]] = -1.0  # ties fall together, at the last of them
+        sums[:-1][values[1:] == values[:-1]] = -1.0  # equal scores are one threshold: only the last of them counts
         return float(values[sums.argmax()])
 
     def result(
         self, threshold: float | None = None, groups: int = 5, size: int = 100, seed: int = 0
     ) -> dict[str, Any] | None:
-        """The images so far; None where none has a lesion.
+        """The figures of the images so far; None where no image has a lesion.
 
         Args:
-          threshold: of `normals`; None or nan: none is known.
-          groups, size: random groups of images, without an image twice in one; disjoint where there are enough. Of no
-            more images than `size` one group is all of them.
-          seed: with the number of images it alone decides the groups.
+          threshold: the threshold for "normals"; None or nan where it is not known.
+          groups, size: number and size of random groups of images. No image is twice in a group, and groups are
+            disjoint where there are enough images. Up to `size` images are one group.
+          seed: the groups depend on the seed and on the number of images alone.
 
-        Returns: n, the number of images; groups, size: of the groups drawn, at most n; overlap: whether an image can be
-        in several groups, as n < groups * size; exact: False beyond `IOU_EXACT`. For `oracle` and for `normals` (None
-        without a threshold): the mean over groups, NAME_deviation between them (ddof 1; nan for one group), NAME_groups
-        (the mean of each), NAME_threshold.
+        Returns: "n", the number of images; "groups" and "size" of the groups; "overlap", whether an image can be in
+        several groups (n < groups * size); "exact", False above `IOU_EXACT`. For NAME in "oracle" and "normals" (all
+        None without a threshold): NAME, the mean over groups; NAME_deviation, the standard deviation between groups
+        (ddof 1; nan for one group); NAME_groups, the mean of each group; NAME_threshold.
         """
-        n, rng = len(self.kept), np.random.default_rng(seed)
+        n, rng = len(self.curves), np.random.default_rng(seed)
         if not n:
             return None
         threshold = None if threshold is None or math.isnan(threshold) else threshold

@@ -1,13 +1,14 @@
-"""How well scores tell abnormal from normal: exact, with intervals, on images and on pixels; NumPy, on the host.
+"""How well scores separate abnormal from normal cases or pixels: exact figures with intervals; NumPy, on the host.
 
-A higher score is more abnormal, and "called abnormal at t" means `score >= t` throughout. Everything follows
-from two sorted arrays, the scores of the negatives and those of the positives: AUROC is the rank statistic, AP
-the mean over positives of the precision at their own score; and as a threshold that is no positive's score only
-adds negatives, the best Dice and the best Youden index lie at a positive's score too. So no pixels are argsorted,
-ties need no special case, and 10^8 float32 pixels take about 1 GB beside the caller's own arrays. Only pools of
-more than `EXACT` pixels are counted in bins, and then state how far off AUROC and AP can be (`Pooled`).
+A higher score is more abnormal. "Called abnormal at t" always means `score >= t`.
 
-Where one class is missing a measure is nan, never a guess; `json_ready` turns nan into null.
+All figures follow from two sorted arrays, the scores of the negatives and those of the positives. AUROC is the rank
+statistic. AP is the mean over positives of the precision at their own score. A threshold that is not the score of a
+positive only adds negatives, so the best Dice and the best Youden index also lie at the score of a positive. Ties need
+no special case, and no array of pixels is argsorted: 10^8 float32 pixels take about 1 GB beside the arrays of the
+caller. Pools of more than `EXACT` pixels are counted in bins and give bounds for the error of AUROC and AP (`Pooled`).
+
+A figure that needs both classes is nan where one is missing. `json_ready` turns nan into null.
 """
 
 import math
@@ -19,9 +20,9 @@ from numpy.typing import ArrayLike, NDArray
 
 from jmae.errors import InputError
 
-CHUNK = 1 << 20  # scores looked up or binned, and cases of draws counted, at a time: at most about 100 MB
-EXACT = 1 << 27  # pixels that a pool keeps one by one (512 MiB of float32); more are counted in bins
-BINS = 1 << 20  # by the sign, the exponent and 11 bits of the mantissa: 2^-11 wide, relative to their scores
+CHUNK = 1 << 20  # scores, or cases of draws, that are processed at a time: at most about 100 MB
+EXACT = 1 << 27  # pixels that a pool stores one by one (512 MiB of float32); above, it counts them in bins
+BINS = 1 << 20  # sign, exponent and 11 bits of the mantissa of a float32: a bin is 2^-11 wide, relative to its scores
 
 
 class Ranked(NamedTuple):
@@ -32,17 +33,17 @@ class Ranked(NamedTuple):
 
 
 def check_finite(negatives: NDArray[Any], positives: NDArray[Any]) -> None:
-    """InputError where scores are not finite."""
+    """Raise InputError where scores are not finite."""
     bad = sum(a.size - np.count_nonzero(np.isfinite(a)) for a in (negatives, positives))
     if bad:
         raise InputError(
-            f"{bad} of {negatives.size + positives.size} scores are not finite: a metric over them would be "
-            "silently wrong; look for empty or constant images, or for a training that diverged"
+            f"{bad} of {negatives.size + positives.size} scores are not finite: look for empty or constant images, or "
+            "for a training that diverged"
         )
 
 
 def sort_classes(negatives: NDArray[Any], positives: NDArray[Any]) -> Ranked:
-    """Sorts both in place (they must be nobody else's); InputError where scores are not finite."""
+    """Sort both arrays in place. Raises InputError where scores are not finite."""
     check_finite(negatives, positives)
     negatives.sort()
     positives.sort()
@@ -50,17 +51,20 @@ def sort_classes(negatives: NDArray[Any], positives: NDArray[Any]) -> Ranked:
 
 
 def _checked(labels: ArrayLike, scores: ArrayLike) -> tuple[NDArray[np.bool_], NDArray[Any]]:
-    """Flat booleans and floats (float32 stays so); ValueError unless equally many, and labels 0 or 1."""
+    """Flat labels as booleans and flat scores as floats (float32 stays float32).
+
+    Raises ValueError where their numbers differ or a label is not 0 or 1.
+    """
     labels, scores = np.asarray(labels).ravel(), np.asarray(scores).ravel()
     if labels.shape != scores.shape:
-        raise ValueError(f"{labels.size} labels for {scores.size} scores: give one label a score")
+        raise ValueError(f"{labels.size} labels for {scores.size} scores: give one label for each score")
     if labels.dtype != bool and not np.all((labels == 0) | (labels == 1)):
-        raise ValueError("labels must be 0 (normal) or 1 (abnormal): leave out cases of unknown label")
+        raise ValueError("labels must be 0 (normal) or 1 (abnormal): leave out cases without a label")
     return labels.astype(bool, copy=False), scores.astype(np.result_type(scores, np.float32), copy=False)
 
 
 def rank(labels: ArrayLike, scores: ArrayLike) -> Ranked:
-    """Sorts each class once; the inputs stay as they are."""
+    """The sorted scores of each class, as new arrays. Raises as `auroc`."""
     labels, scores = _checked(labels, scores)
     return sort_classes(scores[~labels], scores[labels])
 
@@ -70,7 +74,7 @@ def _one_class(ranked: Ranked) -> bool:
 
 
 def _at_positives(ranked: Ranked) -> Iterator[tuple[NDArray[Any], NDArray[Any], NDArray[Any]]]:
-    """Chunks (thresholds, true positives, false positives), one entry a positive, thresholds ascending."""
+    """Chunks of (thresholds, true positives, false positives), one entry for each positive, thresholds ascending."""
     for start in range(0, ranked.positives.size, CHUNK):
         t = ranked.positives[start : start + CHUNK]
         fp, tp = (a.size - np.searchsorted(a, t) for a in ranked)
@@ -81,7 +85,7 @@ def _auroc(ranked: Ranked) -> float:
     if _one_class(ranked):
         return math.nan
     negatives, positives = ranked
-    wins = 0  # in half pairs, a Python integer: exact beyond 2^53
+    wins = 0  # counted in half pairs as a Python integer: exact beyond 2^53
     for start in range(0, positives.size, CHUNK):
         t = positives[start : start + CHUNK]
         wins += int(np.searchsorted(negatives, t).sum() + np.searchsorted(negatives, t, "right").sum())
@@ -95,7 +99,7 @@ def _average_precision(ranked: Ranked) -> float:
 
 
 def _best(ranked: Ranked, measure: Callable[[NDArray, NDArray], NDArray]) -> tuple[float, float]:
-    """The largest measure(tp, fp) over all thresholds, and the highest threshold that reaches it."""
+    """The largest measure(tp, fp) over all thresholds, and the highest threshold with that value."""
     if _one_class(ranked):
         return math.nan, math.nan
     best, threshold = -math.inf, math.nan
@@ -112,32 +116,36 @@ def _best_dice(ranked: Ranked) -> tuple[float, float]:
 
 
 def auroc(labels: ArrayLike, scores: ArrayLike) -> float:
-    """Area under the ROC curve: the chance that a positive scores above a negative, ties counting half.
+    """Area under the ROC curve: the probability that a positive has a higher score than a negative. Ties count half.
 
-    Flat arrays of any size; nan where one class is missing; InputError where scores are not finite.
+    Args:
+      labels, scores: arrays of the same size; a label is 0 or 1.
+
+    Returns nan where one class is missing. Raises InputError where scores are not finite, and ValueError where sizes
+    differ or a label is not 0 or 1.
     """
     return _auroc(rank(labels, scores))
 
 
 def average_precision(labels: ArrayLike, scores: ArrayLike) -> float:
-    """AP = sum over thresholds of (R_n - R_{n-1}) P_n, without interpolation; tied scores are one threshold.
+    """AP = sum_n (R_n - R_{n-1}) P_n over thresholds, with recall R and precision P, without interpolation.
 
-    Flat arrays of any size; nan where one class is missing; InputError where scores are not finite.
+    Equal scores are one threshold. Arguments, nan and errors are as for `auroc`.
     """
     return _average_precision(rank(labels, scores))
 
 
 def best_dice(labels: ArrayLike, scores: ArrayLike) -> tuple[float, float]:
-    """The largest Dice over all thresholds, and the threshold (the highest, where several reach it).
+    """The largest Dice over all thresholds, and its threshold (the highest, if several reach it).
 
-    An oracle: the threshold is chosen on the very data that it is judged on, so this is an upper bound and is
-    to be named so. (nan, nan) where one class is missing.
+    This is an upper bound, because the threshold is chosen on the same data. Name it so where you report it.
+    (nan, nan) where one class is missing.
     """
     return _best_dice(rank(labels, scores))
 
 
 def iou(labels: ArrayLike, scores: ArrayLike, threshold: float) -> float:
-    """Intersection over union of the positives and `score >= threshold`; nan where both are empty."""
+    """Intersection over union of the positives and {score >= threshold}; nan where both are empty."""
     labels, scores = _checked(labels, scores)
     called = scores >= threshold
     union = np.count_nonzero(labels | called)
@@ -145,7 +153,7 @@ def iou(labels: ArrayLike, scores: ArrayLike, threshold: float) -> float:
 
 
 def operating_points(ranked: Ranked, points: int) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
-    """Thresholds (descending) at evenly spread ranks of both classes, or all where they are few; tp; fp."""
+    """Descending thresholds, true positives, false positives. At most `points` evenly spread ranks of each class."""
     some = [a[np.linspace(0, a.size - 1, min(a.size, points)).astype(int)] for a in ranked]
     t = np.unique(np.concatenate(some))[::-1]
     fp, tp = (a.size - np.searchsorted(a, t) for a in ranked)
@@ -153,10 +161,10 @@ def operating_points(ranked: Ranked, points: int) -> tuple[NDArray[Any], NDArray
 
 
 def roc_curve(labels: ArrayLike, scores: ArrayLike, points: int = 200) -> tuple[NDArray, NDArray, NDArray]:
-    """(false-positive rate, true-positive rate, threshold), from (0, 0, inf) up to (1, 1, lowest score).
+    """(false-positive rates, true-positive rates, thresholds), from (0, 0, inf) to (1, 1, lowest score).
 
-    At most `2 * points + 1` exact points, evenly spread over the ranks of either class: the whole curve where
-    no class has more than `points` scores. Empty where one class is missing.
+    The curve has at most `2 * points + 1` points, evenly spread over the ranks of each class. It is complete where no
+    class has more than `points` scores. Empty arrays where one class is missing.
     """
     ranked = rank(labels, scores)
     if _one_class(ranked):
@@ -166,7 +174,7 @@ def roc_curve(labels: ArrayLike, scores: ArrayLike, points: int = 200) -> tuple[
 
 
 def pr_curve(labels: ArrayLike, scores: ArrayLike, points: int = 200) -> tuple[NDArray, NDArray, NDArray]:
-    """(recall, precision, threshold), at the thresholds of `roc_curve`; empty where one class is missing."""
+    """(recalls, precisions, thresholds) at the thresholds of `roc_curve`; empty arrays where one class is missing."""
     ranked = rank(labels, scores)
     if _one_class(ranked):
         return np.empty(0), np.empty(0), np.empty(0)
@@ -175,19 +183,19 @@ def pr_curve(labels: ArrayLike, scores: ArrayLike, points: int = 200) -> tuple[N
 
 
 def threshold_on(labels_val: ArrayLike, scores_val: ArrayLike, largest: str = "youden") -> float:
-    """The validation score at which Youden's J = sensitivity + specificity - 1, or with `largest="accuracy"` the
-    accuracy, is largest, of those that call an abnormal case abnormal.
+    """The threshold with the largest Youden's J = sensitivity + specificity - 1 on validation data.
 
-    Of equally good ones the highest is taken (the fewest false alarms). nan where a class is missing.
+    With `largest="accuracy"`, the threshold with the largest accuracy. Only scores of abnormal cases are thresholds. Of
+    equally good thresholds the highest is returned, which has the fewest false alarms. nan where a class is missing.
     """
     ranked = rank(labels_val, scores_val)
     n, p = (ranked.negatives.size, ranked.positives.size) if largest == "youden" else (1, 1)
-    return _best(ranked, lambda tp, fp: tp * n - fp * p)[1]  # in integers, so that equal ones are equal
+    return _best(ranked, lambda tp, fp: tp * n - fp * p)[1]  # in integers, so that ties are exact
 
 
 def at_threshold(labels: ArrayLike, scores: ArrayLike, threshold: float) -> dict[str, float]:
-    """Accuracy; F1, precision and sensitivity (recall) of the abnormal; specificity of `score >= threshold`. nan where
-    undefined."""
+    """Figures of the decision `score >= threshold`: accuracy, specificity, and F1, precision and sensitivity of the
+    abnormal class. A figure with denominator 0 is nan; all are nan for a threshold that is nan."""
     labels, scores = _checked(labels, scores)
     called = scores >= threshold
     tp, fp = np.count_nonzero(called & labels), np.count_nonzero(called & ~labels)
@@ -204,7 +212,7 @@ def at_threshold(labels: ArrayLike, scores: ArrayLike, threshold: float) -> dict
 
 
 def _clusters(patients: Sequence[Any]) -> NDArray[np.int64]:
-    """Patient numbers 0..k-1; a case without a patient ("" or None) is a patient of its own."""
+    """(n,) patient numbers 0..k-1. A case without a patient ("" or None) counts as one patient."""
     number: dict[Any, int] = {}
     keys = [("patient", p) if p not in ("", None) else ("case", i) for i, p in enumerate(patients)]
     return np.array([number.setdefault(key, len(number)) for key in keys], np.int64)
@@ -223,10 +231,16 @@ def bootstrap_interval(
     seed: int = 0,
     level: float = 0.95,
 ) -> tuple[float, float]:
-    """Percentile interval of `auroc` or `average_precision`, resampling patients with all their images (clusters).
+    """Bootstrap percentile interval of `auroc` or `average_precision`. It resamples patients with all their images.
 
-    As many patients as there are, with replacement, `draws` times; a draw that lacks a class is left out.
-    (nan, nan) where no draw has both. Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13.
+    Each of `draws` draws takes as many patients as there are, with replacement. A draw that lacks a class is left out.
+    (nan, nan) where no draw has both classes. B. Efron, R. Tibshirani, "An Introduction to the Bootstrap", 1993,
+    chapter 13.
+
+    Args:
+      measure: `auroc` or `average_precision`; ValueError for another function.
+      labels, scores, patients: one a case.
+      level: the probability that the interval covers.
     """
     labels, scores = _checked(labels, scores)
     each = _over_draws(measure, labels, scores)
@@ -244,8 +258,10 @@ def paired_difference(
     seed: int = 0,
     level: float = 0.95,
 ) -> tuple[float, tuple[float, float]]:
-    """measure(labels, scores) - measure(labels, others) of the same cases, and its percentile interval over the same
-    draws of patients for both (`bootstrap_interval`)."""
+    """(measure(labels, scores) - measure(labels, others), its percentile interval), for two scores of the same cases.
+
+    Both scores have the same draws of patients, see `bootstrap_interval`.
+    """
     (labels, scores), (_, others) = _checked(labels, scores), _checked(labels, others)
     a, b = (_over_draws(measure, labels, values) for values in (scores, others))
     each = [a(counts) - b(counts) for counts in _drawn(labels, patients, draws, seed)]
@@ -253,9 +269,9 @@ def paired_difference(
 
 
 def _drawn(labels: NDArray[np.bool_], patients: Sequence[Any], draws: int, seed: int) -> Iterator[NDArray[np.int64]]:
-    """Some draws of patients at a time that have both classes: how often each case is in each, (k, cases)."""
+    """Draws of patients with both classes, several at a time: (k, cases), how often each case is in each draw."""
     if len(patients) != labels.size:
-        raise ValueError(f"{len(patients)} patients for {labels.size} scores: give one patient a score")
+        raise ValueError(f"{len(patients)} patients for {labels.size} scores: give one patient for each score")
     if labels.all() or not labels.any():
         return
     clusters = _clusters(patients)
@@ -269,7 +285,10 @@ def _drawn(labels: NDArray[np.bool_], patients: Sequence[Any], draws: int, seed:
 
 
 def _over_draws(measure: Measure, labels: NDArray[np.bool_], scores: NDArray[Any]) -> Callable[[NDArray], NDArray]:
-    """A function (k, cases) -> (k,): a measure of draws from how often each case is in them; scores are sorted once."""
+    """A function from draws, (k, cases) counts of each case, to the measure of each draw, (k,).
+
+    It sorts scores once.
+    """
     if measure not in (auroc, average_precision):
         raise ValueError("measure is auroc or average_precision")
     check_finite(scores[~labels], scores[labels])
@@ -279,8 +298,8 @@ def _over_draws(measure: Measure, labels: NDArray[np.bool_], scores: NDArray[Any
 
     def each(counts: NDArray[np.int64]) -> NDArray[np.float64]:
         counts = counts[:, order]
-        before = lambda own: np.pad(np.cumsum(counts * own, 1), ((0, 0), (1, 0)))  # cases of a class below each place
-        negatives, positives, times = before(~sorted_labels), before(sorted_labels), counts[:, sorted_labels]
+        below = lambda members: np.pad(np.cumsum(counts * members, 1), ((0, 0), (1, 0)))  # cases below each rank
+        negatives, positives, times = below(~sorted_labels), below(sorted_labels), counts[:, sorted_labels]
         n, p = negatives[:, -1], positives[:, -1]
         if measure is auroc:
             return np.sum(times * (negatives[:, low] + negatives[:, high]), 1) / (2 * n * p)
@@ -299,10 +318,11 @@ def _percentiles(parts: Sequence[NDArray], level: float) -> tuple[float, float]:
 
 
 def chi2_distance(scores_normal: ArrayLike, scores_abnormal: ArrayLike, bins: int = 100) -> dict[str, float]:
-    """1/2 sum_b (h_b - k_b)^2 / (h_b + k_b) over equal bins of the min-max scaled scores of both classes.
+    """The chi-squared distance 1/2 sum_b (h_b - k_b)^2 / (h_b + k_b) of the histograms h, k of the two classes.
 
-    `raw` on counts (it grows with the number of images), `normalised` on fractions (0 equal, 1 disjoint): AMAE
-    (Bozorgtabar et al. 2023) says neither which of the two nor how many bins; 100 is our reading.
+    The bins are equal parts of the range of all scores. "raw" uses counts, so it grows with the number of images;
+    "normalised" uses fractions: 0 for equal, 1 for disjoint histograms. Bozorgtabar et al. 2023 name neither the
+    variant nor the number of bins. ours: 100 bins.
     """
     classes = [np.array(s, np.float64).ravel() for s in (scores_normal, scores_abnormal)]
     ranked = sort_classes(*classes)
@@ -315,7 +335,7 @@ def chi2_distance(scores_normal: ArrayLike, scores_abnormal: ArrayLike, bins: in
 
 
 def replicate_summary(values: Sequence[float]) -> dict[str, Any]:
-    """Mean over replicates (seeds) and 1.96 sample standard deviations (ddof 1; nan for one value)."""
+    """The mean over replicates (seeds), and "half_width", 1.96 sample standard deviations (nan for one value)."""
     values = [float(v) for v in values]
     mean = float(np.mean(values)) if values else math.nan
     half_width = 1.96 * float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
@@ -325,7 +345,7 @@ def replicate_summary(values: Sequence[float]) -> dict[str, Any]:
 def image_metrics(
     labels: ArrayLike, scores: ArrayLike, patients: Sequence[Any], *, draws: int = 2000, seed: int = 0
 ) -> dict[str, Any]:
-    """AUROC and AP of image scores with 95 % intervals over patients, and how many images of each class."""
+    """AUROC and AP of image scores with 95 % intervals over patients, and the numbers of normal and abnormal images."""
     labels, scores = _checked(labels, scores)
     ranked = rank(labels, scores)
     interval = lambda f: list(bootstrap_interval(f, labels, scores, patients, draws=draws, seed=seed))
@@ -345,23 +365,23 @@ Regions = Sequence[NDArray[np.bool_] | None] | None
 
 
 def score_bins(scores: NDArray[Any]) -> NDArray[Any]:
-    """The bin of each score, in the order of the scores: equal scores (-0.0 and 0.0 too) are in one bin.
+    """The number of the bin of each score. Bins have the order of the scores; -0.0 and 0.0 share one bin.
 
     The bits of a float32, read as an integer, rise with a positive number and fall with a negative one.
     """
-    with np.errstate(over="ignore"):  # a float64 beyond float32 goes to the outermost bin: still in order
+    with np.errstate(over="ignore"):  # a float64 beyond float32 goes to the outermost bin, which keeps the order
         bits = (scores.astype(np.float32) + np.float32(0)).view(np.uint32)  # -0.0 + 0.0 is 0.0
     return np.where(bits >> 31, ~bits, bits | 0x80000000) >> 12
 
 
 def bin_edges(bins: NDArray[Any]) -> NDArray[np.float32]:
-    """The lowest score of each bin: what is at or above it lies in that bin or a higher one."""
+    """The lowest score of each bin."""
     bits = bins.astype(np.uint32) << 12
     return np.where(bits >> 31, bits ^ np.uint32(0x80000000), ~bits).view(np.float32)
 
 
 def _binned(counts: NDArray[np.int64]) -> dict[str, float]:
-    """Figures, with the bounds of `Pooled`, of negatives and positives counted in bins: (2, bins), ascending."""
+    """The figures and their error bounds (see `Pooled`), from counts (2, bins) of negatives and positives."""
     n, p = counts[:, ::-1]
     fp, tp = counts[:, ::-1].cumsum(1)
     negatives, positives = int(fp[-1]), int(tp[-1])
@@ -382,36 +402,38 @@ def _binned(counts: NDArray[np.int64]) -> dict[str, float]:
 
 
 class Pooled:
-    """The pixels (voxels) of any number of images, inside their regions, pooled image by image.
+    """Pixel figures over the pooled pixels (voxels) of images, inside their regions. Images are added one by one.
 
-    Exact up to `EXACT` pixels. Beyond, pixels are counted in `BINS` bins, all that share a bin count as tied, and
-    figures have bounds on their distance to the exact ones, whatever the scores within the bins. With p_b positives
-    and n_b negatives in bin b, P and N in all, TP_b and FP_b in b and above:
+    Figures are exact up to `EXACT` pixels. Above, pixels are counted in `BINS` bins, and pixels of one bin count as
+    ties. AUROC and AP then have error bounds that hold for any scores within the bins. Let p_b and n_b be the positives
+    and negatives in bin b, P and N those of all bins, TP_b and FP_b those of bin b and above.
 
-      auroc_error = 1/2 sum_b p_b n_b / (P N), as a pair within a bin counts 1/2 and is worth 0 to 1;
-      ap_error = the larger distance of AP = 1/P sum_b p_b TP_b / (TP_b + FP_b) to the ends of what it can be:
-        highest, a bin's positives tied and above its negatives: 1/P sum_b p_b TP_b / (TP_b + FP_b - n_b);
-        lowest, below its negatives and one by one: with T = TP_b - p_b + FP_b,
-          1/P sum_b sum_{j=1..p_b} (1 - FP_b / (T + j)) >= 1/P sum_b (p_b - FP_b log(1 + p_b / (T + 1/2))),
-          as 1/x is convex, so that 1/(T + j) is at most its mean from T + j - 1/2 to T + j + 1/2.
+      auroc_error = 1/2 sum_b p_b n_b / (P N), because a pair within a bin counts 1/2 and its true value is 0 to 1.
+      ap_error: AP = 1/P sum_b p_b TP_b / (TP_b + FP_b). The error is its larger distance to two ends.
+        Highest: the positives of a bin are tied and above its negatives: 1/P sum_b p_b TP_b / (TP_b + FP_b - n_b).
+        Lowest: they are below its negatives and have no ties. With T = TP_b - p_b + FP_b, this is
+          1/P sum_b sum_{j=1..p_b} (1 - FP_b / (T + j)) >= 1/P sum_b (p_b - FP_b log(1 + p_b / (T + 1/2))).
+          1/x is convex, so 1/(T + j) is at most the mean of 1/x from T + j - 1/2 to T + j + 1/2.
 
-    The best Dice (and its IoU) is then the best over the edges of bins, hence at most the exact one.
+    The best Dice and its IoU are then the best at edges of bins, so at most the exact ones.
     """
 
     def __init__(self) -> None:
         self.images = 0
         self.sizes = [0, 0]  # pixels, negative and positive
         self.parts: tuple[list[NDArray], list[NDArray]] = [np.empty(0, np.float32)], [np.empty(0, np.float32)]
-        self.counts: NDArray[np.int64] | None = None  # (2, BINS), once in bins; parts are empty then
+        self.counts: NDArray[np.int64] | None = None  # (2, BINS) above `EXACT` pixels; `parts` is empty then
 
     def add(self, mask: NDArray, scores: NDArray, region: NDArray | None = None) -> None:
-        """Takes one image: its lesion mask, its map and where metrics count (None is everywhere), of one shape.
+        """Add one image: its lesion mask, its map, and the region where metrics count (None is everywhere), of one
+        shape.
 
-        ValueError where shapes differ, InputError where scores inside the region are not finite; neither is taken.
+        Raises ValueError where shapes differ, and InputError where scores inside the region are not finite. The image
+        is then not added.
         """
         shapes = [a.shape for a in (mask, scores, region) if a is not None]
         if len(set(shapes)) != 1:
-            raise ValueError(f"image {self.images}: mask, map (and region) are {shapes}: bring them to one grid")
+            raise ValueError(f"image {self.images}: mask, map (and region) are {shapes}: resample them to one grid")
         lesion = mask.astype(bool, copy=False)
         inside = np.True_ if region is None else region.astype(bool, copy=False)
         classes = scores[inside & ~lesion], scores[inside & lesion]
@@ -432,7 +454,7 @@ class Pooled:
         return other
 
     def _count(self) -> None:
-        """Moves the scores kept one by one into bins."""
+        """Count the stored scores in bins, and drop them."""
         self.counts = np.zeros((2, BINS), np.int64) if self.counts is None else self.counts
         for counts, parts in zip(self.counts, self.parts, strict=True):
             for values in parts:
@@ -441,8 +463,10 @@ class Pooled:
             parts.clear()
 
     def percentile(self, q: float) -> float:
-        """The q-th percentile, linear between ranks, of the negatives so far; in bins the lower edge of the bin that
-        holds the rank at or below it. nan where there are none."""
+        """The q-th percentile of the negatives so far, linear between ranks; nan without negatives.
+
+        Above `EXACT` pixels, the lower edge of the bin of the rank at or below it.
+        """
         if not self.sizes[0]:
             return math.nan
         if self.counts is None:
@@ -451,7 +475,7 @@ class Pooled:
         return float(bin_edges(np.searchsorted(self.counts[0].cumsum(), [rank], "right"))[0])
 
     def result(self) -> dict[str, float | None]:
-        """The figures of `pixel_metrics` over the images so far; in bins also auroc_error and ap_error."""
+        """The figures of `pixel_metrics` over the images so far; above `EXACT` pixels also auroc_error and ap_error."""
         if self.counts is None:
             ranked = sort_classes(*(np.concatenate(parts) for parts in self.parts))
             found = {"auroc": _auroc(ranked), "ap": _average_precision(ranked), "dice_best": _best_dice(ranked)[0]}
@@ -467,16 +491,16 @@ class Pooled:
 
 
 def pixel_metrics(masks: Masks, maps: Maps, regions: Regions = None) -> dict[str, float | None]:
-    """Metrics over the pixels (voxels) of all images pooled, inside `regions` where given.
+    """Figures over the pooled pixels (voxels) of all images, inside `regions`.
 
     Args:
-      masks: one boolean array an image, True = lesion; all False for a normal image.
-      maps: one array of scores an image, of the mask's shape.
-      regions: where metrics count, one boolean array an image; None is everywhere, for one image or for all.
+      masks: one boolean array for each image, True = lesion; all False for a normal image.
+      maps: one array of scores for each image, of the mask's shape.
+      regions: where metrics count, one boolean array for each image; None is everywhere, for one image or for all.
 
-    Returns: auroc, ap, prevalence (the AP of a random map), dice_best and iou at the oracle threshold (upper
-    bounds, see `best_dice`), froc None. nan where one class is missing. Beyond `EXACT` pixels also auroc_error
-    and ap_error (see `Pooled`).
+    Returns: "auroc"; "ap"; "prevalence", which is the AP of a random map; "dice_best" and "iou" at the best threshold,
+    upper bounds as `best_dice`; "froc", None. A figure is nan where one class is missing. Above `EXACT` pixels also
+    "auroc_error" and "ap_error", see `Pooled`.
     """
     pool = Pooled()
     for mask, scores, region in zip(masks, maps, [None] * len(maps) if regions is None else regions, strict=True):
@@ -485,9 +509,10 @@ def pixel_metrics(masks: Masks, maps: Maps, regions: Regions = None) -> dict[str
 
 
 def patient_mean(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """The mean of rows {auroc, ap, prevalence}, one a patient, over those with a lesion inside the region; n; skipped.
+    """The mean over patients with a lesion inside the region, of rows {auroc, ap, prevalence}, one for each patient.
 
-    The figure that MAEMI (Lang et al. 2023) reports is this mean, not the pooled one. Rows may come from JSON.
+    Returns the means, and "n" and "skipped", the numbers of patients with and without a lesion. Lang et al. 2023 report
+    this mean, not the figure over pooled pixels. Rows may come from JSON.
     """
     used = [row for row in rows if row["auroc"] is not None and not math.isnan(row["auroc"])]
     mean = lambda name: float(np.mean([row[name] for row in used])) if used else math.nan
@@ -496,7 +521,7 @@ def patient_mean(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def json_ready(value: Any) -> Any:
-    """The same in what JSON knows: arrays and tuples are lists, NumPy scalars Python's, nan and inf null."""
+    """The value in types of JSON: arrays and tuples become lists, NumPy scalars Python scalars, nan and inf null."""
     if isinstance(value, Mapping):
         return {str(k): json_ready(v) for k, v in value.items()}
     if isinstance(value, list | tuple):

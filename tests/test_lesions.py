@@ -166,7 +166,7 @@ def test_froc_boxes_are_rounded_as_the_loaders_are_and_keep_a_pixel():
     for box in ((9.6, 3.4, 14.5, 8.2), (5.0, 5.0, 5.2, 5.1), (40.0, 45.0, 60.0, 60.0)):
         x0, y0, x1, y1 = box
         mask = boxes_mask([box], (48, 48))
-        kept = [frocs((lesions, np.zeros((48, 48)))).kept[0] for lesions in (mask, [((y0, y1), (x0, x1))])]
+        kept = [frocs((lesions, np.zeros((48, 48)))).maps[0] for lesions in (mask, [((y0, y1), (x0, x1))])]
         np.testing.assert_array_equal(kept[0].boxes, kept[1].boxes)
 
 
@@ -192,7 +192,7 @@ def test_froc_beyond_the_limit_is_nan_never_a_part(monkeypatch):
     for images in (2, 3):
         found.add([], blobs())
         got = found.result()
-        assert math.isnan(got.pop("sensitivity")) and not found.kept
+        assert math.isnan(got.pop("sensitivity")) and not found.maps
         assert got == {"at": 10, "lesions": 1, "images": images, "curve": []}
 
 
@@ -301,6 +301,6 @@ def test_localisation_refuses_an_image_whole_and_goes_on():
     before = found.result(0.1)
     with pytest.raises(InputError, match="1 of 4 scores are not finite"):
         found.add(np.eye(2, dtype=bool), np.array([[0, 1], [np.nan, 2]]))
-    with pytest.raises(ValueError, match="bring them to one grid"):
+    with pytest.raises(ValueError, match="resample them to one grid"):
         found.add(np.eye(2, dtype=bool), np.zeros((3, 2)))
     assert found.result(0.1) == before

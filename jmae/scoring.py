@@ -1,4 +1,4 @@
-"""From error maps to anomaly maps, on the device; what a score means."""
+"""From error maps to anomaly maps and scores, on the device."""
 
 from collections.abc import Mapping, Sequence
 from math import floor
@@ -14,8 +14,8 @@ from jmae.errors import InputError
 def minimum_filter(image: Float[Array, "b *size c"], size: tuple[int, ...]) -> Float[Array, "b *size c"]:
     """The smallest value of a box of `size` voxels around each voxel: `scipy.ndimage.minimum_filter`, mirrored border.
 
-    An even edge has its extra voxel below: 2 covers {s - 1, s}. What a mirrored border adds lies in the box already,
-    so that voxels outside count as infinite; so may a caller mark voxels that are not there.
+    For an even edge the extra voxel is below: 2 covers {s - 1, s}. A mirrored border only repeats voxels of the box, so
+    voxels outside the image count as infinite. A caller can mark missing voxels in the same way.
     """
     for axis, edge in enumerate(size, 1):
         low, high, n = edge // 2, edge - 1 - edge // 2, image.shape[axis]
@@ -33,20 +33,20 @@ def minimum_filter(image: Float[Array, "b *size c"], size: tuple[int, ...]) -> F
 
 
 def top_mean(values: np.ndarray, region: np.ndarray | None, share: float) -> float:
-    """The mean of the highest `share` of a map's values in a region, at least one value."""
+    """The mean of the highest `share` of the values of a map inside a region (None: everywhere), at least one value."""
     values = values.ravel() if region is None else values[region]
     k = max(1, round(share * values.size))
     return float(np.partition(values, -k)[-k:].mean(dtype=np.float64))
 
 
 def auroc(scores: Float[Array, " n"], labels: Int[Array, " n"] | Bool[Array, " n"]) -> Float[Array, ""]:
-    """The chance that a positive (label 1) scores above a negative (0), ties counting half: `metrics.auroc` on the
-    device. Other labels do not count; nan where a class is missing or a score that counts is not finite.
+    """`metrics.auroc` on the device: the probability that a positive (label 1) has a higher score than a negative (0).
 
-    Raises InputError from 2^16 scores on: pairs are counted exactly, in 32 bits.
+    Ties count half, and other labels do not count. nan where a class is missing or a score is not finite. Pairs are
+    counted exactly in 32 bits, so 2^16 scores and more raise InputError.
     """
     if len(scores) >= 2**16:
-        raise InputError(f"AUROC of {len(scores)} scores on the device: give fewer than {2**16} images to choose by")
+        raise InputError(f"AUROC of {len(scores)} scores on the device: choose by fewer than {2**16} images")
     negative, positive = labels == 0, labels == 1
     below, m = jnp.sort(jnp.where(negative, scores, jnp.inf)), jnp.sum(negative)
     halves = sum(jnp.searchsorted(below, scores, side) for side in ("left", "right"))

@@ -21,7 +21,8 @@ from ml_collections import ConfigDict
 
 from jmae.errors import InputError
 
-RETIRED = {"data.normal_crops_only", "evaluation.filter"}  # keys that had no effect in the recipes that lost them
+# Keys that had no effect in the recipes that lost them.
+RETIRED = {"data.normal_crops_only", "evaluation.chunk", "evaluation.filter"}
 AXES = -1  # length of a tuple with one number for each axis of `data.size`
 
 
@@ -254,6 +255,8 @@ def check(config: ConfigDict) -> None:
     """
     declared, values = declarations(config.system, volumes=is_volume(config)), dict(keys_of(config))
     del values["system"]
+    if set(values) != set(declared) and set(values) == set(declarations(config.system, volumes=not is_volume(config))):
+        raise InputError(f"data.size has {len(config.data.size)} axes: take a preset whose data.size has as many")
     if unknown := [key for key in values if key not in declared]:
         raise InputError(f"{unknown[0]} is no key of this recipe: did you mean {nearest(unknown[0], list(declared))}?")
     if missing := [key for key in declared if key not in values]:

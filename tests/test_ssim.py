@@ -161,7 +161,7 @@ def test_mapped_over_y_alone_x_is_filtered_once():
         ((32, 32, 8), 3, 3, 2, r"window to \(3, 3, 1\) or"),
         ((32, 32, 2), 3, 3, (2, 2, 1), r"needs more than \(8, 8, 2\) voxels"),
         ((64, 64), 4, 2, 2, "odd"),
-        ((64, 64), (3, 3, 3), 2, 2, "one value, or one an axis"),
+        ((64, 64), (3, 3, 3), 2, 2, "one value, or one for each axis"),
     ],
 )
 def test_a_window_that_does_not_fit_is_an_input_error(size, window, scales, pool, message):

@@ -1,10 +1,11 @@
 """The U-Net over images with any number of axes, and the layers that PHiSeg shares with it.
 
 Ronneberger, Fischer, Brox, "U-Net", MICCAI 2015, arXiv 1505.04597, in the form of baumgach/PHiSeg-code (`det_unet2D`),
-which P-PII trains (Mueller et al., UNSURE 2023): average pooling, linear upsampling, batch norm before each ReLU, and
-decoder levels as wide as the level below them. Differences, `ours:` dropout at the end of every level (P-PII does not
-say where its MC U-Net has it), and half-pixel centres in the upsampling (TensorFlow 1 took pixel i/2, which shifts maps
-by half a fine pixel a level).
+which P-PII trains (Mueller et al., UNSURE 2023). It has average pooling, linear upsampling, batch norm before each
+ReLU, and decoder levels as wide as the level below them. Two differences are `ours:`
+
+- dropout at the end of every level: P-PII does not say where its MC U-Net has dropout;
+- half-pixel centres in the upsampling: TensorFlow 1 took pixel i/2, which shifts maps by half a fine pixel a level.
 """
 
 from collections.abc import Callable
@@ -21,7 +22,10 @@ from jmae.nn.conv import batch_norm_in_training, conv, dropout, normalised, pool
 
 
 def check_size(size: tuple[int, ...], levels: int) -> list[tuple[int, ...]]:
-    """The map's size at each of `levels`, each axis half the one before until it is 1; InputError on an odd length."""
+    """The size of the map at each level. Each axis halves from level to level until it is 1.
+
+    Raises InputError for an odd length.
+    """
     sizes = [tuple(size)]
     for _ in range(levels - 1):
         if any(n > 1 and n % 2 for n in sizes[-1]):
@@ -37,7 +41,7 @@ def check_size(size: tuple[int, ...], levels: int) -> list[tuple[int, ...]]:
 class Convs(nnx.Module):
     """Convolutions in a row to `widths` channels, each with batch norm (momentum 0.99, epsilon 1e-3) and ReLU.
 
-    Statistics and norm in float32. `remat` computes them again in the backward pass instead of keeping them.
+    Statistics and norm are float32. With `remat` the backward pass computes the activations again, in less memory.
     """
 
     def __init__(
@@ -85,7 +89,7 @@ class Convs(nnx.Module):
 
 
 class Encoder(nnx.Module):
-    """Three convolutions a level, pooled in between; gives the features of every level, finest first."""
+    """Levels of three convolutions, with pooling in between. A call gives the features of all levels, finest first."""
 
     def __init__(
         self, rank: int, channels: int, widths: tuple[int, ...], dtype: jnp.dtype, remat: bool, *, rngs: nnx.Rngs
@@ -111,7 +115,8 @@ class Encoder(nnx.Module):
 class UNet(nnx.Module):
     """Encoder, decoder with skips, three 1x1 convolutions of `head` channels, logits in float32.
 
-    `widths` has a level each; sizes as `check_size` has them. `dropout` is a rate, active where a call gets keys.
+    `widths` are the channels of the levels. `check_size` says which sizes fit. `dropout` is a rate; it is in use where
+    a call has keys.
     """
 
     def __init__(
@@ -128,7 +133,7 @@ class UNet(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.encoder = Encoder(rank, channels, widths, dtype, remat, rngs=rngs)
-        below = (*widths[1:], widths[-1])  # channels of what comes up to a level
+        below = (*widths[1:], widths[-1])  # channels that come up to each level
         triples = zip(widths[:-1], below[1:], widths[1:], strict=True)
         self.decoder = nnx.List([Convs(rank, a + b, (c,) * 3, dtype, remat, rngs=rngs) for a, b, c in triples])
         self.head = Convs(rank, below[0], (head,) * 3, dtype, remat, length=1, rngs=rngs)

@@ -48,6 +48,7 @@ from ml_collections import ConfigDict
 from jmae import recipe
 from jmae.chips import CHIPS, Machine, devices_of, first_line, target_of
 from jmae.errors import InputError, exit_code
+from jmae.gpus import without_cudnn
 from jmae.hlo import Program, Work
 from jmae.inference import filled, scoring_batch, scoring_program, seeds_of, sweep_program
 from jmae.reconstruct import fitting
@@ -127,7 +128,7 @@ def plan(
     results: dict[str, Any] = {}
     found: list[dict[str, Any]] = []
     known: dict[Any, dict[str, Any]] = {}
-    with tracing_for(machine.answers):
+    with tracing_for(machine.target), without_cudnn():
         system = load_system(config)
         names = [each.name for each in system.stages]
         if stage and stage not in names:
@@ -377,7 +378,7 @@ def scoring(config: ConfigDict, machine: Machine, *, volume: tuple[int, ...] = (
     devices = [device for device in every if device.process_index == every[0].process_index]
     mesh = device_mesh(1, devices)
     place = lambda shape: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=replicated(mesh))
-    with tracing_for(machine.answers):
+    with tracing_for(machine.target), without_cudnn():
         system = load_system(config)
         if system.sweep and len(volume) != len(system.sweep.window):
             raise InputError(f"{config.system} scores volumes: name the size of one, as --volume=273x406x105 (voxels)")

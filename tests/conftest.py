@@ -34,6 +34,7 @@ from PIL import Image
 
 from jmae import checkpoint, train
 from jmae.errors import exit_code
+from jmae.gpus import without_cudnn
 
 # Tracing leaves many objects and little garbage: it is collected rarely.
 gc.freeze()
@@ -148,6 +149,13 @@ def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None
             make(base / name)
             lock.write("made")
     return base / name
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_cudnn():
+    """Programs for NVIDIA GPUs are traced on machines without cuDNN."""
+    with without_cudnn():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -14,6 +14,7 @@ from patients import arguments
 
 from jmae import plan, recipe, sharding, train
 from jmae.errors import exit_code
+from jmae.gpus import without_cudnn
 from jmae.hlo import Program
 from jmae.inference import seeds_of
 from jmae.system import load_system, stage_keys
@@ -125,7 +126,7 @@ def exchanged() -> dict[str, list[float]]:
         ("simsid", "joint", "variant=official"),
     ):
         config, _ = small_system("fsdp=4", *changes, name=name)
-        with tracing_for(H200):
+        with tracing_for(H200), without_cudnn():
             results = {}
             for number, each in enumerate(load_system(config).stages):
                 if each.name == stage:
@@ -145,7 +146,7 @@ def rows_of_kernels() -> dict[str, list[int]]:
     config, _ = small_system(name="memmc_mae")
     for count in (1, 8):
         mesh = sharding.device_mesh(1, jax.devices()[:count])
-        with tracing_for(H200):
+        with tracing_for(H200), without_cudnn():
             system = load_system(config)
             state, inputs, step = plan.step_of(config, system.stages[0], 0, {}, mesh, 16)
             results = {"train": plan.result_of(config, system.stages[0], 0, {})}

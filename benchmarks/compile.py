@@ -30,7 +30,7 @@ def first_steps(system: str, preset: str) -> dict[str, Any]:
     import jax
     import numpy as np
 
-    from benchmarks.volume import ROOT
+    from benchmarks.steps import ROOT
     from jmae import recipe
     from jmae.processes import keep_compiled
     from jmae.sharding import device_mesh
@@ -46,10 +46,10 @@ def first_steps(system: str, preset: str) -> dict[str, Any]:
         state = compiled_init(stage, n, 1, device_mesh())(key, results)
         image = np.random.default_rng(0).uniform(size=(n, *config.data.size, config.data.channels)).astype(np.float32)
         rows = {"image": image, "index": np.arange(n, dtype=np.int32), "case": np.zeros((n, 2), np.uint32)}
-        rows |= {name: np.stack([make(one) for one in image]) for name, make in stage.host.items()}
+        rows |= {name: np.stack([make(one) for one in image]) for name, make in stage.host_arrays.items()}
         # A copy, as the step's own state is donated and may share arrays with the results of the stages before it.
         state, metrics = compiled_step(stage.step, 1000, 1, (), None, stage.phases[0])(
-            jax.tree.map(jax.numpy.copy, state), rows, key, None
+            jax.tree.map(jax.numpy.copy, state), rows, key, results
         )
         jax.block_until_ready((state, metrics))
         results[stage.name] = stage.result(state)

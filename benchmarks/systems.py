@@ -21,8 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.maemi import train
-from benchmarks.ppii import without_curves
+from benchmarks.steps import train_run, without_curves
 from benchmarks.timing import table, write
 from jmae import metrics
 from jmae.data.files import read_image
@@ -119,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         changes = CHANGES.get(name, {}) | PACKS[options.pack].get(name, {})
         given = [f"--config.{key}={value}" for key, value in changes.items()]
         given = [f"--config=configs/{name}.py:small", f"--config.budget={options.budget}", *given]
-        own = train([*given, f"--config.data.manifest={manifest}"], place / name)
+        own = train_run([*given, f"--config.data.manifest={manifest}"], place / name)
         result = figures(place / name) | {"wall_seconds": own["wall_seconds"], "arguments": given}
         write(RESULTS, f"{options.pack}, budget {options.budget:g}, {name}", result)
         rows += rows_of(name, result)

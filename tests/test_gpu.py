@@ -56,7 +56,7 @@ def networks():
 
 
 def lowered(text):
-    """StableHLO of each stage of a recipe, in each phase, and of its score. A step of several stages is lowered once."""
+    """StableHLO of each stage of a recipe, in each phase, and of its score. A shared step is lowered once."""
     config, mesh, results, found, known = read(text), device_mesh(1, jax.devices()[:1]), {}, {}, set()
     with tracing_for(H200):
         system = load_system(config)

@@ -13,8 +13,9 @@ import jinja2
 import numpy as np
 from numpy.typing import NDArray
 
+import jmae.report.charts as charts
+import jmae.report.words as words
 from jmae import metrics
-from jmae.report import charts, words
 from jmae.report.cases import SLICES, Case, choose_cases, one_slice
 from jmae.report.pictures import MAX_SIDE, Scale, case_pictures, colour_scale, palette, slides, spread_scale
 

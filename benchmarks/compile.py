@@ -33,9 +33,9 @@ def first_steps(system: str, preset: str) -> dict[str, Any]:
     from benchmarks.steps import ROOT
     from jmae import recipe
     from jmae.processes import keep_compiled
+    from jmae.programs import compiled_init, compiled_step
     from jmae.sharding import device_mesh
     from jmae.system import load_system, stage_keys
-    from jmae.train import compiled_init, compiled_step
 
     keep_compiled()
     config = recipe.load(f"{ROOT / 'configs' / system}.py:{preset}")

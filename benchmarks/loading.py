@@ -139,8 +139,8 @@ def waiting(files: list[str], way: str, folder: str) -> dict[str, float]:
     """Median seconds of a step, of next(iterator) between steps, its longest, and its share of both."""
     import jax
 
+    from jmae.programs import compiled_step
     from jmae.system import load_system, stage_keys
-    from jmae.train import compiled_step
 
     make, batch, _, resident, config = opened(files, way, folder)
     stage, key = load_system(config).stages[0], stage_keys(config, 0)

@@ -53,9 +53,9 @@ def jmae_stage(*, recipe: str, stage: str = "train", batch: int = 0, changes: di
     import jax
     import numpy as np
 
+    from jmae.programs import compiled_step
     from jmae.recipe import load
     from jmae.system import load_system, stage_keys
-    from jmae.train import compiled_step
 
     config = load(f"{ROOT / 'configs' / recipe}")
     config.update_from_flattened_dict(changes or {})

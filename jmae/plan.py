@@ -51,12 +51,12 @@ from jmae.errors import InputError, exit_code
 from jmae.gpus import without_cudnn
 from jmae.hlo import Program, Work
 from jmae.inference import filled, scoring_batch, scoring_program, seeds_of, sweep_program
+from jmae.programs import compiled_step, places, steps_of_dispatch
 from jmae.reconstruct import fitting
 from jmae.run_folder import log, write_text
 from jmae.sharding import device_mesh, replicated, sharded, split
 from jmae.system import Stage, State, Sweep, System, load_system, stage_keys
 from jmae.target import tracing_for
-from jmae.train import compiled_step, places, steps_of_dispatch
 from jmae.windows import tile
 
 ROWS = 1000  # of an assumed manifest; they size what a stage stores for each row (AMAE's margins), and the schedule

@@ -12,7 +12,7 @@ import numpy as np
 from drawn import first_state
 from patients import arguments
 
-from jmae import plan, recipe, sharding, train
+from jmae import plan, programs, recipe, sharding, train
 from jmae.errors import exit_code
 from jmae.gpus import without_cudnn
 from jmae.hlo import Program
@@ -104,7 +104,7 @@ def bytes_of_states() -> dict[str, list[int]]:
     key, first, out = stage_keys(config, 0), jax.devices()[0], {}
     for fsdp in (1, 4, 8):
         mesh = sharding.device_mesh(fsdp)
-        state = jax.jit(lambda key, mesh=mesh: train.placed(system.stages[0].init(key, {}, 16), mesh))(key)
+        state = jax.jit(lambda key, mesh=mesh: programs.placed(system.stages[0].init(key, {}, 16), mesh))(key)
         leaves = [leaf for leaf in jax.tree.leaves((state.params, state.opt)) if leaf.size >= sharding.SPLIT_FROM]
         shards = [shard.data.nbytes for leaf in leaves for shard in leaf.addressable_shards if shard.device == first]
         out[str(fsdp)] = [sum(shards), sum(leaf.nbytes for leaf in leaves)]

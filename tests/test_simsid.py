@@ -19,7 +19,7 @@ from scipy.special import expit
 from scipy.stats import entropy
 
 from configs import simsid as recipe
-from jmae import checkpoint, train
+from jmae import checkpoint, programs, train
 from jmae.data.manifest import Row
 from jmae.errors import InputError, exit_code
 from jmae.losses import discriminator_loss, histogram_kl, pixel_kl
@@ -106,7 +106,7 @@ def compiled(*changes: str):
 
     def of(stage):
         mesh, phases = device_mesh(), stage.phases
-        steps = {phase: train.compiled_step(stage.step, stage.steps(8), 1, phase=phase) for phase in set(phases)}
+        steps = {phase: programs.compiled_step(stage.step, stage.steps(8), 1, phase=phase) for phase in set(phases)}
         copy = lambda state: jax.device_put(jax.tree.map(np.array, state), replicated(mesh))  # it is donated
         own = lambda state: steps[phases[int(state.step) % len(phases)]]
         return lambda state, some, key: own(state)(copy(state), place_batch(some, mesh), key, None)
@@ -750,7 +750,7 @@ def test_the_official_step_is_two_programs_and_neither_computes_for_the_other():
     assert made < critic < 2 * made and both - critic > 2 * made
     # A round of both on the device is the two steps one after the other.
     mesh = device_mesh()
-    several = train.compiled_steps(stage.step, stage.steps(8), 1, (), mesh, stage.phases, 4)
+    several = programs.compiled_steps(stage.step, stage.steps(8), 1, (), mesh, stage.phases, 4)
     some = [batch(4, seed=i) for i in range(4)]
     whole = jax.device_put(jax.tree.map(np.array, start), replicated(mesh))
     stacked = place_batch(jax.tree.map(lambda *arrays: np.stack(arrays), *some), mesh, axis=1)

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from jmae import checkpoint, evaluate, recipe, seen, train
+from jmae import checkpoint, evaluate, programs, progress, recipe, seen, train
 from jmae.data import loader, phantoms
 from jmae.errors import InputError, exit_code
 from jmae.run_folder import add_history, cut_history, read_history
@@ -244,7 +244,7 @@ def test_dispatches_cross_no_halt_and_depend_on_the_step_s_number_alone(steps, l
     def walk(done: int) -> list[tuple[int, int]]:
         out = []
         while done < steps:
-            out.append((done, train.next_dispatch(done, steps, length, period, halts)))
+            out.append((done, programs.next_dispatch(done, steps, length, period, halts)))
             done += out[-1][1]
         assert done == steps
         return out
@@ -267,7 +267,7 @@ def test_the_loop_chooses_how_many_steps_a_program_has_by_the_size_of_a_batch():
         config, _ = recipe.parse([f"--config=configs/{name}", *(f"--config.{c}" for c in changes)], "")
         with tracing_for(Target(platform)):
             stages = load_system(config).stages
-            return {stage.name: train.steps_of_dispatch(config, stage, stage.batch / devices) for stage in stages}
+            return {stage.name: programs.steps_of_dispatch(config, stage, stage.batch / devices) for stage in stages}
 
     assert set(chosen("simsid.py:paper", "cpu").values()) == {1}
     # Images of 64 KiB in batches of 16; intervals of 5000 with 640, none or 64 steps.
@@ -403,8 +403,8 @@ def test_weights_that_are_not_finite_are_never_saved(go, tmp_path, monkeypatch):
     code, said = go(tmp_path / "run", *ONE_STAGE, "checkpoint_every=7")
     assert code == 3 and "stage pretrain, step 7: weights not finite; no step was saved yet" in said
     assert not checkpoint.steps(tmp_path / "run" / "checkpoints" / "pretrain")
-    assert train.finite({"a": jnp.ones(3), "b": jnp.arange(2), "c": jnp.zeros(0)})
-    assert not train.finite({"a": jnp.ones(3), "b": jnp.array([1.0, jnp.inf])})
+    assert programs.finite({"a": jnp.ones(3), "b": jnp.arange(2), "c": jnp.zeros(0)})
+    assert not programs.finite({"a": jnp.ones(3), "b": jnp.array([1.0, jnp.inf])})
 
 
 # --- weights of another run, replicates ------------------------------------------------------------------------------
@@ -576,9 +576,9 @@ LINES = [{"step": 1}, {"step": 10, "loss": 0.5, "lr": 0.1}, {"step": 20, "loss":
 
 def test_a_terminal_shows_a_bar_with_pace_loss_and_time_left(monkeypatch):
     screen = io.StringIO()
-    monkeypatch.setattr(train, "PACE_AFTER", 0)
-    monkeypatch.setattr(train, "Console", lambda **_: Console(file=screen, force_terminal=True, width=120))
-    with train.progress("pretrain", 0, 40) as show:
+    monkeypatch.setattr(progress, "PACE_AFTER", 0)
+    monkeypatch.setattr(progress, "Console", lambda **_: Console(file=screen, force_terminal=True, width=120))
+    with progress.progress("pretrain", 0, 40) as show:
         for line in LINES:
             time.sleep(0.12)  # the bar is drawn ten times a second
             show(line)
@@ -588,8 +588,8 @@ def test_a_terminal_shows_a_bar_with_pace_loss_and_time_left(monkeypatch):
 
 
 def test_elsewhere_plain_lines_come_now_and_then_and_at_the_end(monkeypatch, capsys):
-    monkeypatch.setattr(train, "PACE_AFTER", 0.5)  # of the first steps no pace is told
-    with train.progress("pretrain", 0, 20) as show:
+    monkeypatch.setattr(progress, "PACE_AFTER", 0.5)  # of the first steps no pace is told
+    with progress.progress("pretrain", 0, 20) as show:
         for line in [*LINES[:2], {"step": 15, "loss": 9.0}, LINES[2]]:
             time.sleep(0.6 if line["step"] == 20 else 0.01)
             show(line)
@@ -600,8 +600,8 @@ def test_elsewhere_plain_lines_come_now_and_then_and_at_the_end(monkeypatch, cap
 
 
 def test_a_first_step_that_is_shown_again_has_no_pace(monkeypatch, capsys):
-    monkeypatch.setattr(train, "PACE_AFTER", 0)
-    with train.progress("pretrain", 0, 1) as show:
+    monkeypatch.setattr(progress, "PACE_AFTER", 0)
+    with progress.progress("pretrain", 0, 1) as show:
         for line in ({"step": 1}, {"step": 1, "loss": 0.5}):  # as where a stage of one step is checked
             show(line)
     assert capsys.readouterr().err == "pretrain 1/1  loss 0.5000\n"

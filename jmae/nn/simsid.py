@@ -1,21 +1,20 @@
-"""SimSID's networks: patch encoder, memory, inpainting transformer, generators and discriminator, for any rank.
+"""The networks of the SimSID report: encoder of patches, memory, inpainting, generator and discriminator.
 
 "Unsupervised anomaly detection using SimSID algorithm" (project report, Anna University, 2025), algorithms 4.1 to 4.8,
 and the method that it simplifies: Xiang et al., "Exploiting Structural Consistency of Chest Anatomy for Unsupervised
 Anomaly Detection in Radiography Images" (SimSID), TPAMI 2024, arXiv 2403.08689; consulted: MrGiovanni/SimSID and its
-predecessor tiangexiang/SQUID. First what both have, then the report's networks, then SimSID's own.
+predecessor tiangexiang/SQUID. The network of the published code is in jmae/nn/simsid_published.py. Images have any
+number of axes.
 
-Differences: the listings loop over patches, positions, levels and windows, here each is an axis. What the report leaves
-open is `ours:` kernel 3 in the encoder and 4/2/1 in the generators, top-k weights that sum to one, dropout on the two
-branches of a layer. In SimSID's attention keys and values have no bias: a softmax ignores the one, the output's own
-bias takes the other.
+Differences: the listings loop over patches, positions and levels, here each is an axis. What the report leaves open is
+ours: kernel 3 in the encoder, kernel 4, stride 2 and padding 1 in the generators, top-k weights that sum to one, and
+dropout on the two branches of a layer.
 """
 
 from collections.abc import Callable
 from functools import partial, reduce
 from itertools import pairwise, product
 from math import ceil, prod
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +24,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from jmae.errors import InputError
 from jmae.nn.attention import attention
-from jmae.nn.conv import batch_norm, conv, convolve, dropout, moments, on_gpu
+from jmae.nn.conv import batch_norm_in_training, conv, convolve, dropout, on_gpu
 from jmae.nn.transformer import layer_norm, linear
 from jmae.patches import grid_of, patchify, unpatchify
 from jmae.sharding import on_each_device
@@ -41,8 +40,9 @@ def halved(
 ) -> Float[Array, "b *half d"]:
     """Convolution of stride 2 with an odd kernel of length k and k // 2 zeros around: ceil(n / 2) values along an axis.
 
-    As one of stride 1 over blocks of 2, whose gradients XLA's CPU has fast: 16x8x8x64 to 128 with kernel 5, forward and
-    backward, took 5.4 instead of 24.7 ms on one core. Takes the place of `lax.conv_general_dilated`.
+    The function takes the place of `lax.conv_general_dilated` in `nnx.Conv`. It is a convolution of stride 1 over
+    blocks of 2, whose gradients are fast on XLA's CPU: 16x8x8x64 to 128 with kernel 5, forward and backward, took
+    5.4 ms instead of 24.7 ms on one core.
     """
     rank, k, (c, d) = x.ndim - 2, kernel.shape[0], kernel.shape[-2:]
     half, two = k // 2, (2,) * rank
@@ -59,32 +59,32 @@ def halved(
 def doubled(
     x: Float[Array, "b *size c"], kernel: Float[Array, "*kernel c d"], *_: object, **__: object
 ) -> Float[Array, "b *double d"]:
-    """Transposed convolution of kernel 4, stride 2 and padding 1 along every axis: output u is the sum of
-    x[j] kernel[2 j - u + 2].
+    """Transposed convolution of kernel 4, stride 2 and padding 1 along every axis.
 
-    Each of the 2^rank outputs of a cell sees 2^rank inputs: one matrix product for all. Forward and backward from
-    16x8x8x64 to 32 channels took 3.1 ms on one core, `lax.conv_general_dilated` with dilation 32.2.
+    Output u is the sum of x[j] kernel[2 j - u + 2] over j. Each of the 2^rank outputs of a cell depends on 2^rank
+    inputs, so that one matrix product gives all. Forward and backward from 16x8x8x64 to 32 channels took 3.1 ms on one
+    core, where `lax.conv_general_dilated` with dilation took 32.2 ms.
     """
     rank, size, (c, d) = x.ndim - 2, x.shape[1:-1], kernel.shape[-2:]
     corners, two = list(product(range(2), repeat=rank)), (2,) * rank
 
-    def cut(x: Array, at: tuple[int, ...], more: int) -> Array:
-        return x[(slice(None), *(slice(a, a + n + more) for a, n in zip(at, size, strict=True)))]
+    def window(x: Array, start: tuple[int, ...], more: int) -> Array:
+        return x[(slice(None), *(slice(a, a + n + more) for a, n in zip(start, size, strict=True)))]
 
     padded = jnp.pad(x, ((0, 0), *[(1, 1)] * rank, (0, 0)))
-    near = jnp.concatenate([cut(padded, at, 1) for at in corners], -1)  # of each corner between cells its 2^rank cells
+    near = jnp.concatenate([window(padded, at, 1) for at in corners], -1)  # the 2^rank cells around each corner
     matrix = patchify(kernel.reshape(1, *kernel.shape[:rank], c * d), two).reshape(2**rank, 2**rank, c, d)
     every = near @ matrix.transpose(0, 2, 1, 3).reshape(2**rank * c, 2**rank * d)
     every = every.reshape(*near.shape[:-1], 2**rank, d)
-    own = jnp.stack([cut(every[..., i, :], at, 0) for i, at in enumerate(corners)], -2)
-    return unpatchify(own.reshape(len(x), -1, 2**rank * d), tuple(2 * n for n in size), two)
+    outputs = jnp.stack([window(every[..., i, :], at, 0) for i, at in enumerate(corners)], -2)
+    return unpatchify(outputs.reshape(len(x), -1, 2**rank * d), tuple(2 * n for n in size), two)
 
 
 def max_pool(x: Float[Array, "b *size c"]) -> Float[Array, "b *half c"]:
-    """The largest value of blocks of 2 along every axis.
+    """The largest value of each block of 2 along every axis.
 
-    By pairs: forward and backward of 256x16x16x16 took 11.7 instead of 19.3 ms on one core, and the gradient of `max`
-    divides by how many values equal it, of which rounding may leave none.
+    It is taken by pairs. Forward and backward of 256x16x16x16 took 11.7 ms instead of 19.3 ms on one core. The gradient
+    of `max` would also divide by the number of values equal to the largest, of which rounding may leave none.
     """
     size = x.shape[1:-1]
     split = x.reshape(len(x), *[length for n in size for length in (n // 2, 2)], x.shape[-1])
@@ -118,59 +118,63 @@ class Layer(nnx.Module):
         return self.activation(self.norm(self.conv(x), use_running_average=not train)).astype(self.dtype)
 
     def trained(self, x: Float[Array, "b *size c"]) -> Float[Array, "b *_ d"]:
-        """The layer in training, in fewer kernels. A bias before batch norm has no gradient, whatever rounding makes of
-        it: its sums are left out. The variance is E[y^2] - E[y]^2, as Flax has it: less a shift, y went to memory."""
-        norm = self.norm
-        variables: list[Any] = [norm.mean, norm.var, norm.scale, norm.bias]
-        mean, var, scale, bias = (variable[...] for variable in variables)
+        """The layer in training, in fewer kernels.
+
+        A bias before batch norm has no gradient, whatever rounding makes of it, so that its sums are left out. The
+        variance is E[y^2] - E[y]^2, as in Flax; with a shift, `y` went to memory.
+        """
         y = self.form(x.astype(self.dtype), self.conv.kernel[...].astype(self.dtype))
         if self.conv.bias is not None:
             y = y + jax.lax.stop_gradient(self.conv.bias[...]).astype(self.dtype)
-        found = moments(jax.lax.stop_gradient(y), jnp.zeros(()))
-        norm.mean[...], norm.var[...] = (
-            norm.momentum * old + (1 - norm.momentum) * new for old, new in zip((mean, var), found, strict=True)
-        )
-        return batch_norm(y, *found, scale, bias, norm.epsilon, self.activation)
+        return batch_norm_in_training(self.norm, y, jnp.zeros(y.shape[-1]), self.activation)
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------
 
 
 def hierarchy(grid: tuple[int, ...], levels: int) -> list[np.ndarray]:
-    """The slot of each patch at each level, patches in C order (Alg. 4.5): level 0 has a slot a patch, level 1 one a
-    block of 2 patches along every axis (ours: the report gives no shape), level 2 one for all."""
+    """The slot of each patch at each level, patches in C order (Alg. 4.5).
+
+    Level 0 has one slot for each patch, level 1 one for each block of 2 patches along every axis, level 2 one for all
+    patches. The blocks' shape is ours, as the report gives none.
+    """
     places = np.indices(grid).reshape(len(grid), -1)
     blocks = np.asarray(np.ravel_multi_index(tuple(places // 2), tuple(-(-n // 2) for n in grid)))
     return [np.arange(prod(grid)), blocks, np.zeros(prod(grid), np.int64)][:levels]
 
 
 def summaries(features: Float[Array, "b n d"], slots: list[np.ndarray]) -> Float[Array, "b m d"]:
-    """What each level's slots are offered of an image, level by level: a patch's features, the mean over a block, the
-    largest value of each feature over all patches (Alg. 4.5)."""
+    """The values that an image offers to the slots, level by level (Alg. 4.5).
+
+    They are the features of each patch, their mean over each block, and the largest value of each feature.
+    """
     out = [features]
     if len(slots) > 1:
-        own = np.equal.outer(np.arange(slots[1].max() + 1), slots[1])
-        out.append(jnp.einsum("mn,bnd->bmd", (own / own.sum(1, keepdims=True)).astype(np.float32), features))
+        members = np.equal.outer(np.arange(slots[1].max() + 1), slots[1])
+        out.append(jnp.einsum("mn,bnd->bmd", (members / members.sum(1, keepdims=True)).astype(np.float32), features))
     if len(slots) > 2:
         out.append(jnp.max(features, axis=1, keepdims=True))
     return jnp.concatenate(out, 1)
 
 
-Memory = tuple[Float[Array, "m s d"], Int[Array, " m"]]  # rows of each slot, and how often a slot was written
+Memory = tuple[Float[Array, "m s d"], Int[Array, " m"]]
+"""The rows of each slot, and how often each slot was written."""
 
 
 def write(
     memory: Memory, values: Float[Array, "m d"], *, threshold: float, ema: float = 0.0
 ) -> tuple[Memory, Bool[Array, " m"]]:
-    """One image's values offered to all slots at once (Alg. 4.4): a slot whose memory is like its value, cosine at
-    least `threshold`, stays; else, and where it is empty, the value takes the place of its oldest row.
+    """Offers one image's values to all slots at once (Alg. 4.4): (the memory, which slots were written).
 
-    With one row a slot the rule keeps no record of the images before the last writer: a second pass over the same
-    images in the same order meets the same rows from its first write on, and writes as many. Only the rows of many
-    (`slots`), a lower threshold or `ema` can settle.
+    A slot stays as it is if the cosine between one of its rows and its value is at least `threshold`. Otherwise the
+    value replaces the oldest row. An empty slot always takes its value.
 
-    With `ema` the first visit writes the value and every further one moves the (only) row by that share of the way to
-    it (ours). Returns the memory and which slots were written.
+    With one row a slot, the rule keeps no record of the images before the last writer. A second pass over the same
+    images in the same order then meets the same rows from its first write on, and writes as many. Only several rows a
+    slot, a lower threshold or `ema` can settle.
+
+    With `ema` (ours), the first visit writes the value. Every further visit moves the only row by that share of the way
+    to the value.
     """
     rows, count = memory
     rows_norm, norm = jnp.linalg.norm(rows, axis=-1), jnp.linalg.norm(values, axis=-1)
@@ -186,7 +190,7 @@ def write(
 def write_all(
     memory: Memory, values: Float[Array, "b m d"], allowed: Bool[Array, " b"], *, threshold: float, ema: float = 0.0
 ) -> tuple[Memory, Bool[Array, "b m"]]:
-    """`write` of a batch's images in their order, those that are `allowed`: the last writer stays."""
+    """`write` of the images of a batch that are `allowed`, in their order; the last writer stays."""
 
     def one(memory: Memory, image: tuple[Array, Array]) -> tuple[Memory, Array]:
         new, written = write(memory, image[0], threshold=threshold, ema=ema)
@@ -204,23 +208,24 @@ def retrieve(
     noise: Float[Array, "*_ m"] | float = 0.0,
     weighted: bool = True,
 ) -> Float[Array, "b n d"]:
-    """The k memory rows with the highest softmax((query rows^T + noise) / temperature), summed with these weights made
-    to sum to one, or without `weighted` plainly (Alg. 4.4); `rows` are the same for all queries, or a set each.
+    """The weighted sum of the k memory rows that are most like each query (Alg. 4.4).
 
-    Gumbel `noise` makes it a sample, none is the mode, and -1e30 keeps a row out. Gradients pass straight through:
-    forward with the chosen weights, backward as if the sum had all soft weights (SimSID's code). Of equal weights the
-    first counts.
+    Weights are softmax((query rows^T + noise) / temperature). The k highest are made to sum to one; without `weighted`
+    each of them is 1. Of equal weights the first counts. `rows` are the same for all queries, or a set for each.
+
+    Gumbel `noise` makes the choice a sample, none gives the mode, and -1e30 excludes a row. Gradients pass straight
+    through, as in SimSID's code: forward with the k weights, backward as if the sum had all softmax weights.
     """
-    own = "nmd" if rows.ndim == 3 else "md"
-    soft = jax.nn.softmax((jnp.einsum(f"bnd,{own}->bnm", query, rows) + noise) / temperature)
-    highest = on_each_device(lambda x: jax.lax.top_k(x, min(k, x.shape[-1]))[1])  # else gathered from all for it
+    axes = "nmd" if rows.ndim == 3 else "md"
+    soft = jax.nn.softmax((jnp.einsum(f"bnd,{axes}->bnm", query, rows) + noise) / temperature)
+    highest = on_each_device(lambda x: jax.lax.top_k(x, min(k, x.shape[-1]))[1])  # otherwise XLA gathers all queries
     index = highest(jax.lax.stop_gradient(soft))
-    chosen = jnp.sum(jax.nn.one_hot(index, soft.shape[-1], dtype=soft.dtype), -2)
+    hard = jnp.sum(jax.nn.one_hot(index, soft.shape[-1], dtype=soft.dtype), -2)
     if weighted:
-        chosen = chosen * soft
-        chosen = chosen / jnp.sum(chosen, -1, keepdims=True)
-    weights = soft + jax.lax.stop_gradient(chosen - soft)
-    return jnp.einsum(f"bnm,{own}->bnd", weights, rows)
+        hard = hard * soft
+        hard = hard / jnp.sum(hard, -1, keepdims=True)
+    weights = soft + jax.lax.stop_gradient(hard - soft)
+    return jnp.einsum(f"bnm,{axes}->bnd", weights, rows)
 
 
 def recall(
@@ -234,23 +239,26 @@ def recall(
     restrict: bool = False,
     keys: Key[Array, " b"] | None = None,
 ) -> Float[Array, "b n l*d"]:
-    """What each patch retrieves from every level, side by side (Alg. 4.5): from all rows of a level that were written,
-    or with `restrict` from those of its own slot. With keys (b,) under Gumbel noise, -log(-log u)."""
+    """What each patch retrieves from every level, side by side (Alg. 4.5).
+
+    A patch retrieves from all written rows of a level, or with `restrict` from the rows of the patch's slot. With keys
+    (b,) the retrieval is under Gumbel noise, -log(-log u).
+    """
     rows, count = memory
     bars = jnp.where(jnp.arange(rows.shape[1]) < count[:, None], 0.0, -1e30)  # (m, s)
-    cuts = np.cumsum([own.max() + 1 for own in slots])[:-1]
-    cut = lambda x: [
-        part[own] if restrict else part.reshape(-1, *x.shape[2:])
-        for part, own in zip(jnp.split(x, cuts), slots, strict=True)
+    starts = np.cumsum([level.max() + 1 for level in slots])[:-1]
+    by_level = lambda x: [
+        part[level] if restrict else part.reshape(-1, *x.shape[2:])
+        for part, level in zip(jnp.split(x, starts), slots, strict=True)
     ]
-    levels, noise = cut(rows), cut(bars)
+    levels, noise = by_level(rows), by_level(bars)
     ends = np.cumsum([part.shape[-1] for part in noise])
     if keys is not None:
         draw = lambda key: jax.random.gumbel(key, (features.shape[1], ends[-1]))
-        drawn = jnp.split(jax.vmap(draw)(keys), ends[:-1], -1)
-        noise = [bar + own for bar, own in zip(noise, drawn, strict=True)]
+        gumbel = jnp.split(jax.vmap(draw)(keys), ends[:-1], -1)
+        noise = [bar + part for bar, part in zip(noise, gumbel, strict=True)]
     one = partial(retrieve, features, k=k, temperature=temperature, weighted=weighted)
-    return jnp.concatenate([one(rows, noise=own) for rows, own in zip(levels, noise, strict=True)], -1)
+    return jnp.concatenate([one(rows, noise=part) for rows, part in zip(levels, noise, strict=True)], -1)
 
 
 def neighbours(x: Float[Array, "b n d"], grid: tuple[int, ...]) -> Float[Array, "b n 3^r-1 d"]:
@@ -266,8 +274,10 @@ def neighbours(x: Float[Array, "b n d"], grid: tuple[int, ...]) -> Float[Array, 
 
 
 class Encoder(nnx.Module):
-    """E, the patch CNN (Alg. 4.1 and 4.2): images cut into patches, of each patch four layers with pooling and a dense
-    one. Raises InputError where a patch is too small for its poolings."""
+    """E, the network of patches (Alg. 4.1 and 4.2): each patch goes through layers with pooling and a dense layer.
+
+    Raises InputError where a patch is too small for its poolings.
+    """
 
     def __init__(
         self,
@@ -299,8 +309,10 @@ class Encoder(nnx.Module):
 
 
 class Attend(nnx.Module):
-    """A post-norm transformer layer with ReLU: norm(x + attention(x, context)), then norm(x + mlp(x)); with keys
-    under dropout of both branches."""
+    """A post-norm transformer layer with ReLU: norm(x + attention(x, context)), then norm(x + mlp(x)).
+
+    With keys both branches are under dropout.
+    """
 
     def __init__(self, width: int, heads: int, hidden: int, rate: float, dtype: jnp.dtype, *, rngs: nnx.Rngs):
         if width % heads:
@@ -329,11 +341,13 @@ class Attend(nnx.Module):
 
 
 class Inpainting(nnx.Module):
-    """The inpainting transformer (Alg. 4.6 and 4.7), at all positions at once: retrieved vectors projected, those
-    around each position and its own token through the layers, a dense layer on what stands at the own token.
+    """The inpainting transformer (Alg. 4.6 and 4.7), at all positions at once.
 
-    The own token is the projection of what was retrieved (`centre="retrieved"`), the patch's own features ("raw", the
-    printed listing, which can copy them), or a learned one ("mask"). The last layer is computed at that token alone.
+    The retrieved vectors are projected. The sequence of a position holds the vectors around it and, last, its centre
+    token. The result is a dense layer of the centre token after the layers; the last layer is computed there alone.
+
+    The centre token is the projection of what was retrieved (`centre="retrieved"`), the features of the patch ("raw",
+    as in the printed listing, which can copy them), or a learned one ("mask").
     """
 
     def __init__(
@@ -371,11 +385,11 @@ class Inpainting(nnx.Module):
     ) -> Float[Array, "b n d"]:
         """Inpainted features; with keys (b,) under dropout."""
         x = self.project(recalled)
-        own = {"retrieved": x, "raw": features}.get(self.centre)
-        own = jnp.broadcast_to(self.token[...], x.shape) if own is None else own
-        tokens = jnp.concatenate([neighbours(x, grid), own[:, :, None].astype(x.dtype)], 2)
+        centre = {"retrieved": x, "raw": features}.get(self.centre)
+        centre = jnp.broadcast_to(self.token[...], x.shape) if centre is None else centre
+        tokens = jnp.concatenate([neighbours(x, grid), centre[:, :, None].astype(x.dtype)], 2)
         tokens = tokens + self.positions[...].astype(x.dtype)
-        tokens = tokens.reshape(-1, tokens.shape[2], self.width)  # a sequence a position
+        tokens = tokens.reshape(-1, tokens.shape[2], self.width)  # one sequence for each position
         depth = len(self.layers)
         drop = None if keys is None else jax.vmap(lambda key: jax.random.split(key, (depth, 2)))(keys)
         for i, layer in enumerate(self.layers):
@@ -385,8 +399,8 @@ class Inpainting(nnx.Module):
 
 
 class Generator(nnx.Module):
-    """G, teacher and student (Alg. 4.8): all patches' features through one dense layer to a coarse grid, then
-    transposed convolutions that double it to the image's size."""
+    """G of teacher and student (Alg. 4.8): one dense layer takes all patches' features to a coarse grid, and transposed
+    convolutions double that to the image's size."""
 
     def __init__(
         self,
@@ -407,7 +421,7 @@ class Generator(nnx.Module):
         self.out = conv(rank, widths[-1], channels, 4, dtype, rngs, bias=True, form=doubled)
 
     def __call__(self, features: Float[Array, "b n d"], *, train: bool) -> list[Float[Array, "b *_ _"]]:
-        """The layers' results x0, x1, ..., the last the image in float32."""
+        """The results x0, x1, ... of the layers; the last is the image, in float32."""
         x = self.dense(features.reshape(len(features), -1).astype(self.dtype))
         xs = [x.reshape(len(x), *self.start, self.width)]
         for layer in self.layers:
@@ -417,8 +431,11 @@ class Generator(nnx.Module):
 
 
 class Discriminator(nnx.Module):
-    """D of both (SimSID's `SimpleDiscriminator`; the report has no architecture): 5 wide convolutions of stride 2 with
-    batch norm from the second on, LeakyReLU, a dense layer. One logit an image, high for real ones."""
+    """D of both methods: convolutions of kernel 5 and stride 2 with batch norm from the second on, LeakyReLU, and a
+    dense layer. It gives one logit for each image, high for real ones.
+
+    It is SimSID's `SimpleDiscriminator`; the report has no architecture.
+    """
 
     def __init__(
         self, size: tuple[int, ...], channels: int, widths: tuple[int, ...], dtype: jnp.dtype, *, rngs: nnx.Rngs

@@ -28,7 +28,7 @@ from jmae.patches import grid_of, patchify, unpatchify
 
 
 class Residual(nnx.Module):
-    """Three convolutions of 3 with batch norm; the first one's result is added to the last one's, then ReLU."""
+    """Three convolutions of kernel 3 with batch norm, then ReLU of the sum of the first and the last one's results."""
 
     def __init__(
         self, rank: int, inputs: int, outputs: int, dtype: jnp.dtype, form: Callable = convolve, *, rngs: nnx.Rngs
@@ -44,7 +44,10 @@ class Residual(nnx.Module):
 
 
 class Slots(nnx.Module):
-    """Learned memories, one a window of `slots` rows, uniform within 1 / sqrt(width); `retrieve` without noise."""
+    """Learned memories, one of `slots` rows for each window, read by `retrieve` without noise.
+
+    Rows are drawn uniformly within 1 / sqrt(width).
+    """
 
     def __init__(self, windows: int, slots: int, width: int, k: int, *, rngs: nnx.Rngs):
         least = width**-0.5
@@ -56,9 +59,14 @@ class Slots(nnx.Module):
 
 
 class Bottleneck(nnx.Module):
-    """SimSID's inpaint block: every window's features, as one vector, read their memory; the window's vector queries
-    the memory reads of the windows around it (8 heads), the own read is added; norm, ReLU, feed-forward, norm, ReLU;
-    the window's number in binary as further channels; 1x1 convolutions before and after."""
+    """SimSID's inpaint block.
+
+    The features of each window, as one vector, read the window's memory. The vector then queries the reads of the
+    windows around, and the window's read is added. Norm, ReLU, feed-forward, norm and ReLU follow. The window's number
+    in binary comes as further channels. Convolutions of kernel 1 stand before and after.
+
+    Raises InputError where the heads do not divide the vector.
+    """
 
     def __init__(
         self,
@@ -94,7 +102,7 @@ class Bottleneck(nnx.Module):
         f = self.enter(x, train=train).reshape(-1, w, self.q.in_features)
         b, _, d = f.shape
         read = self.memory(f)
-        # Zeros outside the image stay zeros in keys and values, which have no bias: so projected before gathered.
+        # Keys and values have no bias: zeros outside the image stay zeros, and can be gathered after the projection.
         kv = neighbours(self.kv(read.astype(self.dtype)), self.windows).reshape(
             b * w, -1, 2, self.heads, d // self.heads
         )
@@ -110,7 +118,8 @@ class Bottleneck(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """Levels of linear upsampling and a residual block, skips joined at the first `joined`, 1x1 convolution, tanh."""
+    """The layers of a decoder: a residual block for each level, whose first `joined` levels have skips, and a
+    convolution of kernel 1. `Windows` calls them."""
 
     def __init__(
         self, rank: int, channels: int, widths: tuple[int, ...], joined: int, dtype: jnp.dtype, *, rngs: nnx.Rngs
@@ -121,11 +130,13 @@ class Decoder(nnx.Module):
 
 
 class Windows(nnx.Module):
-    """SimSID's autoencoder over windows: encoder, inpaint block, student decoder with memories after its levels that
-    have skips, and a teacher decoder without, fed by features without gradient. Images are in [-1, 1].
+    """SimSID's autoencoder over windows: an encoder, the inpaint block, a student decoder and a teacher decoder.
 
-    `widths` from the first level to the bottleneck; windows are joined before the level that follows the last skip.
-    Raises InputError where windows do not halve that often.
+    The student decoder has memories after its levels with skips. The teacher decoder has none, and its features come
+    without gradient. `widths` go from the first level to the bottleneck. Windows are joined before the level that
+    follows the last skip. Images are in [-1, 1].
+
+    Raises InputError where windows cannot be halved that often.
     """
 
     def __init__(
@@ -138,7 +149,7 @@ class Windows(nnx.Module):
         slots: int,
         k: int,
         heads: int,
-        kept: float,
+        share: float,
         dtype: jnp.dtype,
         *,
         rngs: nnx.Rngs,
@@ -149,7 +160,7 @@ class Windows(nnx.Module):
         if any(n % (w * 2**levels) or (2 * n // (w * 2**levels)) % w for n, w in zip(size, windows, strict=True)):
             least = tuple(w * 2**levels for w in windows)
             raise InputError(f"data.size {tuple(size)}: joint.windows {windows} need multiples of {least}")
-        self.windows, self.joined, self.kept, self.dtype = windows, joined, kept, dtype
+        self.windows, self.joined, self.share, self.dtype = windows, joined, share, dtype
         cells = tuple(n // (w * 2**levels) for n, w in zip(size, windows, strict=True))
         pairs = pairwise(widths)
         self.enter = Residual(rank, channels, widths[0], dtype, rngs=rngs)
@@ -158,19 +169,20 @@ class Windows(nnx.Module):
         up = widths[::-1]
         self.student = Decoder(rank, channels, up, joined, dtype, rngs=rngs)
         self.teacher = Decoder(rank, channels, up, joined, dtype, rngs=rngs)
-        # The code cuts each window once more, into as many parts as there are windows, and gives a part a memory.
-        of = [
+        # The code divides each window once more, into as many parts as there are windows; each part has a memory.
+        lengths = [
             up[i + 1] * prod(2 ** (i + 1) * c // w for c, w in zip(cells, windows, strict=True)) for i in range(joined)
         ]
-        self.memories = nnx.List([Slots(prod(windows), slots, d, k, rngs=rngs) for d in of])
+        self.memories = nnx.List([Slots(prod(windows), slots, d, k, rngs=rngs) for d in lengths])
 
     def whole(self, x: Float[Array, "b*w *cells c"]) -> Float[Array, "b *size c"]:
-        """Windows put together."""
+        """The windows joined to whole images."""
         window = x.shape[1:-1]
         size = tuple(n * w for n, w in zip(window, self.windows, strict=True))
         return unpatchify(x.reshape(-1, prod(self.windows), prod(x.shape[1:])), size, window)
 
     def remembered(self, x: Float[Array, "g *cells c"], memory: Slots) -> Float[Array, "g *cells c"]:
+        """What the parts of each window read from their memories."""
         part = grid_of(x.shape[1:-1], self.windows)
         return unpatchify(memory(patchify(x, part)), x.shape[1:-1], part).astype(self.dtype)
 
@@ -181,8 +193,11 @@ class Windows(nnx.Module):
         *,
         train: bool,
     ) -> tuple[Float[Array, "b *size c"], Float[Array, "b *size c"], Float[Array, ""]]:
-        """(student's image, teacher's image, mean squared differences of the two decoders' features, summed over the
-        levels). With keys (b,) the masked shortcut: a cell keeps its inpainted features with probability `kept`."""
+        """(student's image, teacher's image, distillation).
+
+        The distillation is the mean squared difference of the two decoders' features, summed over the levels. With keys
+        (b,) a cell keeps its inpainted features with probability `share` (the masked shortcut).
+        """
         mode: dict[str, Any] = {"train": train}
         window = grid_of(image.shape[1:-1], self.windows)
         x = self.enter(patchify(image, window).reshape(-1, *window, image.shape[-1]).astype(self.dtype), **mode)
@@ -190,9 +205,9 @@ class Windows(nnx.Module):
         for layer in self.down:
             skips.append(layer(skips[-1], **mode))
         x = self.inpaint(skips[-1], **mode)
-        if keys is not None and self.kept < 1:
+        if keys is not None and self.share < 1:
             shape = (prod(self.windows), *x.shape[1:-1], 1)
-            mask = jax.vmap(lambda key: jax.random.bernoulli(key, self.kept, shape))(keys)
+            mask = jax.vmap(lambda key: jax.random.bernoulli(key, self.share, shape))(keys)
             x = jnp.where(mask.reshape(-1, *shape[1:]), x, skips[-1])
         taught, differences = jax.lax.stop_gradient(skips[-1]), jnp.float32(0)
         for i, skip in enumerate(skips[-2::-1]):

@@ -39,6 +39,7 @@ from jmae.data.opening import ReadCase, lines_of, open_each
 from jmae.data.preparation import (
     Opened,
     open_case,
+    prepared_image,
     prepared_volume,
     region_or_nonzero,
     usable,
@@ -209,6 +210,12 @@ class Cases:
     def images(self, rows: Sequence[Row]) -> Images:
         """The images of some of the rows, for training or scoring."""
         return Images(rows, self.config, self.folder, self.store)
+
+    def image(self, row: Row) -> np.ndarray:
+        """A row's image as the networks see it, float32 (*size, channels)."""
+        if self.store and (slot := self.store.slots.get(row.id)) is not None and self.store.filled[slot]:
+            return self.store.arrays[slot]
+        return prepared_image(row, self.config.data)
 
     def volumes(self, rows: Sequence[Row]) -> Volumes:
         """The volumes of some of the rows, for training on crops."""

@@ -454,7 +454,7 @@ def test_the_papers_stages_have_the_steps_of_its_epochs():
         ("model.centre=raw model.width=16", "model.centre=raw needs model.width 16 equal to model.features 8"),
         ("memory.ema=0.5 memory.slots=2", "memory.ema=0.5 moves one row of a place"),
         ("variant=official joint.windows=2", "joint.windows is"),
-        ("variant=official data.size=18,16", r"joint.windows \(2, 2\) need multiples of \(8, 8\)"),
+        ("variant=official data.size=20,16", r"joint.windows \(2, 2\) need multiples of \(8, 8\)"),
         ("variant=official joint.joined=2", "joint.joined is from 1 to 1"),
     ],
 )

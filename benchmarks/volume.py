@@ -319,9 +319,12 @@ def jmae_sweep(size: str, windows: int, weights: str, dtype: str) -> tuple[Calla
     """(the recipe's sweep over the volume, the recipe, the words of the case)."""
     import jax
 
+    from jmae.data.files import Geometry
     from jmae.data.loader import case_words
+    from jmae.data.manifest import Row
     from jmae.data.volumes import Volume
-    from jmae.inference import sweeper
+    from jmae.passes import SweepPass
+    from jmae.results import Prepared
     from jmae.system import load_system
     from jmae.weights import load_weights
 
@@ -333,11 +336,13 @@ def jmae_sweep(size: str, windows: int, weights: str, dtype: str) -> tuple[Calla
     params, _ = load_weights(
         weights, target, size=config.data.size, patch=config.model.patch, channels=config.data.channels
     )
-    run = sweeper(config, system.sweep, {"train": {"params": jax.device_put(params)}})
+    sweep = SweepPass(config, system.sweep, {"train": {"params": jax.device_put(params)}})
     image, middle = image_of(told["places"]["volume"], config.data.channels), told["places"]["middle"]
     side, none = None if middle is None else 1, np.zeros(0, np.float32)
     volume = Volume(image, None, None, side, middle, none, none, None, None)  # type: ignore[arg-type]
-    return lambda: run(volume, words)["maps"]["maemi"][0], config, words
+    row = Row("volume", "", "test", None, ("volume",))
+    case = Prepared(row=row, array=image, geometry=Geometry(image.shape[:-1]), digest="", volume=volume)
+    return lambda: sweep.fetch(sweep.dispatch([case], [words]))[0]["maps"]["maemi"][0], config, words
 
 
 def jmae_volume(*, size: str, windows: int, weights: str, number: int) -> Prepared:
@@ -358,8 +363,8 @@ def jmae_map(size: str, windows: int, weights: str, dtype: str, masks: int) -> t
     """(the sweep's map, the noise of its masks (masks, tokens), sweep by sweep)."""
     import jax
 
-    from jmae.inference import seeds_of
     from jmae.masking import case_keys
+    from jmae.passes import seeds_of
     from jmae.patches import grid_of
 
     jax.config.update("jax_default_matmul_precision", "highest")

@@ -1,11 +1,14 @@
 """python -m jmae.evaluate --workdir DIR [--manifest MANIFEST.csv] [--split test] [--out DIR]
                          [--config.evaluation.KEY=VALUE ...] [--config.data.allow_leaks=True] [--debug]
 
-Scores a split with a trained run and writes metrics.json, scores.csv, report.html and the maps, into DIR/evaluation
-(`test`) or DIR/evaluation-SPLIT where no other folder is named; with another manifest one must be. Of that no case may
-be of a patient, or have an image, that the run was trained or calibrated on; with data.allow_leaks these are told, have
-no p-value, and mark the report. Copies that are not equal value by value are not looked for there. The splits `train`
-and `unlabeled` get no p-values. Exit codes: 0 done; 2 the input or the environment is wrong.
+Scores a split with a trained run. Writes metrics.json, scores.csv, report.html and the maps.
+
+Without --out the folder is DIR/evaluation for the split `test`, and DIR/evaluation-SPLIT for another. Another manifest
+or other settings need --out. No case of another manifest may be of a patient, or have an image, that the run was
+trained or calibrated on. With data.allow_leaks such cases are scored: they are named, have no p-value, and mark the
+report. An image counts as known where all its values are equal. The splits `train` and `unlabeled` get no p-values.
+
+Exit codes: 0 done; 2 the input or the environment is wrong.
 """
 
 import hashlib
@@ -13,186 +16,106 @@ import json
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
 
 from jmae import metrics, recipe
-from jmae.baselines import baseline_scores, volume_baselines
+from jmae.baselines import Baselines, ImageBaselines, NoBaselines, VolumeBaselines
 from jmae.calibration import (
-    NO_OTHERS,
+    ONLY_NORMALS,
+    ReferenceScores,
     alarm_rate,
     alarms,
     calibrate,
     colours_of,
-    held_images,
-    held_volumes,
-    other_rows,
     read_calibration,
+    reference_scores,
+    rows_changed,
     score_line,
 )
 from jmae.cards import rows_digest, write_cards
+from jmae.console import console_summary
 from jmae.convergence import convergence
 from jmae.data.crops import Volumes
 from jmae.data.files import write_map
 from jmae.data.loader import Images, load_rows
 from jmae.data.manifest import Row
-from jmae.data.transforms import central
-from jmae.data.volumes import Volume
 from jmae.errors import InputError, exit_code
 from jmae.figures import (
-    CENTRAL,
-    WHOLE,
-    Gathered,
-    Held,
+    NormalThresholds,
     Part,
     Split,
-    beside_printed,
-    held_out,
-    of_scores,
-    part_figures,
+    SplitScores,
+    Truth,
+    beside_published,
     parts_of,
-    read_truth,
+    split_figures,
     split_of,
+    truth_of,
 )
-from jmae.inference import (
-    Result,
-    Scored,
-    image_results,
-    own_maps,
-    own_results,
-    restore_results,
-    scorer,
-    shown_map,
-    sweeper,
-    volume_results,
-)
+from jmae.inference import Scorer, restore_results, run_of, score_rows
 from jmae.processes import join_processes, keep_compiled
-from jmae.report import Case, choose_cases, no_curves_reason, one_slice, slice_side, write_report
+from jmae.report import Case, choose_cases, one_slice, slice_side, write_report
+from jmae.results import Result, map_name
 from jmae.run_folder import log, output_folder, read_history, recipe_digest, write_csv, write_text
-from jmae.seen import ALLOW, not_seen, not_seen_before
-from jmae.system import Results, System, load_system
+from jmae.scoring import Calibration
+from jmae.seen import ALLOW, check_unseen, check_unseen_by_source
+from jmae.system import System, load_system
 
 
 def main(argv: list[str]) -> int:
-    given = recipe.arguments(argv, __doc__, ["workdir", "manifest", "split", "out", "config"])
-    own = "manifest" not in given and not any(flag.startswith("config") for flag in given)
-    if ALLOW in given and "manifest" not in given:
+    flags = recipe.arguments(argv, __doc__, ["workdir", "manifest", "split", "out", "config"])
+    of_run = "manifest" not in flags and not any(flag.startswith("config") for flag in flags)
+    if ALLOW in flags and "manifest" not in flags:
         raise InputError(f"--{ALLOW} goes with --manifest: the run's own manifest was looked at when it was trained")
-    allow = recipe.typed(ALLOW, given.pop(ALLOW, "false"), False)
-    workdir, config = run_of(given)
-    split = given.get("split", "test")
-    if not own and "out" not in given:
-        what = "--manifest" if "manifest" in given else "--config.evaluation.KEY"
+    allow = recipe.typed(ALLOW, flags.pop(ALLOW, "false"), False)
+    workdir, config = run_of(flags)
+    split = flags.get("split", "test")
+    if not of_run and "out" not in flags:
+        what = "--manifest" if "manifest" in flags else "--config.evaluation.KEY"
         raise InputError(f"{what} goes with --out=DIR: the run's own evaluation stays as it is")
-    if "manifest" in given:
-        config.data.manifest = given["manifest"]
-        neutral = {"allow_leaks": allow}
-        # These are of the data trained on.
-        neutral |= {"anomaly_ratio": -1.0, "unlabeled_size": 0, "unlabeled_labels": "", "calibration": 0.0}
+    if "manifest" in flags:
+        config.data.manifest = flags["manifest"]
+        # The recipe's values are of the data trained on.
+        neutral = {"anomaly_ratio": -1.0, "unlabeled_size": 0, "unlabeled_labels": "", "calibration": 0.0}
+        neutral["allow_leaks"] = allow
         config.data.update({key: value for key, value in neutral.items() if key in config.data})
-    out = output_folder(given.get("out", workdir / ("evaluation" if split == "test" else f"evaluation-{split}")))
+    out = output_folder(flags.get("out", workdir / ("evaluation" if split == "test" else f"evaluation-{split}")))
     with join_processes():
         keep_compiled()
         system = load_system(config)
         rows = load_rows(config, log)
-        if "manifest" in given:
-            rows, unchecked = not_seen(rows, split, workdir, given["manifest"], allow=allow)
+        if "manifest" in flags:
+            rows, unchecked = check_unseen(rows, split, workdir, flags["manifest"], allow=allow)
         else:
-            rows, unchecked = not_seen_before(config, rows, workdir)
-        evaluate(config, system, rows, workdir, split=split, out=out, own=own, unchecked=unchecked)
+            rows, unchecked = check_unseen_by_source(config, rows, workdir)
+        evaluate(config, system, rows, workdir, split=split, out=out, of_run=of_run, unchecked=unchecked)
     return 0
 
 
-def run_of(given: dict[str, str]) -> tuple[Path, ConfigDict]:
-    """The run folder that `--workdir` names, and its recipe with what `--config.evaluation.KEY` changes, both taken
-    from the flags `given`; raises InputError for any other change."""
-    if fixed := [flag for flag in given if flag.startswith("config") and not flag.startswith("config.evaluation.")]:
-        raise InputError(
-            f"--{fixed[0]} is unknown: of the run's recipe --config.evaluation.KEY=VALUE alone can be changed"
-        )
-    if "workdir" not in given:
-        raise InputError("no run folder: write --workdir=DIR")
-    workdir = Path(given["workdir"])
-    config = recipe.read(workdir)
-    recipe.override(config, given, "evaluation.")
-    return workdir, config
-
-
-# --- scores -----------------------------------------------------------------------------------------------------------
-
-
-class Stream(NamedTuple):
-    """The results of a split's rows in order, and what was scored with them."""
-
-    results: Iterator[Result]
-    held: Held | None = None
-    cheap: Mapping[str, Scored] = MappingProxyType({})  # the baselines' scores, by part
-    shown: frozenset[int] | None = None  # the rows whose pictures may be shown; None: any
-    thresholds: Mapping[str, Sequence[float]] = MappingProxyType({})  # `held_out`, of each map and replicate
-
-
-def score_images(
-    config: ConfigDict,
-    system: System,
-    results: Results,
-    rows: Sequence[Row],
-    split: "Split",
-    parts: Mapping[str, "Part"],
-) -> Stream:
-    """All images of a split at once, beside the baselines of each part."""
-    n, score = len(split.rows), scorer(config, system, results)
-    localised = bool(config.evaluation.get("iou", 0.0)) and split.marked
-    if localised and not split.normals:
-        remedy = "they are scored themselves" if split.name == "val" else "give the manifest val rows of label 0"
-        log(f"no held-out normals: IoU at the oracle threshold alone; {remedy}")
-    held = split.held
-    images, every = Images([*split.rows, *held], config), range(n + len(held))
-    scored = score(images, np.arange(n))
-    scored_held = score(images, np.array(every[n:])) if held else None
-    cheap = {name: Scored({}, {}) for name in parts}
-    normals = [row for row in rows if row.split == "train" and row.label != 1]
-    if split.known.any() and normals and jax.process_index() == 0:
-        fit = partial(baseline_scores, Images(normals, config), images, n, mapped=len(every) if localised else n)
-        cheap = {name: fit(share=part.share, pixels=split.marked and part.share == 1) for name, part in parts.items()}
-    thresholds = {}
-    if scored_held and localised:
-        thresholds = held_out(config, held, image_results(images, scored_held, cheap[WHOLE], every[n:]))
-    means = scored.scores[system.primary].mean(0).tolist()
-    groups = choose_cases([row.label for row in split.rows], means)
-    shown = frozenset(i for group in groups.values() for i in group)
-    on_held = held_images(system, held, scored_held) if scored_held else None
-    return Stream(image_results(images, scored, cheap[WHOLE], every[:n]), on_held, cheap, shown, thresholds)
-
-
-def score_volumes(
-    config: ConfigDict, system: System, results: Results, rows: Sequence[Row], split: "Split", workdir: Path
-) -> Stream:
-    """The volumes of a split one by one, beside the baselines' maps where a row has a label."""
-    assert system.sweep
-    run = sweeper(config, system.sweep, results)
-    nothing: Callable[[Row, Volume], dict[str, np.ndarray]] = lambda row, volume: {}
-    cheap = nothing
-    if split.known.any() and jax.process_index() == 0:
-        train = [row for row in rows if row.split == "train"]
-        cheap = volume_baselines(config, system, Volumes(train, config, workdir / "cache") if train else None)
-    on_held = held_volumes(config, system, split.held, run) if split.held else None
-    return Stream(volume_results(config, split.rows, run, cheap), on_held)
+def check_processes(config: ConfigDict) -> None:
+    """Raises InputError where the evaluation cannot run in as many processes as there are."""
+    if config.evaluation.get("convergence") and jax.process_count() > 1:
+        raise InputError("evaluation.convergence is of one process: set it to 0, and evaluate again with one")
 
 
 # --- the evaluation ---------------------------------------------------------------------------------------------------
 
 
-def check_processes(config: ConfigDict) -> None:
-    """Raises InputError where the evaluation cannot be of as many processes as there are."""
-    if config.evaluation.get("convergence") and jax.process_count() > 1:
-        raise InputError("evaluation.convergence is of one process: set it to 0, and evaluate again with one")
+@dataclass
+class Gathered:
+    """What stays of the results of a split: its maps are written or counted, and dropped."""
+
+    scores: SplitScores = field(default_factory=SplitScores)
+    cases: list[Case] = field(default_factory=list)  # that the report may show
+    digests: list[str] = field(default_factory=list)  # of the stored values of each row
+    seconds: float = 0.0  # of scoring
 
 
 def evaluate(
@@ -203,219 +126,224 @@ def evaluate(
     *,
     split: str,
     out: Path,
-    own: bool = True,
+    of_run: bool = True,
     unchecked: str = "",
 ) -> dict[str, Any]:
-    """Scores `split` of `rows`, writes metrics.json, scores.csv, report.html and maps into `out`; returns the metrics.
+    """Scores a split and writes metrics.json, scores.csv, cases.csv, report.html and maps; returns the metrics.
 
-    Labels of the split and of `val` serve figures alone. `own` data and settings of the run calibrate it, on the
-    normals of `val`; any other are read by the calibration that it has. `unchecked` says why it is not known whether
-    the cases were trained on; "" where it is. Raises InputError where the split is empty,
-    or `evaluation.alarm_rate` is no rate. Of several processes the first writes and returns; the others return {}.
+    Labels serve figures and thresholds alone, never scores. Of several processes the first writes and returns the
+    metrics; the others return {}.
+
+    Args:
+      config: the run's recipe, with changed settings of the evaluation.
+      system: of the recipe.
+      rows: the rows of all splits.
+      workdir: the run folder.
+      split: name of the split.
+      out: folder to write into.
+      of_run: whether rows and settings are the run's own. Then the normals of `val` calibrate the run.
+      unchecked: why it is not known whether the cases were trained on; "" where it is known.
+
+    Raises:
+      InputError: the split is empty, or a case cannot be scored.
     """
-    began, why = time.monotonic(), list[str]()  # why there are no p-values
+    began, reasons = time.monotonic(), list[str]()  # reasons why there are no p-values
 
-    def told(line: str) -> None:
-        why.append(line.removeprefix("warning: "))
+    def say(line: str) -> None:
+        reasons.append(line.removeprefix("warning: "))
         log(line)
 
     check_processes(config)
-    rate, of = alarm_rate(config), split_of(rows, split)
-    parts = parts_of(config, of, volumes=system.sweep is not None)
+    rate, chosen = alarm_rate(config), split_of(rows, split)
+    parts = parts_of(config, chosen, volumes=system.sweep is not None)
     results = restore_results(config, system, workdir)
-    log(f"{split}: scoring {len(of.rows)} cases")
-    if of.known.any() and not any(row.split == "train" for row in rows):
-        log("the manifest has no train rows: no cheap baselines that are fitted to them")
-    if system.sweep:
-        stream = score_volumes(config, system, results, rows, of, workdir)
+    scorer = Scorer(config, system, results)
+    log(f"{split}: scoring {len(chosen.rows)} cases")
+    baselines = baselines_of(config, system, rows, chosen, parts, workdir)
+    reference, thresholds = score_reference(scorer, chosen, baselines)
+    if of_run and chosen.normals and reference and not rows_changed(system, rows, workdir):
+        calibration = calibrate(config, system, results, reference, workdir, say)
     else:
-        stream = score_images(config, system, results, rows, of, parts)
-    if own and of.normals and stream.held and not other_rows(system, rows, workdir):
-        calibration = calibrate(config, system, results, stream.held, workdir, told)
-    else:
-        calibration = read_calibration(config, system, results, workdir, told)
-    judge = calibration
-    if split in ("train", "unlabeled"):
-        judge = None
-        told(f"{split}: no p-values, which are of cases that were not trained on")
+        calibration = read_calibration(config, system, results, workdir, say)
+    if no_p_values := split in ("train", "unlabeled"):
+        say(f"{split}: no p-values, which are of cases that were not trained on")
     if jax.process_index():  # it scores its share; the first process counts and writes
-        if system.sweep:
-            deque(stream.results, maxlen=0)
+        deque(score_rows(scorer, chosen.rows), maxlen=0)
         return {}
-    kept = gather(config, system, of, stream, parts, out)
-    evaluation: dict[str, Any] = {
-        "system": system.name,
-        "split": split,
-        "n": len(of.rows),
-        "n_normal": int((of.labels == 0).sum()),
-        "n_abnormal": int((of.labels == 1).sum()),
-        "primary": system.primary,
-        "image": None,
-        "pixel": None,
-        "scores": {},
-        "subsets": {},
-        "per_patient": None,
-        "baselines": {},
-        "decision": None,
-        "chi2": None,
-        "alarms": None,
-    }
+    gathered = gather_results(scorer, chosen, baselines, parts, out)
+    evaluation = split_figures(
+        config, system, chosen, parts, gathered.scores, baselines.scores, thresholds, reference and reference.scores
+    )
     if leaking := sorted({row.leak for row in rows if row.leak}):
         evaluation["leaks"] = leaking
     if unchecked:
         evaluation["unchecked"] = unchecked
-    if of.known.any():
-        found = {}
-        for title, part in parts.items():
-            fitted = stream.cheap[title].scores if title in stream.cheap else None
-            found[title] = part_figures(config, system, of, kept, part, fitted, stream.thresholds)
-        evaluation |= found.pop(WHOLE) | {"n": len(of.rows), "subsets": found}
-        evaluation |= of_scores(config, of, kept.scores[system.primary][:, of.known], stream.held)
-        if (shown := shown_map(system)) in parts[WHOLE].pixels.pooled:
-            evaluation["per_patient"] = parts[WHOLE].pixels.per_patient(shown, list(evaluation["scores"]))
-
     if config.evaluation.get("convergence"):
-        labelled = [row for row in of.rows if row.label is not None]
+        labelled = [row for row in chosen.rows if row.label is not None]
         if numbers := convergence(config, system, results, labelled):
             evaluation["convergence"] = numbers
-    of_row = lambda i: {name: values[:, i] for name, values in kept.scores.items()}
-    table = [score_line(row, of_row(i), system, judge) for i, row in enumerate(of.rows)]
-    evaluation["alarms"] = alarms(of, [line["p_value"] for line in table], calibration, rate)
+    whole = gathered.scores.of(1)
+    table = [
+        score_line(row, {k: v[:, i] for k, v in whole.items()}, system, None if no_p_values else calibration)
+        for i, row in enumerate(chosen.rows)
+    ]
+    evaluation["alarms"] = alarms(chosen.labels, [line["p_value"] for line in table], calibration, rate)
     if not evaluation["alarms"]:
-        needs = " and a ".join(calibration.needs) if calibration else ""
-        none = (
-            f"no p-values: the held-out normals were scored with a {needs}, which no row here has"
-            if needs
-            else NO_OTHERS
-        )
-        evaluation["uncalibrated"] = why[0] if why else none
-    evaluation["resampled"] = "patients" if any(row.patient for row in of.rows) else "cases"  # for the intervals
-    evaluation["digests"] = {
-        "recipe": recipe_digest(config),
-        "rows trained on": rows_digest(system, workdir) or "unknown",
-        "images evaluated": hashlib.sha256("\n".join(kept.digests).encode()).hexdigest()[:16],
-    }
+        evaluation["uncalibrated"] = reasons[0] if reasons else why_no_p_values(calibration)
     history = read_history(workdir / "metrics.jsonl")
-    if printed := beside_printed(config, system, rows, workdir, history):
-        evaluation["printed"] = printed
+    if published := beside_published(config, system, rows, workdir, history):
+        evaluation["printed"] = published
+    evaluation |= provenance(config, system, chosen, gathered, workdir)
     evaluation["seconds"] = time.monotonic() - began
-    evaluation["seconds_per_case"] = kept.seconds / len(of.rows)
-    write_csv(out / "scores.csv", [{k: "" if v is None else v for k, v in line.items()} for line in table])
-    about_cases = zip(of.rows, kept.digests, strict=True)
-    write_csv(out / "cases.csv", [{"id": row.id, "patient": row.patient, "image": seen} for row, seen in about_cases])
-    write_text(out / "config.json", recipe.to_json(config))  # with what was changed for this evaluation
-    write_text(out / "metrics.json", json.dumps(metrics.json_ready(evaluation), indent=1))
-    environment = workdir / "environment.json"
-    about = json.loads(environment.read_text()) if environment.exists() else {}
-    page = {**evaluation, "table": table}
-    colours = colours_of(calibration) if calibration else None
-    write_report(out / "report.html", page, kept.cases, history, config.to_dict(), about, colours)
-    if own:
+    evaluation["seconds_per_case"] = gathered.seconds / len(chosen.rows)
+    write_evaluation(config, chosen, evaluation, table, gathered, calibration, history, workdir, out)
+    if of_run:
         write_cards(workdir, config, system, rows)
-    log(headline(evaluation))
+    log(console_summary(evaluation))
     log(f"report: {out / 'report.html'}")
     return evaluation
 
 
-def gather(
-    config: ConfigDict, system: System, split: Split, stream: Stream, parts: Mapping[str, Part], out: Path
+def why_no_p_values(calibration: Calibration | None) -> str:
+    """The reason of a calibrated run, of whose cases none has a p-value."""
+    if not calibration or not calibration.needs:
+        return ONLY_NORMALS
+    needs = " and a ".join(calibration.needs)
+    return f"no p-values: the held-out normals were scored with a {needs}, which no row here has"
+
+
+def baselines_of(
+    config: ConfigDict, system: System, rows: Sequence[Row], split: Split, parts: Mapping[str, Part], workdir: Path
+) -> Baselines:
+    """The cheap baselines of an evaluation, of the first process alone."""
+    train = [row for row in rows if row.split == "train"]
+    if split.labelled.any() and not train:
+        log("the manifest has no train rows: no cheap baselines that are fitted to them")
+    if jax.process_index() or not split.labelled.any():
+        return NoBaselines()
+    if system.sweep:
+        return VolumeBaselines(config, system, Volumes(train, config, workdir / "cache") if train else None)
+    if normals := [row for row in train if row.label != 1]:
+        shares = sorted({part.share for part in parts.values()})
+        return ImageBaselines(Images(normals, config), shares, pixels=split.marked)
+    return NoBaselines()
+
+
+def score_reference(
+    scorer: Scorer, split: Split, baselines: Baselines
+) -> tuple[ReferenceScores | None, dict[str, list[float]]]:
+    """(the scores of the rows of `val`, where they serve the split; the normals' thresholds of maps, where
+    `evaluation.iou` asks for them)."""
+    config, thresholds = scorer.config, None
+    if (percentile := config.evaluation.get("iou", 0.0)) and split.marked:
+        if split.normals:
+            thresholds = NormalThresholds(percentile)
+        else:
+            remedy = "they are scored themselves" if split.name == "val" else "give the manifest val rows of label 0"
+            log(f"no held-out normals: IoU at the oracle threshold alone; {remedy}")
+    if not split.reference:
+        return None, {}
+
+    def pass_on(result: Result) -> Result:
+        if thresholds and result.case.row.label == 0 and (truth := truth_of(result.case, config.data)):
+            thresholds.add(truth, all_maps(result, baselines.maps(result.case)))
+        return result
+
+    reference = reference_scores(scorer.system, map(pass_on, score_rows(scorer, split.reference)))
+    return reference, thresholds.result() if thresholds else {}
+
+
+def all_maps(result: Result, baseline_maps: Mapping[str, np.ndarray]) -> dict[str, list[np.ndarray]]:
+    """The maps of the system and of the baselines on the case's own grid, one of each replicate."""
+    return result.own_maps() | {name: [m] for name, m in baseline_maps.items()}
+
+
+def gather_results(
+    scorer: Scorer, split: Split, baselines: Baselines, parts: Mapping[str, Part], out: Path
 ) -> Gathered:
-    """Goes through the results once: counts pixels, writes maps, keeps scores and pictures."""
-    scores: dict[str, list[np.ndarray]] = {}
-    inner: dict[str, list[np.ndarray]] = {}
-    cases: list[Case] = []
-    cheap: list[Mapping[str, float]] = []
-    digests: list[str] = []
-    seconds = 0.0
-    for i, (row, result) in enumerate(zip(split.rows, stream.results, strict=True)):
-        seconds += result.seconds
-        cheap.append(result.cheap_scores)
-        digests.append(hashlib.sha256(np.ascontiguousarray(result.stored.array).tobytes()).hexdigest()[:16])
-        for name, values in result.scores.items():
-            scores.setdefault(name, []).append(values)
-        for name in result.maps.keys() & result.scores.keys():
-            inner.setdefault(name, []).append(np.array([central(m, CENTRAL).mean() for m in result.maps[name]]))
-        truth = read_truth(row, result, config.data) if split.marked and result.maps else None
-        own = own_maps(result) if truth else {}
+    """Scores the split; counts pixels, writes maps, keeps scores and what the report may show."""
+    gathered, config, system = Gathered(), scorer.config, scorer.system
+    files = {"anomaly": "maps", "confidence": "maps", "recon": "reconstruction"}  # the settings that ask for them
+    names = [name for name, setting in files.items() if config.evaluation.get(setting)]
+    for i, (row, result) in enumerate(zip(split.rows, score_rows(scorer, split.rows), strict=True)):
+        case = result.case
+        gathered.seconds += result.seconds
+        gathered.digests.append(case.digest)
+        gathered.scores.add(result.scores, result.maps)
+        baseline_maps = baselines.maps(case)
+        baselines.add(case, baseline_maps)
+        truth = truth_of(case, config.data) if split.marked and result.maps else None
+        maps = all_maps(result, baseline_maps) if truth else {}
         for part in parts.values():
             if part.inside[i]:
                 if truth:
-                    part.pixels.add(row, *truth, own)
+                    part.pixels.add(row, truth, maps)
                 part.pixels.close(row)
-        if (shown := shown_map(system)) not in result.maps:
+        if map_name(system) not in result.maps:
             continue
-        mean = result.maps[shown].mean(0)
-        picture, confidence = (
-            None if each is None else each.mean(0) for each in (result.reconstruction, result.confidence)
-        )
-        asked = {"anomaly": config.evaluation.maps, "confidence": config.evaluation.maps}
-        asked |= {"recon": bool(config.evaluation.get("reconstruction"))}
-        for name, array in own_results(result, system, [name for name, wanted in asked.items() if wanted]).items():
+        for name, array in result.written(system, names).items():
             (out / "maps").mkdir(parents=True, exist_ok=True)
-            write_map(out / "maps" / f"{row.id}_{name}", array, result.stored)
-        if stream.shown is None or i in stream.shown:
-            lesion = result.scored(truth[0]) if truth else None
-            score = float(result.scores[system.primary].mean())
-            further = {name: each.mean(0) for name, each in result.pictures.items()}
-            case = Case(row.id, row.label, score, result.image, mean, lesion, picture, None, confidence, further)
-            cases.append(one_slice(case, slice_side(len(split.rows))))
-    stack = lambda values: {name: np.stack(each, 1) for name, each in values.items()}
-    known = [scores for scores, row in zip(cheap, split.rows, strict=True) if row.label is not None]
-    whole = [name for name in (known[0] if known else ()) if all(name in scores for scores in known)]
-    each = {name: np.array([[scores.get(name, np.nan) for scores in cheap]]) for name in whole}
-    return Gathered(stack(scores), stack(inner), cases, seconds, each, digests)
+            write_map(out / "maps" / f"{row.id}_{name}", array, case.geometry)
+        gathered.cases.append(one_slice(report_case(result, system, truth), slice_side(len(split.rows))))
+    if not system.sweep and gathered.cases:
+        groups = choose_cases([case.label for case in gathered.cases], [case.score for case in gathered.cases])
+        gathered.cases = [gathered.cases[i] for i in sorted(i for group in groups.values() for i in group)]
+    return gathered
 
 
-def found_lesions(pixel: Mapping[str, Any]) -> str:
-    """The sensitivity for lesions, where it was asked for."""
-    froc = pixel.get("froc")
-    return f"  lesions found {froc['sensitivity']:.3f} at up to {froc['at']:g} false positives an image" if froc else ""
+def report_case(result: Result, system: System, truth: Truth | None) -> Case:
+    """A result as the report shows it, means over replicates."""
+    case, mean = result.case, lambda values: None if values is None else values.mean(0)
+    return Case(
+        case.row.id,
+        case.row.label,
+        float(result.scores[system.primary].mean()),
+        case.array,
+        mean(result.maps[map_name(system)]),
+        case.on_scored_grid(truth.lesion) if truth else None,
+        mean(result.reconstruction),
+        None,
+        mean(result.confidence),
+        {name: mean(each) for name, each in result.pictures.items()},
+    )
 
 
-def overlap(pixel: Mapping[str, Any]) -> str:
-    """The IoU of maps and masks, where it was asked for."""
-    found = pixel.get("localisation")
-    if not found:
-        return ""
-    known = "" if found["normals"] is None else f" {found['normals']:.3f}"
-    return f"  IoU{known} (oracle {found['oracle']:.3f})"
+def provenance(config: ConfigDict, system: System, split: Split, gathered: Gathered, workdir: Path) -> dict[str, Any]:
+    """What was resampled for the intervals, and digests of the recipe, the rows trained on and the images."""
+    return {
+        "resampled": "patients" if any(row.patient for row in split.rows) else "cases",
+        "digests": {
+            "recipe": recipe_digest(config),
+            "rows trained on": rows_digest(system, workdir) or "unknown",
+            "images evaluated": hashlib.sha256("\n".join(gathered.digests).encode()).hexdigest()[:16],
+        },
+    }
 
 
-def headline(evaluation: Mapping[str, Any]) -> str:
-    """What the command says at its end."""
-
-    def line(name: str, image: Mapping[str, Any]) -> str:
-        low, high = image["auroc_ci"]
-        return f"  {name:<24} AUROC {image['auroc']:.3f} [{low:.3f}, {high:.3f}]  AP {image['ap']:.3f}"
-
-    unknown = evaluation["n"] - evaluation["n_normal"] - evaluation["n_abnormal"]
-    counts = f"{evaluation['split']}: {evaluation['n_normal']} normal, {evaluation['n_abnormal']} abnormal"
-    counts += f", {unknown} of unknown label" if unknown else ""
-    if evaluation.get("leaks"):
-        counts = f"NOT AN INDEPENDENT TEST: patients or images are in two splits (data.allow_leaks)\n{counts}"
-    primary, reason = evaluation["primary"], no_curves_reason(evaluation)
-    lines = [counts, *([reason] if reason else [])]
-    scores, cheap = evaluation["scores"], evaluation["baselines"]
-    if not reason:
-        lines += [line(name + " *" * (name == primary), s["image"]) for name, s in scores.items() if s["image"]]
-        rated = [line(name, s["image"]) for name, s in cheap.items() if s["image"]]
-        lines += ["cheap baselines:", *rated] if rated else []
-    if found := evaluation["alarms"]:
-        shares = ", ".join(f"{found[word]:.1%} of {word}" for word in ("normal", "abnormal") if found[word] is not None)
-        if shares:
-            lines.append(f"p-value up to {found['rate']:g} (of {found['n']} held-out normals): {shares}")
-    if evaluation["pixel"]:
-        lines.append(f"pixels, of which {evaluation['pixel']['prevalence']:.4f} are lesion:")
-        named = [(name + " *" * (name == primary), s) for name, s in [*scores.items(), *cheap.items()]]
-        lines += [
-            f"  {name:<24} AUROC {s['pixel']['auroc']:.3f}  AP {s['pixel']['ap']:.3f}"
-            f"{found_lesions(s['pixel'])}{overlap(s['pixel'])}"
-            for name, s in named
-            if s["pixel"]
-        ]
-        mean = metrics.patient_mean(evaluation["per_patient"])
-        lines.append(f"  mean of {mean['n']} patients      AUROC {mean['auroc']:.3f}  AP {mean['ap']:.3f}")
-    return "\n".join(lines)
+def write_evaluation(
+    config: ConfigDict,
+    split: Split,
+    evaluation: dict[str, Any],
+    table: Sequence[Mapping[str, Any]],
+    gathered: Gathered,
+    calibration: Calibration | None,
+    history: Sequence[Mapping[str, Any]],
+    workdir: Path,
+    out: Path,
+) -> None:
+    """Writes scores.csv, cases.csv, config.json, metrics.json and report.html."""
+    write_csv(out / "scores.csv", [{k: "" if v is None else v for k, v in line.items()} for line in table])
+    cases = [
+        {"id": row.id, "patient": row.patient, "image": digest}
+        for row, digest in zip(split.rows, gathered.digests, strict=True)
+    ]
+    write_csv(out / "cases.csv", cases)
+    write_text(out / "config.json", recipe.to_json(config))  # with what was changed for this evaluation
+    write_text(out / "metrics.json", json.dumps(metrics.json_ready(evaluation), indent=1))
+    environment = workdir / "environment.json"
+    about = json.loads(environment.read_text()) if environment.exists() else {}
+    page, colours = {**evaluation, "table": table}, colours_of(calibration)
+    write_report(out / "report.html", page, gathered.cases, history, config.to_dict(), about, colours)
 
 
 if __name__ == "__main__":

@@ -1,73 +1,61 @@
-"""Scoring with a trained run: its weights restored, one compiled program, and a result for each case."""
+"""Scoring with a trained run: its weights, one scorer for images and volumes, and the results of many rows in order.
 
+A `Scorer` prepares cases and turns them into results. `score_rows` does so for many rows: it prepares ahead, scores in
+batches, and splits the rows over processes.
+"""
+
+import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from operator import itemgetter
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
-from jax.sharding import Mesh
-from jaxtyping import Array
 from ml_collections import ConfigDict
 
-from jmae import checkpoint
+from jmae import checkpoint, recipe
 from jmae.data.files import Image
-from jmae.data.loader import Decoded, Images, case_words, in_order, prepared, scored_region, stored_image
+from jmae.data.loader import WORKERS, case_words, prepared, read_case, stored_image
 from jmae.data.manifest import Row
-from jmae.data.transforms import resize
-from jmae.data.volumes import Volume
 from jmae.errors import InputError
-from jmae.masking import case_keys
+from jmae.passes import BatchPass, Pass, SweepPass, local_mesh
 from jmae.processes import gather
-from jmae.reconstruct import fitting, out_of_memory, too_large
+from jmae.results import Prepared, Result
 from jmae.run_folder import log
 from jmae.scoring import top_mean
-from jmae.sharding import device_mesh, inside_mesh, replicated, split
-from jmae.system import Results, Sweep, System, stage_keys
-from jmae.windows import inside, tile
+from jmae.sharding import device_mesh, replicated
+from jmae.system import Results, System, stage_keys
 
-SECONDS_BETWEEN_LINES = 20  # while cases are scored
-
-
-class Scored(NamedTuple):
-    """Scores of n images by r replicates; higher is more abnormal."""
-
-    maps: dict[str, np.ndarray]  # (r, n, *size)
-    scores: dict[str, np.ndarray]  # (r, n)
-    seconds: float = 0.0
-    reconstruction: np.ndarray | None = None  # (r, n, *size, c), in the images' own range
-    confidence: np.ndarray | None = None  # (r, n, *size)
-    pictures: Mapping[str, np.ndarray] = MappingProxyType({})  # (r, n, *size, c) or (r, n, h, w)
+SECONDS_BETWEEN_LINES = 20  # of progress
 
 
-class Result(NamedTuple):
-    """One row scored by r replicates, with the cheap baselines that come case by case."""
+def run_of(flags: dict[str, str]) -> tuple[Path, ConfigDict]:
+    """The run folder that `--workdir` names, and its recipe with the changes of `--config.evaluation.KEY`.
 
-    image: np.ndarray  # (*size, c), as scored
-    stored: Image
-    maps: dict[str, np.ndarray]  # (r, *size)
-    scores: dict[str, np.ndarray]  # (r,)
-    reconstruction: np.ndarray | None  # (r, *size, c)
-    own: Callable[[np.ndarray], np.ndarray]  # a map (*size) or picture (*size, c) on the row's own grid
-    scored: Callable[[np.ndarray], np.ndarray]  # a mask on the row's own grid on the grid that was scored
-    seconds: float  # of scoring alone
-    values: Callable[[np.ndarray], np.ndarray] = lambda picture: picture  # a picture in the row's own values
-    cheap_scores: Mapping[str, float] = MappingProxyType({})  # of the maps below
-    seen: np.ndarray | None = None  # where on its own grid a map exists; None: everywhere
-    cheap: Mapping[str, np.ndarray] = MappingProxyType({})  # the baselines' maps, on the row's own grid
-    confidence: np.ndarray | None = None  # (r, *size): spread of the primary map over the system's samples
-    pictures: Mapping[str, np.ndarray] = MappingProxyType({})  # (r, *size, c) or (r, h, w)
+    Raises:
+      InputError: no --workdir, or a change of another section of the recipe.
+    """
+    if other := [flag for flag in flags if flag.startswith("config") and not flag.startswith("config.evaluation.")]:
+        raise InputError(
+            f"--{other[0]} is unknown: of the run's recipe --config.evaluation.KEY=VALUE alone can be changed"
+        )
+    if "workdir" not in flags:
+        raise InputError("no run folder: write --workdir=DIR")
+    workdir = Path(flags["workdir"])
+    config = recipe.read(workdir)
+    recipe.override(config, flags, "evaluation.")
+    return workdir, config
 
 
 def restore_results(config: ConfigDict, system: System, workdir: Path) -> Results:
-    """What `system.score` reads, from the run folder's last checkpoints, on each of this process's devices; raises
-    InputError where one is missing."""
+    """The results that the score reads, from the run folder's last checkpoints, on each of this process's devices.
+
+    Raises:
+      InputError: a stage has no checkpoint, or has not finished.
+    """
     results: dict[str, Any] = {}
     place = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated(device_mesh()))
     for number, stage in enumerate(system.stages):
@@ -83,183 +71,221 @@ def restore_results(config: ConfigDict, system: System, workdir: Path) -> Result
         results[stage.name] = stage.result(found[1])
     if jax.process_count() == 1:
         return results
-    return jax.device_put(jax.tree.map(lambda x: x.addressable_data(0), results), replicated(own_mesh()))
+    return jax.device_put(jax.tree.map(lambda x: x.addressable_data(0), results), replicated(local_mesh()))
 
 
-def own_mesh() -> Mesh:
-    """The devices of this process: each scores its share of the cases without the others."""
-    return device_mesh(devices=jax.local_devices())
+# --- the scorer -------------------------------------------------------------------------------------------------------
 
 
-def seeds_of(config: ConfigDict) -> Array:
-    """A key a replicate."""
-    return jnp.stack([jax.random.key(config.seed + r) for r in range(config.replicates)])
+class Started(NamedTuple):
+    """Cases whose pass has been dispatched."""
+
+    cases: Sequence[Prepared]
+    handle: Any  # of the pass
+    time: float
 
 
-def each_replicate(one: Callable, results: Any, keys: Array) -> Any:
-    """`one(results, key)` of every replicate, on a leading axis."""
-    if len(keys) > 1:
-        return jax.vmap(one)(results, keys)
-    return jax.tree.map(lambda x: x[None], one(results, keys[0]))
+class Scorer:
+    """The score of a trained run, of images or volumes: `prepare` cases, then `score` up to any number of them.
 
-
-def scorer(config: ConfigDict, system: System, results: Results) -> Callable[[Images | Decoded, np.ndarray], Scored]:
-    """The function (images, row numbers) -> Scored, one compiled program for all batches.
-
-    Rows are split over the processes, batches over the devices; a case's result depends on neither, as its key comes
-    from its id. Where a device runs out of memory, fewer masks at a time, then fewer images, are tried until they fit.
+    `dispatch` and `fetch` are the two halves of `score`: the host may work between them.
     """
-    mesh, keys = own_mesh(), seeds_of(config)
-    devices, program = mesh.shape["data"], scoring_program(system, mesh)
 
-    def fit(b: int, most: int) -> tuple[int, Any, int]:
-        batch = scoring_batch(config, b, mesh)
-        lower = lambda chunk: program.lower(results, batch, keys, chunk)
-        compiled, chunk = fitting(lower, most, what=f"scoring {b} images of {tuple(config.data.size)}")
-        if chunk < system.masks:
-            log(f"scoring {chunk} of {system.masks} masks at a time")
-        return b, compiled, chunk
+    def __init__(self, config: ConfigDict, system: System, results: Results):
+        self.config, self.system = config, system
+        self.passes: Pass = (
+            SweepPass(config, system.sweep, results) if system.sweep else BatchPass(config, system, results)
+        )
+        self.last_fetch = 0.0
 
-    def attempt(images: Images | Decoded, rows: np.ndarray, b: int, compiled: Any) -> Scored | None:
-        began = said = time.monotonic()
-        parts: list[tuple[int, Any]] = []
+    @property
+    def at_once(self) -> int:
+        """Cases that one pass takes."""
+        return self.passes.at_once
+
+    def prepare(self, row: Row, stored: Image | None = None, region: np.ndarray | None = None) -> Prepared:
+        """Reads a case and prepares it as the recipe says.
+
+        Args:
+          row: the case.
+          stored: its image, where it has been read.
+          region: bool on the image's own grid, in place of the region that the row names; of volumes alone.
+
+        Raises:
+          InputError: "FILE: what: remedy".
+        """
+        data = self.config.data
+        if not self.system.sweep:
+            stored = stored_image(row) if stored is None else stored
+            array, volume, moments = read_case(row, data, stored), None, (0.0, 1.0)
+        else:
+            volume = prepared(row, data, stored, region)
+            array, stored, moments = volume.array, volume.stored, (data.mean, data.std)
+        return Prepared(
+            row=row,
+            array=array,
+            geometry=stored.geometry,
+            digest=values_digest(stored.array),
+            stored=stored,
+            volume=volume,
+            moments=moments,
+        )
+
+    def dispatch(self, cases: Sequence[Prepared], draw: str = "", repeats: int | None = None) -> Started:
+        """Starts a pass over cases and does not wait for it.
+
+        Args:
+          cases: prepared cases.
+          draw: name of other random masks; "" for those of the evaluation.
+          repeats: sweeps over each volume; None for the system's own number.
+
+        Raises:
+          InputError: a case does not fit in the device's memory.
+        """
+        words = [case_words(f"{case.row.id}\n{draw}" if draw else case.row.id) for case in cases]
+        return Started(cases, self.passes.dispatch(cases, words, repeats), time.monotonic())
+
+    def fetch(self, started: Started) -> list[Result]:
+        """Waits for a pass; gives the result of each of its cases. Raises InputError as `dispatch`."""
+        arrays, seconds = self.fetch_arrays(started)
+        return [self.result(case, each, seconds) for case, each in zip(started.cases, arrays, strict=True)]
+
+    def fetch_arrays(self, started: Started) -> tuple[list[dict[str, Any]], float]:
+        """(the arrays of each case of a pass, seconds a case). The clock starts when the device was free."""
+        arrays = self.passes.fetch(started.handle)
+        began, self.last_fetch = max(started.time, self.last_fetch), time.monotonic()
+        return arrays, (self.last_fetch - began) / len(started.cases)
+
+    def result(self, case: Prepared, arrays: Mapping[str, Any], seconds: float = 0.0) -> Result:
+        """A case's result from the arrays of a pass.
+
+        ours: a volume's score is the mean of the highest values of its map in the region, a share `evaluation.top` of
+        them. (The papers score voxels only.)
+        """
+        scores = arrays.get("scores")
+        if scores is None:
+            assert case.volume
+            top = lambda m: top_mean(m, case.volume.region, self.config.evaluation.top)
+            scores = {name: np.array([top(m) for m in maps]) for name, maps in arrays["maps"].items()}
+        further = arrays.get("reconstruction"), arrays.get("confidence"), arrays.get("pictures", {})
+        return Result(case, arrays["maps"], scores, *further, seconds)
+
+    def score(self, cases: Sequence[Prepared], draw: str = "", repeats: int | None = None) -> list[Result]:
+        """The result of each of some prepared cases. Arguments and errors as of `dispatch`."""
+        return self.fetch(self.dispatch(cases, draw, repeats))
+
+
+def values_digest(array: np.ndarray) -> str:
+    """The first 16 digits of the SHA-256 of an array's values: the column `image` of cases.csv."""
+    return hashlib.sha256(np.ascontiguousarray(array)).hexdigest()[:16]
+
+
+# --- many rows --------------------------------------------------------------------------------------------------------
+
+Failed = Callable[[Row, Exception], None]
+
+
+def score_rows(
+    scorer: Scorer,
+    rows: Sequence[Row],
+    *,
+    prepare: Callable[[Row], Prepared] | None = None,
+    failed: Failed | None = None,
+) -> Iterator[Result]:
+    """The results of rows in their order.
+
+    Threads prepare the next group of rows while one is scored, and each group is dispatched before the one before is
+    fetched. Of several processes each scores its share of every group, and all yield all results.
+
+    Args:
+      prepare: in place of `scorer.prepare`.
+      failed: called with a row that cannot be read or scored, which is then left out; None raises its error.
+
+    Raises:
+      InputError: without `failed`, the first row's that cannot be read or scored.
+    """
+    said, done, waiting = time.monotonic(), 0, None
+    for cases in prepared_groups(scorer, rows, prepare or scorer.prepare, failed):
+        started = _start(scorer, cases, failed)
+        yield from _finish(scorer, waiting, failed)
+        waiting, done = started, done + len(cases)
+        if time.monotonic() - said > SECONDS_BETWEEN_LINES:
+            said = time.monotonic()
+            log(f"{done} of {len(rows)} cases scored")
+    yield from _finish(scorer, waiting, failed)
+
+
+def prepared_groups(
+    scorer: Scorer, rows: Sequence[Row], prepare: Callable[[Row], Prepared], failed: Failed | None = None
+) -> Iterator[list[Prepared]]:
+    """The prepared cases of groups of rows, as many as the processes score at once; one group ahead of its use."""
+    size = scorer.at_once * jax.process_count()
+    groups = [rows[start : start + size] for start in range(0, len(rows), size)]
+
+    def attempt(row: Row) -> Prepared | Exception:
         try:
-            for used, host in in_order(images, rows, b):
-                if time.monotonic() - said > SECONDS_BETWEEN_LINES:
-                    said = time.monotonic()
-                    log(f"{len(parts) * b} of {len(rows)} images scored")
-                # This batch is dispatched before the one before is fetched.
-                parts.append((used, compiled(results, jax.device_put(host, split(mesh)), keys)))
-                parts[-2:-1] = [(k, jax.device_get(out)) for k, out in parts[-2:-1]]
-            outs = [jax.tree.map(lambda x, k=k: x[:, :k], jax.device_get(out)) for k, out in parts]
-        except jax.errors.JaxRuntimeError as error:
-            if not out_of_memory(error):
+            return prepare(row)
+        except (InputError, MemoryError) as error:
+            if failed is None:
                 raise
-            return None
-        joined = jax.tree.map(lambda *x: np.concatenate(x, axis=1), *outs)
-        further = joined.get("reconstruction"), joined.get("confidence"), joined.get("pictures", {})
-        return Scored(joined["maps"], joined["scores"], time.monotonic() - began, *further)
+            return error
 
-    size = -(-config.evaluation.batch // devices) * devices
-    fitted = [fit(size, config.evaluation.get("chunk") or system.masks)]
-
-    def run(images: Images | Decoded, rows: np.ndarray) -> Scored:
-        n, own = jax.process_count(), jax.process_index()
-        mine = np.concatenate([rows, np.repeat(rows[-1:], -len(rows) % n)])[own::n]
-        while (scored := attempt(images, mine, *fitted[0][:2])) is None:
-            b, compiled, chunk = fitted[0]
-            if chunk == 1 and b == devices:
-                raise too_large(f"scoring {b} images of {tuple(config.data.size)}", compiled)
-            fewer = b if chunk > 1 else -(-b // 2 // devices) * devices
-            log(f"out of memory at {b} images, {chunk} masks at a time: trying fewer")
-            fitted[0] = fit(fewer, max(1, chunk // 2))
-        return scored if n == 1 else gathered(scored, len(rows))
-
-    return run
+    with ThreadPoolExecutor(WORKERS) as pool:
+        for group, found in zip(groups, lookahead(lambda g: list(pool.map(attempt, g)), groups), strict=True):
+            cases = []
+            for row, one in zip(group, found, strict=True):
+                if isinstance(one, Prepared):
+                    cases.append(one)
+                elif failed:
+                    failed(row, one)
+            if cases:
+                yield cases
 
 
-def scoring_program(system: System, mesh: Mesh) -> Any:
-    """The jitted function (results, batch, keys of the replicates, chunk) -> what `system.score` gives, a leading axis
-    of replicates before each array."""
-    one = system.score
-    assert one
-
-    def score(results: Results, batch: Any, keys: Any, chunk: int) -> Any:
-        return each_replicate(lambda result, key: one(result, batch, key, chunk=chunk), results, keys)
-
-    return jax.jit(inside_mesh(score, mesh), static_argnums=3, out_shardings=replicated(mesh))
-
-
-def scoring_batch(config: ConfigDict, b: int, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes of b images and of what their ids give, split over the devices."""
-    shapes = {"image": (b, *config.data.size, config.data.channels), "case": (b, 2)}
-    types = {"image": jnp.float32, "case": jnp.uint32}
-    return {name: jax.ShapeDtypeStruct(shapes[name], types[name], sharding=split(mesh)) for name in shapes}
+def _start(scorer: Scorer, cases: Sequence[Prepared], failed: Failed | None) -> tuple[Sequence[Prepared], Any]:
+    """(cases, the started pass of this process's share of them; None where it failed)."""
+    n, own = jax.process_count(), jax.process_index()
+    last = len(cases) - 1  # fills the shares, which are equal
+    share = [cases[min(k * n + own, last)] for k in range(-(-len(cases) // n))]
+    try:
+        return cases, scorer.dispatch(share)
+    except InputError as error:
+        _fail(cases, error, failed)
+        return cases, None
 
 
-def gathered(scored: Scored, n: int) -> Scored:
-    """All n images of which each process has scored every so-many-th one."""
-    each = multihost_utils.process_allgather(scored)  # (processes, r, of each, ...)
-    join = lambda x: np.moveaxis(x, 0, 2).reshape(x.shape[1], -1, *x.shape[3:])[:, :n]
-    seconds = float(each.seconds.max())
-    return jax.tree.map(join, each._replace(seconds=None))._replace(seconds=seconds)
+def _finish(
+    scorer: Scorer, waiting: tuple[Sequence[Prepared], Started | None] | None, failed: Failed | None
+) -> list[Result]:
+    if waiting is None or waiting[1] is None:
+        return []
+    cases, started = waiting
+    try:
+        if jax.process_count() == 1:
+            return scorer.fetch(started)
+        arrays, seconds = scorer.fetch_arrays(started)
+    except InputError as error:
+        _fail(cases, error, failed)
+        return []
+    stacked = jax.tree.map(lambda *x: np.stack(x), *arrays) | {"seconds": np.float32(seconds)}
+    each, results = gather(stacked), []
+    for i, case in enumerate(cases):
+        k, process = divmod(i, jax.process_count())
+        found = dict(each[process])
+        seconds = float(found.pop("seconds"))
+        results.append(scorer.result(case, jax.tree.map(itemgetter(k), found), seconds / jax.process_count()))
+    return results
 
 
-def sweeper(config: ConfigDict, sweep: Sweep, results: Any) -> Callable[..., dict[str, Any]]:
-    """The function (prepared volume, words of its id, repeats=the sweep's) -> {"maps": {NAME: (r, *size)},
-    "reconstruction"}: one program a bucket of sizes, whatever the case and `repeats`; as many windows at a time as fit
-    in the memory, split over the devices. Raises InputError where one window at a time does not."""
-    mesh, keys = own_mesh(), seeds_of(config)
-    program = sweep_program(sweep, mesh)
-    programs: dict[tuple[int, ...], tuple[Any, int]] = {}
-
-    def run(volume: Volume, words: np.ndarray, repeats: int = sweep.repeats) -> dict[str, Any]:
-        shape = volume.array.shape[:-1]
-        tiling = tile(shape, sweep.window, sweep.stride, side=volume.side, midline=volume.midline)
-        origins, number = filled(tiling.origins), np.int32(len(tiling.origins))
-        array = np.pad(volume.array, [*tiling.pad, (0, 0)])
-        case = (array, np.array(tiling.size, np.int32), origins, number, tiling.coverage, words, np.int32(repeats))
-        case = jax.device_put(case, replicated(mesh))
-        kind = (*array.shape, len(origins))
-        what, lower = f"a volume of {array.shape[:-1]}", lambda batch: program.lower(results, *case, keys, batch)
-        most, out = config.evaluation.batch, None
-        while out is None:
-            if kind not in programs:
-                programs[kind] = fitting(lower, most, what=what)
-                if programs[kind][1] < config.evaluation.batch:
-                    log(f"{what}: scoring {programs[kind][1]} windows at a time")
-            compiled, batch = programs[kind]
-            try:
-                out = jax.device_get(compiled(results, *case, keys))
-            except jax.errors.JaxRuntimeError as error:
-                if not out_of_memory(error):
-                    raise
-                if batch == 1:
-                    raise too_large(what, compiled) from error
-                most = -(-batch // 2)
-                del programs[kind]
-        own = tuple(slice(low, low + n) for (low, _), n in zip(tiling.pad, shape, strict=True))
-        return jax.tree.map(lambda x: x[(slice(None), *own)], out)
-
-    return run
+def _fail(cases: Sequence[Prepared], error: InputError, failed: Failed | None) -> None:
+    if failed is None:
+        raise error
+    for case in cases:
+        failed(case.row, error)
 
 
-def sweep_program(sweep: Sweep, mesh: Mesh) -> Any:
-    """The jitted function (results, volume, its true size, origins of windows, how many of them count, coverage, words
-    of the case's id, repeats, keys of the replicates, windows at a time) -> what `sweep.fuse` gives, a leading axis of
-    replicates before each array."""
-    devices = mesh.shape["data"]
-
-    def score(results, volume, size, origins, number, coverage, words, repeats, keys, batch):
-        def one(result, key):
-            averages = sweep.average(
-                partial(sweep.score, result),
-                volume,
-                origins,
-                number,
-                coverage,
-                case_keys(key, words[None])[0],
-                window=sweep.window,
-                repeats=repeats,
-                batch=-(-batch // devices) * devices,
-                place=lambda x: jax.lax.with_sharding_constraint(x, split(mesh)),
-            )
-            return sweep.fuse(averages, inside(volume.shape[:-1], size))
-
-        return each_replicate(one, results, keys)
-
-    return jax.jit(inside_mesh(score, mesh), static_argnums=9, out_shardings=replicated(mesh))
-
-
-def filled(origins: np.ndarray) -> np.ndarray:
-    """Origins of windows, with zeros behind them up to a power of two: few lengths are compiled."""
-    rows = np.zeros((2 ** max(4, (len(origins) - 1).bit_length()), origins.shape[1]), np.int32)
-    rows[: len(origins)] = origins
-    return rows
-
-
-def ahead(function: Callable, items: Sequence) -> Iterator[Any]:
-    """`function` of each item in order, one item ahead of its use, in a thread."""
+def lookahead(function: Callable, items: Sequence) -> Iterator[Any]:
+    """`function` of each item in order. A thread computes the next one while the caller uses one."""
     with ThreadPoolExecutor(1) as pool:
         waiting = None
         for item in items:
@@ -269,114 +295,3 @@ def ahead(function: Callable, items: Sequence) -> Iterator[Any]:
             waiting = following
         if waiting:
             yield waiting.result()
-
-
-def scored_volumes(config: ConfigDict, rows: Sequence[Row], run: Callable) -> Iterator[tuple[Row, Volume, Result]]:
-    """Rows with their volumes and results, prepared one ahead; a row a process at a time."""
-    volumes, n, own = ahead(partial(prepared, data=config.data), rows), jax.process_count(), jax.process_index()
-    for start in range(0, len(rows), n):
-        part = [(row, next(volumes)) for row in rows[start : start + n]]
-        began = time.monotonic()
-        case, volume = part[min(own, len(part) - 1)]  # the last rows may be fewer than processes: one is scored twice
-        outs = gather(run(volume, case_words(case.id)))
-        seconds = (time.monotonic() - began) / len(part)
-        for (row, volume), out in zip(part, outs, strict=False):
-            yield row, volume, volume_result(config, row, volume, lambda *_, out=out: out)._replace(seconds=seconds)
-
-
-def volume_results(
-    config: ConfigDict, rows: Sequence[Row], run: Callable, cheap: Callable[[Row, Volume], dict[str, np.ndarray]]
-) -> Iterator[Result]:
-    """Each row prepared, scored and put back on its own grid. ours: a map's score is the mean of its highest voxels in
-    the region, a share `evaluation.top` of them (the paper scores voxels only). Of several processes each scores every
-    so-many-th row, and all yield all results."""
-    said = time.monotonic()
-    for i, (row, volume, result) in enumerate(scored_volumes(config, rows, run)):
-        if time.monotonic() - said > SECONDS_BETWEEN_LINES:
-            said = time.monotonic()
-            log(f"{i} of {len(rows)} volumes scored")
-        baselines = cheap(row, volume)
-        region = scored_region(row, volume.stored, config.data)
-        region = result.seen if region is None else region & result.seen
-        ends = baselines | {f"low {name}": -m for name, m in baselines.items() if name.startswith("brightness")}
-        cheap_scores = {name: top_mean(m, region, config.evaluation.top) for name, m in ends.items()}
-        yield result._replace(cheap_scores=cheap_scores, cheap=baselines)
-
-
-def volume_result(config: ConfigDict, row: Row, volume: Volume, run: Callable) -> Result:
-    """One prepared volume, scored."""
-    began, out = time.monotonic(), run(volume, case_words(row.id))
-    top = lambda m: top_mean(m, volume.region, config.evaluation.top)
-    return Result(
-        image=volume.array,
-        stored=volume.stored,
-        maps=out["maps"],
-        scores={name: np.array([top(m) for m in maps]) for name, maps in out["maps"].items()},
-        reconstruction=out.get("reconstruction"),
-        confidence=out.get("confidence"),
-        own=volume.grid.back,
-        scored=partial(volume.grid.forward, order=0),
-        seconds=time.monotonic() - began,
-        values=partial(own_values, volume=volume, data=config.data),
-        seen=volume.grid.inside(),
-    )
-
-
-def own_values(picture: np.ndarray, *, volume: Volume, data: ConfigDict) -> np.ndarray:
-    """A normalised picture (*size, c) in the values of the stored image."""
-    return (picture - data.mean) / data.std * volume.std + volume.mean
-
-
-def image_results(images: Images, scored: Scored, cheap: Scored, rows: range) -> Iterator[Result]:
-    """Images by their numbers, of which `scored` has these alone and `cheap` all; maps are enlarged to a row's own
-    grid."""
-    for k, i in enumerate(rows):
-        result = image_result(stored_image(images.rows[i]), images.image(np.array([i]))[0], scored, k)
-        yield result._replace(cheap={name: result.own(value[0, i]) for name, value in cheap.maps.items()})
-
-
-def image_result(stored: Image, image: np.ndarray, scored: Scored, k: int) -> Result:
-    """The k-th of scored images; `image` is (*size, c) as it was scored."""
-    size = stored.array.shape[:-1]
-
-    def own(array: np.ndarray) -> np.ndarray:
-        return resize(array, size) if array.ndim > len(size) else resize(array[..., None], size)[..., 0]
-
-    of = lambda values: {name: value[:, k] for name, value in values.items()}
-    return Result(
-        image=image,
-        stored=stored,
-        maps=of(scored.maps),
-        scores=of(scored.scores),
-        reconstruction=None if scored.reconstruction is None else scored.reconstruction[:, k],
-        own=own,
-        scored=lambda mask: resize(mask[..., None].astype(np.float32), image.shape[:-1])[..., 0] > 0.5,
-        seconds=scored.seconds / len(scored.scores[next(iter(scored.scores))][0]),
-        confidence=None if scored.confidence is None else scored.confidence[:, k],
-        pictures=of(scored.pictures),
-    )
-
-
-def own_maps(result: Result) -> dict[str, list[np.ndarray]]:
-    """All maps of a row on its own grid, one a replicate, also the baselines'."""
-    maps = {name: [result.own(m) for m in values] for name, values in result.maps.items()}
-    return maps | {name: [m] for name, m in result.cheap.items()}
-
-
-def shown_map(system: System) -> str:
-    """The name of the map that stands for a system; there may be none of that name."""
-    return system.map or system.primary
-
-
-def own_results(result: Result, system: System, asked: Sequence[str]) -> dict[str, np.ndarray]:
-    """What is asked of "anomaly", "confidence" (*size) and "recon" (*size, c), as far as the system has it, on the
-    case's own grid, means over replicates; the reconstruction in the image's own values."""
-    back = lambda values: np.asarray(result.own(values.mean(0)), np.float32)
-    found: dict[str, np.ndarray] = {}
-    if "anomaly" in asked and shown_map(system) in result.maps:
-        found["anomaly"] = back(result.maps[shown_map(system)])
-    if "confidence" in asked and result.confidence is not None:
-        found["confidence"] = back(result.confidence)
-    if "recon" in asked and result.reconstruction is not None:
-        found["recon"] = np.asarray(result.own(result.values(result.reconstruction.mean(0))), np.float32)
-    return found

@@ -50,7 +50,7 @@ from jmae.chips import CHIPS, Machine, devices_of, first_line, target_of
 from jmae.errors import InputError, exit_code
 from jmae.gpus import without_cudnn
 from jmae.hlo import Program, Work
-from jmae.inference import filled, scoring_batch, scoring_program, seeds_of, sweep_program
+from jmae.passes import padded_origins, scoring_batch, scoring_program, seeds_of, sweep_program
 from jmae.programs import compiled_step, places, steps_of_dispatch
 from jmae.reconstruct import fitting
 from jmae.run_folder import log, write_text
@@ -428,7 +428,7 @@ def sweep_of(
     array = tuple(n + low + high for n, (low, high) in zip(volume, tiling.pad, strict=True))
     shapes = {
         "array": jax.ShapeDtypeStruct((*array, config.data.channels), jnp.float32),
-        "origins": jax.eval_shape(lambda: jnp.asarray(filled(tiling.origins))),
+        "origins": jax.eval_shape(lambda: jnp.asarray(padded_origins(tiling.origins))),
         "coverage": tuple(jax.ShapeDtypeStruct(each.shape, jnp.float32) for each in tiling.coverage),
         "words": jax.ShapeDtypeStruct((2,), jnp.uint32),
     }

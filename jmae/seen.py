@@ -1,4 +1,4 @@
-"""The rows that a run has seen (seen.csv), and what of other data may not be scored because of them."""
+"""The rows that a run has been trained or calibrated on (seen.csv), and the check of other data against them."""
 
 import csv
 from collections.abc import Sequence
@@ -22,8 +22,11 @@ def write_seen(workdir: Path, rows: Sequence[Row]) -> None:
 
 
 def read_seen(workdir: Path) -> list[Row]:
-    """The rows of seen.csv, their images told by their content alone; none where there is no such file. Raises
-    InputError where it is damaged."""
+    """The rows of seen.csv, without files: `Row.content` tells their images. Empty where there is no such file.
+
+    Raises:
+      InputError: the file is damaged.
+    """
     file = workdir / SEEN
     try:
         with file.open(newline="", encoding="utf-8") as lines:
@@ -35,39 +38,57 @@ def read_seen(workdir: Path) -> list[Row]:
         raise InputError(f"{file}: not readable ({error!r}): delete it and run jmae.train again") from None
 
 
-def not_seen_before(config: ConfigDict, rows: Sequence[Row], workdir: Path) -> tuple[list[Row], str]:
-    """A run's own rows, of which `test` and `val`, where `model.weights` names another run, are held against what
-    `workdir` has seen, as `not_seen` does: that other run before the training, this one afterwards."""
-    source = config.model.get("weights") or ""
-    if not source or Path(source).is_file():
-        return list(rows), ""
-    where = f"{config.data.manifest or config.data.phantom} (model.weights={source})"
-    return not_seen(rows, "test", workdir, where, allow=bool(config.data.get("allow_leaks")))
+class SeenRows:
+    """What a run has seen, by patient, by the image's content and by id."""
 
+    def __init__(self, rows: Sequence[Row]):
+        self.by: dict[str, dict[str, Row]] = {"patient": {}, "content": {}, "id": {}}
+        for row in rows:
+            for key, named in self.by.items():
+                named.setdefault(getattr(row, key), row)
 
-def not_seen(rows: Sequence[Row], split: str, workdir: Path, manifest: str, *, allow: bool) -> tuple[list[Row], str]:
-    """The rows of another manifest, of which those of `split`, and of `val` that chooses thresholds, are held against
-    what the run has seen (seen.csv): patients, images by their content, ids where that is not known; and the sentence
-    that a run which does not tell what it has seen gets, else "". Raises InputError where one was seen, or with `allow`
-    marks it; val of the run may be val again."""
-    seen, unchecked = read_seen(workdir), ""
-    if all(row.split == "val" for row in seen):
-        unchecked = f"{workdir} does not say what it was trained on: not known whether cases of {manifest} were"
-        log(f"warning: {unchecked}")
-    by: dict[str, dict[str, Row]] = {"patient": {}, "content": {}, "id": {}}
-    for row in seen:
-        for key, named in by.items():
-            named.setdefault(getattr(row, key), row)
+    def leak(self, row: Row, split: str) -> str:
+        """How a row was seen, as a sentence; "" where it was not.
 
-    def leak(row: Row) -> str:
+        Ids are compared where a content is not known. A row of the run's `val` may be in `val` again, unless `val` is
+        the split that is scored.
+        """
         for key, word in (("patient", "patient"), ("content", "image"), ("id", "id")):
-            other = by[key].get(getattr(row, key)) if getattr(row, key) else None
-            unsure = key == "id" and other and row.content and other.content
-            if other and not unsure and not row.split == other.split == "val" != split:
+            value = getattr(row, key)
+            other = self.by[key].get(value) if value else None
+            if not other or (key == "id" and row.content and other.content):
+                continue
+            if not row.split == other.split == "val" != split:
                 return f"the {word} of {row.id} is that of {other.id}, {other.split} of the run"
         return ""
 
-    rows = [row._replace(leak=row.leak or leak(row)) if row.split in (split, "val") else row for row in rows]
+
+def check_unseen(
+    rows: Sequence[Row], split: str, workdir: Path, manifest: str, *, allow: bool
+) -> tuple[list[Row], str]:
+    """Checks that the run has seen no row of `split`, and none of `val`, which chooses thresholds.
+
+    Args:
+      rows: of all splits of the manifest.
+      split: the split that is scored.
+      workdir: the run folder.
+      manifest: its name in messages.
+      allow: whether such rows are marked (`Row.leak`) instead.
+
+    Returns:
+      (the rows, a sentence where the run does not tell what it has seen, else "").
+
+    Raises:
+      InputError: a row was seen, unless `allow`.
+    """
+    known, unchecked = read_seen(workdir), ""
+    if all(row.split == "val" for row in known):
+        unchecked = f"{workdir} does not say what it was trained on: not known whether cases of {manifest} were"
+        log(f"warning: {unchecked}")
+    seen = SeenRows(known)
+    rows = [
+        row._replace(leak=row.leak or seen.leak(row, split)) if row.split in (split, "val") else row for row in rows
+    ]
     found = [row.leak for row in rows if row.leak]
     if found and not allow:
         more = f", and {len(found) - 1} more cases were seen in training" if len(found) > 1 else ""
@@ -75,3 +96,18 @@ def not_seen(rows: Sequence[Row], split: str, workdir: Path, manifest: str, *, a
     for what in found[:20]:
         log(f"warning: {what}")
     return rows, unchecked
+
+
+def check_unseen_by_source(config: ConfigDict, rows: Sequence[Row], workdir: Path) -> tuple[list[Row], str]:
+    """As `check_unseen`, for a run's own rows whose `model.weights` names another run; other rows need no check.
+
+    Args:
+      config: the run's recipe.
+      rows: the run's own rows.
+      workdir: that other run before the training, this run afterwards.
+    """
+    source = config.model.get("weights") or ""
+    if not source or Path(source).is_file():
+        return list(rows), ""
+    where = f"{config.data.manifest or config.data.phantom} (model.weights={source})"
+    return check_unseen(rows, "test", workdir, where, allow=bool(config.data.get("allow_leaks")))

@@ -51,7 +51,7 @@ from jmae.run_folder import (
     log,
     write_csv,
 )
-from jmae.seen import not_seen_before, read_seen, write_seen
+from jmae.seen import check_unseen_by_source, read_seen, write_seen
 from jmae.sharding import device_mesh, place_batch, place_whole
 from jmae.system import Check, Results, Stage, State, System, load_system, rows_read, split_replicates, stage_keys
 
@@ -80,7 +80,7 @@ def run(config: ConfigDict, workdir: Path) -> int:
         tensorboard()
     source = Path(config.model.get("weights") or workdir)  # another run, whose cases this one has seen too
     cases = load_cases(config, log, folder=workdir / "cache", trained=partial(rows_read, system))
-    rows, unchecked = not_seen_before(config, cases.rows, source)
+    rows, unchecked = check_unseen_by_source(config, cases.rows, source)
     images = cases.samples(rows_read(system, rows))
     train(config, system, images, workdir)
     write_seen(workdir, [*(read_seen(source) if source.is_dir() else ()), *images.rows])

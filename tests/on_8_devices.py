@@ -16,7 +16,7 @@ from jmae import plan, programs, recipe, sharding, train
 from jmae.errors import exit_code
 from jmae.gpus import without_cudnn
 from jmae.hlo import Program
-from jmae.inference import seeds_of
+from jmae.passes import seeds_of
 from jmae.system import load_system, stage_keys
 from jmae.target import Target, tracing_for
 

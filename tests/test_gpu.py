@@ -13,9 +13,9 @@ from flax import nnx
 from jax import export
 
 from jmae import plan, recipe
-from jmae.inference import seeds_of
 from jmae.nn import attention
 from jmae.nn.transformer import Block, Blocks
+from jmae.passes import seeds_of
 from jmae.sharding import device_mesh
 from jmae.system import load_system
 from jmae.target import Target, portable, tracing_for

@@ -319,7 +319,7 @@ def jmae_sweep(size: str, windows: int, weights: str, dtype: str) -> tuple[Calla
     """(the recipe's sweep over the volume, the recipe, the words of the case)."""
     import jax
 
-    from jmae.data.files import Geometry
+    from jmae.data.files.grids import Geometry
     from jmae.data.loader import case_words
     from jmae.data.manifest import Row
     from jmae.data.volumes import Volume

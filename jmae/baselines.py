@@ -253,4 +253,5 @@ def residual_scorer(config: ConfigDict, system: System, train: Volumes) -> Score
     sweep = replace(system.sweep, repeats=1, score=score, fuse=fuse, average=average)
     single = config.copy_and_resolve_references()
     single.replicates = 1
-    return Scorer(single, replace(system, sweep=sweep), {"mean": mean, "components": components})
+    results: Any = {"mean": mean, "components": components}
+    return Scorer(single, replace(system, sweep=sweep), results)

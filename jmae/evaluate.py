@@ -293,18 +293,19 @@ def gather_results(
 
 def report_case(result: Result, system: System, truth: Truth | None) -> Case:
     """A result as the report shows it, means over replicates."""
-    case, mean = result.case, lambda values: None if values is None else values.mean(0)
+    case = result.case
+    mean = lambda values: None if values is None else values.mean(0)
     return Case(
         case.row.id,
         case.row.label,
         float(result.scores[system.primary].mean()),
         case.array,
-        mean(result.maps[map_name(system)]),
+        result.maps[map_name(system)].mean(0),
         case.on_scored_grid(truth.lesion) if truth else None,
         mean(result.reconstruction),
         None,
         mean(result.confidence),
-        {name: mean(each) for name, each in result.pictures.items()},
+        {name: each.mean(0) for name, each in result.pictures.items()},
     )
 
 

@@ -177,7 +177,7 @@ class Scorer:
 
 def values_digest(array: np.ndarray) -> str:
     """The first 16 digits of the SHA-256 of an array's values: the column `image` of cases.csv."""
-    return hashlib.sha256(np.ascontiguousarray(array)).hexdigest()[:16]
+    return hashlib.sha256(np.ascontiguousarray(array).data).hexdigest()[:16]
 
 
 # --- many rows --------------------------------------------------------------------------------------------------------
@@ -242,7 +242,10 @@ def prepared_groups(
                 yield cases
 
 
-def _start(scorer: Scorer, cases: Sequence[Prepared], failed: Failed | None) -> tuple[Sequence[Prepared], Any]:
+Waiting = tuple[Sequence[Prepared], Started | None]
+
+
+def _start(scorer: Scorer, cases: Sequence[Prepared], failed: Failed | None) -> Waiting:
     """(cases, the started pass of this process's share of them; None where it failed)."""
     n, own = jax.process_count(), jax.process_index()
     last = len(cases) - 1  # fills the shares, which are equal
@@ -254,12 +257,10 @@ def _start(scorer: Scorer, cases: Sequence[Prepared], failed: Failed | None) -> 
         return cases, None
 
 
-def _finish(
-    scorer: Scorer, waiting: tuple[Sequence[Prepared], Started | None] | None, failed: Failed | None
-) -> list[Result]:
-    if waiting is None or waiting[1] is None:
+def _finish(scorer: Scorer, waiting: Waiting | None, failed: Failed | None) -> list[Result]:
+    cases, started = waiting or ((), None)
+    if started is None:
         return []
-    cases, started = waiting
     try:
         if jax.process_count() == 1:
             return scorer.fetch(started)

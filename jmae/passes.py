@@ -45,7 +45,9 @@ def each_replicate(function: Callable, results: Any, keys: Array) -> Any:
 class Pass(Protocol):
     """A compiled pass over cases. Where a device runs out of memory, a smaller pass takes its place."""
 
-    at_once: int  # cases of one call
+    @property
+    def at_once(self) -> int:
+        """Cases of one call."""
 
     def dispatch(self, cases: Sequence[Prepared], words: Sequence[np.ndarray], repeats: int | None) -> Any:
         """Starts the pass and does not wait for it. `words` (2,) are those of each case's key."""
@@ -131,7 +133,7 @@ class SweepPass:
     A bucket of sizes has one program, whatever the case and the number of repetitions.
     """
 
-    at_once = 1
+    at_once: int = 1
 
     def __init__(self, config: ConfigDict, sweep: Sweep, results: Any):
         self.config, self.sweep, self.results = config, sweep, results

@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jmae.data.files import Geometry, Image
+from jmae.data.files import Image
+from jmae.data.files.grids import Geometry
 from jmae.data.manifest import Row
 from jmae.data.transforms import resize
 from jmae.data.volumes import Volume

@@ -2,8 +2,10 @@
 
 import csv
 import json
+from dataclasses import replace
 from math import floor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,11 +15,9 @@ from test_evaluate import SYSTEM, config
 from jmae import calibration as cal
 from jmae import evaluate as ev
 from jmae.data.cases import kept_apart, load_rows
-from jmae.data.loader import Images
 from jmae.data.manifest import Row
 from jmae.errors import InputError
-from jmae.figures import Split
-from jmae.inference import scorer
+from jmae.inference import Scorer, score_rows
 from jmae.scoring import Calibration, alarm_threshold, colour_ends, p_values
 from jmae.system import System
 
@@ -124,7 +124,7 @@ def test_an_evaluation_calibrates_on_the_normals_of_val(calibrated):
     c, rows, folder = calibrated
     about = json.loads((folder / "calibration.json").read_text())
     normals = [r for r in rows if r.split == "val"]
-    scores = scorer(c, SYSTEM, {})(Images(normals, c), np.arange(12)).scores["bright"][0]
+    scores = np.array([result.scores["bright"][0] for result in score_rows(Scorer(c, SYSTEM, {}), normals)])
     assert about["scores"] == {r.id: float(s) for r, s in zip(normals, scores, strict=True)}
     assert (about["n"], about["alarm_rate"], about["threshold"]) == (12, 0.2, float(np.sort(scores)[-2]))
     table = lines(folder / "evaluation" / "scores.csv")
@@ -141,7 +141,7 @@ def test_the_normals_themselves_and_other_settings_or_weights_have_no_p_value(ca
     p = lambda name: [line["p_value"] for line in lines(tmp_path / name / "scores.csv")]
     ev.evaluate(c, SYSTEM, rows, folder, split="val", out=tmp_path / "val")
     assert set(p("val")) == {""} and "not calibrated" not in capfd.readouterr().err
-    ev.evaluate(c, SYSTEM, rows, folder, split="test", out=tmp_path / "other", own=False)
+    ev.evaluate(c, SYSTEM, rows, folder, split="test", out=tmp_path / "other", of_run=False)
     assert p("other") == [line["p_value"] for line in lines(folder / "evaluation" / "scores.csv")]
     changed = c.copy_and_resolve_references()
     changed.evaluation.masks = 9
@@ -194,23 +194,24 @@ def test_a_run_without_labels_to_test_is_calibrated_too_and_few_normals_are_said
 def test_only_normals_that_nothing_was_chosen_by_calibrate(capfd):
     row = lambda name, label, kept=False: Row(name, "", "val", label, ("x.png",), kept=kept)
     rows = [row("a", 0), row("b", 1), row("c", 0, kept=True)]
-    plain = System("toy", (), None, (), "bright")
+    plain = System(name="toy", stages=(), uses=(), primary="bright")
     c = ConfigDict({"select": "auroc"})
-    assert cal.calibrators(c, plain, rows) == [True, False, True]
-    chosen = plain._replace(chosen_on_val=True)
-    assert cal.calibrators(c, chosen, rows) == [False, False, True]
+    assert cal.calibrating_rows(c, plain, rows) == [True, False, True]
+    chosen = replace(plain, stages=(SimpleNamespace(splits=("train", "val")),))
+    assert cal.calibrating_rows(c, chosen, rows) == [False, False, True]
     assert "only train rows kept apart give p-values" in capfd.readouterr().err
-    assert cal.calibrators(c, chosen, [rows[0], rows[2]]) == [True, True]  # without an abnormal one nothing was chosen
+    # Without an abnormal row of val nothing was chosen.
+    assert cal.calibrating_rows(c, chosen, rows[::2]) == [True, True]
 
 
 def test_alarms_leave_out_cases_without_a_p_value_and_needed_columns_are_asked_for(capfd):
     rows = [Row(name, "", "test", int(name > "b"), ("x.png",)) for name in "abcd"]
-    split = Split("test", rows, [], [], np.array([0, 0, 1, 1]), False)
+    labels = np.array([0, 0, 1, 1])
     calibration = Calibration({"a": 1.0, "n": 2.0, "m": 3.0})
-    found = cal.alarms(split, [None, 0.5, 0.25, 1.0], calibration, 0.25)
+    found = cal.alarms(labels, [None, 0.5, 0.25, 1.0], calibration, 0.25)
     assert (found["normal"], found["abnormal"]) == (0, 0.5)
-    assert cal.alarms(split, [None] * 4, calibration, 0.25) is None
-    system = System("toy", (), None, (), "bright")
+    assert cal.alarms(labels, [None] * 4, calibration, 0.25) is None
+    system = System(name="toy", stages=(), uses=(), primary="bright")
     line = lambda row, c: cal.score_line(row, {"bright": np.array([2.5])}, system, c)["p_value"]
     assert line(rows[1], calibration) == 0.5
     assert line(rows[0], calibration) is None and "a: no p-value: it has the name" in capfd.readouterr().err

@@ -21,7 +21,7 @@ from jmae.data.files import read_image, read_mask
 from jmae.data.loader import Images, load_rows
 from jmae.data.transforms import central, resize
 from jmae.errors import InputError, exit_code
-from jmae.inference import restore_results, scorer
+from jmae.inference import Scorer, restore_results, score_rows
 from jmae.masking import case_keys
 from jmae.run_folder import write_text
 from jmae.seen import write_seen
@@ -358,7 +358,7 @@ def test_settings_of_the_evaluation_that_mean_nothing_are_refused_before_the_tra
 
 @pytest.fixture(scope="module")
 def scorers(finished):
-    """(images of the test split, a scorer for batches of 1 and of 16) of the trained run."""
+    """(prepared images of the test split, a scorer for batches of 1 and of 16) of the trained run."""
     c = recipe.read(finished)
     rows = [row for row in load_rows(c, lambda line: None) if row.split == "test"]
     system = load_system(c)
@@ -366,23 +366,22 @@ def scorers(finished):
     made = {}
     for batch in (1, 16):
         c.evaluation.batch = batch
-        made[batch] = scorer(c, system, results)
-    return Images(rows, c), made
+        made[batch] = Scorer(c, system, results)
+    return [made[1].prepare(row) for row in rows], made
 
 
 def test_a_case_scores_the_same_alone_in_a_batch_and_in_another_order(scorers):
-    images, run = scorers
-    whole = run[16](images, np.arange(12))
-    seven = run[16](images, np.arange(3, 10))
-    backwards = run[16](images, np.arange(12)[::-1])
-    alone = [run[1](images, np.array([i])) for i in (0, 5)]
-    for kind in ("maps", "scores"):
-        for name, values in getattr(whole, kind).items():
-            same = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=3e-6)
-            same(getattr(seven, kind)[name], values[:, 3:10])
-            same(getattr(backwards, kind)[name][:, ::-1], values)
-            for i, one in zip((0, 5), alone, strict=True):
-                same(getattr(one, kind)[name][:, 0], values[:, i])
+    cases, made = scorers
+    whole = made[16].score(cases)
+    seven = made[16].score(cases[3:10])
+    backwards = made[16].score(cases[::-1])[::-1]
+    alone = [made[1].score([cases[i]])[0] for i in (0, 5)]
+    many = made[1].score(cases)  # more than one pass
+    for results, numbers in ((seven, range(3, 10)), (backwards, range(12)), (alone, (0, 5)), (many, range(12))):
+        for found, i in zip(results, numbers, strict=True):
+            for kind in ("maps", "scores"):
+                for name, values in getattr(whole[i], kind).items():
+                    np.testing.assert_allclose(getattr(found, kind)[name], values, rtol=1e-5, atol=3e-6)
 
 
 def test_an_evaluation_afterwards_repeats_the_one_after_training(finished, tmp_path):
@@ -439,7 +438,7 @@ def test_replicates_are_averaged_and_summed_up(tools, tmp_path):
     labels, each = [row.label for row in rows], []
     for seed in range(3):
         c.seed = seed
-        each.append(scorer(c, SYSTEM, {})(Images(rows, c), np.arange(8)).scores["bright"][0])
+        each.append([result.scores["bright"][0] for result in score_rows(Scorer(c, SYSTEM, {}), rows)])
     aurocs = [roc_auc_score(labels, values) for values in each]
     assert result["replicates"]["auroc"]["values"] == pytest.approx(aurocs)
     assert result["image"]["auroc"] == pytest.approx(np.mean(aurocs))

@@ -15,12 +15,14 @@ import pytest
 from patients import AFFINE, COLUMNS, arguments, write_patients, write_rows
 from scipy import ndimage
 from sklearn.metrics import average_precision_score, roc_auc_score
+from sweeping import sweeper
 
-from jmae import evaluate, inference, recipe, train
+from jmae import evaluate, passes, recipe, train
 from jmae.data import phantoms
 from jmae.data.loader import PLS, case_words, load_rows, prepared
 from jmae.data.volumes import boxes_mask
 from jmae.errors import InputError, exit_code
+from jmae.inference import restore_results
 from jmae.masking import case_keys, order_of, visible_tokens
 from jmae.optim import warmup_cosine
 from jmae.patches import patchify, unpatchify
@@ -212,7 +214,7 @@ def test_a_map_is_that_of_the_papers_procedure(rule, shape, midline):
     codes = {"positions": released_positions} if rule == "released" else {}
     _, mae_of = masked_autoencoder(c, c.data.channels, **codes)
     array = np.random.default_rng(3).normal(0.5, 0.6, (*shape, 2)).astype(np.float32)
-    run = inference.sweeper(c, system.sweep, {"train": {"params": state.params, "stats": {}}})
+    run = sweeper(c, system.sweep, {"train": {"params": state.params, "stats": {}}})
     found = run(prepared_like(array, midline), case_words("a case"))["maps"]["maemi"][0]
     mae = jax.jit(lambda *arguments: mae_of(state.params)(*arguments))
     expected = procedure(c, mae, array, midline, "a case")
@@ -330,7 +332,7 @@ def test_a_case_alone_has_the_map_that_it_has_among_others(run, patients, tmp_pa
 def test_the_prepared_case_and_the_sweep_make_the_written_map_and_reconstruction(run):
     c = recipe.read(run)
     system = load_system(c)
-    sweep = inference.sweeper(c, system.sweep, inference.restore_results(c, system, run))
+    sweep = sweeper(c, system.sweep, restore_results(c, system, run))
     row = rows_of(run, "test")[3]
     volume = prepared(row, c.data)
     assert volume.side == 1 and volume.midline == 9
@@ -376,22 +378,22 @@ def test_every_baseline_s_map_gives_its_case_a_score_as_the_system_s_does(run):
 def test_two_cases_of_one_bucket_share_a_program_and_little_memory_gives_the_same_map(run, monkeypatch):
     c = recipe.read(run)
     system = load_system(c)
-    lowered, real = [], inference.fitting
+    lowered, real = [], passes.fitting
 
     def counted(lower, batch, limit=None, **named):
         lowered.append(real(lower, batch, limit, **named)[1])
         return real(lower, batch, limit, **named)
 
-    monkeypatch.setattr(inference, "fitting", counted)
-    results = inference.restore_results(c, system, run)
-    rng, sweep = np.random.default_rng(0), inference.sweeper(c, system.sweep, results)
+    monkeypatch.setattr(passes, "fitting", counted)
+    results = restore_results(c, system, run)
+    rng, sweep = np.random.default_rng(0), sweeper(c, system.sweep, results)
     volumes = [
         prepared_like(rng.normal(0.5, 0.3, (*size, 2)).astype(np.float32), 9) for size in ((13, 19, 7), (15, 20, 8))
     ]
     one, _ = (sweep(volume, case_words("x"))["maps"]["maemi"][0] for volume in volumes)
     assert lowered == [16]
-    small = inference.sweeper(c, system.sweep, results)
-    monkeypatch.setattr(inference, "fitting", lambda lower, batch, **_: (lower(2).compile(), 2))
+    small = sweeper(c, system.sweep, results)
+    monkeypatch.setattr(passes, "fitting", lambda lower, batch, **_: (lower(2).compile(), 2))
     np.testing.assert_allclose(small(volumes[0], case_words("x"))["maps"]["maemi"][0], one, rtol=1e-4, atol=1e-6)
 
 
@@ -474,7 +476,7 @@ def test_the_released_masked_autoencoder_is_what_training_starts_from(patients, 
             patch.setattr(train, "evaluate", lambda *_, **__: None)
             assert exit_code(train.main, given) == 0
         system = load_system(recipe.read(workdir))
-        params = inference.restore_results(recipe.read(workdir), system, workdir)["train"]["params"]
+        params = restore_results(recipe.read(workdir), system, workdir)["train"]["params"]
         np.testing.assert_allclose(params["encoder"]["stack"]["fc1"]["kernel"][0], first[0], atol=1e-7)
         same = np.allclose(params["predict"]["kernel"], first[1], atol=1e-7)
         assert same == (part == "mae")

@@ -467,9 +467,9 @@ def test_what_another_run_has_seen_counts_as_seen_by_the_one_that_takes_over_its
     c.model.weights = str(other)
     own = [row._replace(leak="") for row in found]
     with pytest.raises(InputError, match="test-0-1 is that of train-0-1"):  # also when it is evaluated again
-        seen.not_seen_before(c, own, run)
+        seen.check_unseen_by_source(c, own, run)
     c.model.weights = ""
-    assert seen.not_seen_before(c, own, run) == (own, "")
+    assert seen.check_unseen_by_source(c, own, run) == (own, "")
 
 
 @pytest.fixture

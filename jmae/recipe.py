@@ -233,7 +233,8 @@ def preset(system: str, presets: Mapping[str, Mapping[str, Any]], name: str) -> 
     if name not in presets:
         raise ValueError(f"preset {name!r} is unknown: one of {', '.join(presets)}")
     changes = presets[name]
-    declared = declarations(system, volumes=len(changes.get("data.size", (0, 0))) == 3)
+    size = changes.get("data.size", declarations(system, volumes=False)["data.size"].default)
+    declared = declarations(system, volumes=len(size) == 3)
     if unknown := [key for key in changes if key not in declared]:
         raise ValueError(f"preset {name}: {unknown[0]} is no key of {system}: {nearest(unknown[0], list(declared))}?")
     config = ConfigDict({"system": system})

@@ -261,6 +261,11 @@ def rows_read(system: System, rows: Sequence[Row]) -> list[Row]:
     return [row for row in rows if row.split in splits]
 
 
+def rows_of(rows: Sequence[Row], results: Results, *, splits: tuple[str, ...] = ("train",)) -> np.ndarray:
+    """Numbers of the rows of some splits: the usual `Stage.rows`."""
+    return np.array([i for i, row in enumerate(rows) if row.split in splits], np.int64)
+
+
 def chosen_on_val(system: System) -> bool:
     """Whether labels of `val` chose the weights: a stage reads that split."""
     return "val" in splits_read(system)

@@ -320,7 +320,7 @@ def _from_manifest(
     data = config.data
     crops = recipe.is_volume(config)
     rows, ignored, problems = parse_manifest(
-        Path(data.manifest), crops=crops, normal_crops_only=data.normal_crops_only, allow=LEAKS
+        Path(data.manifest), crops=crops, normal_crops_only=crops and data.normal_crops_only, allow=LEAKS
     )
     written = rows
     if data.get("calibration") and not problems:

@@ -53,8 +53,8 @@ def unpatchify(
 def sincos_positions(grid: tuple[int, ...], width: int) -> np.ndarray:
     """Fixed sine-cosine position codes (n, width), n in C order of the grid.
 
-    Every axis gets width / rank channels, half of them sines, half cosines, with frequencies 10000^(-k/K). The last axis
-    stands first, as in the official 2D code ("w goes first"). Channels that the axes cannot share evenly are zero.
+    Every axis gets width / rank channels, half of them sines, half cosines, with frequencies 10000^(-k/K). The last
+    axis stands first, as in the official 2D code ("w goes first"). Channels that the axes cannot share evenly are zero.
 
     Raises InputError where the width has no two channels for each axis.
     """

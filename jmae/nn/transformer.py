@@ -160,7 +160,8 @@ class Blocks(nnx.Module):
         """All blocks' parameters. On accelerators the matrices have the type of `x`, cast once for all blocks.
 
         Devices also add the gradients of these matrices in that type, which halves what they send. On eight devices
-        the error is below one percent (tests/test_gpu.py); on more it was not measured. The optimiser's moments are float32.
+        the error is below one percent (tests/test_gpu.py); on more it was not measured. The optimiser's moments are
+        float32.
         """
         parameters = nnx.state(self.stack)
         if target().platform == "cpu":

@@ -201,7 +201,7 @@ def main() -> None:
         given = {"recipe": "ppii.py:paper", "batch": arguments.batch, "changes": changes}
         alone = {"side": arguments.side, "batch": arguments.batch}
         pair = {
-            "step": ("benchmarks.throughput:jmae_stage", given),
+            "step": ("benchmarks.steps:jmae_stage", given),
             "composites": ("benchmarks.anomalies:only_composites", alone),
         }
         out = interleaved(pair, rounds=arguments.rounds)

@@ -6,7 +6,7 @@
 Each run is a process of its own. "start" is Python's start and the imports, "first steps" the rest: for every stage its
 weights are drawn, its step is traced, compiled (or read from disk) and run once, on a batch of noise. "cold" has an
 empty folder for kept programs, "kept" the one that the cold run left. `jmae.train` keeps programs by default, in
-~/.cache/jmae (`jmae.sharding.keep_compiled`); JAX keeps those that took a second or more to compile.
+~/.cache/jmae (`jmae.processes.keep_compiled`); JAX keeps those that took a second or more to compile.
 """
 
 import argparse
@@ -30,11 +30,12 @@ def first_steps(system: str, preset: str) -> dict[str, Any]:
     import jax
     import numpy as np
 
-    from benchmarks.volume import ROOT
+    from benchmarks.steps import ROOT
     from jmae import recipe
-    from jmae.sharding import device_mesh, keep_compiled
+    from jmae.processes import keep_compiled
+    from jmae.programs import compiled_init, compiled_step
+    from jmae.sharding import device_mesh
     from jmae.system import load_system, stage_keys
-    from jmae.train import compiled_init, compiled_step
 
     keep_compiled()
     config = recipe.load(f"{ROOT / 'configs' / system}.py:{preset}")
@@ -45,10 +46,10 @@ def first_steps(system: str, preset: str) -> dict[str, Any]:
         state = compiled_init(stage, n, 1, device_mesh())(key, results)
         image = np.random.default_rng(0).uniform(size=(n, *config.data.size, config.data.channels)).astype(np.float32)
         rows = {"image": image, "index": np.arange(n, dtype=np.int32), "case": np.zeros((n, 2), np.uint32)}
-        rows |= {name: np.stack([make(one) for one in image]) for name, make in stage.host.items()}
+        rows |= {name: np.stack([make(one) for one in image]) for name, make in stage.host_arrays.items()}
         # A copy, as the step's own state is donated and may share arrays with the results of the stages before it.
         state, metrics = compiled_step(stage.step, 1000, 1, (), None, stage.phases[0])(
-            jax.tree.map(jax.numpy.copy, state), rows, key, None
+            jax.tree.map(jax.numpy.copy, state), rows, key, results
         )
         jax.block_until_ready((state, metrics))
         results[stage.name] = stage.result(state)

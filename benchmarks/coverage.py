@@ -28,7 +28,7 @@ from benchmarks.timing import table, write
 from jmae import predict, recipe
 from jmae.data import phantoms
 from jmae.data.files import Image
-from jmae.evaluate import ahead
+from jmae.inference import lookahead
 from jmae.scoring import Calibration, p_values
 
 RESULTS = Path(__file__).parent / "results" / "coverage.json"
@@ -46,7 +46,7 @@ def scores(run: predict.Run, label: int, numbers: range) -> tuple[np.ndarray, li
         return [(row, run.open(row, Image(d.image, d.spacing, None, 8))) for row, d in zip(rows, draws, strict=True)]
 
     starts = range(numbers.start, numbers.stop, size)
-    for group in said(ahead(drawn, starts), len(numbers), size):
+    for group in said(lookahead(drawn, starts), len(numbers), size):
         results = run.score(*map(list, zip(*group, strict=True)))
         lines += [predict.checked_line(run, row, r) for (row, _), r in zip(group, results, strict=True)]
     return np.array([line["score"] for line in lines]), [line["p_value"] for line in lines]

@@ -76,11 +76,17 @@ def trained(case: str, rounds: int, compiled: bool, small: bool) -> tuple[dict[s
     else:
         preset, batch = ("small", 16) if small else ("paper", 1)
         network = volume.settings(preset)[1]["network"]
-        theirs = {"network": network, "batch": batch, "device": "cpu", "compiled": False}
+        theirs = {
+            "network": network,
+            "batch": batch,
+            "device": "cpu",
+            "compiled": False,
+            "build": "benchmarks.volume:official",
+        }
         contestants = {
             "jmae": ("benchmarks.volume:jmae_train", {"size": preset, "batch": batch}),
-            "official": ("benchmarks.volume:torch_train", theirs | {"tuned": False}),
-            "tuned": ("benchmarks.volume:torch_train", theirs | {"tuned": True}),
+            "official": ("benchmarks.steps:torch_train", theirs | {"tuned": False}),
+            "tuned": ("benchmarks.steps:torch_train", theirs | {"tuned": True}),
         }
         if compiled:
             contestants["tuned, torch.compile"] = (contestants["tuned"][0], theirs | {"tuned": True, "compiled": True})

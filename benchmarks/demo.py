@@ -55,7 +55,7 @@ def main() -> None:
     options, changes = parser.parse_known_args()
     result = demo(changes)
 
-    from benchmarks.volume import jmae_facts  # takes the device, which the training had for itself
+    from benchmarks.steps import jmae_facts  # takes the device, which the training had for itself
 
     device = jmae_facts()["device"]
     write(options.out, f"demo, {'cpu' if device == 'cpu' else 'cuda'}", {"device": device, **result})

@@ -90,7 +90,7 @@ def stored(folder: Path, kind: str, arrays: list[np.ndarray]) -> list[str]:
 
 def opened(files: list[str], way: str, folder: str) -> tuple[Callable[[], Iterator], int, float, Any, Any]:
     """(function that makes a new iterator, batch, seconds that opening took, what lives on the device, recipe)."""
-    from benchmarks.volume import ROOT
+    from benchmarks.steps import ROOT
     from jmae import recipe
     from jmae.data.crops import Volumes
     from jmae.data.loader import Images, batches
@@ -139,8 +139,8 @@ def waiting(files: list[str], way: str, folder: str) -> dict[str, float]:
     """Median seconds of a step, of next(iterator) between steps, its longest, and its share of both."""
     import jax
 
+    from jmae.programs import compiled_step
     from jmae.system import load_system, stage_keys
-    from jmae.train import compiled_step
 
     make, batch, _, resident, config = opened(files, way, folder)
     stage, key = load_system(config).stages[0], stage_keys(config, 0)
@@ -152,7 +152,7 @@ def waiting(files: list[str], way: str, folder: str) -> dict[str, float]:
         start = time.perf_counter()
         rows = next(iterator)
         got = time.perf_counter()
-        state, metrics = step(state, jax.device_put(rows), key, held)
+        state, metrics = step(state, jax.device_put(rows), key, {}, held)
         jax.block_until_ready((state, metrics))
         times.append((got - start, time.perf_counter() - got))
     waits, steps = zip(*times[2:], strict=True)

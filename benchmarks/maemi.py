@@ -15,9 +15,6 @@ import argparse
 import csv
 import json
 import os
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +23,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from scipy.ndimage import gaussian_filter
 
+from benchmarks.steps import train_run
 from benchmarks.timing import table, write
 
 RESULTS = Path(__file__).parent / "results"
@@ -33,24 +31,6 @@ RATIOS = (0.75, 0.80, 0.85, 0.90, 0.95)
 # In the paper's proportion to the crop: 6, 8, 12, 24 of 240 are 3, 4, 6, 12 of 48 at twice the spacing and more.
 PATCHES = ((3, 3, 2), (4, 4, 2), (6, 6, 2), (12, 12, 2))
 PAPER_PATCH = {"6x6x4": 0.724, "8x8x4": 0.712, "12x12x4": 0.660, "24x24x4": 0.546}
-
-
-def train(arguments: list[str], workdir: Path) -> dict[str, Any]:
-    """Runs one training as a process; its metrics with wall seconds, and the recipe's changes."""
-    began = time.monotonic()
-    command = [sys.executable, "-m", "jmae.train", *arguments, f"--workdir={workdir}"]
-    subprocess.run(command, check=True)
-    metrics = json.loads((workdir / "evaluation" / "metrics.json").read_text())
-    changes = [a for a in arguments if "manifest" not in a]
-    return {
-        "pixel": metrics["pixel"],
-        "image": metrics["image"],
-        "per_patient": metrics["per_patient"],
-        "baselines": {name: part["pixel"] for name, part in metrics["baselines"].items()},
-        "wall_seconds": time.monotonic() - began,
-        "evaluation_seconds": metrics["seconds"],
-        "arguments": changes,
-    }
 
 
 def show(result: dict[str, Any], patients: bool) -> None:
@@ -141,7 +121,7 @@ def real(options: argparse.Namespace, overrides: list[str]) -> None:
         own = ["--config.data.channels=1", "--config.data.size=24,24,8", "--config.model.patch=4,4,2"]
         own += ["--config.evaluation.stride=8,8,4", "--config.train.steps=2000", "--config.evaluation.repeats=6"]
     base = ["--config=configs/maemi.py:small", f"--config.data.manifest={manifest}", *own, *overrides]
-    result = train(base, folder / f"run-{options.name}")
+    result = train_run(base, folder / f"run-{options.name}")
     write(RESULTS / "maemi.json", f"{title}{'' if options.name == 'small' else f', {options.name}'}", result)
     show(result, patients=options.what == "mri3d")
 
@@ -165,7 +145,7 @@ def ablation(options: argparse.Namespace, overrides: list[str]) -> None:
                     "--config.evaluation.stride=24,8,4",
                 ]
             )
-            result = train(["--config=configs/maemi.py", *changes, *overrides], folder)
+            result = train_run(["--config=configs/maemi.py", *changes, *overrides], folder)
             done.write_text(json.dumps({k: v for k, v in result.items() if k != "per_patient"}))
         if done.exists():
             results[name] = json.loads(done.read_text())

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.maemi import train
+from benchmarks.steps import train_run
 from benchmarks.timing import Prepared, interleaved, ratio, table, write
 
 RESULTS = Path(__file__).parent / "results" / "memmc.json"
@@ -173,7 +173,7 @@ def score(*, fused: bool, batch: int, preset: str) -> Prepared:
 def steps(preset: str, batch: int, rounds: int) -> None:
     given = {
         name: (
-            "benchmarks.throughput:jmae_stage",
+            "benchmarks.steps:jmae_stage",
             {"recipe": f"memmc_mae.py:{preset}", "batch": batch, "changes": changes | {"data.crop_scale": ()}},
         )
         for name, changes in VARIANTS.items()
@@ -253,7 +253,7 @@ def main() -> None:
         setting = "-".join([options.what, name, *(override.removeprefix("--config.") for override in overrides)])
         folder = options.workdir / setting.replace(", ", "-").replace(" ", "-").replace("/", "-")
         own = ["--config=configs/memmc_mae.py:small", f"--config.data.manifest={manifest}", *given, *overrides]
-        seconds = train(own, folder)["wall_seconds"]
+        seconds = train_run(own, folder)["wall_seconds"]
         result = json.loads((folder / "evaluation" / "metrics.json").read_text()) | {"wall_seconds": seconds}
         kept = ("image", "pixel", "scores", "baselines", "replicates", "decision", "seconds_per_case", "wall_seconds")
         write(RESULTS, f"{options.what}, {name}", {k: result.get(k) for k in kept})

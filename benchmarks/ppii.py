@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.maemi import train
+from benchmarks.steps import train_run, without_curves
 from benchmarks.timing import table, write
 
 RESULTS = Path(__file__).parent / "results" / "ppii.json"
@@ -51,13 +51,6 @@ def slices(manifest: Path, folder: Path) -> Path:
         command = [sys.executable, "-m", "jmae.data.slices", str(manifest), "--out", str(folder), "--every", "2"]
         subprocess.run(command, check=True)
     return folder / "manifest.csv"
-
-
-def without_curves(value: Any) -> Any:
-    """A result without the points of its FROC curves."""
-    if not isinstance(value, dict):
-        return value
-    return {k: without_curves(v) for k, v in value.items() if k not in ("curve", "per_patient")}
 
 
 def show(name: str, result: dict[str, Any]) -> list[tuple[Any, ...]]:
@@ -96,7 +89,7 @@ def main() -> None:
         given = [f"--config.{key}={value}" for key, value in changes.items()]
         given += [f"--config.data.manifest={manifest}"] if real else []
         folder = options.workdir / f"{options.what}-{name.replace(', ', '-')}"
-        result = train([f"--config=configs/ppii.py{own}", *given, *overrides], folder)
+        result = train_run([f"--config=configs/ppii.py{own}", *given, *overrides], folder)
         write(RESULTS, f"{options.what}, {name}", without_curves(result))
         rows += show(name, result)
     print(table(("setting", "score", "pixel AUROC", "AP", "FROC@10", "image AUROC", "AP"), rows))

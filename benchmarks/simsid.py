@@ -19,8 +19,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from benchmarks.maemi import train
-from benchmarks.ppii import without_curves
+from benchmarks.steps import train_run, without_curves
 from benchmarks.timing import Prepared, interleaved, ratio, table, write
 
 RESULTS = Path(__file__).parent / "results" / "simsid.json"
@@ -83,7 +82,7 @@ def torch_run(*, what: str, paper: bool, looped: bool, device: str = "cpu") -> P
     from torch.nn import functional as F
     from torch.utils.flop_counter import FlopCounterMode
 
-    from benchmarks.volume import torch_facts
+    from benchmarks.steps import torch_facts
 
     torch.set_default_device(device)
     torch.manual_seed(0)
@@ -217,7 +216,7 @@ def contestants(what: str, paper: bool, device: str = "cpu") -> dict[str, tuple[
     ours: dict[str, Any] = {"recipe": f"simsid.py:{'paper' if paper else 'phantom'}", "stage": what}
     score = ("benchmarks.simsid:jmae_score", {"paper": paper})
     return {
-        "jmae": score if what == "score" else ("benchmarks.throughput:jmae_stage", ours),
+        "jmae": score if what == "score" else ("benchmarks.steps:jmae_stage", ours),
         "PyTorch, loops": ("benchmarks.simsid:torch_run", given | {"looped": True}),
         "PyTorch, batch": ("benchmarks.simsid:torch_run", given | {"looped": False}),
     }
@@ -276,7 +275,7 @@ def main() -> None:
         given = [f"--config.{key}={value}" for key, value in change.items()]
         given += [f"--config.data.manifest={pack}"] if real else []
         workdir = options.workdir / f"{options.what}-{name.replace(', ', '-').replace(' ', '-')}"
-        result = train([f"--config=configs/simsid.py{preset}", *given, *overrides], workdir)
+        result = train_run([f"--config=configs/simsid.py{preset}", *given, *overrides], workdir)
         found = json.loads((workdir / "evaluation" / "metrics.json").read_text())
         result |= {key: found[key] for key in ("primary", "scores", "baselines", "decision")}
         result["printed"] = found.get("printed", [])

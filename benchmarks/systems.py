@@ -21,13 +21,12 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.maemi import train
-from benchmarks.ppii import without_curves
+from benchmarks.steps import train_run, without_curves
 from benchmarks.timing import table, write
 from jmae import metrics
-from jmae.comparison import compare, read_run, write_comparison
 from jmae.data.files import read_image
 from jmae.data.transforms import central
+from jmae.report.compare import common_cases, paired_differences, read_run, write_comparison
 from jmae.system import SYSTEMS
 
 RESULTS = Path(__file__).parent / "results" / "systems.json"
@@ -119,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         changes = CHANGES.get(name, {}) | PACKS[options.pack].get(name, {})
         given = [f"--config.{key}={value}" for key, value in changes.items()]
         given = [f"--config=configs/{name}.py:small", f"--config.budget={options.budget}", *given]
-        own = train([*given, f"--config.data.manifest={manifest}"], place / name)
+        own = train_run([*given, f"--config.data.manifest={manifest}"], place / name)
         result = figures(place / name) | {"wall_seconds": own["wall_seconds"], "arguments": given}
         write(RESULTS, f"{options.pack}, budget {options.budget:g}, {name}", result)
         rows += rows_of(name, result)
@@ -127,7 +126,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(table(head, rows))
     ready = [place / name for name in SYSTEMS if (place / name / "evaluation" / "metrics.json").is_file()]
     if len(ready) > 1:
-        _, by_patient, pairs = compare([read_run(folder) for folder in ready])
+        runs = [read_run(folder) for folder in ready]
+        ids = common_cases(runs)
+        by_patient, pairs = any(runs[0].patients[name] for name in ids), paired_differences(runs, ids)
         differences = {f"{pair.first} - {pair.second}": pair._asdict() for pair in pairs}
         write(
             RESULTS,

@@ -28,6 +28,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.steps import ROOT, same_device
 from benchmarks.timing import Prepared, interleaved, ratio, table, use_cores, write
 
 SIZES: dict[str, dict[str, Any]] = {
@@ -341,50 +342,6 @@ STEPS = ("amae", "maemi", "memmc_mae", "ppii", "simsid teacher", "simsid student
 BATCHES = {"amae": (4, 16), "maemi": (1, 6), "memmc_mae": (2, 64), "ppii": (2, 16)}  # paper's sizes: on a CPU, on a GPU
 
 
-def jmae_stage(*, recipe: str, stage: str = "train", batch: int = 0, changes: dict[str, Any] | None = None) -> Prepared:
-    """A stage's training step of a recipe (FILE:PRESET), compiled as `jmae.train` compiles it, on a batch that is there
-    already; the stages before it are as drawn."""
-    import jax
-    import numpy as np
-
-    from benchmarks.volume import ROOT, jmae_facts
-    from jmae.recipe import load
-    from jmae.system import load_system, stage_keys
-    from jmae.train import compiled_step
-
-    config = load(f"{ROOT / 'configs' / recipe}")
-    config.update_from_flattened_dict(changes or {})
-    results: dict[str, Any] = {}
-    stages = {one.name: (number, one) for number, one in enumerate(load_system(config).stages)}
-    for name, (number, one) in stages.items():
-        n, key = batch or one.batch, stage_keys(config, number)
-        state = jax.jit(lambda key, results, one=one, n=n: one.init(key, results, n))(key, results)
-        if name == stage:
-            break
-        results[name] = {"params": state.params, "stats": state.stats}
-    image = np.random.default_rng(0).uniform(size=(n, *config.data.size, config.data.channels)).astype(np.float32)
-    rows = {"image": image, "index": np.arange(n, dtype=np.int32), "case": np.zeros((n, 2), np.uint32)}
-    rows |= {name: np.stack([make(one) for one in image]) for name, make in stages[stage][1].host.items()}
-    rows = jax.device_put(rows)
-    if results:  # with which it may share arrays, and it is donated
-        state = jax.tree.map(jax.numpy.copy, state)
-    start = time.perf_counter()
-    compiled = compiled_step(stages[stage][1].step, 1000, 1).lower(state, rows, key, None).compile()
-    facts = {"batch": n, "compile_s": time.perf_counter() - start}
-    facts |= {"parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params))}
-
-    def run() -> None:
-        nonlocal state
-        state, metrics = compiled(state, rows, key, None)
-        jax.block_until_ready((state, metrics))
-
-    run()
-    memory, facts = compiled.memory_analysis(), facts | jmae_facts()
-    if "device_mib" in facts:  # of this program, not of others before it
-        facts["device_mib"] = (memory.argument_size_in_bytes + memory.temp_size_in_bytes) / 2**20
-    return run, facts
-
-
 def contestants_of(step: str, size: str, device: str, compiled: bool) -> dict[str, tuple[str, dict[str, Any]]]:
     """jmae's step of a system, and PyTorch's two."""
     from benchmarks import simsid, volume
@@ -393,15 +350,15 @@ def contestants_of(step: str, size: str, device: str, compiled: bool) -> dict[st
     if step.startswith("simsid"):
         jmae, looped, tuned = simsid.contestants(step.split()[1], size == "paper", device).values()
         return {"jmae": jmae, "official": looped, "tuned": tuned}
-    c = recipe.load(f"{volume.ROOT / 'configs' / step}.py:{size}")
+    c = recipe.load(f"{ROOT / 'configs' / step}.py:{size}")
     batch = BATCHES[step][device == "cuda"] if size == "paper" else 0
     if step == "maemi":
         network, batch = volume.settings(size)[1]["network"], batch or 16
         jmae: tuple[str, dict[str, Any]] = ("benchmarks.volume:jmae_train", {"size": size, "batch": batch})
-        build = {}
+        build = {"build": "benchmarks.volume:official"}
     else:
         stage = {"stage": "module_a"} if step == "amae" else {}
-        jmae = ("benchmarks.throughput:jmae_stage", {"recipe": f"{step}.py:{size}", "batch": batch, **stage})
+        jmae = ("benchmarks.steps:jmae_stage", {"recipe": f"{step}.py:{size}", "batch": batch, **stage})
         network = {"size": tuple(c.data.size), "channels": c.model.get("channels", c.data.channels)}
         if step == "ppii":
             build = {"build": "benchmarks.anomalies:unet", "published": "float32"}
@@ -410,22 +367,24 @@ def contestants_of(step: str, size: str, device: str, compiled: bool) -> dict[st
             section, m = (c.adapt if step == "amae" else c.train), c.model
             network |= {"patch": tuple(m.patch), "width": m.width, "depth": m.depth, "heads": m.heads}
             network |= {"decoder": (m.decoder_width, m.decoder_depth, m.decoder_heads), "ratio": section.mask_ratio}
-            build = {"build": "benchmarks.memmc:official"} if step == "memmc_mae" else {}
+            build = (
+                {"build": "benchmarks.memmc:official"}
+                if step == "memmc_mae"
+                else {"build": "benchmarks.volume:official"}
+            )
             network |= {"memory": m.memory} if step == "memmc_mae" else {}
             batch = batch or section.batch
             batch *= section.get("masks", 1)
         batch = batch or c.train.batch
     theirs = {"network": network, "batch": batch, "device": device, "compiled": compiled, **build}
     names = {"official": False, "tuned": True}
-    return {"jmae": jmae} | {n: ("benchmarks.volume:torch_train", theirs | {"tuned": t}) for n, t in names.items()}
+    return {"jmae": jmae} | {n: ("benchmarks.steps:torch_train", theirs | {"tuned": t}) for n, t in names.items()}
 
 
 def system_steps(step: str, size: str, device: str, rounds: int, compiled: bool) -> dict[str, Any]:
     """The contestants' results and their table."""
-    from benchmarks.volume import same_device
-
     given = contestants_of(step, size, device, compiled)
-    given["matrix product"] = ("benchmarks.volume:matrix_product", {"device": device})
+    given["matrix product"] = ("benchmarks.steps:matrix_product", {"device": device})
     out = interleaved(given, rounds=rounds)
     found, rate = same_device(out), out.pop("matrix product")
     parameters = {r["parameters"] for r in out.values()}

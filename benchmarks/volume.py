@@ -23,14 +23,11 @@ not counted. "share" is of the rate of a large matrix product (PyTorch; bfloat16
 """
 
 import argparse
-import gc
-import importlib
 import math
 import multiprocessing
 import os
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
@@ -38,9 +35,9 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.steps import ROOT, jmae_facts, jmae_stage, largest, same_device, torch_facts
 from benchmarks.timing import Prepared, interleaved, ratio, table, use_cores, write
 
-ROOT = Path(__file__).parent.parent
 VOLUMES = {"paper": (273, 406, 105), "small": (48, 80, 24)}  # voxels
 SMALL = {  # what differs from the recipe's `paper`
     "data.size": (32, 32, 8),
@@ -255,16 +252,6 @@ def random_weights(path: Path, network: dict[str, Any]) -> None:
     np.savez(path, **{f"state/{name}": value for name, value in tensors.items()}, **arguments)
 
 
-def torch_facts(device: str) -> dict[str, Any]:
-    """Where it ran, and the most that it held there until now."""
-    import torch
-
-    if device == "cpu":
-        return {"device": "cpu", "threads": torch.get_num_threads()}
-    peak = torch.cuda.max_memory_allocated() / 2**20
-    return {"device": torch.cuda.get_device_name(), "device_mib": peak}
-
-
 def loop(
     told: dict[str, Any],
     weights: str,
@@ -325,105 +312,19 @@ def torch_map(told: dict[str, Any], weights: str, device: str, noise: np.ndarray
     return loop(told, weights, device, sweeps=told["repeats"], noise=noise)(None)
 
 
-def torch_train(
-    *,
-    network: dict[str, Any],
-    batch: int,
-    tuned: bool,
-    device: str,
-    compiled: bool,
-    build: str = OWN + "official",
-    published: str = "float16",
-) -> Prepared:
-    """The official training step, or a tuned one, of the network that `build` makes, whose call gives the loss of
-    images; `published`: what the official step computes in on a GPU, with float16 as the MAE's loop does."""
-    import torch
-    from torch.utils.flop_counter import FlopCounterMode
-
-    cuda, (module, function) = device == "cuda", build.split(":")
-    half = torch.bfloat16 if tuned else getattr(torch, published)
-    make, scaled = getattr(importlib.import_module(module), function), published == "float16" and not tuned
-
-    def prepare(batch: int, trial: bool = False) -> Prepared:
-        torch.manual_seed(0)
-        if cuda:
-            torch.cuda.reset_peak_memory_stats()
-        model = make(**network, fused=tuned).to(device).train()
-        params = [p for p in model.parameters() if p.requires_grad]
-        decayed = [p for p in params if p.ndim > 1]
-        groups = [{"params": decayed, "weight_decay": 0.05}]
-        groups += [{"params": [p for p in params if p.ndim == 1], "weight_decay": 0.0}]
-        optimizer = torch.optim.AdamW(groups, 1e-3, betas=(0.9, 0.95), **({"fused": True} if tuned else {}))
-        scaler = torch.amp.GradScaler(device, enabled=cuda and scaled)
-        fast = tuned and compiled and not trial  # uncompiled trials: compiled steps hold less, and take a minute each
-        forward = torch.compile(model, dynamic=False) if fast else model
-        images = torch.rand(batch, network["channels"], *network["size"], device=device)
-
-        def step() -> None:
-            with torch.autocast(device, half, enabled=cuda and half != torch.float32):
-                loss = forward(images)
-            if scaled:
-                loss.item()  # the official loop looks at each loss, and takes the gradients' norm
-            scaler.scale(loss).backward()
-            if scaled:
-                scaler.unscale_(optimizer)
-                torch.norm(torch.stack([torch.norm(p.grad) for p in params]))
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad(set_to_none=True)
-            if cuda:
-                torch.cuda.synchronize()
-
-        start = time.perf_counter()
-        step()
-        facts = {"batch": batch, "parameters": sum(p.numel() for p in params)}
-        facts |= {"compile_s": time.perf_counter() - start} if fast else {}
-        if not (tuned or trial):
-            with FlopCounterMode(display=False) as counter:
-                step()
-            facts["counted_flops"] = counter.get_total_flops()
-        return step, facts | torch_facts(device)
-
-    return largest(prepare, batch)
-
-
-def matrix_product(*, device: str) -> Prepared:
-    """8 products of two large matrices: 8192 in bfloat16 on a GPU, 2048 in float32 on a CPU."""
-    import torch
-
-    n, kind = (8192, torch.bfloat16) if device == "cuda" else (2048, torch.float32)
-    a, b = (torch.randn(n, n, device=device, dtype=kind) for _ in range(2))
-    out = torch.empty_like(a)
-
-    def run() -> None:
-        for _ in range(8):
-            torch.mm(a, b, out=out)
-        if device == "cuda":
-            torch.cuda.synchronize()
-
-    return run, {"flops": 8 * 2 * n**3, "size": n, "dtype": str(kind)} | torch_facts(device)
-
-
 # --- jmae -------------------------------------------------------------------------------------------------------------
-
-
-def jmae_facts() -> dict[str, Any]:
-    """Where it ran, and the most that it held there until now."""
-    import jax
-
-    device = jax.devices()[0]
-    if device.platform == "cpu":
-        return {"device": "cpu"}
-    return {"device": device.device_kind, "device_mib": (device.memory_stats() or {})["peak_bytes_in_use"] / 2**20}
 
 
 def jmae_sweep(size: str, windows: int, weights: str, dtype: str) -> tuple[Callable[[], np.ndarray], Any, np.ndarray]:
     """(the recipe's sweep over the volume, the recipe, the words of the case)."""
     import jax
 
+    from jmae.data.files.grids import Geometry
     from jmae.data.loader import case_words
+    from jmae.data.manifest import Row
     from jmae.data.volumes import Volume
-    from jmae.evaluate import sweeper
+    from jmae.passes import SweepPass
+    from jmae.results import Prepared
     from jmae.system import load_system
     from jmae.weights import load_weights
 
@@ -435,11 +336,13 @@ def jmae_sweep(size: str, windows: int, weights: str, dtype: str) -> tuple[Calla
     params, _ = load_weights(
         weights, target, size=config.data.size, patch=config.model.patch, channels=config.data.channels
     )
-    run = sweeper(config, system.sweep, {"train": {"params": jax.device_put(params)}})
+    sweep = SweepPass(config, system.sweep, {"train": {"params": jax.device_put(params)}})
     image, middle = image_of(told["places"]["volume"], config.data.channels), told["places"]["middle"]
     side, none = None if middle is None else 1, np.zeros(0, np.float32)
     volume = Volume(image, None, None, side, middle, none, none, None, None)  # type: ignore[arg-type]
-    return lambda: run(volume, words)["maps"]["maemi"][0], config, words
+    row = Row("volume", "", "test", None, ("volume",))
+    case = Prepared(row=row, array=image, geometry=Geometry(image.shape[:-1]), digest="", volume=volume)
+    return lambda: sweep.fetch(sweep.dispatch([case], [words]))[0]["maps"]["maemi"][0], config, words
 
 
 def jmae_volume(*, size: str, windows: int, weights: str, number: int) -> Prepared:
@@ -460,8 +363,8 @@ def jmae_map(size: str, windows: int, weights: str, dtype: str, masks: int) -> t
     """(the sweep's map, the noise of its masks (masks, tokens), sweep by sweep)."""
     import jax
 
-    from jmae.evaluate import seeds_of
     from jmae.masking import case_keys
+    from jmae.passes import seeds_of
     from jmae.patches import grid_of
 
     jax.config.update("jax_default_matmul_precision", "highest")
@@ -477,35 +380,8 @@ def jmae_map(size: str, windows: int, weights: str, dtype: str, masks: int) -> t
 
 def jmae_train(*, size: str, batch: int) -> Prepared:
     """The recipe's training step, compiled as `jmae.train` compiles it."""
-    from benchmarks.throughput import jmae_stage
-
     changes = SMALL if size == "small" else {}
     return largest(lambda batch, trial=False: jmae_stage(recipe="maemi.py:paper", batch=batch, changes=changes), batch)
-
-
-def largest(prepare: Callable[..., Prepared], batch: int) -> Prepared:
-    """A step at `batch`; for 0 at the largest that fits, found by doubling from 6 until the memory is too small."""
-    if batch:
-        return prepare(batch)
-    fits = 6
-    while runs(prepare, 2 * fits):
-        fits *= 2
-    return prepare(fits)
-
-
-def runs(prepare: Callable[..., Prepared], batch: int) -> bool:
-    """Whether a step at `batch` fits in the memory; another failure is raised."""
-    try:
-        prepare(batch, trial=True)
-        return True
-    except Exception as error:
-        if "out of memory" not in str(error).lower() and "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        return False
-    finally:
-        gc.collect()
-        if "torch" in sys.modules:
-            sys.modules["torch"].cuda.empty_cache()
 
 
 # --- checks -----------------------------------------------------------------------------------------------------------
@@ -585,14 +461,6 @@ def check(device: str) -> dict[str, Any]:
 # --- times ------------------------------------------------------------------------------------------------------------
 
 
-def same_device(results: dict[str, dict[str, Any]]) -> str:
-    """The device of all contestants; ends where they had several."""
-    found = " / ".join(sorted({result["device"] for result in results.values()}))
-    if "cpu / " in found or " / cpu" in found:
-        raise SystemExit(f"not the same device: {found}: install jax and torch for one, or set JAX_PLATFORMS=cpu")
-    return found
-
-
 def rates(results: dict[str, dict[str, Any]], unit: str) -> dict[str, dict[str, float]]:
     """The others' seconds a window (a sample) to jmae's."""
     each = {
@@ -669,11 +537,12 @@ def train(case: str, size: str, batch: int, rounds: int, device: str, compiled: 
     """Training steps; at batch 0 each contestant has the device to itself, at its own largest batch."""
     network = settings(size)[1]["network"]
     theirs = {"network": network, "batch": batch, "device": device, "compiled": compiled}
+    theirs["build"] = OWN + "official"
     contestants: dict[str, tuple[str, dict[str, Any]]] = {
         "jmae": (OWN + "jmae_train", {"size": size, "batch": batch}),
-        "official": (OWN + "torch_train", theirs | {"tuned": False}),
-        "tuned": (OWN + "torch_train", theirs | {"tuned": True}),
-        "matrix product": (OWN + "matrix_product", {"device": device}),
+        "official": ("benchmarks.steps:torch_train", theirs | {"tuned": False}),
+        "tuned": ("benchmarks.steps:torch_train", theirs | {"tuned": True}),
+        "matrix product": ("benchmarks.steps:matrix_product", {"device": device}),
     }
     if batch:
         results = interleaved(contestants, rounds=rounds)

@@ -13,121 +13,69 @@ Variants (`--config.variant=`): stage2, stage1, mask_rec, no_pseudo, mae: see jm
 
 from ml_collections import ConfigDict
 
+from jmae import recipe
+
+# ours: a small network trained from nothing on 2 cores, so fixed steps and higher rates; images standardised one by
+# one, since exposure differs within a set and no checkpoint's statistics have to be met; mask ratio 0.75 before
+# adaptation too, since 0.9 leaves 6 of 64 patches; the signed discrepancy (jmae/systems/amae.py, `score`).
+SMALL = {
+    "data.normalise": "image",
+    "data.size": (96, 96),
+    "model.patch": (12, 12),
+    "model.channels": 1,
+    "model.width": 192,
+    "model.depth": 6,
+    "model.heads": 6,
+    "model.decoder_width": 128,
+    "model.decoder_depth": 2,
+    "model.decoder_heads": 4,
+    "pretrain.steps": 2000,
+    "pretrain.epochs": 0,
+    "pretrain.batch": 32,
+    "pretrain.mask_ratio": 0.75,
+    "pretrain.lr": 1e-3,
+    "pretrain.lr_is_base": False,
+    "proxy.steps": 800,
+    "proxy.epochs": 0,
+    "proxy.batch": 32,
+    "proxy.lr": 2e-3,
+    "adapt.steps": 800,
+    "adapt.epochs": 0,
+    "adapt.lr": 1e-3,
+    "evaluation.discrepancy": "error",
+    "evaluation.masks": 32,  # less noise in the score
+}
+PHANTOM = SMALL | {
+    "data.phantom": "chest",
+    "data.size": (64, 64),
+    "model.patch": (8, 8),
+    "model.width": 128,
+    "model.depth": 4,
+    "model.heads": 4,
+    "model.decoder_width": 64,
+    "pretrain.steps": 1200,
+    "proxy.steps": 500,
+    "adapt.steps": 1500,
+}
+SMOKE = PHANTOM | {
+    "model.patch": (16, 16),
+    "model.width": 48,
+    "model.depth": 2,
+    "model.heads": 3,
+    "model.decoder_width": 32,
+    "model.decoder_depth": 1,
+    "pretrain.steps": 20,
+    "proxy.steps": 10,
+    "adapt.steps": 10,
+    "adapt.percentile_over": "all",  # so short a proxy task may predict one class alone
+    "evaluation.masks": 4,
+    "evaluation.draws": 200,
+    "checkpoint_every": 5,
+    "log_every": 5,
+}
+PRESETS = {"paper": {}, "small": SMALL, "phantom": PHANTOM, "smoke": SMOKE}
+
 
 def get_config(preset: str = "phantom") -> ConfigDict:
-    """`paper` as published; the others change what their block says."""
-    c = ConfigDict()
-    c.system = "amae"
-    c.variant = "stage2"
-    c.seed = 0
-    c.replicates = 1  # seeds seed, seed + 1, ... trained as one program; the paper reports 4
-    c.budget = 1.0  # multiplies steps and epochs of every stage
-    c.fsdp = 1  # devices that share one copy of the parameters and of the optimiser's state
-    c.accumulate = 1  # parts of a batch of `pretrain` and `adapt`, one after the other, where a whole one does not fit
-    c.steps_per_dispatch = 0  # steps that one program runs; 0: several where batches are small, on a CPU one
-
-    c.data = ConfigDict()
-    c.data.manifest = ""
-    c.data.calibration = 0.0  # share of the train patients kept apart as normals of val, for p-values
-    c.data.phantom = ""
-    c.data.size = (224, 224)  # pixels
-    c.data.channels = 1  # as read; the network repeats a grey image
-    c.data.normalise = "fixed"  # "fixed": (x - mean) / std; "image": each image's own mean and deviation
-    c.data.mean, c.data.std = 0.5056, 0.252  # medical_mae's for NIH
-    c.data.crop_scale = (0.5, 1.0)  # area of the random resized crop
-    c.data.normal_crops_only = False
-    c.data.allow_leaks = False  # True: patients and images in two splits are told, in the report too
-    c.data.anomaly_ratio = -1.0  # >= 0: share of abnormal images in the unlabelled set, by data.unlabeled_labels
-    c.data.unlabeled_size = 0  # images in the unlabelled set then; 0: all
-    c.data.unlabeled_labels = ""  # CSV id,label of the unlabelled rows: for that sweep only, never for training
-
-    c.model = ConfigDict()  # ViT-S/16, decoder 512 x 2
-    c.model.weights = ""  # a masked autoencoder's checkpoint, or the folder of an earlier run: instead of Stage 0
-    c.model.weights_adapt = False  # resize what has another shape
-    c.model.patch = (16, 16)
-    c.model.channels = 3
-    c.model.width, c.model.depth, c.model.heads = 384, 12, 6
-    c.model.decoder_width, c.model.decoder_depth, c.model.decoder_heads = 512, 2, 16
-    c.model.dtype = "auto"  # bfloat16 on accelerators, float32 on the CPU
-    c.model.remat = False
-
-    c.pretrain = ConfigDict()  # Stage 0: medical_mae's pre-training recipe
-    c.pretrain.steps, c.pretrain.epochs = 0, 800
-    c.pretrain.batch = 2048
-    c.pretrain.masks, c.pretrain.mask_ratio = 1, 0.90
-    c.pretrain.lr, c.pretrain.lr_is_base, c.pretrain.lr_least = 1.5e-4, True, 0.0  # base: times batch / 256
-    c.pretrain.warmup = 0.05  # share of the steps: 40 of 800 epochs
-    c.pretrain.betas, c.pretrain.decay = (0.9, 0.95), 0.05
-    c.pretrain.augment = True
-
-    c.proxy = ConfigDict()  # Stage 1
-    c.proxy.steps, c.proxy.epochs = 0, 150
-    c.proxy.batch = 16
-    c.proxy.head = (512, 128)
-    c.proxy.lr, c.proxy.lr_least = 2.5e-4, 1e-5
-    c.proxy.warmup = 20 / 150
-    c.proxy.betas, c.proxy.decay = (0.9, 0.999), 0.05
-    c.proxy.area, c.proxy.aspect = (0.02, 0.15), (0.3, 1 / 0.3)  # AnatPaste: share of the image, height to width
-    c.proxy.fill, c.proxy.blur = (150, 254), (0, 14)  # of 255; pixels at 256 x 256
-    c.proxy.margin, c.proxy.jitter = 10, 0.1  # pixels at 256 x 256; brightness and contrast
-
-    c.adapt = ConfigDict()  # Stage 2, modules A and B alike
-    c.adapt.steps, c.adapt.epochs = 0, 150
-    c.adapt.batch = 16
-    c.adapt.masks, c.adapt.mask_ratio = 2, 0.75  # 49 of 196 patches stay visible
-    c.adapt.lr, c.adapt.lr_is_base, c.adapt.lr_least = 2.5e-4, False, 0.0
-    c.adapt.warmup = 20 / 150
-    c.adapt.betas, c.adapt.decay = (0.9, 0.95), 0.05
-    c.adapt.augment = True
-    c.adapt.percentile, c.adapt.percentile_over = 50.0, "class"
-
-    c.checkpoint_every = 500  # steps
-    c.log_every = 10  # steps
-    c.tensorboard = False
-    c.select = "last"  # weights scored; "aucp": of the highest AUROC of unlabelled rows against known normals
-    c.select_every, c.select_samples = 250, 200  # of aucp: steps; rows of either kind, at most
-    c.evaluation = ConfigDict()
-    c.evaluation.masks = 4  # a test image, the same for modules A and B
-    c.evaluation.discrepancy = "reconstruction"  # the primary score: Eq. 4; "error" (ours): error of A less error of B
-    c.evaluation.paste = True  # visible patches as they are; False: raw decoder output everywhere
-    c.evaluation.batch = 16
-    c.evaluation.chunk = 0  # masks at a time; 0: as many as the memory holds
-    c.evaluation.subsets = ()  # manifest columns; rows with another value than 0 or empty are scored apart too
-    c.evaluation.maps = True  # write the maps of the split
-    c.evaluation.draws = 2000  # of patients, for the intervals
-    c.evaluation.alarm_rate = 0.05  # false alarms at the threshold of calibration.json
-    c.evaluation.convergence = 0  # 2 or more: score that often at 1, 2, 4, ... masks, to tell how many are enough
-
-    if preset == "paper":
-        return c
-    if preset not in ("phantom", "smoke", "small"):
-        raise ValueError(f"preset {preset!r} is unknown: phantom, smoke, small or paper")
-
-    # ours: a small network trained from nothing on 2 cores, so fixed steps and higher rates; images standardised one by
-    # one, since exposure differs within a set and no checkpoint's statistics have to be met; mask ratio 0.75 before
-    # adaptation too, since 0.9 leaves 6 of 64 patches; the signed discrepancy (jmae/systems/amae.py, `score`).
-    c.data.normalise = "image"
-    c.data.size, c.model.patch, c.model.channels = (96, 96), (12, 12), 1
-    c.model.width, c.model.depth, c.model.heads = 192, 6, 6
-    c.model.decoder_width, c.model.decoder_depth, c.model.decoder_heads = 128, 2, 4
-    c.pretrain.steps, c.pretrain.epochs, c.pretrain.batch, c.pretrain.mask_ratio = 2000, 0, 32, 0.75
-    c.pretrain.lr, c.pretrain.lr_is_base = 1e-3, False
-    c.proxy.steps, c.proxy.epochs, c.proxy.batch, c.proxy.lr = 800, 0, 32, 2e-3
-    c.adapt.steps, c.adapt.epochs, c.adapt.lr = 800, 0, 1e-3
-    c.evaluation.discrepancy, c.evaluation.masks = "error", 32  # masks: less noise in the score
-    if preset in ("phantom", "smoke"):
-        c.data.phantom = "chest"
-        c.data.size, c.model.patch = (64, 64), (8, 8)
-        c.model.width, c.model.depth, c.model.heads = 128, 4, 4
-        c.model.decoder_width, c.model.decoder_heads = 64, 4
-        c.pretrain.steps, c.proxy.steps, c.adapt.steps = 1200, 500, 1500
-    if preset == "smoke":
-        c.model.width, c.model.depth, c.model.heads = 48, 2, 3
-        c.model.patch = (16, 16)
-        c.model.decoder_width, c.model.decoder_depth = 32, 1
-        c.pretrain.steps, c.proxy.steps, c.adapt.steps = 20, 10, 10
-        c.adapt.percentile_over = "all"  # so short a proxy task may predict one class alone
-        c.checkpoint_every = 5
-        c.log_every = 5
-        c.evaluation.draws, c.evaluation.masks = 200, 4
-    return c
+    """The recipe of a preset; `paper` as published (its four seeds: replicates=4)."""
+    return recipe.preset("amae", PRESETS, preset)

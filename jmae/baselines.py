@@ -4,11 +4,26 @@ Image scores are computed on images shrunk to 64 x 64 (volumes: at most 32 a sid
 standardised per image. A system that does not beat them has not read the anatomy.
 """
 
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Protocol
+
+import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
+from ml_collections import ConfigDict
 from numpy.typing import NDArray
+from scipy.ndimage import minimum_filter
 
 from jmae.data.crops import Volumes
-from jmae.data.transforms import area_resize
+from jmae.data.loader import Images, scored_region
+from jmae.data.transforms import area_resize, central
+from jmae.data.volumes import read_subtraction
+from jmae.inference import Scorer
+from jmae.results import Prepared
+from jmae.scoring import top_mean
+from jmae.system import System
+from jmae.windows import average
 
 COMPONENTS = 30
 NEIGHBOURS = 5
@@ -81,20 +96,162 @@ def crop_components(volumes: Volumes, crops: int = 256) -> tuple[NDArray[np.floa
     return mean.astype(np.float32), components.astype(np.float32)
 
 
-def pixel_maps(train: NDArray, test: NDArray) -> dict[str, NDArray[np.float32]]:
-    """Maps (m, *size) of the baselines that have one, at the working size and standardised per image.
+def span_of(train: NDArray) -> tuple[NDArray, NDArray]:
+    """Mean (d,) and at most 30 principal components (k, d) of normal images (n, *size, c), standardised per image."""
+    mean, components, _ = _principal(_standardise(_flat(train)))
+    return mean, components
 
-    `brightness` is the mean over channels, `PCA-30 error` the squared residual outside the span of 30 principal
-    components of the normals, mean over channels.
+
+def pixel_maps(span: tuple[NDArray, NDArray], test: NDArray) -> dict[str, NDArray[np.float32]]:
+    """Maps (m, *size) of the baselines that have one.
+
+    `brightness` is the mean over channels. `PCA-30 error` is the squared residual of the standardised image outside the
+    span of 30 principal components of the normals, mean over channels.
 
     Args:
-        train: (n, *size, c) normal images.
-        test: (m, *size, c).
+        span: as `span_of` gives it.
+        test: (m, *size, c) images at the system's working size.
     """
-    known, new = _standardise(_flat(train)), _standardise(_flat(test))
-    mean, components, _ = _principal(known)
+    mean, components = span
+    new = _standardise(_flat(test))
     residual = new - mean - ((new - mean) @ components.T) @ components
     return {
         "brightness": test.mean(-1, dtype=np.float32),
         "PCA-30 error": (residual**2).reshape(test.shape).mean(-1).astype(np.float32),
     }
+
+
+# --- beside a system --------------------------------------------------------------------------------------------------
+
+
+class Baselines(Protocol):
+    """The baselines of one evaluation, which are given its cases one by one."""
+
+    def maps(self, case: Prepared) -> dict[str, np.ndarray]:
+        """The baselines' maps of a case, each on the case's own grid."""
+
+    def add(self, case: Prepared, maps: dict[str, np.ndarray]) -> None:
+        """Takes the next case, with its maps, into `scores`."""
+
+    def scores(self, share: float) -> dict[str, np.ndarray]:
+        """Scores (1, n) of the n cases that were added, computed on the central `share` of each axis."""
+
+
+class NoBaselines:
+    """Stands where there is nothing to compare with."""
+
+    def maps(self, case: Prepared) -> dict[str, np.ndarray]:
+        return {}
+
+    def add(self, case: Prepared, maps: dict[str, np.ndarray]) -> None:
+        pass
+
+    def scores(self, share: float) -> dict[str, np.ndarray]:
+        return {}
+
+
+class ImageBaselines:
+    """The baselines of images, fitted to training normals. Images are kept shrunk, as all may not fit in memory.
+
+    Args:
+        normals: images of the normals.
+        shares: of each axis, in the middle, for which scores are wanted.
+        pixels: whether maps are wanted.
+    """
+
+    def __init__(self, normals: Images, shares: Sequence[float], pixels: bool):
+        self.side = 64 if len(normals.size) == 2 else 32
+        n = len(normals.rows)
+        one = lambda i: normals.image(np.array([i]))[0]
+        self.normals = {share: np.stack([self._small(one(i), share) for i in range(n)]) for share in shares}
+        self.cases: dict[float, list[np.ndarray]] = {share: [] for share in shares}
+        self.span = span_of(normals.image(np.arange(n))) if pixels else None
+
+    def _small(self, image: np.ndarray, share: float) -> np.ndarray:
+        middle = np.stack([central(channel, share) for channel in np.moveaxis(image, -1, 0)], -1)
+        return shrink(middle[None], self.side)[0]
+
+    def maps(self, case: Prepared) -> dict[str, np.ndarray]:
+        if self.span is None:
+            return {}
+        return {name: case.on_own_grid(m[0]) for name, m in pixel_maps(self.span, case.array[None]).items()}
+
+    def add(self, case: Prepared, maps: dict[str, np.ndarray]) -> None:
+        for share, cases in self.cases.items():
+            cases.append(self._small(case.array, share))
+
+    def scores(self, share: float) -> dict[str, np.ndarray]:
+        found = image_scores(self.normals[share], np.stack(self.cases[share]))
+        return {name: np.asarray(values)[None] for name, values in found.items()}
+
+
+class VolumeBaselines:
+    """The baselines of volumes: maps of single voxels or windows, and scores from them.
+
+    The maps are the brightness of every channel, standardised as the volume is; the residual outside the principal
+    components of random training crops, in the system's own windows; and the subtraction image (`read_subtraction`) of
+    rows that name series before and after contrast, under the minimum filter `evaluation.filter` where the recipe has
+    one. A score is the mean of the highest voxels in the region, as the system's own. A row without a label has none.
+
+    Args:
+        config: the recipe.
+        system: a system of volumes.
+        train: the training volumes; None leaves out the residual.
+    """
+
+    def __init__(self, config: ConfigDict, system: System, train: Volumes | None):
+        self.config = config
+        self.residual = train and residual_scorer(config, system, train)
+        self.cases: list[dict[str, float]] = []
+        self.labelled: list[bool] = []
+
+    def maps(self, case: Prepared) -> dict[str, np.ndarray]:
+        row, volume = case.row, case.volume
+        if row.label is None:
+            return {}
+        assert volume
+        channels = volume.stored.array.shape[-1]
+        name = lambda k: "brightness" if channels == 1 else f"brightness of channel {k}"
+        standard = (volume.stored.array - volume.mean) / volume.std  # scanners differ in scale
+        found = {name(k): standard[..., k] for k in range(channels)}
+        if self.residual:
+            (result,) = self.residual.score([case])
+            found["PCA-30 error"] = case.on_own_grid(result.maps["residual"][0])
+        if row.pre and row.post:
+            edges = self.config.evaluation.get("filter", (1,) * len(volume.grid.size))
+            subtracted = minimum_filter(read_subtraction(row, volume, self.config.data), edges)
+            found["subtraction"] = case.on_own_grid(subtracted)
+        return found
+
+    def add(self, case: Prepared, maps: dict[str, np.ndarray]) -> None:
+        assert case.volume
+        region, inside = scored_region(case.row, case.volume.stored, self.config.data), case.scored_voxels()
+        region = inside if region is None else region & inside
+        ends = maps | {f"low {name}": -m for name, m in maps.items() if name.startswith("brightness")}
+        self.cases.append({name: top_mean(m, region, self.config.evaluation.top) for name, m in ends.items()})
+        self.labelled.append(case.row.label is not None)
+
+    def scores(self, share: float) -> dict[str, np.ndarray]:
+        """Scores that every labelled case has; a case without a label has nan."""
+        known = [scores for scores, labelled in zip(self.cases, self.labelled, strict=True) if labelled]
+        names = [name for name in (known[0] if known else ()) if all(name in scores for scores in known)]
+        return {name: np.array([[scores.get(name, np.nan) for scores in self.cases]]) for name in names}
+
+
+def residual_scorer(config: ConfigDict, system: System, train: Volumes) -> Scorer:
+    """A scorer whose map "residual" is the squared error outside the principal components of training crops."""
+    assert system.sweep
+    mean, components = crop_components(train)
+
+    def score(results: Any, image: Array, keys: Array) -> tuple[Array, Array]:
+        rest = image.reshape(len(image), -1) - results["mean"]
+        rest = rest - (rest @ results["components"].T) @ results["components"]
+        error = jnp.mean(rest.reshape(image.shape) ** 2, -1, keepdims=True)
+        return error, jnp.ones_like(error)
+
+    fuse = lambda averages, inside: {"maps": {"residual": averages[..., 0]}}
+    sweep = replace(system.sweep, repeats=1, score=score, fuse=fuse, average=average)
+    single = config.copy_and_resolve_references()
+    single.replicates = 1
+    results: Any = {"mean": mean, "components": components}
+    return Scorer(single, replace(system, sweep=sweep), results)

@@ -1,4 +1,4 @@
-"""MODEL_CARD.md and DATA_CARD.md of a run folder: what the run knows of its system, its data and its figures."""
+"""The cards of a run folder, MODEL_CARD.md and DATA_CARD.md: its system, its training, its data and its figures."""
 
 import hashlib
 import json
@@ -15,51 +15,65 @@ from jmae.data.files import image_size
 from jmae.data.loader import WORKERS, phantom
 from jmae.data.manifest import SPLITS, Row
 from jmae.errors import InputError
-from jmae.report import described, flat, headline, without_curves
+from jmae.report import flat_settings, no_curves_reason, result_sentences, system_description
 from jmae.run_folder import recipe_digest, write_text
 from jmae.system import System
 
 RESEARCH = "For research, not for clinical use."
 LABELS = {0: "normal", 1: "abnormal", None: "unknown"}
-KINDS = 20  # kinds of images that are listed
+KINDS = 20  # rows of the table of image kinds, at most
 
 
 def write_cards(workdir: Path, config: ConfigDict, system: System, rows: Sequence[Row]) -> None:
-    """Writes both cards, each whole or not at all: from the recipe, the rows of the data, and what the run folder holds
-    of checkpoints, versions and evaluations. Raises InputError where that fails."""
-    found = evaluations(workdir)
-    write_text(workdir / "MODEL_CARD.md", model_card(workdir, config, system, found))
-    write_text(workdir / "DATA_CARD.md", data_card(workdir, config, system, rows, found))
+    """Write both cards, each as a whole or not at all.
+
+    They tell what the recipe, the rows of the data, and the checkpoints, versions and evaluations of the run folder
+    contain. Raises InputError where a file cannot be read.
+    """
+    results = evaluations(workdir)
+    write_text(workdir / "MODEL_CARD.md", model_card(workdir, config, system, results))
+    write_text(workdir / "DATA_CARD.md", data_card(workdir, config, system, rows, results))
 
 
 def evaluations(workdir: Path) -> list[dict[str, Any]]:
-    """The metrics.json of each evaluation in the run folder, with the name of its "folder"."""
+    """The metrics.json of each evaluation in the run folder, and its folder's name as "folder"."""
     files = sorted(workdir.glob("evaluation*/metrics.json"))
     return [json.loads(file.read_text(encoding="utf-8")) | {"folder": file.parent.name} for file in files]
 
 
 def last_steps(system: System, workdir: Path) -> dict[str, tuple[int, Mapping[str, Any]]]:
-    """(last step saved, what it was trained with) of each stage that has a checkpoint."""
-    out = {}
+    """Of each stage with a checkpoint: (last saved step, the settings that its checkpoint holds)."""
+    steps_of_stages = {}
     for stage in system.stages:
         folder = workdir / "checkpoints" / stage.name
         if steps := checkpoint.steps(folder) if folder.exists() else []:
-            out[stage.name] = steps[-1], json.loads((folder / str(steps[-1]) / "step.json").read_text())["config"]
-    return out
+            steps_of_stages[stage.name] = (
+                steps[-1],
+                json.loads((folder / str(steps[-1]) / "step.json").read_text())["config"],
+            )
+    return steps_of_stages
 
 
-def rows_of(system: System, workdir: Path) -> str | None:
-    """The digest of the rows that a run was trained on; None where it tells none."""
-    each = last_steps(system, workdir)
-    return each[system.stages[-1].name][1].get("rows") if system.stages else None
+def rows_digest(system: System, workdir: Path) -> str | None:
+    """The digest of the rows that the run was trained on; None where its checkpoint has none.
+
+    Raises KeyError where the last stage has no checkpoint.
+    """
+    steps = last_steps(system, workdir)
+    return steps[system.stages[-1].name][1].get("rows") if system.stages else None
 
 
-def model_card(workdir: Path, config: ConfigDict, system: System, found: Sequence[Mapping[str, Any]]) -> str:
-    """The system, how it was trained, its figures with intervals, its limits."""
-    what, paper = described(system.name)
+def model_card(workdir: Path, config: ConfigDict, system: System, results: Sequence[Mapping[str, Any]]) -> str:
+    """MODEL_CARD.md: the system, its training, its figures with intervals, its limits.
+
+    Args:
+      results: of `evaluations`.
+    """
+    what, paper = system_description(system.name)
     data, environment = config.data, workdir / "environment.json"
     about = json.loads(environment.read_text(encoding="utf-8")) if environment.exists() else {}
     stages = [f"{name} {step}" for name, (step, _) in last_steps(system, workdir).items()]
+    unit = "voxels" if recipe.is_volume(config) else "pixels"
     variant = f", variant {config.variant}" if "variant" in config else ""
     lines = [
         f"# Model card: {system.name}{variant}",
@@ -67,37 +81,41 @@ def model_card(workdir: Path, config: ConfigDict, system: System, found: Sequenc
         *([what] if what else []),
         *([f"Paper: {paper}"] if paper else []),
         "## Use",
-        f"Intended: research on anomaly detection in images of the kind that DATA_CARD.md tells, prepared as it tells; "
-        f"the networks see {' x '.join(map(str, data.size))} {'voxels' if len(data.size) == 3 else 'pixels'}.",
+        "Intended: research on anomaly detection in images like those of DATA_CARD.md, with the preparation that it "
+        f"describes. The networks receive {' x '.join(map(str, data.size))} {unit}.",
         f"The primary score is `{system.primary}`: higher is more abnormal.",
-        "Not intended: any decision on a patient. It is no medical device.",
+        "Not intended: decisions about patients. This is not a medical device.",
         "## Training",
         bullets(
             {
                 "last steps": ", ".join(stages) or "none saved",
                 "seeds": ", ".join(str(config.seed + r) for r in range(config.replicates)),
-                "recipe digest": f"{recipe_digest(config)} (config.json, without what a checkpoint does not depend on)",
-                "digest of the rows trained on": rows_of(system, workdir) if stages else None,
+                "recipe digest": f"{recipe_digest(config)} (of the part of config.json that checkpoints depend on)",
+                "digest of the training rows": rows_digest(system, workdir) if stages else None,
                 "devices": ", ".join(about.get("devices", [])),
                 "python": about.get("python"),
                 "versions": ", ".join(f"{name} {number}" for name, number in about.get("versions", {}).items()),
             }
         ),
         "## Figures",
-        *([figures_of(e) for e in found] or ["Not evaluated."]),
+        *([figures_text(e) for e in results] or ["Not evaluated."]),
         "## Limits",
-        "Figures are of the cases named above and hold for cases of their kind: no hospital, scanner, protocol or "
-        "population was looked at but those of the data (DATA_CARD.md).",
-        *(f"{e['folder']}: {' '.join(headline(e))}" for e in found),
-        *(f"{e['folder']}: {e['uncalibrated']}." for e in found if e.get("uncalibrated")),
-        *(f"{e['folder']}: not an independent test: {len(e['leaks'])} leaks." for e in found if e.get("leaks")),
-        *(f"{e['folder']}: {e['unchecked']}." for e in found if e.get("unchecked")),
+        "The figures are of the cases above and hold for cases of the same kind. No hospital, scanner, protocol or "
+        "population was studied except those of the data (DATA_CARD.md).",
+        *(f"{e['folder']}: {' '.join(result_sentences(e))}" for e in results),
+        *(f"{e['folder']}: {e['uncalibrated']}." for e in results if e.get("uncalibrated")),
+        *(
+            f"{e['folder']}: not an independent test: {len(e['leaks'])} patients or images are in two splits."
+            for e in results
+            if e.get("leaks")
+        ),
+        *(f"{e['folder']}: {e['unchecked']}." for e in results if e.get("unchecked")),
     ]
     return "\n\n".join(lines) + "\n"
 
 
-def figures_of(evaluation: Mapping[str, Any]) -> str:
-    """A table of an evaluation's scores and baselines with their intervals, and its alarms."""
+def figures_text(evaluation: Mapping[str, Any]) -> str:
+    """The scores and baselines of an evaluation as a table with intervals, and its rate of alarms."""
     e = evaluation
     number = lambda value: "" if value is None else f"{value:.3f}"
     measured = lambda of, name: (
@@ -105,7 +123,7 @@ def figures_of(evaluation: Mapping[str, Any]) -> str:
         + (f" ({number(ci[0])} to {number(ci[1])})" if None not in (ci := of.get(f"{name}_ci") or [None]) else "")
     )
     lines = [f"{e['folder']}: split {e['split']}, {e['n']} cases, {e['n_normal']} normal, {e['n_abnormal']} abnormal."]
-    if reason := without_curves(e):
+    if reason := no_curves_reason(e):
         lines.append(reason)
     each = [(f"{name}{' (primary)' * (name == e['primary'])}", of) for name, of in e["scores"].items()]
     each += [(f"{name} (baseline)", of) for name, of in e["baselines"].items()]
@@ -118,68 +136,70 @@ def figures_of(evaluation: Mapping[str, Any]) -> str:
         lines.append("\n".join(table))
     if alarms := e.get("alarms"):
         share = ", ".join(f"{alarms[k]:.1%} of {k} cases" for k in ("normal", "abnormal") if alarms[k] is not None)
-        lines.append(f"Alarm at a p-value up to {alarms['rate']:g}, of {alarms['n']} held-out normals: {share}.")
+        lines.append(f"Alarm at a p-value up to {alarms['rate']:g}, from {alarms['n']} held-out normal cases: {share}.")
     return "\n\n".join(lines)
 
 
 def data_card(
-    workdir: Path, config: ConfigDict, system: System, rows: Sequence[Row], found: Sequence[Mapping[str, Any]]
+    workdir: Path, config: ConfigDict, system: System, rows: Sequence[Row], results: Sequence[Mapping[str, Any]]
 ) -> str:
-    """Where the data come from, under which licence, how many of what, and how they are prepared."""
+    """DATA_CARD.md: the source and licence of the data, the numbers of cases, the kinds of images, the preparation."""
     manifest = Path(config.data.manifest) if config.data.manifest else None
     if manifest:
-        checked = "told, not refused (data.allow_leaks)" if config.data.get("allow_leaks") else "none: it is refused"
+        leaks = "allowed (data.allow_leaks) and reported" if config.data.get("allow_leaks") else "none (refused)"
         source: dict[str, str | None] = {
             "manifest": str(manifest),
             "its SHA-256": hashlib.sha256(manifest.read_bytes()).hexdigest(),
             "licence": licences(rows),
-            "a patient or an image in two splits": checked,
+            "patients or images in two splits": leaks,
         }
     else:
-        source = {"phantoms": f"{config.data.phantom}: drawn by jmae, of no patient", "licence": "that of jmae"}
-    source["digest of the rows trained on"] = rows_of(system, workdir) if last_steps(system, workdir) else None
-    source |= {f"digest of the images of {e['folder']}": e.get("digests", {}).get("images evaluated") for e in found}
+        source = {"phantoms": f"{config.data.phantom}: drawn by jmae, without patients", "licence": "that of jmae"}
+    source["digest of the training rows"] = rows_digest(system, workdir) if last_steps(system, workdir) else None
+    source |= {f"digest of the images of {e['folder']}": e.get("digests", {}).get("images evaluated") for e in results}
     lines = [
         "# Data card",
         RESEARCH,
         bullets(source),
         "## Cases",
-        counts(rows),
-        "Rows of `unlabeled` have no label here, whatever the manifest says." if manifest else "",
+        case_counts(rows),
+        "The labels of the split `unlabeled` are ignored, so they count as unknown." if manifest else "",
         "## Images",
-        kinds(rows) if manifest else drawn_at(rows[0]),
+        image_kinds(rows) if manifest else phantom_size(rows[0]),
         "## Preparation",
-        bullets({f"data.{key}": value for key, value in flat(json.loads(recipe.to_json(config))["data"]) if value}),
+        bullets(
+            {f"data.{key}": value for key, value in flat_settings(json.loads(recipe.to_json(config))["data"]) if value}
+        ),
     ]
     return "\n\n".join(line for line in lines if line) + "\n"
 
 
-def counts(rows: Sequence[Row]) -> str:
-    """A table of cases and patients by split and label."""
+def case_counts(rows: Sequence[Row]) -> str:
+    """A table of the numbers of cases and patients by split and label."""
     table = [
         "| split | label | cases | patients | without a patient | with mask or boxes |",
         "|---|---|---|---|---|---|",
     ]
     for split in SPLITS:
         for label, word in LABELS.items():
-            if mine := [row for row in rows if row.split == split and row.label == label]:
-                patients, unnamed = {row.patient for row in mine if row.patient}, sum(not row.patient for row in mine)
-                marked = sum(bool(row.mask or row.boxes) for row in mine)
-                table.append(f"| {split} | {word} | {len(mine)} | {len(patients)} | {unnamed} | {marked} |")
+            if group := [row for row in rows if row.split == split and row.label == label]:
+                patients, unnamed = {row.patient for row in group if row.patient}, sum(not row.patient for row in group)
+                marked = sum(bool(row.mask or row.boxes) for row in group)
+                table.append(f"| {split} | {word} | {len(group)} | {len(patients)} | {unnamed} | {marked} |")
     return "\n".join(table)
 
 
 def licences(rows: Sequence[Row]) -> str:
-    """What the manifest's column `licence` or `license` says."""
+    """The licences in the manifest's column `licence` or `license`, with their numbers of cases."""
     columns = {name for row in rows for name in row.extra if name.lower() in ("licence", "license")}
     if not columns:
         return "unknown: the manifest has no column `licence`"
-    said = Counter(row.extra.get(name, "").strip() or "not stated" for row in rows for name in columns)
-    return ", ".join(f"{text} ({n} cases)" for text, n in said.most_common())
+    licence = Counter(row.extra.get(name, "").strip() or "not stated" for row in rows for name in columns)
+    return ", ".join(f"{text} ({n} cases)" for text, n in licence.most_common())
 
 
-def kinds(rows: Sequence[Row]) -> str:
-    """A table of the images' formats, channels and sizes, the most frequent first, from their headers."""
+def image_kinds(rows: Sequence[Row]) -> str:
+    """A table of the formats, channels and sizes of the images, from their headers, the most frequent first."""
 
     def kind(row: Row) -> tuple[str, int, str]:
         path = Path(row.image[0])
@@ -187,28 +207,28 @@ def kinds(rows: Sequence[Row]) -> str:
         try:
             size = " x ".join(map(str, image_size(path)))
         except InputError:
-            size = "not in one header"  # as of a series
+            size = "not in one header"  # such as the size of a DICOM series
         return ("folder" if path.is_dir() else ending or "no ending"), len(row.image), size
 
     with ThreadPoolExecutor(WORKERS) as pool:
-        found = Counter(pool.map(kind, rows))
+        kinds = Counter(pool.map(kind, rows))
     table = ["| format | files a case | size | cases |", "|---|---|---|---|"]
-    table += [f"| {cell(ending)} | {files} | {size} | {n} |" for (ending, files, size), n in found.most_common(KINDS)]
-    rest = len(found) - KINDS
-    return "\n".join(table) + (f"\n\nAnd {rest} more kinds." if rest > 0 else "")
+    table += [f"| {cell(ending)} | {files} | {size} | {n} |" for (ending, files, size), n in kinds.most_common(KINDS)]
+    rest = len(kinds) - KINDS
+    return "\n".join(table) + (f"\n\n{rest} more kinds are not listed." if rest > 0 else "")
 
 
-def drawn_at(row: Row) -> str:
-    """The size and channels of a phantom set, which its rows have in common."""
+def phantom_size(row: Row) -> str:
+    """The size and channels of a set of phantoms. All its rows have the same."""
     *size, channels = phantom(row.image[0]).image.shape
-    return f"Drawn at {' x '.join(map(str, size))}, {channels} channel{'s' * (channels > 1)}."
+    return f"Size {' x '.join(map(str, size))}, {channels} channel{'s' * (channels > 1)}."
 
 
 def bullets(facts: Mapping[str, Any]) -> str:
-    """A list of what is known; what is not is left out."""
+    """A Markdown list of facts, without those that have no value."""
     return "\n".join(f"- {name}: {' '.join(str(value).split())}" for name, value in facts.items() if value)
 
 
 def cell(text: str) -> str:
-    """Text that is one cell of a table."""
+    """The text as one cell of a Markdown table."""
     return " ".join(text.replace("|", "\\|").split())

@@ -1,35 +1,29 @@
-"""Checkpoints that are either complete and verified or not used: `checkpoints/STAGE/STEP/`.
+"""Checkpoints that are complete and verified, or not used: `checkpoints/STAGE/STEP/`.
 
-A step folder holds `state/` (arrays, written by orbax as OCDBT), `step.json` (step, position of the data
-iterator, configuration, shape and type of every array) and `digests.json` (size and SHA-256 of every other file).
-Orbax alone restores most flipped bits without a word, so nothing is read before its digest was checked.
+A step folder contains `state/` (arrays, written by orbax as OCDBT), `step.json` (step, position of the data iterator,
+configuration, shape and type of every array) and `digests.json` (size and SHA-256 of every other file). Orbax alone
+restores most flipped bits without an error, so every digest is checked before orbax reads the files.
 
-Orbax's low-level `Checkpointer` is used and not its `CheckpointManager`: the manager gives a step its final name
-before digests can be added and deletes old steps in the same call. Here everything is written to `STEP.NUMBER.tmp`,
-and one rename makes the step appear whole: a process killed at any moment leaves the older steps or the new one.
-The arrays go to orbax as one flat dict `{"params/encoder/kernel": array}`; the nesting (NamedTuples, empty states,
-empty dicts) comes from the target, so that no class is ever named in, or built from, a file.
+This module uses orbax's synchronous `Checkpointer`. Orbax's `CheckpointManager` gives a step its final name before
+digests can be added, and deletes old steps in the same call. Here everything is written to `STEP.NUMBER.tmp`, and one
+rename makes the step visible. A process that is killed at any moment therefore leaves the older steps or the new one.
+Orbax receives the arrays as one flat dict `{"params/encoder/kernel": array}`. The nesting (records, empty states, empty
+dicts) comes from the target, so no class is named in a file or built from it.
 
-With several processes (`jax.distributed`, shared file system) every process calls these functions with the same
-arguments; process 0 alone looks at, checks, renames and deletes folders, and tells the others what it found.
+With several processes on a shared file system, every process calls these functions with the same arguments. Process 0
+alone checks, renames and deletes folders, and sends its result to the others.
 """
 
 import contextlib
 import fcntl
-import gc
 import hashlib
-import inspect
 import json
-import logging
 import os
 import re
 import shutil
 import socket
-import sys
-import threading
 import time
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TextIO
@@ -38,24 +32,25 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
+from jaxtyping import PyTree
 
 from jmae.errors import InputError
+from jmae.sharding import device_mesh, replicated
 
-PyTree = Any
 FORMAT = 1  # of a step folder; another number is refused
 DIGESTS, ABOUT, STATE, LOCK = "digests.json", "step.json", "state", ".lock"
-LARGEST_DIGESTS_BYTES = 2**26  # read before anything is verified
-REPLY_BYTES = 2**14
+LARGEST_DIGESTS_BYTES = 2**26  # that file is read before anything is verified
+REPLY_BYTES = 2**14  # of process 0 to the others
 
 
 def save(folder: Path, step: int, state: PyTree, position: dict, *, config: dict, keep: int = 2) -> None:
-    """Saves a step and then deletes all but the `keep` newest sound steps up to it; returns when it is on disk.
+    """Saves a step, waits until it is on disk, then deletes all sound steps up to it but the newest `keep`.
 
     Args:
-        folder: `checkpoints/STAGE`; made if missing.
-        step: an existing step of that number is replaced, but removed only after the new one is complete.
+        folder: `checkpoints/STAGE`; created if missing.
+        step: its number. An existing step of that number is removed after the new one is complete.
         state: pytree of arrays; with several processes, of global arrays.
-        position: of the data iterator; anything that JSON can hold, the same on every process.
+        position: position of the data iterator, as a JSON value that is equal in all processes.
         config: nested dict; `restore` refuses the step under another one.
 
     Raises:
@@ -71,7 +66,8 @@ def save(folder: Path, step: int, state: PyTree, position: dict, *, config: dict
     try:
         temporary = folder / _on_first(lambda: _make_room(folder, step, needed))
         if arrays:
-            _orbax(lambda orbax: orbax.save(temporary / STATE, args=ocp.args.PyTreeSave(arrays)))
+            with _orbax() as orbax:
+                orbax.save(temporary / STATE, args=ocp.args.PyTreeSave(arrays))
         _on_first(lambda: _commit(folder, step, temporary, about, keep))
     except OSError as error:
         if jax.process_index() == 0:
@@ -88,19 +84,23 @@ def restore(
     *,
     config: dict | None,
     step: int | None = None,
+    parts: Sequence[str] | None = None,
     log: Callable[[str], None] = print,
 ) -> tuple[int, PyTree, dict] | None:
-    """The newest sound step (or `step`) as (step, state, position); None where no step was ever completed.
+    """Reads the newest sound step, or `step`: (step, state, position); None where no step was ever completed.
 
     Args:
-        target: pytree of arrays or `jax.ShapeDtypeStruct`; gives the nesting, and the sharding where it has one
-            (the first device otherwise; replicated, with several processes). NumPy leaves stay NumPy.
-        config: refused where it differs from the saved one; None: not compared.
-        log: receives one line for every step that is damaged and passed over.
+        target: pytree of arrays or `jax.ShapeDtypeStruct`. It gives the nesting, and the sharding where it has one;
+            otherwise arrays go to the first device, or are replicated where the run has several processes. NumPy
+            leaves stay NumPy.
+        config: the step is refused where its configuration differs; None: not compared.
+        parts: the fields of the saved state to read, for example ("params", "stats"); the target, a dict or a record,
+            then has these fields alone. None: all.
+        log: receives one line for every damaged step that is skipped.
 
     Raises:
-        InputError: there are step folders but none is sound; the step is of another configuration, or its arrays
-            have other names, shapes or types than the target.
+        InputError: no step folder is sound; the step has another configuration; or its arrays have other names, shapes
+            or types than the target.
     """
     folder = Path(folder).absolute()
     name = _on_first(lambda: _choose(folder, step, log))
@@ -111,18 +111,20 @@ def restore(
     leaves = _leaves(target)
     if config is not None:
         _refuse_difference(path, _flat(about["config"]), _flat(json.loads(json.dumps(config))))
-    _refuse_difference(path, about["leaves"], _describe(leaves))
+    saved = {name: of for name, of in about["leaves"].items() if parts is None or name.split("/")[0] in parts}
+    _refuse_difference(path, saved, _describe(leaves))
     wanted = {name: _placement(leaf) for name, leaf in leaves.items() if np.size(leaf)}
     arrays = {name: np.zeros(leaf.shape, leaf.dtype) for name, leaf in leaves.items() if not np.size(leaf)}
     if wanted:
         item = {name: leaves[name] for name in wanted}
         try:
-            args = ocp.args.PyTreeRestore(item, restore_args=wanted)
-            arrays |= _orbax(lambda orbax: orbax.restore(path / STATE, args=args))
+            args = ocp.args.PyTreeRestore(item, restore_args=wanted, partial_restore=parts is not None)
+            with _orbax() as orbax:
+                arrays |= orbax.restore(path / STATE, args=args)
         except (OSError, ValueError) as error:
             cause = str(error).split("\n")[0][:200]
             raise InputError(
-                f"{path}: intact, but orbax {ocp.__version__} cannot read it: {cause}; "
+                f"{path}: its digests are right, but orbax {ocp.__version__} cannot read it: {cause}; "
                 "remedy: the orbax version that saved it, or another step"
             ) from error
     values = [_like(leaf, arrays[name]) for name, leaf in leaves.items()]
@@ -130,7 +132,7 @@ def restore(
 
 
 def refuse_unfinished(folder: Path, step: int, position: dict) -> None:
-    """Raises InputError where a step is not its stage's last, as `position["steps"]` tells."""
+    """Raises InputError where a step is not the last of its stage, which has `position["steps"]` steps."""
     if step < position.get("steps", step):
         raise InputError(
             f"{folder}: stopped at step {step} of {position['steps']}: run its training command again to finish it"
@@ -138,18 +140,17 @@ def refuse_unfinished(folder: Path, step: int, position: dict) -> None:
 
 
 def steps(folder: Path) -> list[int]:
-    """The steps that look sound (every listed file there in its size, digests not computed), oldest first."""
+    """The steps, oldest first, whose files are all present with their sizes. Digests are not computed."""
     return [step for step, path in sorted(_find(Path(folder)).items()) if not _fault(path, thorough=False)]
 
 
 @contextlib.contextmanager
 def workdir_lock(workdir: Path) -> Iterator[None]:
-    """Holds `workdir` for this run; the lock vanishes with the process, however that ends.
+    """Locks `workdir` for this run. The lock ends with the process, however the process ends.
 
-    Raises:
-        InputError: another run holds it; names its host and process.
+    Raises InputError where another run has the lock; the message names its host and process.
     """
-    files: list[TextIO] = []  # stays empty on all processes but the first
+    files: list[TextIO] = []  # empty in all processes but the first
     _on_first(lambda: files.append(_lock(Path(workdir))))
     try:
         yield
@@ -163,13 +164,13 @@ def workdir_lock(workdir: Path) -> Iterator[None]:
 
 
 def _make_room(folder: Path, step: int, needed: int) -> str:
-    """Name of a new temporary folder; fails early where the disk cannot hold `needed` bytes."""
+    """Creates a temporary folder and returns its name. Raises OSError where the disk has no room for `needed` bytes."""
     folder.mkdir(parents=True, exist_ok=True)
     _remove_temporary(folder)
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise OSError(f"{needed / 1e6:.1f} MB needed, {free / 1e6:.1f} MB free")
-    name = f"{step}.{time.time_ns()}.tmp"  # after a failed save tensorstore may still write into the old one
+    name = f"{step}.{time.time_ns()}.tmp"  # new: after a failed save tensorstore may still write
     (folder / name).mkdir()
     return name
 
@@ -188,7 +189,9 @@ def _commit(folder: Path, step: int, temporary: Path, about: dict, keep: int) ->
     (temporary / DIGESTS).write_text(_dumps({"format": FORMAT, "files": _digests(temporary, _files(temporary))}))
     for path in [temporary / DIGESTS, *(Path(base) for base, _, _ in os.walk(temporary))]:
         _sync(path)
-    if os.path.lexists(final):  # `_find` knows the other name, should the process be killed between the renames
+    if os.path.lexists(
+        final
+    ):  # `_find` finds the step under the other name if the process is killed between the renames
         _remove(replaced)
         final.rename(replaced)
     temporary.rename(final)
@@ -196,7 +199,7 @@ def _commit(folder: Path, step: int, temporary: Path, about: dict, keep: int) ->
     _remove(replaced)
     older = [other for other in steps(folder) if other < step]
     for other in older[: max(0, len(older) + 1 - keep)]:
-        rubbish = folder / f"{other}.0.tmp"  # renamed first: half a step never stands under a step's name
+        rubbish = folder / f"{other}.0.tmp"  # renamed first, so that no half step has a step's name
         _find(folder)[other].rename(rubbish)
         _remove_temporary(folder)
 
@@ -224,7 +227,7 @@ def _dumps(value: Any) -> str:
 
 
 def _find(folder: Path) -> dict[int, Path]:
-    """Everything that has a step's name, sound or not."""
+    """All paths that have a step's name, sound or not."""
     found: dict[int, Path] = {}
     try:
         for name in sorted(os.listdir(folder)):  # STEP sorts before STEP.replaced
@@ -257,7 +260,7 @@ def _choose(folder: Path, step: int | None, log: Callable[[str], None]) -> str |
 
 
 def _fault(path: Path, *, thorough: bool) -> str | None:
-    """What is wrong with a step folder, in words; `thorough` computes the digests as well."""
+    """Describes what is wrong with a step folder; None: nothing. `thorough` computes the digests too."""
     if path.is_symlink() or not path.is_dir():
         return "not a folder"
     try:
@@ -292,7 +295,7 @@ def _fault(path: Path, *, thorough: bool) -> str | None:
 
 
 def _files(path: Path) -> set[str]:
-    """Names of all files below, links and special files included (these never match a digest)."""
+    """Names of all files below `path`, with links and special files, which never match a digest."""
     return {
         os.path.relpath(os.path.join(base, name), path)
         for base, folders, names in os.walk(path)
@@ -302,7 +305,7 @@ def _files(path: Path) -> set[str]:
 
 def _digests(path: Path, names: Any) -> dict[str, dict]:
     def digest(name: str) -> dict:
-        # A link or a pipe with a listed name is as foreign as any other file, and must not be followed.
+        # A link or a pipe with a listed name is foreign too, and must not be followed.
         descriptor = os.open(path / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
         with open(descriptor, "rb") as file:
             return {"bytes": os.fstat(descriptor).st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
@@ -313,7 +316,7 @@ def _digests(path: Path, names: Any) -> dict[str, dict]:
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, str]:
-    """`{"model.width": "192"}`: leaves as JSON text, so that NaN equals NaN and 1 is not 1.0."""
+    """`{"model.width": "192"}`: leaves as JSON text, so that NaN equals NaN and 1 differs from 1.0."""
     if not isinstance(tree, dict):
         return {prefix: json.dumps(tree)}
     return {k: v for key, value in tree.items() for k, v in _flat(value, f"{prefix}.{key}" if prefix else key).items()}
@@ -333,46 +336,21 @@ def _refuse_difference(path: Path, saved: dict[str, str], given: dict[str, str])
 # --- arrays ---
 
 
-def _orbax(work: Callable[[ocp.Checkpointer], Any]) -> Any:
-    """Runs `work`; what fails in orbax is raised once, as an OSError where the system refused, else a ValueError.
-
-    Left alone, orbax, asyncio and tensorstore print a failed call again for every array and thread, some of it
-    after the call has ended. So its threads are waited for, and its unfinished coroutines collected as tensorstore lets
-    go of them, while their reports are muted; the original exception is not chained, as its traceback would keep those
-    coroutines alive.
-    """
+@contextlib.contextmanager
+def _orbax() -> Iterator[ocp.Checkpointer]:
+    """Orbax's checkpointer. Its failures are raised as OSError where the system refused a call, else as ValueError."""
     # Without compression: trained float32 shrinks by 8 %, and zstd takes longer than writing those 8 %.
-    orbax = ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_compression=False))
-    levels = [(logger, logger.level) for logger in map(logging.getLogger, ("absl", "asyncio"))]
-    hook, threads = sys.unraisablehook, set(threading.enumerate())
+    handler = ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_compression=False)
     try:
-        for logger, _ in levels:
-            logger.setLevel(logging.CRITICAL)
-        sys.unraisablehook = lambda _: None
-        try:
-            return work(orbax)
-        except Exception as error:  # orbax wraps some of tensorstore's errors in a bare Exception
-            code = re.search(r"os_error_code='(\d+)'", str(error))  # tensorstore's form of an OSError
-            number = int(code[1]) if code else error.errno if isinstance(error, OSError) else None
-            failure = ValueError(str(error)) if number is None else OSError(number, os.strerror(number))
-        for thread in set(threading.enumerate()) - threads:
-            with contextlib.suppress(Exception):  # orbax's threads raise their own error again when joined
-                thread.join(60)
-        until = time.monotonic() + 60
-        with warnings.catch_warnings(action="ignore", category=RuntimeWarning):  # coroutines that were never started
-            while _unfinished() and time.monotonic() < until:
-                time.sleep(0.01)
-    finally:
-        sys.unraisablehook = hook
-        for logger, level in levels:
-            logger.setLevel(level)
-    raise failure
-
-
-def _unfinished() -> bool:
-    """Whether a coroutine of orbax is still waiting for a read or a write."""
-    gc.collect()
-    return any(inspect.iscoroutine(x) and "orbax" in x.cr_code.co_filename for x in gc.get_objects())
+        with ocp.Checkpointer(handler) as orbax:
+            yield orbax
+    except OSError:
+        raise
+    except Exception as error:  # orbax wraps some errors of tensorstore in a bare Exception
+        code = re.search(r"os_error_code='(\d+)'", str(error))  # how tensorstore writes an OSError
+        if code is None:
+            raise ValueError(str(error)) from error
+        raise OSError(int(code[1]), os.strerror(int(code[1]))) from error
 
 
 def _leaves(tree: PyTree) -> dict[str, Any]:
@@ -396,8 +374,7 @@ def _sharding(leaf: Any) -> jax.sharding.Sharding:
         return leaf.sharding
     if jax.process_count() == 1:
         return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    mesh = jax.sharding.Mesh(jax.devices(), "all")
-    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    return replicated(device_mesh())
 
 
 def _placement(leaf: Any) -> ocp.RestoreArgs:
@@ -407,7 +384,7 @@ def _placement(leaf: Any) -> ocp.RestoreArgs:
 
 
 def _like(leaf: Any, array: Any) -> Any:
-    """The restored array as the kind of thing that the target's leaf is."""
+    """The restored array in the type of the target's leaf."""
     if isinstance(leaf, jax.Array | jax.ShapeDtypeStruct):
         return array if isinstance(array, jax.Array) else jax.device_put(array, _sharding(leaf))
     return array if isinstance(leaf, np.ndarray) else type(leaf)(array[()])
@@ -417,7 +394,7 @@ def _like(leaf: Any, array: Any) -> Any:
 
 
 def _on_first(work: Callable[[], Any]) -> Any:
-    """Runs `work` on process 0; all processes return its result (JSON), or fail with it instead of waiting for it."""
+    """Runs `work` on process 0. All processes return its result, a JSON value, or raise its error."""
     if jax.process_count() == 1:
         return work()
     failure, reply = None, {}
@@ -444,14 +421,14 @@ def _lock(workdir: Path) -> TextIO:
         raise InputError(f"{workdir}: no run folder ({error.strerror}): choose another --workdir") from None
     file.seek(0)
     holder = file.read(200).strip()
-    try:  # the kernel drops the lock when its holder ends, so a name left in the file by a killed run means nothing
+    try:  # the kernel drops the lock when its process ends, so the name that a killed run leaves has no effect
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        held, remedy = False, ""
+        locked, remedy = False, ""
     except BlockingIOError:
-        held, remedy = True, "wait for it, stop it, or choose another --workdir"
-    except OSError:  # a file system without locks: the name decides
-        held, remedy = bool(holder) and not _gone(holder), f"if it no longer runs, delete {workdir / LOCK}"
-    if held:
+        locked, remedy = True, "wait for it, stop it, or choose another --workdir"
+    except OSError:  # a file system without locks: the name in the file decides
+        locked, remedy = bool(holder) and not _gone(holder), f"if it no longer runs, delete {workdir / LOCK}"
+    if locked:
         file.close()
         raise InputError(f"{workdir}: in use by {holder or 'another process'}: {remedy}")
     file.truncate(0)

@@ -15,7 +15,7 @@ from jax.experimental import topologies
 
 from jmae import recipe
 from jmae.errors import InputError
-from jmae.gpus import CARDS, answers, description
+from jmae.gpus import CARDS, description, target_of_card
 from jmae.target import Target
 
 
@@ -73,9 +73,9 @@ class Machine(NamedTuple):
         return self.chip.platform == "cuda"
 
     @property
-    def answers(self) -> Target:
+    def target(self) -> Target:
         """The answer of `target()` to code that is traced for these chips."""
-        return answers(self.name) if self.gpus else Target("tpu")
+        return target_of_card(self.name) if self.gpus else Target("tpu")
 
     @property
     def words(self) -> str:

@@ -1,49 +1,72 @@
 """How many random masks, samples or sweeps a score needs: its AUROC against their number, with its standard error.
 
-`evaluation.convergence=R` scores the labelled cases R more times with every number 1, 2, 4, ... up to the recipe's,
-each time with other masks. A score that is a mean over its masks is computed once a mask and averaged here, in one
-program; of another, as AMAE's Eq. 4, every number is a program of its own. Sweeps over volumes are a number that one
-program is given. Cost beside the evaluation: of the first R times its scoring, of the others up to 2 R times.
+`evaluation.convergence=R` scores the labelled cases R more times with each number 1, 2, 4, ... up to the recipe's, each
+time with other masks. A score of images that is a mean over its masks is computed once a mask and averaged here, by one
+program. Of another score of images, as AMAE's Eq. 4, every number has a program. The number of sweeps over volumes is
+an argument of one program. Cost, in scorings of the split: R times the recipe's number of single masks in the first
+case, up to 2 R scorings in the others.
 """
 
-import copy
 import math
 import time
-from collections.abc import Mapping, Sequence
-from functools import partial
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
 from ml_collections import ConfigDict
 
 from jmae import metrics
-from jmae.data.loader import Images, case_words, prepared
 from jmae.data.manifest import Row
-from jmae.evaluate import SECONDS_BETWEEN_LINES, ahead, scorer, sweeper
+from jmae.inference import SECONDS_BETWEEN_LINES, Scorer, prepared_groups
+from jmae.results import Prepared, Result
 from jmae.run_folder import log
-from jmae.scoring import top_mean
 from jmae.system import Results, System, drawn, load_system
 
 CLOSE = 0.01  # of AUROC: what one evaluation may differ by
 
-Draws = Mapping[int, Sequence[Float[np.ndarray, "r n"]]]  # by number: a draw's primary scores of r replicates, n cases
+Draws = Mapping[
+    int, Sequence[Float[np.ndarray, "r n"]]
+]  # by number: each draw's primary scores of replicates and cases
 
 
-def convergence(config: ConfigDict, system: System, results: Results, rows: Sequence[Row]) -> dict[str, Any] | None:
-    """{"what", "draws", "steps", "enough", "close", "rising", "seconds"} of labelled rows: "steps" by `summary`,
-    "enough" by `enough`, "rising" whether the AUROC rose from the last number but one by more than two standard
-    errors. None where a class is missing, said aloud."""
+class Draw(NamedTuple):
+    """One scoring of all cases with masks of its own."""
+
+    number: int  # of masks, samples or sweeps
+    name: str  # by which its masks differ from those of other draws
+    scorer: Scorer
+    repeats: int | None = None  # sweeps over a volume
+
+
+def convergence(
+    config: ConfigDict,
+    system: System,
+    results: Results,
+    rows: Sequence[Row],
+    prepare: Callable[[Row], Prepared] | None = None,
+) -> dict[str, Any] | None:
+    """How the AUROC of labelled rows converges; None, and a line in the log, where a class is missing.
+
+    Args:
+      rows: labelled rows.
+      prepare: in place of `Scorer.prepare`.
+
+    Returns:
+      {"what", "draws", "steps", "enough", "close", "rising", "seconds"}: "what" is counted; "steps" as `summary` gives
+      them; "enough" as `enough` gives it. "rising" is whether the AUROC rose by more than two standard errors from the
+      last number but one to the last.
+    """
     labels = np.array([row.label for row in rows])
     if set(labels) != {0, 1}:
         log("evaluation.convergence: the labelled cases are of one class: no AUROC, so not computed")
         return None
     began = time.monotonic()
-    what, most = drawn(config)
+    what, most = system.repetitions, drawn(config, system)
     numbers = [*(2**i for i in range((most - 1).bit_length())), most]
     log(f"convergence: {len(rows)} cases, {', '.join(map(str, numbers))} {what}, {config.evaluation.convergence} times")
-    make = volume_draws if system.sweep else image_draws
-    steps = summary(labels, make(config, system, results, rows, what, numbers))
+    draws = planned_draws(config, system, results, what, numbers)
+    steps = summary(labels, averaged(draw_scores(system, draws, rows, prepare), numbers))
     last, before = steps[-1], steps[-2]
     rise = last["auroc"] - before["auroc"]
     return {
@@ -58,8 +81,11 @@ def convergence(config: ConfigDict, system: System, results: Results, rows: Sequ
 
 
 def summary(labels: np.ndarray, draws: Draws) -> list[dict[str, Any]]:
-    """A line a number: mean AUROC over its draws (each a mean over replicates), the deviation of one draw, the standard
-    error of the mean, how many draws."""
+    """A line {"number", "auroc", "se", "deviation", "draws"} of each number.
+
+    The AUROC is the mean over draws, each a mean over replicates. "deviation" is that of one draw, "se" the standard
+    error of the mean.
+    """
     steps = []
     for number, each in draws.items():
         values = np.array([np.mean([metrics.auroc(labels, scores) for scores in draw]) for draw in each])
@@ -70,8 +96,10 @@ def summary(labels: np.ndarray, draws: Draws) -> list[dict[str, Any]]:
 
 
 def enough(steps: Sequence[Mapping[str, Any]]) -> int | None:
-    """The least number from which on one evaluation lies within `CLOSE` of the mean at the last: the difference of the
-    means and two deviations of a draw together; None where not even the last does."""
+    """The least number from which on one evaluation lies within `CLOSE` of the mean at the last number.
+
+    The distance is the difference of the means and two deviations of a draw. None where the last number's is too large.
+    """
     found = None
     for step in reversed(steps):
         if abs(step["auroc"] - steps[-1]["auroc"]) + 2 * step["deviation"] > CLOSE:
@@ -87,45 +115,54 @@ def with_number(config: ConfigDict, what: str, number: int) -> tuple[ConfigDict,
     return other, load_system(other)
 
 
-def image_draws(
-    config: ConfigDict, system: System, results: Results, rows: Sequence[Row], what: str, numbers: Sequence[int]
-) -> Draws:
-    """Scores of images; a case's masks in draw d come from its id and d."""
-    images, index, times = Images(rows, config), np.arange(len(rows)), config.evaluation.convergence
-    said = time.monotonic()
-
-    def draw(score: Any, d: int, of: int) -> Float[np.ndarray, "r n"]:
-        nonlocal said
-        if time.monotonic() - said > SECONDS_BETWEEN_LINES:
-            said = time.monotonic()
-            log(f"{d} of {of} times")
-        other = copy.copy(images)
-        other.words = np.stack([case_words(f"{row.id}\ndraw {d}") for row in rows])
-        return score(other, index).scores[system.primary]
-
-    if not system.averaged:
-        scorers = {n: scorer(*with_number(config, what, n), results) for n in numbers}
-        return {n: [draw(score, d, times) for d in range(times)] for n, score in scorers.items()}
-    single, total = scorer(*with_number(config, what, 1), results), times * numbers[-1]
-    each = np.stack([draw(single, d, total) for d in range(total)])
-    return {n: [each[i : i + n].mean(0) for i in range(0, total - n + 1, n)] for n in numbers}
+def planned_draws(
+    config: ConfigDict, system: System, results: Results, what: str, numbers: Sequence[int]
+) -> list[Draw]:
+    """The draws that are scored. Single masks are drawn as often as the largest number needs."""
+    times = config.evaluation.convergence
+    scorer = lambda number: Scorer(*with_number(config, what, number), results)
+    if system.sweep:
+        single = scorer(1)
+        return [Draw(n, f"draw {d}", single, n) for n in numbers for d in range(times)]
+    if system.averaged:
+        single = scorer(1)
+        return [Draw(1, f"draw {d}", single) for d in range(times * numbers[-1])]
+    return [Draw(n, f"draw {d}", one) for n, one in ((n, scorer(n)) for n in numbers) for d in range(times)]
 
 
-def volume_draws(
-    config: ConfigDict, system: System, results: Results, rows: Sequence[Row], what: str, numbers: Sequence[int]
-) -> Draws:
-    """Scores of volumes as `evaluate.volume_results` has them; sweeps of one mask or sample each."""
-    single = with_number(config, what, 1)[1]
-    assert single.sweep
-    run, times, said = sweeper(config, single.sweep, results), config.evaluation.convergence, time.monotonic()
-    scores: dict[int, list[list[list[float]]]] = {n: [[] for _ in range(times)] for n in numbers}
-    for i, (row, volume) in enumerate(zip(rows, ahead(partial(prepared, data=config.data), rows), strict=True)):
-        if time.monotonic() - said > SECONDS_BETWEEN_LINES:
-            said = time.monotonic()
-            log(f"{i} of {len(rows)} volumes")
-        top = lambda m, region=volume.region: top_mean(m, region, config.evaluation.top)
-        for n in numbers:
-            for d in range(times):
-                maps = run(volume, case_words(f"{row.id}\ndraw {d}"), repeats=n)["maps"][system.primary]
-                scores[n][d].append([top(m) for m in maps])
-    return {n: [np.array(draw).T for draw in each] for n, each in scores.items()}
+def draw_scores(
+    system: System, draws: Sequence[Draw], rows: Sequence[Row], prepare: Callable[[Row], Prepared] | None = None
+) -> dict[int, list[Float[np.ndarray, "r n"]]]:
+    """The primary scores of rows in each draw, by the draw's number. Cases are prepared once for all draws."""
+    scorer, parts, done, said = draws[0].scorer, [[] for _ in draws], 0, time.monotonic()  # type: ignore[var-annotated]
+    for cases in prepared_groups(scorer, rows, prepare or scorer.prepare):
+        for part, results in zip(parts, scored_draws(draws, cases), strict=True):
+            part.extend(result.scores[system.primary] for result in results)
+            if time.monotonic() - said > SECONDS_BETWEEN_LINES:
+                said = time.monotonic()
+                log(f"{done} of {len(rows)} cases scored {len(draws)} times")
+        done += len(cases)
+    found: dict[int, list[np.ndarray]] = {}
+    for draw, part in zip(draws, parts, strict=True):
+        found.setdefault(draw.number, []).append(np.stack(part, 1))
+    return found
+
+
+def scored_draws(draws: Sequence[Draw], cases: Sequence[Prepared]) -> Iterator[list[Result]]:
+    """The results of cases in each draw. A draw is dispatched before the one before is fetched."""
+    waiting = None
+    for draw in draws:
+        started = draw.scorer.dispatch(cases, draw.name, draw.repeats)
+        if waiting:
+            yield waiting[0].fetch(waiting[1])
+        waiting = draw.scorer, started
+    if waiting:
+        yield waiting[0].fetch(waiting[1])
+
+
+def averaged(draws: Draws, numbers: Sequence[int]) -> Draws:
+    """The draws of each number; where single masks alone were drawn, their means, each mask used once a number."""
+    if set(draws) != {1}:
+        return draws
+    each = np.stack(draws[1])
+    return {n: [each[i : i + n].mean(0) for i in range(0, len(each) - n + 1, n)] for n in numbers}

@@ -1,9 +1,9 @@
 """python -m jmae.doctor [--debug]
 
-What jmae runs on: versions, devices and memory, and why JAX uses the CPU where there is an accelerator, with the line
-that mends it. JAX is asked in a process of its own, which takes no more of a GPU's memory than it needs.
+Shows the versions, devices and memory that jmae uses. If JAX uses the CPU although there is an accelerator, it says why
+and names the command that corrects it. JAX is started in a separate process, which reserves no GPU memory in advance.
 
-Exit codes: 0 all is well; 1 findings; 2 the command itself is wrong.
+Exit codes: 0 no problem was found; 1 there are findings; 2 the command line is wrong.
 """
 
 import json
@@ -32,8 +32,8 @@ VARIABLES = (
 TPUS = "0x0027 0x0056 0x005e 0x0062 0x0063 0x006f 0x0076".split()  # PCI ids of Google's, v3 to v7, as JAX knows them
 # The oldest driver and compute capability that JAX's wheels run on (JAX's installation guide), newest CUDA first.
 CUDA = {"cuda13": ((580,), 7.5), "cuda12": ((525, 60, 13), 5.2)}
-SECONDS = 120  # that JAX may take to find its devices
-LEAST_GIB = 4.0  # of host memory; the demo takes less
+SECONDS = 120  # for JAX to find its devices, at most
+LEAST_GIB = 4.0  # GiB of free host memory, at least; the demo needs less
 
 ASK = """
 import json, jax
@@ -46,52 +46,53 @@ print(json.dumps({"backend": jax.default_backend(), "devices": [
 
 
 class Gpu(NamedTuple):
-    """An NVIDIA GPU as its driver tells it."""
+    """An NVIDIA GPU, as its driver describes it."""
 
     name: str
-    driver: str  # version, "" where not told
-    gib: float | None  # of memory
+    driver: str  # version; "" where not known
+    gib: float | None  # memory
     capability: float | None  # compute capability
 
 
 class Answer(NamedTuple):
-    """What JAX says."""
+    """What JAX reports."""
 
     backend: str  # "cpu", "gpu", "tpu"; "" where it did not start
-    devices: list[dict[str, Any]]  # "kind", and of memory "limit" and "used" in bytes or None
-    said: str  # on standard error
+    devices: list[dict[str, Any]]  # "kind"; "limit" and "used", bytes of memory or None
+    stderr: str
 
 
 class Facts(NamedTuple):
-    """All that findings are drawn from."""
+    """Everything that `findings` looks at."""
 
-    versions: Mapping[str, str]  # of `PACKAGES` and `PLUGINS`, "" where not installed
-    variables: Mapping[str, str]  # of `VARIABLES`, those that are set
+    versions: Mapping[str, str]  # of `PACKAGES` and `PLUGINS`; "" where not installed
+    variables: Mapping[str, str]  # those of `VARIABLES` that are set
     gpus: Sequence[Gpu]
     tpu: bool
-    host_gib: tuple[float, float] | None  # memory and what of it is free
+    host_gib: tuple[float, float] | None  # all and free memory; None where not known
     answer: Answer
 
 
 def main(argv: list[str]) -> int:
     recipe.arguments(argv, __doc__, ["debug"])
     facts = probe()
-    wrong = findings(facts)
-    print("\n".join([*described(facts), "", *(f"finding: {line}" for line in wrong)] if wrong else described(facts)))
-    print(f"{len(wrong)} findings" if wrong else "all is well")
-    return int(bool(wrong))
+    problems = findings(facts)
+    lines = fact_lines(facts)
+    print("\n".join([*lines, "", *(f"finding: {problem}" for problem in problems)] if problems else lines))
+    print(f"{len(problems)} findings" if problems else "no problem was found")
+    return int(bool(problems))
 
 
 # --- probes -----------------------------------------------------------------------------------------------------------
 
 
 def probe() -> Facts:
-    """This machine's facts."""
+    """The facts of this machine."""
     return Facts(versions(), variables(os.environ), gpus(), has_tpu(), host_memory(), ask_jax())
 
 
 def versions() -> dict[str, str]:
-    """The installed version of each of `PACKAGES` and `PLUGINS`."""
+    """The installed versions of `PACKAGES` and `PLUGINS`; "" where not installed."""
 
     def version(name: str) -> str:
         try:
@@ -108,7 +109,7 @@ def variables(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def gpus(root: Path = Path("/")) -> list[Gpu]:
-    """The NVIDIA GPUs that nvidia-smi tells of; where that fails, those of the driver's folder or of /dev."""
+    """The NVIDIA GPUs that nvidia-smi lists, or else those in the folder of the driver, or else those in /dev."""
     if smi := shutil.which("nvidia-smi"):
         query = [smi, "--query-gpu=name,driver_version,memory.total,compute_cap", "--format=csv,noheader,nounits"]
         out = run(query, 20)
@@ -126,7 +127,7 @@ def gpus(root: Path = Path("/")) -> list[Gpu]:
 
 
 def read_gpu(line: str) -> Gpu | None:
-    """A line "NAME, DRIVER, MIB, CAPABILITY" of nvidia-smi; None where it is none. A value may be "[N/A]"."""
+    """The GPU of a line "NAME, DRIVER, MIB, CAPABILITY" of nvidia-smi; None for other lines. Values may be "[N/A]"."""
     cells = [cell.strip() for cell in line.split(",")]
     if len(cells) != 4:
         return None
@@ -147,7 +148,7 @@ def has_tpu(bus: Path = Path("/sys/bus/pci/devices")) -> bool:
 
 
 def host_memory(meminfo: Path = Path("/proc/meminfo")) -> tuple[float, float] | None:
-    """(all, free) of the host's memory in GiB; None where the system does not tell."""
+    """(all, free) memory of the host in GiB; None where not known."""
     try:
         found = dict(re.findall(r"^(MemTotal|MemAvailable):\s+(\d+) kB$", meminfo.read_text(), re.MULTILINE))
         return int(found["MemTotal"]) / 2**20, int(found["MemAvailable"]) / 2**20
@@ -156,7 +157,7 @@ def host_memory(meminfo: Path = Path("/proc/meminfo")) -> tuple[float, float] | 
 
 
 def ask_jax() -> Answer:
-    """The devices that JAX finds with this environment."""
+    """Start JAX in a process with this environment, and return what it reports."""
     out = run([sys.executable, "-c", ASK], SECONDS, os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"})
     if out is None:
         return Answer("", [], f"no answer within {SECONDS} s")
@@ -164,11 +165,11 @@ def ask_jax() -> Answer:
         found = json.loads(out.stdout.splitlines()[-1])
         return Answer(found["backend"], found["devices"], out.stderr)
     except (IndexError, ValueError, KeyError):
-        return Answer("", [], out.stderr or f"ended with the code {out.returncode} and no word")
+        return Answer("", [], out.stderr or f"ended with exit code {out.returncode} and without a message")
 
 
 def run(command: list[str], seconds: float, environment: Mapping[str, str] | None = None) -> Any:
-    """The finished process, its output as text; None where it does not start or takes too long."""
+    """Run a command and return the process with its output as text; None where it does not start or takes too long."""
     try:
         return subprocess.run(
             command, capture_output=True, text=True, errors="replace", timeout=seconds, env=environment, check=False
@@ -177,49 +178,54 @@ def run(command: list[str], seconds: float, environment: Mapping[str, str] | Non
         return None
 
 
-# --- conclusions ------------------------------------------------------------------------------------------------------
+# --- findings ---------------------------------------------------------------------------------------------------------
 
 
 def findings(facts: Facts) -> list[str]:
-    """What is wrong, a line each: what, why, the remedy."""
-    wrong = []
-    backend, said = facts.answer.backend, last_line(facts.answer.said)
-    asked = facts.variables.get("JAX_PLATFORMS") or facts.variables.get("JAX_PLATFORM_NAME", "")
-    asks_gpu = not asked or any(name in asked.split(",") for name in ("gpu", "cuda"))
+    """The problems, one line each: what is wrong, why, and the remedy."""
+    problems = []
+    backend, message = facts.answer.backend, last_line(facts.answer.stderr)
+    platforms = facts.variables.get("JAX_PLATFORMS") or facts.variables.get("JAX_PLATFORM_NAME", "")
+    allows_gpu = not platforms or any(name in platforms.split(",") for name in ("gpu", "cuda"))
     jax, jaxlib = (facts.versions[name] or "missing" for name in ("jax", "jaxlib"))
     if jax != jaxlib:
-        wrong.append(f"jax {jax} and jaxlib {jaxlib} do not belong together: {pip('', 'jax', 'jaxlib')}")
+        problems.append(f"jax {jax} and jaxlib {jaxlib} do not fit each other: {pip('', 'jax', 'jaxlib')}")
     if missing := [name for name in PACKAGES[3:] if not facts.versions[name]]:
-        wrong.append(f"{', '.join(missing)} not installed: {pip('', *missing)}")
+        problems.append(f"{', '.join(missing)} not installed: {pip('', *missing)}")
     if facts.gpus and backend != "gpu":
-        wrong.append(f"{facts.gpus[0].name} is not used: {why_no_gpu(facts, asks_gpu, asked, said)}")
+        problems.append(f"{facts.gpus[0].name} is not used: {why_no_gpu(facts, allows_gpu, platforms, message)}")
     elif facts.tpu and backend != "tpu":
-        if asked and "tpu" not in asked.split(","):
-            reason = f"JAX_PLATFORMS={asked} keeps JAX from it: unset JAX_PLATFORMS"
+        if platforms and "tpu" not in platforms.split(","):
+            reason = f"JAX_PLATFORMS={platforms} excludes it: unset JAX_PLATFORMS"
         elif not facts.versions["libtpu"]:
             reason = f"libtpu is not installed: {pip('tpu')}"
         else:
-            reason = f"JAX says “{said}”: end other processes that hold it, or {pip('tpu')}"
-        wrong.append(f"a TPU is not used: {reason}")
+            reason = f"JAX reports “{message}”: end other processes that use it, or {pip('tpu')}"
+        problems.append(f"a TPU is not used: {reason}")
     elif not backend:
-        remedy = f"unset JAX_PLATFORMS (it is {asked!r})" if asked else f"install it again: {pip('', 'jax', 'jaxlib')}"
-        wrong.append(f"JAX does not start: “{said}”: {remedy}")
-    return [*wrong, *of_memory(facts)]
+        remedy = f"unset JAX_PLATFORMS={platforms}" if platforms else f"reinstall it: {pip('', 'jax', 'jaxlib')}"
+        problems.append(f"JAX does not start: “{message}”: {remedy}")
+    return [*problems, *memory_findings(facts)]
 
 
-def why_no_gpu(facts: Facts, asks_gpu: bool, asked: str, said: str) -> str:
-    """Why JAX does not use an NVIDIA GPU that is there, and the remedy."""
+def why_no_gpu(facts: Facts, allows_gpu: bool, platforms: str, message: str) -> str:
+    """Why JAX does not use the NVIDIA GPU of this machine, and the remedy.
+
+    Args:
+      allows_gpu: whether `platforms`, the value of JAX_PLATFORMS, allows a GPU.
+      message: the last line of JAX on standard error.
+    """
     installed = [f"cuda{n}" for n in (13, 12) if facts.versions[f"jax-cuda{n}-plugin"]]
     gpu = facts.gpus[0]
     fit = fitting(gpu)
     if not fit:
         old = gpu.capability is not None and gpu.capability < CUDA["cuda12"][1]
         if old:
-            return f"its compute capability {gpu.capability:g} is below {CUDA['cuda12'][1]}: JAX does not run on it"
+            return f"its compute capability {gpu.capability:g} is below {CUDA['cuda12'][1]}, so JAX cannot use it"
         return f"its driver {gpu.driver} is older than {dotted(CUDA['cuda12'][0])}: install a newer NVIDIA driver"
-    if not asks_gpu:
+    if not allows_gpu:
         more = "" if installed else f", and {pip(fit)}"
-        return f"JAX_PLATFORMS={asked} keeps JAX from it: unset JAX_PLATFORMS{more}"
+        return f"JAX_PLATFORMS={platforms} excludes it: unset JAX_PLATFORMS{more}"
     if not installed:
         return f"jaxlib {facts.versions['jaxlib']} has no CUDA plugin: {pip(fit)}"
     if len(installed) == 2:
@@ -230,41 +236,45 @@ def why_no_gpu(facts: Facts, asks_gpu: bool, asked: str, said: str) -> str:
         return f"{too_old(gpu)} for the CUDA 13 that is installed: {pip('cuda12')}, or install a newer NVIDIA driver"
     plugin = facts.versions[f"jax-{installed[0]}-plugin"]
     if plugin != facts.versions["jaxlib"]:
-        return f"its plugin {plugin} is not for jaxlib {facts.versions['jaxlib']}: {pip(installed[0])}"
+        return f"its plugin {plugin} does not fit jaxlib {facts.versions['jaxlib']}: {pip(installed[0])}"
     hidden = facts.variables.get("CUDA_VISIBLE_DEVICES")
     if hidden is not None and (not hidden or hidden.startswith(("-1", "NoDevFiles"))):
-        return f"CUDA_VISIBLE_DEVICES={hidden!r} hides it: unset it, or name the GPU's number"
-    if "Unable to load CUDA" in facts.answer.said and not facts.variables.get("LD_LIBRARY_PATH"):
-        return f"NVIDIA's libraries are not installed (the extra plan-gpu has none): {pip(installed[0])}"
+        return f"CUDA_VISIBLE_DEVICES={hidden!r} hides it: unset it, or set it to the number of the GPU"
+    if "Unable to load CUDA" in facts.answer.stderr and not facts.variables.get("LD_LIBRARY_PATH"):
+        return f"NVIDIA's libraries are not installed (the extra plan-gpu does not install them): {pip(installed[0])}"
     if facts.variables.get("LD_LIBRARY_PATH"):
-        return f"JAX says “{said}”: unset LD_LIBRARY_PATH, whose CUDA goes before that of the plugin"
-    return f"JAX says “{said}”: end other processes that fill it (nvidia-smi), or {pip(installed[0])}"
+        return (
+            f"JAX reports “{message}”: unset LD_LIBRARY_PATH, because its CUDA is loaded before the CUDA of the plugin"
+        )
+    return f"JAX reports “{message}”: end other processes that use its memory (see nvidia-smi), or {pip(installed[0])}"
 
 
-def of_memory(facts: Facts) -> list[str]:
-    """What is wrong with memory and the flags of its allocator."""
-    wrong, flags = [], facts.variables
+def memory_findings(facts: Facts) -> list[str]:
+    """The problems of memory and of the settings of its allocator."""
+    problems, flags = [], facts.variables
     shares = {name: flags[name] for name in FRACTIONS if flags.get(name)}
     for name, share in shares.items():
         if not re.fullmatch(r"\d*\.?\d+", share) or not float(share):
-            wrong.append(f"{name}={share!r} is no share of the memory: write .9, or unset it")
+            problems.append(f"{name}={share!r} is not a share of the memory: set it to .9, or unset it")
     if len(shares) == 2:
-        wrong.append(f"{' and '.join(FRACTIONS)} are both set, and JAX does not start: unset {FRACTIONS[1]}")
+        problems.append(f"{' and '.join(FRACTIONS)} are both set, so JAX does not start: unset {FRACTIONS[1]}")
     if (allocator := flags.get("XLA_PYTHON_CLIENT_ALLOCATOR", "default").lower()) not in ALLOCATORS:
-        wrong.append(f"XLA_PYTHON_CLIENT_ALLOCATOR={allocator} is unknown: write one of {', '.join(ALLOCATORS)}")
+        problems.append(f"XLA_PYTHON_CLIENT_ALLOCATOR={allocator} is unknown: set one of {', '.join(ALLOCATORS)}")
     elif allocator == "platform":
-        wrong.append(
-            "XLA_PYTHON_CLIENT_ALLOCATOR=platform gives memory back at once and is slow: unset it, but for a diagnosis"
+        problems.append(
+            "XLA_PYTHON_CLIENT_ALLOCATOR=platform returns memory at once and is slow: unset it after a diagnosis"
         )
     if facts.host_gib and facts.host_gib[1] < LEAST_GIB:
         free = facts.host_gib[1]
-        wrong.append(f"{free:.1f} GiB of host memory are free, less than {LEAST_GIB:g}: end other processes")
-    return wrong
+        problems.append(f"only {free:.1f} GiB of host memory are free, below {LEAST_GIB:g}: end other processes")
+    return problems
 
 
 def fitting(gpu: Gpu) -> str:
-    """The newest extra, "cuda13" or "cuda12", that a GPU and its driver allow; "" where none is. What is not known is
-    taken to fit the older one."""
+    """The newest extra, "cuda13" or "cuda12", that a GPU and its driver support; "" where neither is supported.
+
+    An unknown driver or capability counts as one that supports "cuda12" alone.
+    """
     for extra, (driver, capability) in CUDA.items():
         unknown = extra == "cuda12"
         new = tuple(map(int, gpu.driver.split("."))) >= driver if re.fullmatch(r"[\d.]*\d", gpu.driver) else unknown
@@ -274,7 +284,7 @@ def fitting(gpu: Gpu) -> str:
 
 
 def too_old(gpu: Gpu) -> str:
-    """Which of a GPU's two is too old for CUDA 13."""
+    """Whether the GPU or its driver is too old for CUDA 13, in words."""
     driver, capability = CUDA["cuda13"]
     if gpu.capability is not None and gpu.capability < capability:
         return f"its compute capability {gpu.capability:g} is too low"
@@ -282,7 +292,7 @@ def too_old(gpu: Gpu) -> str:
 
 
 def pip(extra: str, *packages: str) -> str:
-    """The line, for this interpreter's own pip, that installs an extra of jmae, or packages anew."""
+    """The command that installs an extra of jmae, or upgrades packages, with the pip of this interpreter."""
     return f"{sys.executable} -m pip install " + (f"'jmae[{extra}]'" if extra else f"--upgrade {' '.join(packages)}")
 
 
@@ -291,26 +301,26 @@ def dotted(version: tuple[int, ...]) -> str:
 
 
 def last_line(text: str) -> str:
-    """The last line that says something, of a traceback or a log."""
+    """The last line with text, of a traceback or a log."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[-1][:300] if lines else "nothing"
+    return lines[-1][:300] if lines else "no message"
 
 
-def described(facts: Facts) -> list[str]:
-    """The facts as lines."""
+def fact_lines(facts: Facts) -> list[str]:
+    """The facts as lines of text."""
     gib = lambda n: "" if n is None else f"{n / 2**30:.1f} GiB"
     lines = [f"python     {platform.python_version()}, {platform.platform()}, {os.cpu_count()} cores"]
     lines += ["packages   " + ", ".join(f"{name} {facts.versions[name] or 'MISSING'}" for name in PACKAGES)]
     plugins = [f"{name} {facts.versions[name]}" for name in PLUGINS if facts.versions[name]]
     without = any("cuda" in name for name in plugins) and not facts.gpus
-    words = " (no NVIDIA GPU is here: JAX says so at each start and runs on; jmae.plan compiles for GPUs with it)"
-    lines += ["plugins    " + (", ".join(plugins) or "none: JAX runs on the CPU") + words * without]
+    words = " (without an NVIDIA GPU: JAX warns at each start, then uses the CPU; jmae.plan needs the plugin for GPUs)"
+    lines += ["plugins    " + (", ".join(plugins) or "none: JAX uses the CPU") + words * without]
     for gpu in facts.gpus:
         memory = "" if gpu.gib is None else f", {gpu.gib:.1f} GiB"
         capability = "" if gpu.capability is None else f", compute capability {gpu.capability:g}"
         lines.append(f"gpu        {gpu.name}, driver {gpu.driver or 'unknown'}{memory}{capability}")
     lines += ["tpu        on the bus"] if facts.tpu else []
-    lines.append(f"jax uses   {facts.answer.backend or 'nothing: it did not start'}")
+    lines.append(f"jax uses   {facts.answer.backend or 'no device: it did not start'}")
     for device in facts.answer.devices:
         memory = f", {gib(device['limit'])} for JAX, {gib(device['used'])} in use" if device.get("limit") else ""
         lines.append(f"  device   {device['kind']}{memory}")
@@ -320,8 +330,8 @@ def described(facts: Facts) -> list[str]:
     flags = [name for name in facts.variables if name.startswith(("XLA_PYTHON_CLIENT_", "XLA_CLIENT_"))]
     if facts.answer.backend == "gpu" and not flags:
         lines.append(
-            "allocator  as JAX has it: 75 % of the GPU is taken at the start. Before a command, not inside it: "
-            "XLA_CLIENT_MEM_FRACTION=.9 for more, XLA_PYTHON_CLIENT_PREALLOCATE=false to share the GPU"
+            "allocator  default: JAX reserves 75 % of the GPU at the start. To change it, set before the command "
+            "XLA_CLIENT_MEM_FRACTION=.9 (more) or XLA_PYTHON_CLIENT_PREALLOCATE=false (to share the GPU)"
         )
     return lines
 

@@ -29,7 +29,6 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,14 +40,15 @@ from jax import export as stablehlo
 from ml_collections import ConfigDict
 
 from jmae import recipe
+from jmae.calibration import CALIBRATION, read_calibration
 from jmae.data.loader import case_words
 from jmae.errors import InputError, exit_code
-from jmae.evaluate import CALIBRATION, each_replicate, read_calibration, restore_results, seeds_of
-from jmae.masking import case_keys
+from jmae.inference import restore_results, run_of
+from jmae.passes import each_replicate, seeds_of, sweep_volume
 from jmae.run_folder import log
-from jmae.system import System, load_system
+from jmae.system import Results, System, load_system
 from jmae.target import portable
-from jmae.windows import average, inside, tile
+from jmae.windows import tile
 
 __all__ = ["case_words", "export", "load"]
 FUNCTION, WEIGHTS, ABOUT = "function.bin", "weights.safetensors", "export.json"
@@ -57,13 +57,9 @@ HALF = ".part"  # folder inside of the one that is written
 
 def main(argv: list[str]) -> int:
     given = recipe.arguments(argv, __doc__, ["workdir", "out", "batch", "size", "config"])
-    if fixed := [flag for flag in given if flag.startswith("config") and not flag.startswith("config.evaluation.")]:
-        raise InputError(f"--{fixed[0]} is unknown: --config.evaluation.KEY=VALUE alone can be changed")
     if missing := [name for name in ("workdir", "out") if name not in given]:
         raise InputError(f"no --{missing[0]}: write --workdir=DIR --out=DIR")
-    workdir = Path(given["workdir"])
-    config = recipe.read(workdir)
-    recipe.override(config, given, "evaluation.")
+    workdir, config = run_of(given)
     system = load_system(config)
     out = Path(given["out"]).absolute()
     if out.exists() and (not out.is_dir() or any(path.name != HALF for path in out.iterdir())):
@@ -103,7 +99,7 @@ def export(
     leaves, nesting = jax.tree_util.tree_flatten_with_path(results)
     names = ["/".join(str(key.key) for key in path) for path, _ in leaves]
     weights = {name: np.ascontiguousarray(leaf) for name, (_, leaf) in zip(names, leaves, strict=True)}
-    score = volume_score(config, system, size) if system.sweep else image_score(config, system, size)
+    score = score_function(config, system, size)
     seeds = [int(seed) for seed in range(config.seed, config.seed + config.replicates)]
 
     def function(weights: dict[str, Any], image: Any, case: Any) -> dict[str, Any]:
@@ -155,42 +151,33 @@ def export(
     log(f"{out}: {system.name}, {sum(w.size for w in weights.values()):,} numbers, for {', '.join(exported.platforms)}")
 
 
-def image_score(config: ConfigDict, system: System, size: tuple[int, ...]) -> Callable[..., dict[str, Any]]:
-    """The function (results, images, words of their ids, key) -> maps and scores."""
-    if size:
-        raise InputError(f"--size is of volumes: {system.name} takes images of {tuple(config.data.size)}")
-    assert system.score
-    one, chunk = system.score, config.evaluation.get("chunk") or system.masks
-    return lambda results, image, case, key: one(results, {"image": image, "case": case}, key, chunk=chunk)
+def score_function(config: ConfigDict, system: System, size: tuple[int, ...]) -> Callable[..., dict[str, Any]]:
+    """The pure function (results, array, words, key) -> what the system gives: of a batch of images, or of one prepared
+    volume of `size` voxels.
 
-
-def volume_score(config: ConfigDict, system: System, size: tuple[int, ...]) -> Callable[..., dict[str, Any]]:
-    """The function (results, volume, words of its id, key) -> maps, for prepared volumes of one size."""
+    Raises:
+      InputError: a size for images, or none for volumes.
+    """
     sweep = system.sweep
-    assert sweep
+    if not sweep:
+        if size:
+            raise InputError(f"--size is of volumes: {system.name} takes images of {tuple(config.data.size)}")
+        assert system.score
+        one, chunk = system.score, config.evaluation.get("chunk") or system.masks
+        return lambda results, image, words, key: one(results, {"image": image, "case": words}, key, chunk=chunk)
     if len(size) != len(sweep.window):
         raise InputError(f"--size has {len(size)} numbers: write the volume's voxels on the working grid, as 64,64,16")
     tiling = tile(size, sweep.window, sweep.stride)
-    own = tuple(slice(low, low + n) for (low, _), n in zip(tiling.pad, size, strict=True))
+    within = tuple(slice(low, low + n) for (low, _), n in zip(tiling.pad, size, strict=True))
 
-    def one(results, volume, case, key):
-        averages = average(
-            partial(sweep.score, results),
-            jnp.pad(volume, [*tiling.pad, (0, 0)]),
-            jnp.asarray(tiling.origins),
-            jnp.int32(len(tiling.origins)),
-            tuple(map(jnp.asarray, tiling.coverage)),
-            case_keys(key, case[None])[0],
-            window=sweep.window,
-            repeats=sweep.repeats,
-            batch=config.evaluation.batch,
-            weighted=sweep.weighted,
-            released=sweep.released,
-        )
-        shape = tuple(n + sum(pad) for n, pad in zip(size, tiling.pad, strict=True))
-        return jax.tree.map(lambda x: x[own], sweep.fuse(averages, inside(shape, jnp.array(tiling.size, jnp.int32))))
+    def score(results: Results, volume: Any, words: Any, key: Any) -> dict[str, Any]:
+        windows = jnp.asarray(tiling.origins), jnp.int32(len(tiling.origins)), tuple(map(jnp.asarray, tiling.coverage))
+        padded, true_size = jnp.pad(volume, [*tiling.pad, (0, 0)]), jnp.array(tiling.size, jnp.int32)
+        options = {"repeats": sweep.repeats, "batch": config.evaluation.batch}
+        found = sweep_volume(sweep, results, padded, true_size, windows, words, key, **options)
+        return jax.tree.map(lambda x: x[within], found)
 
-    return one
+    return score
 
 
 def sha256(path: Path) -> str:

@@ -6,6 +6,8 @@ common. The compiler accepts an empty description without an error. Code that ma
 compares their `device_kind` with `Card.kind`.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 from jmae.target import Target
@@ -93,7 +95,30 @@ def description(name: str) -> str:
     )
 
 
-def answers(name: str) -> Target:
+def target_of_card(name: str) -> Target:
     """The answer of `target()` to code that is traced for the card."""
+    return Target("cuda", CARDS[name].capability, cudnn_number())
+
+
+def cudnn_number() -> int:
+    """The version of cuDNN that programs are compiled for, as cuDNN writes it: 91000 for 9.10.0."""
     major, minor, patch = CUDNN
-    return Target("cuda", CARDS[name].capability, 10000 * major + 100 * minor + patch)
+    return 10000 * major + 100 * minor + patch
+
+
+@contextmanager
+def without_cudnn() -> Iterator[None]:
+    """Lets JAX trace cuDNN's attention for a plan or a test on a machine where cuDNN is not installed.
+
+    `jax.nn.dot_product_attention(implementation="cudnn")` asks the installed cuDNN for its version while it is traced,
+    and has no argument for it. XLA's compiler itself needs no cuDNN (650 MB). This function gives the answer; it is the
+    only place where jmae replaces a function of JAX. Training and scoring never call it.
+    """
+    from jax._src.cudnn import fused_attention_stablehlo as attention
+
+    check = attention.check_cudnn_version
+    attention.check_cudnn_version = cudnn_number
+    try:
+        yield
+    finally:
+        attention.check_cudnn_version = check

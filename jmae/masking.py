@@ -1,4 +1,4 @@
-"""Random masks over tokens, drawn for each sample from a key of its own. True (or 1) means hidden."""
+"""Random masks over tokens, drawn for each sample from the sample's own key. True means hidden."""
 
 import jax
 import jax.numpy as jnp
@@ -8,35 +8,38 @@ from jmae.errors import InputError
 
 
 def visible_tokens(tokens: int, ratio: float) -> int:
-    """How many of `tokens` stay visible at mask ratio `ratio`: int(tokens * (1 - ratio)), truncated in float64
-    as the official code does (2520 tokens at 0.9 leave 251)."""
-    kept = int(tokens * (1 - ratio))
-    if not 0 < kept < tokens:
+    """Number of tokens that stay visible at a mask ratio: int(tokens * (1 - ratio)), truncated in float64 as in the
+    official code (2520 tokens at 0.9 leave 251).
+
+    Raises InputError where no token, or every token, would be visible.
+    """
+    visible = int(tokens * (1 - ratio))
+    if not 0 < visible < tokens:
         raise InputError(
-            f"mask ratio {ratio} leaves {kept} of {tokens} tokens visible: at least one must be, and one not"
+            f"mask ratio {ratio} leaves {visible} of {tokens} tokens visible: at least one must be, and one not"
         )
-    return kept
+    return visible
 
 
-def order_of(noise: Float[Array, "b n"], kept: int) -> tuple[Int[Array, "b k"], Int[Array, "b n"]]:
-    """(keep, restore) of the official code: tokens sorted by noise, the first `kept` stay visible; `restore` is
-    the inverse permutation. A token is hidden where restore >= kept."""
+def order_of(noise: Float[Array, "b n"], visible: int) -> tuple[Int[Array, "b k"], Int[Array, "b n"]]:
+    """(keep, restore) of the official code: tokens sorted by noise, the first `visible` ones stay visible; `restore` is
+    the inverse permutation. A token is hidden where restore >= visible."""
     order = jnp.argsort(noise, axis=1)
-    return order[:, :kept], jnp.argsort(order, axis=1)
+    return order[:, :visible], jnp.argsort(order, axis=1)
 
 
-def random_mask(keys: Key[Array, " b"], tokens: int, kept: int) -> tuple[Int[Array, "b k"], Int[Array, "b n"]]:
-    """One uniformly random mask a key: `order_of` noise from U(0, 1)."""
-    return order_of(jax.vmap(lambda key: jax.random.uniform(key, (tokens,)))(keys), kept)
+def random_mask(keys: Key[Array, " b"], tokens: int, visible: int) -> tuple[Int[Array, "b k"], Int[Array, "b n"]]:
+    """One uniformly random mask for each key: `order_of` noise from U(0, 1)."""
+    return order_of(jax.vmap(lambda key: jax.random.uniform(key, (tokens,)))(keys), visible)
 
 
-def hidden(restore: Int[Array, "b n"], kept: int) -> Bool[Array, "b n"]:
+def hidden(restore: Int[Array, "b n"], visible: int) -> Bool[Array, "b n"]:
     """True where a token is hidden."""
-    return restore >= kept
+    return restore >= visible
 
 
 def take(tokens: Float[Array, "b n d"], index: Int[Array, "b k"]) -> Float[Array, "b k d"]:
-    """Tokens by index, each sample its own."""
+    """Tokens by index; each sample has its own indices."""
     return jnp.take_along_axis(tokens, index[..., None], axis=1)
 
 
@@ -46,11 +49,11 @@ def fold_in(keys: Key[Array, " b"], number: int | Int[Array, ""]) -> Key[Array, 
 
 
 def sample_keys(key: Key[Array, ""], index: Int[Array, " b"]) -> Key[Array, " b"]:
-    """A key a sample from the step's key and the sample's number in its table: the place in the batch and the
-    number of devices do not enter."""
+    """A key for each sample from the step's key and the sample's number in its table. It depends neither on the place
+    in the batch nor on the number of devices."""
     return jax.vmap(lambda i: jax.random.fold_in(key, i))(index)
 
 
 def case_keys(key: Key[Array, ""], case: Int[Array, "b 2"]) -> Key[Array, " b"]:
-    """A key a case from the run's key and the case's id (`data.loader.case_words`)."""
+    """A key for each case from the run's key and the case's id (`data.loader.case_words`)."""
     return jax.vmap(lambda words: jax.random.fold_in(jax.random.fold_in(key, words[0]), words[1]))(case)

@@ -1,7 +1,7 @@
 """Images as sequences of patches, for any number of spatial axes.
 
-Arrays are (batch, *size, channels). Tokens follow the C order of the grid, and the values of one token follow
-the C order of (*patch, channels), as in the official MAE code.
+Arrays are (batch, *size, channels). Tokens are in C order of the grid, the values of a token in C order of (*patch,
+channels), as in the official MAE code.
 """
 
 from functools import lru_cache
@@ -42,7 +42,7 @@ def patchify(image: Float[Array, "b *size c"], patch: tuple[int, ...]) -> Float[
 def unpatchify(
     tokens: Float[Array, "b n v"], size: tuple[int, ...], patch: tuple[int, ...]
 ) -> Float[Array, "b *size c"]:
-    """Puts tokens back where `patchify` took them; v / prod(patch) channels."""
+    """Images of v / prod(patch) channels from their tokens; the inverse of `patchify`."""
     whole, flat = _pattern(len(patch))
     sizes = {f"p{a}": p for a, p in zip(AXES, patch, strict=False)}
     sizes |= {f"g{a}": g for a, g in zip(AXES, grid_of(size, patch), strict=False)}
@@ -53,9 +53,10 @@ def unpatchify(
 def sincos_positions(grid: tuple[int, ...], width: int) -> np.ndarray:
     """Fixed sine-cosine position codes (n, width), n in C order of the grid.
 
-    Every axis gets width / rank channels, half of them sines, half cosines, with frequencies 10000^(-k/K). The
-    last axis stands first: so it is in the official 2D code ("w goes first"), and one rule serves every rank.
-    Channels that the axes cannot share evenly are zero.
+    Every axis gets width / rank channels, half of them sines, half cosines, with frequencies 10000^(-k/K). The last
+    axis stands first, as in the official 2D code ("w goes first"). Channels that the axes cannot share evenly are zero.
+
+    Raises InputError where the width has no two channels for each axis.
     """
     k = width // (2 * len(grid))
     if not k:

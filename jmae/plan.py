@@ -48,14 +48,15 @@ from ml_collections import ConfigDict
 from jmae import recipe
 from jmae.chips import CHIPS, Machine, devices_of, first_line, target_of
 from jmae.errors import InputError, exit_code
-from jmae.evaluate import filled, scoring_batch, scoring_program, seeds_of, sweep_program
+from jmae.gpus import without_cudnn
 from jmae.hlo import Program, Work
+from jmae.passes import padded_origins, scoring_batch, scoring_program, seeds_of, sweep_program
+from jmae.programs import compiled_step, places, steps_of_dispatch
 from jmae.reconstruct import fitting
 from jmae.run_folder import log, write_text
-from jmae.sharding import device_mesh, replicated, split
+from jmae.sharding import device_mesh, replicated, sharded, split
 from jmae.system import Stage, State, Sweep, System, load_system, stage_keys
 from jmae.target import tracing_for
-from jmae.train import compiled_step, places, steps_of_dispatch
 from jmae.windows import tile
 
 ROWS = 1000  # of an assumed manifest; they size what a stage stores for each row (AMAE's margins), and the schedule
@@ -127,7 +128,7 @@ def plan(
     results: dict[str, Any] = {}
     found: list[dict[str, Any]] = []
     known: dict[Any, dict[str, Any]] = {}
-    with tracing_for(machine.answers):
+    with tracing_for(machine.target), without_cudnn():
         system = load_system(config)
         names = [each.name for each in system.stages]
         if stage and stage not in names:
@@ -183,8 +184,8 @@ def step_of(
     mesh: Mesh,
     batch: int | None,
     phase: Any = None,
-) -> tuple[State, tuple[PyTree, Any], Any]:
-    """(state, (batch, keys), jitted step) of a stage on a mesh, as shapes with their places, without numbers.
+) -> tuple[State, tuple[PyTree, Any, PyTree], Any]:
+    """(state, (batch, keys, results), jitted step) of a stage on a mesh, as shapes with their places, without numbers.
 
     The step is that of `phase`, one of the stage's phases; None stands for the first."""
     n, steps = config.replicates, stage.steps(ROWS)
@@ -196,14 +197,15 @@ def step_of(
     state = state_of(config, stage, number, results)
     image = (*config.data.size, config.data.channels)
     arrays = {"image": (image, jnp.float32), "index": ((), jnp.int32), "case": ((2,), jnp.uint32)}
-    for name, make in stage.host.items():
+    for name, make in stage.host_arrays.items():
         made = np.asarray(make(np.linspace(0, 1, math.prod(image), dtype=np.float32).reshape(image)))
         arrays[name] = (made.shape, made.dtype)
     lead = (size,) if n == 1 else (n, size)
     shapes = {name: jax.ShapeDtypeStruct((*lead, *shape), dtype) for name, (shape, dtype) in arrays.items()}
     put = lambda shape, place: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=place)
     over = split(mesh, len(lead) - 1)
-    inputs = jax.tree.map(lambda s: put(s, over), shapes), put(keys, replicated(mesh))
+    earlier = jax.tree.map(put, results, sharded(mesh, results))
+    inputs = jax.tree.map(lambda s: put(s, over), shapes), put(keys, replicated(mesh)), earlier
     step = compiled_step(stage.step, steps, n, (), mesh, stage.phases[0] if phase is None else phase)
     return jax.tree.map(put, state, places(state, mesh)), inputs, step
 
@@ -222,13 +224,15 @@ def planned_at(
     return planned(machine, mesh, *step_of(config, stage, number, results, mesh, batch, phase))
 
 
-def planned(machine: Machine, mesh: Mesh, state: State, inputs: tuple[PyTree, Any], jitted: Any) -> dict[str, Any]:
+def planned(
+    machine: Machine, mesh: Mesh, state: State, inputs: tuple[PyTree, Any, PyTree], jitted: Any
+) -> dict[str, Any]:
     """Memory, work, network and time of a step."""
     traced = jitted.trace(state, *inputs, None)
     arguments = {
         "parameters": held(state.params),
         "optimiser": held(state.opt),
-        "frozen weights and statistics": held((state.frozen, state.stats)),
+        "frozen weights and statistics": held((inputs[2], state.stats)),
         "batch": held(inputs[0]),
     }
     work = products(traced.jaxpr.jaxpr, machine.chip.platform)
@@ -374,7 +378,7 @@ def scoring(config: ConfigDict, machine: Machine, *, volume: tuple[int, ...] = (
     devices = [device for device in every if device.process_index == every[0].process_index]
     mesh = device_mesh(1, devices)
     place = lambda shape: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=replicated(mesh))
-    with tracing_for(machine.answers):
+    with tracing_for(machine.target), without_cudnn():
         system = load_system(config)
         if system.sweep and len(volume) != len(system.sweep.window):
             raise InputError(f"{config.system} scores volumes: name the size of one, as --volume=273x406x105 (voxels)")
@@ -424,7 +428,7 @@ def sweep_of(
     array = tuple(n + low + high for n, (low, high) in zip(volume, tiling.pad, strict=True))
     shapes = {
         "array": jax.ShapeDtypeStruct((*array, config.data.channels), jnp.float32),
-        "origins": jax.eval_shape(lambda: jnp.asarray(filled(tiling.origins))),
+        "origins": jax.eval_shape(lambda: jnp.asarray(padded_origins(tiling.origins))),
         "coverage": tuple(jax.ShapeDtypeStruct(each.shape, jnp.float32) for each in tiling.coverage),
         "words": jax.ShapeDtypeStruct((2,), jnp.uint32),
     }

@@ -1,17 +1,270 @@
-"""Recipes: `--config FILE[:PRESET]` and its overrides, checked, and their JSON form in the run folder."""
+"""Recipes: the declarations of their keys, `--config FILE[:PRESET]` with its overrides, and their JSON form.
+
+A key is declared once, as a `Key` with its default, bounds, unit and one sentence: the keys of all recipes here, a
+system's own keys in `jmae.systems.NAME.KEYS`. A recipe file holds presets, the changes of those defaults.
+"""
 
 import difflib
+import functools
+import importlib
 import json
 import math
+import operator
 import re
 import runpy
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from jmae.errors import InputError
+
+# Keys that had no effect in the recipes that lost them.
+RETIRED = {"data.normal_crops_only", "evaluation.chunk", "evaluation.filter"}
+AXES = -1  # length of a tuple with one number for each axis of `data.size`
+
+
+@dataclass(frozen=True)
+class Key:
+    """The declaration of a recipe key.
+
+    Attributes:
+        default: value where no preset sets another one; it has the key's type. An empty tuple may hold anything.
+        doc: one sentence.
+        unit: unit of the value.
+        least, above, most, below: bounds of a number, or of each number of a tuple; None: no bound.
+        choices: the values allowed; (): any.
+        length: number of values of a tuple; `AXES`: one for each axis of `data.size`; None: any.
+        empty: whether a tuple of a given length may also be empty.
+        single: whether one number may stand for a tuple, or the other way round.
+    """
+
+    default: Any
+    doc: str
+    unit: str = ""
+    least: float | None = None
+    above: float | None = None
+    most: float | None = None
+    below: float | None = None
+    choices: tuple[Any, ...] = ()
+    length: int | None = None
+    empty: bool = False
+    single: bool = False
+
+    def bounds(self) -> str:
+        """The bounds in words, such as "from 0 to below 1"; empty without any."""
+        if self.choices:
+            return f"one of {', '.join(map(repr, self.choices))}"
+        low = (
+            f"from {self.least:g}"
+            if self.least is not None
+            else f"above {self.above:g}"
+            if self.above is not None
+            else ""
+        )
+        high = (
+            f"to {self.most:g}" if self.most is not None else f"below {self.below:g}" if self.below is not None else ""
+        )
+        if self.least is not None and self.below is not None:
+            high = f"to below {self.below:g}"
+        if low and not high:
+            return f"{self.least:g} or more" if self.least is not None else low
+        return " ".join(part for part in (low, high) if part)
+
+    def wrong(self, value: Any, axes: int) -> str:
+        """Why a value is not allowed, in words; empty where it is. `axes` is the number of axes of `data.size`."""
+        several = isinstance(self.default, tuple)
+        parts = tuple(value) if isinstance(value, tuple | list) else (value,)
+        if isinstance(value, tuple | list) != several and not self.single:
+            return "a list of values" if several else "one value"
+        length = axes if self.length == AXES else self.length
+        if several and length is not None and isinstance(value, tuple | list):
+            if len(parts) != length and not (self.empty and not parts):
+                axis = "an axis" if self.length == AXES else ""
+                return f"{length} values {axis}".strip() if not axis else f"a value an axis, {length}"
+        like = self.default if not several else self.default[0] if self.default else None
+        for part in parts:
+            if like is not None and not _same_type(part, like):
+                return f"{_TYPES[type(like)]}, as {like!r} is"
+            if self.choices and part not in self.choices:
+                return self.bounds()
+            if isinstance(part, int | float) and not isinstance(part, bool):
+                low = (self.least is not None and part < self.least) or (self.above is not None and part <= self.above)
+                high = (self.most is not None and part > self.most) or (self.below is not None and part >= self.below)
+                if low or high or not math.isfinite(part):
+                    return self.bounds() or "a finite number"
+        return ""
+
+
+_TYPES = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+
+
+def _same_type(value: Any, like: Any) -> bool:
+    if isinstance(like, bool) or isinstance(value, bool):
+        return isinstance(like, bool) and isinstance(value, bool)
+    return isinstance(value, int | float) if isinstance(like, float) else isinstance(value, type(like))
+
+
+SHARED = {
+    "seed": Key(0, "First random seed.", least=0),
+    "replicates": Key(1, "Seeds seed, seed + 1, ... that one program trains side by side.", least=1),
+    "budget": Key(1.0, "Factor of the steps and epochs of every stage.", above=0),
+    "fsdp": Key(1, "Devices that share one copy of the parameters and of the optimiser's state.", least=1),
+    "accumulate": Key(1, "Parts of a batch, one after the other, where a whole batch does not fit in memory.", least=1),
+    "steps_per_dispatch": Key(
+        0, "Steps that one program runs. 0 takes several where batches are small, and one on a CPU.", least=0
+    ),
+    "checkpoint_every": Key(500, "Steps between two checkpoints.", "steps", least=1),
+    "log_every": Key(10, "Steps between two lines of metrics.jsonl.", "steps", least=1),
+    "tensorboard": Key(False, "Whether metrics are written to TensorBoard files, too."),
+    "profile": Key("", "Steps FROM:TO of each stage to profile, into the run folder's profile/; empty: none."),
+    "select": Key(
+        "last",
+        'Which weights are scored: "last", or "aucp" those with the highest AUROC of unlabelled rows against known '
+        "normals. A system may have further rules.",
+    ),
+    "select_every": Key(250, "Steps between two looks of select=aucp.", "steps", least=1),
+    "select_samples": Key(200, "Rows of either kind for select=aucp, at most.", least=1, most=10_000),
+    "data.manifest": Key("", "Manifest file of the data, CSV."),
+    "data.phantom": Key(
+        "", "Built-in phantoms in place of a manifest: chest or breast.", choices=("", "chest", "breast")
+    ),
+    "data.calibration": Key(
+        0.0, "Share of the training patients that become normals of val, for p-values.", least=0, below=1
+    ),
+    "data.allow_leaks": Key(
+        False, "Whether patients and images in two splits are told, in the report too, not refused."
+    ),
+    "data.size": Key(
+        (224, 224), "Size of an image, or of a crop of a volume, as the network sees it.", "pixels", least=1
+    ),
+    "data.channels": Key(1, "Channels of an image as it is read.", least=1),
+    "data.window": Key(
+        (), "Stored values that become 0 and 1; all others are clipped. CT in HU: -1024,3071.", length=2, empty=True
+    ),
+    "data.equalise": Key(False, "Whether each image gets an even histogram of 256 levels."),
+    "evaluation.batch": Key(16, "Images or windows that are scored at a time; fewer where memory is short.", least=1),
+    "evaluation.froc": Key(
+        0.0, "False positives an image at which the sensitivity for lesions is reported; 0: not at all.", least=0
+    ),
+    "evaluation.iou": Key(
+        0.0,
+        "Percentile of the pixels of val's normals at which lesions are outlined for the IoU; 0: no IoU.",
+        "%",
+        least=0,
+        most=100,
+    ),
+    "evaluation.decision": Key("youden", "Rule of the decision threshold on val.", choices=("youden", "accuracy")),
+    "evaluation.subsets": Key((), "Manifest columns; rows whose value is neither 0 nor empty are scored apart, too."),
+    "evaluation.maps": Key(True, "Whether the maps of the split are written."),
+    "evaluation.draws": Key(2000, "Draws of patients for the confidence intervals.", least=1),
+    "evaluation.alarm_rate": Key(0.05, "Rate of false alarms at the threshold in calibration.json.", above=0, below=1),
+    "evaluation.convergence": Key(
+        0, "Repetitions of a score at 1, 2, 4, ... masks or samples, to tell how many are enough; 0: none.", least=0
+    ),
+}
+"""Keys of all recipes."""
+
+IMAGES = {
+    "evaluation.chunk": Key(0, "Masks or samples at a time; 0: as many as the memory holds.", least=0),
+}
+"""Further keys of recipes whose `data.size` has two axes."""
+
+VOLUMES = {
+    "data.axes": Key("PLS", 'Directions of the working axes, as "PLS"; "" keeps the file\'s own.'),
+    "data.spacing": Key((), "Working voxel size; () keeps the file's own.", "mm", above=0, length=AXES, empty=True),
+    "data.join": Key(
+        "same",
+        'How sequences on different grids are joined: "resample", or "same" refuses them.',
+        choices=("resample", "same"),
+    ),
+    "data.crop": Key(
+        "none",
+        'Part of a volume that is used: "region", the box around the region, or "none", all of it.',
+        choices=("region", "none"),
+    ),
+    "data.crop_least": Key((), "Least edges of the box around the region.", "mm", above=0, length=AXES, empty=True),
+    "data.crop_most": Key((), "Greatest edges of the box around the region.", "mm", above=0, length=AXES, empty=True),
+    "data.crop_margin": Key(
+        0.0, "Margin around a lesion that sticks out of that box, in training volumes.", "mm", least=0
+    ),
+    "data.widen_test_crops": Key(
+        False, "Whether test volumes are widened for lesions, too, as published: the score then depends on the label."
+    ),
+    "data.region": Key(
+        "nonzero", '"nonzero": rows without a region have the voxels that are not 0.', choices=("", "nonzero")
+    ),
+    "data.normal_crops_only": Key(
+        True, "Whether abnormal training rows with a mask are used, by crops that touch no lesion, instead of refused."
+    ),
+    "data.least_region": Key(0.5, "Least share of a training crop that lies in the region.", least=0, most=1),
+    "data.crops_on": Key(
+        "auto",
+        'Where crops are cut: "device", "host", or "auto", on the device where the set fits there.',
+        choices=("auto", "device", "host"),
+    ),
+    "evaluation.stride": Key((16, 16, 4), "Distance between windows.", "voxels", least=1, length=AXES),
+    "evaluation.top": Key(
+        0.01, "Share of a map's highest voxels in the region whose mean is a case's score.", above=0, most=1
+    ),
+    "evaluation.reconstruction": Key(False, "Whether reconstructions are written."),
+}
+"""Further keys of recipes whose `data.size` has three axes."""
+
+
+def declarations(system: str, *, volumes: bool) -> dict[str, Key]:
+    """The keys of a system's recipes for images or for volumes.
+
+    A key that the system's module declares anew, such as one with another default, replaces the shared one. The module
+    has `KEYS` and, if needed, `IMAGE_KEYS` or `VOLUME_KEYS`.
+    """
+    module = importlib.import_module(f"jmae.systems.{system}")
+    further = getattr(module, "VOLUME_KEYS" if volumes else "IMAGE_KEYS", {})
+    return {**SHARED, **(VOLUMES if volumes else IMAGES), **module.KEYS, **further}
+
+
+def preset(system: str, presets: Mapping[str, Mapping[str, Any]], name: str) -> ConfigDict:
+    """The recipe of a preset: the declared defaults with its changes {key: value}.
+
+    Raises ValueError for an unknown preset, or a change of a key that is not declared.
+    """
+    if name not in presets:
+        raise ValueError(f"preset {name!r} is unknown: one of {', '.join(presets)}")
+    changes = presets[name]
+    size = changes.get("data.size", declarations(system, volumes=False)["data.size"].default)
+    declared = declarations(system, volumes=len(size) == 3)
+    if unknown := [key for key in changes if key not in declared]:
+        raise ValueError(f"preset {name}: {unknown[0]} is no key of {system}: {nearest(unknown[0], list(declared))}?")
+    config = ConfigDict({"system": system})
+    for key, value in ({key: one.default for key, one in declared.items()} | dict(changes)).items():
+        *sections, last = key.split(".")
+        place = config
+        for section in sections:
+            if section not in place:
+                place[section] = ConfigDict()
+            place = place[section]
+        place[last] = value
+    return config
+
+
+def check(config: ConfigDict) -> None:
+    """Checks a recipe against the declarations of its keys.
+
+    Raises InputError for an unknown key (naming the nearest), a missing one, or a value out of its bounds.
+    """
+    declared, values = declarations(config.system, volumes=is_volume(config)), dict(keys_of(config))
+    del values["system"]
+    if set(values) != set(declared) and set(values) == set(declarations(config.system, volumes=not is_volume(config))):
+        raise InputError(f"data.size has {len(config.data.size)} axes: take a preset whose data.size has as many")
+    if unknown := [key for key in values if key not in declared]:
+        raise InputError(f"{unknown[0]} is no key of this recipe: did you mean {nearest(unknown[0], list(declared))}?")
+    if missing := [key for key in declared if key not in values]:
+        raise InputError(f"the recipe lacks {missing[0]}: {declared[missing[0]].doc}")
+    for key, one in declared.items():
+        if problem := one.wrong(values[key], len(config.data.size)):
+            raise InputError(f"{key} is {values[key]!r}: {problem}")
 
 
 def keys_of(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -45,6 +298,11 @@ def arguments(argv: Sequence[str], usage: str, known: Sequence[str]) -> dict[str
             raise InputError(f"--{name} has no value: write --{name}=VALUE")
         out[name] = value
     return out
+
+
+def is_volume(config: ConfigDict) -> bool:
+    """Whether a recipe is of volumes: `data.size` has three axes."""
+    return len(config.data.size) == 3
 
 
 def split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -139,6 +397,24 @@ def from_json(text: str) -> ConfigDict:
     return ConfigDict(tuples(json.loads(text)))
 
 
+def brought_up(config: ConfigDict) -> ConfigDict:
+    """A saved recipe with the keys declared since it was saved, at defaults that change nothing, and without `RETIRED`
+    ones."""
+    if not hasattr(importlib.import_module(f"jmae.systems.{config.system}"), "KEYS"):  # until all systems have them
+        return config
+    for key in RETIRED & {key for key, _ in keys_of(config)}:
+        if key not in declarations(config.system, volumes=is_volume(config)):
+            *sections, last = key.split(".")
+            del functools.reduce(operator.getitem, sections, config)[last]
+    saved = {key for key, _ in keys_of(config)}
+    with config.unlocked():
+        for key, one in declarations(config.system, volumes=is_volume(config)).items():
+            if key not in saved:
+                *sections, last = key.split(".")
+                functools.reduce(operator.getitem, sections, config)[last] = one.default
+    return config
+
+
 def read(workdir: Path) -> ConfigDict:
     """The recipe of a run folder; raises InputError where there is none."""
     file = workdir / "config.json"
@@ -146,8 +422,8 @@ def read(workdir: Path) -> ConfigDict:
         text = file.read_text(encoding="utf-8")
         if not isinstance(json.loads(text), dict) or "system" not in json.loads(text):
             raise ValueError("it names no system")
-        return from_json(text)
+        return brought_up(from_json(text))
     except OSError:
         raise InputError(f"{workdir}: no config.json: name the folder of a run (python -m jmae.train)") from None
-    except (ValueError, TypeError, RecursionError) as error:
+    except (ValueError, TypeError, AttributeError, RecursionError, ModuleNotFoundError) as error:
         raise InputError(f"{file}: is no recipe ({error}): restore it, or train again") from None

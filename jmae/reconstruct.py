@@ -1,4 +1,4 @@
-"""What a masked autoencoder makes of images under random masks: the training loss, and the fused multi-mask pass."""
+"""Reconstructions of images under random masks: the training loss, and one pass for many masks."""
 
 import os
 from collections.abc import Callable
@@ -22,19 +22,22 @@ class Reconstruction(NamedTuple):
     mean: Float[Array, "b *size c"]
     variance: Float[Array, "b *size c"]
     error: Float[Array, "b *size c"]  # mean squared difference to the input; pasted patches count as 0
-    measured: PyTree = None  # mean over the masks of what `measure` gave
+    measured: PyTree = None  # mean over the masks of the results of `measure`
 
 
 def _predicted(
-    mae: MAE, tokens: Float[Array, "b n d"], keys: Key[Array, " b"], numbers: Int[Array, " m"], kept: int
+    mae: MAE, tokens: Float[Array, "b n d"], keys: Key[Array, " b"], numbers: Int[Array, " m"], visible: int
 ) -> tuple[Float[Array, "b m n v"], Bool[Array, "b m n"]]:
-    """What the decoder makes of every sample under its masks `numbers`, and what they hide. A mask depends on its
-    sample's key and its number only. Samples come first, so that they stay on the devices over which they are split."""
+    """(predictions of every sample under its masks `numbers`, True for hidden tokens).
+
+    A mask depends on its sample's key and its number only. Samples come first, so that they stay on the devices over
+    which they are split.
+    """
     (b, n, _), m = tokens.shape, len(numbers)
     keys = jax.vmap(partial(fold_in, keys), out_axes=1)(numbers).reshape(-1)
-    keep, restore = random_mask(keys, n, kept)
+    keep, restore = random_mask(keys, n, visible)
     prediction = mae.decode(mae.encode(take(jnp.repeat(tokens, m, axis=0), keep)), restore)
-    return prediction.reshape(b, m, n, -1), hidden(restore, kept).reshape(b, m, n)
+    return prediction.reshape(b, m, n, -1), hidden(restore, visible).reshape(b, m, n)
 
 
 def masked_loss(
@@ -48,9 +51,9 @@ def masked_loss(
 ) -> Float[Array, ""]:
     """Mean over `masks` masks of the masked-patch error (AMAE Eq. 3; with one mask He et al. 2022)."""
     patches = patchify(image, patch)
-    kept = visible_tokens(patches.shape[1], ratio)
-    prediction, unseen = _predicted(mae, mae.embed(patches), keys, jnp.arange(masks), kept)
-    return jnp.mean(masked_mse(prediction, patches[:, None], unseen))
+    visible = visible_tokens(patches.shape[1], ratio)
+    prediction, is_hidden = _predicted(mae, mae.embed(patches), keys, jnp.arange(masks), visible)
+    return jnp.mean(masked_mse(prediction, patches[:, None], is_hidden))
 
 
 def reconstruct(
@@ -65,25 +68,29 @@ def reconstruct(
     chunk: int | None = None,
     measure: Callable[[Array, Array], PyTree] = lambda image, reconstruction: (),
 ) -> Reconstruction:
-    """All `masks` random masks of every image in one compiled pass: patches are embedded once, moments are
-    accumulated on the device.
+    """Reconstructs every image under `masks` random masks in one compiled pass.
 
-    `paste` puts the input back at visible patches (the decoder is never supervised there). `chunk` masks at a time
-    when memory asks for it, the same result up to rounding. Mask j of an image depends on its key and j alone.
-    `measure(image, reconstruction)`, both (b, *size, c), gives arrays (b, ...) of each mask's reconstruction.
+    Patches are embedded once, and moments are accumulated on the device. Mask j of an image depends on the image's key
+    and j alone.
+
+    Args:
+        ratio: share of the tokens that a mask hides.
+        paste: whether visible patches are the input's; the decoder is not trained there.
+        chunk: masks at a time, where memory is short; the same result up to rounding. None: all.
+        measure: (image, reconstruction), both (b, *size, c) -> arrays (b, ...), of which the mean over masks is taken.
     """
     patches = patchify(image, patch)
     tokens = mae.embed(patches)
-    kept = visible_tokens(patches.shape[1], ratio)
+    visible = visible_tokens(patches.shape[1], ratio)
     chunk = min(chunk or masks, masks)
 
     whole = partial(unpatchify, size=image.shape[1:-1], patch=patch)
 
     def moments(numbers: Array) -> PyTree:
-        prediction, unseen = _predicted(mae, tokens, keys, numbers, kept)
+        prediction, is_hidden = _predicted(mae, tokens, keys, numbers, visible)
         difference = prediction - patches[:, None]
         if paste:
-            difference = difference * unseen[..., None]
+            difference = difference * is_hidden[..., None]
         measured = jax.vmap(lambda d: measure(image, image + whole(d)), 1, 1)(difference)
         used = (numbers < masks).astype(jnp.float32)  # the last chunk may be padded
         mean = lambda values: jnp.tensordot(values, used, (1, 0)) / masks
@@ -109,10 +116,15 @@ def device_bytes() -> int:
 
 
 def fitting(lower: Callable[[int], Any], most: int, limit: int | None = None, what: str = "a pass") -> tuple[Any, int]:
-    """The compiled pass with the largest chunk (of masks, of windows) whose temporary memory fits in `limit` bytes
-    (the device's by default), and that chunk; halves from `most` on. `lower(chunk)` gives the lowered program.
+    """(compiled pass, its chunk) for the largest chunk of masks or windows whose temporary memory fits.
 
-    Raises InputError, calling the pass `what`, where a chunk of 1 needs more memory than there is.
+    Args:
+        lower: (chunk) -> lowered program.
+        most: first chunk to try; each further one is half of it.
+        limit: bytes of memory; None: the device's.
+        what: name of the pass in the message.
+
+    Raises InputError where a chunk of 1 needs more memory than there is.
     """
     least, chunk = limit or device_bytes(), most
     while True:
@@ -135,7 +147,7 @@ def fitting(lower: Callable[[int], Any], most: int, limit: int | None = None, wh
 
 
 def out_of_memory(error: Exception) -> bool:
-    """Whether a device says that it has no memory left."""
+    """Whether an error is a device's lack of memory."""
     return "RESOURCE_EXHAUSTED" in str(error)
 
 

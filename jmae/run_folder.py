@@ -26,7 +26,6 @@ FREE = (
     "steps_per_dispatch",
     *("data.manifest", "data.unlabeled_labels", "data.allow_leaks"),
 )
-SEEN, SEEN_COLUMNS = "seen.csv", ("id", "patient", "split", "image")
 
 
 def log(line: str) -> None:
@@ -92,27 +91,6 @@ def digest(rows: Sequence[Row]) -> str:
 def recipe_digest(config: ConfigDict) -> str:
     """Which recipe a checkpoint is of: equal where `fixed` is."""
     return hashlib.sha256(json.dumps(fixed(config), sort_keys=True).encode()).hexdigest()[:16]
-
-
-def write_seen(workdir: Path, rows: Sequence[Row]) -> None:
-    """Adds rows that a run has been trained or calibrated on to seen.csv: id, patient, split and `Row.content`."""
-    lines = dict.fromkeys((row.id, row.patient, row.split, row.content) for row in [*read_seen(workdir), *rows])
-    if lines:
-        write_csv(workdir / SEEN, [dict(zip(SEEN_COLUMNS, line, strict=True)) for line in lines])
-
-
-def read_seen(workdir: Path) -> list[Row]:
-    """The rows of seen.csv, their images told by their content alone; none where there is no such file. Raises
-    InputError where it is damaged."""
-    file = workdir / SEEN
-    try:
-        with file.open(newline="", encoding="utf-8") as lines:
-            rows = list(csv.DictReader(lines, strict=True))
-        return [Row(row["id"], row["patient"], row["split"], None, (), content=row["image"]) for row in rows]
-    except FileNotFoundError:
-        return []
-    except (OSError, ValueError, KeyError, csv.Error) as error:
-        raise InputError(f"{file}: not readable ({error!r}): delete it and run jmae.train again") from None
 
 
 def describe_run(config: ConfigDict, workdir: Path) -> None:

@@ -1,24 +1,21 @@
-"""From error maps to anomaly maps, on the device; structural similarity over several scales; what a score means."""
+"""From error maps to anomaly maps and scores, on the device."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from math import floor, prod
+from collections.abc import Mapping, Sequence
+from math import floor
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jmae.errors import InputError
 
-GREY = (0.2989, 0.5870, 0.1140)  # red, green, blue; IGD's
-
 
 def minimum_filter(image: Float[Array, "b *size c"], size: tuple[int, ...]) -> Float[Array, "b *size c"]:
     """The smallest value of a box of `size` voxels around each voxel: `scipy.ndimage.minimum_filter`, mirrored border.
 
-    An even edge has its extra voxel below: 2 covers {s - 1, s}. What a mirrored border adds lies in the box already,
-    so that voxels outside count as infinite; so may a caller mark voxels that are not there.
+    For an even edge the extra voxel is below: 2 covers {s - 1, s}. A mirrored border only repeats voxels of the box, so
+    voxels outside the image count as infinite. A caller can mark missing voxels in the same way.
     """
     for axis, edge in enumerate(size, 1):
         low, high, n = edge // 2, edge - 1 - edge // 2, image.shape[axis]
@@ -36,190 +33,20 @@ def minimum_filter(image: Float[Array, "b *size c"], size: tuple[int, ...]) -> F
 
 
 def top_mean(values: np.ndarray, region: np.ndarray | None, share: float) -> float:
-    """The mean of the highest `share` of a map's values in a region, at least one value."""
+    """The mean of the highest `share` of the values of a map inside a region (None: everywhere), at least one value."""
     values = values.ravel() if region is None else values[region]
     k = max(1, round(share * values.size))
     return float(np.partition(values, -k)[-k:].mean(dtype=np.float64))
 
 
-def _per_axis(value: int | Sequence[int], rank: int) -> tuple[int, ...]:
-    return (value,) * rank if isinstance(value, int) else tuple(value)
-
-
-def check_ssim(
-    size: tuple[int, ...], window: int | Sequence[int], weights: Sequence[float], pool: int | Sequence[int] = 2
-) -> None:
-    """Whether images of `size` voxels hold the window at the last scale: size > (window - 1) * pool^(scales - 1).
-
-    Raises InputError where an axis is too short, a window even or not positive, or the values are not one an axis.
-    """
-    windows, pools = _per_axis(window, len(size)), _per_axis(pool, len(size))
-    if not len(windows) == len(pools) == len(size):
-        raise InputError(
-            f"evaluation.window {window} and evaluation.pool {pool} must fit the {len(size)} axes of data.size {size}: "
-            "give one value, or one an axis"
-        )
-    if any(w < 1 or w % 2 == 0 for w in windows):
-        raise InputError(f"evaluation.window {window} has no middle voxel: give odd, positive edges")
-    least = tuple((w - 1) * p ** (len(weights) - 1) for w, p in zip(windows, pools, strict=True))
-    if any(n <= m for n, m in zip(size, least, strict=True)):
-        fits = [(n - 1) // p ** (len(weights) - 1) // 2 * 2 + 1 for n, p in zip(size, pools, strict=True)]
-        edges = tuple(min(w, f) for w, f in zip(windows, fits, strict=True))
-        lower = edges[0] if len(set(edges)) == 1 else edges
-        raise InputError(
-            f"window {window} over {len(weights)} scales needs more than {least} voxels, data.size is {size}: lower "
-            f"evaluation.window to {lower} or give evaluation.scales fewer weights"
-        )
-
-
-def _gaussian(images: Float[Array, "k b c *size"], window: tuple[int, ...], sigma: float) -> Float[Array, "k b c *n"]:
-    """Weighted means in a Gaussian window, only where it fits: n = size - window + 1.
-
-    Sums of shifted copies, float32 on every device. `_similarity` of 2 images of 224 x 224 x 3 with 10 reconstructions
-    each, window 11 (a volume of 64^3, window 7), on one core: 23 (21) ms; with products with banded matrices 131 (100)
-    ms, with convolutions 1,440 (3,220) ms. Without the stack over k XLA makes the images anew for each shift: 262 ms.
-    """
-    for axis, w in enumerate(window, images.ndim - len(window)):
-        taps = np.exp(-((np.arange(w) - w // 2) ** 2) / (2 * sigma**2))
-        n = images.shape[axis] - w + 1
-        shifted = [
-            float(t) * jax.lax.slice_in_dim(images, i, i + n, axis=axis) for i, t in enumerate(taps / taps.sum())
-        ]
-        images = sum(shifted[1:], start=shifted[0])
-    return images
-
-
-def _pool(images: Float[Array, "b c *size"], pool: tuple[int, ...]) -> Float[Array, "b c *n"]:
-    """Means of `pool` voxels. Where they do not divide an axis, zeros stand before its first voxel and count, as in
-    pytorch-msssim and IGD: n = ceil(size / pool)."""
-    box = (1, 1, *pool)
-    before = [(-n % p, 0) for n, p in zip(images.shape, box, strict=True)]
-    return jax.lax.reduce_window(images, 0.0, jax.lax.add, box, box, before) / prod(pool)
-
-
-def _similarity(
-    x: Float[Array, "b c *size"],
-    y: Float[Array, "b c *size"],
-    window: tuple[int, ...],
-    sigma: float,
-    data_range: float,
-    k: tuple[float, float],
-) -> tuple[Float[Array, "b c *n"], Float[Array, "b c *n"]]:
-    """Maps of SSIM and of its contrast-structure factor, n = size - window + 1.
-
-    With d = y - x, 2 cov(x, y) = var(x) + var(y) - var(d), and so for products of means. So equal images have exactly
-    1, and what float32 loses in E[d^2] - E[d]^2 is small where they are similar. Variances do not change with a shift:
-    x's mean is taken off before squaring, and put back for the luminance.
-    """
-    mean = x.mean(tuple(range(2, x.ndim)), keepdims=True)
-    x, d = x - mean, y - x
-    y = x + d
-    mean_x, square_x = _gaussian(jnp.stack([x, x * x]), window, sigma)
-    mean_d, square_d, square_y = _gaussian(jnp.stack([d, d * d, y * y]), window, sigma)
-    mean_y = mean_x + mean_d
-    var_x, var_y, var_d = (
-        jnp.maximum(square - m**2, 0) for square, m in ((square_x, mean_x), (square_y, mean_y), (square_d, mean_d))
-    )
-    c1, c2 = (k[0] * data_range) ** 2, (k[1] * data_range) ** 2
-    structure = 1 - var_d / (var_x + var_y + c2)
-    return (1 - mean_d**2 / ((mean_x + mean) ** 2 + (mean_y + mean) ** 2 + c1)) * structure, structure
-
-
-def _scales(x: Array, y: Array, window, sigma: float, weights, data_range: float, k, pool) -> Iterator:
-    """`_similarity` at each scale, the finest first; channels move to axis 1."""
-    check_ssim(x.shape[1:-1], window, weights, pool)
-    window, pool = _per_axis(window, x.ndim - 2), _per_axis(pool, x.ndim - 2)
-    x, y = (jnp.moveaxis(image, -1, 1).astype(jnp.float32) for image in (x, y))
-    for j in range(len(weights)):
-        if j:
-            x, y = _pool(x, pool), _pool(y, pool)
-        yield _similarity(x, y, window, sigma, data_range, k)
-
-
-def ms_ssim(
-    x: Float[Array, "b *size c"],
-    y: Float[Array, "b *size c"],
-    *,
-    window: int | Sequence[int],
-    sigma: float,
-    weights: Sequence[float],
-    data_range: float,
-    k: tuple[float, float] = (0.01, 0.03),
-    pool: int | Sequence[int] = 2,
-) -> Float[Array, " b"]:
-    """Multi-scale structural similarity, 1 for equal images: the mean over channels of prod_j cs_j^w_j * ssim_M^w_M.
-
-    cs_j is the mean of the contrast-structure map at scale j < M, ssim_M that of the SSIM map at the last; what is
-    below zero counts as zero. Z. Wang, E. Simoncelli, A. Bovik, "Multiscale structural similarity for image quality
-    assessment", Asilomar 2003, eq. 7, with alpha = beta = gamma; numbers as of pytorch-msssim, odd sizes included.
-
-    To compare x with m images, map over y alone, `jax.vmap(f, (None, 0))`: x is then pooled and filtered once.
-
-    Args:
-        window: edge of the Gaussian window in voxels at every scale, odd; one value, or one an axis.
-        sigma: the window's standard deviation in voxels.
-        weights: w_1 .. w_M, the finest scale first; as many scales as weights.
-        data_range: largest minus smallest value that images can have, in their unit.
-        k: K1 and K2; luminance is stabilised by (K1 * data_range)^2, contrast by (K2 * data_range)^2.
-        pool: voxels that one voxel of the next scale is the mean of; one value, or one an axis. 1 leaves an axis as
-            it is: with (2, 2, 1), or else with window (3, 3, 1), a volume of 32 x 32 x 8 has 3 scales.
-
-    Raises:
-        InputError: as `check_ssim`.
-    """
-    *finer, (last, _) = _scales(x, y, window, sigma, weights, data_range, k, pool)
-    space = tuple(range(2, x.ndim))
-    factors = [jax.nn.relu(image.mean(space)) for image in (*(structure for _, structure in finer), last)]
-    return jnp.stack([f**w for f, w in zip(factors, weights, strict=True)]).prod(0).mean(-1)  # (b,)
-
-
-def ms_ssim_map(
-    x: Float[Array, "b *size c"],
-    y: Float[Array, "b *size c"],
-    *,
-    window: int | Sequence[int],
-    sigma: float,
-    weights: Sequence[float],
-    data_range: float,
-    k: tuple[float, float] = (0.01, 0.03),
-    pool: int | Sequence[int] = 2,
-    channel_weights: Sequence[float] | None = None,
-) -> Float[Array, " b *size"]:
-    """Dissimilarity of each voxel over several scales: sum_j w_j (1 - relu(SSIM_j)), 0 for equal images.
-
-    Y. Chen, Y. Tian, G. Pang, G. Carneiro, "Deep one-class classification via interpolated Gaussian descriptor" (IGD),
-    AAAI 2022, arXiv 2101.10043, its code for localisation. A scale's map has m values on an axis of n voxels, m = n -
-    window + 1 at the finest. It is not padded but stretched, voxel i takes value floor(i m / n), as
-    `F.interpolate(mode="nearest")` does: towards the border values move outwards, at most by (window - 1) / 2 voxels
-    of their scale, which are 80 of the image for window 11 at the fifth.
-
-    Args:
-        channel_weights: one a channel, divided by their sum. By default grey weights for three channels (red, green,
-            blue; equal channels give what one gives), else equal ones.
-        window, sigma, weights, data_range, k, pool: as of `ms_ssim`; mapping over y as there.
-
-    Raises:
-        InputError: as `check_ssim`.
-    """
-    c = x.shape[-1]
-    share = np.asarray(channel_weights or (GREY if c == 3 else (1,) * c), np.float32)
-    total = jnp.zeros(x.shape[:-1], jnp.float32)
-    for w, (image, _) in zip(weights, _scales(x, y, window, sigma, weights, data_range, k, pool), strict=True):
-        image = jnp.tensordot(1 - jax.nn.relu(image), share / share.sum(), (1, 0), precision="highest")  # (b, *m)
-        for axis, n in enumerate(x.shape[1:-1], 1):
-            image = jnp.take(image, np.arange(n) * image.shape[axis] // n, axis=axis)
-        total += w * image
-    return total
-
-
 def auroc(scores: Float[Array, " n"], labels: Int[Array, " n"] | Bool[Array, " n"]) -> Float[Array, ""]:
-    """The chance that a positive (label 1) scores above a negative (0), ties counting half: `metrics.auroc` on the
-    device. Other labels do not count; nan where a class is missing or a score that counts is not finite.
+    """`metrics.auroc` on the device: the probability that a positive (label 1) has a higher score than a negative (0).
 
-    Raises InputError from 2^16 scores on: pairs are counted exactly, in 32 bits.
+    Ties count half, and other labels do not count. nan where a class is missing or a score is not finite. Pairs are
+    counted exactly in 32 bits, so 2^16 scores and more raise InputError.
     """
     if len(scores) >= 2**16:
-        raise InputError(f"AUROC of {len(scores)} scores on the device: give fewer than {2**16} images to choose by")
+        raise InputError(f"AUROC of {len(scores)} scores on the device: choose by fewer than {2**16} images")
     negative, positive = labels == 0, labels == 1
     below, m = jnp.sort(jnp.where(negative, scores, jnp.inf)), jnp.sum(negative)
     halves = sum(jnp.searchsorted(below, scores, side) for side in ("left", "right"))

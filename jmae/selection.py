@@ -9,7 +9,9 @@ Known normals that are trained on score lower than new ones of an overfit networ
 overfitting. Recipes that hold normals out (`held_out`) compare with those.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -21,78 +23,90 @@ from ml_collections import ConfigDict
 from jmae.data.manifest import Row, held_out
 from jmae.errors import InputError
 from jmae.masking import case_keys
+from jmae.recipe import is_volume
 from jmae.scoring import auroc
-from jmae.system import Check, Results, State, System
-from jmae.windows import average
+from jmae.system import Check, Results, State, System, keep_best, with_best
 
-MOST = 10_000  # rows of either kind
+RULE = "aucp"
 
 
 def by_pseudo_auc(config: ConfigDict, system: System) -> System:
-    """The system whose stage `choice` (the last that `uses` names) looks at its pseudo-AUC every `select_every` steps
-    and after the last, and whose result is the step with the highest, the later one of equals.
+    """The system whose result is the step with the highest pseudo-AUC, the later one of equals.
 
-    Raises InputError on settings that mean nothing; `Check.rows` raises it where no row is unlabelled.
+    The stage `system.choice` names, or the last one that the score reads, looks at its pseudo-AUC every `select_every`
+    steps and after the last.
+
+    Raises InputError where weights stand for that stage. `Check.rows` raises it where no row is unlabelled.
     """
-    if config.select_every < 1 or not 1 <= config.select_samples <= MOST:
-        raise InputError(f"select_every is 1 or more, select_samples from 1 to {MOST}")
-    name = system.choice or system.uses[-1]
+    name = system.choice.stage if system.choice else system.uses[-1]
     number = [stage.name for stage in system.stages].index(name)
-    stage, before = system.stages[number], [s.name for s in system.stages[:number] if s.name in system.uses]
-    if stage.weights == "instead" and config.model.weights:
+    stage = system.stages[number]
+    if stage.pretrained and stage.pretrained.use == "instead" and config.model.weights:
         raise InputError(f"select=aucp: model.weights stands for stage {name}, no step is to be chosen: select=last")
-    share = next((config[s].held_out for s in ("train", "validation") if "held_out" in config.get(s, {})), 0.0)
-    score = crop_scores if system.sweep else image_scores
+    stand_ins = system.choice.stand_ins if system.choice else dict
 
     def init(key: Array, results: Results, n: int) -> State:
-        state = stage.init(key, results, n)
-        best = {"params": state.params, "stats": state.stats, "aucp": jnp.float32(-1), "step": state.step}
-        frozen = {"own": state.frozen, "results": {name: results[name] for name in before}}
-        return state._replace(stats={"own": state.stats, "best": best}, frozen=frozen)
+        state = with_best(stage.init(key, results, n), RULE)
+        best = state.stats.pop("best") | {"step": state.step}
+        return state.replace(stats={"own": state.stats, "best": best})
 
-    def on_own(function: Callable) -> Callable:
-        """A step or look of the stage on the state that holds the best beside its own."""
+    def look(state: State, batch: dict, results: Results) -> tuple[State, dict[str, Array]]:
+        own = {"params": state.params, "stats": state.stats["own"]}
+        everything = stand_ins() | dict(results) | {name: own}
+        value = auroc(scores(config, system, everything, batch), batch["unlabeled"])
+        before = state.replace(stats=own["stats"] | {"best": state.stats["best"]})
+        best = keep_best(before, RULE, value, step=state.step).stats["best"]
+        found = {RULE: value, "best_aucp": best[RULE], "best_step": best["step"]}
+        return state.replace(stats=state.stats | {"best": best}), found
 
-        def wrapped(state: State, *args: Any, **more: Any) -> tuple[State, dict[str, Array]]:
-            own = state._replace(stats=state.stats["own"], frozen=state.frozen["own"])
-            after, metrics = function(own, *args, **more)
-            return after._replace(stats=state.stats | {"own": after.stats}, frozen=state.frozen), metrics
-
-        return wrapped
-
-    def rows(rows: list[Row]) -> np.ndarray:
-        held, splits = held_out(rows, share), np.array([row.split for row in rows])
-        normals = np.flatnonzero(held if held.any() else splits == "train")
-        unlabelled = np.flatnonzero(splits == "unlabeled")
-        if not min(normals.size, unlabelled.size):
-            raise InputError(
-                "select=aucp compares rows of split 'unlabeled' with rows of 'train': give the manifest both, or take"
-                " select=last"
-            )
-
-        def some(numbers: np.ndarray) -> np.ndarray:  # one sample of an image, several crops of a volume
-            count = config.select_samples if system.sweep else min(numbers.size, config.select_samples)
-            return numbers[np.arange(count) * numbers.size // count]
-
-        return np.concatenate([some(normals), some(unlabelled)])
-
-    def look(state: State, batch: dict) -> tuple[State, dict[str, Array]]:
-        own, best = {"params": state.params, "stats": state.stats["own"]}, state.stats["best"]
-        results = system.rest() | state.frozen["results"] | {name: own}
-        value = auroc(score(config, system, results, batch), batch["unlabeled"])
-        new = own | {"aucp": value, "step": state.step}
-        best = jax.tree.map(lambda new, old: jnp.where(value >= best["aucp"], new, old), new, best)
-        found = {"aucp": value, "best_aucp": best["aucp"], "best_step": best["step"]}
-        return state._replace(stats=state.stats | {"best": best}), found
-
-    chosen = stage._replace(
+    checks = tuple(replace(check, look=beside_best(check.look)) for check in stage.checks)
+    selection = Check(every=config.select_every, rows=partial(compared_rows, config), look=look)
+    selecting = replace(
+        stage,
+        splits=tuple(dict.fromkeys((*stage.splits, "train", "unlabeled"))),
         init=init,
-        step=on_own(stage.step),
-        check=stage.check and stage.check._replace(look=on_own(stage.check.look)),
-        selection=Check(config.select_every, 0, rows, look),
-        result=lambda state: {what: state.stats["best"][what] for what in ("params", "stats")},
+        step=beside_best(stage.step),
+        checks=(*checks, selection),
+        result=lambda state: {part: state.stats["best"][part] for part in ("params", "stats")},
     )
-    return system._replace(stages=(*system.stages[:number], chosen, *system.stages[number + 1 :]))
+    return replace(system, stages=(*system.stages[:number], selecting, *system.stages[number + 1 :]))
+
+
+def beside_best(function: Callable) -> Callable:
+    """A stage's step or look, on a state that holds the best weights beside the stage's own statistics."""
+
+    def wrapped(state: State, *args: Any, **more: Any) -> tuple[State, dict[str, Array]]:
+        after, metrics = function(state.replace(stats=state.stats["own"]), *args, **more)
+        return after.replace(stats=state.stats | {"own": after.stats}), metrics
+
+    return wrapped
+
+
+def compared_rows(config: ConfigDict, rows: Sequence[Row]) -> np.ndarray:
+    """Numbers of the known normals, then of the unlabelled rows: `select_samples` of either, spread evenly.
+
+    An image is compared once. A volume has several crops, so its row may come several times.
+    """
+    share = next((config[s].held_out for s in ("train", "validation") if "held_out" in config.get(s, {})), 0.0)
+    apart, splits = held_out(rows, share), np.array([row.split for row in rows])
+    normals = np.flatnonzero(apart if apart.any() else splits == "train")
+    unlabelled = np.flatnonzero(splits == "unlabeled")
+    if not min(normals.size, unlabelled.size):
+        raise InputError(
+            "select=aucp compares rows of split 'unlabeled' with rows of 'train': give the manifest both, or take"
+            " select=last"
+        )
+
+    def spread(numbers: np.ndarray) -> np.ndarray:
+        count = config.select_samples if is_volume(config) else min(numbers.size, config.select_samples)
+        return numbers[np.arange(count) * numbers.size // count]
+
+    return np.concatenate([spread(normals), spread(unlabelled)])
+
+
+def scores(config: ConfigDict, system: System, results: Results, batch: dict) -> Float[Array, " n"]:
+    """The primary score of each image, or of each crop of a volume."""
+    return (crop_scores if system.sweep else image_scores)(config, system, results, batch)
 
 
 def image_scores(config: ConfigDict, system: System, results: Results, batch: dict) -> Float[Array, " n"]:
@@ -117,7 +131,7 @@ def crop_scores(config: ConfigDict, system: System, results: Results, batch: dic
 
     def one(sample: tuple[Array, Array]) -> Float[Array, ""]:
         image, key = sample
-        averages = average(
+        averages = sweep.average(
             lambda image, keys: sweep.score(results, image, keys),
             image,
             jnp.zeros((1, image.ndim - 1), jnp.int32),
@@ -127,8 +141,6 @@ def crop_scores(config: ConfigDict, system: System, results: Results, batch: dic
             window=sweep.window,
             repeats=sweep.repeats,
             batch=sweep.repeats,
-            weighted=sweep.weighted,
-            released=sweep.released,
         )
         return jnp.mean(sweep.fuse(averages, jnp.ones(sweep.window, bool))["maps"][system.primary])
 

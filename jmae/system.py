@@ -1,177 +1,309 @@
-"""What a system is: pure functions in two NamedTuples. The loop and the evaluator know nothing else."""
+"""The contract of a method: what a system is. The training loop and the evaluator know nothing else of it.
+
+A system is one module `jmae.systems.NAME` with `KEYS`, the declarations of its recipe keys, and `build(config)`, which
+gives a `System`: a tuple of training stages and a function that scores. All of them are pure functions of arrays.
+"""
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from operator import itemgetter
-from typing import Any, NamedTuple, cast
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
+from flax import nnx, struct
 from jaxtyping import Array, Int, PyTree
 from ml_collections import ConfigDict
 
+from jmae import recipe, windows
 from jmae.data.manifest import Row
 from jmae.errors import InputError
 from jmae.nn.mae import MAE
 from jmae.patches import sincos_positions
 from jmae.target import target
 
+PARTS = (nnx.Param, nnx.RngState, ...)  # of a network: trained, random streams, statistics
 SYSTEMS = ("amae", "maemi", "memmc_mae", "ppii", "simsid")
 
-Results = Mapping[str, Mapping[str, PyTree]]  # by stage: {"params", "stats"}, of its last step or the one chosen
+Results = Mapping[str, Mapping[str, PyTree]]
+"""What the finished stages leave, by the stage's name: {"params", "stats"}. Later stages and the score read it."""
 
 
-class State(NamedTuple):
-    """All that a stage changes, and the frozen weights that it uses; `frozen` comes from earlier stages' results
-    and is not saved again."""
+class State(struct.PyTreeNode, kw_only=True):
+    """What a stage changes from step to step, and what a checkpoint of the stage holds.
+
+    Attributes:
+        params: trained parameters, nested dicts of arrays.
+        opt: state of the optimiser.
+        stats: everything else that a step updates: statistics of batch norm, memories, the best weights so far.
+        step: number of the steps done.
+    """
 
     params: PyTree
     opt: PyTree
     stats: PyTree
-    frozen: PyTree
     step: Int[Array, ""]
 
 
-class Check(NamedTuple):
-    """A look at a stage's state every `every` steps and after the last, on samples that it is not trained on.
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """A pure look at a stage's state every `every` steps and after the last, on samples that are not trained on.
 
-    rows(rows) -> manifest row numbers; `samples` samples of them (0: one of each) are made once and are the same at
-        every look; without rows there is none.
-    look(state, batch) -> (State, metrics): pure, and deterministic. A batch holds "image", "index", "case", whether a
-        sample's row is "unlabeled", and "label": 0 normal, 1 abnormal of labelled rows of `val`, -1 of all other ones.
-    labelled: `rows` are of `val` too.
+    The samples are drawn once and are the same at every look. A check without rows does not run.
+
+    Attributes:
+        every: steps between two looks.
+        rows: (manifest rows) -> row numbers to look at.
+        look: (state, batch, results) -> (state, metrics); deterministic. `results` are those of earlier stages. The
+            batch holds "image", "index", "case", "unlabeled" (whether the sample's row has that split) and "label":
+            0 or 1 of a labelled row of `val`, -1 of every other row.
+        samples: number of samples; the rows are repeated to fill it. 0 takes one sample of each row.
     """
 
     every: int
-    samples: int
-    rows: Callable[[list[Row]], np.ndarray]
-    look: Callable[[State, PyTree], tuple[State, dict[str, Array]]]
-    labelled: bool = False
+    rows: Callable[[Sequence[Row]], np.ndarray]
+    look: Callable[[State, PyTree, Results], tuple[State, dict[str, Array]]]
+    samples: int = 0
 
 
-class Stage(NamedTuple):
-    """One training stage.
+@dataclass(frozen=True, kw_only=True)
+class Pretrained:
+    """How a stage uses the weights that `model.weights` names.
 
-    rows(rows, results) -> manifest row numbers that it trains on (an index table).
-    steps(n) -> how many steps, for n rows.
-    init(key, results, n) -> State.
-    step(state, batch, key, *, steps, axis_name=None) -> (State, metrics): pure; with `axis_name` it averages
-        gradients and statistics over that axis. Samples' keys come from `key` and batch["index"].
-    shuffle: epochs in random order, the last incomplete batch dropped; else rows in order, round and round.
-    host: arrays made once an image on the host, by name: function of the image (*size, c).
-    table(rows, results) -> rows of a CSV file STAGE.csv in the run folder that a person can read, or None.
-    weights: what `model.weights` is to this stage: "instead" of training it, the "start" of it, or "" nothing.
-    positions: the position codes of its network, which those of a file must equal.
-    printed: values of its metrics that the paper prints, METRIC -> {epoch, counted from 1: value}.
-    check: a look at how training goes; selection: one that decides which step's weights are kept.
-    result(state) -> {"params", "stats"} that later stages and the score read.
-    parts: how many the step takes its batch in (`accumulate`).
-    phases: values that the step receives in turn as its argument `phase`, known while it is traced: step k, counted
-        from 0, receives phases[k % len(phases)]. Equal ones share a program, and all have the same metrics. With one,
-        None, the step has no such argument.
+    Attributes:
+        use: "instead" skips the stage's training; "start" initialises the stage from the weights.
+        positions: (grid, width) -> the network's position codes, which those of the weights must equal.
+    """
+
+    use: Literal["instead", "start"]
+    positions: Callable[[tuple[int, ...], int], np.ndarray] = sincos_positions
+
+
+def final(state: State) -> dict[str, PyTree]:
+    """A stage's result: the parameters and statistics of its last step."""
+    return {"params": state.params, "stats": state.stats}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One training stage: two pure functions, and what they are to be given.
+
+    Attributes:
+        name: name of the stage, of its checkpoints and of its results.
+        splits: splits of the manifest that the stage reads, its checks included. Rows of other splits are neither
+            decoded for training nor counted as seen.
+        rows: (rows of all splits that the system reads, results) -> numbers of the rows to train on.
+        batch: samples a step.
+        steps: (number of rows) -> number of steps.
+        init: (key, results, number of rows) -> the first state.
+        step: (state, batch, key, results, *, steps) -> (state, metrics). A sample's randomness comes from `key` and
+            its number in the table of rows, batch["index"]. `results` are read only.
+        shuffle: True gives epochs in random order, without the last incomplete batch. False gives the rows in order,
+            round and round.
+
+    Optional, the data:
+        host_arrays: {name: function of an image (*size, c)} of arrays that the host computes once an image. They come
+            with the batch.
+        table: (rows, results) -> lines of STAGE.csv in the run folder, a file for people to read.
+
+    Optional, the course of the training:
+        pretrained: how the stage uses `model.weights`; None ignores them.
+        checks: looks at how the training goes.
+        parts: parts in which a step takes its batch, one after the other (`accumulate`).
+        phases: values of the step's further argument `phase`, which is known while the step is traced. Step k, counted
+            from 0, gets phases[k % len(phases)]. The single phase None stands for a step without that argument.
+        result: (state) -> {"params", "stats"} for later stages and the score.
+        published: values of the stage's metrics that the paper prints, {metric: {epoch, counted from 1: value}}. The
+            evaluation lists them beside the run's own.
     """
 
     name: str
+    splits: tuple[str, ...] = ("train",)
+    rows: Callable[[Sequence[Row], Results], np.ndarray]
     batch: int
-    rows: Callable[[list[Row], Results], np.ndarray]
     steps: Callable[[int], int]
     init: Callable[..., State]
     step: Callable[..., tuple[State, dict[str, Array]]]
     shuffle: bool = True
-    host: Mapping[str, Callable[[np.ndarray], np.ndarray]] = {}
-    table: Callable[[list[Row], Results], list[dict[str, Any]]] | None = None
-    weights: str = ""
-    positions: Callable[[tuple[int, ...], int], np.ndarray] = sincos_positions
-    check: Check | None = None
-    printed: Mapping[str, Mapping[int, float]] = {}
-    selection: Check | None = None
-    result: Callable[[State], dict[str, PyTree]] = lambda state: {"params": state.params, "stats": state.stats}
+    host_arrays: Mapping[str, Callable[[np.ndarray], np.ndarray]] = field(default_factory=dict)
+    table: Callable[[Sequence[Row], Results], list[dict[str, Any]]] | None = None
+    pretrained: Pretrained | None = None
+    checks: tuple[Check, ...] = ()
     parts: int = 1
     phases: tuple[Any, ...] = (None,)
+    result: Callable[[State], dict[str, PyTree]] = final
+    published: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
 
 
-class Sweep(NamedTuple):
-    """How a system scores whole volumes: windows x repetitions as one stream (`jmae.windows.average`).
+@dataclass(frozen=True, kw_only=True)
+class Sweep:
+    """How a system scores a whole volume: windows x repetitions as one stream (`jmae.windows.average`).
 
-    score(results, image (b, *window, c), keys (b,)) -> (values (b, *window, k), weights (b, *window, 1)): what is
-        averaged over all windows that cover a voxel.
-    fuse(averages (*size, k), inside (*size)) -> {"maps": {NAME: (*size)}} and, where there is one, "reconstruction":
-        (*size, c) and "confidence": (*size); `inside` is False for what only fills up the array.
-    `weighted` and `released` as `average` has them.
+    Attributes:
+        window: edges of a window, voxels.
+        stride: distance between windows, voxels.
+        repeats: sweeps over all windows.
+        score: (results, images (b, *window, c), keys (b,)) -> (values (b, *window, k), weights (b, *window, 1)): what
+            is averaged over the windows that cover a voxel.
+        fuse: (averages (*size, k), inside (*size)) -> {"maps": {name: (*size)}} and, where the system has them,
+            "reconstruction" (*size, c) and "confidence" (*size). `inside` is False where the array is filled up.
+        average: the function that averages, `windows.average` or a form of it.
     """
 
-    window: tuple[int, ...]  # voxels
-    stride: tuple[int, ...]  # voxels
-    repeats: int
+    window: tuple[int, ...]
+    stride: tuple[int, ...]
+    repeats: int = 1
     score: Callable[..., tuple[Array, Array]]
     fuse: Callable[..., dict[str, Any]]
-    weighted: bool = False
-    released: bool = False
+    average: Callable[..., Array] = windows.average
 
 
-class System(NamedTuple):
-    """Stages in order, and the scores they serve.
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """The stage whose step `select=aucp` chooses, where it is not the last stage that the score reads.
 
-    score(results, batch, key, *, chunk=None) -> {"maps": {NAME: (b, *size)}, "scores": {NAME: (b,)}} and, where there
-    is one, "reconstruction": (b, *size, c) in the images' own range, "confidence": (b, *size), the deviation of the
-    primary map over the system's samples, and "pictures": {NAME: (b, *size, c) as the images, or (b, h, w) in another
-    unit}, for the report alone. Higher is more abnormal; `chunk` masks (or samples) at a time. `masks` is how
-    many one pass has. `uses` names the stages whose results `score` reads, `primary` the score that stands for the
-    system, and `map` the map that does, where the primary score has none. A system of volumes has a `sweep` instead of
-    `score` and `masks`. `choice` names the stage whose weights `select=aucp` chooses, where it is not the last of
-    `uses`: `rest()` are stand-ins for the results of the stages behind it, with which `score` ranks cases alike.
+    Attributes:
+        stage: name of the stage.
+        stand_ins: () -> results that stand for those of later stages. With them the score ranks cases as it will.
+    """
+
+    stage: str
+    stand_ins: Callable[[], dict[str, Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class System:
+    """Stages in order, and the score that they serve.
+
+    A system scores images with `score`, or volumes with `sweep`; the other one is None. Higher is more abnormal.
+
+    Attributes:
+        name: name of the system.
+        stages: stages in order.
+        uses: names of the stages whose results the score reads.
+        primary: name of the score that stands for the system.
+        score: (results, batch, key, *, chunk) -> {"maps": {name: (b, *size)}, "scores": {name: (b,)}} and, where the
+            system has them, "reconstruction": (b, *size, c) in the images' own range; "confidence": (b, *size), the
+            deviation of the primary map over the samples; "pictures": {name: (b, *size, c), or (b, h, w) in another
+            unit} for the report. `chunk` masks or samples are computed at a time.
+        sweep: how the system scores volumes.
+
+    Optional:
+        masks: masks or samples of one call of `score`.
+        repetitions: recipe key, in the section `evaluation`, of the number of masks, samples or sweeps of a score.
+        averaged: whether the primary score is the mean of the scores that each mask or sample alone would give.
+        map: name of the map to show, where no map has the name of the primary score.
+        choice: what `select=aucp` chooses by, where the default does not fit.
+        best: rules of `select` that the system has beside "last" and "aucp".
     """
 
     name: str
     stages: tuple[Stage, ...]
-    score: Callable[..., dict[str, dict[str, Array]]] | None
     uses: tuple[str, ...]
     primary: str
-    masks: int = 1
+    score: Callable[..., dict[str, dict[str, Array]]] | None = None
     sweep: Sweep | None = None
+    masks: int = 1
+    repetitions: str = ""
+    averaged: bool = True
     map: str = ""
-    choice: str = ""
-    averaged: bool = True  # whether the primary score is the mean of what each mask or sample alone would give
-    chosen_on_val: bool = False  # whether labelled rows of `val` chose what `primary` reads
-    rest: Callable[[], dict[str, Any]] = dict
+    choice: Choice | None = None
+    best: tuple[str, ...] = ()
+
+
+def with_best(state: State, rule: str) -> State:
+    """A first state that will keep its best weights under a rule beside its last: stats["best"] holds "params", "stats"
+    and, by the rule's name, the value -1."""
+    return state.replace(stats=state.stats | {"best": {**last_weights(state), rule: jnp.float32(-1)}})
+
+
+def keep_best(state: State, rule: str, value: Array, **more: Array) -> State:
+    """The state with its weights as the best, where their value is not below that of the best so far.
+
+    Args:
+        rule: name of the rule, as `with_best` has it.
+        value: value of the state's last weights; higher is better.
+        more: further numbers to keep with the weights, such as their step.
+    """
+    best = state.stats["best"]
+    new = {**last_weights(state), rule: value.astype(jnp.float32), **more}
+    better = value >= best[rule]
+    best = jax.tree.map(lambda new, old: jnp.where(better, new, old), new, best)
+    return state.replace(stats=state.stats | {"best": best})
+
+
+def last_weights(state: State) -> dict[str, PyTree]:
+    """The parameters and statistics of a state's last step, without the best ones."""
+    return {"params": state.params, "stats": {name: s for name, s in state.stats.items() if name != "best"}}
+
+
+def best_weights(result: Mapping[str, PyTree], rule: str) -> dict[str, PyTree]:
+    """The best {"params", "stats"} of a stage's result, or the last ones where no value of the rule was ever found or
+    the stage keeps no best weights."""
+    stats = dict(result["stats"])
+    last = {"params": result["params"], "stats": stats}
+    if "best" not in stats:
+        return last
+    best = stats.pop("best")
+    return jax.tree.map(lambda best_, last_: jnp.where(best[rule] >= 0, best_, last_), {k: best[k] for k in last}, last)
+
+
+def splits_read(system: System) -> tuple[str, ...]:
+    """The splits whose rows training reads, those of its checks included."""
+    return tuple(dict.fromkeys(split for stage in system.stages for split in stage.splits))
+
+
+def rows_read(system: System, rows: Sequence[Row]) -> list[Row]:
+    """The rows that training reads. They are decoded, count as seen (seen.csv), and may not be scored as new cases."""
+    splits = splits_read(system)
+    return [row for row in rows if row.split in splits]
+
+
+def rows_of(rows: Sequence[Row], results: Results, *, splits: tuple[str, ...] = ("train",)) -> np.ndarray:
+    """Numbers of the rows of some splits: the usual `Stage.rows`."""
+    return np.array([i for i, row in enumerate(rows) if row.split in splits], np.int64)
+
+
+def chosen_on_val(system: System) -> bool:
+    """Whether labels of `val` chose the weights: a stage reads that split."""
+    return "val" in splits_read(system)
 
 
 def load_system(config: ConfigDict) -> System:
-    """The system that `config.system` names, by import of `jmae.systems.NAME`; raises InputError where a setting means
-    nothing, also one of the evaluation, which would else come to light after the training."""
+    """The system that `config.system` names, by import of `jmae.systems.NAME`.
+
+    Raises InputError for a recipe that does not fit its declarations, and for settings that mean nothing together: also
+    for settings of the evaluation, which would otherwise come to light after the training.
+    """
     if config.system not in SYSTEMS:
         raise InputError(f"system {config.system!r} is unknown: one of {', '.join(SYSTEMS)}")
-    system = importlib.import_module(f"jmae.systems.{config.system}").build(config)
-    for name in ("checkpoint_every", "log_every", "replicates"):
-        if (value := config.get(name, 1)) < 1:
-            raise InputError(f"{name} is {value}: 1 or more")
-    evaluation, volumes = config.evaluation, system.sweep is not None
-    for name, least in (("batch", 1), ("draws", 1), ("chunk", 0)):
-        if (value := evaluation.get(name, least)) < least:
-            raise InputError(f"evaluation.{name} is {value}: {least} or more")
-    if not 0 < (rate := evaluation.get("alarm_rate", 0.05)) < 1:
-        raise InputError(f"evaluation.alarm_rate={rate}: is no rate: above 0 and below 1, as 0.05")
-    if not 0 < (top := evaluation.get("top", 1.0)) <= 1:
-        raise InputError(f"evaluation.top={top}: is no share of the map: above 0, up to 1")
-    if not 0 <= (q := evaluation.get("iou", 0.0)) <= (0 if volumes else 100):
-        raise InputError(f"evaluation.iou is {q}: a percentile from 0 (no IoU) to 100; of volumes 0 alone")
-    if evaluation.get("convergence"):
-        if evaluation.convergence < 2:
-            raise InputError(f"evaluation.convergence is {evaluation.convergence}: 0 (off), or 2 or more repetitions")
-        what, number = drawn(config)
-        if number < 2:
-            raise InputError(
-                f"evaluation.convergence asks for the score at fewer {what}: evaluation.{what} is {number}"
-            )
-    if (k := config.get("accumulate", 1)) != 1 and system.name in ("ppii", "simsid"):
+    module = importlib.import_module(f"jmae.systems.{config.system}")
+    if hasattr(module, "KEYS"):
+        recipe.check(config)
+    system = module.build(config)
+    evaluation, volumes = config.evaluation, recipe.is_volume(config)
+    if not volumes and config.data.get("normal_crops_only"):
+        raise InputError(
+            f"data.normal_crops_only is of volumes, whose crops can leave lesions out: {system.name} trains on whole "
+            "images: take abnormal rows out of train, and the key back to false"
+        )
+    if volumes and evaluation.get("iou"):
+        raise InputError(f"evaluation.iou is {evaluation.iou}: of volumes 0 alone (no IoU)")
+    convergence = evaluation.get("convergence", 0)
+    if convergence == 1:
+        raise InputError("evaluation.convergence is 1: 0 (off), or 2 or more repetitions")
+    if convergence and (number := drawn(config, system)) < 2:
+        what = system.repetitions
+        raise InputError(f"evaluation.convergence asks for the score at fewer {what}: evaluation.{what} is {number}")
+    k = config.accumulate
+    if k != 1 and all(stage.parts == 1 for stage in system.stages):
         raise InputError(f"accumulate={k}: {system.name} takes statistics of the whole batch: set it to 1")
-    if k < 1 or any(stage.batch % stage.parts for stage in system.stages):
+    if any(stage.batch % stage.parts for stage in system.stages):
         batches = ", ".join(f"{stage.name} {stage.batch}" for stage in system.stages if stage.parts != 1)
         raise InputError(f"accumulate={k}: does not divide a batch ({batches}): set it to a common divisor")
-    own = {"ppii": ("dice",), "simsid": ("auroc",)}.get(system.name, ())
-    rules, rule = ("last", *own, "aucp"), config.get("select", "last")
+    rules, rule = ("last", *system.best, "aucp"), config.select
     if rule not in rules:
         raise InputError(f"select is {rule!r}: one of {', '.join(rules)}")
     if rule != "aucp":
@@ -179,35 +311,55 @@ def load_system(config: ConfigDict) -> System:
     return importlib.import_module("jmae.selection").by_pseudo_auc(config, system)
 
 
-def drawn(config: ConfigDict) -> tuple[str, int]:
-    """(which setting of the evaluation says how many random masks, samples or sweeps a score has, how many)."""
-    what = next(name for name in ("masks", "samples", "repeats") if name in config.evaluation)
-    return what, config.evaluation[what]
+def drawn(config: ConfigDict, system: System) -> int:
+    """How many masks, samples or sweeps a score has; 1 where it has no random part."""
+    return config.evaluation[system.repetitions] if system.repetitions else 1
 
 
-class Keys:
-    """The keys for initial weights that `nnx.Rngs(params=key)` gives, counted in Python: there the count is an array,
-    whose every update was traced, most of the time that it took to trace a network's initial weights."""
+class Keys(nnx.Rngs):
+    """`nnx.Rngs(params=key)` with the keys of initial weights counted in Python.
+
+    In Flax the count is an array. Tracing its updates took most of the time that the initial weights took to trace.
+    Random streams of other names, as `nnx.Dropout` makes them, are Flax's own.
+    """
 
     def __init__(self, key: Array):
-        self.key, self.count = key, 0
+        super().__init__(jax.random.fold_in(key, 2**32 - 1))
+        self.key, self.number = key, 0
 
     def params(self) -> Array:
-        self.count += 1
-        return jax.random.fold_in(self.key, self.count - 1)
+        self.number += 1
+        return jax.random.fold_in(self.key, self.number - 1)
 
 
 def network(make: Callable[[nnx.Rngs], nnx.Module]) -> tuple[Callable[[Array], PyTree], Callable[..., Any]]:
-    """(init, bind) of a network: `init(key)` -> (params, stats) as plain nested dicts, `bind(params, stats)` -> the
-    module. Statistics after a call: `stats_of(module)`."""
-    made = lambda key: make(cast(nnx.Rngs, Keys(key)))
-    graph, *_ = nnx.split(nnx.eval_shape(lambda: made(jax.random.key(0))), nnx.Param, ...)
+    """The two functions (init, bind) of a network, between which all its arrays are plain nested dicts.
+
+    `init(key)` gives (params, stats). `bind(params, stats=None, key=None)` gives the module; `stats_of(module)` are its
+    statistics after a call. Flax's modules with a random stream, such as `nnx.Dropout`, draw from `key` for the whole
+    batch. A network whose randomness belongs to each sample takes the samples' keys as an argument instead.
+    """
+    graph, *parts = nnx.split(nnx.eval_shape(lambda: make(Keys(jax.random.key(0)))), *PARTS)
+
+    streams = parts[1]
 
     def init(key: Array) -> tuple[PyTree, PyTree]:
-        params, stats = nnx.state(made(key), nnx.Param, ...)
+        params, _, stats = nnx.state(make(Keys(key)), *PARTS)
         return nnx.to_pure_dict(params), nnx.to_pure_dict(stats)
 
-    return init, lambda params, stats=None: nnx.merge(graph, params, stats or {})
+    def bind(params: PyTree, stats: PyTree = None, key: Array | None = None) -> Any:
+        if not (leaves := jax.tree.leaves(streams)):
+            return nnx.merge(graph, params, {}, stats or {})
+        keys = iter(jax.random.split(jax.random.key(0) if key is None else key, len(leaves)))
+        seed = lambda leaf, one: one if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else jnp.zeros((), leaf.dtype)
+        return nnx.merge(graph, params, jax.tree.map(lambda leaf: seed(leaf, next(keys)), streams), stats or {})
+
+    return init, bind
+
+
+def stats_of(module: nnx.Module) -> PyTree:
+    """A network's statistics, such as those of batch norm, as a plain dict."""
+    return nnx.to_pure_dict(nnx.state(module, *PARTS)[2])
 
 
 def compute_type(config: ConfigDict) -> Any:
@@ -243,11 +395,6 @@ def masked_autoencoder(
     )
 
 
-def stats_of(module: nnx.Module) -> PyTree:
-    """A network's batch statistics as a plain dict."""
-    return nnx.to_pure_dict(nnx.state(module, nnx.Param, ...)[1])
-
-
 def steps_of(section: ConfigDict, budget: float) -> Callable[[int], int]:
     """Steps of a stage for n rows: `steps` of its section, or else `epochs` of whole batches, times `budget`."""
     if min(section.get("steps", 0), section.get("epochs", 0)) < 0 or budget <= 0:
@@ -257,11 +404,6 @@ def steps_of(section: ConfigDict, budget: float) -> Callable[[int], int]:
     if section.get("steps"):
         return lambda n: max(1, round(section.steps * budget))
     return lambda n: max(1, round(section.epochs * budget)) * max(1, n // section.batch)
-
-
-def averaged(tree: PyTree, axis_name: str | None) -> PyTree:
-    """Mean over the devices of `axis_name`; the tree itself without one."""
-    return tree if axis_name is None else jax.lax.pmean(tree, axis_name)
 
 
 def stage_keys(config: ConfigDict, number: int) -> Any:

@@ -1,18 +1,17 @@
-"""The kind of device that programs are compiled for, and the one function that tells it.
+"""The kind of device that programs are compiled for.
 
 A program may be traced and compiled for a device that this machine lacks (`jmae.plan`, the tests). Code whose form
-depends on the device therefore asks `target()`, never a live device.
+depends on the device therefore asks `target()` and never a live device.
 """
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, NamedTuple
-from unittest import mock
 
 import jax
 
-CUDNN = 91000  # the oldest version that a CUDA build of JAX installs; a plan uses the version in `jmae.gpus`
+CUDNN = 91000  # the oldest version that a CUDA build of JAX installs
 
 
 class Target(NamedTuple):
@@ -22,7 +21,8 @@ class Target(NamedTuple):
         platform: "cpu", "cuda", "rocm" or "tpu", as `jax.lax.platform_dependent` names them.
         capability: compute capability of an NVIDIA GPU, (9, 0) for an H200.
         cudnn: version of cuDNN, 91000 for 9.10.0; 0 where there is none.
-        portable: whether programs are stored in files. JAX stores none that calls cuDNN's attention or a Triton kernel.
+        portable: whether programs are stored in files. JAX stores no program that calls cuDNN's attention or a Triton
+            kernel.
     """
 
     platform: str
@@ -41,11 +41,12 @@ _chosen: ContextVar[Target | None] = ContextVar("target", default=None)
 
 
 def target() -> Target:
-    """The device that `tracing_for` or `portable` has chosen, or else the default device of this process."""
-    return _chosen.get() or _of(jax.local_devices()[0])
+    """The device that `tracing_for` or `portable` has set, or else the default device of this process."""
+    return _chosen.get() or target_of_device(jax.local_devices()[0])
 
 
-def _of(device: Any) -> Target:
+def target_of_device(device: Any) -> Target:
+    """The kind of a live device."""
     if device.platform != "gpu":
         return Target(device.platform)
     if "rocm" in device.client.platform_version:
@@ -55,9 +56,14 @@ def _of(device: Any) -> Target:
 
 
 @contextmanager
-def portable() -> Iterator[None]:
-    """Trace the programs inside for files: without kernels that JAX does not store."""
-    token = _chosen.set(target()._replace(portable=True))
+def tracing_for(chosen: Target) -> Iterator[None]:
+    """Traces the programs inside for the given kind of device, whether this machine has one or not.
+
+    Pallas asks for a live GPU while it traces, and assumes compute capability 9.0 without one. The Triton kernels in a
+    plan for an A100 or a B200 are therefore lowered as for an H100. Where cuDNN is not installed, cuDNN's attention can
+    be traced inside `jmae.gpus.without_cudnn` only.
+    """
+    token = _chosen.set(chosen)
     try:
         yield
     finally:
@@ -65,23 +71,7 @@ def portable() -> Iterator[None]:
 
 
 @contextmanager
-def tracing_for(chosen: Target) -> Iterator[None]:
-    """Trace the programs inside for the given kind of device, whether this machine has one or not.
-
-    JAX's cuDNN attention asks the live devices while it is traced, and has no argument for the answers. This
-    function therefore answers its three questions about an NVIDIA GPU. Only plans and tests use it; training and
-    scoring never do. Pallas asks for a live GPU as well and takes compute capability 9.0 without one, so the Triton
-    kernels in a plan for an A100 or a B200 are lowered as an H100's.
-    """
-    with ExitStack() as stack:
-        token = _chosen.set(chosen)
-        stack.callback(_chosen.reset, token)
-        if chosen.platform == "cuda":
-            from jax._src.cudnn import fused_attention_stablehlo as asks
-
-            at_least = lambda text: chosen.capability >= tuple(map(int, text.split(".")))
-            equal = lambda text: chosen.capability == tuple(map(int, text.split(".")))
-            stack.enter_context(mock.patch.object(asks, "check_cudnn_version", lambda: chosen.cudnn))
-            stack.enter_context(mock.patch.object(asks, "check_compute_capability", at_least))
-            stack.enter_context(mock.patch.object(asks, "is_cuda_compute_capability_equal", equal))
+def portable() -> Iterator[None]:
+    """Traces the programs inside for files: without kernels that JAX does not store."""
+    with tracing_for(target()._replace(portable=True)):
         yield

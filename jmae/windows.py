@@ -1,7 +1,7 @@
-"""Overlapping windows over volumes: where they lie, and one compiled pass of a network over all of them.
+"""Overlapping windows over volumes: their places, and one compiled pass of a network over all of them.
 
-Geometry is on the host, in whole voxels; the pass is on the device and knows the volume's true size only as data, so
-that volumes of one bucket share a program.
+Geometry is on the host, in whole voxels. The pass on the device gets the true size of a volume as data, so that volumes
+of one bucket share a program.
 """
 
 from collections.abc import Callable
@@ -24,17 +24,17 @@ class Tiling(NamedTuple):
 
 
 def ends(size: int, window: int, stride: int) -> list[int]:
-    """Where windows end along one axis: at window, window + stride, ... below `size`, and at `size` itself, so that the
-    last lies flush (the released code of MAEMI)."""
+    """Ends of the windows along one axis: window, window + stride, ... below `size`, and `size` itself, where the last
+    window lies flush (the released code of MAEMI)."""
     return [*range(window, size, stride), size]
 
 
 def room(
     size: tuple[int, ...], window: tuple[int, ...], side: int | None = None, midline: int | None = None
 ) -> tuple[list[tuple[int, int]], int | None]:
-    """(zeros that each axis needs below and above so that a window fits, the midline afterwards).
+    """(zeros below and above each axis with which a window fits, the midline after that).
 
-    Half of what is missing goes to either end; along `side` each of the two pieces grows outwards.
+    Either end gets half of the missing voxels. Along `side` each of the two pieces grows outwards.
     """
     pad = []
     for axis, (n, w) in enumerate(zip(size, window, strict=True)):
@@ -85,7 +85,7 @@ def tile(
     )
 
 
-def cut(volume: Float[Array, "*size c"], origins: Int[Array, "b rank"], window: tuple[int, ...]) -> Array:
+def cut_windows(volume: Float[Array, "*size c"], origins: Int[Array, "b rank"], window: tuple[int, ...]) -> Array:
     """Windows (b, *window, c) of a volume by their origins."""
     one = lambda origin: jax.lax.dynamic_slice(volume, (*origin, 0), (*window, volume.shape[-1]))
     return jax.vmap(one)(origins)
@@ -106,19 +106,20 @@ def average(
     released: bool = False,
     place: Callable[[Array], Array] = lambda x: x,
 ) -> Float[Array, "*size k"]:
-    """Mean over the windows that cover a voxel, and over `repeats` sweeps, of what `score` makes of each window.
+    """Mean of `score` over the windows that cover a voxel, and over `repeats` sweeps.
 
-    Windows x sweeps run as one stream of batches of `batch`, sweep by sweep, each with a key of its own: the case's
-    `key`, the sweep, the window's number. The last batch is filled with windows that count nothing. `place` puts a
-    batch on the devices.
+    Windows x sweeps run as one stream of batches, sweep by sweep. Each window of a sweep has its own key, from the
+    case's `key`, the sweep and the window's number. Windows that count nothing fill the last batch.
 
     Args:
         score: windows (b, *window, c) and their keys -> (values (b, *window, k), weights (b, *window, 1)).
-        origins: of the first `number` windows; the rest of the array is not used.
-        coverage: windows over each index of an axis (`Tiling`); voxels without any give 0.
-        weighted: a voxel's mean is over the weights that it got, 0 where it got none; else weights are not used.
-        released: the released code of MAEMI instead of the mean: each sweep's sum is divided by c + 1, c windows
-            covering the voxel, and their total again by the accumulated counters repeats * (c + 1).
+        origins: places of the windows; only the first `number` are used.
+        coverage: windows over each index of an axis (`Tiling`); voxels without a window give 0.
+        batch: windows at a time.
+        weighted: whether the mean is weighted; voxels without weight give 0.
+        released: whether the released code of MAEMI replaces the mean. That code divides each sweep's sum by c + 1,
+            where c windows cover the voxel, and the total again by its accumulated counters repeats * (c + 1).
+        place: (windows) -> windows on the devices.
     """
     shapes = jax.eval_shape(score, jax.ShapeDtypeStruct((batch, *window, volume.shape[-1]), volume.dtype), _keys(batch))
     k = shapes[0].shape[-1]
@@ -132,10 +133,10 @@ def average(
 
     def step(i: Int[Array, ""], sums: Array) -> Array:
         numbers = i * batch + jnp.arange(batch)
-        sweep, own = jnp.divmod(numbers, number)
-        keys = jax.vmap(lambda s, w: jax.random.fold_in(jax.random.fold_in(key, s), w))(sweep, own)
-        at = origins[own]
-        values, weights = score(place(cut(volume, at, window)), keys)
+        sweep, window_number = jnp.divmod(numbers, number)
+        keys = jax.vmap(lambda s, w: jax.random.fold_in(jax.random.fold_in(key, s), w))(sweep, window_number)
+        at = origins[window_number]
+        values, weights = score(place(cut_windows(volume, at, window)), keys)
         both = jnp.concatenate([values * weights, weights], -1) if weighted else values
         both = jnp.where((numbers < total).reshape(-1, *[1] * (both.ndim - 1)), both, 0)
         return jax.lax.scan(add, sums, (both, at))[0]
@@ -155,6 +156,6 @@ def _keys(batch: int) -> Key[Array, " b"]:
 
 
 def inside(shape: tuple[int, ...], size: Int[Array, " rank"]) -> Bool[Array, "*size"]:
-    """True for the voxels of the padded volume that are not the rest of its bucket."""
+    """True for the voxels of the padded volume without the rest of its bucket."""
     axes = jnp.ix_(*(jnp.arange(n) for n in shape))
     return reduce(jnp.logical_and, [axis < n for axis, n in zip(axes, size, strict=True)])

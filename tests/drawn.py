@@ -34,5 +34,4 @@ def first_state(stage: Stage, results: dict, n: int) -> State:
     state = drawn(lambda: init(results))
     if not state.params:  # a sweep: nothing is drawn
         return jax.jit(init)(results)
-    frozen = jax.jit(lambda results: init(results).frozen)(results)
-    return state._replace(opt=jax.tree.map(jnp.zeros_like, state.opt), frozen=frozen)
+    return state.replace(opt=jax.tree.map(jnp.zeros_like, state.opt))

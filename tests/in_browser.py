@@ -11,8 +11,8 @@ from playwright.sync_api import sync_playwright
 from test_comparison import a_run
 from test_report import an_evaluation, calibrated, cases_of, unlabelled, write
 
-from jmae import report
 from jmae.errors import exit_code
+from jmae.report.__main__ import main
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 PHONE, DESKTOP = {"width": 390, "height": 844}, {"width": 1200, "height": 900}
@@ -52,7 +52,7 @@ def pages(tmp_path_factory):
     write(folder / "long.html", evil, [c._replace(id=long) for c in cases_of(evil)], config={"k" * 80: "v" * 300})
     write(folder / "unlabelled.html", unlabelled(), history=[])
     runs = [a_run(folder / ("a-run-with-a-long-name-" * 2 + str(i)), 0.5 + i, memory=i) for i in range(4)]
-    assert exit_code(report.main, [*map(str, runs), f"--out={folder / 'comparison.html'}", "--draws=50"]) == 0
+    assert exit_code(main, [*map(str, runs), f"--out={folder / 'comparison.html'}", "--draws=50"]) == 0
     return {file.stem: file for file in folder.glob("*.html")}
 
 

@@ -12,10 +12,11 @@ import numpy as np
 from drawn import first_state
 from patients import arguments
 
-from jmae import plan, recipe, sharding, train
+from jmae import plan, programs, recipe, sharding, train
 from jmae.errors import exit_code
-from jmae.evaluate import seeds_of
+from jmae.gpus import without_cudnn
 from jmae.hlo import Program
+from jmae.passes import seeds_of
 from jmae.system import load_system, stage_keys
 from jmae.target import Target, tracing_for
 
@@ -103,7 +104,7 @@ def bytes_of_states() -> dict[str, list[int]]:
     key, first, out = stage_keys(config, 0), jax.devices()[0], {}
     for fsdp in (1, 4, 8):
         mesh = sharding.device_mesh(fsdp)
-        state = jax.jit(lambda key, mesh=mesh: train.placed(system.stages[0].init(key, {}, 16), mesh))(key)
+        state = jax.jit(lambda key, mesh=mesh: programs.placed(system.stages[0].init(key, {}, 16), mesh))(key)
         leaves = [leaf for leaf in jax.tree.leaves((state.params, state.opt)) if leaf.size >= sharding.SPLIT_FROM]
         shards = [shard.data.nbytes for leaf in leaves for shard in leaf.addressable_shards if shard.device == first]
         out[str(fsdp)] = [sum(shards), sum(leaf.nbytes for leaf in leaves)]
@@ -125,7 +126,7 @@ def exchanged() -> dict[str, list[float]]:
         ("simsid", "joint", "variant=official"),
     ):
         config, _ = small_system("fsdp=4", *changes, name=name)
-        with tracing_for(H200):
+        with tracing_for(H200), without_cudnn():
             results = {}
             for number, each in enumerate(load_system(config).stages):
                 if each.name == stage:
@@ -145,7 +146,7 @@ def rows_of_kernels() -> dict[str, list[int]]:
     config, _ = small_system(name="memmc_mae")
     for count in (1, 8):
         mesh = sharding.device_mesh(1, jax.devices()[:count])
-        with tracing_for(H200):
+        with tracing_for(H200), without_cudnn():
             system = load_system(config)
             state, inputs, step = plan.step_of(config, system.stages[0], 0, {}, mesh, 16)
             results = {"train": plan.result_of(config, system.stages[0], 0, {})}

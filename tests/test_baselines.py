@@ -44,7 +44,7 @@ def test_image_scores_agree_with_scikit_learn(size, channels):
 @SIZES
 def test_pixel_maps_hold_the_residual_where_it_is(size, channels):
     train, test = images(60, size, channels), images(3, size, channels)
-    maps = baselines.pixel_maps(train, test)
+    maps = baselines.pixel_maps(baselines.span_of(train), test)
     new = standardised(test)
     pca = PCA(30, svd_solver="full").fit(standardised(train))
     squared = (new - pca.inverse_transform(pca.transform(new))) ** 2

@@ -2,18 +2,22 @@
 
 import csv
 import json
+from dataclasses import replace
 from math import floor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
 from test_evaluate import SYSTEM, config
 
+from jmae import calibration as cal
 from jmae import evaluate as ev
-from jmae.data.loader import kept_apart, load_rows
+from jmae.data.cases import kept_apart, load_rows
 from jmae.data.manifest import Row
 from jmae.errors import InputError
+from jmae.inference import Scorer, score_rows
 from jmae.scoring import Calibration, alarm_threshold, colour_ends, p_values
 from jmae.system import System
 
@@ -120,7 +124,7 @@ def test_an_evaluation_calibrates_on_the_normals_of_val(calibrated):
     c, rows, folder = calibrated
     about = json.loads((folder / "calibration.json").read_text())
     normals = [r for r in rows if r.split == "val"]
-    scores = ev.scorer(c, SYSTEM, {})(ev.Images(normals, c), np.arange(12)).scores["bright"][0]
+    scores = np.array([result.scores["bright"][0] for result in score_rows(Scorer(c, SYSTEM, {}), normals)])
     assert about["scores"] == {r.id: float(s) for r, s in zip(normals, scores, strict=True)}
     assert (about["n"], about["alarm_rate"], about["threshold"]) == (12, 0.2, float(np.sort(scores)[-2]))
     table = lines(folder / "evaluation" / "scores.csv")
@@ -137,17 +141,17 @@ def test_the_normals_themselves_and_other_settings_or_weights_have_no_p_value(ca
     p = lambda name: [line["p_value"] for line in lines(tmp_path / name / "scores.csv")]
     ev.evaluate(c, SYSTEM, rows, folder, split="val", out=tmp_path / "val")
     assert set(p("val")) == {""} and "not calibrated" not in capfd.readouterr().err
-    ev.evaluate(c, SYSTEM, rows, folder, split="test", out=tmp_path / "other", own=False)
+    ev.evaluate(c, SYSTEM, rows, folder, split="test", out=tmp_path / "other", of_run=False)
     assert p("other") == [line["p_value"] for line in lines(folder / "evaluation" / "scores.csv")]
     changed = c.copy_and_resolve_references()
     changed.evaluation.masks = 9
     capfd.readouterr()
-    assert ev.read_calibration(changed, SYSTEM, {}, folder) is None
+    assert cal.read_calibration(changed, SYSTEM, {}, folder) is None
     assert "is of another evaluation.masks: no p-values" in capfd.readouterr().err
-    assert ev.read_calibration(c, SYSTEM, {"a": {"params": np.ones(2)}}, folder) is None
+    assert cal.read_calibration(c, SYSTEM, {"a": {"params": np.ones(2)}}, folder) is None
     assert "is of other weights" in capfd.readouterr().err
     changed.evaluation.masks, changed.evaluation.batch = c.evaluation.masks, 1
-    assert ev.read_calibration(changed, SYSTEM, {}, folder).scores
+    assert cal.read_calibration(changed, SYSTEM, {}, folder).scores
 
 
 def test_damaged_calibrations_and_rates_are_refused_in_one_line(calibrated, tmp_path):
@@ -165,49 +169,50 @@ def test_damaged_calibrations_and_rates_are_refused_in_one_line(calibrated, tmp_
     ):
         (tmp_path / "calibration.json").write_text(text)
         with pytest.raises(InputError, match="is no calibration") as error:
-            ev.read_calibration(c, SYSTEM, {}, tmp_path)
+            cal.read_calibration(c, SYSTEM, {}, tmp_path)
         assert "\n" not in str(error.value)
     for rate in (0.0, 1.0, -1.0):
         with pytest.raises(InputError, match="is no rate"):
-            ev.alarm_rate(config(Path("none"), (8, 8), 1, **{"evaluation.alarm_rate": rate}))
+            cal.alarm_rate(config(Path("none"), (8, 8), 1, **{"evaluation.alarm_rate": rate}))
 
 
 def test_a_run_without_labels_to_test_is_calibrated_too_and_few_normals_are_said(calibrated, tmp_path, capfd):
     c, rows, folder = calibrated
-    ev.calibrate_run(c, SYSTEM, rows, tmp_path)
+    cal.calibrate_run(c, SYSTEM, rows, tmp_path)
     one, two = (json.loads((place / "calibration.json").read_text()) for place in (tmp_path, folder))
     assert one == two
     strict = c.copy_and_resolve_references()
     strict.evaluation.alarm_rate = 0.01
-    ev.calibrate_run(strict, SYSTEM, rows, tmp_path)
+    cal.calibrate_run(strict, SYSTEM, rows, tmp_path)
     assert "12 held-out normals give no p-value up to 0.01: 99 would" in capfd.readouterr().err
     assert json.loads((tmp_path / "calibration.json").read_text())["threshold"] is None
     (tmp_path / "calibration.json").unlink()
-    ev.calibrate_run(c, SYSTEM, [r for r in rows if r.split != "val"], tmp_path)
+    cal.calibrate_run(c, SYSTEM, [r for r in rows if r.split != "val"], tmp_path)
     assert "not calibrated" in capfd.readouterr().err and not (tmp_path / "calibration.json").exists()
 
 
 def test_only_normals_that_nothing_was_chosen_by_calibrate(capfd):
     row = lambda name, label, kept=False: Row(name, "", "val", label, ("x.png",), kept=kept)
     rows = [row("a", 0), row("b", 1), row("c", 0, kept=True)]
-    plain = System("toy", (), None, (), "bright")
+    plain = System(name="toy", stages=(), uses=(), primary="bright")
     c = ConfigDict({"select": "auroc"})
-    assert ev.calibrators(c, plain, rows) == [True, False, True]
-    chosen = plain._replace(chosen_on_val=True)
-    assert ev.calibrators(c, chosen, rows) == [False, False, True]
+    assert cal.calibrating_rows(c, plain, rows) == [True, False, True]
+    chosen = replace(plain, stages=(SimpleNamespace(splits=("train", "val")),))
+    assert cal.calibrating_rows(c, chosen, rows) == [False, False, True]
     assert "only train rows kept apart give p-values" in capfd.readouterr().err
-    assert ev.calibrators(c, chosen, [rows[0], rows[2]]) == [True, True]  # without an abnormal one nothing was chosen
+    # Without an abnormal row of val nothing was chosen.
+    assert cal.calibrating_rows(c, chosen, rows[::2]) == [True, True]
 
 
 def test_alarms_leave_out_cases_without_a_p_value_and_needed_columns_are_asked_for(capfd):
     rows = [Row(name, "", "test", int(name > "b"), ("x.png",)) for name in "abcd"]
-    split = ev.Split("test", rows, [], [], np.array([0, 0, 1, 1]), False)
+    labels = np.array([0, 0, 1, 1])
     calibration = Calibration({"a": 1.0, "n": 2.0, "m": 3.0})
-    found = ev.alarms(split, [None, 0.5, 0.25, 1.0], calibration, 0.25)
+    found = cal.alarms(labels, [None, 0.5, 0.25, 1.0], calibration, 0.25)
     assert (found["normal"], found["abnormal"]) == (0, 0.5)
-    assert ev.alarms(split, [None] * 4, calibration, 0.25) is None
-    system = System("toy", (), None, (), "bright")
-    line = lambda row, c: ev.score_line(row, {"bright": np.array([2.5])}, system, c)["p_value"]
+    assert cal.alarms(labels, [None] * 4, calibration, 0.25) is None
+    system = System(name="toy", stages=(), uses=(), primary="bright")
+    line = lambda row, c: cal.score_line(row, {"bright": np.array([2.5])}, system, c)["p_value"]
     assert line(rows[1], calibration) == 0.5
     assert line(rows[0], calibration) is None and "a: no p-value: it has the name" in capfd.readouterr().err
     within = calibration._replace(needs=("region", "midline"))

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jmae import cards, recipe, report
-from jmae.report import described
+from jmae import cards, recipe
+from jmae.report import system_description, words
 from jmae.system import SYSTEMS, System
 
-TOY = System("amae", (), None, (), "bright")
+TOY = System(name="amae", stages=(), uses=(), primary="bright")
 
 
 def a_recipe(manifest: Path | None):
@@ -25,7 +25,7 @@ def a_recipe(manifest: Path | None):
 @pytest.fixture(scope="module")
 def rows(tools, tmp_path_factory):
     """(manifest with a column licence, its rows)."""
-    from jmae.data.manifest import read_manifest
+    from jmae.data.manifest import parse_manifest
 
     folder = tmp_path_factory.mktemp("cards")
     manifest = tools.write_set(folder, {("train", 0): 8, ("unlabeled", None): 3, ("test", 0): 4, ("test", 1): 2})
@@ -38,19 +38,19 @@ def rows(tools, tmp_path_factory):
         writer = csv.DictWriter(file, list(lines[0]))
         writer.writeheader()
         writer.writerows(lines)
-    return manifest, read_manifest(manifest)
+    return manifest, parse_manifest(manifest)[0]
 
 
 def test_every_system_names_its_paper():
     for name in SYSTEMS:
-        what, paper = described(name)
+        what, paper = system_description(name)
         assert len(what) > 30 and re.search(r"arXiv \d{4}\.\d{5}\.$", paper), name
-    assert described("toy") == described("../train") == ("", "")
+    assert system_description("toy") == system_description("../train") == ("", "")
 
 
 def test_a_system_whose_file_names_no_paper_is_described_without_one(tmp_path, monkeypatch):
     (tmp_path / "systems").mkdir()
-    monkeypatch.setattr(report, "__file__", str(tmp_path / "report.py"))
+    monkeypatch.setattr(words, "SYSTEM_FILES", tmp_path / "systems")
     for text, expected in (
         ('"""One\nsentence.\n\nNo number."""', ("One sentence.", "")),
         ('"""One sentence."""', ("One sentence.", "")),
@@ -58,7 +58,7 @@ def test_a_system_whose_file_names_no_paper_is_described_without_one(tmp_path, m
         ('"""One.\n\nA. Name, arXiv 2206.03935, and more."""', ("One.", "A. Name, arXiv 2206.03935.")),
     ):
         (tmp_path / "systems" / "sixth.py").write_text(text)
-        assert described("sixth") == expected
+        assert system_description("sixth") == expected
 
 
 def test_the_data_card_counts_what_the_manifest_has(rows, tmp_path):
@@ -80,9 +80,9 @@ def test_the_data_card_counts_what_the_manifest_has(rows, tmp_path):
 def test_images_of_other_sizes_are_told_apart(rows, tmp_path):
     _, read = rows
     Image.fromarray(np.zeros((7, 9), np.uint8)).save(tmp_path / "small.png")
-    table = cards.kinds([*read[:3], read[0]._replace(image=(str(tmp_path / "small.png"),))])
+    table = cards.image_kinds([*read[:3], read[0]._replace(image=(str(tmp_path / "small.png"),))])
     assert "| .png | 1 | 7 x 9 | 1 |" in table and "| .png | 1 | 40 x 36 | 2 |" in table
-    assert "not in one header" in cards.kinds([read[0]._replace(image=(str(tmp_path),))])
+    assert "not in one header" in cards.image_kinds([read[0]._replace(image=(str(tmp_path),))])
 
 
 def test_phantoms_are_of_no_patient(tmp_path):
@@ -90,8 +90,8 @@ def test_phantoms_are_of_no_patient(tmp_path):
 
     cards.write_cards(tmp_path, a_recipe(None), TOY, phantoms.rows("chest"))
     card = (tmp_path / "DATA_CARD.md").read_text()
-    assert "phantoms: chest: drawn by jmae, of no patient" in card and "SHA-256" not in card
-    assert "Drawn at 128 x 128, 1 channel." in card
+    assert "phantoms: chest: drawn by jmae, without patients" in card and "SHA-256" not in card
+    assert "Size 128 x 128, 1 channel." in card
 
 
 def test_the_model_card_has_figures_with_intervals_once_there_are_any(rows, tmp_path):
@@ -119,6 +119,6 @@ def test_the_model_card_has_figures_with_intervals_once_there_are_any(rows, tmp_
     assert "evaluation: split test, 6 cases, 4 normal, 2 abnormal." in card
     assert "| bright (primary) | 0.912 (0.850 to 0.950) | 0.500 | 0.700 | 0.100 |" in card
     assert r"| a \| b (baseline) | 0.600 (0.500 to 0.700) | 0.400 (0.300 to 0.500) |  |  |" in card
-    assert "of 40 held-out normals: 25.0% of normal cases." in card and "Not evaluated" not in card
-    assert "not an independent test: 1 leaks" in card and "jax 0.10.1" in card
+    assert "from 40 held-out normal cases: 25.0% of normal cases." in card and "Not evaluated" not in card
+    assert "not an independent test: 1 patients or images are in two splits" in card and "jax 0.10.1" in card
     assert "digest of the images of evaluation: abc" in (tmp_path / "DATA_CARD.md").read_text()

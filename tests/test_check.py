@@ -9,7 +9,7 @@ import pytest
 from PIL import Image as pillow
 
 from jmae.data import check, duplicates, phantoms
-from jmae.data.duplicates import taken
+from jmae.data.duplicates import fingerprint
 from jmae.data.transforms import resize
 from jmae.errors import exit_code
 
@@ -28,7 +28,7 @@ def chests():
 
 @pytest.fixture(scope="module")
 def prints(chests):
-    return [taken(image) for image in chests]
+    return [fingerprint(image) for image in chests]
 
 
 def jpeg(image, quality):
@@ -64,7 +64,7 @@ def test_of_all_pairs_of_strangers_none_is_a_copy(prints):
 def test_every_exact_and_near_copy_is_found_and_nothing_else(chests, prints):
     own = [i % CHESTS for i in range(0, 7 * 60, 7)]  # ten of each kind would do; these are six
     kinds = [list(NEAR)[i % len(NEAR)] for i in range(len(own))]
-    copied = [taken(np.asarray(NEAR[kind](chests[i]), np.float32)) for i, kind in zip(own, kinds, strict=True)]
+    copied = [fingerprint(np.asarray(NEAR[kind](chests[i]), np.float32)) for i, kind in zip(own, kinds, strict=True)]
     found = duplicates.copies([*prints, *copied], [0] * CHESTS + [1] * len(copied))
     pairs = {(one.first, one.second - CHESTS) for one in found}
     planted = {(i, k) for k, i in enumerate(own)}
@@ -82,7 +82,7 @@ def test_copies_within_one_group_are_none(prints):
 @pytest.mark.parametrize("shape", [(20, 24, 1), (9, 12, 10, 2), (3, 2, 1)])
 def test_images_without_detail_are_copies_only_where_every_value_is_equal(shape):
     flat, other, none = np.full(shape, 3.0), np.full(shape, 4.0), np.full(shape, np.nan)
-    found = duplicates.copies([taken(np.float32(x)) for x in (flat, other, flat, none)], range(4))
+    found = duplicates.copies([fingerprint(np.float32(x)) for x in (flat, other, flat, none)], range(4))
     assert [(one.first, one.second, one.correlation) for one in found] == [(0, 2, 1)]
 
 
@@ -96,11 +96,11 @@ def test_copies_of_volumes_are_found_and_other_volumes_are_not():
         np.round(volumes[2] / 16),
         volumes[3] + rng.normal(0, 20, volumes[3].shape),
     ]
-    prints = [taken(np.asarray(v, np.float32)) for v in [*volumes, *copied]]
+    prints = [fingerprint(np.asarray(v, np.float32)) for v in [*volumes, *copied]]
     found = duplicates.copies(prints, [0] * 6 + [1] * 4)
     assert [(one.first, one.second) for one in found] == [(0, 6), (1, 7), (2, 8), (3, 9)]
     assert duplicates.copies(prints[:6], range(6)) == []
-    assert duplicates.copies([*prints, taken(volumes[0][:, :, 0])], [0] * 10 + [1]) == []  # a slice is no volume
+    assert duplicates.copies([*prints, fingerprint(volumes[0][:, :, 0])], [0] * 10 + [1]) == []  # a slice is no volume
 
 
 # The command
@@ -185,16 +185,21 @@ def test_every_kind_of_finding_is_told_with_its_cases(cases, chests, capsys):
     said = capsys.readouterr().out
     assert "     1  near-identical  the same, resized" in said and "10 findings" in said
     assert "c4 in test and near in train are one image, or two of one patient (correlation " in said
-    assert "sick is abnormal and in train: move it to val, test or unlabeled, or give it a mask" in said
+    assert "sick is abnormal and in train: move it to val, test or unlabeled\n" in said
 
 
-def test_abnormal_training_cases_with_a_mask_are_a_note(cases, capsys):
-    rows = cases[1]
-    rows[5][2] = "train"
-    assert run(write(cases), "--json", str(cases[0] / "out.json")) == 0
+def test_abnormal_training_volumes_with_a_mask_are_a_note_and_images_a_finding(cases, tmp_path, capsys):
+    cases[1][5][2] = "train"
+    assert found(cases) == {"abnormal": [["c5"]]}
+    assert "normal_crops_only" not in capsys.readouterr().out
+    volume = np.random.default_rng(0).random((8, 9, 10), np.float32)
+    for name, array in {"v": volume, "m": np.float32(volume > 0.99)}.items():
+        nib.save(nib.Nifti1Image(array, np.eye(4)), tmp_path / f"{name}.nii.gz")
+    volumes = tmp_path, [["v", "", "train", 1, "v.nii.gz", "m.nii.gz", ""]]
+    assert run(write(volumes), "--json", str(tmp_path / "out.json")) == 0
     said = capsys.readouterr().out
-    assert "note: 1 abnormal cases in train have a mask or boxes: set --config.data.normal_crops_only=True" in said
-    content = json.loads((cases[0] / "out.json").read_text())
+    assert "note: 1 abnormal volumes in train have a mask or boxes: set --config.data.normal_crops_only=True" in said
+    content = json.loads((tmp_path / "out.json").read_text())
     assert len(content["notes"]) == 1 and content["findings"] == []
 
 

@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from jmae import comparison, metrics, report
+from jmae import metrics
 from jmae.errors import exit_code
+from jmae.report import compare
+from jmae.report.__main__ import main
 
 IDS = [f"case{i}" for i in range(24)]
 LABELS = np.arange(24) % 2
@@ -71,9 +73,9 @@ def test_a_difference_is_that_of_the_metrics_and_its_interval_that_of_common_dra
 
 def test_the_page_shows_the_runs_their_differences_and_what_differs(tmp_path, capfd):
     runs = [a_run(tmp_path / "good", 0.3), a_run(tmp_path / "<b>bad", 2.0, memory=0)]
-    assert exit_code(report.main, [*map(str, runs), f"--out={tmp_path / 'page.html'}", "--draws", "100"]) == 0
+    assert exit_code(main, [*map(str, runs), f"--out={tmp_path / 'page.html'}", "--draws", "100"]) == 0
     page, said = (tmp_path / "page.html").read_text(), capfd.readouterr().err
-    scores = [comparison.scores_of(comparison.read_run(run), IDS) for run in runs]
+    scores = [compare.scores_of(compare.read_run(run), IDS) for run in runs]
     expected = roc_auc_score(LABELS, scores[0]) - roc_auc_score(LABELS, scores[1])
     assert f"{expected:+.3f}" in page and f"{expected:+.3f}" in said
     assert "<script" not in page and "&lt;b&gt;bad" in page and "<b>bad" not in page
@@ -82,29 +84,31 @@ def test_the_page_shows_the_runs_their_differences_and_what_differs(tmp_path, ca
     assert "draws of cases (the patients are not known here)" in words
     assert re.search("model.memory 40 0", words) and "versions.jax 0.0.3 0.2.0" in words
     assert "0.610 5-NN" in words
-    assert f"it is {expected:+.3f} against the next, <b>bad (95 % interval" in html.unescape(words)
-    environments = [comparison.digests_of(comparison.read_run(run))["environment"] for run in runs]
+    assert f"its AUROC differs by {expected:+.3f} from the next run, <b>bad (95 % interval" in html.unescape(words)
+    environments = [compare.run_digests(compare.read_run(run))["environment"] for run in runs]
     assert "good recipe-{} rows seen" in words and all(found in words for found in environments)
     assert environments[0] != environments[1]
     assert page.index("good") < page.index("&lt;b&gt;bad")  # the best first
 
 
-def test_the_lead_says_what_is_settled_and_who_does_not_beat_a_baseline():
+def test_the_first_sentences_say_which_is_better_and_which_does_not_beat_a_baseline():
     line = lambda name, auroc: {"name": name, "system": "s", "image": {"auroc": auroc}, "baseline": ("5-NN", 0.8)}
     figures = [line("a", 0.9), line("b", 0.8), line("c", None)]
-    settled = comparison.Pair("b", "a", -0.1, (-0.2, -0.05), 0, (0, 0))
-    words = " ".join(comparison.lead(figures, [settled]))
+    settled = compare.Pair("b", "a", -0.1, (-0.2, -0.05), 0, (0, 0))
+    words = " ".join(compare.comparison_sentences(figures, [settled]))
     assert "a (s) has the highest AUROC, 0.900. " in words and "as well as or better than b." in words
-    assert "it is +0.100 against the next, b (95 % interval +0.050 to +0.200)." in words
+    assert "differs by +0.100 from the next run, b (95 % interval +0.050 to +0.200)." in words
     open_ = settled._replace(auroc_ci=(-0.2, 0.05))
-    assert "-0.050 to +0.200), which does not settle" in " ".join(comparison.lead(figures, [open_]))
-    contrary = comparison.Pair("a", "b", -0.05, (-0.09, -0.01), 0, (0, 0))  # on the cases in common alone
-    said = "it is -0.050 against the next, b (95 % interval -0.090 to -0.010): there b is the better one."
-    assert said in " ".join(comparison.lead(figures, [contrary]))
-    bare = " ".join(comparison.lead(figures, [settled._replace(auroc_ci=(np.nan, np.nan))]))
-    assert "it is +0.100 against the next, b." in bare
-    assert "the next, b, are of one class, so they tell no difference." in " ".join(comparison.lead(figures, []))
-    assert comparison.lead([line("c", None)], []) == ["No AUROC: the cases in common are of one class."]
+    assert "-0.050 to +0.200), which does not show which" in " ".join(compare.comparison_sentences(figures, [open_]))
+    contrary = compare.Pair("a", "b", -0.05, (-0.09, -0.01), 0, (0, 0))  # on the cases in common alone
+    said = "differs by -0.050 from the next run, b (95 % interval -0.090 to -0.010): on these cases b is better."
+    assert said in " ".join(compare.comparison_sentences(figures, [contrary]))
+    bare = " ".join(compare.comparison_sentences(figures, [settled._replace(auroc_ci=(np.nan, np.nan))]))
+    assert "differs by +0.100 from the next run, b." in bare
+    assert "the next run, b, are of one class and show no difference." in " ".join(
+        compare.comparison_sentences(figures, [])
+    )
+    assert compare.comparison_sentences([line("c", None)], []) == ["No AUROC: the cases in common are of one class."]
 
 
 def test_cases_in_common_of_one_class_tell_no_difference(tmp_path):
@@ -112,26 +116,26 @@ def test_cases_in_common_of_one_class_tell_no_difference(tmp_path):
     more = [i for i, label in enumerate(LABELS) if label]
     ids = [IDS[i] for i in normals] + [f"own{i}" for i in more]
     runs = [a_run(tmp_path / "a", 0.5), a_run(tmp_path / "b", 1.0, ids=ids, labels=LABELS[normals + more])]
-    said = comparison.write_comparison(tmp_path / "page.html", runs, draws=20)
+    said = compare.write_comparison(tmp_path / "page.html", runs, draws=20)
     page = (tmp_path / "page.html").read_text()
-    assert "nan" not in said + page and "are of one class, so they tell no difference" in page
+    assert "nan" not in said + page and "are of one class and show no difference" in page
 
 
 def test_patients_are_resampled_where_they_are_known(tmp_path):
     patients = {name: f"p{i // 4}" for i, name in enumerate(IDS)}
-    known = [comparison.read_run(a_run(tmp_path / name, 1.0 + len(name), patients=patients)) for name in ("a", "bb")]
+    known = [compare.read_run(a_run(tmp_path / name, 1.0 + len(name), patients=patients)) for name in ("a", "bb")]
     blank = [run._replace(patients=dict.fromkeys(IDS, "")) for run in known]
-    (_, by_patient, (pair,)), (_, by_case, (other,)) = (comparison.compare(runs, draws=200) for runs in (known, blank))
-    assert by_patient and not by_case and pair.auroc == other.auroc and pair.auroc_ci != other.auroc_ci
+    (pair,), (other,) = (compare.paired_differences(runs, IDS, draws=200) for runs in (known, blank))
+    assert pair.auroc == other.auroc and pair.auroc_ci != other.auroc_ci
 
 
 def test_runs_of_one_name_are_told_apart_and_cases_in_common_are_compared(tmp_path):
     runs = [a_run(tmp_path / "x" / "run", 1.0), a_run(tmp_path / "y" / "run", 1.0, ids=IDS[:20], labels=LABELS[:20])]
-    said = comparison.write_comparison(tmp_path / "page.html", [runs[0], runs[1] / "evaluation"], draws=20)
+    said = compare.write_comparison(tmp_path / "page.html", [runs[0], runs[1] / "evaluation"], draws=20)
     assert "run - evaluation" in said
     words = re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", (tmp_path / "page.html").read_text()))
     assert "20 cases in common" in words and "4 more cases" in words
-    comparison.write_comparison(tmp_path / "page.html", [runs[0], a_run(tmp_path / "z" / "run", 2.0)], draws=20)
+    compare.write_comparison(tmp_path / "page.html", [runs[0], a_run(tmp_path / "z" / "run", 2.0)], draws=20)
     assert "x/run" in (tmp_path / "page.html").read_text() and "z/run" in (tmp_path / "page.html").read_text()
 
 
@@ -148,16 +152,16 @@ def test_runs_that_do_not_belong_together_are_refused_in_one_line(tmp_path, capf
     out = f"--out={tmp_path / 'page.html'}"
     for folders, message in {
         (good, other): "share no labelled case",
-        (good, contrary): "contradict each other on the labels of 24 cases, as case0",
-        (good, tmp_path / "empty"): "empty: no whole evaluation",
-        (good, swapped): "have other images under the names of 1 cases, as case3",
+        (good, contrary): "have different labels for 24 of their common cases, such as case0",
+        (good, tmp_path / "empty"): "empty: no complete evaluation",
+        (good, swapped): "have different images for 1 of their common cases, such as case3",
         (good, good): "one run is named twice",
-        (torn,): "torn: no whole evaluation",
+        (torn,): "torn: no complete evaluation",
         (): "name 1 to 12 run folders and the page",
     }.items():
-        assert exit_code(report.main, [*map(str, folders), out]) == 2
+        assert exit_code(main, [*map(str, folders), out]) == 2
         said = capfd.readouterr().err
         assert message in said and said.count("\n") == 1, said
-    assert exit_code(report.main, [str(good), "--out=page.txt"]) == 2
-    assert exit_code(report.main, [str(good), out, "--draws=0"]) == 2
+    assert exit_code(main, [str(good), "--out=page.txt"]) == 2
+    assert exit_code(main, [str(good), out, "--draws=0"]) == 2
     assert not (tmp_path / "page.html").exists()

@@ -1,20 +1,24 @@
 """How many masks are enough: which scores are means over masks, that other numbers are other draws, and the verdict."""
 
-from types import SimpleNamespace
+from dataclasses import replace
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
+from sweeping import sweeper
 
 from jmae import convergence as co
-from jmae import recipe, report
+from jmae import recipe
 from jmae.data.loader import case_words
-from jmae.data.manifest import Row, read_manifest
+from jmae.data.manifest import Row, parse_manifest
 from jmae.data.volumes import Volume
 from jmae.errors import InputError
-from jmae.evaluate import sweeper
+from jmae.report.charts import convergence_chart
+from jmae.report.words import convergence_sentences
+from jmae.results import Prepared, Result
 from jmae.system import Sweep, System, load_system
 
 MANY = 64
@@ -53,35 +57,52 @@ def test_scores_that_are_means_over_masks_are_those_that_are_said_to_be():
     assert not load_system(a_recipe("amae", **{"evaluation.discrepancy": "reconstruction"})).averaged
 
 
-@pytest.fixture
-def fake(monkeypatch, small_set):
-    """A system whose single masks score label + noise by the case's words; what was asked of it is kept."""
-    asked = []
+class FakeScorer:
+    """Masks that score label + noise by the words of the case's key, one of four at a time."""
 
-    def scorer(config, system, results):
-        asked.append(config.evaluation.masks)
+    at_once = 4
+    asked: ClassVar[list[int]] = []
+
+    def __init__(self, config, system, results):
+        self.number, self.system = config.evaluation.masks, system
+        self.asked.append(self.number)
         assert not config.evaluation.convergence
 
-        def score(images, index):
-            n = config.evaluation.masks
-            noise = [np.random.default_rng(w.tolist()).normal(0, 3 / n**0.5) for w in images.words]
-            values = np.array([row.label for row in images.rows]) + noise
-            return SimpleNamespace(scores={system.primary: values[None]})
+    def prepare(self, row):
+        return Prepared(row=row, array=np.zeros(1), geometry=None, digest="")
 
-        return score
+    def dispatch(self, cases, draw, repeats):
+        words = [case_words(f"{case.row.id}\n{draw}") for case in cases]
+        noise = [np.random.default_rng(w.tolist()).normal(0, 3 / self.number**0.5) for w in words]
+        scores = [np.array([case.row.label + n]) for case, n in zip(cases, noise, strict=True)]
+        return [Result(case, {}, {self.system.primary: s}) for case, s in zip(cases, scores, strict=True)]
 
-    monkeypatch.setattr(co, "scorer", scorer)
+    def fetch(self, started):
+        return started
+
+
+@pytest.fixture
+def fake(monkeypatch, small_set):
+    monkeypatch.setattr(FakeScorer, "asked", [])
+    monkeypatch.setattr(co, "Scorer", FakeScorer)
     config = a_recipe("amae", **{"evaluation.masks": 6, "evaluation.convergence": 3})
-    rows = [row for row in read_manifest(small_set) if row.split == "test"]
-    return config, rows, asked
+    rows = [row for row in parse_manifest(small_set)[0] if row.split == "test"]
+    return config, rows, FakeScorer.asked
+
+
+NUMBERS = [1, 2, 4, 6]
+
+
+def drawn_scores(config, system, rows):
+    draws = co.planned_draws(config, system, {}, "masks", NUMBERS)
+    return co.averaged(co.draw_scores(system, draws, rows), NUMBERS)
 
 
 @pytest.mark.parametrize("averaged", [True, False])
 def test_draws_are_independent_and_single_masks_are_scored_by_one_program(fake, averaged):
     config, rows, asked = fake
-    system = load_system(config)._replace(averaged=averaged)
-    draws = co.image_draws(config, system, {}, rows, "masks", [1, 2, 4, 6])
-    assert asked == ([1] if averaged else [1, 2, 4, 6])
+    draws = drawn_scores(config, replace(load_system(config), averaged=averaged), rows)
+    assert asked == ([1] if averaged else NUMBERS)
     assert [len(each) for each in draws.values()] == ([18, 9, 4, 3] if averaged else [3] * 4)
     for number, each in draws.items():
         values = np.concatenate([np.ravel(scores) for scores in each])
@@ -94,12 +115,12 @@ def test_the_standard_error_is_that_of_the_draws_aurocs(fake):
     config, rows, _ = fake
     found = co.convergence(config, load_system(config), {}, rows)
     labels = [row.label for row in rows]
-    draws = co.image_draws(config, load_system(config), {}, rows, "masks", [1, 2, 4, 6])
+    draws = drawn_scores(config, load_system(config), rows)
     for step, each in zip(found["steps"], draws.values(), strict=True):
         values = [roc_auc_score(labels, scores[0]) for scores in each]
         assert step["auroc"] == pytest.approx(np.mean(values)) and step["draws"] == len(each)
         assert step["se"] == pytest.approx(np.std(values, ddof=1) / len(each) ** 0.5)
-    assert found["what"] == "masks" and [s["number"] for s in found["steps"]] == [1, 2, 4, 6]
+    assert found["what"] == "masks" and [s["number"] for s in found["steps"]] == NUMBERS
     assert co.convergence(config, load_system(config), {}, rows[:6]) is None  # one class
 
 
@@ -113,19 +134,23 @@ def steps_of(*triples):
         (
             steps_of((1, 0.70, 0.02), (2, 0.798, 0.001), (4, 0.8, 0.001)),
             2,
-            "From 2 on, one evaluation lies within 0.01",
+            "From 2 masks on, an evaluation differs from that by at most 0.01",
         ),
-        (steps_of((1, 0.8, 0.001), (2, 0.77, 0.001), (4, 0.8, 0.001)), 4, "No fewer give an evaluation within 0.01"),
+        (
+            steps_of((1, 0.8, 0.001), (2, 0.77, 0.001), (4, 0.8, 0.001)),
+            4,
+            "With fewer masks, an evaluation can differ from that by more than 0.01",
+        ),
         (steps_of((1, 0.7, 0.1), (2, 0.75, 0.05), (4, 0.8, 0.02)), None, "varies by 0.040"),
-        (steps_of((1, 0.8, 0), (2, 0.8, 0)), 1, "does not depend on the masks"),
+        (steps_of((1, 0.8, 0), (2, 0.8, 0)), 1, "does not depend on the number of masks"),
     ],
 )
 def test_enough_is_from_where_on_nothing_larger_strays(steps, expected, words):
     assert co.enough(steps) == expected
     found = {"what": "masks", "steps": steps, "enough": expected, "close": co.CLOSE, "rising": False}
-    assert words in " ".join(report.convergence_words(found))
-    assert "aria-label" in report.convergence_chart(found)
-    rising = " ".join(report.convergence_words(found | {"rising": True}))
+    assert words in " ".join(convergence_sentences(found))
+    assert "aria-label" in convergence_chart(found)
+    rising = " ".join(convergence_sentences(found | {"rising": True}))
     assert ("may raise it further" in rising) == (steps[0]["deviation"] > 0)
 
 
@@ -137,10 +162,16 @@ def test_sweeps_over_a_volume_are_a_number_that_one_program_is_given():
         noise = jax.vmap(lambda key: jax.random.uniform(key, image.shape[1:]))(keys)
         return image + noise, jnp.ones((*image.shape[:-1], 1))
 
-    sweep = Sweep((4, 4), (2, 4), 3, score, lambda averages, inside: {"maps": {"m": averages[..., 0] ** 2}})
+    sweep = Sweep(
+        window=(4, 4),
+        stride=(2, 4),
+        repeats=3,
+        score=score,
+        fuse=lambda averages, inside: {"maps": {"m": averages[..., 0] ** 2}},
+    )
     config = a_recipe("maemi", **{"evaluation.batch": 4})
     volume = Volume(jnp.zeros((10, 8, 1)), *[None] * (len(Volume._fields) - 1))
-    run, words = sweeper(config, sweep._replace(repeats=1), {}), case_words("a")
+    run, words = sweeper(config, replace(sweep, repeats=1), {}), case_words("a")
     once = run(volume, words)["maps"]["m"]
     count = len(traced)
     again = run(volume, words, repeats=3)["maps"]["m"]
@@ -154,14 +185,19 @@ def test_volumes_are_swept_from_one_mask_up_with_other_masks_each_time(monkeypat
         noise = jax.vmap(lambda key: jax.random.uniform(key, image.shape[1:]))(keys)
         return image + noise, jnp.ones((*image.shape[:-1], 1))
 
-    sweep = Sweep((4, 4), (4, 4), 1, score, lambda averages, inside: {"maps": {"m": averages[..., 0]}})
-    toy = System("toy", (), None, (), "m", sweep=sweep)
+    sweep = Sweep(
+        window=(4, 4), stride=(4, 4), score=score, fuse=lambda averages, inside: {"maps": {"m": averages[..., 0]}}
+    )
+    toy = System(name="toy", stages=(), uses=(), primary="m", sweep=sweep)
     config = a_recipe("maemi", **{"evaluation.repeats": 8, "evaluation.convergence": 4, "evaluation.top": 0.1})
     rows = [Row(str(i), "", "test", i % 2, ("x",)) for i in range(4)]
-    volume = lambda row, data: Volume(jnp.full((8, 8, 1), row.label / 10.0), *[None] * (len(Volume._fields) - 1))
+
+    def prepare(row):
+        volume = Volume(np.full((8, 8, 1), row.label / 10.0, np.float32), *[None] * (len(Volume._fields) - 1))
+        return Prepared(row=row, array=volume.array, geometry=None, digest="", volume=volume)
+
     monkeypatch.setattr(co, "with_number", lambda config, what, n: (config, toy))
-    monkeypatch.setattr(co, "prepared", volume)
-    draws = co.volume_draws(config, toy, {}, rows, "repeats", [1, 8])
+    draws = co.draw_scores(toy, co.planned_draws(config, toy, {}, "repeats", [1, 8]), rows, prepare)
     assert [len(each) for each in draws.values()] == [4, 4] and draws[1][0].shape == (1, 4)
     assert all(len(np.unique(each)) == 16 for each in draws.values())
     assert np.mean(draws[1]) > np.mean(draws[8]) + 0.1 > 0.6  # noise: the highest tenth of one mask lies higher

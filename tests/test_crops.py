@@ -104,8 +104,8 @@ def test_host_and_device_give_the_same_crops_and_a_restored_iterator_goes_on_wit
 
 
 def test_a_volume_is_prepared_once_and_again_when_its_file_or_the_recipe_changes(rows, tmp_path, monkeypatch):
-    made, real = [], crops.prepared
-    monkeypatch.setattr(crops, "prepared", lambda row, data: made.append(row.id) or real(row, data))
+    made, real = [], crops.prepared_volume
+    monkeypatch.setattr(crops, "prepared_volume", lambda row, data: made.append(row.id) or real(row, data))
     folder = tmp_path / "cache"
     first = Volumes(rows, config(), folder)
     Volumes(rows, config(), folder)
@@ -145,8 +145,8 @@ def test_a_slice_that_is_rewritten_in_a_series_folder_is_seen(rows, tmp_path, mo
     folder = tmp_path / "series"
     folder.mkdir()
     (folder / "1.dcm").write_bytes(b"one")
-    real = crops.prepared
-    monkeypatch.setattr(crops, "prepared", lambda row, data: real(rows[0], data))
+    real = crops.prepared_volume
+    monkeypatch.setattr(crops, "prepared_volume", lambda row, data: real(rows[0], data))
     row = rows[0]._replace(image=(str(folder),))
     Volumes([row], config(), tmp_path / "cache")
     (folder / "1.dcm").write_bytes(b"other")
@@ -189,7 +189,7 @@ def test_a_colour_film_is_made_grey_and_three_sequences_are_not(tmp_path):
 def test_crops_are_cut_on_the_devices_where_those_of_all_processes_hold_the_set(rows, tmp_path, monkeypatch):
     asked = []
     for others, held in (([True], True), ([False], False)):
-        monkeypatch.setattr(crops, "of_all", lambda mine, others=others: asked.append(mine) or [mine, *others])
+        monkeypatch.setattr(crops, "gather", lambda mine, others=others: asked.append(mine) or [mine, *others])
         assert (Volumes(rows, config(), tmp_path / "cache").resident() is not None) == held
     assert asked == [True, True]
     # The host's memory is shared by its processes.

@@ -59,7 +59,7 @@ def test_without_a_plugin_the_line_names_the_extra_that_driver_and_card_allow(gp
             "its driver 525.60.12 is older than 525.60.13: install a newer NVIDIA driver",
         ),
         (H100._replace(driver="470.82"), "its driver 470.82 is older than 525.60.13"),
-        (Gpu("Tesla K80", "470.82", 12.0, 3.7), "its compute capability 3.7 is below 5.2: JAX does not run on it"),
+        (Gpu("Tesla K80", "470.82", 12.0, 3.7), "its compute capability 3.7 is below 5.2, so JAX cannot use it"),
     ],
 )
 def test_a_driver_or_a_card_that_is_too_old_is_said(gpu, words):
@@ -69,20 +69,18 @@ def test_a_driver_or_a_card_that_is_too_old_is_said(gpu, words):
 def test_what_keeps_an_installed_plugin_from_the_gpu_is_said():
     gpu = lambda answer=ON_CPU, card=H100, **more: one(answer, [card], **more)
     cuda13 = {"jax_cuda13_plugin": "0.10.2"}
-    assert "JAX_PLATFORMS=cpu keeps JAX from it: unset JAX_PLATFORMS" in gpu(
-        variables={"JAX_PLATFORMS": "cpu"}, **cuda13
-    )
+    assert "JAX_PLATFORMS=cpu excludes it: unset JAX_PLATFORMS" in gpu(variables={"JAX_PLATFORMS": "cpu"}, **cuda13)
     both = gpu(variables={"JAX_PLATFORMS": "cpu"})
     assert "unset JAX_PLATFORMS, and" in both and "'jmae[cuda13]'" in both
     old = gpu(card=H100._replace(driver="550.54"), **cuda13)
     assert "its driver 550.54 is older than 580, too old for the CUDA 13 that is installed" in old and "[cuda12]" in old
     assert "compute capability 7 is too low for the CUDA 13" in gpu(card=H100._replace(capability=7.0), **cuda13)
-    assert f"its plugin 0.9.0 is not for jaxlib 0.10.2: {PIP} 'jmae[cuda13]'" in gpu(jax_cuda13_plugin="0.9.0")
+    assert f"its plugin 0.9.0 does not fit jaxlib 0.10.2: {PIP} 'jmae[cuda13]'" in gpu(jax_cuda13_plugin="0.9.0")
     assert "pip uninstall jax-cuda12-plugin jax-cuda12-pjrt" in gpu(jax_cuda12_plugin="0.10.2", **cuda13)
     assert "CUDA_VISIBLE_DEVICES='' hides it" in gpu(variables={"CUDA_VISIBLE_DEVICES": ""}, **cuda13)
     failed = Answer("", [], "Traceback\n  in line\nRuntimeError: cuDNN of version 8\n\n")
     path = gpu(failed, variables={"LD_LIBRARY_PATH": "/usr/local/cuda-11"}, **cuda13)
-    assert "JAX says “RuntimeError: cuDNN of version 8”: unset LD_LIBRARY_PATH" in path
+    assert "JAX reports “RuntimeError: cuDNN of version 8”: unset LD_LIBRARY_PATH" in path
     assert "“RuntimeError: cuDNN of version 8”: end other processes" in gpu(failed, **cuda13)
 
 
@@ -91,27 +89,29 @@ def test_the_compiler_for_gpus_alone_is_no_finding_without_a_gpu_and_lacks_libra
     said = (
         "RuntimeError: cudaRuntimeGetVersion failed\n\nTraceback\nRuntimeError: Unable to load CUDA. Is it installed?"
     )
-    here = facts(ON_CPU._replace(said=said), **plugin)
+    here = facts(ON_CPU._replace(stderr=said), **plugin)
     assert doctor.findings(here) == []
-    (line,) = [line for line in doctor.described(here) if line.startswith("plugins")]
-    assert line.startswith("plugins    jax-cuda12-plugin 0.10.2 (no NVIDIA GPU is here:") and "jmae.plan" in line
-    line = one(ON_CPU._replace(said=said), [H100._replace(driver="570.86.15")], **plugin)
-    assert line.endswith(f"NVIDIA's libraries are not installed (the extra plan-gpu has none): {PIP} 'jmae[cuda12]'")
-    assert "no NVIDIA GPU" not in "".join(doctor.described(facts(ON_GPU, [H100], **plugin)))
-    assert "none: JAX runs on the CPU" in "".join(doctor.described(facts()))
+    (line,) = [line for line in doctor.fact_lines(here) if line.startswith("plugins")]
+    assert line.startswith("plugins    jax-cuda12-plugin 0.10.2 (without an NVIDIA GPU:") and "jmae.plan" in line
+    line = one(ON_CPU._replace(stderr=said), [H100._replace(driver="570.86.15")], **plugin)
+    assert line.endswith(
+        f"NVIDIA's libraries are not installed (the extra plan-gpu does not install them): {PIP} 'jmae[cuda12]'"
+    )
+    assert "without an NVIDIA GPU" not in "".join(doctor.fact_lines(facts(ON_GPU, [H100], **plugin)))
+    assert "none: JAX uses the CPU" in "".join(doctor.fact_lines(facts()))
 
 
 def test_a_tpu_that_is_not_used_is_said():
     assert one(tpu=True) == f"a TPU is not used: libtpu is not installed: {PIP} 'jmae[tpu]'"
-    assert "JAX_PLATFORMS=cpu keeps JAX from it" in one(tpu=True, variables={"JAX_PLATFORMS": "cpu"})
-    assert "end other processes that hold it" in one(Answer("cpu", [], "in use"), tpu=True, libtpu="0.0.42")
+    assert "JAX_PLATFORMS=cpu excludes it" in one(tpu=True, variables={"JAX_PLATFORMS": "cpu"})
+    assert "end other processes that use it" in one(Answer("cpu", [], "in use"), tpu=True, libtpu="0.0.42")
 
 
 def test_packages_and_platforms_that_do_not_start_are_said():
-    assert f"jax 0.10.2 and jaxlib 0.9.0 do not belong together: {PIP} --upgrade jax jaxlib" == one(jaxlib="0.9.0")
+    assert f"jax 0.10.2 and jaxlib 0.9.0 do not fit each other: {PIP} --upgrade jax jaxlib" == one(jaxlib="0.9.0")
     broken = Answer("", [], "RuntimeError: Unknown backend cuda")
     line = one(broken, variables={"JAX_PLATFORMS": "cuda"})
-    assert line == "JAX does not start: “RuntimeError: Unknown backend cuda”: unset JAX_PLATFORMS (it is 'cuda')"
+    assert line == "JAX does not start: “RuntimeError: Unknown backend cuda”: unset JAX_PLATFORMS=cuda"
     assert "--upgrade jax jaxlib" in one(broken)
     assert one(nibabel="", flax="") == f"flax, nibabel not installed: {PIP} --upgrade flax nibabel"
 
@@ -119,8 +119,8 @@ def test_packages_and_platforms_that_do_not_start_are_said():
 @pytest.mark.parametrize(
     "variables, words",
     [
-        ({"XLA_PYTHON_CLIENT_MEM_FRACTION": "90%"}, "XLA_PYTHON_CLIENT_MEM_FRACTION='90%' is no share"),
-        ({"XLA_CLIENT_MEM_FRACTION": "0"}, "XLA_CLIENT_MEM_FRACTION='0' is no share"),
+        ({"XLA_PYTHON_CLIENT_MEM_FRACTION": "90%"}, "XLA_PYTHON_CLIENT_MEM_FRACTION='90%' is not a share"),
+        ({"XLA_CLIENT_MEM_FRACTION": "0"}, "XLA_CLIENT_MEM_FRACTION='0' is not a share"),
         ({"XLA_CLIENT_MEM_FRACTION": ".5", "XLA_PYTHON_CLIENT_MEM_FRACTION": ".5"}, "are both set"),
         ({"XLA_PYTHON_CLIENT_ALLOCATOR": "fast"}, "XLA_PYTHON_CLIENT_ALLOCATOR=fast is unknown"),
         ({"XLA_PYTHON_CLIENT_ALLOCATOR": "platform"}, "is slow: unset it"),
@@ -131,7 +131,7 @@ def test_flags_of_the_allocator_that_are_wrong_or_slow_are_said(variables, words
 
 
 def test_little_free_memory_is_said():
-    assert "1.5 GiB of host memory are free, less than 4" in one(gib=(8.0, 1.5))
+    assert "1.5 GiB of host memory are free, below 4" in one(gib=(8.0, 1.5))
     assert doctor.findings(facts(gib=None)) == []
 
 
@@ -192,9 +192,9 @@ def test_jax_is_asked_without_taking_the_gpu_and_its_failure_is_an_answer(monkey
     monkeypatch.setattr(doctor, "run", lambda *_: finished(err="no jax", code=1))
     assert doctor.ask_jax() == Answer("", [], "no jax")
     monkeypatch.setattr(doctor, "run", lambda *_: finished(code=-11))
-    assert doctor.ask_jax() == Answer("", [], "ended with the code -11 and no word")
+    assert doctor.ask_jax() == Answer("", [], "ended with exit code -11 and without a message")
     monkeypatch.setattr(doctor, "run", lambda *_: None)
-    assert doctor.ask_jax().said == "no answer within 120 s"
+    assert doctor.ask_jax().stderr == "no answer within 120 s"
 
 
 def test_a_process_that_hangs_or_is_not_there_is_none():
@@ -213,7 +213,7 @@ def test_the_command_says_what_it_found_and_ends_with_it(monkeypatch, capsys):
     assert exit_code(doctor.main, []) == 0
     said = capsys.readouterr().out
     assert "device   NVIDIA H100, 64.0 GiB for JAX, 0.5 GiB in use" in said and "jmae MISSING" in said
-    assert "XLA_CLIENT_MEM_FRACTION=.9" in said and "all is well" in said
+    assert "XLA_CLIENT_MEM_FRACTION=.9" in said and "no problem was found" in said
     assert exit_code(doctor.main, ["--fix"]) == 2
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import nibabel as nib
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
@@ -21,8 +20,10 @@ from jmae.data.files import read_image, read_mask
 from jmae.data.loader import Images, load_rows
 from jmae.data.transforms import central, resize
 from jmae.errors import InputError, exit_code
+from jmae.inference import Scorer, restore_results, score_rows
 from jmae.masking import case_keys
-from jmae.run_folder import write_seen, write_text
+from jmae.run_folder import write_text
+from jmae.seen import write_seen
 from jmae.system import System, load_system
 
 KEYS = """
@@ -110,32 +111,11 @@ def test_cases_that_were_trained_on_have_no_p_value_with_other_settings_either(t
         assert {line["p_value"] != "" for line in table_of(tmp_path / split)} == {any_}
 
 
-def write_volumes(folder: Path, tools) -> Path:
-    """A manifest of NIfTI volumes 12 x 10 x 8 of two channels on an oblique grid, with masks and regions."""
-    rng, rows, shape = np.random.default_rng(1), [], (12, 10, 8)
-    affine = np.array([[0, -2, 0, 30], [1.5, 0, 0, -7], [0, 0.3, 3, 11], [0, 0, 0, 1]], float)
-    for split, label, n in [("train", 0, 6), ("val", 0, 2), ("val", 1, 2), ("test", 0, 3), ("test", 1, 4)]:
-        for i in range(n):
-            name, region = f"{split}{label}{i}", np.zeros(shape, np.uint8)
-            image, mask = tools.draw(rng, shape, bool(label))
-            region[1:-1, 1:] = 1
-            for part, array in (("a", image), ("b", 255 - image), ("m", mask.astype(np.uint8)), ("r", region)):
-                nib.save(nib.Nifti1Image(array, affine), folder / f"{name}-{part}.nii.gz")
-            marked = f"{name}-m.nii.gz" if label and (split, i) != ("test", 3) else ""
-            rows.append([name, "", split, label, f"{name}-a.nii.gz;{name}-b.nii.gz", marked, f"{name}-r.nii.gz", i < 2])
-    with open(folder / "manifest.csv", "w", newline="") as out:
-        csv.writer(out).writerows(["id patient split label image mask region matched".split(), *rows])
-    return folder / "manifest.csv"
-
-
-@pytest.fixture(scope="module", params=["images", "volumes"])
-def evaluated(request, small_set, tools, tmp_path_factory):
-    """(rows of the split, folder, what `evaluate` returned) of a set of images, and of one of volumes."""
-    folder = tmp_path_factory.mktemp(request.param)
-    if request.param == "images":
-        c = config(small_set, (24, 20), 1)
-    else:
-        c = config(write_volumes(folder, tools), (8, 8, 8), 2)
+@pytest.fixture(scope="module")
+def evaluated(small_set, tmp_path_factory):
+    """(rows of the split, folder, what `evaluate` returned) of a set of images. (Volumes: test_maemi.)"""
+    folder = tmp_path_factory.mktemp("evaluated")
+    c = config(small_set, (24, 20), 1)
     rows = load_rows(c, lambda line: None)
     result = ev.evaluate(c, SYSTEM, rows, folder, split="test", out=folder / "out")
     return [row for row in rows if row.split == "test"], folder / "out", result
@@ -239,21 +219,15 @@ def test_figures_follow_from_the_written_files(evaluated):
     assert len(patients) == len({rows[i].patient or rows[i].id for i in used})
 
 
-def test_maps_are_the_systems_own_enlarged_and_lie_where_the_image_lies(evaluated):
+def test_maps_are_the_systems_own_enlarged_to_the_image(evaluated):
     rows, folder, _ = evaluated
-    working = (24, 20) if read_image(rows[0].image).array.ndim == 3 else (8, 8, 8)
-    images = Images(rows, config(Path("unused"), working, 1 if len(working) == 2 else 2))
+    images = Images(rows, config(Path("unused"), (24, 20), 1))
     batch = {"image": images.image(np.arange(len(rows))), "case": images.words}
     maps = np.asarray(score({}, batch, jax.random.key(0))["maps"]["bright"])
     for own, row in zip(maps, rows, strict=True):
         file, image = written_map(folder, row.id), read_image(row.image)
-        written = read_image(file)
-        np.testing.assert_allclose(written.array, resize(own[..., None], image.array.shape[:-1]), atol=2e-6)
-        if len(working) == 3:
-            assert file.name.endswith("_anomaly.nii.gz")
-            np.testing.assert_array_equal(nib.load(file).affine, nib.load(row.image[0]).affine)
-        else:
-            assert file.suffix == ".tif"
+        np.testing.assert_allclose(read_image(file).array, resize(own[..., None], image.array.shape[:-1]), atol=2e-6)
+        assert file.suffix == ".tif"
 
 
 def test_the_central_crop_scores_the_middle_of_the_map_and_only_scores_with_a_map(evaluated):
@@ -334,20 +308,10 @@ def test_overlap_is_averaged_over_replicates_and_has_an_oracle_alone_without_nor
     assert found["oracle"] == pytest.approx(np.mean(each)) and each[0] != each[1]
 
 
-@pytest.mark.parametrize(
-    ("preset", "setting", "value", "message"),
-    [
-        ("amae:smoke", "iou", 101.0, "evaluation.iou is 101.0: a percentile from 0"),
-        ("maemi:smoke", "iou", 95.0, "evaluation.iou is 95.0: .* of volumes 0 alone"),
-        ("amae:smoke", "draws", 0, "evaluation.draws is 0: 1 or more"),
-        ("amae:smoke", "batch", 0, "evaluation.batch is 0: 1 or more"),
-        ("amae:smoke", "chunk", -1, "evaluation.chunk is -1: 0 or more"),
-    ],
-)
-def test_settings_of_the_evaluation_that_mean_nothing_are_refused_before_the_training(preset, setting, value, message):
-    c = recipe.parse([f"--config=configs/{preset.replace(':', '.py:')}"], "")[0]
-    c.evaluation[setting] = value
-    with pytest.raises(InputError, match=message):
+def test_an_overlap_of_volumes_is_refused_before_the_training():
+    c = recipe.parse(["--config=configs/maemi.py:smoke"], "")[0]
+    c.evaluation.iou = 95.0
+    with pytest.raises(InputError, match=r"evaluation.iou is 95.0: of volumes 0 alone"):
         load_system(c)
 
 
@@ -356,31 +320,30 @@ def test_settings_of_the_evaluation_that_mean_nothing_are_refused_before_the_tra
 
 @pytest.fixture(scope="module")
 def scorers(finished):
-    """(images of the test split, a scorer for batches of 1 and of 16) of the trained run."""
+    """(prepared images of the test split, a scorer for batches of 1 and of 16) of the trained run."""
     c = recipe.read(finished)
     rows = [row for row in load_rows(c, lambda line: None) if row.split == "test"]
     system = load_system(c)
-    results = ev.restore_results(c, system, finished)
+    results = restore_results(c, system, finished)
     made = {}
     for batch in (1, 16):
         c.evaluation.batch = batch
-        made[batch] = ev.scorer(c, system, results)
-    return Images(rows, c), made
+        made[batch] = Scorer(c, system, results)
+    return [made[1].prepare(row) for row in rows], made
 
 
 def test_a_case_scores_the_same_alone_in_a_batch_and_in_another_order(scorers):
-    images, run = scorers
-    whole = run[16](images, np.arange(12))
-    seven = run[16](images, np.arange(3, 10))
-    backwards = run[16](images, np.arange(12)[::-1])
-    alone = [run[1](images, np.array([i])) for i in (0, 5)]
-    for kind in ("maps", "scores"):
-        for name, values in getattr(whole, kind).items():
-            same = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=3e-6)
-            same(getattr(seven, kind)[name], values[:, 3:10])
-            same(getattr(backwards, kind)[name][:, ::-1], values)
-            for i, one in zip((0, 5), alone, strict=True):
-                same(getattr(one, kind)[name][:, 0], values[:, i])
+    cases, made = scorers
+    whole = made[16].score(cases)
+    seven = made[16].score(cases[3:10])
+    backwards = made[16].score(cases[::-1])[::-1]
+    alone = [made[1].score([cases[i]])[0] for i in (0, 5)]
+    many = made[1].score(cases)  # more than one pass
+    for results, numbers in ((seven, range(3, 10)), (backwards, range(12)), (alone, (0, 5)), (many, range(12))):
+        for found, i in zip(results, numbers, strict=True):
+            for kind in ("maps", "scores"):
+                for name, values in getattr(whole[i], kind).items():
+                    np.testing.assert_allclose(getattr(found, kind)[name], values, rtol=1e-5, atol=3e-6)
 
 
 def test_an_evaluation_afterwards_repeats_the_one_after_training(finished, tmp_path):
@@ -437,7 +400,7 @@ def test_replicates_are_averaged_and_summed_up(tools, tmp_path):
     labels, each = [row.label for row in rows], []
     for seed in range(3):
         c.seed = seed
-        each.append(ev.scorer(c, SYSTEM, {})(Images(rows, c), np.arange(8)).scores["bright"][0])
+        each.append([result.scores["bright"][0] for result in score_rows(Scorer(c, SYSTEM, {}), rows)])
     aurocs = [roc_auc_score(labels, values) for values in each]
     assert result["replicates"]["auroc"]["values"] == pytest.approx(aurocs)
     assert result["image"]["auroc"] == pytest.approx(np.mean(aurocs))

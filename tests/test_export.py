@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -12,9 +13,10 @@ import pytest
 from patients import SETTINGS
 
 from jmae import checkpoint, export, recipe
-from jmae.data.loader import Images, load_rows, prepared
+from jmae.calibration import score_identity
+from jmae.data.loader import load_rows
 from jmae.errors import InputError, exit_code
-from jmae.evaluate import restore_results, scored_by, scorer, sweeper
+from jmae.inference import Scorer, restore_results
 from jmae.run_folder import describe_run
 from jmae.system import load_system, stage_keys
 
@@ -33,24 +35,28 @@ def drawn(arguments: list[str], workdir: Path):
         init = lambda key, stage=stage: stage.init(key, {}, 4)
         state = jax.jit(init if one else jax.vmap(init))(stage_keys(config, number))
         folder = workdir / "checkpoints" / stage.name
-        checkpoint.save(folder, 1, state._replace(frozen={}), {"steps": 1}, config={})
+        checkpoint.save(folder, 1, state, {"steps": 1}, config={})
     return config, system
 
 
 def test_an_exported_function_of_images_gives_the_evaluators_scores_without_jmae(tmp_path, monkeypatch):
     config, system = drawn(IMAGES, tmp_path / "run")
     rows = load_rows(config, str)
-    of = scored_by(config, system, restore_results(config, system, tmp_path / "run"))
+    of = score_identity(config, system, restore_results(config, system, tmp_path / "run"))
     known = {"scores": {"a": 1.0, "b": 2.0}, "colours": {"low": 0, "high": 1}, "needs": [], "threshold": 2.0, "of": of}
     (tmp_path / "run" / "calibration.json").write_text(json.dumps(known))
     (tmp_path / "out").mkdir()
     monkeypatch.chdir(tmp_path / "out")
     assert exit_code(export.main, [f"--workdir={tmp_path / 'run'}", "--out=.", "--batch=3"]) == 0
     assert sorted(os.listdir(".")) == sorted([export.FUNCTION, export.WEIGHTS, export.ABOUT])
-    images = Images([row for row in rows if row.split == "test"][:3], config)
-    expected = scorer(config, system, restore_results(config, system, tmp_path / "run"))(images, np.arange(3))
+    scorer = Scorer(config, system, restore_results(config, system, tmp_path / "run"))
+    cases = [scorer.prepare(row) for row in rows if row.split == "test"][:3]
+    expected = scorer.score(cases)
 
-    given = {"image": images.image(np.arange(3)), "case": np.stack([export.case_words(r.id) for r in images.rows])}
+    given = {
+        "image": np.stack([case.array for case in cases]),
+        "case": np.stack([export.case_words(case.row.id) for case in cases]),
+    }
     np.savez(tmp_path / "given.npz", **given)
     code = """
 import sys, jax, numpy, safetensors.numpy
@@ -62,13 +68,14 @@ numpy.savez("found.npz", **{name.replace("/", "."): value for name, value in out
 """
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
     found = np.load(tmp_path / "found.npz")
-    assert {name for name in found if "." in name} == {f"maps.{n}" for n in expected.maps} | {
-        f"scores.{n}" for n in expected.scores
+    assert {name for name in found if "." in name} == {f"maps.{n}" for n in expected[0].maps} | {
+        f"scores.{n}" for n in expected[0].scores
     }
-    for name, value in [*expected.maps.items(), *expected.scores.items()]:
-        kind = "maps" if value.ndim > 2 else "scores"
-        np.testing.assert_allclose(found[f"{kind}.{name}"], value, atol=1e-5)
-    np.testing.assert_allclose(found["reconstruction"], expected.reconstruction, atol=1e-5)
+    for k, result in enumerate(expected):
+        for kind in ("maps", "scores"):
+            for name, value in getattr(result, kind).items():
+                np.testing.assert_allclose(found[f"{kind}.{name}"][:, k], value, atol=1e-5)
+        np.testing.assert_allclose(found["reconstruction"][:, k], result.reconstruction, atol=1e-5)
     about = json.loads((tmp_path / "out" / "export.json").read_text())
     assert about["image"] == [3, 16, 16, 1] and about["primary"] == "ms_ssim" and about["replicates"] == [0, 1]
     assert about["out"]["maps/ms_ssim"] == [2, 3, 16, 16]
@@ -91,27 +98,23 @@ numpy.savez("found.npz", **{name.replace("/", "."): value for name, value in out
 def test_an_exported_function_of_volumes_gives_the_evaluators_map(tmp_path, capfd):
     config, system = drawn(VOLUMES, tmp_path / "run")
     row = next(row for row in load_rows(config, str) if row.split == "test")
-    volume = prepared(row, config.data)._replace(midline=None)
-    size = ",".join(map(str, volume.array.shape[:-1]))
+    scorer = Scorer(config, system, restore_results(config, system, tmp_path / "run"))
+    case = scorer.prepare(row)
+    case = replace(case, volume=case.volume._replace(midline=None))
+    size = ",".join(map(str, case.array.shape[:-1]))
     arguments = [f"--workdir={tmp_path / 'run'}", f"--out={tmp_path / 'out'}"]
     assert exit_code(export.main, arguments) == 2
     assert "--size has 0 numbers: write the volume's voxels" in capfd.readouterr().err
     assert exit_code(export.main, [*arguments, f"--size={size}", "--batch=2"]) == 2
     assert "--batch is of images" in capfd.readouterr().err
     assert exit_code(export.main, [*arguments, f"--size={size}"]) == 0
-    assert sweep_matches(config, system, volume, row.id, tmp_path)
+    call, about = export.load(tmp_path / "out")
+    found = call(case.array, export.case_words(row.id))
+    for name, value in scorer.score([case])[0].maps.items():
+        np.testing.assert_allclose(found[f"maps/{name}"], value[0], atol=1e-5)
+    assert about["image"] == list(case.array.shape) and float(np.std(found["maps/" + about["map"]])) > 0
     assert exit_code(export.main, [*arguments, f"--size={size}"]) == 2
     assert "is there already and not an empty folder" in capfd.readouterr().err
-
-
-def sweep_matches(config, system, volume, name: str, folder: Path) -> bool:
-    call, about = export.load(folder / "out")
-    found = call(volume.array, export.case_words(name))
-    run = sweeper(config, system.sweep, restore_results(config, system, folder / "run"))
-    expected = run(volume, export.case_words(name))
-    for key, value in expected["maps"].items():
-        np.testing.assert_allclose(found[f"maps/{key}"], value[0], atol=1e-5)
-    return about["image"] == list(volume.array.shape) and float(np.std(found["maps/" + about["map"]])) > 0
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,6 @@ from PIL import Image as pillow
 from pydicom import uid
 from pydicom.encaps import encapsulate
 
-from jmae.data import files
 from jmae.data.files import Image, image_size, read_image, read_mask, write_map
 from jmae.errors import InputError
 
@@ -947,7 +946,7 @@ def test_a_failed_write_is_one_line_and_leaves_the_old_file_and_no_other(tmp_pat
     def full(_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(files.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(InputError, match=r"No space left on device.*: free space"):
         write_map(tmp_path / "a", np.ones(shape), like)
     assert path.read_bytes() == before and os.listdir(tmp_path) == [path.name]

@@ -36,8 +36,8 @@ def test_every_generator_has_a_row_with_its_draws(files, tmp_path, monkeypatch):
     with Image.open(out) as written:
         assert written.format == "PNG"
     assert list(out.parent.iterdir()) == [out]
-    rows = np.array(titles(figures[0])).reshape(len(gallery.ROWS), 3)
-    names = [row.title for row in gallery.ROWS]
+    rows = np.array(titles(figures[0])).reshape(len(gallery.ENTRIES), 3)
+    names = [row.title for row in gallery.ENTRIES]
     assert [title.split("\n")[0] for title in rows[:, 1]] == names
     assert set(rows[:, 0]) == {"a.png"}
     unchanged = ["nothing changed" in title for title in rows[:, 1]]
@@ -47,7 +47,7 @@ def test_every_generator_has_a_row_with_its_draws(files, tmp_path, monkeypatch):
 def test_the_source_is_the_next_image_or_the_image_itself():
     image = np.tile(np.linspace(0, 1, 32, dtype=np.float32)[:, None, None], (1, 32, 1))
     other = image.transpose(1, 0, 2)
-    fpi = gallery.chosen("fpi")
+    fpi = gallery.entries_of("fpi")
     alone = titles(gallery.picture([image], ["a"], fpi, seed=0, draws=1))
     assert alone[1] == "FPI\nnothing changed" and alone[2] == "target, at most 0"
     figure = gallery.picture([image, other], ["a", "b"], fpi, seed=0, draws=1)
@@ -59,15 +59,15 @@ def test_the_source_is_the_next_image_or_the_image_itself():
 
 
 def test_a_seed_gives_the_same_picture_and_another_a_different_one(files):
-    image, keys = gallery.prepared(str(files / "a.png"), (32, 32)), [0, 0, 1]
+    image, keys = gallery.read_shown(str(files / "a.png"), (32, 32)), [0, 0, 1]
+    cutpaste = gallery.entries_of("cutpaste")
     arrays = [
-        gallery.picture([image], ["a"], gallery.chosen("cutpaste"), seed=seed, draws=1).axes[1].images[0].get_array()
-        for seed in keys
+        gallery.picture([image], ["a"], cutpaste, seed=seed, draws=1).axes[1].images[0].get_array() for seed in keys
     ]
     np.testing.assert_array_equal(arrays[0], arrays[1])
     assert (arrays[0] != arrays[2]).any()
     subset = gallery.picture(
-        [image], ["a"], gallery.chosen("nsa,cutpaste"), seed=0, draws=1
+        [image], ["a"], gallery.entries_of("nsa,cutpaste"), seed=0, draws=1
     )  # nor do other rows matter
     np.testing.assert_array_equal(subset.axes[1].images[0].get_array(), arrays[0])
 
@@ -77,13 +77,13 @@ def test_a_volume_shows_the_slice_of_its_largest_target(files, tmp_path):
     target = np.zeros((4, 5, 6))
     target[1:3, 1:3, 4] = 1
     out[1, 1, 4] = 0.5
-    shown = gallery.shown(clean, out, target)
+    shown = gallery.panel(clean, out, target)
     assert shown.slice == 4 and shown.image.max() == 0.5 and shown.target.sum() == 4 and shown.changed
-    assert gallery.shown(clean, clean, 0 * target).slice == 3
+    assert gallery.panel(clean, clean, 0 * target).slice == 3
     path = tmp_path / "v.png"
     assert exit_code(gallery.main, [str(files / "v.nii.gz"), f"--out={path}", "--only=pii", "--draws=1"]) == 0
     assert path.stat().st_size > 1000
-    image = gallery.prepared(str(files / "v.nii.gz"), None)
+    image = gallery.read_shown(str(files / "v.nii.gz"), None)
     assert image.shape == (24, 20, 18, 1) and image.min() == 0 and image.max() == 1
 
 
@@ -118,8 +118,8 @@ def test_a_picture_that_cannot_be_written_is_one_line_and_leaves_nothing(files):
 
 
 def test_colours_become_grey_and_other_channels_the_first(files, tmp_path):
-    assert gallery.prepared(str(files / "flat.png"), (20, 24)).shape == (20, 24, 1)
+    assert gallery.read_shown(str(files / "flat.png"), (20, 24)).shape == (20, 24, 1)
     np.save(tmp_path / "two.npy", np.stack([np.eye(20), np.ones((20, 20))], -1).astype(np.float32))
-    np.testing.assert_array_equal(gallery.prepared(str(tmp_path / "two.npy"), (20, 20))[..., 0], np.eye(20))
+    np.testing.assert_array_equal(gallery.read_shown(str(tmp_path / "two.npy"), (20, 20))[..., 0], np.eye(20))
     with pytest.raises(InputError, match="16 or more"):
-        gallery.prepared(str(files / "a.png"), (8, 32))
+        gallery.read_shown(str(files / "a.png"), (8, 32))

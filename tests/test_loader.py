@@ -13,8 +13,11 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from jmae.data import loader
-from jmae.data.loader import Images, batches, case_words, folded, in_order, load_rows, with_anomaly_ratio
+from jmae.data.cases import folded, load_rows
+from jmae.data.loader import Images, batches, in_order
 from jmae.data.manifest import Row
+from jmae.data.preparation import case_words, lesion_mask, region_mask, stored_image
+from jmae.data.unlabeled import unlabeled_labels, with_anomaly_ratio
 from jmae.errors import InputError
 
 
@@ -146,10 +149,10 @@ def test_images_decoded_at_every_use_equal_those_decoded_once(images, monkeypatc
     real = loader.os.sysconf
     monkeypatch.setattr(loader.os, "sysconf", lambda name: 1 if name == "SC_PHYS_PAGES" else real(name))
     reread = Images(images.rows, config(size=(64, 64)))
-    assert reread.decoded is None
+    assert not reread.ready
     monkeypatch.undo()
     kept = Images(images.rows, config(size=(64, 64)))
-    assert kept.decoded is not None
+    assert kept.ready
     index = np.array([3, 3, 0])
     np.testing.assert_array_equal(reread.image(index), kept.image(index))
     for a, b in zip(stream(reread, [index], 2, batch=2), stream(kept, [index], 2, batch=2), strict=True):
@@ -160,9 +163,9 @@ def test_processes_share_the_memory_that_decoded_images_may_take(images, monkeyp
     real, least = loader.os.sysconf, 4 * 4 * len(images.rows) * 64 * 64  # bytes: four times the set's
     sizes = {"SC_PHYS_PAGES": least, "SC_PAGE_SIZE": 1}
     monkeypatch.setattr(loader.os, "sysconf", lambda name: sizes.get(name) or real(name))
-    assert Images(images.rows, config(size=(64, 64))).decoded is not None
+    assert Images(images.rows, config(size=(64, 64))).ready
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    assert Images(images.rows, config(size=(64, 64))).decoded is None
+    assert not Images(images.rows, config(size=(64, 64))).ready
 
 
 def test_all_unusable_images_are_named_at_once(tmp_path):
@@ -202,7 +205,7 @@ def test_a_colour_image_becomes_grey_where_one_channel_is_asked_for(tmp_path):
 
 
 def test_a_file_that_vanishes_after_the_start_is_named(images, tmp_path):
-    images.decoded = None
+    images.slots[:] = -1  # as where not all images fit in memory
     iterator = batches(images, [np.arange(4)], batch=4, seeds=[0], shuffle=False, host={})
     (tmp_path / "2.npy").unlink()
     with pytest.raises(InputError, match=r"2\.npy"):
@@ -227,9 +230,9 @@ def test_phantom_volumes_pass_through_the_same_path():
     images = Images(rows, config(size=(16, 16, 8), channels=2))
     (_, batch), *_ = in_order(images, np.arange(3), 3)
     assert batch["image"].shape == (3, 16, 16, 8, 2) and 0 <= batch["image"].min() < batch["image"].max() <= 1
-    stored = loader.stored_image(rows[0])
-    assert stored.affine is not None and loader.region_mask(rows[0], stored).shape == stored.array.shape[:-1]
-    assert loader.lesion_mask(rows[0], stored).any()
+    stored = stored_image(rows[0])
+    assert stored.affine is not None and region_mask(rows[0], stored).shape == stored.array.shape[:-1]
+    assert lesion_mask(rows[0], stored).any()
 
 
 def test_a_manifest_of_mixed_files_reaches_the_batch(small_set):
@@ -287,6 +290,31 @@ def test_a_leak_is_refused_and_where_it_is_allowed_told_and_marked(tmp_path, nam
     assert [bool(row.leak) for row in marked] == [True, False, True] and what[name] in marked[0].leak
 
 
+def test_normal_crops_only_lets_no_whole_abnormal_image_into_training(tmp_path):
+    np.save(tmp_path / "a.npy", np.eye(4))
+    np.save(tmp_path / "b.npy", np.eye(4)[::-1])
+    head = "id,patient,split,label,image,mask,region\n"
+    (tmp_path / "m.csv").write_text(head + "a,,train,1,a.npy,a.npy,\nb,,train,0,b.npy,,\n")
+    with pytest.raises(InputError, match="'a' is abnormal and in train: move it to val, test or unlabeled"):
+        load_rows(config(manifest=str(tmp_path / "m.csv"), normal_crops_only=True), lambda line: None)
+
+
+def test_host_arrays_are_computed_again_when_code_below_their_function_changes(images, tmp_path, monkeypatch):
+    def doubled(image):
+        return 2 * image
+
+    cached = Images(images.rows, config(), tmp_path / "cache")
+    first = cached.host_arrays(np.arange(3), {"doubled": doubled})["doubled"]
+    other = lambda image: pytest.fail("computed again")
+    other.__module__, other.__qualname__ = doubled.__module__, doubled.__qualname__
+    again = cached.host_arrays(np.arange(3), {"doubled": other})["doubled"]
+    np.testing.assert_array_equal(first, again)
+    monkeypatch.setattr(loader, "code_digest", lambda: "code that was changed")
+    changed = lambda image: 3 * image
+    changed.__module__, changed.__qualname__ = doubled.__module__, doubled.__qualname__
+    np.testing.assert_array_equal(cached.host_arrays(np.arange(3), {"doubled": changed})["doubled"], 1.5 * first)
+
+
 def test_an_image_that_the_recipe_cannot_use_is_found_in_every_split(tmp_path):
     np.save(tmp_path / "nan.npy", np.array([[0.0, np.nan], [1.0, 2.0]]))
     np.save(tmp_path / "sound.npy", np.eye(4))
@@ -302,7 +330,7 @@ def test_hidden_labels_are_found_by_path_and_a_wrong_file_is_said_at_once(tmp_pa
     (tmp_path / "m.csv").write_text(head + "a,,unlabeled,,u.npy,,\n")
     (tmp_path / "hidden.csv").write_text("path,label\n./u.npy,1\nelsewhere.npy,0\n")
     settings = config(manifest=str(tmp_path / "m.csv"), unlabeled_labels=str(tmp_path / "hidden.csv"))
-    assert loader.unlabeled_labels(settings, load_rows(settings, lambda line: None)) == {"a": 1}
+    assert unlabeled_labels(settings, load_rows(settings, lambda line: None)) == {"a": 1}
     (tmp_path / "hidden.csv").write_text("name,label\nu,1\n")
     with pytest.raises(InputError, match="columns id,label or path,label"):
         load_rows(settings, lambda line: None)
@@ -392,5 +420,5 @@ def test_too_few_of_a_class_and_wrong_label_files_are_named(tmp_path):
 
 def test_phantoms_know_their_hidden_labels():
     rows = load_rows(config(phantom="chest", anomaly_ratio=0.25, unlabeled_size=80), lambda line: None)
-    labels = loader.unlabeled_labels(SimpleNamespace(data=config(phantom="chest").data), rows)
+    labels = unlabeled_labels(SimpleNamespace(data=config(phantom="chest").data), rows)
     assert sum(labels[row.id] for row in rows if row.split == "unlabeled") == 20

@@ -1,5 +1,6 @@
 """The schedule, the optimiser and gradients of a batch in parts."""
 
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -32,7 +33,7 @@ def test_adamw_equals_its_written_out_form_and_spares_biases_and_norms():
         "norm": {"scale": np.ones(2)},
     }
     params = {k: {n: jnp.asarray(v, jnp.float32) for n, v in d.items()} for k, d in start.items()}
-    tx = adamw(0.1, betas=(0.9, 0.95), decay=0.05)
+    tx = adamw(betas=(0.9, 0.95), decay=0.05)
     state = tx.init(params)
     first = {k: {n: np.zeros_like(v) for n, v in d.items()} for k, d in start.items()}
     second = {k: {n: np.zeros_like(v) for n, v in d.items()} for k, d in start.items()}
@@ -41,7 +42,7 @@ def test_adamw_equals_its_written_out_form_and_spares_biases_and_norms():
         updates, state = tx.update(
             {k: {n: jnp.asarray(g, jnp.float32) for n, g in d.items()} for k, d in grads.items()}, state, params
         )
-        params = {k: {n: v + updates[k][n] for n, v in d.items()} for k, d in params.items()}
+        params = {k: {n: v - 0.1 * updates[k][n] for n, v in d.items()} for k, d in params.items()}
         for k, d in grads.items():
             for n, g in d.items():
                 first[k][n] = 0.9 * first[k][n] + 0.1 * g
@@ -67,9 +68,9 @@ def test_a_batch_in_parts_gives_the_step_of_the_whole_batch(name, samples):
         _, system = small_system(f"accumulate={parts}", name=name)
         stage = system.stages[0]
         # One step on: in the first the learning rate is zero.
-        state = stage.init(jax.random.key(0), {}, 16)._replace(step=jnp.int32(1))
-        program = jax.jit(partial(stage.step, steps=3)).lower(state, samples(16), key).compile()
-        found.append((*program(state, samples(16), key), program.memory_analysis().temp_size_in_bytes))
+        state = stage.init(jax.random.key(0), {}, 16).replace(step=jnp.int32(1))
+        program = jax.jit(partial(stage.step, steps=3)).lower(state, samples(16), key, {}).compile()
+        found.append((*program(state, samples(16), key, {}), program.memory_analysis().temp_size_in_bytes))
     (whole, metrics, most), (summed, said, least) = found
     assert difference(said, metrics) < 1e-5 and difference(summed.opt, whole.opt) < 1e-5
     assert difference(summed.params, whole.params) < 2e-5  # Adam makes whole steps of gradients that are rounding alone
@@ -82,7 +83,6 @@ def test_a_batch_in_parts_gives_the_step_of_the_whole_batch(name, samples):
         ("ppii", "accumulate=2", "accumulate=2: ppii takes statistics of the whole batch: set it to 1"),
         ("simsid", "accumulate=2", "accumulate=2: simsid takes statistics of the whole batch: set it to 1"),
         ("maemi", "accumulate=3", r"accumulate=3: does not divide a batch \(train 8\): set it to a common divisor"),
-        ("maemi", "accumulate=0", r"accumulate=0: does not divide a batch"),
     ],
 )
 def test_parts_that_mean_nothing_are_refused(name, change, words):
@@ -105,7 +105,7 @@ def test_parts_divide_the_batches_of_the_stages_that_take_them_alone():
 
 def test_each_part_divides_among_the_devices():
     _, system = small_system(name="maemi")
-    of = lambda batch, parts: system._replace(stages=(system.stages[0]._replace(batch=batch, parts=parts),))
+    of = lambda batch, parts: replace(system, stages=(replace(system.stages[0], batch=batch, parts=parts),))
     check_batches(of(32, 4), 8)
     for whole, parts in ((16, 4), (8, 2), (8, 8)):
         words = f"a batch of {whole} in {parts} parts is not divisible by 8 devices: use a multiple of {8 * parts}, or"

@@ -185,25 +185,6 @@ def test_training_gives_every_parameter_a_finite_gradient_and_moves_all_statisti
     assert len(compiled) == 1
 
 
-def test_statistics_over_a_named_axis_are_those_of_the_whole_batch():
-    x, _, target, keys = sample((8, 8), 4)
-    init, bind = small(2, widths=(4, 5), latent_levels=1)
-    params, start = arrays(init)
-
-    def run(x, target, keys, axis_name=None):
-        net = bind(params, start)
-        return net(x, target, keys, train=True, axis_name=axis_name), stats_of(net)
-
-    halves = jax.tree.map(lambda a: a.reshape(2, 2, *a.shape[1:]), (x, target, keys))
-    (whole, after), (parts, both) = (
-        jax.jit(run)(x, target, keys),
-        jax.jit(jax.vmap(partial(run, axis_name="d"), axis_name="d"))(*halves),
-    )
-    loose = partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-4)
-    jax.tree.map(lambda a, b: loose(b.reshape(a.shape), a), whole, parts)
-    jax.tree.map(lambda a, b: [loose(part, a) for part in b], after, both)
-
-
 def test_bfloat16_and_remat_change_neither_types_nor_much_else():
     x, _, target, keys = sample((8, 8))
     init, bind = small(2)

@@ -310,7 +310,7 @@ def test_each_card_s_description_gives_devices_of_its_name_and_capability(name):
     assert [device.process_index for device in devices] == [0] * 4 + [1] * 4
     assert {device.device_kind for device in devices} == {gpus.CARDS[name].kind}
     (capability,) = {device.compute_capability for device in devices}
-    assert gpus.answers(name) == Target("cuda", tuple(int(n) for n in capability.split(".")), 91000)
+    assert gpus.target_of_card(name) == Target("cuda", tuple(int(n) for n in capability.split(".")), 91000)
 
 
 def test_a_card_s_description_is_balanced_and_has_the_card_s_own_numbers():

@@ -7,6 +7,7 @@ import os
 import shutil
 import struct
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -20,14 +21,15 @@ from test_files import dicom
 from test_series import series
 
 import jmae
-from jmae import evaluate, predict, recipe
+from jmae import evaluate, inputs, passes, predict, recipe
 from jmae.data.files import read_image
 from jmae.data.loader import load_rows
 from jmae.data.transforms import resize, to_unit
 from jmae.errors import InputError, exit_code
 from jmae.masking import case_keys
 from jmae.report import Scale
-from jmae.run_folder import read_seen, write_csv, write_seen
+from jmae.run_folder import write_csv
+from jmae.seen import read_seen, write_seen
 from jmae.system import Sweep, System
 
 MASKS, SIZE, WINDOW = 4, (16, 12), (8, 8, 4)
@@ -53,8 +55,9 @@ def fuse(averages, inside):
     return {"maps": {"bright": jnp.where(inside, maps, 0)}, "reconstruction": averages[..., :2]}
 
 
-IMAGES = System("toy", (), bright, (), "bright", masks=MASKS)
-VOLUMES = System("toy", (), None, (), "bright", sweep=Sweep(WINDOW, (4, 4, 2), 2, window_bright, fuse))
+IMAGES = System(name="toy", stages=(), score=bright, uses=(), primary="bright", masks=MASKS)
+SWEEP = Sweep(window=WINDOW, stride=(4, 4, 2), repeats=2, score=window_bright, fuse=fuse)
+VOLUMES = System(name="toy", stages=(), uses=(), primary="bright", sweep=SWEEP)
 
 
 def write_run(folder: Path, system: System, monkeypatch, **changes) -> Path:
@@ -145,7 +148,7 @@ def test_images_of_any_name_from_folders_keep_their_grid(images_run, tmp_path, c
     dicom(folder / "sub" / "plain.dcm", np.arange(30 * 20, dtype=np.uint16).reshape(20, 30))
     assert run(images_run, out, folder, picture(tmp_path / "one.png", 9)) == 0
     ids = set(table(out / "scores.csv"))
-    long = predict.clean("x" * 240)
+    long = inputs.id_of("x" * 240)
     assert ids == {"cases_a b", "sub_a b", "Zürich 影像", "1.2.840", "x;y", long, "plain", "one"}
     assert len(long.encode()) == 200 and "hidden" not in " ".join(os.listdir(out))
     assert left(out) == {f"{i}_{end}" for i in ids for end in ("anomaly.tif", "confidence.tif", "overlay.png")} | {
@@ -184,7 +187,7 @@ def test_volumes_of_several_sequences_and_series_keep_their_grid(tmp_path, monke
 
     single = write_run(tmp_path / "single", VOLUMES, monkeypatch, **{"data.channels": 1})
     one = lambda results, image, keys: window_bright(results, jnp.concatenate([image, image], -1), keys)
-    system = VOLUMES._replace(sweep=VOLUMES.sweep._replace(score=one))
+    system = replace(VOLUMES, sweep=replace(VOLUMES.sweep, score=one))
     for module in (predict, evaluate):
         monkeypatch.setattr(module, "load_system", lambda config: system)
     series(tmp_path / "scans" / "patient 1" / "T1")
@@ -291,7 +294,7 @@ def test_arrays_that_cannot_be_used_are_refused_in_one_line(images_run, tmp_path
 
 def test_a_calm_map_stays_dark_on_the_scale_of_normals():
     grey, rng = np.full((8, 8, 1), 0.5, np.float32), np.random.default_rng(0)
-    stored = predict.of_array(grey, recipe.load("configs/amae.py:smoke").data, None, None, "x")
+    stored = inputs.image_of_array(grey, recipe.load("configs/amae.py:smoke").data, None, None, "x")
     calm, lesion = rng.uniform(0, 0.9, (8, 8)), np.zeros((8, 8))
     lesion[3, 4] = 5
     shown = lambda heat: predict.overlay(stored, heat, Scale(1.0, 2.0, "")).astype(int)
@@ -382,7 +385,7 @@ def test_damaged_images_are_refused_each_in_a_line_and_the_others_go_on(images_r
 def test_damaged_volumes_are_refused_each_in_a_line_and_the_others_go_on(tmp_path, monkeypatch, capfd):
     workdir, folder = write_run(tmp_path / "run", VOLUMES, monkeypatch, **{"data.channels": 1}), tmp_path / "bad"
     one = lambda results, image, keys: window_bright(results, jnp.concatenate([image, image], -1), keys)
-    system = VOLUMES._replace(sweep=VOLUMES.sweep._replace(score=one))
+    system = replace(VOLUMES, sweep=replace(VOLUMES.sweep, score=one))
     for module in (predict, evaluate):
         monkeypatch.setattr(module, "load_system", lambda config: system)
     bad = []
@@ -441,11 +444,14 @@ def test_an_interrupted_prediction_goes_on_where_it_stopped(images_run, tmp_path
     assert run(images_run, whole, *files) == 0
     real, written = predict.write_case, []
 
-    def dying(run, row, *rest):
+    def dying(run, result, *rest):
         if len(written) == 4:
             raise KeyboardInterrupt
-        written.append(row.id)
-        return real(run, row, *rest)
+        return counted(run, result, *rest)
+
+    def counted(run, result, *rest):
+        written.append(result.case.row.id)
+        return real(run, result, *rest)
 
     monkeypatch.setattr(predict, "write_case", dying)
     assert run(images_run, out, *files) == 130
@@ -453,7 +459,7 @@ def test_an_interrupted_prediction_goes_on_where_it_stopped(images_run, tmp_path
     with open(out / predict.DONE, "a") as torn:
         torn.write('{"id": "4", "im')  # as a kill may leave it
     (out / "1_anomaly.tif").unlink()
-    monkeypatch.setattr(predict, "write_case", lambda run, row, *rest: written.append(row.id) or real(run, row, *rest))
+    monkeypatch.setattr(predict, "write_case", counted)
     assert run(images_run, out, *files) == 2 and "add --continue" in capfd.readouterr().err
     assert run(images_run, out, "--continue", *files) == 0
     assert written == ["0", "1", "2", "3", "1", "4", "5", "6"]
@@ -498,14 +504,14 @@ def test_a_device_that_is_full_gets_less_at_a_time_with_the_same_map(tmp_path, m
         case = [str(volume(tmp_path / f"{part}.nii.gz", i)) for i, part in enumerate("ab")]
     else:
         case = str(picture(tmp_path / "a.png"))
-    whole, real = jmae.load(workdir)(case), evaluate.fitting
+    whole, real = jmae.load(workdir)(case), passes.fitting
 
     def fitting(lower, most, **words):
         compiled, chunk = real(lower, most, **words)
         asked.append(chunk)
         return Full(compiled, chunk, room), chunk
 
-    monkeypatch.setattr(evaluate, "fitting", fitting)
+    monkeypatch.setattr(passes, "fitting", fitting)
     for room in (1, 0):
         asked: list[int] = []
         if room:

@@ -11,7 +11,8 @@ from pydicom import uid
 
 from jmae.data import prepare
 from jmae.data.files import read_image, read_mask
-from jmae.data.manifest import check_files, read_manifest
+from jmae.data.manifest import parse_manifest
+from jmae.data.opening import open_each
 from jmae.data.prepare import deeplesion, draw, hyper_kvasir, jsrt, lidc
 from jmae.errors import InputError, exit_code
 
@@ -23,8 +24,8 @@ def run(name, root, out, *flags):
 def prepared(capsys, name, root, out, *flags):
     """The rows by id, read as any recipe reads them, and what the command said."""
     assert run(name, root, out, *flags) == 0, capsys.readouterr().err
-    rows = read_manifest(out / "manifest.csv")
-    assert check_files(rows, workers=1) == []
+    rows = parse_manifest(out / "manifest.csv")[0]
+    assert open_each(rows, workers=1) == []
     return {row.id: row for row in rows}, capsys.readouterr().out
 
 

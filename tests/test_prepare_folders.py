@@ -13,7 +13,8 @@ from pydicom import uid
 from test_files import dicom
 
 from jmae.data import prepare
-from jmae.data.manifest import check_files, read_manifest
+from jmae.data.manifest import parse_manifest
+from jmae.data.opening import open_each
 from jmae.data.prepare import chexpert, folders
 from jmae.errors import InputError, exit_code
 
@@ -27,8 +28,8 @@ def run(*arguments):
 def prepared(capsys, *arguments, out, **options):
     """The rows by id, read as any recipe reads them, and what the command said."""
     assert run(*arguments, f"--out={out}") == 0, capsys.readouterr().err
-    rows = read_manifest(out / "manifest.csv", **options)
-    assert check_files(rows, workers=1) == []
+    rows = parse_manifest(out / "manifest.csv", **options)[0]
+    assert open_each(rows, workers=1) == []
     return {row.id: row for row in rows}, capsys.readouterr().out
 
 
@@ -178,14 +179,16 @@ def dataset(tmp_path):
 
 
 def test_nnunet_joins_channels_and_takes_labels_from_segmentations(dataset, tmp_path, capsys):
-    rows, said = prepared(capsys, "nnunet", f"--root={dataset}", out=tmp_path / "out", normal_crops_only=True)
+    rows, said = prepared(
+        capsys, "nnunet", f"--root={dataset}", out=tmp_path / "out", crops=True, normal_crops_only=True
+    )
     assert kinds(rows) == {("train", 1, True): 1, ("train", 0, False): 1, ("test", None, False): 1}
     names = [f"b_1_{k:04d}.nii.gz" for k in range(2)]
     assert rows["b_1"].image == tuple(str(dataset / "imagesTr" / name) for name in names)
     assert "3 cases of FLAIR + T1" in said and "caution: every class above 0 counts as lesion: tumour, oedema" in said
     assert "give the recipe --config.data.normal_crops_only=True --config.data.channels=2" in said
     volume(dataset / "labelsTs" / "b_3.nii.gz", lesion())
-    rows, _ = prepared(capsys, "nnu-net", f"--root={dataset}", out=tmp_path / "two", normal_crops_only=True)
+    rows, _ = prepared(capsys, "nnu-net", f"--root={dataset}", out=tmp_path / "two", crops=True, normal_crops_only=True)
     assert rows["b_3"].label == 1 and rows["b_3"].mask == str(dataset / "labelsTs" / "b_3.nii.gz")
 
 
@@ -218,7 +221,7 @@ def test_nnunet_without_dataset_json_takes_the_usual_ending_and_says_what_lesion
         picture(root / "imagesTr" / f"{case}_0000.png")
         picture(root / "labelsTr" / f"{case}.png", mask=True)
     (root / "imagesTr" / "notes.txt").write_text("")
-    rows, said = prepared(capsys, "nnunet", f"--root={root}", out=tmp_path / "out", normal_crops_only=True)
+    rows, said = prepared(capsys, "nnunet", f"--root={root}", out=tmp_path / "out", crops=True, normal_crops_only=True)
     assert kinds(rows) == {("train", 1, True): 3}
     assert "1 files that are not CASE_0000.png (.txt)" in said
     assert "every class above 0 counts as lesion: dataset.json, which would name them, is not there" in said

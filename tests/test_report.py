@@ -4,6 +4,7 @@ import base64
 import functools
 import io
 import json
+import os
 import re
 from html.parser import HTMLParser
 from xml.etree import ElementTree
@@ -12,8 +13,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jmae import metrics, report
-from jmae.report import Case, choose_cases, colour_scale, headline, write_report
+from jmae import metrics
+from jmae.report.cases import SLICE_BYTES, SLICES, SLIDE_SIDES, Case, choose_cases, one_slice, outline, slice_side
+from jmae.report.charts import froc_chart
+from jmae.report.page import write_report
+from jmae.report.pictures import Scale, case_pictures, colour_scale, slides, spread_scale
+from jmae.report.words import comparison_rows, p_value_sentences, patient_rows, result_sentences, stage_losses
 
 EVIL = "<script>alert('x')</script>\" onload=\"a()"
 
@@ -130,12 +135,12 @@ def test_worst_cases_are_the_most_wrongly_scored_and_no_case_comes_twice():
     scores = [*range(10), *range(10)]
     groups = choose_cases(labels, scores, 2)
     assert groups == {
-        "Abnormal, most wrongly scored": [10, 11],
-        "Abnormal, best scored": [19, 18],
-        "Abnormal, in the middle": [14, 15],
-        "Normal, most wrongly scored": [9, 8],
-        "Normal, best scored": [0, 1],
-        "Normal, in the middle": [5, 4],
+        "Abnormal, worst scores": [10, 11],
+        "Abnormal, best scores": [19, 18],
+        "Abnormal, middle scores": [14, 15],
+        "Normal, worst scores": [9, 8],
+        "Normal, best scores": [0, 1],
+        "Normal, middle scores": [5, 4],
     }
 
 
@@ -160,7 +165,7 @@ def test_leaks_are_a_warning_above_all_figures_and_without_them_there_is_none(tm
         write_report(tmp_path / f"{name}.html", evaluation, [], [], {}, {})
     page = (tmp_path / "leaky.html").read_text()
     assert page.index("Not an independent test.") < page.index("AUROC of the primary score")
-    assert page.count("is in train and test") == 20 and "And 3 more" in page and "<script" not in page
+    assert page.count("is in train and test") == 20 and "3 more are in metrics.json" in page and "<script" not in page
     assert "Not an independent test." not in (tmp_path / "sound.html").read_text()
 
 
@@ -226,7 +231,7 @@ def test_the_table_comes_first_and_everything_has_its_place(page):
         "Curves",
         "χ²",
         "Cases",
-        "Abnormal, most wrongly scored",
+        "Abnormal, worst scores",
         "Loss of stage proxy",
         "Loss of stage a & b",
         "Recipe",
@@ -234,7 +239,7 @@ def test_the_table_comes_first_and_everything_has_its_place(page):
     ):
         place = words.index(part, place)
     assert "percentile of the values of the 6 normal maps" in words
-    assert "mean over 1 patients" in words and "1 without a lesion left out" in words
+    assert "mean over 1 patients" in words and "1 without a lesion are left out" in words
 
 
 def test_the_numbers_are_those_of_the_evaluation(page):
@@ -244,13 +249,13 @@ def test_the_numbers_are_those_of_the_evaluation(page):
             lo, hi = image[f"{name}_ci"]
             assert re.search(rf"{image[name]:.3f}\s+{lo:.3f}–{hi:.3f}", words)
     found = round(e["decision"]["sensitivity"] * 20)
-    assert f"{found} of 20 abnormal cases are found" in words
+    assert f"it finds {found} of 20 abnormal cases" in words
 
 
 def test_baselines_stand_from_best_to_worst_with_chance_last():
     e = an_evaluation()
     e["baselines"] = {f"b{a}": {"image": {"auroc": a}, "pixel": None} for a in (0.6, 0.9, None, 0.7)}
-    rows = report.comparison_rows(e)
+    rows = comparison_rows(e)
     assert [r.name for r in rows] == ["stage2", "stage1", "b0.9", "b0.7", "b0.6", "bNone", "chance"]
     assert rows[-1].image == {"auroc": 0.5, "ap": 0.5}
 
@@ -258,18 +263,18 @@ def test_baselines_stand_from_best_to_worst_with_chance_last():
 @pytest.mark.parametrize(
     ("auroc", "ci", "baseline", "expected"),
     [
-        (0.9, [0.85, 0.95], 0.7, "gets 70."),
-        (0.9, [0.85, 0.95], 0.87, "do not settle which of the two is better"),
-        (0.9, [0.85, 0.95], 0.92, "does as well or better, with 92 in 100"),
-        (0.55, [0.45, 0.65], 0.5, "cannot be told from chance"),
+        (0.9, [0.85, 0.95], 0.7, "reaches 70."),
+        (0.9, [0.85, 0.95], 0.87, "do not show which of the two is better"),
+        (0.9, [0.85, 0.95], 0.92, "does as well or better: 92 times in 100"),
+        (0.55, [0.45, 0.65], 0.5, "cannot tell this result from chance"),
         (0.3, [0.2, 0.4], 0.2, "point the wrong way"),
-        (0.9, [None, None], 0.7, "90 times in 100; a coin gets 50."),
+        (0.9, [None, None], 0.7, "90 times in 100. Chance gives 50."),
     ],
 )
 def test_the_headline_says_what_the_interval_and_the_baselines_allow(auroc, ci, baseline, expected):
     e = an_evaluation(image={"auroc": auroc, "auroc_ci": ci, "ap": 0.5, "ap_ci": ci})
     e["baselines"] = {"edges": {"image": {"auroc": baseline}, "pixel": None}}
-    assert expected in " ".join(headline(e))
+    assert expected in " ".join(result_sentences(e))
 
 
 def calibrated(labels, p, n, rate=0.05, threshold=0.7):
@@ -280,18 +285,21 @@ def calibrated(labels, p, n, rate=0.05, threshold=0.7):
 
 def test_what_was_promised_stands_beside_what_came_of_it():
     p = [0.01] * 3 + [0.9] * 47 + [0.05] * 20 + [0.06] * 30 + [None]
-    words = " ".join(report.promise(calibrated([0] * 50 + [1] * 51, p, 99)))
-    assert "of 99 held-out normals and itself" in words and "at most 5 % get one of 0.05 or less" in words
-    assert "above 0.7, here 3 of 50 normal cases and 20 of 50 abnormal cases alarmed." in words
+    words = " ".join(p_value_sentences(calibrated([0] * 50 + [1] * 51, p, 99)))
+    assert "of 99 held-out normal cases and the case itself" in words and "at most 5 % have a p-value of 0.05" in words
+    assert "above 0.7 is raised here for 3 of 50 normal cases and 20 of 50 abnormal cases." in words
     assert "chance below" not in words
     # 30 of 50 at 5 % promised: not by chance; 1 of 1 says little
-    assert "calibrate on normals of this kind" in report.promise(calibrated([0] * 50, [0.01] * 30 + [1] * 20, 99))[-1]
-    assert len(report.promise(calibrated([0], [0.01], 99))) == 2
-    unknown = " ".join(report.promise(calibrated([None] * 4, [0.01, 1, 1, 1], 99)))
-    assert "here 1 of 4 unlabelled cases alarmed" in unknown
-    few = report.promise(calibrated([0, 1], [0.5, 0.5], 9, threshold=None))
-    assert few[-1] == "So few normals cannot give one so low: that takes 19."
-    assert report.promise({"alarms": None, "uncalibrated": "give it normals"}) == ["Give it normals."]
+    assert (
+        "calibrate on normal cases of this kind"
+        in p_value_sentences(calibrated([0] * 50, [0.01] * 30 + [1] * 20, 99))[-1]
+    )
+    assert len(p_value_sentences(calibrated([0], [0.01], 99))) == 2
+    unknown = " ".join(p_value_sentences(calibrated([None] * 4, [0.01, 1, 1, 1], 99)))
+    assert "here for 1 of 4 unlabelled cases" in unknown
+    few = p_value_sentences(calibrated([0, 1], [0.5, 0.5], 9, threshold=None))
+    assert few[-1] == "9 normal cases are too few for such a p-value: it takes 19."
+    assert p_value_sentences({"alarms": None, "uncalibrated": "give it normals"}) == ["Give it normals."]
 
 
 def test_the_surprise_at_normal_alarms_is_that_of_drawing_both_sets_alike():
@@ -299,7 +307,7 @@ def test_the_surprise_at_normal_alarms_is_that_of_drawing_both_sets_alike():
     for _ in range(4000):
         held, new = rng.normal(size=n), rng.normal(size=m)
         p = (1 + (held >= new[:, None]).sum(1)) / (n + 1)
-        seen += len(report.promise(calibrated([0] * m, p.tolist(), n, rate))) == 3
+        seen += len(p_value_sentences(calibrated([0] * m, p.tolist(), n, rate))) == 3
     assert 0 < seen / 4000 < 0.01 + 3 * 0.1 / 4000**0.5
 
 
@@ -315,9 +323,9 @@ def test_cases_by_score_have_their_p_values(tmp_path):
 
 def test_unlabelled_data_get_their_scores_and_the_reason(tmp_path):
     parsed = Page(write(tmp_path / "r.html", unlabelled(), history=[]))
-    assert "No case of this split has a label" in parsed.text and "No ROC or precision-recall" in parsed.text
+    assert "No case of this split has a label" in parsed.text and "no ROC or precision-recall" in parsed.text
     assert parsed.text.index("scan7") < parsed.text.index("scan6") < parsed.text.index("scan0")
-    assert "none is known normal" in parsed.text and "AUROC of the primary" not in parsed.text
+    assert "no case is labelled normal" in parsed.text and "AUROC of the primary" not in parsed.text
 
 
 def test_a_split_of_normals_alone_has_no_curves(tmp_path):
@@ -338,10 +346,10 @@ def test_volumes_that_are_all_abnormal_still_have_their_voxel_figures(tmp_path):
     changes = {"n_normal": 0, "n_abnormal": 40, "pixel": pixel, "per_patient": patients, "image": None}
     baselines = {"brightness": {"image": None, "pixel": weak}}
     evaluation = an_evaluation(**changes, scores={"stage2": {"image": None, "pixel": pixel}}, baselines=baselines)
-    reason, voxels = headline(evaluation)
+    reason, points, baseline = result_sentences(evaluation)
     assert "need both classes" in reason
-    assert "91 times in 100; the best cheap baseline, “brightness”, does so 62 times." in voxels
-    assert report.named_patients(evaluation)[0]["best"] == ("PCA-30 error", 0.72)
+    assert "91 times in 100." in points and baseline == "The best cheap baseline, “brightness”, reaches 62."
+    assert patient_rows(evaluation)[0]["best"] == ("PCA-30 error", 0.72)
     text = write(tmp_path / "r.html", evaluation, cases=[a_case("case0", 1, 2.0)])
     for word in ("0.910", "0.620", "first", "0.950", "PCA-30 error", "mean over 1 patients"):
         assert word in text
@@ -352,13 +360,13 @@ def test_a_volume_is_cut_where_its_lesion_is_largest_or_its_map_highest():
     case = a_case("v", 1, 1.0, size=(6, 5, 4))
     case.mask[...] = False
     case.mask[2:4, 1:3, 2] = True
-    flat = report.one_slice(case)
+    flat = one_slice(case)
     assert flat.slice == 2 and flat.image.shape == (6, 5, 2) and flat.mask.sum() == 4
     np.testing.assert_array_equal(flat.map, case.map[:, :, 2])
-    assert report.one_slice(flat) == flat
+    assert one_slice(flat) == flat
     normal = a_case("n", 0, 1.0, size=(6, 5, 4))
     normal.map[3, 3, 1] = 99
-    assert report.one_slice(normal).slice == 1
+    assert one_slice(normal).slice == 1
 
 
 def picture(uri):
@@ -375,15 +383,15 @@ def test_a_volume_can_be_paged_through_from_the_slice_that_is_shown(tmp_path):
     text = write(tmp_path / "r.html", e, [c._replace(id=EVIL) for c in cases], [])
     page = Page(text)
     radios = page.of("input")
-    assert len(radios) == report.SLICES * len(cases) and not page.open and "<script" not in text
+    assert len(radios) == SLICES * len(cases) and not page.open and "<script" not in text
     checked = [r for r in radios if "checked" in r]
     assert {r["name"] for r in checked} == {r["name"] for r in radios} and len(checked) == len(cases)
-    shown = sorted(report.one_slice(case).slice + 1 for case in cases)
+    shown = sorted(one_slice(case).slice + 1 for case in cases)
     assert sorted(int(re.match(r"Slice (\d+) of 40", r["aria-label"])[1]) for r in checked) == shown
     assert {r["id"] for r in radios} >= {label["for"] for label in page.of("label")}
     marked = [r for r in radios if r.get("class") == "marked"]
     assert marked and all("with lesion" in r["aria-label"] for r in marked)
-    assert f"{report.SLICES - 1} slices more at most" in page.text
+    assert f"up to {SLICES - 1} more, equally spaced" in page.text
     assert "Slice" not in str(Page(write(tmp_path / "flat.html", e, history=[])).of("input"))
 
 
@@ -392,16 +400,16 @@ def test_slices_are_equally_spaced_hold_the_one_shown_and_are_what_they_say():
     case.image[...] = np.arange(100)[:, None] / 100  # each slice has the value of its number
     case.mask[...] = False
     case.mask[3:6, 4:7, 10] = True
-    slices = report.one_slice(case, side=10).slices
-    assert len(slices.numbers) == report.SLICES and 10 in slices.numbers and slices.depth == 100
-    assert max(np.diff(slices.numbers)) <= 100 / (report.SLICES - 1) + 4 and slices.numbers[0] == 0
-    assert slices.image.shape == slices.map.shape == (report.SLICES, 10, 8)
+    slices = one_slice(case, side=10).slices
+    assert len(slices.numbers) == SLICES and 10 in slices.numbers and slices.depth == 100
+    assert max(np.diff(slices.numbers)) <= 100 / (SLICES - 1) + 4 and slices.numbers[0] == 0
+    assert slices.image.shape == slices.map.shape == (SLICES, 10, 8)
     assert [bool(o) for o in slices.outlines] == [n == 10 for n in slices.numbers]
-    scale = report.Scale(0, 1, "")
-    (made,) = report.slides([case._replace(slices=slices)], scale)
+    scale = Scale(0, 1, "")
+    (made,) = slides([case._replace(slices=slices)], scale)
     values = [decode(s["image"]).mean() for s in made]
     assert [s["number"] for s in made] == list(slices.numbers) and np.all(np.diff(values) > 0)
-    few = report.one_slice(a_case("v", 0, 1.0, (8, 6, 3)))
+    few = one_slice(a_case("v", 0, 1.0, (8, 6, 3)))
     assert few.slices.numbers == (0, 1, 2)
 
 
@@ -409,44 +417,42 @@ def test_the_overlay_of_a_slice_is_that_slice_s_map():
     case = a_case("v", 0, 1.0, (32, 32, 5))
     case.image[...], case.map[...] = 0, 0
     case.map[:16, :, 3] = 1
-    (made,) = report.slides([report.one_slice(case)], report.Scale(0, 1, ""))
+    (made,) = slides([one_slice(case)], Scale(0, 1, ""))
     halves = np.array([[decode(s["overlay"])[:12].mean(), decode(s["overlay"])[20:].mean()] for s in made])
     assert halves[3, 0] > 100 and np.delete(halves.ravel(), 6).max() < 10
 
 
 def test_slices_of_large_noisy_volumes_keep_the_page_bounded(tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "SLIDE_BYTES", 300_000)
+    monkeypatch.setattr("jmae.report.pictures.SLIDE_BYTES", 300_000)
     e = an_evaluation()
     write(tmp_path / "r.html", e, cases_of(e, size=(200, 160, 6)), [])
     assert (tmp_path / "r.html").stat().st_size < 3_000_000 + 4 / 3 * 300_000
     volumes = 5000
-    assert volumes * 5 * report.SLICES * report.held_side(volumes) ** 2 <= report.HELD_BYTES
-    assert report.held_side(1) == report.SLIDE_SIDES[0]
+    assert volumes * 5 * SLICES * slice_side(volumes) ** 2 <= SLICE_BYTES
+    assert slice_side(1) == SLIDE_SIDES[0]
 
 
 def test_a_page_without_cases_history_and_extras_still_stands(tmp_path):
     e = an_evaluation(pixel=None, decision=None, chi2=None, replicates=None, per_patient=None, baselines={}, scores={})
     text = Page(write(tmp_path / "r.html", {**e, "subsets": {}}, [], [])).text
-    assert "none was run here" in text and "\nCases\n" not in text and "Training" not in text
+    assert "No baseline was run here" in text and "\nCases\n" not in text and "Training" not in text
 
 
 def test_volumes_are_shown_where_the_lesion_or_the_map_is_largest():
     volume = a_case("v", 0, 1.0, (20, 16, 9))
     volume.map[3, 4, 6] = 50
     scale = colour_scale([volume])
-    assert report.case_pictures(volume, scale)["slice"] == 6
+    assert case_pictures(volume, scale)["slice"] == 6
     mask = np.zeros((20, 16, 9), bool)
     mask[2:5, 3:6, 1], mask[2, 3, 2] = True, True
-    pictures = report.case_pictures(volume._replace(mask=mask), scale)
+    pictures = case_pictures(volume._replace(mask=mask), scale)
     assert pictures["slice"] == 1 and (pictures["width"], pictures["height"]) == (16, 20)
 
 
 def test_the_outline_encloses_the_mask():
     mask = np.zeros((30, 20), bool)
     mask[5:12, 0:4] = True  # it touches the border and must close there
-    x, y = (
-        np.array(v, float) for v in zip(*re.findall(r"(-?[\d.]+) (-?[\d.]+)", report._outline(mask, 256)), strict=True)
-    )
+    x, y = (np.array(v, float) for v in zip(*re.findall(r"(-?[\d.]+) (-?[\d.]+)", outline(mask, 256)), strict=True))
     assert abs(x.min() - 0) <= 0.5 and abs(x.max() - 4) <= 0.5
     assert abs(y.min() - 5) <= 0.5 and abs(y.max() - 12) <= 0.5
 
@@ -458,7 +464,7 @@ def test_all_maps_share_the_scale_of_the_normals():
     scale = colour_scale([normal, hot])
     assert (scale.low, scale.high) == pytest.approx((0.5, 0.999))
     colours = [
-        picture(report.case_pictures(hot._replace(map=flat(v)), scale)["map"]).convert("RGB").getpixel((5, 5))
+        picture(case_pictures(hot._replace(map=flat(v)), scale)["map"]).convert("RGB").getpixel((5, 5))
         for v in (0.1, 0.5, 0.999, 9.0)
     ]
     assert colours[0] == colours[1] == (0, 0, 4) and colours[2] == colours[3] == (252, 255, 164)  # inferno's ends
@@ -467,10 +473,10 @@ def test_all_maps_share_the_scale_of_the_normals():
 def test_a_reconstruction_is_shown_in_the_grey_window_of_its_image():
     case = a_case("a", 1, 1.0)
     scale = colour_scale([case])
-    assert report.case_pictures(case, scale)["reconstruction"] is None
-    pictures = report.case_pictures(case._replace(reconstruction=case.image), scale)
+    assert case_pictures(case, scale)["reconstruction"] is None
+    pictures = case_pictures(case._replace(reconstruction=case.image), scale)
     assert pictures["reconstruction"] == pictures["image"]
-    brighter = report.case_pictures(case._replace(reconstruction=case.image + 0.2), scale)
+    brighter = case_pictures(case._replace(reconstruction=case.image + 0.2), scale)
     image, other = (decode(uri) for uri in (pictures["image"], brighter["reconstruction"]))
     dark, bright = np.percentile(case.image[..., 0], (1, 99))
     inside = (image > 5) & (other < 250)
@@ -518,17 +524,17 @@ def test_no_froc_is_said_as_before(page):
 
 @pytest.mark.parametrize("curve", [((0, 0),), ((0, 0), (0, 1)), ((0, 0), (3, 0.2), (2.5, 0.4)), ((0, 0), (10, 0.4))])
 def test_short_froc_curves_are_drawn(curve):
-    ElementTree.fromstring(report.froc_chart(froc_of(0.4, curve)))
+    ElementTree.fromstring(froc_chart(froc_of(0.4, curve)))
 
 
 def test_spreads_share_one_grey_scale_and_stand_with_their_words(tmp_path):
     flat = lambda v: np.full((10, 10), v, np.float32)
     case = a_case("a", 1, 1.0, (10, 10))
     spread = np.linspace(2, 3, 1001, dtype=np.float32).reshape(7, 143)
-    scale, spreads = colour_scale([case]), report.spread_scale([case, case._replace(confidence=spread)])
+    scale, spreads = colour_scale([case]), spread_scale([case, case._replace(confidence=spread)])
     assert (spreads.low, spreads.high) == pytest.approx((2, 2.999))
-    assert report.spread_scale([case]) is None and report.case_pictures(case, scale, 256, spreads)["spread"] is None
-    shown = [report.case_pictures(case._replace(confidence=flat(v)), scale, 256, spreads) for v in (1, 2.4995, 9)]
+    assert spread_scale([case]) is None and case_pictures(case, scale, 256, spreads)["spread"] is None
+    shown = [case_pictures(case._replace(confidence=flat(v)), scale, 256, spreads) for v in (1, 2.4995, 9)]
     assert [picture(p["spread"]).getpixel((5, 5)) for p in shown] == [0, 128, 255]
 
     e = an_evaluation()
@@ -543,9 +549,9 @@ def test_spreads_share_one_grey_scale_and_stand_with_their_words(tmp_path):
 def test_a_spread_is_cut_where_its_volume_is():
     case = a_case("v", 0, 1.0, (6, 5, 4))
     case.map[3, 3, 1] = 99
-    flat = report.one_slice(case._replace(confidence=case.map + 1))
+    flat = one_slice(case._replace(confidence=case.map + 1))
     np.testing.assert_array_equal(flat.confidence, case.map[:, :, 1] + 1)
-    assert report.one_slice(case).confidence is None
+    assert one_slice(case).confidence is None
 
 
 def test_pages_with_spreads_stay_small(tmp_path):
@@ -557,7 +563,7 @@ def test_pages_with_spreads_stay_small(tmp_path):
 
 def test_constant_images_and_maps_are_drawn():
     case = Case("c", 0, 0.0, np.ones((8, 8, 1)), np.zeros((8, 8)), np.zeros((8, 8), bool))
-    assert report.case_pictures(case, colour_scale([case]))["outline"] == ""
+    assert case_pictures(case, colour_scale([case]))["outline"] == ""
 
 
 def test_pages_stay_small_with_large_noisy_images(tmp_path):
@@ -575,7 +581,7 @@ def test_of_a_step_logged_twice_the_later_counts_and_gaps_are_left_out():
         {"stage": "a", "step": 0, "loss": float("nan")},
         {"stage": "a", "step": 7, "auroc": 1.0},
     ]
-    stages = report.stage_losses(lines)
+    stages = stage_losses(lines)
     assert list(stages) == ["b"] and [v.tolist() for v in stages["b"]] == [[1, 2], [5, 3]]
 
 
@@ -586,7 +592,7 @@ def test_a_failed_write_leaves_the_old_page_and_no_litter(tmp_path, monkeypatch)
     def fail(*_):
         raise OSError("disk full")
 
-    monkeypatch.setattr(report.os, "replace", fail)
+    monkeypatch.setattr(os, "replace", fail)
     with pytest.raises(OSError, match="disk full"):
         write(path, an_evaluation(), [], [])
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]

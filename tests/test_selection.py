@@ -11,7 +11,7 @@ from configs import memmc_mae as recipe
 from jmae import checkpoint, metrics, train
 from jmae.data.loader import Images, load_rows
 from jmae.errors import InputError, NonFiniteLoss, exit_code
-from jmae.evaluate import restore_results
+from jmae.inference import restore_results
 from jmae.recipe import load, override
 from jmae.run_folder import read_history
 from jmae.selection import by_pseudo_auc, crop_scores
@@ -32,11 +32,11 @@ def toy(broken: bool = False) -> System:
     """Counts its steps; scores by brightness, and at one step by darkness, which tells more here."""
 
     def init(key, results, n):
-        return State({"w": jnp.float32(0)}, {}, {"seen": jnp.float32(0)}, {}, jnp.int32(0))
+        return State(params={"w": jnp.float32(0)}, opt={}, stats={"seen": jnp.float32(0)}, step=jnp.int32(0))
 
-    def step(state, batch, key, *, steps, axis_name=None):
+    def step(state, batch, key, results, *, steps):
         stats = {"seen": state.stats["seen"] + jnp.mean(batch["image"])}
-        new = State({"w": state.params["w"] + 1}, {}, stats, {}, state.step + 1)
+        new = state.replace(params={"w": state.params["w"] + 1}, stats=stats, step=state.step + 1)
         return new, {"loss": stats["seen"]}
 
     def score(results, batch, key, *, chunk=None):
@@ -45,8 +45,8 @@ def toy(broken: bool = False) -> System:
         return {"maps": {}, "scores": {"toy": value}}
 
     rows = lambda rows, results: np.flatnonzero([row.split == "train" for row in rows])
-    stage = Stage("train", 4, rows, lambda n: 7, init, step)
-    return System("toy", (stage,), score, ("train",), "toy")
+    stage = Stage(name="train", batch=4, rows=rows, steps=lambda n: 7, init=init, step=step)
+    return System(name="toy", stages=(stage,), score=score, uses=("train",), primary="toy")
 
 
 def run(c, workdir, system):
@@ -63,7 +63,7 @@ def test_the_best_step_is_kept_scored_and_found_again_after_an_interruption(
     assert np.all(results["train"]["params"]["w"] == BEST)
     history = [line for line in read_history(tmp_path / "whole" / "metrics.jsonl") if "aucp" in line]
     assert [line["step"] for line in history] == [2, 4, 6, 7] and history[-1]["best_step"] == BEST
-    chosen = system.stages[0].selection.rows(images.rows)
+    chosen = system.stages[0].checks[-1].rows(images.rows)
     assert len(set(chosen)) == 24
     truth = [images.rows[i].split == "unlabeled" for i in chosen]
     expected = metrics.auroc(truth, -images.image(chosen).mean((1, 2, 3)))
@@ -102,7 +102,6 @@ def test_what_cannot_be_chosen_from_is_one_line_before_training(tools, tmp_path,
     assert not (tmp_path / "run").exists()
     for change, line in [
         ("select=dice", "select is 'dice': one of last, aucp"),
-        ("select_samples=0", "select_every is 1 or more, select_samples from 1 to 10000"),
     ]:
         with pytest.raises(InputError, match=line):
             load_system(config(manifest, "data.size=32,32", change))
@@ -118,7 +117,7 @@ def test_what_cannot_be_chosen_from_is_one_line_before_training(tools, tmp_path,
 def test_simsid_chooses_in_the_stage_that_settles_its_score(variant, score, stage):
     c = load("configs/simsid.py:smoke")
     c.variant, c.evaluation.score, c.select = variant, score, "aucp"
-    assert [s.name for s in load_system(c).stages if s.selection] == [stage]
+    assert [s.name for s in load_system(c).stages if "unlabeled" in s.splits] == [stage]
 
 
 def test_a_system_of_images_from_training_to_metrics(small_set, tmp_path):
@@ -141,7 +140,8 @@ def test_a_crop_s_score_is_the_mean_of_its_primary_map():
     c = config("", "evaluation.batch=4")
     score = lambda results, image, keys: (image * results["factor"], jnp.ones((*image.shape[:-1], 1)))
     fuse = lambda averages, inside: {"maps": {"toy": jnp.where(inside, averages[..., 0], 0)}}
-    system = System("toy", (), None, (), "toy", sweep=Sweep((8, 6, 4), (4, 4, 2), 2, score, fuse))
+    sweep = Sweep(window=(8, 6, 4), stride=(4, 4, 2), repeats=2, score=score, fuse=fuse)
+    system = System(name="toy", stages=(), uses=(), primary="toy", sweep=sweep)
     image = np.random.default_rng(0).random((3, 8, 6, 4, 2)).astype(np.float32)
     batch = {"image": jnp.asarray(image), "case": jnp.zeros((3, 2), jnp.uint32)}
     found = crop_scores(c, system, {"factor": jnp.float32(3)}, batch)

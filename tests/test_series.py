@@ -9,8 +9,7 @@ import pydicom
 import pytest
 from pydicom import uid
 
-from jmae.data import files
-from jmae.data.files import image_size, read_image, read_mask, write_map
+from jmae.data.files import guard, image_size, read_image, read_mask, write_map
 from jmae.errors import InputError
 
 RNG = np.random.default_rng(0)
@@ -295,7 +294,7 @@ def test_a_position_of_no_number_is_one_line(tmp_path):
 
 def test_a_series_beyond_the_limit_is_refused(tmp_path, monkeypatch):
     folder = series(tmp_path / "s")
-    monkeypatch.setattr(files, "MAX_VOXELS", VOLUME.size - 1)
+    monkeypatch.setattr(guard, "MAX_VOXELS", VOLUME.size - 1)
     refused(folder, "(5, 7, 6)", "limit")
     refused(folder, "limit", by=image_size)
 

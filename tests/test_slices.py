@@ -8,7 +8,8 @@ import pytest
 
 from jmae.data import slices
 from jmae.data.files import image_size, read_image, read_mask
-from jmae.data.manifest import check_files, read_manifest, summary
+from jmae.data.manifest import parse_manifest, summary
+from jmae.data.opening import open_each
 from jmae.data.slices import How, cut_manifest, distance, lie
 from jmae.data.volumes import boxes_mask
 from jmae.errors import exit_code
@@ -53,8 +54,8 @@ def row(name, split="test", label="", **cells):
 def cut(folder, *rows, **how):
     """The slices of a manifest, read as any recipe reads them."""
     said = cut_manifest(manifest(folder, *rows), folder / "out", How(**how))
-    found = read_manifest(folder / "out" / "manifest.csv")
-    assert check_files(found, workers=1) == []
+    found = parse_manifest(folder / "out" / "manifest.csv")[0]
+    assert open_each(found, workers=1) == []
     return found, said
 
 
@@ -291,7 +292,7 @@ def test_phantoms_are_cut_too(tmp_path):
     name = "phantom:breast/test/0"
     path = manifest(tmp_path, row("p", "test", 1, image=name, mask=name))
     cut_manifest(path, tmp_path / "out")
-    rows = read_manifest(tmp_path / "out" / "manifest.csv")
+    rows = parse_manifest(tmp_path / "out" / "manifest.csv")[0]
     assert {r.label for r in rows} <= {0, 1} and read_image(rows[0].image).array.shape[-1] == 2
 
 

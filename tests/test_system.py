@@ -12,9 +12,9 @@ from on_8_devices import small_system
 
 from jmae.nn.transformer import Block
 from jmae.nn.unet import Convs
+from jmae.programs import compiled_init
 from jmae.sharding import device_mesh
 from jmae.system import network, stage_keys
-from jmae.train import compiled_init
 
 
 def equal(a, b) -> bool:

@@ -18,10 +18,11 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from jmae import checkpoint, evaluate, recipe, train
+from jmae import checkpoint, evaluate, programs, progress, recipe, seen, train
 from jmae.data import loader, phantoms
 from jmae.errors import InputError, exit_code
-from jmae.run_folder import add_history, cut_history, read_history, read_seen, write_seen
+from jmae.run_folder import add_history, cut_history, read_history
+from jmae.seen import read_seen, write_seen
 from jmae.system import load_system
 from jmae.target import Target, tracing_for
 
@@ -243,7 +244,7 @@ def test_dispatches_cross_no_halt_and_depend_on_the_step_s_number_alone(steps, l
     def walk(done: int) -> list[tuple[int, int]]:
         out = []
         while done < steps:
-            out.append((done, train.next_dispatch(done, steps, length, period, halts)))
+            out.append((done, programs.next_dispatch(done, steps, length, period, halts)))
             done += out[-1][1]
         assert done == steps
         return out
@@ -266,7 +267,7 @@ def test_the_loop_chooses_how_many_steps_a_program_has_by_the_size_of_a_batch():
         config, _ = recipe.parse([f"--config=configs/{name}", *(f"--config.{c}" for c in changes)], "")
         with tracing_for(Target(platform)):
             stages = load_system(config).stages
-            return {stage.name: train.steps_of_dispatch(config, stage, stage.batch / devices) for stage in stages}
+            return {stage.name: programs.steps_of_dispatch(config, stage, stage.batch / devices) for stage in stages}
 
     assert set(chosen("simsid.py:paper", "cpu").values()) == {1}
     # Images of 64 KiB in batches of 16; intervals of 5000 with 640, none or 64 steps.
@@ -345,9 +346,9 @@ def test_replicates_take_several_steps_a_dispatch_too(go, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_within_a_dispatch_is_told_by_its_step(go, tmp_path, monkeypatch):
-    real, seen, at = loader.read_case, [], train.place_batch
+    real, seen, at = loader.prepared_image, [], train.place_batch
     sick = lambda row, *args: real(row, *args) * (np.nan if row.id == "train-0-3" else 1)
-    monkeypatch.setattr(loader, "read_case", sick)
+    monkeypatch.setattr(loader, "prepared_image", sick)
     monkeypatch.setattr(train, "place_batch", lambda batch, *a, **k: seen.append(batch) or at(batch, *a, **k))
     changes = (*ONE_STAGE, "pretrain.batch=4", "checkpoint_every=4", "steps_per_dispatch=4")
     code, said = go(tmp_path / "run", *changes)
@@ -365,9 +366,9 @@ def test_a_loss_that_is_not_finite_within_a_dispatch_is_told_by_its_step(go, tmp
 
 @pytest.mark.parametrize("replicates", [1, 2])
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_batch(go, tmp_path, monkeypatch, replicates):
-    real = loader.read_case
+    real = loader.prepared_image
     sick = lambda row, *args: real(row, *args) * (np.nan if row.id == "train-0-3" else 1)
-    monkeypatch.setattr(loader, "read_case", sick)
+    monkeypatch.setattr(loader, "prepared_image", sick)
     seen, at = [], train.place_batch
     monkeypatch.setattr(train, "place_batch", lambda batch, *a, **k: seen.append(batch) or at(batch, *a, **k))
     code, said = go(tmp_path / "run", *ONE_STAGE, f"replicates={replicates}", "checkpoint_every=1")
@@ -394,7 +395,7 @@ def test_weights_that_are_not_finite_are_never_saved(go, tmp_path, monkeypatch):
         def poisoned(*given):
             state, metrics = one(*given)
             late = jnp.where(state.step > 6, jnp.nan, 0.0)
-            return state._replace(params=jax.tree.map(lambda x: x + late, state.params)), metrics
+            return state.replace(params=jax.tree.map(lambda x: x + late, state.params)), metrics
 
         return poisoned
 
@@ -402,8 +403,8 @@ def test_weights_that_are_not_finite_are_never_saved(go, tmp_path, monkeypatch):
     code, said = go(tmp_path / "run", *ONE_STAGE, "checkpoint_every=7")
     assert code == 3 and "stage pretrain, step 7: weights not finite; no step was saved yet" in said
     assert not checkpoint.steps(tmp_path / "run" / "checkpoints" / "pretrain")
-    assert train.finite({"a": jnp.ones(3), "b": jnp.arange(2), "c": jnp.zeros(0)})
-    assert not train.finite({"a": jnp.ones(3), "b": jnp.array([1.0, jnp.inf])})
+    assert programs.finite({"a": jnp.ones(3), "b": jnp.arange(2), "c": jnp.zeros(0)})
+    assert not programs.finite({"a": jnp.ones(3), "b": jnp.array([1.0, jnp.inf])})
 
 
 # --- weights of another run, replicates ------------------------------------------------------------------------------
@@ -466,9 +467,9 @@ def test_what_another_run_has_seen_counts_as_seen_by_the_one_that_takes_over_its
     c.model.weights = str(other)
     own = [row._replace(leak="") for row in found]
     with pytest.raises(InputError, match="test-0-1 is that of train-0-1"):  # also when it is evaluated again
-        evaluate.not_seen_before(c, own, run)
+        seen.check_unseen_by_source(c, own, run)
     c.model.weights = ""
-    assert evaluate.not_seen_before(c, own, run) == (own, "")
+    assert seen.check_unseen_by_source(c, own, run) == (own, "")
 
 
 @pytest.fixture
@@ -555,7 +556,7 @@ def test_a_stage_is_one_program_for_all_its_batches_and_the_modules_share_theirs
 def test_compiled_programs_are_kept_where_jax_was_told_nothing(tmp_path):
     environment = {k: v for k, v in os.environ.items() if not k.startswith("JAX_")}
     code = (
-        "import jax; from jmae import sharding; sharding.keep_compiled(); print(jax.config.jax_compilation_cache_dir)"
+        "import jax; from jmae import processes; processes.keep_compiled(); print(jax.config.jax_compilation_cache_dir)"
     )
     told = lambda **more: subprocess.run(
         [sys.executable, "-c", code], env=environment | more, capture_output=True, text=True, check=True
@@ -575,9 +576,9 @@ LINES = [{"step": 1}, {"step": 10, "loss": 0.5, "lr": 0.1}, {"step": 20, "loss":
 
 def test_a_terminal_shows_a_bar_with_pace_loss_and_time_left(monkeypatch):
     screen = io.StringIO()
-    monkeypatch.setattr(train, "PACE_AFTER", 0)
-    monkeypatch.setattr(train, "Console", lambda **_: Console(file=screen, force_terminal=True, width=120))
-    with train.progress("pretrain", 0, 40) as show:
+    monkeypatch.setattr(progress, "PACE_AFTER", 0)
+    monkeypatch.setattr(progress, "Console", lambda **_: Console(file=screen, force_terminal=True, width=120))
+    with progress.progress("pretrain", 0, 40) as show:
         for line in LINES:
             time.sleep(0.12)  # the bar is drawn ten times a second
             show(line)
@@ -587,8 +588,8 @@ def test_a_terminal_shows_a_bar_with_pace_loss_and_time_left(monkeypatch):
 
 
 def test_elsewhere_plain_lines_come_now_and_then_and_at_the_end(monkeypatch, capsys):
-    monkeypatch.setattr(train, "PACE_AFTER", 0.5)  # of the first steps no pace is told
-    with train.progress("pretrain", 0, 20) as show:
+    monkeypatch.setattr(progress, "PACE_AFTER", 0.5)  # of the first steps no pace is told
+    with progress.progress("pretrain", 0, 20) as show:
         for line in [*LINES[:2], {"step": 15, "loss": 9.0}, LINES[2]]:
             time.sleep(0.6 if line["step"] == 20 else 0.01)
             show(line)
@@ -599,8 +600,8 @@ def test_elsewhere_plain_lines_come_now_and_then_and_at_the_end(monkeypatch, cap
 
 
 def test_a_first_step_that_is_shown_again_has_no_pace(monkeypatch, capsys):
-    monkeypatch.setattr(train, "PACE_AFTER", 0)
-    with train.progress("pretrain", 0, 1) as show:
+    monkeypatch.setattr(progress, "PACE_AFTER", 0)
+    with progress.progress("pretrain", 0, 1) as show:
         for line in ({"step": 1}, {"step": 1, "loss": 0.5}):  # as where a stage of one step is checked
             show(line)
     assert capsys.readouterr().err == "pretrain 1/1  loss 0.5000\n"

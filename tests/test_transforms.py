@@ -143,27 +143,6 @@ def test_mask_resize_is_pillows_nearest_and_keeps_its_values():
     np.testing.assert_array_equal(tf.resize_mask(labels, (4, 3, 2)), np.repeat(labels, 2, 0)[:, :, 1::2])
 
 
-@pytest.mark.parametrize("size", [(13, 11), (7, 6, 5)])
-def test_standardised_channels_have_zero_mean_and_unit_deviation_over_the_region(size):
-    rng = np.random.default_rng(2)
-    image = rng.normal([3, -200], [0.1, 50], (*size, 2)).astype(np.float32)
-    region = rng.random(size) > 0.4
-    out = tf.standardise(image, region)
-    np.testing.assert_allclose(out[region].mean(0), 0, atol=1e-5)
-    np.testing.assert_allclose(out[region].std(0), 1, atol=1e-5)
-    expected = (image - image[region].mean(0)) / image[region].std(0)
-    np.testing.assert_allclose(out, expected, atol=1e-3)
-    everywhere = tf.standardise(image)
-    np.testing.assert_allclose(everywhere.std((*range(len(size)),)), 1, atol=1e-5)
-    np.testing.assert_array_equal(tf.standardise(image, np.zeros(size, bool)), everywhere)
-
-
-def test_standardise_ignores_values_that_are_not_finite_and_leaves_constants_undivided():
-    image = np.float32([1, 3, np.nan, np.inf, 1, 3])[:, None, None]
-    np.testing.assert_array_equal(tf.standardise(image)[:, 0, 0], [-1, 1, 0, 0, -1, 1])
-    assert not tf.standardise(np.full((5, 5, 1), 0.1, np.float32)).any()
-
-
 def test_the_central_view_drops_the_same_margin_on_both_sides_of_every_axis():
     image = np.arange(10 * 20 * 5).reshape(10, 20, 5)
     view = tf.central(image)

@@ -11,7 +11,8 @@ from flax import nnx
 from jmae.errors import InputError
 from jmae.losses import soft_cross_entropy
 from jmae.nn import unet
-from jmae.nn.unet import Convs, UNet, batch_norm_relu, check_size, convolve, dropout, moments, pool, upsample
+from jmae.nn.conv import batch_norm, convolve, dropout, moments, pool, upsample
+from jmae.nn.unet import Convs, UNet, check_size
 from jmae.system import network, stats_of
 from jmae.target import Target, tracing_for
 
@@ -145,7 +146,7 @@ def test_a_layer_normalises_by_the_batch_in_training_and_by_its_statistics_in_te
 def test_the_moments_of_a_batch_are_exact_though_its_mean_is_100_deviations(platform):
     x = (np.random.default_rng(5).normal(300, 3, (4, 64, 64, 2))).astype(np.float32)
     mean, var = x.mean((0, 1, 2), np.float64), x.astype(np.float64).var((0, 1, 2))
-    found = jax.jit(lambda shift: moments(x, shift, None))
+    found = jax.jit(lambda shift: moments(x, shift))
     for shift, exact in ((mean, 1e-5), (mean + 6, 1e-4), (0 * mean, 0.1)):  # the last: a first step
         ours = found(jnp.float32(shift))
         np.testing.assert_allclose(ours[0], mean, rtol=1e-5)
@@ -163,8 +164,8 @@ def test_batch_norm_with_relu_has_the_gradient_of_its_formula_and_keeps_its_inpu
         return jax.nn.relu((x - mean) / jnp.sqrt(var + 1e-3) * scale + bias)
 
     def ours(x, scale, bias):
-        found = moments(jax.lax.stop_gradient(x), jnp.ones(3), None)
-        return batch_norm_relu(x, *found, scale, bias, 1e-3, None)
+        found = moments(jax.lax.stop_gradient(x), jnp.ones(3))
+        return batch_norm(x, *found, scale, bias, 1e-3, jax.nn.relu)
 
     exact, back = jax.vjp(formula, x.astype(jnp.float32), scale, bias)
     y, our_back = jax.vjp(ours, x, scale, bias)
@@ -175,23 +176,6 @@ def test_batch_norm_with_relu_has_the_gradient_of_its_formula_and_keeps_its_inpu
     given = jnp.asarray(g, y.dtype)
     for a, b in zip((y, *our_back(given)), (exact, *back(given.astype(jnp.float32))), strict=True):
         np.testing.assert_allclose(np.float32(a), b, rtol=rounding, atol=rounding * np.abs(b).max())
-
-
-def test_its_gradient_over_a_named_axis_is_that_of_the_whole_batch():
-    x, scale, bias = jnp.asarray(images((4, 4), 4, 2)), jnp.array([0.5, 2]), jnp.array([0.1, -0.2])
-
-    def loss(x, scale, bias, weight, axis_name=None):
-        found = moments(jax.lax.stop_gradient(x), jnp.zeros(2), axis_name)
-        return jnp.mean(weight * batch_norm_relu(x, *found, scale, bias, 1e-3, axis_name))
-
-    weight = jnp.asarray(images((4, 4), 4, 2)[::-1])
-    whole = jax.grad(loss, (0, 1, 2))(x, scale, bias, weight)
-    halves = lambda a: a.reshape(2, 2, *a.shape[1:])
-    part = jax.vmap(partial(jax.grad(loss, (0, 1, 2)), axis_name="d"), (0, None, None, 0), axis_name="d")
-    parts = part(halves(x), scale, bias, halves(weight))
-    near(parts[0].reshape(x.shape) / 2, whole[0])  # a device's loss is the mean of its own
-    for a, b in zip(parts[1:], whole[1:], strict=True):
-        near(a.mean(0), b)
 
 
 def test_a_new_layer_has_he_normal_kernels_and_a_norm_that_changes_nothing():
@@ -205,24 +189,6 @@ def test_a_new_layer_has_he_normal_kernels_and_a_norm_that_changes_nothing():
         "mean": {0},
         "var": {1},
     }
-
-
-def test_statistics_over_a_named_axis_are_those_of_the_whole_batch():
-    init, bind = small(2)
-    params, stats = arrays(init)
-    x = images((8, 8), batch=4)
-
-    def run(x, axis_name=None):
-        net = bind(params, stats)
-        return net(x, train=True, axis_name=axis_name), stats_of(net)
-
-    halves = x.reshape(2, 2, 8, 8, 1)
-    over = lambda axis_name: jax.vmap(partial(run, axis_name=axis_name), axis_name="devices")(halves)
-    (logits, after), (parts, both), (alone, _) = jax.jit(lambda: (run(x), over("devices"), over(None)))()
-    loose = partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4)
-    loose(parts.reshape(logits.shape), logits)
-    jax.tree.map(lambda b, a: [loose(part, a) for part in b], both, after)
-    assert np.abs(alone.reshape(logits.shape) - logits).max() > 1e-2
 
 
 def test_dropout_zeroes_the_given_share_and_keeps_the_mean():

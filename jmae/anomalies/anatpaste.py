@@ -5,16 +5,18 @@ Sato et al., "Anatomy-aware self-supervised learning for anomaly detection in ch
 "AMAE: Adaptation of pre-trained masked autoencoder for dual-distribution anomaly detection in chest X-rays",
 MICCAI 2023: Aug(x) = x (1 - x_mask) + x_paste x_mask.
 
-`lung_field` runs once an image on the host. `draw` and `apply` run on the device, under jit and vmap: the
-one holds all randomness, the other none. Images are `(*size, c)` in [0, 1] before standardisation, of two axes
-or more; the lung field's two halves make that part a method for 2D images. Lengths are in pixels of a 256 x 256
-image, as in the paper's code, and are scaled to the working size axis by axis. The patch is cut from `source`, which
-in the paper is the image itself.
+`lung_field` runs once an image on the host; it is for 2D images, whose lungs have a left and a right half. `draw` and
+`apply` run on the device, under jit and vmap. `draw` has all the randomness, `apply` has none. Images are `(*size, c)`
+in [0, 1] before standardisation, of two axes or more. Lengths are in pixels of a 256 x 256 image, as in the paper's
+code, and are scaled to the working size axis by axis. The patch comes from `source`, in the paper the image itself.
 
-ours, against that code: an erased component loses its own pixels, not its bounding box; an implausible field
-counts as none; draws that would change nothing are replaced; true Gaussian and no rounding to 8 bits, where
-Pillow has three box filters and bytes; jitter in a fixed order. The code's jitter of the whole image meets
-normal and pasted images alike and is left to the caller.
+ours, against that code:
+- an erased component loses its own pixels, not its bounding box;
+- an implausible field counts as none;
+- draws that would change nothing are replaced;
+- the blur is a true Gaussian without rounding to 8 bits, where Pillow has three box filters and bytes;
+- the jitter has a fixed order;
+- the code's jitter of the whole image, which is the same for normal and pasted images, is left to the caller.
 """
 
 from typing import Any, NamedTuple
@@ -34,7 +36,7 @@ from jmae.data.transforms import LUMA, grey, resize, resize_mask
 
 REFERENCE = 256  # side of the image, in pixels, to which the paper's lengths refer
 COMPONENT_PX = 400  # smaller parts of the lung field are erased
-FIELD_SHARE = (0.10, 0.45)  # of the image's area: what a lung field can plausibly be
+FIELD_SHARE = (0.10, 0.45)  # plausible shares of a lung field in the image's area
 CANDIDATES = 16  # draws of which the first that changes the image is taken
 FACTORS = ("brightness", "contrast", "saturation", "hue")  # of the jitter
 VISIBLE = 0.5 / 255  # the smallest change that survives rounding to 8 bits
@@ -44,12 +46,14 @@ VISIBLE = 0.5 / 255  # the smallest change that survives rounding to 8 bits
 
 
 def lung_field(image: Float[np.ndarray, "h w c"], share: tuple[float, float] = FIELD_SHARE) -> Bool[np.ndarray, "h w"]:
-    """The lungs of a chest X-ray in [0, 1], lungs dark (MONOCHROME2): where AnatPaste may paste.
+    """The lungs of a chest X-ray in [0, 1] whose lungs are dark (MONOCHROME2): where AnatPaste may paste.
 
-    Found at 256 x 256, as in the paper's code, and brought back to the image's own size: at 96 pixels a side lungs
-    more often run into the border and are lost. CLAHE, Otsu, the dark side without the darkest value, opening, parts
-    that touch the border removed, dilation, small components erased. A field outside `share` of the image, or with an
-    empty left or right half, is not the lungs: then everything is True, the code's own answer to an empty field.
+    They are found at 256 x 256, as in the paper's code, and resized to the image's size. At 96 pixels a side, lungs
+    more often touch the border and are lost. The steps are CLAHE, Otsu's threshold, the dark side without the darkest
+    value, opening, removal of parts that touch the border, dilation, removal of small components.
+
+    A field outside `share` of the image, or with an empty left or right half, is not the lungs. Then all pixels are
+    True, as the code has it for an empty field.
     """
     value = np.clip(resize(grey(image), (REFERENCE, REFERENCE))[..., 0], 0, 1)
     value = equalize_adapthist(value, clip_limit=0.01, nbins=256)  # kernel: 1/8 of each side
@@ -107,10 +111,10 @@ def draw(
       over blur[0]..blur[1], ends included;
     - brightness, contrast, saturation ~ U(1 - jitter, 1 + jitter); hue ~ U(-jitter, jitter) turns.
 
-    All but the centre are drawn 16 times and the first candidate is taken whose edges exceed twice the margin
-    and whose paste moves the centre pixel by 0.5/255 or more; the distributions are conditional on that (on
-    chest X-rays it drops 1-2 % of draws). If none of 16 does, the one that moves it most is taken: by nothing
-    where every source looks like the centre, as on a constant image; `apply` then says `changed` False.
+    All but the centre are drawn 16 times. The first candidate is taken whose edges exceed twice the margin and whose
+    paste moves the centre pixel by 0.5/255 or more. The distributions are conditional on that; on chest X-rays it drops
+    1-2 % of the draws. If none of 16 does, the one that moves the centre most is taken. It may change nothing, as on a
+    constant image: `apply` then says `changed` False.
     """
     size = image.shape[:-1]
     n, k, d = jnp.asarray(size, jnp.float32), CANDIDATES, len(size)
@@ -157,12 +161,12 @@ def apply(
     *,
     margin: float = 10,
 ) -> tuple[Float[Array, "*size c"], Float[Array, "*size"], dict[str, Any]]:
-    """Equation 1 for one drawn paste: `(pasted image, x_mask, extras)`; pixels outside the lungs are kept.
+    """Equation 1 for one drawn paste: `(pasted image, x_mask, extras)`. Pixels outside the lungs do not change.
 
-    x_mask: an ellipse or rectangle about the centre, which reaches to `margin` inside the patch's edges, of
-    opacity fill / 255, blurred, cut by the lung field. x_paste: the jittered patch with its middle on the
-    centre, black outside, where the blur may still reach. `extras`: `changed`, whether any pixel moved by
-    0.5/255 or more, and `parameters`.
+    - x_mask: an ellipse or rectangle about the centre, of opacity fill / 255, blurred and cut by the lung field. Before
+      the blur it ends `margin` inside the patch's edges.
+    - x_paste: the jittered patch with its middle on the centre. Outside, where the blur may still reach, it is black.
+    - `extras`: `changed`, whether any pixel moved by 0.5/255 or more, and `parameters`.
     """
     size, p = image.shape[:-1], parameters
     inside = jnp.ones(size, bool)
@@ -204,15 +208,17 @@ def anatpaste(
     margin: float = 10,
     jitter: float = 0.1,
 ) -> tuple[Float[Array, "*size c"], Float[Array, "*size"], dict[str, Any]]:
-    """One paste: `draw`, where each distribution is stated, then `apply`. Without `lungs` it may lie anywhere."""
+    """One paste: `draw`, which states the distributions, then `apply`. Without `lungs` it may lie anywhere."""
     field = jnp.ones(image.shape[:-1], bool) if lungs is None else lungs
     p = draw(key, image, source, field, area=area, aspect=aspect, fill=fill, blur=blur, margin=margin, jitter=jitter)
     return apply(image, source, field, p, margin=margin)
 
 
 def box_shares(volume: Float[Array, "*k 1"], ratio: Float[Array, "*k d-1"]) -> Float[Array, "*k d"]:
-    """The shares of d axes that a box of the share `volume` of an image has, its axis i > 0 `ratio` times as long as
-    axis 0, both as shares."""
+    """The edges, as shares of the image's d axes, of a box with the share `volume` of the image.
+
+    Axis i > 0 is `ratio` times as long as axis 0, both as shares.
+    """
     d = ratio.shape[-1] + 1
     powers = d * np.eye(d, dtype=int)[:, 1:] - 1
     shares = volume * jnp.prod(ratio[..., None, :] ** powers, axis=-1)
@@ -220,7 +226,7 @@ def box_shares(volume: Float[Array, "*k 1"], ratio: Float[Array, "*k d-1"]) -> F
 
 
 def true_pixel(mask: Bool[Array, "*size"], u: Float[Array, ""]) -> Int[Array, " d"]:
-    """The index of one of m True pixels, that of rank floor(u m) in C order, found axis by axis."""
+    """The index of the True pixel of rank floor(u m) of m in C order. It is found axis by axis."""
     rank = jnp.floor(u * mask.sum()).astype(jnp.int32)
     index = []
     while mask.ndim:
@@ -234,10 +240,10 @@ def true_pixel(mask: Bool[Array, "*size"], u: Float[Array, ""]) -> Int[Array, " 
 
 
 def reach(edges: Int[Array, "*k d"], size: tuple[int, ...], margin: float) -> Float[Array, "*k d"]:
-    """Pixels from the paste's centre to the shape's rim, each way; not positive where no shape is left.
+    """Pixels from the paste's centre to the shape's rim. Not positive where no shape is left.
 
-    At 256 pixels the shape has edge // 2 - margin whole pixels on each side of the centre pixel; its rim is half
-    a pixel further, which is also the radius of the ellipse that Pillow fills.
+    At 256 pixels the shape has edge // 2 - margin whole pixels on each side of the centre pixel. The rim is half a
+    pixel further, which is also the radius of the ellipse that Pillow fills.
     """
     return edges // 2 - margin * jnp.asarray(size, jnp.float32) / REFERENCE + 0.5
 
@@ -245,7 +251,7 @@ def reach(edges: Int[Array, "*k d"], size: tuple[int, ...], margin: float) -> Fl
 def patch_mean(
     image: Float[Array, "*size c"], corner: Int[Array, "k d"], edges: Int[Array, "k d"]
 ) -> Float[Array, " k"]:
-    """The mean luma of k cut patches: what contrast turns about."""
+    """The mean luma of k patches, about which the contrast changes."""
     axes = "abcdefgh"[: corner.shape[-1]]
     inside = [
         (jnp.arange(n) >= first[:, None]) & (jnp.arange(n) < (first + edge)[:, None])
@@ -258,7 +264,7 @@ def patch_mean(
 
 
 def luma(image: Float[Array, "*size c"]) -> Float[Array, "*size"]:
-    """Brightness of a colour image as Pillow's "L"; of any other number of channels, their mean."""
+    """Brightness of a colour image as Pillow's "L". Of another number of channels it is their mean."""
     c = image.shape[-1]
     return jnp.dot(image, jnp.asarray(LUMA if c == 3 else [1 / c] * c), precision=Precision.HIGHEST)
 
@@ -274,8 +280,8 @@ def colour_jitter(
     """torchvision's ColorJitter with given factors: brightness and contrast (about the luma `mean`), and for
     three channels saturation (about each pixel's luma) and hue (turns in HSV).
 
-    ours: in this order, where torchvision draws one, and clipped to [0, 1] once, before the hue. The first
-    three commute but for their clipping.
+    ours: the order is fixed, where torchvision draws one, and values are clipped to [0, 1] once, before the hue. The
+    first three commute but for their clipping.
     """
     image = brightness * (contrast * image + (1 - contrast) * mean)
     if image.shape[-1] != 3:
@@ -294,8 +300,10 @@ def colour_jitter(
 
 
 def blur_matrix(n: int, deviation: Float[Array, ""]) -> Float[Array, "n n"]:
-    """A Gaussian filter of n pixels as a matrix, beyond the ends the end pixels go on (as Pillow's and SciPy's
-    "nearest"); deviation 0 is the identity. A matrix because the deviation is traced."""
+    """A Gaussian filter of n pixels as a matrix, because the deviation is traced. Deviation 0 is the identity.
+
+    End pixels continue beyond the ends, as in Pillow and SciPy's "nearest".
+    """
     density = lambda distance: jnp.exp(-0.5 * (distance / jnp.maximum(deviation, 1e-3)) ** 2)
     i = jnp.arange(n)
     beyond = jnp.cumsum(density(jnp.arange(2 * n))[::-1])[::-1]  # weight at this distance and further
@@ -304,9 +312,9 @@ def blur_matrix(n: int, deviation: Float[Array, ""]) -> Float[Array, "n n"]:
 
 
 def shifted(image: Float[Array, "*size c"], shift: Int[Array, " d"]) -> Float[Array, "*size c"]:
-    """The image moved by less than its size along each axis, black where it came from nowhere.
+    """The image moved by less than its size along each axis, black where nothing came.
 
-    A slice of the padded image: on a CPU 5 times faster than a roll, 40 times faster than one-hot products.
+    It is a slice of the padded image: on a CPU 5 times as fast as a roll, 40 times as fast as one-hot products.
     """
     size = image.shape[:-1]
     padded = jnp.pad(image, [(n, n) for n in size] + [(0, 0)])

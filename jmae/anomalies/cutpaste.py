@@ -4,13 +4,13 @@ Li, Sohn, Yoon, Pfister, "CutPaste: Self-supervised learning for anomaly detecti
 arXiv:2104.04015. No official code is known; read beside the reimplementations github.com/Runinho/pytorch-cutpaste and
 github.com/LilitYolyan/CutPaste.
 
-One shape of function, `(image (*size, c), source, key) -> (image, target (*size), extras)`: images in [0, 1], `source`
-the image itself as in the paper, or another of the same size; `draw` holds all randomness, `apply` none. Two axes or
-more through the same code. A scar's lengths are in pixels of a 256 x 256 image, as in the paper, and are scaled to the
-working size axis by axis.
+The generator is a function `(image (*size, c), source, key) -> (image, target (*size), extras)` over two axes or more.
+Images are in [0, 1]. `source` is the image itself, as in the paper, or another image of the same size. `draw` has all
+the randomness, `apply` has none. A scar's lengths are in pixels of a 256 x 256 image, as in the paper, and are scaled
+to the working size axis by axis.
 
-ours: jitter in a fixed order (`colour_jitter`); a place is any at which the whole box fits, a turned one's own
-bounding box included (Runinho leaves the last place out, LilitYolyan cuts turned scars off at the border).
+ours: the jitter has a fixed order (`colour_jitter`). A place is any at which the whole box fits, with the bounding box
+of a turned box. Runinho leaves the last place out; LilitYolyan cuts turned scars off at the border.
 """
 
 from typing import Any, NamedTuple
@@ -100,9 +100,10 @@ def bounding_box(edges: Int[Array, " d"], angle: Float[Array, ""]) -> Int[Array,
 def apply(
     image: Float[Array, "*size c"], source: Float[Array, "*size c"], p: Parameters
 ) -> tuple[Float[Array, "*size c"], Float[Array, "*size"], dict[str, Any]]:
-    """Pastes the drawn box: of a turned one, each pixel takes the nearest pixel of the cut box.
+    """Pastes the drawn box. Each pixel of a turned box takes the nearest pixel of the cut box.
 
-    The target is 1 where that moves the image by 0.5/255 or more in any channel; elsewhere the image stays as it is."""
+    The target is 1 where any channel of the image moves by 0.5/255 or more. Elsewhere the image stays as it is.
+    """
     mean = patch_mean(source, p.corner[None], p.edges[None])[0]
     jittered = colour_jitter(source, mean, *(getattr(p, name) for name in FACTORS))
 
@@ -135,7 +136,7 @@ def cutpaste(
     angle: float = 45,
     jitter: float = 0.1,
 ) -> tuple[Float[Array, "*size c"], Float[Array, "*size"], dict[str, Any]]:
-    """One paste: `draw`, where each distribution is stated, then `apply`."""
+    """One paste: `draw`, which states the distributions, then `apply`."""
     size = image.shape[:-1]
     p = draw(key, size, style=style, area=area, aspect=aspect, width=width, length=length, angle=angle, jitter=jitter)
     return apply(image, source, p)

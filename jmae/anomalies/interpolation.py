@@ -5,10 +5,10 @@ FPI: Tan et al., "Detecting outliers with foreign patch interpolation", MELBA 20
 Müller et al., "Confidence-aware and self-supervised image anomaly localisation", UNSURE 2023, arXiv 2303.13227;
 github.com/ividja/Probabilistic-PII (the generator alone). Equation numbers are P-PII's.
 
-One shape of function, `(image (*size, c), source, key) -> (image, target (*size), extras)`: images in [0, 1], the
-target in [0, 1], 0 where nothing was changed; `source` another image of the same size, or the image itself. `draw_*`
-hold all randomness, `apply_*` none; sizes are traced, so one compilation serves all draws, and `jax.vmap` batches. Any
-number of axes.
+A generator is a function `(image (*size, c), source, key) -> (image, target (*size), extras)` over any number of axes.
+Images and targets are in [0, 1], and the target is 0 where nothing changed. `source` is another image of the same size,
+or the image itself. The functions `draw_*` have all the randomness, `apply_*` have none. Sizes are traced, so that one
+compilation serves all draws. `jax.vmap` makes batches.
 """
 
 from typing import Any, NamedTuple
@@ -30,29 +30,29 @@ from jmae.anomalies.poisson import (
     window,
 )
 
-TOLERANCE = 1e-3  # a change that does not cross a multiple of this is none (PII's code)
+TOLERANCE = 1e-3  # a change counts where it crosses a multiple of this number (PII's code)
 RADIUS_DEVIATION = 1.0  # voxels
 SHAPES = ("circular", "elliptic", "rectangular")
 
 
 class Preset(NamedTuple):
-    """What P-PII's paper and its released file say differently; ends of ranges are included."""
+    """The settings in which P-PII's paper and its released file differ. Ranges include their ends."""
 
     anomalies: tuple[int, int]
     raters: tuple[int, int]
     strength: tuple[float, float]  # of the source's differences
-    consistent: bool  # the strength is times the number of anomalies, at least 1, and not a whole number
-    gain: float  # of the target
-    sequence: bool  # patches one after another, each the mean of its raters; else the mean of all raters' images
-    core: bool  # placed by the released file's rule, which leaves the far fifth of each axis out; else anywhere
+    consistent: bool  # whether the strength is multiplied by the number of anomalies; it is at least 1, no whole number
+    gain: float  # factor of the target
+    sequence: bool  # True: patch after patch, each the mean of its raters. False: the mean of all raters' images
+    core: bool  # True: places by the released file's rule, without the far fifth of each axis. False: any place
 
 
 PRESETS = {
-    # The paper gives no strength: 2 to 5 is ours, to be swept.
+    # The paper gives no strength: 2 to 5 is ours.
     "paper": Preset((1, 10), (1, 9), (2, 5), False, 1.0, True, False),
     "released": Preset((10, 19), (1, 9), (10, 19), False, 10.0, False, True),
-    # ours: the released average, with strength and gain that fit 1 to 10 anomalies, placed anywhere. There an anomaly
-    # that R of N images show is diluted to R / N, so strength / anomalies stays in the released file's 0.53 to 1.9.
+    # ours: the released average, with strength and gain that fit 1 to 10 anomalies, at any place. An anomaly that R of
+    # N images show is diluted to R / N. So strength / anomalies stays in the range of the released file, 0.53 to 1.9.
     "jmae": Preset((1, 10), (1, 9), (0.53, 1.9), True, 10.0, False, False),
 }
 
@@ -61,7 +61,7 @@ PRESETS = {
 
 
 class Square(NamedTuple):
-    """The same rectangle of both images, and the share of the source."""
+    """A rectangle, the same in both images, and the share of the source."""
 
     corner: Int[Array, " d"]
     edges: Int[Array, " d"]
@@ -69,8 +69,12 @@ class Square(NamedTuple):
 
 
 def draw_square(key: PRNGKeyArray, size: tuple[int, ...], half: tuple[float, float], core: float) -> Square:
-    """One half width h ~ U{round(half[0] n) ... round(half[1] n) - 1} for all axes, n the shortest side, at least 2;
-    centre uniform over the central share `core` of each axis; cut off at the image's border; alpha ~ U(0.05, 0.95)."""
+    """Draws a rectangle.
+
+    - half width, one for all axes: h ~ U{round(half[0] n) ... round(half[1] n) - 1}, n the shortest side; at least 2;
+    - centre: uniform over the central share `core` of each axis; the image's border cuts the rectangle off;
+    - alpha ~ U(0.05, 0.95).
+    """
     u = jax.random.uniform(key, (2 + len(size),))
     least, most = widths(size, half)
     half_width = least + jnp.floor(u[0] * (most - least + 1)).astype(jnp.int32)
@@ -82,13 +86,13 @@ def draw_square(key: PRNGKeyArray, size: tuple[int, ...], half: tuple[float, flo
 
 
 def central_share(size: tuple[int, ...], share: float) -> tuple[np.ndarray, np.ndarray]:
-    """The first voxel of the central `share` of each axis, and the one behind its last."""
+    """The first voxel of the central `share` of each axis, and the voxel behind its last."""
     first, last = (np.round(np.array(size) * (1 + sign * share) / 2).astype(int) for sign in (-1, 1))
     return first, last
 
 
 def widths(size: tuple[int, ...], half: tuple[float, float]) -> tuple[int, int]:
-    """The least and the largest half width of `draw_square`."""
+    """The least and the greatest half width of `draw_square`."""
     least, most = (round(share * min(size)) for share in half)
     return max(least, 2), max(most - 1, least, 2)
 
@@ -96,16 +100,20 @@ def widths(size: tuple[int, ...], half: tuple[float, float]) -> tuple[int, int]:
 def apply_fpi(
     image: Float[Array, "*size c"], source: Float[Array, "*size c"], p: Square, *, most: int
 ) -> tuple[Float[Array, "*size c"], Float[Array, "*size"], dict[str, Any]]:
-    """(1 - alpha) image + alpha source inside the rectangle of at most `most` voxels an axis; the target is alpha where
-    that changed the image."""
+    """(1 - alpha) image + alpha source inside the rectangle, which has at most `most` voxels an axis.
+
+    The target is alpha where the image changed.
+    """
     return _pasted(image, source, p, most, lambda t, s, inside: inside[..., None] * p.alpha * (s - t))
 
 
 def apply_pii(
     image: Float[Array, "*size c"], source: Float[Array, "*size c"], p: Square, *, most: int
 ) -> tuple[Float[Array, "*size c"], Float[Array, "*size"], dict[str, Any]]:
-    """Eq. 1 to 4 on the rectangle, its outer ring kept, and clipped to the image's own range; the target is alpha where
-    that changed the image."""
+    """Eq. 1 to 4 inside the rectangle's outer ring, clipped to the range of the image.
+
+    The target is alpha where the image changed.
+    """
     how = lambda t, s, inside: change(interpolated(t, s, p.alpha), p.edges)
     return _pasted(image, source, p, most, how, clipped=True)
 
@@ -135,7 +143,7 @@ def fpi(
     half: tuple[float, float] = (0.05, 0.2),
     core: float = 0.8,
 ) -> tuple[Float[Array, "*size c"], Float[Array, "*size"], dict[str, Any]]:
-    """Foreign patch interpolation: `draw_square`, where the distributions are, then `apply_fpi`."""
+    """Foreign patch interpolation: `draw_square`, which states the distributions, then `apply_fpi`."""
     size = image.shape[:-1]
     return apply_fpi(image, source, draw_square(key, size, half, core), most=2 * widths(size, half)[1])
 
@@ -149,7 +157,7 @@ def pii(
     half: tuple[float, float] = (0.05, 0.2),
     core: float = 0.8,
 ) -> tuple[Float[Array, "*size c"], Float[Array, "*size"], dict[str, Any]]:
-    """Poisson image interpolation: `draw_square`, where the distributions are, then `apply_pii`."""
+    """Poisson image interpolation: `draw_square`, which states the distributions, then `apply_pii`."""
     size = image.shape[:-1]
     return apply_pii(image, source, draw_square(key, size, half, core), most=2 * widths(size, half)[1])
 
@@ -182,15 +190,16 @@ def draw_patches(
     patch: tuple[float, float],
     core: float,
 ) -> Patches:
-    """Draws the anomalies of one image (ends of ranges are included).
+    """Draws the anomalies of one image. Ranges include their ends.
 
-    - number A ~ U{preset.anomalies}; each patch from one of the sources, uniform, never from `own`;
-    - edges of a patch, each axis for itself, ~ U{round(patch[0] n) ... round(patch[1] n) - 1}, at least 3;
-    - its centre in the source uniform over the central share `core` of each axis, cut off at the image's border;
-    - its place in the image: any at which it fits; released: first voxel ~ U[edge, core n - edge);
-    - raters R ~ U{preset.raters}; each one's disc has its centre ~ N(edge / 2, edge / 12), half widths ~ N(edge / 2, 1)
-      / 2, both truncated to whole voxels, and a strength: whole numbers U{preset.strength} (U of reals
-      where an end is no whole number), or where `preset.consistent` A times U(preset.strength), at least 1.
+    - number: A ~ U{preset.anomalies}; the source of each patch is uniform over the sources without number `own`;
+    - edges of a patch: ~ U{round(patch[0] n) ... round(patch[1] n) - 1} for each axis apart, at least 3;
+    - centre in the source: uniform over the central share `core` of each axis; the border cuts the patch off;
+    - place in the image: uniform where the patch fits; with `preset.core` the first voxel is ~ U[edge, core n - edge);
+    - raters of a patch: R ~ U{preset.raters}. The disc of a rater has its centre ~ N(edge / 2, edge / 12) and half
+      widths ~ N(edge / 2, 1) / 2, both truncated to whole voxels;
+    - strength of a rater: ~ U{preset.strength}, whole numbers where both ends are whole, else reals. With
+      `preset.consistent` it is A times a real number ~ U(preset.strength), and at least 1.
     """
     d, n = len(size), np.array(size)
     a, r = preset.anomalies[1], preset.raters[1]
@@ -235,8 +244,11 @@ def draw_patches(
 
 
 def discs(p: Patches, n: tuple[int, ...], shape: str) -> Float[Array, "a r *n"]:
-    """1 inside each rater's disc, which touches the patch's edge at most and whose radius is that of the narrower axis;
-    an ellipse has an axis a half width and is turned in the plane of the first two axes, a rectangle is not turned."""
+    """1 inside each rater's disc. A disc does not reach beyond the patch, and the narrower axis gives its radius.
+
+    An ellipse has one half width for each axis and is turned in the plane of the first two axes. A rectangle has the
+    half widths too, and is not turned.
+    """
     room = jnp.minimum(p.centre, p.edges[:, None] - 1 - p.centre)
     radius = jnp.maximum(jnp.minimum(p.radius, room), 0)
     wide = lambda x: x.reshape(*x.shape[:2], *(1,) * len(n), *x.shape[2:])
@@ -265,12 +277,13 @@ def apply_ppii(
 ) -> tuple[Float[Array, "*size c"], Float[Array, "*size"], dict[str, Any]]:
     """Composes drawn patches of at most `most` voxels an axis.
 
-    A rater's image is the target with the disc of the patch, its differences times the strength, blended in by mixed
-    gradients. `preset.sequence`: patch after patch the mean of its raters' images. Else the mean of all raters' images,
-    each made of the clean target. The blend is linear in the guidance, so a patch's mean over raters takes one solve;
-    the deviation takes one a rater. Outside a window an image is the target: nothing is stacked. Clipped to [0, 1]
-    (ours: the released file does not), after each patch where they come in sequence. Target: min(gain |X' - x|, 1), the
-    mean over channels.
+    The image of a rater is the target with the disc of the patch blended in by mixed gradients. The patch's differences
+    are multiplied by the strength. With `preset.sequence` each patch in turn is the mean of its raters' images.
+    Otherwise the result is the mean of all raters' images, each of which starts from the clean target.
+
+    The blend is linear in the guidance, so that the mean of a patch over raters takes one solve. The deviation takes
+    one solve for each rater. Results are clipped to [0, 1], in a sequence after each patch (ours: the released file
+    does not clip). The label is min(gain |X' - x|, 1), the mean over channels.
     """
     size = image.shape[:-1]
     whole, others = grown(image, most), jax.vmap(lambda s: grown(s, most))(sources)
@@ -282,7 +295,7 @@ def apply_ppii(
     masks = discs(p, most, shape)
 
     def blended(canvas: Array, q: Patches, mask: Array, share: Array) -> tuple[Array, Array]:
-        """First and second moment over raters of the change of a window."""
+        """First and second moment, over raters, of the change of a window."""
         t, s = window(canvas, q.corner, most), source(q)
         ring = inner(most, q.edges)
         fields = jax.vmap(lambda mask, strength: mixed(t, strength * s, mask * ring))(mask, q.strength)
@@ -337,12 +350,12 @@ def ppii(
     shape: str = "circular",
     deviation: bool = False,
 ) -> tuple[Float[Array, "*size c"], Float[Array, "*size"], dict[str, Any]]:
-    """Probabilistic Poisson image interpolation (Eq. 5): `draw_patches`, where the distributions are, then
+    """Probabilistic Poisson image interpolation (Eq. 5): `draw_patches`, which states the distributions, then
     `apply_ppii`.
 
-    `source` is an image, or several (m, *size, c) of which each patch takes one, never number `own`. `anomalies`,
-    `raters`, `strength` and `gain` replace what the preset says. With `deviation` the extras hold the variance map's
-    root (*size): the deviation over raters' images, for `paper` the root of the patches' sum of variances.
+    `source` is an image, or several images (m, *size, c). Each patch comes from one of them, never from number `own`.
+    `anomalies`, `raters`, `strength` and `gain` replace those of the preset. With `deviation` the extras hold the
+    deviation (*size) over raters' images; in a sequence it is the root of the sum of the patches' variances.
     """
     base = PRESETS[preset]
     chosen = base._replace(

@@ -4,19 +4,22 @@ Schlüter, Tan, Hou, Kainz, "Natural synthetic anomalies for self-supervised ano
 2022, arXiv:2109.15222; read beside github.com/hmsch/natural-synthetic-anomalies (self_sup_data/self_sup_tasks.py).
 Defaults are those of its chest X-rays (train_chest_xray.py), whose best results are of mixed gradients.
 
-One shape of function, `(image (*size, c), source, key) -> (image, target (*size), extras)`: images in [0, 1], `source`
-another image of the same size, or the image itself; `draw` holds all randomness, `apply` none. Any number of axes.
-Grey levels (`background`, `tolerance`, `logistic`) are of 255, as in the code; lengths of the median filters in voxels.
+The generator is a function `(image (*size, c), source, key) -> (image, target (*size), extras)` over any number of
+axes. Images are in [0, 1]. `source` is another image of the same size, or the image itself. `draw` has all the
+randomness, `apply` has none. Grey levels (`background`, `tolerance`, `logistic`) are of 255, as in the code. Lengths of
+the median filters are in voxels.
 
 ours, against that code:
-- cloning solves Poisson's equation on the whole patch with its edge as boundary, in float; OpenCV's clone on a window
-  one pixel smaller, rounded down to bytes. `mixed` takes the larger difference of each axis for itself; OpenCV the
-  source's where its |g_x - g_y| is larger, which has no meaning for three axes. No patch is refused for having less
-  than 50 pixels, which OpenCV cannot clone;
-- candidates are drawn 16 at a time instead of 200 in a loop, and where none is good the best is taken, not no patch;
-- resizing clips the factor once for all axes, the code one axis after the other (up to a pixel, but for patches too
-  elongated for the bounds); it reads beyond the patch's edge, where the code repeats the edge;
-- the gamma's shape is a whole number (the code's is always 2): a sum of exponentials, which compiles in no time.
+- cloning solves Poisson's equation in float on the whole patch, whose edge is the boundary. OpenCV's clone has a window
+  one pixel smaller and rounds down to bytes;
+- `mixed` takes the larger difference of each axis apart. OpenCV takes the source's where its |g_x - g_y| is larger,
+  which has no meaning for three axes;
+- patches of less than 50 pixels, which OpenCV cannot clone, are allowed;
+- 16 candidates are drawn at a time, instead of 200 in a loop. Where none is good the best is taken, not none;
+- resizing clips the factor once for all axes, the code one axis after the other. Results differ by up to a pixel, and
+  more for patches that are too elongated for the bounds;
+- resizing reads beyond the patch's edge, where the code repeats the edge;
+- the gamma's shape is a whole number (the code's is always 2): a sum of exponentials, which compiles fast.
 """
 
 from typing import Any, NamedTuple
@@ -31,11 +34,11 @@ from jmae.anomalies.poisson import added, change, cropped, grown, inner, mixed, 
 
 GUIDANCE = {"mixed": mixed, "normal": replaced}
 LABELS = ("binary", "intensity", "logistic-intensity")
-LEAST = 3  # voxels of an edge, without which a window has no inner voxel
+LEAST = 3  # voxels of an edge; a smaller window has no inner voxel
 
 
 class Patches(NamedTuple):
-    """Up to `a` patches, cloned one after another."""
+    """Up to `a` patches, which are cloned one after another."""
 
     used: Bool[Array, " a"]
     cut: Int[Array, "a d"]  # first voxel in the source
@@ -45,13 +48,13 @@ class Patches(NamedTuple):
 
 
 def bounds(size: tuple[int, ...], half: tuple[float, float]) -> tuple[np.ndarray, np.ndarray]:
-    """The least and the largest half width of a patch, which in the code are also those of a resized patch's edges."""
+    """The least and the greatest half width of a patch. In the code they also bound the edges of a resized patch."""
     least, most = (np.round(share * np.array(size)).astype(int) for share in half)
     return np.maximum(least, 2), np.maximum(most, LEAST)
 
 
 def largest(size: tuple[int, ...], half: tuple[float, float], resize: tuple[float, float] | None) -> tuple[int, ...]:
-    """The edges that no patch in the image exceeds."""
+    """The greatest edges of a patch in the image."""
     most = bounds(size, half)[1]
     return tuple(int(n) for n in (most if resize else np.minimum(2 * most, np.array(size) - 2)))
 
@@ -68,17 +71,18 @@ def draw(
     object_share: float = 0.7,
     overlap: float = 0.7,
 ) -> Patches:
-    """Draws the patches of one image; `objects` and `source_objects` are 1 where there is something (see `foreground`).
+    """Draws the patches of one image. `objects` and `source_objects` are 1 where there is an object (`foreground`).
 
     - number: the first patch always, each further one with probability 1/2;
-    - half widths, each axis for itself: clip((gamma[2] + Gamma(gamma[0], scale gamma[1])) n, bounds) cut down to whole
-      voxels, n the image's edge, bounds `half` n; without `gamma` uniform over the whole numbers within the bounds;
-    - centre in the source: uniform, `half[0]` n or more from its border, at which the patch is cut off. Of 16 the first
-      is taken of whose patch more than `object_share` is object; else the one of which most is;
+    - half widths, each axis apart: clip((gamma[2] + Gamma(gamma[0], scale gamma[1])) n, bounds), rounded down to whole
+      voxels. n is the image's edge, the bounds are `half` n. Without `gamma`: uniform over the whole numbers in the
+      bounds;
+    - centre in the source: uniform, `half[0]` n or more from the border, which cuts the patch off. Of 16 candidates the
+      first is taken with more than `object_share` of the patch on objects; else the one with the most;
     - size: times s ~ clip(N(1, 0.5), resize), the same for all axes, clipped so that all resized edges are within
-      `half` n (in the code too the bounds of half widths are those of these edges); without `resize` as it is;
-    - place in the image: uniform where the patch fits, a voxel or more from the border. Of 16 the first is taken where
-      more than `overlap` of the patch's object lies on object; else the one where most does.
+      `half` n (as in the code). Without `resize` the size stays;
+    - place in the image: uniform where the patch fits, a voxel or more from the border. Of 16 candidates the first is
+      taken with more than `overlap` of the patch's object on objects; else the one with the most.
     """
     size = objects.shape
     n, d, k = np.array(size), len(size), CANDIDATES
@@ -120,7 +124,7 @@ def draw(
 
 
 def first_or_best(share: Float[Array, " k"], least: float) -> Int[Array, ""]:
-    """The first that is more than `least`, or else the largest."""
+    """The number of the first share above `least`, or else of the greatest."""
     return jnp.where(jnp.any(share > least), jnp.argmax(share > least), jnp.argmax(share))
 
 
@@ -147,8 +151,10 @@ def resampled(
     resized: Int[Array, " d"],
     n: tuple[int, ...],
 ) -> Float[Array, "*n c"]:
-    """A patch stretched to `resized` voxels by linear interpolation without a filter against aliasing, as OpenCV's
-    `resize`, at the start of a window of n voxels."""
+    """A patch, stretched to `resized` voxels, at the start of a window of n voxels.
+
+    The interpolation is linear without a filter against aliasing, as in OpenCV's `resize`.
+    """
     stretch = resized / edges
     axes = tuple(range(len(n)))
     shape = (*n, image.shape[-1])
@@ -159,7 +165,7 @@ def resampled(
 
 
 def median(mask: Bool[Array, "*size"], width: int) -> Bool[Array, "*size"]:
-    """The median of a mask over `width` voxels an axis, an odd number, the border's voxels going on beyond it."""
+    """The median of a mask over `width` voxels an axis, an odd number. The border's voxels continue beyond it."""
     count = jnp.pad(mask.astype(jnp.int32), width // 2, "edge")
     for axis in range(mask.ndim):
         along = tuple(width if axis == other else 1 for other in range(mask.ndim))
@@ -168,10 +174,10 @@ def median(mask: Bool[Array, "*size"], width: int) -> Bool[Array, "*size"]:
 
 
 def ball_median(values: Float[Array, "*size"], radius: int) -> Float[Array, "*size"]:
-    """The median of values from 0 up over the voxels at most `radius` away, the border's voxels going on beyond it.
+    """The exact median of values from 0 up over the voxels within `radius`. The border's voxels continue beyond it.
 
-    Exact: the bits of such floats are ordered as they are, so that the median is found bit by bit, by counting how many
-    neighbours lie below.
+    The bits of such floats have the floats' order. So the median is found bit by bit: each bit takes a count of the
+    neighbours below.
     """
     grid = np.stack(np.meshgrid(*[np.arange(-radius, radius + 1)] * values.ndim, indexing="ij"), -1)
     offsets = grid[np.sum(grid**2, -1) <= radius**2] + radius
@@ -190,8 +196,10 @@ def ball_median(values: Float[Array, "*size"], radius: int) -> Float[Array, "*si
 def foreground(
     image: Float[Array, "*size c"], background: tuple[float, float] | None, width: int = 7
 ) -> Float[Array, "*size"]:
-    """1 where the mean over channels differs from the grey level background[0] by more than background[1], after a
-    median over `width` voxels; everywhere without `background`."""
+    """1 at objects: the mean over channels differs from the grey level background[0] by more than background[1].
+
+    A median over `width` voxels follows. Without `background` all voxels are objects.
+    """
     if background is None:
         return jnp.ones(image.shape[:-1])
     value, threshold = background
@@ -208,7 +216,7 @@ def labelled(
     tolerance: float,
     medians: tuple[int, int],
 ) -> Float[Array, "*size"]:
-    """The target, of the mean over channels of |out - image| where `counted`, in grey levels.
+    """The target of the mean over channels of |out - image|, in grey levels, where `counted` is 1.
 
     - binary: 1 where it is more than `tolerance`, after a median over medians[0] voxels an axis;
     - intensity: where binary is 1, its median over the ball of radius medians[1], of 255 (ours; the code leaves it in
@@ -240,10 +248,11 @@ def apply(
     tolerance: float = 1,
     medians: tuple[int, int] = (5, 5),
 ) -> tuple[Float[Array, "*size c"], Float[Array, "*size"], dict[str, Any]]:
-    """Clones drawn patches of at most `most` voxels an axis one after another, each clipped to [0, 1].
+    """Clones drawn patches of at most `most` voxels an axis, one after another, and clips to [0, 1] after each.
 
-    Changes count for the target (`labelled`) where the patch or the image there shows an object; where patches overlap,
-    the last one decides about that."""
+    Changes count for the target (`labelled`) where the patch or the image shows an object. Where patches overlap, the
+    last one decides.
+    """
     size = image.shape[:-1]
     both = jnp.concatenate([source, source_objects[..., None]], -1)
 
@@ -290,8 +299,10 @@ def nsa(
     tolerance: float = 1,
     medians: tuple[int, int] = (5, 5),
 ) -> tuple[Float[Array, "*size c"], Float[Array, "*size"], dict[str, Any]]:
-    """Natural synthetic anomalies: `draw`, where the distributions are, of patches that show an object (`foreground`),
-    then `apply`."""
+    """Natural synthetic anomalies of patches that show an object (`foreground`).
+
+    `draw` states the distributions; `apply` follows. Raises ValueError for unknown `gradients` or `labels`.
+    """
     if gradients not in GUIDANCE or labels not in LABELS:
         raise ValueError(f"gradients {gradients!r}, labels {labels!r}: {', '.join(GUIDANCE)}; {', '.join(LABELS)}")
     objects, source_objects = foreground(image, background), foreground(source, background)

@@ -3,11 +3,13 @@
 Perez, Gangnet, Blake, "Poisson image editing", 2003; as window solver with the boundary on the window's edge: the DST
 entry of github.com/matt-baugh/pytorch-poisson-image-editing, which the authors of P-PII use. Any number of axes.
 
-A window is an array (*n, c) of a static size n of which the first `edges` (d,) voxels of each axis count; `edges` is
-traced, so that windows of all sizes share one compilation. What is solved for is the change u of the target t: guidance
-g_t + delta gives div(g_t + delta) = lap(t + u), hence lap(u) = div(delta) with u = 0 on the window's outer ring. It is
-the same blended window as that of the full equation, without its boundary term, and exactly t where nothing is to
-change; and it is linear in delta: a mean over several guidances takes one solve.
+A window is an array (*n, c) of a static size n, of which the first `edges` (d,) voxels of each axis count. `edges` is
+traced, so that windows of all sizes share one compilation.
+
+The unknown is the change u of the target t. Guidance g_t + delta gives div(g_t + delta) = lap(t + u), hence lap(u) =
+div(delta) with u = 0 on the window's outer ring. The blended window t + u is that of the full equation, without a
+boundary term, and is exactly t where delta is 0. The solution is linear in delta: a mean over several guidances takes
+one solve.
 """
 
 from functools import reduce
@@ -21,7 +23,8 @@ from jaxtyping import Array, Float, Int
 def sine_basis(n: int, edge: Int[Array, ""]) -> Float[Array, "n n"]:
     """S_jk = sin(pi j k / (edge - 1)) for j, k = 1 ... edge - 2, else 0: the DST-I between the ends of `edge` points.
 
-    S S is (edge - 1) / 2 times the identity there."""
+    There S S is (edge - 1) / 2 times the identity.
+    """
     j = jnp.arange(n)
     inside = (j > 0) & (j < edge - 1)
     turns = j[:, None] * j % (2 * jnp.maximum(edge - 1, 1))  # whole numbers: no loss of digits at high j k
@@ -33,7 +36,7 @@ def solve(divergence: Float[Array, "*n c"], edges: Int[Array, " d"]) -> Float[Ar
     """u with lap(u) = divergence at the inner voxels of the window and u = 0 on its ring and beyond it.
 
     The Laplacian is the sum over axes of u[i + 1] - 2 u[i] + u[i - 1]; mode a of an axis has the eigenvalue
-    2 cos(pi a / (edge - 1)) - 2. Two products with the sine basis an axis.
+    2 cos(pi a / (edge - 1)) - 2. Each axis takes two products with the sine basis.
     """
     size = divergence.shape[:-1]
     bases = [sine_basis(n, edge) for n, edge in zip(size, edges, strict=True)]
@@ -51,7 +54,7 @@ def solve(divergence: Float[Array, "*n c"], edges: Int[Array, " d"]) -> Float[Ar
 
 
 def differences(window: Float[Array, "*n c"]) -> list[Float[Array, "*n c"]]:
-    """a[i + 1] - a[i] of each axis, 0 at the last voxel (which no inner voxel of the window needs)."""
+    """a[i + 1] - a[i] of each axis, 0 at the last voxel. No inner voxel of the window needs that one."""
     rank = window.ndim - 1
     end = lambda axis: [(0, int(other == axis)) for other in range(rank)] + [(0, 0)]
     return [jnp.pad(jnp.diff(window, axis=axis), end(axis)) for axis in range(rank)]
@@ -75,8 +78,10 @@ def inner(n: tuple[int, ...], edges: Int[Array, " d"]) -> Float[Array, "*n"]:
 def mixed(
     target: Float[Array, "*n c"], source: Float[Array, "*n c"], mask: Float[Array, "*n"]
 ) -> list[Float[Array, "*n c"]]:
-    """Of each axis the change of the target's differences where the source's are larger, inside `mask` (Perez et al.,
-    section 3.2, each axis for itself as the authors' solver; ties keep the target)."""
+    """The change of the target's differences of each axis inside `mask`: the source's larger differences replace them.
+
+    Perez et al., section 3.2. Each axis is treated apart, as by the authors' solver. Ties keep the target.
+    """
     pairs = zip(differences(target), differences(source), strict=True)
     return [mask[..., None] * jnp.where(jnp.abs(t) >= jnp.abs(s), 0, s - t) for t, s in pairs]
 
@@ -84,7 +89,7 @@ def mixed(
 def replaced(
     target: Float[Array, "*n c"], source: Float[Array, "*n c"], mask: Float[Array, "*n"]
 ) -> list[Float[Array, "*n c"]]:
-    """Of each axis the change from the target's differences to the source's inside `mask` (section 3.1)."""
+    """The change of the target's differences of each axis to the source's inside `mask` (section 3.1)."""
     pairs = zip(differences(target), differences(source), strict=True)
     return [mask[..., None] * (s - t) for t, s in pairs]
 
@@ -92,15 +97,18 @@ def replaced(
 def interpolated(
     target: Float[Array, "*n c"], source: Float[Array, "*n c"], alpha: Float[Array, ""]
 ) -> list[Float[Array, "*n c"]]:
-    """PII's guidance (Tan et al. 2021; Eq. 1 of P-PII, whose second branch means the source): of (1 - alpha) times the
-    target's and alpha times the source's difference the larger; as a change of the target's."""
+    """PII's guidance (Tan et al. 2021; Eq. 1 of P-PII, whose second branch means the source).
+
+    It is the larger of (1 - alpha) times the target's and alpha times the source's difference. The result is the change
+    of the target's differences of each axis.
+    """
     pairs = zip(differences(target), differences(source), strict=True)
     larger = lambda t, s: jnp.where(jnp.abs((1 - alpha) * t) > jnp.abs(alpha * s), (1 - alpha) * t, alpha * s)
     return [larger(t, s) - t for t, s in pairs]
 
 
 def change(fields: list[Float[Array, "*n c"]], edges: Int[Array, " d"]) -> Float[Array, "*n c"]:
-    """What is to be added to the target's window where its differences change by `fields`."""
+    """The change of the target's window that changes its differences by `fields`."""
     return solve(divergence(fields), edges)
 
 
@@ -109,8 +117,8 @@ def blend(
 ) -> Float[Array, "*n c"]:
     """The target's window with the source blended in by mixed gradients inside `mask`, whose outer ring is left out.
 
-    The result is not clipped; it equals the target on the ring and beyond the window, and everywhere where the source
-    has no larger difference.
+    The result is not clipped. It equals the target on the ring, beyond the window, and where the source has no larger
+    difference.
     """
     return target + change(mixed(target, source, mask * inner(mask.shape, edges)), edges)
 
@@ -124,7 +132,7 @@ def grown(image: Float[Array, "*size c"], n: tuple[int, ...]) -> Float[Array, "*
 
 
 def window(image: Float[Array, "*more c"], corner: Int[Array, " d"], n: tuple[int, ...]) -> Float[Array, "*n c"]:
-    """n voxels from `corner` of an image that `grown` has made."""
+    """n voxels from `corner` of an image with room (`grown`)."""
     return dynamic_slice(image, (*corner, 0), (*n, image.shape[-1]))
 
 
@@ -137,13 +145,15 @@ def added(
 
 
 def cropped(image: Float[Array, "*more c"], size: tuple[int, ...]) -> Float[Array, "*size c"]:
-    """An image that `grown` has made at its own size again."""
+    """An image with room (`grown`) at its first size."""
     return image[tuple(map(slice, size))]
 
 
 def edges_of(size: tuple[int, ...], share: tuple[float, float]) -> tuple[np.ndarray, np.ndarray]:
-    """The least and the largest edge of a patch on each axis: round(share[0] n) to round(share[1] n) - 1, at least 3,
-    without which a window has no inner voxel."""
+    """The least and the greatest edge of a patch on each axis: round(share[0] n) and round(share[1] n) - 1.
+
+    Both are at least 3: a smaller window has no inner voxel.
+    """
     least, most = (np.round(part * np.array(size)).astype(int) for part in share)
     least = np.maximum(least, 3)
     return least, np.maximum(most - 1, least)

@@ -11,10 +11,11 @@ patient         a patient in two splits
 image           a file in two splits
 identical       an image in two splits under two names
 near-identical  the same, resized, saved again as JPEG, or shifted by a few percent
-abnormal        abnormal cases among the training normals, without a mask or boxes
+abnormal        abnormal images among the training normals, and abnormal volumes there without a mask or boxes
 
-Those with a mask or boxes are a note: with data.normal_crops_only they are trained on outside of their lesions. With
---json all of it is written to a file as well. Nothing is changed, and no network is loaded.
+An abnormal volume with a mask or boxes is a note instead: a recipe can train on its crops outside the lesions
+(data.normal_crops_only). An image is trained on as a whole, so it must leave `train`. --json also writes everything to
+a file. The command changes no file and loads no network.
 
 Exit codes: 0 nothing found; 1 findings; 2 the manifest itself is wrong, or the environment.
 """
@@ -23,16 +24,17 @@ import json
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from jmae.data import duplicates
-from jmae.data.files import Image
 from jmae.data.loader import WORKERS
-from jmae.data.manifest import LEAKS, Finding, Row, check_each, first, leaks, parse_manifest, summary
+from jmae.data.manifest import LEAKS, Finding, Row, first, leaks, parse_manifest, summary
+from jmae.data.opening import open_each
+from jmae.data.preparation import Opened
 from jmae.data.slices import command
 from jmae.errors import InputError, exit_code
 from jmae.run_folder import write_text
@@ -77,18 +79,19 @@ def check(manifest: Path) -> Checked:
     rows, ignored, problems = parse_manifest(manifest, allow=("abnormal", *LEAKS))
     if problems:
         raise InputError("\n".join(problems))
-    prints: dict[str, duplicates.Print] = {}
+    prints: dict[str, duplicates.Fingerprint] = {}
     values: list[Finding] = []
 
-    def look(row: Row, image: Image) -> None:
-        prints[row.id] = duplicates.taken(image.array)
-        values.extend(of_values(row, image.array))
+    def look(row: Row, case: Opened) -> None:
+        prints[row.id] = duplicates.fingerprint(case.image.array)
+        values.extend(of_values(row, case.image.array))
 
-    found = check_each(rows, workers=WORKERS, use=look)
-    found += [*values, *leaks(rows), *duplicates.in_two_splits(rows, prints), *abnormal(rows)]
+    found = open_each(rows, workers=WORKERS, use=look)
+    volumes = {name for name, one in prints.items() if one.detail.ndim == 3}
+    found += [*values, *leaks(rows), *duplicates.in_two_splits(rows, prints), *abnormal(rows, volumes)]
     order = {row.id: i for i, row in enumerate(rows)}
     found.sort(key=lambda one: (list(KINDS).index(one.kind), order[one.rows[0].id], one.what))
-    return Checked(rows, summary(rows, ignored), found, notes(rows))
+    return Checked(rows, summary(rows, ignored), found, notes(rows, volumes))
 
 
 def of_values(row: Row, array: np.ndarray) -> Iterator[Finding]:
@@ -102,18 +105,20 @@ def of_values(row: Row, array: np.ndarray) -> Iterator[Finding]:
             yield Finding("constant", (row,), f"{file}: has one value all over: export it again or drop its row")
 
 
-def abnormal(rows: list[Row]) -> Iterator[Finding]:
-    """Abnormal rows of `train` that say nowhere where they are normal."""
+def abnormal(rows: list[Row], volumes: Collection[str]) -> Iterator[Finding]:
+    """Abnormal rows of `train` that no recipe can train on; `volumes` are the ids of rows whose image is a volume."""
     for row in rows:
-        if row.split == "train" and row.label == 1 and not (row.mask or row.boxes):
-            what = f"{row.id} is abnormal and in train: move it to val, test or unlabeled, or give it a mask"
+        if row.split == "train" and row.label == 1 and not (row.id in volumes and (row.mask or row.boxes)):
+            further = ", or give it a mask or boxes" if row.id in volumes else ""
+            what = f"{row.id} is abnormal and in train: move it to val, test or unlabeled{further}"
             yield Finding("abnormal", (row,), what)
 
 
-def notes(rows: list[Row]) -> list[str]:
-    """What a recipe must be told, in lines."""
-    n = sum(row.split == "train" and row.label == 1 and bool(row.mask or row.boxes) for row in rows)
-    what = f"{n} abnormal cases in train have a mask or boxes: set --config.data.normal_crops_only=True, or move them"
+def notes(rows: list[Row], volumes: Collection[str]) -> list[str]:
+    """Settings that a recipe needs for these rows, a line each."""
+    marked = [row for row in rows if row.id in volumes and (row.mask or row.boxes)]
+    n = sum(row.split == "train" and row.label == 1 for row in marked)
+    what = f"{n} abnormal volumes in train have a mask or boxes: set --config.data.normal_crops_only=True, or move them"
     return [what] if n else []
 
 

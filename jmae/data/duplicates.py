@@ -1,8 +1,9 @@
-"""Copies of an image under another name: also of another size, saved as JPEG, or shifted by a few percent.
+"""Copies of an image under another name, also with another size, saved as JPEG, or shifted by a few percent.
 
-Films of one view look alike, and hashes of their coarse brightness call strangers copies. An image is known here by its
-detail instead, of even strength all over; two are one image where their details correlate after the best shift. Of
-volumes the edge of a body in air may be most of that: two that share it to the voxel, and little else, are told too.
+Films of one view look alike, so hashes of their coarse brightness take strangers for copies. Here the fingerprint of an
+image is its detail, brought to even strength everywhere. Two images are copies if their details correlate after the
+best shift. In volumes the edge of a body in air may be most of the detail: two volumes that share this edge to the
+voxel are reported too.
 """
 
 import hashlib
@@ -21,13 +22,13 @@ from scipy.ndimage import affine_transform, gaussian_filter
 from jmae.data.manifest import Finding, Row
 from jmae.data.transforms import area_resize
 
-SIDE = {2: 96, 3: 32}  # of a print, by the number of axes
-FINE, COARSE, AROUND = 1.0, 3.0, 6.0  # pixels of a print: detail is what lies between, its strength that around it
-EVEN = 0.3  # of the greatest strength: what is weaker is not brought to even strength
+SIDE = {2: 96, 3: 32}  # of a fingerprint, by the number of axes
+FINE, COARSE, AROUND = 1.0, 3.0, 6.0  # sigmas in its pixels: detail lies between the first two; strength is local
+EVEN = 0.3  # of the greatest strength: weaker detail is not amplified to even strength
 SHIFT = 0.05  # of the side, tried on every axis
-STRETCH = (0.98, 1.0, 1.02)  # of either axis, tried on images that are nearly alike: one that is cut fills the print
-# From here two images are one, by their number of axes: correlation of spectra, which decides whether a shift is looked
-# for, and of details at the best shift. Measured on three public packs of images (pairs of one patient in brackets):
+STRETCH = (0.98, 1.0, 1.02)  # of either axis, tried on near copies: a cropped image fills the fingerprint
+# Correlations from which two images are copies, by their number of axes: of spectra, for candidates, which are then
+# shifted; and of details at the best shift. Measured on three public packs (pairs of one patient in brackets):
 #   1,616 chest films of children     strangers up to 0.73 (0.71), copies from 0.92
 #   629 chest films of adults         strangers up to 0.78 (0.88), copies from 0.92
 #   1,510 endoscopic frames           strangers up to 0.75, copies from 0.91, but 8 % of those shifted into black
@@ -35,26 +36,26 @@ STRETCH = (0.98, 1.0, 1.02)  # of either axis, tried on images that are nearly a
 CANDIDATE = {2: 0.45, 3: 0.75}
 ALIKE = {2: 0.90, 3: 0.88}
 NEARLY = 0.75
-BLOCK = 256  # prints or pairs at a time
+BLOCK = 256  # fingerprints or pairs at a time
 
 
-class Print(NamedTuple):
-    """What an image is known by."""
+class Fingerprint(NamedTuple):
+    """What tells an image from others."""
 
     digest: bytes  # of all values
     detail: Float[np.ndarray, "*side"]  # float16, mean 0, length 1; 0 where there is no detail
 
 
 class Copy(NamedTuple):
-    """Two of a sequence of prints, by their numbers."""
+    """A pair of fingerprints, by their numbers in a sequence."""
 
     first: int
     second: int
     correlation: float  # of their details; exactly 1 where the images are identical
 
 
-def taken(array: Float[np.ndarray, "*size c"]) -> Print:
-    """The print of an image or volume; values that are not finite count as the mean."""
+def fingerprint(array: Float[np.ndarray, "*size c"]) -> Fingerprint:
+    """The fingerprint of an image or volume; values that are not finite count as the mean."""
     rank = array.ndim - 1
     grey = array.mean(-1, keepdims=True)
     finite = np.isfinite(grey)
@@ -66,29 +67,31 @@ def taken(array: Float[np.ndarray, "*size c"]) -> Print:
     detail = _taper(rank) * detail / (strength + EVEN * strength.max() + 1e-12)
     detail -= detail.mean()
     length = np.linalg.norm(detail)
-    return Print(digest(array), (detail / length if length > 1e-6 else 0 * detail).astype(np.float16))
+    return Fingerprint(values_digest(array), (detail / length if length > 1e-6 else 0 * detail).astype(np.float16))
 
 
-def digest(array: Float[np.ndarray, "*size c"]) -> bytes:
-    """The SHA-256 of an image's shape and values: equal for copies of a file, and for what another format holds."""
+def values_digest(array: Float[np.ndarray, "*size c"]) -> bytes:
+    """The SHA-256 of an image's shape and values: the same for a copy of a file, and for the same values in another
+    format."""
     whole = hashlib.sha256(repr(array.shape).encode())
     whole.update(np.ascontiguousarray(array).data)
     return whole.digest()
 
 
 def content(array: Float[np.ndarray, "*size c"]) -> str:
-    """The first 16 hexadecimal digits of `digest`: `Row.content`."""
-    return digest(array).hex()[:16]
+    """The first 16 hexadecimal digits of `values_digest`: `Row.content`."""
+    return values_digest(array).hex()[:16]
 
 
-def in_two_splits(rows: Sequence[Row], prints: Mapping[str, Print]) -> list[Finding]:
-    """The images that are in two splits under two names, of kinds "identical" and "near-identical"; `prints` by id."""
+def in_two_splits(rows: Sequence[Row], prints: Mapping[str, Fingerprint]) -> list[Finding]:
+    """The images that are in two splits under two names, as findings "identical" and "near-identical"; `prints` holds
+    the fingerprints by id."""
     known = [row for row in rows if row.id in prints]
     found = []
     for copy in copies([prints[row.id] for row in known], [row.split for row in known]):
         a, b = known[copy.first], known[copy.second]
         if set(a.image) & set(b.image):
-            continue  # one file: that is told of the manifest
+            continue  # one file, which `manifest.leaks` reports
         further = ", or share a hard edge of air and little else" if prints[a.id].detail.ndim == 3 else ""
         near = f"are one image, or two of one patient{further} (correlation {copy.correlation:.2f})"
         alike = "are identical" if copy.correlation == 1 else near
@@ -97,9 +100,11 @@ def in_two_splits(rows: Sequence[Row], prints: Mapping[str, Print]) -> list[Find
     return found
 
 
-def copies(prints: Sequence[Print], groups: Sequence[Hashable]) -> list[Copy]:
-    """The pairs from different groups that are one image, in order. Spectra, which no shift changes, are compared by
-    matrix products; a shift is looked for where they are alike."""
+def copies(prints: Sequence[Fingerprint], groups: Sequence[Hashable]) -> list[Copy]:
+    """The pairs from different groups that are copies, in order.
+
+    Spectra, which no shift changes, are compared by matrix products. The best shift is searched where they are alike.
+    """
     identical: dict[bytes, list[int]] = defaultdict(list)
     by_rank: dict[int, list[int]] = defaultdict(list)
     for i, one in enumerate(prints):
@@ -121,7 +126,7 @@ def copies(prints: Sequence[Print], groups: Sequence[Hashable]) -> list[Copy]:
 
 
 def candidates(details: np.ndarray, group: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The numbers (a, b), a < b, of pairs from different groups with spectra alike."""
+    """The numbers (a, b), a < b, of pairs from different groups whose spectra are alike."""
     parts = range(0, len(details), BLOCK)
     known = np.concatenate([spectra(details[start : start + BLOCK]) for start in parts])
     pairs = []
@@ -134,7 +139,8 @@ def candidates(details: np.ndarray, group: np.ndarray) -> tuple[np.ndarray, np.n
 
 
 def spectra(details: np.ndarray) -> np.ndarray:
-    """Roots of the magnitudes of low frequencies over the mean at their radius, less 1, as unit vectors (n, d)."""
+    """Square roots of the magnitudes of low frequencies, divided by the mean at their radius, minus 1, as unit vectors
+    (n, d)."""
     axes, ring = tuple(range(1, details.ndim)), _ring(details.ndim - 1)
     kept = ring >= 0
     roots = np.sqrt(np.abs(fft.rfftn(details.astype(np.float32), axes=axes))[:, kept])
@@ -146,7 +152,7 @@ def spectra(details: np.ndarray) -> np.ndarray:
 
 
 def registered(details: np.ndarray, a: np.ndarray, b: np.ndarray) -> Float[np.ndarray, " m"]:
-    """The correlation of the pairs (a, b) at the best of all shifts up to `SHIFT`, of images also of all stretches."""
+    """The correlation of the pairs (a, b) at the best of all shifts up to `SHIFT`; for images also of all stretches."""
     best = np.empty(len(a), np.float32)
     for start in range(0, len(a), BLOCK):
         part = slice(start, start + BLOCK)
@@ -170,7 +176,7 @@ def shifted(first: np.ndarray, second: np.ndarray) -> Float[np.ndarray, " m"]:
 
 
 def stretched(detail: np.ndarray, scale: tuple[float, ...]) -> np.ndarray:
-    """A detail stretched about its middle, of length 1 again."""
+    """A detail stretched about its middle and brought to length 1 again."""
     middle = (np.array(detail.shape) - 1) / 2
     out = affine_transform(detail.astype(np.float32), scale, middle - middle * scale, order=3)
     return out / max(float(np.linalg.norm(out)), 1e-6)
@@ -187,7 +193,7 @@ def _ring(rank: int) -> np.ndarray:
 
 @lru_cache
 def _taper(rank: int) -> np.ndarray:
-    """1 inside, falling to 0 over the outer eighth of every axis: what a shift brings in or pushes out counts less."""
+    """1 inside, falling to 0 over the outer eighth of every axis, so that what a shift moves in or out counts less."""
     at = np.linspace(0, 1, SIDE[rank])
     one = np.sin(np.pi / 2 * np.clip(np.minimum(at, 1 - at) * 8, 0, 1)) ** 2
     taper = one

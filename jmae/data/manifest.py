@@ -12,8 +12,7 @@ import io
 import math
 import os
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
@@ -21,7 +20,6 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool
 
-from jmae.data.files import Image, OffGrid, image_size, read_image, read_mask
 from jmae.errors import InputError
 
 COLUMNS = ("id", "patient", "split", "label", "image", "mask", "region")
@@ -62,28 +60,20 @@ class Finding(NamedTuple):
     what: str
 
 
-def read_manifest(path: str | os.PathLike, *, normal_crops_only: bool = False) -> list[Row]:
-    """The rows of the four splits, in the file's order; `parse_manifest` tells what was left out besides.
-
-    Raises:
-      InputError: all problems of the file, a line each.
-    """
-    rows, _, problems = parse_manifest(path, normal_crops_only=normal_crops_only)
-    if problems:
-        raise InputError("\n".join(problems))
-    return rows
-
-
 def parse_manifest(
-    path: str | os.PathLike, *, normal_crops_only: bool = False, allow: Collection[str] = ()
+    path: str | os.PathLike, *, crops: bool = False, normal_crops_only: bool = False, allow: Collection[str] = ()
 ) -> tuple[list[Row], dict[str, int], list[str]]:
-    """The rows of the four splits; how often what was ignored, for `summary`; all problems of the file, a line each, of
-    one kind at most 20.
+    """Reads the rows of the four splits.
 
     Args:
       path: the CSV file; UTF-8 with or without BOM, any line ends.
-      normal_crops_only: abnormal rows may be in `train`, if they carry a mask.
-      allow: kinds of problems that are passed over: "abnormal" rows in `train`, `LEAKS`.
+      crops: whether the recipe trains on crops of volumes, so that `data.normal_crops_only` can be a remedy.
+      normal_crops_only: whether abnormal rows may be in `train` if they have a mask or boxes. Only crops can keep off
+        the lesions, so it counts with `crops` alone.
+      allow: kinds of problems that are no problem: "abnormal" rows in `train`, `LEAKS`.
+
+    Returns:
+      The rows; what was ignored and how often, for `summary`; the problems, a line each, of one kind at most 20.
 
     Raises:
       InputError: the file cannot be read, is no CSV, or lacks columns.
@@ -104,8 +94,12 @@ def parse_manifest(
                 if cells.get(column):
                     dropped[f"{what} of unlabeled rows"] += 1
             row = row._replace(label=None, mask=None, boxes=())
-        elif row.split == "train" and row.label == 1 and not (normal_crops_only and (row.mask or row.boxes)):
-            remedy = "give it a mask or boxes" if normal_crops_only else "move it, or set data.normal_crops_only"
+        elif row.split == "train" and row.label == 1 and not (crops and normal_crops_only and (row.mask or row.boxes)):
+            remedy = "move it to val, test or unlabeled"
+            if crops and normal_crops_only:
+                remedy = "give it a mask or boxes, or " + remedy
+            elif crops and (row.mask or row.boxes):
+                remedy = "set data.normal_crops_only to train on crops outside its lesions, or " + remedy
             problems["abnormal"].append(f"line {line}: {row.id!r} is abnormal and in train: {remedy}")
         rows.append(row)
 
@@ -115,8 +109,8 @@ def parse_manifest(
     for leak in leaks(rows):
         problems[f"{leak.kind} leak"].append(leak.what)
     if not rows and not problems:
-        seen = f", only {', '.join(map(repr, other))}" if other else ""
-        problems["empty"].append(f"no row of {', '.join(SPLITS)}{seen}: fill the column split")
+        instead = f", only {', '.join(map(repr, other))}" if other else ""
+        problems["empty"].append(f"no row of {', '.join(SPLITS)}{instead}: fill the column split")
     told = (lines for kind, lines in problems.items() if kind not in allow)
     shown = [f"{os.fspath(path)}: {line}" for lines in told for line in first(lines)]
     ignored = {f"rows of other splits ({', '.join(map(_other_split, other))})": other.total()} if other else {}
@@ -145,50 +139,6 @@ def read_cases(path: str | os.PathLike, split: str) -> list[Row]:
             "\n".join(f"{os.fspath(path)}: {line}" for lines in problems.values() for line in first(lines))
         )
     return rows
-
-
-def check_files(
-    rows: Sequence[Row],
-    *,
-    workers: int,
-    decode: bool = True,
-    use: Callable[[Row, Image], object] | None = None,
-    read: Callable[[Sequence[str]], Image] = read_image,
-) -> list[str]:
-    """All that `check_each` finds, a line each."""
-    found = check_each(rows, workers=workers, decode=decode, use=use, read=read)
-    return [f"{one.rows[0].id}: {one.what}" for one in found]
-
-
-def check_each(
-    rows: Sequence[Row],
-    *,
-    workers: int,
-    decode: bool = True,
-    use: Callable[[Row, Image], object] | None = None,
-    read: Callable[[Sequence[str]], Image] = read_image,
-) -> list[Finding]:
-    """Opens every image, mask, region and series of contrast and returns all problems in the order of the rows, their
-    kinds "unreadable", "geometry" (another grid, another shape), "truth" (mask, region and boxes against the label).
-
-    Missing and unreadable files, channels, masks and regions on another grid than their image, masks that
-    contradict the label, regions that mark nothing, boxes outside the image, and images whose rank or number of
-    channels is not that of most. With `decode=False` only headers are read: sizes, not contents. `use` is called with
-    every decoded image and raises InputError where it cannot be used. `read` joins the channels of a case; where it is
-    not `read_image`, sizes from headers may differ. Phantoms pass.
-    """
-    real = [row for row in rows if row.image and not row.image[0].startswith(PHANTOM)]
-    with ThreadPoolExecutor(max(1, workers)) as pool:
-        found = list(pool.map(lambda row: _check_row(row, decode, use, read), real))
-    usual = Counter(shape for shape, _ in found if shape).most_common(1)
-    problems = []
-    for row, (shape, lines) in zip(real, found, strict=True):
-        problems += [Finding(kind, (row,), line) for kind, line in lines]
-        if shape and shape != usual[0][0]:
-            (rank, channels), (ranks, most) = shape, usual[0][0]
-            what = f"{row.image[0]}: {rank}D with {channels} channels where most are {ranks}D with {most}"
-            problems.append(Finding("geometry", (row,), f"{what}: complete or convert it, or leave the case out"))
-    return problems
 
 
 def leaks(rows: Sequence[Row]) -> list[Finding]:
@@ -381,78 +331,3 @@ def first(lines: list[str]) -> list[str]:
 def _other_split(name: str) -> str:
     near = difflib.get_close_matches(name.lower(), SPLITS, n=1, cutoff=0.75)
     return f"{name!r}, meant {near[0]!r}?" if near else repr(name)
-
-
-def _check_row(
-    row: Row, decode: bool, use: Callable[[Row, Image], object] | None, read: Callable[[Sequence[str]], Image]
-) -> tuple[tuple[int, int] | None, list[tuple[str, str]]]:
-    """((rank, channels) of the image if it could be read, (kind, problem) of each)."""
-    lines: list[tuple[str, str]] = []
-    image, size, channels = None, None, 0
-    try:
-        if decode:
-            image = read(row.image)
-            if use:
-                use(row, image)
-            size, channels = image.array.shape[:-1], image.array.shape[-1]
-        else:
-            size, channels = image_size(row.image[0]), len(row.image)
-            expected = size if read is read_image else None
-            others = (_other_size(file, expected, row.image[0]) for file in row.image[1:])
-            lines += [("geometry", problem) for problem in others if problem]
-    except InputError as error:
-        lines += _failures(row.image, decode) or [(_kind(error), str(error))]
-    lines += _failures([file for file in (*row.pre, *row.post) if file not in row.image], decode)
-
-    for name, file in (("mask", row.mask), ("region", row.region)):
-        if file is None:
-            continue
-        if not decode:
-            lines += [("geometry", problem)] if (problem := _other_size(file, size, "its image")) else []
-            continue
-        try:
-            marked = np.count_nonzero(read_mask(file, like=image))
-        except InputError as error:
-            lines.append((_kind(error), str(error)))
-            continue
-        if name == "region" and not marked:
-            lines.append(("truth", f"{file}: the region marks nothing: leave it empty or repair it"))
-        if name == "mask" and row.label is not None and bool(marked) != bool(row.label):
-            what = f"{file}: the mask marks {marked} values and the label is {row.label}: repair one of them"
-            lines.append(("truth", what))
-
-    if row.boxes and row.label == 0:
-        lines.append(("truth", f"{row.image[0]}: boxes of lesions and the label 0: repair one of them"))
-    if size is not None:
-        ends = size[::-1] if len(size) == 2 else size  # x runs along the columns in 2D, along i in 3D
-        for box in row.boxes:
-            rank = len(box) // 2
-            if rank != len(ends) or min(box) < 0 or any(np.greater(box[rank:], ends)):
-                what = f"{row.image[0]}: box {box} is not inside the image of size {size}: repair it"
-                lines.append(("truth", what))
-    return (len(size), channels) if size else None, lines
-
-
-def _kind(error: InputError) -> str:
-    return "geometry" if isinstance(error, OffGrid) else "unreadable"
-
-
-def _failures(files: Iterable[str], decode: bool) -> list[tuple[str, str]]:
-    """What each file says that cannot be read."""
-    lines = []
-    for file in files:
-        try:
-            read_image(file) if decode else image_size(file)
-        except InputError as error:
-            lines.append(("unreadable", str(error)))
-    return lines
-
-
-def _other_size(file: str, expected: tuple[int, ...] | None, of: str) -> str:
-    try:
-        size = image_size(file)
-    except InputError as error:
-        return str(error)
-    if expected in (None, size):
-        return ""
-    return f"{file}: size {size} differs from {expected} of {of}: resample both to one grid"

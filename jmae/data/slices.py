@@ -39,8 +39,10 @@ import numpy as np
 from PIL import Image as pillow
 
 from jmae.data.files import Image, write_map
-from jmae.data.loader import WORKERS, lesion_mask, region_mask, stored_image
-from jmae.data.manifest import COLUMNS, ID_BYTES, PHANTOM, Row, check_files, parse_manifest, summary
+from jmae.data.loader import WORKERS
+from jmae.data.manifest import COLUMNS, ID_BYTES, PHANTOM, Row, parse_manifest, summary
+from jmae.data.opening import lines_of, open_each
+from jmae.data.preparation import Opened, lesion_mask, region_mask, stored_image
 from jmae.errors import InputError, exit_code
 from jmae.recipe import arguments, typed
 from jmae.run_folder import write_text
@@ -117,72 +119,61 @@ def cut_manifest(manifest: Path, out: Path, how: How = How()) -> str:  # noqa: B
     Raises InputError with all problems, a line each; no manifest is written then.
     """
     refuse_used(out)
-    rows, ignored, problems = parse_manifest(manifest, normal_crops_only=True)
+    rows, ignored, problems = parse_manifest(manifest, crops=True, normal_crops_only=True)
     folder = None if problems else out
-    cuts: dict[str, tuple[list[Row], Counter[str]]] = {}
+    found: dict[str, tuple[list[Row], Counter[str]]] = {}
 
-    def use(row: Row, stored: Image) -> None:
-        cuts[row.id] = cut(row, stored, how, folder)
+    def use(row: Row, case: Opened) -> None:
+        found[row.id] = slice_case(row, case, how, folder)
 
-    problems += check_files(rows, workers=WORKERS, use=use)
+    problems += lines_of(open_each(rows, workers=WORKERS, use=use))
     for row in rows:
         if row.image and row.image[0].startswith(PHANTOM):
+            stored = stored_image(row)
             try:
-                use(row, stored_image(row))
+                use(row, Opened(stored, lesion_mask(row, stored), region_mask(row, stored)))
             except InputError as error:
                 problems.append(f"{row.id}: {error}")
     if problems:
-        raise InputError("\n".join(dict.fromkeys(problems)))  # a mask that cannot be read is found twice
-    slices = [one for row in rows for one in cuts[row.id][0]]
-    left_out = sum((cuts[row.id][1] for row in rows), Counter[str]())
+        raise InputError("\n".join(problems))
+    slices = [one for row in rows for one in found[row.id][0]]
+    left_out = sum((found[row.id][1] for row in rows), Counter[str]())
     if not slices:
         raise InputError(f"{manifest}: no slice is left ({counted(left_out)}): lower --margin or --least")
     write_manifest(out, slices)
-    empty = sum(not cuts[row.id][0] for row in rows)
+    empty = sum(not found[row.id][0] for row in rows)
     return (
         f"{out / 'manifest.csv'}: {len(slices)} slices of {len(rows) - empty} volumes: {summary(slices, ignored)}; "
         f"left out: {counted(left_out)}" + (f"; {empty} volumes give no slice" if empty else "")
     )
 
 
-def cut(row: Row, stored: Image, how: How, out: Path | None) -> tuple[list[Row], Counter[str]]:
-    """The rows of a case's slices, their files written below `out` if it is given, and how many were left out why."""
-    name, array = row.image[0], stored.array
-    size = array.shape[:-1]
-    if len(size) != 3:
-        raise InputError(f"{name}: is no volume, of which slices are cut: list it in a manifest of its own")
-    if row.extra.get("half"):
-        raise InputError(f"{name}: half {row.extra['half']!r}, but slices are cut whole: cut the file, empty the cell")
-    if len(row.id.encode()) > ID_BYTES - 6 or ";" in row.id:
-        raise InputError(f"{name}: the id {row.id[:20]!r} is too long or holds a semicolon: a slice is named by it")
-    if bad := array.size - np.count_nonzero(np.isfinite(array)):
-        raise InputError(f"{name}: {bad} values are not finite: mend the file or drop its row")
-    layout = lie(how.axis, stored.affine, name)
-    if any(len(box) != 6 for box in row.boxes):
-        return [], Counter()  # `check_files` says so
-    n = size[layout.across]
+def slice_case(row: Row, case: Opened, how: How, out: Path | None) -> tuple[list[Row], Counter[str]]:
+    """The rows of a volume's slices, and how many slices were left out for which reason.
+
+    The files are written below `out` if it is given. Raises InputError where slices of the volume cannot be cut.
+    """
+    array, size = case.image.array, case.image.size
+    _check_volume(row, array)
+    layout = lie(how.axis, case.image.affine, row.image[0])
+    if not case.complete:
+        return [], Counter()  # `open_each` says what is wrong
     others = tuple(axis for axis in range(3) if axis != layout.across)
-
-    mask = lesion_mask(row._replace(boxes=()), stored)
-    masked = np.zeros(n, bool) if mask is None else np.any(mask, axis=others)
-    spans = [_span(box, layout.across, n) for box in row.boxes]
+    mask = case.lesion if row.mask else None
+    masked = np.zeros(size[layout.across], bool) if mask is None else np.any(mask, axis=others)
+    spans = [_span(box, layout.across, len(masked)) for box in row.boxes]
     marked = np.array(masked)
-    for start, stop in spans:
-        marked[start:stop] = True
-    step = 1.0
-    if how.mm and marked.any():
-        if stored.spacing is None:
-            raise InputError(f"{name}: tells no spacing for a margin in mm: save it as NIfTI, or give it in slices")
-        step = stored.spacing[layout.across]
-    near = ~marked & (distance(np.arange(n), np.flatnonzero(marked)) * step <= how.margin + 1e-6)
+    for span in spans:
+        marked[span.start : span.stop] = True
+    near = _near(marked, case.image, layout, how, row.image[0])
     known = row.label == 0 or mask is not None or bool(row.boxes)
-
-    region = region_mask(row, stored)
+    region = case.region
     areas = np.count_nonzero(np.any(array != 0, axis=-1) if region is None else region, axis=others)
     little = (areas == 0) | (areas < how.least * areas.max())
+    extra = {column: cell for column, cell in row.extra.items() if column not in OF_VOLUMES}
 
     rows, left_out = [], Counter[str]()
-    for k in range(0, n, how.every):
+    for k in range(0, len(marked), how.every):
         if little[k]:
             left_out["with little region" + (" (lesion slices)" if marked[k] else "")] += 1
         elif near[k]:
@@ -190,8 +181,7 @@ def cut(row: Row, stored: Image, how: How, out: Path | None) -> tuple[list[Row],
         elif marked[k] and row.split == "train":
             left_out["lesion slices in train"] += 1
         else:
-            boxes = [box for box, (a, b) in zip(row.boxes, spans, strict=True) if a <= k < b]
-            extra = {column: cell for column, cell in row.extra.items() if column not in OF_VOLUMES}
+            drawn = lambda what, whole, k=k: _drawn(out, row.id, k, what, layout.plane(whole, k))
             rows.append(
                 Row(
                     id=f"{row.id}_{k:04d}",
@@ -199,15 +189,35 @@ def cut(row: Row, stored: Image, how: How, out: Path | None) -> tuple[list[Row],
                     split=row.split,
                     label=int(marked[k]) if known else None,
                     image=_written(out, row.id, k, layout.plane(array, k)),
-                    mask=_drawn(out, row.id, k, "mask", layout.plane(mask, k))
-                    if mask is not None and masked[k]
-                    else None,
-                    region=None if region is None else _drawn(out, row.id, k, "region", layout.plane(region, k)),
-                    boxes=tuple(layout.box(box, size) for box in boxes),
+                    mask=drawn("mask", mask) if mask is not None and masked[k] else None,
+                    region=None if region is None else drawn("region", region),
+                    boxes=tuple(layout.box(box, size) for box, span in zip(row.boxes, spans, strict=True) if k in span),
                     extra=extra | {"case": row.id, "slice": str(k)},
                 )
             )
     return rows, left_out
+
+
+def _check_volume(row: Row, array: np.ndarray) -> None:
+    name = row.image[0]
+    if array.ndim != 4:
+        raise InputError(f"{name}: is no volume, of which slices are cut: list it in a manifest of its own")
+    if row.extra.get("half"):
+        raise InputError(f"{name}: half {row.extra['half']!r}, but slices are cut whole: cut the file, empty the cell")
+    if len(row.id.encode()) > ID_BYTES - 6 or ";" in row.id:
+        raise InputError(f"{name}: the id {row.id[:20]!r} is too long or holds a semicolon: a slice is named by it")
+    if bad := array.size - np.count_nonzero(np.isfinite(array)):
+        raise InputError(f"{name}: {bad} values are not finite: mend the file or drop its row")
+
+
+def _near(marked: np.ndarray, stored: Image, layout: Layout, how: How, name: str) -> np.ndarray:
+    """Which slices (n,) lie within the margin of a lesion slice and are none."""
+    step = 1.0
+    if how.mm and marked.any():
+        if stored.spacing is None:
+            raise InputError(f"{name}: tells no spacing for a margin in mm: save it as NIfTI, or give it in slices")
+        step = stored.spacing[layout.across]
+    return ~marked & (distance(np.arange(len(marked)), np.flatnonzero(marked)) * step <= how.margin + 1e-6)
 
 
 def lie(axis: str, affine: np.ndarray | None, name: str) -> Layout:
@@ -236,11 +246,11 @@ def distance(at: np.ndarray, marks: np.ndarray) -> np.ndarray:
     return np.abs(np.asarray(at, float)[:, None] - np.asarray(marks, float)).min(1)
 
 
-def _span(box: Sequence[float], axis: int, n: int) -> tuple[int, int]:
-    """The slices of a box, from and to, rounded as by `boxes_mask`."""
+def _span(box: Sequence[float], axis: int, n: int) -> range:
+    """The slices of a box, rounded as by `boxes_mask`."""
     low, high = (int(np.floor(box[i] + 0.5)) for i in (axis, axis + 3))
     low = min(low, n - 1)
-    return low, max(low + 1, high)
+    return range(low, max(low + 1, high))
 
 
 def _written(out: Path | None, case: str, k: int, array: np.ndarray) -> tuple[str, ...]:

@@ -1,8 +1,8 @@
-"""Preparing images and augmenting them: arrays are `(*size, channels)`, any number of space axes.
+"""Preparation and augmentation of images: arrays are `(*size, channels)`, with any number of space axes.
 
-The first half runs on the host (NumPy, float32), once an image. The second half runs on the device inside
-the jitted step: pure functions of `(image, key)` that `jax.vmap` batches. A box or a coin depends on the key
-and the size only, so that one key moves an image and its companion (mask, second sequence) alike.
+The first half runs on the host (NumPy, float32), once an image. The second half runs on the device inside the jitted
+step: pure functions of `(image, key)` that `jax.vmap` batches. A random box or coin depends on the key and the size
+only, so that one key moves an image and its companion (mask, second sequence) alike.
 """
 
 from collections.abc import Sequence
@@ -59,11 +59,11 @@ def resize(array: Float[np.ndarray, "*old c"], size: Sequence[int]) -> Float[np.
 
 
 def area_resize(array: Float[np.ndarray, "*old c"], size: Sequence[int]) -> Float[np.ndarray, "*size c"]:
-    """To `size`: the mean over each new voxel's area on an axis that shrinks, `resize`'s linear interpolation on one
-    that grows.
+    """Resizes to `size`: by the mean over each new voxel's area on an axis that shrinks, by linear interpolation
+    (`resize`) on an axis that grows.
 
-    Voxels that two new ones share count by their overlap, so that the mean of the image stays. The same size returns
-    the same values exactly.
+    A voxel that two new voxels share counts by its overlap with each, so that the mean of the image stays. The same
+    size returns the same values exactly.
     """
     for axis, (new, old) in enumerate(zip(size, array.shape[:-1], strict=True)):
         if new < old:
@@ -78,12 +78,12 @@ def area_resize(array: Float[np.ndarray, "*old c"], size: Sequence[int]) -> Floa
 def equalise(
     array: Float[np.ndarray, "*size c"], inside: Bool[np.ndarray, "*size"] | None = None
 ) -> Float[np.ndarray, "*size c"]:
-    """Histogram equalisation of values in [0, 1] (others are clipped), each channel for itself, in 8 bits.
+    """Histogram equalisation of values in [0, 1] (others are clipped), channel by channel, in 8 bits.
 
     v = round(255 x) becomes round(255 (cdf(v) - cdf_min) / (n - cdf_min)) / 255 with the cumulative histogram cdf of
-    the n pixels `inside` (default, and where it is empty: of all) and its least value above 0, cdf_min: OpenCV's
-    equalizeHist, which made MIMIC-CXR-JPG (Johnson et al. 2019). It is applied everywhere: what is darker than all
-    inside becomes 0. A channel of one value inside becomes 0.
+    the n pixels `inside` and its least value above 0, cdf_min. Without `inside`, or if it is empty, all pixels count.
+    This is OpenCV's equalizeHist, by which MIMIC-CXR-JPG was made (Johnson et al. 2019). The map is applied everywhere:
+    pixels darker than all inside become 0. A channel of one value inside becomes 0.
     """
     levels = np.round(255 * np.clip(array, 0, 1)).astype(np.uint8)
     counted = levels[inside] if inside is not None and inside.any() else levels.reshape(-1, array.shape[-1])
@@ -103,24 +103,6 @@ def resize_mask(mask: Bool[np.ndarray, "*old"], size: Sequence[int]) -> Bool[np.
     """
     index = [((np.arange(n) + 0.5) * old / n).astype(int) for n, old in zip(size, mask.shape, strict=False)]
     return mask[np.ix_(*index)]
-
-
-def standardise(
-    array: Float[np.ndarray, "*size c"], region: Bool[np.ndarray, "*size"] | None = None
-) -> Float[np.ndarray, "*size c"]:
-    """Zero mean and unit deviation of each channel over `region` (default: everywhere), applied everywhere.
-
-    The moments are those of finite values; a value that is not finite becomes 0, the mean. A constant
-    channel is not divided; an empty region counts as everywhere.
-    """
-    finite = np.isfinite(array)
-    inside = finite & region[..., None] if region is not None and region.any() else finite
-    axes = tuple(range(array.ndim - 1))
-    count = np.maximum(inside.sum(axes), 1)
-    mean = np.where(inside, array, 0).sum(axes, dtype=np.float64) / count
-    centred = np.where(finite, array, mean) - mean
-    deviation = np.sqrt(np.where(inside, centred**2, 0).sum(axes) / count)
-    return (centred / np.where(deviation > 0, deviation, 1)).astype(np.float32)
 
 
 def central(array, share: float = 0.8):

@@ -1,10 +1,11 @@
 """From a patient's sequences on disk to one prepared volume, and maps back onto the patient's own grid.
 
-The steps and their order are those of Lang et al., "Multispectral 3D Masked Autoencoders for Anomaly Detection in
-Non-Contrast Enhanced Breast MRI" (MAEMI), CaPTion 2023, arXiv 2303.05861, and their code: reorient by the affine,
-resample, crop to the chest, normalise. Masks are resampled to the nearest voxel (ours: the code splines them as well).
-Own grid: the image's as stored. Working grid: the networks'. Both are arrays `(*size, channels)`; directions are those
-in which an index grows, L or R, P or A, S or I.
+The steps are: reorient by the affine, resample, crop to the chest, normalise. Steps and order follow Lang et al.,
+"Multispectral 3D Masked Autoencoders for Anomaly Detection in Non-Contrast Enhanced Breast MRI" (MAEMI), CaPTion 2023,
+arXiv 2303.05861, and their code. ours: masks take the nearest voxel; the code resamples masks with splines too.
+
+The own grid is that of the stored image; the working grid is that of the networks. Both hold arrays
+`(*size, channels)`. A direction (L or R, P or A, S or I) is the one in which an index grows.
 """
 
 import itertools
@@ -16,7 +17,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from scipy import ndimage
 
-from jmae.data.files import Image, off_grid, read_image, turned
+from jmae.data.files import Image, ReadFile, off_grid, read_file, read_image, turned
 from jmae.data.manifest import Row
 from jmae.data.transforms import equalise, to_unit
 from jmae.errors import InputError
@@ -26,9 +27,11 @@ KEPT_VOXELS = 0.01  # a spacing is kept, not resampled to, where no voxel would 
 
 
 class Grid(NamedTuple):
-    """How the working grid lies in the image's own: axes permuted and mirrored, resampled about the common centre, then
-    cropped. Working index w of an axis is the (mirrored) own coordinate
-    (w + origin - (full - 1) / 2) * step + (own - 1) / 2."""
+    """How the working grid lies in the own grid.
+
+    Axes are permuted and mirrored, resampled about the common centre, then cropped. On an axis, working index w is the
+    (mirrored) own coordinate (w + origin - (full - 1) / 2) * step + (own - 1) / 2.
+    """
 
     own_size: tuple[int, ...]
     own_axes: tuple[int, ...]  # the own axis of each working axis
@@ -53,14 +56,14 @@ class Grid(NamedTuple):
         return self.own_affine @ to_own
 
     def cropped(self, origin: Sequence[int], size: Sequence[int]) -> "Grid":
-        """The grid of a box `origin`, `size` in voxels of this one; it may leave the image."""
+        """The grid of a box, whose `origin` and `size` are in voxels of this grid; the box may leave the image."""
         return self._replace(origin=tuple(a + b for a, b in zip(self.origin, origin, strict=True)), size=tuple(size))
 
     def forward(self, array: np.ndarray, order: int) -> np.ndarray:
         """Own (*own_size[, c]) -> working (*size[, c]): splines of `order` 0 to 3, 0 outside the image.
 
-        Values beyond the outermost voxel's centre are its own (mode "nearest"). Where the spacing is kept, values are
-        copied. Values must be finite: one NaN would spread. `order` 0 keeps the dtype, else float32.
+        Beyond the centre of the outermost voxel its value goes on (mode "nearest"). Where the spacing stays, values are
+        copied. Values must be finite: one NaN would spread. `order` 0 keeps the dtype; others give float32.
         """
         oriented = self._oriented(array)
         inside = []
@@ -84,8 +87,8 @@ class Grid(NamedTuple):
         return working
 
     def back(self, array: np.ndarray) -> np.ndarray:
-        """Working (*size[, c]) -> own (*own_size[, c]), float32: linear, copied where the spacing is kept, 0 where
-        `inside` is False."""
+        """Working (*size[, c]) -> own (*own_size[, c]), float32: linear interpolation, 0 where `inside` is False. Where
+        the spacing stays, values are copied."""
         array = np.asarray(array, np.float32)
         own = np.zeros((*self.own_size, *array.shape[len(self.size) :]), np.float32)
         oriented = self._oriented(own)  # a view: what is written to it is written to `own`
@@ -109,8 +112,9 @@ class Grid(NamedTuple):
     def inside(self) -> np.ndarray:
         """bool (*own_size): own voxels whose centre lies in a voxel of the working grid, which is what was analysed.
 
-        Where the grid reaches the image's end, its last voxel counts to that end, so that two halves of a volume
-        have each own voxel once."""
+        Where the grid reaches the image's end, its last voxel reaches that end too. So two halves of a volume share no
+        own voxel, and leave none out.
+        """
         own = np.zeros(self.own_size, bool)
         self._oriented(own)[tuple(slice(*self._covered(axis)) for axis in range(len(self.size)))] = True
         return own
@@ -141,20 +145,23 @@ class Grid(NamedTuple):
 
 @lru_cache(maxsize=64)
 def _weights(n: int, at: tuple[float, ...], order: int) -> np.ndarray:
-    """(len(at), n) float32: what each of n samples adds to the spline through them at the coordinates `at`."""
+    """(len(at), n) float32: the weight of each of n samples in the spline through them, at the coordinates `at`."""
     unit = np.eye(n)
     each = [ndimage.map_coordinates(unit[i], [at], order=order, mode="nearest") for i in range(n)]
     return np.stack(each, 1).astype(np.float32)
 
 
 class Volume(NamedTuple):
-    """One case on its working grid. stored = (array - data.mean) / data.std * std + mean, channel by channel, unless
-    the recipe has a window or equalises."""
+    """One case on its working grid.
+
+    Stored values are (array - data.mean) / data.std * std + mean, channel by channel, unless the recipe has a window or
+    equalises.
+    """
 
     array: np.ndarray  # float32 (*size, c), normalised
     region: np.ndarray | None  # bool (*size): where metrics count
     lesion: np.ndarray | None  # bool (*size)
-    side: int | None  # the working axis that runs from left to right or back; None where the image tells no position
+    side: int | None  # the working axis along left and right; None where the image tells no position
     midline: int | None  # the pieces are [0, midline) and [midline, n) along `side`; None: one piece
     mean: np.ndarray  # float32 (c,)
     std: np.ndarray
@@ -162,19 +169,20 @@ class Volume(NamedTuple):
     stored: Image  # on its own grid
 
 
-def read_volume(paths: Sequence[str], data: ConfigDict) -> Image:
+def read_volume(paths: Sequence[str], data: ConfigDict, read: ReadFile = read_file) -> Image:
     """The sequences of a case as channels of one image on the grid of the first.
 
-    `data.join` "same": all lie on one grid, as `read_image` demands. "resample": further sequences are put onto it by
-    their affines, cubic, 0 where they have no data; one that lies on it already is not resampled.
+    With `data.join` "same" all lie on one grid, as `read_image` demands. With "resample" the affines put further
+    sequences onto it, by cubic splines, 0 where they have no data; a sequence on that grid is not resampled. `read`
+    reads one file.
 
     Raises:
       InputError: a file that cannot be read, tells no position, or does not overlap the first.
     """
     _choice(data, "join", ("same", "resample"))
     if data.join == "same" or len(paths) == 1:
-        return read_image(paths)
-    images = [read_image(path) for path in paths]
+        return read_image(paths, read)
+    images = [read_image(path, read) for path in paths]
     first = images[0]
     for path, image in zip(paths, images, strict=True):
         if image.affine is None:
@@ -219,14 +227,15 @@ def prepare(
 
     Args:
       stored: the case on its own grid.
-      data: `axes`, `spacing`, `crop`, `crop_least`, `crop_most`, `crop_margin`, `region`, `normalise`, `mean`, `std`;
-        optionally `window` (low, high), whose ends become 0 and 1 instead, and `equalise` (P-PII): each channel then
-        has the even histogram of `transforms.equalise` in [0, 1], over the region where it is normalised by that.
+      data: `axes`, `spacing`, `crop`, `crop_least`, `crop_most`, `crop_margin`, `region`, `normalise`, `mean`, `std`.
+        Optional are `window` (low, high) and `equalise`. With `window` its ends become 0 and 1 instead. With `equalise`
+        each channel gets the even histogram of `transforms.equalise` in [0, 1], which counts the region's voxels where
+        `normalise` is "region".
       name: the file that messages name.
       lesion, region: bool on the own grid.
-      midline: "" for one piece, an index of the own left-right axis between voxels, or "middle" of the cropped one.
+      midline: "" for one piece; an index of the own left-right axis between voxels; or "middle" of the cropped axis.
+      half: "first" or "second" returns that piece alone, in the order of the own axis. Both are normalised together.
       widen: whether a lesion that sticks out moves the side of the crop.
-      half: "first" or "second" keeps that piece alone, in the order of the own axis; normalised with the other.
 
     Raises:
       InputError: "NAME: what: remedy".
@@ -280,8 +289,10 @@ def prepare(
 
 
 def in_window(array: np.ndarray, window: Sequence[float], name: str) -> np.ndarray:
-    """Stored values clipped to a window (low, high), low as 0 and high as 1; raises InputError where that leaves a
-    constant image."""
+    """Stored values clipped to a window (low, high), low as 0 and high as 1.
+
+    Raises InputError where that leaves a constant image.
+    """
     low, high = window
     unit = ((np.clip(array, low, high) - low) / (high - low)).astype(np.float32)
     if unit.min() == unit.max():
@@ -290,8 +301,8 @@ def in_window(array: np.ndarray, window: Sequence[float], name: str) -> np.ndarr
 
 
 def _forward_all(mask: np.ndarray, grid: Grid) -> np.ndarray:
-    """A mask on the working grid that loses nothing: where voxels are resampled it is first grown to the voxels that
-    stand for its own."""
+    """A mask on the working grid that loses no marked voxel: where voxels are resampled, the mask first grows to the
+    voxels that may represent its own."""
     grown = [1] * len(grid.size)
     for axis, own in enumerate(grid.own_axes):
         if grid.step[axis] != 1:
@@ -300,7 +311,7 @@ def _forward_all(mask: np.ndarray, grid: Grid) -> np.ndarray:
 
 
 def check_settings(data: ConfigDict) -> None:
-    """Raises InputError for values of a recipe that no volume can be prepared by: said once, not a case."""
+    """Raises InputError for values of a recipe by which no volume can be prepared: one message, not one a case."""
     for key, allowed in (
         ("join", ("same", "resample")),
         ("crop", ("none", "region")),
@@ -326,7 +337,7 @@ def _check_region(region: np.ndarray | None, name: str, where: str) -> None:
 
 
 def _whole(stored: Image, data: ConfigDict, name: str) -> Grid:
-    """The working grid before the crop. Its size is the own one times own / new spacing, rounded."""
+    """The working grid before the crop. Its size is the own size times own spacing / new spacing, rounded."""
     own_size = stored.array.shape[:-1]
     rank = len(own_size)
     own_axes, flipped = tuple(range(rank)), (False,) * rank
@@ -359,7 +370,7 @@ def _whole(stored: Image, data: ConfigDict, name: str) -> Grid:
 
 
 def _nearest(affine: np.ndarray) -> tuple[int, ...]:
-    """The own axis nearest to each axis of RAS: of the six assignments the one with the largest sum of cosines."""
+    """The own axis nearest to each axis of RAS: the assignment, of six, with the largest sum of cosines."""
     cosines = np.abs(affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0))
     return max(itertools.permutations(range(3)), key=lambda own: sum(cosines[world, own[world]] for world in range(3)))
 
@@ -392,7 +403,8 @@ def _midline(grid: Grid, side: int | None, midline: str, name: str) -> int | Non
 def _normalised(
     array: np.ndarray, inside: np.ndarray | None, data: ConfigDict, name: str
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(x - mean) / std * data.std + data.mean of each channel, with its moments over `inside` (default: all)."""
+    """(x - mean) / std * data.std + data.mean of each channel, and the means and deviations over `inside` (None: all
+    voxels)."""
     moments = []
     for c in range(array.shape[-1]):
         values = array[..., c] if inside is None else array[..., c][inside]
@@ -413,10 +425,10 @@ def chest_box(
     margin: float,
     axes: str,
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """(origin, size) in voxels of the box around `region`, by the rule of MAEMI's code; it may leave the image.
+    """(origin, size) in voxels of the box around `region`, by the rule of MAEMI's code. The box may leave the image.
 
-    The bounding box is clamped to `least` and `most` mm: an axis P or A keeps its anterior end, any other its centre.
-    Where `lesion` sticks out, that side is moved to the lesion and `margin` mm more.
+    Its edges are clamped to `least` and `most` mm: an axis P or A keeps its anterior end, any other axis its centre.
+    Where `lesion` sticks out, that side moves to the lesion and `margin` mm further.
     """
     origin, size = [], []
     for axis, mm in enumerate(spacing):
@@ -443,9 +455,10 @@ def _ends(mask: np.ndarray, axis: int) -> tuple[int, int]:
 
 
 def boxes_mask(boxes: Iterable[Sequence[float]], size: tuple[int, ...]) -> np.ndarray:
-    """bool (*size) of a manifest's boxes: x0 y0 z0 x1 y1 z1 along i, j, k; in 2D x along the columns.
+    """bool (*size) of a manifest's boxes: x0 y0 z0 x1 y1 z1 along i, j, k; in 2D x runs along the columns.
 
-    Half-open, rounded to voxels, of which each box keeps at least one."""
+    Boxes are half-open and rounded to voxels. Each box marks at least one voxel.
+    """
     mask = np.zeros(size, bool)
     for box in boxes:
         low, high = np.floor(np.reshape(box, (2, len(size))) + 0.5).astype(int)
@@ -455,17 +468,22 @@ def boxes_mask(boxes: Iterable[Sequence[float]], size: tuple[int, ...]) -> np.nd
     return mask
 
 
-def read_subtraction(row: Row, volume: Volume, data: ConfigDict) -> np.ndarray:
-    """Eq. 1 of the paper before its minimum filter, float32 (*size), from the row's `pre` and `post` series.
+def read_subtraction(row: Row, volume: Volume, data: ConfigDict, read: ReadFile = read_file) -> np.ndarray:
+    """The subtraction image of a row with the series `pre` and `post`, float32 (*size): MAEMI's Eq. 1 without its
+    minimum filter.
 
-    Each series is put onto the volume's grid and normalised over it (over its region, by `data.normalise`) for itself.
-    One that lies on the case's own grid comes as the case's channels did, any other by its affine in one cubic step.
+    Each series is put onto the volume's grid and normalised alone, over the grid or, by `data.normalise`, the region. A
+    series on the case's own grid is prepared as the case's channels; any other is resampled by its affine in one cubic
+    step. `read` reads one file.
+
+    Raises:
+      InputError: the row lacks a series, or one cannot be read or does not overlap the case.
     """
     if not row.pre or not row.post:
         raise InputError(f"{row.id}: names no series before and after contrast: fill the columns pre and post")
 
     def prepared(path: str) -> np.ndarray:
-        image = read_image(path)
+        image = read_image(path, read)
         if image.array.shape[-1] != 1:
             raise InputError(f"{path}: has {image.array.shape[-1]} channels: name a series of one value a voxel")
         if off_grid(image, volume.stored) is None:
@@ -479,6 +497,6 @@ def read_subtraction(row: Row, volume: Volume, data: ConfigDict) -> np.ndarray:
 
 
 def subtraction(pre: np.ndarray, posts: Iterable[np.ndarray]) -> np.ndarray:
-    """Eq. 1 of the paper before its minimum filter: the mean over k = 1..m of (pre - post_k)^2."""
+    """MAEMI's Eq. 1 without its minimum filter: the mean over k = 1..m of (pre - post_k)^2."""
     squares = [(pre - post) ** 2 for post in posts]
     return np.stack(squares).mean(axis=0, dtype=np.float32)

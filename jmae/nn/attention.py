@@ -35,8 +35,8 @@ def attention(
 ) -> Float[Array, "b n h d"]:
     """softmax(q k^T / sqrt(d)) v, for each head; softmax in float32.
 
-    Only the first `keys` keys and values count (None: all). The others are padding; what they hold, NaN included,
-    changes neither the output nor a gradient.
+    Only the first `keys` keys and values count (None: all). The others are padding: their values, even NaN, change
+    neither the output nor a gradient.
 
     The platform decides the form when the program is lowered. NVIDIA GPUs run cuDNN's flash kernel where cuDNN has one.
     Otherwise they compute blocks of scores, as the CPU does. Other accelerators run `jax.nn.dot_product_attention`.
@@ -56,7 +56,7 @@ def padding(length: int) -> int:
 def _flash_runs(q: Array) -> bool:
     """Whether cuDNN has a flash kernel: NVIDIA GPUs from Ampere on, half precision, heads of 8, 16, ... 128 channels.
 
-    Callers ask before the call, since JAX raises while tracing if it finds no cuDNN, even for a CPU or a TPU."""
+    Callers ask first, since JAX raises while tracing if it finds no cuDNN, even for a CPU or a TPU."""
     device, width = target(), q.shape[-1]
     half = q.dtype in (jnp.bfloat16, jnp.float16) and width % 8 == 0 and width <= 128
     return half and device.kernels and device.cudnn > 0
@@ -65,8 +65,9 @@ def _flash_runs(q: Array) -> bool:
 def _flash(q: Array, k: Array, v: Array, keys: int, implementation: str = "cudnn") -> Array:
     """cuDNN's flash kernel, on sequences whose length is padded to a multiple of `MULTIPLE`.
 
-    Only keys are masked. Rows of padding queries are computed and cut off, since cuDNN leaves rows after a query
-    length, and their gradients, undefined. For the same reason padding is set to 0, which also makes its gradient 0."""
+    Only keys are masked. cuDNN leaves rows after a query length undefined, and their gradients. So padding queries are
+    computed and their rows cut off, and padding is set to 0, which makes its gradient 0.
+    """
     n = q.shape[1]
     q, k, v = _filled(q, n), _filled(k, keys), _filled(v, keys)
     kernel = partial(jax.nn.dot_product_attention, implementation=implementation)
@@ -85,8 +86,8 @@ def _filled(x: Float[Array, "b n h d"], rows: int) -> Float[Array, "b n+p h d"]:
 
 @jax.custom_vjp
 def _together(*arrays: Array) -> tuple[Array, ...]:
-    """The identity; under vmap all arrays become mapped ones, since cuDNN's kernel refuses a mix (keys and values
-    that all replicates share)."""
+    """The identity. Under vmap all arrays become mapped ones: cuDNN's kernel refuses a mix, such as keys and values
+    that all replicates share."""
     return _mapped(*arrays)
 
 
@@ -109,7 +110,7 @@ def _broadcast(size: int, batched: list[bool], arrays: tuple[Array, ...]) -> tup
 
 
 def _blockwise(q: Array, k: Array, v: Array) -> Array:
-    """Attention in blocks of scores; heads come first (g = b h), since XLA's CPU products want contiguous matrices."""
+    """Attention in blocks of scores. Heads come first (g = b h), as XLA's CPU products want contiguous matrices."""
     b, n, h, d = q.shape
     first = lambda x: x.transpose(0, 2, 1, 3).reshape(b * h, -1, d)
     return _attend(first(q * d**-0.5), first(k), first(v)).reshape(b, h, n, d).transpose(0, 2, 1, 3)
@@ -117,9 +118,12 @@ def _blockwise(q: Array, k: Array, v: Array) -> Array:
 
 @jax.custom_vjp
 def _attend(q: Float[Array, "g n d"], k: Float[Array, "g m d"], v: Float[Array, "g m d"]) -> Array:
-    """softmax(q k^T) v. The backward pass computes the probabilities again, block by block, from their
-    log-sum-exp (Dao et al., "FlashAttention", NeurIPS 2022, arXiv 2205.14135): five products a block, and no
-    array of n x m scores lives longer than its block."""
+    """softmax(q k^T) v.
+
+    The backward pass computes the probabilities again, block by block, from their log-sum-exp (Dao et al.,
+    "FlashAttention", NeurIPS 2022, arXiv 2205.14135). It has five products a block, and no array of n x m scores
+    outlives its block.
+    """
     return _forward(q, k, v)[0]
 
 

@@ -23,10 +23,10 @@ token_init = nnx.initializers.normal(0.02)
 
 
 class MAE(nnx.Module):
-    """Encoder over the visible tokens, light decoder over all.
+    """Encoder over the visible tokens, light decoder over all tokens.
 
-    `positions(grid, width)` gives the fixed position codes. Arithmetic in `dtype`; parameters, norms' statistics
-    and the prediction in float32. `memory` slots a block and `long_skips` as `Block` and `Blocks` have them.
+    `positions(grid, width)` gives the fixed position codes. Arithmetic is in `dtype`; parameters, statistics of norms
+    and the prediction are in float32. `Block` explains `memory`, `Blocks` explains `long_skips`.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class MAE(nnx.Module):
         self.predict = linear(decoder_width, values, dtype, rngs)
 
     def embed(self, patches: Float[Array, "b n v"]) -> Float[Array, "b n d"]:
-        """All patches as tokens with their position codes, no class token yet."""
+        """All patches as tokens with their position codes, without the class token."""
         return over_samples(self.patch_embed)(patches) + self.positions(self.grid, self.width).astype(self.dtype)
 
     def with_class(self, tokens: Float[Array, "b k d"]) -> Float[Array, "b k+1 d"]:
@@ -82,13 +82,13 @@ class MAE(nnx.Module):
         return jnp.concatenate([first, tokens], axis=1)
 
     def encode(self, tokens: Float[Array, "b k d"]) -> Float[Array, "b k+1 d"]:
-        """Encoder over the given tokens; class token first, final norm applied."""
+        """Output of the encoder for tokens, after the final norm; the class token stands first."""
         return self.encoder_norm(self.encoder(self.with_class(tokens)))
 
     def decode(
         self, latent: Float[Array, "b k+1 d"], restore: Int[Array, "b n"], *context: Array
     ) -> Float[Array, "b n v"]:
-        """A prediction for every token, in float32; hidden places hold the mask token; `context` for the blocks."""
+        """A prediction for every token, in float32. Hidden places hold the mask token. Blocks get `context`, too."""
         x = over_samples(self.decoder_embed)(latent)
         absent = (len(x), restore.shape[1] + 1 - x.shape[1], self.decoder_width)
         mask_token = jnp.broadcast_to(self.mask_token[...].astype(self.dtype), absent)

@@ -44,12 +44,12 @@ class MultiLevelBlock(nnx.Module):
 
     S = Y + self-attention(norm Y), R = S + sum_l alpha_l C_l / sqrt(levels), Y' = R + mlp(norm R), where C_l is the
     cross-attention of norm S to the normed output X_l of encoder block l; all levels share its projections and norm.
-    The gate alpha_l = sigmoid(W_l [S; C_l] + b_l) is a vector a token (`gate="channel"`, Cornia et al.) or a number a
-    token (`gate="token"`); `normed=False` leaves the root away, which the paper does not have but Cornia et al. do.
+    The gate alpha_l = sigmoid(W_l [S; C_l] + b_l) is a vector for each token (`gate="channel"`, Cornia et al.) or a
+    number for each token (`gate="token"`). `normed=False` leaves out the root, which is Cornia et al.'s.
 
-    ours: the paper's Eq. 3 takes the gate from Y', which needs the gate; it sees C_l as in Cornia et al. With a number
-    a token the output projection comes after the sum, and the gate sees it through its weights: the same in fewer
-    products.
+    ours: the paper's Eq. 3 takes the gate from Y', which needs the gate. Here the gate depends on C_l, as in Cornia et
+    al. With a number for each token the output projection comes after the sum, and the gate's weights contain it: the
+    same function in fewer products.
     """
 
     def __init__(
@@ -116,7 +116,7 @@ def _attention_to_levels(
 
 
 def _rowwise(layer: Callable[[Array], Array], x: Float[Array, "levels b k e"]) -> Float[Array, "levels b k o"]:
-    """A layer on the rows of all levels. They form one matrix, as suits a CPU, unless devices share the samples."""
+    """A layer on the rows of all levels, as one matrix, which suits a CPU, unless devices share the samples."""
     if divides(x, 1):
         return layer(x)
     return layer(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
@@ -131,8 +131,8 @@ def _gate(
 ) -> Float[Array, "levels r o"]:
     """The input of each level's sigmoid gate, saved for the backward pass. One product of `rows` serves all levels."""
     count, d, o = of_s.shape
-    seen = jnp.moveaxis((rows @ of_s.swapaxes(0, 1).reshape(d, -1)).reshape(-1, count, o), 1, 0)
-    return checkpoint_name(seen + jnp.einsum("lrd,ldo->lro", found, of_c) + bias, "gate")
+    from_s = jnp.moveaxis((rows @ of_s.swapaxes(0, 1).reshape(d, -1)).reshape(-1, count, o), 1, 0)
+    return checkpoint_name(from_s + jnp.einsum("lrd,ldo->lro", found, of_c) + bias, "gate")
 
 
 class MultiLevelMAE(MAE):
@@ -143,11 +143,11 @@ class MultiLevelMAE(MAE):
         super().__init__(decoder_block=block, **mae)
 
     def encode(self, tokens: Float[Array, "b k d"]) -> Float[Array, "levels b k+1 d"]:
-        """Outputs of all encoder blocks over the given tokens, class token first; no norm applied."""
+        """Outputs of all encoder blocks for tokens, without a norm; the class token stands first."""
         return self.encoder.outputs(self.with_class(tokens))
 
     def decode(
         self, latent: Float[Array, "levels b k+1 d"], restore: Int[Array, "b n"], *context: Array
     ) -> Float[Array, "b n v"]:
-        """A prediction for every token from what `encode` gives, in float32; hidden places hold the mask token."""
+        """A prediction for every token from the levels of `encode`, in float32. Hidden places hold the mask token."""
         return super().decode(self.encoder_norm(latent[-1]), restore, latent, *context)

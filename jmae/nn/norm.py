@@ -1,7 +1,7 @@
 """LayerNorm, with kernels of its own for NVIDIA GPUs.
 
-For these GPUs XLA's compiler makes seven kernels of a LayerNorm and its gradient, some of which write the normed values
-in float32. This module has one kernel forward and one backward, each of which reads its inputs once. A sum of the
+For these GPUs XLA's compiler makes seven kernels of a LayerNorm and its gradient. Some of them write the normed values
+in float32. This module has one kernel forward and one backward, and each reads its inputs once. A sum of the
 parameters' gradients follows.
 """
 
@@ -55,7 +55,7 @@ class LayerNorm(nnx.LayerNorm):
 
 
 def _kernels_run(x: Rows) -> bool:
-    """Whether programs are made for a GPU that Triton supports; its places in an array are numbers of 32 bits."""
+    """Whether Triton supports the target GPU and the array: Triton counts places in an array with 32 bits."""
     return target().kernels and x.size < 2**31
 
 
@@ -98,8 +98,8 @@ def _normed_fwd(x, branch, offset, scale, bias, form):
     return out, (out[0] if branch is not None else x, branch is not None, offset, scale, bias)
 
 
-def _normed_bwd(form, kept, gradients):
-    total, branched, offset, scale, bias = kept
+def _normed_bwd(form, residuals, gradients):
+    total, branched, offset, scale, bias = residuals
     d_sum, d_out = gradients if form.beside else (None, *gradients)
 
     def kernels(total, d_sum, scale, bias, d_out):
@@ -109,7 +109,7 @@ def _normed_bwd(form, kept, gradients):
         return d_total, *jnp.sum(sums, 0)
 
     def plain(total, d_sum, scale, bias, d_out):
-        norm = lambda *given: _plain(form._replace(beside=False), given[0], None, None, *given[1:])[0]
+        norm = lambda x, *parameters: _plain(form._replace(beside=False), x, None, None, *parameters)[0]
         d_total, d_scale, d_bias = jax.vjp(norm, total, scale, bias)[1](d_out)
         d_total = d_total if d_sum is None else d_total + d_sum
         rows = tuple(range(total.ndim - 1))
@@ -124,10 +124,10 @@ def _normed_bwd(form, kept, gradients):
 _normed.defvjp(_normed_fwd, _normed_bwd)
 
 
-def _on_gpu(kernels, plain, form: Form, *given):
+def _on_gpu(kernels, plain, form: Form, *arrays):
     if form.interpret:
-        return kernels(*given)
-    return jax.lax.platform_dependent(*given, cuda=kernels, default=plain)
+        return kernels(*arrays)
+    return jax.lax.platform_dependent(*arrays, cuda=kernels, default=plain)
 
 
 def _plain(form: Form, x, branch, offset, scale, bias) -> tuple[Rows, ...]:
@@ -147,14 +147,14 @@ def _plain(form: Form, x, branch, offset, scale, bias) -> tuple[Rows, ...]:
 def _forward(form: Form, x, branch, offset, scale, bias):
     """The outputs of `_normed`. A branch needs `form.beside`."""
     rows, width = prod(x.shape[:-1]), x.shape[-1]
-    given = {"x": x, "branch": branch, "offset": offset, "scale": scale, "bias": bias}
-    given = {
-        name: each.reshape(-1, width) if each.ndim > 1 else each for name, each in given.items() if each is not None
+    arrays = {"x": x, "branch": branch, "offset": offset, "scale": scale, "bias": bias}
+    arrays = {
+        name: each.reshape(-1, width) if each.ndim > 1 else each for name, each in arrays.items() if each is not None
     }
     summed = form.beside and branch is not None
 
     def kernel(*refs):
-        ref, (*sums, out) = dict(zip(given, refs, strict=False)), refs[len(given) :]
+        ref, (*sums, out) = dict(zip(arrays, refs, strict=False)), refs[len(arrays) :]
         columns, inside = _columns(width)
         at, here = _rows(pl.program_id(0), columns, rows, width)
         block = lambda name: triton.load(ref[name].at[at], mask=here, other=0.0)
@@ -170,17 +170,17 @@ def _forward(form: Form, x, branch, offset, scale, bias):
 
     shape = lambda dtype: jax.ShapeDtypeStruct((rows, width), dtype)
     shapes = (*[shape(x.dtype)] * summed, shape(form.dtype))
-    made = _call(kernel, pl.cdiv(rows, ROWS), shapes, form.interpret)(*given.values())
-    made = [each.reshape(x.shape) for each in made]
-    return (x, *made) if form.beside and not summed else tuple(made)
+    outputs = _call(kernel, pl.cdiv(rows, ROWS), shapes, form.interpret)(*arrays.values())
+    outputs = [each.reshape(x.shape) for each in outputs]
+    return (x, *outputs) if form.beside and not summed else tuple(outputs)
 
 
 def _backward(form: Form, offset: bool, total, d_sum, scale, d_out):
     """(gradient of the sum, gradients of scale, bias and, where there is one, the offset (programs, 2 or 3, d)).
 
-    Each program sums the latter over its rows."""
+    Each program sums the parameters' gradients over its rows."""
     rows, width = prod(total.shape[:-1]), total.shape[-1]
-    given = [each.reshape(rows, width) for each in (total, d_out, d_sum) if each is not None]
+    arrays = [each.reshape(rows, width) for each in (total, d_out, d_sum) if each is not None]
     blocks = pl.cdiv(rows, ROWS)
     times = pl.cdiv(blocks, PROGRAMS)
     programs = pl.cdiv(blocks, times)
@@ -211,7 +211,7 @@ def _backward(form: Form, offset: bool, total, d_sum, scale, d_out):
 
     sums = jax.ShapeDtypeStruct((programs, 2 + offset, width), jnp.float32)
     shapes = jax.ShapeDtypeStruct((rows, width), total.dtype), sums
-    d_total, sums = _call(kernel, programs, shapes, form.interpret)(scale, *given)
+    d_total, sums = _call(kernel, programs, shapes, form.interpret)(scale, *arrays)
     return d_total.reshape(total.shape), sums
 
 

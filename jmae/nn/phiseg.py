@@ -1,10 +1,12 @@
 """PHiSeg: a segmentation network with latent variables at several resolutions, for images with any number of axes.
 
 Baumgartner et al., "PHiSeg: Capturing Uncertainty in Medical Image Segmentation", MICCAI 2019, arXiv 1906.04045;
-consulted: baumgach/PHiSeg-code. Three networks: posterior q(z | x, y) and prior p(z | x), alike but for their input,
-and likelihood p(y | z). Latent level 0 is the finest; lists have it first. Differences: layers whose result nothing
-reads are left out; `ours:` half-pixel centres in the upsampling (`unet.upsample`), and running statistics from the
-training path alone, where the code also adds those of a pass on the prior's own samples.
+consulted: baumgach/PHiSeg-code. There are three networks: the posterior q(z | x, y), the prior p(z | x), which differs
+in its input alone, and the likelihood p(y | z). Latent level 0 is the finest, and lists begin with it. Differences:
+
+- layers whose result nothing reads are left out;
+- `ours:` upsampling has half-pixel centres (`conv.upsample`);
+- `ours:` running statistics come from the training path alone; the code adds those of a pass on the prior's samples.
 """
 
 from collections.abc import Callable
@@ -17,26 +19,27 @@ from flax import nnx
 from jaxtyping import Array, Float, Key
 
 from jmae.errors import InputError
-from jmae.nn.unet import Convs, Encoder, check_size, conv, upsample
+from jmae.nn.conv import conv, upsample
+from jmae.nn.unet import Convs, Encoder, check_size
 
 Normal = tuple[Array, Array]  # mean and standard deviation of a diagonal normal
-Sample = Callable[[int, Array, Array], Array]  # of a latent level's number, mean and standard deviation
+Sample = Callable[[int, Array, Array], Array]  # (number, mean, deviation of a latent level) -> z
 
 
 def accumulated(logits: list[Float[Array, "b *size k"]]) -> list[Float[Array, "b *size k"]]:
-    """Residual sums s_acc(i) = s_acc(i+1) + s(i), finest first; the first is the prediction (PHiSeg section 2.2)."""
+    """Residual sums s_acc(i) = s_acc(i+1) + s(i), finest first. The first is the prediction (PHiSeg section 2.2)."""
     return list(accumulate(reversed(logits)))[::-1]
 
 
 def nearest(x: Float[Array, "b *small c"], size: tuple[int, ...]) -> Float[Array, "b *size c"]:
-    """Each value repeated, along each axis, to a whole multiple of its length."""
+    """Nearest-neighbour enlargement: each axis grows to a whole multiple of its length."""
     for axis, n in enumerate(size, 1):
         x = jnp.repeat(x, n // x.shape[axis], axis)
     return x
 
 
 def sampler(keys: Key[Array, " b"]) -> Sample:
-    """z = mean + deviation * noise of a latent level, each sample's noise from its own key."""
+    """Draws z = mean + deviation * noise of a latent level. The noise of a sample comes from the sample's key."""
 
     def sample(level: int, mean: Array, deviation: Array) -> Array:
         draw = lambda key: jax.random.normal(jax.random.fold_in(key, level), mean.shape[1:])
@@ -46,8 +49,10 @@ def sampler(keys: Key[Array, " b"]) -> Sample:
 
 
 class Latents(nnx.Module):
-    """Posterior or prior: an encoder, then from the deepest latent level upwards the normal of z_i given the features
-    of its resolution and z_(i+1)."""
+    """Posterior or prior: an encoder, then the normals of the latent levels, the deepest first.
+
+    The normal of z_i depends on the features of its resolution and on z_(i+1).
+    """
 
     def __init__(
         self,
@@ -80,7 +85,6 @@ class Latents(nnx.Module):
         sample: Sample,
         *,
         train: bool,
-        axis_name: str | None = None,
     ) -> tuple[list[Float[Array, "b *_ z"]], list[Normal]]:
         """(samples, normals) by level, from the features of all resolution levels."""
         normals: list[Normal] = []
@@ -88,8 +92,8 @@ class Latents(nnx.Module):
         top = len(self.mean) - 1
         for i, x in zip(reversed(range(top + 1)), reversed(features), strict=False):
             if i < top:
-                lifted = self.lift[i](upsample(samples[0], x.shape[1:-1]), train=train, axis_name=axis_name)
-                x = self.join[i](jnp.concatenate([x, lifted], axis=-1), train=train, axis_name=axis_name)
+                lifted = self.lift[i](upsample(samples[0], x.shape[1:-1]), train=train)
+                x = self.join[i](jnp.concatenate([x, lifted], axis=-1), train=train)
             mean, deviation = self.mean[i](x), jax.nn.softplus(self.deviation[i](x))
             samples, normals = [sample(i, mean, deviation), *samples], [(mean, deviation), *normals]
         return samples, normals
@@ -126,29 +130,31 @@ class Likelihood(nnx.Module):
         size: tuple[int, ...],
         *,
         train: bool,
-        axis_name: str | None = None,
     ) -> list[Float[Array, "b *size outputs"]]:
         above = len(self.climb[0])
         sizes = check_size(size, above + len(samples))
         logits: list[Array] = []
         x: Array | None = None
         for i, z in reversed(list(enumerate(samples))):
-            own = self.enter[i](z, train=train, axis_name=axis_name)
+            own = self.enter[i](z, train=train)
             for k, layer in enumerate(self.climb[i], 1):
-                own = layer(upsample(own, sizes[i + above - k]), train=train, axis_name=axis_name)
+                own = layer(upsample(own, sizes[i + above - k]), train=train)
             if x is None:
                 x = own
             else:
-                lifted = self.lift[i](upsample(x, sizes[i]), train=train, axis_name=axis_name)
-                x = self.join[i](jnp.concatenate([own, lifted], axis=-1), train=train, axis_name=axis_name)
+                lifted = self.lift[i](upsample(x, sizes[i]), train=train)
+                x = self.join[i](jnp.concatenate([own, lifted], axis=-1), train=train)
             logits = [nearest(self.out[i](x), size), *logits]
         return logits
 
 
 class PHiSeg(nnx.Module):
-    """`widths` has a resolution level each, of which the deepest `latent_levels` carry latent maps of `latent` channels
-    (7 and 5: maps of 2^-2 to 2^-6 of the image's side); sizes as `check_size` has them. Arithmetic in `dtype`; norms,
-    latent variables and logits in float32."""
+    """PHiSeg: `widths` are the channels of the resolution levels.
+
+    The deepest `latent_levels` of them carry latent maps of `latent` channels. With 7 and 5 levels, the maps have 2^-2
+    to 2^-6 of the image's side. `check_size` says which sizes fit. Arithmetic has `dtype`; norms, latent variables and
+    logits are float32.
+    """
 
     def __init__(
         self,
@@ -178,25 +184,24 @@ class PHiSeg(nnx.Module):
         keys: Key[Array, " b"],
         *,
         train: bool,
-        axis_name: str | None = None,
     ) -> tuple[list[Float[Array, "b *size outputs"]], list[Normal], list[Normal]]:
-        """(logits, q, p) by latent level; `y` is the soft target (1 - y, y). One sample of the posterior drives the
-        likelihood and the prior's conditions."""
-        mode: dict[str, Any] = {"train": train, "axis_name": axis_name}
-        seen = jnp.concatenate([x, y - 0.5], axis=-1)
-        samples, q = self.posterior(self.posterior.encoder(seen, **mode), sampler(keys), **mode)
+        """(logits, q, p) by latent level, for the soft target `y` = (1 - y, y).
+
+        One sample of the posterior is the input of the likelihood and the condition of the prior.
+        """
+        mode: dict[str, Any] = {"train": train}
+        both = jnp.concatenate([x, y - 0.5], axis=-1)
+        samples, q = self.posterior(self.posterior.encoder(both, **mode), sampler(keys), **mode)
         _, p = self.prior(self.features(x, **mode), lambda i, *_: samples[i], **mode)
         return self.likelihood(samples, x.shape[1:-1], **mode), q, p
 
-    def features(
-        self, x: Float[Array, "b *size c"], *, train: bool = False, axis_name: str | None = None
-    ) -> list[Float[Array, "b *_ d"]]:
-        """The prior's features of every resolution level, finest first: once an image, for any number of samples."""
-        return self.prior.encoder(x, train=train, axis_name=axis_name)
+    def features(self, x: Float[Array, "b *size c"], *, train: bool = False) -> list[Float[Array, "b *_ d"]]:
+        """The prior's features of every resolution level, finest first. They serve any number of samples."""
+        return self.prior.encoder(x, train=train)
 
     def generate(
         self, features: list[Float[Array, "b *_ d"]], keys: Key[Array, " b"]
     ) -> Float[Array, "b *size outputs"]:
-        """Logits of one sample each, drawn from the prior."""
+        """Logits of one sample of each image, drawn from the prior."""
         samples, _ = self.prior(features, sampler(keys), train=False)
         return accumulated(self.likelihood(samples, features[0].shape[1:-1], train=False))[0]

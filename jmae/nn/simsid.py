@@ -1,21 +1,20 @@
-"""SimSID's networks: patch encoder, memory, inpainting transformer, generators and discriminator, for any rank.
+"""The networks of the SimSID report: encoder of patches, memory, inpainting, generator and discriminator.
 
 "Unsupervised anomaly detection using SimSID algorithm" (project report, Anna University, 2025), algorithms 4.1 to 4.8,
 and the method that it simplifies: Xiang et al., "Exploiting Structural Consistency of Chest Anatomy for Unsupervised
 Anomaly Detection in Radiography Images" (SimSID), TPAMI 2024, arXiv 2403.08689; consulted: MrGiovanni/SimSID and its
-predecessor tiangexiang/SQUID. First what both have, then the report's networks, then SimSID's own.
+predecessor tiangexiang/SQUID. The network of the published code is in jmae/nn/simsid_published.py. Images have any
+number of axes.
 
-Differences: the listings loop over patches, positions, levels and windows, here each is an axis. What the report leaves
-open is `ours:` kernel 3 in the encoder and 4/2/1 in the generators, top-k weights that sum to one, dropout on the two
-branches of a layer. In SimSID's attention keys and values have no bias: a softmax ignores the one, the output's own
-bias takes the other.
+Differences: the listings loop over patches, positions and levels, here each is an axis. What the report leaves open is
+ours: kernel 3 in the encoder, kernel 4, stride 2 and padding 1 in the generators, top-k weights that sum to one, and
+dropout on the two branches of a layer.
 """
 
 from collections.abc import Callable
 from functools import partial, reduce
 from itertools import pairwise, product
 from math import ceil, prod
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,8 +24,8 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from jmae.errors import InputError
 from jmae.nn.attention import attention
+from jmae.nn.conv import batch_norm_in_training, conv, convolve, dropout, on_gpu
 from jmae.nn.transformer import layer_norm, linear
-from jmae.nn.unet import batch_norm, conv, convolve, dropout, moments, on_gpu, upsample
 from jmae.patches import grid_of, patchify, unpatchify
 from jmae.sharding import on_each_device
 
@@ -41,8 +40,9 @@ def halved(
 ) -> Float[Array, "b *half d"]:
     """Convolution of stride 2 with an odd kernel of length k and k // 2 zeros around: ceil(n / 2) values along an axis.
 
-    As one of stride 1 over blocks of 2, whose gradients XLA's CPU has fast: 16x8x8x64 to 128 with kernel 5, forward and
-    backward, took 5.4 instead of 24.7 ms on one core. Takes the place of `lax.conv_general_dilated`.
+    The function takes the place of `lax.conv_general_dilated` in `nnx.Conv`. It is a convolution of stride 1 over
+    blocks of 2, whose gradients are fast on XLA's CPU: 16x8x8x64 to 128 with kernel 5, forward and backward, took
+    5.4 ms instead of 24.7 ms on one core.
     """
     rank, k, (c, d) = x.ndim - 2, kernel.shape[0], kernel.shape[-2:]
     half, two = k // 2, (2,) * rank
@@ -59,32 +59,32 @@ def halved(
 def doubled(
     x: Float[Array, "b *size c"], kernel: Float[Array, "*kernel c d"], *_: object, **__: object
 ) -> Float[Array, "b *double d"]:
-    """Transposed convolution of kernel 4, stride 2 and padding 1 along every axis: output u is the sum of
-    x[j] kernel[2 j - u + 2].
+    """Transposed convolution of kernel 4, stride 2 and padding 1 along every axis.
 
-    Each of the 2^rank outputs of a cell sees 2^rank inputs: one matrix product for all. Forward and backward from
-    16x8x8x64 to 32 channels took 3.1 ms on one core, `lax.conv_general_dilated` with dilation 32.2.
+    Output u is the sum of x[j] kernel[2 j - u + 2] over j. Each of the 2^rank outputs of a cell depends on 2^rank
+    inputs, so that one matrix product gives all. Forward and backward from 16x8x8x64 to 32 channels took 3.1 ms on one
+    core, where `lax.conv_general_dilated` with dilation took 32.2 ms.
     """
     rank, size, (c, d) = x.ndim - 2, x.shape[1:-1], kernel.shape[-2:]
     corners, two = list(product(range(2), repeat=rank)), (2,) * rank
 
-    def cut(x: Array, at: tuple[int, ...], more: int) -> Array:
-        return x[(slice(None), *(slice(a, a + n + more) for a, n in zip(at, size, strict=True)))]
+    def window(x: Array, start: tuple[int, ...], more: int) -> Array:
+        return x[(slice(None), *(slice(a, a + n + more) for a, n in zip(start, size, strict=True)))]
 
     padded = jnp.pad(x, ((0, 0), *[(1, 1)] * rank, (0, 0)))
-    near = jnp.concatenate([cut(padded, at, 1) for at in corners], -1)  # of each corner between cells its 2^rank cells
+    near = jnp.concatenate([window(padded, at, 1) for at in corners], -1)  # the 2^rank cells around each corner
     matrix = patchify(kernel.reshape(1, *kernel.shape[:rank], c * d), two).reshape(2**rank, 2**rank, c, d)
     every = near @ matrix.transpose(0, 2, 1, 3).reshape(2**rank * c, 2**rank * d)
     every = every.reshape(*near.shape[:-1], 2**rank, d)
-    own = jnp.stack([cut(every[..., i, :], at, 0) for i, at in enumerate(corners)], -2)
-    return unpatchify(own.reshape(len(x), -1, 2**rank * d), tuple(2 * n for n in size), two)
+    outputs = jnp.stack([window(every[..., i, :], at, 0) for i, at in enumerate(corners)], -2)
+    return unpatchify(outputs.reshape(len(x), -1, 2**rank * d), tuple(2 * n for n in size), two)
 
 
 def max_pool(x: Float[Array, "b *size c"]) -> Float[Array, "b *half c"]:
-    """The largest value of blocks of 2 along every axis.
+    """The largest value of each block of 2 along every axis.
 
-    By pairs: forward and backward of 256x16x16x16 took 11.7 instead of 19.3 ms on one core, and the gradient of `max`
-    divides by how many values equal it, of which rounding may leave none.
+    It is taken by pairs. Forward and backward of 256x16x16x16 took 11.7 ms instead of 19.3 ms on one core. The gradient
+    of `max` would also divide by the number of values equal to the largest, of which rounding may leave none.
     """
     size = x.shape[1:-1]
     split = x.reshape(len(x), *[length for n in size for length in (n // 2, 2)], x.shape[-1])
@@ -112,68 +112,69 @@ class Layer(nnx.Module):
         self.norm = nnx.BatchNorm(outputs, momentum=0.9, epsilon=1e-5, dtype=jnp.float32, rngs=rngs)
         self.activation, self.form, self.dtype = activation, form, dtype
 
-    def __call__(
-        self, x: Float[Array, "b *size c"], *, train: bool, axis_name: str | None = None
-    ) -> Float[Array, "b *_ d"]:
+    def __call__(self, x: Float[Array, "b *size c"], *, train: bool) -> Float[Array, "b *_ d"]:
         if train and on_gpu():
-            return self.trained(x, axis_name)
-        self.norm.axis_name = axis_name
+            return self.trained(x)
         return self.activation(self.norm(self.conv(x), use_running_average=not train)).astype(self.dtype)
 
-    def trained(self, x: Float[Array, "b *size c"], axis_name: str | None) -> Float[Array, "b *_ d"]:
-        """The layer in training, in fewer kernels. A bias before batch norm has no gradient, whatever rounding makes of
-        it: its sums are left out. The variance is E[y^2] - E[y]^2, as Flax has it: less a shift, y went to memory."""
-        norm = self.norm
-        variables: list[Any] = [norm.mean, norm.var, norm.scale, norm.bias]
-        mean, var, scale, bias = (variable[...] for variable in variables)
+    def trained(self, x: Float[Array, "b *size c"]) -> Float[Array, "b *_ d"]:
+        """The layer in training, in fewer kernels.
+
+        A bias before batch norm has no gradient, whatever rounding makes of it, so that its sums are left out. The
+        variance is E[y^2] - E[y]^2, as in Flax; with a shift, `y` went to memory.
+        """
         y = self.form(x.astype(self.dtype), self.conv.kernel[...].astype(self.dtype))
         if self.conv.bias is not None:
             y = y + jax.lax.stop_gradient(self.conv.bias[...]).astype(self.dtype)
-        found = moments(jax.lax.stop_gradient(y), jnp.zeros(()), axis_name)
-        norm.mean[...], norm.var[...] = (
-            norm.momentum * old + (1 - norm.momentum) * new for old, new in zip((mean, var), found, strict=True)
-        )
-        return batch_norm(y, *found, scale, bias, norm.epsilon, axis_name, self.activation)
+        return batch_norm_in_training(self.norm, y, jnp.zeros(y.shape[-1]), self.activation)
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------
 
 
 def hierarchy(grid: tuple[int, ...], levels: int) -> list[np.ndarray]:
-    """The slot of each patch at each level, patches in C order (Alg. 4.5): level 0 has a slot a patch, level 1 one a
-    block of 2 patches along every axis (ours: the report gives no shape), level 2 one for all."""
+    """The slot of each patch at each level, patches in C order (Alg. 4.5).
+
+    Level 0 has one slot for each patch, level 1 one for each block of 2 patches along every axis, level 2 one for all
+    patches. The blocks' shape is ours, as the report gives none.
+    """
     places = np.indices(grid).reshape(len(grid), -1)
     blocks = np.asarray(np.ravel_multi_index(tuple(places // 2), tuple(-(-n // 2) for n in grid)))
     return [np.arange(prod(grid)), blocks, np.zeros(prod(grid), np.int64)][:levels]
 
 
 def summaries(features: Float[Array, "b n d"], slots: list[np.ndarray]) -> Float[Array, "b m d"]:
-    """What each level's slots are offered of an image, level by level: a patch's features, the mean over a block, the
-    largest value of each feature over all patches (Alg. 4.5)."""
+    """The values that an image offers to the slots, level by level (Alg. 4.5).
+
+    They are the features of each patch, their mean over each block, and the largest value of each feature.
+    """
     out = [features]
     if len(slots) > 1:
-        own = np.equal.outer(np.arange(slots[1].max() + 1), slots[1])
-        out.append(jnp.einsum("mn,bnd->bmd", (own / own.sum(1, keepdims=True)).astype(np.float32), features))
+        members = np.equal.outer(np.arange(slots[1].max() + 1), slots[1])
+        out.append(jnp.einsum("mn,bnd->bmd", (members / members.sum(1, keepdims=True)).astype(np.float32), features))
     if len(slots) > 2:
         out.append(jnp.max(features, axis=1, keepdims=True))
     return jnp.concatenate(out, 1)
 
 
-Memory = tuple[Float[Array, "m s d"], Int[Array, " m"]]  # rows of each slot, and how often a slot was written
+Memory = tuple[Float[Array, "m s d"], Int[Array, " m"]]
+"""The rows of each slot, and how often each slot was written."""
 
 
 def write(
     memory: Memory, values: Float[Array, "m d"], *, threshold: float, ema: float = 0.0
 ) -> tuple[Memory, Bool[Array, " m"]]:
-    """One image's values offered to all slots at once (Alg. 4.4): a slot whose memory is like its value, cosine at
-    least `threshold`, stays; else, and where it is empty, the value takes the place of its oldest row.
+    """Offers one image's values to all slots at once (Alg. 4.4): (the memory, which slots were written).
 
-    With one row a slot the rule keeps no record of the images before the last writer: a second pass over the same
-    images in the same order meets the same rows from its first write on, and writes as many. Only the rows of many
-    (`slots`), a lower threshold or `ema` can settle.
+    A slot stays as it is if the cosine between one of its rows and its value is at least `threshold`. Otherwise the
+    value replaces the oldest row. An empty slot always takes its value.
 
-    With `ema` the first visit writes the value and every further one moves the (only) row by that share of the way to
-    it (ours). Returns the memory and which slots were written.
+    With one row a slot, the rule keeps no record of the images before the last writer. A second pass over the same
+    images in the same order then meets the same rows from its first write on, and writes as many. Only several rows a
+    slot, a lower threshold or `ema` can settle.
+
+    With `ema` (ours), the first visit writes the value. Every further visit moves the only row by that share of the way
+    to the value.
     """
     rows, count = memory
     rows_norm, norm = jnp.linalg.norm(rows, axis=-1), jnp.linalg.norm(values, axis=-1)
@@ -189,7 +190,7 @@ def write(
 def write_all(
     memory: Memory, values: Float[Array, "b m d"], allowed: Bool[Array, " b"], *, threshold: float, ema: float = 0.0
 ) -> tuple[Memory, Bool[Array, "b m"]]:
-    """`write` of a batch's images in their order, those that are `allowed`: the last writer stays."""
+    """`write` of the images of a batch that are `allowed`, in their order; the last writer stays."""
 
     def one(memory: Memory, image: tuple[Array, Array]) -> tuple[Memory, Array]:
         new, written = write(memory, image[0], threshold=threshold, ema=ema)
@@ -207,23 +208,24 @@ def retrieve(
     noise: Float[Array, "*_ m"] | float = 0.0,
     weighted: bool = True,
 ) -> Float[Array, "b n d"]:
-    """The k memory rows with the highest softmax((query rows^T + noise) / temperature), summed with these weights made
-    to sum to one, or without `weighted` plainly (Alg. 4.4); `rows` are the same for all queries, or a set each.
+    """The weighted sum of the k memory rows that are most like each query (Alg. 4.4).
 
-    Gumbel `noise` makes it a sample, none is the mode, and -1e30 keeps a row out. Gradients pass straight through:
-    forward with the chosen weights, backward as if the sum had all soft weights (SimSID's code). Of equal weights the
-    first counts.
+    Weights are softmax((query rows^T + noise) / temperature). The k highest are made to sum to one; without `weighted`
+    each of them is 1. Of equal weights the first counts. `rows` are the same for all queries, or a set for each.
+
+    Gumbel `noise` makes the choice a sample, none gives the mode, and -1e30 excludes a row. Gradients pass straight
+    through, as in SimSID's code: forward with the k weights, backward as if the sum had all softmax weights.
     """
-    own = "nmd" if rows.ndim == 3 else "md"
-    soft = jax.nn.softmax((jnp.einsum(f"bnd,{own}->bnm", query, rows) + noise) / temperature)
-    highest = on_each_device(lambda x: jax.lax.top_k(x, min(k, x.shape[-1]))[1])  # else gathered from all for it
+    axes = "nmd" if rows.ndim == 3 else "md"
+    soft = jax.nn.softmax((jnp.einsum(f"bnd,{axes}->bnm", query, rows) + noise) / temperature)
+    highest = on_each_device(lambda x: jax.lax.top_k(x, min(k, x.shape[-1]))[1])  # otherwise XLA gathers all queries
     index = highest(jax.lax.stop_gradient(soft))
-    chosen = jnp.sum(jax.nn.one_hot(index, soft.shape[-1], dtype=soft.dtype), -2)
+    hard = jnp.sum(jax.nn.one_hot(index, soft.shape[-1], dtype=soft.dtype), -2)
     if weighted:
-        chosen = chosen * soft
-        chosen = chosen / jnp.sum(chosen, -1, keepdims=True)
-    weights = soft + jax.lax.stop_gradient(chosen - soft)
-    return jnp.einsum(f"bnm,{own}->bnd", weights, rows)
+        hard = hard * soft
+        hard = hard / jnp.sum(hard, -1, keepdims=True)
+    weights = soft + jax.lax.stop_gradient(hard - soft)
+    return jnp.einsum(f"bnm,{axes}->bnd", weights, rows)
 
 
 def recall(
@@ -237,23 +239,26 @@ def recall(
     restrict: bool = False,
     keys: Key[Array, " b"] | None = None,
 ) -> Float[Array, "b n l*d"]:
-    """What each patch retrieves from every level, side by side (Alg. 4.5): from all rows of a level that were written,
-    or with `restrict` from those of its own slot. With keys (b,) under Gumbel noise, -log(-log u)."""
+    """What each patch retrieves from every level, side by side (Alg. 4.5).
+
+    A patch retrieves from all written rows of a level, or with `restrict` from the rows of the patch's slot. With keys
+    (b,) the retrieval is under Gumbel noise, -log(-log u).
+    """
     rows, count = memory
     bars = jnp.where(jnp.arange(rows.shape[1]) < count[:, None], 0.0, -1e30)  # (m, s)
-    cuts = np.cumsum([own.max() + 1 for own in slots])[:-1]
-    cut = lambda x: [
-        part[own] if restrict else part.reshape(-1, *x.shape[2:])
-        for part, own in zip(jnp.split(x, cuts), slots, strict=True)
+    starts = np.cumsum([level.max() + 1 for level in slots])[:-1]
+    by_level = lambda x: [
+        part[level] if restrict else part.reshape(-1, *x.shape[2:])
+        for part, level in zip(jnp.split(x, starts), slots, strict=True)
     ]
-    levels, noise = cut(rows), cut(bars)
+    levels, noise = by_level(rows), by_level(bars)
     ends = np.cumsum([part.shape[-1] for part in noise])
     if keys is not None:
         draw = lambda key: jax.random.gumbel(key, (features.shape[1], ends[-1]))
-        drawn = jnp.split(jax.vmap(draw)(keys), ends[:-1], -1)
-        noise = [bar + own for bar, own in zip(noise, drawn, strict=True)]
+        gumbel = jnp.split(jax.vmap(draw)(keys), ends[:-1], -1)
+        noise = [bar + part for bar, part in zip(noise, gumbel, strict=True)]
     one = partial(retrieve, features, k=k, temperature=temperature, weighted=weighted)
-    return jnp.concatenate([one(rows, noise=own) for rows, own in zip(levels, noise, strict=True)], -1)
+    return jnp.concatenate([one(rows, noise=part) for rows, part in zip(levels, noise, strict=True)], -1)
 
 
 def neighbours(x: Float[Array, "b n d"], grid: tuple[int, ...]) -> Float[Array, "b n 3^r-1 d"]:
@@ -269,8 +274,10 @@ def neighbours(x: Float[Array, "b n d"], grid: tuple[int, ...]) -> Float[Array, 
 
 
 class Encoder(nnx.Module):
-    """E, the patch CNN (Alg. 4.1 and 4.2): images cut into patches, of each patch four layers with pooling and a dense
-    one. Raises InputError where a patch is too small for its poolings."""
+    """E, the network of patches (Alg. 4.1 and 4.2): each patch goes through layers with pooling and a dense layer.
+
+    Raises InputError where a patch is too small for its poolings.
+    """
 
     def __init__(
         self,
@@ -292,20 +299,20 @@ class Encoder(nnx.Module):
         self.out = linear(cells * widths[-1], features, jnp.float32, rngs)
         self.patch = patch
 
-    def __call__(
-        self, image: Float[Array, "b *size c"], *, train: bool, axis_name: str | None = None
-    ) -> Float[Array, "b n d"]:
+    def __call__(self, image: Float[Array, "b *size c"], *, train: bool) -> Float[Array, "b n d"]:
         x = patchify(image, self.patch)
         b, n, _ = x.shape
         x = x.reshape(b * n, *self.patch, image.shape[-1])
         for layer in self.layers:
-            x = max_pool(layer(x, train=train, axis_name=axis_name))
+            x = max_pool(layer(x, train=train))
         return self.out(x.reshape(b * n, -1)).reshape(b, n, -1)
 
 
 class Attend(nnx.Module):
-    """A post-norm transformer layer with ReLU: norm(x + attention(x, context)), then norm(x + mlp(x)); with keys
-    under dropout of both branches."""
+    """A post-norm transformer layer with ReLU: norm(x + attention(x, context)), then norm(x + mlp(x)).
+
+    With keys both branches are under dropout.
+    """
 
     def __init__(self, width: int, heads: int, hidden: int, rate: float, dtype: jnp.dtype, *, rngs: nnx.Rngs):
         if width % heads:
@@ -334,11 +341,13 @@ class Attend(nnx.Module):
 
 
 class Inpainting(nnx.Module):
-    """The inpainting transformer (Alg. 4.6 and 4.7), at all positions at once: retrieved vectors projected, those
-    around each position and its own token through the layers, a dense layer on what stands at the own token.
+    """The inpainting transformer (Alg. 4.6 and 4.7), at all positions at once.
 
-    The own token is the projection of what was retrieved (`centre="retrieved"`), the patch's own features ("raw", the
-    printed listing, which can copy them), or a learned one ("mask"). The last layer is computed at that token alone.
+    The retrieved vectors are projected. The sequence of a position holds the vectors around it and, last, its centre
+    token. The result is a dense layer of the centre token after the layers; the last layer is computed there alone.
+
+    The centre token is the projection of what was retrieved (`centre="retrieved"`), the features of the patch ("raw",
+    as in the printed listing, which can copy them), or a learned one ("mask").
     """
 
     def __init__(
@@ -376,11 +385,11 @@ class Inpainting(nnx.Module):
     ) -> Float[Array, "b n d"]:
         """Inpainted features; with keys (b,) under dropout."""
         x = self.project(recalled)
-        own = {"retrieved": x, "raw": features}.get(self.centre)
-        own = jnp.broadcast_to(self.token[...], x.shape) if own is None else own
-        tokens = jnp.concatenate([neighbours(x, grid), own[:, :, None].astype(x.dtype)], 2)
+        centre = {"retrieved": x, "raw": features}.get(self.centre)
+        centre = jnp.broadcast_to(self.token[...], x.shape) if centre is None else centre
+        tokens = jnp.concatenate([neighbours(x, grid), centre[:, :, None].astype(x.dtype)], 2)
         tokens = tokens + self.positions[...].astype(x.dtype)
-        tokens = tokens.reshape(-1, tokens.shape[2], self.width)  # a sequence a position
+        tokens = tokens.reshape(-1, tokens.shape[2], self.width)  # one sequence for each position
         depth = len(self.layers)
         drop = None if keys is None else jax.vmap(lambda key: jax.random.split(key, (depth, 2)))(keys)
         for i, layer in enumerate(self.layers):
@@ -390,8 +399,8 @@ class Inpainting(nnx.Module):
 
 
 class Generator(nnx.Module):
-    """G, teacher and student (Alg. 4.8): all patches' features through one dense layer to a coarse grid, then
-    transposed convolutions that double it to the image's size."""
+    """G of teacher and student (Alg. 4.8): one dense layer takes all patches' features to a coarse grid, and transposed
+    convolutions double that to the image's size."""
 
     def __init__(
         self,
@@ -411,21 +420,22 @@ class Generator(nnx.Module):
         self.layers = nnx.List([Layer(rank, a, b, 4, dtype, form=doubled, rngs=rngs) for a, b in pairs])
         self.out = conv(rank, widths[-1], channels, 4, dtype, rngs, bias=True, form=doubled)
 
-    def __call__(
-        self, features: Float[Array, "b n d"], *, train: bool, axis_name: str | None = None
-    ) -> list[Float[Array, "b *_ _"]]:
-        """The layers' results x0, x1, ..., the last the image in float32."""
+    def __call__(self, features: Float[Array, "b n d"], *, train: bool) -> list[Float[Array, "b *_ _"]]:
+        """The results x0, x1, ... of the layers; the last is the image, in float32."""
         x = self.dense(features.reshape(len(features), -1).astype(self.dtype))
         xs = [x.reshape(len(x), *self.start, self.width)]
         for layer in self.layers:
-            xs.append(layer(xs[-1], train=train, axis_name=axis_name))
+            xs.append(layer(xs[-1], train=train))
         image = self.out(xs[-1]).astype(jnp.float32)
         return [*xs[1:], jax.nn.sigmoid(image) if self.sigmoid else image]
 
 
 class Discriminator(nnx.Module):
-    """D of both (SimSID's `SimpleDiscriminator`; the report has no architecture): 5 wide convolutions of stride 2 with
-    batch norm from the second on, LeakyReLU, a dense layer. One logit an image, high for real ones."""
+    """D of both methods: convolutions of kernel 5 and stride 2 with batch norm from the second on, LeakyReLU, and a
+    dense layer. It gives one logit for each image, high for real ones.
+
+    It is SimSID's `SimpleDiscriminator`; the report has no architecture.
+    """
 
     def __init__(
         self, size: tuple[int, ...], channels: int, widths: tuple[int, ...], dtype: jnp.dtype, *, rngs: nnx.Rngs
@@ -439,204 +449,8 @@ class Discriminator(nnx.Module):
         self.layers = nnx.List([layer(a, b, 5, dtype) for a, b in pairs])
         self.out = linear(prod(size) * widths[-1], 1, jnp.float32, rngs)
 
-    def __call__(
-        self, image: Float[Array, "b *size c"], *, train: bool, axis_name: str | None = None
-    ) -> Float[Array, " b"]:
+    def __call__(self, image: Float[Array, "b *size c"], *, train: bool) -> Float[Array, " b"]:
         x = leaky_relu(self.first(image))
         for layer in self.layers:
-            x = layer(x, train=train, axis_name=axis_name)
+            x = layer(x, train=train)
         return self.out(x.reshape(len(x), -1).astype(jnp.float32))[:, 0]
-
-
-# --- SimSID's own network ---------------------------------------------------------------------------------------------
-
-
-class Residual(nnx.Module):
-    """Three convolutions of 3 with batch norm; the first one's result is added to the last one's, then ReLU."""
-
-    def __init__(
-        self, rank: int, inputs: int, outputs: int, dtype: jnp.dtype, form: Callable = convolve, *, rngs: nnx.Rngs
-    ):
-        self.enter = Layer(rank, inputs, outputs, 3, dtype, form=form, rngs=rngs)
-        self.middle = Layer(rank, outputs, outputs, 3, dtype, rngs=rngs)
-        self.leave = Layer(rank, outputs, outputs, 3, dtype, activation=lambda x: x, rngs=rngs)
-
-    def __call__(
-        self, x: Float[Array, "b *size c"], *, train: bool, axis_name: str | None = None
-    ) -> Float[Array, "b *_ d"]:
-        x = self.enter(x, train=train, axis_name=axis_name)
-        y = self.middle(x, train=train, axis_name=axis_name)
-        return jax.nn.relu(x + self.leave(y, train=train, axis_name=axis_name))
-
-
-class Slots(nnx.Module):
-    """Learned memories, one a window of `slots` rows, uniform within 1 / sqrt(width); `retrieve` without noise."""
-
-    def __init__(self, windows: int, slots: int, width: int, k: int, *, rngs: nnx.Rngs):
-        least = width**-0.5
-        self.rows = nnx.Param(jax.random.uniform(rngs.params(), (windows, slots, width), minval=-least, maxval=least))
-        self.k = k
-
-    def __call__(self, query: Float[Array, "b w d"]) -> Float[Array, "b w d"]:
-        return retrieve(query.astype(jnp.float32), self.rows[...], k=self.k)
-
-
-class Bottleneck(nnx.Module):
-    """SimSID's inpaint block: every window's features, as one vector, read their memory; the window's vector queries
-    the memory reads of the windows around it (8 heads), the own read is added; norm, ReLU, feed-forward, norm, ReLU;
-    the window's number in binary as further channels; 1x1 convolutions before and after."""
-
-    def __init__(
-        self,
-        windows: tuple[int, ...],
-        cells: tuple[int, ...],
-        width: int,
-        slots: int,
-        k: int,
-        heads: int,
-        dtype: jnp.dtype,
-        *,
-        rngs: nnx.Rngs,
-    ):
-        rank, self.windows, narrow, f32 = len(windows), windows, width // 4, jnp.float32
-        vector = narrow * prod(cells)
-        if vector % heads or vector < 4 or width % 4:
-            raise InputError(
-                f"joint.widths ends with {width}: a multiple of 4, and joint.heads {heads} divides its {vector}"
-            )
-        self.enter = Layer(rank, width, narrow, 1, dtype, bias=False, rngs=rngs)
-        self.memory = Slots(prod(windows), slots, vector, k, rngs=rngs)
-        self.q = linear(vector, vector, dtype, rngs)
-        self.kv = nnx.Linear(vector, 2 * vector, use_bias=False, dtype=dtype, rngs=rngs)
-        self.out = linear(vector, vector, dtype, rngs)
-        self.norm1, self.norm2 = layer_norm(vector, f32, rngs), layer_norm(vector, f32, rngs)
-        self.fc1, self.fc2 = linear(vector, vector // 4, dtype, rngs), linear(vector // 4, vector, dtype, rngs)
-        bits = prod(windows).bit_length()
-        self.leave = Layer(rank, narrow + bits, width, 1, dtype, rngs=rngs)
-        self.heads, self.cells, self.bits, self.dtype = heads, cells, bits, dtype
-
-    def __call__(
-        self, x: Float[Array, "b*w *cells c"], *, train: bool, axis_name: str | None = None
-    ) -> Float[Array, "b*w *cells c"]:
-        w = prod(self.windows)
-        f = self.enter(x, train=train, axis_name=axis_name).reshape(-1, w, self.q.in_features)
-        b, _, d = f.shape
-        read = self.memory(f)
-        # Zeros outside the image stay zeros in keys and values, which have no bias: so projected before gathered.
-        kv = neighbours(self.kv(read.astype(self.dtype)), self.windows).reshape(
-            b * w, -1, 2, self.heads, d // self.heads
-        )
-        q = self.q(f).reshape(b * w, 1, self.heads, -1)
-        y = self.out(attention(q, *jnp.moveaxis(kv, 2, 0)).reshape(b, w, d))
-        y = jax.nn.relu(self.norm1(y + read))
-        y = jax.nn.relu(self.norm2(y + self.fc2(jax.nn.relu(self.fc1(y)))))
-        bits = (np.arange(w)[:, None] >> np.arange(self.bits)[::-1] & 1).astype(np.float32)  # highest first
-        bits = np.tile(bits, (b, 1)).reshape(b * w, *[1] * len(self.cells), self.bits)
-        y = y.reshape(b * w, *self.cells, -1)
-        y = jnp.concatenate([y, jnp.broadcast_to(bits, (*y.shape[:-1], self.bits))], -1).astype(self.dtype)
-        return self.leave(y, train=train, axis_name=axis_name)
-
-
-class Decoder(nnx.Module):
-    """Levels of linear upsampling and a residual block, skips joined at the first `joined`, 1x1 convolution, tanh."""
-
-    def __init__(
-        self, rank: int, channels: int, widths: tuple[int, ...], joined: int, dtype: jnp.dtype, *, rngs: nnx.Rngs
-    ):
-        triples = [(a + b * (i < joined), b) for i, (a, b) in enumerate(pairwise(widths))]
-        self.levels = nnx.List([Residual(rank, a, b, dtype, rngs=rngs) for a, b in triples])
-        self.out = conv(rank, widths[-1], channels, 1, dtype, rngs, bias=True)
-
-
-class Windows(nnx.Module):
-    """SimSID's autoencoder over windows: encoder, inpaint block, student decoder with memories after its levels that
-    have skips, and a teacher decoder without, fed by features without gradient. Images are in [-1, 1].
-
-    `widths` from the first level to the bottleneck; windows are joined before the level that follows the last skip.
-    Raises InputError where windows do not halve that often.
-    """
-
-    def __init__(
-        self,
-        size: tuple[int, ...],
-        channels: int,
-        windows: tuple[int, ...],
-        widths: tuple[int, ...],
-        joined: int,
-        slots: int,
-        k: int,
-        heads: int,
-        kept: float,
-        dtype: jnp.dtype,
-        *,
-        rngs: nnx.Rngs,
-    ):
-        rank, levels = len(size), len(widths) - 1
-        if len(windows) != rank or not 0 < joined < levels:
-            raise InputError(f"joint.windows has a number an axis, joint.joined is from 1 to {levels - 1}")
-        if any(n % (w * 2**levels) or (2 * n // (w * 2**levels)) % w for n, w in zip(size, windows, strict=True)):
-            least = tuple(w * 2**levels for w in windows)
-            raise InputError(f"data.size {tuple(size)}: joint.windows {windows} need multiples of {least}")
-        self.windows, self.joined, self.kept, self.dtype = windows, joined, kept, dtype
-        cells = tuple(n // (w * 2**levels) for n, w in zip(size, windows, strict=True))
-        pairs = pairwise(widths)
-        self.enter = Residual(rank, channels, widths[0], dtype, rngs=rngs)
-        self.down = nnx.List([Residual(rank, a, b, dtype, halved, rngs=rngs) for a, b in pairs])
-        self.inpaint = Bottleneck(windows, cells, widths[-1], slots, k, heads, dtype, rngs=rngs)
-        up = widths[::-1]
-        self.student = Decoder(rank, channels, up, joined, dtype, rngs=rngs)
-        self.teacher = Decoder(rank, channels, up, joined, dtype, rngs=rngs)
-        # The code cuts each window once more, into as many parts as there are windows, and gives a part a memory.
-        of = [
-            up[i + 1] * prod(2 ** (i + 1) * c // w for c, w in zip(cells, windows, strict=True)) for i in range(joined)
-        ]
-        self.memories = nnx.List([Slots(prod(windows), slots, d, k, rngs=rngs) for d in of])
-
-    def whole(self, x: Float[Array, "b*w *cells c"]) -> Float[Array, "b *size c"]:
-        """Windows put together."""
-        window = x.shape[1:-1]
-        size = tuple(n * w for n, w in zip(window, self.windows, strict=True))
-        return unpatchify(x.reshape(-1, prod(self.windows), prod(x.shape[1:])), size, window)
-
-    def remembered(self, x: Float[Array, "g *cells c"], memory: Slots) -> Float[Array, "g *cells c"]:
-        part = grid_of(x.shape[1:-1], self.windows)
-        return unpatchify(memory(patchify(x, part)), x.shape[1:-1], part).astype(self.dtype)
-
-    def __call__(
-        self,
-        image: Float[Array, "b *size c"],
-        keys: Key[Array, " b"] | None = None,
-        *,
-        train: bool,
-        axis_name: str | None = None,
-    ) -> tuple[Float[Array, "b *size c"], Float[Array, "b *size c"], Float[Array, ""]]:
-        """(student's image, teacher's image, mean squared differences of the two decoders' features, summed over the
-        levels). With keys (b,) the masked shortcut: a cell keeps its inpainted features with probability `kept`."""
-        mode: dict[str, Any] = {"train": train, "axis_name": axis_name}
-        window = grid_of(image.shape[1:-1], self.windows)
-        x = self.enter(patchify(image, window).reshape(-1, *window, image.shape[-1]).astype(self.dtype), **mode)
-        skips = [x]
-        for layer in self.down:
-            skips.append(layer(skips[-1], **mode))
-        x = self.inpaint(skips[-1], **mode)
-        if keys is not None and self.kept < 1:
-            shape = (prod(self.windows), *x.shape[1:-1], 1)
-            mask = jax.vmap(lambda key: jax.random.bernoulli(key, self.kept, shape))(keys)
-            x = jnp.where(mask.reshape(-1, *shape[1:]), x, skips[-1])
-        taught, differences = jax.lax.stop_gradient(skips[-1]), jnp.float32(0)
-        for i, skip in enumerate(skips[-2::-1]):
-            size = skip.shape[1:-1]
-            if i == self.joined:
-                x, taught = self.whole(x), self.whole(taught)
-            if i >= self.joined:
-                size = tuple(n * w for n, w in zip(size, self.windows, strict=True))
-            x, taught = upsample(x, size), upsample(taught, size)
-            if i < self.joined:
-                x = jnp.concatenate([skip, x], -1)
-                taught = jnp.concatenate([jax.lax.stop_gradient(skip), taught], -1)
-            x, taught = self.student.levels[i](x, **mode), self.teacher.levels[i](taught, **mode)
-            if i < self.joined:
-                x = self.remembered(x, self.memories[i])
-            differences += jnp.mean((x.astype(jnp.float32) - taught.astype(jnp.float32)) ** 2)
-        out = lambda decoder, x: jnp.tanh(decoder.out(x).astype(jnp.float32))
-        return out(self.student, x), out(self.teacher, taught), differences

@@ -21,9 +21,11 @@ from jmae.target import target
 xavier = nnx.initializers.xavier_uniform()
 
 
-def kept(primitive: Any, *values: Any, **parameters: Any) -> bool:
-    """Policy of what a block saves for its backward pass: dense products, the results with the names "attention" and
-    "gate", and all outputs of cuDNN's attention. The block computes scores again."""
+def saved(primitive: Any, *values: Any, **parameters: Any) -> bool:
+    """Rematerialisation policy: save dense products, the attention output and gates; recompute scores, norms and GELU.
+
+    Attention and gates are the results with the names "attention" and "gate", and all outputs of cuDNN's attention.
+    """
     policies = jax.checkpoint_policies
     return (
         policies.dots_with_no_batch_dims_saveable(primitive, *values, **parameters)
@@ -38,7 +40,7 @@ def linear(inputs: int, outputs: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.L
 
 
 def gelu(x: Float[Array, "*n"]) -> Float[Array, "*n"]:
-    """x Phi(x), exact; by erf as in PyTorch. `jax.nn.gelu` has erfc, which takes 2.4 times as long on a CPU."""
+    """x Phi(x), exact, by erf as in PyTorch. The erfc of `jax.nn.gelu` takes 2.4 times as long on a CPU."""
     return 0.5 * x * (1 + jax.lax.erf(x * 0.5**0.5))
 
 
@@ -51,9 +53,11 @@ class Block(nnx.Module):
     """x + attention(norm x), then x + mlp(norm x).
 
     With `memory` slots, attention is memory-augmented (Tian et al. 2022, arXiv 2203.11725, Eq. 1): m learned keys and
-    values stand before those of the tokens. These are the same for every input, and split over the heads as the
-    others. Their scale and initial values are those of its source, Cornia et al., "Meshed-Memory Transformer", CVPR
+    values, the same for every input, stand before those of the tokens. Like those of tokens, they are split
+    over the heads. Scale and initial values are those of the source, Cornia et al., "Meshed-Memory Transformer", CVPR
     2020. Only tokens are queries. Without slots, attention is plain.
+
+    Raises InputError where the heads do not divide the width.
     """
 
     def __init__(self, width: int, heads: int, mlp_ratio: float, dtype: jnp.dtype, memory: int = 0, *, rngs: nnx.Rngs):
@@ -81,7 +85,8 @@ class Block(nnx.Module):
     ) -> tuple[Float[Array, "b*n d"], Float[Array, "b*n d"]]:
         """(x as rows, attention(norm x) as rows without the bias of `out`).
 
-        Rows make matrices: for a product with more axes, XLA's CPU copies a transpose for each gradient."""
+        Products of rows are products of matrices. With more axes, XLA's CPU code copies a transpose for each gradient.
+        """
         b, n, d = x.shape
         rows, normed = self.norm1.beside(x.reshape(b * n, d))
         q, k, v = jnp.moveaxis(self.qkv(normed).reshape(b, n, 3, self.heads, d // self.heads), 2, 0)
@@ -108,11 +113,10 @@ class Block(nnx.Module):
 class Blocks(nnx.Module):
     """`depth` blocks that `make` gives, their parameters stacked on a leading axis, applied by one scan.
 
-    For the backward pass a block keeps its dense products and its attention's output and computes norms and GELU
-    again, which costs less than to write and read them: a step of ViT-S/16 (batch 16, 512x8 decoder) held 1.0
-    instead of 2.3 GB, one of the small CPU recipe took 0.75 instead of 0.90 s of CPU time. `remat` recomputes
-    whole blocks: memory of one block instead of all. With `long_skips` the output of block i is added to the input of
-    block depth - 1 - i, for all pairs that are not neighbours.
+    For the backward pass a block saves what `saved` names and computes the rest again, which costs less than to write
+    and read it. A step of ViT-S/16 (batch 16, 512x8 decoder) took 1.0 instead of 2.3 GB; a step of the small CPU recipe
+    took 0.75 instead of 0.90 s of CPU time. `remat` computes whole blocks again and needs the memory of one block. With
+    `long_skips` the output of block i is added to the input of block depth - 1 - i, for all pairs but neighbours.
     """
 
     def __init__(self, depth: int, make: Callable[[], nnx.Module], remat: bool = False, *, long_skips: bool = False):
@@ -122,7 +126,7 @@ class Blocks(nnx.Module):
         self.skips = (depth - 1) // 2 if long_skips else 0
 
     def __call__(self, x: Float[Array, "b n d"], *context: Array) -> Float[Array, "b n d"]:
-        """Output of the last block; each gets `context` as well."""
+        """Output of the last block. Each block gets `context` as further arguments."""
         if self.skips:
             return self.outputs(x, *context)[-1]
         block = self._block(x, context)
@@ -132,8 +136,8 @@ class Blocks(nnx.Module):
         """Outputs of all blocks."""
         block, parameters, n = self._block(x, context), self._parameters(x), self.depth - self.skips
 
-        def one(x: Array, given: tuple[Any, Array | None]) -> tuple[Array, Array]:
-            p, skip = given
+        def one(x: Array, inputs: tuple[Any, Array | None]) -> tuple[Array, Array]:
+            p, skip = inputs
             x = block(x if skip is None else x + skip, p)
             return x, x
 
@@ -150,14 +154,15 @@ class Blocks(nnx.Module):
         block = lambda x, p: over_samples(nnx.merge(graph, p))(x, *context, tokens=tokens)
         # Without a loop around the blocks, the compiler would find whole blocks computed twice and keep their results.
         apart = self.remat and target().platform == "cuda"
-        return jax.checkpoint(block, prevent_cse=apart, policy=None if self.remat else kept)
+        return jax.checkpoint(block, prevent_cse=apart, policy=None if self.remat else saved)
 
     def _parameters(self, x: Float[Array, "b n d"]) -> Any:
         """All blocks' parameters. On accelerators the matrices have the type of `x`, cast once for all blocks.
 
-        Devices add the gradients of these matrices in that type, too. That sends half of what float32 would. On eight
-        devices the error is below one percent (tests/test_gpu.py); on more it was not measured. The optimiser and its
-        moments are float32."""
+        Devices also add the gradients of these matrices in that type, which halves what they send. On eight devices
+        the error is below one percent (tests/test_gpu.py); on more it was not measured. The optimiser's moments are
+        float32.
+        """
         parameters = nnx.state(self.stack)
         if target().platform == "cpu":
             return parameters
@@ -173,10 +178,11 @@ def _filled(x: Float[Array, "b n d"]) -> Float[Array, "b n+p d"]:
     return jnp.pad(x, ((0, 0), (0, padding(x.shape[1])), (0, 0)))
 
 
-def _over(step: Callable, carry: Any, given: Any) -> tuple[Any, Any]:
+def _over(step: Callable, carry: Any, inputs: Any) -> tuple[Any, Any]:
     """`jax.lax.scan`, unrolled for NVIDIA GPUs.
 
-    A loop there copies and clears what each block saves, launches twice as many kernels, and overlaps no communication
-    with the next block. Its only advantage is that it compiles in half the time."""
+    On these, a loop copies and clears what each block saves, launches twice as many kernels, and overlaps no
+    communication with the next block. The loop's only advantage is half the time to compile.
+    """
     unroll = target().platform == "cuda"
-    return jax.lax.scan(step, carry, given, unroll=unroll or 1)
+    return jax.lax.scan(step, carry, inputs, unroll=unroll or 1)

@@ -10,28 +10,59 @@ Stages: `pretrain` (Stage 0, where no weights are given), `proxy` (Stage 1), `la
 adapted, reconstruction error).
 """
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Key, PyTree
 from ml_collections import ConfigDict
 
+from jmae import recipe
 from jmae.anomalies.anatpaste import anatpaste, lung_field
 from jmae.data.loader import unlabeled_labels
 from jmae.data.manifest import Row
-from jmae.data.transforms import moments_of, random_flip, random_resized_crop
+from jmae.data.transforms import moments_of
 from jmae.errors import InputError
+from jmae.masked import (
+    LEAST_RATE,
+    MODEL_KEYS,
+    STANDARDISING_KEYS,
+    TRAINING_KEYS,
+    WEIGHTS_KEYS,
+    Training,
+    crop_and_flip,
+    declared,
+    standardised,
+    start,
+    train_step,
+    training,
+)
 from jmae.masking import case_keys, sample_keys
+from jmae.nn.mae import MAE
 from jmae.nn.transformer import linear
-from jmae.optim import accumulated, adamw, warmup_cosine
+from jmae.optim import adamw, begin, descend, warmup_cosine
 from jmae.patches import patchify
-from jmae.reconstruct import masked_loss, reconstruct
+from jmae.reconstruct import reconstruct
 from jmae.run_folder import log
-from jmae.system import Results, Stage, State, System, averaged, masked_autoencoder, network, stats_of, steps_of
+from jmae.sharding import device_gather, device_mean
+from jmae.system import (
+    Pretrained,
+    Results,
+    Stage,
+    State,
+    System,
+    masked_autoencoder,
+    network,
+    rows_of,
+    stats_of,
+    steps_of,
+)
 
 VARIANTS = {
     "stage2": ("pretrain", "proxy", "labels", "module_a", "module_b"),
@@ -41,6 +72,71 @@ VARIANTS = {
     "mae": ("pretrain",),
 }
 DISCREPANCIES = {"reconstruction": "stage2", "error": "stage2_error"}
+RECONSTRUCTION_KEYS = (
+    TRAINING_KEYS
+    | LEAST_RATE
+    | {
+        "lr_is_base": recipe.Key(False, "Whether `lr` is times batch / 256."),
+        "masks": recipe.Key(1, "Masks of an image and step.", least=1),
+        "augment": recipe.Key(True, "Whether images are cropped and flipped at random."),
+    }
+)
+
+KEYS = {
+    "variant": recipe.Key("stage2", "AMAE, or one of the comparisons of the paper.", choices=tuple(VARIANTS)),
+    "data.size": recipe.Key((224, 224), "Size of an image as the network sees it.", "pixels", least=1),
+    **declared("data", STANDARDISING_KEYS, mean=0.5056, std=0.252),  # medical_mae's for NIH
+    "data.crop_scale": recipe.Key(
+        (0.5, 1.0), "Share of the image that a random resized crop takes.", above=0, most=1, length=2
+    ),
+    "data.anomaly_ratio": recipe.Key(
+        -1.0, "Share of abnormal images in the unlabelled set, by data.unlabeled_labels; below 0: as it is.", most=1
+    ),
+    "data.unlabeled_size": recipe.Key(0, "Images of the unlabelled set at that share; 0: all.", least=0),
+    "data.unlabeled_labels": recipe.Key("", "CSV id,label of the unlabelled rows, for that share alone, not to train."),
+    **declared(
+        "model",
+        MODEL_KEYS | WEIGHTS_KEYS,
+        width=384,
+        heads=6,
+        decoder_depth=2,
+    ),
+    "model.channels": recipe.Key(3, "Channels of the network; a grey image is repeated.", least=1),
+    **declared(  # medical_mae's pre-training; warm-up of 40 of 800 epochs
+        "pretrain", RECONSTRUCTION_KEYS, epochs=800, batch=2048, mask_ratio=0.90, lr=1.5e-4, lr_is_base=True
+    ),
+    "proxy.steps": recipe.Key(0, "Steps of the stage; 0: `epochs` counts.", least=0),
+    "proxy.epochs": recipe.Key(150, "Rounds over the stage's rows; 0: `steps` counts.", least=0),
+    "proxy.batch": recipe.Key(16, "Images of a step, each with and without an anomaly.", least=1),
+    "proxy.head": recipe.Key((512, 128), "Channels of the classifier's hidden layers.", least=1),
+    "proxy.lr": recipe.Key(2.5e-4, "Highest learning rate.", above=0),
+    "proxy.lr_least": recipe.Key(1e-5, "Learning rate at the last step.", least=0),
+    "proxy.warmup": recipe.Key(20 / 150, "Share of the steps over which the learning rate rises.", least=0, most=1),
+    "proxy.betas": recipe.Key((0.9, 0.999), "Decay rates of AdamW's two moments.", least=0, below=1, length=2),
+    "proxy.decay": recipe.Key(0.05, "Weight decay of AdamW.", least=0),
+    "proxy.area": recipe.Key((0.02, 0.15), "Share of the image that an anomaly covers.", above=0, most=1, length=2),
+    "proxy.aspect": recipe.Key((0.3, 1 / 0.3), "Height to width of an anomaly.", above=0, length=2),
+    "proxy.fill": recipe.Key((150, 254), "Grey levels, of 255, of the anomalies' source.", least=0, most=255, length=2),
+    "proxy.blur": recipe.Key((0, 14), "Size of the blur, at 256 x 256.", "pixels", least=0, length=2),
+    "proxy.margin": recipe.Key(10, "Margin around an anomaly, at 256 x 256.", "pixels", least=0),
+    "proxy.jitter": recipe.Key(0.1, "Range of the changes of brightness and contrast.", least=0),
+    **declared("adapt", RECONSTRUCTION_KEYS, epochs=150, batch=16, masks=2, lr=2.5e-4, warmup=20 / 150),
+    "adapt.percentile": recipe.Key(
+        50.0, "Percentile of the confidence from which a pseudo-label is used.", "%", least=0, below=100
+    ),
+    "adapt.percentile_over": recipe.Key(
+        "class", "Images over which that percentile is taken (`pseudo_labels`).", choices=("class", "all")
+    ),
+    "evaluation.masks": recipe.Key(4, "Masks of a test image, the same for modules A and B.", least=1),
+    "evaluation.discrepancy": recipe.Key(
+        "reconstruction",
+        'The primary score: "reconstruction", Eq. 4, or "error" (ours), the error of A less that of B.',
+        choices=tuple(DISCREPANCIES),
+    ),
+    "evaluation.paste": recipe.Key(
+        True, "Whether visible patches are the input's; False: the decoder's output everywhere."
+    ),
+}
 
 
 class Head(nnx.Module):
@@ -54,296 +150,363 @@ class Head(nnx.Module):
         self.norms = nnx.List([norm(b) for b in hidden])
         self.out = linear(widths[-1], 2, jnp.float32, rngs)
 
-    def __call__(self, x: Float[Array, "b d"], *, train: bool, axis_name: str | None = None) -> Float[Array, "b 2"]:
+    def __call__(self, x: Float[Array, "b d"], *, train: bool) -> Float[Array, "b 2"]:
         for layer, norm in zip(self.layers, self.norms, strict=True):
-            norm.axis_name = axis_name
             x = jax.nn.relu(norm(layer(x), use_running_average=not train))
         return self.out(x)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Networks:
+    """The networks of a recipe, and the recipe: each pair of functions is that of `system.network`."""
+
+    config: ConfigDict
+    mae_init: Callable[[Array], tuple[PyTree, PyTree]]
+    mae_of: Callable[[PyTree], MAE]
+    head_init: Callable[[Array], tuple[PyTree, PyTree]]
+    head_of: Callable[[PyTree, PyTree], Head]
+
+
+def networks_of(config: ConfigDict) -> Networks:
+    """The networks that a recipe describes."""
+    model, hidden = config.model, tuple(config.proxy.head)
+    mae_init, mae_of = masked_autoencoder(config, model.channels)
+    head_init, head_of = network(lambda rngs: Head(model.width, hidden, rngs=rngs))
+    return Networks(config=config, mae_init=mae_init, mae_of=mae_of, head_init=head_init, head_of=head_of)
+
+
+# --- loss: masked reconstruction (Stages 0 and 2: masked.train_step), proxy task (Stage 1) ----------------------------
+
+
+def view(
+    config: ConfigDict, augment: bool, image: Float[Array, "b *size c"], keys: Key[Array, " b"]
+) -> Float[Array, "b *size k"]:
+    """Images in the network's range and channels; with `augment` after a random resized crop and a horizontal flip, as
+    in medical_mae's pre-training (spec sections 3 and 6)."""
+    if not augment:
+        return standardised(image, config)
+    return standardised(crop_and_flip(image, keys, scale=tuple(config.data.crop_scale), axes=(1,)), config, image)
+
+
+def features(networks: Networks, params: PyTree, image: Float[Array, "b *size c"]) -> Float[Array, "b d"]:
+    """Mean over all patch tokens of the encoder, after its final norm, without the class token."""
+    config, mae = networks.config, networks.mae_of(params)
+    patches = patchify(standardised(image, config), tuple(config.model.patch))
+    return jnp.mean(mae.encode(mae.embed(patches))[:, 1:].astype(jnp.float32), axis=1)
+
+
+def proxy_loss(
+    networks: Networks, stats: PyTree, params: PyTree, x: Float[Array, "b d"], abnormal: Array
+) -> tuple[Array, tuple[PyTree, dict[str, Array]]]:
+    """Eq. 2, the sum of two means over the batch: (loss, (statistics, metrics)).
+
+    Args:
+        x: features, half of them of images with an anomaly.
+        abnormal: 1 for those, 0 for the others (b,).
+    """
+    head = networks.head_of(params, stats)
+    logits = head(x, train=True)
+    terms = optax.softmax_cross_entropy_with_integer_labels(logits, abnormal)
+    return 2 * jnp.mean(terms), (stats_of(head), {"accuracy": jnp.mean(jnp.argmax(logits, 1) == abnormal)})
+
+
+def with_anomalies(proxy: ConfigDict, batch: PyTree, keys: Key[Array, " b"]) -> Float[Array, "b *size c"]:
+    """Each image of the batch with an anomaly of AnatPaste in its lung field.
+
+    ours: no colour jitter of the whole image before the paste (AnatPaste's step 1): Eq. 2's normals have none, and
+    jitter on one side alone would be the easier thing to tell.
+    """
+    paste = partial(
+        anatpaste,
+        area=tuple(proxy.area),
+        aspect=tuple(proxy.aspect),
+        fill=tuple(proxy.fill),
+        blur=tuple(proxy.blur),
+        margin=proxy.margin,
+        jitter=proxy.jitter,
+    )
+    one = lambda image, lungs, key: paste(image, image, key, lungs=lungs)[0]
+    return jax.vmap(one)(batch["image"], batch["lungs"], keys)
+
+
+def proxy_optimiser(proxy: ConfigDict) -> optax.GradientTransformation:
+    """The proxy task's optimiser, without a learning rate."""
+    return adamw(betas=tuple(proxy.betas), decay=proxy.decay)
+
+
+def proxy_init(networks: Networks, key: Key[Array, ""], results: Results, n: int) -> State:
+    """The head with random weights."""
+    params, stats = networks.head_init(key)
+    return begin(params, proxy_optimiser(networks.config.proxy), stats)
+
+
+def proxy_step(
+    networks: Networks, state: State, batch: PyTree, key: Key[Array, ""], results: Results, *, steps: int
+) -> tuple[State, dict[str, Array]]:
+    """One step of the proxy task: the head tells images with a synthetic anomaly from the images themselves."""
+    proxy = networks.config.proxy
+    rate = warmup_cosine(proxy.lr, warmup=proxy.warmup * steps, steps=steps, least=proxy.lr_least)(state.step)
+    pasted = with_anomalies(proxy, batch, sample_keys(key, batch["index"]))
+    both = jnp.stack([batch["image"], pasted], 1).reshape(-1, *pasted.shape[1:])  # pairs stay on one device
+    x = jax.lax.stop_gradient(features(networks, results["pretrain"]["params"], both))
+    abnormal = jnp.tile(jnp.arange(2), len(pasted))
+    loss = partial(proxy_loss, networks, state.stats)
+    state, metrics = descend(state, loss, proxy_optimiser(proxy), rate, x, abnormal)
+    found = device_mean(jnp.mean(~jnp.all(batch["lungs"], (1, 2))))
+    return state, metrics | {"lung_fields_found": found}
+
+
+# --- score (Eq. 4) ----------------------------------------------------------------------------------------------------
+
+
+def margin_of(networks: Networks, results: Results, image: Float[Array, "b *size c"]) -> Float[Array, " b"]:
+    """Logit abnormal less logit normal of h_0(f_0(x)); its sigmoid is Stage 1's score softmax(h_0(f_0(x)))_1."""
+    head = networks.head_of(results["proxy"]["params"], results["proxy"]["stats"])
+    logits = head(features(networks, results["pretrain"]["params"], image), train=False)
+    return logits[:, 1] - logits[:, 0]
+
+
+def score(
+    networks: Networks, results: Results, batch: PyTree, key: Key[Array, ""], *, chunk: int | None = None
+) -> dict[str, Any]:
+    """The scores of images by all stages of the variant; see `System.score`."""
+    config, raw = networks.config, batch["image"]
+    names = VARIANTS[config.variant]
+    view = partial(
+        reconstruct,
+        image=standardised(raw, config),
+        keys=case_keys(key, batch["case"]),
+        patch=tuple(config.model.patch),
+        ratio=config.adapt.mask_ratio,
+        masks=config.evaluation.masks,
+        paste=config.evaluation.paste,
+        chunk=chunk,
+    )
+    autoencoders = [name for name in names if name in ("pretrain", "module_a", "module_b")]
+    passes = {name: view(networks.mae_of(results[name]["params"])) for name in autoencoders}
+    maps = {"mae": jnp.mean(passes["pretrain"].error, axis=-1)}
+    if "module_b" in passes:
+        a, b = passes["module_a"], passes["module_b"]
+        maps["stage2"] = jnp.mean(jnp.abs(a.mean - b.mean), axis=-1)  # Eq. 4
+        # ours: by how much B, which was trained on anomalies, explains the hidden patches better than A. Eq. 4 has no
+        # sign: it also grows where A is the better one, on normals; short training shows it (benchmarks/results).
+        maps["stage2_error"] = jnp.mean(a.error - b.error, axis=-1)
+    if "module_a" in passes:
+        # The paper's Mask Rec. where the module was trained on both sets, else module A's reconstruction error.
+        name = "mask_rec" if config.variant == "mask_rec" else "module_a"
+        maps[name] = jnp.mean(passes["module_a"].error, axis=-1)
+    scores = {name: jnp.mean(m, axis=tuple(range(1, m.ndim))) for name, m in maps.items()}
+    if "proxy" in names:
+        scores["stage1"] = jax.nn.sigmoid(margin_of(networks, results, raw))
+    mean, std = moments_of(raw, config.data)
+    normal = passes["module_a" if "module_a" in passes else "pretrain"].mean  # what normal anatomy would look like
+    if raw.shape[-1] != config.model.channels:
+        normal = jnp.mean(normal, axis=-1, keepdims=True)
+    return {"maps": maps, "scores": scores, "reconstruction": normal * std + mean}
+
+
+# --- pseudo-labels: one sweep over the unlabelled images --------------------------------------------------------------
+
+
+def labels_init(key: Key[Array, ""], results: Results, n: int) -> State:
+    """No margin yet of the n unlabelled images."""
+    return State(params={}, opt={}, stats={"margin": jnp.zeros(n)}, step=jnp.int32(0))
+
+
+def labels_step(
+    networks: Networks, state: State, batch: PyTree, key: Key[Array, ""], results: Results, *, steps: int
+) -> tuple[State, dict[str, Array]]:
+    """Puts the margins of a batch in their places."""
+    index, margin = device_gather((batch["index"], margin_of(networks, results, batch["image"])))
+    stats = {"margin": state.stats["margin"].at[index].set(margin)}
+    return state.replace(stats=stats, step=state.step + 1), {"abnormal_share": jnp.mean(margin > 0)}
+
+
+def labels_table(config: ConfigDict, rows: Sequence[Row], results: Results) -> list[dict[str, Any]]:
+    """A line for each unlabelled image: its probability, its pseudo-label and the module that it trains."""
+    margin = np.asarray(results["labels"]["stats"]["margin"])
+    label, confident = pseudo_labels(margin, config.adapt.percentile, config.adapt.percentile_over)
+    for c, word in enumerate(("normal", "abnormal")):
+        if (n := int(np.sum((margin > 0) == c))) < 2:
+            log(f"warning: labels: {n} unlabelled images are predicted {word}: raise proxy.steps")
+    ids, known = [rows[i].id for i in unlabelled(config, rows, results)], unlabeled_labels(config, rows)
+    return [
+        {
+            "id": name,
+            "p_abnormal": float(1 / (1 + np.exp(-np.float64(m)))),
+            "predicted": int(m > 0),
+            "kept": int(k),
+            "module": "AB"[c] if k else "",
+            "hidden_label": known.get(name, ""),  # only to judge the pseudo-labels by, never to train on
+        }
+        for name, m, c, k in zip(ids, margin, label, confident, strict=True)
+    ]
+
+
 def pseudo_labels(margin: np.ndarray, percentile: float, over: str = "class") -> tuple[np.ndarray, np.ndarray]:
-    """(pseudo-label, kept) of unlabelled images from Stage 1's margin, logit abnormal less logit normal (section 3).
+    """Pseudo-labels of unlabelled images, and which of them are confident enough to train on (section 3).
 
     The confidence max(softmax) grows with the margin's size, which ranks images alike and does not saturate at 1.
-    `over="class"`: of the images predicted as a class, those whose confidence reaches the class's `percentile`-th
-    percentile are kept (50: the more confident half, ties included); a class predicted less than twice keeps all.
-    `over="all"`: those whose probability of the class reaches the percentile over all images; an image selected for
-    both classes is dropped.
+
+    Args:
+        margin: logit abnormal less logit normal of Stage 1 (n,).
+        percentile: of the confidence.
+        over: "class" takes, of the images predicted as a class, those whose confidence reaches the class's percentile
+            (50: the more confident half, ties included), and all of a class predicted less than twice. "all" takes
+            images whose probability of the class reaches the percentile over all images, but no image of both classes.
+
+    Returns:
+        (pseudo-labels, 0 or 1 (n,); True for a confident image (n,)).
     """
     predicted = (margin > 0).astype(np.int64)
-    kept = np.zeros(len(margin), bool)
+    confident = np.zeros(len(margin), bool)
     if over == "all":
-        chosen = [m >= np.percentile(m, percentile) for m in (-margin, margin)]
-        return np.where(chosen[1], 1, 0), chosen[0] ^ chosen[1]
+        normal, abnormal = (m >= np.percentile(m, percentile) for m in (-margin, margin))
+        return np.where(abnormal, 1, 0), normal ^ abnormal
     for c in (0, 1):
-        of = predicted == c
-        if of.any():
+        of_class = predicted == c
+        if of_class.any():
             confidence = np.abs(margin)
-            kept |= of & (confidence >= (np.percentile(confidence[of], percentile) if of.sum() > 1 else 0))
-    return predicted, kept
+            least = np.percentile(confidence[of_class], percentile) if of_class.sum() > 1 else 0
+            confident |= of_class & (confidence >= least)
+    return predicted, confident
+
+
+# --- stages -----------------------------------------------------------------------------------------------------------
+
+
+def unlabelled(config: ConfigDict, rows: Sequence[Row], results: Results) -> np.ndarray:
+    """Numbers of the unlabelled rows. Raises InputError where there is none and the variant needs some."""
+    numbers = rows_of(rows, results, splits=("unlabeled",))
+    if not len(numbers) and config.variant not in ("stage1", "mae"):
+        raise InputError(f"variant {config.variant} needs rows of split 'unlabeled': or take variant=stage1")
+    return numbers
+
+
+def pretrain_rows(config: ConfigDict, rows: Sequence[Row], results: Results) -> np.ndarray:
+    """Numbers of all rows, the unlabelled ones last."""
+    return np.concatenate([rows_of(rows, results), unlabelled(config, rows, results)])
+
+
+def pseudo_labelled(config: ConfigDict, rows: Sequence[Row], results: Results, label: int) -> np.ndarray:
+    """Numbers of the unlabelled rows with a confident pseudo-label. Raises InputError where no image is abnormal."""
+    margin = np.asarray(results["labels"]["stats"]["margin"])
+    predicted, confident = pseudo_labels(margin, config.adapt.percentile, config.adapt.percentile_over)
+    numbers = unlabelled(config, rows, results)[confident & (predicted == label)]
+    if label == 1 and len(numbers) == 0:
+        raise InputError(
+            "no unlabelled image is predicted abnormal: raise proxy.steps in another --workdir,"
+            " with --config.model.weights=THIS_WORKDIR to keep Stage 0; or choose --config.variant=stage1"
+        )
+    return numbers
+
+
+def rows_a(config: ConfigDict, rows: Sequence[Row], results: Results) -> np.ndarray:
+    """Numbers of module A's rows: normals, and the unlabelled images predicted normal."""
+    if config.variant == "mask_rec":
+        return pretrain_rows(config, rows, results)
+    if config.variant == "no_pseudo":
+        return rows_of(rows, results)
+    pseudo_labelled(config, rows, results, 1)  # module B must have rows too: said before module A is trained
+    return np.concatenate([rows_of(rows, results), pseudo_labelled(config, rows, results, 0)])
+
+
+def rows_b(config: ConfigDict, rows: Sequence[Row], results: Results) -> np.ndarray:
+    """Numbers of module B's rows: the unlabelled images predicted abnormal."""
+    if config.variant == "no_pseudo":
+        return unlabelled(config, rows, results)
+    return pseudo_labelled(config, rows, results, 1)
+
+
+def adapt_init(training: Training, key: Key[Array, ""], results: Results, n: int) -> State:
+    """Stage 0's weights, for modules A and B alike."""
+    return begin(results["pretrain"]["params"], training.optimiser)
+
+
+def reconstruction(networks: Networks, section: ConfigDict) -> Training:
+    """The training by Eq. 3 that a section of the recipe describes."""
+    config = networks.config
+    return training(
+        section,
+        section.lr * (section.batch / 256 if section.lr_is_base else 1),
+        mae_of=networks.mae_of,
+        view=partial(view, config, section.augment),
+        patch=tuple(config.model.patch),
+        masks=section.masks,
+        parts=config.accumulate,
+    )
+
+
+def stages(networks: Networks) -> tuple[Stage, ...]:
+    """All stages in order. Modules A and B share one step object, so that one compiled program serves both."""
+    config, everyone = networks.config, ("train", "unlabeled")
+    pretrain, proxy, adapt, parts = config.pretrain, config.proxy, config.adapt, config.accumulate
+    stage_0, stage_2 = reconstruction(networks, pretrain), reconstruction(networks, adapt)
+    module = partial(
+        Stage,
+        batch=adapt.batch,
+        steps=steps_of(adapt, config.budget),
+        init=partial(adapt_init, stage_2),
+        step=partial(train_step, stage_2),
+        parts=parts,
+    )
+    return (
+        Stage(
+            name="pretrain",
+            splits=everyone,
+            rows=partial(pretrain_rows, config),
+            batch=pretrain.batch,
+            steps=steps_of(pretrain, config.budget),
+            init=partial(start, stage_0, networks.mae_init),
+            step=partial(train_step, stage_0),
+            pretrained=Pretrained(use="instead"),
+            parts=parts,
+        ),
+        Stage(
+            name="proxy",
+            rows=rows_of,
+            batch=proxy.batch,
+            steps=steps_of(proxy, config.budget),
+            init=partial(proxy_init, networks),
+            step=partial(proxy_step, networks),
+            host_arrays={"lungs": lung_field},
+        ),
+        Stage(
+            name="labels",
+            splits=("unlabeled",),
+            rows=partial(unlabelled, config),
+            batch=proxy.batch,
+            steps=lambda n: -(-n // proxy.batch),
+            init=labels_init,
+            step=partial(labels_step, networks),
+            shuffle=False,
+            table=partial(labels_table, config),
+        ),
+        module(
+            name="module_a",
+            splits=("train",) if config.variant == "no_pseudo" else everyone,
+            rows=partial(rows_a, config),
+        ),
+        module(name="module_b", splits=("unlabeled",), rows=partial(rows_b, config)),
+    )
+
+
+# --- system -----------------------------------------------------------------------------------------------------------
 
 
 def build(config: ConfigDict) -> System:
     """The AMAE system that a recipe describes; raises InputError on settings that do not fit together."""
-    if config.variant not in VARIANTS:
-        raise InputError(f"variant {config.variant!r} is unknown: one of {', '.join(VARIANTS)}")
-    model, adapt, proxy, evaluation = config.model, config.adapt, config.proxy, config.evaluation
-    if evaluation.discrepancy not in DISCREPANCIES:
-        raise InputError(f"evaluation.discrepancy is {evaluation.discrepancy!r}: one of {', '.join(DISCREPANCIES)}")
-    if config.data.normalise not in ("fixed", "image"):
-        raise InputError(f"data.normalise is {config.data.normalise!r}: 'fixed' or 'image'")
-    if config.data.normal_crops_only:
-        raise InputError("amae trains on whole images: take abnormal rows out of train and data.normal_crops_only back")
-    if adapt.percentile_over not in ("class", "all"):
-        raise InputError(f"adapt.percentile_over is {adapt.percentile_over!r}: 'class' or 'all'")
-    if not 0 <= adapt.percentile < 100:
-        raise InputError(f"adapt.percentile is {adapt.percentile}: from 0 to below 100")
-    if min(config.pretrain.masks, adapt.masks, evaluation.masks) < 1 or config.budget <= 0:
-        raise InputError("pretrain.masks, adapt.masks and evaluation.masks are 1 or more, and budget is above 0")
     if config.data.unlabeled_size and config.data.anomaly_ratio < 0:
         raise InputError("data.unlabeled_size goes with data.anomaly_ratio: set that too, or take it back to 0")
-    names = VARIANTS[config.variant]
-    patch, ratio, parts = tuple(model.patch), adapt.mask_ratio, config.get("accumulate", 1)
-    mae_init, mae_of = masked_autoencoder(config, model.channels)
-    head_init, head_of = network(lambda rngs: Head(model.width, tuple(proxy.head), rngs=rngs))
-
-    def normalise(image: Float[Array, "b *size c"], whole: Array | None = None) -> Float[Array, "b *size c"]:
-        """[0, 1] to the network's range; one channel is repeated to as many as the network has. Where each image has
-        its own moments, those of a crop are its whole image's."""
-        mean, std = moments_of(image if whole is None else whole, config.data)
-        return jnp.broadcast_to((image - mean) / std, (*image.shape[:-1], model.channels))
-
-    def augment(image: Array, keys: Array) -> Array:
-        """Random resized crop and horizontal flip, as medical_mae's pre-training (spec sections 3 and 6)."""
-        crop, flip = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
-        image = jax.vmap(partial(random_resized_crop, scale=tuple(config.data.crop_scale)))(image, crop)
-        return jax.vmap(partial(random_flip, axes=(image.ndim - 3,)))(image, flip)
-
-    # --- loss: masked reconstruction (Stages 0 and 2) ------------------------------------------------------------
-
-    def reconstruction(section: ConfigDict):
-        """(init, step) of a MAE trained by Eq. 3 from `start(key, results)`."""
-        optimiser = lambda lr: adamw(lr, betas=tuple(section.betas), decay=section.decay)
-        lr = section.lr * (section.batch / 256 if section.lr_is_base else 1)
-
-        def init(start, key, results, n):
-            params = start(key, results)
-            return State(params, optimiser(0.0).init(params), {}, {}, jnp.int32(0))
-
-        def loss(params, image, keys):
-            return masked_loss(mae_of(params), image, keys, patch=patch, ratio=section.mask_ratio, masks=section.masks)
-
-        def step(state, batch, key, *, steps, axis_name=None):
-            schedule = warmup_cosine(lr, warmup=section.warmup * steps, steps=steps, least=section.lr_least)
-            mask, view = jnp.moveaxis(jax.vmap(jax.random.split)(sample_keys(key, batch["index"])), 1, 0)
-            # Crops come before one channel is repeated. Their weights add up to 1, so the order changes rounding alone.
-            image = augment(batch["image"], view) if section.augment else batch["image"]
-            image = normalise(image, batch["image"])
-            found = accumulated(loss, parts)(state.params, image, mask)
-            value, grads = averaged(found, axis_name)
-            updates, opt = optimiser(schedule(state.step)).update(grads, state.opt, state.params)
-            metrics = {"loss": value, "lr": schedule(state.step), "grad_norm": optax.tree.norm(grads)}
-            return State(optax.apply_updates(state.params, updates), opt, {}, {}, state.step + 1), metrics
-
-        return init, step
-
-    def unlabelled(rows: list[Row]) -> np.ndarray:
-        chosen = [i for i, row in enumerate(rows) if row.split == "unlabeled"]
-        if not chosen and config.variant not in ("stage1", "mae"):
-            raise InputError(f"variant {config.variant} needs rows of split 'unlabeled': or take variant=stage1")
-        return np.array(chosen, np.int64)
-
-    def normals(rows: list[Row]) -> np.ndarray:
-        return np.array([i for i, row in enumerate(rows) if row.split == "train"], np.int64)
-
-    def pseudo_labelled(rows: list[Row], results: Results, label: int) -> np.ndarray:
-        margin = np.asarray(results["labels"]["stats"]["margin"])
-        predicted, kept = pseudo_labels(margin, adapt.percentile, adapt.percentile_over)
-        chosen = unlabelled(rows)[kept & (predicted == label)]
-        if label == 1 and len(chosen) == 0:
-            raise InputError(
-                "no unlabelled image is predicted abnormal: raise proxy.steps in another --workdir,"
-                " with --config.model.weights=THIS_WORKDIR to keep Stage 0; or choose --config.variant=stage1"
-            )
-        return chosen
-
-    def rows_a(rows, results):
-        if config.variant == "mask_rec":
-            return np.concatenate([normals(rows), unlabelled(rows)])
-        if config.variant == "no_pseudo":
-            return normals(rows)
-        pseudo_labelled(rows, results, 1)  # module B must have rows too: said before module A is trained
-        return np.concatenate([normals(rows), pseudo_labelled(rows, results, 0)])
-
-    def rows_b(rows, results):
-        return unlabelled(rows) if config.variant == "no_pseudo" else pseudo_labelled(rows, results, 1)
-
-    # --- Stage 1: the proxy task -----------------------------------------------------------------------------------
-
-    def features(params, image: Float[Array, "b *size c"]) -> Float[Array, "b d"]:
-        """Mean over all patch tokens of the frozen encoder, its final norm applied, without the class token."""
-        mae = mae_of(params)
-        return jnp.mean(mae.encode(mae.embed(patchify(normalise(image), patch)))[:, 1:].astype(jnp.float32), axis=1)
-
-    def proxy_init(key, results, n):
-        params, stats = head_init(key)
-        opt = adamw(0.0, betas=tuple(proxy.betas), decay=proxy.decay).init(params)
-        return State(params, opt, stats, results["pretrain"]["params"], jnp.int32(0))
-
-    def proxy_step(state, batch, key, *, steps, axis_name=None):
-        schedule = warmup_cosine(proxy.lr, warmup=proxy.warmup * steps, steps=steps, least=proxy.lr_least)
-        paste = partial(
-            anatpaste,
-            area=tuple(proxy.area),
-            aspect=tuple(proxy.aspect),
-            fill=tuple(proxy.fill),
-            blur=tuple(proxy.blur),
-            margin=proxy.margin,
-            jitter=proxy.jitter,
-        )
-        # ours: no colour jitter of the whole image before the paste (AnatPaste's step 1): Eq. 2's normals have none,
-        # and jitter on one side alone would be the easier thing to tell.
-        pasted, _, _ = jax.vmap(lambda image, lungs, key: paste(image, image, key, lungs=lungs))(
-            batch["image"], batch["lungs"], sample_keys(key, batch["index"])
-        )
-        both = jnp.stack([batch["image"], pasted], 1).reshape(-1, *pasted.shape[1:])  # a device has both of its own
-        x = jax.lax.stop_gradient(features(state.frozen, both))
-        target = jnp.tile(jnp.arange(2), len(pasted))
-
-        def loss(params):  # Eq. 2: the two terms, each a mean over the batch
-            head = head_of(params, state.stats)
-            logits = head(x, train=True, axis_name=axis_name)
-            terms = optax.softmax_cross_entropy_with_integer_labels(logits, target)
-            return 2 * jnp.mean(terms), (stats_of(head), jnp.mean(jnp.argmax(logits, 1) == target))
-
-        (value, (stats, accuracy)), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
-        value, grads, stats, accuracy = averaged((value, grads, stats, accuracy), axis_name)
-        optimiser = adamw(schedule(state.step), betas=tuple(proxy.betas), decay=proxy.decay)
-        updates, opt = optimiser.update(grads, state.opt, state.params)
-        params = optax.apply_updates(state.params, updates)
-        metrics = {
-            "loss": value,
-            "accuracy": accuracy,
-            "lung_fields_found": averaged(jnp.mean(~jnp.all(batch["lungs"], (1, 2))), axis_name),
-            "lr": schedule(state.step),
-            "grad_norm": optax.tree.norm(grads),
-        }
-        return State(params, opt, stats, state.frozen, state.step + 1), metrics
-
-    def margin_of(results, image) -> Float[Array, " b"]:
-        """Logit abnormal less logit normal of h_0(f_0(x)); its sigmoid is Stage 1's score softmax(h_0(f_0(x)))_1."""
-        head = head_of(results["proxy"]["params"], results["proxy"]["stats"])
-        logits = head(features(results["pretrain"]["params"], image), train=False)
-        return logits[:, 1] - logits[:, 0]
-
-    # --- the pseudo-labels: one sweep over the unlabelled images ---------------------------------------------------
-
-    def labels_init(key, results, n):
-        frozen = {name: {k: results[name][k] for k in ("params", "stats")} for name in ("pretrain", "proxy")}
-        return State({}, {}, {"margin": jnp.zeros(n)}, frozen, jnp.int32(0))
-
-    def labels_step(state, batch, key, *, steps, axis_name=None):
-        index, margin = batch["index"], margin_of(state.frozen, batch["image"])
-        if axis_name is not None:
-            index, margin = jax.lax.all_gather((index, margin), axis_name, tiled=True)
-        stats = {"margin": state.stats["margin"].at[index].set(margin)}
-        return state._replace(stats=stats, step=state.step + 1), {"abnormal_share": jnp.mean(margin > 0)}
-
-    def labels_table(rows, results):
-        margin = np.asarray(results["labels"]["stats"]["margin"])
-        label, kept = pseudo_labels(margin, adapt.percentile, adapt.percentile_over)
-        for c, word in enumerate(("normal", "abnormal")):
-            if (n := int(np.sum((margin > 0) == c))) < 2:
-                log(f"warning: labels: {n} unlabelled images are predicted {word}: raise proxy.steps")
-        ids, known = [rows[i].id for i in unlabelled(rows)], unlabeled_labels(config, rows)
-        return [
-            {
-                "id": name,
-                "p_abnormal": float(1 / (1 + np.exp(-np.float64(m)))),
-                "predicted": int(m > 0),
-                "kept": int(k),
-                "module": "AB"[c] if k else "",
-                "hidden_label": known.get(name, ""),  # where given: to judge the pseudo-labels by, never to train on
-            }
-            for name, m, c, k in zip(ids, margin, label, kept, strict=True)
-        ]
-
-    # --- score (Eq. 4) -----------------------------------------------------------------------------------------------
-
-    def score(results, batch, key, *, chunk=None):
-        keys, image = case_keys(key, batch["case"]), normalise(batch["image"])
-        view = partial(
-            reconstruct,
-            image=image,
-            keys=keys,
-            patch=patch,
-            ratio=ratio,
-            masks=evaluation.masks,
-            paste=evaluation.paste,
-            chunk=chunk,
-        )
-        passes = {
-            name: view(mae_of(results[name]["params"]))
-            for name in names
-            if name in ("pretrain", "module_a", "module_b")
-        }
-        maps = {"mae": jnp.mean(passes["pretrain"].error, axis=-1)}
-        if "module_b" in passes:
-            a, b = passes["module_a"], passes["module_b"]
-            maps["stage2"] = jnp.mean(jnp.abs(a.mean - b.mean), axis=-1)  # Eq. 4
-            # ours: by how much B, which saw anomalies, explains the hidden patches better than A. Eq. 4 has no sign: it
-            # grows as well where A is the better one, on normals; short training shows it (benchmarks/results).
-            maps["stage2_error"] = jnp.mean(a.error - b.error, axis=-1)
-        if "module_a" in passes:
-            # The paper's Mask Rec. where the module was trained on both sets, else module A's reconstruction error.
-            name = "mask_rec" if config.variant == "mask_rec" else "module_a"
-            maps[name] = jnp.mean(passes["module_a"].error, axis=-1)
-        scores = {name: jnp.mean(m, axis=tuple(range(1, m.ndim))) for name, m in maps.items()}
-        if "proxy" in names:
-            scores["stage1"] = jax.nn.sigmoid(margin_of(results, batch["image"]))
-        mean, std = moments_of(batch["image"], config.data)
-        normal = passes["module_a" if "module_a" in passes else "pretrain"].mean  # what normal anatomy would look like
-        if batch["image"].shape[-1] != model.channels:
-            normal = jnp.mean(normal, axis=-1, keepdims=True)
-        return {"maps": maps, "scores": scores, "reconstruction": normal * std + mean}
-
-    def everything(rows, results):
-        return np.concatenate([normals(rows), unlabelled(rows)])
-
-    adapted = lambda key, results: results["pretrain"]["params"]
-    fresh = lambda key, results: mae_init(key)[0]
-    pretrain_init, pretrain_step = reconstruction(config.pretrain)
-    adapt_init, adapt_step = reconstruction(adapt)  # one function for both modules: one compiled program
-    pretrain_steps, proxy_steps, adapt_steps = (steps_of(c, config.budget) for c in (config.pretrain, proxy, adapt))
-    init_a = partial(adapt_init, adapted)
-    normal_rows, unlabelled_rows = (lambda rows, results: normals(rows)), (lambda rows, results: unlabelled(rows))
-    sweep = lambda n: -(-n // proxy.batch)
-    lungs = {"lungs": lung_field}
-    stages = (
-        Stage(
-            "pretrain",
-            config.pretrain.batch,
-            everything,
-            pretrain_steps,
-            partial(pretrain_init, fresh),
-            pretrain_step,
-            weights="instead",
-            parts=parts,
-        ),
-        Stage("proxy", proxy.batch, normal_rows, proxy_steps, proxy_init, proxy_step, host=lungs),
-        Stage(
-            "labels", proxy.batch, unlabelled_rows, sweep, labels_init, labels_step, shuffle=False, table=labels_table
-        ),
-        Stage("module_a", adapt.batch, rows_a, adapt_steps, init_a, adapt_step, parts=parts),
-        Stage("module_b", adapt.batch, rows_b, adapt_steps, init_a, adapt_step, parts=parts),
-    )
-    primary = DISCREPANCIES[evaluation.discrepancy] if "module_b" in names else config.variant
+    names, networks = VARIANTS[config.variant], networks_of(config)
+    primary = DISCREPANCIES[config.evaluation.discrepancy] if "module_b" in names else config.variant
     return System(
-        "amae",
-        tuple(stage for stage in stages if stage.name in names),
-        score,
-        tuple(name for name in names if name != "labels"),
-        primary,
-        evaluation.masks,
+        name="amae",
+        stages=tuple(stage for stage in stages(networks) if stage.name in names),
+        uses=tuple(name for name in names if name != "labels"),
+        primary=primary,
+        score=partial(score, networks),
+        masks=config.evaluation.masks,
+        repetitions="masks",
         averaged=primary != "stage2",  # a difference of means
     )

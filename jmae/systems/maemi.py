@@ -7,126 +7,208 @@ Differences: the released code's position codes, averaging and unclipped test im
 One stage, `train`: random crops of the healthy parts of volumes, masked reconstruction. Score: Eq. 2 and 3.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
+from math import prod
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Key, PyTree
 from ml_collections import ConfigDict
 
-from jmae.data.manifest import Row
+from jmae import recipe
 from jmae.data.transforms import random_flip
 from jmae.data.volumes import check_settings
 from jmae.errors import InputError
-from jmae.masking import hidden, random_mask, sample_keys, visible_tokens
-from jmae.optim import accumulated, adamw, warmup_cosine
+from jmae.masked import LEAST_RATE, MODEL_KEYS, TRAINING_KEYS, WEIGHTS_KEYS, declared, start, train_step, training
+from jmae.masking import hidden, random_mask, visible_tokens
+from jmae.nn.mae import MAE
 from jmae.patches import grid_of, patchify, sincos_positions, unpatchify
-from jmae.reconstruct import masked_loss
 from jmae.scoring import minimum_filter
-from jmae.system import Stage, State, Sweep, System, averaged, masked_autoencoder, steps_of
+from jmae.system import Pretrained, Results, Stage, Sweep, System, masked_autoencoder, rows_of, steps_of
+from jmae.windows import average
 
-SEEN = 1e-6  # weight of a visible token's error beside a hidden one's, where only these count
+KEYS = {
+    "checkpoint_every": recipe.Key(5000, "Steps between two checkpoints.", "steps", least=1),
+    "data.size": recipe.Key((240, 168, 8), "Size of a training crop and of a window.", "voxels", least=1, length=3),
+    "data.channels": recipe.Key(2, "Sequences of a volume; the paper's: without and with fat saturation.", least=1),
+    "data.spacing": recipe.Key(
+        (0.75, 0.75, 1.0), "Working voxel size; () keeps the file's own.", "mm", above=0, length=3, empty=True
+    ),
+    "data.join": recipe.Key(
+        "resample",
+        'How sequences on different grids are joined: "resample", or "same" refuses them.',
+        choices=("resample", "same"),
+    ),
+    "data.crop": recipe.Key(
+        "region",
+        'Part of a volume that is used: "region", the box around the region, or "none", all of it.',
+        choices=("region", "none"),
+    ),
+    "data.crop_least": recipe.Key(
+        (200.0, 200.0, 50.0), "Least edges of the box around the region.", "mm", above=0, length=3, empty=True
+    ),
+    "data.crop_most": recipe.Key(
+        (350.0, 350.0, 100.0), "Greatest edges of the box around the region.", "mm", above=0, length=3, empty=True
+    ),
+    "data.crop_margin": recipe.Key(
+        20.0, "Margin around a lesion that sticks out of that box, in training volumes.", "mm", least=0
+    ),
+    "data.region": recipe.Key(
+        "", '"nonzero": rows without a region have the voxels that are not 0.', choices=("", "nonzero")
+    ),
+    "data.normal_crops_only": recipe.Key(
+        False, "Whether abnormal training rows with a mask are used, by crops that touch no lesion, instead of refused."
+    ),
+    "data.least_region": recipe.Key(0.0, "Least share of a training crop that lies in the region.", least=0, most=1),
+    "data.normalise": recipe.Key(
+        "crop", 'Voxels whose moments standardise a volume: "crop" or "region".', choices=("crop", "region")
+    ),
+    "data.mean": recipe.Key(0.5, "Mean of a standardised volume."),
+    "data.std": recipe.Key(0.25, "Deviation of a standardised volume.", above=0),
+    "data.clip": recipe.Key((0.001, 1.5), "Bounds of the values that the network sees.", length=2),
+    "data.flips": recipe.Key((0, 1), "Axes, each mirrored with probability 1/2.", choices=(0, 1, 2)),
+    **declared(
+        "model", MODEL_KEYS | WEIGHTS_KEYS, patch=(8, 8, 2), decoder_width=384, decoder_depth=4, decoder_heads=16
+    ),
+    "model.weights_part": recipe.Key(
+        "blocks",
+        'Part of the network that takes the weights: "blocks", the encoder\'s transformer blocks; "encoder"; "mae".',
+        choices=("blocks", "encoder", "mae"),
+    ),
+    **declared(
+        "train",
+        TRAINING_KEYS | LEAST_RATE,
+        epochs=1000,
+        batch=6,
+        mask_ratio=0.90,
+        lr=1e-3,
+        lr_least=1e-4,
+        warmup=7 / 1000,
+    ),
+    "compat.position": recipe.Key(False, "The released code's permuted position codes."),
+    "compat.averaging": recipe.Key(False, "The released code's averaging: voxels under few windows weigh more."),
+    "compat.clip": recipe.Key(False, "The released code's test images, which are not clipped."),
+    "evaluation.batch": recipe.Key(64, "Windows that are scored at a time; fewer where memory is short.", least=1),
+    "evaluation.stride": recipe.Key((64, 42, 2), "Distance between windows.", "voxels", least=1, length=3),
+    "evaluation.repeats": recipe.Key(6, "Sweeps over all windows, each with new masks.", least=1),
+    "evaluation.mask_ratio": recipe.Key(0.90, "Share of a window's tokens that a mask hides.", above=0, below=1),
+    "evaluation.filter": recipe.Key((3, 3, 2), "Edges of the minimum filter.", "voxels", least=1, length=3),
+    "evaluation.error": recipe.Key(
+        "all",
+        'Tokens whose error counts: "all", or "hidden" (ours), as the output at visible tokens is not trained.',
+        choices=("all", "hidden"),
+    ),
+}
+
+VISIBLE = 1e-6  # weight of a visible token's error beside a hidden token's, where only the latter counts
+
+
+@dataclass(frozen=True)
+class Networks:
+    """The network of a recipe, and the recipe: `init` and `mae_of` are those of `system.network`."""
+
+    config: ConfigDict
+    init: Callable[[Array], tuple[PyTree, PyTree]]
+    mae_of: Callable[[PyTree], MAE]
 
 
 def released_positions(grid: tuple[int, ...], width: int) -> np.ndarray:
-    """The released code's permuted codes: a meshgrid in (S, L, P) order with its first two axes exchanged, read as if
-    it were (P, L, S). Unique for each token, but neighbours in space are not neighbours in code."""
+    """The released code's permuted position codes (n, width).
+
+    That code exchanges the first two axes of a meshgrid in (S, L, P) order and reads it as if it were (P, L, S). Codes
+    are unique for each token, but neighbours in space are not neighbours in code.
+    """
     p, l, s = grid  # noqa: E741
     order = np.arange(p * l * s).reshape(p, l, s).transpose(1, 2, 0).reshape(-1)
     return sincos_positions(grid, width)[order]
 
 
+# --- loss: masked reconstruction of a random crop (masked.train_step) -------------------------------------------------
+
+
+def view(data: ConfigDict, image: Float[Array, "b *size c"], keys: Key[Array, " b"]) -> Float[Array, "b *size c"]:
+    """Clipped crops, mirrored at random."""
+    flip = partial(random_flip, axes=tuple(int(axis) for axis in data.flips))
+    return jax.vmap(flip)(jnp.clip(image, *data.clip), keys)
+
+
+# --- score (Eq. 2 and 3) ----------------------------------------------------------------------------------------------
+
+
+def window_error(
+    networks: Networks, results: Results, image: Float[Array, "b *size c"], keys: Key[Array, " b"]
+) -> tuple[Float[Array, "b *size k"], Float[Array, "b *size 1"]]:
+    """Eq. 2 of each window under one random mask: (values, weights).
+
+    Values are the filtered squared error of each sequence at all tokens, visible tokens too, and then the prediction.
+    Weights are 1 at hidden and almost 0 at visible tokens: only a voxel that no mask hid has a visible token's error.
+    """
+    config, mae = networks.config, networks.mae_of(results["train"]["params"])
+    size, patch = image.shape[1:-1], tuple(config.model.patch)
+    image = image if config.compat.clip else jnp.clip(image, *config.data.clip)
+    patches = patchify(image, patch)
+    tokens = patches.shape[1]
+    visible = visible_tokens(tokens, config.evaluation.mask_ratio)
+    keep, restore = random_mask(keys, tokens, visible)
+    prediction = unpatchify(mae(patches, keep, restore), size, patch)
+    error = minimum_filter((image - prediction) ** 2, tuple(config.evaluation.filter))
+    weights = jnp.where(hidden(restore, visible), 1, VISIBLE)[..., None]
+    weights = jnp.broadcast_to(weights, (*restore.shape, prod(patch)))
+    return jnp.concatenate([error, prediction], -1), unpatchify(weights, size, patch)
+
+
+def fuse(edges: tuple[int, ...], averages: Float[Array, "*size k"], inside: Bool[Array, "*size"]) -> dict:
+    """Eq. 3: the mean over sequences, after a second minimum filter with these edges."""
+    error, prediction = jnp.split(averages, 2, -1)
+    mean = jnp.where(inside, jnp.mean(error, -1), jnp.inf)
+    fused = minimum_filter(mean[None, ..., None], edges)[0, ..., 0]
+    return {"maps": {"maemi": jnp.where(inside, fused, 0)}, "reconstruction": prediction}
+
+
+# --- system -----------------------------------------------------------------------------------------------------------
+
+
+def check(config: ConfigDict) -> None:
+    """Raises InputError on settings that do not fit together."""
+    size, stride = tuple(config.data.size), tuple(config.evaluation.stride)
+    check_settings(config.data)
+    if any(s > w for s, w in zip(stride, size, strict=True)):
+        raise InputError(f"evaluation.stride {stride} leaves gaps: from 1 to data.size {size}")
+    if config.compat.averaging and config.evaluation.error == "hidden":
+        raise InputError("compat.averaging is of evaluation.error='all', as the released code: set that")
+    tokens = prod(grid_of(size, tuple(config.model.patch)))
+    for ratio in (config.train.mask_ratio, config.evaluation.mask_ratio):
+        visible_tokens(tokens, ratio)
+
+
 def build(config: ConfigDict) -> System:
     """The MAEMI system that a recipe describes; raises InputError on settings that do not fit together."""
-    data, train, evaluation, compat = config.data, config.train, config.evaluation, config.compat
-    check_settings(data)
-    size, patch, stride = tuple(data.size), tuple(config.model.patch), tuple(evaluation.stride)
-    filtered, ratio = tuple(evaluation.filter), evaluation.mask_ratio
-    low, high = data.clip
-    if len(size) != len(stride) or len(size) != len(filtered):
-        raise InputError(
-            f"data.size {size}, evaluation.stride {stride} and evaluation.filter {filtered}: a value an axis"
-        )
-    if any(not 0 < s <= w for s, w in zip(stride, size, strict=True)) or evaluation.repeats < 1:
-        raise InputError(f"evaluation.stride {stride} is from 1 to data.size {size}, evaluation.repeats 1 or more")
-    if min(filtered) < 1:
-        raise InputError(f"evaluation.filter {filtered}: 1 voxel or more on each axis")
-    if compat.averaging and evaluation.error == "hidden":
-        raise InputError("compat.averaging is of evaluation.error='all', as the released code: set that")
-    if evaluation.error not in ("all", "hidden"):
-        raise InputError(f"evaluation.error is {evaluation.error!r}: 'all' tokens (the paper) or 'hidden' ones (ours)")
-    tokens = int(np.prod(grid_of(size, patch)))
-    kept = visible_tokens(tokens, ratio)
-    visible_tokens(tokens, train.mask_ratio)
+    check(config)
+    data, evaluation, compat = config.data, config.evaluation, config.compat
+    patch = tuple(config.model.patch)
     positions = released_positions if compat.position else sincos_positions
     init, mae_of = masked_autoencoder(config, data.channels, positions=positions)
-    optimiser = partial(adamw, betas=tuple(train.betas), decay=train.decay)
-
-    # --- loss: masked reconstruction of a random crop ------------------------------------------------------------
-
-    def train_init(key, results, n):
-        params, _ = init(key)
-        return State(params, optimiser(0.0).init(params), {}, {}, jnp.int32(0))
-
-    def train_step(state, batch, key, *, steps, axis_name=None):
-        schedule = warmup_cosine(train.lr, warmup=train.warmup * steps, steps=steps, least=train.lr_least)
-        mask, view = jnp.moveaxis(jax.vmap(jax.random.split)(sample_keys(key, batch["index"])), 1, 0)
-        image = jax.vmap(partial(random_flip, axes=tuple(data.flips)))(jnp.clip(batch["image"], low, high), view)
-
-        def loss(params, image, mask):
-            return masked_loss(mae_of(params), image, mask, patch=patch, ratio=train.mask_ratio, masks=1)
-
-        found = accumulated(loss, config.get("accumulate", 1))(state.params, image, mask)
-        value, grads = averaged(found, axis_name)
-        updates, opt = optimiser(schedule(state.step)).update(grads, state.opt, state.params)
-        metrics = {"loss": value, "lr": schedule(state.step), "grad_norm": optax.tree.norm(grads)}
-        return State(optax.apply_updates(state.params, updates), opt, {}, {}, state.step + 1), metrics
-
-    # --- score (Eq. 2 and 3) -----------------------------------------------------------------------------------------
-
-    def window_error(results, image: Float[Array, "b *size c"], keys) -> tuple[Array, Array]:
-        """Eq. 2 of each window under one random mask: the filtered squared error of each sequence at all tokens,
-        visible ones too, and the prediction; weights are 1 where a voxel was hidden and all but 0 where not, so that
-        only voxels that no mask hid have the error of a visible token."""
-        mae, image = mae_of(results["train"]["params"]), image if compat.clip else jnp.clip(image, low, high)
-        patches = patchify(image, patch)
-        keep, restore = random_mask(keys, tokens, kept)
-        prediction = unpatchify(mae(patches, keep, restore), size, patch)
-        error = minimum_filter((image - prediction) ** 2, filtered)
-        weights = jnp.where(hidden(restore, kept), 1, SEEN)[..., None]
-        weights = jnp.broadcast_to(weights, (*restore.shape, int(np.prod(patch))))
-        return jnp.concatenate([error, prediction], -1), unpatchify(weights, size, patch)
-
-    def fuse(averages: Float[Array, "*size k"], inside: Bool[Array, "*size"]) -> dict:
-        """Eq. 3: the mean over sequences, filtered once more."""
-        error, prediction = jnp.split(averages, 2, -1)
-        mean = jnp.where(inside, jnp.mean(error, -1), jnp.inf)
-        fused = minimum_filter(mean[None, ..., None], filtered)[0, ..., 0]
-        return {"maps": {"maemi": jnp.where(inside, fused, 0)}, "reconstruction": prediction}
-
-    def rows(rows: list[Row], results) -> np.ndarray:
-        return np.array([i for i, row in enumerate(rows) if row.split == "train"], np.int64)
-
+    networks = Networks(config, init, mae_of)
+    train = training(config.train, mae_of=mae_of, view=partial(view, data), patch=patch, parts=config.accumulate)
     stage = Stage(
-        "train",
-        train.batch,
-        rows,
-        steps_of(train, config.budget),
-        train_init,
-        train_step,
-        weights="start",
-        positions=positions,
-        parts=config.get("accumulate", 1),
+        name="train",
+        rows=rows_of,
+        batch=config.train.batch,
+        steps=steps_of(config.train, config.budget),
+        init=partial(start, train, init),
+        step=partial(train_step, train),
+        pretrained=Pretrained(use="start", positions=positions),
+        parts=config.accumulate,
     )
     sweep = Sweep(
-        size,
-        stride,
-        evaluation.repeats,
-        window_error,
-        fuse,
-        weighted=evaluation.error == "hidden",
-        released=compat.averaging,
+        window=tuple(data.size),
+        stride=tuple(evaluation.stride),
+        repeats=evaluation.repeats,
+        score=partial(window_error, networks),
+        fuse=partial(fuse, tuple(evaluation.filter)),
+        average=partial(average, weighted=evaluation.error == "hidden", released=compat.averaging),
     )
-    return System("maemi", (stage,), None, ("train",), "maemi", sweep=sweep)
+    return System(name="maemi", stages=(stage,), uses=("train",), primary="maemi", sweep=sweep, repetitions="repeats")

@@ -1,4 +1,4 @@
-"""MemMC-MAE: a masked autoencoder with a memory in its encoder and a decoder that sees all of the encoder's levels.
+"""MemMC-MAE: a masked autoencoder with a memory in its encoder and a decoder that attends to all encoder levels.
 
 Tian, Pang, Liu et al., "Unsupervised Anomaly Detection in Medical Images with a Memory-augmented Multi-level
 Cross-attentional Masked Autoencoder", MLMI 2023, arXiv 2203.11725. No code of it is public. Consulted, for what the
@@ -7,187 +7,302 @@ paper leaves open: meshed-memory-transformer (memory, gates), facebookresearch/m
 
 One stage, `train`: masked reconstruction. Score: multi-scale structural dissimilarity of the image and its
 reconstructions under several masks. The rows of the paper's ablation are `model.memory` (0: none), `model.mc_decoder`
-and `model.long_skips`.
+and `model.long_skips`. [D] marks a value that the paper leaves open.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
+from math import prod
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Key, PyTree
 from ml_collections import ConfigDict
 
-from jmae.data.manifest import Row
-from jmae.data.transforms import moments_of, random_flip, random_resized_crop
+from jmae import recipe
+from jmae.data.transforms import moments_of
 from jmae.data.volumes import check_settings
 from jmae.errors import InputError
-from jmae.masking import case_keys, sample_keys, visible_tokens
+from jmae.masked import (
+    MODEL_KEYS,
+    STANDARDISING_KEYS,
+    TRAINING_KEYS,
+    crop_and_flip,
+    declared,
+    standardised,
+    start,
+    train_step,
+    training,
+)
+from jmae.masking import case_keys, visible_tokens
 from jmae.nn.mae import MAE
-from jmae.nn.memory import MultiLevelMAE
-from jmae.optim import accumulated, adamw, warmup_cosine
+from jmae.nn.memory import GATES, MultiLevelMAE
+from jmae.optim import adamw
 from jmae.patches import grid_of, patchify
-from jmae.reconstruct import Reconstruction, masked_loss, reconstruct
-from jmae.scoring import check_ssim, ms_ssim, ms_ssim_map
-from jmae.system import Stage, State, Sweep, System, averaged, masked_autoencoder, steps_of
+from jmae.reconstruct import Reconstruction, reconstruct
+from jmae.ssim import check_ssim, ms_ssim, ms_ssim_map
+from jmae.system import Results, Stage, Sweep, System, masked_autoencoder, rows_of, steps_of
 
-SCORES = ("ms_ssim", "ms_ssim_patches", "mse", "ms_ssim_product")
+SCORES = ("ms_ssim", "ms_ssim_patches", "mse", "ms_ssim_product")  # the last one is of whole images, without a map
+
+KEYS = {
+    "checkpoint_every": recipe.Key(5000, "Steps between two checkpoints.", "steps", least=1),
+    "data.crop_scale": recipe.Key(
+        (0.2, 1.0),
+        "Share of the image that a random resized crop takes [D]; ours: of the image at `size`; (): no crop.",
+        above=0,
+        most=1,
+        length=2,
+        empty=True,
+    ),
+    **declared("model", MODEL_KEYS),
+    "model.channels": recipe.Key(3, "Channels of the network; a grey image is repeated.", least=1),
+    "model.memory": recipe.Key(40, "Memory slots of each encoder block [D]; 0: plain attention.", least=0),
+    "model.mc_decoder": recipe.Key(True, "Whether the decoder attends to all encoder levels; the MAE's does not."),
+    "model.gate": recipe.Key(
+        "channel",
+        'Gates of a level: "channel", a number for each channel and token [D]; "token", one for each token.',
+        choices=GATES,
+    ),
+    "model.mc_norm": recipe.Key(True, "Whether the sum over levels is divided by the root of their number [D]."),
+    "model.long_skips": recipe.Key(
+        True, "Whether the output of block i is added to the input of block depth - 1 - i [D], in both stacks."
+    ),
+    **declared("train", TRAINING_KEYS, epochs=2000, lr=1.5e-3, warmup=5 / 2000),
+    "train.clip": recipe.Key(0.0, "Greatest norm of the gradient; 0: any.", least=0),
+    "evaluation.score": recipe.Key("ms_ssim", "The primary score.", choices=SCORES),
+    "evaluation.masks": recipe.Key(10, "Masks of a test image.", least=1),
+    "evaluation.mask_ratio": recipe.Key(0.75, "Share of the tokens that a mask hides.", above=0, below=1),
+    "evaluation.paste": recipe.Key(
+        True, "Whether visible patches are the input's [D]; False: the decoder's output everywhere."
+    ),
+    "evaluation.window": recipe.Key((11, 11), "Edges of the SSIM window, odd; IGD's [D].", "pixels", least=1),
+    "evaluation.sigma": recipe.Key(1.5, "Deviation of the SSIM window's weights; IGD's [D].", "pixels", above=0),
+    "evaluation.scales": recipe.Key(
+        (0.0448, 0.2856, 0.3001, 0.2363, 0.1333), "Weights of the scales, the finest one first.", above=0
+    ),
+    "evaluation.pool": recipe.Key((2, 2), "Pixels of a scale that make one of the next scale.", least=1),
+    "evaluation.l1_weight": recipe.Key(
+        0.0, "Share of the absolute error in the map; 0: MS-SSIM alone; IGD: 0.15.", least=0, most=1
+    ),
+    "evaluation.iou": recipe.Key(
+        95.0,
+        "Percentile of the pixels of val's normals at which lesions are outlined for the IoU; 0: no IoU.",
+        "%",
+        least=0,
+        most=100,
+    ),
+}
+IMAGE_KEYS = {
+    **declared("data", STANDARDISING_KEYS, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)),
+    "data.flips": recipe.Key((), "Axes, each mirrored with probability 1/2; the paper lists none.", choices=(0, 1)),
+}
+VOLUME_KEYS = {
+    "data.channels": recipe.Key(2, "Sequences of a volume.", least=1),
+    "data.normalise": recipe.Key(
+        "region", 'Voxels whose moments standardise a volume: "crop" or "region".', choices=("crop", "region")
+    ),
+    "data.mean": recipe.Key(0.5, "Mean of a standardised volume."),
+    "data.std": recipe.Key(0.25, "Deviation of a standardised volume.", above=0),
+    "data.clip": recipe.Key((0.001, 1.5), "Bounds of the values that the network sees.", length=2),
+    "data.flips": recipe.Key((0, 1), "Axes, each mirrored with probability 1/2.", choices=(0, 1, 2)),
+    "evaluation.score": recipe.Key("ms_ssim", "The primary score.", choices=SCORES[:3]),
+    "evaluation.iou": recipe.Key(0.0, "Only for images: 0, no IoU.", "%", least=0, most=0),
+}
 
 
-def build(config: ConfigDict) -> System:
-    """The MemMC-MAE system that a recipe describes; raises InputError on settings that do not fit together."""
-    data, model, train, evaluation = config.data, config.model, config.train, config.evaluation
-    size, patch, rank, volumes = tuple(data.size), tuple(model.patch), len(data.size), "join" in data
-    if (rank == 3) != volumes:
-        raise InputError(f"data.size has {rank} axes: take the preset {'small3d' if rank == 3 else 'small'}")
-    if volumes:
-        check_settings(data)
-    elif data.normalise not in ("fixed", "image"):
-        raise InputError(f"data.normalise is {data.normalise!r}: 'fixed' or 'image'")
-    if data.normal_crops_only and not volumes:
-        raise InputError("memmc_mae trains on whole images: take abnormal rows out of train and normal_crops_only back")
-    if evaluation.score not in SCORES[: 3 if volumes else 4]:
-        raise InputError(f"evaluation.score is {evaluation.score!r}: one of {', '.join(SCORES[: 3 if volumes else 4])}")
-    if model.memory < 0 or evaluation.masks < 1 or train.clip < 0:
-        raise InputError("model.memory and train.clip are 0 or more, evaluation.masks 1 or more")
-    if model.channels != data.channels and (volumes or data.channels != 1):
-        raise InputError(
-            f"model.channels is {model.channels}, data.channels {data.channels}: set --config.model.channels="
-            f"{data.channels} too (one channel alone is repeated, in 2D)"
-        )
-    if (
-        not volumes
-        and data.normalise == "fixed"
-        and any(np.size(m) not in (1, model.channels) for m in (data.mean, data.std))
-    ):
-        raise InputError(f"data.mean and data.std: one value, or one for each of {model.channels} model.channels")
-    if not evaluation.scales or min(evaluation.scales) <= 0 or evaluation.sigma <= 0 or min(evaluation.pool) < 1:
-        raise InputError(
-            "evaluation.scales are weights above 0, evaluation.sigma is above 0, evaluation.pool 1 or more"
-        )
-    if not 0 <= evaluation.l1_weight <= 1:
-        raise InputError(f"evaluation.l1_weight is {evaluation.l1_weight}: from 0 (MS-SSIM alone) to 1")
-    if any(axis not in range(rank) for axis in data.flips):
-        raise InputError(f"data.flips {tuple(data.flips)}: axes, 0 to {rank - 1}")
-    check_ssim(size, tuple(evaluation.window), evaluation.scales, tuple(evaluation.pool))
-    tokens = int(np.prod(grid_of(size, patch)))
-    for ratio in (train.mask_ratio, evaluation.mask_ratio):
-        visible_tokens(tokens, ratio)
-    make = partial(MultiLevelMAE, gate=model.gate, normed=model.mc_norm) if model.mc_decoder else MAE
-    other = {"memory": model.memory, "long_skips": model.long_skips}
-    init, mae_of = masked_autoencoder(config, model.channels, make, **other)
+@dataclass(frozen=True)
+class Networks:
+    """The network of a recipe, and the recipe: `init` and `mae_of` are those of `system.network`."""
 
-    # --- images in the network's range -------------------------------------------------------------------------------
+    config: ConfigDict
+    init: Callable[[Array], tuple[PyTree, PyTree]]
+    mae_of: Callable[[PyTree], MAE]
 
-    def prepared(image: Float[Array, "b *size c"], whole: Array | None = None) -> tuple[Array, Array]:
-        """(standardised images, span of values (b,) that an image can have); one channel is repeated. Where each image
-        has its own moments, those of a crop are its whole image's."""
-        if volumes:
-            low, high = data.clip
-            return jnp.clip(image, low, high), jnp.full(len(image), high - low)
-        mean, std = moments_of(image if whole is None else whole, data)
-        wide = jnp.broadcast_to((image - mean) / std, (*image.shape[:-1], model.channels))
-        dark, bright = ((end - mean) / std + jnp.zeros((len(image), *[1] * rank, 1)) for end in (0, 1))
-        axes = tuple(range(1, image.ndim))
-        return wide, jnp.max(bright, axes) - jnp.min(dark, axes)  # ImageNet's moments: 4.7579, as IGD's
 
-    # --- loss: masked reconstruction ---------------------------------------------------------------------------------
+# --- loss: masked reconstruction (masked.train_step) ------------------------------------------------------------------
 
-    clip = [optax.clip_by_global_norm(train.clip)] if train.clip else []
-    optimiser = lambda lr: optax.chain(*clip, adamw(lr, betas=tuple(train.betas), decay=train.decay))
 
-    def train_init(key, results, n):
-        params, _ = init(key)
-        return State(params, optimiser(0.0).init(params), {}, {}, jnp.int32(0))
+def view(config: ConfigDict, image: Float[Array, "b *size c"], keys: Key[Array, " b"]) -> Float[Array, "b *size k"]:
+    """Crops and flips of images, in the network's range and channels."""
+    data, volumes, raw = config.data, recipe.is_volume(config), image
+    image = jnp.clip(image, *data.clip) if volumes else image
+    image = crop_and_flip(image, keys, scale=tuple(data.crop_scale), axes=tuple(int(axis) for axis in data.flips))
+    return jnp.clip(image, *data.clip) if volumes else standardised(image, config, raw)
 
-    def train_step(state, batch, key, *, steps, axis_name=None):
-        schedule = warmup_cosine(train.lr, warmup=train.warmup * steps, steps=steps)
-        mask, view = jnp.moveaxis(jax.vmap(jax.random.split)(sample_keys(key, batch["index"])), 1, 0)
-        crop, flip = jnp.moveaxis(jax.vmap(jax.random.split)(view), 1, 0)
-        image = jnp.clip(batch["image"], *data.clip) if volumes else batch["image"]
-        if (
-            data.crop_scale
-        ):  # before one channel is repeated; the crop's weights add up to 1: the order changes rounding alone
-            image = jax.vmap(partial(random_resized_crop, scale=tuple(data.crop_scale)))(image, crop)
-        image = jax.vmap(partial(random_flip, axes=tuple(int(axis) for axis in data.flips)))(image, flip)
-        image, _ = prepared(image, batch["image"])
 
-        def loss(params, image, mask):
-            return masked_loss(mae_of(params), image, mask, patch=patch, ratio=train.mask_ratio, masks=1)
+# --- score ------------------------------------------------------------------------------------------------------------
 
-        found = accumulated(loss, config.get("accumulate", 1))(state.params, image, mask)
-        value, grads = averaged(found, axis_name)
-        updates, opt = optimiser(schedule(state.step)).update(grads, state.opt, state.params)
-        metrics = {"loss": value, "lr": schedule(state.step), "grad_norm": optax.tree.norm(grads)}
-        return State(optax.apply_updates(state.params, updates), opt, {}, {}, state.step + 1), metrics
 
-    # --- score -------------------------------------------------------------------------------------------------------
+def span_of(config: ConfigDict, image: Float[Array, "b *size c"]) -> Float[Array, " b"]:
+    """Span of the values that each image can have in the network's range."""
+    if recipe.is_volume(config):
+        low, high = config.data.clip
+        return jnp.full(len(image), high - low)
+    mean, std = moments_of(image, config.data)
+    dark, bright = ((end - mean) / std + jnp.zeros((len(image), *[1] * (image.ndim - 1))) for end in (0, 1))
+    axes = tuple(range(1, image.ndim))
+    return jnp.max(bright, axes) - jnp.min(dark, axes)  # ImageNet's moments: 4.7579, as IGD's
 
+
+def dissimilarity(
+    evaluation: ConfigDict,
+    image: Float[Array, "b *size c"],
+    reconstruction: Float[Array, "b *size c"],
+    *,
+    span: Float[Array, " b"],
+) -> dict[str, Array]:
+    """How unlike its reconstruction each image is: {"map": (b, *size), "product": (b,)}.
+
+    "map" is D = sum_j w_j (1 - SSIM_j) of IGD, with a share `l1_weight` of |x - x'| / span. "product" is 1 - MS-SSIM,
+    the product over scales.
+    """
     similarity = dict(
         window=tuple(evaluation.window),
         sigma=evaluation.sigma,
         weights=tuple(evaluation.scales),
         pool=tuple(evaluation.pool),
     )
+    share = evaluation.l1_weight
 
-    def unlike(image: Array, reconstruction: Array, span: Array) -> dict[str, Array]:
-        """How unlike an image (b, *size, c) one reconstruction of it is: the map D = sum_j w_j (1 - SSIM_j) of IGD,
-        with a share `l1_weight` of |x - x'| / span, and 1 - MS-SSIM, the product over scales."""
+    def one(x, y, span):
+        d = ms_ssim_map(x[None], y[None], data_range=span, **similarity)[0]
+        d = d if not share else (1 - share) * d + share * jnp.mean(jnp.abs(x - y), -1) / span
+        return {"map": d, "product": 1 - ms_ssim(x[None], y[None], data_range=span, **similarity)[0]}
 
-        def one(x, y, span):
-            d = ms_ssim_map(x[None], y[None], data_range=span, **similarity)[0]
-            share = evaluation.l1_weight
-            d = d if not share else (1 - share) * d + share * jnp.mean(jnp.abs(x - y), -1) / span
-            return {"map": d, "product": 1 - ms_ssim(x[None], y[None], data_range=span, **similarity)[0]}
+    return jax.vmap(one)(image, reconstruction, span)
 
-        return jax.vmap(one)(image, reconstruction, span)
 
-    def seen(results, image: Array, keys: Array, masks: int, chunk: int | None) -> tuple[Reconstruction, dict]:
-        """All masks' reconstructions of raw images, and their maps (b, *size)."""
-        image, span = prepared(image)
-        found = reconstruct(
-            mae_of(results["train"]["params"]),
-            image,
-            keys,
-            patch=patch,
-            ratio=evaluation.mask_ratio,
-            masks=masks,
-            paste=evaluation.paste,
-            chunk=chunk,
-            measure=partial(unlike, span=span),
+def reconstructed(
+    networks: Networks,
+    results: Results,
+    raw: Float[Array, "b *size c"],
+    keys: Key[Array, " b"],
+    *,
+    masks: int,
+    chunk: int | None,
+) -> tuple[Reconstruction, dict[str, Array]]:
+    """The reconstruction of images under `masks` masks, and the maps of the first three `SCORES`."""
+    config, evaluation = networks.config, networks.config.evaluation
+    patch = tuple(config.model.patch)
+    image = jnp.clip(raw, *config.data.clip) if recipe.is_volume(config) else standardised(raw, config)
+    found = reconstruct(
+        networks.mae_of(results["train"]["params"]),
+        image,
+        keys,
+        patch=patch,
+        ratio=evaluation.mask_ratio,
+        masks=masks,
+        paste=evaluation.paste,
+        chunk=chunk,
+        measure=partial(dissimilarity, evaluation, span=span_of(config, raw)),
+    )
+    pixel = found.measured["map"]
+    cells = jnp.mean(patchify(pixel[..., None], patch), -1).reshape(len(image), *grid_of(image.shape[1:-1], patch))
+    patches = jax.image.resize(cells, pixel.shape, "linear")
+    return found, {"ms_ssim": pixel, "ms_ssim_patches": patches, "mse": jnp.mean(found.error, -1)}
+
+
+def score(
+    networks: Networks, results: Results, batch: PyTree, key: Key[Array, ""], *, chunk: int | None = None
+) -> dict[str, Any]:
+    """The scores of images; see `System.score`."""
+    config, raw = networks.config, batch["image"]
+    keys = case_keys(key, batch["case"])
+    found, maps = reconstructed(networks, results, raw, keys, masks=config.evaluation.masks, chunk=chunk)
+    scores = {name: jnp.mean(m, tuple(range(1, m.ndim))) for name, m in maps.items()}
+    scores["ms_ssim_product"] = found.measured["product"]
+    mean, std = moments_of(raw, config.data)
+    picture = found.mean * std + mean
+    if config.data.channels != config.model.channels:
+        picture = jnp.mean(picture, -1, keepdims=True)
+    return {"maps": maps, "scores": scores, "reconstruction": picture}
+
+
+def window_score(
+    networks: Networks, results: Results, image: Float[Array, "b *size c"], keys: Key[Array, " b"]
+) -> tuple[Float[Array, "b *size k"], Float[Array, "b *size 1"]]:
+    """(the maps and the reconstruction of windows under one mask, equal weights); see `Sweep.score`."""
+    found, maps = reconstructed(networks, results, image, keys, masks=1, chunk=None)
+    values = [maps[name][..., None] for name in SCORES[:3]]
+    return jnp.concatenate([*values, found.mean], -1), jnp.ones((*image.shape[:-1], 1))
+
+
+def fuse(averages: Float[Array, "*size k"], inside: Bool[Array, "*size"]) -> dict[str, Any]:
+    """The maps and the reconstruction of a volume from the averages of `window_score`."""
+    maps = {name: jnp.where(inside, averages[..., k], 0) for k, name in enumerate(SCORES[:3])}
+    return {"maps": maps, "reconstruction": averages[..., 3:]}
+
+
+# --- system -----------------------------------------------------------------------------------------------------------
+
+
+def check(config: ConfigDict) -> None:
+    """Raises InputError on settings that do not fit together."""
+    data, model, evaluation, volumes = config.data, config.model, config.evaluation, recipe.is_volume(config)
+    size = tuple(data.size)
+    if volumes:
+        check_settings(data)
+    if model.channels != data.channels and (volumes or data.channels != 1):
+        raise InputError(
+            f"model.channels is {model.channels}, data.channels {data.channels}: set --config.model.channels="
+            f"{data.channels} too (one channel alone is repeated, in 2D)"
         )
-        pixel = found.measured["map"]
-        cells = jnp.mean(patchify(pixel[..., None], patch), -1).reshape(len(image), *grid_of(size, patch))
-        patches = jax.image.resize(cells, pixel.shape, "linear")
-        return found, {"ms_ssim": pixel, "ms_ssim_patches": patches, "mse": jnp.mean(found.error, -1)}
+    moments = (np.size(data.mean), np.size(data.std))
+    if not volumes and data.normalise == "fixed" and any(n not in (1, model.channels) for n in moments):
+        raise InputError(f"data.mean and data.std: one value, or one for each of {model.channels} model.channels")
+    if not evaluation.scales:
+        raise InputError("evaluation.scales is empty: give a weight for each scale")
+    check_ssim(size, tuple(evaluation.window), evaluation.scales, tuple(evaluation.pool))
+    tokens = prod(grid_of(size, tuple(model.patch)))
+    for ratio in (config.train.mask_ratio, evaluation.mask_ratio):
+        visible_tokens(tokens, ratio)
 
-    def score(results, batch, key, *, chunk=None):
-        keys = case_keys(key, batch["case"])
-        found, maps = seen(results, batch["image"], keys, evaluation.masks, chunk)
-        scores = {name: jnp.mean(m, tuple(range(1, m.ndim))) for name, m in maps.items()}
-        scores["ms_ssim_product"] = found.measured["product"]
-        mean, std = moments_of(batch["image"], data)
-        picture = found.mean * std + mean
-        if data.channels != model.channels:
-            picture = jnp.mean(picture, -1, keepdims=True)
-        return {"maps": maps, "scores": scores, "reconstruction": picture}
 
-    def window_score(results, image: Array, keys: Array) -> tuple[Array, Array]:
-        found, maps = seen(results, image, keys, 1, None)
-        own = [maps[name][..., None] for name in SCORES[:3]]
-        return jnp.concatenate([*own, found.mean], -1), jnp.ones((*image.shape[:-1], 1))
-
-    def fuse(averages: Float[Array, "*size k"], inside: Bool[Array, "*size"]) -> dict:
-        maps = {name: jnp.where(inside, averages[..., k], 0) for k, name in enumerate(SCORES[:3])}
-        return {"maps": maps, "reconstruction": averages[..., 3:]}
-
-    def rows(rows: list[Row], results) -> np.ndarray:
-        return np.array([i for i, row in enumerate(rows) if row.split == "train"], np.int64)
-
-    steps, parts = steps_of(train, config.budget), config.get("accumulate", 1)
-    stage = Stage("train", train.batch, rows, steps, train_init, train_step, parts=parts)
-    if not volumes:
-        return System("memmc_mae", (stage,), score, ("train",), evaluation.score, evaluation.masks)
-    sweep = Sweep(size, tuple(evaluation.stride), evaluation.masks, window_score, fuse)
-    return System("memmc_mae", (stage,), None, ("train",), evaluation.score, sweep=sweep)
+def build(config: ConfigDict) -> System:
+    """The MemMC-MAE system that a recipe describes; raises InputError on settings that do not fit together."""
+    check(config)
+    model, section, evaluation = config.model, config.train, config.evaluation
+    make = partial(MultiLevelMAE, gate=model.gate, normed=model.mc_norm) if model.mc_decoder else MAE
+    init, mae_of = masked_autoencoder(config, model.channels, make, memory=model.memory, long_skips=model.long_skips)
+    networks = Networks(config, init, mae_of)
+    clip = [optax.clip_by_global_norm(section.clip)] if section.clip else []
+    train = training(
+        section,
+        mae_of=mae_of,
+        view=partial(view, config),
+        patch=tuple(model.patch),
+        optimiser=optax.chain(*clip, adamw(betas=tuple(section.betas), decay=section.decay)),
+        parts=config.accumulate,
+    )
+    stage = Stage(
+        name="train",
+        rows=rows_of,
+        batch=section.batch,
+        steps=steps_of(section, config.budget),
+        init=partial(start, train, init),
+        step=partial(train_step, train),
+        parts=config.accumulate,
+    )
+    system = partial(
+        System,
+        name="memmc_mae",
+        stages=(stage,),
+        uses=("train",),
+        primary=evaluation.score,
+        repetitions="masks",
+    )
+    if not recipe.is_volume(config):
+        return system(score=partial(score, networks), masks=evaluation.masks)
+    sweep = Sweep(
+        window=tuple(config.data.size),
+        stride=tuple(evaluation.stride),
+        repeats=evaluation.masks,
+        score=partial(window_score, networks),
+        fuse=fuse,
+    )
+    return system(sweep=sweep)

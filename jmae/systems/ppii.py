@@ -1,24 +1,25 @@
 """P-PII: a segmentation network trained on probabilistic Poisson image interpolations of normal images.
 
 Müller, Baugh, Tan, Dombrowski, Kainz, "Confidence-Aware and Self-Supervised Image Anomaly Localisation", UNSURE 2023,
-arXiv 2303.13227. Consulted: ividja/Probabilistic-PII (the generator), baumgach/PHiSeg-code (backbones), jemtan/PII.
-Nothing else is public: what the paper leaves open is decided in the recipe.
+arXiv 2303.13227. Consulted: ividja/Probabilistic-PII (the generator), baumgach/PHiSeg-code (the backbones), jemtan/PII.
+Nothing else is public. The recipe decides what the paper leaves open.
 
-One stage, `train`: each image gets new anomalies at every step, and the network tells their pixels. Variants are what
-is put in: the paper's generator (`paper`), the authors' file (`released`), ours (`jmae`), and the older tasks `pii`,
-`fpi`, `cutpaste`, `nsa`. Backbones: `unet`, `mc_unet`, `phiseg`; of the last two a map is the mean of samples, and
-their spread the confidence.
+The only stage, `train`, gives each image new anomalies at every step; the network learns to find their pixels.
+Variants are kinds of anomalies: the paper's generator (`paper`), the authors' file (`released`), ours (`jmae`), and the
+older tasks `pii`, `fpi`, `cutpaste`, `nsa`. Backbones are `unet`, `mc_unet` and `phiseg`. The last two are random: a
+map is the mean of samples, and the samples' deviation is the confidence.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jaxtyping import Array, Bool, Float
+from jaxtyping import Key as RandomKey
 from ml_collections import ConfigDict
 
 from jmae.anomalies.cutpaste import cutpaste
@@ -32,65 +33,170 @@ from jmae.losses import hierarchical_loss, soft_cross_entropy
 from jmae.masking import case_keys, fold_in, sample_keys
 from jmae.nn.phiseg import PHiSeg
 from jmae.nn.unet import UNet, check_size
+from jmae.optim import adam, begin, descend
+from jmae.recipe import SHARED, Key, is_volume
 from jmae.run_folder import log
-from jmae.system import Check, Stage, State, Sweep, System, averaged, compute_type, network, stats_of, steps_of
+from jmae.sharding import device_gather, device_number
+from jmae.system import (
+    Check,
+    Results,
+    Stage,
+    State,
+    Sweep,
+    System,
+    best_weights,
+    compute_type,
+    keep_best,
+    network,
+    stats_of,
+    steps_of,
+    with_best,
+)
 
 BACKBONES = ("unet", "mc_unet", "phiseg")
 OTHERS: dict[str, Callable] = {"pii": pii, "fpi": fpi, "cutpaste": cutpaste, "nsa": nsa}
 
+RULE = "dice"
 
-def build(config: ConfigDict) -> System:
-    """The P-PII system that a recipe describes; raises InputError on settings that do not fit together."""
-    data, model, anomaly, train, evaluation = config.data, config.model, config.anomaly, config.train, config.evaluation
-    choices = {
-        "variant": (config.variant, (*PRESETS, *OTHERS)),
-        "model.backbone": (model.backbone, BACKBONES),
-        "anomaly.source": (anomaly.source, ("other", "self")),
-        "anomaly.shape": (anomaly.shape, SHAPES),
-        "train.loss": (train.loss, ("cross_entropy", "mse")),
-        "select": (config.select, ("last", "dice", "aucp")),
+# --- recipe -----------------------------------------------------------------------------------------------------------
+
+
+def _generator_keys(variant: str) -> dict[str, Key]:
+    preset = PRESETS[variant]
+    most = "The paper gives none: ours." if variant == "paper" else ""
+    times = ", times the number of anomalies" if preset.consistent else ""
+    keys = {
+        "anomalies": Key(preset.anomalies, "Least and most anomalies of an image.", least=1, length=2),
+        "raters": Key(preset.raters, "Least and most raters of an anomaly.", least=1, length=2),
+        "strength": Key(
+            tuple(map(float, preset.strength)),
+            f"Least and greatest factor of the source's gradients{times}. {most}".strip(),
+            above=0,
+            length=2,
+        ),
+        "gain": Key(preset.gain, "Factor of the target |x - x'|.", above=0),
     }
-    for key, (value, allowed) in choices.items():
-        if value not in allowed:
-            raise InputError(f"{key} is {value!r}: one of {', '.join(allowed)}")
-    numbers = anomaly.get(config.variant, ConfigDict())  # of the variants that have some
-    pairs = {key: tuple(anomaly[key]) for key in ("patch", "half")}
-    pairs |= {f"{config.variant}.{key}": tuple(numbers[key]) for key in numbers if key != "gain"}
-    size, rank, window = tuple(data.size), len(data.size), tuple(data.window)
-    for key, pair in pairs.items():
-        if not (len(pair) == 2 and 0 < pair[0] <= pair[1] and ("." in key or pair[1] <= 1)):
-            raise InputError(f"anomaly.{key} is {pair}: the least and the most, above 0; shares of a side to 1")
-    for what, holds in {
-        "data.size: 2 or 3 numbers, 1 or more": rank in (2, 3) and min(size) >= 1,
-        "data.channels: 1 or more": data.channels >= 1,
-        "data.window: nothing, or two numbers LOW,HIGH, LOW below HIGH": not window
-        or (len(window) == 2 and all(isinstance(end, int | float) for end in window) and window[0] < window[1]),
-        f"anomaly.{config.variant}.gain: above 0": numbers.get("gain", 1) > 0,
-        "anomaly.core: above 0, to 1": 0 < anomaly.core <= 1,
-        "model.dropout: from 0 to below 1": 0 <= model.dropout < 1,
-        "train.batch, train.validate_every and train.validation_samples: 1 or more": min(
-            train.batch, train.validate_every, train.validation_samples
-        )
-        >= 1,
-        "train.lr and budget: above 0": min(train.lr, config.budget) > 0,
-        "train.steps and train.epochs: not below 0": min(train.steps, train.epochs) >= 0,
-        "train.dice_at and train.held_out: from 0 to below 1": 0 <= min(train.dice_at, train.held_out)
-        and max(train.dice_at, train.held_out) < 1,
-        f"train.flips: axes, 0 to {rank - 1}": all(axis in range(rank) for axis in train.flips),
-        "train.scaling: from 0 to below 1": 0 <= train.scaling < 1,
-        "evaluation.samples and evaluation.batch: 1 or more": min(evaluation.samples, evaluation.batch) >= 1,
-        "evaluation.froc and evaluation.chunk: not below 0": min(evaluation.froc, evaluation.chunk) >= 0,
-    }.items():
-        if not holds:
-            raise InputError(what)
-    if (rank == 3) != ("join" in data):
-        raise InputError(f"data.size has {rank} axes: take the preset {'small3d' if rank == 3 else 'small'}")
+    return {f"anomaly.{variant}.{name}": key for name, key in keys.items()}
+
+
+KEYS = {
+    "variant": Key("paper", "Generator of the anomalies.", choices=(*PRESETS, *OTHERS)),
+    "select": Key(
+        "dice",
+        'Which weights are scored: "last"; "dice", those with the best Dice on synthetic anomalies; "aucp", those with '
+        "the highest AUROC of unlabelled rows.",
+        choices=("last", "dice", "aucp"),
+    ),
+    "checkpoint_every": replace(SHARED["checkpoint_every"], default=5000),
+    "data.size": replace(SHARED["data.size"], default=(512, 512)),
+    "data.equalise": replace(SHARED["data.equalise"], default=True),
+    "model.backbone": Key("unet", "Network.", choices=BACKBONES),
+    "model.widths": Key(
+        (32, 64, 128, 192, 192), "Channels of each level; phiseg has two more levels of the last width.", least=1
+    ),
+    "model.base": Key(32, "Channels of the last layers.", least=1),
+    "model.dropout": Key(
+        0.1, "Dropout rate of mc_unet, after the last convolution of each level. Ours: not stated.", least=0, below=1
+    ),
+    "model.latent_levels": Key(5, "Levels of phiseg that have latent maps.", least=1),
+    "model.latent": Key(2, "Channels of phiseg's latent maps.", least=1),
+    "model.remat": Key(False, "Whether activations are computed again in the backward pass, in less memory."),
+    "model.dtype": Key(
+        "auto",
+        'Type of the arithmetic; "auto" is bfloat16 on accelerators and float32 on a CPU.',
+        choices=("auto", "float32", "bfloat16"),
+    ),
+    "anomaly.patch": Key(
+        (0.05, 0.2), "Least and greatest edge of a patch.", "shares of the image's edge", above=0, most=1, length=2
+    ),
+    "anomaly.half": Key(
+        (0.05, 0.2),
+        "Least and greatest half edge of the squares of pii and fpi.",
+        "shares of the shortest edge",
+        above=0,
+        most=1,
+        length=2,
+    ),
+    "anomaly.core": Key(
+        0.8, "Share of each axis, in its middle, in which the centres of patches lie in the source.", above=0, most=1
+    ),
+    "anomaly.shape": Key("circular", "Shape of an anomaly of P-PII.", choices=SHAPES),
+    "anomaly.source": Key(
+        "other",
+        'Image that patches come of: "other", another one of the batch, or "self", the image itself.',
+        choices=("other", "self"),
+    ),
+    **_generator_keys("paper"),
+    **_generator_keys("released"),
+    **_generator_keys("jmae"),
+    "train.steps": Key(100_000, "Steps; 0 where epochs are set.", "steps", least=0),
+    "train.epochs": Key(0, "Epochs; 0 where steps are set.", "epochs", least=0),
+    "train.batch": Key(16, "Images of a step.", least=1),
+    "train.loss": Key(
+        "cross_entropy", "Loss of a pixel; the cross-entropy has soft targets.", choices=("cross_entropy", "mse")
+    ),
+    "train.variance_weight": Key(
+        0.0, "Ours: a pixel's loss is divided by 1 + this number times the raters' variance.", least=0
+    ),
+    "train.lr": Key(1e-3, "Learning rate.", above=0),
+    "train.betas": Key((0.9, 0.999), "Adam's two decay rates of the moments.", least=0, below=1, length=2),
+    "train.scaling": Key(
+        0.0, "Share of the edge that a random crop loses at most; 120 / 512 in Table 2.", least=0, below=1
+    ),
+    "train.rotation": Key(0.0, "Greatest rotation, either way; 10 in Table 2.", "degrees", least=0),
+    "train.elastic": Key(
+        0.0,
+        "Standard deviation of the displacements of a grid of 3 points an axis; 10 / 512 in Table 2.",
+        "shares of the edge",
+        least=0,
+    ),
+    "train.flips": Key((), "Ours: axes that are each mirrored with probability 1/2.", least=0),
+    "train.held_out": Key(0.1, "Share of the patients kept for the best Dice.", least=0, below=1),
+    "train.dice_at": Key(
+        0.0,
+        "Threshold of prediction and target in the Dice; 0, ours: none, as |x - x'| hardly ever reaches 0.5.",
+        least=0,
+        below=1,
+    ),
+    "train.validate_every": Key(500, "Steps between two values of the Dice.", "steps", least=1),
+    "train.validation_samples": Key(100, "Synthetic samples for the Dice.", least=1),
+    "evaluation.samples": Key(50, "Samples of mc_unet and phiseg.", least=1),
+    "evaluation.froc": replace(SHARED["evaluation.froc"], default=10.0),
+}
+"""The keys of this system; defaults are the paper's values."""
+
+VOLUME_KEYS = {
+    "data.normalise": Key(
+        "region",
+        "Voxels whose values are equalised evenly: those of the crop or the region.",
+        choices=("crop", "region"),
+    ),
+    "data.mean": Key(0.5, "Mean of the values of a volume that is not equalised."),
+    "data.std": Key(0.25, "Standard deviation of the values of a volume that is not equalised.", above=0),
+}
+"""The further keys of volumes."""
+
+
+def check(config: ConfigDict) -> None:
+    """Raises InputError for settings that do not fit together."""
+    data, model, anomaly, train = config.data, config.model, config.anomaly, config.train
+    rank, window = len(data.size), tuple(data.window)
+    if rank not in (2, 3):
+        raise InputError(f"data.size is {tuple(data.size)}: 2 or 3 numbers")
+    ranges = {"patch": anomaly.patch, "half": anomaly.half}
+    ranges |= {f"{name}.{key}": anomaly[name][key] for name in PRESETS for key in ("anomalies", "raters", "strength")}
+    for key, (low, high) in ranges.items():
+        if low > high:
+            raise InputError(f"anomaly.{key} is {(low, high)}: the least value comes first")
+    if window and not (all(isinstance(end, int | float) for end in window) and window[0] < window[1]):
+        raise InputError(f"data.window is {window}: two numbers LOW,HIGH, LOW below HIGH")
+    if wrong := [axis for axis in train.flips if axis not in range(rank)]:
+        raise InputError(f"train.flips has {wrong[0]}: axes are 0 to {rank - 1}")
     if rank == 3:
         check_settings(data)
         if not data.equalise and not window:
             raise InputError("data.equalise=false of volumes needs data.window=LOW,HIGH: what becomes 0 and 1")
-    widths = tuple(model.widths) + 2 * tuple(model.widths[-1:]) * (model.backbone == "phiseg")
-    check_size(size, len(widths))
+    check_size(tuple(data.size), len(widths_of(config)))
     if train.batch < 2 and anomaly.source == "other":
         raise InputError("train.batch=1: anomaly.source=other takes another image of the batch: set it to self")
     if train.variance_weight and config.variant not in PRESETS:
@@ -99,26 +205,98 @@ def build(config: ConfigDict) -> System:
         raise InputError("train.loss=mse is of the U-Nets: PHiSeg's loss is a likelihood")
     if model.backbone == "phiseg" and train.variance_weight:
         raise InputError("train.variance_weight is of the U-Nets: PHiSeg's loss is a likelihood")
-    common = {"rank": rank, "channels": data.channels, "widths": widths, "dtype": compute_type(config)}
-    common |= {"remat": model.remat}
-    make: Callable = partial(UNet, **common, head=model.base, dropout=model.dropout * (model.backbone == "mc_unet"))
+
+
+# --- system -----------------------------------------------------------------------------------------------------------
+
+Task = Callable[..., tuple[Array, Array, dict[str, Any]]]
+"""(image, source or all images of the batch, key, number in the batch) -> (image, target, extras)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """The recipe, and what follows from it: the first argument of the functions below.
+
+    Attributes:
+        config: the recipe.
+        init: (key) -> (params, stats) of a new network.
+        bind: (params, stats) -> the network.
+        task: makes the synthetic anomalies of an image.
+    """
+
+    config: ConfigDict
+    init: Callable[[Array], tuple[Any, Any]]
+    bind: Callable[..., Any]
+    task: Task
+
+    @property
+    def random(self) -> bool:
+        """Whether the network draws samples."""
+        return self.config.model.backbone != "unet"
+
+    @property
+    def samples(self) -> int:
+        """Number of samples of which a map is the mean."""
+        return self.config.evaluation.samples if self.random else 1
+
+
+def build(config: ConfigDict) -> System:
+    """The P-PII system that a recipe describes; raises InputError for settings that do not fit together."""
+    check(config)
+    init, bind = network(partial(make, config))
+    setup = Setup(config=config, init=init, bind=bind, task=task_of(config))
+    about: dict[str, Any] = dict(name="ppii", stages=(stage_of(setup),), uses=("train",), primary="ppii", best=(RULE,))
+    about["repetitions"] = "samples"
+    if not is_volume(config):
+        return System(**about, score=partial(score, setup), masks=setup.samples)
+    window, stride = tuple(config.data.size), tuple(config.evaluation.stride)
+    sweep = Sweep(window=window, stride=stride, score=partial(score_window, setup), fuse=partial(fuse, setup))
+    return System(**about, sweep=sweep)
+
+
+def stage_of(setup: Setup) -> Stage:
+    """The only stage."""
+    train = setup.config.train
+    looks = Check(
+        every=train.validate_every,
+        samples=train.validation_samples,
+        rows=partial(dice_rows, setup),
+        look=partial(look, setup),
+    )
+    return Stage(
+        name="train",
+        rows=partial(training_rows, setup),
+        batch=train.batch,
+        steps=steps_of(train, setup.config.budget),
+        init=partial(first_state, setup),
+        step=partial(step, setup),
+        checks=(looks,) if setup.config.select == RULE else (),
+    )
+
+
+def widths_of(config: ConfigDict) -> tuple[int, ...]:
+    """Channels of each level of the backbone."""
+    widths = tuple(config.model.widths)
+    return widths + 2 * widths[-1:] if config.model.backbone == "phiseg" else widths
+
+
+def make(config: ConfigDict, rngs: Any) -> UNet | PHiSeg:
+    """A new backbone."""
+    model, common = config.model, dict(rank=len(config.data.size), channels=config.data.channels)
+    common |= dict(widths=widths_of(config), dtype=compute_type(config), remat=model.remat, rngs=rngs)
     if model.backbone == "phiseg":
-        make = partial(PHiSeg, **common, latent_levels=model.latent_levels, latent=model.latent, base=model.base)
-    init, net_of = network(lambda rngs: make(rngs=rngs))
-    random = model.backbone != "unet"
-    samples = evaluation.samples if random else 1
+        return PHiSeg(**common, latent_levels=model.latent_levels, latent=model.latent, base=model.base)
+    return UNet(**common, head=model.base, dropout=model.dropout if model.backbone == "mc_unet" else 0.0)
 
-    # --- anomalies ---------------------------------------------------------------------------------------------------
 
-    def generator() -> Callable:
-        """(image, source or all of the batch, key, place in the batch) -> (image, target, extras)."""
-        if config.variant not in PRESETS:
-            task = OTHERS[config.variant]
-            if config.variant in ("pii", "fpi"):
-                task = partial(task, half=tuple(anomaly.half), core=anomaly.core)
-            elif config.variant == "nsa":  # its filters have 5 pixels and a radius of 5 pixels at 256
-                task = partial(task, medians=(2 * round(min(size) / 103) + 1, max(1, round(5 * min(size) / 256))))
-            return lambda image, source, key, own: task(image, source, key)
+# --- anomalies --------------------------------------------------------------------------------------------------------
+
+
+def task_of(config: ConfigDict) -> Task:
+    """The generator of anomalies that a recipe describes."""
+    anomaly, least = config.anomaly, min(config.data.size)
+    if config.variant in PRESETS:
+        numbers = anomaly[config.variant]
         return partial(
             ppii,
             preset=config.variant,
@@ -129,170 +307,253 @@ def build(config: ConfigDict) -> System:
             patch=tuple(anomaly.patch),
             core=anomaly.core,
             shape=anomaly.shape,
-            deviation=train.variance_weight > 0,
+            deviation=config.train.variance_weight > 0,
         )
+    task = OTHERS[config.variant]
+    if config.variant in ("pii", "fpi"):
+        task = partial(task, half=tuple(anomaly.half), core=anomaly.core)
+    elif config.variant == "nsa":  # its filters have 5 pixels and a radius of 5 pixels at 256
+        task = partial(task, medians=(2 * round(least / 103) + 1, max(1, round(5 * least / 256))))
+    return lambda image, source, key, number: task(image, source, key)
 
-    def corrupted(image: Float[Array, "b *size c"], keys: Array, axis_name: str | None) -> tuple[Array, Array, Array]:
-        """New anomalies in every image: (images, targets (b, *size), deviations or 0)."""
-        b, place, everyone = len(image), jnp.arange(len(image)), image
-        if axis_name is not None:  # the whole batch, in its order
-            everyone = jax.lax.all_gather(image, axis_name, tiled=True)
-            place = place + b * jax.lax.axis_index(axis_name)
-        make, which = generator(), jax.vmap(lambda key: jax.random.fold_in(key, 1))(keys)
-        if anomaly.source == "self":
-            out = jax.vmap(lambda image, key: make(image, image, key, None))(image, which)
-        elif config.variant in PRESETS:
-            out = jax.vmap(make, (0, None, 0, 0))(image, everyone, which, place)
-        else:
-            turn = jax.vmap(lambda key: jax.random.randint(jax.random.fold_in(key, 2), (), 1, len(everyone)))(keys)
-            out = jax.vmap(make, (0, 0, 0, None))(image, everyone[(place + turn) % len(everyone)], which, None)
-        return out[0], out[1], out[2].get("deviation", jnp.zeros(()))
 
-    def augment(image: Array, keys: Array) -> Array:
-        """Section 3.1, before the anomalies."""
+def corrupt(
+    setup: Setup, image: Float[Array, "b *size c"], keys: RandomKey[Array, " b"]
+) -> tuple[Float[Array, "b *size c"], Float[Array, " b *size"], Array]:
+    """Images with new anomalies, their targets, and the deviations (b, *size) over raters, or 0 without raters.
+
+    Sources are images of the whole batch, also under `jax.pmap`.
+    """
+    everyone = device_gather(image)
+    place = len(image) * device_number() + jnp.arange(len(image))
+    task_keys = fold_in(keys, 1)
+    if setup.config.anomaly.source == "self":
+        out = jax.vmap(lambda image, key: setup.task(image, image, key, None))(image, task_keys)
+    elif setup.config.variant in PRESETS:
+        out = jax.vmap(setup.task, (0, None, 0, 0))(image, everyone, task_keys, place)
+    else:
+        turn = jax.vmap(lambda key: jax.random.randint(jax.random.fold_in(key, 2), (), 1, len(everyone)))(keys)
+        source = everyone[(place + turn) % len(everyone)]
+        out = jax.vmap(setup.task, (0, 0, 0, None))(image, source, task_keys, None)
+    return out[0], out[1], out[2].get("deviation", jnp.zeros(()))
+
+
+def augment(setup: Setup, image: Float[Array, "b *size c"], keys: RandomKey[Array, " b"]) -> Float[Array, "b *size c"]:
+    """The augmentations of section 3.1, which come before the anomalies."""
+    train = setup.config.train
+    if train.scaling or train.rotation or train.elastic:
         warp = partial(random_warp, offset=train.scaling, degrees=train.rotation, elastic=train.elastic)
-        warped = train.scaling or train.rotation or train.elastic
-        image = jax.vmap(warp)(image, fold_in(keys, 0)) if warped else image
-        flip = partial(random_flip, axes=tuple(int(axis) for axis in train.flips))
-        return jax.vmap(flip)(image, fold_in(keys, 1)) if train.flips else image
+        image = jax.vmap(warp)(image, fold_in(keys, 0))
+    flip = partial(random_flip, axes=tuple(int(axis) for axis in train.flips))
+    return jax.vmap(flip)(image, fold_in(keys, 1)) if train.flips else image
 
-    def seen(image: Array) -> Array:
-        """What the network sees of an image in [0, 1] (PHiSeg's code)."""
-        return image - 0.5
 
-    # --- loss --------------------------------------------------------------------------------------------------------
+# --- training ---------------------------------------------------------------------------------------------------------
 
-    def pixel_loss(logits: Array, target: Array) -> Array:
-        if train.loss == "mse":
-            return (jax.nn.softmax(logits)[..., 1] - target) ** 2
-        return soft_cross_entropy(logits, target)
 
-    def loss(params, stats, image, target, deviation, keys, axis_name):
-        net = net_of(params, stats)
-        if model.backbone == "phiseg":
-            y = jnp.stack([1 - target, target], -1)
-            logits, q, p = net(seen(image), y, keys, train=True, axis_name=axis_name)
-            value = hierarchical_loss(logits, q, p, target)
-        else:
-            prediction = net(seen(image), train=True, keys=keys if random else None, axis_name=axis_name)
-            # ours: where raters disagree a pixel counts less (the paper's future work).
-            weight = 1 / (1 + train.variance_weight * deviation**2)
-            value = jnp.mean(weight * pixel_loss(prediction, target))
-        return value, stats_of(net)
+def centred(image: Array) -> Array:
+    """The network's input for an image in [0, 1] (PHiSeg's code)."""
+    return image - 0.5
 
-    optimiser = partial(optax.adam, b1=train.betas[0], b2=train.betas[1])
 
-    def train_init(key, results, n):
-        params, stats = init(key)
-        best = {"params": params, "stats": stats, "dice": jnp.float32(-1)}
-        stats = {"network": stats} | ({"best": best} if config.select == "dice" else {})
-        return State(params, optimiser(0.0).init(params), stats, {}, jnp.int32(0))
+def loss(
+    setup: Setup,
+    stats: Any,
+    params: Any,
+    image: Float[Array, "b *size c"],
+    target: Float[Array, " b *size"],
+    deviation: Array,
+    keys: RandomKey[Array, " b"],
+) -> tuple[Float[Array, ""], tuple[dict[str, Any], dict[str, Array]]]:
+    """(loss, (new statistics, metrics)): PHiSeg's loss, or the mean of the pixels' losses.
 
-    def train_step(state, batch, key, *, steps, axis_name=None):
-        keys = sample_keys(key, batch["index"])
-        view, made, noise = (fold_in(keys, k) for k in range(3))
-        image, target, deviation = corrupted(augment(batch["image"], view), made, axis_name)
-        of = jax.value_and_grad(loss, has_aux=True)
-        (value, stats), grads = of(state.params, state.stats["network"], image, target, deviation, noise, axis_name)
-        value, grads, stats = averaged((value, grads, stats), axis_name)
-        updates, opt = optimiser(train.lr).update(grads, state.opt, state.params)
-        metrics = {"loss": value, "grad_norm": optax.tree.norm(grads), "target": averaged(jnp.mean(target), axis_name)}
-        params = optax.apply_updates(state.params, updates)
-        return State(params, opt, state.stats | {"network": stats}, {}, state.step + 1), metrics
+    Ours: a pixel counts less where raters disagree (the paper's future work).
+    """
+    train, net = setup.config.train, setup.bind(params, stats)
+    if setup.config.model.backbone == "phiseg":
+        y = jnp.stack([1 - target, target], -1)
+        logits, q, p = net(centred(image), y, keys, train=True)
+        value = hierarchical_loss(logits, q, p, target)
+    else:
+        prediction = net(centred(image), train=True, keys=keys if setup.random else None)
+        weight = 1 / (1 + train.variance_weight * deviation**2)
+        value = jnp.mean(weight * pixel_loss(train.loss, prediction, target))
+    return value, ({"network": stats_of(net)}, {"target": jnp.mean(target)})
 
-    # --- best Dice ---------------------------------------------------------------------------------------------------
 
-    def rows(rows: list[Row], results: Any = None) -> np.ndarray:
-        held = held_out(rows, train.held_out)
-        return np.array([i for i, row in enumerate(rows) if row.split == "train" and not held[i]], np.int64)
+def pixel_loss(
+    kind: str, logits: Float[Array, "b *size 2"], target: Float[Array, " b *size"]
+) -> Float[Array, " b *size"]:
+    """The loss of each pixel: "mse" of the probability, or "cross_entropy"."""
+    if kind == "mse":
+        return (jax.nn.softmax(logits)[..., 1] - target) ** 2
+    return soft_cross_entropy(logits, target)
 
-    def checked(rows_: list[Row]) -> np.ndarray:
-        held = np.flatnonzero(held_out(rows_, train.held_out))
-        if not held.size:
-            log("best Dice: on training images with other anomalies, as none is held out (of ten patients or more)")
-        return held if held.size else rows(rows_)
 
-    def look(state: State, batch: Any) -> tuple[State, dict[str, Array]]:
-        """Dice over all pixels of fixed synthetic samples; the state keeps the weights of the best.
+def first_state(setup: Setup, key: Array, results: Results, n: int) -> State:
+    """A new network, with room for its best weights under select=dice."""
+    params, stats = setup.init(key)
+    state = begin(params, adam(betas=setup.config.train.betas), {"network": stats})
+    return in_checkpoint(with_best(of_network(state), RULE)) if setup.config.select == RULE else state
 
-        `train.dice_at` 0.5: of (prediction > 0.5) and (target > 0.5). 0: 2 sum p y / (sum p^2 + sum y^2), the same of
-        binary maps; ours, as the targets |x - x'| of `paper` hardly ever reach 0.5."""
-        key = jax.random.key(0)
-        made, keys = (sample_keys(jax.random.fold_in(key, k), batch["index"]) for k in range(2))
-        image, target, _ = corrupted(batch["image"], made, None)
-        one = lambda x: probability(state.params, state.stats["network"], x[0][None], x[1][None])[0]
-        prediction = jax.lax.map(one, (image, keys), batch_size=train.batch)
-        if train.dice_at:
-            prediction, target = (jnp.where(x > train.dice_at, 1.0, 0.0) for x in (prediction, target))
-        both = jnp.sum(prediction**2) + jnp.sum(target**2)
-        dice = 2 * jnp.sum(prediction * target) / jnp.maximum(both, 1e-6)
-        own = {"params": state.params, "stats": state.stats["network"], "dice": dice.astype(jnp.float32)}
-        better = dice >= state.stats["best"]["dice"]
-        best = jax.tree.map(lambda new, old: jnp.where(better, new, old), own, state.stats["best"])
-        return state._replace(stats=state.stats | {"best": best}), {"dice": dice, "best_dice": best["dice"]}
 
-    # --- score -------------------------------------------------------------------------------------------------------
+def step(setup: Setup, state: State, batch: Any, key: Array, results: Results, *, steps: int) -> Any:
+    """One step of Adam on images with new anomalies: (state, metrics)."""
+    train, keys = setup.config.train, sample_keys(key, batch["index"])
+    view_keys, anomaly_keys, network_keys = (fold_in(keys, k) for k in range(3))
+    image, target, deviation = corrupt(setup, augment(setup, batch["image"], view_keys), anomaly_keys)
+    of_params = partial(loss, setup, state.stats["network"])
+    optimiser = adam(betas=train.betas)
+    return descend(state, of_params, optimiser, train.lr, image, target, deviation, network_keys)
 
-    def probability(params, stats, image: Array, keys: Array) -> Float[Array, " b *size"]:
-        """P(anomaly) of each pixel, of one sample by the keys (b,)."""
-        net = net_of(params, stats)
-        if model.backbone == "phiseg":
-            logits = net.generate(net.features(seen(image)), keys)
-        else:
-            logits = net(seen(image), train=False, keys=keys if random else None)
-        return jax.nn.softmax(logits)[..., 1]
 
-    def moments(results, image: Array, keys: Array, chunk: int | None) -> tuple[Array, Array]:
-        """Mean and variance over `samples` samples of P(anomaly), `chunk` at a time; sample j of an image depends on
-        its key and j alone. Sums of differences to the first sample: nothing cancels where the spread is small."""
-        kept = results["train"]["stats"]["best"] if config.select == "dice" else results["train"]
-        stats = kept["stats"] if config.select == "dice" else kept["stats"]["network"]
-        if not random:
-            mean = probability(kept["params"], stats, image, keys)
-            return mean, jnp.zeros_like(mean)
-        count, net = min(chunk or samples, max(samples - 1, 1)), lambda: net_of(kept["params"], stats)
-        if model.backbone == "phiseg":
-            features = net().features(seen(image))
-            logits = lambda keys: net().generate(features, keys)
-        else:
-            logits = lambda keys: net()(seen(image), train=False, keys=keys)
-        sample = lambda j: jax.nn.softmax(logits(fold_in(keys, j)))[..., 1]
-        first = sample(0)
+def training_rows(setup: Setup, rows: Sequence[Row], results: Results) -> np.ndarray:
+    """Numbers of the training rows that are not held out."""
+    apart = held_out(rows, setup.config.train.held_out)
+    return np.array([i for i, row in enumerate(rows) if row.split == "train" and not apart[i]], np.int64)
 
-        def add(sums: Any, numbers: Array) -> tuple[Any, None]:
-            used = (numbers < samples).astype(jnp.float32)  # the last chunk may be padded
-            rest = jax.vmap(sample)(numbers) - first
-            return (sums[0] + jnp.tensordot(used, rest, 1), sums[1] + jnp.tensordot(used, rest**2, 1)), None
 
-        numbers = 1 + jnp.arange(-(-(samples - 1) // count) * count).reshape(-1, count)  # the first is there
-        (total, squares), _ = jax.lax.scan(add, (jnp.zeros_like(first), jnp.zeros_like(first)), numbers)
-        return first + total / samples, jnp.maximum(squares / samples - (total / samples) ** 2, 0)
+# --- best Dice --------------------------------------------------------------------------------------------------------
 
-    def score(results, batch, key, *, chunk=None):
-        mean, variance = moments(results, batch["image"], case_keys(key, batch["case"]), chunk)
-        axes = tuple(range(1, mean.ndim))
-        highest = jax.lax.top_k(mean.reshape(len(mean), -1), max(1, mean[0].size // 4))[0]
-        scores = {
-            "ppii": jnp.mean(mean, axes),  # not stated: the mean over pixels, as PII's and NSA's code
-            "ppii_top_quarter": jnp.mean(highest, -1),
-            "ppii_highest": jnp.max(mean, axes),
-        }
-        out = {"maps": {"ppii": mean}, "scores": scores}
-        return out | ({"confidence": jnp.sqrt(variance)} if random else {})
 
-    def window_score(results, image: Array, keys: Array) -> tuple[Array, Array]:
-        mean, variance = moments(results, image, keys, None)
-        return jnp.stack([mean, variance], -1), jnp.ones((*mean.shape, 1))
+def of_network(state: State) -> State:
+    """The state with the network's own statistics, beside the best weights if it has them.
 
-    def fuse(averages: Float[Array, "*size k"], inside: Bool[Array, "*size"]) -> dict:
-        """The confidence is the root of the mean variance of the windows that cover a voxel: an upper bound of the
-        deviation of their mean."""
-        mean, variance = (jnp.where(inside, averages[..., k], 0) for k in range(2))
-        return {"maps": {"ppii": mean}} | ({"confidence": jnp.sqrt(variance)} if random else {})
+    In a checkpoint the statistics of the last weights are one level deeper than those of the best weights.
+    """
+    best = {name: state.stats[name] for name in ("best",) if name in state.stats}
+    return state.replace(stats=state.stats["network"] | best)
 
-    check = Check(train.validate_every, train.validation_samples, checked, look) if config.select == "dice" else None
-    stage = Stage("train", train.batch, rows, steps_of(train, config.budget), train_init, train_step, check=check)
-    if rank == 2:
-        return System("ppii", (stage,), score, ("train",), "ppii", samples)
-    sweep = Sweep(size, tuple(evaluation.stride), 1, window_score, fuse)
-    return System("ppii", (stage,), None, ("train",), "ppii", sweep=sweep)
+
+def in_checkpoint(state: State) -> State:
+    """The inverse of `of_network`."""
+    stats = dict(state.stats)
+    best = {name: stats.pop(name) for name in ("best",) if name in stats}
+    return state.replace(stats={"network": stats} | best)
+
+
+def dice_rows(setup: Setup, rows: Sequence[Row]) -> np.ndarray:
+    """Numbers of the rows held out, or of the training rows where there are none (fewer than ten patients)."""
+    apart = np.flatnonzero(held_out(rows, setup.config.train.held_out))
+    if apart.size:
+        return apart
+    log("best Dice: on training images with other anomalies, as none is held out (of ten patients or more)")
+    return training_rows(setup, rows, {})
+
+
+def look(setup: Setup, state: State, batch: Any, results: Results) -> tuple[State, dict[str, Array]]:
+    """Dice on synthetic samples that are the same at every look. The state keeps the weights of the best."""
+    train, key = setup.config.train, jax.random.key(0)
+    anomaly_keys, network_keys = (sample_keys(jax.random.fold_in(key, k), batch["index"]) for k in range(2))
+    image, target, _ = corrupt(setup, batch["image"], anomaly_keys)
+    net = partial(probability, setup, state.params, state.stats["network"])
+    one = lambda x: net(x[0][None], x[1][None])[0]
+    prediction = jax.lax.map(one, (image, network_keys), batch_size=train.batch)
+    value = dice(prediction, target, train.dice_at)
+    state = in_checkpoint(keep_best(of_network(state), RULE, value))
+    return state, {"dice": value, "best_dice": state.stats["best"][RULE]}
+
+
+def dice(prediction: Float[Array, " *b"], target: Float[Array, " *b"], threshold: float = 0.0) -> Float[Array, ""]:
+    """2 sum(p y) / (sum(p^2) + sum(y^2)) over all pixels; of (p > threshold) and (y > threshold) where it is above 0.
+
+    Of binary maps the formula is the Dice score. Without a threshold it is ours: |x - x'|, the target of `paper`,
+    hardly ever reaches 0.5.
+    """
+    if threshold:
+        prediction, target = (jnp.where(x > threshold, 1.0, 0.0) for x in (prediction, target))
+    both = jnp.sum(prediction**2) + jnp.sum(target**2)
+    return 2 * jnp.sum(prediction * target) / jnp.maximum(both, 1e-6)
+
+
+# --- score ------------------------------------------------------------------------------------------------------------
+
+
+def probability(
+    setup: Setup, params: Any, stats: Any, image: Float[Array, "b *size c"], keys: RandomKey[Array, " b"]
+) -> Float[Array, " b *size"]:
+    """The probability of an anomaly at each pixel, in one sample by the keys."""
+    net = setup.bind(params, stats)
+    if setup.config.model.backbone == "phiseg":
+        logits = net.generate(net.features(centred(image)), keys)
+    else:
+        logits = net(centred(image), train=False, keys=keys if setup.random else None)
+    return jax.nn.softmax(logits)[..., 1]
+
+
+def scored_weights(setup: Setup, results: Results) -> tuple[Any, Any]:
+    """(params, stats) of the network that scores: the best under select=dice, else the last."""
+    result = results["train"]
+    if setup.config.select != RULE:
+        return result["params"], result["stats"]["network"]
+    stats = result["stats"]
+    best = best_weights({"params": result["params"], "stats": stats["network"] | {"best": stats["best"]}}, RULE)
+    return best["params"], best["stats"]
+
+
+def mean_and_variance(
+    setup: Setup,
+    results: Results,
+    image: Float[Array, "b *size c"],
+    keys: RandomKey[Array, " b"],
+    chunk: int | None = None,
+) -> tuple[Float[Array, " b *size"], Float[Array, " b *size"]]:
+    """Mean and variance over the samples of the probability of an anomaly, `chunk` samples at a time.
+
+    Sample j of an image depends on the image's key and j alone. The sums are of differences to the first sample, so
+    that nothing cancels where the spread is small.
+    """
+    (params, stats), samples = scored_weights(setup, results), setup.samples
+    if not setup.random:
+        mean = probability(setup, params, stats, image, keys)
+        return mean, jnp.zeros_like(mean)
+    count, net = min(chunk or samples, max(samples - 1, 1)), lambda: setup.bind(params, stats)
+    if setup.config.model.backbone == "phiseg":
+        features = net().features(centred(image))
+        logits = lambda keys: net().generate(features, keys)
+    else:
+        logits = lambda keys: net()(centred(image), train=False, keys=keys)
+    sample = lambda j: jax.nn.softmax(logits(fold_in(keys, j)))[..., 1]
+    first = sample(0)
+
+    def add(sums: Any, numbers: Array) -> tuple[Any, None]:
+        used = (numbers < samples).astype(jnp.float32)  # the last chunk may be padded
+        rest = jax.vmap(sample)(numbers) - first
+        return (sums[0] + jnp.tensordot(used, rest, 1), sums[1] + jnp.tensordot(used, rest**2, 1)), None
+
+    numbers = 1 + jnp.arange(-(-(samples - 1) // count) * count).reshape(-1, count)  # the first is there
+    (total, squares), _ = jax.lax.scan(add, (jnp.zeros_like(first), jnp.zeros_like(first)), numbers)
+    return first + total / samples, jnp.maximum(squares / samples - (total / samples) ** 2, 0)
+
+
+def score(setup: Setup, results: Results, batch: Any, key: Array, *, chunk: int | None = None) -> dict[str, Any]:
+    """Maps and scores of images (`System.score`).
+
+    The paper does not state the score of an image. `ppii` is the mean over pixels, as in the code of PII and NSA.
+    """
+    mean, variance = mean_and_variance(setup, results, batch["image"], case_keys(key, batch["case"]), chunk)
+    axes = tuple(range(1, mean.ndim))
+    highest = jax.lax.top_k(mean.reshape(len(mean), -1), max(1, mean[0].size // 4))[0]
+    scores = {
+        "ppii": jnp.mean(mean, axes),
+        "ppii_top_quarter": jnp.mean(highest, -1),
+        "ppii_highest": jnp.max(mean, axes),
+    }
+    out = {"maps": {"ppii": mean}, "scores": scores}
+    return out | ({"confidence": jnp.sqrt(variance)} if setup.random else {})
+
+
+def score_window(setup: Setup, results: Results, image: Array, keys: Array) -> tuple[Array, Array]:
+    """Mean and variance of a volume's windows, all of weight 1 (`Sweep.score`)."""
+    mean, variance = mean_and_variance(setup, results, image, keys)
+    return jnp.stack([mean, variance], -1), jnp.ones((*mean.shape, 1))
+
+
+def fuse(setup: Setup, averages: Float[Array, "*size k"], inside: Bool[Array, "*size"]) -> dict[str, Any]:
+    """The map of a volume (`Sweep.fuse`).
+
+    Its confidence is the root of the mean variance of the windows that cover a voxel. That is an upper bound of the
+    deviation of the windows' mean.
+    """
+    mean, variance = (jnp.where(inside, averages[..., k], 0) for k in range(2))
+    return {"maps": {"ppii": mean}} | ({"confidence": jnp.sqrt(variance)} if setup.random else {})

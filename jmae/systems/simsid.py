@@ -1,60 +1,70 @@
-"""SimSID: features of patches inpainted from a memory of normal anatomy; what a discriminator then takes for unreal.
+"""SimSID: a memory of normal anatomy inpaints the features of patches; a discriminator judges the images made of them.
 
 "Unsupervised anomaly detection using SimSID algorithm" (project report, Anna University, 2025; equation and algorithm
-numbers are its), and the method that it simplifies: Xiang et al., SimSID, TPAMI 2024, arXiv 2403.08689; consulted:
-MrGiovanni/SimSID and tiangexiang/SQUID. The networks and what of them is ours: jmae/nn/simsid.py.
+numbers are the report's). The method that the report simplifies is Xiang et al., SimSID, TPAMI 2024, arXiv 2403.08689,
+variant "official" (jmae/systems/simsid_published.py). Consulted: MrGiovanni/SimSID and tiangexiang/SQUID. The networks,
+and what of them is ours: jmae/nn/simsid.py.
 
-Variants: `report`, in the one reading in which its listings agree, and `official`, the published SimSID. Stages of the
-first: `teacher` (encoder and generator), `memory` (ordered passes that write it), `student` (inpainting and generator,
-with distillation), `discriminator`; of the second: `joint`, generator and discriminator in turn. Both end with
-`calibration`: mean and deviation of the discriminator's logits over the training images. With `select=auroc` the
-weights of the last stage but one are those of the highest AUROC on `val`, where it has labels of both classes.
+Stages of the variant "report", in the one reading in which its listings agree: `teacher` trains encoder and generator,
+`memory` writes the memory in ordered passes, `student` trains inpainting and generator with distillation, and
+`discriminator` trains the judge. `calibration` follows in both variants (jmae/systems/simsid_score.py). With
+`select=auroc` the weights of the last stage before it are those of the highest AUROC on `val`.
 
-Decided where the report is silent or contradicts itself: one path for training and scoring (its Alg. 4.11 leaves the
-inpainting out); memory is written on training images alone; Eq. 5.7's sign (a real-looking image has a high logit, so
-its score is low); loss weights, rates and epochs as in the recipe.
+Our decisions where the report is silent or contradicts itself: images take one path in training and in scoring (its
+Alg. 4.11 leaves the inpainting out); the memory is written on training images alone; the sign of Eq. 5.7 makes the
+score low for an image that looks real (its logit is high); loss weights, rates and epochs are in the recipe.
 """
 
-from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
-from math import prod
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
-from jax.experimental.layout import Layout, with_layout_constraint
-from jaxtyping import Array, Bool, Float, PyTree
+from jaxtyping import Array, Float, PyTree
 from ml_collections import ConfigDict
 
-from jmae.data.manifest import Row, held_out
 from jmae.data.volumes import check_settings
 from jmae.errors import InputError
-from jmae.losses import discriminator_loss, histogram_kl, pixel_kl
+from jmae.losses import discriminator_loss
 from jmae.masking import sample_keys
-from jmae.nn.simsid import (
-    Discriminator,
-    Encoder,
-    Generator,
-    Inpainting,
-    Memory,
-    Windows,
-    hierarchy,
-    recall,
-    summaries,
-    write_all,
-)
-from jmae.nn.unet import on_gpu
-from jmae.patches import grid_of, patchify, unpatchify
-from jmae.run_folder import log
+from jmae.nn.simsid import Encoder, Generator, Inpainting, hierarchy, recall, summaries, write_all
+from jmae.optim import begin, descend
+from jmae.patches import grid_of, unpatchify
+from jmae.recipe import AXES, Key, is_volume
 from jmae.scoring import auroc
-from jmae.system import Check, Results, Stage, State, Sweep, System, averaged, compute_type, network, stats_of, steps_of
+from jmae.sharding import device_gather
+from jmae.system import (
+    Check,
+    Results,
+    Stage,
+    State,
+    System,
+    best_weights,
+    compute_type,
+    keep_best,
+    last_weights,
+    network,
+    stats_of,
+    steps_of,
+    with_best,
+)
+from jmae.systems import simsid_published, simsid_score
+from jmae.systems.simsid_score import (
+    RULE,
+    Method,
+    Network,
+    adam,
+    discriminator,
+    labelled_rows,
+    reconstruction_check,
+    selecting_splits,
+    stage_keys,
+    system,
+    training_rows,
+)
 
-SCORES = ("simsid", "difference", "l1", "mse", "patches")
-MAPS = ("l1", "mse", "patches")
-DEVIATION = 0.2  # of an image's own values where data.normalise is "image"; their mean is 0.5
-PRINTED: dict[str, dict[str, dict[int, float]]] = {  # the report's training values; its student's first epoch is 0
+PUBLISHED: dict[str, dict[str, dict[int, float]]] = {  # the report's training values; its student's first epoch is 0
     "teacher": {
         "loss": {
             1: 0.3495,
@@ -74,757 +84,463 @@ PRINTED: dict[str, dict[str, dict[int, float]]] = {  # the report's training val
     },
 }
 
+# --- keys of the recipe -----------------------------------------------------------------------------------------------
 
-class Variant(NamedTuple):
-    """What the scores need of a variant; images are in [0, 1]."""
+KEYS = {
+    "variant": Key(
+        "report",
+        'The method: "report" has the sections teacher, memory, student and discriminator; "official" is the published '
+        "code's, section joint.",
+        choices=("report", "official"),
+    ),
+    **simsid_score.KEYS,
+    # The report's layers fit each other for no other square patch than 16.
+    "model.patch": Key((16, 16), "Size of a patch, a multiple of 2 for each of model.widths.", least=1, length=AXES),
+    "model.widths": Key((32, 64, 128, 256), "Channels of the encoder; the generators have them backwards.", least=1),
+    "model.features": Key(64, "Features of a patch.", least=1),
+    "model.encoder": Key(
+        "joint",
+        'The encoder: "joint" is trained with the teacher; "frozen_random" stays as drawn, as the listing has it.',
+        choices=("joint", "frozen_random"),
+    ),
+    "model.inpainting": Key(True, "Whether features are inpainted; false gives the student the encoder's features."),
+    "model.width": Key(64, "Width of the inpainting transformer.", least=1),
+    "model.depth": Key(2, "Layers of the inpainting transformer.", least=1),
+    "model.heads": Key(8, "Attention heads of the inpainting transformer.", least=1),
+    "model.mlp": Key(256, "Hidden units of the inpainting transformer's MLP.", least=1),
+    "model.dropout": Key(0.1, "Dropout of the inpainting transformer.", least=0, below=1),
+    "model.centre": Key(
+        "retrieved",
+        'Token at the inpainted place: "retrieved" from memory; "raw", the features of the patch; "mask", learned.',
+        choices=("retrieved", "raw", "mask"),
+    ),
+    "model.sigmoid": Key(False, "Whether the generators' images go through a sigmoid."),
+    "memory.levels": Key(3, "Levels of the memory: patches, blocks of 2 patches an axis, the image.", least=1, most=3),
+    "memory.slots": Key(1, "Rows of a place.", least=1),
+    "memory.threshold": Key(0.9, "Cosine similarity below which a row is replaced.", above=0, most=1),
+    "memory.ema": Key(
+        0.0, "Share of the way to the new value at every visit but the first; 0: rows are replaced.", least=0, below=1
+    ),
+    "memory.passes": Key(2, "Passes over the training images in order.", least=1),
+    "memory.batch": Key(16, "Images a step of the memory stage.", least=1),
+    "memory.top_k": Key(5, "Rows that a patch retrieves from a level.", least=1),
+    "memory.temperature": Key(1.0, "Temperature of the retrieval's softmax.", above=0),
+    "memory.weighted": Key(True, "Whether the rows are summed by their weights; false: their plain sum."),
+    "memory.restrict": Key(False, "Whether a patch retrieves from the rows of its own place alone."),
+    **stage_keys("teacher", 1000),
+    **stage_keys("student", 250),
+    "student.distillation": Key(0.1, "Weight of the distillation beside the MSE.", least=0),
+    "student.adversarial": Key(0.0, "Weight of the adversarial loss beside the MSE.", least=0),
+    "student.kept": Key(1.0, "Share of the patches that are inpainted in training; SQUID has 0.95.", above=0, most=1),
+    "student.from_teacher": Key(False, "Whether the student's generator starts as the teacher's."),
+    **stage_keys("discriminator", 100),
+    **simsid_published.KEYS,
+}
+IMAGE_KEYS, VOLUME_KEYS = simsid_score.IMAGE_KEYS, simsid_score.VOLUME_KEYS
 
-    stages: tuple[Stage, ...]
-    remake: Callable[[Results, Array], Array]  # images -> the student's images of them
-    judge: Callable[[Results, Array], Array]  # images -> the discriminator's logits, high for real
-    pictures: Callable[[Results, Array], dict[str, Array]]  # images -> what the report shows of them
 
-
-def check(config: ConfigDict) -> None:
-    """Raises InputError on settings that do not fit together."""
-    data, model, memory, joint = config.data, config.model, config.memory, config.joint
-    for key, value, allowed in (
-        ("variant", config.variant, ("report", "official")),
-        ("select", config.select, ("auroc", "last", "aucp")),
-        ("evaluation.score", config.evaluation.score, SCORES),
-        ("evaluation.decision", config.evaluation.get("decision", "youden"), ("accuracy", "youden")),
-        ("model.encoder", model.encoder, ("joint", "frozen_random")),
-        ("model.centre", model.centre, ("retrieved", "raw", "mask")),
-    ):
-        if value not in allowed:
-            raise InputError(f"{key} is {value!r}: one of {', '.join(allowed)}")
-    sections = (config.teacher, config.student, config.discriminator, joint)
-    validation, shares = config.validation, (joint.translation, joint.scaling, config.validation.held_out)
-    for what, holds in {
-        "data.size: 2 or 3 numbers, 1 or more": len(data.size) in (2, 3) and min(data.size) >= 1,
-        "data.channels: 1 or more": data.channels >= 1,
-        "model.patch, evaluation.patch and joint.windows: numbers, 1 or more": all(
-            edges and min(edges) >= 1 for edges in (model.patch, config.evaluation.patch, joint.windows)
-        ),
-        "betas: two numbers, from 0 to below 1": all(
-            len(section.betas) == 2 and 0 <= min(section.betas) and max(section.betas) < 1 for section in sections
-        ),
-        "batches, validation.every, select_every and samples, and evaluation.batch: 1 or more": min(
-            *(section.batch for section in (*sections, memory)),
-            validation.every,
-            validation.select_every,
-            validation.samples,
-            config.evaluation.batch,
-        )
-        >= 1,
-        "learning rates: above 0": min(section.lr for section in sections) > 0,
-        "joint.lr_least and joint.decay: not below 0": min(joint.lr_least, joint.decay) >= 0,
-        "model.features, model.width, model.depth, model.heads and model.mlp: 1 or more": min(
-            model.features, model.width, model.depth, model.heads, model.mlp
-        )
-        >= 1,
-        "model.widths, model.discriminator and joint.widths: numbers, 1 or more": all(
-            widths and min(widths) >= 1 for widths in (model.widths, model.discriminator, joint.widths)
-        ),
-        "model.dropout: from 0 to below 1": 0 <= model.dropout < 1,
-        "memory.levels: from 1 to 3": 1 <= memory.levels <= 3,
-        "memory.threshold: above 0, to 1": 0 < memory.threshold <= 1,
-        "memory.temperature: above 0": memory.temperature > 0,
-        "memory.top_k, slots and passes, joint.top_k, slots and heads: 1 or more": min(
-            memory.top_k, memory.slots, memory.passes, joint.top_k, joint.slots, joint.heads
-        )
-        >= 1,
-        "memory.ema: from 0 to below 1, with memory.slots=1": 0 <= memory.ema < 1
-        and not (memory.ema and memory.slots > 1),
-        "student.kept and joint.kept: above 0, to 1": all(0 < kept <= 1 for kept in (config.student.kept, joint.kept)),
-        "student.distillation and student.adversarial: not below 0": min(
-            config.student.distillation, config.student.adversarial
-        )
-        >= 0,
-        "evaluation.top: above 0, to 1": 0 < config.evaluation.top <= 1,
-        "joint.critic: 1 or more": joint.critic >= 1,
-        "joint.cosine: above 0": joint.cosine > 0,
-        "joint.translation, joint.scaling and validation.held_out: from 0 to below 1": 0 <= min(shares)
-        and max(shares) < 1,
-    }.items():
-        if not holds:
-            raise InputError(what)
-    if (len(data.size) == 3) != ("join" in data):
-        preset = "phantom3d, with data.phantom= of images of your own" if len(data.size) == 3 else "small"
-        raise InputError(f"data.size has {len(data.size)} axes: take the preset {preset}")
-    if "join" in data:
-        check_settings(data)
-        if config.select == "auroc":
-            raise InputError("select=auroc is of images: of volumes write --config.select=last")
-    elif data.normalise not in ("unit", "image"):
-        raise InputError(f"data.normalise is {data.normalise!r}: one of unit, image")
+# --- the system -------------------------------------------------------------------------------------------------------
 
 
 def build(config: ConfigDict) -> System:
     """The SimSID system that a recipe describes; raises InputError on settings that do not fit together."""
     check(config)
-    size, score_name, evaluation = tuple(config.data.size), config.evaluation.score, config.evaluation
-    cell = tuple(evaluation.patch)
-    variant = (report if config.variant == "report" else official)(config)
-    grid_of(size, cell)
-    variant = variant._replace(stages=tuple(normalising(config, stage) for stage in variant.stages))
-    names = tuple(stage.name for stage in variant.stages)
+    return system(config, report(config) if config.variant == "report" else simsid_published.method(config))
 
-    def logits(results: Results, image: Array) -> tuple[Array, Float[Array, "b 2"]]:
-        """The image made of each, and D of it beside D of the image itself less D of it."""
-        made = variant.remake(results, image)
-        fake, real = variant.judge(results, made), variant.judge(results, image)
-        return made, jnp.stack([fake, real - fake], -1)
 
-    # --- calibration: one sweep over the training images ---------------------------------------------------------
+def check(config: ConfigDict) -> None:
+    """Raises InputError on settings that do not fit together."""
+    if config.memory.ema and config.memory.slots > 1:
+        raise InputError(f"memory.ema={config.memory.ema} moves one row of a place: set memory.slots=1 or memory.ema=0")
+    for key in ("model.widths", "model.discriminator", "joint.widths"):
+        section, name = key.split(".")
+        if not config[section][name]:
+            raise InputError(f"{key} is empty: one number or more")
+    if is_volume(config):
+        check_settings(config.data)
+    grid_of(tuple(config.data.size), tuple(config.evaluation.patch))
 
-    def calibration_init(key, results, n):
-        stats = {"mean": jnp.zeros(2), "squares": jnp.zeros(2), "count": jnp.int32(0), "left": jnp.int32(n)}
-        return State({}, {}, stats, {name: results[name] for name in names}, jnp.int32(0))
 
-    def calibration_step(state, batch, key, *, steps, axis_name=None):
-        """Means and sums of squared differences to them, merged batch by batch (Chan et al. 1979)."""
-        values, old = gathered(logits(state.frozen, batch["image"])[1], axis_name), state.stats
-        used = (jnp.arange(len(values)) < old["left"])[:, None]
-        own = jnp.sum(used)
-        mean = jnp.sum(used * values, 0) / jnp.maximum(own, 1)
-        squares = jnp.sum(used * (values - mean) ** 2, 0)
-        count, apart = old["count"] + own, mean - old["mean"]
-        stats = {
-            "mean": old["mean"] + apart * own / jnp.maximum(count, 1),
-            "squares": old["squares"] + squares + apart**2 * old["count"] * own / jnp.maximum(count, 1),
-            "count": count,
-            "left": old["left"] - own,
-        }
-        return state._replace(stats=stats, step=state.step + 1), {"logit": stats["mean"][0]}
+@dataclass(frozen=True, kw_only=True)
+class Networks:
+    """The networks and settings of the report's method.
 
-    # --- score (Eq. 5.7) -----------------------------------------------------------------------------------------
+    Attributes:
+        config: the recipe.
+        encoder: E, images -> features of their patches.
+        generator: G of the teacher and of the student, features -> images.
+        inpainting: what inpaints features by what the memory gives.
+        discriminator: D.
+        grid: patches along each axis.
+        slots: the slot of each patch at each level of the memory (`hierarchy`).
+    """
 
-    def judged(results: Results, image: Array) -> tuple[Array, dict[str, Array], dict[str, Array]]:
-        """(made image, maps, scores). A = 1 - sigmoid(z), z the standardised D(made); in float32 it is 1 below z = -17,
-        so that `simsid`, which ranks, is its log odds, -z. `difference`, the report's prose: log odds too, the
-        standardised D(image) - D(made). ours: its sign, high where the made image looks less real than the given one;
-        put into A for D(made) it would be turned round."""
-        made, values = logits(results, image)
-        stats = results["calibration"]["stats"]
-        deviation = jnp.sqrt(stats["squares"] / jnp.maximum(stats["count"], 1))
-        z = (values - stats["mean"]) / (deviation + 1e-8)
-        error = image - made
-        cells = jnp.mean(patchify(jnp.mean(error, -1, keepdims=True), cell), -1) ** 2
-        maps = {"l1": jnp.mean(jnp.abs(error), -1), "mse": jnp.mean(error**2, -1)}
-        scores = {"simsid": -z[:, 0], "difference": z[:, 1], "A": jax.nn.sigmoid(-z[:, 0])}
-        scores |= {name: jnp.mean(m, tuple(range(1, m.ndim))) for name, m in maps.items()}
-        # ours: the square of a cell's mean error, in which the image's grain cancels.
-        wide = jnp.broadcast_to(cells[..., None], (*cells.shape, prod(cell)))
-        maps["patches"] = unpatchify(wide, size, cell)[..., 0]
-        highest = max(1, round(evaluation.top * cells.shape[1]))
-        scores["patches"] = jnp.mean(jax.lax.top_k(cells, highest)[0], -1)
-        return made, maps, scores
+    config: ConfigDict
+    encoder: Network
+    generator: Network
+    inpainting: Network
+    discriminator: Network
+    grid: tuple[int, ...]
+    slots: list[np.ndarray]
 
-    def score(results, batch, key, *, chunk=None):
-        image, back = normalised(config, batch["image"])
-        made, maps, scores = judged(results, image)
-        shown = {n: back(p) if p.ndim == image.ndim else p for n, p in variant.pictures(results, image).items()}
-        return {"maps": maps, "scores": scores, "reconstruction": back(made), "pictures": shown}
 
-    def window_score(results, image: Array, keys: Array) -> tuple[Array, Array]:
-        """Each window's maps, and its scores as constant maps: ours, as the report has no volumes."""
-        made, maps, scores = judged(results, image)
-        flat = lambda value: jnp.broadcast_to(value.reshape(-1, *[1] * len(size)), image.shape[:-1])
-        every = jnp.stack([maps[name] if name in maps else flat(scores[name]) for name in SCORES], -1)
-        return jnp.concatenate([every, made], -1), jnp.ones((*image.shape[:-1], 1))
-
-    def fuse(averages: Float[Array, "*size k"], inside: Bool[Array, "*size"]) -> dict:
-        maps = {name: jnp.where(inside, averages[..., i], 0) for i, name in enumerate(SCORES)}
-        return {"maps": maps, "reconstruction": averages[..., len(SCORES) :]}
-
-    def rest() -> Results:
-        """Any D, which no reconstruction error depends on, and a calibration by constants: it ranks logits as any does,
-        and is so wide that no two logits become the same A in float32."""
-        params, stats = discriminator_of(config)[0](jax.random.key(0))
-        wide = {"mean": jnp.zeros(2), "squares": jnp.full(2, 1e4), "count": jnp.int32(1), "left": jnp.int32(0)}
-        return {"discriminator": {"params": params, "stats": stats}, "calibration": {"params": {}, "stats": wide}}
-
-    batch = variant.stages[-1].batch
-    last = Stage(
-        "calibration",
-        batch,
-        partial(trained, config),
-        lambda n: -(-n // batch),
-        calibration_init,
-        calibration_step,
-        shuffle=False,
+def networks(config: ConfigDict) -> Networks:
+    """The report's networks; raises InputError on sizes that do not fit each other."""
+    data, model, levels = config.data, config.model, config.memory.levels
+    size, patch, widths, dtype = tuple(data.size), tuple(model.patch), tuple(model.widths), compute_type(config)
+    grid = grid_of(size, patch)
+    slots = hierarchy(grid, levels)
+    inputs = len(slots[0]) * model.features
+    encoder = lambda rngs: Encoder(patch, data.channels, widths, model.features, dtype, rngs=rngs)
+    generator = lambda rngs: Generator(size, inputs, widths[::-1], data.channels, model.sigmoid, dtype, rngs=rngs)
+    inpainting = lambda rngs: Inpainting(
+        len(size),
+        levels * model.features,
+        model.features,
+        model.width,
+        model.depth,
+        model.heads,
+        model.mlp,
+        model.dropout,
+        model.centre,
+        dtype,
+        rngs=rngs,
     )
-    stages, uses = (*variant.stages, normalising(config, last)), (*names, "calibration")
-    student = config.variant == "report" and score_name in MAPS
-    choice: dict[str, Any] = {"choice": "student" if student else names[-1], "rest": rest}
-    choice["chosen_on_val"] = config.select == "auroc" and not student  # the student's errors do not depend on D
-    if len(size) == 3:
-        sweep = Sweep(size, tuple(evaluation.stride), 1, window_score, fuse)
-        return System("simsid", stages, None, uses, score_name, sweep=sweep, **choice)
-    # A and the difference are of whole images: the picture beside them is |I - made|.
-    return System("simsid", stages, score, uses, score_name, map="" if score_name in MAPS else "l1", **choice)
-
-
-def normalised(config: ConfigDict, image: Float[Array, "b *size c"]) -> tuple[Array, Callable[[Array], Array]]:
-    """(images as the networks see them, the way back of such ones into [0, 1]). With `data.normalise=image` (ours:
-    exposure differs more between scans than a finding changes it) each has mean 0.5 and deviation 0.2."""
-    if config.data.normalise != "image":
-        return image, lambda made: jnp.clip(made, 0, 1)
-    axes = tuple(range(1, image.ndim))
-    mean, std = jnp.mean(image, axes, keepdims=True), jnp.std(image, axes, keepdims=True)
-    scale = jnp.maximum(std, 1e-6) / DEVIATION
-    return 0.5 + (image - mean) / scale, lambda made: jnp.clip(mean + (made - 0.5) * scale, 0, 1)
-
-
-def normalising(config: ConfigDict, stage: Stage) -> Stage:
-    """The stage, its images `normalised` first."""
-    if config.data.normalise != "image":
-        return stage
-    ready = lambda batch: batch | {"image": normalised(config, batch["image"])[0]}
-    check = stage.check
-    if check:
-        look = check.look
-        check = check._replace(look=lambda state, batch: look(state, ready(batch)))
-    step = lambda state, batch, key, **options: stage.step(state, ready(batch), key, **options)
-    return stage._replace(step=step, check=check)
-
-
-def trained(config: ConfigDict, rows: list[Row], results: Results | None = None) -> np.ndarray:
-    """The training rows that are not held out."""
-    held = held_out(rows, config.validation.held_out)
-    return np.array([i for i, row in enumerate(rows) if row.split == "train" and not held[i]], np.int64)
-
-
-def held(config: ConfigDict, rows: list[Row]) -> np.ndarray:
-    """`validation.samples` of the held-out training rows, or of those trained on where none is held out."""
-    chosen = np.flatnonzero(held_out(rows, config.validation.held_out))
-    if not chosen.size:
-        log("check: on training images, as none is held out (of ten patients or more)")
-    return np.resize(chosen if chosen.size else trained(config, rows), config.validation.samples)
-
-
-def labelled(rows: list[Row]) -> np.ndarray:
-    """The labelled rows of `val`; none where a class is missing."""
-    chosen = np.array(
-        [i for i, row in enumerate(rows) if row.split == "val" and row.label is not None and not row.kept], np.int64
+    return Networks(
+        config=config,
+        encoder=Network(*network(encoder)),
+        generator=Network(*network(generator)),
+        inpainting=Network(*network(inpainting)),
+        discriminator=discriminator(config),
+        grid=grid,
+        slots=slots,
     )
-    if len({rows[i].label for i in chosen}) == 2:
-        return chosen
-    log("select=auroc: val has no labelled images of both classes: the last weights are used")
-    return np.array([], np.int64)
 
 
-def divergences(image: Array, made: Array) -> dict[str, Array]:
-    """MSE and both forms of Eq. 5.2 of images made of held-out ones."""
-    mean = {"check_mse": (image - made) ** 2, "check_kl": pixel_kl(image, made)}
-    return {name: jnp.mean(v) for name, v in (mean | {"check_kl_histogram": histogram_kl(image, made)}).items()}
+# --- from an image to the student's image of it -----------------------------------------------------------------------
 
 
-def reconstruction_check(config: ConfigDict, make: Callable[[State, Array], Array]) -> Check:
-    """`divergences` of the images that a stage's networks make."""
-    look = lambda state, batch: (state, divergences(batch["image"], make(state, batch["image"])))
-    return Check(config.validation.every, 0, partial(held, config), look)
+def features(nets: Networks, teacher: PyTree, image: Float[Array, "b *size c"]) -> Float[Array, "b n d"]:
+    """E(image), frozen."""
+    return nets.encoder.bind(teacher["params"]["encoder"], teacher["stats"]["encoder"])(image, train=False)
 
 
-# --- the weights of the best AUROC ------------------------------------------------------------------------------------
+def teacher_layers(nets: Networks, teacher: PyTree, f: Float[Array, "b n d"]) -> list[Array]:
+    """The results of the teacher's layers on features, frozen; the last is the image."""
+    return nets.generator.bind(teacher["params"]["generator"], teacher["stats"]["generator"])(f, train=False)
 
 
-def with_best(state: State) -> State:
-    """A fresh state that will keep its best weights beside the last."""
-    return state._replace(stats=state.stats | {"best": {**as_result(state), "auroc": jnp.float32(-1)}})
+def student_input(
+    nets: Networks, results: Results, params: PyTree, f: Float[Array, "b n d"], keys: Array | None = None
+) -> Float[Array, "b n d"]:
+    """The features that the student gets: inpainted ones, or E's own without inpainting (the listing of Alg. 4.11).
+
+    With keys (b,) retrieval is under noise and the transformer under dropout. Each patch then keeps the features of E
+    with probability 1 - student.kept (SimSID's masked shortcut).
+    """
+    memory, share = nets.config.memory, nets.config.student.kept
+    if not nets.config.model.inpainting:
+        return f
+    noise = drop = shortcut = None
+    if keys is not None:
+        noise, drop, shortcut = jnp.moveaxis(jax.vmap(lambda key: jax.random.split(key, 3))(keys), 1, 0)
+    stats = results["memory"]["stats"]
+    recalled = recall(
+        (stats["rows"], stats["count"]),
+        f,
+        nets.slots,
+        k=memory.top_k,
+        temperature=memory.temperature,
+        weighted=memory.weighted,
+        restrict=memory.restrict,
+        keys=noise,
+    )
+    x = nets.inpainting.bind(params["inpainting"])(recalled, f, nets.grid, drop)
+    if shortcut is None or share == 1:
+        return x
+    mask = jax.vmap(lambda key: jax.random.bernoulli(key, share, (f.shape[1], 1)))(shortcut)
+    return jnp.where(mask, x, f)
 
 
-def keep_best(state: State, found: Float[Array, ""]) -> State:
-    """The state with its weights as the best where their AUROC is not below that of the best."""
-    best = state.stats["best"]
-    own = {**as_result(state), "auroc": found.astype(jnp.float32)}
-    best = jax.tree.map(partial(jnp.where, found >= best["auroc"]), own, best)
-    return state._replace(stats=state.stats | {"best": best})
+def student_image(nets: Networks, results: Results, student: PyTree, image: Array) -> Array:
+    """The student's images of images; `student` holds its "params" and "stats"."""
+    x = student_input(nets, results, student["params"], features(nets, results["teacher"], image))
+    return nets.generator.bind(student["params"]["generator"], student["stats"]["generator"])(x, train=False)[-1]
 
 
-def as_result(state: State) -> dict[str, PyTree]:
-    return {"params": state.params, "stats": {name: s for name, s in state.stats.items() if name != "best"}}
+def remake(nets: Networks, results: Results, image: Array) -> Array:
+    """`Method.remake`."""
+    return student_image(nets, results, results["student"], image)
 
 
-def chosen(result: Mapping[str, PyTree]) -> Mapping[str, PyTree]:
-    """A stage's result with its best weights, or its last where no AUROC was ever found."""
-    stats = dict(result["stats"])
-    if "best" not in stats:
-        return result
-    best = stats.pop("best")
-    last = {"params": result["params"], "stats": stats}
-    return jax.tree.map(partial(jnp.where, best["auroc"] >= 0), {name: best[name] for name in last}, last)
+def judge(nets: Networks, results: Results, image: Array) -> Float[Array, " b"]:
+    """`Method.judge`, by the best weights."""
+    best = best_weights(results["discriminator"], RULE)
+    return nets.discriminator.bind(best["params"], best["stats"]["network"])(image, train=False)
 
 
-# --- pictures ---------------------------------------------------------------------------------------------------------
+def pictures(nets: Networks, results: Results, image: Array) -> dict[str, Array]:
+    """`Method.pictures`: the teacher's image, and in 2D the features before and after the inpainting."""
+    f = features(nets, results["teacher"], image)
+    out = {"reconstruction by the teacher": teacher_layers(nets, results["teacher"], f)[-1]}
+    if len(nets.grid) == 2:
+        x = student_input(nets, results, results["student"]["params"], f)
+        out |= {"features of the patches": mosaic(f, nets.grid), "features for the student": mosaic(x, nets.grid)}
+    return out
 
 
-def mosaic(features: Float[Array, "b n d"], grid: tuple[int, ...]) -> Float[Array, "b h w"]:
-    """Each patch's features as a tile, as square as they fill it, tiles at the patches' places (Fig. 5.4 to 5.6)."""
-    d = features.shape[-1]
+def mosaic(f: Float[Array, "b n d"], grid: tuple[int, ...]) -> Float[Array, "b h w"]:
+    """Each patch's features as a tile at the patch's place (Fig. 5.4 to 5.6), as near to a square as they fill it."""
+    d = f.shape[-1]
     tall = max(k for k in range(1, d + 1) if d % k == 0 and k * k <= d)
     tile = (tall, d // tall)
     size = tuple(g * t for g, t in zip(grid, tile, strict=True))
-    return unpatchify(features, size, tile)[..., 0]
+    return unpatchify(f, size, tile)[..., 0]
 
 
-def affine(image: Float[Array, "*size c"], key: Array, *, translation: float, scaling: float) -> Array:
-    """Moved by U(-translation, translation) of each edge and scaled by U(1 - scaling, 1 + scaling) about the middle,
-    linear between pixels, 0 outside."""
-    size = image.shape[:-1]
-    u, n, axes = jax.random.uniform(key, (1 + len(size),), minval=-1), np.array(size, np.float32), range(len(size))
-    scale = jnp.full(len(size), 1 + scaling * u[0])
-    move = translation * u[1:] * n + (1 - scale) * n / 2
-    return jax.image.scale_and_translate(image, image.shape, tuple(axes), scale, move, "linear", antialias=False)
+# --- teacher (Eq. 5.3) ------------------------------------------------------------------------------------------------
 
 
-def adam(section: ConfigDict) -> optax.GradientTransformation:
-    """Adam as a stage's section has it."""
-    return optax.adam(section.lr, b1=section.betas[0], b2=section.betas[1])
+def drawn_networks(makers: dict[str, Network], key: Array) -> tuple[dict[str, PyTree], dict[str, PyTree]]:
+    """(parameters, statistics) of networks as drawn, the i-th network by the i-th key."""
+    parts = {name: net.init(jax.random.fold_in(key, i)) for i, (name, net) in enumerate(makers.items())}
+    params, stats = ({name: part[i] for name, part in parts.items()} for i in range(2))
+    return params, stats
 
 
-def decayed_adam(section: ConfigDict, lr: float | Array) -> optax.GradientTransformation:
-    """Adam of epsilon 1e-7 with weight decay as a part of the gradient (PyTorch's)."""
-    adam = optax.adam(lr, b1=section.betas[0], b2=section.betas[1], eps=1e-7)
-    return optax.chain(optax.add_decayed_weights(section.decay), adam)
+def teacher_init(nets: Networks, key: Array, results: Results, n: int) -> State:
+    """Encoder and generator as drawn."""
+    params, stats = drawn_networks({"encoder": nets.encoder, "generator": nets.generator}, key)
+    return begin(params, adam(nets.config.teacher), stats)
 
 
-def laid_out(grads: PyTree) -> PyTree:
-    """Gradients in memory as their parameters. On an NVIDIA GPU a convolution's comes in another order, which Adam's
-    kernel takes over: XLA then copies the parameters and both moments back, instead of the gradient alone."""
-    if not on_gpu():
-        return grads
-    return jax.tree.map(lambda x: with_layout_constraint(x, Layout(tuple(range(x.ndim)))), grads)
+def teacher_loss(nets: Networks, stats: PyTree, params: PyTree, image: Array) -> tuple[Array, tuple[dict, dict]]:
+    """MSE of the teacher's images; a loss as `descend` takes it."""
+    together = nets.config.model.encoder == "joint"
+    encoder = nets.encoder.bind(params["encoder"], stats["encoder"])
+    f = encoder(image, train=together)
+    f = f if together else jax.lax.stop_gradient(f)  # without gradient Adam leaves the encoder as drawn
+    generator = nets.generator.bind(params["generator"], stats["generator"])
+    made = generator(f, train=True)[-1]
+    return jnp.mean((image - made) ** 2), ({"encoder": stats_of(encoder), "generator": stats_of(generator)}, {})
 
 
-def gathered(values: PyTree, axis_name: str | None) -> PyTree:
-    """The global batch in its order."""
-    return values if axis_name is None else jax.lax.all_gather(values, axis_name, tiled=True)
+def teacher_step(
+    nets: Networks, state: State, batch: PyTree, key: Array, results: Results, *, steps: int
+) -> tuple[State, dict[str, Array]]:
+    """A step of the teacher."""
+    section, loss = nets.config.teacher, partial(teacher_loss, nets, state.stats)
+    return descend(state, loss, adam(section), section.lr, batch["image"])
 
 
-def discriminator_of(config: ConfigDict) -> tuple[Callable, Callable]:
-    """`network` of D."""
-    size, channels = tuple(config.data.size), config.data.channels
-    dtype, widths = compute_type(config), tuple(config.model.discriminator)
-    return network(lambda rngs: Discriminator(size, channels, widths, dtype, rngs=rngs))
+# --- memory (Alg. 4.4 and 4.5) ----------------------------------------------------------------------------------------
 
 
-# --- variant `report` -------------------------------------------------------------------------------------------------
+def slots_of_levels(nets: Networks) -> np.ndarray:
+    """Number of slots of each level."""
+    return np.array([level.max() + 1 for level in nets.slots])
 
 
-def report(config: ConfigDict) -> Variant:
-    """The report's stages."""
-    data, model, memory, student = config.data, config.model, config.memory, config.student
-    size, patch, widths, dtype = tuple(data.size), tuple(model.patch), tuple(model.widths), compute_type(config)
-    grid = grid_of(size, patch)
-    slots, rank = hierarchy(grid, memory.levels), len(size)
-    tokens = len(slots[0])
-    enc_init, enc_of = network(
-        lambda rngs: Encoder(patch, data.channels, widths, model.features, dtype, rngs=rngs),
+def memory_init(nets: Networks, key: Array, results: Results, n: int) -> State:
+    """An empty memory; "left" is the number of images that may still write."""
+    number, config = slots_of_levels(nets).sum(), nets.config
+    stats = {
+        "rows": jnp.zeros((number, config.memory.slots, config.model.features)),
+        "count": jnp.zeros(number, jnp.int32),
+        "left": jnp.int32(config.memory.passes * n),
+    }
+    return State(params={}, opt={}, stats=stats, step=jnp.int32(0))
+
+
+def memory_step(
+    nets: Networks, state: State, batch: PyTree, key: Array, results: Results, *, steps: int
+) -> tuple[State, dict[str, Array]]:
+    """Writes a batch into the memory, image by image. Metrics: share of the slots that an image wrote, by level."""
+    memory = nets.config.memory
+    values = device_gather(summaries(features(nets, results["teacher"], batch["image"]), nets.slots))
+    allowed = jnp.arange(len(values)) < state.stats["left"]
+    (rows, count), written = write_all(
+        (state.stats["rows"], state.stats["count"]), values, allowed, threshold=memory.threshold, ema=memory.ema
     )
-    gen_init, gen_of = network(
-        lambda rngs: Generator(
-            size, tokens * model.features, widths[::-1], data.channels, model.sigmoid, dtype, rngs=rngs
-        )
+    shares = jnp.sum(written, 0) / jnp.maximum(jnp.sum(allowed), 1)
+    parts = jnp.split(shares, np.cumsum(slots_of_levels(nets))[:-1])
+    metrics = {f"written_level_{i}": jnp.mean(part) for i, part in enumerate(parts)}
+    stats = {"rows": rows, "count": count, "left": state.stats["left"] - jnp.sum(allowed)}
+    return state.replace(stats=stats, step=state.step + 1), metrics
+
+
+# --- student (Eq. 5.4 and 5.5) ----------------------------------------------------------------------------------------
+
+
+def student_init(nets: Networks, key: Array, results: Results, n: int) -> State:
+    """Generator as drawn or the teacher's; inpainting and discriminator as drawn, where the recipe has them."""
+    config = nets.config
+    parts = {"generator": nets.generator.init(jax.random.fold_in(key, 0))}
+    if config.model.inpainting:
+        parts["inpainting"] = nets.inpainting.init(jax.random.fold_in(key, 1))
+    if config.student.adversarial:
+        parts["discriminator"] = nets.discriminator.init(jax.random.fold_in(key, 2))
+    if config.student.from_teacher:
+        parts["generator"] = tuple(results["teacher"][what]["generator"] for what in ("params", "stats"))
+    params, stats = ({name: part[i] for name, part in parts.items()} for i in range(2))
+    return begin(params, adam(config.student), stats)
+
+
+def student_loss(
+    nets: Networks, results: Results, stats: PyTree, params: PyTree, image: Array, keys: Array
+) -> tuple[Array, tuple[dict, dict]]:
+    """MSE and distillation, and with `student.adversarial` the adversarial losses; a loss as `descend` takes it.
+
+    The metric "loss" is the student's alone. The adversarial losses are ours: the discriminator learns beside the
+    student, each by its own terms, and the student's terms have a discriminator without gradient.
+    """
+    section = nets.config.student
+    f = features(nets, results["teacher"], image)
+    generator = nets.generator.bind(params["generator"], stats["generator"])
+    xs = generator(student_input(nets, results, params, f, keys), train=True)
+    new_stats = {"generator": stats_of(generator)}
+    parts = {"mse": jnp.mean((image - xs[-1]) ** 2)}
+    pairs = zip(teacher_layers(nets, results["teacher"], f), xs, strict=True)
+    parts["distillation"] = sum((jnp.mean((z.astype(jnp.float32) - x) ** 2) for z, x in pairs), jnp.float32(0))
+    total = parts["mse"] + section.distillation * parts["distillation"]
+    if not section.adversarial:
+        return total, (new_stats, parts | {"loss": total})
+    bind, d_stats = nets.discriminator.bind, stats["discriminator"]
+    fixed = bind(jax.lax.stop_gradient(params["discriminator"]), d_stats)
+    parts["adversarial"] = jnp.mean(jax.nn.softplus(-fixed(xs[-1], train=True)))
+    total = total + section.adversarial * parts["adversarial"]
+    d = bind(params["discriminator"], d_stats)
+    real, fake = (d(x, train=True) for x in (image, jax.lax.stop_gradient(xs[-1])))
+    parts["discriminator"] = discriminator_loss(real, fake)
+    new_stats |= {"discriminator": stats_of(d)}
+    return total + parts["discriminator"], (new_stats, parts | {"loss": total})
+
+
+def student_step(
+    nets: Networks, state: State, batch: PyTree, key: Array, results: Results, *, steps: int
+) -> tuple[State, dict[str, Array]]:
+    """A step of the student."""
+    section, loss = nets.config.student, partial(student_loss, nets, results, state.stats)
+    return descend(state, loss, adam(section), section.lr, batch["image"], sample_keys(key, batch["index"]))
+
+
+# --- discriminator (Alg. 4.11) ----------------------------------------------------------------------------------------
+
+
+def discriminator_init(nets: Networks, key: Array, results: Results, n: int) -> State:
+    """The discriminator as drawn, or as the student left it."""
+    params, stats = nets.discriminator.init(key)
+    if nets.config.student.adversarial:
+        params, stats = (results["student"][what]["discriminator"] for what in ("params", "stats"))
+    state = begin(params, adam(nets.config.discriminator), {"network": stats})
+    return with_best(state, RULE) if nets.config.select == RULE else state
+
+
+def judge_loss(nets: Networks, stats: PyTree, params: PyTree, image: Array, made: Array) -> tuple[Array, tuple]:
+    """The discriminator's loss on images and new images of them; a loss as `descend` takes it."""
+    d = nets.discriminator.bind(params, stats["network"])
+    real, fake = (d(x, train=True) for x in (image, made))
+    accuracy = (jnp.mean(real > 0) + jnp.mean(fake < 0)) / 2
+    means = {"accuracy": accuracy, "real": jnp.mean(real), "fake": jnp.mean(fake)}
+    return discriminator_loss(real, fake), ({"network": stats_of(d)}, means)
+
+
+def discriminator_step(
+    nets: Networks, state: State, batch: PyTree, key: Array, results: Results, *, steps: int
+) -> tuple[State, dict[str, Array]]:
+    """A step of the discriminator."""
+    section, loss = nets.config.discriminator, partial(judge_loss, nets, state.stats)
+    made = jax.lax.stop_gradient(remake(nets, results, batch["image"]))
+    return descend(state, loss, adam(section), section.lr, batch["image"], made)
+
+
+def discriminator_look(nets: Networks, state: State, batch: PyTree, results: Results) -> tuple[State, dict[str, Array]]:
+    """AUROC of D(new image) on the labelled images, as D is now; keeps the best weights."""
+    judged = lambda image: nets.discriminator.bind(state.params, state.stats["network"])(image, train=False)
+    one = lambda image: judged(remake(nets, results, image[None]))[0]
+    logits = jax.lax.map(one, batch["image"], batch_size=nets.config.discriminator.batch)
+    value = auroc(-logits, batch["label"])
+    return keep_best(state, RULE, value), {"check_auroc": value}
+
+
+# --- stages -----------------------------------------------------------------------------------------------------------
+
+
+def report(config: ConfigDict) -> Method:
+    """The report's method: its stages in order, and what the scores need."""
+    nets = networks(config)
+    stages = (teacher_stage(nets), memory_stage(nets), student_stage(nets), discriminator_stage(nets))
+    return Method(
+        stages=tuple(stage for stage in stages if stage.name != "memory" or config.model.inpainting),
+        maker="student",
+        remake=partial(remake, nets),
+        judge=partial(judge, nets),
+        pictures=partial(pictures, nets),
     )
-    inp_init, inp_of = network(
-        lambda rngs: Inpainting(
-            rank,
-            memory.levels * model.features,
-            model.features,
-            model.width,
-            model.depth,
-            model.heads,
-            model.mlp,
-            model.dropout,
-            model.centre,
-            dtype,
-            rngs=rngs,
-        )
+
+
+def teacher_stage(nets: Networks) -> Stage:
+    """The stage that trains encoder and generator."""
+    config = nets.config
+
+    def make(state: State, results: Results, image: Array) -> Array:
+        teacher = last_weights(state)
+        return teacher_layers(nets, teacher, features(nets, teacher, image))[-1]
+
+    return Stage(
+        name="teacher",
+        rows=partial(training_rows, config),
+        batch=config.teacher.batch,
+        steps=steps_of(config.teacher, config.budget),
+        init=partial(teacher_init, nets),
+        step=partial(teacher_step, nets),
+        checks=(reconstruction_check(config, make),),
+        published=PUBLISHED["teacher"],
     )
-    dis_init, dis_of = discriminator_of(config)
-    together = model.encoder == "joint"
 
-    # --- the path from an image to the student's ---------------------------------------------------------------------
 
-    def features(teacher: PyTree, image: Array) -> Float[Array, "b n d"]:
-        """E(I), frozen."""
-        return enc_of(teacher["params"]["encoder"], teacher["stats"]["encoder"])(image, train=False)
-
-    def inpainted(kept: Memory, params: PyTree, f: Array, keys: Array | None = None) -> Float[Array, "b n d"]:
-        """What stands for the features `f`, from the memory `kept`; with keys under noise and dropout, and patches
-        that keep their own features with probability 1 - kept (SimSID's masked shortcut)."""
-        noise = drop = shortcut = None
-        if keys is not None:
-            noise, drop, shortcut = jnp.moveaxis(jax.vmap(lambda key: jax.random.split(key, 3))(keys), 1, 0)
-        recalled = recall(
-            kept,
-            f,
-            slots,
-            k=memory.top_k,
-            temperature=memory.temperature,
-            weighted=memory.weighted,
-            restrict=memory.restrict,
-            keys=noise,
-        )
-        x = inp_of(params)(recalled, f, grid, drop)
-        if shortcut is None or student.kept == 1:
-            return x
-        mask = jax.vmap(lambda key: jax.random.bernoulli(key, student.kept, (tokens, 1)))(shortcut)
-        return jnp.where(mask, x, f)
-
-    def for_student(results: Results, params: PyTree, f: Array, keys: Array | None = None) -> Array:
-        """The student's input: inpainted features, or without inpainting (Alg. 4.11's listing) E's own."""
-        if not model.inpainting:
-            return f
-        stats = results["memory"]["stats"]
-        return inpainted((stats["rows"], stats["count"]), params["inpainting"], f, keys)
-
-    def made_by(results: Results, params: PyTree, stats: PyTree, image: Array) -> Array:
-        x = for_student(results, params, features(results["teacher"], image))
-        return gen_of(params["generator"], stats["generator"])(x, train=False)[-1]
-
-    def remake(results: Results, image: Array) -> Array:
-        return made_by(results, results["student"]["params"], results["student"]["stats"], image)
-
-    def judge(results: Results, image: Array) -> Array:
-        own = chosen(results["discriminator"])
-        return dis_of(own["params"], own["stats"]["network"])(image, train=False)
-
-    def pictures(results: Results, image: Array) -> dict[str, Array]:
-        """The teacher's image, and in 2D the features before and after the inpainting."""
-        f = features(results["teacher"], image)
-        out = {"reconstruction by the teacher": taught_by(results["teacher"], f)[-1]}
-        if rank == 2:
-            own = results["student"]["params"]
-            out |= {"features of the patches": mosaic(f, grid)}
-            out |= {"features for the student": mosaic(for_student(results, own, f), grid)}
-        return out
-
-    def taught_by(teacher: PyTree, f: Array) -> list[Array]:
-        """The teacher's layers' results, frozen."""
-        return gen_of(teacher["params"]["generator"], teacher["stats"]["generator"])(f, train=False)
-
-    # --- teacher (Eq. 5.3) -------------------------------------------------------------------------------------------
-
-    def teacher_init(key, results, n):
-        parts = {"encoder": enc_init(jax.random.fold_in(key, 0)), "generator": gen_init(jax.random.fold_in(key, 1))}
-        params, stats = ({name: part[i] for name, part in parts.items()} for i in range(2))
-        return State(params, adam(config.teacher).init(params), stats, {}, jnp.int32(0))
-
-    def teacher_step(state, batch, key, *, steps, axis_name=None):
-        def loss(params):
-            encoder = enc_of(params["encoder"], state.stats["encoder"])
-            f = encoder(batch["image"], train=together, axis_name=axis_name)
-            f = f if together else jax.lax.stop_gradient(f)  # without gradient Adam leaves the encoder as drawn
-            generator = gen_of(params["generator"], state.stats["generator"])
-            made = generator(f, train=True, axis_name=axis_name)[-1]
-            stats = {"encoder": stats_of(encoder), "generator": stats_of(generator)}
-            return jnp.mean((batch["image"] - made) ** 2), stats
-
-        (value, stats), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
-        value, grads, stats = averaged((value, grads, stats), axis_name)
-        updates, opt = adam(config.teacher).update(laid_out(grads), state.opt)
-        metrics = {"loss": value, "grad_norm": optax.tree.norm(grads)}
-        return State(optax.apply_updates(state.params, updates), opt, stats, {}, state.step + 1), metrics
-
-    def taught(state: State, image: Array) -> Array:
-        own = as_result(state)
-        return taught_by(own, features(own, image))[-1]
-
-    # --- memory (Alg. 4.4 and 4.5) -----------------------------------------------------------------------------------
-
-    levels = np.array([own.max() + 1 for own in slots])  # slots of each
-
-    def memory_init(key, results, n):
-        stats = {
-            "rows": jnp.zeros((levels.sum(), memory.slots, model.features)),
-            "count": jnp.zeros(levels.sum(), jnp.int32),
-            "left": jnp.int32(memory.passes * n),
-        }
-        return State({}, {}, stats, {"teacher": results["teacher"]}, jnp.int32(0))
-
-    def memory_step(state, batch, key, *, steps, axis_name=None):
-        values = gathered(summaries(features(state.frozen["teacher"], batch["image"]), slots), axis_name)
-        allowed = jnp.arange(len(values)) < state.stats["left"]
-        (rows, count), written = write_all(
-            (state.stats["rows"], state.stats["count"]), values, allowed, threshold=memory.threshold, ema=memory.ema
-        )
-        shares = jnp.sum(written, 0) / jnp.maximum(jnp.sum(allowed), 1)
-        parts = jnp.split(shares, np.cumsum(levels)[:-1])
-        metrics = {f"written_level_{i}": jnp.mean(part) for i, part in enumerate(parts)}
-        stats = {"rows": rows, "count": count, "left": state.stats["left"] - jnp.sum(allowed)}
-        return state._replace(stats=stats, step=state.step + 1), metrics
-
-    # --- student (Eq. 5.4 and 5.5) -----------------------------------------------------------------------------------
-
-    before = ("teacher", "memory") if model.inpainting else ("teacher",)
-
-    def student_init(key, results, n):
-        parts = {"generator": gen_init(jax.random.fold_in(key, 0))}
-        if model.inpainting:
-            parts["inpainting"] = inp_init(jax.random.fold_in(key, 1))
-        if student.adversarial:
-            parts["discriminator"] = dis_init(jax.random.fold_in(key, 2))
-        if student.from_teacher:
-            parts["generator"] = tuple(results["teacher"][what]["generator"] for what in ("params", "stats"))
-        params, stats = ({name: part[i] for name, part in parts.items()} for i in range(2))
-        frozen = {name: results[name] for name in before}
-        return State(params, adam(student).init(params), stats, frozen, jnp.int32(0))
-
-    def student_step(state, batch, key, *, steps, axis_name=None):
-        image, keys, teacher = batch["image"], sample_keys(key, batch["index"]), state.frozen["teacher"]
-        f = features(teacher, image)
-        shown = taught_by(teacher, f)
-
-        def loss(params):
-            generator = gen_of(params["generator"], state.stats["generator"])
-            xs = generator(for_student(state.frozen, params, f, keys), train=True, axis_name=axis_name)
-            stats = state.stats | {"generator": stats_of(generator)}
-            parts = {"mse": jnp.mean((image - xs[-1]) ** 2)}
-            parts["distillation"] = sum(
-                (jnp.mean((z.astype(jnp.float32) - x) ** 2) for z, x in zip(shown, xs, strict=True)), jnp.float32(0)
-            )
-            total = parts["mse"] + student.distillation * parts["distillation"]
-            if not student.adversarial:
-                return total, (stats, parts | {"loss": total})
-            # ours: D learns beside the student, each by its own terms: the student's by a D without gradient.
-            fixed = dis_of(jax.lax.stop_gradient(params["discriminator"]), state.stats["discriminator"])
-            parts["adversarial"] = jnp.mean(jax.nn.softplus(-fixed(xs[-1], train=True, axis_name=axis_name)))
-            total = total + student.adversarial * parts["adversarial"]
-            d = partial(dis := dis_of(params["discriminator"], state.stats["discriminator"]), train=True)
-            real, fake = (d(x, axis_name=axis_name) for x in (image, jax.lax.stop_gradient(xs[-1])))
-            parts["discriminator"] = discriminator_loss(real, fake)
-            stats |= {"discriminator": stats_of(dis)}
-            return total + parts["discriminator"], (stats, parts | {"loss": total})
-
-        (_, (stats, metrics)), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
-        grads, stats, metrics = averaged((grads, stats, metrics), axis_name)
-        updates, opt = adam(student).update(laid_out(grads), state.opt)
-        params = optax.apply_updates(state.params, updates)
-        return State(params, opt, stats, state.frozen, state.step + 1), metrics | {"grad_norm": optax.tree.norm(grads)}
-
-    # --- discriminator (Alg. 4.11) -----------------------------------------------------------------------------------
-
-    def discriminator_init(key, results, n):
-        own = results["student"]
-        params, stats = dis_init(key)
-        if student.adversarial:
-            params, stats = own["params"]["discriminator"], own["stats"]["discriminator"]
-        frozen = {name: results[name] for name in (*before, "student")}
-        state = State(params, adam(config.discriminator).init(params), {"network": stats}, frozen, jnp.int32(0))
-        return with_best(state) if config.select == "auroc" else state
-
-    def discriminator_step(state, batch, key, *, steps, axis_name=None):
-        made = jax.lax.stop_gradient(remake(state.frozen, batch["image"]))
-
-        def loss(params):
-            d = dis_of(params, state.stats["network"])
-            real, fake = (d(x, train=True, axis_name=axis_name) for x in (batch["image"], made))
-            accuracy = (jnp.mean(real > 0) + jnp.mean(fake < 0)) / 2
-            means = {"accuracy": accuracy, "real": jnp.mean(real), "fake": jnp.mean(fake)}
-            return discriminator_loss(real, fake), (stats_of(d), means)
-
-        (value, (stats, means)), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
-        value, grads, stats, means = averaged((value, grads, stats, means), axis_name)
-        updates, opt = adam(config.discriminator).update(laid_out(grads), state.opt)
-        params = optax.apply_updates(state.params, updates)
-        metrics = {"loss": value, **means, "grad_norm": optax.tree.norm(grads)}
-        stats = state.stats | {"network": stats}
-        return State(params, opt, stats, state.frozen, state.step + 1), metrics
-
-    def compare(state: State, batch: PyTree) -> tuple[State, dict[str, Array]]:
-        """AUROC of D(made), as it is now, on the labelled images; keeps the best."""
-        made = lambda image: remake(state.frozen, image[None])
-        one = lambda image: dis_of(state.params, state.stats["network"])(made(image), train=False)[0]
-        found = auroc(-jax.lax.map(one, batch["image"], batch_size=config.discriminator.batch), batch["label"])
-        return keep_best(state, found), {"check_auroc": found}
-
-    rows, budget = partial(trained, config), config.budget
-    checks = [
-        reconstruction_check(config, make)
-        for make in (taught, lambda state, image: made_by(state.frozen, state.params, state.stats, image))
-    ]
-    select = Check(config.validation.select_every, 0, labelled, compare, labelled=True)
-    stages = (
-        Stage(
-            "teacher",
-            config.teacher.batch,
-            rows,
-            steps_of(config.teacher, budget),
-            teacher_init,
-            teacher_step,
-            check=checks[0],
-            printed=PRINTED["teacher"],
-        ),
-        Stage(
-            "memory",
-            memory.batch,
-            rows,
-            lambda n: -(-memory.passes * n // memory.batch),
-            memory_init,
-            memory_step,
-            shuffle=False,
-        ),
-        Stage(
-            "student",
-            student.batch,
-            rows,
-            steps_of(student, budget),
-            student_init,
-            student_step,
-            check=checks[1],
-            printed=PRINTED["student"],
-        ),
-        Stage(
-            "discriminator",
-            config.discriminator.batch,
-            rows,
-            steps_of(config.discriminator, budget),
-            discriminator_init,
-            discriminator_step,
-            check=select if config.select == "auroc" else None,
-        ),
+def memory_stage(nets: Networks) -> Stage:
+    """The stage that writes the memory, in passes over the rows in order."""
+    config, memory = nets.config, nets.config.memory
+    return Stage(
+        name="memory",
+        rows=partial(training_rows, config),
+        batch=memory.batch,
+        steps=lambda n: -(-memory.passes * n // memory.batch),
+        init=partial(memory_init, nets),
+        step=partial(memory_step, nets),
+        shuffle=False,
     )
-    kept = tuple(stage for stage in stages if stage.name != "memory" or model.inpainting)
-    return Variant(kept, remake, judge, pictures)
 
 
-# --- variant `official` -----------------------------------------------------------------------------------------------
-
-
-def official(config: ConfigDict) -> Variant:
-    """The published SimSID: one stage, all networks from the first step on."""
-    data, joint, weights = config.data, config.joint, config.joint.weights
-    size, dtype = tuple(data.size), compute_type(config)
-    net_init, net_of = network(
-        lambda rngs: Windows(
-            size,
-            data.channels,
-            tuple(joint.windows),
-            tuple(joint.widths),
-            joint.joined,
-            joint.slots,
-            joint.top_k,
-            joint.heads,
-            joint.kept,
-            dtype,
-            rngs=rngs,
-        )
+def student_stage(nets: Networks) -> Stage:
+    """The stage that trains inpainting and the student's generator."""
+    config = nets.config
+    make = lambda state, results, image: student_image(nets, results, last_weights(state), image)
+    return Stage(
+        name="student",
+        rows=partial(training_rows, config),
+        batch=config.student.batch,
+        steps=steps_of(config.student, config.budget),
+        init=partial(student_init, nets),
+        step=partial(student_step, nets),
+        checks=(reconstruction_check(config, make),),
+        published=PUBLISHED["student"],
     )
-    dis_init, dis_of = discriminator_of(config)
-    seen = lambda image: 2 * image - 1  # tanh's range
 
-    def made_by(own: Mapping[str, PyTree], image: Array, which: int = 0) -> Array:
-        """The student's images, or with 1 the teacher's."""
-        return (
-            net_of(*(own[what]["network"] for what in ("params", "stats")))(seen(image), train=False)[which] + 1
-        ) / 2
 
-    def judged_by(own: Mapping[str, PyTree], image: Array) -> Array:
-        return dis_of(*(own[what]["discriminator"] for what in ("params", "stats")))(seen(image), train=False)
-
-    def remake(results: Results, image: Array) -> Array:
-        return made_by(chosen(results["joint"]), image)
-
-    def judge(results: Results, image: Array) -> Array:
-        return judged_by(chosen(results["joint"]), image)
-
-    def pictures(results: Results, image: Array) -> dict[str, Array]:
-        return {"reconstruction by the teacher": made_by(chosen(results["joint"]), image, 1)}
-
-    def rate(step: Array, steps: int) -> Array:
-        """Cosine from `lr` to `lr_least` in a share `cosine` of the steps, and back again (PyTorch's)."""
-        return joint.lr_least + (joint.lr - joint.lr_least) * (1 + jnp.cos(jnp.pi * step / (joint.cosine * steps))) / 2
-
-    def joint_init(key, results, n):
-        parts = {"network": net_init(jax.random.fold_in(key, 0)), "discriminator": dis_init(jax.random.fold_in(key, 1))}
-        params, stats = ({name: part[i] for name, part in parts.items()} for i in range(2))
-        opt = {
-            "network": decayed_adam(joint, 0.0).init(params["network"]),
-            "discriminator": adam(joint).init(params["discriminator"]),
-        }
-        state = State(params, opt, stats, {}, jnp.int32(0))
-        return with_best(state) if config.select == "auroc" else state
-
-    def joint_step(state, batch, key, *, steps, phase, axis_name=None):
-        """D at every step, the network where `phase` is true; each by its own losses."""
-        view, shortcut = jnp.moveaxis(jax.vmap(jax.random.split)(sample_keys(key, batch["index"])), 1, 0)
-        moved = joint.translation or joint.scaling
-        augment = partial(affine, translation=joint.translation, scaling=joint.scaling)
-        x = seen(jax.vmap(augment)(batch["image"], view) if moved else batch["image"])
-
-        def forward(params):
-            net = net_of(params, state.stats["network"])
-            return net(x, shortcut, train=True, axis_name=axis_name), stats_of(net)
-
-        net_params, net_opt = state.params["network"], state.opt["network"]
-        if phase:
-            outs, pull, net_stats = jax.vjp(forward, net_params, has_aux=True)
-        else:
-            outs, net_stats = forward(net_params)
-
-        def critic_loss(params):
-            d = dis_of(params, state.stats["discriminator"])
-            real, fake = (d(y, train=True, axis_name=axis_name) for y in (x, jax.lax.stop_gradient(outs[0])))
-            accuracy = (jnp.mean(real > 0) + jnp.mean(fake < 0)) / 2
-            return weights.discriminator * discriminator_loss(real, fake), (stats_of(d), accuracy)
-
-        params, opt = state.params["discriminator"], state.opt["discriminator"]
-        (critic, (stats, accuracy)), grads = jax.value_and_grad(critic_loss, has_aux=True)(params)
-        critic, stats, accuracy, grads = averaged((critic, stats, accuracy, grads), axis_name)
-        updates, critic_opt = adam(joint).update(laid_out(grads), opt)
-        critic_params = optax.apply_updates(params, updates)
-
-        def loss(outs):
-            made, taught, distillation = outs
-            d = dis_of(critic_params, stats)
-            parts = {
-                "reconstruction": jnp.mean((x - made) ** 2),
-                "teacher": jnp.mean((x - taught) ** 2),
-                "distillation": distillation,
-                "adversarial": jnp.mean(jax.nn.softplus(-d(made, train=True, axis_name=axis_name))),
-            }
-            return sum((weights[name] * value for name, value in parts.items()), jnp.float32(0)), parts
-
-        if phase:
-            (value, parts), cotangents = jax.value_and_grad(loss, has_aux=True)(outs)
-            grads = averaged(pull(cotangents)[0], axis_name)
-            updates, net_opt = decayed_adam(joint, rate(state.step, steps)).update(laid_out(grads), net_opt, net_params)
-            net_params = optax.apply_updates(net_params, updates)
-        else:
-            value, parts = loss(outs)
-        value, parts, net_stats = averaged((value, parts, net_stats), axis_name)
-        metrics = {"loss": value, **parts, "discriminator": critic, "accuracy": accuracy}
-        return State(
-            {"network": net_params, "discriminator": critic_params},
-            {"network": net_opt, "discriminator": critic_opt},
-            state.stats | {"network": net_stats, "discriminator": stats},
-            {},
-            state.step + 1,
-        ), metrics | {"lr": rate(state.step, steps)}
-
-    def rows(rows: list[Row]) -> np.ndarray:
-        return np.concatenate([held(config, rows), *[labelled(rows)] * (config.select == "auroc")])
-
-    def look(state: State, batch: PyTree) -> tuple[State, dict[str, Array]]:
-        """`divergences` of held-out images; AUROC of D(made) on labelled ones, of which the best is kept."""
-        own, n = as_result(state), config.validation.samples
-        found = divergences(batch["image"][:n], made_by(own, batch["image"][:n]))
-        if len(batch["image"]) == n:  # none is labelled
-            return state, found
-        one = lambda image: judged_by(own, made_by(own, image[None]))[0]
-        value = auroc(-jax.lax.map(one, batch["image"][n:], batch_size=joint.batch), batch["label"][n:])
-        return keep_best(state, value), found | {"check_auroc": value}
-
-    stage = Stage(
-        "joint",
-        joint.batch,
-        partial(trained, config),
-        steps_of(joint, config.budget),
-        joint_init,
-        joint_step,
-        check=Check(config.validation.every, 0, rows, look, labelled=config.select == "auroc"),
-        phases=(True, *[False] * (joint.critic - 1)),
+def discriminator_stage(nets: Networks) -> Stage:
+    """The stage that trains the discriminator."""
+    config = nets.config
+    look = partial(discriminator_look, nets)
+    selection = Check(every=config.validation.select_every, rows=labelled_rows, look=look)
+    return Stage(
+        name="discriminator",
+        splits=selecting_splits(config),
+        rows=partial(training_rows, config),
+        batch=config.discriminator.batch,
+        steps=steps_of(config.discriminator, config.budget),
+        init=partial(discriminator_init, nets),
+        step=partial(discriminator_step, nets),
+        checks=(selection,) if config.select == RULE else (),
     )
-    return Variant((stage,), remake, judge, pictures)

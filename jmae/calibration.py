@@ -1,0 +1,247 @@
+"""What a score means: p-values, alarm thresholds and colour scales from held-out normals (calibration.json)."""
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from jmae.cards import rows_digest
+from jmae.data.manifest import Row
+from jmae.errors import InputError
+from jmae.figures import patient_key
+from jmae.inference import Scorer, restore_results, score_rows
+from jmae.report import PERCENTILES, Scale
+from jmae.results import Result, map_name
+from jmae.run_folder import digest, log, write_text
+from jmae.scoring import Calibration, alarm_threshold, colour_ends
+from jmae.seen import write_seen
+from jmae.system import Results, System, chosen_on_val, compute_type, rows_read
+
+CALIBRATION = "calibration.json"
+NOT_CALIBRATED = (
+    "not calibrated, so no p-values: give the manifest val rows of label 0, or train with --config.data.calibration=0.1"
+)
+ONLY_NORMALS = "This split contains only the normals used for calibration, so it has no p-values"
+LOCATING_COLUMNS = ("region", "midline", "half")  # of the manifest, on which the score of a volume depends
+# Settings of the section `evaluation` that change no score: of memory, of the files written, of the figures.
+SETTINGS_WITHOUT_EFFECT = (
+    "batch chunk subsets maps reconstruction draws froc iou alarm_rate convergence decision".split()
+)
+Say = Callable[[str], None]
+
+
+class ReferenceScores(NamedTuple):
+    """The scored rows of `val`. They choose thresholds, and the normals among them calibrate the run."""
+
+    rows: Sequence[Row]
+    scores: np.ndarray  # (r, m), the primary scores
+    ends: np.ndarray  # (m, 2): the percentiles `PERCENTILES` of each row's map, nan without a map
+
+
+def reference_scores(system: System, results: Iterable[Result]) -> ReferenceScores:
+    """The scores of rows of `val`, from their results."""
+    rows, scores, ends = [], [], []
+    for result in results:
+        maps = result.maps.get(map_name(system))
+        rows.append(result.case.row)
+        scores.append(result.scores[system.primary])
+        ends.append(np.full(2, np.nan) if maps is None else np.percentile(maps.mean(0), PERCENTILES))
+    return ReferenceScores(rows, np.stack(scores, 1), np.array(ends))
+
+
+# --- calibrating a run ------------------------------------------------------------------------------------------------
+
+
+def calibrate(
+    config: ConfigDict,
+    system: System,
+    results: Results,
+    reference: ReferenceScores,
+    workdir: Path,
+    say: Say = log,
+) -> Calibration | None:
+    """Calibrates a run on the normals of `val` and writes calibration.json.
+
+    The file holds the score of each normal, the threshold at the false-alarm rate `evaluation.alarm_rate`, the colour
+    scale of maps, and which weights and settings they are of. None where labels of `val` chose the weights and no
+    other normals are there.
+    """
+    used = np.array(calibrating_rows(config, system, reference.rows, say))
+    if not used.any():
+        return None
+    normals = [row for row, use in zip(reference.rows, used, strict=True) if use]
+    scores = {row.id: float(s) for row, s in zip(normals, reference.scores[:, used].mean(0), strict=True)}
+    patients = len({patient_key(row) for row in normals})
+    if patients < len(normals):
+        log(f"warning: {len(normals)} held-out normals of {patients} patients: p-values promise less than their number")
+    needs = [name for name in LOCATING_COLUMNS if system.sweep and any(has_column(row, name) for row in normals)]
+    ends = reference.ends[used]
+    low, high = colour_ends(*ends.T) if np.isfinite(ends).all() else (None, None)
+    rate = alarm_rate(config)
+    threshold = alarm_threshold(list(scores.values()), rate)
+    if threshold is None:
+        log(f"warning: {len(scores)} held-out normals give no p-value up to {rate:g}: {math.ceil(1 / rate) - 1} would")
+    content = {
+        "n": len(scores),
+        "patients": patients,
+        "needs": needs,
+        "alarm_rate": rate,
+        "threshold": threshold,
+        "colours": {"low": low, "high": high},
+        "of": score_identity(config, system, results),
+        "scores": scores,
+    }
+    write_text(workdir / CALIBRATION, json.dumps(content, indent=1))
+    write_seen(workdir, normals)
+    log(f"calibrated on {len(scores)} held-out normals: {workdir / CALIBRATION}")
+    return Calibration(scores, low, high, tuple(needs))
+
+
+def calibrating_rows(config: ConfigDict, system: System, rows: Sequence[Row], say: Say = log) -> list[bool]:
+    """Which rows of `val` may calibrate: the normals, unless labels of `val` chose the weights. Then only normals that
+    were kept apart from `train` may."""
+    labels = {row.label for row in rows if row.split == "val" and not row.kept}
+    if chosen_on_val(system) and {0, 1} <= labels:
+        say(
+            f"select={config.select}: val's labels chose the weights, so only train rows kept apart give p-values "
+            "(--config.data.calibration=0.1)"
+        )
+        return [row.kept for row in rows]
+    return [row.label == 0 for row in rows]
+
+
+def calibrate_run(config: ConfigDict, system: System, rows: Sequence[Row], workdir: Path) -> None:
+    """Calibrates a run that is not evaluated, where its data have held-out normals."""
+    val = [row for row in rows if row.split == "val"]
+    normals = [row for row, use in zip(val, calibrating_rows(config, system, val), strict=True) if use]
+    if not normals:
+        log(NOT_CALIBRATED)
+        return
+    results = restore_results(config, system, workdir)
+    reference = reference_scores(system, score_rows(Scorer(config, system, results), normals))
+    calibrate(config, system, results, reference, workdir)
+
+
+def rows_changed(system: System, rows: Sequence[Row], workdir: Path) -> bool:
+    """Whether the rows are others than those trained on, so that none of them may calibrate the run. Logs it."""
+    saved = rows_digest(system, workdir)
+    if saved in (None, digest(rows_read(system, rows))):
+        return False
+    log("warning: the manifest has changed since the training: not calibrated on it anew")
+    return True
+
+
+# --- reading a calibration --------------------------------------------------------------------------------------------
+
+
+def read_calibration(
+    config: ConfigDict, system: System, results: Results, workdir: Path, say: Say = log
+) -> Calibration | None:
+    """The run's calibration. None, with a reason to `say`, where the run has none, or one of other weights or settings.
+
+    Raises:
+      InputError: the file is damaged.
+    """
+    file = workdir / CALIBRATION
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        scores = {str(name): float(score) for name, score in content["scores"].items()}
+        low, high = (
+            None if end is None else float(end) for end in map(content["colours"].__getitem__, ("low", "high"))
+        )
+        weights, settings = str(content["of"]["weights"]), dict(content["of"]["settings"])
+        needs = tuple(str(name) for name in content["needs"])
+        if not scores or not np.isfinite([*scores.values(), low or 0, high or 0]).all():
+            raise ValueError("no scores, or not finite ones")
+    except FileNotFoundError:
+        say(NOT_CALIBRATED)
+        return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{file}: is no calibration ({error!r}): delete it and run jmae.evaluate again") from None
+    now = json.loads(json.dumps(score_identity(config, system, results)))
+    if weights != now["weights"]:
+        say(f"warning: {file} is of other weights: no p-values; run jmae.evaluate again")
+        return None
+    if other := [k for k in settings | now["settings"] if settings.get(k) != now["settings"].get(k)]:
+        say(f"warning: {file} is of another evaluation.{other[0]}: no p-values")
+        return None
+    return Calibration(scores, low, high, needs)
+
+
+def score_identity(config: ConfigDict, system: System, results: Results) -> dict[str, Any]:
+    """What a score depends on beside the case: {"weights": their SHA-256, "settings": those that change a score}."""
+    hashed = hashlib.sha256()
+    for path, leaf in jax.tree.leaves_with_path(results):
+        hashed.update(jax.tree_util.keystr(path).encode())
+        hashed.update(np.ascontiguousarray(leaf).tobytes())
+    precision = str(jnp.dtype(compute_type(config))) if "dtype" in config.get("model", {}) else ""
+    settings = {key: value for key, value in config.evaluation.items() if key not in SETTINGS_WITHOUT_EFFECT}
+    return {"weights": hashed.hexdigest(), "settings": {"score": system.primary, "dtype": precision} | settings}
+
+
+def has_column(row: Row, name: str) -> bool:
+    """Whether a row's cell in one of the `LOCATING_COLUMNS` is filled."""
+    return bool(row.region if name == "region" else row.extra.get(name))
+
+
+def colours_of(calibration: Calibration | None) -> Scale | None:
+    """The colour scale of all maps of a run; None without a calibration, or where the normals have no maps."""
+    if calibration is None or calibration.low is None or calibration.high is None:
+        return None
+    low, high = PERCENTILES
+    source = f"median of the {low:g}th and 95th percentile of the {high:g}th percentiles of each map of the "
+    return Scale(calibration.low, calibration.high, f"{source}{len(calibration.scores)} held-out normals")
+
+
+# --- p-values and alarms ----------------------------------------------------------------------------------------------
+
+
+def score_line(
+    row: Row, scores: Mapping[str, np.ndarray], system: System, calibration: Calibration | None
+) -> dict[str, Any]:
+    """A line of scores.csv: the mean over replicates of each score (r,), and the p-value of the primary one."""
+    mean = {name: float(values.mean()) for name, values in scores.items()}
+    primary = mean.pop(system.primary)
+    p_value = None
+    if calibration and not row.leak and all(has_column(row, name) for name in calibration.needs):
+        p_value = calibration.p_value(primary, row.id)
+        if p_value is None and row.split != "val":
+            log(f"{row.id}: no p-value: it has the name of a held-out normal")
+    return {"id": row.id, "label": row.label, "score": primary, "p_value": p_value} | mean
+
+
+def alarm_rate(config: ConfigDict) -> float:
+    """The false-alarm rate `evaluation.alarm_rate`. Raises InputError where it is not above 0 and below 1."""
+    rate = config.evaluation.get("alarm_rate", 0.05)
+    if not 0 < rate < 1:
+        raise InputError(f"evaluation.alarm_rate={rate}: is no rate: write one between 0 and 1, as 0.05")
+    return rate
+
+
+def alarms(
+    labels: np.ndarray, p_values: Sequence[float | None], calibration: Calibration | None, rate: float
+) -> dict[str, Any] | None:
+    """The share of normal and of abnormal cases, of those with a p-value, whose p-value is at most `rate`.
+
+    Args:
+      labels: (n,), -1 unknown.
+      p_values: of each case; None where a case has none.
+
+    Returns:
+      {"n": held-out normals, "rate", "threshold", "normal", "abnormal"}; None where no case has a p-value.
+    """
+    p = np.array([np.nan if value is None else value for value in p_values])
+    if not calibration or np.isnan(p).all():
+        return None
+    members = lambda label: (labels == label) & ~np.isnan(p)
+    share = lambda label: float((p[members(label)] <= rate).mean()) if members(label).any() else None
+    threshold = alarm_threshold(list(calibration.scores.values()), rate)
+    found = {"n": len(calibration.scores), "rate": rate, "threshold": threshold}
+    return found | {"normal": share(0), "abnormal": share(1)}

@@ -1,0 +1,59 @@
+"""The figures of an evaluation as the lines that the command prints at its end."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from jmae import metrics
+from jmae.report import no_curves_reason
+
+
+def lesion_words(pixel: Mapping[str, Any]) -> str:
+    """The sensitivity for lesions, where it was asked for."""
+    froc = pixel.get("froc")
+    return f"  lesions found {froc['sensitivity']:.3f} at up to {froc['at']:g} false positives an image" if froc else ""
+
+
+def overlap_words(pixel: Mapping[str, Any]) -> str:
+    """The IoU of maps and masks, where it was asked for."""
+    found = pixel.get("localisation")
+    if not found:
+        return ""
+    at_normals = "" if found["normals"] is None else f" {found['normals']:.3f}"
+    return f"  IoU{at_normals} (oracle {found['oracle']:.3f})"
+
+
+def console_summary(evaluation: Mapping[str, Any]) -> str:
+    """The lines that the command prints at its end."""
+
+    def line(name: str, image: Mapping[str, Any]) -> str:
+        low, high = image["auroc_ci"]
+        return f"  {name:<24} AUROC {image['auroc']:.3f} [{low:.3f}, {high:.3f}]  AP {image['ap']:.3f}"
+
+    unknown = evaluation["n"] - evaluation["n_normal"] - evaluation["n_abnormal"]
+    counts = f"{evaluation['split']}: {evaluation['n_normal']} normal, {evaluation['n_abnormal']} abnormal"
+    counts += f", {unknown} of unknown label" if unknown else ""
+    if evaluation.get("leaks"):
+        counts = f"NOT AN INDEPENDENT TEST: patients or images are in two splits (data.allow_leaks)\n{counts}"
+    primary, reason = evaluation["primary"], no_curves_reason(evaluation)
+    lines = [counts, *([reason] if reason else [])]
+    scores, cheap = evaluation["scores"], evaluation["baselines"]
+    if not reason:
+        lines += [line(name + " *" * (name == primary), s["image"]) for name, s in scores.items() if s["image"]]
+        rated = [line(name, s["image"]) for name, s in cheap.items() if s["image"]]
+        lines += ["cheap baselines:", *rated] if rated else []
+    if found := evaluation["alarms"]:
+        shares = ", ".join(f"{found[word]:.1%} of {word}" for word in ("normal", "abnormal") if found[word] is not None)
+        if shares:
+            lines.append(f"p-value up to {found['rate']:g} (of {found['n']} held-out normals): {shares}")
+    if evaluation["pixel"]:
+        lines.append(f"pixels, of which {evaluation['pixel']['prevalence']:.4f} are lesion:")
+        named = [(name + " *" * (name == primary), s) for name, s in [*scores.items(), *cheap.items()]]
+        lines += [
+            f"  {name:<24} AUROC {s['pixel']['auroc']:.3f}  AP {s['pixel']['ap']:.3f}"
+            f"{lesion_words(s['pixel'])}{overlap_words(s['pixel'])}"
+            for name, s in named
+            if s["pixel"]
+        ]
+        mean = metrics.patient_mean(evaluation["per_patient"])
+        lines.append(f"  mean of {mean['n']} patients      AUROC {mean['auroc']:.3f}  AP {mean['ap']:.3f}")
+    return "\n".join(lines)

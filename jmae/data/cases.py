@@ -1,0 +1,396 @@
+"""The cases of a command: the rows of its data, each file of which is opened once, checked, and prepared.
+
+`load_cases` opens every file of a manifest. What the command needs later is kept from that one decoding: images as the
+networks see them, training volumes in the cache of the run folder, volumes to score in a temporary file, masks as
+packed bits.
+"""
+
+import hashlib
+import os
+import tempfile
+import threading
+import weakref
+import zlib
+from collections import Counter
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from jmae import recipe
+from jmae.data import duplicates, phantoms
+from jmae.data.crops import Volumes, cache_volume
+from jmae.data.files import Geometry, read_image
+from jmae.data.loader import WORKERS, Images, ImageStore, Samples
+from jmae.data.manifest import (
+    LEAKS,
+    Finding,
+    Row,
+    first,
+    held_out,
+    leaks,
+    parse_manifest,
+    summary,
+)
+from jmae.data.opening import ReadCase, lines_of, open_each
+from jmae.data.preparation import (
+    Opened,
+    open_case,
+    prepared_image,
+    prepared_volume,
+    region_or_nonzero,
+    usable,
+)
+from jmae.data.unlabeled import unlabeled_labels, with_anomaly_ratio
+from jmae.data.volumes import Volume, read_subtraction, read_volume
+from jmae.errors import InputError
+
+
+class Bits(NamedTuple):
+    """A mask in little memory."""
+
+    shape: tuple[int, ...]
+    packed: bytes
+
+    @classmethod
+    def of(cls, mask: np.ndarray | None) -> "Bits | None":
+        """The bits of a mask."""
+        return None if mask is None else cls(mask.shape, zlib.compress(np.packbits(mask).tobytes(), 1))
+
+    def mask(self) -> np.ndarray:
+        """The mask, bool of `shape`."""
+        n = int(np.prod(self.shape))
+        return np.unpackbits(np.frombuffer(zlib.decompress(self.packed), np.uint8), count=n).reshape(self.shape) != 0
+
+
+class Record(NamedTuple):
+    """What is kept of an opened case, on the image's own grid."""
+
+    geometry: Geometry
+    digest: str  # of the stored values
+    lesion: Bits | None  # of the mask, else of the boxes
+    region: Bits | None  # where metrics count; None is everywhere
+
+
+class ArrayFile:
+    """A temporary file of arrays, which is gone when the process ends, however it ends."""
+
+    def __init__(self, folder: Path | None):
+        if folder:
+            folder.mkdir(parents=True, exist_ok=True)
+        self.descriptor, name = tempfile.mkstemp(dir=folder)
+        os.unlink(name)
+        weakref.finalize(self, os.close, self.descriptor)
+        self.end, self.lock = 0, threading.Lock()
+        self.folder = folder or Path(tempfile.gettempdir())
+
+    def add(self, array: np.ndarray | None) -> Callable[[], np.ndarray | None]:
+        """Writes an array; returns the function that reads it. Raises InputError where the disk is full."""
+        if array is None:
+            return lambda: None
+        data = np.ascontiguousarray(array)
+        with self.lock:
+            start, self.end = self.end, self.end + data.nbytes
+        view, done = _bytes_of(data), 0
+        try:
+            while done < data.nbytes:
+                done += os.pwrite(self.descriptor, view[done:], start + done)
+        except OSError as error:
+            raise InputError(f"{self.folder}: not written ({error.strerror or error}): free space there") from None
+
+        def read() -> np.ndarray:
+            out = np.empty(data_shape, data_type)
+            view, done = _bytes_of(out), 0
+            while done < out.nbytes:
+                if not (n := os.preadv(self.descriptor, [view[done:]], start + done)):
+                    raise EOFError(f"temporary file in {self.folder} is too short")
+                done += n
+            return out
+
+        data_shape, data_type = data.shape, data.dtype
+        return read
+
+
+class Cases:
+    """The rows of a command, and what has been read of each. A row is known by its id.
+
+    What was not opened by the check (phantoms, rows of other splits) is read when it is asked for.
+
+    Args:
+      rows: rows of a manifest or a phantom set.
+      config: the recipe.
+      folder: the run folder's cache; None puts what does not fit in memory into the system's temporary folder.
+      scored: splits whose rows may be scored.
+      trained: ids of the rows that training reads; None: those of split `train`.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        config: ConfigDict,
+        folder: Path | None = None,
+        *,
+        scored: Collection[str] = ("val", "test"),
+        trained: Collection[str] | None = None,
+    ):
+        self.rows, self.config, self.folder = list(rows), config, folder
+        self.scored = scored
+        self.trained = {row.id for row in rows if row.split == "train"} if trained is None else set(trained)
+        self.records: dict[str, Record] = {}
+        used = [row for row in rows if row.id in self.trained or row.split in (*scored, "train")]
+        self.store: ImageStore | None = None if recipe.is_volume(config) else ImageStore(used, config.data)
+        self._volumes: dict[str, tuple[Volume, dict[str, Callable[[], np.ndarray | None]]]] = {}
+        self._file: ArrayFile | None = None
+        self._lock = threading.Lock()
+
+    def take(self, row: Row, case: Opened) -> None:
+        """Keeps what the command needs of an opened case. Raises InputError where the case cannot be used."""
+        data = self.config.data
+        usable(row, case.image, tuple(data.size), data.channels)
+        if not case.complete:
+            return
+        if self.store:
+            self.store.put(row, case.image)
+        elif row.split in self.scored or row.id in self.trained:
+            self._take_volume(row, case)
+        if row.split in self.scored:
+            self.records[row.id] = self._record(row, case)
+
+    def _take_volume(self, row: Row, case: Opened) -> None:
+        data = self.config.data
+        volume: list[Volume] = []  # prepared at most once
+
+        def make() -> Volume:
+            volume.extend([] if volume else [prepared_volume(row, data, case=case)])
+            return volume[0]
+
+        if row.id in self.trained and self.folder:
+            cache_volume(row, data, self.folder, make)
+        if row.split in self.scored:
+            array_file, one = self._array_file(), make()
+            subtracted = read_subtraction(row, one, data, case.read) if row.pre and row.post else None
+            arrays = {"array": one.array, "region": one.region, "lesion": one.lesion, "subtraction": subtracted}
+            arrays["stored"] = smallest_type(one.stored.array)
+            stay = one._replace(array=_NOTHING, region=None, lesion=None, stored=one.stored._replace(array=_NOTHING))
+            self._volumes[row.id] = stay, {name: array_file.add(array) for name, array in arrays.items()}
+
+    def _array_file(self) -> ArrayFile:
+        with self._lock:
+            self._file = self._file or ArrayFile(self.folder)
+            return self._file
+
+    def _record(self, row: Row, case: Opened) -> Record:
+        data = self.config.data
+        stored = case.image
+        if recipe.is_volume(self.config):
+            stored = stored._replace(array=usable(row, stored, tuple(data.size), data.channels))
+        region = region_or_nonzero(case.region, stored, data)
+        digest = hashlib.sha256(_bytes_of(np.ascontiguousarray(stored.array))).hexdigest()[:16]
+        return Record(stored.geometry, digest, Bits.of(case.lesion), Bits.of(region))
+
+    def record(self, row: Row) -> Record:
+        """The geometry of a row's image, the digest of its stored values, its lesion mask and its region."""
+        if row.id not in self.records:
+            self.records[row.id] = self._record(row, open_case(row, self.config.data))
+        return self.records[row.id]
+
+    def lesion(self, row: Row) -> np.ndarray | None:
+        """The row's lesion mask or boxes, bool (*size) on the image's own grid; None without both."""
+        found = self.record(row).lesion
+        return found and found.mask()
+
+    def region(self, row: Row) -> np.ndarray | None:
+        """Where metrics count, bool (*size) on the image's own grid, by `data.region` too; None is everywhere."""
+        found = self.record(row).region
+        return found and found.mask()
+
+    def images(self, rows: Sequence[Row]) -> Images:
+        """The images of some of the rows, for training or scoring."""
+        return Images(rows, self.config, self.folder, self.store)
+
+    def image(self, row: Row) -> np.ndarray:
+        """A row's image as the networks see it, float32 (*size, channels)."""
+        if self.store and (slot := self.store.slots.get(row.id)) is not None and self.store.filled[slot]:
+            return self.store.arrays[slot]
+        return prepared_image(row, self.config.data)
+
+    def volumes(self, rows: Sequence[Row]) -> Volumes:
+        """The volumes of some of the rows, for training on crops."""
+        self.folder = self.folder or Path(tempfile.mkdtemp(prefix="jmae-"))
+        return Volumes(rows, self.config, self.folder)
+
+    def samples(self, rows: Sequence[Row]) -> Samples:
+        """The images or volumes of some of the rows, for training."""
+        return self.volumes(rows) if recipe.is_volume(self.config) else self.images(rows)
+
+    def volume(self, row: Row) -> Volume:
+        """A row's volume on the working grid, with the stored values."""
+        if row.id not in self._volumes:
+            return prepared_volume(row, self.config.data)
+        volume, read = self._volumes[row.id]
+        array, values = read["array"](), read["stored"]()
+        assert array is not None and values is not None
+        stored = volume.stored._replace(array=np.asarray(values, np.float32))
+        return volume._replace(array=array, region=read["region"](), lesion=read["lesion"](), stored=stored)
+
+    def subtraction(self, row: Row, volume: Volume) -> np.ndarray:
+        """The subtraction image of a row that names series before and after contrast (`volumes.read_subtraction`)."""
+        if row.id in self._volumes and (found := self._volumes[row.id][1]["subtraction"]()) is not None:
+            return found
+        return read_subtraction(row, volume, self.config.data)
+
+
+def _bytes_of(array: np.ndarray) -> memoryview:
+    return memoryview(array.reshape(-1).view(np.uint8))  # type: ignore[arg-type]  # an array is a buffer
+
+
+_NOTHING = np.empty((0, 0, 0, 0), np.float32)
+
+
+def smallest_type(array: np.ndarray) -> np.ndarray:
+    """The array as uint8, uint16 or int16 where that is exact, else as it is: scanners store whole numbers."""
+    low, high = array.min(), array.max()
+    for kind in (np.uint8, np.uint16, np.int16):
+        if np.iinfo(kind).min <= low and high <= np.iinfo(kind).max:
+            small = array.astype(kind)
+            return small if (small == array).all() and not np.signbit(array[array == 0]).any() else array
+    return array
+
+
+def load_rows(config: ConfigDict, log: Callable[[str], None] = print) -> list[Row]:
+    """The rows of `load_cases`."""
+    return load_cases(config, log).rows
+
+
+def load_cases(
+    config: ConfigDict,
+    log: Callable[[str], None] = print,
+    *,
+    folder: Path | None = None,
+    scored: Collection[str] = ("val", "test"),
+    trained: Callable[[Sequence[Row]], Sequence[Row]] | None = None,
+) -> Cases:
+    """The cases that `config.data` names: a phantom set, or a manifest whose every file is opened once.
+
+    A patient, a file, or an image under two names in two splits is refused. With `data.allow_leaks` these are warnings,
+    and their rows are marked.
+
+    Args:
+      config: the recipe.
+      log: called with each line that a user should read.
+      folder, scored: as `Cases` takes them.
+      trained: gives the rows that training reads; None: those of split `train`.
+
+    Raises:
+      InputError: all problems in one list.
+    """
+    data = config.data
+    if data.manifest:
+        cases = _from_manifest(config, log, folder, scored, trained)
+    elif data.phantom:
+        rows = phantoms.rows(data.phantom)
+        rows = kept_apart(rows, data.calibration) if data.get("calibration") else rows
+        log(f"phantoms {data.phantom}: {summary(rows)}")
+        cases = Cases(rows, config, folder, scored=scored, trained=_ids(trained, rows))
+    else:
+        raise InputError("no data: set --config.data.manifest=MANIFEST.csv, or data.phantom")
+    if data.get("calibration"):
+        log(f"data.calibration: {sum(row.kept for row in cases.rows)} train rows kept apart, as normals of val")
+    if data.get("unlabeled_labels"):
+        unlabeled_labels(config, cases.rows)  # an error in that file is told now, not when the labels are used
+    if data.get("anomaly_ratio", -1) >= 0:
+        cases.rows = with_anomaly_ratio(cases.rows, config)
+    return cases
+
+
+def _ids(trained: Callable[[Sequence[Row]], Sequence[Row]] | None, rows: Sequence[Row]) -> set[str] | None:
+    return None if trained is None else {row.id for row in trained(rows)}
+
+
+def _from_manifest(
+    config: ConfigDict,
+    log: Callable[[str], None],
+    folder: Path | None,
+    scored: Collection[str],
+    trained: Callable[[Sequence[Row]], Sequence[Row]] | None,
+) -> Cases:
+    data = config.data
+    crops = recipe.is_volume(config)
+    rows, ignored, problems = parse_manifest(
+        Path(data.manifest), crops=crops, normal_crops_only=crops and data.normal_crops_only, allow=LEAKS
+    )
+    written = rows
+    if data.get("calibration") and not problems:
+        rows = kept_apart(rows, data.calibration)  # before copies of trained images are looked for
+    cases = Cases(rows, config, folder, scored=scored, trained=_ids(trained, rows))
+    now = {row.id: row for row in rows}
+    colour: list[str] = []
+    prints: dict[str, duplicates.Fingerprint] = {}
+
+    def use(row: Row, case: Opened) -> None:
+        prints[row.id] = duplicates.fingerprint(case.image.array)
+        colour.extend([row.id] * (case.image.array.shape[-1] == 3 and data.channels == 1))
+        cases.take(now[row.id], case)
+
+    read: ReadCase = partial(read_volume, data=data) if crops else read_image
+    of_files = lines_of(open_each(written, workers=WORKERS, use=use, read=read))
+    leaking = [*leaks(rows), *duplicates.in_two_splits(rows, prints)]
+    if leaking and not data.get("allow_leaks"):
+        problems += first([f"{data.manifest}: {one.what}, or --config.data.allow_leaks=True" for one in leaking])
+    if problems := [*problems, *folded(of_files)]:
+        raise InputError("\n".join(problems))
+    rows = [row._replace(content=prints[row.id].digest.hex()[:16]) if row.id in prints else row for row in rows]
+    if colour:
+        log(f"{len(colour)} colour images are made grey: --config.data.channels=3 keeps colour where a recipe can")
+    for line in first([f"warning: {one.what}" for one in leaking]):
+        log(line)
+    cases.rows = marked(rows, leaking)
+    log(f"{data.manifest}: {summary(cases.rows, ignored)}")
+    return cases
+
+
+def folded(problems: Sequence[str], most: int = 3) -> list[str]:
+    """Problems "CASE: FILE: WHAT", of each WHAT at most `most`; the last of them says how many more there are."""
+    kinds = [problem.split(": ", 2)[-1] for problem in problems]
+    total, shown, lines = Counter(kinds), Counter[str](), []
+    for problem, kind in zip(problems, kinds, strict=True):
+        shown[kind] += 1
+        if shown[kind] < most or total[kind] <= most:
+            lines.append(problem)
+        elif shown[kind] == most:
+            lines.append(f"{problem} (and {total[kind] - most} more like it)")
+    return lines
+
+
+def marked(rows: Sequence[Row], leaking: Sequence[Finding]) -> list[Row]:
+    """The rows; each row of a leak gets what leaks as `Row.leak`."""
+    what: dict[str, list[str]] = {}
+    for one in leaking:
+        for row in one.rows:
+            what.setdefault(row.id, []).append(one.what)
+    return [row._replace(leak="; ".join(what[row.id])) if row.id in what else row for row in rows]
+
+
+def kept_apart(rows: Sequence[Row], share: float) -> list[Row]:
+    """The rows with `share` of the normal train patients moved to `val`, as normals that calibrate the scores.
+
+    Whole patients move, none with a lesion. They are trained on no more.
+
+    Raises:
+      InputError: `share` is not in [0, 1), or so few patients are left that none moves.
+    """
+    if not 0 <= share < 1:
+        raise InputError(f"data.calibration={share}: is no share of the patients: write 0.1 for a tenth, 0 for none")
+    name = lambda row: row.patient or row.id
+    lesions = {name(row) for row in rows if row.split == "train" and row.label == 1}
+    candidates = [row for row in rows if row.split == "train" and name(row) not in lesions]
+    apart = {row.id for row, moved in zip(candidates, held_out(candidates, share), strict=True) if moved}
+    if not apart:
+        raise InputError(
+            f"data.calibration={share}: of fewer than ten train patients none is kept apart: set it to 0 (no p-values"
+            " then), or give val rows of label 0"
+        )
+    return [row._replace(split="val", label=0, kept=True) if row.id in apart else row for row in rows]

@@ -1,0 +1,120 @@
+"""Opens every file that rows name, each once, and says all that is wrong with them."""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from jmae.data.files import Image, OffGrid, ReadFile, read_image, read_mask
+from jmae.data.manifest import PHANTOM, Finding, Row
+from jmae.data.preparation import CaseReader, Opened
+from jmae.data.volumes import boxes_mask
+from jmae.errors import InputError
+
+UseCase = Callable[[Row, Opened], object]
+ReadCase = Callable[..., Image]  # (files, read=ReadFile)
+
+
+def open_each(
+    rows: Sequence[Row], *, workers: int, use: UseCase | None = None, read: ReadCase = read_image
+) -> list[Finding]:
+    """Opens every image, mask, region and series of contrast; returns all problems in the order of the rows.
+
+    Kinds of findings: "unreadable" (missing and damaged files; what `use` refuses), "geometry" (another grid than the
+    image's; another rank or number of channels than most images have), "truth" (a mask, region or box against the
+    label, that marks nothing, or outside the image). Phantoms pass.
+
+    Args:
+      rows: rows of a manifest.
+      workers: number of threads.
+      use: called with every case whose image was read; raises InputError where the case cannot be used.
+      read: joins the channels of a case.
+    """
+    real = [row for row in rows if row.image and not row.image[0].startswith(PHANTOM)]
+    with ThreadPoolExecutor(max(1, workers)) as pool:
+        found = list(pool.map(lambda row: _open_row(row, use, read), real))
+    usual = Counter(shape for shape, _ in found if shape).most_common(1)
+    problems = []
+    for row, (shape, lines) in zip(real, found, strict=True):
+        problems += [Finding(kind, (row,), line) for kind, line in dict.fromkeys(lines)]
+        if shape and shape != usual[0][0]:
+            (rank, channels), (ranks, most) = shape, usual[0][0]
+            what = f"{row.image[0]}: {rank}D with {channels} channels where most are {ranks}D with {most}"
+            problems.append(Finding("geometry", (row,), f"{what}: complete or convert it, or leave the case out"))
+    return problems
+
+
+def lines_of(findings: Iterable[Finding]) -> list[str]:
+    """Each finding as "CASE: what"."""
+    return [f"{one.rows[0].id}: {one.what}" for one in findings]
+
+
+def _open_row(row: Row, use: UseCase | None, read: ReadCase) -> tuple[tuple[int, int] | None, list[tuple[str, str]]]:
+    """((rank, channels) of the image if it could be read, (kind, problem) of each)."""
+    lines: list[tuple[str, str]] = []
+    reader, image = CaseReader(row), None
+    try:
+        image = read(row.image, read=reader)
+    except InputError as error:
+        lines += _failures(row.image, reader) or [(_kind(error), str(error))]
+
+    masks, complete = dict[str, np.ndarray | None](), True
+    for name, file in (("mask", row.mask), ("region", row.region)):
+        masks[name] = None
+        try:
+            masks[name] = read_mask(file, image, reader) if file else None
+        except InputError as error:
+            lines.append((_kind(error), str(error)))
+            complete = False
+    lines += [("truth", line) for line in _contradictions(row, masks["mask"], masks["region"])]
+
+    if image is not None:
+        outside = list(_boxes_outside(row, image.size))
+        lines += [("truth", line) for line in outside]
+        complete = complete and not outside
+        lesion = masks["mask"]
+        if lesion is None and row.boxes and complete:
+            lesion = boxes_mask(row.boxes, image.size)
+        if use:
+            try:
+                use(row, Opened(image, lesion, masks["region"], reader, complete))
+            except InputError as error:
+                lines.append((_kind(error), str(error)))
+                image = None  # its shape says nothing more
+    lines += _failures([file for file in (*row.pre, *row.post) if file not in reader.tried], reader)
+    return (len(image.size), image.array.shape[-1]) if image else None, lines
+
+
+def _contradictions(row: Row, mask: np.ndarray | None, region: np.ndarray | None) -> Iterator[str]:
+    """Where a mask, region or box of a row says something else than its label."""
+    if mask is not None and row.label is not None and mask.any() != bool(row.label):
+        marked = np.count_nonzero(mask)
+        yield f"{row.mask}: the mask marks {marked} values and the label is {row.label}: repair one of them"
+    if region is not None and not region.any():
+        yield f"{row.region}: the region marks nothing: leave it empty or repair it"
+    if row.boxes and row.label == 0:
+        yield f"{row.image[0]}: boxes of lesions and the label 0: repair one of them"
+
+
+def _boxes_outside(row: Row, size: tuple[int, ...]) -> Iterator[str]:
+    ends = size[::-1] if len(size) == 2 else size  # x runs along the columns in 2D, along i in 3D
+    for box in row.boxes:
+        rank = len(box) // 2
+        if rank != len(ends) or min(box) < 0 or any(np.greater(box[rank:], ends)):
+            yield f"{row.image[0]}: box {box} is not inside the image of size {size}: repair it"
+
+
+def _kind(error: InputError) -> str:
+    return "geometry" if isinstance(error, OffGrid) else "unreadable"
+
+
+def _failures(files: Iterable[str], read: ReadFile) -> list[tuple[str, str]]:
+    """("unreadable", the error) of each file that cannot be read."""
+    lines = []
+    for file in files:
+        try:
+            read(file)
+        except InputError as error:
+            lines.append(("unreadable", str(error)))
+    return lines

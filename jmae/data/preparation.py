@@ -1,0 +1,192 @@
+"""One case: from the files of a row to what the networks see, its masks, and the words that its randomness comes from.
+
+2D images become arrays of `data.size` in [0, 1]; volumes go to their working grid (`jmae.data.volumes`).
+"""
+
+import hashlib
+from collections import Counter
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from jmae.data import phantoms
+from jmae.data.files import Geometry, Image, ReadFile, read_file, read_image, read_mask
+from jmae.data.manifest import PHANTOM, Row
+from jmae.data.transforms import area_resize, equalise, grey, resize, to_unit
+from jmae.data.volumes import Volume, boxes_mask, in_window, prepare, read_volume
+from jmae.errors import InputError
+
+PLS = np.array([[0, -1, 0, 0], [-1, 0, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1.0]])  # axes to posterior, left, superior
+
+
+class CaseReader:
+    """Reads the files of one row, each once: a file that the row names again stays until the case is done."""
+
+    def __init__(self, row: Row):
+        named = Counter([*row.image, *row.pre, *row.post, *(file for file in (row.mask, row.region) if file)])
+        self.shared = {file for file, n in named.items() if n > 1}
+        self.tried: set[str] = set()
+        self.images: dict[str, tuple[Image, bool]] = {}
+
+    def __call__(self, path: str) -> tuple[Image, bool]:
+        """As `files.read_file`."""
+        if path in self.images:
+            return self.images[path]
+        self.tried.add(path)
+        found = read_file(path)
+        if path in self.shared:
+            self.images[path] = found
+        return found
+
+
+class Opened(NamedTuple):
+    """A case as stored, on the image's own grid."""
+
+    image: Image
+    lesion: np.ndarray | None  # bool (*size); None where the row has neither mask nor boxes
+    region: np.ndarray | None  # bool (*size): where metrics count; None is everywhere
+    read: ReadFile = read_file  # reads the case's other files
+    complete: bool = True  # False where a mask or region could not be read, or a box is wrong
+
+
+def open_case(row: Row, data: ConfigDict, stored: Image | None = None, region: np.ndarray | None = None) -> Opened:
+    """Reads a row's image, mask and region; `stored` and `region` replace what the files would give.
+
+    Raises InputError where a file cannot be read.
+    """
+    read = CaseReader(row)
+    stored = stored_case(row, data, read) if stored is None else stored
+    region = region_mask(row, stored, read) if region is None else region
+    return Opened(stored, lesion_mask(row, stored, read), region, read)
+
+
+def stored_case(row: Row, data: ConfigDict, read: ReadFile = read_file) -> Image:
+    """A row's image or volume as stored; `data.join` says how the channels of a volume become one array."""
+    joined = len(data.size) == 3 and not row.image[0].startswith(PHANTOM)
+    return read_volume(row.image, data, read) if joined else stored_image(row, read)
+
+
+def stored_image(row: Row, read: ReadFile = read_file) -> Image:
+    """A row's image as stored, of several files their channels in order."""
+    if not row.image[0].startswith(PHANTOM):
+        return read_image(row.image, read)
+    drawn = phantom(row.image[0])
+    volume = drawn.image.ndim == 4
+    affine = PLS @ np.diag([*drawn.spacing, 1.0]) if volume else None
+    return Image(drawn.image, drawn.spacing, affine, None if volume else 8)
+
+
+@lru_cache(maxsize=1024)  # image, mask and region of a case are asked for one by one, and drawing takes longest
+def phantom(specifier: str) -> phantoms.Phantom:
+    """The phantom that "phantom:NAME/SPLIT/INDEX" specifies."""
+    name, split, index = specifier.removeprefix(PHANTOM).split("/")
+    return phantoms.draw(name, split, int(index))
+
+
+def lesion_mask(row: Row, like: Image | Geometry, read: ReadFile = read_file) -> np.ndarray | None:
+    """The lesion mask on the image's own grid: from the mask, else from the boxes; None without both."""
+    if row.mask and row.mask.startswith(PHANTOM):
+        return phantom(row.mask).mask
+    if row.mask:
+        return read_mask(row.mask, like, read)
+    return boxes_mask(row.boxes, like.size) if row.boxes else None
+
+
+def region_mask(row: Row, like: Image | Geometry, read: ReadFile = read_file) -> np.ndarray | None:
+    """Where metrics count, bool (*size) on the image's own grid; None is everywhere."""
+    if row.region and row.region.startswith(PHANTOM):
+        return phantom(row.region).region
+    return read_mask(row.region, like, read) if row.region else None
+
+
+def scored_region(row: Row, stored: Image, data: ConfigDict) -> np.ndarray | None:
+    """The row's region on the image's own grid; where the row names none, `data.region` may say the voxels above 0."""
+    return region_or_nonzero(region_mask(row, stored), stored, data)
+
+
+def region_or_nonzero(region: np.ndarray | None, stored: Image, data: ConfigDict) -> np.ndarray | None:
+    """The region; without one, and with data.region=nonzero, the voxels that are not 0 in some channel."""
+    return np.any(stored.array != 0, axis=-1) if region is None and data.get("region") == "nonzero" else region
+
+
+def usable(row: Row, stored: Image, size: tuple[int, ...], channels: int) -> np.ndarray:
+    """A row's array as stored; a colour image becomes grey where one channel is asked for.
+
+    Raises InputError that names the file where the array has another number of channels or axes, or values that are not
+    finite.
+    """
+    array = stored.array
+    if array.ndim - 1 != len(size):
+        preset = "small3d or phantom3d" if array.ndim == 4 else "small"
+        raise InputError(
+            f"{row.image[0]}: {array.ndim - 1} axes where data.size has {len(size)}: train one for it, as :{preset}"
+        )
+    if array.shape[-1] == 3 and channels == 1 and len(row.image) == 1:
+        array = grey(array)
+    if array.shape[-1] != channels:
+        raise InputError(
+            f"{row.image[0]}: channels: {array.shape[-1]} where the recipe has {channels}: give so many, or train "
+            f"with --config.data.channels={array.shape[-1]}, and model.channels where the recipe has it"
+        )
+    if not np.isfinite(array).all():
+        bad = np.count_nonzero(~np.isfinite(array), axis=tuple(range(array.ndim - 1)))
+        file = row.image[int(bad.argmax())] if len(row.image) == len(bad) else row.image[0]
+        raise InputError(f"{file}: {bad.max()} values are not finite: mend the file or drop its row")
+    return array
+
+
+def prepared_image(row: Row, data: ConfigDict, stored: Image | None = None) -> np.ndarray:
+    """A row's image as the networks see it, float32 (*size, channels) in [0, 1].
+
+    With `data.window` the window's ends become 0 and 1 in each image alike. With `data.equalise` the image is shrunk by
+    area, and its histogram of 256 levels is made even.
+
+    Raises:
+      InputError: as `usable`, and where the window leaves a constant image.
+    """
+    stored, size = stored_image(row) if stored is None else stored, tuple(data.size)
+    array, bits = usable(row, stored, size, data.channels), stored.bits or 0
+    if data.get("equalise"):
+        array = area_resize(array, size)
+    if data.get("window"):
+        unit = in_window(array, data.window, row.image[0])
+    else:
+        unit = to_unit(array, bits)
+    return equalise(unit) if data.get("equalise") else resize(unit, size)
+
+
+def prepared_volume(
+    row: Row,
+    data: ConfigDict,
+    stored: Image | None = None,
+    region: np.ndarray | None = None,
+    *,
+    case: Opened | None = None,
+) -> Volume:
+    """A row's volume on the working grid (`jmae.data.volumes.prepare`).
+
+    The volume comes from `case`, which has been opened, or from `stored` and the region, or from the files.
+
+    Raises:
+      InputError: as `usable` and `prepare`, and where a file cannot be read.
+    """
+    case = open_case(row, data, stored, region) if case is None else case
+    stored = case.image._replace(array=usable(row, case.image, tuple(data.size), data.channels))
+    return prepare(
+        stored,
+        data,
+        name=row.image[0],
+        lesion=case.lesion,
+        region=region_or_nonzero(case.region, stored, data),
+        midline=row.extra.get("midline", ""),
+        half=row.extra.get("half", ""),
+        # What is scored must not depend on its label, whatever was published.
+        widen=row.split == "train" or bool(data.get("widen_test_crops")),
+    )
+
+
+def case_words(name: str) -> np.ndarray:
+    """The first 8 bytes of SHA-256 of a case's id as two uint32: all randomness of a case comes from them."""
+    return np.frombuffer(hashlib.sha256(name.encode()).digest()[:8], ">u4").astype(np.uint32)

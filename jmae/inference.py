@@ -1,0 +1,298 @@
+"""Scoring with a trained run: its weights, one scorer for images and volumes, and the results of many rows in order.
+
+A `Scorer` prepares cases and turns them into results. `score_rows` does so for many rows: it prepares ahead, scores in
+batches, and splits the rows over processes.
+"""
+
+import hashlib
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from operator import itemgetter
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from jmae import checkpoint, recipe
+from jmae.data.files import Image
+from jmae.data.loader import WORKERS, case_words, prepared, read_case, stored_image
+from jmae.data.manifest import Row
+from jmae.errors import InputError
+from jmae.passes import BatchPass, Pass, SweepPass, local_mesh
+from jmae.processes import gather
+from jmae.results import Prepared, Result
+from jmae.run_folder import log
+from jmae.scoring import top_mean
+from jmae.sharding import device_mesh, replicated
+from jmae.system import Results, System, stage_keys
+
+SECONDS_BETWEEN_LINES = 20  # of progress
+
+
+def run_of(flags: dict[str, str]) -> tuple[Path, ConfigDict]:
+    """The run folder that `--workdir` names, and its recipe with the changes of `--config.evaluation.KEY`.
+
+    Raises:
+      InputError: no --workdir, or a change of another section of the recipe.
+    """
+    if other := [flag for flag in flags if flag.startswith("config") and not flag.startswith("config.evaluation.")]:
+        raise InputError(
+            f"--{other[0]} is unknown: of the run's recipe --config.evaluation.KEY=VALUE alone can be changed"
+        )
+    if "workdir" not in flags:
+        raise InputError("no run folder: write --workdir=DIR")
+    workdir = Path(flags["workdir"])
+    config = recipe.read(workdir)
+    recipe.override(config, flags, "evaluation.")
+    return workdir, config
+
+
+def restore_results(config: ConfigDict, system: System, workdir: Path) -> Results:
+    """The results that the score reads, from the run folder's last checkpoints, on each of this process's devices.
+
+    Raises:
+      InputError: a stage has no checkpoint, or has not finished.
+    """
+    results: dict[str, Any] = {}
+    place = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated(device_mesh()))
+    for number, stage in enumerate(system.stages):
+        if stage.name not in system.uses:
+            continue
+        init = lambda key, results, stage=stage: stage.init(key, results, 1)
+        target = jax.eval_shape(init if config.replicates == 1 else jax.vmap(init), stage_keys(config, number), results)
+        target = jax.tree.map(place, target)
+        found = checkpoint.restore(workdir / "checkpoints" / stage.name, target, config=None, log=log)
+        if not found:
+            raise InputError(f"{workdir}: stage {stage.name} has no checkpoint: train it first (python -m jmae.train)")
+        checkpoint.refuse_unfinished(workdir / "checkpoints" / stage.name, found[0], found[2])
+        results[stage.name] = stage.result(found[1])
+    if jax.process_count() == 1:
+        return results
+    return jax.device_put(jax.tree.map(lambda x: x.addressable_data(0), results), replicated(local_mesh()))
+
+
+# --- the scorer -------------------------------------------------------------------------------------------------------
+
+
+class Started(NamedTuple):
+    """Cases whose pass has been dispatched."""
+
+    cases: Sequence[Prepared]
+    handle: Any  # of the pass
+    time: float
+
+
+class Scorer:
+    """The score of a trained run, of images or volumes: `prepare` cases, then `score` up to any number of them.
+
+    `dispatch` and `fetch` are the two halves of `score`: the host may work between them.
+    """
+
+    def __init__(self, config: ConfigDict, system: System, results: Results):
+        self.config, self.system = config, system
+        self.passes: Pass = (
+            SweepPass(config, system.sweep, results) if system.sweep else BatchPass(config, system, results)
+        )
+        self.last_fetch = 0.0
+
+    @property
+    def at_once(self) -> int:
+        """Cases that one pass takes."""
+        return self.passes.at_once
+
+    def prepare(self, row: Row, stored: Image | None = None, region: np.ndarray | None = None) -> Prepared:
+        """Reads a case and prepares it as the recipe says.
+
+        Args:
+          row: the case.
+          stored: its image, where it has been read.
+          region: bool on the image's own grid, in place of the region that the row names; of volumes alone.
+
+        Raises:
+          InputError: "FILE: what: remedy".
+        """
+        data = self.config.data
+        if not self.system.sweep:
+            stored = stored_image(row) if stored is None else stored
+            array, volume, moments = read_case(row, data, stored), None, (0.0, 1.0)
+        else:
+            volume = prepared(row, data, stored, region)
+            array, stored, moments = volume.array, volume.stored, (data.mean, data.std)
+        return Prepared(
+            row=row,
+            array=array,
+            geometry=stored.geometry,
+            digest=values_digest(stored.array),
+            stored=stored,
+            volume=volume,
+            moments=moments,
+        )
+
+    def dispatch(self, cases: Sequence[Prepared], draw: str = "", repeats: int | None = None) -> Started:
+        """Starts a pass over cases and does not wait for it.
+
+        Args:
+          cases: prepared cases.
+          draw: name of other random masks; "" for those of the evaluation.
+          repeats: sweeps over each volume; None for the system's own number.
+
+        Raises:
+          InputError: a case does not fit in the device's memory.
+        """
+        words = [case_words(f"{case.row.id}\n{draw}" if draw else case.row.id) for case in cases]
+        return Started(cases, self.passes.dispatch(cases, words, repeats), time.monotonic())
+
+    def fetch(self, started: Started) -> list[Result]:
+        """Waits for a pass; gives the result of each of its cases. Raises InputError as `dispatch`."""
+        arrays, seconds = self.fetch_arrays(started)
+        return [self.result(case, each, seconds) for case, each in zip(started.cases, arrays, strict=True)]
+
+    def fetch_arrays(self, started: Started) -> tuple[list[dict[str, Any]], float]:
+        """(the arrays of each case of a pass, seconds a case). The clock starts when the device was free."""
+        arrays = self.passes.fetch(started.handle)
+        began, self.last_fetch = max(started.time, self.last_fetch), time.monotonic()
+        return arrays, (self.last_fetch - began) / len(started.cases)
+
+    def result(self, case: Prepared, arrays: Mapping[str, Any], seconds: float = 0.0) -> Result:
+        """A case's result from the arrays of a pass.
+
+        ours: a volume's score is the mean of the highest values of its map in the region, a share `evaluation.top` of
+        them. (The papers score voxels only.)
+        """
+        scores = arrays.get("scores")
+        if scores is None:
+            assert case.volume
+            top = lambda m: top_mean(m, case.volume.region, self.config.evaluation.top)
+            scores = {name: np.array([top(m) for m in maps]) for name, maps in arrays["maps"].items()}
+        further = arrays.get("reconstruction"), arrays.get("confidence"), arrays.get("pictures", {})
+        return Result(case, arrays["maps"], scores, *further, seconds)
+
+    def score(self, cases: Sequence[Prepared], draw: str = "", repeats: int | None = None) -> list[Result]:
+        """The result of each of some prepared cases. Arguments and errors as of `dispatch`."""
+        return self.fetch(self.dispatch(cases, draw, repeats))
+
+
+def values_digest(array: np.ndarray) -> str:
+    """The first 16 digits of the SHA-256 of an array's values: the column `image` of cases.csv."""
+    return hashlib.sha256(np.ascontiguousarray(array).data).hexdigest()[:16]
+
+
+# --- many rows --------------------------------------------------------------------------------------------------------
+
+Failed = Callable[[Row, Exception], None]
+
+
+def score_rows(
+    scorer: Scorer,
+    rows: Sequence[Row],
+    *,
+    prepare: Callable[[Row], Prepared] | None = None,
+    failed: Failed | None = None,
+) -> Iterator[Result]:
+    """The results of rows in their order.
+
+    Threads prepare the next group of rows while one is scored, and each group is dispatched before the one before is
+    fetched. Of several processes each scores its share of every group, and all yield all results.
+
+    Args:
+      prepare: in place of `scorer.prepare`.
+      failed: called with a row that cannot be read or scored, which is then left out; None raises its error.
+
+    Raises:
+      InputError: without `failed`, the first row's that cannot be read or scored.
+    """
+    said, done, waiting = time.monotonic(), 0, None
+    for cases in prepared_groups(scorer, rows, prepare or scorer.prepare, failed):
+        started = _start(scorer, cases, failed)
+        yield from _finish(scorer, waiting, failed)
+        waiting, done = started, done + len(cases)
+        if time.monotonic() - said > SECONDS_BETWEEN_LINES:
+            said = time.monotonic()
+            log(f"{done} of {len(rows)} cases scored")
+    yield from _finish(scorer, waiting, failed)
+
+
+def prepared_groups(
+    scorer: Scorer, rows: Sequence[Row], prepare: Callable[[Row], Prepared], failed: Failed | None = None
+) -> Iterator[list[Prepared]]:
+    """The prepared cases of groups of rows, as many as the processes score at once; one group ahead of its use."""
+    size = scorer.at_once * jax.process_count()
+    groups = [rows[start : start + size] for start in range(0, len(rows), size)]
+
+    def attempt(row: Row) -> Prepared | Exception:
+        try:
+            return prepare(row)
+        except (InputError, MemoryError) as error:
+            if failed is None:
+                raise
+            return error
+
+    with ThreadPoolExecutor(WORKERS) as pool:
+        for group, found in zip(groups, lookahead(lambda g: list(pool.map(attempt, g)), groups), strict=True):
+            cases = []
+            for row, one in zip(group, found, strict=True):
+                if isinstance(one, Prepared):
+                    cases.append(one)
+                elif failed:
+                    failed(row, one)
+            if cases:
+                yield cases
+
+
+Waiting = tuple[Sequence[Prepared], Started | None]
+
+
+def _start(scorer: Scorer, cases: Sequence[Prepared], failed: Failed | None) -> Waiting:
+    """(cases, the started pass of this process's share of them; None where it failed)."""
+    n, own = jax.process_count(), jax.process_index()
+    last = len(cases) - 1  # fills the shares, which are equal
+    share = [cases[min(k * n + own, last)] for k in range(-(-len(cases) // n))]
+    try:
+        return cases, scorer.dispatch(share)
+    except InputError as error:
+        _fail(cases, error, failed)
+        return cases, None
+
+
+def _finish(scorer: Scorer, waiting: Waiting | None, failed: Failed | None) -> list[Result]:
+    cases, started = waiting or ((), None)
+    if started is None:
+        return []
+    try:
+        if jax.process_count() == 1:
+            return scorer.fetch(started)
+        arrays, seconds = scorer.fetch_arrays(started)
+    except InputError as error:
+        _fail(cases, error, failed)
+        return []
+    stacked = jax.tree.map(lambda *x: np.stack(x), *arrays) | {"seconds": np.float32(seconds)}
+    each, results = gather(stacked), []
+    for i, case in enumerate(cases):
+        k, process = divmod(i, jax.process_count())
+        found = dict(each[process])
+        seconds = float(found.pop("seconds"))
+        results.append(scorer.result(case, jax.tree.map(itemgetter(k), found), seconds / jax.process_count()))
+    return results
+
+
+def _fail(cases: Sequence[Prepared], error: InputError, failed: Failed | None) -> None:
+    if failed is None:
+        raise error
+    for case in cases:
+        failed(case.row, error)
+
+
+def lookahead(function: Callable, items: Sequence) -> Iterator[Any]:
+    """`function` of each item in order. A thread computes the next one while the caller uses one."""
+    with ThreadPoolExecutor(1) as pool:
+        waiting = None
+        for item in items:
+            following = pool.submit(function, item)
+            if waiting:
+                yield waiting.result()
+            waiting = following
+        if waiting:
+            yield waiting.result()

@@ -1,0 +1,162 @@
+"""What a user names or gives as a case of `predict`: files, folders and arrays, as rows and images."""
+
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from jmae.data.files import Image, is_dicom
+from jmae.data.manifest import ID_BYTES, Row
+from jmae.data.volumes import WORLD
+from jmae.errors import InputError
+
+ENDINGS = ".nii.gz .nii .dcm .dicom .ima .png .jpg .jpeg .tif .tiff .nrrd .npy .npz".split()
+SPLIT = "predict"  # of the rows, which are in no split
+
+
+def cases_of(word: str, *, volumes: bool) -> list[tuple[str, ...]]:
+    """The cases that an argument of the command names, each as the absolute paths of its sequences.
+
+    A path that cannot be read is a case too: it is refused later, by its name.
+    """
+    paths = sequences(word)
+    if len(paths) > 1 or not os.path.isdir(paths[0]):
+        return [paths]
+    return list(in_folder(Path(paths[0]), volumes)) or [paths]
+
+
+def in_folder(folder: Path, volumes: bool) -> Iterator[tuple[str, ...]]:
+    """The cases in a folder and below it, in the order of their names. Links to folders are not followed."""
+    try:
+        there = sorted(path for path in folder.iterdir() if path.name[0] != "." and path.name != "DICOMDIR")
+    except OSError:
+        yield (str(folder),)
+        return
+    below = [path.is_dir() and not path.is_symlink() for path in there]
+    if volumes and any(is_dicom(path) for path, is_folder in zip(there, below, strict=True) if not is_folder):
+        yield (str(folder),)
+        there, below = [path for path in there if path.is_dir()], [True] * sum(below)
+    for path, is_folder in zip(there, below, strict=True):
+        if is_folder:
+            yield from in_folder(path, volumes)
+        else:
+            yield (str(path),)
+
+
+def sequences(word: str) -> tuple[str, ...]:
+    """The absolute paths of "a;b". A file whose name holds a semicolon is one path."""
+    parts = [word] if os.path.exists(word) else [part.strip() for part in word.split(";")]
+    if not all(parts):
+        raise InputError(f"{word!r}: is empty, or has an empty name between semicolons: name a file a sequence")
+    return tuple(os.path.abspath(part) for part in parts)
+
+
+def row_of(name: str, case: tuple[str, ...]) -> Row:
+    """A case as a manifest row without further columns."""
+    return Row(name, "", SPLIT, None, case)
+
+
+def names_of(cases: Sequence[tuple[str, ...]]) -> list[str]:
+    """An id for each case: the name of its first file, without its ending.
+
+    Where two cases would have one id, it takes the ending too, then as many folders as needed.
+
+    Raises:
+      InputError: two cases begin with one file.
+    """
+    paths = [Path(case[0]) for case in cases]
+    if twice := [path for path, n in Counter(paths).items() if n > 1]:
+        raise InputError(f"{twice[0]}: is (the first file of) two cases, whose maps would have one name: name it once")
+    beside = Counter((path.parent, id_of(stem_of(path))) for path in paths)
+    last = [path.name if beside[path.parent, id_of(stem_of(path))] > 1 else stem_of(path) for path in paths]
+    folders = [0] * len(paths)
+    while True:
+        names = [
+            id_of("_".join([*path.parts[-1 - n : -1], name]))
+            for path, name, n in zip(paths, last, folders, strict=True)
+        ]
+        count = Counter(names)
+        deeper = [i for i, name in enumerate(names) if count[name] > 1 and folders[i] < len(paths[i].parts) - 2]
+        if not deeper:
+            if max(count.values()) > 1:
+                raise InputError(f"{count.most_common(1)[0][0]}: would be the id of two cases: rename one of them")
+            return names
+        for i in deeper:
+            folders[i] += 1
+
+
+def stem_of(path: str | Path) -> str:
+    """A file's name without the ending of its format; a folder's whole name."""
+    name = os.path.basename(path)
+    ending = next((ending for ending in ENDINGS if name.lower().endswith(ending)), "")
+    return name if os.path.isdir(path) or len(ending) == len(name) else name[: len(name) - len(ending)]
+
+
+def id_of(name: str) -> str:
+    """A name as an id: without leading dots and unprintable characters, and as short as a file's name must be."""
+    name = "".join(c if c.isprintable() and c not in "/\\" else "_" for c in name).lstrip(".") or "case"
+    if len(name.encode()) > ID_BYTES:
+        name = (
+            name.encode()[: ID_BYTES - 9].decode(errors="ignore") + "-" + hashlib.sha256(name.encode()).hexdigest()[:8]
+        )
+    return name
+
+
+def image_of_array(
+    image: Any, data: ConfigDict, spacing: Sequence[float] | None, affine: np.ndarray | None, name: str
+) -> Image:
+    """An array (*size) or (*size, channels) as an image on its own grid.
+
+    Args:
+      image: the array, of real numbers.
+      data: the recipe's section `data`.
+      spacing: mm along each axis, or None.
+      affine: (4, 4) voxel -> RAS mm, or None. A volume with a spacing then has the axes `data.axes`.
+      name: in messages.
+
+    Raises:
+      InputError: the array is no image of the recipe's rank, or its spacing or affine is wrong.
+    """
+    rank, array = len(data.size), np.asarray(image)
+    if array.dtype.kind not in "biuf" or array.ndim not in (rank, rank + 1) or not array.size:
+        shape = "(*size)" if data.channels == 1 else f"(*size, {data.channels})"
+        raise InputError(
+            f"{name}: is {array.dtype}{list(array.shape)}: give real values {shape} with {rank} axes of space"
+        )
+    with np.errstate(over="ignore"):  # what becomes infinite is refused as such
+        values = np.ascontiguousarray(array if array.ndim > rank else array[..., None], np.float32)
+    bits = {"u1": 8, "u2": 16}.get(array.dtype.str[1:])
+    if affine is not None:
+        affine = np.asarray(affine, np.float64)
+        if affine.shape != (4, 4) or not np.isfinite(affine).all() or abs(np.linalg.det(affine)) < 1e-12:
+            raise InputError(f"{name}: its affine is no invertible (4, 4) matrix of voxels to RAS mm: give one")
+        spacing = spacing if spacing is not None else tuple(np.linalg.norm(affine[:3, :rank], axis=0).tolist())
+    stored = with_spacing(Image(values, None, affine, bits), spacing, name)
+    if affine is None and stored.spacing and rank == 3 and data.get("axes"):
+        affine = np.diag([0.0, 0.0, 0.0, 1.0])
+        for axis, (letter, mm) in enumerate(zip(data.axes, stored.spacing, strict=True)):
+            world, sign = WORLD[letter]
+            affine[world, axis] = sign * mm
+        stored = stored._replace(affine=affine)
+    return stored
+
+
+def with_spacing(stored: Image, spacing: Sequence[float] | None, name: str) -> Image:
+    """The image with a spacing in mm, where it has none yet.
+
+    Raises:
+      InputError: the spacing is not one positive number an axis, or the image has another one.
+    """
+    if spacing is None:
+        return stored
+    mm, rank = np.asarray(spacing, float), stored.array.ndim - 1
+    if mm.shape != (rank,) or not (np.isfinite(mm).all() and (mm > 0).all()):
+        raise InputError(f"{name}: the spacing {spacing} is not {rank} numbers above 0: give mm along each axis")
+    if stored.spacing and not np.allclose(stored.spacing, mm, rtol=0.01):
+        raise InputError(f"{name}: has the spacing {stored.spacing} mm, not {tuple(spacing)}: leave it out")
+    return stored if stored.spacing else stored._replace(spacing=tuple(mm.tolist()))

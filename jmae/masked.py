@@ -1,0 +1,176 @@
+"""Training of a masked autoencoder: its recipe keys, its views of images, and its step.
+
+He et al., "Masked Autoencoders Are Scalable Vision Learners", CVPR 2022, arXiv 2111.06377. All systems with a masked
+autoencoder use this module.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Key, PyTree
+from ml_collections import ConfigDict
+
+from jmae import recipe
+from jmae.data.transforms import moments_of, random_flip, random_resized_crop
+from jmae.masking import sample_keys
+from jmae.nn.mae import MAE
+from jmae.optim import adamw, begin, descend, warmup_cosine
+from jmae.reconstruct import masked_loss
+from jmae.system import Results, State
+
+MODEL_KEYS = {
+    "patch": recipe.Key((16, 16), "Edges of a patch, which is one token.", "pixels", least=1, length=recipe.AXES),
+    "width": recipe.Key(768, "Channels of the encoder.", least=1),
+    "depth": recipe.Key(12, "Blocks of the encoder.", least=1),
+    "heads": recipe.Key(12, "Heads of the encoder's attention; they divide its width.", least=1),
+    "decoder_width": recipe.Key(512, "Channels of the decoder.", least=1),
+    "decoder_depth": recipe.Key(8, "Blocks of the decoder.", least=1),
+    "decoder_heads": recipe.Key(16, "Heads of the decoder's attention; they divide its width.", least=1),
+    "dtype": recipe.Key(
+        "auto",
+        'Type of the arithmetic; "auto" is bfloat16 on accelerators and float32 on the CPU.',
+        choices=("auto", "float32", "bfloat16"),
+    ),
+    "remat": recipe.Key(False, "Whether the backward pass computes activations again, to save memory."),
+}
+"""Keys of the section `model` of every masked autoencoder, by their last name."""
+
+WEIGHTS_KEYS = {
+    "weights": recipe.Key("", "A masked autoencoder's checkpoint file, or the folder of an earlier run; empty: none."),
+    "weights_adapt": recipe.Key(False, "Whether tensors of another shape are resized."),
+}
+"""Further keys of the section `model` where a stage can use `model.weights`."""
+
+TRAINING_KEYS = {
+    "steps": recipe.Key(0, "Steps of the stage; 0: `epochs` counts.", least=0),
+    "epochs": recipe.Key(0, "Rounds over the stage's rows; 0: `steps` counts.", least=0),
+    "batch": recipe.Key(256, "Images of a step.", least=1),
+    "mask_ratio": recipe.Key(0.75, "Share of the tokens that a mask hides.", above=0, below=1),
+    "lr": recipe.Key(1e-3, "Highest learning rate.", above=0),
+    "warmup": recipe.Key(0.05, "Share of the steps over which the learning rate rises.", least=0, most=1),
+    "betas": recipe.Key((0.9, 0.95), "Decay rates of AdamW's two moments.", least=0, below=1, length=2),
+    "decay": recipe.Key(0.05, "Weight decay of AdamW.", least=0),
+}
+"""Keys of a section that trains a masked autoencoder, by their last name."""
+
+LEAST_RATE = {"lr_least": recipe.Key(0.0, "Learning rate at the last step.", least=0)}
+
+STANDARDISING_KEYS = {
+    "normalise": recipe.Key(
+        "fixed",
+        'Moments that standardise an image: "fixed", data.mean and data.std; "image", its own.',
+        choices=("fixed", "image"),
+    ),
+    "mean": recipe.Key(0.5, "Mean of an image, for all channels or for each.", least=0, most=1, single=True),
+    "std": recipe.Key(0.25, "Deviation of an image, for all channels or for each.", above=0, single=True),
+}
+"""Keys of the section `data` for images that `standardised` takes, by their last name."""
+
+
+def declared(section: str, keys: dict[str, recipe.Key], **defaults: Any) -> dict[str, recipe.Key]:
+    """The keys of a recipe's section, with the defaults of one paper.
+
+    Raises KeyError for a default of a key that `keys` does not have.
+    """
+    changed = keys | {name: replace(keys[name], default=value) for name, value in defaults.items()}
+    return {f"{section}.{name}": key for name, key in changed.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """How a stage trains a masked autoencoder.
+
+    Attributes:
+        mae_of: parameters -> network.
+        view: (images as read (b, *size, c), keys (b,)) -> augmented, standardised images (b, *size, channels).
+        patch: edges of a patch.
+        ratio: share of the tokens that a mask hides.
+        masks: masks of an image and step.
+        optimiser: of optax, without a learning rate.
+        schedule: (number of steps) -> learning rate as a function of the step.
+        parts: parts in which a step takes its batch, one after the other.
+    """
+
+    mae_of: Callable[[PyTree], MAE]
+    view: Callable[[Array, Array], Array]
+    patch: tuple[int, ...]
+    ratio: float
+    masks: int = 1
+    optimiser: optax.GradientTransformation
+    schedule: Callable[[int], Callable[[Array], Array]]
+    parts: int = 1
+
+
+def training(section: ConfigDict, lr: float | None = None, **fields: Any) -> Training:
+    """The training that a section of a recipe describes by `TRAINING_KEYS`; `fields` are those it does not have.
+
+    `lr` stands for the section's own learning rate where the latter has another meaning.
+    """
+    fields = {"optimiser": adamw(betas=tuple(section.betas), decay=section.decay)} | fields
+    return Training(
+        ratio=section.mask_ratio,
+        schedule=partial(_schedule, section.lr if lr is None else lr, section.warmup, section.get("lr_least", 0.0)),
+        **fields,
+    )
+
+
+def _schedule(lr: float, warmup: float, least: float, steps: int) -> Callable[[Array], Array]:
+    return warmup_cosine(lr, warmup=warmup * steps, steps=steps, least=least)
+
+
+def start(
+    training: Training, init: Callable[[Array], tuple[PyTree, PyTree]], key: Array, results: Results, n: int
+) -> State:
+    """The first state with random weights: a stage's `init`, once `training` and the network's `init` are bound."""
+    return begin(init(key)[0], training.optimiser)
+
+
+def train_step(
+    training: Training, state: State, batch: PyTree, key: Key[Array, ""], results: Results, *, steps: int
+) -> tuple[State, dict[str, Array]]:
+    """One step of masked reconstruction: a stage's `step`, once `training` is bound.
+
+    Each sample has its own keys of masks and view, from `key` and its number in the table of rows.
+    """
+    masks, views = split_keys(sample_keys(key, batch["index"]))
+
+    def loss(params: PyTree, image: Array, keys: Array) -> tuple[Array, tuple[dict, dict]]:
+        mae, ratio = training.mae_of(params), training.ratio
+        return masked_loss(mae, image, keys, patch=training.patch, ratio=ratio, masks=training.masks), ({}, {})
+
+    image = training.view(batch["image"], views)
+    rate = training.schedule(steps)(state.step)
+    return descend(state, loss, training.optimiser, rate, image, masks, parts=training.parts)
+
+
+def split_keys(keys: Key[Array, " b"]) -> tuple[Key[Array, " b"], Key[Array, " b"]]:
+    """Two keys for each key."""
+    first, second = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
+    return first, second
+
+
+def crop_and_flip(
+    image: Float[Array, "b *size c"], keys: Key[Array, " b"], *, scale: tuple[float, ...], axes: tuple[int, ...]
+) -> Float[Array, "b *size c"]:
+    """A random resized crop of a share `scale` of each image, none where it is (), then random flips of `axes`."""
+    crops, flips = split_keys(keys)
+    if scale:
+        image = jax.vmap(partial(random_resized_crop, scale=(scale[0], scale[1])))(image, crops)
+    return jax.vmap(partial(random_flip, axes=axes))(image, flips)
+
+
+def standardised(
+    image: Float[Array, "b *size c"], config: ConfigDict, whole: Float[Array, "b *full c"] | None = None
+) -> Float[Array, "b *size channels"]:
+    """Images of [0, 1] less their mean, by their deviation; one channel is repeated to `model.channels`.
+
+    A crop has the moments of its `whole` image where each image has its own. Crop before this function repeats a
+    channel: the order changes rounding alone, as a crop's weights add up to 1.
+    """
+    mean, std = moments_of(image if whole is None else whole, config.data)
+    return jnp.broadcast_to((image - mean) / std, (*image.shape[:-1], config.model.channels))

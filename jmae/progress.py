@@ -1,0 +1,152 @@
+"""What a training run shows and obeys while it runs: its progress, TensorBoard files, a profile, and signals."""
+
+import re
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+from jmae.errors import InputError
+from jmae.processes import agreement
+from jmae.run_folder import log
+
+SECONDS_BETWEEN_LINES = 10  # where standard error is no terminal
+PACE_AFTER = 3  # seconds of steps: the first few tell little, checkpoints count too
+SHOWN = 3  # metrics of a line
+NOT_SHOWN = ("stage", "step", "time", "lr", "grad_norm", "step_seconds", "samples_per_second")
+
+
+@contextmanager
+def signals() -> Iterator[Callable[[bool], signal.Signals | None]]:
+    """Gives a function that tells which of SIGTERM and SIGINT (Ctrl-C) has arrived.
+
+    The second Ctrl-C interrupts at once. Outside this context either signal ends the process at once, which a shell
+    sees as 143 or 130, too. Nothing but the steps since the last checkpoint is lost with it.
+
+    Several processes learn at the same call what one of them has got. The last call, which its argument tells, knows
+    all; an earlier call knows what came before the call before it.
+    """
+    arrived: list[signal.Signals] = []
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = {n: signal.getsignal(n) for n in numbers if signal.getsignal(n) != signal.SIG_IGN}
+
+    def note(number: int, _: Any) -> None:
+        arrived.append(signal.Signals(number))
+        if number == signal.SIGINT:
+            signal.signal(number, before[signal.SIGINT])
+            log("Ctrl-C: saving after this step; once more stops at once")
+
+    try:
+        for number in before:
+            signal.signal(number, note)
+        if jax.process_count() == 1:
+            yield lambda last: arrived[0] if arrived else None
+        else:
+            agreed = agreement()
+            first = lambda: arrived[0] if arrived else 0
+            yield lambda last: signal.Signals(found) if (found := agreed(first(), last)) else None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def progress(stage: str, start: int, steps: int) -> Iterator[Callable[[Mapping], None]]:
+    """Gives a function that shows a line of metrics: a bar on a terminal, else a plain line now and then.
+
+    The pace is measured from the first line on.
+    """
+    console, marks, shown = Console(stderr=True), list[tuple[float, int]](), [-1e9]
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[text]}"))
+    terminal = console.is_terminal and jax.process_index() == 0
+    with Progress(*columns, console=console, disable=not terminal) as bar:
+        task = bar.add_task(stage, total=steps, completed=start, text="compiling")
+
+        def show(line: Mapping) -> None:
+            step, text = line["step"], metrics_text(line)
+            marks.append((time.monotonic(), step))
+            seconds, done = marks[-1][0] - marks[0][0], step - marks[0][1]
+            if done and seconds > PACE_AFTER:
+                text += f"  {done / seconds:.2f} steps/s  {(steps - step) * seconds / done:.0f} s left"
+            if terminal:
+                bar.update(task, completed=step, text=text)
+            elif metrics_text(line) and (marks[-1][0] - shown[0] > SECONDS_BETWEEN_LINES or step == steps):
+                shown[0] = marks[-1][0]
+                log(f"{stage} {step}/{steps}  {text}")
+
+        yield show
+
+
+def metrics_text(line: Mapping) -> str:
+    """The first metrics of a line, the loss before the others."""
+    names = sorted((name for name in line if name not in NOT_SHOWN), key=lambda name: name != "loss")
+    return "  ".join(f"{name} {line[name]:.4f}" for name in names[:SHOWN])
+
+
+def tensorboard() -> Any:
+    """The module tensorboardX, an optional dependency. Raises InputError where it is not installed."""
+    try:
+        import tensorboardX
+    except ImportError:
+        raise InputError("tensorboard=True needs tensorboardX: pip install 'jmae[tensorboard]'") from None
+    return tensorboardX
+
+
+@contextmanager
+def drawing(config: ConfigDict, workdir: Path, stage: str, start: int) -> Iterator[Callable[[Mapping], None]]:
+    """Gives a function that writes a line of metrics to TensorBoard files, where the recipe asks for them."""
+    if not config.tensorboard or jax.process_index() != 0:
+        yield lambda line: None
+        return
+    # What a killed run wrote beyond its checkpoint is purged: its continuation writes it again.
+    with tensorboard().SummaryWriter(str(workdir / "tensorboard" / stage), purge_step=start + 1) as writer:
+
+        def draw(line: Mapping) -> None:
+            for name in line.keys() - {"stage", "step"}:
+                writer.add_scalar(name, line[name], line["step"])
+
+        yield draw
+
+
+def profiled_steps(config: ConfigDict) -> tuple[int, int] | None:
+    """The first and last step that `config.profile`, "FROM:TO", asks to profile. Raises InputError for another form."""
+    if not config.get("profile"):
+        return None
+    found = re.fullmatch(r"(\d+):(\d+)", config.profile)
+    if not found or not 1 <= int(found[1]) <= int(found[2]):
+        raise InputError(f"profile is {config.profile!r}: write FROM:TO, two steps, as 20:30")
+    return int(found[1]), int(found[2])
+
+
+@contextmanager
+def profiling(config: ConfigDict, workdir: Path, stage: str) -> Iterator[Callable[[int, Any], None]]:
+    """Gives a function (steps done, arrays of the last step) that starts and ends the profile of `config.profile`.
+
+    The trace lies in profile/STAGE of the run folder, for TensorBoard or Perfetto.
+    """
+    steps, running = profiled_steps(config), False
+
+    def follow(done: int, arrays: Any) -> None:
+        nonlocal running
+        if steps and not running and steps[0] - 1 <= done < steps[1]:
+            jax.block_until_ready(arrays)
+            jax.profiler.start_trace(str(workdir / "profile" / stage))
+            running = True
+        elif steps and running and done >= steps[1]:
+            jax.block_until_ready(arrays)
+            jax.profiler.stop_trace()
+            running = False
+            log(f"{stage}: profile of steps {steps[0]} to {done}: {workdir / 'profile' / stage}")
+
+    try:
+        yield follow
+    finally:
+        if running:
+            jax.profiler.stop_trace()

@@ -1,0 +1,237 @@
+"""The sentences and the table rows of a page, from the figures of an evaluation.
+
+`evaluation` is always the content of `metrics.json`; some functions also need its `table` of cases (see
+`page.write_report`).
+"""
+
+import ast
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+SYSTEM_FILES = Path(__file__).parents[1] / "systems"
+
+# --- rows of tables ---------------------------------------------------------------------------------------------------
+
+
+class ScoreRow(NamedTuple):
+    """A row of the table of scores and baselines."""
+
+    name: str
+    kind: str  # "primary", "score", "baseline" or "chance"
+    image: Mapping[str, Any]  # figures of images, as in `metrics.json`; empty where not computed
+    pixel: Mapping[str, Any]  # figures of pixels
+
+
+def comparison_rows(evaluation: Mapping[str, Any]) -> list[ScoreRow]:
+    """The primary score, the other scores of the system, the baselines from best to worst, and chance."""
+    row = lambda name, kind, e: ScoreRow(name, kind, e.get("image") or {}, e.get("pixel") or {})
+    primary = str(evaluation["primary"])
+    others = {k: e for k, e in (evaluation.get("scores") or {}).items() if k != primary}
+    baselines = [row(k, "baseline", e) for k, e in (evaluation.get("baselines") or {}).items()]
+    baselines.sort(key=lambda r: -(r.image.get("auroc") or 0))
+    rows = [row(primary, "primary", evaluation), *(row(k, "score", e) for k, e in others.items()), *baselines]
+    n, k = evaluation["n_normal"], evaluation["n_abnormal"]
+    pixel = evaluation.get("pixel") or {}
+    pixel_chance = {"auroc": 0.5, "ap": pixel["prevalence"]} if pixel.get("prevalence") is not None else {}
+    if (n and k) or pixel_chance:
+        image_chance = {"auroc": 0.5, "ap": k / (n + k)} if n and k else {}
+        rows.append(ScoreRow("chance", "chance", image_chance, pixel_chance))
+    return rows
+
+
+def patient_rows(evaluation: Mapping[str, Any], most: int = 40) -> list[dict[str, Any]]:
+    """The first `most` patients with a lesion; "best" is the best baseline of a patient, (name, AUROC) or None."""
+    rows = [row for row in evaluation.get("per_patient") or () if row["auroc"] is not None][:most]
+    baselines = lambda row: [
+        (b["auroc"], name) for name, b in (row.get("baselines") or {}).items() if b["auroc"] is not None
+    ]
+    best = lambda row: max(baselines(row))[::-1] if baselines(row) else None
+    return [{**row, "best": best(row)} for row in rows]
+
+
+def flat_settings(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Nested settings as (dotted key, value), in their own order."""
+    rows: list[tuple[str, str]] = []
+    for key, value in settings.items():
+        nested = isinstance(value, Mapping) and value
+        rows += flat_settings(value, f"{prefix}{key}.") if nested else [(f"{prefix}{key}", str(value))]
+    return rows
+
+
+def stage_losses(history: Sequence[Mapping[str, Any]]) -> dict[str, tuple[NDArray, NDArray]]:
+    """Steps and finite losses of each stage, from the lines of `metrics.jsonl`, in order of appearance.
+
+    Where a step was logged twice, the later line counts.
+    """
+    stages: dict[str, dict[int, float]] = {}
+    for line in history:
+        loss = line.get("loss")
+        if loss is not None and math.isfinite(loss):
+            stages.setdefault(str(line.get("stage", "")), {})[int(line["step"])] = float(loss)
+    ordered = {stage: sorted(losses.items()) for stage, losses in stages.items()}
+    return {s: (np.array([k for k, _ in x]), np.array([v for _, v in x])) for s, x in ordered.items()}
+
+
+def number_text(value: float | None, digits: int = 3) -> str:
+    """A number with `digits` decimals; a dash for None."""
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+def interval_text(pair: Sequence[float | None] | None, digits: int = 3) -> str:
+    """An interval as "0.812–0.934"; "" where it is not known."""
+    return "–".join(number_text(v, digits) for v in pair) if pair and None not in pair else ""
+
+
+# --- sentences --------------------------------------------------------------------------------------------------------
+
+
+def system_description(system: str) -> tuple[str, str]:
+    """(what a system is, in one sentence; its paper up to the arXiv number), both from the docstring of its file.
+
+    A part that the docstring lacks is "".
+    """
+    file = SYSTEM_FILES / f"{system}.py"
+    if not system.isidentifier() or not file.is_file():
+        return "", ""
+    what, paper, *_ = *(ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or "").split("\n\n"), ""
+    citation = re.match(r".*?arXiv [\d.]+\d", paper, re.S)
+    return " ".join(what.split()), " ".join(citation[0].split()) + "." if citation else ""
+
+
+def no_curves_reason(evaluation: Mapping[str, Any]) -> str | None:
+    """Why AUROC, AP and curves cannot be computed; None where they can."""
+    n, k = evaluation["n_normal"], evaluation["n_abnormal"]
+    if n and k:
+        return None
+    if not (n or k):
+        return "No case of this split has a label, so there is nothing to compare the scores with."
+    return (
+        f"All labelled cases of this split are {'normal' if n else 'abnormal'}. "
+        "AUROC, AP and their curves need both classes."
+    )
+
+
+def result_sentences(evaluation: Mapping[str, Any]) -> list[str]:
+    """What the result means, for a reader who knows radiology better than statistics."""
+    if reason := no_curves_reason(evaluation):
+        ranks = "The scores below only rank the cases: the model finds a case with a higher score more abnormal."
+        return [reason, *(pixel_sentences(evaluation) or [ranks])]
+    image, n = evaluation["image"], evaluation["n_normal"] + evaluation["n_abnormal"]
+    auroc, ci = image["auroc"], image.get("auroc_ci")
+    lo, hi = ci if ci and None not in ci else (math.nan, math.nan)
+    interval = "" if math.isnan(lo) else f" (95 % interval {100 * lo:.0f} to {100 * hi:.0f})"
+    sentences = [
+        "Take one abnormal and one normal case at random: the abnormal case has the higher score "
+        f"{100 * auroc:.0f} times in 100{interval}. Chance gives 50."
+    ]
+    if lo <= 0.5 <= hi:
+        sentences.append(f"These {n} cases cannot tell this result from chance.")
+    elif auroc < 0.5:
+        sentences.append("That is worse than chance: the scores point the wrong way.")
+    baselines = [r for r in comparison_rows(evaluation) if r.kind == "baseline" and r.image.get("auroc") is not None]
+    if baselines:
+        name, value = baselines[0].name, baselines[0].image["auroc"]
+        if value >= auroc:
+            sentences.append(f"The cheap baseline “{name}” does as well or better: {100 * value:.0f} times in 100.")
+        else:
+            sentences.append(f"The best cheap baseline, “{name}”, reaches {100 * value:.0f}.")
+        if lo <= value < auroc:
+            sentences.append("That lies inside the interval, so these cases do not show which of the two is better.")
+    return sentences + pixel_sentences(evaluation)
+
+
+def pixel_sentences(evaluation: Mapping[str, Any]) -> list[str]:
+    """What the figures of pixels mean; no sentence without them."""
+    pixel = evaluation.get("pixel") or {}
+    if pixel.get("auroc") is None:
+        return []
+    baselines = [r for r in comparison_rows(evaluation) if r.kind == "baseline" and r.pixel.get("auroc") is not None]
+    best = max(baselines, key=lambda r: r.pixel["auroc"], default=None)
+    return [
+        "Take one point inside and one point outside the lesions at random: the map has the higher value inside "
+        f"{100 * pixel['auroc']:.0f} times in 100.",
+        *([f"The best cheap baseline, “{best.name}”, reaches {100 * best.pixel['auroc']:.0f}."] if best else []),
+    ]
+
+
+def convergence_sentences(study: Mapping[str, Any]) -> list[str]:
+    """How many masks, samples or repeats are enough, from the result of `convergence.convergence`."""
+    what, steps, close = study["what"], study["steps"], study["close"]
+    last = steps[-1]
+    if all(step["deviation"] == 0 and step["auroc"] == last["auroc"] for step in steps):
+        return [f"The score does not depend on the number of {what}."]
+    sentences = [
+        f"With the recipe’s {last['number']} {what}, AUROC is {last['auroc']:.3f} ± {last['se']:.3f}: mean and "
+        f"standard error of {last['draws']} evaluations with other random numbers."
+    ]
+    sufficient = next((step for step in steps if step["number"] == study["enough"]), None)
+    if not sufficient:
+        sentences.append(
+            f"That is too few to fix the second digit: one evaluation varies by {2 * last['deviation']:.3f} (two "
+            f"standard deviations). Raise evaluation.{what}."
+        )
+    elif sufficient is last:
+        sentences.append(f"With fewer {what}, an evaluation can differ from that by more than {close:g}.")
+    else:
+        sentences.append(
+            f"From {sufficient['number']} {what} on, an evaluation differs from that by at most {close:g}. This counts "
+            f"the difference of the means and two standard deviations ({2 * sufficient['deviation']:.3f}). More {what} "
+            "take longer and change little."
+        )
+    if study["rising"]:
+        sentences.append(
+            f"From {steps[-2]['number']} to {last['number']} {what} AUROC still rose: more {what} may raise it further."
+        )
+    return sentences
+
+
+def p_value_sentences(evaluation: Mapping[str, Any]) -> list[str]:
+    """What a p-value is, and how many cases of each label raised an alarm; or why there are no p-values.
+
+    Reads `alarms`, `uncalibrated` and `table`.
+    """
+    alarms, table = evaluation.get("alarms"), evaluation.get("table") or []
+    if not alarms:
+        why = evaluation.get("uncalibrated")
+        return [f"{why[0].upper()}{why[1:]}."] if why else []
+    n, rate, threshold = alarms["n"], alarms["rate"], alarms.get("threshold")
+    sentences = [
+        f"The p-value of a case is a share: of {n} held-out normal cases and the case itself, how many have a score "
+        f"at least as high. Of normal cases of the same kind, at most {100 * rate:g} % have a p-value of {rate:g} or "
+        "less, on average."
+    ]
+    if threshold is None:
+        return [*sentences, f"{n} normal cases are too few for such a p-value: it takes {math.ceil(1 / rate) - 1}."]
+    counts, surprise = [], []
+    for label, kind in ((0, "normal"), (1, "abnormal"), (None, "unlabelled")):
+        p_values = [row["p_value"] for row in table if row["label"] == label and row.get("p_value") is not None]
+        n_alarms = sum(value <= rate for value in p_values)
+        counts += [f"{n_alarms} of {len(p_values)} {kind} cases"] if p_values else []
+        if label == 0 and p_values and alarms_chance(n_alarms, len(p_values), n, rate) < 0.01:
+            surprise = [
+                "So many alarms among normal cases have a chance below 1 in 100 if these cases are like the held-out "
+                "ones. Take the p-values as too low, and calibrate on normal cases of this kind."
+            ]
+    return [
+        *sentences,
+        f"An alarm at scores above {threshold:.4g} is raised here for {' and '.join(counts)}.",
+        *surprise,
+    ]
+
+
+def alarms_chance(n_alarms: int, n_cases: int, n_held_out: int, rate: float) -> float:
+    """The probability of at least `n_alarms` among `n_cases` normal cases that are like `n_held_out` held-out ones.
+
+    The threshold is the k-th highest score of the held-out normals, k = floor(rate (n_held_out + 1)), so the number of
+    alarms has a beta-binomial distribution.
+    """
+    from scipy import stats
+
+    k = math.floor(round(rate * (n_held_out + 1), 9))
+    return float(stats.betabinom.sf(n_alarms - 1, n_cases, k, n_held_out + 1 - k))

@@ -1,0 +1,113 @@
+"""The rows that a run has been trained or calibrated on (seen.csv), and the check of other data against them."""
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from jmae.data.manifest import Row
+from jmae.errors import InputError
+from jmae.run_folder import log, write_csv
+
+ALLOW = "config.data.allow_leaks"
+SEEN, SEEN_COLUMNS = "seen.csv", ("id", "patient", "split", "image")
+
+
+def write_seen(workdir: Path, rows: Sequence[Row]) -> None:
+    """Adds rows that a run has been trained or calibrated on to seen.csv: id, patient, split and `Row.content`."""
+    lines = dict.fromkeys((row.id, row.patient, row.split, row.content) for row in [*read_seen(workdir), *rows])
+    if lines:
+        write_csv(workdir / SEEN, [dict(zip(SEEN_COLUMNS, line, strict=True)) for line in lines])
+
+
+def read_seen(workdir: Path) -> list[Row]:
+    """The rows of seen.csv, without files: `Row.content` tells their images. Empty where there is no such file.
+
+    Raises:
+      InputError: the file is damaged.
+    """
+    file = workdir / SEEN
+    try:
+        with file.open(newline="", encoding="utf-8") as lines:
+            rows = list(csv.DictReader(lines, strict=True))
+        return [Row(row["id"], row["patient"], row["split"], None, (), content=row["image"]) for row in rows]
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, KeyError, csv.Error) as error:
+        raise InputError(f"{file}: not readable ({error!r}): delete it and run jmae.train again") from None
+
+
+class SeenRows:
+    """What a run has seen, by patient, by the image's content and by id."""
+
+    def __init__(self, rows: Sequence[Row]):
+        self.by: dict[str, dict[str, Row]] = {"patient": {}, "content": {}, "id": {}}
+        for row in rows:
+            for key, named in self.by.items():
+                named.setdefault(getattr(row, key), row)
+
+    def leak(self, row: Row, split: str) -> str:
+        """How a row was seen, as a sentence; "" where it was not.
+
+        Ids are compared where a content is not known. A row of the run's `val` may be in `val` again, unless `val` is
+        the split that is scored.
+        """
+        for key, word in (("patient", "patient"), ("content", "image"), ("id", "id")):
+            value = getattr(row, key)
+            other = self.by[key].get(value) if value else None
+            if not other or (key == "id" and row.content and other.content):
+                continue
+            if not row.split == other.split == "val" != split:
+                return f"the {word} of {row.id} is that of {other.id}, {other.split} of the run"
+        return ""
+
+
+def check_unseen(
+    rows: Sequence[Row], split: str, workdir: Path, manifest: str, *, allow: bool
+) -> tuple[list[Row], str]:
+    """Checks that the run has seen no row of `split`, and none of `val`, which chooses thresholds.
+
+    Args:
+      rows: of all splits of the manifest.
+      split: the split that is scored.
+      workdir: the run folder.
+      manifest: its name in messages.
+      allow: whether such rows are marked (`Row.leak`) instead.
+
+    Returns:
+      (the rows, a sentence where the run does not tell what it has seen, else "").
+
+    Raises:
+      InputError: a row was seen, unless `allow`.
+    """
+    known, unchecked = read_seen(workdir), ""
+    if all(row.split == "val" for row in known):
+        unchecked = f"{workdir} does not say what it was trained on: not known whether cases of {manifest} were"
+        log(f"warning: {unchecked}")
+    seen = SeenRows(known)
+    rows = [
+        row._replace(leak=row.leak or seen.leak(row, split)) if row.split in (split, "val") else row for row in rows
+    ]
+    found = [row.leak for row in rows if row.leak]
+    if found and not allow:
+        more = f", and {len(found) - 1} more cases were seen in training" if len(found) > 1 else ""
+        raise InputError(f"{manifest}: {found[0]}{more}: leave them out, or --{ALLOW}=True marks the report")
+    for what in found[:20]:
+        log(f"warning: {what}")
+    return rows, unchecked
+
+
+def check_unseen_by_source(config: ConfigDict, rows: Sequence[Row], workdir: Path) -> tuple[list[Row], str]:
+    """As `check_unseen`, for a run's own rows whose `model.weights` names another run; other rows need no check.
+
+    Args:
+      config: the run's recipe.
+      rows: the run's own rows.
+      workdir: that other run before the training, this run afterwards.
+    """
+    source = config.model.get("weights") or ""
+    if not source or Path(source).is_file():
+        return list(rows), ""
+    where = f"{config.data.manifest or config.data.phantom} (model.weights={source})"
+    return check_unseen(rows, "test", workdir, where, allow=bool(config.data.get("allow_leaks")))

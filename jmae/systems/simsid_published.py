@@ -1,0 +1,318 @@
+"""SimSID as its authors published it: an autoencoder over windows with memories, and a discriminator, trained in turn.
+
+Xiang et al., "Exploiting Structural Consistency of Chest Anatomy for Unsupervised Anomaly Detection in Radiography
+Images", TPAMI 2024, arXiv 2403.08689. Consulted: MrGiovanni/SimSID. The network: jmae/nn/simsid_published.py.
+
+The variant "official" of jmae/systems/simsid.py. Its one stage, `joint`, trains all networks from the first step on.
+The discriminator learns at every step, the autoencoder at every `joint.critic`-th one. Calibration and scores are those
+of jmae/systems/simsid_score.py.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float, PyTree
+from ml_collections import ConfigDict
+
+from jmae import optim
+from jmae.data.manifest import Row
+from jmae.losses import discriminator_loss
+from jmae.masking import sample_keys
+from jmae.nn.simsid_published import Windows
+from jmae.optim import descend
+from jmae.recipe import AXES, Key
+from jmae.scoring import auroc
+from jmae.sharding import device_mean
+from jmae.system import (
+    Check,
+    Results,
+    Stage,
+    State,
+    best_weights,
+    compute_type,
+    keep_best,
+    last_weights,
+    network,
+    stats_of,
+    steps_of,
+    with_best,
+)
+from jmae.systems.simsid_score import (
+    RULE,
+    Method,
+    Network,
+    adam,
+    checked_rows,
+    discriminator,
+    divergences,
+    labelled_rows,
+    laid_out,
+    selecting_splits,
+    stage_keys,
+    training_rows,
+)
+
+KEYS = {
+    **stage_keys("joint", 600),
+    "joint.windows": Key((2, 2), "Windows along each axis.", least=1, length=AXES),
+    "joint.widths": Key((32, 64, 128, 256, 512), "Channels of the levels, from the first to the bottleneck.", least=1),
+    "joint.joined": Key(2, "Decoder levels with skips and memories; the windows are joined after them.", least=1),
+    "joint.slots": Key(200, "Rows of a window's memory.", least=1),
+    "joint.top_k": Key(5, "Rows that a query retrieves.", least=1),
+    "joint.heads": Key(8, "Attention heads of the bottleneck.", least=1),
+    "joint.kept": Key(0.9, "Share of the cells that are inpainted in training.", above=0, most=1),
+    "joint.critic": Key(2, "Steps of the discriminator for one of the autoencoder.", "steps", least=1),
+    "joint.lr_least": Key(5e-5, "Least learning rate of the autoencoder.", least=0),
+    "joint.cosine": Key(0.5, "Share of the steps in which its learning rate falls to the least.", above=0),
+    "joint.decay": Key(1e-5, "Weight decay of the autoencoder, a part of its gradient.", least=0),
+    "joint.translation": Key(0.05, "Augmentation: largest move, a share of the edge.", least=0, below=1),
+    "joint.scaling": Key(0.05, "Augmentation: largest change of scale.", least=0, below=1),
+    "joint.weights.reconstruction": Key(10.0, "Weight of the student decoder's MSE."),
+    "joint.weights.teacher": Key(0.01, "Weight of the teacher decoder's MSE."),
+    "joint.weights.distillation": Key(0.001, "Weight of the difference between the decoders' features."),
+    "joint.weights.adversarial": Key(0.005, "Weight of the adversarial loss."),
+    "joint.weights.discriminator": Key(0.005, "Weight of the discriminator's loss."),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Networks:
+    """The networks and settings of the published method.
+
+    Attributes:
+        config: the recipe.
+        autoencoder: the student's and the teacher's network over windows.
+        discriminator: D.
+    """
+
+    config: ConfigDict
+    autoencoder: Network
+    discriminator: Network
+
+
+def networks(config: ConfigDict) -> Networks:
+    """The published networks; raises InputError on sizes that do not fit each other."""
+    data, joint, dtype = config.data, config.joint, compute_type(config)
+    make = lambda rngs: Windows(
+        tuple(data.size),
+        data.channels,
+        tuple(joint.windows),
+        tuple(joint.widths),
+        joint.joined,
+        joint.slots,
+        joint.top_k,
+        joint.heads,
+        joint.kept,
+        dtype,
+        rngs=rngs,
+    )
+    return Networks(config=config, autoencoder=Network(*network(make)), discriminator=discriminator(config))
+
+
+def method(config: ConfigDict) -> Method:
+    """The published method: its stage, and what the scores need."""
+    nets = networks(config)
+    return Method(
+        stages=(joint_stage(nets),),
+        maker="joint",
+        remake=partial(remake, nets),
+        judge=partial(judge, nets),
+        pictures=partial(pictures, nets),
+    )
+
+
+def joint_stage(nets: Networks) -> Stage:
+    """The stage that trains all networks."""
+    config, joint = nets.config, nets.config.joint
+    check = Check(every=config.validation.every, rows=partial(look_rows, config), look=partial(joint_look, nets))
+    return Stage(
+        name="joint",
+        splits=selecting_splits(config),
+        rows=partial(training_rows, config),
+        batch=joint.batch,
+        steps=steps_of(joint, config.budget),
+        init=partial(joint_init, nets),
+        step=partial(joint_step, nets),
+        checks=(check,),
+        phases=(True, *[False] * (joint.critic - 1)),
+    )
+
+
+# --- images -----------------------------------------------------------------------------------------------------------
+
+
+def in_tanh_range(image: Array) -> Array:
+    """Images in [0, 1] as the networks see them, in [-1, 1]."""
+    return 2 * image - 1
+
+
+def made_by(nets: Networks, weights: PyTree, image: Array, *, teacher: bool = False) -> Array:
+    """The student's images of images, or the teacher's; `weights` are the "params" and "stats" of the stage."""
+    net = nets.autoencoder.bind(*(weights[what]["network"] for what in ("params", "stats")))
+    return (net(in_tanh_range(image), train=False)[int(teacher)] + 1) / 2
+
+
+def judged_by(nets: Networks, weights: PyTree, image: Array) -> Float[Array, " b"]:
+    """D's logits of images."""
+    d = nets.discriminator.bind(*(weights[what]["discriminator"] for what in ("params", "stats")))
+    return d(in_tanh_range(image), train=False)
+
+
+def remake(nets: Networks, results: Results, image: Array) -> Array:
+    """`Method.remake`, by the best weights."""
+    return made_by(nets, best_weights(results["joint"], RULE), image)
+
+
+def judge(nets: Networks, results: Results, image: Array) -> Float[Array, " b"]:
+    """`Method.judge`, by the best weights."""
+    return judged_by(nets, best_weights(results["joint"], RULE), image)
+
+
+def pictures(nets: Networks, results: Results, image: Array) -> dict[str, Array]:
+    """`Method.pictures`: the teacher's image."""
+    return {"reconstruction by the teacher": made_by(nets, best_weights(results["joint"], RULE), image, teacher=True)}
+
+
+def affine(
+    image: Float[Array, "*size c"], key: Array, *, translation: float, scaling: float
+) -> Float[Array, "*size c"]:
+    """The image moved along each axis by U(-translation, translation) of its length, and scaled by
+    U(1 - scaling, 1 + scaling) about the middle.
+
+    Values between pixels are linear; those from outside are 0.
+    """
+    size = image.shape[:-1]
+    u, n, axes = jax.random.uniform(key, (1 + len(size),), minval=-1), np.array(size, np.float32), range(len(size))
+    scale = jnp.full(len(size), 1 + scaling * u[0])
+    move = translation * u[1:] * n + (1 - scale) * n / 2
+    return jax.image.scale_and_translate(image, image.shape, tuple(axes), scale, move, "linear", antialias=False)
+
+
+# --- optimisers -------------------------------------------------------------------------------------------------------
+
+
+def rate(joint: ConfigDict, step: Array, steps: int) -> Float[Array, ""]:
+    """The autoencoder's learning rate, PyTorch's cosine: from `lr` to `lr_least` in a share `cosine` of the steps, and
+    back again."""
+    return joint.lr_least + (joint.lr - joint.lr_least) * (1 + jnp.cos(jnp.pi * step / (joint.cosine * steps))) / 2
+
+
+def decayed_adam(joint: ConfigDict) -> optax.GradientTransformation:
+    """The autoencoder's optimiser: Adam of epsilon 1e-7 with weight decay as a part of the gradient (PyTorch's)."""
+    adam_of_joint = optim.adam(betas=tuple(joint.betas), eps=1e-7)
+    return laid_out(optax.chain(optax.add_decayed_weights(joint.decay), adam_of_joint))
+
+
+# --- the joint step ---------------------------------------------------------------------------------------------------
+
+
+def joint_init(nets: Networks, key: Array, results: Results, n: int) -> State:
+    """Autoencoder and discriminator as drawn."""
+    config = nets.config
+    parts = {
+        "network": nets.autoencoder.init(jax.random.fold_in(key, 0)),
+        "discriminator": nets.discriminator.init(jax.random.fold_in(key, 1)),
+    }
+    params, stats = ({name: part[i] for name, part in parts.items()} for i in range(2))
+    opt = {
+        "network": decayed_adam(config.joint).init(params["network"]),
+        "discriminator": adam(config.joint).init(params["discriminator"]),
+    }
+    state = State(params=params, opt=opt, stats=stats, step=jnp.int32(0))
+    return with_best(state, RULE) if config.select == RULE else state
+
+
+def judge_loss(nets: Networks, stats: PyTree, params: PyTree, x: Array, made: Array) -> tuple[Array, tuple]:
+    """The discriminator's weighted loss on images and the student's images of them; a loss as `descend` takes it."""
+    d = nets.discriminator.bind(params, stats["discriminator"])
+    real, fake = (d(y, train=True) for y in (x, made))
+    accuracy = (jnp.mean(real > 0) + jnp.mean(fake < 0)) / 2
+    value = nets.config.joint.weights.discriminator * discriminator_loss(real, fake)
+    return value, ({"discriminator": stats_of(d)}, {"accuracy": accuracy})
+
+
+def autoencoder_loss(nets: Networks, judge: State, x: Array, outs: tuple[Array, ...]) -> tuple[Array, dict[str, Array]]:
+    """(loss, its parts without their weights) of what the autoencoder gives of the images `x`."""
+    made, taught, distillation = outs
+    d = nets.discriminator.bind(judge.params, judge.stats["discriminator"])
+    parts = {
+        "reconstruction": jnp.mean((x - made) ** 2),
+        "teacher": jnp.mean((x - taught) ** 2),
+        "distillation": distillation,
+        "adversarial": jnp.mean(jax.nn.softplus(-d(made, train=True))),
+    }
+    return sum((nets.config.joint.weights[name] * value for name, value in parts.items()), jnp.float32(0)), parts
+
+
+def joint_step(
+    nets: Networks, state: State, batch: PyTree, key: Array, results: Results, *, steps: int, phase: bool
+) -> tuple[State, dict[str, Array]]:
+    """A step of the discriminator, and where `phase` is true one of the autoencoder; each by its own losses.
+
+    The autoencoder's images are made once and serve both losses: its gradient waits until the discriminator has
+    learned. `descend`, which calls the loss itself, would make the images twice.
+    """
+    joint = nets.config.joint
+    view, shortcut = jnp.moveaxis(jax.vmap(jax.random.split)(sample_keys(key, batch["index"])), 1, 0)
+    moved = joint.translation or joint.scaling
+    augment = partial(affine, translation=joint.translation, scaling=joint.scaling)
+    x = in_tanh_range(jax.vmap(augment)(batch["image"], view) if moved else batch["image"])
+
+    def forward(params: PyTree) -> tuple[tuple[Array, ...], PyTree]:
+        net = nets.autoencoder.bind(params, state.stats["network"])
+        return net(x, shortcut, train=True), stats_of(net)
+
+    params, opt = state.params["network"], state.opt["network"]
+    if phase:
+        outs, pull, net_stats = jax.vjp(forward, params, has_aux=True)
+    else:
+        outs, net_stats = forward(params)
+
+    judge = State(
+        params=state.params["discriminator"],
+        opt=state.opt["discriminator"],
+        stats={"discriminator": state.stats["discriminator"]},
+        step=state.step,
+    )
+    loss_of_judge = partial(judge_loss, nets, judge.stats)
+    judge, judged = descend(judge, loss_of_judge, adam(joint), joint.lr, x, jax.lax.stop_gradient(outs[0]))
+
+    loss, lr = partial(autoencoder_loss, nets, judge, x), rate(joint, state.step, steps)
+    if phase:
+        (value, parts), cotangents = jax.value_and_grad(loss, has_aux=True)(outs)
+        grads = device_mean(pull(cotangents)[0])
+        updates, opt = decayed_adam(joint).update(grads, opt, params)
+        params = optax.apply_updates(params, jax.tree.map(lambda update: -lr * update, updates))
+    else:
+        value, parts = loss(outs)
+    value, parts, net_stats = device_mean((value, parts, net_stats))
+    new = State(
+        params={"network": params, "discriminator": judge.params},
+        opt={"network": opt, "discriminator": judge.opt},
+        stats=state.stats | {"network": net_stats} | judge.stats,
+        step=state.step + 1,
+    )
+    metrics = {"loss": value, **parts, "discriminator": judged["loss"], "accuracy": judged["accuracy"], "lr": lr}
+    return new, metrics
+
+
+def look_rows(config: ConfigDict, rows: Sequence[Row]) -> np.ndarray:
+    """`checked_rows`, and with `select=auroc` the labelled rows of `val` behind them."""
+    return np.concatenate([checked_rows(config, rows), *[labelled_rows(rows)] * (config.select == RULE)])
+
+
+def joint_look(nets: Networks, state: State, batch: PyTree, results: Results) -> tuple[State, dict[str, Array]]:
+    """`divergences` of the checked images; AUROC of D(new image) on the labelled ones, of which the best is kept."""
+    weights, n = last_weights(state), nets.config.validation.samples
+    found = divergences(batch["image"][:n], made_by(nets, weights, batch["image"][:n]))
+    if len(batch["image"]) == n:  # none is labelled
+        return state, found
+    one = lambda image: judged_by(nets, weights, made_by(nets, weights, image[None]))[0]
+    logits = jax.lax.map(one, batch["image"][n:], batch_size=nets.config.joint.batch)
+    value = auroc(-logits, batch["label"][n:])
+    return keep_best(state, RULE, value), found | {"check_auroc": value}

@@ -1,0 +1,388 @@
+"""What SimSID's two methods share: rows, checks, the discriminator's calibration, and the scores.
+
+"Unsupervised anomaly detection using SimSID algorithm" (project report, Anna University, 2025); equation and algorithm
+numbers are the report's. A method makes a new image of each image, and a discriminator judges both. The report's method
+is in jmae/systems/simsid.py, the method of the published code in jmae/systems/simsid_published.py.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from math import prod
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.experimental.layout import Layout, with_layout_constraint
+from jaxtyping import Array, Bool, Float, PyTree
+from ml_collections import ConfigDict
+
+from jmae import optim
+from jmae.data.manifest import Row, held_out
+from jmae.losses import histogram_kl, pixel_kl
+from jmae.nn.conv import on_gpu
+from jmae.nn.simsid import Discriminator
+from jmae.patches import patchify, unpatchify
+from jmae.recipe import AXES, Key, is_volume
+from jmae.run_folder import log
+from jmae.sharding import device_gather
+from jmae.system import Check, Choice, Results, Stage, State, Sweep, System, compute_type, network
+
+SCORES = ("simsid", "difference", "l1", "mse", "patches")
+MAPS = ("l1", "mse", "patches")
+DEVIATION = 0.2  # deviation of each image with data.normalise=image; the mean is 0.5
+RULE = "auroc"  # the rule of `select` that both methods have
+
+
+# --- keys of the recipe -----------------------------------------------------------------------------------------------
+
+
+def stage_keys(name: str, epochs: int) -> dict[str, Key]:
+    """The keys that each trained stage has."""
+    return {
+        f"{name}.steps": Key(0, "Steps of the stage; 0: `epochs` counts.", "steps", least=0),
+        f"{name}.epochs": Key(epochs, "Epochs of the stage; 0: `steps` counts.", "epochs", least=0),
+        f"{name}.batch": Key(16, "Images a step.", least=1),
+        f"{name}.lr": Key(1e-4, "Learning rate.", above=0),
+        f"{name}.betas": Key((0.5, 0.999), "Decay rates of Adam's moments.", least=0, below=1, length=2),
+    }
+
+
+KEYS = {
+    "select": Key(
+        "auroc",
+        'Which weights judge: "auroc", those with the best AUROC on the labelled images of val; "last"; "aucp", those '
+        "with the highest AUROC of unlabelled rows against known normals.",
+        choices=("auroc", "last", "aucp"),
+    ),
+    "accumulate": Key(1, "1 alone: batch norm and memory are of the whole batch.", least=1),
+    "checkpoint_every": Key(5000, "Steps between two checkpoints.", "steps", least=1),
+    "log_every": Key(64, "Steps between two lines of metrics.jsonl.", "steps", least=1),
+    "data.size": Key((128, 128), "Size of an image, or of a crop of a volume.", "pixels", least=1),
+    "model.discriminator": Key((16, 32, 64, 128, 256), "Channels of the discriminator.", least=1),
+    "model.dtype": Key(
+        "auto",
+        'Arithmetic of the networks; "auto": bfloat16 on accelerators, float32 on the CPU.',
+        choices=("auto", "float32", "bfloat16"),
+    ),
+    "validation.held_out": Key(
+        0.0, "Share of the training patients that is held out for checks; 0: training images.", least=0, below=1
+    ),
+    "validation.every": Key(640, "Steps between two checks.", "steps", least=1),
+    "validation.samples": Key(64, "Images of a check.", least=1),
+    "validation.select_every": Key(
+        64, "Steps of the discriminator between two looks of select=auroc; the joint stage has `every`.", least=1
+    ),
+    "evaluation.score": Key("simsid", "The primary score.", choices=SCORES),
+    "evaluation.patch": Key((16, 16), 'Size of a cell of the score "patches".', "pixels", least=1, length=AXES),
+    "evaluation.decision": Key(
+        "accuracy",
+        'Rule of the decision threshold on val; "youden", ours, suits a val of few abnormal cases.',
+        choices=("youden", "accuracy"),
+    ),
+}
+IMAGE_KEYS = {
+    "data.normalise": Key(
+        "unit",
+        '"unit" leaves values in [0, 1] as they are; "image" gives each image mean 0.5 and deviation 0.2.',
+        choices=("unit", "image"),
+    ),
+    "evaluation.top": Key(1.0, 'Share of the cells, the highest, that the score "patches" averages.', above=0, most=1),
+}
+VOLUME_KEYS = {
+    "select": Key(
+        "last",
+        'Which weights judge: "last"; "aucp", those with the highest AUROC of unlabelled rows against known normals.',
+        choices=("last", "aucp"),
+    ),
+    "data.normalise": Key(
+        "crop", "Moments by which values are standardised: of the crop, or of the region.", choices=("crop", "region")
+    ),
+    "data.mean": Key(0.5, "Mean that a standardised volume gets."),
+    "data.std": Key(0.25, "Deviation that a standardised volume gets.", above=0),
+    "data.normal_crops_only": Key(
+        False, "Whether abnormal training rows with a mask are used, by crops that touch no lesion, instead of refused."
+    ),
+    "data.region": Key("", '"nonzero": rows without a region have the voxels that are not 0.', choices=("", "nonzero")),
+    "data.least_region": Key(0.0, "Least share of a training crop that lies in the region.", least=0, most=1),
+}
+
+
+# --- the contract of a method -----------------------------------------------------------------------------------------
+
+
+class Network(NamedTuple):
+    """The two functions of `jmae.system.network`."""
+
+    init: Callable[[Array], tuple[PyTree, PyTree]]
+    bind: Callable[..., Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """A method: its stages, and the functions that the scores need. Images are in [0, 1].
+
+    Attributes:
+        stages: stages in order; the last one trains the discriminator.
+        maker: name of the stage that trains the network that makes the images.
+        remake: (results, images) -> new images of them.
+        judge: (results, images) -> the discriminator's logits (b,), high for real images.
+        pictures: (results, images) -> pictures for the report, by name.
+    """
+
+    stages: tuple[Stage, ...]
+    maker: str
+    remake: Callable[[Results, Array], Array]
+    judge: Callable[[Results, Array], Array]
+    pictures: Callable[[Results, Array], dict[str, Array]]
+
+
+def system(config: ConfigDict, method: Method) -> System:
+    """The system of a method: its stages and the calibration, and the scores of images or of volumes."""
+    primary, size = config.evaluation.score, tuple(config.data.size)
+    stages = tuple(normalising(config, stage) for stage in (*method.stages, calibration(config, method)))
+    choice = method.maker if primary in MAPS else method.stages[-1].name
+    scoring: dict[str, Any] = {"score": partial(image_score, config, method)}
+    if is_volume(config):
+        stride, score = tuple(config.evaluation.stride), partial(window_score, config, method)
+        scoring = {"sweep": Sweep(window=size, stride=stride, score=score, fuse=fuse)}
+    elif primary not in MAPS:
+        scoring["map"] = "l1"  # the other scores are of whole images and have no map
+    return System(
+        name="simsid",
+        stages=stages,
+        uses=tuple(stage.name for stage in stages),
+        primary=primary,
+        best=(RULE,),
+        choice=Choice(stage=choice, stand_ins=partial(stand_ins, config)),
+        **scoring,
+    )
+
+
+def discriminator(config: ConfigDict) -> Network:
+    """The discriminator D of both methods."""
+    size, widths = tuple(config.data.size), tuple(config.model.discriminator)
+    dtype = compute_type(config)
+    return Network(*network(lambda rngs: Discriminator(size, config.data.channels, widths, dtype, rngs=rngs)))
+
+
+# --- calibration ------------------------------------------------------------------------------------------------------
+
+
+def logits(method: Method, results: Results, image: Array) -> tuple[Array, Float[Array, "b 2"]]:
+    """The new images, and for each image the pair D(new image), D(image) - D(new image)."""
+    made = method.remake(results, image)
+    fake, real = method.judge(results, made), method.judge(results, image)
+    return made, jnp.stack([fake, real - fake], -1)
+
+
+def calibration(config: ConfigDict, method: Method) -> Stage:
+    """The last stage: one sweep over the training images for the mean and deviation of their `logits`."""
+    batch = method.stages[-1].batch
+    return Stage(
+        name="calibration",
+        rows=partial(training_rows, config),
+        batch=batch,
+        steps=lambda n: -(-n // batch),
+        init=calibration_init,
+        step=partial(calibration_step, method),
+        shuffle=False,
+    )
+
+
+def calibration_init(key: Array, results: Results, n: int) -> State:
+    """No image counted yet, and `n` left."""
+    stats = {"mean": jnp.zeros(2), "squares": jnp.zeros(2), "count": jnp.int32(0), "left": jnp.int32(n)}
+    return State(params={}, opt={}, stats=stats, step=jnp.int32(0))
+
+
+def calibration_step(
+    method: Method, state: State, batch: PyTree, key: Array, results: Results, *, steps: int
+) -> tuple[State, dict[str, Array]]:
+    """Merges a batch's mean and its sum of squared differences from the mean into those so far.
+
+    The merge is that of Chan et al., "Updating formulae and a pairwise algorithm for computing sample variances", 1979.
+    """
+    values, old = device_gather(logits(method, results, batch["image"])[1]), state.stats
+    used = (jnp.arange(len(values)) < old["left"])[:, None]
+    number = jnp.sum(used)
+    mean = jnp.sum(used * values, 0) / jnp.maximum(number, 1)
+    squares = jnp.sum(used * (values - mean) ** 2, 0)
+    count, apart = old["count"] + number, mean - old["mean"]
+    stats = {
+        "mean": old["mean"] + apart * number / jnp.maximum(count, 1),
+        "squares": old["squares"] + squares + apart**2 * old["count"] * number / jnp.maximum(count, 1),
+        "count": count,
+        "left": old["left"] - number,
+    }
+    return state.replace(stats=stats, step=state.step + 1), {"logit": stats["mean"][0]}
+
+
+def stand_ins(config: ConfigDict) -> dict[str, Any]:
+    """Results in place of those of a discriminator and a calibration that are not trained yet, for `select=aucp`.
+
+    No reconstruction error depends on the discriminator. The calibration's constants keep the order of the logits. They
+    are so wide that no two logits become the same A in float32.
+    """
+    params, stats = discriminator(config).init(jax.random.key(0))
+    wide = {"mean": jnp.zeros(2), "squares": jnp.full(2, 1e4), "count": jnp.int32(1), "left": jnp.int32(0)}
+    return {"discriminator": {"params": params, "stats": stats}, "calibration": {"params": {}, "stats": wide}}
+
+
+# --- score (Eq. 5.7) --------------------------------------------------------------------------------------------------
+
+
+def scored(
+    config: ConfigDict, method: Method, results: Results, image: Float[Array, "b *size c"]
+) -> tuple[Array, dict[str, Array], dict[str, Array]]:
+    """(new images, maps, scores) of images.
+
+    With z the standardised D(new image), the report's score is A = 1 - sigmoid(z). In float32 A is 1 below z = -17.
+    The score "simsid", which ranks, is therefore the log odds of A, -z. The score "difference" is that of the report's
+    prose, log odds too: the standardised D(image) - D(new image). Its sign is ours: high where the new image looks less
+    real than the image. Put into A in the place of D(new image), the difference would have the other sign.
+    """
+    size, cell = image.shape[1:-1], tuple(config.evaluation.patch)
+    made, values = logits(method, results, image)
+    stats = results["calibration"]["stats"]
+    deviation = jnp.sqrt(stats["squares"] / jnp.maximum(stats["count"], 1))
+    z = (values - stats["mean"]) / (deviation + 1e-8)
+    error = image - made
+    cells = jnp.mean(patchify(jnp.mean(error, -1, keepdims=True), cell), -1) ** 2
+    maps = {"l1": jnp.mean(jnp.abs(error), -1), "mse": jnp.mean(error**2, -1)}
+    scores = {"simsid": -z[:, 0], "difference": z[:, 1], "A": jax.nn.sigmoid(-z[:, 0])}
+    scores |= {name: jnp.mean(m, tuple(range(1, m.ndim))) for name, m in maps.items()}
+    # ours: the square of a cell's mean error, in which the image's grain cancels.
+    wide = jnp.broadcast_to(cells[..., None], (*cells.shape, prod(cell)))
+    maps["patches"] = unpatchify(wide, size, cell)[..., 0]
+    highest = max(1, round(config.evaluation.top * cells.shape[1]))
+    scores["patches"] = jnp.mean(jax.lax.top_k(cells, highest)[0], -1)
+    return made, maps, scores
+
+
+def image_score(
+    config: ConfigDict, method: Method, results: Results, batch: PyTree, key: Array, *, chunk: int | None = None
+) -> dict[str, Any]:
+    """`System.score`: maps, scores and pictures of a batch of images. Nothing in it is random."""
+    image, back = normalised(config, batch["image"])
+    made, maps, scores = scored(config, method, results, image)
+    pictures = {n: back(p) if p.ndim == image.ndim else p for n, p in method.pictures(results, image).items()}
+    return {"maps": maps, "scores": scores, "reconstruction": back(made), "pictures": pictures}
+
+
+def window_score(
+    config: ConfigDict, method: Method, results: Results, image: Float[Array, "b *size c"], keys: Array
+) -> tuple[Float[Array, "b *size k"], Float[Array, "b *size 1"]]:
+    """`Sweep.score`: each window's maps, and its scores as constant maps. Volumes are ours; the report has none."""
+    made, maps, scores = scored(config, method, results, image)
+    flat = lambda value: jnp.broadcast_to(value.reshape(-1, *[1] * (image.ndim - 2)), image.shape[:-1])
+    every = jnp.stack([maps[name] if name in maps else flat(scores[name]) for name in SCORES], -1)
+    return jnp.concatenate([every, made], -1), jnp.ones((*image.shape[:-1], 1))
+
+
+def fuse(averages: Float[Array, "*size k"], inside: Bool[Array, "*size"]) -> dict[str, Any]:
+    """`Sweep.fuse`: a volume's maps, which are 0 outside, and its reconstruction."""
+    maps = {name: jnp.where(inside, averages[..., i], 0) for i, name in enumerate(SCORES)}
+    return {"maps": maps, "reconstruction": averages[..., len(SCORES) :]}
+
+
+# --- images as the networks see them ----------------------------------------------------------------------------------
+
+
+def normalised(config: ConfigDict, image: Float[Array, "b *size c"]) -> tuple[Array, Callable[[Array], Array]]:
+    """(images as the networks see them, function that takes such images back into [0, 1]).
+
+    With `data.normalise=image` each image gets mean 0.5 and deviation 0.2. That is ours: exposure differs more between
+    scans than a finding changes it.
+    """
+    if config.data.normalise != "image":
+        return image, lambda made: jnp.clip(made, 0, 1)
+    axes = tuple(range(1, image.ndim))
+    mean, std = jnp.mean(image, axes, keepdims=True), jnp.std(image, axes, keepdims=True)
+    scale = jnp.maximum(std, 1e-6) / DEVIATION
+    return 0.5 + (image - mean) / scale, lambda made: jnp.clip(mean + (made - 0.5) * scale, 0, 1)
+
+
+def normalising(config: ConfigDict, stage: Stage) -> Stage:
+    """The stage on `normalised` images."""
+    if config.data.normalise != "image":
+        return stage
+    ready = lambda batch: batch | {"image": normalised(config, batch["image"])[0]}
+    ready_look = lambda look: lambda state, batch, results: look(state, ready(batch), results)
+    checks = tuple(replace(check, look=ready_look(check.look)) for check in stage.checks)
+    step = lambda state, batch, key, results, **options: stage.step(state, ready(batch), key, results, **options)
+    return replace(stage, step=step, checks=checks)
+
+
+# --- rows -------------------------------------------------------------------------------------------------------------
+
+
+def selecting_splits(config: ConfigDict) -> tuple[str, ...]:
+    """The splits that the stage reads whose weights `select=auroc` chooses."""
+    return ("train", "val") if config.select == RULE else ("train",)
+
+
+def training_rows(config: ConfigDict, rows: Sequence[Row], results: Results | None = None) -> np.ndarray:
+    """Numbers of the training rows that are not held out."""
+    out = held_out(rows, config.validation.held_out)
+    return np.array([i for i, row in enumerate(rows) if row.split == "train" and not out[i]], np.int64)
+
+
+def checked_rows(config: ConfigDict, rows: Sequence[Row]) -> np.ndarray:
+    """`validation.samples` of the held-out training rows; of those trained on where none is held out."""
+    numbers = np.flatnonzero(held_out(rows, config.validation.held_out))
+    if not numbers.size:
+        log("check: on training images, as none is held out (of ten patients or more)")
+    return np.resize(numbers if numbers.size else training_rows(config, rows), config.validation.samples)
+
+
+def labelled_rows(rows: Sequence[Row]) -> np.ndarray:
+    """Numbers of the labelled rows of `val`; none where a class is missing."""
+    numbers = np.array(
+        [i for i, row in enumerate(rows) if row.split == "val" and row.label is not None and not row.kept], np.int64
+    )
+    if len({rows[i].label for i in numbers}) == 2:
+        return numbers
+    log("select=auroc: val has no labelled images of both classes: the last weights are used")
+    return np.array([], np.int64)
+
+
+# --- checks and optimisers --------------------------------------------------------------------------------------------
+
+
+def divergences(image: Array, made: Array) -> dict[str, Array]:
+    """MSE between images and new images of them, and both forms of Eq. 5.2."""
+    found = {
+        "check_mse": (image - made) ** 2,
+        "check_kl": pixel_kl(image, made),
+        "check_kl_histogram": histogram_kl(image, made),
+    }
+    return {name: jnp.mean(value) for name, value in found.items()}
+
+
+def reconstruction_check(config: ConfigDict, make: Callable[[State, Results, Array], Array]) -> Check:
+    """`divergences` of the new images that a stage's networks make, by `make(state, results, images)`."""
+    look = lambda state, batch, results: (state, divergences(batch["image"], make(state, results, batch["image"])))
+    return Check(every=config.validation.every, rows=partial(checked_rows, config), look=look)
+
+
+def adam(section: ConfigDict) -> optax.GradientTransformation:
+    """Adam with the betas of a stage's section."""
+    return laid_out(optim.adam(betas=tuple(section.betas)))
+
+
+def laid_out(optimiser: optax.GradientTransformation) -> optax.GradientTransformation:
+    """The optimiser on gradients in the memory order of their parameters.
+
+    On an NVIDIA GPU a convolution's gradient comes in another order, which Adam's kernel takes over. XLA then copies
+    the parameters and both moments back, instead of the gradient alone.
+    """
+
+    def update(grads: PyTree, opt: PyTree, params: PyTree = None) -> tuple[PyTree, PyTree]:
+        if on_gpu():
+            grads = jax.tree.map(lambda x: with_layout_constraint(x, Layout(tuple(range(x.ndim)))), grads)
+        return optimiser.update(grads, opt, params)
+
+    return optax.GradientTransformation(optimiser.init, update)

@@ -1,0 +1,139 @@
+"""What every system keeps to: rows of its declared splits alone, data options honoured or refused, whole recipes."""
+
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from jmae import recipe
+from jmae.data.manifest import Row
+from jmae.errors import InputError, exit_code
+from jmae.system import SYSTEMS, chosen_on_val, load_system, network, rows_read, splits_read, stats_of
+from jmae.train import main
+
+IMAGE_SYSTEMS = ("amae", "memmc_mae", "ppii", "simsid")
+READ = {  # the splits that training reads
+    "amae": {"train", "unlabeled"},
+    "maemi": {"train"},
+    "memmc_mae": {"train"},
+    "ppii": {"train"},
+    "simsid": {"train"},
+}
+
+
+def config(system: str, *changes: str, preset: str = "smoke"):
+    arguments = [f"--config=configs/{system}.py:{preset}", *(f"--config.{change}" for change in changes)]
+    return recipe.parse(arguments, "")[0]
+
+
+def rows(n: int = 24) -> list[Row]:
+    """Rows of all splits in turn, labelled in `val` and `test`."""
+    splits = ("unlabeled", "train", "val", "test")
+    label = lambda split, i: (i // 4) % 2 if split in ("val", "test") else None
+    return [Row(f"c{i}", f"p{i}", splits[i % 4], label(splits[i % 4], i), (f"{i}.png",)) for i in range(n)]
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_training_reads_the_declared_splits_alone(name):
+    system = load_system(config(name, *(["select=last"] if name == "simsid" else [])))
+    assert set(splits_read(system)) == READ[name]
+    assert {row.split for row in rows_read(system, rows())} == READ[name]
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_a_stage_trains_on_rows_of_its_own_splits(name):
+    system = load_system(config(name))
+    read = rows_read(system, rows())
+    for stage in system.stages:
+        if stage.name in ("module_a", "module_b"):  # these follow the pseudo-labels
+            continue
+        numbers = stage.rows(read, {})
+        assert len(numbers) and {read[i].split for i in numbers} <= set(stage.splits)
+        for check in stage.checks:
+            assert {read[i].split for i in check.rows(read)} <= set(stage.splits)
+
+
+@pytest.mark.parametrize("name", ["ppii", "memmc_mae", "simsid"])
+def test_rows_that_are_decoded_for_a_choice_are_declared(name):
+    system = load_system(config(name, "select=aucp"))
+    assert set(splits_read(system)) == {"train", "unlabeled"}
+
+
+def test_labels_of_val_that_choose_the_weights_are_declared():
+    assert chosen_on_val(load_system(config("simsid", "select=auroc")))
+    assert not chosen_on_val(load_system(config("simsid", "select=last")))
+
+
+@pytest.mark.parametrize("name", IMAGE_SYSTEMS)
+def test_a_system_of_whole_images_does_not_take_abnormal_ones_as_normals(name, capfd, tmp_path):
+    arguments = [
+        f"--config=configs/{name}.py:smoke",
+        "--config.data.normal_crops_only=true",
+        f"--workdir={tmp_path}/run",
+    ]
+    assert exit_code(main, arguments) == 2
+    assert "normal_crops_only" in capfd.readouterr().err and not (tmp_path / "run" / "config.json").exists()
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_every_key_of_every_preset_is_declared_and_within_its_bounds(name):
+    presets = ["paper", "small", "phantom", "smoke"]
+    presets += ["phantom3d", "small3d"] if name in ("memmc_mae", "ppii", "simsid") else []
+    for preset in presets:
+        recipe.check(config(name, preset=preset))
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_an_incomplete_recipe_fails_before_data_are_read(name):
+    whole = config(name, "data.manifest=nowhere.csv")
+    for key, _ in recipe.keys_of(whole):
+        if key == "system":
+            continue
+        broken = recipe.from_json(recipe.to_json(whole))
+        *sections, last = key.split(".")
+        place = broken
+        for section in sections:
+            place = place[section]
+        del place[last]
+        with pytest.raises(InputError, match=r"lacks|data\.size"):
+            recipe.check(broken)
+
+
+def test_a_recipe_of_an_earlier_run_gets_the_keys_that_came_since(tmp_path):
+    whole = config("amae")
+    old = recipe.from_json(recipe.to_json(whole))
+    del old.profile, old.evaluation.froc
+    old.data.normal_crops_only = False
+    (tmp_path / "config.json").write_text(recipe.to_json(old))
+    assert recipe.to_json(recipe.read(tmp_path)) == recipe.to_json(whole) or dict(
+        recipe.keys_of(recipe.read(tmp_path))
+    ) == dict(recipe.keys_of(whole))
+
+
+def test_a_stock_module_with_a_random_stream_trains_and_repeats():
+    class Net(nnx.Module):
+        def __init__(self, rngs: nnx.Rngs):
+            self.layer, self.drop = nnx.Linear(8, 64, rngs=rngs), nnx.Dropout(0.5, rngs=rngs)
+
+        def __call__(self, x, train):
+            return self.drop(self.layer(x), deterministic=not train)
+
+    init, bind = network(lambda rngs: Net(rngs))
+    params, stats = jax.jit(init)(jax.random.key(0))
+    assert set(params) == {"layer"} and not jax.tree.leaves(stats)
+    x = jnp.ones((2, 8))
+    out = jax.jit(lambda key: bind(params, stats, key)(x, True))
+    first, again, other = (np.asarray(out(jax.random.key(k))) for k in (1, 1, 2))
+    assert (first == again).all() and (first == 0).any() and ((first == 0) != (other == 0)).any()
+    net = bind(params, stats)
+    assert (np.asarray(net(x, False)) != 0).all() and not jax.tree.leaves(stats_of(net))
+
+
+def test_a_choice_of_rows_is_a_function_of_the_rows_alone():
+    system, read = load_system(config("ppii")), SimpleNamespace(rows=rows())
+    table = system.stages[0].rows
+    chosen = [row for row in read.rows if row.split == "train"]
+    np.testing.assert_array_equal(table(chosen, {}), table(chosen, {}))

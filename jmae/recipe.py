@@ -254,8 +254,11 @@ def check(config: ConfigDict) -> None:
 
     Raises InputError for an unknown key (naming the nearest), a missing one, or a value out of its bounds.
     """
-    declared, values = declarations(config.system, volumes=is_volume(config)), dict(keys_of(config))
+    values = dict(keys_of(config))
     del values["system"]
+    if not isinstance(values.get("data.size"), tuple):
+        raise InputError(f"the recipe lacks data.size: {SHARED['data.size'].doc}")
+    declared = declarations(config.system, volumes=is_volume(config))
     if set(values) != set(declared) and set(values) == set(declarations(config.system, volumes=not is_volume(config))):
         raise InputError(f"data.size has {len(config.data.size)} axes: take a preset whose data.size has as many")
     if unknown := [key for key in values if key not in declared]:
@@ -400,8 +403,6 @@ def from_json(text: str) -> ConfigDict:
 def brought_up(config: ConfigDict) -> ConfigDict:
     """A saved recipe with the keys declared since it was saved, at defaults that change nothing, and without `RETIRED`
     ones."""
-    if not hasattr(importlib.import_module(f"jmae.systems.{config.system}"), "KEYS"):  # until all systems have them
-        return config
     for key in RETIRED & {key for key, _ in keys_of(config)}:
         if key not in declarations(config.system, volumes=is_volume(config)):
             *sections, last = key.split(".")

@@ -280,21 +280,14 @@ def load_system(config: ConfigDict) -> System:
     if config.system not in SYSTEMS:
         raise InputError(f"system {config.system!r} is unknown: one of {', '.join(SYSTEMS)}")
     module = importlib.import_module(f"jmae.systems.{config.system}")
-    if hasattr(module, "KEYS"):
-        recipe.check(config)
+    recipe.check(config)
     system = module.build(config)
     evaluation, volumes = config.evaluation, recipe.is_volume(config)
-    if not volumes and config.data.get("normal_crops_only"):
-        raise InputError(
-            f"data.normal_crops_only is of volumes, whose crops can leave lesions out: {system.name} trains on whole "
-            "images: take abnormal rows out of train, and the key back to false"
-        )
-    if volumes and evaluation.get("iou"):
+    if volumes and evaluation.iou:
         raise InputError(f"evaluation.iou is {evaluation.iou}: of volumes 0 alone (no IoU)")
-    convergence = evaluation.get("convergence", 0)
-    if convergence == 1:
+    if evaluation.convergence == 1:
         raise InputError("evaluation.convergence is 1: 0 (off), or 2 or more repetitions")
-    if convergence and (number := drawn(config, system)) < 2:
+    if evaluation.convergence and (number := drawn(config, system)) < 2:
         what = system.repetitions
         raise InputError(f"evaluation.convergence asks for the score at fewer {what}: evaluation.{what} is {number}")
     k = config.accumulate

@@ -320,8 +320,8 @@ def jmae_sweep(size: str, windows: int, weights: str, dtype: str) -> tuple[Calla
     import jax
 
     from jmae.data.files.grids import Geometry
-    from jmae.data.loader import case_words
     from jmae.data.manifest import Row
+    from jmae.data.preparation import case_words
     from jmae.data.volumes import Volume
     from jmae.passes import SweepPass
     from jmae.results import Prepared

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from scipy.ndimage import minimum_filter
 
 from jmae.data.crops import Volumes
-from jmae.data.loader import Images, scored_region
+from jmae.data.loader import Images
+from jmae.data.preparation import scored_region
 from jmae.data.transforms import area_resize, central
 from jmae.data.volumes import read_subtraction
 from jmae.inference import Scorer

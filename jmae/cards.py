@@ -12,8 +12,9 @@ from ml_collections import ConfigDict
 
 from jmae import checkpoint, recipe
 from jmae.data.files import image_size
-from jmae.data.loader import WORKERS, phantom
+from jmae.data.loader import WORKERS
 from jmae.data.manifest import SPLITS, Row
+from jmae.data.preparation import phantom
 from jmae.errors import InputError
 from jmae.report import flat_settings, no_curves_reason, result_sentences, system_description
 from jmae.run_folder import recipe_digest, write_text

@@ -42,9 +42,10 @@ from jmae.calibration import (
 from jmae.cards import rows_digest, write_cards
 from jmae.console import console_summary
 from jmae.convergence import convergence
+from jmae.data.cases import load_rows
 from jmae.data.crops import Volumes
 from jmae.data.files import write_map
-from jmae.data.loader import Images, load_rows
+from jmae.data.loader import Images
 from jmae.data.manifest import Row
 from jmae.errors import InputError, exit_code
 from jmae.figures import (

@@ -41,7 +41,7 @@ from ml_collections import ConfigDict
 
 from jmae import recipe
 from jmae.calibration import CALIBRATION, read_calibration
-from jmae.data.loader import case_words
+from jmae.data.preparation import case_words
 from jmae.errors import InputError, exit_code
 from jmae.inference import restore_results, run_of
 from jmae.passes import each_replicate, seeds_of, sweep_volume

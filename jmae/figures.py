@@ -11,8 +11,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from jmae import metrics, recipe
-from jmae.data.loader import lesion_mask, scored_region
 from jmae.data.manifest import Row
+from jmae.data.preparation import lesion_mask, scored_region
 from jmae.data.transforms import central
 from jmae.errors import InputError
 from jmae.lesions import Froc, Localisation

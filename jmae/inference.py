@@ -18,8 +18,9 @@ from ml_collections import ConfigDict
 
 from jmae import checkpoint, recipe
 from jmae.data.files import Image
-from jmae.data.loader import WORKERS, case_words, prepared, read_case, stored_image
+from jmae.data.loader import WORKERS
 from jmae.data.manifest import Row
+from jmae.data.preparation import case_words, prepared_image, prepared_volume, stored_image
 from jmae.errors import InputError
 from jmae.passes import BatchPass, Pass, SweepPass, local_mesh
 from jmae.processes import gather
@@ -117,9 +118,9 @@ class Scorer:
         data = self.config.data
         if not self.system.sweep:
             stored = stored_image(row) if stored is None else stored
-            array, volume, moments = read_case(row, data, stored), None, (0.0, 1.0)
+            array, volume, moments = prepared_image(row, data, stored), None, (0.0, 1.0)
         else:
-            volume = prepared(row, data, stored, region)
+            volume = prepared_volume(row, data, stored, region)
             array, stored, moments = volume.array, volume.stored, (data.mean, data.std)
         return Prepared(
             row=row,

@@ -55,5 +55,5 @@ def sample_keys(key: Key[Array, ""], index: Int[Array, " b"]) -> Key[Array, " b"
 
 
 def case_keys(key: Key[Array, ""], case: Int[Array, "b 2"]) -> Key[Array, " b"]:
-    """A key for each case from the run's key and the case's id (`data.loader.case_words`)."""
+    """A key for each case from the run's key and the case's id (`data.preparation.case_words`)."""
     return jax.vmap(lambda words: jax.random.fold_in(jax.random.fold_in(key, words[0]), words[1]))(case)

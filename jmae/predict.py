@@ -41,8 +41,8 @@ from jmae import recipe
 from jmae.calibration import LOCATING_COLUMNS, colours_of, has_column, read_calibration, score_identity, score_line
 from jmae.data.duplicates import content
 from jmae.data.files import Image, write_map
-from jmae.data.loader import stored_image, stored_volume
 from jmae.data.manifest import Row, read_cases, wrong_pieces
+from jmae.data.preparation import stored_case
 from jmae.data.slices import command, lie
 from jmae.errors import InputError, exit_code
 from jmae.inference import Scorer, restore_results, run_of, score_rows
@@ -155,7 +155,7 @@ def case_of(
         parts = [image] if is_path(image) else list(image)
         case = tuple(part for word in parts for part in sequences(os.fspath(word)))
         row = row_of(id or id_of(stem_of(case[0])), case)
-        stored = stored_volume(row, run.config.data) if run.system.sweep else stored_image(row)
+        stored = stored_case(row, run.config.data)
         stored = with_spacing(stored, spacing, row.image[0])
         if affine is not None:
             raise InputError(f"{row.image[0]}: affine is of arrays, a file tells its own: leave it out")

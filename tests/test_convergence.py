@@ -12,8 +12,8 @@ from sweeping import sweeper
 
 from jmae import convergence as co
 from jmae import recipe
-from jmae.data.loader import case_words
 from jmae.data.manifest import Row, parse_manifest
+from jmae.data.preparation import case_words
 from jmae.data.volumes import Volume
 from jmae.errors import InputError
 from jmae.report.charts import convergence_chart

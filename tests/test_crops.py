@@ -9,8 +9,9 @@ from PIL import Image
 from jmae import recipe
 from jmae.data import crops
 from jmae.data.crops import Volumes, allowed, box_sums, cut
-from jmae.data.loader import batches, prepared
+from jmae.data.loader import batches
 from jmae.data.manifest import Row
+from jmae.data.preparation import prepared_volume
 from jmae.errors import InputError
 
 CROP = (6, 5, 4)
@@ -181,9 +182,9 @@ def test_a_colour_film_is_made_grey_and_three_sequences_are_not(tmp_path):
     for name, shape in {"film": (9, 8, 3), "t1": (9, 8), "t2": (9, 8), "fs": (9, 8)}.items():
         Image.fromarray(rng.integers(0, 256, shape).astype(np.uint8)).save(tmp_path / f"{name}.png")
     row = lambda *names: Row("case", "", "train", 0, tuple(str(tmp_path / f"{name}.png") for name in names), None)
-    assert prepared(row("film"), data).array.shape == (9, 8, 1)
+    assert prepared_volume(row("film"), data).array.shape == (9, 8, 1)
     with pytest.raises(InputError, match="channels: 3 where the recipe has 1"):
-        prepared(row("t1", "t2", "fs"), data)
+        prepared_volume(row("t1", "t2", "fs"), data)
 
 
 def test_crops_are_cut_on_the_devices_where_those_of_all_processes_hold_the_set(rows, tmp_path, monkeypatch):

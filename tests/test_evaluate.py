@@ -16,8 +16,9 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 
 from jmae import evaluate as ev
 from jmae import recipe
+from jmae.data.cases import load_rows
 from jmae.data.files import read_image, read_mask
-from jmae.data.loader import Images, load_rows
+from jmae.data.loader import Images
 from jmae.data.transforms import central, resize
 from jmae.errors import InputError, exit_code
 from jmae.inference import Scorer, restore_results, score_rows

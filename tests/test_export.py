@@ -14,7 +14,7 @@ from patients import SETTINGS
 
 from jmae import checkpoint, export, recipe
 from jmae.calibration import score_identity
-from jmae.data.loader import load_rows
+from jmae.data.cases import load_rows
 from jmae.errors import InputError, exit_code
 from jmae.inference import Scorer, restore_results
 from jmae.run_folder import describe_run

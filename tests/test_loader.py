@@ -14,7 +14,7 @@ from PIL import Image
 
 from jmae.data import loader
 from jmae.data.cases import folded, load_rows
-from jmae.data.loader import Images, batches, in_order
+from jmae.data.loader import Images, batches
 from jmae.data.manifest import Row
 from jmae.data.preparation import case_words, lesion_mask, region_mask, stored_image
 from jmae.data.unlabeled import unlabeled_labels, with_anomaly_ratio
@@ -128,14 +128,6 @@ def test_the_parts_of_two_processes_joined_are_the_whole_batch(images, monkeypat
         stream(images, [np.arange(10)], 1, batch=3)
 
 
-def test_every_row_once_in_equal_batches(images):
-    got = list(in_order(images, np.array([3, 1, 4, 0, 5]), 2))
-    assert [n for n, _ in got] == [2, 2, 1]
-    cases = np.concatenate([batch["case"] for _, batch in got])
-    np.testing.assert_array_equal(cases, images.words[[3, 1, 4, 0, 5, 5]])
-    np.testing.assert_array_equal(got[2][1]["image"], images.image(np.array([5, 5])))
-
-
 # --- content ----------------------------------------------------------------------------------------------------------
 
 
@@ -220,16 +212,15 @@ def test_volumes_of_several_channels_come_as_they_are(tmp_path):
         files.append(tmp_path / f"{channel}.nii.gz")
         nib.save(nib.Nifti1Image(rng.normal(size=(6, 5, 4)).astype(np.float32), np.eye(4)), files[-1])
     row = Row(id="v", patient="", split="test", label=0, image=tuple(map(str, files)))
-    ((n, batch),) = in_order(Images([row], config(size=(6, 5, 4), channels=2)), np.array([0]), 2)
-    assert n == 1 and batch["image"].shape == (2, 6, 5, 4, 2)
-    assert batch["image"].min() == 0 and batch["image"].max() == 1
+    array = Images([row], config(size=(6, 5, 4), channels=2)).image(np.array([0, 0]))
+    assert array.shape == (2, 6, 5, 4, 2)
+    assert array.min() == 0 and array.max() == 1
 
 
 def test_phantom_volumes_pass_through_the_same_path():
     rows = [row for row in load_rows(config(phantom="breast"), lambda line: None) if row.split == "test"][-3:]
-    images = Images(rows, config(size=(16, 16, 8), channels=2))
-    (_, batch), *_ = in_order(images, np.arange(3), 3)
-    assert batch["image"].shape == (3, 16, 16, 8, 2) and 0 <= batch["image"].min() < batch["image"].max() <= 1
+    array = Images(rows, config(size=(16, 16, 8), channels=2)).image(np.arange(3))
+    assert array.shape == (3, 16, 16, 8, 2) and 0 <= array.min() < array.max() <= 1
     stored = stored_image(rows[0])
     assert stored.affine is not None and region_mask(rows[0], stored).shape == stored.array.shape[:-1]
     assert lesion_mask(rows[0], stored).any()

@@ -19,7 +19,8 @@ from sweeping import sweeper
 
 from jmae import evaluate, passes, recipe, train
 from jmae.data import phantoms
-from jmae.data.loader import PLS, case_words, load_rows, prepared
+from jmae.data.cases import load_rows
+from jmae.data.preparation import PLS, case_words, prepared_volume
 from jmae.data.volumes import boxes_mask
 from jmae.errors import InputError, exit_code
 from jmae.inference import restore_results
@@ -314,7 +315,7 @@ def test_the_prepared_case_and_the_sweep_make_the_written_map_and_reconstruction
     system = load_system(c)
     sweep = sweeper(c, system.sweep, restore_results(c, system, run))
     row = rows_of(run, "test")[3]
-    volume = prepared(row, c.data)
+    volume = prepared_volume(row, c.data)
     assert volume.side == 1 and volume.midline == 9
     out = sweep(volume, case_words(row.id))
     written = nib.load(run / "evaluation" / "maps" / f"{row.id}_anomaly.nii.gz")
@@ -407,10 +408,10 @@ def test_what_is_scored_does_not_depend_on_its_lesion_but_as_published(run):
     c.data.crop, c.data.crop_least, c.data.crop_most, c.data.crop_margin = "region", (1.0,) * 3, (12.0,) * 3, 6.0
     row = next(row for row in rows_of(run, "test") if row.mask)
     blank = row._replace(mask=None, label=None)
-    with_lesion, without = (prepared(r, c.data).array for r in (row, blank))
+    with_lesion, without = (prepared_volume(r, c.data).array for r in (row, blank))
     np.testing.assert_array_equal(with_lesion, without)
     c.data.widen_test_crops = True
-    assert prepared(row, c.data).array.shape != without.shape
+    assert prepared_volume(row, c.data).array.shape != without.shape
 
 
 def test_what_is_wrong_with_a_test_case_is_said_before_training(patients, tmp_path, capfd):

@@ -15,8 +15,8 @@ from patients import write_patients
 from configs import ppii as recipe
 from jmae import train
 from jmae.data.files import read_image
-from jmae.data.loader import read_case
 from jmae.data.manifest import Row
+from jmae.data.preparation import prepared_image
 from jmae.errors import InputError, exit_code
 from jmae.recipe import override
 from jmae.run_folder import read_history
@@ -344,17 +344,17 @@ def test_a_window_has_one_scale_for_all_images_and_refuses_what_it_leaves_consta
         np.save(tmp_path / f"{name}.npy", array)
     row = lambda name: Row(name, "", "train", 0, (str(tmp_path / f"{name}.npy"),))
     c = config("data.window=-1024,3071", "data.equalise=false")
-    one, two = (read_case(row(name), c.data)[..., 0] for name in ("ramp", "spot"))
+    one, two = (prepared_image(row(name), c.data)[..., 0] for name in ("ramp", "spot"))
     np.testing.assert_allclose(one, (ramp + 1024) / 4095, atol=1e-6)
     np.testing.assert_array_equal(one.ravel()[1:], two.ravel()[1:])
     with pytest.raises(InputError, match=r"constant within data\.window 5000 to 6000"):
-        read_case(row("ramp"), config("data.window=5000,6000").data)
+        prepared_image(row("ramp"), config("data.window=5000,6000").data)
 
 
 def test_an_equalised_image_has_an_even_histogram_whatever_its_contrast(tmp_path):
     image = (np.random.default_rng(0).uniform(size=(32, 32)) * 90 + 20).astype(np.uint8)
     np.save(tmp_path / "image.npy", image)
     row = Row("image", "", "train", 0, (str(tmp_path / "image.npy"),))
-    out = read_case(row, config("data.size=32,32", "data.equalise=true").data)
+    out = prepared_image(row, config("data.size=32,32", "data.equalise=true").data)
     assert out.min() == 0 and out.max() == 1 and abs(np.median(out) - 0.5) < 0.03
     np.testing.assert_allclose(np.round(out * 255), out * 255, atol=1e-4)

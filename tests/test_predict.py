@@ -22,8 +22,8 @@ from test_series import series
 
 import jmae
 from jmae import evaluate, inputs, passes, predict, recipe
+from jmae.data.cases import load_rows
 from jmae.data.files import read_image
-from jmae.data.loader import load_rows
 from jmae.data.transforms import resize, to_unit
 from jmae.errors import InputError, exit_code
 from jmae.masking import case_keys

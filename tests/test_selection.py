@@ -9,7 +9,8 @@ import pytest
 
 from configs import memmc_mae as recipe
 from jmae import checkpoint, metrics, train
-from jmae.data.loader import Images, load_rows
+from jmae.data.cases import load_rows
+from jmae.data.loader import Images
 from jmae.errors import InputError, NonFiniteLoss, exit_code
 from jmae.inference import restore_results
 from jmae.recipe import load, override

@@ -20,6 +20,7 @@ from rich.console import Console
 
 from jmae import checkpoint, evaluate, programs, progress, recipe, seen, train
 from jmae.data import loader, phantoms
+from jmae.data.cases import load_rows
 from jmae.errors import InputError, exit_code
 from jmae.run_folder import add_history, cut_history, read_history
 from jmae.seen import read_seen, write_seen
@@ -439,7 +440,7 @@ def test_what_another_run_has_seen_counts_as_seen_by_the_one_that_takes_over_its
 ):
     other, run = tmp_path / "other", tmp_path / "run"
     c, _ = recipe.parse(["--config=configs/amae.py:smoke", f"--config.data.manifest={small_set}"], "")
-    write_seen(other, [row for row in loader.load_rows(c, str) if row.split != "test"])
+    write_seen(other, [row for row in load_rows(c, str) if row.split != "test"])
     rows = list(csv.DictReader(small_set.read_text().splitlines()))
     by = {row["id"]: row for row in rows}
     by["test-0-1"]["image"], by["train-0-1"]["image"] = by["train-0-1"]["image"], by["test-0-1"]["image"]

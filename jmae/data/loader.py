@@ -3,50 +3,28 @@
 import hashlib
 import inspect
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cache, partial
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import grain
 import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-import jmae
 from jmae.data.files import Image
 from jmae.data.manifest import SPLITS, Row
-from jmae.data.preparation import (  # noqa: F401, some are still imported from here
-    PLS,
-    case_words,
-    lesion_mask,
-    phantom,
-    prepared_image,
-    region_mask,
-    scored_region,
-    stored_image,
-    usable,
-)
-from jmae.data.preparation import prepared_image as read_case  # noqa: F401
-from jmae.data.preparation import prepared_volume as prepared  # noqa: F401
-from jmae.data.preparation import stored_case as stored_volume  # noqa: F401
-from jmae.data.unlabeled import unlabeled_labels, with_anomaly_ratio  # noqa: F401
+from jmae.data.preparation import case_words, prepared_image, stored_image
 from jmae.errors import InputError
 
 WORKERS = min(16, os.cpu_count() or 1)
 SHOWN = 20  # unusable images that are spelled out
 
 Host = Mapping[str, Callable[[np.ndarray], np.ndarray]]  # functions of an image that the host computes once, by name
-
-
-def load_rows(config: ConfigDict, log: Callable[[str], None] = print) -> list[Row]:
-    """`jmae.data.cases.load_rows`, which is still imported from here."""
-    from jmae.data import cases
-
-    return cases.load_rows(config, log)
 
 
 class Samples(Protocol):
@@ -192,23 +170,12 @@ def function_name(function: Callable[..., Any]) -> str:
 def code_digest(package: str = "") -> str:
     """The SHA-256 of the source of jmae, or of one of its packages, and of the versions of what it computes with: what
     was computed by other code is not taken from a cache."""
-    folder = Path(jmae.__file__).parent / package
+    folder = Path(__file__).parents[1] / package
     versions = [metadata.version(name) for name in ("numpy", "scipy", "scikit-image")]
     digest = hashlib.sha256(" ".join(versions).encode())
     for file in sorted(folder.rglob("*.py")):
         digest.update(file.relative_to(folder).as_posix().encode() + b"\0" + file.read_bytes())
     return digest.hexdigest()
-
-
-class Decoded(NamedTuple):
-    """Decoded images for scoring, as the networks see them."""
-
-    images: np.ndarray  # (n, *size, c)
-    words: np.ndarray  # (n, 2)
-
-    def image(self, index: np.ndarray) -> np.ndarray:
-        """Images (m, *size, c) by number."""
-        return self.images[index]
 
 
 def save_array(file: Path, array: np.ndarray) -> None:
@@ -275,11 +242,3 @@ def batches(
     zipped = grain.experimental.ZipMapDataset(orders).map_with_index(gather)
     threads = 2 if images.ready else WORKERS
     return iter(zipped.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)))
-
-
-def in_order(images: Images | Decoded, rows: np.ndarray, batch: int) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Every row once, in equal batches: (number of rows, batch). The last batch repeats its last row to fill up."""
-    for start in range(0, len(rows), batch):
-        part = rows[start : start + batch]
-        full = np.concatenate([part, np.repeat(part[-1:], batch - len(part))])
-        yield len(part), {"image": images.image(full), "case": images.words[full]}

@@ -25,9 +25,9 @@ from ml_collections import ConfigDict
 
 from jmae import recipe
 from jmae.anomalies.anatpaste import anatpaste, lung_field
-from jmae.data.loader import unlabeled_labels
 from jmae.data.manifest import Row
 from jmae.data.transforms import moments_of
+from jmae.data.unlabeled import unlabeled_labels
 from jmae.errors import InputError
 from jmae.masked import (
     LEAST_RATE,

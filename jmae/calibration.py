@@ -217,6 +217,14 @@ def score_line(
     return {"id": row.id, "label": row.label, "score": primary, "p_value": p_value} | mean
 
 
+def why_no_p_values(calibration: Calibration | None) -> str:
+    """The reason of a calibrated run, of whose cases none has a p-value."""
+    if not calibration or not calibration.needs:
+        return ONLY_NORMALS
+    needs = " and a ".join(calibration.needs)
+    return f"no p-values: the held-out normals were scored with a {needs}, which no row here has"
+
+
 def alarm_rate(config: ConfigDict) -> float:
     """The false-alarm rate `evaluation.alarm_rate`. Raises InputError where it is not above 0 and below 1."""
     rate = config.evaluation.get("alarm_rate", 0.05)

@@ -28,7 +28,6 @@ from ml_collections import ConfigDict
 from jmae import metrics, recipe
 from jmae.baselines import Baselines, ImageBaselines, NoBaselines, VolumeBaselines
 from jmae.calibration import (
-    ONLY_NORMALS,
     ReferenceScores,
     alarm_rate,
     alarms,
@@ -38,6 +37,7 @@ from jmae.calibration import (
     reference_scores,
     rows_changed,
     score_line,
+    why_no_p_values,
 )
 from jmae.cards import rows_digest, write_cards
 from jmae.console import console_summary
@@ -203,14 +203,6 @@ def evaluate(
     log(console_summary(evaluation))
     log(f"report: {out / 'report.html'}")
     return evaluation
-
-
-def why_no_p_values(calibration: Calibration | None) -> str:
-    """The reason of a calibrated run, of whose cases none has a p-value."""
-    if not calibration or not calibration.needs:
-        return ONLY_NORMALS
-    needs = " and a ".join(calibration.needs)
-    return f"no p-values: the held-out normals were scored with a {needs}, which no row here has"
 
 
 def baselines_of(

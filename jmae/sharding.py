@@ -150,6 +150,7 @@ def over_devices(step: Callable[..., Any]) -> Callable[..., Any]:
     """A stage's step under `jax.pmap`: (state, batches, key, results) -> (state, metrics) with a leading device axis.
 
     `batches` has the devices first, (devices, b / devices, ...); state, key and results are the same on all devices.
+    Flax's own batch norm normalises each device's samples by themselves; its running statistics are those of all.
     """
     return jax.pmap(step, axis_name=DEVICES, in_axes=(None, 0, None, None))
 

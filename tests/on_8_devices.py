@@ -78,15 +78,14 @@ def mapped_against_jitted(config, system, batch) -> dict:
     out, results, known = {}, {}, {}
     for number, stage in enumerate(system.stages):
         key = stage_keys(config, number)
-        state = first_state(stage, results, 16)._replace(step=jnp.int32(1))  # in the first the learning rate is zero
+        state = first_state(stage, results, 16).replace(step=jnp.int32(1))  # in the first the learning rate is zero
         if stage.step not in known:  # modules A and B share theirs
             phase = {} if stage.phases[0] is None else {"phase": stage.phases[0]}
             step = partial(stage.step, steps=STEPS, **phase)
-            mapped = jax.pmap(partial(step, axis_name="d"), axis_name="d", in_axes=(None, 0, None))
-            known[stage.step] = jax.jit(step), mapped
+            known[stage.step] = jax.jit(step), sharding.over_devices(step)
         jitted, mapped = known[stage.step]
-        whole, metrics = jitted(state, batch(16), key)
-        parts, said = mapped(state, jax.tree.map(lambda x: x.reshape(2, 8, *x.shape[1:]), batch(16)), key)
+        whole, metrics = jitted(state, batch(16), key, results)
+        parts, said = mapped(state, jax.tree.map(lambda x: x.reshape(2, 8, *x.shape[1:]), batch(16)), key, results)
         compared = lambda s: (s.opt, s.stats)
         shapes = lambda s: [np.shape(leaf) for leaf in jax.tree.leaves((s.params, s.opt, s.stats))]
         for half in range(2):
@@ -131,10 +130,10 @@ def exchanged() -> dict[str, list[float]]:
             for number, each in enumerate(load_system(config).stages):
                 if each.name == stage:
                     state, inputs, step = plan.step_of(config, each, number, results, mesh, 4096)
-                    program = Program(step.trace(state, *inputs, None).lower().compile().as_text(), 8)
+                    program = Program(step.trace(state, *inputs).lower().compile().as_text(), 8)
                 results = results | {each.name: plan.result_of(config, each, number, results)}
         assert not program.unknown
-        weights = 4 * plan.held((state.params, state.frozen, state.stats))
+        weights = 4 * plan.held((state.params, state.stats, inputs[2]))
         out[f"{name} {stage}"] = [sum(each.size for each in program.collectives()), weights]
     return out
 
@@ -152,7 +151,7 @@ def rows_of_kernels() -> dict[str, list[int]]:
             results = {"train": plan.result_of(config, system.stages[0], 0, {})}
             keys = jax.eval_shape(lambda: seeds_of(config))
             _, trace = plan.pass_of(config, system, mesh, results, keys)
-            programs = {"train": step.trace(state, *inputs, None), "score": trace(system.masks)}
+            programs = {"train": step.trace(state, *inputs), "score": trace(system.masks)}
         for name, traced in programs.items():
             text = traced.lower(lowering_platforms=("cuda",)).as_text()
             calls = "".join(line for line in text.splitlines() if "@__gpu$xla.gpu.triton" in line)

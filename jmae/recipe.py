@@ -82,8 +82,7 @@ class Key:
         length = axes if self.length == AXES else self.length
         if several and length is not None and isinstance(value, tuple | list):
             if len(parts) != length and not (self.empty and not parts):
-                axis = "an axis" if self.length == AXES else ""
-                return f"{length} values {axis}".strip() if not axis else f"a value an axis, {length}"
+                return f"{length} values, one an axis" if self.length == AXES else f"{length} values"
         like = self.default if not several else self.default[0] if self.default else None
         for part in parts:
             if like is not None and not _same_type(part, like):

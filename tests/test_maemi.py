@@ -77,12 +77,12 @@ def test_the_released_codes_are_those_of_the_released_state():
 @pytest.mark.parametrize(
     "setting, value, words",
     [
-        ("evaluation.stride", (64, 42), "a value an axis"),
+        ("evaluation.stride", (64, 42), "3 values, one an axis"),
         ("evaluation.stride", (33, 8, 4), "evaluation.stride"),
         ("data.axes", "PLX", "data.axes"),
         ("data.spacing", (2.0, 2.0), "data.spacing"),
         ("compat.averaging", True, "compat.averaging"),
-        ("evaluation.mask_ratio", 0.01, "mask ratio"),
+        ("evaluation.mask_ratio", 0.99, "mask ratio"),
         ("model.patch", (7, 8, 2), "not divisible by patch"),
     ],
 )

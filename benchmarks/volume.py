@@ -321,10 +321,9 @@ def jmae_sweep(size: str, windows: int, weights: str, dtype: str) -> tuple[Calla
 
     from jmae.data.files.grids import Geometry
     from jmae.data.manifest import Row
-    from jmae.data.preparation import case_words
+    from jmae.data.preparation import Prepared, case_words
     from jmae.data.volumes import Volume
     from jmae.passes import SweepPass
-    from jmae.results import Prepared
     from jmae.system import load_system
     from jmae.weights import load_weights
 

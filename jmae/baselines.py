@@ -17,11 +17,9 @@ from scipy.ndimage import minimum_filter
 
 from jmae.data.crops import Volumes
 from jmae.data.loader import Images
-from jmae.data.preparation import scored_region
+from jmae.data.preparation import Prepared
 from jmae.data.transforms import area_resize, central
-from jmae.data.volumes import read_subtraction
 from jmae.inference import Scorer
-from jmae.results import Prepared
 from jmae.scoring import top_mean
 from jmae.system import System
 from jmae.windows import average
@@ -218,15 +216,15 @@ class VolumeBaselines:
         if self.residual:
             (result,) = self.residual.score([case])
             found["PCA-30 error"] = case.on_own_grid(result.maps["residual"][0])
-        if row.pre and row.post:
+        if case.subtraction is not None:
             edges = self.config.evaluation.get("filter", (1,) * len(volume.grid.size))
-            subtracted = minimum_filter(read_subtraction(row, volume, self.config.data), edges)
+            subtracted = minimum_filter(case.subtraction, edges)
             found["subtraction"] = case.on_own_grid(subtracted)
         return found
 
     def add(self, case: Prepared, maps: dict[str, np.ndarray]) -> None:
         assert case.volume
-        region, inside = scored_region(case.row, case.volume.stored, self.config.data), case.scored_voxels()
+        region, inside = case.region, case.scored_voxels()
         region = inside if region is None else region & inside
         ends = maps | {f"low {name}": -m for name, m in maps.items() if name.startswith("brightness")}
         self.cases.append({name: top_mean(m, region, self.config.evaluation.top) for name, m in ends.items()})

@@ -13,6 +13,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from jmae.cards import rows_digest
+from jmae.data.cases import Cases
 from jmae.data.manifest import Row
 from jmae.errors import InputError
 from jmae.figures import patient_key
@@ -117,15 +118,15 @@ def calibrating_rows(config: ConfigDict, system: System, rows: Sequence[Row], sa
     return [row.label == 0 for row in rows]
 
 
-def calibrate_run(config: ConfigDict, system: System, rows: Sequence[Row], workdir: Path) -> None:
-    """Calibrates a run that is not evaluated, where its data have held-out normals."""
+def calibrate_run(config: ConfigDict, system: System, rows: Sequence[Row], workdir: Path, cases: Cases) -> None:
+    """Calibrates a run that is not evaluated, where its data have held-out normals. `cases` are the command's."""
     val = [row for row in rows if row.split == "val"]
     normals = [row for row, use in zip(val, calibrating_rows(config, system, val), strict=True) if use]
     if not normals:
         log(NOT_CALIBRATED)
         return
     results = restore_results(config, system, workdir)
-    reference = reference_scores(system, score_rows(Scorer(config, system, results), normals))
+    reference = reference_scores(system, score_rows(Scorer(config, system, results, cases), normals))
     calibrate(config, system, results, reference, workdir)
 
 
@@ -227,7 +228,7 @@ def why_no_p_values(calibration: Calibration | None) -> str:
 
 def alarm_rate(config: ConfigDict) -> float:
     """The false-alarm rate `evaluation.alarm_rate`. Raises InputError where it is not above 0 and below 1."""
-    rate = config.evaluation.get("alarm_rate", 0.05)
+    rate = config.evaluation.alarm_rate
     if not 0 < rate < 1:
         raise InputError(f"evaluation.alarm_rate={rate}: is no rate: write one between 0 and 1, as 0.05")
     return rate

@@ -147,7 +147,7 @@ def data_card(
     """DATA_CARD.md: the source and licence of the data, the numbers of cases, the kinds of images, the preparation."""
     manifest = Path(config.data.manifest) if config.data.manifest else None
     if manifest:
-        leaks = "allowed (data.allow_leaks) and reported" if config.data.get("allow_leaks") else "none (refused)"
+        leaks = "allowed (data.allow_leaks) and reported" if config.data.allow_leaks else "none (refused)"
         source: dict[str, str | None] = {
             "manifest": str(manifest),
             "its SHA-256": hashlib.sha256(manifest.read_bytes()).hexdigest(),

@@ -9,7 +9,7 @@ case, up to 2 R scorings in the others.
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,9 +17,11 @@ from jaxtyping import Float
 from ml_collections import ConfigDict
 
 from jmae import metrics
+from jmae.data.cases import Cases
 from jmae.data.manifest import Row
+from jmae.data.preparation import Prepared
 from jmae.inference import SECONDS_BETWEEN_LINES, Scorer, prepared_groups
-from jmae.results import Prepared, Result
+from jmae.results import Result
 from jmae.run_folder import log
 from jmae.system import Results, System, drawn, load_system
 
@@ -44,13 +46,13 @@ def convergence(
     system: System,
     results: Results,
     rows: Sequence[Row],
-    prepare: Callable[[Row], Prepared] | None = None,
+    cases: Cases | None = None,
 ) -> dict[str, Any] | None:
     """How the AUROC of labelled rows converges; None, and a line in the log, where a class is missing.
 
     Args:
       rows: labelled rows.
-      prepare: in place of `Scorer.prepare`.
+      cases: as of `Scorer`.
 
     Returns:
       {"what", "draws", "steps", "enough", "close", "rising", "seconds"}: "what" is counted; "steps" as `summary` gives
@@ -65,8 +67,8 @@ def convergence(
     what, most = system.repetitions, drawn(config, system)
     numbers = [*(2**i for i in range((most - 1).bit_length())), most]
     log(f"convergence: {len(rows)} cases, {', '.join(map(str, numbers))} {what}, {config.evaluation.convergence} times")
-    draws = planned_draws(config, system, results, what, numbers)
-    steps = summary(labels, averaged(draw_scores(system, draws, rows, prepare), numbers))
+    draws = planned_draws(config, system, results, what, numbers, cases)
+    steps = summary(labels, averaged(draw_scores(system, draws, rows), numbers))
     last, before = steps[-1], steps[-2]
     rise = last["auroc"] - before["auroc"]
     return {
@@ -116,11 +118,16 @@ def with_number(config: ConfigDict, what: str, number: int) -> tuple[ConfigDict,
 
 
 def planned_draws(
-    config: ConfigDict, system: System, results: Results, what: str, numbers: Sequence[int]
+    config: ConfigDict,
+    system: System,
+    results: Results,
+    what: str,
+    numbers: Sequence[int],
+    cases: Cases | None = None,
 ) -> list[Draw]:
     """The draws that are scored. Single masks are drawn as often as the largest number needs."""
     times = config.evaluation.convergence
-    scorer = lambda number: Scorer(*with_number(config, what, number), results)
+    scorer = lambda number: Scorer(*with_number(config, what, number), results, cases)
     if system.sweep:
         single = scorer(1)
         return [Draw(n, f"draw {d}", single, n) for n in numbers for d in range(times)]
@@ -131,11 +138,11 @@ def planned_draws(
 
 
 def draw_scores(
-    system: System, draws: Sequence[Draw], rows: Sequence[Row], prepare: Callable[[Row], Prepared] | None = None
+    system: System, draws: Sequence[Draw], rows: Sequence[Row]
 ) -> dict[int, list[Float[np.ndarray, "r n"]]]:
     """The primary scores of rows in each draw, by the draw's number. Cases are prepared once for all draws."""
     scorer, parts, done, said = draws[0].scorer, [[] for _ in draws], 0, time.monotonic()  # type: ignore[var-annotated]
-    for cases in prepared_groups(scorer, rows, prepare or scorer.prepare):
+    for cases in prepared_groups(scorer, rows):
         for part, results in zip(parts, scored_draws(draws, cases), strict=True):
             part.extend(result.scores[system.primary] for result in results)
             if time.monotonic() - said > SECONDS_BETWEEN_LINES:

@@ -42,10 +42,8 @@ from jmae.calibration import (
 from jmae.cards import rows_digest, write_cards
 from jmae.console import console_summary
 from jmae.convergence import convergence
-from jmae.data.cases import load_rows
-from jmae.data.crops import Volumes
+from jmae.data.cases import Cases, load_cases
 from jmae.data.files import write_map
-from jmae.data.loader import Images
 from jmae.data.manifest import Row
 from jmae.errors import InputError, exit_code
 from jmae.figures import (
@@ -91,18 +89,18 @@ def main(argv: list[str]) -> int:
     with join_processes():
         keep_compiled()
         system = load_system(config)
-        rows = load_rows(config, log)
+        cases = load_cases(config, log, folder=workdir / "cache", scored=(split, "val"))
         if "manifest" in flags:
-            rows, unchecked = check_unseen(rows, split, workdir, flags["manifest"], allow=allow)
+            rows, unchecked = check_unseen(cases.rows, split, workdir, flags["manifest"], allow=allow)
         else:
-            rows, unchecked = check_unseen_by_source(config, rows, workdir)
-        evaluate(config, system, rows, workdir, split=split, out=out, of_run=of_run, unchecked=unchecked)
+            rows, unchecked = check_unseen_by_source(config, cases.rows, workdir)
+        evaluate(config, system, rows, workdir, split=split, out=out, of_run=of_run, unchecked=unchecked, cases=cases)
     return 0
 
 
 def check_processes(config: ConfigDict) -> None:
     """Raises InputError where the evaluation cannot run in as many processes as there are."""
-    if config.evaluation.get("convergence") and jax.process_count() > 1:
+    if config.evaluation.convergence and jax.process_count() > 1:
         raise InputError("evaluation.convergence is of one process: set it to 0, and evaluate again with one")
 
 
@@ -129,6 +127,7 @@ def evaluate(
     out: Path,
     of_run: bool = True,
     unchecked: str = "",
+    cases: Cases | None = None,
 ) -> dict[str, Any]:
     """Scores a split and writes metrics.json, scores.csv, cases.csv, report.html and maps; returns the metrics.
 
@@ -144,6 +143,7 @@ def evaluate(
       out: folder to write into.
       of_run: whether rows and settings are the run's own. Then the normals of `val` calibrate the run.
       unchecked: why it is not known whether the cases were trained on; "" where it is known.
+      cases: the cases that the command has read; None reads each of them when it is needed.
 
     Raises:
       InputError: the split is empty, or a case cannot be scored.
@@ -155,12 +155,13 @@ def evaluate(
         log(line)
 
     check_processes(config)
+    cases = cases or Cases(rows, config, workdir / "cache")
     rate, chosen = alarm_rate(config), split_of(rows, split)
     parts = parts_of(config, chosen, volumes=system.sweep is not None)
     results = restore_results(config, system, workdir)
-    scorer = Scorer(config, system, results)
+    scorer = Scorer(config, system, results, cases)
     log(f"{split}: scoring {len(chosen.rows)} cases")
-    baselines = baselines_of(config, system, rows, chosen, parts, workdir)
+    baselines = baselines_of(config, system, cases, rows, chosen, parts)
     reference, thresholds = score_reference(scorer, chosen, baselines)
     if of_run and chosen.normals and reference and not rows_changed(system, rows, workdir):
         calibration = calibrate(config, system, results, reference, workdir, say)
@@ -179,9 +180,9 @@ def evaluate(
         evaluation["leaks"] = leaking
     if unchecked:
         evaluation["unchecked"] = unchecked
-    if config.evaluation.get("convergence"):
+    if config.evaluation.convergence:
         labelled = [row for row in chosen.rows if row.label is not None]
-        if numbers := convergence(config, system, results, labelled):
+        if numbers := convergence(config, system, results, labelled, cases):
             evaluation["convergence"] = numbers
     whole = gathered.scores.of(1)
     table = [
@@ -206,7 +207,7 @@ def evaluate(
 
 
 def baselines_of(
-    config: ConfigDict, system: System, rows: Sequence[Row], split: Split, parts: Mapping[str, Part], workdir: Path
+    config: ConfigDict, system: System, cases: Cases, rows: Sequence[Row], split: Split, parts: Mapping[str, Part]
 ) -> Baselines:
     """The cheap baselines of an evaluation, of the first process alone."""
     train = [row for row in rows if row.split == "train"]
@@ -215,10 +216,10 @@ def baselines_of(
     if jax.process_index() or not split.labelled.any():
         return NoBaselines()
     if system.sweep:
-        return VolumeBaselines(config, system, Volumes(train, config, workdir / "cache") if train else None)
+        return VolumeBaselines(config, system, cases.volumes(train) if train else None)
     if normals := [row for row in train if row.label != 1]:
         shares = sorted({part.share for part in parts.values()})
-        return ImageBaselines(Images(normals, config), shares, pixels=split.marked)
+        return ImageBaselines(cases.images(normals), shares, pixels=split.marked)
     return NoBaselines()
 
 
@@ -228,7 +229,7 @@ def score_reference(
     """(the scores of the rows of `val`, where they serve the split; the normals' thresholds of maps, where
     `evaluation.iou` asks for them)."""
     config, thresholds = scorer.config, None
-    if (percentile := config.evaluation.get("iou", 0.0)) and split.marked:
+    if (percentile := config.evaluation.iou) and split.marked:
         if split.normals:
             thresholds = NormalThresholds(percentile)
         else:
@@ -238,7 +239,7 @@ def score_reference(
         return None, {}
 
     def pass_on(result: Result) -> Result:
-        if thresholds and result.case.row.label == 0 and (truth := truth_of(result.case, config.data)):
+        if thresholds and result.case.row.label == 0 and (truth := truth_of(result.case)):
             thresholds.add(truth, all_maps(result, baselines.maps(result.case)))
         return result
 
@@ -265,7 +266,7 @@ def gather_results(
         gathered.scores.add(result.scores, result.maps)
         baseline_maps = baselines.maps(case)
         baselines.add(case, baseline_maps)
-        truth = truth_of(case, config.data) if split.marked and result.maps else None
+        truth = truth_of(case) if split.marked and result.maps else None
         maps = all_maps(result, baseline_maps) if truth else {}
         for part in parts.values():
             if part.inside[i]:

@@ -163,7 +163,7 @@ def score_function(config: ConfigDict, system: System, size: tuple[int, ...]) ->
         if size:
             raise InputError(f"--size is of volumes: {system.name} takes images of {tuple(config.data.size)}")
         assert system.score
-        one, chunk = system.score, config.evaluation.get("chunk") or system.masks
+        one, chunk = system.score, config.evaluation.chunk or system.masks
         return lambda results, image, words, key: one(results, {"image": image, "case": words}, key, chunk=chunk)
     if len(size) != len(sweep.window):
         raise InputError(f"--size has {len(size)} numbers: write the volume's voxels on the working grid, as 64,64,16")

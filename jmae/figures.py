@@ -12,11 +12,11 @@ from ml_collections import ConfigDict
 
 from jmae import metrics, recipe
 from jmae.data.manifest import Row
-from jmae.data.preparation import lesion_mask, scored_region
+from jmae.data.preparation import Prepared
 from jmae.data.transforms import central
 from jmae.errors import InputError
 from jmae.lesions import Froc, Localisation
-from jmae.results import Prepared, map_name
+from jmae.results import map_name
 from jmae.run_folder import log
 from jmae.system import System, rows_read
 
@@ -69,16 +69,14 @@ class Truth(NamedTuple):
     region: np.ndarray | None  # bool (*size): where pixels count; None is everywhere
 
 
-def truth_of(case: Prepared, data: ConfigDict) -> Truth | None:
+def truth_of(case: Prepared) -> Truth | None:
     """The truth of a labelled case: the mask of a normal is empty. None for an abnormal case without a mask or a box,
     and for a case without a label: neither enters the pixel figures."""
-    row, stored = case.row, case.stored
-    assert stored
-    empty = np.zeros(case.geometry.size, bool)
-    mask = empty if row.label == 0 else lesion_mask(row, stored) if row.label == 1 else None
+    label = case.row.label
+    mask = np.zeros(case.geometry.size, bool) if label == 0 else case.lesion if label == 1 else None
     if mask is None:
         return None
-    region, scored = scored_region(row, stored, data), case.scored_voxels()
+    region, scored = case.region, case.scored_voxels()
     return Truth(mask, scored if region is None else region if scored is None else region & scored)
 
 
@@ -246,11 +244,11 @@ def parts_of(config: ConfigDict, split: Split, *, volumes: bool) -> dict[str, Pa
 
     def part(inside: np.ndarray, share: float = 1.0) -> Part:
         used = [row for row, used in zip(rows, inside, strict=True) if used]
-        further = config.evaluation.get("froc", 0.0), bool(config.evaluation.get("iou", 0.0))
+        further = config.evaluation.froc, bool(config.evaluation.iou)
         return Part(inside, PixelFigures(used, share, *further), share)
 
     parts = {WHOLE: part(labelled)}
-    for column in config.evaluation.get("subsets", ()):
+    for column in config.evaluation.subsets:
         if column not in rows[0].extra:
             log(f"warning: no column {column!r} in the manifest: no figures of that subset")
             continue
@@ -302,7 +300,7 @@ def part_figures(
     """
     rows = [row for row, used in zip(split.rows, part.inside, strict=True) if used]
     of_part = lambda values: {name: value[:, part.inside] for name, value in values.items()}
-    pooled, draws = part.pixels.pooled, config.evaluation.get("draws", 1000)
+    pooled, draws = part.pixels.pooled, config.evaluation.draws
     of_scores = [name for name in pooled if name in scores.central]
     found = named_figures(of_part(scores.of(part.share)), of_scores, part.pixels, rows, draws, thresholds)
     others = [name for name in pooled if name not in scores.central]
@@ -354,7 +352,7 @@ def decision_figures(
 ) -> dict[str, Any]:
     """The decision at the threshold chosen on `val`, and the distance of the classes.
 
-    ours: Youden's J chooses where a recipe names no rule. It does not depend on how many of `val` are abnormal.
+    ours: Youden's J is the default rule. It does not depend on how many of `val` are abnormal.
 
     Args:
       values: primary scores (r, n) of the labelled rows.
@@ -363,7 +361,7 @@ def decision_figures(
     labels = split.labels[split.labelled]
     decision = None
     if reference is not None and split.val:
-        val, rule = np.array([row.label for row in split.val], int), config.evaluation.get("decision", "youden")
+        val, rule = np.array([row.label for row in split.val], int), config.evaluation.decision
         thresholds = [metrics.threshold_on(val, v, rule) for v in reference]
         each = [metrics.at_threshold(labels, v, t) for v, t in zip(values, thresholds, strict=True)]
         decision = (mean_of(each) or {}) | {"chosen_by": rule}

@@ -4,7 +4,6 @@ A `Scorer` prepares cases and turns them into results. `score_rows` does so for 
 batches, and splits the rows over processes.
 """
 
-import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,14 +16,15 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from jmae import checkpoint, recipe
+from jmae.data.cases import Cases
 from jmae.data.files import Image
 from jmae.data.loader import WORKERS
 from jmae.data.manifest import Row
-from jmae.data.preparation import case_words, prepared_image, prepared_volume, stored_image
+from jmae.data.preparation import Prepared, case_words, open_case, prepared_case
 from jmae.errors import InputError
 from jmae.passes import BatchPass, Pass, SweepPass, local_mesh
 from jmae.processes import gather
-from jmae.results import Prepared, Result
+from jmae.results import Result
 from jmae.run_folder import log
 from jmae.scoring import top_mean
 from jmae.sharding import device_mesh, replicated
@@ -89,11 +89,12 @@ class Started(NamedTuple):
 class Scorer:
     """The score of a trained run, of images or volumes: `prepare` cases, then `score` up to any number of them.
 
-    `dispatch` and `fetch` are the two halves of `score`: the host may work between them.
+    `dispatch` and `fetch` are the two halves of `score`: the host may work between them. `cases` are those that the
+    command has read; without them each case is read when it is prepared.
     """
 
-    def __init__(self, config: ConfigDict, system: System, results: Results):
-        self.config, self.system = config, system
+    def __init__(self, config: ConfigDict, system: System, results: Results, cases: Cases | None = None):
+        self.config, self.system, self.cases = config, system, cases
         self.passes: Pass = (
             SweepPass(config, system.sweep, results) if system.sweep else BatchPass(config, system, results)
         )
@@ -115,22 +116,10 @@ class Scorer:
         Raises:
           InputError: "FILE: what: remedy".
         """
+        if self.cases and stored is None:
+            return self.cases.case(row)
         data = self.config.data
-        if not self.system.sweep:
-            stored = stored_image(row) if stored is None else stored
-            array, volume, moments = prepared_image(row, data, stored), None, (0.0, 1.0)
-        else:
-            volume = prepared_volume(row, data, stored, region)
-            array, stored, moments = volume.array, volume.stored, (data.mean, data.std)
-        return Prepared(
-            row=row,
-            array=array,
-            geometry=stored.geometry,
-            digest=values_digest(stored.array),
-            stored=stored,
-            volume=volume,
-            moments=moments,
-        )
+        return prepared_case(row, data, open_case(row, data, stored, region))
 
     def dispatch(self, cases: Sequence[Prepared], draw: str = "", repeats: int | None = None) -> Started:
         """Starts a pass over cases and does not wait for it.
@@ -176,37 +165,25 @@ class Scorer:
         return self.fetch(self.dispatch(cases, draw, repeats))
 
 
-def values_digest(array: np.ndarray) -> str:
-    """The first 16 digits of the SHA-256 of an array's values: the column `image` of cases.csv."""
-    return hashlib.sha256(np.ascontiguousarray(array).data).hexdigest()[:16]
-
-
 # --- many rows --------------------------------------------------------------------------------------------------------
 
 Failed = Callable[[Row, Exception], None]
 
 
-def score_rows(
-    scorer: Scorer,
-    rows: Sequence[Row],
-    *,
-    prepare: Callable[[Row], Prepared] | None = None,
-    failed: Failed | None = None,
-) -> Iterator[Result]:
+def score_rows(scorer: Scorer, rows: Sequence[Row], *, failed: Failed | None = None) -> Iterator[Result]:
     """The results of rows in their order.
 
     Threads prepare the next group of rows while one is scored, and each group is dispatched before the one before is
     fetched. Of several processes each scores its share of every group, and all yield all results.
 
     Args:
-      prepare: in place of `scorer.prepare`.
       failed: called with a row that cannot be read or scored, which is then left out; None raises its error.
 
     Raises:
       InputError: without `failed`, the first row's that cannot be read or scored.
     """
     said, done, waiting = time.monotonic(), 0, None
-    for cases in prepared_groups(scorer, rows, prepare or scorer.prepare, failed):
+    for cases in prepared_groups(scorer, rows, failed):
         started = _start(scorer, cases, failed)
         yield from _finish(scorer, waiting, failed)
         waiting, done = started, done + len(cases)
@@ -216,16 +193,14 @@ def score_rows(
     yield from _finish(scorer, waiting, failed)
 
 
-def prepared_groups(
-    scorer: Scorer, rows: Sequence[Row], prepare: Callable[[Row], Prepared], failed: Failed | None = None
-) -> Iterator[list[Prepared]]:
+def prepared_groups(scorer: Scorer, rows: Sequence[Row], failed: Failed | None = None) -> Iterator[list[Prepared]]:
     """The prepared cases of groups of rows, as many as the processes score at once; one group ahead of its use."""
     size = scorer.at_once * jax.process_count()
     groups = [rows[start : start + size] for start in range(0, len(rows), size)]
 
     def attempt(row: Row) -> Prepared | Exception:
         try:
-            return prepare(row)
+            return scorer.prepare(row)
         except (InputError, MemoryError) as error:
             if failed is None:
                 raise

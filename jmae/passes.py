@@ -16,9 +16,9 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 from ml_collections import ConfigDict
 
+from jmae.data.preparation import Prepared
 from jmae.masking import case_keys
 from jmae.reconstruct import fitting, out_of_memory, too_large
-from jmae.results import Prepared
 from jmae.run_folder import log
 from jmae.sharding import device_mesh, inside_mesh, replicated, split
 from jmae.system import Results, Sweep, System
@@ -64,7 +64,7 @@ class BatchPass:
         self.mesh, self.keys = local_mesh(), seeds_of(config)
         self.program = scoring_program(system, self.mesh)
         devices = self.mesh.size
-        self._fit(-(-config.evaluation.batch // devices) * devices, config.evaluation.get("chunk") or system.masks)
+        self._fit(-(-config.evaluation.batch // devices) * devices, config.evaluation.chunk or system.masks)
 
     @property
     def at_once(self) -> int:

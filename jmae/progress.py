@@ -117,7 +117,7 @@ def drawing(config: ConfigDict, workdir: Path, stage: str, start: int) -> Iterat
 
 def profiled_steps(config: ConfigDict) -> tuple[int, int] | None:
     """The first and last step that `config.profile`, "FROM:TO", asks to profile. Raises InputError for another form."""
-    if not config.get("profile"):
+    if not config.profile:
         return None
     found = re.fullmatch(r"(\d+):(\d+)", config.profile)
     if not found or not 1 <= int(found[1]) <= int(found[2]):

@@ -1,65 +1,13 @@
-"""A case that is ready to be scored, and what scoring it gives."""
+"""What scoring a case gives."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
 
-from jmae.data.files import Image
-from jmae.data.files.grids import Geometry
-from jmae.data.manifest import Row
-from jmae.data.transforms import resize
-from jmae.data.volumes import Volume
+from jmae.data.preparation import Prepared
 from jmae.system import System
-
-
-@dataclass(frozen=True, kw_only=True)
-class Prepared:
-    """A case that is ready to be scored.
-
-    Attributes:
-      row: the case.
-      array: float32 (*size, channels), as the networks see it.
-      geometry: the grid of the stored image, which is the case's own grid.
-      digest: digest of the stored values.
-      stored: the stored image, where it was read for this case.
-      volume: a volume's working grid and region; None for an image.
-      moments: (mean, standard deviation) to which the recipe normalises volumes.
-    """
-
-    row: Row
-    array: np.ndarray
-    geometry: Geometry
-    digest: str
-    stored: Image | None = None
-    volume: Volume | None = None
-    moments: tuple[float, float] = (0.0, 1.0)
-
-    def on_own_grid(self, array: np.ndarray) -> np.ndarray:
-        """A map (*size), or a picture (*size, channels), on the case's own grid."""
-        if self.volume:
-            return self.volume.grid.back(array)
-        size = self.geometry.size
-        return resize(array, size) if array.ndim > len(size) else resize(array[..., None], size)[..., 0]
-
-    def on_scored_grid(self, mask: np.ndarray) -> np.ndarray:
-        """A mask on the case's own grid, bool on the grid that is scored."""
-        if self.volume:
-            return self.volume.grid.forward(mask, order=0)
-        return resize(mask[..., None].astype(np.float32), self.array.shape[:-1])[..., 0] > 0.5
-
-    def in_stored_values(self, picture: np.ndarray) -> np.ndarray:
-        """A picture (*size, channels) of a volume in the values of its stored image; an image's picture as it is."""
-        if not self.volume:
-            return picture
-        mean, deviation = self.moments
-        return (picture - mean) / deviation * self.volume.std + self.volume.mean
-
-    def scored_voxels(self) -> np.ndarray | None:
-        """Where a map exists, bool on the case's own grid; None is everywhere."""
-        return self.volume.grid.inside() if self.volume else None
 
 
 class Result(NamedTuple):

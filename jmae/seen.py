@@ -110,4 +110,4 @@ def check_unseen_by_source(config: ConfigDict, rows: Sequence[Row], workdir: Pat
     if not source or Path(source).is_file():
         return list(rows), ""
     where = f"{config.data.manifest or config.data.phantom} (model.weights={source})"
-    return check_unseen(rows, "test", workdir, where, allow=bool(config.data.get("allow_leaks")))
+    return check_unseen(rows, "test", workdir, where, allow=config.data.allow_leaks)

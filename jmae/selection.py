@@ -118,7 +118,7 @@ def image_scores(config: ConfigDict, system: System, results: Results, batch: di
 
     def one(numbers: Array) -> Float[Array, " b"]:
         part = {what: batch[what][numbers] for what in ("image", "case")}
-        return run(results, part, key, chunk=config.evaluation.get("chunk") or None)["scores"][system.primary]
+        return run(results, part, key, chunk=config.evaluation.chunk or None)["scores"][system.primary]
 
     return jax.lax.map(one, numbers).reshape(-1)[:n]
 

@@ -85,10 +85,11 @@ def run(config: ConfigDict, workdir: Path) -> int:
     train(config, system, images, workdir)
     write_seen(workdir, [*(read_seen(source) if source.is_dir() else ()), *images.rows])
     if any(row.split == "test" and row.label is not None for row in rows):
-        evaluate(config, system, rows, workdir, split="test", out=workdir / "evaluation", unchecked=unchecked)
+        out = workdir / "evaluation"
+        evaluate(config, system, rows, workdir, split="test", out=out, unchecked=unchecked, cases=cases)
     else:
         log("no test row has a label: not evaluated")
-        calibrate_run(config, system, rows, workdir)
+        calibrate_run(config, system, rows, workdir, cases)
         write_cards(workdir, config, system, rows)
     return 0
 

@@ -1,8 +1,8 @@
 """The pass over one volume, as tests look at it."""
 
 from jmae.data.manifest import Row
+from jmae.data.preparation import Prepared
 from jmae.passes import SweepPass
-from jmae.results import Prepared
 
 
 def sweeper(config, sweep, results):

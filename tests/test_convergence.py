@@ -1,6 +1,7 @@
 """How many masks are enough: which scores are means over masks, that other numbers are other draws, and the verdict."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import ClassVar
 
 import jax
@@ -13,12 +14,12 @@ from sweeping import sweeper
 from jmae import convergence as co
 from jmae import recipe
 from jmae.data.manifest import Row, parse_manifest
-from jmae.data.preparation import case_words
+from jmae.data.preparation import Prepared, case_words
 from jmae.data.volumes import Volume
 from jmae.errors import InputError
 from jmae.report.charts import convergence_chart
 from jmae.report.words import convergence_sentences
-from jmae.results import Prepared, Result
+from jmae.results import Result
 from jmae.system import Sweep, System, load_system
 
 MANY = 64
@@ -63,7 +64,7 @@ class FakeScorer:
     at_once = 4
     asked: ClassVar[list[int]] = []
 
-    def __init__(self, config, system, results):
+    def __init__(self, config, system, results, cases=None):
         self.number, self.system = config.evaluation.masks, system
         self.asked.append(self.number)
         assert not config.evaluation.convergence
@@ -197,7 +198,8 @@ def test_volumes_are_swept_from_one_mask_up_with_other_masks_each_time(monkeypat
         return Prepared(row=row, array=volume.array, geometry=None, digest="", volume=volume)
 
     monkeypatch.setattr(co, "with_number", lambda config, what, n: (config, toy))
-    draws = co.draw_scores(toy, co.planned_draws(config, toy, {}, "repeats", [1, 8]), rows, prepare)
+    planned = co.planned_draws(config, toy, {}, "repeats", [1, 8], SimpleNamespace(case=prepare))
+    draws = co.draw_scores(toy, planned, rows)
     assert [len(each) for each in draws.values()] == [4, 4] and draws[1][0].shape == (1, 4)
     assert all(len(np.unique(each)) == 16 for each in draws.values())
     assert np.mean(draws[1]) > np.mean(draws[8]) + 0.1 > 0.6  # noise: the highest tenth of one mask lies higher

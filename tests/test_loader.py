@@ -19,11 +19,14 @@ from jmae.data.manifest import Row
 from jmae.data.preparation import case_words, lesion_mask, region_mask, stored_image
 from jmae.data.unlabeled import unlabeled_labels, with_anomaly_ratio
 from jmae.errors import InputError
+from jmae.recipe import SHARED
 
 
 def config(size=(8, 8), channels=1, **data) -> ConfigDict:
-    base = {"size": size, "channels": channels, "manifest": "", "phantom": "", "normal_crops_only": False}
-    return ConfigDict({"data": base | {"anomaly_ratio": -1.0, "unlabeled_size": 0, "unlabeled_labels": ""} | data})
+    """The section `data` of a recipe of images, with the options of an unlabelled set."""
+    declared = {key.removeprefix("data."): one.default for key, one in SHARED.items() if key.startswith("data.")}
+    further = {"size": size, "channels": channels, "anomaly_ratio": -1.0, "unlabeled_size": 0, "unlabeled_labels": ""}
+    return ConfigDict({"data": declared | further | data})
 
 
 @pytest.fixture

@@ -28,6 +28,7 @@ def config(**changes):
     data.axes, data.spacing, data.join, data.crop = "PLS", (), "same", "none"
     data.crop_least, data.crop_most, data.crop_margin = (200.0, 200.0, 50.0), (350.0, 350.0, 100.0), 20.0
     data.region, data.normalise, data.mean, data.std = "", "crop", 0.5, 0.25
+    data.window, data.equalise, data.widen_test_crops = (), False, False
     data.update(changes)
     return data
 

@@ -5,7 +5,6 @@ networks see them, training volumes in the cache of the run folder, volumes to s
 packed bits.
 """
 
-import hashlib
 import os
 import tempfile
 import threading
@@ -13,9 +12,10 @@ import weakref
 import zlib
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
-from functools import partial
+from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -23,29 +23,21 @@ from ml_collections import ConfigDict
 from jmae import recipe
 from jmae.data import duplicates, phantoms
 from jmae.data.crops import Volumes, cache_volume
-from jmae.data.files import Geometry, read_image
+from jmae.data.files import Image, read_image
 from jmae.data.loader import WORKERS, Images, ImageStore, Samples
-from jmae.data.manifest import (
-    LEAKS,
-    Finding,
-    Row,
-    first,
-    held_out,
-    leaks,
-    parse_manifest,
-    summary,
-)
+from jmae.data.manifest import LEAKS, Finding, Row, first, held_out, leaks, parse_manifest, summary
 from jmae.data.opening import ReadCase, lines_of, open_each
 from jmae.data.preparation import (
     Opened,
+    Prepared,
     open_case,
+    prepared_case,
     prepared_image,
     prepared_volume,
-    region_or_nonzero,
     usable,
 )
 from jmae.data.unlabeled import unlabeled_labels, with_anomaly_ratio
-from jmae.data.volumes import Volume, read_subtraction, read_volume
+from jmae.data.volumes import read_volume
 from jmae.errors import InputError
 
 
@@ -66,23 +58,47 @@ class Bits(NamedTuple):
         return np.unpackbits(np.frombuffer(zlib.decompress(self.packed), np.uint8), count=n).reshape(self.shape) != 0
 
 
-class Record(NamedTuple):
-    """What is kept of an opened case, on the image's own grid."""
+class KeptCase(NamedTuple):
+    """A case that waits to be scored, while its arrays are packed or lie in a file."""
 
-    geometry: Geometry
-    digest: str  # of the stored values
-    lesion: Bits | None  # of the mask, else of the boxes
-    region: Bits | None  # where metrics count; None is everywhere
+    case: Prepared  # without arrays
+    masks: dict[str, Bits | None]
+    arrays: dict[str, Callable[[], np.ndarray | None]]  # each read by a function
+
+    @classmethod
+    def of(cls, case: Prepared, arrays: dict[str, Callable[[], np.ndarray | None]]) -> "KeptCase":
+        """Takes the arrays out of a case. `arrays` read them again: "array", of a volume "stored" and "subtraction"."""
+        masks = {"lesion": case.lesion, "region": case.region}
+        empty: dict[str, Any] = {**dict.fromkeys(masks), "array": _NOTHING, "stored": None, "subtraction": None}
+        if volume := case.volume:
+            masks |= {"volume lesion": volume.lesion, "volume region": volume.region}
+            stored = volume.stored._replace(array=_NOTHING)
+            empty["volume"] = volume._replace(array=_NOTHING, lesion=None, region=None, stored=stored)
+        return cls(replace(case, **empty), {name: Bits.of(mask) for name, mask in masks.items()}, arrays)
+
+    def whole(self, row: Row) -> Prepared:
+        """The case with its arrays. `row` replaces its row, whose leak may have been marked since."""
+        arrays: dict[str, Any] = {name: read() for name, read in self.arrays.items()}
+        masks: dict[str, Any] = {name: bits and bits.mask() for name, bits in self.masks.items()}
+        if volume := self.case.volume:
+            arrays["stored"] = volume.stored._replace(array=np.asarray(arrays["stored"], np.float32))
+            lesion, region = masks.pop("volume lesion"), masks.pop("volume region")
+            found = {"array": arrays["array"], "stored": arrays["stored"], "lesion": lesion, "region": region}
+            arrays["volume"] = volume._replace(**found)
+        return replace(self.case, row=row, **arrays, **masks)
 
 
 class ArrayFile:
     """A temporary file of arrays, which is gone when the process ends, however it ends."""
 
     def __init__(self, folder: Path | None):
-        if folder:
-            folder.mkdir(parents=True, exist_ok=True)
-        self.descriptor, name = tempfile.mkstemp(dir=folder)
-        os.unlink(name)
+        try:
+            if folder:
+                folder.mkdir(parents=True, exist_ok=True)
+            self.descriptor, name = tempfile.mkstemp(dir=folder)
+            os.unlink(name)
+        except OSError as error:
+            raise InputError(f"{folder}: not written ({error.strerror or error}): make it writable") from None
         weakref.finalize(self, os.close, self.descriptor)
         self.end, self.lock = 0, threading.Lock()
         self.folder = folder or Path(tempfile.gettempdir())
@@ -139,10 +155,9 @@ class Cases:
         self.rows, self.config, self.folder = list(rows), config, folder
         self.scored = scored
         self.trained = {row.id for row in rows if row.split == "train"} if trained is None else set(trained)
-        self.records: dict[str, Record] = {}
         used = [row for row in rows if row.id in self.trained or row.split in (*scored, "train")]
         self.store: ImageStore | None = None if recipe.is_volume(config) else ImageStore(used, config.data)
-        self._volumes: dict[str, tuple[Volume, dict[str, Callable[[], np.ndarray | None]]]] = {}
+        self._kept: dict[str, KeptCase] = {}
         self._file: ArrayFile | None = None
         self._lock = threading.Lock()
 
@@ -154,68 +169,44 @@ class Cases:
             return
         if self.store:
             self.store.put(row, case.image)
-        elif row.split in self.scored or row.id in self.trained:
-            self._take_volume(row, case)
-        if row.split in self.scored:
-            self.records[row.id] = self._record(row, case)
-
-    def _take_volume(self, row: Row, case: Opened) -> None:
-        data = self.config.data
-        volume: list[Volume] = []  # prepared at most once
-
-        def make() -> Volume:
-            volume.extend([] if volume else [prepared_volume(row, data, case=case)])
-            return volume[0]
-
+            if row.split in self.scored:
+                array = self._image(row, case.image)
+                self._kept[row.id] = KeptCase.of(
+                    prepared_case(row, data, case, array=array), {"array": partial(self._image, row)}
+                )
+            return
+        volume = cache(lambda: prepared_volume(row, data, case))
         if row.id in self.trained and self.folder:
-            cache_volume(row, data, self.folder, make)
+            cache_volume(row, data, self.folder, volume)
         if row.split in self.scored:
-            array_file, one = self._array_file(), make()
-            subtracted = read_subtraction(row, one, data, case.read) if row.pre and row.post else None
-            arrays = {"array": one.array, "region": one.region, "lesion": one.lesion, "subtraction": subtracted}
-            arrays["stored"] = smallest_type(one.stored.array)
-            stay = one._replace(array=_NOTHING, region=None, lesion=None, stored=one.stored._replace(array=_NOTHING))
-            self._volumes[row.id] = stay, {name: array_file.add(array) for name, array in arrays.items()}
+            one = prepared_case(row, data, case, volume=volume())
+            arrays = {
+                "array": one.array,
+                "stored": smallest_type(volume().stored.array),
+                "subtraction": one.subtraction,
+            }
+            file = self._array_file()
+            self._kept[row.id] = KeptCase.of(one, {name: file.add(array) for name, array in arrays.items()})
 
     def _array_file(self) -> ArrayFile:
         with self._lock:
             self._file = self._file or ArrayFile(self.folder)
             return self._file
 
-    def _record(self, row: Row, case: Opened) -> Record:
-        data = self.config.data
-        stored = case.image
-        if recipe.is_volume(self.config):
-            stored = stored._replace(array=usable(row, stored, tuple(data.size), data.channels))
-        region = region_or_nonzero(case.region, stored, data)
-        digest = hashlib.sha256(_bytes_of(np.ascontiguousarray(stored.array))).hexdigest()[:16]
-        return Record(stored.geometry, digest, Bits.of(case.lesion), Bits.of(region))
+    def case(self, row: Row) -> Prepared:
+        """A row's case, ready to be scored. Raises InputError where it is read only now and cannot be used."""
+        if row.id in self._kept:
+            return self._kept[row.id].whole(row)
+        return prepared_case(row, self.config.data, open_case(row, self.config.data))
 
-    def record(self, row: Row) -> Record:
-        """The geometry of a row's image, the digest of its stored values, its lesion mask and its region."""
-        if row.id not in self.records:
-            self.records[row.id] = self._record(row, open_case(row, self.config.data))
-        return self.records[row.id]
-
-    def lesion(self, row: Row) -> np.ndarray | None:
-        """The row's lesion mask or boxes, bool (*size) on the image's own grid; None without both."""
-        found = self.record(row).lesion
-        return found and found.mask()
-
-    def region(self, row: Row) -> np.ndarray | None:
-        """Where metrics count, bool (*size) on the image's own grid, by `data.region` too; None is everywhere."""
-        found = self.record(row).region
-        return found and found.mask()
+    def _image(self, row: Row, stored: Image | None = None) -> np.ndarray:
+        """A row's image as the networks see it, from memory where it has a place there."""
+        found = self.store.get(row) if self.store else None
+        return prepared_image(row, self.config.data, stored) if found is None else found
 
     def images(self, rows: Sequence[Row]) -> Images:
         """The images of some of the rows, for training or scoring."""
         return Images(rows, self.config, self.folder, self.store)
-
-    def image(self, row: Row) -> np.ndarray:
-        """A row's image as the networks see it, float32 (*size, channels)."""
-        if self.store and (slot := self.store.slots.get(row.id)) is not None and self.store.filled[slot]:
-            return self.store.arrays[slot]
-        return prepared_image(row, self.config.data)
 
     def volumes(self, rows: Sequence[Row]) -> Volumes:
         """The volumes of some of the rows, for training on crops."""
@@ -225,22 +216,6 @@ class Cases:
     def samples(self, rows: Sequence[Row]) -> Samples:
         """The images or volumes of some of the rows, for training."""
         return self.volumes(rows) if recipe.is_volume(self.config) else self.images(rows)
-
-    def volume(self, row: Row) -> Volume:
-        """A row's volume on the working grid, with the stored values."""
-        if row.id not in self._volumes:
-            return prepared_volume(row, self.config.data)
-        volume, read = self._volumes[row.id]
-        array, values = read["array"](), read["stored"]()
-        assert array is not None and values is not None
-        stored = volume.stored._replace(array=np.asarray(values, np.float32))
-        return volume._replace(array=array, region=read["region"](), lesion=read["lesion"](), stored=stored)
-
-    def subtraction(self, row: Row, volume: Volume) -> np.ndarray:
-        """The subtraction image of a row that names series before and after contrast (`volumes.read_subtraction`)."""
-        if row.id in self._volumes and (found := self._volumes[row.id][1]["subtraction"]()) is not None:
-            return found
-        return read_subtraction(row, volume, self.config.data)
 
 
 def _bytes_of(array: np.ndarray) -> memoryview:
@@ -292,12 +267,12 @@ def load_cases(
         cases = _from_manifest(config, log, folder, scored, trained)
     elif data.phantom:
         rows = phantoms.rows(data.phantom)
-        rows = kept_apart(rows, data.calibration) if data.get("calibration") else rows
+        rows = kept_apart(rows, data.calibration) if data.calibration else rows
         log(f"phantoms {data.phantom}: {summary(rows)}")
         cases = Cases(rows, config, folder, scored=scored, trained=_ids(trained, rows))
     else:
         raise InputError("no data: set --config.data.manifest=MANIFEST.csv, or data.phantom")
-    if data.get("calibration"):
+    if data.calibration:
         log(f"data.calibration: {sum(row.kept for row in cases.rows)} train rows kept apart, as normals of val")
     if data.get("unlabeled_labels"):
         unlabeled_labels(config, cases.rows)  # an error in that file is told now, not when the labels are used
@@ -323,7 +298,7 @@ def _from_manifest(
         Path(data.manifest), crops=crops, normal_crops_only=crops and data.normal_crops_only, allow=LEAKS
     )
     written = rows
-    if data.get("calibration") and not problems:
+    if data.calibration and not problems:
         rows = kept_apart(rows, data.calibration)  # before copies of trained images are looked for
     cases = Cases(rows, config, folder, scored=scored, trained=_ids(trained, rows))
     now = {row.id: row for row in rows}
@@ -338,7 +313,7 @@ def _from_manifest(
     read: ReadCase = partial(read_volume, data=data) if crops else read_image
     of_files = lines_of(open_each(written, workers=WORKERS, use=use, read=read))
     leaking = [*leaks(rows), *duplicates.in_two_splits(rows, prints)]
-    if leaking and not data.get("allow_leaks"):
+    if leaking and not data.allow_leaks:
         problems += first([f"{data.manifest}: {one.what}, or --config.data.allow_leaks=True" for one in leaking])
     if problems := [*problems, *folded(of_files)]:
         raise InputError("\n".join(problems))

@@ -75,6 +75,11 @@ class ImageStore:
             self.arrays[self.slots[row.id]] = prepared_image(row, self.data, stored)
             self.filled[self.slots[row.id]] = True
 
+    def get(self, row: Row) -> np.ndarray | None:
+        """A row's image, float32 (*size, channels); None where it is not there."""
+        slot = self.slots.get(row.id)
+        return self.arrays[slot] if slot is not None and self.filled[slot] else None
+
     def fill(self, rows: Sequence[Row]) -> None:
         """Decodes the images of rows that have a place and are not there; raises InputError with all unusable ones."""
 

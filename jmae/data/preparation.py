@@ -1,10 +1,11 @@
-"""One case: from the files of a row to what the networks see, its masks, and the words that its randomness comes from.
+"""One case: from the files of a row to what is scored, its masks, and the words that its randomness comes from.
 
 2D images become arrays of `data.size` in [0, 1]; volumes go to their working grid (`jmae.data.volumes`).
 """
 
 import hashlib
 from collections import Counter
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ from jmae.data import phantoms
 from jmae.data.files import Geometry, Image, ReadFile, read_file, read_image, read_mask
 from jmae.data.manifest import PHANTOM, Row
 from jmae.data.transforms import area_resize, equalise, grey, resize, to_unit
-from jmae.data.volumes import Volume, boxes_mask, in_window, prepare, read_volume
+from jmae.data.volumes import Volume, boxes_mask, in_window, prepare, read_subtraction, read_volume
 from jmae.errors import InputError
 
 PLS = np.array([[0, -1, 0, 0], [-1, 0, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1.0]])  # axes to posterior, left, superior
@@ -101,16 +102,6 @@ def region_mask(row: Row, like: Image | Geometry, read: ReadFile = read_file) ->
     return read_mask(row.region, like, read) if row.region else None
 
 
-def scored_region(row: Row, stored: Image, data: ConfigDict) -> np.ndarray | None:
-    """The row's region on the image's own grid; where the row names none, `data.region` may say the voxels above 0."""
-    return region_or_nonzero(region_mask(row, stored), stored, data)
-
-
-def region_or_nonzero(region: np.ndarray | None, stored: Image, data: ConfigDict) -> np.ndarray | None:
-    """The region; without one, and with data.region=nonzero, the voxels that are not 0 in some channel."""
-    return np.any(stored.array != 0, axis=-1) if region is None and data.get("region") == "nonzero" else region
-
-
 def usable(row: Row, stored: Image, size: tuple[int, ...], channels: int) -> np.ndarray:
     """A row's array as stored; a colour image becomes grey where one channel is asked for.
 
@@ -148,43 +139,121 @@ def prepared_image(row: Row, data: ConfigDict, stored: Image | None = None) -> n
     """
     stored, size = stored_image(row) if stored is None else stored, tuple(data.size)
     array, bits = usable(row, stored, size, data.channels), stored.bits or 0
-    if data.get("equalise"):
+    if data.equalise:
         array = area_resize(array, size)
-    if data.get("window"):
+    if data.window:
         unit = in_window(array, data.window, row.image[0])
     else:
         unit = to_unit(array, bits)
-    return equalise(unit) if data.get("equalise") else resize(unit, size)
+    return equalise(unit) if data.equalise else resize(unit, size)
 
 
-def prepared_volume(
-    row: Row,
-    data: ConfigDict,
-    stored: Image | None = None,
-    region: np.ndarray | None = None,
-    *,
-    case: Opened | None = None,
-) -> Volume:
-    """A row's volume on the working grid (`jmae.data.volumes.prepare`).
-
-    The volume comes from `case`, which has been opened, or from `stored` and the region, or from the files.
+def prepared_volume(row: Row, data: ConfigDict, case: Opened | None = None) -> Volume:
+    """A row's volume on the working grid (`jmae.data.volumes.prepare`), from the opened case or from the files.
 
     Raises:
       InputError: as `usable` and `prepare`, and where a file cannot be read.
     """
-    case = open_case(row, data, stored, region) if case is None else case
-    stored = case.image._replace(array=usable(row, case.image, tuple(data.size), data.channels))
+    case = open_case(row, data) if case is None else case
     return prepare(
-        stored,
+        case.image._replace(array=usable(row, case.image, tuple(data.size), data.channels)),
         data,
         name=row.image[0],
         lesion=case.lesion,
-        region=region_or_nonzero(case.region, stored, data),
+        region=case.region,
         midline=row.extra.get("midline", ""),
         half=row.extra.get("half", ""),
         # What is scored must not depend on its label, whatever was published.
-        widen=row.split == "train" or bool(data.get("widen_test_crops")),
+        widen=row.split == "train" or data.widen_test_crops,
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """A case that is ready to be scored, with what its maps are compared with.
+
+    Attributes:
+      row: the case.
+      array: float32 (*size, channels), as the networks see it.
+      geometry: the grid of the stored image, which is the case's own grid.
+      digest: of the stored values (`stored_digest`).
+      lesion: the lesion mask or boxes, bool on the own grid; None without both.
+      region: where metrics count, bool on the own grid; None is everywhere.
+      stored: the stored image; None of an image that the command has not kept.
+      volume: a volume's working grid and its masks there; None for an image.
+      subtraction: of a volume with series before and after contrast, on the working grid (`read_subtraction`).
+      moments: (mean, standard deviation) to which the recipe normalises volumes.
+    """
+
+    row: Row
+    array: np.ndarray
+    geometry: Geometry
+    digest: str
+    lesion: np.ndarray | None = None
+    region: np.ndarray | None = None
+    stored: Image | None = None
+    volume: Volume | None = None
+    subtraction: np.ndarray | None = None
+    moments: tuple[float, float] = (0.0, 1.0)
+
+    def on_own_grid(self, array: np.ndarray) -> np.ndarray:
+        """A map (*size), or a picture (*size, channels), on the case's own grid."""
+        if self.volume:
+            return self.volume.grid.back(array)
+        size = self.geometry.size
+        return resize(array, size) if array.ndim > len(size) else resize(array[..., None], size)[..., 0]
+
+    def on_scored_grid(self, mask: np.ndarray) -> np.ndarray:
+        """A mask on the case's own grid, bool on the grid that is scored."""
+        if self.volume:
+            return self.volume.grid.forward(mask, order=0)
+        return resize(mask[..., None].astype(np.float32), self.array.shape[:-1])[..., 0] > 0.5
+
+    def in_stored_values(self, picture: np.ndarray) -> np.ndarray:
+        """A picture (*size, channels) of a volume in the values of its stored image; an image's picture as it is."""
+        if not self.volume:
+            return picture
+        mean, deviation = self.moments
+        return (picture - mean) / deviation * self.volume.std + self.volume.mean
+
+    def scored_voxels(self) -> np.ndarray | None:
+        """Where a map exists, bool on the case's own grid; None is everywhere."""
+        return self.volume.grid.inside() if self.volume else None
+
+
+def prepared_case(
+    row: Row, data: ConfigDict, case: Opened, *, array: np.ndarray | None = None, volume: Volume | None = None
+) -> Prepared:
+    """An opened case, ready to be scored. `array` of an image, or `volume`, is what was prepared of it before.
+
+    Raises:
+      InputError: as `prepared_image` and `prepared_volume`.
+    """
+    stored, region, subtraction, moments = case.image, case.region, None, (0.0, 1.0)
+    if len(data.size) == 3:
+        volume = volume or prepared_volume(row, data, case)
+        array, stored, moments = volume.array, volume.stored, (data.mean, data.std)
+        if region is None and data.region == "nonzero":
+            region = np.any(stored.array != 0, axis=-1)
+        if row.pre and row.post:
+            subtraction = read_subtraction(row, volume, data, case.read)
+    return Prepared(
+        row=row,
+        array=prepared_image(row, data, stored) if array is None else array,
+        geometry=stored.geometry,
+        digest=stored_digest(stored),
+        lesion=case.lesion,
+        region=region,
+        stored=stored,
+        volume=volume,
+        subtraction=subtraction,
+        moments=moments,
+    )
+
+
+def stored_digest(stored: Image) -> str:
+    """The first 16 digits of the SHA-256 of an image's stored values: the column `image` of cases.csv."""
+    return hashlib.sha256(np.ascontiguousarray(stored.array).data).hexdigest()[:16]
 
 
 def case_words(name: str) -> np.ndarray:

@@ -227,8 +227,8 @@ def prepare(
 
     Args:
       stored: the case on its own grid.
-      data: `axes`, `spacing`, `crop`, `crop_least`, `crop_most`, `crop_margin`, `region`, `normalise`, `mean`, `std`.
-        Optional are `window` (low, high) and `equalise`. With `window` its ends become 0 and 1 instead. With `equalise`
+      data: `axes`, `spacing`, `crop`, `crop_least`, `crop_most`, `crop_margin`, `region`, `normalise`, `mean`, `std`,
+        `window`, `equalise`. With `window` (low, high) its ends become 0 and 1 instead. With `equalise`
         each channel gets the even histogram of `transforms.equalise` in [0, 1], which counts the region's voxels where
         `normalise` is "region".
       name: the file that messages name.
@@ -264,9 +264,9 @@ def prepare(
     lesion = None if lesion is None else _forward_all(lesion, grid)
     _check_region(region, name, "in the crop")
     inside = region if data.normalise == "region" else None
-    windowed = in_window(array, data.window, name) if data.get("window") else None
+    windowed = in_window(array, data.window, name) if data.window else None
     array, mean, std = _normalised(array, inside, data, name)
-    if data.get("equalise"):
+    if data.equalise:
         unit = lambda: np.stack([to_unit(channel, 0) for channel in np.moveaxis(array, -1, 0)], -1)
         array = equalise(unit() if windowed is None else windowed, inside)
     elif windowed is not None:

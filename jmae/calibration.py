@@ -118,8 +118,10 @@ def calibrating_rows(config: ConfigDict, system: System, rows: Sequence[Row], sa
     return [row.label == 0 for row in rows]
 
 
-def calibrate_run(config: ConfigDict, system: System, rows: Sequence[Row], workdir: Path, cases: Cases) -> None:
-    """Calibrates a run that is not evaluated, where its data have held-out normals. `cases` are the command's."""
+def calibrate_run(
+    config: ConfigDict, system: System, rows: Sequence[Row], workdir: Path, cases: Cases | None = None
+) -> None:
+    """Calibrates a run that is not evaluated, where its data have held-out normals. `cases` as of `Scorer`."""
     val = [row for row in rows if row.split == "val"]
     normals = [row for row, use in zip(val, calibrating_rows(config, system, val), strict=True) if use]
     if not normals:

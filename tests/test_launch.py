@@ -40,7 +40,7 @@ def test_the_batches_of_a_launch_file_divide_among_its_devices(name):
     assert devices > 1 and config.data.manifest and "workdir" in flags
     system = load_system(config)
     check_batches(system, devices)
-    system = replace(system, stages=(system.stages[0]._replace(batch=6),))  # the paper's
+    system = replace(system, stages=(replace(system.stages[0], batch=6),))  # the paper's
     with pytest.raises(InputError, match=f"stage train: a batch of 6 is not divisible by {devices} devices: use a mul"):
         check_batches(system, devices)
 

@@ -15,12 +15,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from jmae.errors import InputError
 from jmae.processes import agreement
-from jmae.run_folder import log
+from jmae.run_folder import CLOCK, log
 
 SECONDS_BETWEEN_LINES = 10  # where standard error is no terminal
 PACE_AFTER = 3  # seconds of steps: the first few tell little, checkpoints count too
 SHOWN = 3  # metrics of a line
-NOT_SHOWN = ("stage", "step", "time", "lr", "grad_norm", "step_seconds", "samples_per_second")
+NOT_SHOWN = ("stage", "step", "lr", "grad_norm", *CLOCK)
 
 
 @contextmanager

@@ -22,10 +22,11 @@ from jmae.errors import InputError
 
 # A checkpoint does not depend on these: they may change between a run and its continuation.
 FREE = (
-    *("log_every", "checkpoint_every", "tensorboard", "evaluation", "fsdp", "accumulate"),
+    *("log_every", "checkpoint_every", "tensorboard", "profile", "evaluation", "fsdp", "accumulate"),
     "steps_per_dispatch",
     *("data.manifest", "data.unlabeled_labels", "data.allow_leaks"),
 )
+CLOCK = ("time", "step_seconds", "samples_per_second")  # of a line of metrics.jsonl: these differ from run to run
 
 
 def log(line: str) -> None:

@@ -35,6 +35,7 @@ from PIL import Image
 from jmae import checkpoint, train
 from jmae.errors import exit_code
 from jmae.gpus import without_cudnn
+from jmae.run_folder import CLOCK
 
 # Tracing leaves many objects and little garbage: it is collected rarely.
 gc.freeze()
@@ -135,7 +136,6 @@ def content(workdir: Path) -> dict:
     }
 
 
-CLOCK = ("time", "step_seconds", "samples_per_second")
 LONGEST = "devices simsid ppii train maemi memmc_mae amae evaluate phiseg checkpoint".split()
 
 

@@ -109,7 +109,7 @@ def drawing(config: ConfigDict, workdir: Path, stage: str, start: int) -> Iterat
     with tensorboard().SummaryWriter(str(workdir / "tensorboard" / stage), purge_step=start + 1) as writer:
 
         def draw(line: Mapping) -> None:
-            for name in line.keys() - {"stage", "step"}:
+            for name in line.keys() - {"stage", "step", "time"}:
                 writer.add_scalar(name, line[name], line["step"])
 
         yield draw

@@ -330,7 +330,8 @@ class Record:
     ):
         self.course, self.readers, self.saved, self.since_line = course, readers, start, since_line
         self.pending: list[tuple[int, list[np.ndarray], dict]] = []
-        self.clock: tuple[float, int] | None = None  # of the last line of this process
+        self.clock: tuple[float, int] | None = None  # of the last fetch of this process, and its last step
+        self.pace: dict[str, float] = {}
 
     def add(self, first: int, indices: list[np.ndarray], metrics: dict) -> None:
         """Takes over the metrics of a dispatch."""
@@ -347,6 +348,8 @@ class Record:
     def fetch(self) -> None:
         """Fetches all metrics and writes lines. Raises NonFiniteLoss at the first step where one is not finite."""
         fetched = jax.device_get([metrics for *_, metrics in self.pending])
+        if self.pending:
+            self._measure(self.pending[-1][0] + len(self.pending[-1][1]) - 1)
         for (first, indices, _), metrics in zip(self.pending, fetched, strict=True):
             for i, index in enumerate(indices):
                 one = metrics if len(indices) == 1 else {name: value[i] for name, value in metrics.items()}
@@ -365,10 +368,18 @@ class Record:
         self.since_line.append({name: float(np.mean(value)) for name, value in metrics.items()})
         if step % course.config.log_every == 0 or step == course.steps:
             names = self.since_line[0]
-            self._write(
-                step, {name: float(np.mean([one[name] for one in self.since_line])) for name in names}, pace=True
-            )
+            means = {name: float(np.mean([one[name] for one in self.since_line])) for name in names}
+            self._write(step, means | self.pace)
             self.since_line.clear()
+
+    def _measure(self, step: int) -> None:
+        """Takes the time a step since the last fetch, up to a step that is now known to be done."""
+        now = time.monotonic()
+        if self.clock and step > self.clock[1]:
+            seconds = (now - self.clock[0]) / (step - self.clock[1])
+            samples = self.course.stage.batch * self.course.config.replicates / max(seconds, 1e-9)
+            self.pace = {"step_seconds": round(seconds, 6), "samples_per_second": round(samples, 3)}
+        self.clock = (now, step)
 
     def add_check(self, step: int, metrics: dict) -> None:
         """Writes the metrics of a check. Raises NonFiniteLoss where a rule's value is not finite."""
@@ -378,15 +389,8 @@ class Record:
             raise NonFiniteLoss(f"{where}: scores not finite ({bad[0]}); {self.remedy()}")
         self._write(step, means)
 
-    def _write(self, step: int, metrics: Mapping[str, float], *, pace: bool = False) -> None:
+    def _write(self, step: int, metrics: Mapping[str, float]) -> None:
         line = {"stage": self.course.stage.name, "step": step, **metrics, "time": round(time.time(), 3)}
-        if pace:
-            now = time.monotonic()
-            if self.clock and step > self.clock[1]:
-                seconds = (now - self.clock[0]) / (step - self.clock[1])
-                samples = self.course.stage.batch * self.course.config.replicates / max(seconds, 1e-9)
-                line |= {"step_seconds": round(seconds, 6), "samples_per_second": round(samples, 3)}
-            self.clock = (now, step)
         add_history(self.course.history, line)
         for reader in self.readers:
             reader(line)

@@ -202,6 +202,6 @@ def test_what_several_processes_cannot_evaluate_is_said_before_anything_is_read(
     config, _ = recipe.parse(["--config=configs/maemi.py:smoke", "--config.evaluation.convergence=2"], "")
     config.evaluation.repeats = 2
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    monkeypatch.setattr(train, "load_rows", lambda *args: pytest.fail("data were read"))
+    monkeypatch.setattr(train, "load_cases", lambda *args: pytest.fail("data were read"))
     with pytest.raises(InputError, match=r"evaluation\.convergence is of one process: set it to 0"):
         train.run(config, tmp_path)

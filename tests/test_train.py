@@ -304,7 +304,8 @@ def same_training(run: Path, other: Path) -> None:
     """Lines equal to 1e-6 but for the clock, and checkpoints of the same steps. Of the proxy task to 1e-3: rounding
     grows from step to step in the batch norm of its head."""
     one, two = (read_history(folder / "metrics.jsonl") for folder in (run, other))
-    assert [(h["stage"], h["step"], h.keys()) for h in one] == [(h["stage"], h["step"], h.keys()) for h in two]
+    lines = lambda history: [(h["stage"], h["step"], h.keys() - set(CLOCK)) for h in history]
+    assert lines(one) == lines(two)
     for a, b in zip(one, two, strict=True):
         for name in a.keys() - {"stage", "step", *CLOCK}:
             near = 1e-3 if a["stage"] == "proxy" else 1e-6
@@ -552,8 +553,8 @@ def test_replicates_are_the_runs_of_their_seeds(finished, go, tmp_path):
 # --- programs ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_stage_is_one_program_for_all_its_batches_and_the_modules_share_theirs(programs):
-    assert programs == [[0, 1], [1, 1], [2, 1], [3, 1], [3, 1]]
+def test_a_stage_is_one_program_for_all_its_batches(programs):
+    assert programs == [[0, 1], [1, 1], [2, 1], [3, 2]]  # modules A and B share the last, with other earlier results
 
 
 def test_compiled_programs_are_kept_where_jax_was_told_nothing(tmp_path):

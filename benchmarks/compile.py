@@ -68,7 +68,7 @@ def run(system: str, preset: str, folder: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    from jmae.system import SYSTEMS
+    from jmae.recipe import SYSTEMS
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=SYSTEMS, default=SYSTEMS)

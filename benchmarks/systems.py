@@ -26,8 +26,8 @@ from benchmarks.timing import table, write
 from jmae import metrics
 from jmae.data.files import read_image
 from jmae.data.transforms import central
+from jmae.recipe import SYSTEMS
 from jmae.report.compare import common_cases, paired_differences, read_run, write_comparison
-from jmae.system import SYSTEMS
 
 RESULTS = Path(__file__).parent / "results" / "systems.json"
 # MAEMI is a system of volumes, and a film is one: its own grid, a window of 14 x 14 patches, mirrored left to right.

@@ -159,7 +159,7 @@ def plan(
 def prepared(config: ConfigDict, machine: Machine) -> Sequence[Any]:
     """The machine's devices; a recipe with dtype "auto" gets bfloat16."""
     jax.config.update("jax_platforms", "cpu")  # a plan takes no accelerator of this machine
-    if config.model.dtype == "auto":
+    if config.get("model", {}).get("dtype") == "auto":
         config.model.dtype = "bfloat16"
     return devices_of(machine)
 

@@ -1,7 +1,7 @@
 """Recipes: the declarations of their keys, `--config FILE[:PRESET]` with its overrides, and their JSON form.
 
 A key is declared once, as a `Key` with its default, bounds, unit and one sentence: the keys of all recipes here, a
-system's own keys in `jmae.systems.NAME.KEYS`. A recipe file holds presets, the changes of those defaults.
+system's own keys as `KEYS` in the system's module. A recipe file holds presets, the changes of those defaults.
 """
 
 import difflib
@@ -15,11 +15,15 @@ import runpy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from jmae.errors import InputError
+
+SYSTEMS = ("amae", "maemi", "memmc_mae", "ppii", "simsid")
+"""The systems of the library, each a module of `jmae.systems`."""
 
 # Keys that had no effect in the recipes that lost them.
 RETIRED = {"data.normal_crops_only", "evaluation.chunk", "evaluation.filter"}
@@ -195,6 +199,11 @@ VOLUMES = {
     "data.region": Key(
         "nonzero", '"nonzero": rows without a region have the voxels that are not 0.', choices=("", "nonzero")
     ),
+    "data.normalise": Key(
+        "region", 'Voxels whose moments standardise a volume: "crop" or "region".', choices=("crop", "region")
+    ),
+    "data.mean": Key(0.5, "Mean of a standardised volume."),
+    "data.std": Key(0.25, "Deviation of a standardised volume.", above=0),
     "data.normal_crops_only": Key(
         True, "Whether abnormal training rows with a mask are used, by crops that touch no lesion, instead of refused."
     ),
@@ -213,13 +222,36 @@ VOLUMES = {
 """Further keys of recipes whose `data.size` has three axes."""
 
 
+def module_of(system: str) -> ModuleType:
+    """The module that a recipe's `system` names: one of the library, or any module that Python finds by that name.
+
+    `denoising` is denoising.py in the current folder or in a folder of PYTHONPATH; dots go into packages.
+
+    Raises InputError where there is no such module, or it has no `KEYS` and `build`.
+    """
+    unknown = f"system {system!r} is unknown: one of {', '.join(SYSTEMS)}, or a module on Python's path"
+    if not all(part.isidentifier() for part in system.split(".")):
+        raise InputError(unknown)
+    name = f"jmae.systems.{system}" if system in SYSTEMS else system
+    try:
+        module = importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        missing = str(error.name)
+        raise InputError(
+            unknown if f"{name}.".startswith(f"{missing}.") else f"system {system!r} imports {missing}: install that"
+        ) from error
+    if lacking := [part for part in ("KEYS", "build") if not hasattr(module, part)]:
+        raise InputError(f"system {system!r}: {module.__name__} has no {lacking[0]}: see the contract in jmae.system")
+    return module
+
+
 def declarations(system: str, *, volumes: bool) -> dict[str, Key]:
     """The keys of a system's recipes for images or for volumes.
 
     A key that the system's module declares anew, such as one with another default, replaces the shared one. The module
     has `KEYS` and, if needed, `IMAGE_KEYS` or `VOLUME_KEYS`.
     """
-    module = importlib.import_module(f"jmae.systems.{system}")
+    module = module_of(system)
     further = getattr(module, "VOLUME_KEYS" if volumes else "IMAGE_KEYS", {})
     return {**SHARED, **(VOLUMES if volumes else IMAGES), **module.KEYS, **further}
 
@@ -425,5 +457,5 @@ def read(workdir: Path) -> ConfigDict:
         return brought_up(from_json(text))
     except OSError:
         raise InputError(f"{workdir}: no config.json: name the folder of a run (python -m jmae.train)") from None
-    except (ValueError, TypeError, AttributeError, RecursionError, ModuleNotFoundError) as error:
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{file}: is no recipe ({error}): restore it, or train again") from None

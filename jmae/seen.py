@@ -106,7 +106,7 @@ def check_unseen_by_source(config: ConfigDict, rows: Sequence[Row], workdir: Pat
       rows: the run's own rows.
       workdir: that other run before the training, this run afterwards.
     """
-    source = config.model.get("weights") or ""
+    source = config.get("model", {}).get("weights") or ""
     if not source or Path(source).is_file():
         return list(rows), ""
     where = f"{config.data.manifest or config.data.phantom} (model.weights={source})"

@@ -1,7 +1,23 @@
 """The contract of a method: what a system is. The training loop and the evaluator know nothing else of it.
 
-A system is one module `jmae.systems.NAME` with `KEYS`, the declarations of its recipe keys, and `build(config)`, which
-gives a `System`: a tuple of training stages and a function that scores. All of them are pure functions of arrays.
+A system is one module with two names. `build(config)` gives a `System`: a tuple of training stages and a function that
+scores, all of them pure functions of arrays. `KEYS` declares the recipe keys that the system adds.
+
+- **Where the module lies.** A recipe names it by its key `system`. `amae` is jmae/systems/amae.py. A name that the
+  library does not have is any module that Python finds, such as denoising.py in the current folder
+  (`recipe.module_of`). docs/tutorials/sixth_system.md writes such a system from its first line to its report.
+- **Keys.** `KEYS` is {"section.name": recipe.Key(default, sentence, bounds)}. All recipes have the keys
+  `recipe.SHARED`, those of images also `recipe.IMAGES`, those of volumes also `recipe.VOLUMES`. A system that declares
+  one of these anew changes its default. `IMAGE_KEYS` and `VOLUME_KEYS` of the module count for one of the two kinds.
+  `build` reads values as `config.section.name`.
+- **Recipe.** A recipe file has `get_config(preset)`, which gives the result of `recipe.preset`.
+- **Arrays.** Images are float32 (b, *size, channels), of `data.size` and `data.channels`. Their values go from 0 to 1.
+  Those of volumes have the mean `data.mean` and the deviation `data.std`. The length of `data.size` says whether a
+  recipe is of volumes (`recipe.is_volume`); a stage then gets crops of that size.
+- **What helps.** `network` makes pure functions of a Flax module. `optim.begin` makes the first state. `optim.descend`
+  makes a step of a loss (params, *arrays) -> (loss, (new statistics, metrics)). `masking.sample_keys` and
+  `masking.case_keys` make random keys. `rows_of` and `steps_of` are the usual `Stage.rows` and `Stage.steps`. Networks
+  are in `jmae.nn`.
 """
 
 import importlib
@@ -25,7 +41,6 @@ from jmae.patches import sincos_positions
 from jmae.target import target
 
 PARTS = (nnx.Param, nnx.RngState, ...)  # of a network: trained, random streams, statistics
-SYSTEMS = ("amae", "maemi", "memmc_mae", "ppii", "simsid")
 
 Results = Mapping[str, Mapping[str, PyTree]]
 """What the finished stages leave, by the stage's name: {"params", "stats"}. Later stages and the score read it."""
@@ -98,8 +113,10 @@ class Stage:
         batch: samples a step.
         steps: (number of rows) -> number of steps.
         init: (key, results, number of rows) -> the first state.
-        step: (state, batch, key, results, *, steps) -> (state, metrics). A sample's randomness comes from `key` and
-            its number in the table of rows, batch["index"]. `results` are read only.
+        step: (state, batch, key, results, *, steps) -> (state, metrics). The batch holds "image" (b, *size, c),
+            "index" (b,), the samples' numbers in the table of rows, and the arrays of `host_arrays`. A sample's
+            randomness comes from `key`, which is new at every step, and its number: `masking.sample_keys`. `steps` is
+            the number of the stage's steps. The metrics are scalars, among them "loss".
         shuffle: True gives epochs in random order, without the last incomplete batch. False gives the rows in order,
             round and round.
 
@@ -146,9 +163,11 @@ class Sweep:
         stride: distance between windows, voxels.
         repeats: sweeps over all windows.
         score: (results, images (b, *window, c), keys (b,)) -> (values (b, *window, k), weights (b, *window, 1)): what
-            is averaged over the windows that cover a voxel.
+            is averaged over the windows that cover a voxel. Each window has its own random key. The weights count
+            where `average` is weighted.
         fuse: (averages (*size, k), inside (*size)) -> {"maps": {name: (*size)}} and, where the system has them,
-            "reconstruction" (*size, c) and "confidence" (*size). `inside` is False where the array is filled up.
+            "reconstruction" (*size, c) and "confidence" (*size). `inside` is False where the array is filled up; maps
+            are 0 there. The score of a volume is the mean of the highest share `evaluation.top` of each map.
         average: the function that averages, `windows.average` or a form of it.
     """
 
@@ -180,14 +199,15 @@ class System:
     A system scores images with `score`, or volumes with `sweep`; the other one is None. Higher is more abnormal.
 
     Attributes:
-        name: name of the system.
+        name: name of the system, the one that recipes have.
         stages: stages in order.
         uses: names of the stages whose results the score reads.
-        primary: name of the score that stands for the system.
+        primary: name of the score that stands for the system; of volumes, of a map.
         score: (results, batch, key, *, chunk) -> {"maps": {name: (b, *size)}, "scores": {name: (b,)}} and, where the
             system has them, "reconstruction": (b, *size, c) in the images' own range; "confidence": (b, *size), the
             deviation of the primary map over the samples; "pictures": {name: (b, *size, c), or (b, h, w) in another
-            unit} for the report. `chunk` masks or samples are computed at a time.
+            unit} for the report. The batch holds "image" and "case" (b, 2), of which `masking.case_keys` makes each
+            image's random key. `chunk` masks or samples are computed at a time.
         sweep: how the system scores volumes.
 
     Optional:
@@ -272,14 +292,12 @@ def chosen_on_val(system: System) -> bool:
 
 
 def load_system(config: ConfigDict) -> System:
-    """The system that `config.system` names, by import of `jmae.systems.NAME`.
+    """The system that `config.system` names (`recipe.module_of`).
 
     Raises InputError for a recipe that does not fit its declarations, and for settings that mean nothing together: also
     for settings of the evaluation, which would otherwise come to light after the training.
     """
-    if config.system not in SYSTEMS:
-        raise InputError(f"system {config.system!r} is unknown: one of {', '.join(SYSTEMS)}")
-    module = importlib.import_module(f"jmae.systems.{config.system}")
+    module = recipe.module_of(config.system)
     recipe.check(config)
     system = module.build(config)
     evaluation, volumes = config.evaluation, recipe.is_volume(config)

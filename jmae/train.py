@@ -78,7 +78,7 @@ def run(config: ConfigDict, workdir: Path) -> int:
     profiled_steps(config)
     if config.tensorboard:
         tensorboard()
-    source = Path(config.model.get("weights") or workdir)  # another run, whose cases this one has seen too
+    source = Path(config.get("model", {}).get("weights") or workdir)  # another run, whose cases this one has seen too
     cases = load_cases(config, log, folder=workdir / "cache", trained=partial(rows_read, system))
     rows, unchecked = check_unseen_by_source(config, cases.rows, source)
     images = cases.samples(rows_read(system, rows))

@@ -117,14 +117,6 @@ def content(workdir: Path) -> dict:
     """All that a run leaves, without the clock: metrics, scores, history, and the last state of each stage in bytes."""
     metrics = json.loads((workdir / "evaluation" / "metrics.json").read_text())
     history = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    weights = {}
-    for stage in sorted((workdir / "checkpoints").iterdir()):
-        step = max(int(path.name) for path in stage.iterdir())
-        leaves = json.loads((stage / str(step) / "step.json").read_text())["leaves"]
-        empty = lambda dtype, shape: np.zeros(json.loads(f"[{shape}"), dtype)
-        target = {name: empty(*text.split("[")) for name, text in leaves.items()}
-        _, arrays, _ = checkpoint.restore(stage, target, config=None)
-        weights[stage.name] = step, {name: array.tobytes() for name, array in arrays.items()}
     return {
         "metrics": {k: v for k, v in metrics.items() if not k.startswith("seconds")},
         "scores": (workdir / "evaluation" / "scores.csv").read_text(),
@@ -132,8 +124,21 @@ def content(workdir: Path) -> dict:
             (h["stage"], h["step"], json.dumps({k: v for k, v in h.items() if k not in CLOCK})) for h in history
         ),
         "labels": (workdir / "labels.csv").read_text(),
-        "weights": weights,
+        "weights": last_states(workdir),
     }
+
+
+def last_states(workdir: Path) -> dict[str, tuple[int, dict[str, bytes]]]:
+    """(last step, its state in bytes) of each stage of a run."""
+    states = {}
+    for stage in sorted((workdir / "checkpoints").iterdir()):
+        step = max(int(path.name) for path in stage.iterdir())
+        leaves = json.loads((stage / str(step) / "step.json").read_text())["leaves"]
+        empty = lambda dtype, shape: np.zeros(json.loads(f"[{shape}"), dtype)
+        target = {name: empty(*text.split("[")) for name, text in leaves.items()}
+        _, arrays, _ = checkpoint.restore(stage, target, config=None)
+        states[stage.name] = step, {name: array.tobytes() for name, array in arrays.items()}
+    return states
 
 
 LONGEST = "devices simsid ppii train maemi memmc_mae amae evaluate phiseg checkpoint".split()
@@ -168,7 +173,9 @@ def no_cudnn():
 
 @pytest.fixture(scope="session")
 def tools() -> SimpleNamespace:
-    return SimpleNamespace(arguments=arguments, draw=draw, write_set=write_set, content=content)
+    return SimpleNamespace(
+        arguments=arguments, draw=draw, write_set=write_set, content=content, last_states=last_states
+    )
 
 
 @pytest.fixture(scope="session")

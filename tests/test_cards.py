@@ -10,8 +10,9 @@ import pytest
 from PIL import Image
 
 from jmae import cards, recipe
+from jmae.recipe import SYSTEMS
 from jmae.report import system_description, words
-from jmae.system import SYSTEMS, System
+from jmae.system import System
 
 TOY = System(name="amae", stages=(), uses=(), primary="bright")
 

@@ -7,6 +7,7 @@
 import ast
 import math
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -94,10 +95,12 @@ def interval_text(pair: Sequence[float | None] | None, digits: int = 3) -> str:
 def system_description(system: str) -> tuple[str, str]:
     """(what a system is, in one sentence; its paper up to the arXiv number), both from the docstring of its file.
 
-    A part that the docstring lacks is "".
+    A part that the docstring lacks is "". The file of a system outside of the library is that of its imported module.
     """
     file = SYSTEM_FILES / f"{system}.py"
     if not system.isidentifier() or not file.is_file():
+        file = Path(getattr(sys.modules.get(system), "__file__", None) or "")
+    if not file.is_file():
         return "", ""
     what, paper, *_ = *(ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or "").split("\n\n"), ""
     citation = re.match(r".*?arXiv [\d.]+\d", paper, re.S)

@@ -66,8 +66,6 @@ KEYS = {
     "data.normalise": recipe.Key(
         "crop", 'Voxels whose moments standardise a volume: "crop" or "region".', choices=("crop", "region")
     ),
-    "data.mean": recipe.Key(0.5, "Mean of a standardised volume."),
-    "data.std": recipe.Key(0.25, "Deviation of a standardised volume.", above=0),
     "data.clip": recipe.Key((0.001, 1.5), "Bounds of the values that the network sees.", length=2),
     "data.flips": recipe.Key((0, 1), "Axes, each mirrored with probability 1/2.", choices=(0, 1, 2)),
     **declared(

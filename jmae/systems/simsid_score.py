@@ -100,8 +100,6 @@ VOLUME_KEYS = {
     "data.normalise": Key(
         "crop", "Moments by which values are standardised: of the crop, or of the region.", choices=("crop", "region")
     ),
-    "data.mean": Key(0.5, "Mean that a standardised volume gets."),
-    "data.std": Key(0.25, "Deviation that a standardised volume gets.", above=0),
     "data.normal_crops_only": Key(
         False, "Whether abnormal training rows with a mask are used, by crops that touch no lesion, instead of refused."
     ),

@@ -12,7 +12,8 @@ from flax import nnx
 from jmae import recipe
 from jmae.data.manifest import Row
 from jmae.errors import InputError, exit_code
-from jmae.system import SYSTEMS, chosen_on_val, load_system, network, rows_read, splits_read, stats_of
+from jmae.recipe import SYSTEMS
+from jmae.system import chosen_on_val, load_system, network, rows_read, splits_read, stats_of
 from jmae.train import main
 
 IMAGE_SYSTEMS = ("amae", "memmc_mae", "ppii", "simsid")

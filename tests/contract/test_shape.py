@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from jmae.system import SYSTEMS
+from jmae.recipe import SYSTEMS
 
 ROOT = Path(__file__).parents[2]
 LONGEST = 100  # lines of a function

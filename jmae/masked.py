@@ -19,7 +19,7 @@ from jmae import recipe
 from jmae.data.transforms import moments_of, random_flip, random_resized_crop
 from jmae.masking import sample_keys
 from jmae.nn.mae import MAE
-from jmae.optim import adamw, begin, descend, warmup_cosine
+from jmae.optim import adamw, begin, descend
 from jmae.reconstruct import masked_loss
 from jmae.system import Results, State
 
@@ -52,7 +52,7 @@ TRAINING_KEYS = {
     "batch": recipe.Key(256, "Images of a step.", least=1),
     "mask_ratio": recipe.Key(0.75, "Share of the tokens that a mask hides.", above=0, below=1),
     "lr": recipe.Key(1e-3, "Highest learning rate.", above=0),
-    "warmup": recipe.Key(0.05, "Share of the steps over which the learning rate rises.", least=0, most=1),
+    "warmup": recipe.Key(0.05, "Share of the steps over which the learning rate rises.", least=0, below=1),
     "betas": recipe.Key((0.9, 0.95), "Decay rates of AdamW's two moments.", least=0, below=1, length=2),
     "decay": recipe.Key(0.05, "Weight decay of AdamW.", least=0),
 }
@@ -120,7 +120,7 @@ def training(section: ConfigDict, lr: float | None = None, **fields: Any) -> Tra
 
 
 def _schedule(lr: float, warmup: float, least: float, steps: int) -> Callable[[Array], Array]:
-    return warmup_cosine(lr, warmup=warmup * steps, steps=steps, least=least)
+    return optax.warmup_cosine_decay_schedule(0.0, lr, warmup * steps, steps, least)
 
 
 def start(

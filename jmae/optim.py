@@ -15,23 +15,6 @@ Loss = Callable[..., tuple[Array, tuple[dict[str, PyTree], dict[str, Array]]]]
 """(params, *arrays) -> (loss, (new statistics, metrics)); the loss is a mean over the samples of the arrays."""
 
 
-def warmup_cosine(lr: float, *, warmup: float, steps: int, least: float = 0.0) -> Callable[[Array], Array]:
-    """The learning rate at a step: linear from 0 to `lr` over `warmup` steps, then half a cosine to `least` at `steps`.
-
-    It changes at every step, as in the official MAE code.
-    """
-
-    def schedule(step: Array) -> Array:
-        share = jnp.clip((step - warmup) / jnp.maximum(steps - warmup, 1), 0, 1)
-        return jnp.where(
-            step < warmup,
-            lr * step / max(warmup, 1),
-            least + (lr - least) * (1 + jnp.cos(jnp.pi * share)) / 2,
-        )
-
-    return schedule
-
-
 def adamw(lr: Any = None, *, betas: tuple[float, float], decay: float) -> optax.GradientTransformation:
     """AdamW without its learning rate, which `descend` multiplies with. The rate scales the decay too (PyTorch's form).
 

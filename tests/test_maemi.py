@@ -24,8 +24,8 @@ from jmae.data.preparation import PLS, case_words, prepared_volume
 from jmae.data.volumes import boxes_mask
 from jmae.errors import InputError, exit_code
 from jmae.inference import restore_results
+from jmae.masked import training
 from jmae.masking import case_keys, order_of
-from jmae.optim import warmup_cosine
 from jmae.patches import patchify, unpatchify
 from jmae.run_folder import read_history
 from jmae.system import load_system, masked_autoencoder
@@ -59,7 +59,8 @@ def test_the_paper_preset_has_the_papers_schedule():
     (stage,) = load_system(c).stages
     steps = stage.steps(744)
     assert (steps, stage.batch) == (124_000, 6)
-    lr = warmup_cosine(c.train.lr, warmup=c.train.warmup * steps, steps=steps, least=c.train.lr_least)
+    nothing = lambda *_: None
+    lr = training(c.train, mae_of=nothing, view=nothing, patch=()).schedule(steps)
     for epoch in (0, 3.5, 7, 500, 1000):
         rising = 1e-3 * epoch / 7
         falling = 1e-4 + 0.9e-3 * 0.5 * (1 + np.cos(np.pi * (epoch - 7) / 993))

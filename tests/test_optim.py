@@ -1,4 +1,4 @@
-"""The schedule, the optimiser and gradients of a batch in parts."""
+"""The optimiser and gradients of a batch in parts."""
 
 from dataclasses import replace
 from functools import partial
@@ -11,19 +11,8 @@ from on_8_devices import batch, crops, difference, small_system
 
 from jmae.errors import InputError
 from jmae.losses import masked_mse
-from jmae.optim import adamw, warmup_cosine
+from jmae.optim import adamw
 from jmae.train import check_batches
-
-
-def test_the_schedule_is_linear_then_half_a_cosine():
-    schedule = warmup_cosine(2.0, warmup=10, steps=110, least=0.5)
-    at = lambda step: float(schedule(jnp.int32(step)))
-    assert at(0) == 0
-    assert at(5) == pytest.approx(1.0)
-    assert at(10) == pytest.approx(2.0)
-    assert at(60) == pytest.approx(1.25)
-    assert at(35) == pytest.approx(0.5 + 1.5 * (1 + np.cos(np.pi / 4)) / 2)
-    assert at(110) == at(500) == pytest.approx(0.5)
 
 
 def test_adamw_equals_its_written_out_form_and_spares_biases_and_norms():

@@ -46,7 +46,7 @@ from jmae.masked import (
 from jmae.masking import case_keys, sample_keys
 from jmae.nn.mae import MAE
 from jmae.nn.transformer import linear
-from jmae.optim import adamw, begin, descend, warmup_cosine
+from jmae.optim import adamw, begin, descend
 from jmae.patches import patchify
 from jmae.reconstruct import reconstruct
 from jmae.run_folder import log
@@ -111,7 +111,7 @@ KEYS = {
     "proxy.head": recipe.Key((512, 128), "Channels of the classifier's hidden layers.", least=1),
     "proxy.lr": recipe.Key(2.5e-4, "Highest learning rate.", above=0),
     "proxy.lr_least": recipe.Key(1e-5, "Learning rate at the last step.", least=0),
-    "proxy.warmup": recipe.Key(20 / 150, "Share of the steps over which the learning rate rises.", least=0, most=1),
+    "proxy.warmup": recipe.Key(20 / 150, "Share of the steps over which the learning rate rises.", least=0, below=1),
     "proxy.betas": recipe.Key((0.9, 0.999), "Decay rates of AdamW's two moments.", least=0, below=1, length=2),
     "proxy.decay": recipe.Key(0.05, "Weight decay of AdamW.", least=0),
     "proxy.area": recipe.Key((0.02, 0.15), "Share of the image that an anomaly covers.", above=0, most=1, length=2),
@@ -245,12 +245,13 @@ def proxy_step(
 ) -> tuple[State, dict[str, Array]]:
     """One step of the proxy task: the head tells images with a synthetic anomaly from the images themselves."""
     proxy = networks.config.proxy
-    rate = warmup_cosine(proxy.lr, warmup=proxy.warmup * steps, steps=steps, least=proxy.lr_least)(state.step)
+    schedule = optax.warmup_cosine_decay_schedule(0.0, proxy.lr, proxy.warmup * steps, steps, proxy.lr_least)
     pasted = with_anomalies(proxy, batch, sample_keys(key, batch["index"]))
     both = jnp.stack([batch["image"], pasted], 1).reshape(-1, *pasted.shape[1:])  # pairs stay on one device
     x = jax.lax.stop_gradient(features(networks, results["pretrain"]["params"], both))
     abnormal = jnp.tile(jnp.arange(2), len(pasted))
     loss = partial(proxy_loss, networks, state.stats)
+    rate = schedule(state.step)
     state, metrics = descend(state, loss, proxy_optimiser(proxy), rate, x, abnormal)
     found = device_mean(jnp.mean(~jnp.all(batch["lungs"], (1, 2))))
     return state, metrics | {"lung_fields_found": found}

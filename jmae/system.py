@@ -303,6 +303,8 @@ def load_system(config: ConfigDict) -> System:
     evaluation, volumes = config.evaluation, recipe.is_volume(config)
     if volumes and evaluation.iou:
         raise InputError(f"evaluation.iou is {evaluation.iou}: of volumes 0 alone (no IoU)")
+    if (sweep := system.sweep) and any(s > w for s, w in zip(sweep.stride, sweep.window, strict=True)):
+        raise InputError(f"evaluation.stride {sweep.stride} leaves gaps: at most the window, {sweep.window}")
     if evaluation.convergence == 1:
         raise InputError("evaluation.convergence is 1: 0 (off), or 2 or more repetitions")
     if evaluation.convergence and (number := drawn(config, system)) < 2:

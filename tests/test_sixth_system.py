@@ -24,7 +24,7 @@ FILES = {name: text for name, text in re.findall(r'```\w+ title="([^"]+)"\n(.*?)
 COMMANDS = [line.split() for block in re.findall(r"```bash\n(.*?)```", PAGE, re.S) for line in block.splitlines()]
 KINDS = {  # of a run: phantoms, size of an image or a window, phantom to predict, what the run needs to be small
     "denoising": ("chest", "32,32", "chest/test/150", ()),
-    "volumes": ("breast", "16,16,4", "breast/test/20", ("data.least_region=0", "evaluation.stride=16,16,8")),
+    "volumes": ("breast", "32,24,8", "breast/test/20", ("data.least_region=0", "evaluation.stride=32,24,8")),
 }
 SMALL = "train.steps=8 train.batch=4 unet.widths=4,4 checkpoint_every=100 log_every=3 evaluation.draws=50".split()
 

@@ -171,13 +171,10 @@ def fuse(edges: tuple[int, ...], averages: Float[Array, "*size k"], inside: Bool
 
 def check(config: ConfigDict) -> None:
     """Raises InputError on settings that do not fit together."""
-    size, stride = tuple(config.data.size), tuple(config.evaluation.stride)
     check_settings(config.data)
-    if any(s > w for s, w in zip(stride, size, strict=True)):
-        raise InputError(f"evaluation.stride {stride} leaves gaps: from 1 to data.size {size}")
     if config.compat.averaging and config.evaluation.error == "hidden":
         raise InputError("compat.averaging is of evaluation.error='all', as the released code: set that")
-    tokens = prod(grid_of(size, tuple(config.model.patch)))
+    tokens = prod(grid_of(tuple(config.data.size), tuple(config.model.patch)))
     for ratio in (config.train.mask_ratio, config.evaluation.mask_ratio):
         visible_tokens(tokens, ratio)
 

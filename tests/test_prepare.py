@@ -38,7 +38,7 @@ def refused(capsys, name, root, out):
 
 def test_an_unknown_name_a_missing_folder_and_a_used_one_are_one_line(tmp_path, capsys):
     assert "did you mean jsrt?" in refused(capsys, "jrst", tmp_path, tmp_path / "out")[0]
-    assert "is no folder" in refused(capsys, "lidc", tmp_path / "none", tmp_path / "out")[0]
+    assert "not a folder" in refused(capsys, "lidc", tmp_path / "none", tmp_path / "out")[0]
     assert exit_code(prepare.main, ["lidc", "--root=x"]) == 2
     assert (
         "names: bids, chexpert, covidx, ddad, deeplesion, folders, hyper_kvasir, jsrt, lidc, nnunet"
@@ -46,7 +46,7 @@ def test_an_unknown_name_a_missing_folder_and_a_used_one_are_one_line(tmp_path, 
     )
     (tmp_path / "manifest.csv").write_text("")
     assert run("lidc", tmp_path, tmp_path) == 2
-    assert "is there already" in capsys.readouterr().err
+    assert "exists already" in capsys.readouterr().err
 
 
 def test_a_draw_depends_on_seed_and_names_alone():
@@ -133,21 +133,26 @@ def test_what_is_wrong_with_jsrt_comes_in_one_list(radiographs, tmp_path, capsys
     (images / "JPCNN099.IMG").write_bytes(bytes(2 * 64**2))
     (radiographs / "JPCLN002.IMG").write_bytes(bytes(2 * 64**2))
     lines = refused(capsys, "jsrt", radiographs, out)
-    for word in ("JPCLN003.IMG: not found below", "has 5 bytes, where 64 x 64", "in neither table", "as well"):
+    for word in (
+        "JPCLN003.IMG: listed in the tables but not found",
+        "has 5 bytes, but 64 x 64",
+        "in neither table",
+        "also lies in",
+    ):
         assert sum(word in line for line in lines) == 1
     assert len(lines) == 4 and not out.exists()
     (radiographs / "Clinical_Information" / "CLNDAT_EN.txt").unlink()
     assert "CLNDAT_EN.TXT: not found below" in refused(capsys, "jsrt", radiographs, out)[0]
     (radiographs / "CLNDAT_EN.txt").write_text("JPCLN001.IMG\t5\tlarge\t53\tMale\t30\t10\tmalignant\n")
-    assert "has no size and place" in refused(capsys, "jsrt", radiographs, out)[0]
+    assert "lacks size or place" in refused(capsys, "jsrt", radiographs, out)[0]
 
 
 def test_swapped_bytes_and_too_few_normals_are_refused(radiographs, tmp_path, capsys):
     file = radiographs / "images" / "JPCLN003.IMG"
     file.write_bytes(np.frombuffer(file.read_bytes(), ">u2").astype("<u2").tobytes())
-    assert "where 12 bits end" in refused(capsys, "jsrt", radiographs, tmp_path / "out")[0]
+    assert "above 4095 of 12 bits" in refused(capsys, "jsrt", radiographs, tmp_path / "out")[0]
     (radiographs / "Clinical_Information" / "CNNDAT_EN.TXT").write_bytes(b"".join(NORMALS.splitlines(True)[:19]))
-    assert "19 normals, of which 19" in refused(capsys, "jsrt", radiographs, tmp_path / "out")[0]
+    assert "19 normals, and the test needs 19" in refused(capsys, "jsrt", radiographs, tmp_path / "out")[0]
 
 
 # LIDC-IDRI
@@ -229,8 +234,8 @@ def test_lidc_keeps_slices_in_place_and_unites_contours(scans, tmp_path, capsys)
     assert found(4, 0) == [*range(7), 19] and found(4, 1) == [12, 13]  # a point at 25; the second scan is near a mark
     assert {r.split for r in rows.values() if r.patient == "LIDC-IDRI-0003"} == {"val"}
     assert "5 scans with a reading of 4 patients" in said and said.strip().endswith("--config.data.window=-1024,3071")
-    assert "1 CT series without a reading" in said and "1 XML files that are no CT reading" in said
-    assert "3 slices with a point mark alone" in said and "2 lesion slices of training patients" in said
+    assert "1 CT series without a reading" in said and "1 XML files without a CT reading" in said
+    assert "3 slices with only a point mark" in said and "2 lesion slices of training patients" in said
 
     lesion = rows["LIDC-IDRI-0004_1_0012"]
     assert lesion.image == (f"{scans}/LIDC-IDRI/LIDC-IDRI-0004/study/series/000018.dcm",)
@@ -276,7 +281,7 @@ def test_a_damaged_or_hostile_xml_is_one_line(tmp_path, text, word):
     with pytest.raises(InputError) as caught:
         lidc.read_xml(file)
     line = str(caught.value)
-    assert line.startswith(f"{file}: is no reading of LIDC-IDRI") and word in line and "\n" not in line
+    assert line.startswith(f"{file}: not a reading of LIDC-IDRI") and word in line and "\n" not in line
 
 
 def test_what_lidc_lacks_is_one_line(scans, tmp_path, capsys):
@@ -286,9 +291,9 @@ def test_what_lidc_lacks_is_one_line(scans, tmp_path, capsys):
     alone = scans / "LIDC-IDRI" / "LIDC-IDRI-0006"
     assert "has no XML file" in refused(capsys, "lidc", alone, out)[0]
     (alone / "other.xml").write_text(message("7", head=BOMB))
-    assert "other.xml: is no reading" in refused(capsys, "lidc", alone, out)[0]
+    assert "other.xml: not a reading" in refused(capsys, "lidc", alone, out)[0]
     (alone / "other.xml").write_text(message("7", ""))
-    assert "none has a CT series with a reading" in refused(capsys, "lidc", alone, out)[0]
+    assert "has a CT series with a reading" in refused(capsys, "lidc", alone, out)[0]
     (alone / "study" / "series" / "000002.dcm").write_bytes(b"no image")
     assert "000002.dcm: not readable" in refused(capsys, "lidc", alone, out)[0]
 
@@ -354,7 +359,7 @@ def test_deeplesion_takes_slices_farther_than_10_mm_from_key_slices(lesions, tmp
     assert one.boxes == ((0, 2, 3.25, 4), (10, 6, 15, 10))  # cut at the edge
     assert one.image == (f"{lesions}/Images_png/000003_01_02/105.png",)
     assert (read_image(one.image).array == 32768 - 1000 + 105).all()
-    assert "6 lesions, 3 of 4 series" in said and "1 series whose folder is not there" in said
+    assert "6 lesions, 3 of 4 series" in said and "1 series without a folder" in said
     assert said.strip().endswith("--config.data.window=31744,35839")
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["manifest.csv"]
 
@@ -378,7 +383,7 @@ def test_deeplesion_draws_and_finds_the_parts_of_the_download(lesions, tmp_path,
 def test_what_deeplesion_lacks_is_one_line(lesions, tmp_path, capsys):
     out = tmp_path / "out"
     (lesions / "Images_png" / "000002_01_02" / "101.png").unlink()
-    assert "101.png: not found, but a key slice" in refused(capsys, "deeplesion", lesions, out)[0]
+    assert "101.png: this key slice is not found" in refused(capsys, "deeplesion", lesions, out)[0]
     table(
         lesions, lesion(1, 110, "1, 2, 3", 1), lesion(2, 101, "1, 2, 3, 4", 4), lesion(3, 105, "1, 2, 3, 4", 3, "1, 1")
     )
@@ -388,7 +393,7 @@ def test_what_deeplesion_lacks_is_one_line(lesions, tmp_path, capsys):
     table(lesions, lesion(1, 110, "1, 2, 3, 4", 1), lesion(1, 111, "1, 2, 3, 4", 3))
     assert "patient 000001 is in test and train" in refused(capsys, "deeplesion", lesions, out)[0]
     table(lesions, lesion(3, 110, "30, 2, 33, 4", 3))
-    assert "is not inside 20 x 10" in refused(capsys, "deeplesion", lesions, out)[0]
+    assert "lies outside of the 20 x 10" in refused(capsys, "deeplesion", lesions, out)[0]
     (lesions / "DL_info.csv").write_text("File_name\nx.png\n")
     assert "has no column Bounding_boxes" in refused(capsys, "deeplesion", lesions, out)[0]
     (lesions / "Images_png").rename(lesions / "other")
@@ -437,7 +442,7 @@ def test_covidx_trains_on_the_negatives_and_splits_its_lines_from_the_right(covi
         ("ca3c.png", "ca3c", "test", 0, "rsna"),
     }
     assert "5 lines for train, 3 lines for test" in said and "left out: 2 positives of the training list" in said
-    assert "come from ricord, all normal ones from rsna: a score can tell them by their source alone" in said
+    assert "come from ricord, all normal ones from rsna: a score can separate them by their source alone" in said
     assert rows["m-1.png"].image == (f"{covid}/test/m-1.png",)
     coloured = np.asarray(pillow.open(covid / "train" / "c.jpg"), float)
     grey = read_image(rows["c.jpg"].image).array[..., 0]
@@ -454,7 +459,7 @@ def test_covidx_warns_of_sources_only_where_each_has_one_class(covid, tmp_path, 
 def test_what_covidx_lacks_is_one_line(covid, tmp_path, capsys):
     out, lists = tmp_path / "out", covid / "labels"
     (covid / "test" / "m-0.png").write_bytes(b"no image"), (covid / "train" / "CR.1.2.png").unlink()
-    assert "train/CR.1.2.png: not found, but in the list" in refused(capsys, "covidx", covid, out)[0]
+    assert "train/CR.1.2.png: listed but not found" in refused(capsys, "covidx", covid, out)[0]
     pillow.fromarray(np.zeros((4, 4), np.uint8)).save(covid / "train" / "CR.1.2.png")
     (line,) = refused(capsys, "covidx", covid, out)
     assert "test/m-0.png: " in line
@@ -532,7 +537,7 @@ def test_few_images_of_hyper_kvasir_are_split_in_the_same_proportion(bowels, tmp
     monkeypatch.setattr(hyper_kvasir, "TRAIN", 1600), monkeypatch.setattr(hyper_kvasir, "TEST", 500)
     rows, said = prepared(capsys, "hyper_kvasir", bowels, tmp_path / "out")
     assert Counter(r.split for r in rows.values() if r.label == 0) == {"train": 38, "test": 13}
-    assert "51 normals (40 cecum, 2 ileum, 9 bbps-2-3), fewer than 2100, of which 38 train" in said
+    assert "51 normals (40 cecum, 2 ileum, 9 bbps-2-3), fewer than 2100: 38 of them train" in said
 
 
 def test_what_hyper_kvasir_lacks_is_one_line(bowels, tmp_path, capsys):
@@ -541,7 +546,9 @@ def test_what_hyper_kvasir_lacks_is_one_line(bowels, tmp_path, capsys):
     pillow.fromarray(np.full((25, 30), 255, np.uint8)).save(parts / "masks" / "p2.jpg")
     lines = refused(capsys, "hyper_kvasir", bowels, out)
     assert (
-        "p0.jpg: nothing above 127" in lines[0] and "p2.jpg: its size (25, 30) is not" in lines[1] and len(lines) == 2
+        "p0.jpg: no value is above 127" in lines[0]
+        and "p2.jpg: size (25, 30), but its image has" in lines[1]
+        and len(lines) == 2
     )
     (parts / "masks" / "p0.jpg").unlink(), (parts / "images" / "p2.jpg").unlink()
     lines = refused(capsys, "hyper_kvasir", bowels, out)

@@ -80,7 +80,7 @@ def test_the_mvtec_convention_gives_labels_and_the_mask_of_the_own_defect(tmp_pa
     lines = [line.split() for line in said.splitlines()]
     assert ["train", "2", "0", "0", "0", "-"] in lines and ["test", "1", "2", "0", "2", "-"] in lines
     (line,) = refused(capsys, "folders", f"--root={tmp_path}", out=tmp_path / "other")
-    assert "has no images in a folder train" in line and ": name one of the folders in it: bottle" in line
+    assert "has no images in a folder train" in line and ": name a folder inside it: bottle" in line
 
 
 def test_masks_beside_the_images_of_a_class_and_a_validation_set_are_found(tmp_path, capsys):
@@ -110,7 +110,7 @@ def test_one_folder_of_masks_for_all_and_an_image_with_two_masks(tmp_path, capsy
     assert rows["test_tumor_c"].mask and not rows["test_tumor_d"].mask and "1 abnormal ones without a mask" in said
     picture(root / "test" / "annotation" / "c_mask.png", mask=True)
     (line,) = refused(capsys, "folders", f"--root={root}", out=tmp_path / "other")
-    assert "c.png: has several masks, test/annotation/c.png, test/annotation/c_mask.png: keep one" in line
+    assert "c.png: several masks match (test/annotation/c.png, test/annotation/c_mask.png): keep one" in line
 
 
 def series(folder, n, series_uid):
@@ -144,21 +144,21 @@ def test_two_folders_of_volumes_of_any_kind_are_one_command(tmp_path, capsys):
     alone, _ = prepared(capsys, "folders", f"--normal={healthy}", out=tmp_path / "alone")
     assert len(alone) == 2
     series(healthy / "b", 2, "1.2.9")
-    assert "holds 2 DICOM series: give each a folder" in refused(capsys, *flags, out=tmp_path / "x")[0]
+    assert "contains 2 DICOM series: give each series a folder" in refused(capsys, *flags, out=tmp_path / "x")[0]
     picture(new / "p.png")
-    assert "has a semicolon" in refused(capsys, "folders", f"--normal={new}", out=tmp_path / "x")[0]
-    assert "is no folder" in refused(capsys, "folders", "--normal=none", out=tmp_path / "x")[0]
+    assert "with a semicolon" in refused(capsys, "folders", f"--normal={new}", out=tmp_path / "x")[0]
+    assert "not a folder" in refused(capsys, "folders", "--normal=none", out=tmp_path / "x")[0]
     (tmp_path / "empty").mkdir()
     assert "has no image" in refused(capsys, "folders", f"--normal={tmp_path / 'empty'}", out=tmp_path / "x")[0]
-    assert "--root goes without" in refused(capsys, *flags, f"--root={healthy}", out=tmp_path / "x")[0]
-    assert "--test: is no flag of jsrt" in refused(capsys, "jsrt", "--root=x", "--test=y", out=tmp_path / "x")[0]
+    assert "--root excludes" in refused(capsys, *flags, f"--root={healthy}", out=tmp_path / "x")[0]
+    assert "--test: jsrt has no such flag" in refused(capsys, "jsrt", "--root=x", "--test=y", out=tmp_path / "x")[0]
     assert "did you mean mvtec?" in refused(capsys, "mvtek", "--root=x", out=tmp_path / "x")[0]
 
 
 def test_files_in_one_place_that_would_have_one_id_are_named(tmp_path, capsys):
     picture(tmp_path / "a" / "x.png"), picture(tmp_path / "a" / "x.jpg")
     (line,) = refused(capsys, "folders", f"--normal={tmp_path / 'a'}", out=tmp_path / "out")
-    assert "train_x: would be the id of" in line and "x.jpg" in line and "x.png" in line
+    assert "train_x: this would be the id of" in line and "x.jpg" in line and "x.png" in line
 
 
 # nnU-Net
@@ -195,23 +195,22 @@ def test_nnunet_joins_channels_and_takes_labels_from_segmentations(dataset, tmp_
 def test_nnunet_without_segmentations_trains_on_what_is_taken_as_normal(dataset, tmp_path, capsys):
     (dataset / "labelsTr").rename(tmp_path / "away"), (dataset / "dataset.json").unlink()
     rows, said = prepared(capsys, "nnunet", f"--root={dataset}", out=tmp_path / "out")
-    assert kinds(rows) == {("train", 0, False): 2, ("test", None, False): 1} and "no labelsTr" in said
+    assert kinds(rows) == {("train", 0, False): 2, ("test", None, False): 1} and "without labelsTr" in said
 
 
 def test_what_an_nnunet_folder_lacks_is_one_line(dataset, tmp_path, capsys):
     out = tmp_path / "out"
     (dataset / "imagesTr" / "b_1_0000.nii.gz").unlink(), (dataset / "labelsTr" / "b_2.nii.gz").unlink()
     lines = refused(capsys, "nnunet", f"--root={dataset}", out=out)
-    assert "b_1: has the channels 0001, not all of 2" in lines[0] and "b_2.nii.gz: not found" in lines[1]
+    assert "b_1: has the channels 0001 of 2" in lines[0] and "b_2.nii.gz: not found" in lines[1]
     (dataset / "dataset.json").write_text('{"channel_names": {"first": "T1"}}')
-    assert "not numbered from 0" in refused(capsys, "nnunet", f"--root={dataset}", out=out)[0]
+    assert "need numbers from 0" in refused(capsys, "nnunet", f"--root={dataset}", out=out)[0]
     (dataset / "dataset.json").write_text("{")
     assert "dataset.json: not readable" in refused(capsys, "nnunet", f"--root={dataset}", out=out)[0]
     (tmp_path / "away").mkdir()
     assert "has no folder imagesTr" in refused(capsys, "nnunet", f"--root={tmp_path / 'away'}", out=out)[0]
     assert (
-        f"name one of the folders in it: {dataset.name}"
-        in refused(capsys, "nnunet", f"--root={dataset.parent}", out=out)[0]
+        f"name a folder inside it: {dataset.name}" in refused(capsys, "nnunet", f"--root={dataset.parent}", out=out)[0]
     )
 
 
@@ -224,11 +223,11 @@ def test_nnunet_without_dataset_json_takes_the_usual_ending_and_says_what_lesion
     rows, said = prepared(capsys, "nnunet", f"--root={root}", out=tmp_path / "out", crops=True, normal_crops_only=True)
     assert kinds(rows) == {("train", 1, True): 3}
     assert "1 files that are not CASE_0000.png (.txt)" in said
-    assert "every class above 0 counts as lesion: dataset.json, which would name them, is not there" in said
+    assert "every class above 0 counts as lesion: dataset.json names no classes" in said
     for file in (root / "imagesTr").iterdir():
         file.rename(file.with_name(f"x{file.name.replace('_0000', '')}"))
     assert (
-        "none of 4 files, as xa.png, is CASE_0000.nii.gz"
+        "none of 4 files (such as xa.png) is called CASE_0000.nii.gz"
         in refused(capsys, "nnunet", f"--root={root}", out=tmp_path / "two")[0]
     )
 
@@ -268,19 +267,22 @@ def test_a_data_json_of_ddad_is_taken_as_it_is(tmp_path, capsys):
     (root / "data.json").write_text(json.dumps(about))
     _, said = prepared(capsys, "ddad", f"--root={root}", out=tmp_path / "absent")
     for absent in ("train.unlabeled.0", "train.unlabeled.1", "test.0"):
-        assert f"1 list {absent}, which data.json has not" in said
+        assert f"1 list {absent}, missing in data.json" in said
     about["train"]["unlabeled"] = {"0": names["b"], "1": names["b"]}
     (root / "data.json").write_text(json.dumps(about))
-    assert "b0: would be the id of" in refused(capsys, "ddad", f"--root={root}", out=tmp_path / "two")[0]
+    assert "b0: this would be the id of" in refused(capsys, "ddad", f"--root={root}", out=tmp_path / "two")[0]
     assert not (tmp_path / "two").exists()  # so that it is free for the next try
     about["train"]["unlabeled"], about["test"]["0"] = {"0": names["b"], "1": names["c"]}, names["d"]
     (root / "data.json").write_text(json.dumps(about))
     (root / "train_png_512" / "e0.png").unlink()
-    assert "e0.png: is not found, of test.1" in refused(capsys, "ddad", f"--root={root}", out=tmp_path / "two")[0]
+    assert (
+        "e0.png: not found (list test.1 of data.json)"
+        in refused(capsys, "ddad", f"--root={root}", out=tmp_path / "two")[0]
+    )
     for text in ("[]", "{", '{"train": {"0": ["../x.png"]}}'):
         (root / "data.json").write_text(text)
         (line,) = refused(capsys, "ddad", f"--root={root}", out=tmp_path / "two")
-        assert "is no data.json of train and test lists" in line
+        assert "not a data.json of train and test lists" in line
 
 
 def test_dicom_of_any_name_is_found_and_files_that_are_not_read_are_counted(tmp_path, capsys):
@@ -296,7 +298,7 @@ def test_dicom_of_any_name_is_found_and_files_that_are_not_read_are_counted(tmp_
         *("1.2.840.113619.2.5", "plain", "old.IMA", "odd.name", "x.dcm", "a.png")
     }
     for count in ("2 .bmp files", "1 .gif files", "1 files without an ending", "1 .db files"):
-        assert f"{count} (no images, or of a kind that is not read)" in said
+        assert f"{count} (not images, or of a format that is not read)" in said
     for path in list(folder.iterdir()):
         if path.suffix not in (".bmp", ".gif"):
             path.unlink()
@@ -337,7 +339,7 @@ def test_bids_joins_the_chosen_sequences_and_knows_patients(bids, tmp_path, caps
 
 def test_bids_asks_for_sequences_where_there_are_several(bids, tmp_path, capsys):
     (line,) = refused(capsys, "bids", f"--root={bids}", out=tmp_path / "out")
-    assert "has T1w (5), FLAIR (4): choose, in the channels' order, as --sequences=" in line
+    assert "has T1w (5), FLAIR (4): choose the channels in their order: --sequences=" in line
     volume(bids / "sub-02" / "anat" / "sub-02_acq-fast_T1w.nii.gz")
     _, said = prepared(capsys, "bids", f"--root={bids}", "--sequences=T1w", out=tmp_path / "out")
     assert "1 sessions with several T1w" in said
@@ -345,7 +347,7 @@ def test_bids_asks_for_sequences_where_there_are_several(bids, tmp_path, capsys)
     assert list(rows) == ["sub-02"]
     volume(bids / "derivatives/other/sub-02_label-L_mask.nii.gz", lesion())
     lines = refused(capsys, "bids", f"--root={bids}", "--sequences=FLAIR", out=tmp_path / "three")
-    assert "is one of 2 lesion masks of sub-02: keep one" in lines[0]
+    assert "sub-02 has 2 lesion masks: keep one" in lines[0]
     assert "has no sub-NAME/anat" in refused(capsys, "bids", f"--root={tmp_path / 'out'}", out=tmp_path / "four")[0]
 
 
@@ -366,7 +368,7 @@ def test_bids_keeps_subjects_with_a_mask_of_no_one_session_out_of_train(bids, tm
     }
     assert all(row.split == "test" for row in rows.values() if row.patient > "sub-03")
     assert rows["sub-06_ses-a"].mask.endswith("dseg.nii.gz") and {row.split for row in rows.values()} > {"test"}
-    assert "2 lesion masks of no one case (their subjects do not train)" in said
+    assert "2 lesion masks that match no single case (their subjects do not train)" in said
     volume(masks / "sub-06_ses-b_label-lesion_mask.nii.gz", lesion(False))
     rows, _ = prepared(capsys, "bids", f"--root={bids}", "--sequences=T1w", out=tmp_path / "two")
     assert (rows["sub-06_ses-b"].split, rows["sub-06_ses-b"].label) == ("test", 0)
@@ -442,18 +444,18 @@ def test_fewer_films_of_chexpert_are_shared_out(radiographs, tmp_path, capsys, m
 
 def test_what_chexpert_lacks_is_one_line(radiographs, tmp_path, capsys):
     out, table = tmp_path / "out", radiographs / "train.csv"
-    assert "--views=AP: is unknown" in refused(capsys, "chexpert", f"--root={radiographs}", "--views=AP", out=out)[0]
+    assert "--views=AP: unknown views" in refused(capsys, "chexpert", f"--root={radiographs}", "--views=AP", out=out)[0]
     (radiographs / "valid" / "patient64541" / "study1" / "view1_frontal.jpg").rename(tmp_path / "gone.jpg")
     (radiographs / "train" / "patient00008" / "study1" / "view1_frontal.jpg").unlink()
     (radiographs / "train" / "patient00009" / "study2" / "view1_frontal.jpg").unlink()
     lines = refused(capsys, "chexpert", f"--root={radiographs}", out=out)
-    assert len(lines) == 2 and all("not found, but in the table" in line for line in lines)
+    assert len(lines) == 2 and all("listed in the table but not found" in line for line in lines)
     text = table.read_text()
     table.write_text(text.replace("Pneumonia", "Pneumonitis"))
     assert "has no column Pneumonia" in refused(capsys, "chexpert", f"--root={radiographs}", out=out)[0]
     table.write_text(text + "somewhere/else.jpg,,,Frontal,PA,1.0\n")
     assert (
-        "line 15: 'somewhere/else.jpg' is no image's path"
+        "line 15: 'somewhere/else.jpg' is not the path of an image"
         in refused(capsys, "chexpert", f"--root={radiographs}", out=out)[0]
     )
     table.unlink()
@@ -476,7 +478,7 @@ def test_lists_of_two_versions_of_covidx_and_a_patient_in_both_are_noticed(tmp_p
     assert "patient '2' is in train and test" in line
     (root / "test_COVIDx8B.txt").write_text("3 a.png positive ricord\n")
     (line,) = refused(capsys, "covidx", f"--root={root}", out=out)
-    assert "a.png: is in both lists" in line
+    assert "a.png: listed in both splits" in line
 
 
 def test_two_pictures_of_one_name_in_a_folder_of_hyper_kvasir_are_noticed(tmp_path, capsys):
@@ -484,7 +486,7 @@ def test_two_pictures_of_one_name_in_a_folder_of_hyper_kvasir_are_noticed(tmp_pa
     for name in ("cecum/a.jpg", "cecum/a.png", "segmented-images/images/p.jpg", "segmented-images/masks/p.jpg"):
         picture(root / name)
     (line,) = refused(capsys, "hyper_kvasir", f"--root={root}", out=tmp_path / "out")
-    assert "cecum/a.png: has the name of a.jpg beside it: keep one" in line
+    assert "cecum/a.png: a.jpg beside it has the same name: keep one" in line
 
 
 def test_no_image_gets_the_mask_of_another_class_and_normals_of_another_name_are_no_lesions(tmp_path):

@@ -10,7 +10,7 @@ from jmae.data import slices
 from jmae.data.files import image_size, read_image, read_mask
 from jmae.data.manifest import parse_manifest, summary
 from jmae.data.opening import open_each
-from jmae.data.slices import How, cut_manifest, distance, lie
+from jmae.data.slices import Options, cut_manifest, distance, lie
 from jmae.data.volumes import boxes_mask
 from jmae.errors import exit_code
 
@@ -53,7 +53,7 @@ def row(name, split="test", label="", **cells):
 
 def cut(folder, *rows, **how):
     """The slices of a manifest, read as any recipe reads them."""
-    said = cut_manifest(manifest(folder, *rows), folder / "out", How(**how))
+    said = cut_manifest(manifest(folder, *rows), folder / "out", Options(**how))
     found = parse_manifest(folder / "out" / "manifest.csv")[0]
     assert open_each(found, workers=1) == []
     return found, said
@@ -93,7 +93,7 @@ def test_a_slice_is_healthy_farther_than_the_margin_from_every_lesion_slice(fort
 
 @pytest.mark.parametrize(("margin", "last"), [("10mm", 15), ("9.9 mm", 16), ("0", 19), ("12.5mm", 14)])
 def test_a_margin_in_mm_is_measured_by_the_spacing(forty, margin, last):
-    how = slices.settings({"margin": margin})  # slices are 2.5 mm apart
+    how = slices.read_options({"margin": margin})  # slices are 2.5 mm apart
     rows, _ = cut(forty, row("a", "test", 1, image="a.nii", mask="m.nii"), **how._asdict())
     assert max(k for k in numbers(rows, "a", 0) if k < 20) == last
 
@@ -232,7 +232,7 @@ def test_all_problems_come_in_one_list_and_no_manifest_is_left(forty, capsys):
     )
     lines = refused(capsys, path, "--out", forty / "out")
     words = ["'a' is abnormal and in train: give it a mask or boxes", "q.npy: size", "write --axis=0, 1 or 2"]
-    words += ["not finite", "not found", "is no volume", "box (0.0, 0.0, 1.0, 1.0)", "semicolon"]
+    words += ["not finite", "not found", "not a volume", "box (0.0, 0.0, 1.0, 1.0)", "semicolon"]
     for word in words:
         assert sum(word in line for line in lines) == 1, (word, lines)
     assert len(lines) == len(words) and all(": " in line for line in lines)
@@ -248,14 +248,14 @@ def test_what_is_found_while_slices_are_written_leaves_no_manifest(forty, capsys
 @pytest.mark.parametrize(
     ("flags", "word"),
     [
-        (["--axis=axail"], "axial, coronal or sagittal"),
-        (["--axis=3"], "axial, coronal or sagittal"),
-        (["--margin=2.5"], "whole slices"),
-        (["--margin=-1"], "whole slices"),
-        (["--margin", "5cm"], "whole slices"),
+        (["--axis=axail"], "axial, coronal, sagittal"),
+        (["--axis=3"], "axial, coronal, sagittal"),
+        (["--margin=2.5"], "number of slices"),
+        (["--margin=-1"], "number of slices"),
+        (["--margin", "5cm"], "number of slices"),
         (["--least=1.5"], "from 0 to 1"),
         (["--least=nan"], "finite"),
-        (["--every=0"], "is no step"),
+        (["--every=0"], "not a step"),
         (["--every=2.5"], "whole number"),
         (["--margn=2"], "did you mean --margin"),
         (["another.csv"], "name one manifest"),
@@ -271,10 +271,10 @@ def test_a_manifest_is_never_written_over(forty, capsys):
     path = manifest(forty, row("a", label=0, image="a.nii"))
     before = path.read_bytes()
     (line,) = refused(capsys, path, "--out", forty)
-    assert "is there already" in line and path.read_bytes() == before
+    assert "exists already" in line and path.read_bytes() == before
     assert exit_code(slices.main, [str(path), f"--out={forty / 'out'}"]) == 0
     assert "40 slices of 1 volumes" in capsys.readouterr().out
-    assert "is there already" in refused(capsys, path, "--out", forty / "out")[0]
+    assert "exists already" in refused(capsys, path, "--out", forty / "out")[0]
 
 
 def test_no_spacing_for_a_margin_in_mm_nothing_left_and_half_a_volume_are_refused(forty, capsys):
@@ -282,10 +282,10 @@ def test_no_spacing_for_a_margin_in_mm_nothing_left_and_half_a_volume_are_refuse
     mask[:, :, 5] = 1
     np.save(forty / "v.npy", volume), np.save(forty / "k.npy", mask)
     path = manifest(forty, row("v", "train", 1, image="v.npy", mask="k.npy"))
-    assert "no spacing" in refused(capsys, path, "--out", forty / "out", "--axis=2", "--margin=5mm")[0]
+    assert "needs the spacing" in refused(capsys, path, "--out", forty / "out", "--axis=2", "--margin=5mm")[0]
     assert "no slice is left" in refused(capsys, path, "--out", forty / "out", "--axis=2", "--margin=50")[0]
     path.write_text("id,patient,split,label,image,mask,region,midline,half\na,P,train,0,a.nii,,,middle,first\n")
-    assert "slices are cut whole" in refused(capsys, path, "--out", forty / "out")[0]
+    assert "slices are whole" in refused(capsys, path, "--out", forty / "out")[0]
 
 
 def test_phantoms_are_cut_too(tmp_path):
@@ -299,4 +299,4 @@ def test_phantoms_are_cut_too(tmp_path):
 def test_help_says_what_least_means(capsys):
     with pytest.raises(SystemExit):
         slices.main(["--help"])
-    assert "covers less than this share" in capsys.readouterr().out
+    assert "Smallest area of a slice's region" in capsys.readouterr().out

@@ -1,11 +1,13 @@
 """COVIDx, chest radiographs with and without COVID-19 (Wang et al., COVID-Net, Scientific Reports 2020).
 
-A list has a line an image, `patient filename label source`; ids of patients may hold spaces, so it is split from the
-right. Images are train/FILENAME and test/FILENAME. Splits as MemMC-MAE has them (Tian et al. 2022): the negatives of
-the training list train, its positives are not used, the test list is the test; with train_COVIDx8B.txt and
-test_COVIDx8B.txt these are the paper's 13,794, and 200 of either class. Lists of two versions share images: refused.
+A list has one line for each image, `patient filename label source`. The id of a patient may contain spaces, so a line
+is split from the right. Images are train/FILENAME and test/FILENAME.
 
-ours: most images are grey, the few coloured ones become so: 0.299 R + 0.587 G + 0.114 B.
+The splits are those of MemMC-MAE (Tian et al. 2022). The negatives of the training list train; its positives are not
+used. The test list is the test. train_COVIDx8B.txt and test_COVIDx8B.txt give the paper's numbers: 13,794 to train, and
+200 of each class to test. The lists of two versions share images and are refused.
+
+ours: the few coloured images become grey, as most images are: 0.299 R + 0.587 G + 0.114 B.
 """
 
 import os
@@ -38,22 +40,24 @@ class Line(NamedTuple):
 
 
 def prepare(root: Path, out: Path, seed: int) -> Prepared:
-    """Writes `out`/images/SPLIT/NAME.png of coloured images and returns the rows; raises InputError with all
-    problems."""
+    """Returns the rows, and writes a grey copy `out`/images/SPLIT/NAME.png of each coloured image.
+
+    Raises InputError with all problems.
+    """
     paths = {split: find_list(root, split) for split in ("train", "test")}
     one, other = (re.sub(r"^(train|test)_?|\.txt$", "", path.name.lower()) for path in paths.values())
     if one and other and one != other:
-        what = f"{paths['train'].name} and {paths['test'].name} are of two versions, which share images"
+        what = f"{paths['train'].name} and {paths['test'].name} are of two versions and share images"
         raise InputError(f"{root}: {what}: keep the two lists of one version")
     lists = {split: read_list(path) for split, path in paths.items()}
     twice = {line.file for line in lists["train"]} & {line.file for line in lists["test"]}
-    refuse([f"{name}: is in both lists: copy the two lists of one version" for name in sorted(twice)])
+    refuse([f"{name}: listed in both splits: copy the two lists of one version" for name in sorted(twice)])
     used = [(split, line) for split, lines in lists.items() for line in lines if split == "test" or not line.label]
     missing = [f"{root / s}: not found: unpack the images of COVIDx there" for s in lists if not (root / s).is_dir()]
     refuse(missing)
     there = {split: set(os.listdir(root / split)) for split in lists}
     problems = [
-        f"{root / split / line.file}: not found, but in the list: copy it there"
+        f"{root / split / line.file}: listed but not found: copy it there"
         for split, line in used
         if line.file not in there[split]
     ]
@@ -77,11 +81,11 @@ def prepare(root: Path, out: Path, seed: int) -> Prepared:
     ]
     counts = ", ".join(f"{len(lines)} lines for {split}" for split, lines in lists.items())
     left_out = Counter({"positives of the training list": sum(line.label for line in lists["train"])})
-    return Prepared(rows, counts, left_out, caution=told_by_source(lists["test"]))
+    return Prepared(rows, counts, left_out, caution=source_caution(lists["test"]))
 
 
 def find_list(root: Path, split: str) -> Path:
-    """The one list of a split anywhere below `root`; raises InputError where there is none, or are several."""
+    """The list of a split, anywhere below `root`. Raises InputError unless there is exactly one."""
     name = re.compile(rf"{split}(_.+)?\.txt", re.IGNORECASE)
     found = sorted(Path(folder, n) for folder, _, names in os.walk(root) for n in names if name.fullmatch(n))
     if not found:
@@ -93,8 +97,8 @@ def find_list(root: Path, split: str) -> Path:
 
 
 def read_list(path: Path) -> list[Line]:
-    """All lines of a list; raises InputError with all problems."""
-    lines, problems, seen = [], [], set[str]()
+    """The lines of a list. Raises InputError with all problems."""
+    lines, problems, files = [], [], set[str]()
     for number, text in enumerate(text_of(path).splitlines(), 1):
         parts = text.rsplit(None, 3)
         if not parts:
@@ -102,31 +106,34 @@ def read_list(path: Path) -> list[Line]:
         if len(parts) < 4 or parts[2] not in LABELS or Path(parts[1]).name != parts[1]:
             what = "not `patient filename label source` with a label positive or negative"
             problems.append(f"{path}: line {number}: {what}: copy the original again")
-        elif parts[1] in seen:
+        elif parts[1] in files:
             problems.append(f"{path}: line {number}: {parts[1]} is listed twice: copy the original again")
         else:
             lines.append(Line(parts[0].strip(), parts[1], LABELS[parts[2]], parts[3]))
-            seen.add(parts[1])
+            files.add(parts[1])
     refuse(problems)
     if not lines:
-        raise InputError(f"{path}: has no line: copy the original again")
+        raise InputError(f"{path}: empty list: copy the original again")
     return lines
 
 
 def in_grey(path: Path, grey: Path) -> str:
-    """The path of a grey image, or of its copy in grey, which is written; raises InputError if it is not readable."""
+    """The path of a grey version of an image: of the image itself, or of a grey copy written to `grey`.
+
+    Raises InputError where the image cannot be read.
+    """
     image = read_image(path)
     if image.array.shape[-1] == 1:
         return str(path)
     return write_png(grey, np.round(image.array @ GREY).astype(np.uint16 if image.bits == 16 else np.uint8))
 
 
-def told_by_source(test: list[Line]) -> str:
-    """What is to be said where no source of the test has both classes."""
+def source_caution(test: list[Line]) -> str:
+    """A warning where no source of the test has both classes, else ""."""
     normal, abnormal = (sorted({line.source for line in test if line.label == label}) for label in (0, 1))
     if not normal or not abnormal or set(normal) & set(abnormal):
         return ""
     return (
         f"all abnormal images of the test come from {', '.join(abnormal)}, all normal ones from {', '.join(normal)}: a "
-        "score can tell them by their source alone; say so with every figure"
+        "score can separate them by their source alone; say so with every figure"
     )

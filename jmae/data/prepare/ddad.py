@@ -1,9 +1,9 @@
-"""A data.json as of DDAD (Cai et al., MICCAI 2022, arXiv 2206.03935), which MedIAnomaly follows: the official splits.
+"""The official splits of DDAD (Cai et al., MICCAI 2022, arXiv 2206.03935) and MedIAnomaly, from their data.json:
 
     {"train": {"0": [NAME, ...], "unlabeled": {"0": [...], "1": [...]}}, "test": {"0": [...], "1": [...]}}
 
-The images lie beside it or in a folder there, as train_png_512. Labels of unlabelled images go into
-OUT/unlabeled_labels.csv, for the sweep over anomaly ratios: training never reads them. Patients are not known.
+The images lie beside data.json or in a folder there, such as train_png_512. The labels of unlabelled images are written
+to OUT/unlabeled_labels.csv, for the sweep over anomaly ratios. Training never reads these labels. Patients are unknown.
 """
 
 import json
@@ -16,7 +16,7 @@ from jmae.data.prepare.folders import name_of
 from jmae.errors import InputError
 from jmae.run_folder import write_csv
 
-PARTS = {  # where each list is: (split, label)
+PARTS = {  # (split, label) of the list at each place in data.json
     ("train", "0"): ("train", 0),
     ("train", "unlabeled", "0"): ("unlabeled", 0),
     ("train", "unlabeled", "1"): ("unlabeled", 1),
@@ -26,23 +26,24 @@ PARTS = {  # where each list is: (split, label)
 
 
 def prepare(root: Path, out: Path, seed: int) -> Prepared:
-    """Writes `out`/unlabeled_labels.csv, last of all, and returns the rows; raises InputError with all problems."""
-    lists = read(root / "data.json")
+    """Returns the rows, and writes `out`/unlabeled_labels.csv last. Raises InputError with all problems."""
+    lists = read_lists(root / "data.json")
     folders = [root, *sorted(path for path in root.iterdir() if path.is_dir() and path.name[0] != ".")]
     rows, problems, hidden = [], [], []
     for part, (split, label) in PARTS.items():
         for name in lists.get(part, ()):
             there = [folder / name for folder in folders if (folder / name).is_file()]
             if len(there) != 1:
-                where = f"is in {' and '.join(str(path.parent) for path in there)}" if there else "is not found"
-                problems.append(f"{name}: {where}, of {'.'.join(part)} in data.json: copy the images again, once")
+                where = f"lies in {' and '.join(str(path.parent) for path in there)}" if there else "not found"
+                what = f"{where} (list {'.'.join(part)} of data.json)"
+                problems.append(f"{name}: {what}: copy the images again, into one folder")
                 continue
             case = name_of(Path(name).parts)
             rows.append(Row(case, "", split, None if split == "unlabeled" else label, (str(there[0]),)))
             hidden += [{"id": case, "label": label}] if split == "unlabeled" else []
     refuse(problems)
     check_rows(rows)
-    absent = Counter(f"list {'.'.join(part)}, which data.json has not" for part in PARTS if part not in lists)
+    absent = Counter(f"list {'.'.join(part)}, missing in data.json" for part in PARTS if part not in lists)
     flags = ""
     if hidden:
         write_csv(out / "unlabeled_labels.csv", hidden)
@@ -50,8 +51,8 @@ def prepare(root: Path, out: Path, seed: int) -> Prepared:
     return Prepared(rows, f"{len(rows)} images of data.json", absent, flags)
 
 
-def read(path: Path) -> dict[tuple[str, ...], list[str]]:
-    """The lists of data.json by `PARTS`, as far as they are there; raises InputError where it is not of this form."""
+def read_lists(path: Path) -> dict[tuple[str, ...], list[str]]:
+    """The lists in data.json, by their keys in `PARTS`. Raises InputError where the file has another form."""
     try:
         about = json.loads(path.read_text(encoding="utf-8"))
         lists = {}
@@ -62,9 +63,11 @@ def read(path: Path) -> dict[tuple[str, ...], list[str]]:
             if found is not None:
                 lists[part] = [str(Path(name)) for name in found]
         if outside := [name for names in lists.values() for name in names if {"..", "/"} & {*Path(name).parts}]:
-            raise ValueError(f"names {outside[0]}, outside of the folder")
+            raise ValueError(f"it names {outside[0]}, which is outside of the folder")
         return lists
     except FileNotFoundError:
-        raise InputError(f"{path}: not found: rename rsna_data.json, or another of these, to data.json") from None
+        raise InputError(
+            f"{path}: not found: rename the data set's list, such as rsna_data.json, to data.json"
+        ) from None
     except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
-        raise InputError(f"{path}: is no data.json of train and test lists ({error}): copy it again") from None
+        raise InputError(f"{path}: not a data.json of train and test lists ({error}): copy it again") from None

@@ -1,11 +1,13 @@
 """DeepLesion, lesions marked in routine CT (Yan et al., Journal of Medical Imaging 2018).
 
-Images_png/PPPPPP_SS_SS/NNN.png are 16-bit, HU = value - 32768: key slices and the slices around them. DL_info.csv has
-a row a lesion; File_name PPPPPP_SS_SS_NNN.png is its key slice, Bounding_boxes "x1, y1, x2, y2" in its pixels, the
-third number of Spacing_mm_px_ the distance between slices, Train_Val_Test 1, 2 or 3.
+Images_png/PPPPPP_SS_SS/NNN.png are 16-bit images of the key slices and the slices around them; HU = value - 32768.
+DL_info.csv has one row for each lesion. File_name PPPPPP_SS_SS_NNN.png is the lesion's key slice. Bounding_boxes is
+"x1, y1, x2, y2" in pixels of this slice. The third number of Spacing_mm_px_ is the distance between slices.
+Train_Val_Test is 1, 2 or 3.
 
-Splits as P-PII has them: slices farther than 10 mm from every key slice of their series count as healthy; those of the
-official training patients train. Lesions beside the marked ones exist: no slice of this set is known to be healthy.
+The splits are those of P-PII. A slice counts as healthy where it is farther than 10 mm from every key slice of its
+series. The healthy slices of the official training patients train. Not every lesion is marked, so no slice of this data
+set is known to be healthy.
 """
 
 import csv
@@ -25,9 +27,9 @@ from jmae.data.slices import distance
 from jmae.errors import InputError
 
 MARGIN_MM = 10.0
-DRAWN = 500  # healthy slices and key slices each, of val and of test
+DRAWN = 500  # healthy slices, and as many key slices, in val and in test
 SPLITS = {"1": "train", "2": "val", "3": "test"}
-WINDOW = "--config.data.window=31744,35839"  # HU -1024 to 3071 as stored
+WINDOW = "--config.data.window=31744,35839"  # stored values of HU -1024 to 3071
 NEEDED = ("File_name", "Bounding_boxes", "Spacing_mm_px_", "Train_Val_Test")
 
 
@@ -42,7 +44,7 @@ class Lesion(NamedTuple):
 
 
 def prepare(root: Path, out: Path, seed: int) -> Prepared:
-    """The rows; nothing is written. Raises InputError with all problems."""
+    """Returns the rows and writes no file. Raises InputError with all problems."""
     lesions = read_lesions(root / "DL_info.csv")
     folders = _folders(root)
     series: dict[str, list[Lesion]] = defaultdict(list)
@@ -53,14 +55,14 @@ def prepare(root: Path, out: Path, seed: int) -> Prepared:
     keys: dict[str, list[tuple[str, int]]] = defaultdict(list)
     for name in sorted(series):
         if name not in folders:
-            left_out["series whose folder is not there"] += 1
+            left_out["series without a folder"] += 1
             continue
         marks, split = series[name], series[name][0].split
         numbers = np.array(sorted(int(f[:-4]) for f in os.listdir(folders[name]) if re.fullmatch(r"\d+\.png", f)), int)
         mm = np.min([distance(numbers, np.array([m.slice])) * m.step_mm for m in marks], axis=0)
         marked = sorted({m.slice for m in marks})
         for k in sorted(set(marked) - set(numbers.tolist())):
-            problems.append(f"{folders[name] / f'{k:03d}.png'}: not found, but a key slice: copy the folder again")
+            problems.append(f"{folders[name] / f'{k:03d}.png'}: this key slice is not found: copy the folder again")
         free = mm > MARGIN_MM + 1e-6
         healthy[split] += [(name, int(k)) for k in numbers[free]]
         left_out["slices within 10 mm of a key slice"] += int(np.count_nonzero(~free)) - len(marked)
@@ -74,7 +76,7 @@ def prepare(root: Path, out: Path, seed: int) -> Prepared:
     rows = []
     for split in SPLITS.values():
         pools = [healthy[split], keys[split]]
-        if split != "train":  # ours: val is drawn as the test is, it only chooses the threshold
+        if split != "train":  # ours: val, which only chooses the threshold, is drawn in the same way
             pools = [draw(pool, DRAWN, seed, title) for pool in pools]
             left_out[f"{split} slices not drawn"] += sum(map(len, (healthy[split], keys[split]))) - sum(map(len, pools))
         for label, pool in enumerate(pools):
@@ -90,7 +92,7 @@ def prepare(root: Path, out: Path, seed: int) -> Prepared:
 
 
 def read_lesions(path: Path) -> list[Lesion]:
-    """All rows of DL_info.csv; raises InputError with all problems."""
+    """The rows of DL_info.csv. Raises InputError with all problems."""
     if not path.is_file():
         raise InputError(f"{path}: not found: copy DL_info.csv of DeepLesion there")
     table = csv.DictReader(io.StringIO(text_of(path), newline=""), skipinitialspace=True)
@@ -107,8 +109,8 @@ def read_lesions(path: Path) -> list[Lesion]:
             lesions.append(Lesion(name[1], int(name[2]), tuple(box), spacing[2], split))
         except (ValueError, KeyError, IndexError, AttributeError, TypeError):
             problems.append(
-                f"{path}: line {table.line_num}: not PPPPPP_SS_SS_NNN.png with a box of four numbers, three of spacing "
-                "and a split 1 to 3: copy the original again"
+                f"{path}: line {table.line_num}: needs PPPPPP_SS_SS_NNN.png, a box of four numbers, a spacing of "
+                "three and a split 1 to 3: copy the original again"
             )
     splits: dict[str, set[str]] = defaultdict(set)
     for lesion in lesions:
@@ -118,12 +120,12 @@ def read_lesions(path: Path) -> list[Lesion]:
             problems.append(f"{path}: patient {patient} is in {' and '.join(sorted(found))}: copy the original again")
     refuse(problems)
     if not lesions:
-        raise InputError(f"{path}: has no row: copy the original again")
+        raise InputError(f"{path}: empty table: copy the original again")
     return lesions
 
 
 def _folders(root: Path) -> dict[str, Path]:
-    """The folder of each series; the parts of the download, Images_png_01 and so on, may lie beside each other."""
+    """The folder of each series. The parts of the download (Images_png_01, ...) may lie beside each other."""
     found: dict[str, Path] = {}
     for pattern in ("Images_png*", "Images_png*/Images_png*"):
         for part in sorted(root.glob(pattern)):
@@ -135,9 +137,12 @@ def _folders(root: Path) -> dict[str, Path]:
 
 
 def _inside(boxes: list[tuple[float, ...]], path: Path) -> tuple[tuple[float, ...], ...]:
-    """Boxes cut at the edges of their image; some stick out a little."""
+    """Boxes clipped to their image; some extend a little beyond it.
+
+    Raises InputError where a box lies outside.
+    """
     rows, columns = image_size(path)
     cut = [tuple(np.clip(box, 0, (columns, rows, columns, rows)).tolist()) for box in boxes]
     if any(box[0] >= box[2] or box[1] >= box[3] for box in cut):
-        raise InputError(f"{path}: its box {boxes} is not inside {columns} x {rows} pixels: repair DL_info.csv")
+        raise InputError(f"{path}: box {boxes} lies outside of the {columns} x {rows} pixels: repair DL_info.csv")
     return tuple(cut)

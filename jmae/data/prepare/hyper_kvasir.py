@@ -1,12 +1,13 @@
 """HyperKvasir, colonoscopy (Borgli et al., Scientific Data 2020): healthy bowel, and polyps with masks.
 
-Labelled images lie in a folder a class, labeled-images/.../CLASS/*.jpg; 1,000 polyps in segmented-images/images, with
-masks of the same names in segmented-images/masks. Those are JPEG, whose compression rings around the edge: a pixel
-above 127 is polyp. They are pictures of the class `polyp` too, which is never used. Patients are not known.
+Labelled images lie in one folder for each class, labeled-images/.../CLASS/*.jpg. 1,000 images of polyps lie in
+segmented-images/images, and their masks have the same names in segmented-images/masks. The masks are JPEG, whose
+compression makes rings around edges; a pixel above 127 counts as polyp. The same 1,000 images are in the class `polyp`
+too, so that class is not used. Patients are unknown.
 
-Splits in MemMC-MAE's numbers (Tian et al. 2022): 1,600 of cecum, ileum and bbps-2-3 train, 500 of them and the polyps
-are the test; its list is not public. ours: which ones is a seeded draw, and the normals beyond the 2,100 are val, held
-out for a threshold. Of fewer than 2,100, 16 of 21 train.
+The sizes of the splits are those of MemMC-MAE (Tian et al. 2022). Of cecum, ileum and bbps-2-3, 1,600 images train. 500
+further images and the polyps are the test. Its list is not public. ours: a seeded draw chooses the images; the normals
+beyond these 2,100 are val, for a threshold; with fewer than 2,100 normals, 16 of 21 train.
 """
 
 import os
@@ -16,19 +17,19 @@ from pathlib import Path
 
 from jmae.data.files import image_size, read_image
 from jmae.data.manifest import Row
-from jmae.data.prepare import Prepared, refuse, shuffled
+from jmae.data.prepare import Prepared, refuse, shuffle
 from jmae.data.slices import write_png
 from jmae.errors import InputError
 
-NORMAL = ("cecum", "ileum", "bbps-2-3")  # folders may be named normal-CLASS
+NORMAL = ("cecum", "ileum", "bbps-2-3")  # a folder may also be called normal-CLASS
 TRAIN, TEST = 1600, 500
-MASKED = 127  # a mask's pixel above it is polyp
+MASK_ABOVE = 127  # a mask's pixel above this value is polyp
 ENDS = (".jpg", ".jpeg", ".png")
 WORKERS = min(8, os.cpu_count() or 1)
 
 
 def prepare(root: Path, out: Path, seed: int) -> Prepared:
-    """Writes `out`/masks/NAME.png and returns the rows; raises InputError with all problems."""
+    """Returns the rows, and writes each mask as `out`/masks/NAME.png. Raises InputError with all problems."""
     classes, segmented = find_folders(root)
     normals = [
         Row(f"{name}_{path.stem}", "", "", 0, (str(path),), extra={"class": name})
@@ -44,9 +45,11 @@ def prepare(root: Path, out: Path, seed: int) -> Prepared:
 
     def polyp(name: str) -> Row | None:
         try:
-            mask, size = read_image(masks[name]).array.max(-1) > MASKED, image_size(images[name])
+            mask, size = read_image(masks[name]).array.max(-1) > MASK_ABOVE, image_size(images[name])
             if mask.shape != size or not mask.any():
-                what = f"its size {mask.shape} is not its image's, {size}" if mask.any() else f"nothing above {MASKED}"
+                what = (
+                    f"size {mask.shape}, but its image has {size}" if mask.any() else f"no value is above {MASK_ABOVE}"
+                )
                 raise InputError(f"{masks[name]}: {what}: copy both again, or move both out")
             written = write_png(out / "masks" / f"{name}.png", mask)
             return Row(f"polyp_{name}", "", "test", 1, (str(images[name]),), written, extra={"class": "polyp"})
@@ -60,20 +63,22 @@ def prepare(root: Path, out: Path, seed: int) -> Prepared:
     few = len(normals) < TRAIN + TEST
     train = len(normals) * TRAIN // (TRAIN + TEST) if few else TRAIN
     split = lambda i: "train" if i < train else "test" if i < TRAIN + TEST else "val"
-    drawn = [row._replace(split=split(i)) for i, row in enumerate(shuffled(normals, seed, lambda row: row.id))]
+    normals = [row._replace(split=split(i)) for i, row in enumerate(shuffle(normals, seed, lambda row: row.id))]
     counts = Counter(row.extra["class"] for row in normals)
     found = f"{len(normals)} normals ({', '.join(f'{counts[name]} {name}' for name in NORMAL)})"
-    found += f", fewer than {TRAIN + TEST}, of which {train} train" if few else ""
-    return Prepared([*drawn, *polyps], f"{found}; {len(polyps)} polyps with a mask", Counter())
+    found += f", fewer than {TRAIN + TEST}: {train} of them train" if few else ""
+    return Prepared([*normals, *polyps], f"{found}; {len(polyps)} polyps with a mask", Counter())
 
 
 def find_folders(root: Path) -> tuple[dict[str, Path | None], Path]:
-    """The folder of each normal class, None where there is none, and the one with the folders images and masks; raises
-    InputError where none is there, or several of one kind are."""
+    """(the folder of each normal class or None, the folder that contains the folders images and masks).
+
+    Raises InputError where no normal class or no such folder is found, or where several folders of one kind are.
+    """
     found: dict[str, list[Path]] = {name: [] for name in (*NORMAL, "segmented-images")}
     for folder, folders, _ in os.walk(root):
         name = os.path.basename(folder).lower().removeprefix("normal-")
-        if name in NORMAL and pictures(Path(folder)):  # labeled-videos has such folders too
+        if name in NORMAL and pictures(Path(folder)):  # folders of labeled-videos have the same names but no images
             found[name].append(Path(folder))
         if {"images", "masks"} <= set(folders):
             found["segmented-images"].append(Path(folder))
@@ -89,11 +94,11 @@ def find_folders(root: Path) -> tuple[dict[str, Path | None], Path]:
 
 
 def pictures(folder: Path | None) -> dict[str, Path]:
-    """The images of a folder by their names without ending, in order; raises InputError where two have one name."""
+    """The image files of a folder by name without ending, sorted. Raises InputError where two have the same name."""
     names = sorted(name for name in (os.listdir(folder) if folder else ()) if name.lower().endswith(ENDS))
     found: dict[str, Path] = {}
     for name in names:
         if (stem := Path(name).stem) in found:
-            raise InputError(f"{Path(folder or '', name)}: has the name of {found[stem].name} beside it: keep one")
+            raise InputError(f"{Path(folder or '', name)}: {found[stem].name} beside it has the same name: keep one")
         found[stem] = Path(folder or "", name)
     return found

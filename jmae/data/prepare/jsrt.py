@@ -1,9 +1,11 @@
 """JSRT, the chest radiographs of the Japanese Society of Radiological Technology (Shiraishi et al., AJR 2000).
 
-247 radiographs of 2048 x 2048 pixels of 0.175 mm, 12 bits in big-endian uint16 without a header, dense tissue low: 154
-with a nodule (JPCLNxxx.IMG), 93 without (JPCNNxxx.IMG), a patient each. CLNDAT_EN.txt has a record an image: name,
-subtlety, size in mm, age, sex, x, y, malignant or benign, place, diagnosis; CNNDAT_EN.txt name, age, sex, and
-"non-nodule". Splits as P-PII has them: 19 normals (a seeded draw) and all nodules are the test, the rest trains.
+The data set has 247 radiographs of 2048 x 2048 pixels of 0.175 mm. A file has 12-bit values in big-endian uint16 and no
+header; dense tissue has low values. 154 radiographs have a nodule (JPCLNxxx.IMG), 93 have none (JPCNNxxx.IMG). Each is
+of another patient. CLNDAT_EN.txt has a record for each image with a nodule: name, subtlety, size in mm, age, sex, x, y,
+malignant or benign, place, diagnosis. CNNDAT_EN.txt has name, age, sex and "non-nodule".
+
+The splits are those of P-PII: 19 normals (a seeded draw) and all nodules are the test, and the other normals train.
 """
 
 import os
@@ -23,10 +25,10 @@ from jmae.errors import InputError
 SIDE = 2048  # pixels
 PIXEL_MM = 0.175
 FULL = 4095  # the largest value of 12 bits
-BEYOND = 0.01  # a larger share of pixels above it means that these are not the original bytes
-NORMALS = 19  # in the test
+MOST_ABOVE = 0.01  # largest share of pixels above FULL in an original file
+TEST_NORMALS = 19
 WORKERS = min(8, os.cpu_count() or 1)
-FIELDS = ("subtlety", "size_mm", "age", "sex", "nodule")  # columns of the manifest; "?" in the table is empty
+FIELDS = ("subtlety", "size_mm", "age", "sex", "nodule")  # columns of the manifest; a "?" of the table becomes empty
 
 
 class Record(NamedTuple):
@@ -38,7 +40,7 @@ class Record(NamedTuple):
 
 
 def prepare(root: Path, out: Path, seed: int) -> Prepared:
-    """Writes `out`/images/NAME.png and returns the rows; raises InputError with all problems."""
+    """Returns the rows, and writes each image as `out`/images/NAME.png. Raises InputError with all problems."""
     files: dict[str, list[Path]] = {}
     for folder, folders, names in os.walk(root):
         folders.sort()
@@ -46,20 +48,20 @@ def prepare(root: Path, out: Path, seed: int) -> Prepared:
             files.setdefault(name.upper(), []).append(Path(folder, name))
     records = read_tables(root, files)
     problems, normals = [], [record for record in records if not record.box]
-    if len(normals) <= NORMALS:
-        problems.append(f"{root}: {len(normals)} normals, of which {NORMALS} are for the test: copy the whole data set")
-    named = {f"{record.name}.IMG" for record in records}
-    for name in sorted(named | {name for name in files if re.fullmatch(r"JPC[LN]N\d+\.IMG", name)}):
+    if len(normals) <= TEST_NORMALS:
+        problems.append(f"{root}: {len(normals)} normals, and the test needs {TEST_NORMALS}: copy the whole data set")
+    listed = {f"{record.name}.IMG" for record in records}
+    for name in sorted(listed | {name for name in files if re.fullmatch(r"JPC[LN]N\d+\.IMG", name)}):
         there = files.get(name, [])
         if not there:
-            problems.append(f"{name}: not found below {root}, but in the tables: copy it there")
+            problems.append(f"{name}: listed in the tables but not found below {root}: copy it there")
         elif len(there) > 1:
-            problems.append(f"{there[1]}: lies in {there[0].parent} as well: keep one of them")
-        elif name not in named:
-            problems.append(f"{there[0]}: is in neither table: copy the tables again, or move it out")
+            problems.append(f"{there[1]}: also lies in {there[0].parent}: keep one of them")
+        elif name not in listed:
+            problems.append(f"{there[0]}: listed in neither table: copy the tables again, or move the file out")
         elif (size := there[0].stat().st_size) != 2 * SIDE**2:
             whole = f"{SIDE} x {SIDE} pixels of 16 bits are {2 * SIDE**2}"
-            problems.append(f"{there[0]}: has {size} bytes, where {whole}: copy the original again")
+            problems.append(f"{there[0]}: has {size} bytes, but {whole}: copy the original again")
     refuse(problems)
 
     def convert(record: Record) -> str:
@@ -73,7 +75,7 @@ def prepare(root: Path, out: Path, seed: int) -> Prepared:
     with ThreadPoolExecutor(WORKERS) as pool:
         written = list(pool.map(convert, records))
     refuse(sorted(problems))
-    test = {record.name for record in draw(normals, NORMALS, seed, lambda record: record.name)}
+    test = {record.name for record in draw(normals, TEST_NORMALS, seed, lambda record: record.name)}
     rows = [
         Row(
             id=record.name,
@@ -91,19 +93,22 @@ def prepare(root: Path, out: Path, seed: int) -> Prepared:
 
 
 def read_radiograph(path: Path) -> np.ndarray:
-    """(SIDE, SIDE) uint16 over the full range, 0 where nothing absorbed: 65535 * (1 - value / 4095), rounded."""
+    """A radiograph as uint16 (SIDE, SIDE): round(65535 * (1 - value / 4095)), so 0 is air. Raises InputError."""
     try:
         raw = np.fromfile(path, ">u2").reshape(SIDE, SIDE)
     except OSError as error:
         raise InputError(f"{path}: not readable ({error.strerror or error}): copy the original again") from None
-    if np.count_nonzero(raw > FULL) > BEYOND * raw.size:
-        raise InputError(f"{path}: has values up to {raw.max()}, where 12 bits end at {FULL}: copy the original again")
+    if np.count_nonzero(raw > FULL) > MOST_ABOVE * raw.size:
+        raise InputError(f"{path}: has values up to {raw.max()}, above {FULL} of 12 bits: copy the original again")
     inverted = 1 - np.minimum(raw, FULL) / FULL
     return np.round(inverted * 65535).astype(np.uint16)
 
 
 def read_tables(root: Path, files: dict[str, list[Path]]) -> list[Record]:
-    """The records of both tables by name; `files` has the paths of each upper-case file name."""
+    """The records of both tables, sorted by name. `files` has the paths of each upper-case file name.
+
+    Raises InputError with all problems.
+    """
     records: dict[str, Record] = {}
     problems = []
     for table, letter in (("CLNDAT_EN.TXT", "L"), ("CNNDAT_EN.TXT", "N")):
@@ -111,7 +116,7 @@ def read_tables(root: Path, files: dict[str, list[Path]]) -> list[Record]:
             problems.append(f"{table}: not found below {root}: copy the Clinical_Information of JSRT there")
             continue
         path = files[table][0]
-        # Records are told by their names, not by line ends: some lack theirs.
+        # Some records lack their line end, so names separate them.
         parts = re.split(rf"(JPC{letter}N\d+)\.IMG", text_of(path), flags=re.IGNORECASE)[1:]
         if not parts:
             problems.append(f"{path}: names no JPC{letter}Nxxx.IMG: copy the table again")
@@ -119,14 +124,14 @@ def read_tables(root: Path, files: dict[str, list[Path]]) -> list[Record]:
             try:
                 records[name.upper()] = _nodule(name.upper(), rest) if letter == "L" else _normal(name.upper(), rest)
             except (ValueError, IndexError):
-                what = f"its record {name}{rest[:60].rstrip()!r} has no size and place" if letter == "L" else name
+                what = f"record {name}{rest[:60].rstrip()!r} lacks size or place" if letter == "L" else name
                 problems.append(f"{path}: {what}: copy the table again")
     refuse(problems)
     return [records[name] for name in sorted(records)]
 
 
 def _nodule(name: str, rest: str) -> Record:
-    """The box is centred at (x, y), size / 0.175 pixels wide and high, cut at the image's edge."""
+    """A record with a nodule. Its box is centred at (x, y), size / 0.175 pixels wide and high, clipped to the image."""
     subtlety, size, age, sex, x, y, kind = rest.split()[:7]
     half = float(size) / PIXEL_MM / 2
     ends = [float(np.clip(float(v) + sign * half, 0, SIDE)) for sign in (-1, 1) for v in (x, y)]

@@ -1,14 +1,14 @@
 """LIDC-IDRI, chest CT with the contours of up to four readers (Armato et al., Medical Physics 2011).
 
-Folders LIDC-IDRI-xxxx hold DICOM series, one file a slice; an XML file has the readings of one: `LidcReadMessage /
-readingSession / unblindedReadNodule / roi / {imageSOP_UID, inclusion, edgeMap / {xCoord, yCoord}}`, pixels from 0. A
-nodule below 3 mm is a single point. XML and series belong together by the SOP instance UIDs, or by the series UID that
-the header of a reading without any mark names; a series without a reading is left out.
+Folders LIDC-IDRI-xxxx contain DICOM series, one file for each slice. An XML file has the readings of one series:
+`LidcReadMessage / readingSession / unblindedReadNodule / roi / {imageSOP_UID, inclusion, edgeMap / {xCoord, yCoord}}`,
+with pixels counted from 0. A nodule below 3 mm is a single point. SOP instance UIDs link an XML file to its series. In
+a reading without any mark the header's series UID does. A series without a reading is left out.
 
-Slices and splits as P-PII has them: a slice is healthy if it is farther than 5 slices (in the order of z) from every
-mark, also from a point; slices with a contour are abnormal, those with a point alone are left out. Pixel truth is the
-union of the readers' filled contours, boxes are those of its connected parts. "nonNodule" marks are no lesions. ours:
-the contour's own pixels count as lesion, though readers drew it just outside.
+The slices and splits are those of P-PII. A slice is healthy where it is farther than 5 slices (in the order of z) from
+every mark, a point included. A slice with a contour is abnormal. A slice with only points is left out. The mask is the
+union of the readers' filled contours, and each connected part of it has a box. "nonNodule" marks are no lesions. ours:
+the pixels of a contour count as lesion, although readers draw it just outside the nodule.
 """
 
 import os
@@ -31,40 +31,40 @@ from jmae.errors import InputError
 
 MARGIN = 5  # slices
 TRAIN, VAL = 800, 100  # patients by id
-HEALTHY, ABNORMAL = 500, 478  # slices drawn of val and of test
+HEALTHY, ABNORMAL = 500, 478  # slices drawn for val, and again for test
 WINDOW = "--config.data.window=-1024,3071"  # HU
 TAGS = "SOPInstanceUID SeriesInstanceUID Modality ImagePositionPatient Rows Columns".split()
 
-Roi = tuple[bool, np.ndarray]  # whether it adds or takes away; (n, 2): x, y
+Roi = tuple[bool, np.ndarray]  # (True: adds, False: excludes; contour points (n, 2): x, y)
 
 
 class Reading(NamedTuple):
-    """What one XML file, or several, say."""
+    """The marks of one or several XML files."""
 
-    series: set[str]  # UIDs that headers name
-    seen: set[str]  # SOP UIDs of all marks, those of "nonNodule" too
-    contours: dict[str, list[list[Roi]]]  # SOP UID -> nodules
+    series: set[str]  # series UIDs in headers
+    marked: set[str]  # SOP UIDs of all marks, "nonNodule" included
+    contours: dict[str, list[list[Roi]]]  # the contours of each nodule, by SOP UID
     points: set[str]  # SOP UIDs with a nodule below 3 mm
 
 
 class Slice(NamedTuple):
     """One DICOM file of a series."""
 
-    name: str  # PATIENT_SCAN_NUMBER; scans from 1 by their UIDs, slices from 0 upwards
+    name: str  # PATIENT_SCAN_NUMBER; scans count from 1 in the order of their UIDs, slices from 0 upwards along z
     file: Path
     sop: str
     size: tuple[int, int]  # rows, columns
 
 
 class _NoDoctype(ET.TreeBuilder):
-    """Refuses what entities are declared in, before any is read."""
+    """Refuses a DOCTYPE, so that no entity is expanded."""
 
     def doctype(self, name: str, pubid: str | None, system: str | None) -> None:
-        raise ValueError("has a DOCTYPE, which no file of LIDC-IDRI has")
+        raise ValueError("no file of LIDC-IDRI has a DOCTYPE")
 
 
 def prepare(root: Path, out: Path, seed: int) -> Prepared:
-    """Writes `out`/masks/SLICE.png and returns the rows; raises InputError with all problems."""
+    """Returns the rows, and writes masks as `out`/masks/SLICE.png. Raises InputError with all problems."""
     patients, messages = _walk(root)
     left_out = Counter[str]()
     reading = _readings(messages, left_out)
@@ -72,8 +72,8 @@ def prepare(root: Path, out: Path, seed: int) -> Prepared:
     scans = {patient: found for patient, found in scans.items() if found}
     if not scans:
         raise InputError(
-            f"{root}: of {len(patients)} folders LIDC-IDRI-xxxx none has a CT series with a reading: copy the series, "
-            "and the XML files beside them"
+            f"{root}: none of {len(patients)} folders LIDC-IDRI-xxxx has a CT series with a reading: copy the series "
+            "and the XML files there"
         )
     there = {one.sop for found in scans.values() for scan in found for one in scan}
     left_out["marked slices without an image"] = len({*reading.contours, *reading.points} - there)
@@ -82,23 +82,23 @@ def prepare(root: Path, out: Path, seed: int) -> Prepared:
     for number, patient in enumerate(scans):
         split = "train" if number < TRAIN else "val" if number < TRAIN + VAL else "test"
         for scan in scans[patient]:
-            drawn = [one.sop in reading.contours for one in scan]
-            marked = np.array([has or one.sop in reading.points for has, one in zip(drawn, scan, strict=True)])
+            abnormal = [one.sop in reading.contours for one in scan]
+            marked = np.array([has or one.sop in reading.points for has, one in zip(abnormal, scan, strict=True)])
             far = distance(np.arange(len(scan)), np.flatnonzero(marked)) > MARGIN
             healthy[split] += [one for one, free in zip(scan, far, strict=True) if free]
             left_out[f"slices within {MARGIN} of a mark"] += int(np.count_nonzero(~far & ~marked))
-            left_out["slices with a point mark alone"] += int(np.count_nonzero(marked) - sum(drawn))
+            left_out["slices with only a point mark"] += int(np.count_nonzero(marked) - sum(abnormal))
             if split == "train":
-                left_out["lesion slices of training patients"] += sum(drawn)
+                left_out["lesion slices of training patients"] += sum(abnormal)
             else:
-                truth = [one for one, has in zip(scan, drawn, strict=True) if has and _mask(one, reading).any()]
-                left_out["lesion slices without a pixel inside"] += sum(drawn) - len(truth)
+                truth = [one for one, has in zip(scan, abnormal, strict=True) if has and _mask(one, reading).any()]
+                left_out["lesion slices without a pixel inside"] += sum(abnormal) - len(truth)
                 lesions[split] += truth
 
     rows = []
     for split in ("train", "val", "test"):
         pools = [healthy[split], lesions[split]]
-        if split != "train":  # ours: val is drawn as the test is, it only chooses the threshold
+        if split != "train":  # ours: val, which only chooses the threshold, is drawn in the same way
             pools = [draw(pool, n, seed, lambda s: s.name) for pool, n in zip(pools, (HEALTHY, ABNORMAL), strict=True)]
             left_out[f"{split} slices not drawn"] += sum(map(len, (healthy[split], lesions[split])))
             left_out[f"{split} slices not drawn"] -= sum(map(len, pools))
@@ -109,7 +109,7 @@ def prepare(root: Path, out: Path, seed: int) -> Prepared:
 
 
 def _walk(root: Path) -> tuple[dict[str, list[Path]], list[Path]]:
-    """The .dcm files below each folder LIDC-IDRI-xxxx, and all .xml files."""
+    """(the .dcm files below each folder LIDC-IDRI-xxxx, all .xml files). Raises InputError without either."""
     patients: dict[str, list[Path]] = {}
     messages = []
     for folder, folders, names in os.walk(root):
@@ -121,14 +121,14 @@ def _walk(root: Path) -> tuple[dict[str, list[Path]], list[Path]]:
             )
         messages += [Path(folder, name) for name in sorted(names) if name.lower().endswith(".xml")]
     if not patients:
-        raise InputError(f"{root}: has no folder LIDC-IDRI-xxxx: name the folder that holds them")
+        raise InputError(f"{root}: has no folder LIDC-IDRI-xxxx: name the folder that contains them")
     if not messages:
         raise InputError(f"{root}: has no XML file: copy the readings of LIDC-IDRI (LIDC-XML-only) there")
     return patients, messages
 
 
 def _readings(messages: list[Path], left_out: Counter[str]) -> Reading:
-    """All CT readings as one."""
+    """The marks of all CT readings together. Raises InputError with all damaged files."""
     whole, problems = Reading(set(), set(), {}, set()), []
     for file in messages:
         try:
@@ -137,12 +137,11 @@ def _readings(messages: list[Path], left_out: Counter[str]) -> Reading:
             problems.append(str(error))
             continue
         if found is None:
-            left_out["XML files that are no CT reading"] += 1
+            left_out["XML files without a CT reading"] += 1
             continue
-        for own, more in zip(
-            (whole.series, whole.seen, whole.points), (found.series, found.seen, found.points), strict=True
-        ):
-            own |= more
+        whole.series.update(found.series)
+        whole.marked.update(found.marked)
+        whole.points.update(found.points)
         for sop, nodules in found.contours.items():
             whole.contours.setdefault(sop, []).extend(nodules)
     refuse(problems)
@@ -150,29 +149,29 @@ def _readings(messages: list[Path], left_out: Counter[str]) -> Reading:
 
 
 def read_xml(file: Path) -> Reading | None:
-    """The marks of one XML file; None where it is no CT reading. Raises InputError for a damaged one."""
+    """The marks of one XML file, or None where it is not a CT reading. Raises InputError for a damaged file."""
     try:
         top = ET.fromstring(file.read_bytes(), ET.XMLParser(target=_NoDoctype()))
         if not re.fullmatch(r"(\{.*\})?LidcReadMessage", top.tag):
             return None
         reading = Reading({_text(e) for e in top.iterfind(".//{*}SeriesInstanceUid")}, set(), {}, set())
-        reading.seen.update(_text(e) for e in top.iterfind(".//{*}imageSOP_UID"))
+        reading.marked.update(_text(e) for e in top.iterfind(".//{*}imageSOP_UID"))
         for nodule in top.iterfind("{*}readingSession/{*}unblindedReadNodule"):
             rois = [(_text(roi.find("{*}imageSOP_UID")), *_roi(roi)) for roi in nodule.iterfind("{*}roi")]
             point = all(len(edge) == 1 for _, _, edge in rois)
             parts: dict[str, list[Roi]] = defaultdict(list)
             for sop, adds, edge in rois:
                 parts[sop].append((adds, edge))
-            for sop, own in parts.items():
+            for sop, contours in parts.items():
                 if point:
                     reading.points.add(sop)
-                elif any(adds for adds, _ in own):
-                    reading.contours.setdefault(sop, []).append(own)
+                elif any(adds for adds, _ in contours):
+                    reading.contours.setdefault(sop, []).append(contours)
         return reading
     except OSError as error:
         raise InputError(f"{file}: not readable ({error.strerror or error}): copy it again") from None
     except (ET.ParseError, ValueError) as error:
-        raise InputError(f"{file}: is no reading of LIDC-IDRI ({error}): copy it again or move it out") from None
+        raise InputError(f"{file}: not a reading of LIDC-IDRI ({error}): copy it again or move it out") from None
 
 
 def _roi(roi: ET.Element) -> Roi:
@@ -189,7 +188,7 @@ def _text(element: ET.Element | None) -> str:
 
 
 def _scans(patient: str, files: list[Path], reading: Reading, left_out: Counter[str]) -> list[list[Slice]]:
-    """The CT series of a patient that have a reading, each by z."""
+    """The CT series of a patient that have a reading, each sorted by z. Raises InputError with all problems."""
     series: dict[str, list[tuple[float, str, Path, tuple[int, int]]]] = defaultdict(list)
     problems = []
     for file in files:
@@ -198,13 +197,13 @@ def _scans(patient: str, files: list[Path], reading: Reading, left_out: Counter[
             if str(tags.get("Modality")) == "CT":
                 z, size = float(tags.ImagePositionPatient[2]), (int(tags.Rows), int(tags.Columns))
                 series[str(tags.SeriesInstanceUID)].append((z, str(tags.SOPInstanceUID), file, size))
-        except Exception as error:  # pydicom raises anything on damaged files
+        except Exception as error:  # pydicom raises errors of any class on damaged files
             problems.append(f"{file}: not readable ({error}): copy it again".replace("\n", " "))
     refuse(problems)
     scans: list[list[Slice]] = []
     for name in sorted(series):
         slices = sorted(series[name], key=lambda one: one[:2])
-        if name not in reading.series and not any(sop in reading.seen for _, sop, _, _ in slices):
+        if name not in reading.series and not any(sop in reading.marked for _, sop, _, _ in slices):
             left_out["CT series without a reading"] += 1
             continue
         title = f"{patient}_{len(scans) + 1}"
@@ -213,13 +212,13 @@ def _scans(patient: str, files: list[Path], reading: Reading, left_out: Counter[
 
 
 def _mask(one: Slice, reading: Reading) -> np.ndarray:
-    """bool (rows, columns): the union over readers and nodules of what lies in a contour and in none that excludes."""
+    """bool (rows, columns): the union of all nodules of all readers. Excluding contours make holes in their nodule."""
     union = np.zeros(one.size, bool)
     for rois in reading.contours[one.sop]:
-        own = np.zeros(one.size, bool)
-        for adds, edge in sorted(rois, key=lambda roi: not roi[0]):  # what takes away comes last
-            own[polygon(edge[:, 1], edge[:, 0], one.size)] = adds
-        union |= own
+        nodule = np.zeros(one.size, bool)
+        for adds, edge in sorted(rois, key=lambda roi: not roi[0]):  # excluding contours come last
+            nodule[polygon(edge[:, 1], edge[:, 0], one.size)] = adds
+        union |= nodule
     return union
 
 
@@ -233,6 +232,6 @@ def _row(one: Slice, split: str, mask: np.ndarray | None, out: Path) -> Row:
 
 
 def _boxes(mask: np.ndarray) -> Iterator[tuple[float, ...]]:
-    """x0 y0 x1 y1 of each part that is connected, also over corners."""
+    """The box x0 y0 x1 y1 of each connected part; pixels that touch at a corner are connected."""
     for rows, columns in ndimage.find_objects(ndimage.label(mask, np.ones((3, 3)))[0]):
         yield (columns.start, rows.start, columns.stop, rows.stop)

@@ -1,9 +1,9 @@
 """A folder in nnU-Net's convention (Isensee et al., Nature Methods 2021): imagesTr, labelsTr, imagesTs, dataset.json.
 
-imagesTr/CASE_0000.nii.gz is the first channel of a case, CASE_0001.nii.gz the second; labelsTr/CASE.nii.gz its
-segmentation, in which every class above 0 is taken as lesion. imagesTr train and are normal where their segmentation is
-empty, or where there is no labelsTr at all; imagesTs are the test, of known label where labelsTs has them. Without a
-dataset.json the ending of files is the most frequent one, and channels are those there are.
+imagesTr/CASE_0000.nii.gz is the first channel of a case, CASE_0001.nii.gz the second. labelsTr/CASE.nii.gz is its
+segmentation; every class above 0 counts as lesion. The cases of imagesTr train. They are normal where their
+segmentation is empty or where the folder labelsTr is missing. The cases of imagesTs are the test. They have a label
+where the folder labelsTs exists. Without dataset.json, the most frequent ending is taken, and the channels that exist.
 """
 
 import json
@@ -19,19 +19,19 @@ from jmae.errors import InputError
 
 
 def prepare(root: Path, out: Path, seed: int) -> Prepared:
-    """The rows; nothing is written. Raises InputError with all problems."""
+    """Returns the rows and writes no file. Raises InputError with all problems."""
     about = read_json(root / "dataset.json")
     ending, channels = str(about.get("file_ending") or usual_ending(root)), channels_of(about)
     rows, problems, left_out = [], [], Counter[str]()
     for split, part in (("train", "Tr"), ("test", "Ts")):
         images, labels = root / f"images{part}", root / f"labels{part}"
-        own, other = channel_files(images, ending)
+        cases, other = channel_files(images, ending)
         for name in other:
             left_out[f"files that are not CASE_0000{ending} ({Path(name).suffix or 'without an ending'})"] += 1
-        for case, files in own.items():
+        for case, files in cases.items():
             if sorted(files) != list(range(len(channels) or len(files))):
                 there, wanted = ", ".join(f"{k:04d}" for k in sorted(files)), len(channels) or len(files)
-                problems.append(f"{images / case}: has the channels {there}, not all of {wanted}: copy them again")
+                problems.append(f"{images / case}: has the channels {there} of {wanted}: copy them again")
                 continue
             mask, label = labels / f"{case}{ending}", 0 if split == "train" else None
             if labels.is_dir():
@@ -50,30 +50,32 @@ def prepare(root: Path, out: Path, seed: int) -> Prepared:
     flags = f"--config.data.channels={len(channels)}" if len(channels) > 1 else ""
     if any(row.split == "train" and row.label for row in rows):
         flags = f"--config.data.normal_crops_only=True {flags}".strip()
-    taken = "" if (root / "labelsTr").is_dir() else ", those to train on taken as normal, as there is no labelsTr"
-    classes = ", ".join(map(str, names)) or "dataset.json, which would name them, is not there or names none"
+    taken = "" if (root / "labelsTr").is_dir() else "; without labelsTr, the training cases are taken as normal"
+    classes = ", ".join(map(str, names)) or "dataset.json names no classes"
     caution = f"every class above 0 counts as lesion: {classes}" if any(row.mask for row in rows) else ""
     title = " + ".join(channels) or "channels as they are"
     return Prepared(rows, f"{len(rows)} cases of {title}{taken}", left_out, flags, caution)
 
 
 def usual_ending(root: Path) -> str:
-    """The most frequent ending of files CASE_0000 in imagesTr and imagesTs; raises InputError where there is none."""
+    """The most frequent ending of files CASE_0000 in imagesTr and imagesTs. Raises InputError without such a file."""
     folders = [root / "imagesTr", root / "imagesTs"]
     names = [name for folder in folders if folder.is_dir() for name in sorted(os.listdir(folder))]
     if endings := [match[1] for name in names if (match := re.fullmatch(r".+_\d{4}(\.nii\.gz|\.\w+)", name))]:
         return Counter(endings).most_common(1)[0][0]
     if names:
-        raise InputError(f"{root}: none of {len(names)} files, as {names[0]}, is CASE_0000.nii.gz: rename them so")
+        raise InputError(
+            f"{root}: none of {len(names)} files (such as {names[0]}) is called CASE_0000.nii.gz: rename them"
+        )
     inner = sorted(
         {str(path.parent.relative_to(root)) for path in [*root.glob("*/imagesTr"), *root.glob("*/*/imagesTr")]}
     )
-    remedy = f"name one of the folders in it: {', '.join(inner)}" if inner else "name the folder DatasetXXX_NAME"
+    remedy = f"name a folder inside it: {', '.join(inner)}" if inner else "name the folder DatasetXXX_NAME"
     raise InputError(f"{root}: has no folder imagesTr with images: {remedy}")
 
 
 def read_json(path: Path) -> dict:
-    """dataset.json; empty where there is none. Raises InputError where it is damaged."""
+    """The contents of dataset.json; empty without this file. Raises InputError where it is damaged."""
     try:
         about = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -81,21 +83,24 @@ def read_json(path: Path) -> dict:
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: not readable ({error}): copy it again, or move it out") from None
     if not isinstance(about, dict):
-        raise InputError(f"{path}: is no table of names: copy it again, or move it out")
+        raise InputError(f"{path}: not a JSON object: copy it again, or move it out")
     return about
 
 
 def channels_of(about: dict) -> list[str]:
-    """The channels' names, in order: `channel_names`, or `modality` as before version 2; empty where it names none."""
+    """The names of the channels in order; may be empty. The key is `channel_names`, before version 2 `modality`.
+
+    Raises InputError where the channels are not numbered.
+    """
     named = about.get("channel_names") or about.get("modality") or {}
     try:
         return [str(named[number]) for number in sorted(named, key=int)]
     except (TypeError, ValueError, KeyError):
-        raise InputError(f"dataset.json: channel_names {named!r} are not numbered from 0: repair it") from None
+        raise InputError(f"dataset.json: channel_names {named!r} need numbers from 0: repair the file") from None
 
 
 def channel_files(folder: Path, ending: str) -> tuple[dict[str, dict[int, Path]], list[str]]:
-    """The files of each case by channel, and the names of files that are none of a channel."""
+    """(the files of each case by channel number, the names of all other files)."""
     found: dict[str, dict[int, Path]] = {}
     other = []
     for name in sorted(os.listdir(folder)) if folder.is_dir() else []:

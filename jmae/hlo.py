@@ -1,8 +1,7 @@
-"""What a compiled program does, from XLA's text of it: its kernels, what they compute, read and write, and what the
-program sends to other devices.
+"""The cost of a compiled program, read from XLA's text: its kernels, FLOPs, memory traffic and network traffic.
 
-XLA's own cost analysis counts the body of a loop once, says nothing of the network, and does not exist for GPUs. Here a
-loop's body counts as often as it runs.
+XLA's own cost analysis counts the body of a loop once, ignores the network, and does not exist for GPUs. This module
+counts the body of a loop as often as it runs.
 """
 
 import math
@@ -14,28 +13,30 @@ from typing import NamedTuple
 import numpy as np
 
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
-# Operations that move no data of their own.
+# Operations that move no data themselves.
 FREE = """parameter constant tuple get-tuple-element bitcast while conditional call after-all partition-id replica-id
     opt-barrier domain""".split()
-# Custom calls that only mark a place or a memory for the compiler; nothing runs.
+# Custom calls that only give the compiler information. They launch nothing.
 NO_CALL = """Sharding SPMDFullToShardShape SPMDShardToFullShape AllocateBuffer annotate_device_placement""".split()
 BITS = {"pred": 8, "token": 0, "opaque": 0, "c64": 64, "c128": 128}
 ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,<=]*)\](\{[^{}]*\})?")
 
 
 class Operation(NamedTuple):
+    """One line of XLA's text."""
+
     name: str
-    kind: str
-    type: str
-    operands: tuple[str, ...]
+    kind: str  # XLA's name for the kind of operation
+    type: str  # type of the result: element types, shapes and layouts
+    operands: tuple[str, ...]  # names of other operations of the same computation
     rest: str  # attributes
-    root: bool
+    root: bool  # whether its result is the result of the computation
 
 
 class Work(NamedTuple):
-    """FLOPs of products and convolutions, by the type of their inputs; a multiply-add counts as two."""
+    """FLOPs of matrix products and convolutions, by the type of their inputs. A multiply-add is two FLOPs."""
 
-    low: float = 0.0  # fewer than four bytes a number: bfloat16, float16
+    low: float = 0.0  # inputs of fewer than four bytes a number: bfloat16, float16
     float32: float = 0.0
 
 
@@ -44,25 +45,32 @@ class Kernel(NamedTuple):
 
     name: str
     kind: str  # XLA's name for the kind of operation
-    target: str  # the function that a custom call names, "" of other operations
-    times: int  # how often it runs in one step
+    target: str  # the function that a custom call names; "" for other operations
+    times: int  # number of runs in one step
     bytes: float  # bytes that one run reads and writes
-    work: Work  # of one run
-    padding: bool  # whether its result is its input, filled up to a longer array
+    work: Work  # FLOPs of one run
+    padding: bool  # whether it only pads its input to a longer array
 
 
 class Collective(NamedTuple):
-    """Equal collective operations of one step, together."""
+    """All collective operations of one step that have the same kind and group."""
 
     kind: str
-    group: tuple[int, ...]  # devices of one of its groups
-    times: int
-    size: float  # bytes of the whole arrays: what is reduced, gathered, scattered or sent
-    sent: float  # bytes that a device sends, at the least (ring)
+    group: tuple[int, ...]  # devices of the first group
+    times: int  # number of runs in one step
+    size: float  # bytes of the whole arrays that are reduced, gathered, scattered or sent
+    sent: float  # least number of bytes that a device sends (in a ring)
 
 
 class Program:
-    """XLA's text of a program compiled for `devices`; `unknown` counts its loops of unknown length."""
+    """A program that XLA compiled for `devices` devices, read from its text.
+
+    Attributes:
+        parts: the operations of each computation, by its name.
+        entry: name of the computation that starts the program.
+        run: (computation, operation, number of runs in one step) of all operations that run.
+        unknown: number of loops of unknown length; their bodies count once.
+    """
 
     def __init__(self, text: str, devices: int):
         self.devices, self.unknown = devices, 0
@@ -76,7 +84,7 @@ class Program:
         self.run = list(self._executed(self.entry, 1))
 
     def _executed(self, part: str, times: int) -> Iterator[tuple[str, Operation, int]]:
-        """(its part, operation, how often it runs); all branches of a condition count."""
+        """(computation, operation, number of runs) of each operation; all branches of a condition count."""
         for op in self.parts[part]:
             yield part, op, times
             called = self._called(op)
@@ -88,6 +96,7 @@ class Program:
                     yield from self._executed(name, times)
 
     def _called(self, op: Operation) -> list[str]:
+        """The names of the computations that an operation calls."""
         if op.kind == "while":
             return re.findall(r"body=%?([\w.\-]+)", op.rest)
         if branches := re.search(r"branch_computations=\{([^}]*)\}", op.rest):
@@ -95,13 +104,16 @@ class Program:
         return re.findall(r"(?:calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)", op.rest)
 
     def _trips(self, part: str, op: Operation) -> int:
-        """How often a loop runs: as XLA says, or up to the constant that its counter is compared with."""
+        """The number of iterations of a loop: XLA's own number, or the constant limit of its counter.
+
+        Counts the loop in `unknown` and returns 1 where neither is known.
+        """
         if known := re.search(r'known_trip_count"?:\s*\{"?n"?:\s*"?(\d+)', op.rest):
             return int(known[1])
         (name,) = re.findall(r"condition=%?([\w.\-]+)", op.rest)
-        own = self.ops[name]
+        condition = self.ops[name]
         last = next(each for each in self.parts[name] if each.root)
-        counter, limit = (own.get(each) for each in (*last.operands, "", "")[:2])
+        counter, limit = (condition.get(each) for each in (*last.operands, "", "")[:2])
         if last.kind == "compare" and "direction=LT" in last.rest and counter and limit and limit.kind == "constant":
             number = re.search(r"index=(\d+)", counter.rest)
             state = self.ops[part].get(op.operands[0])
@@ -116,27 +128,27 @@ class Program:
     # --- network ------------------------------------------------------------------------------------------------------
 
     def collectives(self) -> list[Collective]:
-        """The collective operations of one step, those of a kind and group together; groups of one send nothing."""
+        """The collective operations of one step, summed over equal kind and group; groups of one device are left out."""
         found: dict[tuple[str, tuple[int, ...]], list[float]] = {}
-        seen: set[str] = set()
+        channels: set[str] = set()
         for part, op, times in self.run:
             for where, each in self._within(part, op):
                 kind = each.kind.removesuffix("-start")
                 if kind not in COLLECTIVES:
                     continue
-                # TPU: one that runs beside other work is named in each of the fused operations that drive it.
+                # TPU: an asynchronous collective stands in several fused operations, with the same channel.
                 if channel := re.search(r"channel_id=\d+", each.rest):
-                    if channel[0] in seen:
+                    if channel[0] in channels:
                         continue
-                    seen.add(channel[0])
-                # TPU: a reduce-scatter is a fusion of an all-reduce and the slice that a device keeps.
+                    channels.add(channel[0])
+                # TPU: a fusion of an all-reduce and a slice is a reduce-scatter.
                 if where != part and kind == "all-reduce" and "reduce-scatter" in where + op.name:
                     kind = "reduce-scatter"
                 group = self._group(each)
-                n, given = len(group), sum(size(self.ops[where][name].type) for name in each.operands)
+                n, operands = len(group), sum(size(self.ops[where][name].type) for name in each.operands)
                 if n == 1:
                     continue
-                whole = given * n if kind == "all-gather" else given
+                whole = operands * n if kind == "all-gather" else operands
                 share = {"all-reduce": 2 * (n - 1) / n, "collective-permute": 1, "collective-broadcast": 1}
                 total = found.setdefault((kind, group), [0, 0, 0])
                 for i, more in enumerate((1, whole, share.get(kind, (n - 1) / n) * whole)):
@@ -144,7 +156,7 @@ class Program:
         return [Collective(kind, group, int(n), whole, sent) for (kind, group), (n, whole, sent) in found.items()]
 
     def _within(self, part: str, op: Operation) -> Iterator[tuple[str, Operation]]:
-        """The operation, or those that are fused in it."""
+        """(computation, operation) of the operation itself, or of each operation inside a fused one."""
         if op.kind != "fusion":
             yield part, op
         for name in self._called(op) if op.kind == "fusion" else ():
@@ -157,30 +169,31 @@ class Program:
             return tuple(sorted({int(pairs[1]), int(pairs[2])}))
         if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", op.rest):
             return tuple(int(i) for i in listed[1].split(","))
-        if made := re.search(r"replica_groups=\[([\d,]+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)", op.rest):
-            shape = [int(i) for i in made[1].split(",")]
-            return tuple(_numbers(made[2]).reshape(shape)[0].tolist())
-        if made := re.search(r"replica_groups=mesh\[(.*?)\](?:, device_ids=\((.*?\)?)\))? \{(.*?)\}", op.rest):
-            # Axes, whole or (as in 'a':(2)4) a part of one: its size behind those of a size before it.
-            axes = {name: int(n) for name, n in re.findall(r"'(\w+)'=(\d+)", made[1])}
-            chosen = re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", made[3])
+        if iota := re.search(r"replica_groups=\[([\d,]+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)", op.rest):
+            shape = [int(i) for i in iota[1].split(",")]
+            return tuple(_numbers(iota[2]).reshape(shape)[0].tolist())
+        if in_mesh := re.search(r"replica_groups=mesh\[(.*?)\](?:, device_ids=\((.*?\)?)\))? \{(.*?)\}", op.rest):
+            # 'a':(2)4 is a part of the axis 'a': 4 devices, inside parts of 2.
+            axes = {name: int(n) for name, n in re.findall(r"'(\w+)'=(\d+)", in_mesh[1])}
+            chosen = re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", in_mesh[3])
             parts = {name: (int(before or 1), int(n or axes[name])) for name, before, n in chosen}
             dims = [each for name, n in axes.items() for each in _thirds(n, *parts.get(name, (n, 1)))]
             middle = [3 * list(axes).index(name) + 1 for name, _, _ in chosen]
-            numbers = _numbers(made[2] or f"[{math.prod(dims)}]").reshape(dims)
+            numbers = _numbers(in_mesh[2] or f"[{math.prod(dims)}]").reshape(dims)
             order = [i for i in range(len(dims)) if i not in middle] + middle
             return tuple(numbers.transpose(order).reshape(-1, math.prod(dims[i] for i in middle))[0].tolist())
         if re.search(r"replica_groups=\{\}", op.rest) or "replica_groups" not in op.rest:
             return tuple(range(self.devices))
-        raise ValueError(f"replica_groups of another form: {op.rest[:200]}")
+        raise ValueError(f"replica_groups have an unknown form: {op.rest[:200]}")
 
     # --- kernels ------------------------------------------------------------------------------------------------------
 
     def kernels(self) -> list[Kernel]:
-        """The operations that a device launches, each once, with the number of times that it runs.
+        """The operations that a device launches. Each is listed once, with its number of runs.
 
         Loops, tuples, bitcasts, the end of an asynchronous operation and the compiler's own markers launch nothing. All
-        branches of a condition are listed, although only one of them runs."""
+        branches of a condition are listed, although only one of them runs.
+        """
         return [
             Kernel(
                 op.name,
@@ -196,11 +209,11 @@ class Program:
         ]
 
     def launches(self) -> int:
-        """How many kernels one step launches."""
+        """The number of kernels that one step launches."""
         return sum(times for _, op, times in self.run if self._launches(op))
 
     def custom_calls(self) -> Counter[str]:
-        """How often one step calls each function of a library (cuDNN, cuBLAS, Triton), by its name in XLA."""
+        """The number of calls in one step of each library function (cuDNN, cuBLAS, Triton), by its name in XLA."""
         calls: Counter[str] = Counter()
         for _, op, times in self.run:
             if op.kind == "custom-call" and self._launches(op):
@@ -210,8 +223,10 @@ class Program:
     def work(self) -> Work:
         """FLOPs of one step on a device, from matrix products, convolutions and cuDNN's attention.
 
-        Fused products and library calls count, too. Attention counts 4 b h n m d forward, 10 b h n m d backward.
-        Products inside a hand-written kernel (Pallas, Triton) do not count."""
+        Fused products and library calls count too. Attention counts 4 b h n m d forward and 10 b h n m d backward. Here
+        b is the batch, h heads, n queries, m keys and d the width of a head. Products inside a hand-written kernel
+        (Pallas, Triton) do not count.
+        """
         each = [(times, self._work(part, op)) for part, op, times in self.run]
         return Work(sum(n * work.low for n, work in each), sum(n * work.float32 for n, work in each))
 
@@ -220,10 +235,11 @@ class Program:
         return sum(kernel.times * kernel.bytes for kernel in self.kernels() if kernel.padding)
 
     def seconds(self, low: float, float32: float, bandwidth: float) -> float:
-        """Time of one step at the given rates, if kernels run one after the other.
+        """Seconds of one step whose kernels run one after the other.
 
-        A kernel takes the time of its FLOPs (at `low` and `float32` FLOP/s, by the type of its inputs) or that of its
-        bytes (at `bandwidth` bytes/s), whichever is longer."""
+        A kernel takes the time of its FLOPs or the time of its bytes, whichever is longer. The rates are `low` and
+        `float32` FLOP/s, by the type of its inputs, and `bandwidth` bytes/s.
+        """
         return sum(
             kernel.times * max(kernel.work.low / low + kernel.work.float32 / float32, kernel.bytes / bandwidth)
             for kernel in self.kernels()
@@ -235,19 +251,19 @@ class Program:
         return call_target(op) not in NO_CALL
 
     def _work(self, part: str, op: Operation) -> Work:
-        """FLOPs of an operation; those of a fused one are added."""
+        """FLOPs of one run of an operation, or of all operations inside a fused one."""
         if op.kind not in ("fusion", "dot", "convolution", "custom-call"):
             return Work()
         low = float32 = 0.0
         for where, each in self._within(part, op):
-            given = [self.ops[where][name].type for name in each.operands]
-            if flops := flops_of(each, given):
-                small = size_of_number(given[0]) < 4
+            types = [self.ops[where][name].type for name in each.operands]
+            if flops := flops_of(each, types):
+                small = size_of_number(types[0]) < 4
                 low, float32 = low + flops * small, float32 + flops * (not small)
         return Work(low, float32)
 
     def _pads(self, part: str, op: Operation) -> bool:
-        """Whether an operation, or one result of a fused operation, is a pad, perhaps converted to another type."""
+        """Whether an operation, or one result of a fused operation, is a pad (perhaps with a conversion of type)."""
         if op.kind in ("bitcast", "convert"):
             return self._pads(part, self.ops[part][op.operands[0]])
         if op.kind == "tuple":
@@ -260,34 +276,37 @@ class Program:
     # --- memory -------------------------------------------------------------------------------------------------------
 
     def traffic(self) -> float:
-        """Bytes that one step reads from and writes to a device's memory: of each operation what it is given and what
-        it gives, of a fused one as a whole; of slices the slice. What lies in a memory of the core's own (TPU's VMEM)
-        does not count."""
+        """Bytes that one step reads from and writes to the main memory of a device.
+
+        An operation reads its operands and writes its result; a fused operation counts as one. A slice counts only the
+        bytes of the slice. Arrays in another memory, such as a TPU's VMEM, do not count.
+        """
         return sum(times * self._moved(part, op) for part, op, times in self.run)
 
     def _moved(self, part: str, op: Operation) -> float:
+        """Bytes that one run of an operation reads and writes (`traffic`)."""
         if not self._launches(op):
             return 0
-        given = [size(self.ops[part][name].type, here=True) for name in op.operands]
+        inputs = [size(self.ops[part][name].type, main=True) for name in op.operands]
         if op.kind in ("dynamic-slice", "gather"):
-            return size(op.type, here=True) * 2
+            return size(op.type, main=True) * 2
         if op.kind == "dynamic-update-slice":
-            return 2 * given[1]
+            return 2 * inputs[1]
         if op.kind == "copy-start":  # type: (to, from, state)
-            return sum(size(each, here=True) for each in elements(op.type)[:2])
+            return sum(size(each, main=True) for each in elements(op.type)[:2])
         if op.kind.endswith("-start"):
-            return 2 * sum(given)
-        if call_target(op).startswith(("__cublas", "__cudnn")):  # results and a workspace of bytes
-            return sum(given) + sum(size(each) for each in elements(op.type) if not each.startswith(("s8", "u8")))
+            return 2 * sum(inputs)
+        if call_target(op).startswith(("__cublas", "__cudnn")):  # the workspace, an array of bytes, does not count
+            return sum(inputs) + sum(size(each) for each in elements(op.type) if not each.startswith(("s8", "u8")))
         if op.kind != "fusion":
-            return sum(given) + size(op.type, here=True)
+            return sum(inputs) + size(op.type, main=True)
         (inner,) = self._called(op)
         parameters = {int(each.rest.split(")")[0]): each.name for each in self.parts[inner] if each.kind == "parameter"}
-        reads = sum(min(most, self._read(inner, parameters[i])) for i, most in enumerate(given))
-        return reads + min(size(op.type, here=True), self._written(inner))
+        reads = sum(min(most, self._read(inner, parameters[i])) for i, most in enumerate(inputs))
+        return reads + min(size(op.type, main=True), self._written(inner))
 
     def _read(self, part: str, name: str) -> float:
-        """Bytes of a value that its users in a fused operation look at."""
+        """Bytes of a value that a fused operation reads: of a value that is only sliced, the slices."""
         most, total = size(self.ops[part][name].type), 0.0
         for user in self.users[part].get(name, []):
             if user.kind in ("dynamic-slice", "gather") and user.operands[0] == name:
@@ -309,7 +328,7 @@ class Program:
         return min(most, total)
 
     def _written(self, part: str, name: str = "") -> float:
-        """Bytes that a fused operation writes: of an array changed in place the slice."""
+        """Bytes that a fused operation writes: of an array that is updated in place, the slice."""
         op = self.ops[part][name] if name else next(op for op in self.parts[part] if op.root)
         if op.kind == "tuple":
             return sum(self._written(part, each) for each in op.operands)
@@ -325,43 +344,46 @@ class Program:
 # --- FLOPs of one operation -------------------------------------------------------------------------------------------
 
 
-def flops_of(op: Operation, given: list[str]) -> float:
-    """FLOPs of a product, a convolution or a library call for one, else 0. `given` has the types of the operands."""
+def flops_of(op: Operation, types: list[str]) -> float:
+    """FLOPs of a matrix product or convolution, also as a library call; 0 for other operations.
+
+    `types` has the types of the operands. Raises ValueError where the attributes have an unknown form.
+    """
     target = call_target(op)
     if op.kind == "dot" or target.startswith("__cublas"):
         found = re.search(r'lhs_contracting_dim(?:s=|ensions":)[{\[]([\d,"]*)[}\]]', op.rest)
         if not found:
-            raise ValueError(f"a product of another form: {op.rest[:200]}")
-        lengths = shape_of(given[0])
+            raise ValueError(f"a product has an unknown form: {op.rest[:200]}")
+        lengths = shape_of(types[0])
         depth = math.prod(lengths[int(axis)] for axis in found[1].replace('"', "").split(",") if axis)
         return 2 * math.prod(shape_of(op.type)) * depth
     if target.startswith("__cudnn$fmha"):
         scores = re.search(r'"intermediate_tensor_shape":.*?"dimensions":\s*\[([^\]]*)\]', op.rest)
         if not scores:
-            raise ValueError(f"an attention of another form: {op.rest[:200]}")
+            raise ValueError(f"an attention has an unknown form: {op.rest[:200]}")
         n = math.prod(int(length) for length in scores[1].replace('"', "").split(","))
-        return (10 if "Backward" in target else 4) * n * shape_of(given[0])[-1]
+        return (10 if "Backward" in target else 4) * n * shape_of(types[0])[-1]
     if op.kind != "convolution" and not target.startswith("__cudnn$conv"):
         return 0
-    # A cuDNN call has the labels of the forward convolution, also where the call computes a gradient.
-    x, kernel, out = given[0], given[1], op.type
+    # The labels of a cuDNN call that computes a gradient are those of the forward convolution.
+    x, kernel, out = types[0], types[1], op.type
     if "BackwardInput" in target:
         out = x
     elif "BackwardFilter" in target:
-        kernel, out = op.type, given[1]
+        kernel, out = op.type, types[1]
     labels = re.search(r"dim_labels=\w+_(\w+)->\w+", op.rest)
     if not labels:
-        raise ValueError(f"a convolution of another form: {op.rest[:200]}")
+        raise ValueError(f"a convolution has an unknown form: {op.rest[:200]}")
     lengths = shape_of(kernel)
-    each = math.prod(lengths) / lengths[labels[1].index("o")]  # products that make one number of the result
+    each = math.prod(lengths) / lengths[labels[1].index("o")]  # multiply-adds for one number of the result
     groups = re.search(r"batch_group_count=(\d+)", op.rest)
-    apart = re.search(r"lhs_dilate=([\dx]+)", op.rest)  # zeros between the inputs are no work
-    less = math.prod(map(int, apart[1].split("x"))) if apart else 1
+    dilation = re.search(r"lhs_dilate=([\dx]+)", op.rest)  # zeros between the inputs cause no work
+    less = math.prod(map(int, dilation[1].split("x"))) if dilation else 1
     return 2 * math.prod(shape_of(out)) * each / (int(groups[1]) if groups else 1) / less
 
 
 def call_target(op: Operation) -> str:
-    """The function that a custom call names; "" of other operations."""
+    """The function that a custom call names; "" for other operations."""
     if op.kind != "custom-call":
         return ""
     found = re.search(r'custom_call_target="([^"]*)"', op.rest)
@@ -369,20 +391,20 @@ def call_target(op: Operation) -> str:
 
 
 def shape_of(type_: str) -> list[int]:
-    """The lengths of the first array of a type."""
+    """The shape of the first array of a type. Raises ValueError where the type has no array."""
     found = ARRAY.search(type_)
     if not found:
-        raise ValueError(f"no array in the type {type_}")
+        raise ValueError(f"the type has no array: {type_}")
     return [int(n.strip("<=")) for n in found[2].split(",") if n]
 
 
 def size_of_number(type_: str) -> float:
-    """Bytes of a number of the first array of a type."""
+    """Bytes of one number of the first array of a type."""
     return size(f"{type_.strip('(').partition('[')[0]}[]")
 
 
 def _numbers(text: str) -> np.ndarray:
-    """Numbers of devices: "0,2,1,3", or "[2,2]T(1,0)", all in order, as an array of that shape, transposed."""
+    """The flat device numbers of "0,2,1,3" or of "[2,2]T(1,0)", which is 0, 1, ... in this shape, transposed."""
     if not text.startswith("["):
         return np.array([int(i) for i in text.split(",")])
     dims, _, order = (part.strip("[]()") for part in text.partition("T"))
@@ -396,7 +418,10 @@ def _thirds(n: int, before: int, middle: int) -> tuple[int, int, int]:
 
 
 def parse(text: str) -> tuple[dict[str, list[Operation]], str]:
-    """({part: its operations}, the part that is run) of XLA's text."""
+    """(the operations of each computation, name of the entry computation) of XLA's text.
+
+    Raises ValueError without an entry computation.
+    """
     parts: dict[str, list[Operation]] = {}
     entry, current = "", ""
     for line in text.splitlines():
@@ -417,18 +442,18 @@ def parse(text: str) -> tuple[dict[str, list[Operation]], str]:
             rest = call[len(kind) + 1 :] if kind in ("parameter", "constant") else call[stop:]
             parts[current].append(Operation(name, kind, type_, operands, rest, bool(root)))
     if not entry:
-        raise ValueError("no program in XLA's text")
+        raise ValueError("XLA's text has no entry computation")
     return parts, entry
 
 
 def closing(text: str, start: int) -> int:
-    """The place behind the bracket that closes the one at `start`."""
+    """The index after the bracket that closes the bracket at `start`."""
     depth = 0
     for i in range(start, len(text)):
         depth += (text[i] in "([{") - (text[i] in ")]}")
         if not depth:
             return i + 1
-    raise ValueError(f"a bracket is not closed: {text[start : start + 200]}")
+    raise ValueError(f"a bracket is never closed: {text[start : start + 200]}")
 
 
 def elements(type_: str) -> list[str]:
@@ -436,11 +461,11 @@ def elements(type_: str) -> list[str]:
     return [found[0] for found in ARRAY.finditer(type_)]
 
 
-def size(type_: str, *, here: bool = False) -> float:
-    """Bytes of all arrays of a type; with `here` of those in the device's main memory."""
+def size(type_: str, *, main: bool = False) -> float:
+    """Bytes of all arrays of a type; with `main` only of those in the device's main memory."""
     total = 0.0
     for kind, shape, layout in ARRAY.findall(type_):
-        if here and re.search(r"S\([1-9]", layout):
+        if main and re.search(r"S\([1-9]", layout):
             continue
         bits = BITS[kind] if kind in BITS else int(re.findall(r"\d+", kind)[0])
         total += bits / 8 * math.prod(int(n.strip("<=")) for n in shape.split(",") if n)

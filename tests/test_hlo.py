@@ -172,8 +172,8 @@ def test_convolutions_of_xla_itself_count_groups_and_no_zeros_between_inputs():
 @pytest.mark.parametrize(
     "before, after, said",
     [
-        ('"intermediate_tensor_shape"', '"shape"', "an attention of another form"),
-        ('"lhs_contracting_dimensions"', '"lhs"', "a product of another form"),
+        ('"intermediate_tensor_shape"', '"shape"', "an attention has an unknown form"),
+        ('"lhs_contracting_dimensions"', '"lhs"', "a product has an unknown form"),
     ],
 )
 def test_a_form_that_is_not_known_is_an_error_and_no_zero(before, after, said):

@@ -145,7 +145,7 @@ ENTRY %main (x: f32[100,8], y: f32[1,8], j: s32[]) -> f32[100,8] {
 
 def test_sizes_of_types():
     assert size("(f32[2,3]{1,0}, bf16[4]{0:T(256)}, pred[5]{0}, s4[8]{0}, u32[])") == 24 + 8 + 5 + 4 + 4
-    assert size("(f32[2,3]{1,0:T(8,128)S(1)}, bf16[4])", here=True) == 8
+    assert size("(f32[2,3]{1,0:T(8,128)S(1)}, bf16[4])", main=True) == 8
 
 
 def test_products_count_loops_by_their_length_and_the_target_s_own_branch():

@@ -70,7 +70,7 @@ def jmae_step(
     patches = (patch, patch)
     tokens = (image // patch) ** 2
     kept = visible_tokens(tokens, RATIO)
-    optimizer = adamw(LR, betas=BETAS, decay=DECAY)
+    optimizer = optax.chain(adamw(betas=BETAS, decay=DECAY), optax.scale(-LR))
 
     def build(key: jax.Array) -> tuple[Any, Any]:
         model = MAE(

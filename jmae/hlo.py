@@ -128,7 +128,7 @@ class Program:
     # --- network ------------------------------------------------------------------------------------------------------
 
     def collectives(self) -> list[Collective]:
-        """The collective operations of one step, summed over equal kind and group; groups of one device are left out."""
+        """The collective operations of one step, summed by kind and group; groups of one device are left out."""
         found: dict[tuple[str, tuple[int, ...]], list[float]] = {}
         channels: set[str] = set()
         for part, op, times in self.run:

@@ -15,14 +15,12 @@ Loss = Callable[..., tuple[Array, tuple[dict[str, PyTree], dict[str, Array]]]]
 """(params, *arrays) -> (loss, (new statistics, metrics)); the loss is a mean over the samples of the arrays."""
 
 
-def adamw(lr: Any = None, *, betas: tuple[float, float], decay: float) -> optax.GradientTransformation:
+def adamw(*, betas: tuple[float, float], decay: float) -> optax.GradientTransformation:
     """AdamW without its learning rate, which `descend` multiplies with. The rate scales the decay too (PyTorch's form).
 
     Biases and the scales of norms do not decay.
     """
-    if lr is not None:  # until all systems use `descend`
-        return optax.adamw(lr, b1=betas[0], b2=betas[1], weight_decay=decay, mask=decayed)
-    return optax.chain(optax.scale_by_adam(*betas), optax.add_decayed_weights(decay, decayed))
+    return optax.chain(optax.scale_by_adam(*betas), optax.add_decayed_weights(decay, has_decay))
 
 
 def adam(*, betas: tuple[float, float], eps: float = 1e-8) -> optax.GradientTransformation:
@@ -30,8 +28,11 @@ def adam(*, betas: tuple[float, float], eps: float = 1e-8) -> optax.GradientTran
     return optax.chain(optax.scale_by_adam(*betas, eps=eps))
 
 
-def decayed(params: PyTree) -> PyTree:
-    """True for the parameters with weight decay. Names tell biases and norms, as stacked biases are matrices."""
+def has_decay(params: PyTree) -> PyTree:
+    """True for the parameters with weight decay: all but biases and the scales of norms.
+
+    Their names tell them, because stacked biases are matrices.
+    """
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key not in ("bias", "scale"), params)
 
 
@@ -88,14 +89,3 @@ def gradient(loss: Loss, parts: int) -> Callable[..., tuple[Any, PyTree]]:
         return jax.tree.map(lambda x: x / parts, jax.lax.scan(add, zeros, pieces)[0])
 
     return mean
-
-
-def accumulated(loss: Callable[..., Array], parts: int) -> Callable[..., tuple[Array, PyTree]]:
-    """`gradient` of a loss without statistics and metrics, until all systems use `descend`."""
-    find = gradient(lambda *arrays: (loss(*arrays), ({}, {})), parts)
-
-    def found(params: PyTree, *arrays: Array) -> tuple[Array, PyTree]:
-        (value, _), grads = find(params, *arrays)
-        return value, grads
-
-    return found

@@ -12,7 +12,7 @@ from jmae.errors import InputError
 from jmae.run_folder import log, write_text
 from jmae.sharding import on_host
 from jmae.system import Stage, State
-from jmae.weights import load_weights, read_weights, summary, table
+from jmae.weights import load_weights, read_weights, summary, tensor_table
 
 # Keys of `model` that a checkpoint does not depend on.
 FREE_OF_MODEL = ("weights", "weights_part", "weights_adapt", "dtype", "remat")
@@ -52,7 +52,7 @@ def with_pretrained(config: ConfigDict, stage: Stage, state: State, workdir: Pat
         ]
         params = loaded[0][0] if n == 1 else jax.tree.map(lambda *x: jnp.stack(x), *(p for p, _ in loaded))
         log(f"{stage.name}: {summary(loaded[0][1])} from {source}, part {part}: {workdir / 'weights.txt'}")
-        write_text(workdir / "weights.txt", table(loaded[0][1]) + "\n")
+        write_text(workdir / "weights.txt", tensor_table(loaded[0][1]) + "\n")
     else:
         params = params_of_run(config, stage, state)
     put = lambda new, old: jax.make_array_from_callback(new.shape, old.sharding, lambda i: new[i])

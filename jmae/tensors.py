@@ -1,10 +1,12 @@
-"""Files of network weights as arrays by name; no code in them ever runs.
+"""Reads files of network weights as named arrays. No code in a file ever runs.
 
-A .pth is a pickle, which can run any code when it is loaded. Here a small machine reads it that knows the operations
-of data, of `torch.save`'s tensors and of `argparse.Namespace`, calls nothing and refuses the rest, without PyTorch.
-Consulted: PyTorch's serialization.py and _weights_only_unpickler.py. As in `data/files.py`, the format is told by
-content, sizes are checked against the file before memory is asked for, and whatever is wrong becomes one `InputError`
-of the form "PATH: what: remedy".
+A .pth file is a pickle, and a pickle can run any code when it is loaded. This module therefore has a small interpreter
+of its own, without PyTorch. It knows the operations of plain data, of the tensors of `torch.save` and of
+`argparse.Namespace`. It calls nothing and refuses everything else. Consulted: PyTorch's serialization.py and
+_weights_only_unpickler.py.
+
+As in `data/files`, the content of a file tells its format, and sizes are checked against the file before memory is
+allocated. Every problem becomes one `InputError`, "PATH: what: remedy".
 """
 
 import contextlib
@@ -25,31 +27,31 @@ from safetensors import safe_open
 from jmae.errors import InputError
 
 MAX_PICKLE_BYTES = 2**21  # ViT-H with its optimiser takes 2**18; lists alone would fill 2**28 bytes of memory
-MAX_VALUES = 2**40  # of a storage; larger numbers are lies
-HARMLESS_BYTES = 2**26
-EXPANSION = 4  # bytes of tensors to bytes of file: weights hardly compress, and few share a storage
+MAX_VALUES = 2**40  # values of a storage; no real file has more
+HARMLESS_BYTES = 2**26  # bytes of tensors that are always allowed
+EXPANSION = 4  # bytes of tensors for each byte of the file: weights hardly compress, and few share a storage
 
 
 class Contents(NamedTuple):
-    """A file as it is: tensors by name, the arguments of its training, and the names of what else it holds."""
+    """The contents of a file of weights."""
 
     tensors: dict[str, np.ndarray]
-    arguments: dict[str, Any]
-    ignored: list[str]
+    arguments: dict[str, Any]  # of the training, or metadata
+    ignored: list[str]  # names of all other entries
 
 
 class Refused(Exception):
-    """What is wrong with the file at hand, "what: remedy"; `naming` puts the path before it."""
+    """A problem of a file, "what: remedy". `naming` puts the path before it."""
 
 
 def line(path: str | os.PathLike, problem: str) -> str:
-    """ "PATH: what: remedy", safe to print."""
+    """ "PATH: what: remedy"; a character that cannot be printed becomes a space."""
     return "".join(c if c.isprintable() else " " for c in f"{os.fspath(path)}: {problem}")
 
 
 @contextlib.contextmanager
 def naming(path: str | os.PathLike) -> Iterator[None]:
-    """Every exception becomes one line that names the file."""
+    """Turns every exception into an InputError of one line that names the file."""
     try:
         yield
     except InputError:
@@ -59,8 +61,8 @@ def naming(path: str | os.PathLike) -> Iterator[None]:
     except FileNotFoundError as error:
         raise InputError(line(path, "not found: check the path")) from error
     except PermissionError as error:
-        raise InputError(line(path, "may not be read: check its permissions")) from error
-    except Exception as error:  # decoders raise anything on damaged files
+        raise InputError(line(path, "no permission to read it: check its permissions")) from error
+    except Exception as error:  # decoders raise errors of any class on damaged files
         why = str(error).strip().split("\n")[0][:200] or type(error).__name__
         raise InputError(line(path, f"not readable ({why}): download or save it again")) from error
 
@@ -69,22 +71,22 @@ def naming(path: str | os.PathLike) -> Iterator[None]:
 
 
 def read_tensors(path: str | os.PathLike) -> Contents:
-    """What a .pth (of `torch.save`, both its forms), .safetensors or .npz holds; no code in it runs.
+    """The contents of a .pth (either form of `torch.save`), .safetensors or .npz file. No code in it runs.
 
     Raises:
-        InputError: "PATH: what: remedy", for every file that cannot be read without doubt.
+        InputError: "PATH: what: remedy", for every file that cannot be read or is ambiguous.
     """
     with naming(path):
         mode = os.stat(path).st_mode
         if not stat.S_ISREG(mode):
-            raise Refused(f"is {'a folder' if stat.S_ISDIR(mode) else 'no regular file'}: name one weights file")
+            raise Refused(f"is {'a folder' if stat.S_ISDIR(mode) else 'not a regular file'}: name one file of weights")
         with open(path, "rb") as file:
             length = os.fstat(file.fileno()).st_size
             head = file.read(512)
             file.seek(0)
             contents = _format(head, length)(file, length)
         if not contents.tensors:
-            raise Refused("holds no tensors: name a file with the weights of a network")
+            raise Refused("contains no tensors: name a file with the weights of a network")
         for name in (*contents.tensors, *contents.ignored):
             if not name.isprintable() or len(name) > 200:
                 raise Refused(f"has a tensor called {name[:40]!a}: save it with plain names")
@@ -92,6 +94,7 @@ def read_tensors(path: str | os.PathLike) -> Contents:
 
 
 def _format(head: bytes, length: int) -> Callable[[Any, int], Contents]:
+    """The function that reads a file with these first bytes and this length. Raises Refused for other formats."""
     if not head:
         raise Refused("is empty: download or save it again")
     if head.startswith(b"PK\x03\x04"):
@@ -111,7 +114,7 @@ def _format(head: bytes, length: int) -> Callable[[Any, int], Contents]:
 
 def _check_total(nbytes: int, length: int) -> None:
     if nbytes > max(HARMLESS_BYTES, EXPANSION * length):
-        raise Refused(f"claims {nbytes} bytes of tensors, its {length} bytes cannot hold them: download it again")
+        raise Refused(f"claims {nbytes} bytes of tensors, too many for its {length} bytes: download it again")
 
 
 def _safetensors(file: IO[bytes], length: int) -> Contents:
@@ -123,9 +126,9 @@ def _zip(file: IO[bytes], length: int) -> Contents:
     with zipfile.ZipFile(file) as archive:
         names = archive.namelist()
         if len(set(names)) < len(names):
-            raise Refused("holds two files of one name: save it again")
+            raise Refused("contains two files of the same name: save it again")
         if any(entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) for entry in archive.infolist()):
-            raise Refused("is packed in a way that neither torch.save nor numpy.savez has: save it with one of them")
+            raise Refused("has a compression that neither torch.save nor numpy.savez uses: save it with one of them")
         if any(name.endswith("/constants.pkl") for name in names):
             raise Refused("is a TorchScript program: save its state dict with torch.save")
         pickles = [name for name in names if re.fullmatch(r"[^/]+/data\.pkl", name)]
@@ -137,7 +140,10 @@ def _zip(file: IO[bytes], length: int) -> Contents:
 
 
 def _npz(archive: zipfile.ZipFile, length: int) -> Contents:
-    """Arrays by name. Where some are called `state/NAME`, those are the tensors, and small others arguments."""
+    """The contents of numpy.savez. Where arrays are called `state/NAME`, only these are tensors.
+
+    In that case other arrays of at most 8 values and one axis are arguments.
+    """
     _check_total(sum(entry.file_size for entry in archive.infolist()), length)
     arrays = {}
     for entry in archive.infolist():
@@ -149,19 +155,19 @@ def _npz(archive: zipfile.ZipFile, length: int) -> Contents:
             read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
             shape, fortran, dtype = read(stream)
             if dtype.kind not in "biuf" or stream.tell() + math.prod(shape) * dtype.itemsize != entry.file_size:
-                raise Refused(f"{name} is {dtype}{shape}, which its {entry.file_size} bytes are not: save it again")
+                raise Refused(f"{name} has {entry.file_size} bytes, which {dtype}{shape} does not need: save it again")
             values = np.frombuffer(stream.read(), dtype)
         arrays[name] = values.reshape(shape, order="F" if fortran else "C")
     tensors = {name: array for name, array in arrays.items() if name.startswith("state/")}
     if not tensors:
         return Contents(arrays, {}, [])
     others = {name: array for name, array in arrays.items() if name not in tensors}
-    own = {name: array.tolist() for name, array in others.items() if array.size <= 8 and array.ndim <= 1}
-    return Contents(tensors, own, [name for name in others if name not in own])
+    small = {name: array.tolist() for name, array in others.items() if array.size <= 8 and array.ndim <= 1}
+    return Contents(tensors, small, [name for name in others if name not in small])
 
 
 def _torch(archive: zipfile.ZipFile, root: str, length: int) -> Contents:
-    """The zip form of `torch.save`: a pickle, and the bytes of each storage as a file that is not compressed."""
+    """The zip form of `torch.save`: a pickle, and an uncompressed file with the bytes of each storage."""
     entries = {entry.filename: entry for entry in archive.infolist()}
     if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries.values()):
         raise Refused("is compressed, which torch.save never does: save it again with torch.save")
@@ -187,13 +193,16 @@ _LEGACY_MAGIC = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
 
 
 def _legacy(file: IO[bytes], length: int) -> Contents:
-    """The form of `torch.save` before 1.6: magic number, version, system, value and storage keys as pickles, then for
-    each key the number of values and the values."""
+    """The form of `torch.save` before 1.6.
+
+    Five pickles (magic number, version, system, value, storage keys) are followed, for each key, by the number of
+    values and the values.
+    """
     stream, storages = io.BytesIO(file.read(MAX_PICKLE_BYTES)), dict[str, _Storage]()
     _, version, system = (unpickle(stream, {}) for _ in range(3))
     value, keys = unpickle(stream, storages), unpickle(stream, {})
     if version != 1001 or type(system) is not dict or type(keys) is not list or sorted(storages) != sorted(keys):
-        raise Refused("is in a form of torch.save that is not known here: save it with a newer PyTorch")
+        raise Refused("has an unknown form of torch.save: save it with a newer PyTorch")
     places, at = {}, stream.tell()
     for key in keys:
         file.seek(at)
@@ -213,19 +222,21 @@ def _legacy(file: IO[bytes], length: int) -> Contents:
 
 
 class _Global(NamedTuple):
-    """A name that the pickle refers to; nothing is imported for it."""
+    """A name that the pickle refers to. It is never imported."""
 
     name: str
 
 
 class _Storage(NamedTuple):
+    """A flat array of the file, which tensors share."""
+
     key: str
     dtype: np.dtype
     values: int
 
 
 class _Tensor(NamedTuple):
-    """A view of a storage, offset and strides in values."""
+    """A view of a storage. Offset and strides are in values."""
 
     storage: _Storage
     offset: int
@@ -234,7 +245,7 @@ class _Tensor(NamedTuple):
 
 
 class _Record:
-    """What stands for an `argparse.Namespace`: its values, no behaviour."""
+    """The values of an `argparse.Namespace`."""
 
     def __init__(self) -> None:
         self.values: dict[str, Any] = {}
@@ -258,8 +269,8 @@ _ALLOWED = {
     "torch._utils _rebuild_parameter",
     "collections OrderedDict",
     "argparse Namespace",
-    "pathlib PosixPath",  # in the arguments that submitit_pretrain.py of facebookresearch/mae saves
-    "pathlib._local PosixPath",  # the same, of Python 3.13
+    "pathlib PosixPath",  # in the arguments of submitit_pretrain.py (facebookresearch/mae)
+    "pathlib._local PosixPath",  # its name in Python 3.13
 }
 _VALUES = set(
     "BININT BININT1 BININT2 LONG1 LONG4 BINFLOAT BINUNICODE SHORT_BINUNICODE BINUNICODE8 BINSTRING SHORT_BINSTRING "
@@ -269,8 +280,12 @@ _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 
 
 def unpickle(stream: IO[bytes], storages: dict[str, _Storage]) -> Any:
-    """The value of one pickle, built of plain data, `_Global`, `_Tensor` and `_Record`; its storages are added to
-    `storages`. Nothing that the pickle names is imported, called or changed."""
+    """The value of one pickle, built of plain data, `_Global`, `_Tensor` and `_Record`.
+
+    Adds the storages of the pickle to `storages`. Nothing that the pickle names is imported, called or changed. Raises
+    Refused for an operation that is not known.
+    """
+    # One function, although it is long: it is one table of operations, and each case is a line or two.
     stack: list[Any] = []
     marked: list[list[Any]] = []
     memo: dict[int, Any] = {}
@@ -321,11 +336,11 @@ def unpickle(stream: IO[bytes], storages: dict[str, _Storage]) -> Any:
             case "BINPERSID":
                 stack.append(_storage(stack.pop(), storages))
             case "REDUCE":
-                given, function = _only(stack.pop(), tuple), _only(stack.pop(), _Global)
-                stack.append(_rebuilt(function.name, given))
+                values, function = _only(stack.pop(), tuple), _only(stack.pop(), _Global)
+                stack.append(_result(function.name, values))
             case "NEWOBJ":
-                given, kind = _only(stack.pop(), tuple), _only(stack.pop(), _Global)
-                if kind.name != "argparse Namespace" or given:
+                values, kind = _only(stack.pop(), tuple), _only(stack.pop(), _Global)
+                if kind.name != "argparse Namespace" or values:
                     raise Refused(f"its pickle makes an object of {kind.name}: save the state dict alone")
                 stack.append(_Record())
             case "BUILD":
@@ -333,38 +348,48 @@ def unpickle(stream: IO[bytes], storages: dict[str, _Storage]) -> Any:
                 if type(stack[-1]) is _Record:
                     _put(stack[-1].values, [item for pair in _only(state, dict).items() for item in pair])
                 else:
-                    _only(stack[-1], dict)  # a state dict's `_metadata`, which tells nothing of its tensors
+                    _only(stack[-1], dict)  # `_metadata` of a state dict; it does not describe the tensors
             case name:
                 raise Refused(f"its pickle has the operation {name} at byte {at}: save it again with torch.save")
     raise AssertionError("unreachable: genops ends with STOP or an exception")
 
 
 def _only(value: Any, kind: type) -> Any:
-    """The value, if it is of exactly this type: a subclass could stand for anything."""
+    """The value if it has exactly this type, not a subclass. Raises Refused."""
     if type(value) is not kind:
-        raise Refused(f"its pickle has {type(value).__name__} for {kind.__name__}: save it again with torch.save")
+        raise Refused(
+            f"its pickle has {type(value).__name__} instead of {kind.__name__}: save it again with torch.save"
+        )
     return value
 
 
 def _put(target: Any, items: Sequence[Any]) -> None:
+    """Adds key, value, key, value, ... to a dict. Raises Refused for keys that are not plain."""
     for key, item in zip(items[::2], items[1::2], strict=True):
-        if type(key) not in (str, int, float, bool, bytes, type(None)):  # a deep tuple's hash overflows the C stack
+        if type(key) not in (
+            str,
+            int,
+            float,
+            bool,
+            bytes,
+            type(None),
+        ):  # the hash of a deep tuple overflows the C stack
             raise Refused(f"its pickle has a dict key of type {type(key).__name__}: save the state dict alone")
         _only(target, dict)[key] = item
 
 
 def _global(name: str) -> _Global:
     if name not in _ALLOWED:
-        known = ascii(name[:80])[1:-1].replace(" ", ".")
-        raise Refused(f"its pickle asks for {known}, which is not loaded: save the network's state dict alone")
+        plain = ascii(name[:80])[1:-1].replace(" ", ".")
+        raise Refused(f"its pickle refers to {plain}, which is not allowed: save the network's state dict alone")
     return _Global(name)
 
 
-def _storage(named: Any, storages: dict[str, _Storage]) -> _Storage:
-    """The storage that a persistent id means: ("storage", type, key, device, count), in the old form with None."""
-    if len(_only(named, tuple)) not in (5, 6) or _only(named[0], str) != "storage" or named[5:] not in ((), (None,)):
-        raise Refused("its pickle refers to something that is no storage: save it with a newer PyTorch")
-    kind, key, count = _only(named[1], _Global), _only(named[2], str), _only(named[4], int)
+def _storage(id: Any, storages: dict[str, _Storage]) -> _Storage:
+    """The storage of a persistent id ("storage", type, key, device, count); the old form has a None at its end."""
+    if len(_only(id, tuple)) not in (5, 6) or _only(id[0], str) != "storage" or id[5:] not in ((), (None,)):
+        raise Refused("its pickle refers to something that is not a storage: save it with a newer PyTorch")
+    kind, key, count = _only(id[1], _Global), _only(id[2], str), _only(id[4], int)
     if kind.name not in _STORAGES or not re.fullmatch("[0-9]{1,20}", key) or not 0 <= count <= MAX_VALUES:
         raise Refused(f"its pickle has a storage {key[:20]!a} of {kind.name}: save it again with torch.save")
     storage = _Storage(key, _STORAGES[kind.name], count)
@@ -373,26 +398,26 @@ def _storage(named: Any, storages: dict[str, _Storage]) -> _Storage:
     return storage
 
 
-def _rebuilt(function: str, given: tuple[Any, ...]) -> Any:
-    """What the allowed functions would return, as data."""
-    match function, len(given):
+def _result(function: str, values: tuple[Any, ...]) -> Any:
+    """The result of an allowed function, as data. Raises Refused for other functions."""
+    match function, len(values):
         case "collections OrderedDict", 0:
             return {}
         case "torch Size", 1:
-            return _only(given[0], tuple)
+            return _only(values[0], tuple)
         case (("pathlib PosixPath" | "pathlib._local PosixPath"), _):
-            return "/".join(_only(part, str) for part in given)
+            return "/".join(_only(part, str) for part in values)
         case "torch._utils _rebuild_parameter", 3:
-            return _only(given[0], _Tensor)
+            return _only(values[0], _Tensor)
         case ("torch._utils _rebuild_tensor", 4) | ("torch._utils _rebuild_tensor_v2", 6 | 7):
-            if given[6:] not in ((), (None,), ({},)):
+            if values[6:] not in ((), (None,), ({},)):
                 raise Refused("has a conjugate or negated view: save it with .resolve_neg()")
-            return _view(*given[:4])
-    raise Refused(f"its pickle calls {function.replace(' ', '.')} with {len(given)} values: save the state dict alone")
+            return _view(*values[:4])
+    raise Refused(f"its pickle calls {function.replace(' ', '.')} with {len(values)} values: save the state dict alone")
 
 
 def _view(storage: Any, offset: Any, size: Any, stride: Any) -> _Tensor:
-    """A tensor that lies within its storage and is no larger than it."""
+    """A tensor. Raises Refused unless it lies within its storage and is no larger than the storage."""
     _only(storage, _Storage)
     numbers = [_only(n, int) for n in (offset, *_only(size, tuple), *_only(stride, tuple))]
     inside = len(size) == len(stride) <= 32 and all(0 <= n <= MAX_VALUES for n in numbers)
@@ -405,12 +430,18 @@ def _view(storage: Any, offset: Any, size: Any, stride: Any) -> _Tensor:
 
 
 def _state(value: Any, load: Callable[[_Storage], bytes], *, big: bool, length: int) -> Contents:
-    """Tensors of the state dict in a pickle's value, or in its `model`, `state_dict`, `module` or `net`; the plain
-    values of `args` beside it; names of the rest."""
-    own: dict[str, Any] = {}
+    """The contents of a checkpoint: its state dict, the training arguments beside it, and the names of all else.
+
+    Args:
+        value: the value of the pickle: a state dict, or a dict with one as `model`, `state_dict`, `module` or `net`.
+        load: reads the bytes of a storage.
+        big: whether the bytes are big-endian.
+        length: bytes of the file.
+    """
+    arguments: dict[str, Any] = {}
     ignored: list[str] = []
     prefix = ""
-    for _ in range(4):  # a dict may hold itself
+    for _ in range(4):  # a dict may contain itself
         if type(value) is not dict or any(type(item) is _Tensor for item in value.values()):
             break
         inner = next((key for key in ("model", "state_dict", "module", "net") if type(value.get(key)) is dict), None)
@@ -421,12 +452,12 @@ def _state(value: Any, load: Callable[[_Storage], bytes], *, big: bool, length: 
                 continue
             if key in ("args", "config", "hyper_parameters") and type(value[key]) in (dict, _Record):
                 found = value[key] if type(value[key]) is dict else value[key].values
-                own |= {k: v for k, v in found.items() if type(k) is str and _plain(v)}
+                arguments |= {k: v for k, v in found.items() if type(k) is str and _plain(v)}
             else:
                 ignored.append(f"{prefix}{key}")
         value, prefix = value[inner], f"{prefix}{inner}."
     if type(value) is not dict:
-        raise Refused("holds no state dict: save the network's state dict with torch.save")
+        raise Refused("contains no state dict: save the network's state dict with torch.save")
     views = {_only(name, str): item for name, item in value.items() if type(item) is _Tensor}
     ignored += [f"{prefix}{name}" for name in value if name not in views]
     _check_total(sum(math.prod(v.size) * v.storage.dtype.itemsize for v in views.values()), length)
@@ -442,9 +473,10 @@ def _state(value: Any, load: Callable[[_Storage], bytes], *, big: bool, length: 
         steps = [step * dtype.itemsize for step in view.stride]
         start = flat[key][view.offset :] if 0 not in view.size else flat[key][:0]
         tensors[name] = np.lib.stride_tricks.as_strided(start, view.size, steps, writeable=False)
-    return Contents(tensors, own, sorted(ignored))
+    return Contents(tensors, arguments, sorted(ignored))
 
 
 def _plain(value: Any) -> bool:
+    """Whether a value is a number, text, None, or a list or tuple of these."""
     items = value if type(value) in (list, tuple) else [value]
     return all(type(item) in (bool, int, float, str, type(None)) for item in items)

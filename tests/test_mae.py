@@ -158,7 +158,7 @@ def test_half_precision_is_within_its_rounding_and_predicts_in_single(small):
 
 def test_every_parameter_but_biases_and_norms_decays(small):
     params = small[2]
-    optimizer = adamw(1e-2, betas=(0.9, 0.95), decay=0.5)
+    optimizer = adamw(betas=(0.9, 0.95), decay=0.5)
     update = lambda params: optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
     for path, change in jax.tree_util.tree_leaves_with_path(jax.jit(update)(params)[0]):
         assert np.any(np.asarray(change) != 0) == (path[-1].key not in ("bias", "scale")), path

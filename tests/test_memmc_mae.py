@@ -20,7 +20,7 @@ from jmae.errors import InputError, exit_code
 from jmae.masking import case_keys, fold_in, hidden, random_mask, sample_keys
 from jmae.nn.mae import MAE
 from jmae.nn.memory import MultiLevelMAE
-from jmae.optim import decayed
+from jmae.optim import has_decay
 from jmae.patches import patchify, unpatchify
 from jmae.recipe import override
 from jmae.ssim import ms_ssim, ms_ssim_map
@@ -237,7 +237,7 @@ def test_the_loss_falls(stepping):
 
 def test_decay_is_of_memory_but_not_of_biases():
     params = jax.eval_shape(lambda: load_system(config()).stages[0].init(KEY, {}, 8)).params
-    of = decayed(params)
+    of = has_decay(params)
     assert of["encoder"]["stack"]["memory_k"] and of["encoder"]["stack"]["memory_v"]
     assert of["decoder"]["stack"]["gates"] == {"kernel": True, "bias": False}
 

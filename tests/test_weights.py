@@ -24,7 +24,7 @@ from jmae.errors import InputError, exit_code
 from jmae.nn.mae import MAE
 from jmae.patches import grid_of, patchify, sincos_positions
 from jmae.tensors import read_tensors, unpickle
-from jmae.weights import load_weights, main, read_weights, resized, summary
+from jmae.weights import load_weights, main, read_weights, resize_weights, summary
 
 GOLDEN = Path(__file__).parent / "golden"
 BFLOAT16 = np.dtype(jnp.bfloat16)
@@ -342,9 +342,9 @@ def test_head_counts_are_given_told_or_asked_for(tmp_path, small, plain):
         refused(plain, "3 decoder_heads do not divide its decoder_width 8", of=of, heads=3, decoder_heads=3)
         refused(plain, "0 heads", of=of, heads=0, decoder_heads=2)
     load = lambda path, **given: load_weights(path, small, **given)
-    refused(plain, "head counts", "--heads", "--decoder-heads", of=load)
-    refused(plain, "head counts", of=load, heads=3)
-    refused(plain, "head counts", of=load, part="blocks")
+    refused(plain, "numbers of heads", "--heads", "--decoder-heads", of=load)
+    refused(plain, "numbers of heads", of=load, heads=3)
+    refused(plain, "numbers of heads", of=load, part="blocks")
     load(plain, part="blocks", heads=3)
     load(plain, **HEADS)
     own = {"num_heads": np.array(3), "decoder_num_heads": np.array(2)}
@@ -367,7 +367,7 @@ def test_sizes_of_the_network_in_the_file(tmp_path):
 def test_a_grid_that_nothing_tells_is_asked_for(tmp_path):
     state = golden("mae3d")
     path = pth(tmp_path / "a.pth", state)
-    with pytest.raises(InputError, match=r"does not tell size: give it"):
+    with pytest.raises(InputError, match=r"does not tell size: pass it"):
         read_weights(path, heads=3, decoder_heads=4).config()
     found = read_weights(path, heads=3, decoder_heads=4, size=(32, 24, 4)).config()["positions"]
     np.testing.assert_array_equal(found((4, 3, 2), 36), state["pos_embed"][0, 1:])
@@ -434,12 +434,12 @@ def test_encoder_only_files_load_as_encoder_and_say_what_they_lack(tmp_path, sma
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (dict(width=24), ("class_token is (1, 1, 24), the network's is (1, 1, 12)", "more")),
-        (dict(depth=3), ("encoder/stack/fc1/bias is (3, 48), the network's is (2, 48)",)),
-        (dict(decoder_depth=2), ("decoder/stack/fc1/bias is (2, 32), the network's is (1, 32)",)),
-        (dict(channels=3), ("its patches are (4, 4) with 3 channels, the network's (4, 4) with 1",)),
+        (dict(width=24), ("class_token has the shape (1, 1, 24), that of the network (1, 1, 12)", "more")),
+        (dict(depth=3), ("encoder/stack/fc1/bias has the shape (3, 48), that of the network (2, 48)",)),
+        (dict(decoder_depth=2), ("decoder/stack/fc1/bias has the shape (2, 32), that of the network (1, 32)",)),
+        (dict(channels=3), ("its patches are (4, 4) with 3 channels, those of the network (4, 4) with 1",)),
         (dict(patch=(2, 8)), ("(2, 8)", "(4, 4)")),  # of equal shape here
-        (dict(grid=(4, 4)), ("pos_embed (17, 12) is not the network's code of (3, 3)",)),
+        (dict(grid=(4, 4)), ("pos_embed (17, 12) is not the network's code of the grid (3, 3)",)),
     ],
 )
 def test_a_checkpoint_of_another_network_is_refused(tmp_path, small, change, words):
@@ -457,7 +457,7 @@ def test_what_is_missing_is_refused(tmp_path, small, gone):
 
 def test_tensors_that_make_it_another_network_are_refused(tmp_path):
     for name in ("blocks.0.ls1.gamma", "blocks.1.attn.q_norm.weight", "reg_token", "norm_pre.weight"):
-        refused(pth(tmp_path / "a.pth", official() | {name: np.ones(12, "f4")}), name, "no place")
+        refused(pth(tmp_path / "a.pth", official() | {name: np.ones(12, "f4")}), name, "does not belong to")
     twice = official() | {"module.norm.bias": np.ones(12, "f4")}
     refused(pth(tmp_path / "a.pth", twice), "norm.bias", "mean the same")
     refused(pth(tmp_path / "a.pth", {"backbone.w": np.ones(3, "f4")}), "no blocks", "backbone.w")
@@ -474,7 +474,7 @@ def test_tensors_that_make_it_another_network_are_refused(tmp_path):
 def test_codes_in_another_order_are_refused_taken_along_or_left(small, tmp_path):
     weights = read_weights(GOLDEN / "mae3d.npz")
     target = network(**weights.config())
-    with pytest.raises(InputError, match=r"pos_embed \(25, 36\) is not the network's code of \(4, 3, 2\)"):
+    with pytest.raises(InputError, match=r"pos_embed \(25, 36\) is not the network's code of the grid \(4, 3, 2\)"):
         load_weights(weights, target)
     taken, report = load_weights(weights, target, positions=weights.positions())
     assert {e.status for e in report if "pos_embed" in e.name} == {"loaded"}
@@ -501,7 +501,7 @@ def test_the_class_tokens_own_code_is_added_to_it(tmp_path):
     assert found.positions() is sincos_positions
     state["decoder_pos_embed"] = state["decoder_pos_embed"] + 1  # has no such place
     found = read_weights(pth(tmp_path / "a.pth", state), **HEADS)
-    with pytest.raises(InputError, match="decoder's position codes have no place"):
+    with pytest.raises(InputError, match="the position codes of its decoder do not fit"):
         found.positions()
     assert found.positions("encoder") is sincos_positions
 
@@ -548,12 +548,12 @@ def test_the_response_to_equal_channels_and_to_equal_slices_stays():
     grey = rng.standard_normal((4, 3, 1), np.float32)
     expected = embed(kernel, np.repeat(grey, 2, -1))
     for channels in (1, 3):
-        wider = resized(kernel, (4, 3), 2, (4, 3), channels, embedding=True)
+        wider = resize_weights(kernel, (4, 3), 2, (4, 3), channels, embedding=True)
         np.testing.assert_allclose(embed(wider, np.repeat(grey, channels, -1)), expected, rtol=1e-4, atol=1e-5)
-    volume = resized(kernel, (4, 3), 2, (4, 3, 6), 2, embedding=True)
+    volume = resize_weights(kernel, (4, 3), 2, (4, 3, 6), 2, embedding=True)
     deep = np.repeat(np.repeat(grey, 2, -1)[:, :, None], 6, axis=2)
     np.testing.assert_allclose(embed(volume, deep), expected, rtol=1e-4, atol=1e-5)
-    back = resized(volume, (4, 3, 6), 2, (4, 3), 2, embedding=True)
+    back = resize_weights(volume, (4, 3, 6), 2, (4, 3), 2, embedding=True)
     np.testing.assert_allclose(back, kernel, rtol=1e-4, atol=1e-5)
 
 
@@ -561,7 +561,7 @@ def test_the_response_to_equal_channels_and_to_equal_slices_stays():
 def test_a_patch_of_another_size_is_seen_as_the_old_size_by_linear_resizing(patch):
     rng = np.random.default_rng(0)
     kernel, image = rng.standard_normal((4 * 6 * 2, 5), np.float32), rng.standard_normal((*patch, 2), np.float32)
-    found = embed(resized(kernel, (4, 6), 2, patch, 2, embedding=True), image)
+    found = embed(resize_weights(kernel, (4, 6), 2, patch, 2, embedding=True), image)
     np.testing.assert_allclose(found, embed(kernel, jax.image.resize(image, (4, 6, 2), "linear")), rtol=1e-4, atol=1e-4)
 
 
@@ -569,14 +569,14 @@ def test_a_patch_of_another_size_is_seen_as_the_old_size_by_linear_resizing(patc
 def test_a_prediction_of_another_size_is_the_old_one_by_linear_resizing(patch):
     rng = np.random.default_rng(0)
     kernel, latent = rng.standard_normal((5, 4 * 6 * 2), np.float32), rng.standard_normal(5, np.float32)
-    found = latent @ resized(kernel.T, (4, 6), 2, patch, 2, embedding=False).T
+    found = latent @ resize_weights(kernel.T, (4, 6), 2, patch, 2, embedding=False).T
     old = jax.image.resize((latent @ kernel).reshape(4, 6, 2), (*patch, 2), "linear")
     np.testing.assert_allclose(found.reshape(*patch, 2), old, rtol=1e-4, atol=1e-4)
 
 
 def test_a_prediction_of_more_channels_and_slices_repeats_the_old_one():
     bias = np.arange(4 * 3 * 2, dtype="f4")
-    found = resized(bias, (4, 3), 2, (4, 3, 5), 3, embedding=False).reshape(4, 3, 5, 3)
+    found = resize_weights(bias, (4, 3), 2, (4, 3, 5), 3, embedding=False).reshape(4, 3, 5, 3)
     expected = bias.reshape(4, 3, 2).mean(-1)
     np.testing.assert_allclose(found, np.broadcast_to(expected[:, :, None, None], found.shape), rtol=1e-6)
 
@@ -763,7 +763,7 @@ def test_a_dict_that_holds_itself_has_no_tensors(tmp_path):
 def test_many_views_of_one_storage_do_not_fill_the_memory(tmp_path):
     base = np.zeros(2**20, "f4")
     views = {f"w{n}": View(base, 0, (2**10, 2**10), (1, 2**10)) for n in range(200)}
-    refused(pth(tmp_path / "a.pth", views), "cannot hold them")
+    refused(pth(tmp_path / "a.pth", views), "too many for its")
 
 
 def test_every_cut_is_refused(tmp_path):
@@ -795,7 +795,7 @@ def test_zip_files_that_lie_are_refused(tmp_path):
     np.savez(tmp_path / "a.npz", w=np.zeros(3))
     with zipfile.ZipFile(tmp_path / "a.npz") as plain, zipfile.ZipFile(path, "w", zipfile.ZIP_BZIP2) as packed:
         packed.writestr("w.npy", plain.read("w.npy"))
-    refused(path, "packed", of=read_tensors)
+    refused(path, "compression", of=read_tensors)
     refused(pth(path, value, extra=[("archive/constants.pkl", b"")]), "TorchScript", of=read_tensors)
     refused(pth(path, value, extra=[("archive/byteorder2", b""), ("other/data.pkl", b"")]), of=read_tensors)
     with pytest.warns(UserWarning, match="Duplicate name"):
@@ -825,7 +825,7 @@ def test_npz_bombs_objects_and_lies_are_refused(tmp_path):
     path = tmp_path / "a.npz"
     np.savez_compressed(path, w=np.zeros(2**25, "f4"))
     tracemalloc.start()
-    refused(path, "cannot hold them", of=read_tensors)
+    refused(path, "too many for its", of=read_tensors)
     assert tracemalloc.get_traced_memory()[1] < 50e6
     tracemalloc.stop()
     np.savez(path, w=np.array([{"a": 1}], dtype=object))
@@ -869,7 +869,7 @@ def test_what_is_no_weights_file_is_named(tmp_path):
     ):
         path.write_bytes(content)
         refused(path, word, of=read_tensors)
-    refused(pth(path, {"epoch": 1}), "holds no tensors", of=read_tensors)
+    refused(pth(path, {"epoch": 1}), "contains no tensors", of=read_tensors)
     refused(pth(path, [np.zeros(3, "f4")]), "no state dict", of=read_tensors)
     refused(pth(path, {"a\x1b[2Jb\n": np.zeros(3, "f4")}), "plain names", of=read_tensors)
     refused(pth(path, {"w": np.zeros(3, "f4"), "\x1b]0;x\x07": 1}), "plain names", of=read_tensors)
@@ -888,7 +888,7 @@ def test_a_converted_file_holds_the_part_and_loads_as_the_original(tmp_path, cap
     source, out = GOLDEN / f"{name}.npz", tmp_path / "new" / "out.safetensors"
     assert run(source, "--out", out, f"--part={part}") == 0
     printed, said = capsys.readouterr()
-    assert ("position codes are its own" in said) == (name == "mae3d" and part != "blocks")
+    assert ("position codes differ from the computed ones" in said) == (name == "mae3d" and part != "blocks")
     original, copy = read_weights(source), read_weights(out)
     for tensor_name, array in golden(name).items():
         assert f"state/{tensor_name} " in printed and "x".join(map(str, array.shape)) in printed

@@ -1,6 +1,7 @@
-"""Accelerators that this machine may lack: peak figures, the number that a target names, and devices to compile for.
+"""Accelerators that this machine may lack: peak figures of chips, machines made of them, and devices to compile for.
 
-libtpu compiles for TPUs, XLA's compiler in JAX's CUDA plugin for NVIDIA GPUs. Neither compiler needs the device.
+libtpu compiles for TPUs. XLA's compiler in JAX's CUDA plugin compiles for NVIDIA GPUs. Neither compiler needs the
+device.
 """
 
 import importlib.util
@@ -22,23 +23,23 @@ from jmae.target import Target
 class Chip(NamedTuple):
     """Peak figures of one chip, as its maker states them."""
 
-    platform: str  # "tpu" or "cuda", for which programs are compiled
+    platform: str  # platform that programs are compiled for, "tpu" or "cuda"
     flops: float  # FLOP/s of dense bfloat16 products
-    float32: float  # share of `flops` that float32 products reach by JAX's default (TPU: a bfloat16 pass; GPU: TF32)
+    float32: float  # share of `flops` of float32 products in JAX's default precision (TPU: bfloat16; GPU: TF32)
     memory: float  # bytes
-    bandwidth: float  # of the memory, in bytes a second
-    ports: int  # TPU: links to neighbours in the torus; GPU: 1, to all GPUs of its host
+    bandwidth: float  # bytes a second of the memory
+    ports: int  # TPU: links to neighbours in the torus; GPU: 1 link to all GPUs of its host
     link: float  # bytes a second through one port, one way
-    whole: int  # TPU: an axis is a closed ring if its length is a multiple of this; GPU: the number in a host
+    whole: int  # TPU: an axis is a closed ring if its length is a multiple of this; GPU: GPUs in a host
     between: float  # GPU: bytes a second through its port to other hosts, one way
     source: str
-    most: int = 0  # TPU: chips of the largest slice
+    most: int = 0  # TPU: chips in the largest slice
     example: str = ""  # TPU: libtpu's name of a machine with this chip
-    measured: float = 0  # FLOP/s of large bfloat16 products on a card; 0 where nobody measured them
+    measured: float = 0  # measured FLOP/s of large bfloat16 products; 0 where not measured
 
     @property
     def usable(self) -> float:
-        """FLOP/s for estimates of time: the measured rate, or else the stated one."""
+        """FLOP/s for estimates of time: the measured rate, else the stated rate."""
         return self.measured or self.flops
 
 
@@ -59,7 +60,7 @@ CHIPS = {
 
 
 class Machine(NamedTuple):
-    """Chips of one kind. `shape` is the axes of the torus for TPUs, and (hosts, GPUs of each) for GPUs."""
+    """Chips of one kind. `shape` has the axes of a torus of TPUs, or (hosts, GPUs in each host)."""
 
     name: str
     shape: tuple[int, ...]
@@ -86,11 +87,12 @@ class Machine(NamedTuple):
         return f"{hosts} hosts of {each}" if hosts > 1 else "one host"
 
     def sending(self, group: Sequence[int]) -> float:
-        """Bytes a second that a chip can send to the others of its group in a collective operation.
+        """Bytes a second that a chip can send to the others of its group in a collective operation, with busy links.
 
-        All links are busy. On TPUs, a group of all chips uses all links of the torus. A smaller group uses the two
-        links of a ring, and a pair uses one. On GPUs, a group within one host uses NVLink. Over hosts it uses the ports
-        of all its GPUs in one host together, and NVLink where that is slower."""
+        TPUs: a group of all chips uses all links of the torus, a smaller group the two links of a ring, a pair one.
+        GPUs: a group within one host uses NVLink. A group over several hosts uses the ports of its GPUs in one host
+        together, or NVLink where NVLink is slower.
+        """
         chip, n = self.chip, len(group)
         if self.gpus:
             most = max(Counter(i // self.shape[1] for i in group).values())
@@ -102,7 +104,7 @@ class Machine(NamedTuple):
 
 
 def target_of(text: str) -> Machine:
-    """The machine that "v5e:4x4", "h100:8" or "h100:1x2x8" names; raises InputError where it names none."""
+    """The machine with the name "v5e:4x4", "h100:8" or "h100:1x2x8". Raises InputError for other names."""
     name, _, shape = text.partition(":")
     if name not in CHIPS:
         raise InputError(
@@ -114,17 +116,19 @@ def target_of(text: str) -> Machine:
     axes = chip.ports // 2
     if not re.fullmatch("x".join([r"[1-9]\d{0,3}"] * axes), shape):
         example = {2: "4x4 (the torus)", 3: "2x2x1 (the torus)"}[axes]
-        raise InputError(f"target {text!r} does not say how many chips: write {name}:{example}")
+        raise InputError(f"target {text!r} does not tell the number of chips: write {name}:{example}")
     machine = Machine(name, tuple(int(n) for n in shape.split("x")))
     if math.prod(machine.shape) > chip.most:
-        raise InputError(f"target {text!r}: there are no slices of more than {chip.most} {name}")
+        raise InputError(f"target {text!r}: the largest slice has {chip.most} {name}: name fewer")
     return machine
 
 
 def hosts_of(text: str, name: str, shape: str, most: int) -> tuple[int, int]:
-    """Read (hosts, GPUs of each) from "16" or "1x2x8"."""
+    """(hosts, GPUs in each host) from "16" or "1x2x8"; a host has at most `most`. Raises InputError."""
     if not (found := re.fullmatch(r"(?:1x([1-9]\d{0,3})x)?([1-9]\d{0,3})", shape)):
-        raise InputError(f"target {text!r} does not say how many: write {name}:8 (GPUs) or {name}:1x2x{most} (2 hosts)")
+        raise InputError(
+            f"target {text!r} does not tell the number of GPUs: write {name}:8 (GPUs) or {name}:1x2x{most} (2 hosts)"
+        )
     if found[1]:
         hosts, each = int(found[1]), int(found[2])
         if each > most:
@@ -132,18 +136,20 @@ def hosts_of(text: str, name: str, shape: str, most: int) -> tuple[int, int]:
         return hosts, each
     n = int(found[2])
     if n > most and n % most:
-        raise InputError(f"target {text!r}: more than {most} {name} are hosts of {most}: write {name}:{n + -n % most}")
+        raise InputError(f"target {text!r}: more than {most} {name} fill hosts of {most}: write {name}:{n + -n % most}")
     return (1, n) if n <= most else (n // most, most)
 
 
 def devices_of(machine: Machine) -> Sequence[Any]:
     """The devices of a machine. Programs can be compiled for them, but cannot run on them.
 
-    Raises InputError where the compiler is not installed, or refuses the machine."""
+    Raises InputError where the compiler is not installed or refuses the machine.
+    """
     return gpus(machine) if machine.gpus else tpus(machine)
 
 
 def gpus(machine: Machine) -> Sequence[Any]:
+    """`devices_of` for GPUs."""
     if not any(importlib.util.find_spec(f"jax_cuda{n}_plugin") for n in (12, 13)):
         raise InputError(f"target {machine.name} needs XLA's GPU compiler (182 MB): pip install 'jmae[plan-gpu]'")
     shape = "x".join(map(str, (1, *machine.shape)))
@@ -155,26 +161,30 @@ def gpus(machine: Machine) -> Sequence[Any]:
     devices: Sequence[Any] = found.devices
     # A description that the compiler cannot read becomes a card without a name.
     if devices[0].device_kind != CARDS[machine.name].kind:
-        raise InputError(f"XLA's GPU compiler took the {machine.name} for {devices[0].device_kind!r}: update jmae")
+        raise InputError(f"XLA's GPU compiler reads the {machine.name} as {devices[0].device_kind!r}: update jmae")
     return devices
 
 
 def tpus(machine: Machine) -> Sequence[Any]:
+    """`devices_of` for TPUs."""
     if importlib.util.find_spec("libtpu") is None:
         raise InputError(f"target {machine.name} needs libtpu, the TPUs' compiler: pip install 'jmae[plan]'")
-    # libtpu looks for no TPU, lets other processes compile or train beside this one, and logs only fatal errors.
+    # libtpu then looks for no TPU, lets other processes compile or train beside this one, and logs only fatal errors.
     settings = f"""TPU_SKIP_MDS_QUERY=1 ALLOW_MULTIPLE_LIBTPU_LOAD=1 TPU_WORKER_HOSTNAMES=localhost
         TPU_ACCELERATOR_TYPE={machine.chip.example} TPU_MIN_LOG_LEVEL=3 TPU_STDERR_LOG_LEVEL=3"""
     for setting in settings.split():
         os.environ.setdefault(*setting.split("="))
-    own = {2: "4x4, 8x8, 16x16", 3: "2x2x1, 2x2x4, 4x4x4"}[len(machine.shape)]
+    examples = {2: "4x4, 8x8, 16x16", 3: "2x2x1, 2x2x4, 4x4x4"}[len(machine.shape)]
     name = f"{machine.name}:{'x'.join(map(str, machine.shape))}"
     options: dict[str, Any] = {"chips_per_host_bounds": (1, 1, 1)} if math.prod(machine.shape) == 1 else {}
     try:
         return topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
     except Exception as error:
-        raise InputError(f"libtpu refuses {name} ({first_line(error)}): use a torus that is made, as {own}") from error
+        raise InputError(
+            f"libtpu refuses {name} ({first_line(error)}): use a torus that exists, such as {examples}"
+        ) from error
 
 
 def first_line(error: Exception) -> str:
+    """The first line of an error's message; without a message, its class."""
     return str(error).splitlines()[0] if str(error) else type(error).__name__

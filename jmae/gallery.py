@@ -44,7 +44,7 @@ INCHES = 1.7  # width of one panel
 class Entry(NamedTuple):
     """A generator as the gallery shows it."""
 
-    name: str  # of `--only`
+    name: str  # its name for `--only`
     title: str
     make: Callable[..., Any]  # (image, source, key, lungs) -> image, target, extras
     self_source: bool = False  # the source is the image itself
@@ -68,7 +68,7 @@ ENTRIES = (
     Entry("ppii", "P-PII, paper", paper),
     Entry("ppii", "P-PII, released", plain(ppii, preset="released")),
     Entry("ppii", "P-PII, jmae", plain(ppii, preset="jmae")),
-    Entry("ppii", "P-PII, paper, of itself", paper, self_source=True),
+    Entry("ppii", "P-PII, paper, from itself", paper, self_source=True),
     Entry("cutpaste", "CutPaste", plain(cutpaste, style="normal"), self_source=True),
     Entry("cutpaste", "CutPaste, scar", plain(cutpaste, style="scar"), self_source=True),
     Entry("nsa", "NSA", plain(nsa)),
@@ -82,8 +82,8 @@ class Panel(NamedTuple):
     clean: np.ndarray
     image: np.ndarray
     target: np.ndarray
-    slice: int | None
-    changed: bool  # any voxel by half a grey level or more
+    slice: int | None  # index of the slice of a volume
+    changed: bool  # whether any voxel changed by half a grey level or more
 
 
 def main(argv: list[str]) -> None:
@@ -96,7 +96,7 @@ def main(argv: list[str]) -> None:
         raise InputError(f"--out={out}: write a name that ends in .png")
     seed, draws = (typed(name, flags.get(name, str(default)), default) for name, default in (("seed", 0), ("draws", 3)))
     if not 1 <= draws <= MOST:
-        raise InputError(f"--draws={draws}: from 1 to {MOST}")
+        raise InputError(f"--draws={draws}: write 1 to {MOST}")
     size = typed("size", flags["size"], (0,)) if "size" in flags else None
     entries = entries_of(flags["only"]) if "only" in flags else ENTRIES
     images = [read_shown(path, size) for path in paths]
@@ -104,7 +104,7 @@ def main(argv: list[str]) -> None:
         sizes = ", ".join(f"{path} {image.shape[:-1]}" for path, image in zip(paths, images, strict=True))
         raise InputError(f"the images differ in size after reading ({sizes}): set --size")
     if out.resolve() in [Path(path).resolve() for path in paths]:
-        raise InputError(f"--out={out}: would replace the image: write another name")
+        raise InputError(f"--out={out}: this would replace the image: write another name")
     save(picture(images, [Path(path).name for path in paths], entries, seed=seed, draws=draws), out)
     log(f"gallery: {out}")
 
@@ -128,9 +128,9 @@ def read_shown(path: str, size: tuple[int, ...] | None) -> np.ndarray:
     axes = len(stored.size)
     size = size or ((SIDE,) * 2 if axes == 2 else tuple(min(n, VOLUME_SIDE) for n in stored.size))
     if len(size) != axes:
-        raise InputError(f"{path}: {axes} axes where --size has {len(size)}: name {axes} numbers")
+        raise InputError(f"{path}: has {axes} axes, but --size has {len(size)} numbers: write {axes}")
     if min(size) < 16:
-        raise InputError(f"--size={','.join(map(str, size))}: 16 or more an axis, or no anomaly has room")
+        raise InputError(f"--size={','.join(map(str, size))}: too small for an anomaly: write 16 or more for each axis")
     return np.clip(resize(to_unit(array, stored.bits or 0), size), 0, 1)
 
 
@@ -150,8 +150,10 @@ def draw(entry: Entry, image: np.ndarray, source: np.ndarray, lungs: Array | Non
 
 
 def panel(clean: np.ndarray, out: np.ndarray, target: np.ndarray) -> Panel:
-    """A draw's image and target. Of a volume it is the slice of the last axis with the largest target; the middle slice
-    where the target is empty."""
+    """The panel of a draw.
+
+    Of a volume it shows the slice of the last axis with the largest target, or the middle slice if the target is empty.
+    """
     changed = bool(np.any(np.abs(out - clean) >= VISIBLE))
     clean, out = clean[..., 0], out[..., 0]
     if clean.ndim == 2:
@@ -167,11 +169,13 @@ def panel(clean: np.ndarray, out: np.ndarray, target: np.ndarray) -> Panel:
 def picture(
     images: Sequence[np.ndarray], names: Sequence[str], entries: Sequence[Entry], *, seed: int, draws: int
 ) -> Figure:
-    """The figure: a line for each image and entry, with the clean image, then for each draw the image with the target's
-    outline, and the target."""
+    """The figure, with a line for each image and entry.
+
+    A line shows the clean image. Then, for each draw, it shows the image with the target's outline, and the target.
+    """
     keys = jax.random.split(jax.random.key(seed), (len(images), len(ENTRIES), draws))
     lines, columns = len(images) * len(entries), 1 + 2 * draws
-    high = INCHES * images[0].shape[0] / images[0].shape[1] + 0.35  # with two lines of title
+    high = INCHES * images[0].shape[0] / images[0].shape[1] + 0.35  # room for two lines of title
     figure = Figure(figsize=(INCHES * columns, high * lines), layout="constrained")
     FigureCanvasAgg(figure)
     axes = iter(figure.subplots(lines, columns, squeeze=False))
@@ -191,7 +195,7 @@ def picture(
                 )
                 if 0 < result.target.max() and result.target.min() < result.target.max():
                     beside.contour(result.target, [result.target.max() / 2], colors="#ff8c2b", linewidths=0.8)
-                show(below, result.target, f"target, at most {result.target.max():.2g}", "inferno")
+                show(below, result.target, f"target, maximum {result.target.max():.2g}", "inferno")
             log(f"{name}: {entry.title}")
     return figure
 
@@ -211,7 +215,9 @@ def save(figure: Figure, path: Path) -> None:
         figure.savefig(part, format="png", dpi=120)
         os.replace(part, path)
     except OSError as error:
-        raise InputError(f"{path}: not written ({error.strerror or error}): free space or change the folder") from None
+        raise InputError(
+            f"{path}: cannot be written ({error.strerror or error}): free space or change the folder"
+        ) from None
     finally:
         with contextlib.suppress(OSError):
             part.unlink()

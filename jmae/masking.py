@@ -8,22 +8,24 @@ from jmae.errors import InputError
 
 
 def visible_tokens(tokens: int, ratio: float) -> int:
-    """Number of tokens that stay visible at a mask ratio: int(tokens * (1 - ratio)), truncated in float64 as in the
-    official code (2520 tokens at 0.9 leave 251).
+    """The number of tokens that stay visible at a mask ratio: int(tokens * (1 - ratio)).
 
-    Raises InputError where no token, or every token, would be visible.
+    The product is truncated in float64 as in the official code: 2520 tokens at ratio 0.9 leave 251. Raises InputError
+    where no token, or every token, would be visible.
     """
     visible = int(tokens * (1 - ratio))
     if not 0 < visible < tokens:
-        raise InputError(
-            f"mask ratio {ratio} leaves {visible} of {tokens} tokens visible: at least one must be, and one not"
-        )
+        remedy = f"choose a ratio that leaves between 1 and {tokens - 1}"
+        raise InputError(f"mask ratio {ratio} leaves {visible} of {tokens} tokens visible: {remedy}")
     return visible
 
 
 def order_of(noise: Float[Array, "b n"], visible: int) -> tuple[Int[Array, "b k"], Int[Array, "b n"]]:
-    """(keep, restore) of the official code: tokens sorted by noise, the first `visible` ones stay visible; `restore` is
-    the inverse permutation. A token is hidden where restore >= visible."""
+    """(keep, restore) of the official code.
+
+    Tokens are sorted by noise. `keep` has the indices of the first `visible` ones, which stay visible. `restore` is the
+    inverse permutation. A token is hidden where restore >= visible.
+    """
     order = jnp.argsort(noise, axis=1)
     return order[:, :visible], jnp.argsort(order, axis=1)
 
@@ -49,11 +51,13 @@ def fold_in(keys: Key[Array, " b"], number: int | Int[Array, ""]) -> Key[Array, 
 
 
 def sample_keys(key: Key[Array, ""], index: Int[Array, " b"]) -> Key[Array, " b"]:
-    """A key for each sample from the step's key and the sample's number in its table. It depends neither on the place
-    in the batch nor on the number of devices."""
+    """A key for each sample, from the step's key and the sample's number in its table.
+
+    It depends neither on the sample's place in the batch nor on the number of devices.
+    """
     return jax.vmap(lambda i: jax.random.fold_in(key, i))(index)
 
 
 def case_keys(key: Key[Array, ""], case: Int[Array, "b 2"]) -> Key[Array, " b"]:
-    """A key for each case from the run's key and the case's id (`data.preparation.case_words`)."""
+    """A key for each case, from the run's key and the case's words (`data.preparation.case_words`)."""
     return jax.vmap(lambda words: jax.random.fold_in(jax.random.fold_in(key, words[0]), words[1]))(case)

@@ -77,16 +77,16 @@ def main(argv: list[str]) -> int:
     machine = target_of(flags["target"])
     batch = recipe.typed("batch", flags["batch"], 1) if "batch" in flags else None
     if batch is not None and batch < 1:
-        raise InputError("--batch is 1 or more")
+        raise InputError(f"--batch={batch}: write 1 or more")
     if "json" in flags and Path(flags["json"]).is_dir():
         raise InputError(f"--json={flags['json']} is a folder: name a file")
     if "--scoring" in wishes:
         if others := [name for name in ("stage", "batch") if name in flags] + ["largest"] * ("--largest" in wishes):
-            raise InputError(f"--{others[0]} is of the training: leave it out, or --scoring")
+            raise InputError(f"--{others[0]} is for training: leave it out, or leave out --scoring")
         found = [scoring(config, machine, volume=volume_of(flags.get("volume", "")))]
     else:
         if "volume" in flags:
-            raise InputError("--volume is of the scoring: leave it out, or add --scoring")
+            raise InputError("--volume is for scoring: leave it out, or add --scoring")
         found = plan(config, machine, stage=flags.get("stage", ""), batch=batch, largest="--largest" in wishes)
     print("\n".join(line for each in found for line in report(machine, each)))
     if "json" in flags:
@@ -120,9 +120,10 @@ def plan(
 ) -> list[dict[str, Any]]:
     """What each stage, or `stage` alone, needs on a machine, and how fast its step can be at most.
 
-    `report` makes lines of it. Raises InputError as `load_system` and `devices_of` do, where the chips do not divide
-    the batch, and where the recipe's `fsdp` does not divide the chips."""
-    devices = prepared(config, machine)
+    `report` prints it. Raises InputError where the recipe or the machine is wrong (`load_system`, `devices_of`), where
+    the chips do not divide the batch, and where the recipe's `fsdp` does not divide the chips.
+    """
+    devices = prepare(config, machine)
     fsdp = config.get("fsdp", 1)
     mesh = device_mesh(fsdp, devices)
     results: dict[str, Any] = {}
@@ -142,7 +143,7 @@ def plan(
             head = {"system": config.system, "stage": each.name, "chips": mesh.size, "fsdp": fsdp, "batch": size}
             head["steps_of_dispatch"] = steps_of_dispatch(config, each, size / mesh.size)
             for phase in dict.fromkeys(each.phases):
-                at = partial(planned_at, config, machine, mesh, each, number, before, phase)
+                at = partial(plan_of_batch, config, machine, mesh, each, number, before, phase)
                 if (each.step, phase) not in known:  # AMAE's modules share one step
                     log(f"stage {each.name}: compiling for {machine.name}, a minute or more at a paper's size")
                     known[each.step, phase] = at(size)
@@ -156,23 +157,23 @@ def plan(
     return found
 
 
-def prepared(config: ConfigDict, machine: Machine) -> Sequence[Any]:
-    """The machine's devices; a recipe with dtype "auto" gets bfloat16."""
-    jax.config.update("jax_platforms", "cpu")  # a plan takes no accelerator of this machine
+def prepare(config: ConfigDict, machine: Machine) -> Sequence[Any]:
+    """The machine's devices. A recipe with dtype "auto" gets bfloat16. JAX uses no accelerator of this machine."""
+    jax.config.update("jax_platforms", "cpu")
     if config.get("model", {}).get("dtype") == "auto":
         config.model.dtype = "bfloat16"
     return devices_of(machine)
 
 
 def state_of(config: ConfigDict, stage: Stage, number: int, results: PyTree) -> State:
-    """Shapes of a stage's state."""
+    """The shapes of a stage's state."""
     init = lambda key, results: stage.init(key, results, ROWS)
     keys = jax.eval_shape(partial(stage_keys, config, number))
     return jax.eval_shape(init if config.replicates == 1 else jax.vmap(init), keys, results)
 
 
 def result_of(config: ConfigDict, stage: Stage, number: int, results: PyTree) -> PyTree:
-    """Shapes of what a stage gives to later ones and to the score."""
+    """The shapes of a stage's result, which later stages and the score use."""
     return jax.eval_shape(stage.result, state_of(config, stage, number, results))
 
 
@@ -185,21 +186,23 @@ def step_of(
     batch: int | None,
     phase: Any = None,
 ) -> tuple[State, tuple[PyTree, Any, PyTree], Any]:
-    """(state, (batch, keys, results), jitted step) of a stage on a mesh, as shapes with their places, without numbers.
+    """(state, (batch, keys, results), jitted step) of a stage on a mesh, as shapes with shardings.
 
-    The step is that of `phase`, one of the stage's phases; None stands for the first."""
+    The step is that of `phase`, one of the stage's phases; None is the first phase. Raises InputError where the chips
+    do not divide the batch.
+    """
     n, steps = config.replicates, stage.steps(ROWS)
     size = batch or stage.batch * mesh.size
     if size % (mesh.size * stage.parts):
         parts = f" times {stage.parts} parts (accumulate)" if stage.parts > 1 else ""
-        raise InputError(f"a batch of {size} is not divisible by {mesh.size} chips{parts}: --batch is a multiple")
+        raise InputError(f"a batch of {size} is not divisible by {mesh.size} chips{parts}: write a multiple as --batch")
     keys = jax.eval_shape(partial(stage_keys, config, number))
     state = state_of(config, stage, number, results)
     image = (*config.data.size, config.data.channels)
     arrays = {"image": (image, jnp.float32), "index": ((), jnp.int32), "case": ((2,), jnp.uint32)}
     for name, make in stage.host_arrays.items():
-        made = np.asarray(make(np.linspace(0, 1, math.prod(image), dtype=np.float32).reshape(image)))
-        arrays[name] = (made.shape, made.dtype)
+        array = np.asarray(make(np.linspace(0, 1, math.prod(image), dtype=np.float32).reshape(image)))
+        arrays[name] = (array.shape, array.dtype)
     lead = (size,) if n == 1 else (n, size)
     shapes = {name: jax.ShapeDtypeStruct((*lead, *shape), dtype) for name, (shape, dtype) in arrays.items()}
     put = lambda shape, place: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=place)
@@ -210,7 +213,7 @@ def step_of(
     return jax.tree.map(put, state, places(state, mesh)), inputs, step
 
 
-def planned_at(
+def plan_of_batch(
     config: ConfigDict,
     machine: Machine,
     mesh: Mesh,
@@ -220,20 +223,20 @@ def planned_at(
     phase: Any,
     batch: int,
 ) -> dict[str, Any]:
-    """The plan of a stage's step with one size of the batch."""
-    return planned(machine, mesh, *step_of(config, stage, number, results, mesh, batch, phase))
+    """The plan of a stage's step for one batch size."""
+    return plan_of_step(machine, mesh, *step_of(config, stage, number, results, mesh, batch, phase))
 
 
-def planned(
+def plan_of_step(
     machine: Machine, mesh: Mesh, state: State, inputs: tuple[PyTree, Any, PyTree], jitted: Any
 ) -> dict[str, Any]:
     """Memory, work, network and time of a step."""
     traced = jitted.trace(state, *inputs, None)
     arguments = {
-        "parameters": held(state.params),
-        "optimiser": held(state.opt),
-        "frozen weights and statistics": held((inputs[2], state.stats)),
-        "batch": held(inputs[0]),
+        "parameters": chip_bytes(state.params),
+        "optimiser": chip_bytes(state.opt),
+        "frozen weights and statistics": chip_bytes((inputs[2], state.stats)),
+        "batch": chip_bytes(inputs[0]),
     }
     work = products(traced.jaxpr.jaxpr, machine.chip.platform)
     out: dict[str, Any] = {"flops": sum(work.values()), "flops_chip": sum(work.values()) / mesh.size}
@@ -250,16 +253,19 @@ def planned(
         )
         out |= {"memory": arguments, "fits": False, "total": total, "limit": limit, "compute_s": traced_s}
         return out
-    return out | measured(machine, mesh, compiled, arguments, None if machine.gpus else traced_s)
+    return out | needs_of(machine, mesh, compiled, arguments, None if machine.gpus else traced_s)
 
 
-def measured(
+def needs_of(
     machine: Machine, mesh: Mesh, compiled: Any, arguments: Mapping[str, int], compute_s: float | None
 ) -> dict[str, Any]:
-    """What a compiled program needs, and the time that follows from this.
+    """The memory, work and network traffic of a compiled program, and its estimated time.
 
-    `compute_s` is the time of the products, or None, and then they are counted in the program. Programs for TPUs do not
-    allow that, since XLA writes their convolutions in many forms."""
+    Args:
+        arguments: bytes of the program's inputs by name.
+        compute_s: seconds of the products. None counts the products in the program. This is not possible for TPUs,
+            because XLA writes their convolutions in many forms.
+    """
     chip, sizes = machine.chip, compiled.memory_analysis()
     limit = memory_limit(machine)
     memory = dict(arguments)
@@ -288,7 +294,7 @@ def measured(
         "network_s": sum(c.sent / machine.sending(c.group) for c in network),
     }
     if not machine.gpus:
-        return out | predicted(out["compute_s"], out["memory_s"], out["network_s"])
+        return out | step_times(out["compute_s"], out["memory_s"], out["network_s"])
     launches = program.launches()
     kernels_s = program.seconds(chip.usable, chip.usable * chip.float32, chip.bandwidth)
     out |= {
@@ -302,28 +308,29 @@ def measured(
         "peak_share": out["compute_s"] / kernels_s,
         "rate": chip.usable,
     }
-    return out | predicted(out["compute_s"], out["memory_s"], out["network_s"], kernels_s, out["launches_s"])
+    return out | step_times(out["compute_s"], out["memory_s"], out["network_s"], kernels_s, out["launches_s"])
 
 
 def seconds_of(machine: Machine, work: Work) -> float:
-    """Time of products alone."""
+    """The seconds of the products alone."""
     chip = machine.chip
     return work.low / chip.usable + work.float32 / (chip.usable * chip.float32)
 
 
 def memory_limit(machine: Machine) -> float:
-    """Bytes that JAX takes of a chip's memory."""
+    """The bytes of a chip's memory that JAX takes."""
     return machine.chip.memory * (USABLE if machine.gpus else 1)
 
 
-def predicted(
+def step_times(
     compute_s: float, memory_s: float, network_s: float, kernels_s: float = 0, launches_s: float = 0
 ) -> dict[str, Any]:
-    """A step's time, its efficiency against one chip alone, and the longest part.
+    """The time of a step, its efficiency against one chip alone, and the longest part.
 
-    `step_s` has the network after the chip's own work, `step_least_s` beside that work. A chip's own work takes the
-    longest of its products, its memory traffic, its kernels one after the other, and the kernels' launches, which run
-    ahead of them."""
+    The local work of a chip takes as long as the longest of its products, its memory traffic, its kernels one after the
+    other, and their launches, which run ahead of the kernels. In `step_s` the network follows the local work, in
+    `step_least_s` it runs at the same time.
+    """
     local = max(compute_s, memory_s, kernels_s, launches_s)
     parts = {"compute": compute_s, "memory": memory_s, "network": network_s}
     if launches_s > max(kernels_s, network_s):
@@ -337,11 +344,12 @@ def predicted(
 
 
 def largest_batch(at: Callable[[int], dict[str, Any]], base: int, unit: int, found: dict[str, Any]) -> dict[str, Any]:
-    """The largest batch that fits, a multiple of `unit`, and of 8 units from 64 units on.
+    """The largest batch that fits. It is a multiple of `unit`, and of 8 units from 64 units on.
 
-    `found` is the plan of the batch `base`. A line through its memory and that of another batch gives an estimate. `at`
-    compiles the estimate to confirm it. If it does not fit, a line through its memory gives the next, up to
-    three in all."""
+    `found` is the plan of the batch `base`. A line through the memory of two batches gives an estimate, and `at`
+    compiles the estimate to confirm it. If it does not fit, a line through its memory gives the next one; there are at
+    most three. Raises InputError where the memory does not grow with the batch.
+    """
     limit = found["limit"]
     whole = lambda b: int(b // (unit * 8) * unit * 8 if b >= 64 * unit else b // unit * unit)
     other = 2 * base if found["fits"] else max(unit, whole(base / 2))
@@ -353,7 +361,9 @@ def largest_batch(at: Callable[[int], dict[str, Any]], base: int, unit: int, fou
         (b0, m0), (b1, m1) = points[0], points[-1]
         slope = (m1 - m0) / (b1 - b0)
         if slope <= 0:
-            raise InputError(f"memory does not grow from a batch of {b0} to one of {b1}: no line estimates the largest")
+            raise InputError(
+                f"memory does not grow from a batch of {b0} to one of {b1}: the largest batch cannot be estimated"
+            )
         estimate = whole(b0 + (limit - m0) / slope)
         if estimate < unit:
             return {"batch": 0, "total": m0, "tried": tried}
@@ -372,16 +382,18 @@ def largest_batch(at: Callable[[int], dict[str, Any]], base: int, unit: int, fou
 def scoring(config: ConfigDict, machine: Machine, *, volume: tuple[int, ...] = ()) -> dict[str, Any]:
     """What scoring needs on one host of a machine.
 
-    For images this is one pass with all masks of a batch, for volumes the sweep over one volume of the size `volume`.
-    As in an evaluation, the program takes as many masks or windows at a time as fit the memory."""
-    every = prepared(config, machine)
+    For images it is one pass with all masks of a batch, for volumes the sweep over one volume of `volume` voxels. As in
+    an evaluation, the program processes as many masks or windows at a time as fit into the memory. Raises InputError
+    where `volume` does not fit the recipe.
+    """
+    every = prepare(config, machine)
     devices = [device for device in every if device.process_index == every[0].process_index]
     mesh = device_mesh(1, devices)
     place = lambda shape: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=replicated(mesh))
     with tracing_for(machine.target), without_cudnn():
         system = load_system(config)
         if system.sweep and len(volume) != len(system.sweep.window):
-            raise InputError(f"{config.system} scores volumes: name the size of one, as --volume=273x406x105 (voxels)")
+            raise InputError(f"{config.system} scores volumes: name a size, such as --volume=273x406x105 (voxels)")
         if volume and not system.sweep:
             raise InputError(f"{config.system} with this recipe scores images: leave out --volume")
         every_result: dict[str, Any] = {}
@@ -396,10 +408,10 @@ def scoring(config: ConfigDict, machine: Machine, *, volume: tuple[int, ...] = (
             most, what = config.evaluation.get("chunk") or system.masks, "masks"
             batch, trace = pass_of(config, system, mesh, results, keys)
         log(f"scoring: compiling for {machine.name}, a minute or more at a paper's size")
-        arguments = {"weights": held(results), "batch": held(batch)}
+        arguments = {"weights": chip_bytes(results), "batch": chip_bytes(batch)}
         room = PASS * (memory_limit(machine) - arguments["weights"])
         compiled, chunk = fitting(lambda chunk: trace(chunk).lower(), most, limit=int(room))
-        out = measured(machine, mesh, compiled, arguments, None)
+        out = needs_of(machine, mesh, compiled, arguments, None)
     size = 1 if system.sweep else -(-config.evaluation.batch // mesh.size) * mesh.size
     head = {"system": config.system, "stage": "scoring", "chips": mesh.size, "fsdp": 1, "batch": size}
     case = {"volume": volume} if system.sweep else {}
@@ -422,8 +434,9 @@ def sweep_of(
 ) -> tuple[PyTree, Callable[[int], Any]]:
     """(shapes of a volume with its windows, function that traces the sweep for a number of windows at a time).
 
-    The program knows how many windows there are, so that its loop has a known length. In an evaluation this number is
-    an argument."""
+    The number of windows is a constant of this program, so that its loop has a known length. In an evaluation this
+    number is an argument.
+    """
     tiling = tile(volume, sweep.window, sweep.stride)
     array = tuple(n + low + high for n, (low, high) in zip(volume, tiling.pad, strict=True))
     shapes = {
@@ -446,31 +459,33 @@ def sweep_of(
     return case, trace
 
 
-def held(tree: PyTree) -> int:
-    """Bytes on one chip of a tree of shapes with their places."""
+def chip_bytes(tree: PyTree) -> int:
+    """The bytes on one chip of a tree of shapes with shardings."""
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-# Operations that pass a number on unchanged. For gradients the platform's index is stored beside the branches' results.
+# Operations that do not change a number. (Gradients store the platform's index beside the results of the branches.)
 SAME = "copy convert_element_type reshape squeeze broadcast_in_dim slice dynamic_slice reduce_precision name".split()
 ATTENTION = {"dot_product_attention_fwd_wrapper": 4, "dot_product_attention_bwd_wrapper": 10}  # FLOPs: x b h n m d
 
 
 def products(jaxpr: Any, platform: str) -> Counter[int]:
-    """FLOPs of all matrix products, convolutions and cuDNN attentions of a traced program, by the bytes of a number of
-    their inputs.
+    """FLOPs of all matrix products, convolutions and cuDNN attentions of a traced program.
 
-    A multiply-add counts as two. A loop's body counts as often as it runs, the body of `while` once. Of several
-    branches, that of the platform counts, or else the longest."""
+    They are sorted by the bytes of one number of the inputs. A multiply-add counts as two. A loop's body counts as
+    often as it runs, but the body of `while` once. Of several branches the branch of the platform counts, else the
+    longest.
+    """
     return traced_work(jaxpr, platform, [None] * len(jaxpr.invars))[0]
 
 
-def traced_work(jaxpr: Any, platform: str, given: Sequence[Any]) -> tuple[Counter[int], list[Any]]:
-    """(FLOPs, platforms of each output) of a program; `given` has the platforms of each input.
+def traced_work(jaxpr: Any, platform: str, inputs: Sequence[Any]) -> tuple[Counter[int], list[Any]]:
+    """(FLOPs, platforms of each output) of a program; `inputs` has the platforms of each input.
 
-    The platforms of a `platform_index` are the tuple that it chooses among; any other array has None."""
+    The platforms of a `platform_index` are the tuple from which it chooses. Any other array has None.
+    """
     total: Counter[int] = Counter()
-    chosen: dict[Any, tuple | None] = dict(zip(jaxpr.invars, given, strict=True))
+    chosen: dict[Any, tuple | None] = dict(zip(jaxpr.invars, inputs, strict=True))
     of = lambda var: None if hasattr(var, "val") else chosen.get(var)
     for eqn in jaxpr.eqns:
         name, params = eqn.primitive.name, eqn.params
@@ -488,14 +503,14 @@ def traced_work(jaxpr: Any, platform: str, given: Sequence[Any]) -> tuple[Counte
         elif name == "conv_general_dilated":
             kernel = eqn.invars[1].aval
             depth = kernel.size / kernel.shape[params["dimension_numbers"].rhs_spec[0]]
-            apart = math.prod(params["lhs_dilation"])  # zeros between the inputs are no work
-            total[kernel.dtype.itemsize] += round(2 * depth * eqn.outvars[0].aval.size / apart)
+            dilation = math.prod(params["lhs_dilation"])  # zeros between the inputs cause no work
+            total[kernel.dtype.itemsize] += round(2 * depth * eqn.outvars[0].aval.size / dilation)
         elif name in ATTENTION:
             queries, keys = eqn.invars[0].aval, eqn.invars[1].aval  # (b, n, h, d), or (b, h, n, d)
             total[queries.dtype.itemsize] += ATTENTION[name] * queries.size * keys.shape[2 if params["layout"] else 1]
         elif name == "cond":
-            given = [of(var) for var in eqn.invars[1:]]
-            parts = [traced_work(branch.jaxpr, platform, given) for branch in params["branches"]]
+            inputs = [of(var) for var in eqn.invars[1:]]
+            parts = [traced_work(branch.jaxpr, platform, inputs) for branch in params["branches"]]
             if (platforms := of(eqn.invars[0])) is not None:
                 parts = [parts[i] for i, names in enumerate(platforms) if names is None or platform in names][:1]
             flops, outs = max(parts, key=lambda part: part[0].total())
@@ -503,11 +518,11 @@ def traced_work(jaxpr: Any, platform: str, given: Sequence[Any]) -> tuple[Counte
         else:
             times = params["length"] if name == "scan" else 1
             subs = list(inner(params))
-            given = [of(var) for var in eqn.invars]
+            inputs = [of(var) for var in eqn.invars]
             for sub in subs:
-                # The program of a loop or a call has the equation's inputs; each of the two of `while` has some.
-                same = len(sub.invars) == len(given)
-                flops, outs = traced_work(sub, platform, given if same else [None] * len(sub.invars))
+                # The program of a loop or a call has all inputs of the equation; the two programs of `while` have some.
+                same = len(sub.invars) == len(inputs)
+                flops, outs = traced_work(sub, platform, inputs if same else [None] * len(sub.invars))
                 for size, n in flops.items():
                     total[size] += times * n
             if len(subs) != 1:
@@ -531,6 +546,7 @@ def inner(params: dict[str, Any]) -> Iterator[Any]:
 
 def report(machine: Machine, found: dict[str, Any]) -> list[str]:
     """The printed lines of the plan of a stage or of scoring."""
+    # One function of 60 lines and more: it reads in the order of the printed lines.
     gpus, n, data = machine.gpus, found["chips"], found["chips"] // found["fsdp"]
     gb = lambda size: f"{size / 1e9:.3g}"
     ms = lambda seconds: f"{1e3 * seconds:.3g}"
@@ -599,7 +615,7 @@ def report(machine: Machine, found: dict[str, Any]) -> list[str]:
 
 
 def kernel_lines(found: dict[str, Any]) -> list[str]:
-    """What the compiled program of a GPU consists of."""
+    """The lines on the compiled program of a GPU."""
     low, float32 = (found["flops_compiled_chip"][name] for name in ("low", "float32"))
     calls = ", ".join(f"{n} {name}" for name, n in found["custom_calls"].items())
     padding = found["padding_chip"] / max(1, found["traffic_chip"])
@@ -613,7 +629,7 @@ def kernel_lines(found: dict[str, Any]) -> list[str]:
 
 
 def largest_line(found: dict[str, Any], limit: str) -> str:
-    """The line that tells the largest batch."""
+    """The line on the largest batch."""
     tried = ", ".join(map(str, found["tried"]))
     if found["batch"]:
         return f"  largest      batch {found['batch']}: {found['total'] / 1e9:.3g} of {limit} GB [compiled: {tried}]"
@@ -623,7 +639,7 @@ def largest_line(found: dict[str, Any], limit: str) -> str:
 
 
 def peaks(machine: Machine) -> str:
-    """The line of the rates that the estimates use."""
+    """The line on the rates that the estimates use."""
     chip = machine.chip
     links = f"{chip.ports} link{'s' * (chip.ports > 1)} of {chip.link / 1e9:.4g} GB/s each way"
     if machine.gpus and machine.shape[0] > 1:
@@ -637,4 +653,4 @@ def peaks(machine: Machine) -> str:
 if __name__ == "__main__":
     code = exit_code(main)
     sys.stdout.flush()
-    os._exit(code)  # an interrupted compilation runs on in its threads, and may crash when the interpreter ends
+    os._exit(code)  # the threads of an interrupted compilation run on, and may crash when the interpreter ends

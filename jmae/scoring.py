@@ -12,10 +12,11 @@ from jmae.errors import InputError
 
 
 def minimum_filter(image: Float[Array, "b *size c"], size: tuple[int, ...]) -> Float[Array, "b *size c"]:
-    """The smallest value of a box of `size` voxels around each voxel: `scipy.ndimage.minimum_filter`, mirrored border.
+    """The smallest value in a box of `size` voxels around each voxel: `scipy.ndimage.minimum_filter`, mirrored border.
 
-    For an even edge the extra voxel is below: 2 covers {s - 1, s}. A mirrored border only repeats voxels of the box, so
-    voxels outside the image count as infinite. A caller can mark missing voxels in the same way.
+    A box of an even edge has its extra voxel below: 2 covers {s - 1, s}. A mirrored border only repeats voxels of the
+    box. So voxels outside the image are taken as infinite here, with the same result. A caller can mark missing voxels
+    as infinite too.
     """
     for axis, edge in enumerate(size, 1):
         low, high, n = edge // 2, edge - 1 - edge // 2, image.shape[axis]
@@ -33,7 +34,10 @@ def minimum_filter(image: Float[Array, "b *size c"], size: tuple[int, ...]) -> F
 
 
 def top_mean(values: np.ndarray, region: np.ndarray | None, share: float) -> float:
-    """The mean of the highest `share` of the values of a map inside a region (None: everywhere), at least one value."""
+    """The mean of the highest values of a map inside a region (None: everywhere).
+
+    It takes the share `share` of the values, but at least one.
+    """
     values = values.ravel() if region is None else values[region]
     k = max(1, round(share * values.size))
     return float(np.partition(values, -k)[-k:].mean(dtype=np.float64))
@@ -43,10 +47,10 @@ def auroc(scores: Float[Array, " n"], labels: Int[Array, " n"] | Bool[Array, " n
     """`metrics.auroc` on the device: the probability that a positive (label 1) has a higher score than a negative (0).
 
     Ties count half, and other labels do not count. nan where a class is missing or a score is not finite. Pairs are
-    counted exactly in 32 bits, so 2^16 scores and more raise InputError.
+    counted exactly in 32 bits, so 2^16 or more scores raise InputError.
     """
     if len(scores) >= 2**16:
-        raise InputError(f"AUROC of {len(scores)} scores on the device: choose by fewer than {2**16} images")
+        raise InputError(f"AUROC of {len(scores)} scores on the device: use fewer than {2**16} images")
     negative, positive = labels == 0, labels == 1
     below, m = jnp.sort(jnp.where(negative, scores, jnp.inf)), jnp.sum(negative)
     halves = sum(jnp.searchsorted(below, scores, side) for side in ("left", "right"))
@@ -58,42 +62,47 @@ def auroc(scores: Float[Array, " n"], labels: Int[Array, " n"] | Bool[Array, " n
 
 
 class Calibration(NamedTuple):
-    """What held-out normals say of a score: their own scores, and the colour scale of maps that makes them look calm.
+    """The scores of held-out normals, which give p-values, and the colour scale on which their maps look calm.
 
-    The conformal p-value of a case with score s is (1 + #{scores >= s}) / (n + 1), n normals. Guarantee: where a normal
-    case is exchangeable with these (same population, scanner and preparation; none of them was trained on, and nothing
-    was chosen by them), P(p <= a) <= a for every a in [0, 1], and exactly floor(a (n + 1)) / (n + 1) where no scores
-    tie, on average over the draw of the n normals and the case. For one set of n the rate differs: it follows the
-    distribution Beta(k, n + 1 - k), k = floor(a (n + 1)). Nothing is promised of cases of another kind.
+    The conformal p-value of a case with score s is (1 + #{scores >= s}) / (n + 1) for n held-out normals.
+
+    Guarantee: P(p <= a) <= a for every a in [0, 1], for a normal case that is exchangeable with the held-out normals.
+    This means the same population, scanner and preparation; no held-out normal was used for training or for any choice.
+    The probability is over the draw of the n normals and of the case. Without ties it is exactly
+    floor(a (n + 1)) / (n + 1). The rate of one set of n normals differs: it has the distribution Beta(k, n + 1 - k)
+    with k = floor(a (n + 1)). There is no guarantee for cases of another kind.
 
     V. Vovk, A. Gammerman, G. Shafer, "Algorithmic learning in a random world", 2005; S. Bates, E. Candes, L. Lei, Y.
     Romano, M. Sesia, "Testing for outliers with conformal p-values", Annals of Statistics 2023, arXiv 2104.08279.
     """
 
-    scores: Mapping[str, float]  # by the id of each held-out normal
-    low: float | None = None  # the map's value that is black, and the one that is pale yellow; None without maps
-    high: float | None = None
-    needs: tuple[str, ...] = ()  # columns of the manifest that the normals' scores depend on: a case needs them too
+    scores: Mapping[str, float]  # score of each held-out normal, by its id
+    low: float | None = None  # value of the map that is shown in black; None without maps
+    high: float | None = None  # value of the map that is shown in pale yellow
+    needs: tuple[str, ...] = ()  # columns of the manifest that the scores depend on, so that a new case needs them too
 
     def p_value(self, score: float, case: str = "") -> float | None:
-        """The p-value of a case; None where it is one of the normals itself, which say nothing of themselves."""
+        """The p-value of a case; None for the held-out normals themselves."""
         return None if case in self.scores else float(p_values(list(self.scores.values()), [score])[0])
 
 
 def p_values(normals: Sequence[float] | np.ndarray, scores: Sequence[float] | np.ndarray) -> Float[np.ndarray, " n"]:
-    """The conformal p-value of each score: (1 + #{normals >= score}) / (number of normals + 1), see `Calibration`."""
+    """The conformal p-value of each score, (1 + #{normals >= score}) / (number of normals + 1); see `Calibration`."""
     ordered = np.sort(np.asarray(normals, np.float64))
     return (1 + len(ordered) - np.searchsorted(ordered, np.asarray(scores, np.float64))) / (len(ordered) + 1)
 
 
 def alarm_threshold(normals: Sequence[float], rate: float) -> float | None:
-    """The score above which a case has a p-value of at most `rate`; None where so few normals give none so low."""
+    """The score above which a case has a p-value of at most `rate`; None where the normals are too few for that."""
     k = floor(round(rate * (len(normals) + 1), 9))  # 0.29 * 100 is 28.999... in floats
     return float(np.sort(np.asarray(normals, np.float64))[-k]) if 0 < k <= len(normals) else None
 
 
 def colour_ends(lows: Sequence[float], highs: Sequence[float]) -> tuple[float, float]:
-    """The colour scale of maps, of one percentile of each normal's map at the middle and one near its top: the median
-    of the former, and of the latter what 19 of 20 normals stay below, so that a normal map looks calm."""
+    """(low, high) of the colour scale of maps, on which the map of a normal looks calm.
+
+    `lows` has a middle percentile of each normal's map, `highs` a percentile near its top. `low` is the median of
+    `lows`. `high` is the value that 19 of 20 `highs` do not exceed.
+    """
     low, high = float(np.median(lows)), float(np.quantile(highs, 0.95, method="higher"))
     return low, high if high > low else low + 1

@@ -1,7 +1,7 @@
 """Overlapping windows over volumes: their places, and one compiled pass of a network over all of them.
 
-Geometry is on the host, in whole voxels. The pass on the device gets the true size of a volume as data, so that volumes
-of one bucket share a program.
+The host computes places, in whole voxels. The pass on the device gets the true size of a volume as data, so that all
+volumes of one bucket share a program. A bucket is a size to which volumes are padded.
 """
 
 from collections.abc import Callable
@@ -17,24 +17,26 @@ from jaxtyping import Array, Bool, Float, Int, Key
 class Tiling(NamedTuple):
     """The windows of one volume, padded to a bucket."""
 
-    pad: tuple[tuple[int, int], ...]  # zeros below and above each axis, of the bucket too
-    size: tuple[int, ...]  # the volume with what it needed to hold a window, without the rest of its bucket
-    origins: Int[np.ndarray, "w rank"]  # of every window, in the padded volume; piece by piece, then in C order
-    coverage: tuple[Float[np.ndarray, " n"], ...]  # windows over each index of an axis: their outer product counts
+    pad: tuple[tuple[int, int], ...]  # zeros below and above each axis, up to the bucket
+    size: tuple[int, ...]  # size of the volume, padded so that a window fits, without the padding up to the bucket
+    origins: Int[np.ndarray, "w rank"]  # first voxel of every window in the padded volume; by piece, then in C order
+    coverage: tuple[Float[np.ndarray, " n"], ...]  # number of windows over each index of an axis
 
 
 def ends(size: int, window: int, stride: int) -> list[int]:
-    """Ends of the windows along one axis: window, window + stride, ... below `size`, and `size` itself, where the last
-    window lies flush (the released code of MAEMI)."""
+    """The ends of the windows along one axis: window, window + stride, ... below `size`, and `size` itself.
+
+    The last window thus ends with the volume, as in the released code of MAEMI.
+    """
     return [*range(window, size, stride), size]
 
 
 def room(
     size: tuple[int, ...], window: tuple[int, ...], side: int | None = None, midline: int | None = None
 ) -> tuple[list[tuple[int, int]], int | None]:
-    """(zeros below and above each axis with which a window fits, the midline after that).
+    """(zeros below and above each axis that make a window fit, the midline in the padded volume).
 
-    Either end gets half of the missing voxels. Along `side` each of the two pieces grows outwards.
+    Both ends get half of the missing voxels. Along the axis `side` each of the two pieces grows outwards.
     """
     pad = []
     for axis, (n, w) in enumerate(zip(size, window, strict=True)):
@@ -55,9 +57,9 @@ def tile(
     midline: int | None = None,
     bucket: tuple[int, ...] | None = None,
 ) -> Tiling:
-    """The windows that cover a volume of `size`; none crosses `midline`, an index along the axis `side`.
+    """The windows that cover a volume of `size`. No window crosses `midline`, an index along the axis `side`.
 
-    The padded volume is a multiple of `bucket` (half a window where not given), so that few shapes are compiled.
+    The size of the padded volume is a multiple of `bucket` (default: half a window), so that few shapes are compiled.
     ours: the released code pads to one voxel more than a window, which only adds a second window over the padding.
     """
     pad, middle = room(size, window, side, midline)
@@ -86,7 +88,7 @@ def tile(
 
 
 def cut_windows(volume: Float[Array, "*size c"], origins: Int[Array, "b rank"], window: tuple[int, ...]) -> Array:
-    """Windows (b, *window, c) of a volume by their origins."""
+    """The windows (b, *window, c) of a volume at `origins`."""
     one = lambda origin: jax.lax.dynamic_slice(volume, (*origin, 0), (*window, volume.shape[-1]))
     return jax.vmap(one)(origins)
 
@@ -106,20 +108,20 @@ def average(
     released: bool = False,
     place: Callable[[Array], Array] = lambda x: x,
 ) -> Float[Array, "*size k"]:
-    """Mean of `score` over the windows that cover a voxel, and over `repeats` sweeps.
+    """The mean of `score` over the windows that cover a voxel, and over `repeats` sweeps.
 
-    Windows x sweeps run as one stream of batches, sweep by sweep. Each window of a sweep has its own key, from the
-    case's `key`, the sweep and the window's number. Windows that count nothing fill the last batch.
+    All sweeps run as one stream of batches of windows, sweep by sweep. Each window of a sweep has its own key, made of
+    the case's `key`, the sweep's number and the window's number. Windows that do not count fill the last batch.
 
     Args:
-        score: windows (b, *window, c) and their keys -> (values (b, *window, k), weights (b, *window, 1)).
-        origins: places of the windows; only the first `number` are used.
-        coverage: windows over each index of an axis (`Tiling`); voxels without a window give 0.
-        batch: windows at a time.
+        score: (windows (b, *window, c), their keys) -> (values (b, *window, k), weights (b, *window, 1)).
+        origins: first voxels of the windows; only the first `number` are used.
+        coverage: number of windows over each index of an axis (`Tiling`); voxels without a window give 0.
+        batch: number of windows in a batch.
         weighted: whether the mean is weighted; voxels without weight give 0.
         released: whether the released code of MAEMI replaces the mean. That code divides each sweep's sum by c + 1,
             where c windows cover the voxel, and the total again by its accumulated counters repeats * (c + 1).
-        place: (windows) -> windows on the devices.
+        place: function that distributes windows over the devices.
     """
     shapes = jax.eval_shape(score, jax.ShapeDtypeStruct((batch, *window, volume.shape[-1]), volume.dtype), _keys(batch))
     k = shapes[0].shape[-1]
@@ -152,10 +154,11 @@ def average(
 
 
 def _keys(batch: int) -> Key[Array, " b"]:
+    """The shape of `batch` keys."""
     return jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch))
 
 
 def inside(shape: tuple[int, ...], size: Int[Array, " rank"]) -> Bool[Array, "*size"]:
-    """True for the voxels of the padded volume without the rest of its bucket."""
+    """bool `shape`: True for voxels below `size`, False for the padding up to the bucket."""
     axes = jnp.ix_(*(jnp.arange(n) for n in shape))
     return reduce(jnp.logical_and, [axis < n for axis, n in zip(axes, size, strict=True)])

@@ -49,7 +49,7 @@ def test_the_source_is_the_next_image_or_the_image_itself():
     other = image.transpose(1, 0, 2)
     fpi = gallery.entries_of("fpi")
     alone = titles(gallery.picture([image], ["a"], fpi, seed=0, draws=1))
-    assert alone[1] == "FPI\nnothing changed" and alone[2] == "target, at most 0"
+    assert alone[1] == "FPI\nnothing changed" and alone[2] == "target, maximum 0"
     figure = gallery.picture([image, other], ["a", "b"], fpi, seed=0, draws=1)
     arrays = [axes.images[0].get_array() for axes in figure.axes]
     for clean, mixed, target, source in ((*arrays[:3], other), (*arrays[3:], image)):
@@ -93,10 +93,10 @@ def test_a_volume_shows_the_slice_of_its_largest_target(files, tmp_path):
         ("--out=g.png", "name 1 to 20 images"),
         ("a.png", "name 1 to 20 images"),
         ("a.png --out=g.jpg", "ends in .png"),
-        ("a.png --out=a.png", "would replace the image"),
+        ("a.png --out=a.png", "this would replace the image"),
         ("missing.png --out=g.png", "missing.png"),
         ("a.png --out=g.png --only=nas", "did you mean nsa?"),
-        ("a.png --out=g.png --draws=0", "from 1 to 20"),
+        ("a.png --out=g.png --draws=0", "write 1 to 20"),
         ("a.png --out=g.png --seed=x", "not a whole number"),
         ("a.png --out=g.png --size=32", "name 2 numbers"),
         ("a.png --out=g.png --size=4,4", "16 or more"),

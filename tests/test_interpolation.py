@@ -142,7 +142,7 @@ def test_an_image_that_is_its_own_source_in_place_is_not_changed(task):
 
 def drawn(preset, size=(512, 512), n=400, **changes):
     chosen = own.PRESETS[preset]._replace(**changes)
-    draw = partial(own.draw_patches, size=size, sources=4, own=1, preset=chosen, patch=(0.05, 0.2), core=0.8)
+    draw = partial(own.draw_patches, size=size, sources=4, image_number=1, preset=chosen, patch=(0.05, 0.2), core=0.8)
     return jax.tree.map(np.asarray, jax.jit(jax.vmap(draw))(jax.random.split(jax.random.key(0), n)))
 
 

@@ -206,14 +206,14 @@ def test_products_count_cudnn_s_attention_and_the_gpu_s_branch_in_a_backward_pas
 
 
 def test_predicted_time_is_the_longer_of_work_and_memory_and_then_the_network():
-    found = plan.predicted(0.003, 0.004, 0.001)
+    found = plan.step_times(0.003, 0.004, 0.001)
     assert (found["step_s"], found["step_least_s"]) == (0.005, 0.004)
     assert found["efficiency"] == pytest.approx(0.8) and found["limited_by"] == "memory"
-    assert plan.predicted(0.001, 0.001, 0.1)["limited_by"] == "network"
+    assert plan.step_times(0.001, 0.001, 0.1)["limited_by"] == "network"
     # Of a GPU, kernels one after the other, and their launches beside them.
-    found = plan.predicted(0.003, 0.004, 0.001, 0.006, 0.002)
+    found = plan.step_times(0.003, 0.004, 0.001, 0.006, 0.002)
     assert (found["step_s"], found["limited_by"]) == (pytest.approx(0.007), "memory")
-    found = plan.predicted(0.003, 0.004, 0.001, 0.006, 0.008)
+    found = plan.step_times(0.003, 0.004, 0.001, 0.006, 0.008)
     assert (found["step_s"], found["limited_by"]) == (pytest.approx(0.009), "launches")
 
 
@@ -258,19 +258,22 @@ def test_a_target_names_hosts_of_gpus_or_a_torus(text, shape, words):
         ([], "no target: write --target=h200:1"),
         (["--target=v5f:4x4"], "target 'v5f:4x4' is unknown: did you mean v5"),
         (["--target=h10:4"], "did you mean h100?"),
-        (["--target=v5e"], "target 'v5e' does not say how many chips: write v5e:4x4 (the torus)"),
+        (["--target=v5e"], "target 'v5e' does not tell the number of chips: write v5e:4x4 (the torus)"),
         (["--target=v5p:4x4"], "write v5p:2x2x1 (the torus)"),
-        (["--target=v5e:32x32"], "there are no slices of more than 256 v5e"),
+        (["--target=v5e:32x32"], "the largest slice has 256 v5e"),
         (["--target=h100:4x4"], "write h100:8 (GPUs) or h100:1x2x8 (2 hosts)"),
         (["--target=h100"], "write h100:8 (GPUs)"),
-        (["--target=h100:12"], "more than 8 h100 are hosts of 8: write h100:16"),
+        (["--target=h100:12"], "more than 8 h100 fill hosts of 8: write h100:16"),
         (["--target=h100:1x2x16"], "a host has 8 h100 at most: write h100:1x2x8"),
         (["--target=h100:1", "--scoring", "--volume=9x9"], "--volume=9x9 is no size: write --volume=273x406x105"),
-        (["--target=h100:1", "--volume=9x9x9"], "--volume is of the scoring: leave it out, or add --scoring"),
-        (["--target=h100:1", "--scoring", "--largest"], "--largest is of the training: leave it out, or --scoring"),
+        (["--target=h100:1", "--volume=9x9x9"], "--volume is for scoring: leave it out, or add --scoring"),
+        (
+            ["--target=h100:1", "--scoring", "--largest"],
+            "--largest is for training: leave it out, or leave out --scoring",
+        ),
         (["--target=h100:1", "--scoring=true"], "--scoring=true: this flag has no value: write --scoring"),
-        (["--target=h100:1", "--scoring"], "maemi scores volumes: name the size of one, as --volume=273x406x105"),
-        (["--target=h100:1", "--batch=0"], "--batch is 1 or more"),
+        (["--target=h100:1", "--scoring"], "maemi scores volumes: name a size, such as --volume=273x406x105"),
+        (["--target=h100:1", "--batch=0"], "--batch=0: write 1 or more"),
         (["--target=h100:1", "--config.fsdp=2"], "fsdp=2 does not divide 1 devices"),
         (["--target=h100:1", "--stage=trian"], "stage 'trian' is unknown: one of train"),
     ],
@@ -299,7 +302,7 @@ def test_a_description_that_the_compiler_does_not_read_is_one_line(monkeypatch):
     nameless = SimpleNamespace(devices=[SimpleNamespace(device_kind="")])
     monkeypatch.setattr(chips.importlib.util, "find_spec", lambda name: name)
     monkeypatch.setattr(chips.topologies, "get_topology_desc", lambda **_: nameless)
-    with pytest.raises(InputError, match="took the h200 for '': update jmae"):
+    with pytest.raises(InputError, match="reads the h200 as '': update jmae"):
         plan.devices_of(plan.target_of("h200:1"))
 
 
@@ -332,7 +335,7 @@ def test_a_torus_that_libtpu_refuses_is_one_line(monkeypatch):
     monkeypatch.setattr(chips.topologies, "get_topology_desc", refuse)
     with pytest.raises(
         InputError,
-        match=r"libtpu refuses v5e:3x5 \(INVALID_ARGUMENT: not divisible by 2x2x1\): use a torus that is made, as 4x4",
+        match=r"libtpu refuses v5e:3x5 \(INVALID_ARGUMENT: not divisible by 2x2x1\): use a torus that exists, such as",
     ):
         plan.devices_of(plan.target_of("v5e:3x5"))
 

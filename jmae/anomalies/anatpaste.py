@@ -1,22 +1,23 @@
-"""AnatPaste: a patch of the image pasted softly into the lung field, the pseudo-anomaly of AMAE's proxy task.
+"""AnatPaste pastes a patch of the image softly into the lung field. AMAE's proxy task uses it as pseudo-anomaly.
 
-Sato et al., "Anatomy-aware self-supervised learning for anomaly detection in chest radiographs", iScience
-2023, arXiv:2205.04282; read beside github.com/jun-sato/AnatPaste. Used as equation 1 of Bozorgtabar et al.,
-"AMAE: Adaptation of pre-trained masked autoencoder for dual-distribution anomaly detection in chest X-rays",
-MICCAI 2023: Aug(x) = x (1 - x_mask) + x_paste x_mask.
+Sato et al., "Anatomy-aware self-supervised learning for anomaly detection in chest radiographs", iScience 2023,
+arXiv:2205.04282. Consulted: github.com/jun-sato/AnatPaste. It is equation 1 of Bozorgtabar et al., "AMAE: Adaptation of
+pre-trained masked autoencoder for dual-distribution anomaly detection in chest X-rays", MICCAI 2023:
+Aug(x) = x (1 - x_mask) + x_paste x_mask.
 
-`lung_field` runs once an image on the host; it is for 2D images, whose lungs have a left and a right half. `draw` and
-`apply` run on the device, under jit and vmap. `draw` has all the randomness, `apply` has none. Images are `(*size, c)`
-in [0, 1] before standardisation, of two axes or more. Lengths are in pixels of a 256 x 256 image, as in the paper's
-code, and are scaled to the working size axis by axis. The patch comes from `source`, in the paper the image itself.
+`lung_field` runs on the host, once for each image. It takes 2D images whose lungs have a left and a right half. `draw`
+and `apply` run on the device, under jit and vmap. `draw` has all the randomness, `apply` has none. Images are
+`(*size, c)` in [0, 1] before standardisation, with two axes or more. Lengths are in pixels of a 256 x 256 image, as in
+the paper's code, and are scaled to the working size axis by axis. The patch comes from `source`; in the paper this is
+the image itself.
 
-ours, against that code:
-- an erased component loses its own pixels, not its bounding box;
-- an implausible field counts as none;
-- draws that would change nothing are replaced;
-- the blur is a true Gaussian without rounding to 8 bits, where Pillow has three box filters and bytes;
+ours, in contrast to that code:
+- an erased component loses only its own pixels; the code erases its bounding box;
+- a lung field of implausible size counts as missing;
+- a draw that would change nothing is replaced by another;
+- the blur is a Gaussian in float; Pillow approximates it by three box filters in 8 bits;
 - the jitter has a fixed order;
-- the code's jitter of the whole image, which is the same for normal and pasted images, is left to the caller.
+- the code also jitters the whole image, normal or pasted; this is left to the caller.
 """
 
 from typing import Any, NamedTuple
@@ -35,25 +36,25 @@ from skimage.segmentation import clear_border
 from jmae.data.transforms import LUMA, grey, resize, resize_mask
 
 REFERENCE = 256  # side of the image, in pixels, to which the paper's lengths refer
-COMPONENT_PX = 400  # smaller parts of the lung field are erased
+COMPONENT_PX = 400  # smaller components of the lung field are erased
 FIELD_SHARE = (0.10, 0.45)  # plausible shares of a lung field in the image's area
-CANDIDATES = 16  # draws of which the first that changes the image is taken
-FACTORS = ("brightness", "contrast", "saturation", "hue")  # of the jitter
+CANDIDATES = 16  # draws for each paste; the first that changes the image is taken
+FACTORS = ("brightness", "contrast", "saturation", "hue")  # factors of the colour jitter
 VISIBLE = 0.5 / 255  # the smallest change that survives rounding to 8 bits
 
 
-# ------------------------------------------------------------------------------------------ host
+# --- host -------------------------------------------------------------------------------------------------------------
 
 
 def lung_field(image: Float[np.ndarray, "h w c"], share: tuple[float, float] = FIELD_SHARE) -> Bool[np.ndarray, "h w"]:
-    """The lungs of a chest X-ray in [0, 1] whose lungs are dark (MONOCHROME2): where AnatPaste may paste.
+    """The mask of the lungs in a chest X-ray, where AnatPaste may paste. Values are in [0, 1]; lungs are dark.
 
-    They are found at 256 x 256, as in the paper's code, and resized to the image's size. At 96 pixels a side, lungs
-    more often touch the border and are lost. The steps are CLAHE, Otsu's threshold, the dark side without the darkest
-    value, opening, removal of parts that touch the border, dilation, removal of small components.
+    The lungs are found at 256 x 256, as in the paper's code, and the mask is resized to the image's size. (At 96 x 96
+    more lungs touch the border and are lost.) The steps are CLAHE, Otsu's threshold, selection of the dark side without
+    the value 0, opening, removal of components that touch the border, dilation, removal of small components.
 
-    A field outside `share` of the image, or with an empty left or right half, is not the lungs. Then all pixels are
-    True, as the code has it for an empty field.
+    A mask whose share of the image lies outside `share`, or with an empty left or right half, is no lung field. Then
+    all pixels are True; the code does this for an empty mask.
     """
     value = np.clip(resize(grey(image), (REFERENCE, REFERENCE))[..., 0], 0, 1)
     value = equalize_adapthist(value, clip_limit=0.01, nbins=256)  # kernel: 1/8 of each side
@@ -69,18 +70,18 @@ def lung_field(image: Float[np.ndarray, "h w c"], share: tuple[float, float] = F
     return resize_mask(lungs, image.shape[:-1]) if plausible else np.ones(image.shape[:-1], bool)
 
 
-# ---------------------------------------------------------------------------------------- device
+# --- device -----------------------------------------------------------------------------------------------------------
 
 
 class Parameters(NamedTuple):
-    """Everything random about one paste; axis 0 is down, axis 1 right."""
+    """The random numbers of one paste. Axis 0 is down, axis 1 right."""
 
     centre: Int[Array, " d"]  # pixel of the paste's centre in the image
     edges: Int[Array, " d"]  # pixels of the cut patch
     corner: Int[Array, " d"]  # first pixel of the cut patch in the source
-    ellipse: Bool[Array, ""]  # else a rectangle
-    fill: Float[Array, ""]  # opacity of the shape before the blur, of 255
-    blur: Float[Array, ""]  # deviation of the Gaussian, pixels of 256
+    ellipse: Bool[Array, ""]  # True: ellipse; False: rectangle
+    fill: Float[Array, ""]  # opacity of the shape before the blur, 255 is opaque
+    blur: Float[Array, ""]  # deviation of the Gaussian, in pixels of a 256 x 256 image
     brightness: Float[Array, ""]
     contrast: Float[Array, ""]
     saturation: Float[Array, ""]
@@ -103,22 +104,23 @@ def draw(
     """Draws a paste that changes the image at its centre.
 
     - centre: uniform over the pixels of `lungs` (over all pixels where it is empty);
-    - patch: share of the image a ~ U(area), r log-uniform over `aspect`, height round(H sqrt(a / r)), width
-      round(W sqrt(a r)); its first pixel floor(u (H - height)), floor(v (W - width)) with u, v ~ U(0, 1). Of d axes
-      each but the first has an r_i: edges round(n_i (a p_i)^(1/d)) with p_i = r_i^d / (r_1 ... r_d), r of the first
-      axis 1, and at most n_i;
-    - shape: ellipse or rectangle with probability 1/2; fill uniform over the integers fill[0]..fill[1], blur
+    - patch: it covers the share a ~ U(area) of the image; r is log-uniform over `aspect`. Its height is
+      round(H sqrt(a / r)), its width round(W sqrt(a r)). Its first pixel is (floor(u (H - height)),
+      floor(v (W - width))) with u, v ~ U(0, 1). With d axes, each axis but the first has a ratio r_i, and the first has
+      ratio 1. The edges are min(n_i, round(n_i (a p_i)^(1/d))) with p_i = r_i^d / (r_1 ... r_d);
+    - shape: ellipse or rectangle with probability 1/2. `fill` is uniform over the integers fill[0]..fill[1] and `blur`
       over blur[0]..blur[1], ends included;
     - brightness, contrast, saturation ~ U(1 - jitter, 1 + jitter); hue ~ U(-jitter, jitter) turns.
 
-    All but the centre are drawn 16 times. The first candidate is taken whose edges exceed twice the margin and whose
-    paste moves the centre pixel by 0.5/255 or more. The distributions are conditional on that; on chest X-rays it drops
-    1-2 % of the draws. If none of 16 does, the one that moves the centre most is taken. It may change nothing, as on a
-    constant image: `apply` then says `changed` False.
+    All but the centre are drawn 16 times. The first good candidate is taken: its edges exceed twice the margin, and its
+    paste moves the centre pixel by 0.5/255 or more. The distributions are conditional on that; it drops 1-2 % of the
+    draws on chest X-rays. Without a good candidate, the one that moves the centre pixel most is taken. It may change
+    nothing, for example on a constant image. `apply` then gives `changed` False.
     """
+    # One function of 60 lines and more: the candidates and their choice share all sizes.
     size = image.shape[:-1]
     n, k, d = jnp.asarray(size, jnp.float32), CANDIDATES, len(size)
-    # One flat draw of all numbers: XLA compiles each call for half a second, and one of shape (16, 11) for 9.
+    # One flat draw of all numbers: XLA compiles each call in half a second, but a call of shape (16, 11) in 9.
     u = jax.random.uniform(key, (1 + (2 * d + 7) * k,))
     centre, u = true_pixel(lungs | ~lungs.any(), u[0]), u[1:].reshape(k, 2 * d + 7)
     share = area[0] + u[:, :1] * (area[1] - area[0])
@@ -138,8 +140,8 @@ def draw(
         hue=jitter * (2 * u[:, d + 6] - 1),
     )
 
-    # The paste at its centre pixel: the patch's middle, times a lower bound of the blurred shape there, the
-    # blur of the largest centred box inside the shape.
+    # The change at the centre pixel: that of the patch's middle pixel, times a lower bound of the blurred shape there.
+    # The bound is the blur of the largest centred box inside the shape.
     middle = source[tuple((candidates.corner + edges // 2).T)]
     means = patch_mean(source, candidates.corner, edges)
     pasted = jax.vmap(colour_jitter)(middle, means, *(getattr(candidates, name) for name in FACTORS))
@@ -163,10 +165,11 @@ def apply(
 ) -> tuple[Float[Array, "*size c"], Float[Array, "*size"], dict[str, Any]]:
     """Equation 1 for one drawn paste: `(pasted image, x_mask, extras)`. Pixels outside the lungs do not change.
 
-    - x_mask: an ellipse or rectangle about the centre, of opacity fill / 255, blurred and cut by the lung field. Before
-      the blur it ends `margin` inside the patch's edges.
-    - x_paste: the jittered patch with its middle on the centre. Outside, where the blur may still reach, it is black.
-    - `extras`: `changed`, whether any pixel moved by 0.5/255 or more, and `parameters`.
+    - x_mask: an ellipse or rectangle around the centre, with opacity fill / 255. It ends `margin` inside the patch's
+      edges. It is blurred, and then 0 outside the lung field.
+    - x_paste: the jittered patch, with its middle on the centre. It is black outside the patch, where the blur may
+      still reach.
+    - extras: `changed`, whether any pixel moved by 0.5/255 or more, and `parameters`.
     """
     size, p = image.shape[:-1], parameters
     inside = jnp.ones(size, bool)
@@ -188,7 +191,7 @@ def apply(
 
     mean = patch_mean(source, p.corner[None], p.edges[None])[0]
     jittered = colour_jitter(source, mean, *(getattr(p, name) for name in FACTORS))
-    paste = shifted(jittered, p.centre - p.edges // 2 - p.corner) * patch[..., None]
+    paste = translate(jittered, p.centre - p.edges // 2 - p.corner) * patch[..., None]
     pasted = image + (paste - image) * soft[..., None]
     changed = jnp.any(jnp.abs(pasted - image) >= VISIBLE)
     return pasted, soft, {"changed": changed, "parameters": parameters}
@@ -208,16 +211,16 @@ def anatpaste(
     margin: float = 10,
     jitter: float = 0.1,
 ) -> tuple[Float[Array, "*size c"], Float[Array, "*size"], dict[str, Any]]:
-    """One paste: `draw`, which states the distributions, then `apply`. Without `lungs` it may lie anywhere."""
+    """One paste: `draw` (its docstring states the distributions), then `apply`. Without `lungs` it may lie anywhere."""
     field = jnp.ones(image.shape[:-1], bool) if lungs is None else lungs
     p = draw(key, image, source, field, area=area, aspect=aspect, fill=fill, blur=blur, margin=margin, jitter=jitter)
     return apply(image, source, field, p, margin=margin)
 
 
 def box_shares(volume: Float[Array, "*k 1"], ratio: Float[Array, "*k d-1"]) -> Float[Array, "*k d"]:
-    """The edges, as shares of the image's d axes, of a box with the share `volume` of the image.
+    """The edges of a box that covers the share `volume` of the image, as shares of the image's d axes.
 
-    Axis i > 0 is `ratio` times as long as axis 0, both as shares.
+    Axis i > 0 is `ratio` times as long as axis 0, both as shares of the image.
     """
     d = ratio.shape[-1] + 1
     powers = d * np.eye(d, dtype=int)[:, 1:] - 1
@@ -226,7 +229,7 @@ def box_shares(volume: Float[Array, "*k 1"], ratio: Float[Array, "*k d-1"]) -> F
 
 
 def true_pixel(mask: Bool[Array, "*size"], u: Float[Array, ""]) -> Int[Array, " d"]:
-    """The index of the True pixel of rank floor(u m) of m in C order. It is found axis by axis."""
+    """The index of True pixel number floor(u m) in C order, where m pixels are True. It is found axis by axis."""
     rank = jnp.floor(u * mask.sum()).astype(jnp.int32)
     index = []
     while mask.ndim:
@@ -240,10 +243,10 @@ def true_pixel(mask: Bool[Array, "*size"], u: Float[Array, ""]) -> Int[Array, " 
 
 
 def reach(edges: Int[Array, "*k d"], size: tuple[int, ...], margin: float) -> Float[Array, "*k d"]:
-    """Pixels from the paste's centre to the shape's rim. Not positive where no shape is left.
+    """The distance in pixels from the paste's centre to the shape's rim; not positive where no shape is left.
 
     At 256 pixels the shape has edge // 2 - margin whole pixels on each side of the centre pixel. The rim is half a
-    pixel further, which is also the radius of the ellipse that Pillow fills.
+    pixel further. Pillow fills an ellipse of the same radius.
     """
     return edges // 2 - margin * jnp.asarray(size, jnp.float32) / REFERENCE + 0.5
 
@@ -251,7 +254,7 @@ def reach(edges: Int[Array, "*k d"], size: tuple[int, ...], margin: float) -> Fl
 def patch_mean(
     image: Float[Array, "*size c"], corner: Int[Array, "k d"], edges: Int[Array, "k d"]
 ) -> Float[Array, " k"]:
-    """The mean luma of k patches, about which the contrast changes."""
+    """The mean luma of k patches. `colour_jitter` changes the contrast about it."""
     axes = "abcdefgh"[: corner.shape[-1]]
     inside = [
         (jnp.arange(n) >= first[:, None]) & (jnp.arange(n) < (first + edge)[:, None])
@@ -264,7 +267,7 @@ def patch_mean(
 
 
 def luma(image: Float[Array, "*size c"]) -> Float[Array, "*size"]:
-    """Brightness of a colour image as Pillow's "L". Of another number of channels it is their mean."""
+    """The luma of a colour image, as Pillow's mode "L"; the mean of the channels where they are not three."""
     c = image.shape[-1]
     return jnp.dot(image, jnp.asarray(LUMA if c == 3 else [1 / c] * c), precision=Precision.HIGHEST)
 
@@ -277,11 +280,13 @@ def colour_jitter(
     saturation: Float[Array, ""],
     hue: Float[Array, ""],
 ) -> Float[Array, "*size c"]:
-    """torchvision's ColorJitter with given factors: brightness and contrast (about the luma `mean`), and for
-    three channels saturation (about each pixel's luma) and hue (turns in HSV).
+    """torchvision's ColorJitter with these factors.
 
-    ours: the order is fixed, where torchvision draws one, and values are clipped to [0, 1] once, before the hue. The
-    first three commute but for their clipping.
+    Brightness multiplies. Contrast changes about the luma `mean`. With three channels, saturation changes about each
+    pixel's luma, and the hue turns in HSV (in turns).
+
+    ours: the order is fixed; torchvision draws it. Values are clipped to [0, 1] once, before the hue. Apart from
+    clipping, the first three commute.
     """
     image = brightness * (contrast * image + (1 - contrast) * mean)
     if image.shape[-1] != 3:
@@ -300,9 +305,9 @@ def colour_jitter(
 
 
 def blur_matrix(n: int, deviation: Float[Array, ""]) -> Float[Array, "n n"]:
-    """A Gaussian filter of n pixels as a matrix, because the deviation is traced. Deviation 0 is the identity.
+    """A Gaussian filter of n pixels as a matrix. (The deviation is traced, so a kernel would have no static size.)
 
-    End pixels continue beyond the ends, as in Pillow and SciPy's "nearest".
+    Deviation 0 is the identity. The end pixels continue beyond the ends, as in Pillow and in SciPy's mode "nearest".
     """
     density = lambda distance: jnp.exp(-0.5 * (distance / jnp.maximum(deviation, 1e-3)) ** 2)
     i = jnp.arange(n)
@@ -311,10 +316,10 @@ def blur_matrix(n: int, deviation: Float[Array, ""]) -> Float[Array, "n n"]:
     return matrix / matrix.sum(axis=1, keepdims=True)
 
 
-def shifted(image: Float[Array, "*size c"], shift: Int[Array, " d"]) -> Float[Array, "*size c"]:
-    """The image moved by less than its size along each axis, black where nothing came.
+def translate(image: Float[Array, "*size c"], shift: Int[Array, " d"]) -> Float[Array, "*size c"]:
+    """The image, moved by `shift` pixels (less than its size) along each axis. New pixels are black.
 
-    It is a slice of the padded image: on a CPU 5 times as fast as a roll, 40 times as fast as one-hot products.
+    It is a slice of the padded image. On a CPU this is 5 times as fast as a roll, 40 times as fast as one-hot products.
     """
     size = image.shape[:-1]
     padded = jnp.pad(image, [(n, n) for n in size] + [(0, 0)])

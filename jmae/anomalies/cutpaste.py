@@ -1,7 +1,7 @@
-"""CutPaste: a box of an image, its colours jittered, pasted elsewhere with hard edges; or a thin turned one, a scar.
+"""CutPaste pastes a box of an image elsewhere, with jittered colours and hard edges. A scar is a thin, turned box.
 
 Li, Sohn, Yoon, Pfister, "CutPaste: Self-supervised learning for anomaly detection and localization", CVPR 2021,
-arXiv:2104.04015. No official code is known; read beside the reimplementations github.com/Runinho/pytorch-cutpaste and
+arXiv:2104.04015. No official code is known. Consulted: the reimplementations github.com/Runinho/pytorch-cutpaste and
 github.com/LilitYolyan/CutPaste.
 
 The generator is a function `(image (*size, c), source, key) -> (image, target (*size), extras)` over two axes or more.
@@ -9,8 +9,8 @@ Images are in [0, 1]. `source` is the image itself, as in the paper, or another 
 the randomness, `apply` has none. A scar's lengths are in pixels of a 256 x 256 image, as in the paper, and are scaled
 to the working size axis by axis.
 
-ours: the jitter has a fixed order (`colour_jitter`). A place is any at which the whole box fits, with the bounding box
-of a turned box. Runinho leaves the last place out; LilitYolyan cuts turned scars off at the border.
+ours: the jitter has a fixed order (`colour_jitter`). A box may lie wherever its bounding box fits. Runinho leaves out
+the last place; LilitYolyan cuts off turned scars at the border.
 """
 
 from typing import Any, NamedTuple
@@ -26,12 +26,12 @@ STYLES = ("normal", "scar", "both")
 
 
 class Parameters(NamedTuple):
-    """Everything random about one paste; axis 0 is down, axis 1 right."""
+    """The random numbers of one paste. Axis 0 is down, axis 1 right."""
 
     scar: Bool[Array, ""]
     edges: Int[Array, " d"]  # pixels of the cut box
     corner: Int[Array, " d"]  # first pixel of the cut box in the source
-    angle: Float[Array, ""]  # radians from axis 0 to axis 1, 0 of a normal box
+    angle: Float[Array, ""]  # radians from axis 0 to axis 1; 0 for a normal box
     place: Int[Array, " d"]  # first pixel of the turned box's bounding box in the image
     brightness: Float[Array, ""]
     contrast: Float[Array, ""]
@@ -54,13 +54,16 @@ def draw(
     """Draws a paste.
 
     - style: "normal" or "scar"; "both" is either with probability 1/2;
-    - normal box: share of the image ~ U(area); width to height ~ U(aspect[0], 1) or U(1, aspect[1]) with probability
-      1/2 each; both in shares of the image's edges, whole pixels. Of d axes, each axis i > 0 to axis 0 has such a
-      ratio (ours, as `crop_box`), and an edge is at most the image's;
-    - scar: axis 0 ~ U(length), every other axis ~ U(width) (ours beyond the second), whole pixels, at least 1; turned
-      in the plane of the first two axes by U(-angle, angle) degrees;
-    - cut and pasted at independent places, uniform over those where the (turned) box fits;
+    - normal box: it covers the share U(area) of the image. Width over height ~ U(aspect[0], 1) or U(1, aspect[1]), with
+      probability 1/2 each; both are shares of the image's edges. Edges are whole pixels. With d axes, each axis i > 0
+      has such a ratio to axis 0 (ours, as `crop_box`), and an edge is at most that of the image;
+    - scar: axis 0 ~ U(length), every other axis ~ U(width) (ours beyond the second axis), in whole pixels, at least 1.
+      It is turned in the plane of the first two axes by U(-angle, angle) degrees;
+    - places: where the box is cut and where it is pasted are independent. Each is uniform over the places where the
+      (turned) box fits;
     - brightness, contrast, saturation ~ U(1 - jitter, 1 + jitter); hue ~ U(-jitter, jitter) turns.
+
+    Raises ValueError for an unknown style.
     """
     if style not in STYLES:
         raise ValueError(f"style {style!r}: one of {', '.join(STYLES)}")
@@ -91,7 +94,7 @@ def draw(
 
 
 def bounding_box(edges: Int[Array, " d"], angle: Float[Array, ""]) -> Int[Array, " d"]:
-    """Whole pixels that a box turned in the plane of the first two axes takes up."""
+    """The edges, in whole pixels, of the bounding box of a box that is turned in the plane of the first two axes."""
     cos, sin = jnp.abs(jnp.cos(angle)), jnp.abs(jnp.sin(angle))
     turned = jnp.stack([edges[0] * cos + edges[1] * sin, edges[0] * sin + edges[1] * cos])
     return jnp.concatenate([jnp.ceil(turned).astype(jnp.int32), edges[2:]])
@@ -107,7 +110,7 @@ def apply(
     mean = patch_mean(source, p.corner[None], p.edges[None])[0]
     jittered = colour_jitter(source, mean, *(getattr(p, name) for name in FACTORS))
 
-    # Offsets from the paste's centre, pixels having their middle at a half, turned back into the cut box.
+    # Offsets of pixel middles (at a half) from the paste's centre, turned back into the cut box.
     centre = p.place + bounding_box(p.edges, p.angle) / 2
     axes = jnp.ix_(*map(jnp.arange, image.shape[:-1]))
     offset = [axis + 0.5 - middle for axis, middle in zip(axes, centre, strict=True)]
@@ -136,7 +139,7 @@ def cutpaste(
     angle: float = 45,
     jitter: float = 0.1,
 ) -> tuple[Float[Array, "*size c"], Float[Array, "*size"], dict[str, Any]]:
-    """One paste: `draw`, which states the distributions, then `apply`."""
+    """One paste: `draw` (its docstring states the distributions), then `apply`."""
     size = image.shape[:-1]
     p = draw(key, size, style=style, area=area, aspect=aspect, width=width, length=length, angle=angle, jitter=jitter)
     return apply(image, source, p)

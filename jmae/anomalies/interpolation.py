@@ -3,7 +3,7 @@
 FPI: Tan et al., "Detecting outliers with foreign patch interpolation", MELBA 2022, arXiv 2011.04197. PII: Tan et al.,
 "Detecting outliers with Poisson image interpolation", MICCAI 2021, arXiv 2107.02622; github.com/jemtan/PII. P-PII:
 Müller et al., "Confidence-aware and self-supervised image anomaly localisation", UNSURE 2023, arXiv 2303.13227;
-github.com/ividja/Probabilistic-PII (the generator alone). Equation numbers are P-PII's.
+github.com/ividja/Probabilistic-PII (only the generator). Equation numbers are those of P-PII.
 
 A generator is a function `(image (*size, c), source, key) -> (image, target (*size), extras)` over any number of axes.
 Images and targets are in [0, 1], and the target is 0 where nothing changed. `source` is another image of the same size,
@@ -19,14 +19,14 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from jmae.anomalies.poisson import (
-    added,
+    add_part,
     change,
-    cropped,
+    crop_to,
     edges_of,
-    grown,
+    grow,
     inner,
-    interpolated,
-    mixed,
+    interpolation_guidance,
+    mixed_guidance,
     window,
 )
 
@@ -41,18 +41,19 @@ class Preset(NamedTuple):
     anomalies: tuple[int, int]
     raters: tuple[int, int]
     strength: tuple[float, float]  # of the source's differences
-    consistent: bool  # whether the strength is multiplied by the number of anomalies; it is at least 1, no whole number
+    consistent: bool  # whether the strength is a real number times the number of anomalies, and at least 1
     gain: float  # factor of the target
     sequence: bool  # True: patch after patch, each the mean of its raters. False: the mean of all raters' images
-    core: bool  # True: places by the released file's rule, without the far fifth of each axis. False: any place
+    core: bool  # True: places of the released file, without the last fifth of each axis. False: any place
 
 
 PRESETS = {
     # The paper gives no strength: 2 to 5 is ours.
     "paper": Preset((1, 10), (1, 9), (2, 5), False, 1.0, True, False),
     "released": Preset((10, 19), (1, 9), (10, 19), False, 10.0, False, True),
-    # ours: the released average, with strength and gain that fit 1 to 10 anomalies, at any place. An anomaly that R of
-    # N images show is diluted to R / N. So strength / anomalies stays in the range of the released file, 0.53 to 1.9.
+    # ours: the average of the released file, at any place, with a strength and a gain for 1 to 10 anomalies. The
+    # average dilutes an anomaly that R of N images show to R / N. So strength / anomalies stays in the released range
+    # of 0.53 to 1.9.
     "jmae": Preset((1, 10), (1, 9), (0.53, 1.9), True, 10.0, False, False),
 }
 
@@ -61,7 +62,7 @@ PRESETS = {
 
 
 class Square(NamedTuple):
-    """A rectangle, the same in both images, and the share of the source."""
+    """A rectangle, which lies at the same place in both images, and the share of the source inside it."""
 
     corner: Int[Array, " d"]
     edges: Int[Array, " d"]
@@ -71,8 +72,9 @@ class Square(NamedTuple):
 def draw_square(key: PRNGKeyArray, size: tuple[int, ...], half: tuple[float, float], core: float) -> Square:
     """Draws a rectangle.
 
-    - half width, one for all axes: h ~ U{round(half[0] n) ... round(half[1] n) - 1}, n the shortest side; at least 2;
-    - centre: uniform over the central share `core` of each axis; the image's border cuts the rectangle off;
+    - half width, the same for all axes: h ~ U{round(half[0] n) ... round(half[1] n) - 1}, at least 2; n is the shortest
+      side;
+    - centre: uniform over the central share `core` of each axis; the image's border cuts off the rectangle;
     - alpha ~ U(0.05, 0.95).
     """
     u = jax.random.uniform(key, (2 + len(size),))
@@ -86,7 +88,7 @@ def draw_square(key: PRNGKeyArray, size: tuple[int, ...], half: tuple[float, flo
 
 
 def central_share(size: tuple[int, ...], share: float) -> tuple[np.ndarray, np.ndarray]:
-    """The first voxel of the central `share` of each axis, and the voxel behind its last."""
+    """(first voxel, voxel after the last) of the central `share` of each axis."""
     first, last = (np.round(np.array(size) * (1 + sign * share) / 2).astype(int) for sign in (-1, 1))
     return first, last
 
@@ -100,11 +102,11 @@ def widths(size: tuple[int, ...], half: tuple[float, float]) -> tuple[int, int]:
 def apply_fpi(
     image: Float[Array, "*size c"], source: Float[Array, "*size c"], p: Square, *, most: int
 ) -> tuple[Float[Array, "*size c"], Float[Array, "*size"], dict[str, Any]]:
-    """(1 - alpha) image + alpha source inside the rectangle, which has at most `most` voxels an axis.
+    """(1 - alpha) image + alpha source inside the rectangle, which has at most `most` voxels on each axis.
 
-    The target is alpha where the image changed.
+    The target is alpha where the image changes.
     """
-    return _pasted(image, source, p, most, lambda t, s, inside: inside[..., None] * p.alpha * (s - t))
+    return _paste(image, source, p, most, lambda t, s, inside: inside[..., None] * p.alpha * (s - t))
 
 
 def apply_pii(
@@ -112,22 +114,22 @@ def apply_pii(
 ) -> tuple[Float[Array, "*size c"], Float[Array, "*size"], dict[str, Any]]:
     """Eq. 1 to 4 inside the rectangle's outer ring, clipped to the range of the image.
 
-    The target is alpha where the image changed.
+    The target is alpha where the image changes.
     """
-    how = lambda t, s, inside: change(interpolated(t, s, p.alpha), p.edges)
-    return _pasted(image, source, p, most, how, clipped=True)
+    how = lambda t, s, inside: change(interpolation_guidance(t, s, p.alpha), p.edges)
+    return _paste(image, source, p, most, how, clipped=True)
 
 
-def _pasted(
+def _paste(
     image: Array, source: Array, p: Square, most: int, how: Any, clipped: bool = False
 ) -> tuple[Array, Array, dict[str, Any]]:
     n, size = (most,) * (image.ndim - 1), image.shape[:-1]
     axes = tuple(range(len(size)))
-    whole, other = grown(image, n), grown(source, n)
+    whole, other = grow(image, n), grow(source, n)
     inside = [jnp.arange(most) < edge for edge in p.edges]
     t, s = window(whole, p.corner, n), window(other, p.corner, n)
     part = how(t, s, jnp.prod(jnp.stack(jnp.meshgrid(*inside, indexing="ij")), axis=0))
-    out = cropped(added(whole, part, p.corner), size)
+    out = crop_to(add_part(whole, part, p.corner), size)
     if clipped:
         out = jnp.clip(out, image.min(axes), image.max(axes))
     changed = jnp.any(jnp.floor(out / TOLERANCE) != jnp.floor(image / TOLERANCE), axis=-1)
@@ -143,7 +145,7 @@ def fpi(
     half: tuple[float, float] = (0.05, 0.2),
     core: float = 0.8,
 ) -> tuple[Float[Array, "*size c"], Float[Array, "*size"], dict[str, Any]]:
-    """Foreign patch interpolation: `draw_square`, which states the distributions, then `apply_fpi`."""
+    """Foreign patch interpolation: `draw_square` (its docstring states the distributions), then `apply_fpi`."""
     size = image.shape[:-1]
     return apply_fpi(image, source, draw_square(key, size, half, core), most=2 * widths(size, half)[1])
 
@@ -157,7 +159,7 @@ def pii(
     half: tuple[float, float] = (0.05, 0.2),
     core: float = 0.8,
 ) -> tuple[Float[Array, "*size c"], Float[Array, "*size"], dict[str, Any]]:
-    """Poisson image interpolation: `draw_square`, which states the distributions, then `apply_pii`."""
+    """Poisson image interpolation: `draw_square` (its docstring states the distributions), then `apply_pii`."""
     size = image.shape[:-1]
     return apply_pii(image, source, draw_square(key, size, half, core), most=2 * widths(size, half)[1])
 
@@ -166,17 +168,17 @@ def pii(
 
 
 class Patches(NamedTuple):
-    """Up to `a` anomalies of up to `r` raters, of which the first `number` and the first `raters` count."""
+    """Up to `a` anomalies of up to `r` raters. The first `number` anomalies and their first `raters` raters count."""
 
     number: Int[Array, ""]
-    which: Int[Array, " a"]  # of the sources
+    which: Int[Array, " a"]  # number of the source
     cut: Int[Array, "a d"]  # first voxel in the source
     corner: Int[Array, "a d"]  # first voxel in the image
     edges: Int[Array, "a d"]
     raters: Int[Array, " a"]
-    centre: Int[Array, "a r d"]  # of the disc, in the patch
-    radius: Int[Array, "a r d"]  # half widths before they are cut off at the patch's edge
-    turn: Float[Array, "a r"]  # radians, of an ellipse
+    centre: Int[Array, "a r d"]  # centre of the disc in the patch
+    radius: Int[Array, "a r d"]  # half widths, before the patch's edge limits them
+    turn: Float[Array, "a r"]  # angle of an ellipse in radians
     strength: Float[Array, "a r"]
 
 
@@ -184,7 +186,7 @@ def draw_patches(
     key: PRNGKeyArray,
     size: tuple[int, ...],
     sources: int,
-    own: Int[Array, ""] | None,
+    image_number: Int[Array, ""] | None,
     preset: Preset,
     *,
     patch: tuple[float, float],
@@ -192,15 +194,17 @@ def draw_patches(
 ) -> Patches:
     """Draws the anomalies of one image. Ranges include their ends.
 
-    - number: A ~ U{preset.anomalies}; the source of each patch is uniform over the sources without number `own`;
-    - edges of a patch: ~ U{round(patch[0] n) ... round(patch[1] n) - 1} for each axis apart, at least 3;
-    - centre in the source: uniform over the central share `core` of each axis; the border cuts the patch off;
-    - place in the image: uniform where the patch fits; with `preset.core` the first voxel is ~ U[edge, core n - edge);
-    - raters of a patch: R ~ U{preset.raters}. The disc of a rater has its centre ~ N(edge / 2, edge / 12) and half
-      widths ~ N(edge / 2, 1) / 2, both truncated to whole voxels;
-    - strength of a rater: ~ U{preset.strength}, whole numbers where both ends are whole, else reals. With
+    - number: A ~ U{preset.anomalies};
+    - source of a patch: uniform over the sources but number `image_number`, which is the image itself;
+    - edge of a patch on each axis: ~ U{round(patch[0] n) ... round(patch[1] n) - 1}, at least 3;
+    - centre in the source: uniform over the central share `core` of each axis; the border cuts off the patch;
+    - place in the image: uniform where the patch fits. With `preset.core` the first voxel is ~ U[edge, core n - edge);
+    - raters of a patch: R ~ U{preset.raters}. The centre of a rater's disc is ~ N(edge / 2, edge / 12), its half widths
+      are ~ N(edge / 2, 1) / 2. Both are truncated to whole voxels;
+    - strength of a rater: ~ U{preset.strength}, a whole number where both ends are whole, else a real number. With
       `preset.consistent` it is A times a real number ~ U(preset.strength), and at least 1.
     """
+    # One function of 60 lines: it reads as its docstring, a line for each quantity.
     d, n = len(size), np.array(size)
     a, r = preset.anomalies[1], preset.raters[1]
     for_patches, for_raters, for_strength = jax.random.split(key, 3)
@@ -219,8 +223,8 @@ def draw_patches(
         corner = jnp.minimum(corner, n - edges)
     else:
         corner = whole(u[:, 2 * d : 3 * d], 0, n - edges)
-    which = whole(u[:, 3 * d], 0, sources - 1 - (own is not None))
-    which = which if own is None else which + (which >= own)
+    which = whole(u[:, 3 * d], 0, sources - 1 - (image_number is not None))
+    which = which if image_number is None else which + (which >= image_number)
     normal = jax.random.normal(for_raters, (a, r, 2 * d))
     half = edges[:, None] / 2
     each = jax.random.uniform(for_strength, (a, r, 2))
@@ -244,10 +248,10 @@ def draw_patches(
 
 
 def discs(p: Patches, n: tuple[int, ...], shape: str) -> Float[Array, "a r *n"]:
-    """1 inside each rater's disc. A disc does not reach beyond the patch, and the narrower axis gives its radius.
+    """1 inside each rater's disc. A disc lies inside its patch; the narrowest axis gives its radius.
 
-    An ellipse has one half width for each axis and is turned in the plane of the first two axes. A rectangle has the
-    half widths too, and is not turned.
+    An ellipse has a half width for each axis, and is turned in the plane of the first two axes. A rectangle has the
+    same half widths, and is not turned.
     """
     room = jnp.minimum(p.centre, p.edges[:, None] - 1 - p.centre)
     radius = jnp.maximum(jnp.minimum(p.radius, room), 0)
@@ -261,7 +265,7 @@ def discs(p: Patches, n: tuple[int, ...], shape: str) -> Float[Array, "a r *n"]:
     first, second = offset[..., 0], offset[..., 1]
     turned = [cos * first - sin * second, sin * first + cos * second]
     turned += [offset[..., k] for k in range(2, len(n))]
-    radius = jnp.maximum(jnp.minimum(radius, room.min(-1, keepdims=True)), 0)  # however it is turned
+    radius = jnp.maximum(jnp.minimum(radius, room.min(-1, keepdims=True)), 0)  # so that it fits at any angle
     return jnp.sum((jnp.stack(turned, -1) / wide(jnp.maximum(radius, 0.5))) ** 2, -1) <= 1
 
 
@@ -275,18 +279,20 @@ def apply_ppii(
     shape: str = "circular",
     deviation: bool = False,
 ) -> tuple[Float[Array, "*size c"], Float[Array, "*size"], dict[str, Any]]:
-    """Composes drawn patches of at most `most` voxels an axis.
+    """Composes the patches, each of at most `most` voxels.
 
-    The image of a rater is the target with the disc of the patch blended in by mixed gradients. The patch's differences
-    are multiplied by the strength. With `preset.sequence` each patch in turn is the mean of its raters' images.
-    Otherwise the result is the mean of all raters' images, each of which starts from the clean target.
+    The image of a rater is the target into which mixed gradients blend the disc of the patch. The patch's differences
+    are multiplied by the strength. With `preset.sequence` the patches follow one after another, and each is the mean of
+    its raters' images. Otherwise the result is the mean of all raters' images, and each of these starts from the clean
+    target.
 
-    The blend is linear in the guidance, so that the mean of a patch over raters takes one solve. The deviation takes
-    one solve for each rater. Results are clipped to [0, 1], in a sequence after each patch (ours: the released file
-    does not clip). The label is min(gain |X' - x|, 1), the mean over channels.
+    The blend is linear in the guidance, so that the mean over the raters of a patch takes one solve. The deviation
+    takes one solve for each rater. The result is clipped to [0, 1], in a sequence after each patch (ours: the released
+    file does not clip). The label is min(gain |X' - x|, 1), with the mean over channels.
     """
+    # One function of 60 lines and more: both orders of composition share the blend of a window.
     size = image.shape[:-1]
-    whole, others = grown(image, most), jax.vmap(lambda s: grown(s, most))(sources)
+    whole, others = grow(image, most), jax.vmap(lambda s: grow(s, most))(sources)
     active = jnp.arange(p.which.shape[0]) < p.number
     count = jnp.arange(p.strength.shape[1]) < p.raters[:, None]
     share = count / p.raters[:, None]
@@ -294,11 +300,11 @@ def apply_ppii(
     each = Patches(p.number + jnp.zeros_like(p.which), *p[1:])
     masks = discs(p, most, shape)
 
-    def blended(canvas: Array, q: Patches, mask: Array, share: Array) -> tuple[Array, Array]:
-        """First and second moment, over raters, of the change of a window."""
+    def blend_window(canvas: Array, q: Patches, mask: Array, share: Array) -> tuple[Array, Array]:
+        """First and second moment over raters of the change of a window."""
         t, s = window(canvas, q.corner, most), source(q)
         ring = inner(most, q.edges)
-        fields = jax.vmap(lambda mask, strength: mixed(t, strength * s, mask * ring))(mask, q.strength)
+        fields = jax.vmap(lambda mask, strength: mixed_guidance(t, strength * s, mask * ring))(mask, q.strength)
         first = change([jnp.tensordot(share, f, 1) for f in fields], q.edges)
         if not deviation:
             return first, jnp.zeros_like(first)
@@ -308,28 +314,28 @@ def apply_ppii(
 
         def add(carry: tuple[Array, Array], x: Any) -> tuple[tuple[Array, Array], None]:
             (canvas, variance), (q, mask, share, active) = carry, x
-            first, second = blended(canvas, q, mask, share)
+            first, second = blend_window(canvas, q, mask, share)
             t = window(canvas, q.corner, most)
-            canvas = added(canvas, active * (jnp.clip(t + first, 0, 1) - t), q.corner)
-            return (canvas, added(variance, active * (second - first**2), q.corner) if deviation else variance), None
+            canvas = add_part(canvas, active * (jnp.clip(t + first, 0, 1) - t), q.corner)
+            return (canvas, add_part(variance, active * (second - first**2), q.corner) if deviation else variance), None
 
         (out, variance), _ = jax.lax.scan(add, (whole, jnp.zeros_like(whole)), (each, masks, share, active))
     else:
-        first, second = jax.vmap(blended, (None, 0, 0, 0))(whole, each, masks, share)
+        first, second = jax.vmap(blend_window, (None, 0, 0, 0))(whole, each, masks, share)
         weight = active * p.raters / jnp.sum(active * p.raters)
 
         def add(carry: tuple[Array, Array], x: Any) -> tuple[tuple[Array, Array], None]:
             first, second, weight, corner = x
-            sums = added(carry[0], weight * first, corner)
-            return (sums, added(carry[1], weight * second, corner) if deviation else carry[1]), None
+            sums = add_part(carry[0], weight * first, corner)
+            return (sums, add_part(carry[1], weight * second, corner) if deviation else carry[1]), None
 
         zero = jnp.zeros_like(whole)
         (mean, squares), _ = jax.lax.scan(add, (zero, zero), (first, second, weight, p.corner))
         out, variance = whole + mean, squares - mean**2
-    out = jnp.clip(cropped(out, size), 0, 1)
+    out = jnp.clip(crop_to(out, size), 0, 1)
     extras: dict[str, Any] = {"parameters": p}
     if deviation:
-        extras["deviation"] = jnp.sqrt(jnp.maximum(jnp.mean(cropped(variance, size), -1), 0))
+        extras["deviation"] = jnp.sqrt(jnp.maximum(jnp.mean(crop_to(variance, size), -1), 0))
     return out, jnp.minimum(preset.gain * jnp.mean(jnp.abs(out - image), -1), 1), extras
 
 
@@ -338,7 +344,7 @@ def ppii(
     image: Float[Array, "*size c"],
     source: Float[Array, "..."],
     key: PRNGKeyArray,
-    own: Int[Array, ""] | None = None,
+    image_number: Int[Array, ""] | None = None,
     *,
     preset: str = "paper",
     anomalies: tuple[int, int] | None = None,
@@ -350,12 +356,16 @@ def ppii(
     shape: str = "circular",
     deviation: bool = False,
 ) -> tuple[Float[Array, "*size c"], Float[Array, "*size"], dict[str, Any]]:
-    """Probabilistic Poisson image interpolation (Eq. 5): `draw_patches`, which states the distributions, then
-    `apply_ppii`.
+    """Probabilistic Poisson image interpolation (Eq. 5).
 
-    `source` is an image, or several images (m, *size, c). Each patch comes from one of them, never from number `own`.
-    `anomalies`, `raters`, `strength` and `gain` replace those of the preset. With `deviation` the extras hold the
-    deviation (*size) over raters' images; in a sequence it is the root of the sum of the patches' variances.
+    It is `draw_patches` (its docstring states the distributions), then `apply_ppii`.
+
+    Args:
+        source: an image, or several images (m, *size, c). Each patch comes from one of them.
+        image_number: number of the image itself among the sources. No patch comes from it.
+        anomalies, raters, strength, gain: values that replace those of the preset.
+        deviation: whether the extras contain the deviation (*size) over raters' images. In a sequence it is the root of
+            the sum of the patches' variances.
     """
     base = PRESETS[preset]
     chosen = base._replace(
@@ -366,6 +376,6 @@ def ppii(
     )
     sources = source if source.ndim > image.ndim else source[None]
     size = image.shape[:-1]
-    p = draw_patches(key, size, len(sources), own, chosen, patch=patch, core=core)
+    p = draw_patches(key, size, len(sources), image_number, chosen, patch=patch, core=core)
     most = tuple(int(n) for n in edges_of(size, patch)[1])
     return apply_ppii(image, sources, p, most=most, preset=chosen, shape=shape, deviation=deviation)

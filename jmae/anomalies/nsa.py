@@ -1,25 +1,27 @@
-"""NSA: patches of another image, resized and seamlessly cloned into an image, labelled by how much they change it.
+"""NSA clones resized patches of another image seamlessly into an image. The label is how much the image changes.
 
 Schlüter, Tan, Hou, Kainz, "Natural synthetic anomalies for self-supervised anomaly detection and localization", ECCV
-2022, arXiv:2109.15222; read beside github.com/hmsch/natural-synthetic-anomalies (self_sup_data/self_sup_tasks.py).
-Defaults are those of its chest X-rays (train_chest_xray.py), whose best results are of mixed gradients.
+2022, arXiv:2109.15222. Consulted: github.com/hmsch/natural-synthetic-anomalies (self_sup_data/self_sup_tasks.py).
+Defaults are those for chest X-rays (train_chest_xray.py), where mixed gradients give the best results.
 
 The generator is a function `(image (*size, c), source, key) -> (image, target (*size), extras)` over any number of
 axes. Images are in [0, 1]. `source` is another image of the same size, or the image itself. `draw` has all the
-randomness, `apply` has none. Grey levels (`background`, `tolerance`, `logistic`) are of 255, as in the code. Lengths of
-the median filters are in voxels.
+randomness, `apply` has none. Grey levels (`background`, `tolerance`, `logistic`) are from 0 to 255, as in the code. The
+widths of the median filters are in voxels.
 
-ours, against that code:
+ours, in contrast to that code:
 - cloning solves Poisson's equation in float on the whole patch, whose edge is the boundary. OpenCV's clone has a window
   one pixel smaller and rounds down to bytes;
-- `mixed` takes the larger difference of each axis apart. OpenCV takes the source's where its |g_x - g_y| is larger,
-  which has no meaning for three axes;
-- patches of less than 50 pixels, which OpenCV cannot clone, are allowed;
-- 16 candidates are drawn at a time, instead of 200 in a loop. Where none is good the best is taken, not none;
-- resizing clips the factor once for all axes, the code one axis after the other. Results differ by up to a pixel, and
-  more for patches that are too elongated for the bounds;
-- resizing reads beyond the patch's edge, where the code repeats the edge;
-- the gamma's shape is a whole number (the code's is always 2): a sum of exponentials, which compiles fast.
+- `mixed` takes the larger difference on each axis separately. OpenCV takes the source's gradient where its |g_x - g_y|
+  is larger, which has no meaning for three axes;
+- patches of less than 50 pixels are allowed; OpenCV cannot clone them;
+- 16 candidates are drawn at once; the code draws up to 200 in a loop. Without a good one, the best is taken; the code
+  takes none;
+- the resizing factor is clipped once for all axes; the code clips it one axis after the other. Results differ by up to
+  a pixel, and by more for patches that are too elongated for the bounds;
+- resizing reads beyond the patch's edge; the code repeats the edge;
+- the shape of the gamma distribution is a whole number (always 2 in the code), so that it is a sum of exponentials,
+  which compiles fast.
 """
 
 from typing import Any, NamedTuple
@@ -30,9 +32,9 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from jmae.anomalies.anatpaste import CANDIDATES
-from jmae.anomalies.poisson import added, change, cropped, grown, inner, mixed, replaced, window
+from jmae.anomalies.poisson import add_part, change, crop_to, grow, inner, mixed_guidance, source_guidance, window
 
-GUIDANCE = {"mixed": mixed, "normal": replaced}
+GUIDANCE = {"mixed": mixed_guidance, "normal": source_guidance}
 LABELS = ("binary", "intensity", "logistic-intensity")
 LEAST = 3  # voxels of an edge; a smaller window has no inner voxel
 
@@ -48,7 +50,7 @@ class Patches(NamedTuple):
 
 
 def bounds(size: tuple[int, ...], half: tuple[float, float]) -> tuple[np.ndarray, np.ndarray]:
-    """The least and the greatest half width of a patch. In the code they also bound the edges of a resized patch."""
+    """The least and the greatest half width of a patch. As in the code, they also bound the edges after resizing."""
     least, most = (np.round(share * np.array(size)).astype(int) for share in half)
     return np.maximum(least, 2), np.maximum(most, LEAST)
 
@@ -74,23 +76,24 @@ def draw(
     """Draws the patches of one image. `objects` and `source_objects` are 1 where there is an object (`foreground`).
 
     - number: the first patch always, each further one with probability 1/2;
-    - half widths, each axis apart: clip((gamma[2] + Gamma(gamma[0], scale gamma[1])) n, bounds), rounded down to whole
-      voxels. n is the image's edge, the bounds are `half` n. Without `gamma`: uniform over the whole numbers in the
-      bounds;
-    - centre in the source: uniform, `half[0]` n or more from the border, which cuts the patch off. Of 16 candidates the
-      first is taken with more than `object_share` of the patch on objects; else the one with the most;
-    - size: times s ~ clip(N(1, 0.5), resize), the same for all axes, clipped so that all resized edges are within
-      `half` n (as in the code). Without `resize` the size stays;
-    - place in the image: uniform where the patch fits, a voxel or more from the border. Of 16 candidates the first is
-      taken with more than `overlap` of the patch's object on objects; else the one with the most.
+    - half width on each axis: clip((gamma[2] + Gamma(gamma[0], scale gamma[1])) n, bounds), rounded down to whole
+      voxels. n is the image's edge, and the bounds are `half` n. Without `gamma` it is uniform over the whole numbers
+      in the bounds;
+    - centre in the source: uniform, at least half[0] n from the border. The border cuts off the patch. The first of 16
+      candidates with more than `object_share` of the patch on objects is taken, else the one with the most;
+    - size: multiplied by s ~ clip(N(1, 0.5), resize), the same for all axes. s is clipped further so that all resized
+      edges are within `half` n (as in the code). Without `resize` the size stays;
+    - place in the image: uniform where the patch fits, at least a voxel from the border. The first of 16 candidates
+      with more than `overlap` of the patch's object on objects is taken, else the one with the most.
     """
+    # One function of 60 lines and more: the draws of a patch depend on each other, in this order.
     size = objects.shape
     n, d, k = np.array(size), len(size), CANDIDATES
     least, most = bounds(size, half)
     room = largest(size, half, resize)
     shape = gamma[0] if gamma else 1
     whole = lambda u, low, high: low + jnp.floor(u * (high - low + 1)).astype(jnp.int32)
-    padded = grown(objects[..., None], room)
+    padded = grow(objects[..., None], room)
 
     def one(u: Float[Array, " m"]) -> tuple[Array, ...]:
         coin, spread, normal, centre, place = jnp.split(u, np.cumsum([1, shape * d, 1, k * d]))
@@ -112,10 +115,10 @@ def draw(
             resized = jnp.floor(factor * edges + 1e-4).astype(jnp.int32)
         resized = jnp.clip(resized, LEAST, jnp.array(room))
         corners = whole(place.reshape(k, d), 1, jnp.maximum(n - resized - 1, 1))
-        own = resampled(source_objects[..., None], cut, edges, resized, room) > 0.5
-        own &= box(room, jnp.zeros_like(resized), resized)[..., None]
-        shared = jax.vmap(lambda corner: jnp.sum(own * window(padded, corner, room)))(corners)
-        j = first_or_best(shared / jnp.maximum(own.sum(), 1), overlap)
+        of_patch = resample(source_objects[..., None], cut, edges, resized, room) > 0.5
+        of_patch &= box(room, jnp.zeros_like(resized), resized)[..., None]
+        shared = jax.vmap(lambda corner: jnp.sum(of_patch * window(padded, corner, room)))(corners)
+        j = first_or_best(shared / jnp.maximum(of_patch.sum(), 1), overlap)
         return coin[0] < 0.5, cut, edges, resized, corners[j]
 
     u = jax.random.uniform(key, (patches * (2 + (shape + 2 * k) * d),)).reshape(patches, -1)
@@ -124,12 +127,12 @@ def draw(
 
 
 def first_or_best(share: Float[Array, " k"], least: float) -> Int[Array, ""]:
-    """The number of the first share above `least`, or else of the greatest."""
+    """The index of the first share above `least`; without one, that of the greatest share."""
     return jnp.where(jnp.any(share > least), jnp.argmax(share > least), jnp.argmax(share))
 
 
 def box(size: tuple[int, ...], low: Int[Array, " d"], high: Int[Array, " d"]) -> Bool[Array, "*size"]:
-    """True from `low` to before `high`."""
+    """True inside the box from `low` to before `high`."""
     inside = jnp.array(True)
     for axis, first, end in zip(jnp.ix_(*map(jnp.arange, size)), low, high, strict=True):
         inside &= (axis >= first) & (axis < end)
@@ -137,23 +140,23 @@ def box(size: tuple[int, ...], low: Int[Array, " d"], high: Int[Array, " d"]) ->
 
 
 def box_mean(array: Float[Array, "*size"], low: Int[Array, " d"], high: Int[Array, " d"]) -> Float[Array, ""]:
-    """The mean from `low` to before `high`."""
+    """The mean of the array over the box from `low` to before `high`."""
     for first, end in zip(low, high, strict=True):
         i = jnp.arange(array.shape[0])
         array = jnp.tensordot(((i >= first) & (i < end)) * 1.0, array, 1)
     return array / jnp.prod(high - low)
 
 
-def resampled(
+def resample(
     image: Float[Array, "*size c"],
     cut: Int[Array, " d"],
     edges: Int[Array, " d"],
     resized: Int[Array, " d"],
     n: tuple[int, ...],
 ) -> Float[Array, "*n c"]:
-    """A patch, stretched to `resized` voxels, at the start of a window of n voxels.
+    """A patch of `edges` voxels from `cut`, resized to `resized` voxels, at the start of a window of n voxels.
 
-    The interpolation is linear without a filter against aliasing, as in OpenCV's `resize`.
+    The interpolation is linear, without a filter against aliasing, as in OpenCV's `resize`.
     """
     stretch = resized / edges
     axes = tuple(range(len(n)))
@@ -165,7 +168,7 @@ def resampled(
 
 
 def median(mask: Bool[Array, "*size"], width: int) -> Bool[Array, "*size"]:
-    """The median of a mask over `width` voxels an axis, an odd number. The border's voxels continue beyond it."""
+    """The median of a mask over `width` voxels (an odd number) on each axis. The border's voxels continue beyond it."""
     count = jnp.pad(mask.astype(jnp.int32), width // 2, "edge")
     for axis in range(mask.ndim):
         along = tuple(width if axis == other else 1 for other in range(mask.ndim))
@@ -174,10 +177,10 @@ def median(mask: Bool[Array, "*size"], width: int) -> Bool[Array, "*size"]:
 
 
 def ball_median(values: Float[Array, "*size"], radius: int) -> Float[Array, "*size"]:
-    """The exact median of values from 0 up over the voxels within `radius`. The border's voxels continue beyond it.
+    """The exact median of values >= 0 over the voxels within `radius`. The border's voxels continue beyond it.
 
-    The bits of such floats have the floats' order. So the median is found bit by bit: each bit takes a count of the
-    neighbours below.
+    Floats >= 0 have the same order as their bits read as integers. So the median is found bit by bit, by counting the
+    smaller neighbours.
     """
     grid = np.stack(np.meshgrid(*[np.arange(-radius, radius + 1)] * values.ndim, indexing="ij"), -1)
     offsets = grid[np.sum(grid**2, -1) <= radius**2] + radius
@@ -196,7 +199,7 @@ def ball_median(values: Float[Array, "*size"], radius: int) -> Float[Array, "*si
 def foreground(
     image: Float[Array, "*size c"], background: tuple[float, float] | None, width: int = 7
 ) -> Float[Array, "*size"]:
-    """1 at objects: the mean over channels differs from the grey level background[0] by more than background[1].
+    """1 at objects, whose mean over channels differs from the grey level background[0] by more than background[1].
 
     A median over `width` voxels follows. Without `background` all voxels are objects.
     """
@@ -206,7 +209,7 @@ def foreground(
     return median(jnp.abs(image.mean(-1) * 255 - value) > threshold, width).astype(jnp.float32)
 
 
-def labelled(
+def change_labels(
     image: Float[Array, "*size c"],
     out: Float[Array, "*size c"],
     counted: Float[Array, "*size"],
@@ -216,12 +219,13 @@ def labelled(
     tolerance: float,
     medians: tuple[int, int],
 ) -> Float[Array, "*size"]:
-    """The target of the mean over channels of |out - image|, in grey levels, where `counted` is 1.
+    """The target of a change, where `counted` is 1.
 
-    - binary: 1 where it is more than `tolerance`, after a median over medians[0] voxels an axis;
-    - intensity: where binary is 1, its median over the ball of radius medians[1], of 255 (ours; the code leaves it in
-      grey levels);
-    - logistic-intensity: where binary is 1, 1 / (1 + exp(-k (that in grey levels - x0))), (k, x0) = `logistic`.
+    The change c is the mean over channels of |out - image|, in grey levels.
+    - binary: 1 where c > `tolerance`, after a median over medians[0] voxels along each axis;
+    - intensity: where binary is 1, the median m of c over the ball of radius medians[1], divided by 255 (ours; the code
+      gives m);
+    - logistic-intensity: where binary is 1, 1 / (1 + exp(-k (m - x0))) with (k, x0) = `logistic`.
     """
     levels = 255 * jnp.mean(jnp.abs(out - image), -1) * counted
     mask = median(levels > tolerance, medians[0])
@@ -248,30 +252,30 @@ def apply(
     tolerance: float = 1,
     medians: tuple[int, int] = (5, 5),
 ) -> tuple[Float[Array, "*size c"], Float[Array, "*size"], dict[str, Any]]:
-    """Clones drawn patches of at most `most` voxels an axis, one after another, and clips to [0, 1] after each.
+    """Clones the patches, each of at most `most` voxels, one after another. Clips to [0, 1] after each patch.
 
-    Changes count for the target (`labelled`) where the patch or the image shows an object. Where patches overlap, the
-    last one decides.
+    A change counts for the target (`change_labels`) where the patch or the image has an object. Where patches overlap,
+    the last one decides.
     """
     size = image.shape[:-1]
     both = jnp.concatenate([source, source_objects[..., None]], -1)
 
     def clone(carry: tuple[Array, Array], q: Patches) -> tuple[tuple[Array, Array], None]:
         canvas, counted = carry
-        patch = resampled(both, q.cut, q.edges, q.resized, most)
+        patch = resample(both, q.cut, q.edges, q.resized, most)
         t, inside = window(canvas, q.corner, most), inner(most, q.resized)
         u = change(GUIDANCE[gradients](t, patch[..., :-1], inside), q.resized)
-        canvas = added(canvas, q.used * (jnp.clip(t + u, 0, 1) - t), q.corner)
+        canvas = add_part(canvas, q.used * (jnp.clip(t + u, 0, 1) - t), q.corner)
         shown = jnp.maximum(patch[..., -1:] > 0.5, window(objects_grown, q.corner, most))
         before = window(counted, q.corner, most)
         of_patch = q.used & box(most, jnp.zeros_like(q.corner), q.resized)[..., None]
-        return (canvas, added(counted, of_patch * (shown - before), q.corner)), None
+        return (canvas, add_part(counted, of_patch * (shown - before), q.corner)), None
 
-    objects_grown = grown(objects[..., None], most)
-    start = grown(image, most), jnp.zeros_like(objects_grown)
+    objects_grown = grow(objects[..., None], most)
+    start = grow(image, most), jnp.zeros_like(objects_grown)
     (canvas, counted), _ = jax.lax.scan(clone, start, p)
-    out, counted = cropped(canvas, size), cropped(counted, size)[..., 0]
-    target = labelled(image, out, counted, labels=labels, logistic=logistic, tolerance=tolerance, medians=medians)
+    out, counted = crop_to(canvas, size), crop_to(counted, size)[..., 0]
+    target = change_labels(image, out, counted, labels=labels, logistic=logistic, tolerance=tolerance, medians=medians)
     return out, target, {"parameters": p}
 
 
@@ -299,9 +303,10 @@ def nsa(
     tolerance: float = 1,
     medians: tuple[int, int] = (5, 5),
 ) -> tuple[Float[Array, "*size c"], Float[Array, "*size"], dict[str, Any]]:
-    """Natural synthetic anomalies of patches that show an object (`foreground`).
+    """Natural synthetic anomalies, from patches that contain an object (`foreground`).
 
-    `draw` states the distributions; `apply` follows. Raises ValueError for unknown `gradients` or `labels`.
+    It is `draw` (its docstring states the distributions), then `apply`. Raises ValueError for unknown `gradients` or
+    `labels`.
     """
     if gradients not in GUIDANCE or labels not in LABELS:
         raise ValueError(f"gradients {gradients!r}, labels {labels!r}: {', '.join(GUIDANCE)}; {', '.join(LABELS)}")

@@ -1,15 +1,16 @@
-"""Poisson image editing on rectangular windows: a discrete Poisson equation solved by sine transforms.
+"""Poisson image editing on rectangular windows: sine transforms solve the discrete Poisson equation.
 
-Perez, Gangnet, Blake, "Poisson image editing", 2003; as window solver with the boundary on the window's edge: the DST
-entry of github.com/matt-baugh/pytorch-poisson-image-editing, which the authors of P-PII use. Any number of axes.
+Perez, Gangnet, Blake, "Poisson image editing", 2003. The solver of a window whose edge is the boundary follows the DST
+form of github.com/matt-baugh/pytorch-poisson-image-editing, which the authors of P-PII use. Windows may have any number
+of axes.
 
-A window is an array (*n, c) of a static size n, of which the first `edges` (d,) voxels of each axis count. `edges` is
+A window is an array (*n, c) of the static size n. Only its first `edges` (d,) voxels on each axis count. `edges` is
 traced, so that windows of all sizes share one compilation.
 
-The unknown is the change u of the target t. Guidance g_t + delta gives div(g_t + delta) = lap(t + u), hence lap(u) =
-div(delta) with u = 0 on the window's outer ring. The blended window t + u is that of the full equation, without a
-boundary term, and is exactly t where delta is 0. The solution is linear in delta: a mean over several guidances takes
-one solve.
+The unknown is the change u of the target t. The guidance g_t + delta gives div(g_t + delta) = lap(t + u). Hence
+lap(u) = div(delta), with u = 0 on the window's outer ring. The blended window t + u solves the full equation without a
+boundary term, and u = 0 where delta is 0 everywhere. The solution is linear in delta, so the mean over several
+guidances needs one solve.
 """
 
 from functools import reduce
@@ -21,21 +22,23 @@ from jaxtyping import Array, Float, Int
 
 
 def sine_basis(n: int, edge: Int[Array, ""]) -> Float[Array, "n n"]:
-    """S_jk = sin(pi j k / (edge - 1)) for j, k = 1 ... edge - 2, else 0: the DST-I between the ends of `edge` points.
+    """S_jk = sin(pi j k / (edge - 1)) for j, k = 1 ... edge - 2, else 0: the DST-I of the inner ones of `edge` points.
 
-    There S S is (edge - 1) / 2 times the identity.
+    On the inner points, S S is (edge - 1) / 2 times the identity.
     """
     j = jnp.arange(n)
     inside = (j > 0) & (j < edge - 1)
-    turns = j[:, None] * j % (2 * jnp.maximum(edge - 1, 1))  # whole numbers: no loss of digits at high j k
+    turns = (
+        j[:, None] * j % (2 * jnp.maximum(edge - 1, 1))
+    )  # reduced as whole numbers, which loses no digits at high j k
     basis = jnp.sin(jnp.pi * turns / jnp.maximum(edge - 1, 1))
     return jnp.where(inside[:, None] & inside, basis, 0.0).astype(jnp.float32)
 
 
 def solve(divergence: Float[Array, "*n c"], edges: Int[Array, " d"]) -> Float[Array, "*n c"]:
-    """u with lap(u) = divergence at the inner voxels of the window and u = 0 on its ring and beyond it.
+    """The solution u of lap(u) = divergence at the inner voxels of the window; u = 0 on its ring and beyond it.
 
-    The Laplacian is the sum over axes of u[i + 1] - 2 u[i] + u[i - 1]; mode a of an axis has the eigenvalue
+    The Laplacian is the sum over axes of u[i + 1] - 2 u[i] + u[i - 1]. Mode a of an axis has the eigenvalue
     2 cos(pi a / (edge - 1)) - 2. Each axis takes two products with the sine basis.
     """
     size = divergence.shape[:-1]
@@ -54,14 +57,14 @@ def solve(divergence: Float[Array, "*n c"], edges: Int[Array, " d"]) -> Float[Ar
 
 
 def differences(window: Float[Array, "*n c"]) -> list[Float[Array, "*n c"]]:
-    """a[i + 1] - a[i] of each axis, 0 at the last voxel. No inner voxel of the window needs that one."""
+    """a[i + 1] - a[i] along each axis; 0 at the last voxel, which no inner voxel of the window needs."""
     rank = window.ndim - 1
     end = lambda axis: [(0, int(other == axis)) for other in range(rank)] + [(0, 0)]
     return [jnp.pad(jnp.diff(window, axis=axis), end(axis)) for axis in range(rank)]
 
 
 def divergence(fields: list[Float[Array, "*n c"]]) -> Float[Array, "*n c"]:
-    """The sum over axes of g[i] - g[i - 1], g[-1] = 0."""
+    """The sum over axes of g[i] - g[i - 1], with g[-1] = 0."""
     rank = fields[0].ndim - 1
     first = lambda axis: [(int(other == axis), 0) for other in range(rank)] + [(0, 0)]
     back = [jnp.diff(jnp.pad(g, first(axis)), axis=axis) for axis, g in enumerate(fields)]
@@ -75,32 +78,33 @@ def inner(n: tuple[int, ...], edges: Int[Array, " d"]) -> Float[Array, "*n"]:
     return reduce(jnp.logical_and, inside).astype(jnp.float32)
 
 
-def mixed(
+def mixed_guidance(
     target: Float[Array, "*n c"], source: Float[Array, "*n c"], mask: Float[Array, "*n"]
 ) -> list[Float[Array, "*n c"]]:
-    """The change of the target's differences of each axis inside `mask`: the source's larger differences replace them.
+    """Mixed gradients: the change of the target's differences when larger ones of the source replace them in `mask`.
 
-    Perez et al., section 3.2. Each axis is treated apart, as by the authors' solver. Ties keep the target.
+    Perez et al., section 3.2. Each axis is treated separately, as in the solver of P-PII's authors. Ties keep the
+    target.
     """
     pairs = zip(differences(target), differences(source), strict=True)
     return [mask[..., None] * jnp.where(jnp.abs(t) >= jnp.abs(s), 0, s - t) for t, s in pairs]
 
 
-def replaced(
+def source_guidance(
     target: Float[Array, "*n c"], source: Float[Array, "*n c"], mask: Float[Array, "*n"]
 ) -> list[Float[Array, "*n c"]]:
-    """The change of the target's differences of each axis to the source's inside `mask` (section 3.1)."""
+    """The change of the target's differences, which those of the source replace inside `mask` (section 3.1)."""
     pairs = zip(differences(target), differences(source), strict=True)
     return [mask[..., None] * (s - t) for t, s in pairs]
 
 
-def interpolated(
+def interpolation_guidance(
     target: Float[Array, "*n c"], source: Float[Array, "*n c"], alpha: Float[Array, ""]
 ) -> list[Float[Array, "*n c"]]:
-    """PII's guidance (Tan et al. 2021; Eq. 1 of P-PII, whose second branch means the source).
+    """PII's guidance (Tan et al. 2021; Eq. 1 of P-PII, where the second branch means the source).
 
-    It is the larger of (1 - alpha) times the target's and alpha times the source's difference. The result is the change
-    of the target's differences of each axis.
+    A difference becomes (1 - alpha) times that of the target or alpha times that of the source, whichever is larger in
+    size. The result is the change of the target's differences on each axis.
     """
     pairs = zip(differences(target), differences(source), strict=True)
     larger = lambda t, s: jnp.where(jnp.abs((1 - alpha) * t) > jnp.abs(alpha * s), (1 - alpha) * t, alpha * s)
@@ -108,51 +112,51 @@ def interpolated(
 
 
 def change(fields: list[Float[Array, "*n c"]], edges: Int[Array, " d"]) -> Float[Array, "*n c"]:
-    """The change of the target's window that changes its differences by `fields`."""
+    """The change of a window whose differences change by `fields` (one for each axis)."""
     return solve(divergence(fields), edges)
 
 
 def blend(
     target: Float[Array, "*n c"], source: Float[Array, "*n c"], mask: Float[Array, "*n"], edges: Int[Array, " d"]
 ) -> Float[Array, "*n c"]:
-    """The target's window with the source blended in by mixed gradients inside `mask`, whose outer ring is left out.
+    """The target's window, with the source blended in by mixed gradients inside `mask` without the window's ring.
 
-    The result is not clipped. It equals the target on the ring, beyond the window, and where the source has no larger
-    difference.
+    The result is not clipped. It equals the target on the ring and beyond the window, and everywhere if the source has
+    no larger difference.
     """
-    return target + change(mixed(target, source, mask * inner(mask.shape, edges)), edges)
+    return target + change(mixed_guidance(target, source, mask * inner(mask.shape, edges)), edges)
 
 
 # --- windows of images ------------------------------------------------------------------------------------------------
 
 
-def grown(image: Float[Array, "*size c"], n: tuple[int, ...]) -> Float[Array, "*more c"]:
-    """The image with room for a window of n voxels at any of its voxels."""
+def grow(image: Float[Array, "*size c"], n: tuple[int, ...]) -> Float[Array, "*more c"]:
+    """The image, padded with n zeros at the end of each axis, so that a window of n voxels fits at any voxel."""
     return jnp.pad(image, [*((0, m) for m in n), (0, 0)])
 
 
 def window(image: Float[Array, "*more c"], corner: Int[Array, " d"], n: tuple[int, ...]) -> Float[Array, "*n c"]:
-    """n voxels from `corner` of an image with room (`grown`)."""
+    """The window of n voxels from `corner` of an image that `grow` has padded."""
     return dynamic_slice(image, (*corner, 0), (*n, image.shape[-1]))
 
 
-def added(
+def add_part(
     image: Float[Array, "*more c"], part: Float[Array, "*n c"], corner: Int[Array, " d"]
 ) -> Float[Array, "*more c"]:
-    """The image with `part` added from `corner` on."""
+    """The image plus `part`, whose first voxel lies at `corner`."""
     whole = window(image, corner, part.shape[:-1]) + part
     return dynamic_update_slice(image, whole.astype(image.dtype), (*corner, 0))
 
 
-def cropped(image: Float[Array, "*more c"], size: tuple[int, ...]) -> Float[Array, "*size c"]:
-    """An image with room (`grown`) at its first size."""
+def crop_to(image: Float[Array, "*more c"], size: tuple[int, ...]) -> Float[Array, "*size c"]:
+    """The first `size` voxels of an image that `grow` has padded."""
     return image[tuple(map(slice, size))]
 
 
 def edges_of(size: tuple[int, ...], share: tuple[float, float]) -> tuple[np.ndarray, np.ndarray]:
     """The least and the greatest edge of a patch on each axis: round(share[0] n) and round(share[1] n) - 1.
 
-    Both are at least 3: a smaller window has no inner voxel.
+    Both are at least 3, because a smaller window has no inner voxel.
     """
     least, most = (np.round(part * np.array(size)).astype(int) for part in share)
     least = np.maximum(least, 3)

@@ -155,7 +155,7 @@ def _npz(archive: zipfile.ZipFile, length: int) -> Contents:
             read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
             shape, fortran, dtype = read(stream)
             if dtype.kind not in "biuf" or stream.tell() + math.prod(shape) * dtype.itemsize != entry.file_size:
-                raise Refused(f"{name} has {entry.file_size} bytes, which {dtype}{shape} does not need: save it again")
+                raise Refused(f"{name} has {entry.file_size} bytes, not those of {dtype}{shape}: save it again")
             values = np.frombuffer(stream.read(), dtype)
         arrays[name] = values.reshape(shape, order="F" if fortran else "C")
     tensors = {name: array for name, array in arrays.items() if name.startswith("state/")}

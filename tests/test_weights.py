@@ -372,7 +372,7 @@ def test_a_grid_that_nothing_tells_is_asked_for(tmp_path):
     found = read_weights(path, heads=3, decoder_heads=4, size=(32, 24, 4)).config()["positions"]
     np.testing.assert_array_equal(found((4, 3, 2), 36), state["pos_embed"][0, 1:])
     np.testing.assert_array_equal(found((4, 3, 2), 24), state["decoder_pos_embed"][0, 1:])
-    with pytest.raises(InputError, match=r"its position codes are for \(4, 3, 2\)"):
+    with pytest.raises(InputError, match=r"its position codes are for the grid \(4, 3, 2\)"):
         found((3, 4, 2), 36)
 
 
@@ -459,10 +459,10 @@ def test_tensors_that_make_it_another_network_are_refused(tmp_path):
     for name in ("blocks.0.ls1.gamma", "blocks.1.attn.q_norm.weight", "reg_token", "norm_pre.weight"):
         refused(pth(tmp_path / "a.pth", official() | {name: np.ones(12, "f4")}), name, "does not belong to")
     twice = official() | {"module.norm.bias": np.ones(12, "f4")}
-    refused(pth(tmp_path / "a.pth", twice), "norm.bias", "mean the same")
+    refused(pth(tmp_path / "a.pth", twice), "norm.bias", "are the same parameter")
     refused(pth(tmp_path / "a.pth", {"backbone.w": np.ones(3, "f4")}), "no blocks", "backbone.w")
     quantised = official() | {"blocks.0.mlp.fc1.weight": np.ones((48, 12), "i8")}
-    refused(pth(tmp_path / "a.pth", quantised), "blocks.0.mlp.fc1.weight is int64")
+    refused(pth(tmp_path / "a.pth", quantised), "blocks.0.mlp.fc1.weight has the type int64")
     for bad in (np.nan, np.inf, 1e300):
         state = official() | {"norm.bias": np.full(12, bad)}
         refused(pth(tmp_path / "a.pth", state), "encoder_norm/bias has values that are not finite")
@@ -800,7 +800,7 @@ def test_zip_files_that_lie_are_refused(tmp_path):
     refused(pth(path, value, extra=[("archive/byteorder2", b""), ("other/data.pkl", b"")]), of=read_tensors)
     with pytest.warns(UserWarning, match="Duplicate name"):
         pth(path, value, extra=[("archive/data/0", bytes(4000))])
-    refused(path, "two files of one name", of=read_tensors)
+    refused(path, "two files of the same name", of=read_tensors)
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("a.txt", "text")
     refused(path, "neither torch.save nor numpy.savez", of=read_tensors)
@@ -836,7 +836,7 @@ def test_npz_bombs_objects_and_lies_are_refused(tmp_path):
     np.save(buffer, np.zeros(4, "f4"))
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("w.npy", buffer.getvalue().replace(b"(4,)", b"(9,)"))
-    refused(path, "bytes are not", of=read_tensors)
+    refused(path, "not those of", of=read_tensors)
 
 
 def test_safetensors_that_lie_are_refused(tmp_path):

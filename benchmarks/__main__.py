@@ -1,11 +1,11 @@
-"""Runs the benchmarks, each as a process, and renders benchmarks/results.md from the JSON files that they leave.
+"""Runs the benchmarks, each as a process, and renders benchmarks/results.md from their JSON files.
 
-    python -m benchmarks                   # all that this machine can; hours
-    python -m benchmarks cpu throughput    # those scripts alone
-    python -m benchmarks --render          # the page alone
+    python -m benchmarks                   # everything that this machine can run (hours)
+    python -m benchmarks cpu throughput    # only these scripts
+    python -m benchmarks --render          # only the page
 
-What needs images (JMAE_DATA), a GPU or a package that is not there is said to be "not run", also on the page. A part
-that fails is said at the end, with exit code 1, and the others go on.
+A part that needs images (JMAE_DATA), a GPU or a package that is missing is "not run", also on the page. A part that
+fails does not stop the others. It is listed at the end, and the exit code is 1.
 """
 
 import argparse
@@ -31,7 +31,7 @@ PEERS = {
 
 
 class Part(NamedTuple):
-    """A run of a script; `needs`: "JMAE_DATA", or the modules of packages, divided by spaces."""
+    """One run of a script. `needs` names "JMAE_DATA" or modules of packages, separated by spaces."""
 
     script: str
     arguments: str = ""
@@ -42,7 +42,7 @@ class Part(NamedTuple):
         return f"python -m benchmarks.{self.script} {self.arguments}".strip()
 
     def lacks(self) -> str:
-        """What is not here of what it needs."""
+        """The first need that this machine does not meet, as a sentence; "" where it meets all."""
         for need in self.needs.split():
             if need == "JMAE_DATA":
                 if not os.environ.get(need):
@@ -86,9 +86,9 @@ PARTS = (
     *(Part("scaling", what, "jax_cuda12_plugin") for what in ("--chip h100", "--recipes")),
 )
 SCRIPTS = tuple(dict.fromkeys(part.script for part in PARTS))
-# Scripts that gpu.sh runs: NAME_gpu.json.
+# Scripts that gpu.sh runs. Their results are NAME_gpu.json.
 GPU = ("demo", "volume", "throughput", "masks", "anomalies", "memmc", "against_plan")
-COLUMNS = {  # of a contestant -> heading of the page
+COLUMNS = {  # key of a contestant's result -> heading on the page
     "median_s": "median s",
     "least_s": "least s",
     "cpu_median_s": "CPU s",
@@ -103,22 +103,22 @@ ABOUT = ("command", "date", "machine", "versions")
 # --- the page ---------------------------------------------------------------------------------------------------------
 
 
-def shown(value: Any) -> str:
-    """A table's cell."""
+def cell(value: Any) -> str:
+    """A value as the text of a table's cell."""
     if isinstance(value, float):
         return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
     return str(value).replace("|", "\\|").replace("\n", " ")
 
 
 def markdown(head: list[str], rows: list[list[Any]]) -> str:
-    """A table, without the columns that are empty in all rows."""
-    kept = [k for k in range(len(head)) if any(row[k] not in ("", None) for row in rows)]
-    lines = [[head[k] for k in kept], ["---"] * len(kept), *([shown(row[k]) for k in kept] for row in rows)]
+    """A table in Markdown, without columns that are empty in all rows."""
+    full = [k for k in range(len(head)) if any(row[k] not in ("", None) for row in rows)]
+    lines = [[head[k] for k in full], ["---"] * len(full), *([cell(row[k]) for k in full] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
 def walk(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(where it stands, dictionary) of all dictionaries inside one, from the outside in."""
+    """(path as text, dictionary) of a dictionary and all dictionaries inside it, from the outside in."""
     if isinstance(value, dict):
         yield ": ".join(name for name in path if name not in ("contestants", "results", "cases")), value
         for name, inner in value.items():
@@ -126,7 +126,7 @@ def walk(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, dict[str
 
 
 def tables(case: dict[str, Any]) -> list[str]:
-    """A case's own table where it has one ("table": head, rows); else contestants, ratios, and figures by name."""
+    """The tables of a case: its "table" (head, rows) if it has one, else contestants, ratios, and figures by name."""
     if "table" in case:
         return [markdown(*case["table"])]
     parts = list(walk({k: v for k, v in case.items() if k not in ABOUT}))
@@ -146,22 +146,22 @@ def tables(case: dict[str, Any]) -> list[str]:
     out += [markdown(["ratio", "median", "least", "greatest", "of CPU seconds"], ratios)] if ratios else []
     out += [markdown(["figure of", "AUROC", "95 %", "AP"], found)] if found else []
     plain = parts[0][1] if parts else {}
-    single = [f"{k.replace('_', ' ')} {shown(v)}" for k, v in plain.items() if isinstance(v, (int, float, str))]
-    single += [] if out else [f"{where}: {shown(v)}" for where, part in parts[1:] for v in [leaves(part)] if v]
+    single = [f"{k.replace('_', ' ')} {cell(v)}" for k, v in plain.items() if isinstance(v, (int, float, str))]
+    single += [] if out else [f"{where}: {cell(v)}" for where, part in parts[1:] for v in [leaves(part)] if v]
     return [*out, *([f"{'; '.join(single)}.\n"] if single else [])]
 
 
 def leaves(part: dict[str, Any]) -> str:
-    """The numbers and words of one dictionary."""
-    return ", ".join(f"{k.replace('_', ' ')} {shown(v)}" for k, v in part.items() if isinstance(v, (int, float, str)))
+    """The numbers and texts of one dictionary."""
+    return ", ".join(f"{k.replace('_', ' ')} {cell(v)}" for k, v in part.items() if isinstance(v, (int, float, str)))
 
 
 def read(file: Path) -> dict[str, dict[str, Any]]:
-    """The cases of a result file; ends with one line where it is none."""
+    """The cases of a result file. Ends the process with one line where the file is damaged."""
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        sys.exit(f"{file}: is no JSON ({error}): restore it, or delete it and run its script again")
+        sys.exit(f"{file}: not JSON ({error}): restore it, or delete it and run its script again")
 
 
 def summary(script: str) -> str:
@@ -180,13 +180,13 @@ def environment(case: dict[str, Any]) -> str:
 
 
 def part_of(command: str, parts: list[Part]) -> Part | None:
-    """The part whose words are all in a command; of several the longest."""
+    """The longest part whose words are all in a command, or None."""
     fits = [part for part in parts if set(part.command.split()) <= set(command.split())]
     return max(fits, key=lambda part: len(part.command.split()), default=None)
 
 
 def page(results: Path) -> str:
-    """benchmarks/results.md of the JSON files in a folder."""
+    """The text of benchmarks/results.md for the JSON files in a folder."""
     machines: list[str] = []
     body: list[str] = []
     absent: list[str] = []
@@ -210,23 +210,22 @@ def page(results: Path) -> str:
     for script in SCRIPTS:
         file = results / f"{script}.json"
         cases = read(file) if file.is_file() else {}
-        own = [part for part in PARTS if part.script == script]
-        ran = {part_of(case["command"], own) for case in cases.values()}
-        missing = [f"`{part.command}`" for part in own if part not in ran]
+        parts = [part for part in PARTS if part.script == script]
+        ran = {part_of(case["command"], parts) for case in cases.values()}
+        missing = [f"`{part.command}`" for part in parts if part not in ran]
         section(script, summary(script), cases, missing)
     for script in GPU:
         file = results / f"{script}_gpu.json"
         cases = read(file) if file.is_file() else {}
-        missing = [] if cases else ["`bash benchmarks/gpu.sh` takes an NVIDIA GPU"]
-        about = f"As {script}, on one NVIDIA GPU." if script in SCRIPTS else summary(script)
+        missing = [] if cases else ["`bash benchmarks/gpu.sh` needs an NVIDIA GPU"]
+        about = f"The same as {script}, on one NVIDIA GPU." if script in SCRIPTS else summary(script)
         section(f"{script} on a GPU", about, cases, missing)
 
     head = "# Results of the benchmarks\n\nWritten by `python -m benchmarks --render` from benchmarks/results/*.json.\n"
-    head += (
-        "A figure stands beside its command, its date, the machine [n] and how loaded that was (load: processes that"
-    )
-    head += " wanted to run when the result was written).\nRatios of times, the others' over jmae's: median, least and"
-    head += " greatest over interleaved rounds; where others use the machine, the ratio of CPU seconds tells more.\n"
+    head += "A figure stands beside its command, its date, the machine [n] and the load of the machine: the number of"
+    head += " processes that wanted to run when the result was written.\nA ratio is the time of the other over that of"
+    head += " jmae: median, least and greatest over interleaved rounds. On a machine that others use too, the ratio of"
+    head += " CPU seconds is more reliable.\n"
     where = [f"{k}. {text}" for k, text in enumerate(machines, 1)]
     missing = [f"- {line}" for line in absent] or ["- nothing"]
     return "\n".join([head, "## Machines\n", *where, "\n## Not run\n", *missing, "", *body]).rstrip() + "\n"
@@ -236,7 +235,7 @@ def page(results: Path) -> str:
 
 
 def run(scripts: list[str]) -> list[str]:
-    """Runs the parts of scripts; what failed."""
+    """Runs the parts of scripts. Returns a line for each part that failed."""
     failed = []
     for part in (part for part in PARTS if part.script in scripts):
         if lacks := part.lacks():
@@ -248,7 +247,7 @@ def run(scripts: list[str]) -> list[str]:
             failed.append(f"{part.command}: exit code {code}")
     if wanted := [script for script in GPU if script in scripts]:
         if shutil.which("nvidia-smi") is None:
-            print(f"{', '.join(wanted)} on a GPU: not run: no NVIDIA GPU here", flush=True)
+            print(f"{', '.join(wanted)} on a GPU: not run: this machine has no NVIDIA GPU", flush=True)
         elif code := subprocess.run(
             ["bash", str(HERE / "gpu.sh")], env=os.environ | {"PYTHON": sys.executable}
         ).returncode:
@@ -260,11 +259,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("scripts", nargs="*", metavar="SCRIPT", help=f"of {', '.join(SCRIPTS)}; default all")
-    parser.add_argument("--render", action="store_true", help="write the page alone")
+    parser.add_argument("scripts", nargs="*", metavar="SCRIPT", help=f"one of {', '.join(SCRIPTS)}; default all")
+    parser.add_argument("--render", action="store_true", help="only write the page")
     arguments = parser.parse_args()
     if unknown := [script for script in arguments.scripts if script not in SCRIPTS]:
-        parser.error(f"{unknown[0]} is no benchmark: one of {', '.join(SCRIPTS)}")
+        parser.error(f"{unknown[0]} is unknown: one of {', '.join(SCRIPTS)}")
     failed = [] if arguments.render else run(arguments.scripts or list(SCRIPTS))
     PAGE.write_text(page(RESULTS), encoding="utf-8")
     print(f"\n{PAGE}")

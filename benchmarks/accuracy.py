@@ -1,4 +1,4 @@
-"""AMAE on real images: the paper's settings on one data pack, one after the other, each once.
+"""Trains AMAE on real images: the paper's settings on one data pack, each once.
 
     JMAE_DATA=FOLDER python -m benchmarks.accuracy cxr_peds                      # all settings, recipe `small`
     JMAE_DATA=FOLDER python -m benchmarks.accuracy cxr_peds --budget 2 --settings stage2
@@ -6,10 +6,10 @@
     JMAE_DATA=FOLDER python -m benchmarks.accuracy cxr_nih --subsets matched --settings stage2
     JMAE_DATA=FOLDER python -m benchmarks.accuracy cxr_nih64 --replicates 4      # means, 1.96 deviations, Welch tests
 
-Trains with `python -m jmae.train --config configs/amae.py:small`, as the README does. All settings start from the
-first one's Stage 0, as they would from one checkpoint (`model.weights`). Prints a table and writes
-benchmarks/results/accuracy.json: AUROC and AP with 95 % intervals over patients, on the whole image and on the central
-80 % of the map, beside the cheap baselines; seconds of training on this machine.
+It trains with `python -m jmae.train --config configs/amae.py:small`, as the README does. All settings start from Stage
+0 of the first one, as from one checkpoint (`model.weights`). It prints a table and writes
+benchmarks/results/accuracy.json. Both have AUROC and AP with 95 % intervals over patients, on the whole image and on
+the central 80 % of the map, beside the cheap baselines, and the seconds of training on this machine.
 """
 
 import argparse
@@ -30,14 +30,14 @@ RESULTS = Path(__file__).parent / "results" / "accuracy.json"
 
 
 def train(arguments: list[str]) -> float:
-    """Runs one training as a process; wall seconds."""
+    """Runs one training as a process. Returns the wall seconds."""
     began = time.monotonic()
     subprocess.run([sys.executable, "-m", "jmae.train", *arguments], check=True)
     return time.monotonic() - began
 
 
 def figures(evaluation: dict[str, Any]) -> dict[str, Any]:
-    """What of metrics.json stands in the table."""
+    """The part of metrics.json that the table shows."""
     crop = next(name for name in evaluation["subsets"] if name.startswith("central"))
     out = {
         "primary": evaluation["primary"],
@@ -56,7 +56,7 @@ def figures(evaluation: dict[str, Any]) -> dict[str, Any]:
 
 
 def against_first(results: dict[str, dict[str, Any]]) -> list[tuple[str, str, float]]:
-    """Welch's two-sided p of every setting's primary AUROC over replicates against the first setting's."""
+    """(first setting, other setting, p) of Welch's two-sided test on the primary AUROC over replicates."""
     values = {name: r["replicates"]["auroc"]["values"] for name, r in results.items()}
     first, *others = values
     return [(first, other, float(ttest_ind(values[first], values[other], equal_var=False).pvalue)) for other in others]
@@ -75,7 +75,7 @@ def main() -> None:
         parser.error(f"{wrong[0]} is unknown; recipe values are --config.KEY=VALUE")
     manifest = Path(os.environ.get("JMAE_DATA", "")) / options.pack / "manifest.csv"
     if not os.environ.get("JMAE_DATA") or not manifest.is_file():
-        print(f"not run: {manifest} is not there; set JMAE_DATA to the folder of the packs")
+        print(f"not run: {manifest} not found; set JMAE_DATA to the folder of the packs")
         return
     rows, first, results = [], None, {}
     for setting in options.settings:
@@ -95,8 +95,8 @@ def main() -> None:
         seconds = train(arguments + ([f"--config.model.weights={first}"] if first else []))
         result = figures(json.loads((folder / "evaluation" / "metrics.json").read_text()))
         shown = [a for a in arguments if not any(word in a for word in ("manifest", "workdir", "model.weights"))]
-        own = first is None and not any(word.startswith("--config.model.weights=") for word in overrides)
-        result |= {"seconds": seconds, "stage0": "own" if own else "shared", "arguments": shown}
+        trained_here = first is None and not any(word.startswith("--config.model.weights=") for word in overrides)
+        result |= {"seconds": seconds, "stage0": "own" if trained_here else "shared", "arguments": shown}
         first, results[setting] = first or folder, result
         write(RESULTS, f"{options.pack}, budget {options.budget:g}, {setting}{replicated}", result)
         views = {"whole": result, **result["subsets"]}

@@ -3,10 +3,10 @@
     python -m benchmarks.anomalies                 # images one at a time, and a batch of 8 (jmae)
     python -m benchmarks.anomalies --step          # share of a U-Net training step, at batch 16 and the paper's size
 
-All contestants blend the same 25 drawn discs a composite (26 to 101 pixels a side). pie-torch's `blend_dst_numpy`,
-which the authors' file calls, blends one image a disc, and their mean is taken by NumPy. jmae takes one solve a patch
-for the mean and, with the deviation map (the authors' `np.std` over the images), one a disc. "blends" times the 25
-blends alone.
+All contestants blend the same 25 discs into a composite; a disc has 26 to 101 pixels a side. The authors' file calls
+pie-torch's `blend_dst_numpy`, which blends one image for each disc, and NumPy takes the mean of the images. jmae needs
+one solve for each patch. With the deviation map (the authors' `np.std` over the images) it needs one for each disc.
+"blends" times only the 25 blends.
 """
 
 import argparse
@@ -32,7 +32,7 @@ def images(n: int) -> np.ndarray:
 
 
 def ours(*, batch: int, deviation: bool) -> Prepared:
-    """A batch of composites by the preset `released`, whose images are all made of the clean target; draws included."""
+    """A batch of composites of the preset `released`, whose raters all start from the clean target; with the draws."""
     import jax
     import jax.numpy as jnp
 
@@ -45,8 +45,8 @@ def ours(*, batch: int, deviation: bool) -> Prepared:
     return lambda: jax.block_until_ready(run(pool[:batch], pool, keys, place)), {"composites": batch}
 
 
-def drawn() -> tuple[np.ndarray, np.ndarray, Any, np.ndarray]:
-    """The first image, all of them, what `ours` draws for the first of a batch of one, and its discs."""
+def first_draw() -> tuple[np.ndarray, np.ndarray, Any, np.ndarray]:
+    """(the first image, all images, the patches that `ours` draws for a batch of one, their discs)."""
     import jax
 
     from jmae.anomalies.interpolation import PRESETS, discs, draw_patches
@@ -59,30 +59,30 @@ def drawn() -> tuple[np.ndarray, np.ndarray, Any, np.ndarray]:
 
 
 def pie_torch() -> Prepared:
-    """One composite as the authors' file makes it, draws not included."""
+    """One composite, made as in the authors' file; without the draws."""
     from pietorch import blend_dst_numpy
 
-    image, pool, p, masks = drawn()
+    image, pool, p, masks = first_draw()
     image = image.astype(float)
 
     def run() -> np.ndarray:
-        made = []
+        blended = []
         for a in range(ANOMALIES):
             h, w = p.edges[a]
             y, x = p.cut[a]
             source = pool[p.which[a], y : y + h, x : x + w].astype(float)
             for r in range(RATERS):
                 mask = masks[a, r, :h, :w].copy()
-                made.append(blend_dst_numpy(image, source * float(p.strength[a, r]), mask, p.corner[a], True))
-        stack = np.array(made)
+                blended.append(blend_dst_numpy(image, source * float(p.strength[a, r]), mask, p.corner[a], True))
+        stack = np.array(blended)
         return np.stack([stack.mean(0), stack.std(0)])
 
     return run, {"composites": 1}
 
 
 def blends(*, way: str) -> Prepared:
-    """The 25 blends of one composite alone: windows in, windows out."""
-    image, pool, p, masks = drawn()
+    """Only the 25 blends of one composite, from windows to windows."""
+    image, pool, p, masks = first_draw()
     cut = lambda a, corner, edges: a[corner[0] : corner[0] + edges[0], corner[1] : corner[1] + edges[1]]
     pairs = [
         (
@@ -111,13 +111,13 @@ def blends(*, way: str) -> Prepared:
 
 
 def agreement() -> float:
-    """The largest difference of both composites, in units of the image's range."""
+    """The largest difference between both composites, in units of the image's range."""
     reference, _ = np.clip(pie_torch()[0](), 0, 1)
     return float(np.abs(np.asarray(ours(batch=1, deviation=True)[0]()[0])[0, ..., 0] - reference).max())
 
 
 def only_composites(*, side: int, batch: int, variant: str = "paper") -> Prepared:
-    """The composites of a training step of the recipe `paper`, draws included."""
+    """The composites of a training step of the recipe `paper`, with the draws."""
     import jax
     import jax.numpy as jnp
 
@@ -130,8 +130,10 @@ def only_composites(*, side: int, batch: int, variant: str = "paper") -> Prepare
 
 
 def unet(*, size: tuple[int, int], channels: int, widths: tuple[int, ...], head: int, fused: bool = False) -> Any:
-    """The paper's U-Net (baumgach/PHiSeg-code, `det_unet2D`) written plainly; a call gives the loss of images against
-    a drawn target. `fused`: channels last."""
+    """The paper's U-Net (baumgach/PHiSeg-code, `det_unet2D`) in plain PyTorch.
+
+    A call gives the loss of images against a random target. `fused`: channels last.
+    """
     import torch
     from torch import nn
     from torch.nn import functional as F
@@ -166,7 +168,7 @@ def unet(*, size: tuple[int, int], channels: int, widths: tuple[int, ...], head:
 
 
 def composites(rounds: int) -> dict[str, Any]:
-    """Times all contestants and prints; "pie_torch_over": the ratios of pie-torch's time a composite to theirs."""
+    """Times all contestants and prints a table. "pie_torch_over" has pie-torch's time for a composite over theirs."""
     contestants = {
         "pie-torch": ("benchmarks.anomalies:pie_torch", {}),
         "jmae, deviation": ("benchmarks.anomalies:ours", {"batch": 1, "deviation": True}),
@@ -198,17 +200,17 @@ def main() -> None:
     file = Path(__file__).parent / "results" / "anomalies.json"
     if arguments.step:
         changes, names = {"data.size": (arguments.side, arguments.side)}, ("step", "composites")
-        given = {"recipe": "ppii.py:paper", "batch": arguments.batch, "changes": changes}
+        step = {"recipe": "ppii.py:paper", "batch": arguments.batch, "changes": changes}
         alone = {"side": arguments.side, "batch": arguments.batch}
         pair = {
-            "step": ("benchmarks.steps:jmae_stage", given),
+            "step": ("benchmarks.steps:jmae_stage", step),
             "composites": ("benchmarks.anomalies:only_composites", alone),
         }
         out = interleaved(pair, rounds=arguments.rounds)
         share = ratio(out["composites"], out["step"])
         write(file, f"step {arguments.side}, batch {arguments.batch}", {**out, "share_of_step": share})
         print(table(("part", "median s", "MiB"), [(n, out[n]["median_s"], out[n]["peak_mib"]) for n in names]))
-        print(f"composites take {share['median']:.1%} of the step, draws included")
+        print(f"composites and their draws take {share['median']:.1%} of the step")
         return
     write(file, "composites", composites(arguments.rounds))
 

@@ -1,12 +1,12 @@
-"""Seconds to the first training step of every stage of each system, with no program kept and with those kept on disk.
+"""Times the first training step of every stage of each system, without and with stored programs.
 
     python -m benchmarks.compile                        # the recipes `small`
     python -m benchmarks.compile --preset smoke --only amae --runs 1
 
-Each run is a process of its own. "start" is Python's start and the imports, "first steps" the rest: for every stage its
-weights are drawn, its step is traced, compiled (or read from disk) and run once, on a batch of noise. "cold" has an
-empty folder for kept programs, "kept" the one that the cold run left. `jmae.train` keeps programs by default, in
-~/.cache/jmae (`jmae.processes.keep_compiled`); JAX keeps those that took a second or more to compile.
+Each run has its own process. "start" is the start of Python and the imports. "first steps" is the rest: for every
+stage, weights are drawn, and the step is traced, compiled (or read from disk) and run once on a batch of noise. "cold"
+starts with an empty folder for programs; "kept" uses the folder of the cold run. `jmae.train` stores programs in
+~/.cache/jmae by default (`jmae.processes.keep_compiled`). JAX stores programs that take a second or more to compile.
 """
 
 import argparse
@@ -26,7 +26,7 @@ RESULTS = Path(__file__).parent / "results" / "compile.json"
 
 
 def first_steps(system: str, preset: str) -> dict[str, Any]:
-    """Seconds by stage, in this process."""
+    """The seconds of each stage, in this process."""
     import jax
     import numpy as np
 
@@ -47,7 +47,7 @@ def first_steps(system: str, preset: str) -> dict[str, Any]:
         image = np.random.default_rng(0).uniform(size=(n, *config.data.size, config.data.channels)).astype(np.float32)
         rows = {"image": image, "index": np.arange(n, dtype=np.int32), "case": np.zeros((n, 2), np.uint32)}
         rows |= {name: np.stack([make(one) for one in image]) for name, make in stage.host_arrays.items()}
-        # A copy, as the step's own state is donated and may share arrays with the results of the stages before it.
+        # The step donates its state, which may share arrays with the results of earlier stages. So it gets a copy.
         state, metrics = compiled_step(stage.step, 1000, 1, (), None, stage.phases[0])(
             jax.tree.map(jax.numpy.copy, state), rows, key, results
         )
@@ -58,7 +58,7 @@ def first_steps(system: str, preset: str) -> dict[str, Any]:
 
 
 def run(system: str, preset: str, folder: str) -> dict[str, Any]:
-    """One process: seconds of its start, and by stage."""
+    """Runs one process. Returns the seconds of its start and of each stage."""
     command = [sys.executable, "-m", "benchmarks.compile", "--preset", preset, "--in-process", system]
     began = time.time()
     done = subprocess.run(command, env=os.environ | {"XDG_CACHE_HOME": folder}, stdout=subprocess.PIPE, check=True)
@@ -74,8 +74,8 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=SYSTEMS, default=SYSTEMS)
     parser.add_argument("--preset", default="small")
     parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--cores", type=int, help="use only so many; default all")
-    parser.add_argument("--in-process", metavar="SYSTEM", help="this system alone, in this process, as JSON")
+    parser.add_argument("--cores", type=int, help="number of cores to use; default all")
+    parser.add_argument("--in-process", metavar="SYSTEM", help="only this system, in this process; prints JSON")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
     if options.in_process:

@@ -1,15 +1,16 @@
-"""What p-values promise of normal cases, on normal phantoms drawn for it and scored by a trained run.
+"""Checks the guarantee of the p-values on normal phantoms that a trained run scores.
 
     python -m benchmarks.coverage                                  # trains configs/memmc_mae.py:smoke first
-    python -m benchmarks.coverage --run RUN                        # a run on the phantoms `chest`
+    python -m benchmarks.coverage --run RUN                        # uses a run on the phantoms `chest`
     python -m benchmarks.coverage --draws 20 --tests 200           # quicker
 
-1000 normals are judged by 200 calibration sets of 60 normals each, no phantom twice and none trained on. Of p-values of
-at most a, `jmae.scoring.Calibration` promises the share floor(a (n + 1)) / (n + 1) of normals, on average over draws.
-Monte-Carlo error of that average over D sets and T test normals: the root of b (1 - b) / (n + 2) / D + b (1 - b) / T
-with the promised share b, the first term being the variance of Beta(k, n + 1 - k), k = floor(a (n + 1)). The first set
-also judges through `jmae.predict` itself, whose p-values must be these to the last bit. Prints a table
-and writes benchmarks/results/coverage.json; exit code 1 where the share is further than three such errors away.
+1000 normals are judged with 200 calibration sets of 60 normals each. All phantoms are different, and none was used for
+training. `jmae.scoring.Calibration` guarantees that the share b = floor(a (n + 1)) / (n + 1) of normals has a p-value
+of at most a, on average over draws. The Monte-Carlo error of this average over D sets and T test normals is the root of
+b (1 - b) / (n + 2) / D + b (1 - b) / T. The factor of 1 / D is the variance of Beta(k, n + 1 - k) with
+k = floor(a (n + 1)). With the first set, `jmae.predict` must give the same p-values to the last bit.
+
+Prints a table and writes benchmarks/results/coverage.json. Exit code 1: a share differs by more than three errors.
 """
 
 import argparse
@@ -36,24 +37,24 @@ RATES = (0.05, 0.1, 0.2)
 
 
 def scores(run: predict.Run, label: int, numbers: range) -> tuple[np.ndarray, list[float | None]]:
-    """The primary scores, and the p-values of `predict`, of newly drawn phantoms of a label by their numbers."""
+    """(primary scores, p-values of `predict`) of the phantoms of a label with these numbers."""
     size, lines = run.at_once, []
 
-    def drawn(start: int) -> list[tuple]:
-        own = range(start, min(start + size, numbers.stop))
-        rows = [predict.row_of(f"coverage-{label}-{i}", ("phantom",)) for i in own]
+    def draw(start: int) -> list[tuple]:
+        part = range(start, min(start + size, numbers.stop))
+        rows = [predict.row_of(f"coverage-{label}-{i}", ("phantom",)) for i in part]
         draws = [phantoms.chest(phantoms.generator("coverage", label, row.id), label) for row in rows]
         return [(row, run.open(row, Image(d.image, d.spacing, None, 8))) for row, d in zip(rows, draws, strict=True)]
 
     starts = range(numbers.start, numbers.stop, size)
-    for group in said(lookahead(drawn, starts), len(numbers), size):
+    for group in with_progress(lookahead(draw, starts), len(numbers), size):
         results = run.score(*map(list, zip(*group, strict=True)))
         lines += [predict.checked_line(run, row, r) for (row, _), r in zip(group, results, strict=True)]
     return np.array([line["score"] for line in lines]), [line["p_value"] for line in lines]
 
 
-def said(groups: Iterator, n: int, size: int) -> Iterator:
-    """The groups, and a line now and then."""
+def with_progress(groups: Iterator, n: int, size: int) -> Iterator:
+    """Yields the groups, and prints a line every 30 seconds."""
     last = time.monotonic()
     for number, group in enumerate(groups):
         if time.monotonic() - last > 30:
@@ -66,14 +67,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path)
     parser.add_argument("--draws", type=int, default=200)
-    parser.add_argument("--normals", type=int, default=60, help="of one calibration set")
+    parser.add_argument("--normals", type=int, default=60, help="normals of one calibration set")
     parser.add_argument("--tests", type=int, default=1000)
     arguments = parser.parse_args()
     n, draws, tests = arguments.normals, arguments.draws, arguments.tests
     with tempfile.TemporaryDirectory() as folder:
         if arguments.run is None:
-            given = ["--config=configs/memmc_mae.py:smoke", f"--workdir={folder}/run"]
-            subprocess.run([sys.executable, "-m", "jmae.train", *given], check=True)
+            words = ["--config=configs/memmc_mae.py:smoke", f"--workdir={folder}/run"]
+            subprocess.run([sys.executable, "-m", "jmae.train", *words], check=True)
         workdir = arguments.run or Path(folder) / "run"
         config = recipe.read(workdir)
         run = predict.open_run(workdir, config)
@@ -82,7 +83,7 @@ def main() -> int:
         test, judged = scores(run._replace(calibration=first), 0, range(tests))
         abnormal, _ = scores(run, 1, range(tests))
     if judged != p_values(sets[0], test).tolist():
-        raise SystemExit("jmae.predict gives other p-values than jmae.scoring.p_values: one of them is wrong")
+        raise SystemExit("jmae.predict and jmae.scoring.p_values give different p-values: one of them is wrong")
     rows, result, far = [], {}, False
     for rate in RATES:
         k = floor(round(rate * (n + 1), 9))

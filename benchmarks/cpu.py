@@ -1,19 +1,20 @@
-"""On this CPU, in one run: jmae against tuned PyTorch in float32, each ratio beside its goal, and what stands between.
+"""Compares jmae with tuned PyTorch in float32 on this CPU. Each ratio stands beside its goal.
 
     python -m benchmarks.cpu                 # 15 minutes on two idle cores
-    python -m benchmarks.cpu --cores 1       # where others use the machine: compare the CPU seconds
+    python -m benchmarks.cpu --cores 1       # on a machine that others use: compare the CPU seconds
     python -m benchmarks.cpu --only composites
-    python -m benchmarks.cpu --small         # the small recipes in place of the first three: to try it, no goals
+    python -m benchmarks.cpu --small         # a trial with the small recipes for the first three cases, without goals
 
 - vit_s: a training step of ViT-S/16 with the 512 x 8 decoder, batch 16, against `transformers`' masked autoencoder
-  (throughput.py): scaled_dot_product_attention and the faster AdamW; eager, and by torch.compile.
+  (throughput.py) with scaled_dot_product_attention and the faster AdamW, eager or with torch.compile.
 - maemi: a training step of MAEMI's ViT-B, batch 1, against the official form and a tuned one (volume.py).
-- windows: windows of the paper's size with the minimum filter through the volume path, against the official loop.
-- composites: P-PII composites of 25 blends against pie-torch's sine-transform path (anomalies.py); to compare with,
-  the blends alone, each solved for itself.
+- windows: windows of the paper's size with the minimum filter, through the code for volumes, against the official loop.
+- composites: P-PII composites of 25 blends against pie-torch's sine transforms (anomalies.py). For comparison, also the
+  blends alone, each solved separately.
 
-"Between": the time of all blocks' attention and of all their dense products, forward and with gradients, alone in both
-libraries in the same rounds; "rest" is what a step takes beyond the two: norms, GELU, loss, patches, the update.
+"between" shows where the difference of a step comes from. It times the attention and the dense products of all blocks,
+forward and with gradients, in both libraries and in the same rounds. "rest" is the remaining time of a step: norms,
+GELU, loss, patches and the update.
 """
 
 import argparse
@@ -25,7 +26,7 @@ from typing import Any
 from benchmarks.timing import interleaved, ratio, table, use_cores, write
 
 RESULTS = Path(__file__).parent / "results" / "cpu.json"
-GOALS = {  # of PyTorch's time over jmae's: what counts as met, and what is hoped for
+GOALS = {  # PyTorch's time over that of jmae: (least goal, full goal)
     "vit_s": (1.0, 1.0),
     "maemi": (1.0, 1.0),
     "windows": (2.5, 2.5),
@@ -35,16 +36,16 @@ HEAD = ("case", "against", "theirs s", "jmae s", "times as fast", "least", "grea
 
 
 def row(case: str, against: str, theirs: dict[str, Any], ours: dict[str, Any], each: dict[str, float]) -> list[Any]:
-    """A line of the table of ratios; `each` is PyTorch's time over jmae's."""
-    least, hoped = GOALS[case]
-    goal = f"{hoped:g}" if least == hoped else f"{hoped:g}, at least {least:g}"
-    met = "yes" if each["median"] >= hoped else f"at least {least:g}" if each["median"] >= least else "no"
+    """A line of the table of ratios. `each` has PyTorch's time over that of jmae."""
+    least, full = GOALS[case]
+    goal = f"{full:g}" if least == full else f"{full:g}, at least {least:g}"
+    met = "yes" if each["median"] >= full else f"at least {least:g}" if each["median"] >= least else "no"
     figures = [each[key] for key in ("median", "least", "greatest", "cpu")]
     return [case, against, theirs["median_s"], ours["median_s"], *figures, goal, met]
 
 
 def without_goal(row: list[Any]) -> list[Any]:
-    """A line to compare with, for which no goal was set."""
+    """A line for comparison, without a goal."""
     return [*row[:-2], "", ""]
 
 
@@ -61,7 +62,7 @@ def between(case: str, out: dict[str, Any], against: str, key: str) -> list[list
     return [*rows, [case, "step", *whole, "100%", ""]]
 
 
-def trained(case: str, rounds: int, compiled: bool, small: bool) -> tuple[dict[str, Any], str, list[list[Any]]]:
+def time_steps(case: str, rounds: int, compiled: bool, small: bool) -> tuple[dict[str, Any], str, list[list[Any]]]:
     """(contestants, the fastest form of PyTorch, rows of ratios) of a training step and its parts."""
     from benchmarks import throughput, volume
 
@@ -98,7 +99,7 @@ def trained(case: str, rounds: int, compiled: bool, small: bool) -> tuple[dict[s
 
 
 def windows(size: str, number: int, rounds: int) -> tuple[dict[str, Any], list[list[Any]]]:
-    """So many windows, each with one mask."""
+    """(contestants, rows of ratios) of `number` windows, each with one mask."""
     from benchmarks import volume
 
     _, told = volume.settings(size, number)
@@ -126,13 +127,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--windows", type=int, default=3)
     parser.add_argument("--small", action="store_true")
-    parser.add_argument("--compile", action="store_true", help="PyTorch by torch.compile, too: minutes more")
-    parser.add_argument("--cores", type=int, help="use only so many; default all")
+    parser.add_argument("--compile", action="store_true", help="also PyTorch with torch.compile, which takes minutes")
+    parser.add_argument("--cores", type=int, help="number of cores to use; default all")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
     cores = use_cores(options.cores) + ", small" * options.small
     os.environ["JAX_PLATFORMS"] = "cpu"
-    key = "cpu_median_s" if options.cores == 1 else "median_s"  # of "between": unlike wall, not the neighbours' too
+    key = "cpu_median_s" if options.cores == 1 else "median_s"  # for "between"; wall seconds contain other processes
     gaps: list[list[Any]] = []
     for case in options.only:
         if case == "windows":
@@ -149,7 +150,7 @@ def main() -> None:
                     line = row(case, f"{peer}; {name}", out[peer], one, each)
                     rows.append(without_goal(line) if "blends" in name else line)
         else:
-            out, best, rows = trained(case, options.rounds, options.compile, options.small)
+            out, best, rows = time_steps(case, options.rounds, options.compile, options.small)
             gaps += between(case, out, best, key)
         rows = [without_goal(r) for r in rows] if options.small and case != "composites" else rows
         print(table(HEAD, [tuple(r) for r in rows]), flush=True)

@@ -1,9 +1,10 @@
-"""The demo on this machine: AMAE on built-in phantoms, all stages and the evaluation, in a scratch folder.
+"""Times the demo on this machine: AMAE on built-in phantoms, all stages and the evaluation, in a temporary folder.
 
     python -m benchmarks.demo [--config.KEY=VALUE ...]     (configs/amae.py; --config=FILE:PRESET for another recipe)
 
-Wall seconds of the whole process: imports and compilation (or what ~/.cache/jmae has of it) are in it. The steps a
-second of a stage are from its first to its last line in the log, without the compilation before.
+The wall seconds are those of the whole process, with imports and with compilation (programs in ~/.cache/jmae are not
+compiled again). The steps a second of a stage are counted from its first to its last line in the log, without the
+compilation before.
 """
 
 import argparse
@@ -21,17 +22,17 @@ ROOT = Path(__file__).parent.parent
 
 
 def stages(lines: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
-    """(stage, its steps, steps a second) of a run's log; no rate where a stage has one line."""
+    """(stage, its steps, steps a second) from a run's log; a stage with a single line has no rate."""
     rows = []
     for stage in dict.fromkeys(line["stage"] for line in lines):
-        own = [(line["step"], line["time"]) for line in lines if line["stage"] == stage]
-        (first, began), (last, ended) = own[0], own[-1]
+        points = [(line["step"], line["time"]) for line in lines if line["stage"] == stage]
+        (first, began), (last, ended) = points[0], points[-1]
         rows.append((stage, last, (last - first) / (ended - began) if ended > began else ""))
     return rows
 
 
 def demo(changes: list[str]) -> dict[str, Any]:
-    """Trains and evaluates; how long that took, and the test AUROC with its 95 % interval."""
+    """Trains and evaluates. Returns the seconds, and the test AUROC with its 95 % interval."""
     config = [] if any(change.startswith("--config=") for change in changes) else [f"--config={ROOT}/configs/amae.py"]
     with tempfile.TemporaryDirectory() as folder:
         began = time.monotonic()
@@ -55,7 +56,7 @@ def main() -> None:
     options, changes = parser.parse_known_args()
     result = demo(changes)
 
-    from benchmarks.steps import jmae_facts  # takes the device, which the training had for itself
+    from benchmarks.steps import jmae_facts  # this takes the device, so it comes after the training
 
     device = jmae_facts()["device"]
     write(options.out, f"demo, {'cpu' if device == 'cpu' else 'cuda'}", {"device": device, **result})

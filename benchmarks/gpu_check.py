@@ -27,13 +27,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-ROOM = 1.1  # a bound over what was compiled
-FLOAT32 = 0.01  # share of the FLOPs, at most, that one kernel of float32 products does
+ROOM = 1.1  # factor of a new bound over the compiled number
+FLOAT32 = 0.01  # largest share of the FLOPs in one kernel of float32 products
 FLASH = ("__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward")
 
 
 class Case(NamedTuple):
-    """A plan and what must hold of it."""
+    """A plan and its bounds."""
 
     recipe: str
     stage: str
@@ -67,7 +67,7 @@ CASES = {
 }
 
 
-def planned(case: Case) -> dict[str, Any] | str:
+def plan_of(case: Case) -> dict[str, Any] | str:
     """The plan of a case, or a line about its failure."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "plan.json"
@@ -120,8 +120,8 @@ def sent(found: dict[str, Any]) -> dict[str, tuple[int, float]]:
     return total
 
 
-def bounded(case: Case, found: dict[str, Any]) -> Case:
-    """The case with new bounds, which a plan gives."""
+def new_bounds(case: Case, found: dict[str, Any]) -> Case:
+    """The case with new bounds from a plan."""
     up = lambda number: float(f"{number * ROOM:.3g}")
     new = case._replace(kernels=round(found["kernels"] * ROOM), traffic=up(found["traffic_chip"] / 1e9))
     if case.sent is not None:
@@ -140,20 +140,20 @@ def line(name: str, case: Case) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", choices=list(CASES), action="append", help="check one case; repeat it for several")
-    parser.add_argument("--jobs", type=int, default=2, help="compilations at a time, default 2")
+    parser.add_argument("--jobs", type=int, default=2, help="number of compilations at a time, default 2")
     parser.add_argument("--bounds", action="store_true", help="print the table with new bounds")
     given = parser.parse_args(argv)
     chosen = {name: CASES[name] for name in given.only or CASES}
     wrong: list[str] = []
     with ThreadPoolExecutor(given.jobs) as pool:
-        for name, found in zip(chosen, pool.map(planned, chosen.values()), strict=True):
+        for name, found in zip(chosen, pool.map(plan_of, chosen.values()), strict=True):
             if isinstance(found, str):
                 print(f"{name}: {found}", file=sys.stderr, flush=True)
                 if "plan-gpu" in found:
                     return 2
                 wrong.append(name)
                 continue
-            case = bounded(chosen[name], found) if given.bounds else chosen[name]
+            case = new_bounds(chosen[name], found) if given.bounds else chosen[name]
             lines = violations(name, case, found)
             told = (
                 f"{found['kernels']} kernels, {found['traffic_chip'] / 1e9:.4g} GB, {found['peak_share']:.0%} of peak"

@@ -1,15 +1,16 @@
-"""From files to the device: images and crops a second by format, and whether a training step ever waits for them.
+"""Times loading: images and crops a second for each format, and how long a training step waits for them.
 
-    python -m benchmarks.loading               # 48 images of 512 x 512 and 6 volumes of 128 x 128 x 48, written first
+    python -m benchmarks.loading               # first writes 48 images of 512 x 512 and 6 volumes of 128 x 128 x 48
     python -m benchmarks.loading --images 16 --side 256 --rounds 5
 
-Batches as `jmae.train` has them, put on the device: images by the recipe memmc_mae.py:small (96 x 96, batch 32), crops
-by maemi.py:small. "once": decoded when the set is opened ("open s"), as where all fit in a quarter of the memory;
-"use": at every use. Crops are cut on the host from prepared volumes, or on the device, where they live then. Formats:
-8-bit PNG, 12-bit NIfTI (gzip) and DICOM (uncompressed; volumes are series).
+Batches are those of `jmae.train`, and are put on the device. Images use the recipe memmc_mae.py:small (96 x 96, batch
+32), crops maemi.py:small. "once" decodes images when the set is opened ("open s"), as where all fit into a quarter of
+the memory; "use" decodes them at every use. Crops are cut from prepared volumes on the host or on the device; in the
+latter case the volumes stay on the device. Formats are 8-bit PNG, 12-bit NIfTI (gzip) and DICOM (uncompressed; a volume
+is a series).
 
-"waits": between steps of these two recipes, the time of next(iterator) as a share of it and the step; "most": the
-longest one. The iterator's threads run beside the step, on the same cores.
+"waits" is the time of next(iterator) between steps, as a share of this time plus the step. "most" is the longest wait.
+The threads of the iterator run beside the step, on the same cores.
 """
 
 import argparse
@@ -35,7 +36,7 @@ OWN, STEPS, BATCHES = "benchmarks.loading:", 12, 12
 
 
 def smooth(rng: np.random.Generator, size: tuple[int, ...]) -> np.ndarray:
-    """12-bit values: a smooth image with noise, as compression meets it."""
+    """A smooth image of 12-bit values with noise, for realistic compression."""
     from scipy.ndimage import zoom
 
     coarse = zoom(rng.uniform(500, 3500, [8] * len(size)), [n / 8 for n in size], order=1)
@@ -43,7 +44,7 @@ def smooth(rng: np.random.Generator, size: tuple[int, ...]) -> np.ndarray:
 
 
 def dicom(file: Path, array: np.ndarray, uid: str, position: float = 0.0) -> None:
-    """One slice (rows, columns), 1 mm."""
+    """Writes one slice (rows, columns) with 1 mm pixels as DICOM."""
     import pydicom
     from pydicom.uid import ExplicitVRLittleEndian, SecondaryCaptureImageStorage
 
@@ -61,8 +62,8 @@ def dicom(file: Path, array: np.ndarray, uid: str, position: float = 0.0) -> Non
     pydicom.dcmwrite(file, data, enforce_file_format=True)
 
 
-def stored(folder: Path, kind: str, arrays: list[np.ndarray]) -> list[str]:
-    """The files (of a series the folders) of images or volumes."""
+def write_files(folder: Path, kind: str, arrays: list[np.ndarray]) -> list[str]:
+    """Writes images or volumes. Returns their files, or their folders for series."""
     import nibabel as nib
     from PIL import Image
 
@@ -88,8 +89,8 @@ def stored(folder: Path, kind: str, arrays: list[np.ndarray]) -> list[str]:
 # --- contestants ------------------------------------------------------------------------------------------------------
 
 
-def opened(files: list[str], way: str, folder: str) -> tuple[Callable[[], Iterator], int, float, Any, Any]:
-    """(function that makes a new iterator, batch, seconds that opening took, what lives on the device, recipe)."""
+def open_set(files: list[str], way: str, folder: str) -> tuple[Callable[[], Iterator], int, float, Any, Any]:
+    """(function that makes a new iterator, batch, seconds of opening, volumes on the device or None, recipe)."""
     from benchmarks.steps import ROOT
     from jmae import recipe
     from jmae.data.crops import Volumes
@@ -110,19 +111,19 @@ def opened(files: list[str], way: str, folder: str) -> tuple[Callable[[], Iterat
         samples = Images(rows, config)
     seconds = time.perf_counter() - start
     if way == "use":
-        samples.decoded = None  # as where the set does not fit
+        samples.decoded = None  # the state of a set that does not fit into the memory
     batch = config.train.batch
     make = lambda: batches(samples, [np.arange(len(rows))], batch=batch, seeds=[0], shuffle=True, host={})
     return make, batch, seconds, samples.resident(), config
 
 
 def load(*, files: list[str], way: str, folder: str) -> Prepared:
-    """Some batches by a new iterator, each put on the device, with its crop cut there."""
+    """Some batches of a new iterator. Each is put on the device; crops may be cut there."""
     import jax
 
     from jmae.data.crops import cut
 
-    make, batch, seconds, resident, config = opened(files, way, folder)
+    make, batch, seconds, resident, config = open_set(files, way, folder)
     held, crop = jax.device_put(resident), tuple(config.data.size)
     crops = jax.jit(lambda held, rows: cut(held, rows, crop))
 
@@ -136,13 +137,13 @@ def load(*, files: list[str], way: str, folder: str) -> Prepared:
 
 
 def waiting(files: list[str], way: str, folder: str) -> dict[str, float]:
-    """Median seconds of a step, of next(iterator) between steps, its longest, and its share of both."""
+    """Median seconds of a step and of next(iterator) between steps, the longest wait, and the share of waiting."""
     import jax
 
     from jmae.programs import compiled_step
     from jmae.system import load_system, stage_keys
 
-    make, batch, _, resident, config = opened(files, way, folder)
+    make, batch, _, resident, config = open_set(files, way, folder)
     stage, key = load_system(config).stages[0], stage_keys(config, 0)
     state, held = jax.jit(lambda key: stage.init(key, {}, batch))(key), jax.device_put(resident)
     crop = () if held is None else tuple(config.data.size)
@@ -171,7 +172,7 @@ def main() -> None:
     parser.add_argument("--side", type=int, default=512)
     parser.add_argument("--volumes", type=int, default=6)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--cores", type=int, help="use only so many; default all")
+    parser.add_argument("--cores", type=int, help="number of cores to use; default all")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
     cores, rng, folder = use_cores(options.cores), np.random.default_rng(0), Path(tempfile.mkdtemp())
@@ -184,7 +185,7 @@ def main() -> None:
             ("crops", volumes, FORMATS[1:], ("host", "device")),
         ):
             for kind in kinds:
-                files = stored(folder / f"{what}-{kind}", kind, arrays)
+                files = write_files(folder / f"{what}-{kind}", kind, arrays)
                 for way in ways:
                     given = {"files": files, "way": way, "folder": str(folder / f"{what}-{kind}")}
                     cases[what, kind, way] = given

@@ -1,14 +1,14 @@
-"""MAEMI on volumes: real brains, small real volumes with planted lesions, and the paper's two ablations on phantoms.
+"""Trains MAEMI on real brains, on small real volumes with planted lesions, and for two ablations on phantoms.
 
     JMAE_DATA=FOLDER python -m benchmarks.maemi mri3d                  # FLAIR and T1c, recipe `small`
-    JMAE_DATA=FOLDER python -m benchmarks.maemi mri3d --sequences T1c  # without the sequence whose brightness tells
-    JMAE_DATA=FOLDER python -m benchmarks.maemi mri3d_hippo            # normals, planted lesions in half the test
+    JMAE_DATA=FOLDER python -m benchmarks.maemi mri3d --sequences T1c  # without FLAIR, whose brightness shows lesions
+    JMAE_DATA=FOLDER python -m benchmarks.maemi mri3d_hippo            # normals; half of the test gets planted lesions
     python -m benchmarks.maemi ratio                                    # mask ratio 0.75 to 0.95 (the paper's Fig. 3)
     python -m benchmarks.maemi patch                                   # patches of 6:8:12:24 (the paper's table)
 
-Each trains with `python -m jmae.train --config configs/maemi.py`, as the README does; further --config.KEY=VALUE are
-passed on. Prints a table, per patient where there are few, and writes benchmarks/results/maemi.json; the ablations
-also draw benchmarks/results/maemi_ratio.png and maemi_patch.png. `--only N` runs the N-th value of an ablation alone.
+Each trains with `python -m jmae.train --config configs/maemi.py`, as the README does. Further --config.KEY=VALUE are
+passed on. It prints a table (for mri3d with each patient) and writes benchmarks/results/maemi.json. The ablations also
+draw benchmarks/results/maemi_ratio.png and maemi_patch.png. `--only N` runs only value number N of an ablation.
 """
 
 import argparse
@@ -28,13 +28,13 @@ from benchmarks.timing import table, write
 
 RESULTS = Path(__file__).parent / "results"
 RATIOS = (0.75, 0.80, 0.85, 0.90, 0.95)
-# In the paper's proportion to the crop: 6, 8, 12, 24 of 240 are 3, 4, 6, 12 of 48 at twice the spacing and more.
+# Scaled from the paper: 6, 8, 12, 24 of 240 become 3, 4, 6, 12 of 48, at twice the spacing or more.
 PATCHES = ((3, 3, 2), (4, 4, 2), (6, 6, 2), (12, 12, 2))
 PAPER_PATCH = {"6x6x4": 0.724, "8x8x4": 0.712, "12x12x4": 0.660, "24x24x4": 0.546}
 
 
 def show(result: dict[str, Any], patients: bool) -> None:
-    """The pooled figures beside the baselines', and those of each patient."""
+    """Prints the pooled figures and those of each patient, beside the baselines."""
     rows = [("pooled", "MAEMI", result["pixel"]["auroc"], result["pixel"]["ap"], result["pixel"]["prevalence"])]
     rows += [("pooled", name, part["auroc"], part["ap"], "") for name, part in result["baselines"].items() if part]
     for patient in result["per_patient"] if patients else ():
@@ -44,8 +44,11 @@ def show(result: dict[str, Any], patients: bool) -> None:
 
 
 def sequences(manifest: Path, chosen: list[str], folder: Path) -> Path:
-    """A manifest like another with only the `chosen` sequences (names of its column `channels`), files where they are.
-    Rows without a region get one file more: the brain, where FLAIR is not 0 (the pack's own rule)."""
+    """Writes a copy of a manifest with only the `chosen` sequences (names of its column `channels`).
+
+    Image files stay where they are. A row without a region gets one, the brain: FLAIR is not 0 there (the data pack's
+    own rule).
+    """
     with open(manifest, newline="") as file:
         rows = list(csv.DictReader(file))
     folder.mkdir(parents=True, exist_ok=True)
@@ -72,12 +75,12 @@ def write_manifest(rows: list[dict[str, str]], folder: Path) -> Path:
     return folder / "manifest.csv"
 
 
-def planted(manifest: Path, folder: Path) -> Path:
-    """A manifest like another in which every second test volume carries one planted lesion.
+def plant_lesions(manifest: Path, folder: Path) -> Path:
+    """Writes a copy of a manifest in which every second test volume has one planted lesion.
 
-    A blob of smoothed noise about a seat in the middle half of the volume, of radius U(3.5, 6) voxels with a lobulated
-    edge; inside, half of the volume's own interquartile range is added or taken, and speckle of a tenth of it. Drawn
-    from the volume's name alone; the volumes are written into `folder`.
+    The lesion is a blob with its centre in the middle half of the volume, a radius of U(3.5, 6) voxels and a lobulated
+    edge. Inside, half of the volume's interquartile range is added or subtracted, and speckle of a tenth of that range
+    is added. The draw depends only on the volume's name. Changed volumes are written into `folder`.
     """
     with open(manifest, newline="") as file:
         rows = list(csv.DictReader(file))
@@ -105,10 +108,10 @@ def planted(manifest: Path, folder: Path) -> Path:
 
 
 def real(options: argparse.Namespace, overrides: list[str]) -> None:
-    """One pack of volumes."""
+    """Trains on one data pack of volumes."""
     pack = Path(os.environ.get("JMAE_DATA", "")) / options.what / "manifest.csv"
     if not os.environ.get("JMAE_DATA") or not pack.is_file():
-        print(f"not run: {pack} is not there; set JMAE_DATA to the folder of the packs")
+        print(f"not run: {pack} not found; set JMAE_DATA to the folder of the packs")
         return
     chosen = options.sequences or ["FLAIR", "T1c"]
     title = options.what if options.what == "mri3d_hippo" else f"mri3d, {' and '.join(chosen)}"
@@ -117,7 +120,7 @@ def real(options: argparse.Namespace, overrides: list[str]) -> None:
         manifest = sequences(pack, chosen, folder)
         own = [f"--config.data.channels={len(chosen)}", "--config.data.spacing=2,2,2"]
     else:  # about 35 x 50 x 36 voxels without air
-        manifest = planted(pack, folder)
+        manifest = plant_lesions(pack, folder)
         own = ["--config.data.channels=1", "--config.data.size=24,24,8", "--config.model.patch=4,4,2"]
         own += ["--config.evaluation.stride=8,8,4", "--config.train.steps=2000", "--config.evaluation.repeats=6"]
     base = ["--config=configs/maemi.py:small", f"--config.data.manifest={manifest}", *own, *overrides]
@@ -127,7 +130,7 @@ def real(options: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def ablation(options: argparse.Namespace, overrides: list[str]) -> None:
-    """The phantom recipe once for each value, its figures, and whether they come in the paper's order."""
+    """Trains the phantom recipe for each value, and compares the order of the figures with the paper's."""
     key = options.what
     values = RATIOS if key == "ratio" else PATCHES
     results: dict[str, dict[str, Any]] = {}
@@ -150,17 +153,19 @@ def ablation(options: argparse.Namespace, overrides: list[str]) -> None:
         if done.exists():
             results[name] = json.loads(done.read_text())
     if len(results) < len(values):
-        print(f"{len(results)} of {len(values)} runs are there: run the others (--only)")
+        print(f"{len(results)} of {len(values)} runs exist: run the others (--only)")
         return
     aurocs = [r["pixel"]["auroc"] for r in results.values()]
     order = "optimum at 0.9, lowest at 0.95" if key == "ratio" else "the smaller the patch the better"
     best = list(results)[int(np.argmax(aurocs))]
-    kept = best == "0.9" and min(aurocs) == aurocs[-1] if key == "ratio" else aurocs == sorted(aurocs, reverse=True)
-    found = {"results": results, "paper": order, "in the paper's order": bool(kept)}
+    same_order = (
+        best == "0.9" and min(aurocs) == aurocs[-1] if key == "ratio" else aurocs == sorted(aurocs, reverse=True)
+    )
+    found = {"results": results, "paper": order, "in the paper's order": bool(same_order)}
     write(RESULTS / "maemi.json", f"phantoms, {key}", found | ({"paper_auroc": PAPER_PATCH} if key == "patch" else {}))
     rows = [(name, r["pixel"]["auroc"], r["pixel"]["ap"], r["image"]["auroc"]) for name, r in results.items()]
     print(table((key, "voxel AUROC", "AP", "image AUROC"), rows))
-    print(f"the paper: {order}; here {'the same' if kept else 'not so'}")
+    print(f"the paper: {order}; here {'the same' if same_order else 'another order'}")
     figure = Figure(figsize=(4.6, 3.2), layout="constrained")
     axes = figure.add_subplot()
     axes.plot(list(results), aurocs, "o-", color="#2f6690", label="voxel AUROC")
@@ -176,7 +181,7 @@ def main() -> None:
     parser.add_argument("what", choices=("mri3d", "mri3d_hippo", "ratio", "patch"))
     parser.add_argument("--sequences", nargs="+", choices=("FLAIR", "T1c"))
     parser.add_argument("--only", type=int)
-    parser.add_argument("--name", default="small", help="of the run, where values are overridden")
+    parser.add_argument("--name", default="small", help="name of a run with overridden values")
     parser.add_argument("--workdir", type=Path, default=Path("runs/maemi-accuracy"))
     options, overrides = parser.parse_known_args()
     if wrong := [override for override in overrides if not override.startswith("--config.")]:

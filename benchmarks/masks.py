@@ -1,11 +1,12 @@
-"""Test masks in one fused pass against one call a mask, for 1, 4, 10 and 100 masks.
+"""Times the test masks in one fused pass against one call for each mask, for 1, 4, 10 and 100 masks.
 
     python -m benchmarks.masks            # the small CPU recipe and ViT-S/16 with a 512 x 2 decoder
-    python -m benchmarks.masks --small    # the small recipe only
+    python -m benchmarks.masks --small    # only the small recipe
 
-Both contestants use the same network, masks and precision, compiled; "one call a mask" runs a compiled pass with a
-single mask in a Python loop, embeds the patches anew for each mask and accumulates the moments on the device, as
-published loops do. Time a batch, peak memory of the process, and the largest difference of mean and variance.
+Both contestants are compiled and use the same network, masks and precision. "one a mask" runs a compiled pass with a
+single mask in a Python loop, as published loops do: it embeds the patches again for each mask, and adds the moments on
+the device. The table has the time of a batch, the peak memory of the process, and the largest difference of mean and
+variance.
 """
 
 import argparse
@@ -36,7 +37,7 @@ def scoring(
     heads: int,
     decoder: tuple[int, int, int],
 ) -> Prepared:
-    """Scores one batch; the facts carry a digest of mean and variance as float lists."""
+    """Scores one batch. "sample" has some values of mean and variance, as lists of floats."""
     import jax
     import jax.numpy as jnp
     from flax import nnx

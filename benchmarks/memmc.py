@@ -1,15 +1,15 @@
-"""MemMC-MAE: what its memory and its decoder cost, its ten-mask score, and its runs on phantoms and real images.
+"""Times MemMC-MAE's memory, decoder and ten-mask score, and trains its settings on real images.
 
-    python -m benchmarks.memmc steps                     # a training step at ViT-B size beside the plain MAE's
-    python -m benchmarks.memmc scoring                   # ten masks in one pass against ten single calls
+    python -m benchmarks.memmc steps                     # a training step at the size of ViT-B, beside that of a plain
+    MAE python -m benchmarks.memmc scoring                   # ten masks in one pass against ten single calls
     JMAE_DATA=FOLDER python -m benchmarks.memmc cxr_peds
     JMAE_DATA=FOLDER python -m benchmarks.memmc endoscopy
-    JMAE_DATA=FOLDER python -m benchmarks.memmc ablation # the paper's Table 2: three seeds each, half the steps
-    JMAE_DATA=FOLDER python -m benchmarks.memmc options  # what it leaves open: gates, slots, skips of the plain MAE
+    JMAE_DATA=FOLDER python -m benchmarks.memmc ablation # the paper's Table 2, with three seeds and half the steps
+    JMAE_DATA=FOLDER python -m benchmarks.memmc options  # choices that the paper leaves open: gates, slots, skips
 
-`steps` compares every variant with the plain MAE in the same run and prints the ratio beside that of the multiply-adds
-by formula. The others train with `python -m jmae.train --config configs/memmc_mae.py:small`; further
---config.KEY=VALUE are passed on, `--only NAME ...` runs some settings. benchmarks/results/memmc.json keeps all.
+`steps` compares every variant with the plain MAE in the same run. It prints the ratio of times beside the ratio of
+multiply-adds by formula. The last four train with `python -m jmae.train --config configs/memmc_mae.py:small`. Further
+--config.KEY=VALUE are passed on. `--only NAME ...` runs some of the settings. benchmarks/results/memmc.json keeps all.
 """
 
 import argparse
@@ -50,7 +50,7 @@ PARTS: dict[str, dict[str, dict[str, Any]]] = {
 
 
 def multiply_adds(c: Any) -> tuple[float, float]:
-    """Of an image's forward pass (encoder, decoder): dense products and attention, embeddings left out."""
+    """Multiply-adds (encoder, decoder) of an image's forward pass: dense products and attention, without embeddings."""
     n = int(np.prod([s // p for s, p in zip(c.data.size, c.model.patch, strict=True)]))
     k = int(n * (1 - c.train.mask_ratio)) + 1
     w, d, levels = c.model.width, c.model.decoder_width, c.model.depth
@@ -67,14 +67,18 @@ def multiply_adds(c: Any) -> tuple[float, float]:
 
 
 def recipe(changes: dict[str, Any], preset: str = "paper") -> Any:
+    """The recipe with changed values."""
     from jmae.recipe import parse
 
     return parse([f"--config=configs/memmc_mae.py:{preset}", *(f"--config.{k}={v}" for k, v in changes.items())], "")[0]
 
 
 def official(*, memory: int, fused: bool = False, **network: Any) -> Any:
-    """MemMC-MAE written plainly on the official MAE's blocks, by the decisions of the recipe `paper` (gates a channel,
-    norm by the root of the levels, long skips); a call gives the loss of images."""
+    """MemMC-MAE in plain PyTorch on the blocks of the official MAE. A call gives the loss of images.
+
+    Its choices are those of the preset `paper`: a gate for each channel, division by the root of the number of levels,
+    long skips.
+    """
     import torch
     from torch import nn
 
@@ -142,7 +146,7 @@ def official(*, memory: int, fused: bool = False, **network: Any) -> Any:
 
 
 def score(*, fused: bool, batch: int, preset: str) -> Prepared:
-    """Ten masks of a batch: one pass, or ten passes of one mask, averaged on the device."""
+    """Ten masks of a batch, in one pass, or in ten passes of one mask whose results are added on the device."""
     import jax
     import jax.numpy as jnp
 
@@ -171,7 +175,8 @@ def score(*, fused: bool, batch: int, preset: str) -> Prepared:
 
 
 def steps(preset: str, batch: int, rounds: int) -> None:
-    given = {
+    """Times the training step of every variant."""
+    contestants = {
         name: (
             "benchmarks.steps:jmae_stage",
             {"recipe": f"memmc_mae.py:{preset}", "batch": batch, "changes": changes | {"data.crop_scale": ()}},
@@ -179,7 +184,7 @@ def steps(preset: str, batch: int, rounds: int) -> None:
         for name, changes in VARIANTS.items()
     }
     counts = {name: multiply_adds(recipe(changes, preset)) for name, changes in VARIANTS.items()}
-    out, rows = interleaved(given, rounds=rounds), []
+    out, rows = interleaved(contestants, rounds=rounds), []
     plain = out["MAE"]
     for name, one in out.items():
         counted = sum(counts[name]) / sum(counts["MAE"])
@@ -194,11 +199,12 @@ def steps(preset: str, batch: int, rounds: int) -> None:
 
 
 def scoring(preset: str, batch: int, rounds: int) -> None:
-    given = {
+    """Times both ways to score ten masks."""
+    contestants = {
         name: ("benchmarks.memmc:score", {"fused": name == "fused", "batch": batch, "preset": preset})
         for name in ("fused", "ten calls")
     }
-    out = interleaved(given, rounds=rounds)
+    out = interleaved(contestants, rounds=rounds)
     gain = ratio(out["ten calls"], out["fused"])
     write(RESULTS, f"scoring, {preset}, batch {batch}", out | {"ten_calls_over_fused": gain})
     rows = [(name, 1000 * one["median_s"] / batch, one["peak_mib"]) for name, one in out.items()]
@@ -206,7 +212,7 @@ def scoring(preset: str, batch: int, rounds: int) -> None:
 
 
 def show(name: str, result: dict[str, Any]) -> list[tuple[Any, ...]]:
-    """Table rows of a setting: every score's figures, and the baselines'."""
+    """The rows of a setting in the table: the figures of every score and of the baselines."""
     rows = []
     for kind in ("scores", "baselines"):
         for title, part in result[kind].items():
@@ -243,7 +249,7 @@ def main() -> None:
     )
     manifest = pack / "manifest.csv"
     if not os.environ.get("JMAE_DATA") or not manifest.is_file():
-        print(f"not run: {manifest} is not there; set JMAE_DATA to the folder of the packs")
+        print(f"not run: {manifest} not found; set JMAE_DATA to the folder of the packs")
         return
     rows = []
     for name, changes in PARTS[options.what].items():

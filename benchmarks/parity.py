@@ -1,12 +1,12 @@
-"""Weights of `transformers`' ViTMAEForPreTraining, loaded here: the same latent, prediction and loss?
+"""Checks that weights of `transformers`' ViTMAEForPreTraining give the same latent, prediction and loss here.
 
     python -m benchmarks.parity            # ViT-S/16 with the 512 x 8 decoder, and a small network
     python -m benchmarks.parity --small    # the small network only
 
-PyTorch's network at random weights, its position codes the official ones, is saved as safetensors, by its state dict
-and by `save_pretrained`, whose names differ; `jmae.weights` reads both. Both networks then see the same images and the
-same noise, in float32 on the CPU. ViTMAE's norms add 1e-12 to the variance by default, ours 1e-6 as the official code
-does; "eps" is what PyTorch's had. Printed are the largest absolute differences.
+PyTorch's network has random weights and the official position codes. It is saved twice as safetensors: its state dict,
+and by `save_pretrained`, which uses other names. `jmae.weights` reads both. Both networks then get the same images and
+the same noise, in float32 on the CPU. The norms of ViTMAE add 1e-12 to the variance by default; ours add 1e-6, as the
+official code does. "eps" is the value in PyTorch's network. The table has the largest absolute differences.
 """
 
 import argparse
@@ -37,7 +37,7 @@ def compared(
     heads: int,
     decoder: tuple[int, int, int],
 ) -> dict[str, float]:
-    """Largest absolute differences by name, and of the state dict's parameters from the saved one's."""
+    """The largest absolute differences by name; "saved_parameters" is that between the two saved files."""
     import jax
     import torch
     from flax import nnx
@@ -71,7 +71,7 @@ def compared(
     ).eval()
     grid = (image // patch, image // patch)
     for name, value in theirs.named_parameters():
-        if "pos_embed" in name or "position_embeddings" in name:  # 5.23 leaves them at zero
+        if "pos_embed" in name or "position_embeddings" in name:  # transformers 5.23 leaves them at zero
             value.data[0, 1:] = torch.from_numpy(sincos_positions(grid, value.shape[-1]))
         else:
             spread = rng.standard_normal(value.shape, np.float32) * value.shape[-1] ** -0.5

@@ -1,7 +1,7 @@
-"""The README's picture from the run of `make demo`: python -m benchmarks.picture [--workdir runs/demo]
+"""Draws the README's picture from the run of `make demo`: python -m benchmarks.picture [--workdir runs/demo]
 
-The median normal case, and the median abnormal case of those with nodules and with an opacity, by score; nothing is
-picked by looks. One colour scale for all maps: 0 to the 99.5th percentile of the normals' maps, doubled.
+The scores alone choose the cases: the median normal case, and the abnormal cases at the median and at three quarters of
+the scores. All maps have the same colour scale, from 0 to twice the 99.5th percentile of the normals' maps.
 """
 
 import argparse

@@ -1,14 +1,15 @@
-"""P-PII on phantoms and on real images: generators, backbones, augmentations, slices and volumes.
+"""Trains P-PII on phantoms and on real images: generators, backbones, augmentations, slices and volumes.
 
     python -m benchmarks.ppii generators                 # phantoms, three seeds as one program each
     python -m benchmarks.ppii backbones                  # phantoms
-    JMAE_DATA=FOLDER python -m benchmarks.ppii endoscopy # the paper's Tables 1 and 2 in small
+    JMAE_DATA=FOLDER python -m benchmarks.ppii endoscopy # the paper's Tables 1 and 2 at a small size
     JMAE_DATA=FOLDER python -m benchmarks.ppii mri3d     # slices and volumes
     JMAE_DATA=FOLDER python -m benchmarks.ppii cxr_nih   # boxes
 
-Each setting trains with `python -m jmae.train --config configs/ppii.py`, as the README does; further --config.KEY=VALUE
-are passed on. `--only NAME ...` runs some settings. Prints pixel AUROC and AP, sensitivity for lesions at 10 false
-positives an image, and image AUROC and AP beside the cheap baselines; benchmarks/results/ppii.json keeps every setting.
+Each setting trains with `python -m jmae.train --config configs/ppii.py`, as the README does. Further --config.KEY=VALUE
+are passed on. `--only NAME ...` runs some of the settings. The table has pixel AUROC and AP, the sensitivity for
+lesions at 10 false positives an image, and image AUROC and AP, beside the cheap baselines. benchmarks/results/ppii.json
+keeps every setting.
 """
 
 import argparse
@@ -46,7 +47,7 @@ PARTS: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
 
 
 def slices(manifest: Path, folder: Path) -> Path:
-    """The volumes' axial slices, of lesion-free ones those farther than 5 slices from a lesion."""
+    """The manifest of the volumes' axial slices. Those without a lesion are farther than 5 slices from each."""
     if not (folder / "manifest.csv").is_file():
         command = [sys.executable, "-m", "jmae.data.slices", str(manifest), "--out", str(folder), "--every", "2"]
         subprocess.run(command, check=True)
@@ -54,7 +55,7 @@ def slices(manifest: Path, folder: Path) -> Path:
 
 
 def show(name: str, result: dict[str, Any]) -> list[tuple[Any, ...]]:
-    """Table rows of a setting: its primary score, and the baselines'."""
+    """The rows of a setting in the table: its primary score, and the baselines."""
     pixel, image = result["pixel"], result["image"] or {}
     froc = (pixel.get("froc") or {}).get("sensitivity", "")
     rows = [(name, "P-PII", pixel["auroc"], pixel["ap"], froc, image.get("auroc", ""), image.get("ap", ""))]
@@ -76,7 +77,7 @@ def main() -> None:
     pack = Path(os.environ.get("JMAE_DATA", "")) / options.what / "manifest.csv"
     real = options.what not in ("generators", "backbones")
     if real and (not os.environ.get("JMAE_DATA") or not pack.is_file()):
-        print(f"not run: {pack} is not there; set JMAE_DATA to the folder of the packs")
+        print(f"not run: {pack} not found; set JMAE_DATA to the folder of the packs")
         return
     rows = []
     for name, changes in settings.items():

@@ -1,14 +1,15 @@
-"""SimSID: its training steps and a scored image against plain PyTorch, and its settings on phantoms and chest X-rays.
+"""Times SimSID's training steps and score against plain PyTorch, and trains its settings on phantoms and chest X-rays.
 
     python -m benchmarks.simsid speed                    # the phantoms' sizes; --paper: 128 px and the report's widths
     python -m benchmarks.simsid phantoms                 # both variants
     python -m benchmarks.simsid volumes                  # 3D phantoms
-    JMAE_DATA=FOLDER python -m benchmarks.simsid cxr_peds # variants, adversarial term, encoder, memory levels, centre
+    JMAE_DATA=FOLDER python -m benchmarks.simsid cxr_peds # variants and options
 
-PyTorch has the report's networks, retrieval and transformer, once with the patches and positions in Python loops, as
-the report's listings have them, and once with them as a batch. Settings train with `python -m jmae.train --config
-configs/simsid.py`; further --config.KEY=VALUE are passed on, `--only NAME ...` runs some. Printed are all scores beside
-the cheap baselines, and training figures beside the report's printed values; benchmarks/results/simsid.json keeps them.
+PyTorch has the report's networks, retrieval and transformer in two forms. One runs patches and positions in Python
+loops, as the report's listings do; the other runs them as a batch. Settings train with `python -m jmae.train --config
+configs/simsid.py`. Further --config.KEY=VALUE are passed on. `--only NAME ...` runs some of the settings. The tables
+have all scores beside the cheap baselines, and training figures beside the values that the report prints.
+benchmarks/results/simsid.json keeps them.
 """
 
 import argparse
@@ -54,7 +55,7 @@ def settings(paper: bool) -> Any:
 
 
 def jmae_score(*, paper: bool) -> Prepared:
-    """jmae's scores of a batch, on weights as drawn."""
+    """jmae's scores of a batch, with initial weights."""
     import jax
     import numpy as np
 
@@ -75,8 +76,10 @@ def jmae_score(*, paper: bool) -> Prepared:
 
 
 def torch_run(*, what: str, paper: bool, looped: bool, device: str = "cpu") -> Prepared:
-    """A teacher step, a student step or a score in PyTorch, eagerly, with `looped` patches and positions one by one;
-    without, on a GPU, in bfloat16."""
+    """A teacher step, a student step or a score in PyTorch, eagerly.
+
+    `looped` runs patches and positions one by one. Otherwise they are a batch, on a GPU in bfloat16.
+    """
     import torch
     from torch import nn
     from torch.nn import functional as F
@@ -211,7 +214,7 @@ def torch_run(*, what: str, paper: bool, looped: bool, device: str = "cpu") -> P
 
 
 def contestants(what: str, paper: bool, device: str = "cpu") -> dict[str, tuple[str, dict[str, Any]]]:
-    """jmae, and PyTorch with loops and as a batch."""
+    """The contestants: jmae, PyTorch with loops, and PyTorch with a batch."""
     given = {"what": what, "paper": paper, "device": device}
     ours: dict[str, Any] = {"recipe": f"simsid.py:{'paper' if paper else 'phantom'}", "stage": what}
     score = ("benchmarks.simsid:jmae_score", {"paper": paper})
@@ -225,8 +228,8 @@ def contestants(what: str, paper: bool, device: str = "cpu") -> dict[str, tuple[
 def speed(paper: bool, rounds: int) -> None:
     """Prints and writes milliseconds and ratios.
 
-    Every contestant in huge pages, as `make` has them: XLA's CPU asks for a step's memory anew each time, and at 4 KiB
-    a page the system's part of a call with 130 MiB was 106 ms on one core, in huge pages 25.
+    Every contestant uses huge pages, as `make` does. On a CPU, XLA allocates the memory of a step again at each call.
+    For a call with 130 MiB on one core, the system's share was 106 ms with pages of 4 KiB and 25 ms with huge pages.
     """
     os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
     for what in ("teacher", "student", "score"):
@@ -266,7 +269,7 @@ def main() -> None:
     pack = Path(os.environ.get("JMAE_DATA", "")) / options.what / "manifest.csv"
     real = options.what == "cxr_peds"
     if real and (not os.environ.get("JMAE_DATA") or not pack.is_file()):
-        print(f"not run: {pack} is not there; set JMAE_DATA to the folder of the packs")
+        print(f"not run: {pack} not found; set JMAE_DATA to the folder of the packs")
         return None
     rows, epochs = list[tuple[Any, ...]](), list[tuple[Any, ...]]()
     for name, change in changes.items():

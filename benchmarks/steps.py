@@ -1,4 +1,4 @@
-"""Training steps and runs that several benchmarks time: jmae's of any recipe, PyTorch's of any network."""
+"""Training steps and runs that several benchmarks time: jmae with any recipe, PyTorch with any network."""
 
 import gc
 import importlib
@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def train_run(arguments: list[str], workdir: Path) -> dict[str, Any]:
-    """Runs one training as a process. Gives its metrics, its wall seconds and the changes to its recipe."""
+    """Runs one training as a process. Returns its metrics, its wall seconds and the changes to its recipe."""
     began = time.monotonic()
     command = [sys.executable, "-m", "jmae.train", *arguments, f"--workdir={workdir}"]
     subprocess.run(command, check=True)
@@ -49,7 +49,8 @@ def without_curves(value: Any) -> Any:
 def jmae_stage(*, recipe: str, stage: str = "train", batch: int = 0, changes: dict[str, Any] | None = None) -> Prepared:
     """A stage's training step of a recipe (FILE:PRESET), compiled as `jmae.train` compiles it.
 
-    The batch is on the device before the step. Earlier stages have their initial parameters."""
+    The batch is on the device before the step. Earlier stages have their initial parameters.
+    """
     import jax
     import numpy as np
 
@@ -85,7 +86,7 @@ def jmae_stage(*, recipe: str, stage: str = "train", batch: int = 0, changes: di
 
     run()
     memory, facts = compiled.memory_analysis(), facts | jmae_facts()
-    if "device_mib" in facts:  # of this program, not of others before it
+    if "device_mib" in facts:  # of this program only; the device's peak contains earlier programs
         facts["device_mib"] = (memory.argument_size_in_bytes + memory.temp_size_in_bytes) / 2**20
     return run, facts
 
@@ -137,7 +138,7 @@ def torch_train(
         groups += [{"params": [p for p in params if p.ndim == 1], "weight_decay": 0.0}]
         optimizer = torch.optim.AdamW(groups, 1e-3, betas=(0.9, 0.95), **({"fused": True} if tuned else {}))
         scaler = torch.amp.GradScaler(device, enabled=cuda and scaled)
-        fast = tuned and compiled and not trial  # uncompiled trials: compiled steps hold less, and take a minute each
+        fast = tuned and compiled and not trial  # compilation takes a minute, and a compiled step needs less memory
         forward = torch.compile(model, dynamic=False) if fast else model
         images = torch.rand(batch, network["channels"], *network["size"], device=device)
 
@@ -145,7 +146,7 @@ def torch_train(
             with torch.autocast(device, half, enabled=cuda and half != torch.float32):
                 loss = forward(images)
             if scaled:
-                loss.item()  # the official loop looks at each loss, and takes the gradients' norm
+                loss.item()  # the official loop reads each loss and computes the gradients' norm
             scaler.scale(loss).backward()
             if scaled:
                 scaler.unscale_(optimizer)
@@ -200,7 +201,7 @@ def torch_facts(device: str) -> dict[str, Any]:
 
 
 def largest(prepare: Callable[..., Prepared], batch: int) -> Prepared:
-    """A step at `batch`; for 0 at the largest that fits, found by doubling from 6 until the memory is too small."""
+    """A step with batch size `batch`. 0 means the largest that fits, found by doubling from 6."""
     if batch:
         return prepare(batch)
     fits = 6
@@ -210,7 +211,7 @@ def largest(prepare: Callable[..., Prepared], batch: int) -> Prepared:
 
 
 def runs(prepare: Callable[..., Prepared], batch: int) -> bool:
-    """Whether a step at `batch` fits in the memory; another failure is raised."""
+    """Whether a step with this batch size fits into the memory. Raises every other error."""
     try:
         prepare(batch, trial=True)
         return True
@@ -225,8 +226,8 @@ def runs(prepare: Callable[..., Prepared], batch: int) -> bool:
 
 
 def same_device(results: dict[str, dict[str, Any]]) -> str:
-    """The device of all contestants; ends where they had several."""
+    """The device of all contestants. Ends the process where some ran on a CPU and others did not."""
     found = " / ".join(sorted({result["device"] for result in results.values()}))
     if "cpu / " in found or " / cpu" in found:
-        raise SystemExit(f"not the same device: {found}: install jax and torch for one, or set JAX_PLATFORMS=cpu")
+        raise SystemExit(f"different devices: {found}: install jax and torch for one device, or set JAX_PLATFORMS=cpu")
     return found

@@ -1,15 +1,16 @@
-"""All five systems on one data pack at equal training budget: their `small` recipes, side by side.
+"""Trains all five systems on one data pack with equal budgets (the presets `small`), and compares them.
 
     JMAE_DATA=FOLDER python -m benchmarks.systems cxr_peds --budget 0.5    # image scores, whole image and central crop
     JMAE_DATA=FOLDER python -m benchmarks.systems endoscopy --budget 0.25  # maps against masks
 
-Budget 1 is each recipe's own: some 15 minutes of training on two cores. Every system trains with `python -m jmae.train
---config configs/NAME.py:small`, sees grey images and is scored by the one score that its recipe names beforehand.
-Printed and kept in benchmarks/results/systems.json: AUROC and AP with 95 % intervals over patients, on the whole image
-and on the central 80 % of each axis, pixel AUROC and AP, all beside the cheap baselines; the differences of every pair
-over the same draws of patients; seconds of training. The page that compares the runs lies in the work folder.
-`--only NAME ...` trains some; those that are trained already are compared. What a changed recipe of a system stands
-for is said in CHANGES.
+Budget 1 is the recipe's own length, about 15 minutes of training on two cores. Every system trains with `python -m
+jmae.train --config configs/NAME.py:small` on grey images. Its recipe names its primary score before the run.
+
+The table and benchmarks/results/systems.json have AUROC and AP with 95 % intervals over patients, on the whole image
+and on the central 80 % of each axis, and pixel AUROC and AP, all beside the cheap baselines. They also have the
+differences of every pair of systems over the same draws of patients, and the seconds of training. The page that
+compares the runs is written into the work folder. `--only NAME ...` trains some of the systems; all trained systems are
+compared. CHANGES has the changes of recipes and their reasons.
 """
 
 import argparse
@@ -30,7 +31,8 @@ from jmae.recipe import SYSTEMS
 from jmae.report.compare import common_cases, paired_differences, read_run, write_comparison
 
 RESULTS = Path(__file__).parent / "results" / "systems.json"
-# MAEMI is a system of volumes, and a film is one: its own grid, a window of 14 x 14 patches, mirrored left to right.
+# MAEMI is a system for volumes. An image is a volume on its own grid with a window of 14 x 14 patches; flips mirror it
+# left to right.
 CHANGES: dict[str, dict[str, Any]] = {
     "maemi": {
         "data.channels": 1,
@@ -52,8 +54,11 @@ PACKS: dict[str, dict[str, dict[str, Any]]] = {
 
 
 def central_of(folder: Path, top: float) -> dict[str, Any]:
-    """What `subsets` of metrics.json says of the central crop, of a system of volumes from its maps of films: the mean
-    of the share `top` of the highest values, as its own score has it."""
+    """The figures of the central crop for a system for volumes, from its maps, in the form of `subsets` in
+    metrics.json.
+
+    The score is the mean of the share `top` of the highest values, like the system's own score.
+    """
     run = read_run(folder)
     ids, values = list(run.cases), []
     for name in ids:
@@ -70,7 +75,7 @@ def central_of(folder: Path, top: float) -> dict[str, Any]:
 
 
 def figures(folder: Path) -> dict[str, Any]:
-    """What of a run's metrics.json is kept: its primary score, and the baselines, whole and central."""
+    """The part of a run's metrics.json that is kept: the primary score and the baselines, on image and central crop."""
     found = json.loads((folder / "evaluation" / "metrics.json").read_text())
     crop = next((part for name, part in found["subsets"].items() if name.startswith("central")), None)
     if crop:
@@ -85,7 +90,7 @@ def figures(folder: Path) -> dict[str, Any]:
 
 
 def rows_of(name: str, found: dict[str, Any]) -> list[tuple[Any, ...]]:
-    """Table rows of a system and of its baselines."""
+    """The rows of a system and of its baselines in the table."""
 
     def row(title: str, image: Any, inner: Any, pixel: Any) -> tuple[Any, ...]:
         each: list[Any] = []
@@ -111,15 +116,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     manifest = Path(os.environ.get("JMAE_DATA", "")) / options.pack / "manifest.csv"
     if not os.environ.get("JMAE_DATA") or not manifest.is_file():
-        print(f"not run: {manifest} is not there; set JMAE_DATA to the folder of the packs")
+        print(f"not run: {manifest} not found; set JMAE_DATA to the folder of the packs")
         return
     place, rows = options.workdir / f"{options.pack}-{options.budget:g}", []
     for name in options.only:
         changes = CHANGES.get(name, {}) | PACKS[options.pack].get(name, {})
         given = [f"--config.{key}={value}" for key, value in changes.items()]
         given = [f"--config=configs/{name}.py:small", f"--config.budget={options.budget}", *given]
-        own = train_run([*given, f"--config.data.manifest={manifest}"], place / name)
-        result = figures(place / name) | {"wall_seconds": own["wall_seconds"], "arguments": given}
+        trained = train_run([*given, f"--config.data.manifest={manifest}"], place / name)
+        result = figures(place / name) | {"wall_seconds": trained["wall_seconds"], "arguments": given}
         write(RESULTS, f"{options.pack}, budget {options.budget:g}, {name}", result)
         rows += rows_of(name, result)
     head = ("system", "score", "AUROC", "95 %", "AP", "central AUROC", "95 %", "AP", "pixel AUROC", "95 %", "AP")

@@ -1,24 +1,25 @@
-"""The training step of a masked autoencoder: jmae against `transformers`' ViTMAEForPreTraining in PyTorch.
+"""Times the training step of a masked autoencoder: jmae against `transformers`' ViTMAEForPreTraining in PyTorch.
 
-Same sizes, batch, mask ratio, float32, AdamW, on the same processor in the same run:
+Both have the same sizes, batch, mask ratio, float32 and AdamW, and run on the same processor in the same run.
 
     python -m benchmarks.throughput            # ViT-S/16, the small CPU recipe, four seeds at once, attention
     python -m benchmarks.throughput --small    # the small ones only
-    python -m benchmarks.throughput --cores 1  # compares CPU seconds where others use the machine, too
+    python -m benchmarks.throughput --cores 1  # on a machine that others use: compare the CPU seconds
     python -m benchmarks.throughput --systems small    # steps of all five systems, at the sizes of their small recipes
-    python -m benchmarks.throughput --systems paper    # and of the papers, at the batch that this device bears
+    python -m benchmarks.throughput --systems paper    # the same at the papers' sizes, with a batch that fits
 
-Each contestant has a process of its own and all of them take turns (benchmarks/timing.py). A step is forward,
-backward and update on a batch that is there already, with fresh random masks; compile time stands apart. PyTorch
-runs eagerly, with its default scaled-dot-product attention and the faster of its fused and foreach AdamW.
+Each contestant has its own process, and all of them take turns (benchmarks/timing.py). A step is forward, backward and
+update with new random masks, and with the batch already on the device. Compilation is timed separately. PyTorch runs
+eagerly, with its default scaled-dot-product attention and the faster of its fused and foreach AdamW.
 
---systems: jmae's step as `jmae.train` runs it, augmentation and synthetic anomalies included, against networks of the
-same size in PyTorch on the same device, on images that are there already, without either: "official" is written plainly
-(attention step by step, SimSID's patches in loops; on a GPU float16 with loss scaling for the masked autoencoders, as
-published, else float32), "tuned" has fused attention and AdamW, channels last for the U-Net, SimSID's patches as a
-batch, and on a GPU bfloat16 and torch.compile (not for SimSID; on a CPU by --compile). AMAE: the step of modules A and
-B. FLOPs of a step are those of the official form, forward and backward, by PyTorch's formulas for each operation
-(torch.utils.flop_counter); "share" is of the rate of a large matrix product in the same rounds.
+--systems compares jmae's step, as `jmae.train` runs it, with networks of the same size in PyTorch on the same device.
+Only jmae's step contains augmentation and synthetic anomalies. "official" is plain: attention step by step, and
+SimSID's patches in loops. On a GPU the masked autoencoders have float16 with loss scaling, as published; the others
+have float32.
+"tuned" has fused attention and AdamW, channels last for the U-Net, and SimSID's patches as a batch. On a GPU it has
+bfloat16 and torch.compile (but not for SimSID; on a CPU --compile adds it). For AMAE it is the step of modules A and B.
+The FLOPs of a step are those of the official form, forward and backward, by PyTorch's formula for each operation
+(torch.utils.flop_counter). "share" is the share of the rate of a large matrix product in the same rounds.
 """
 
 import argparse
@@ -56,7 +57,7 @@ def jmae_step(
     decoder: tuple[int, int, int],
     seeds: int = 0,
 ) -> Prepared:
-    """One step of jmae; with `seeds`, that many models at once under vmap, each with its own batch."""
+    """One step of jmae. With `seeds`, this many models run at once under vmap, each with its own batch."""
     import jax
     import optax
     from flax import nnx
@@ -133,7 +134,7 @@ def torch_step(
     decoder: tuple[int, int, int],
     compiled: bool = False,
 ) -> Prepared:
-    """One step of `transformers`' masked autoencoder, eager or by torch.compile."""
+    """One step of `transformers`' masked autoencoder, eager or with torch.compile."""
     import torch
     from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
@@ -167,7 +168,7 @@ def torch_step(
         optimizer = torch.optim.AdamW(model.parameters(), LR, betas=BETAS, weight_decay=DECAY, **{form: True})
         step(optimizer)
         times = []
-        for _ in range(3):  # the update alone, with the gradients of the step
+        for _ in range(3):  # only the update, with the gradients of the step
             began = time.perf_counter()
             optimizer.step()
             times.append(time.perf_counter() - began)
@@ -214,13 +215,13 @@ def torch_attention(*, shape: tuple[int, ...], gradient: bool) -> Prepared:
     return run, {}
 
 
-# --- parts of a step: what its attention and its dense products take alone -------------------------------------------
+# --- parts of a step: only its attention, or only its dense products --------------------------------------------------
 
 Layers = list[tuple[int, int, int, int, int]]  # blocks, samples, tokens, heads, head width
 
 
 def layers_of(network: dict[str, Any], batch: int) -> Layers:
-    """The encoder's and the decoder's blocks of a masked autoencoder, as `volume.official` takes it."""
+    """The blocks of the encoder and the decoder of a masked autoencoder, whose sizes are those of `volume.official`."""
     n = math.prod(network["size"]) // math.prod(network["patch"])
     width, heads, decoder = network["width"], network["heads"], network["decoder"]
     return [
@@ -230,7 +231,7 @@ def layers_of(network: dict[str, Any], batch: int) -> Layers:
 
 
 def jmae_part(*, layers: Layers, what: str) -> Prepared:
-    """All blocks' attention ("attention") or dense products ("products"), forward and with gradients."""
+    """The attention ("attention") or the dense products ("products") of all blocks, forward and with gradients."""
     import jax
 
     from jmae.nn.attention import attention
@@ -257,7 +258,7 @@ def jmae_part(*, layers: Layers, what: str) -> Prepared:
 
 
 def torch_part(*, layers: Layers, what: str) -> Prepared:
-    """The same by PyTorch."""
+    """`jmae_part` in PyTorch."""
     import torch
 
     attend = torch.nn.functional.scaled_dot_product_attention
@@ -282,7 +283,7 @@ def torch_part(*, layers: Layers, what: str) -> Prepared:
 
 
 def products_of(width: int) -> list[tuple[int, int]]:
-    """The dense layers of a block, (inputs, outputs)."""
+    """(inputs, outputs) of the dense layers of a block."""
     return [(width, 3 * width), (width, width), (width, 4 * width), (4 * width, width)]
 
 
@@ -319,7 +320,7 @@ def seeds(name: str, rounds: int, number: int = 4) -> dict[str, Any]:
 
 
 def attentions(rounds: int) -> dict[str, Any]:
-    """Attention alone, forward and with gradients, inputs as a network hands them over."""
+    """Only the attention, forward and with gradients, with inputs in the layout of a network."""
     own, results = "benchmarks.throughput:", {}
     for name, shape in ATTENTION.items():
         for gradient in (False, True):
@@ -343,7 +344,7 @@ BATCHES = {"amae": (4, 16), "maemi": (1, 6), "memmc_mae": (2, 64), "ppii": (2, 1
 
 
 def contestants_of(step: str, size: str, device: str, compiled: bool) -> dict[str, tuple[str, dict[str, Any]]]:
-    """jmae's step of a system, and PyTorch's two."""
+    """The contestants of a system's step: jmae and two forms in PyTorch."""
     from benchmarks import simsid, volume
     from jmae import recipe
 
@@ -382,10 +383,10 @@ def contestants_of(step: str, size: str, device: str, compiled: bool) -> dict[st
 
 
 def system_steps(step: str, size: str, device: str, rounds: int, compiled: bool) -> dict[str, Any]:
-    """The contestants' results and their table."""
-    given = contestants_of(step, size, device, compiled)
-    given["matrix product"] = ("benchmarks.steps:matrix_product", {"device": device})
-    out = interleaved(given, rounds=rounds)
+    """The results of the contestants, and their table."""
+    contestants = contestants_of(step, size, device, compiled)
+    contestants["matrix product"] = ("benchmarks.steps:matrix_product", {"device": device})
+    out = interleaved(contestants, rounds=rounds)
     found, rate = same_device(out), out.pop("matrix product")
     parameters = {r["parameters"] for r in out.values()}
     assert len(parameters) == 1, f"{step}: not the same network: {parameters} parameters"
@@ -411,7 +412,7 @@ def system_steps(step: str, size: str, device: str, rounds: int, compiled: bool)
 
 
 def all_systems(arguments: argparse.Namespace, cores: str) -> None:
-    """--systems."""
+    """Runs the cases of --systems."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # contestants share the device
     import torch
 
@@ -424,13 +425,13 @@ def all_systems(arguments: argparse.Namespace, cores: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--small", action="store_true", help="the small CPU recipe only")
+    parser.add_argument("--small", action="store_true", help="only the small CPU recipe")
     parser.add_argument("--rounds", type=int, default=7, help="timed rounds each, at least 5")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "throughput.json")
     parser.add_argument("--systems", choices=("small", "paper"), help="steps of all five systems")
     parser.add_argument("--only", nargs="+", help=f"cases: small; small, 4 seeds; vit_s; attention; {'; '.join(STEPS)}")
-    parser.add_argument("--compile", action="store_true", help="--systems: torch.compile on a CPU, too")
-    parser.add_argument("--cores", type=int, help="use only so many; default all")
+    parser.add_argument("--compile", action="store_true", help="--systems: torch.compile also on a CPU")
+    parser.add_argument("--cores", type=int, help="number of cores to use; default all")
     arguments = parser.parse_args()
     cores = use_cores(arguments.cores)
     known = STEPS if arguments.systems else ("small", "small, 4 seeds", "vit_s", "attention")

@@ -1,10 +1,10 @@
-"""Timing on a machine that others use too: every contestant in a process of its own, rounds interleaved.
+"""Times contestants on a machine that others use too. Each has its own process, and their rounds are interleaved.
 
-Interleaving gives every contestant the same neighbours; a process each gives it its own thread pool and a peak
-memory of its own. A turn is two runs of which the last counts (but for hour-long ones), as a loop's runs follow each
-other: a virtual machine that hands free pages back to its host makes the first step after another process's turn
-slower, where that step takes its workspace anew. Medians and minima are reported, and the ratio of medians round by
-round.
+Interleaved rounds expose all contestants to the same load. A process for each contestant gives each its own thread pool
+and its own peak memory. A turn has two runs, and only the last one counts (a turn of an hour-long contestant has one).
+The reason is that runs of a loop follow each other, but the first run after another process's turn is slower: a virtual
+machine may have returned free pages to its host, and the run allocates its workspace again. Results are medians,
+minima, and the ratios of two contestants round by round.
 """
 
 import importlib
@@ -44,7 +44,9 @@ def _serve(pipe: Any, target: str, arguments: dict[str, Any], before: int) -> No
 def interleaved(
     contestants: dict[str, tuple[str, dict[str, Any]]], *, rounds: int, before: int = 1
 ) -> dict[str, dict[str, Any]]:
-    """Times contestants in turn, `rounds` times each, after one run and, each time, `before` untimed ones.
+    """Times the contestants in turn, `rounds` times each.
+
+    One run of each comes first and is not timed. `before` untimed runs precede each timed run.
 
     Args:
       contestants: name -> ("module:function", keyword arguments). The function prepares and returns
@@ -80,14 +82,14 @@ def interleaved(
 
 
 def ratio(numerator: dict[str, Any], denominator: dict[str, Any]) -> dict[str, float]:
-    """Median, least and greatest ratio of two contestants' rounds; "cpu": of the medians of their CPU seconds."""
+    """Median, least and greatest ratio of the rounds of two contestants; "cpu" is that of their median CPU seconds."""
     each = [a / b for a, b in zip(numerator["seconds"], denominator["seconds"], strict=True)]
     cpu = numerator["cpu_median_s"] / denominator["cpu_median_s"]
     return {"median": statistics.median(each), "least": min(each), "greatest": max(each), "cpu": cpu}
 
 
 def use_cores(number: int | None) -> str:
-    """Lets this process and those that it starts use so many cores; the words for a case's name. None: all."""
+    """Limits this process and its children to `number` cores (None: all). Returns words for the name of a case."""
     if not number:
         return ""
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:number])  # inherited
@@ -111,7 +113,7 @@ def machine() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what is compared; packages that are not installed are left out."""
+    """The versions of the installed `PACKAGES`."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -122,7 +124,7 @@ def versions() -> dict[str, str]:
 
 
 def table(head: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
-    """Aligned columns; numbers with three significant digits."""
+    """A text table with aligned columns; numbers have three significant digits."""
     show = lambda x: f"{x:.3g}" if isinstance(x, float) else str(x)
     cells = [head, *(tuple(map(show, row)) for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
@@ -130,7 +132,7 @@ def table(head: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
 
 
 def write(path: Path, case: str, result: dict[str, Any]) -> None:
-    """Puts one case into a JSON file of cases, with machine, versions and command; other cases stay."""
+    """Writes one case into a JSON file of cases, with machine, versions and command. Other cases stay."""
     path.parent.mkdir(parents=True, exist_ok=True)
     cases = json.loads(path.read_text()) if path.exists() else {}
     command = "python -m " + " ".join([Path(sys.argv[0]).parent.name + "." + Path(sys.argv[0]).stem, *sys.argv[1:]])

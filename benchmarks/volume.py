@@ -1,25 +1,28 @@
-"""MAEMI on whole volumes: seconds a volume and training steps, against PyTorch on the same device in the same run.
+"""Times MAEMI on whole volumes and its training steps, against PyTorch on the same device in the same run.
 
-    python -m benchmarks.volume infer                # the paper's size: takes a GPU
-    python -m benchmarks.volume infer --windows 4    # so many of its windows; the whole volume is extrapolated
-    python -m benchmarks.volume infer --small        # a small one, for a CPU
-    python -m benchmarks.volume train [--small] [--batch 6 0]   # 0: the largest that fits in a GPU's memory
-    python -m benchmarks.volume check                # a device's arithmetic: official vectors, attention
+    python -m benchmarks.volume infer                # the paper's size, which needs a GPU
+    python -m benchmarks.volume infer --windows 4    # 4 of its windows; the time of the whole volume is extrapolated
+    python -m benchmarks.volume infer --small        # a small volume, for a CPU
+    python -m benchmarks.volume train [--small] [--batch 6 0]   # 0: the largest batch that fits into a GPU's memory
+    python -m benchmarks.volume check                # checks a device's arithmetic: official vectors, attention
 
-infer: jmae's sweep, as `jmae.evaluate` runs it, against the paper's loop written plainly in PyTorch: a window a call, a
-fresh mask, softmax attention step by step as in the official code, the error's minimum filter with SciPy and the sums
-in NumPy on the host. The loop runs without gradients and without the loss, which the released one computes; float32,
-TF32 products on a GPU as PyTorch of that time had by default. A second loop differs only in its fused attention and,
-on a GPU, bfloat16. Before the times both maps are compared, with the same weights and masks in float32.
+infer: jmae's sweep, as `jmae.evaluate` runs it, against the paper's loop in plain PyTorch. The loop takes one window a
+call with a new mask. Its attention is the official code's, step by step. SciPy applies the minimum filter to the error,
+and NumPy sums on the host. The loop runs without gradients and without the loss, which the released loop computes. It
+is in float32, with TF32 products on a GPU, the default of PyTorch at that time. A second loop differs only in its fused
+attention and, on a GPU, in bfloat16. Before the timing, the maps of both are compared in float32, with the same weights
+and masks.
 
-train: jmae's step as `jmae.train` runs it (with flips, clipping and the gradients' norm) against the official step
-(attention step by step, AdamW; on a GPU float16 with loss scaling, as published) and a tuned one (fused attention and
-AdamW; on a GPU bfloat16 and torch.compile). A step is forward, backward and update on a batch that is there already.
+train: jmae's step, as `jmae.train` runs it with flips, clipping and the gradients' norm, against two steps of PyTorch.
+The official step has attention step by step and AdamW; on a GPU it has float16 with loss scaling, as published. The
+tuned step has fused attention and fused AdamW; on a GPU it has bfloat16 and torch.compile. A step is forward, backward
+and update, with the batch already on the device.
 
-FLOPs a sample, L blocks of width d over t tokens (the visible ones and the class token) in the encoder, L' of d' over
-n + 1 in the decoder, v values a token: forward 2 n v d + L (24 t d^2 + 4 t^2 d) + 2 t d d' + L' (24 (n + 1) d'^2 +
-4 (n + 1)^2 d') + 2 n d' v; a step is three of them. What is computed twice, norms, softmax, GELU and the update are
-not counted. "share" is of the rate of a large matrix product (PyTorch; bfloat16 on a GPU), timed in the same run.
+FLOPs of a sample: the encoder has L blocks of width d over t tokens (the visible ones and the class token), the decoder
+L' blocks of width d' over n + 1 tokens, and a token has v values. A forward pass takes 2 n v d +
+L (24 t d^2 + 4 t^2 d) + 2 t d d' + L' (24 (n + 1) d'^2 + 4 (n + 1)^2 d') + 2 n d' v. A step takes three times as much.
+Recomputation, norms, softmax, GELU and the update do not count. "share" is the share of the rate of a large matrix
+product (PyTorch; bfloat16 on a GPU), which is timed in the same run.
 """
 
 import argparse
@@ -39,7 +42,7 @@ from benchmarks.steps import ROOT, jmae_facts, jmae_stage, largest, same_device,
 from benchmarks.timing import Prepared, interleaved, ratio, table, use_cores, write
 
 VOLUMES = {"paper": (273, 406, 105), "small": (48, 80, 24)}  # voxels
-SMALL = {  # what differs from the recipe's `paper`
+SMALL = {  # differences from the preset `paper`
     "data.size": (32, 32, 8),
     "model.patch": (4, 4, 2),
     "model.width": 96,
@@ -52,7 +55,7 @@ SMALL = {  # what differs from the recipe's `paper`
     "evaluation.repeats": 2,
     "evaluation.batch": 16,
 }
-CHECKED = 16  # windows of a GPU's comparison at the paper's size
+CHECKED = 16  # windows of the comparison of maps at the paper's size
 OWN = "benchmarks.volume:"
 
 
@@ -60,7 +63,7 @@ OWN = "benchmarks.volume:"
 
 
 def settings(size: str, windows: int = 0) -> tuple[Any, dict[str, Any]]:
-    """(the recipe, what the PyTorch side is told of it); with `windows` the volume has just so many, in one sweep."""
+    """(the recipe, its values for the PyTorch side). With `windows` the volume has this many windows, in one sweep."""
     from jmae import recipe
 
     volume = VOLUMES[size]
@@ -91,7 +94,7 @@ def settings(size: str, windows: int = 0) -> tuple[Any, dict[str, Any]]:
 
 
 def places(volume: tuple[int, ...], window: tuple[int, ...], stride: tuple[int, ...], middle: int | None) -> list:
-    """The paper's windows as slices, left half first: every `stride` voxels, the last flush with the end."""
+    """The paper's windows as slices, left half first: one every `stride` voxels, and the last ends with the volume."""
     found = []
     for low, high in ((0, middle), (middle, volume[1])) if middle else ((0, volume[1]),):
         axes = []
@@ -103,12 +106,12 @@ def places(volume: tuple[int, ...], window: tuple[int, ...], stride: tuple[int, 
 
 
 def image_of(volume: tuple[int, ...], channels: int) -> np.ndarray:
-    """A volume (*size, c) with the moments of a normalised one."""
+    """A random volume (*size, c) with the moments of a normalised volume."""
     return (0.5 + 0.25 * np.random.default_rng(0).standard_normal((*volume, channels))).astype(np.float32)
 
 
 def flops(*, size: Any, patch: Any, channels: int, width: int, depth: int, decoder: Any, ratio: float, **_: Any) -> int:
-    """Floating-point operations of one forward pass of one sample (the formula above)."""
+    """FLOPs of a forward pass of one sample (the formula in the module's docstring)."""
     n, v = math.prod(size) // math.prod(patch), math.prod(patch) * channels
     t, m, (narrow, shallow, _) = int(n * (1 - ratio)) + 1, n + 1, decoder
     encoder = 2 * n * v * width + depth * (24 * t * width**2 + 4 * t**2 * width)
@@ -119,7 +122,7 @@ def flops(*, size: Any, patch: Any, channels: int, width: int, depth: int, decod
 
 
 def attend(q: Any, k: Any, v: Any, fused: bool) -> Any:
-    """Attention over (b, heads, tokens, width), step by step or fused."""
+    """Attention of arrays (b, heads, tokens, width), step by step or fused."""
     from torch.nn.functional import scaled_dot_product_attention
 
     if fused:
@@ -139,8 +142,11 @@ def official(
     ratio: float,
     fused: bool = False,
 ) -> Any:
-    """The official network by its names and arithmetic (facebookresearch/mae on timm 0.3.2's blocks, its 3D form
-    LangDaniel/MAEMI), for two axes or three, at PyTorch's initial weights; `fused`: scaled_dot_product_attention."""
+    """The official network for two or three axes, with its names and arithmetic and with PyTorch's initial weights.
+
+    It is facebookresearch/mae on the blocks of timm 0.3.2, and its 3D form LangDaniel/MAEMI. `fused`:
+    scaled_dot_product_attention.
+    """
     import torch
     from torch import nn
 
@@ -205,7 +211,7 @@ def official(
             return x.reshape(len(tokens), channels, *size)
 
         def encoded(self, x: Any) -> tuple[Any, Any]:
-            """(latent, what else the decoder's blocks see)."""
+            """(latent, further inputs of the decoder's blocks)."""
             for block in self.blocks:
                 x = block(x)
             return self.norm(x), None
@@ -216,7 +222,7 @@ def official(
             return self.decoder_norm(x)
 
         def predict(self, image: Any, noise: Any = None) -> tuple[Any, Any]:
-            """(prediction of every token, 1 where it was hidden)."""
+            """(prediction of every token, 1 where the token was hidden)."""
             x = self.patch_embed.proj(image).flatten(2).transpose(1, 2) + self.pos_embed[:, 1:]
             b, kept = len(x), int(n * (1 - ratio))
             order = torch.argsort(torch.rand(b, n, device=x.device) if noise is None else noise, dim=1)
@@ -240,7 +246,7 @@ def official(
 
 
 def random_weights(path: Path, network: dict[str, Any]) -> None:
-    """A state dict by its official names, with biases and norms moved off 0 and 1 so that nothing hides."""
+    """Saves a random state dict with the official names. No bias is 0 and no norm is 1, so that an error would show."""
     rng = np.random.default_rng(0)
     tensors = {name: value.numpy() for name, value in official(**network).state_dict().items()}
     for name in tensors:
@@ -261,8 +267,10 @@ def loop(
     fused: bool = False,
     noise: np.ndarray | None = None,
 ) -> Callable[[int | None], np.ndarray]:
-    """The paper's loop over the volume, a function (windows after which it stops) -> map; noise (windows * sweeps,
-    tokens) gives the masks."""
+    """The paper's loop over the volume, as a function (number of windows after which it stops) -> map.
+
+    `noise` (windows * sweeps, tokens) determines the masks.
+    """
     import torch
     from scipy.ndimage import minimum_filter
 
@@ -278,10 +286,10 @@ def loop(
         error, count = np.zeros(volume.shape), np.zeros(volume.shape)
         for number, place in enumerate((windows * sweeps)[:limit]):
             inside = (slice(None), *place)
-            given = None if noise is None else torch.from_numpy(noise[None, number]).to(device)
+            of_window = None if noise is None else torch.from_numpy(noise[None, number]).to(device)
             with torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled=half):
                 x = torch.tensor(volume[inside])[None].to(device)
-                y = model.unpatchify(model.predict(x, given)[0]).float().cpu().numpy()[0]
+                y = model.unpatchify(model.predict(x, of_window)[0]).float().cpu().numpy()[0]
             difference = (volume[inside] - y) ** 2
             for sequence in range(len(difference)):
                 difference[sequence] = minimum_filter(difference[sequence], size=filtered)
@@ -293,7 +301,7 @@ def loop(
 
 
 def torch_volume(*, told: dict[str, Any], weights: str, sweeps: int, device: str, fused: bool) -> Prepared:
-    """`sweeps` of the loop; its first call, which is not timed, stops after 3 windows."""
+    """The loop with `sweeps` sweeps. Its first call, which is not timed, stops after 3 windows."""
     import torch
 
     if device == "cuda":
@@ -305,7 +313,7 @@ def torch_volume(*, told: dict[str, Any], weights: str, sweeps: int, device: str
 
 
 def torch_map(told: dict[str, Any], weights: str, device: str, noise: np.ndarray) -> np.ndarray:
-    """The loop's map with given masks, in float32 throughout."""
+    """The loop's map with the masks of `noise`, in float32 throughout."""
     import torch
 
     torch.backends.cudnn.allow_tf32 = False  # its default is True, that of other products False
@@ -345,7 +353,7 @@ def jmae_sweep(size: str, windows: int, weights: str, dtype: str) -> tuple[Calla
 
 
 def jmae_volume(*, size: str, windows: int, weights: str, number: int) -> Prepared:
-    """The recipe's sweep, as users run it; compilation is what JAX reports of it."""
+    """The recipe's sweep, as users run it. JAX reports the time of compilation."""
     import jax
 
     spent: list[float] = []
@@ -359,7 +367,7 @@ def jmae_volume(*, size: str, windows: int, weights: str, number: int) -> Prepar
 
 
 def jmae_map(size: str, windows: int, weights: str, dtype: str, masks: int) -> tuple[np.ndarray, np.ndarray]:
-    """(the sweep's map, the noise of its masks (masks, tokens), sweep by sweep)."""
+    """(map of the sweep, noise (masks, tokens) of its masks, sweep by sweep)."""
     import jax
 
     from jmae.masking import case_keys
@@ -414,8 +422,10 @@ def official_vectors(dtype: str) -> dict[str, float]:
 
 
 def attention_forms() -> dict[str, float]:
-    """Attention of the paper's decoder in bfloat16, with its gradients, against the formula in float32; shares of the
-    largest value. "flash": 1 where the compiled program calls a fused kernel."""
+    """Largest differences of the decoder's attention and its gradients in bfloat16 from the formula in float32.
+
+    They are shares of the largest value. "flash" is 1 where the compiled program calls a fused kernel.
+    """
     import jax
     import jax.numpy as jnp
 
@@ -442,7 +452,7 @@ def attention_forms() -> dict[str, float]:
 
 
 def check(device: str) -> dict[str, Any]:
-    """Differences, and whether all lie within their bounds; on a GPU the fused kernel must have run."""
+    """The differences, and whether all are within their bounds. On a GPU the fused kernel must be called too."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:  # so that this process holds no device
         float32, half = (pool.apply(official_vectors, (dtype,)) for dtype in ("float32", "bfloat16"))
         attended = pool.apply(attention_forms)
@@ -461,7 +471,7 @@ def check(device: str) -> dict[str, Any]:
 
 
 def rates(results: dict[str, dict[str, Any]], unit: str) -> dict[str, dict[str, float]]:
-    """The others' seconds a window (a sample) to jmae's."""
+    """The ratios of the others' seconds for each window or sample to those of jmae."""
     each = {
         name: {"seconds": [s / r[unit] for s in r["seconds"]], "cpu_median_s": r["cpu_median_s"] / r[unit]}
         for name, r in results.items()
@@ -470,7 +480,7 @@ def rates(results: dict[str, dict[str, Any]], unit: str) -> dict[str, dict[str, 
 
 
 def show(case: str, result: dict[str, Any], unit: str, *more: tuple[str, Callable[[dict[str, Any]], Any]]) -> None:
-    """A row for each contestant, with further columns (name, of a contestant's result), then the ratios."""
+    """Prints a row for each contestant, with further columns (name, function of its result), and then the ratios."""
     columns = [
         ("median s", lambda r: r["median_s"]),
         ("least s", lambda r: r["least_s"]),
@@ -488,7 +498,10 @@ def show(case: str, result: dict[str, Any], unit: str, *more: tuple[str, Callabl
 
 
 def agreement(size: str, windows: int, weights: str, device: str) -> dict[str, Any]:
-    """Both maps with the same weights and masks: largest differences, of jmae in float32 and as it runs."""
+    """The largest differences of jmae's map from PyTorch's, with the same weights and masks.
+
+    jmae runs in float32 and, on a GPU, also in its usual type.
+    """
     windows = windows or (CHECKED if size == "paper" else 0)
     _, told = settings(size, windows)
     number, maps = len(places(**told["places"])) * told["repeats"], {}
@@ -503,7 +516,7 @@ def agreement(size: str, windows: int, weights: str, device: str) -> dict[str, A
 
 
 def infer(case: str, size: str, windows: int, rounds: int, sweeps: int, device: str) -> dict[str, Any]:
-    """Seconds a volume, and whether the maps agree."""
+    """The seconds of a volume, and the agreement of the maps."""
     told, whole = settings(size, windows)[1], settings(size)[1]
     number, everything = (len(places(**t["places"])) * t["repeats"] for t in (told, whole))
     sweeps = min(sweeps or told["repeats"], told["repeats"])
@@ -533,7 +546,7 @@ def infer(case: str, size: str, windows: int, rounds: int, sweeps: int, device: 
 
 
 def train(case: str, size: str, batch: int, rounds: int, device: str, compiled: bool) -> dict[str, Any]:
-    """Training steps; at batch 0 each contestant has the device to itself, at its own largest batch."""
+    """Times training steps. With batch 0 each contestant runs alone on the device, with its own largest batch."""
     network = settings(size)[1]["network"]
     theirs = {"network": network, "batch": batch, "device": device, "compiled": compiled}
     theirs["build"] = OWN + "official"
@@ -566,12 +579,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("infer", "train", "check"))
     parser.add_argument("--small", action="store_true", help="a size for a CPU")
-    parser.add_argument("--windows", type=int, default=0, help="infer: so many windows; default the whole volume")
+    parser.add_argument("--windows", type=int, default=0, help="infer: number of windows; default the whole volume")
     parser.add_argument("--sweeps", type=int, default=0, help="infer: sweeps of PyTorch's loops; default all")
     parser.add_argument("--batch", type=int, nargs="+", help="train: default 6 0 on a GPU, 1 on a CPU, 16 if small")
-    parser.add_argument("--compile", action="store_true", help="train: torch.compile on a CPU, too")
-    parser.add_argument("--rounds", type=int, help="timed ones; default 1 of a whole volume of the paper, else 5")
-    parser.add_argument("--cores", type=int, help="use only so many; default all")
+    parser.add_argument("--compile", action="store_true", help="train: torch.compile also on a CPU")
+    parser.add_argument("--rounds", type=int, help="timed rounds; default 1 for the paper's whole volume, else 5")
+    parser.add_argument("--cores", type=int, help="number of cores to use; default all")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "volume.json")
     options = parser.parse_args()
     cores = use_cores(options.cores)
@@ -587,7 +600,7 @@ def main() -> None:
         sys.exit(not result["sound"])
     elif options.what == "infer":
         if cpu and size == "paper" and not options.windows:
-            parser.exit(2, "not run: the paper's whole volume takes a GPU: give --windows or --small\n")
+            parser.exit(2, "not run: the paper's whole volume needs a GPU: add --windows or --small\n")
         rounds = options.rounds or (1 if size == "paper" and not options.windows else 5)
         case = f"infer, {size}" + (f", {options.windows} windows" if options.windows else "")
         write(options.out, case + end, infer(case, size, options.windows, rounds, options.sweeps, device))

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Several processes on this machine, one for each of its first N GPUs, or on its cores:
+# Starts N processes on this machine, one for each of its first N GPUs, or N on its cores:
 #   launch/local.sh 8 --config configs/maemi.py:paper --config.train.batch=16 \
 #     --config.data.manifest=MANIFEST.csv --workdir runs/maemi
-# N, here 8, divides the recipe's batches. All end when one does; exit code: 0 where all end with it, else that of the
-# process of lowest number that does not.
+# The batches of the recipe must be multiples of N (here 8). All processes end when one ends. The exit code is 0 if all
+# succeed, else that of the first process (by number) that failed.
 set -euo pipefail
 if [[ ${1-} == --help ]]; then
   sed -n '/^set/q; 2,$ s/^# \{0,1\}//p' "$0"
@@ -17,7 +17,7 @@ export JAX_NUM_PROCESSES=$1 JAX_COORDINATOR_ADDRESS=127.0.0.1:${PORT:-1234}
 shift
 PATH=$PWD/.venv/bin:$PATH
 processes=()
-trap 'kill -TERM "${processes[@]}" 2>/dev/null || true' INT TERM # all save the same step
+trap 'kill -TERM "${processes[@]}" 2>/dev/null || true' INT TERM # all processes save the same step
 for ((i = 0; i < JAX_NUM_PROCESSES; i++)); do
   JAX_PROCESS_ID=$i JAX_LOCAL_DEVICE_IDS=$i python -m jmae.train "$@" &
   processes+=($!)
@@ -26,7 +26,7 @@ code=0
 for process in "${processes[@]}"; do
   status=0
   wait "$process" || status=$?
-  while ((status > 128)) && kill -0 "$process" 2>/dev/null; do # a signal ended the waiting, not the process
+  while ((status > 128)) && kill -0 "$process" 2>/dev/null; do # a signal ended `wait`, not the process
     status=0
     wait "$process" || status=$?
   done

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# A TPU pod, here of 16 chips, which divide the recipe's batches: the same command on each of its hosts, with jmae[tpu]
-# and the data on all of them:
+# Runs the same command on each host of a TPU pod, here of 16 chips. The batches of the recipe must be multiples of the
+# number of chips. jmae[tpu] and the data must be on all hosts:
 #   launch/tpu.sh NAME ZONE --config configs/maemi.py:paper --config.train.batch=16 \
 #     --config.data.manifest=MANIFEST.csv --workdir /shared/maemi
 set -euo pipefail

@@ -23,7 +23,7 @@ def contestant(*seconds, cpu=1.0):
 def test_the_page_of_no_results_says_of_every_part_that_it_was_not_run(tmp_path):
     text = page(tmp_path)
     assert all(f"not run: `{part.command}`" in text for part in PARTS)
-    assert text.count("`bash benchmarks/gpu.sh` takes an NVIDIA GPU") == 2 * len(GPU)  # at the top and in their section
+    assert text.count("`bash benchmarks/gpu.sh` needs an NVIDIA GPU") == 2 * len(GPU)  # at the top and in their section
 
 
 def test_a_case_stands_on_the_page_with_command_date_machine_and_load(tmp_path):
@@ -71,7 +71,7 @@ def test_the_page_is_that_of_the_results_beside_it():
 
 def test_a_torn_result_file_is_one_line(tmp_path):
     (tmp_path / "masks.json").write_text('{"a": ')
-    with pytest.raises(SystemExit, match=r"masks\.json: is no JSON .*: restore it, or delete it"):
+    with pytest.raises(SystemExit, match=r"masks\.json: not JSON .*: restore it, or delete it"):
         page(tmp_path)
 
 

@@ -53,19 +53,19 @@ def test_collectives_that_are_not_listed_are_lines():
 
 
 def test_bounds_are_a_tenth_above_what_is_compiled_and_the_line_is_python():
-    case = gpu_check.bounded(CASE, SOUND | {"kernels": 50, "traffic_chip": 1e9})
+    case = gpu_check.new_bounds(CASE, SOUND | {"kernels": 50, "traffic_chip": 1e9})
     assert (case.kernels, case.traffic, case.sent) == (55, 1.1, {"all-reduce over 8": (2, 0.55)})
     assert eval("{" + gpu_check.line("maemi on 8", case) + "}", {"Case": Case}) == {"maemi on 8": case}
 
 
 def test_a_case_that_breaks_its_bound_ends_with_1_and_a_missing_compiler_with_2(monkeypatch, capsys):
     monkeypatch.setattr(gpu_check, "CASES", {"maemi": CASE})
-    monkeypatch.setattr(gpu_check, "planned", lambda case: SOUND | {"peak_share": 0.5})
+    monkeypatch.setattr(gpu_check, "plan_of", lambda case: SOUND | {"peak_share": 0.5})
     assert gpu_check.main([]) == 0 and "all claims hold" in capsys.readouterr().out
-    monkeypatch.setattr(gpu_check, "planned", lambda case: SOUND | {"peak_share": 0.5, "kernels": 101})
+    monkeypatch.setattr(gpu_check, "plan_of", lambda case: SOUND | {"peak_share": 0.5, "kernels": 101})
     assert gpu_check.main([]) == 1
     assert capsys.readouterr().err == "maemi, train: 101 kernels a step, more than 100\n"
-    monkeypatch.setattr(gpu_check, "planned", lambda case: "pip install 'jmae[plan-gpu]'")
+    monkeypatch.setattr(gpu_check, "plan_of", lambda case: "pip install 'jmae[plan-gpu]'")
     assert gpu_check.main([]) == 2
-    monkeypatch.setattr(gpu_check, "planned", lambda case: "it crashed")
+    monkeypatch.setattr(gpu_check, "plan_of", lambda case: "it crashed")
     assert gpu_check.main([]) == 1

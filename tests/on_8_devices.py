@@ -133,11 +133,7 @@ def exchanged() -> dict[str, list[float]]:
                     program = Program(step.trace(state, *inputs).lower().compile().as_text(), 8)
                 results = results | {each.name: plan.result_of(config, each, number, results)}
         assert not program.unknown
-<<<<<<< HEAD
-        weights = 4 * plan.held((state.params, state.stats, inputs[2]))
-=======
-        weights = 4 * plan.chip_bytes((state.params, state.frozen, state.stats))
->>>>>>> 26a5fe4 (Anomalies, chips, plan, windows, masks and scores in plain words; names are nouns)
+        weights = 4 * plan.chip_bytes((state.params, state.stats, inputs[2]))
         out[f"{name} {stage}"] = [sum(each.size for each in program.collectives()), weights]
     return out
 

@@ -98,7 +98,7 @@ def test_a_volume_shows_the_slice_of_its_largest_target(files, tmp_path):
         ("a.png --out=g.png --only=nas", "did you mean nsa?"),
         ("a.png --out=g.png --draws=0", "write 1 to 20"),
         ("a.png --out=g.png --seed=x", "not a whole number"),
-        ("a.png --out=g.png --size=32", "name 2 numbers"),
+        ("a.png --out=g.png --size=32", "numbers: write 2"),
         ("a.png --out=g.png --size=4,4", "16 or more"),
         ("a.png v.nii.gz --out=g.png", "differ in size"),
         ("a.png --out=g.png --sizes=32,32", "did you mean --size?"),
@@ -112,7 +112,7 @@ def test_what_is_wrong_is_one_line(files, monkeypatch, capsys, arguments, words)
 
 
 def test_a_picture_that_cannot_be_written_is_one_line_and_leaves_nothing(files):
-    with pytest.raises(InputError, match=r"g\.png: not written"):
+    with pytest.raises(InputError, match=r"g\.png: cannot be written"):
         gallery.save(gallery.Figure(), files / "a.png" / "g.png")
     assert not list(files.glob(".*"))
 

@@ -27,7 +27,7 @@ def test_visible_tokens_are_truncated_as_in_the_official_code(tokens, ratio, kep
 
 @pytest.mark.parametrize("ratio", [0.0, 1.0, 0.999, -0.5])
 def test_a_ratio_that_hides_all_or_nothing_is_refused(ratio):
-    with pytest.raises(InputError, match="at least one"):
+    with pytest.raises(InputError, match="choose a ratio that leaves"):
         visible_tokens(16, ratio)
 
 

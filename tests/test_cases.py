@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from patients import arguments, write_patients
 
-from jmae import train
+from jmae import evaluate, predict, train
 from jmae.data.cases import ArrayFile, Bits, load_cases, smallest_type
 from jmae.data.files import reading
 from jmae.data.manifest import parse_manifest
@@ -43,11 +43,21 @@ def test_training_with_evaluation_decodes_each_image_file_once(tmp_path, tools, 
     assert decoded == dict.fromkeys(files_of(parse_manifest(manifest)[0]), 1)
 
 
-def test_training_with_evaluation_decodes_each_volume_file_once(tmp_path, decoded):
+def test_each_command_decodes_each_volume_file_once(tmp_path, decoded):
     (tmp_path / "set").mkdir()
-    manifest = write_patients(tmp_path / "set")
-    assert exit_code(train.main, arguments(manifest, tmp_path / "run", "train.steps=2")) == 0
-    assert decoded == dict.fromkeys(files_of(parse_manifest(manifest, crops=True, normal_crops_only=True)[0]), 1)
+    manifest, run = write_patients(tmp_path / "set"), tmp_path / "run"
+    rows = parse_manifest(manifest, crops=True, normal_crops_only=True)[0]
+    again, new = f"--out={tmp_path / 'again'}", f"--out={tmp_path / 'new'}"
+    convergence = ["--config.evaluation.repeats=2", "--config.evaluation.convergence=2"]
+    predicted = [row._replace(mask=None, pre=(), post=()) for row in rows]  # columns that it does not read
+    for command, words, read in (
+        (train, arguments(manifest, run, "train.steps=2"), rows),
+        (evaluate, [f"--workdir={run}", again, *convergence], rows),
+        (predict, [f"--workdir={run}", new, f"--manifest={manifest}"], predicted),
+    ):
+        decoded.clear()
+        assert exit_code(command.main, words) == 0
+        assert decoded == dict.fromkeys(files_of(read), 1), command.__name__
 
 
 def check_equal(kept, fresh):

@@ -4,8 +4,8 @@
 Scores a split with a trained run. Writes metrics.json, scores.csv, report.html and the maps.
 
 Without --out the folder is DIR/evaluation for the split `test`, and DIR/evaluation-SPLIT for another. Another manifest
-or other settings need --out. No case of another manifest may be of a patient, or have an image, that the run was
-trained or calibrated on. With data.allow_leaks such cases are scored: they are named, have no p-value, and mark the
+or other settings need --out. No case of another manifest may share its patient or its image with the data that the run
+was trained or calibrated on. With data.allow_leaks such cases are scored: they are named, have no p-value, and mark the
 report. An image counts as known where all its values are equal. The splits `train` and `unlabeled` get no p-values.
 
 Exit codes: 0 done; 2 the input or the environment is wrong.
@@ -72,7 +72,7 @@ def main(argv: list[str]) -> int:
     flags = recipe.arguments(argv, __doc__, ["workdir", "manifest", "split", "out", "config"])
     of_run = "manifest" not in flags and not any(flag.startswith("config") for flag in flags)
     if ALLOW in flags and "manifest" not in flags:
-        raise InputError(f"--{ALLOW} goes with --manifest: the run's own manifest was looked at when it was trained")
+        raise InputError(f"--{ALLOW} goes with --manifest: the run's own manifest was checked when the run was trained")
     allow = recipe.typed(ALLOW, flags.pop(ALLOW, "false"), False)
     workdir, config = run_of(flags)
     split = flags.get("split", "test")
@@ -81,7 +81,7 @@ def main(argv: list[str]) -> int:
         raise InputError(f"{what} goes with --out=DIR: the run's own evaluation stays as it is")
     if "manifest" in flags:
         config.data.manifest = flags["manifest"]
-        # The recipe's values are of the data trained on.
+        # The recipe's values hold for the training data alone.
         neutral = {"anomaly_ratio": -1.0, "unlabeled_size": 0, "unlabeled_labels": "", "calibration": 0.0}
         neutral["allow_leaks"] = allow
         config.data.update({key: value for key, value in neutral.items() if key in config.data})
@@ -101,7 +101,7 @@ def main(argv: list[str]) -> int:
 def check_processes(config: ConfigDict) -> None:
     """Raises InputError where the evaluation cannot run in as many processes as there are."""
     if config.evaluation.convergence and jax.process_count() > 1:
-        raise InputError("evaluation.convergence is of one process: set it to 0, and evaluate again with one")
+        raise InputError("evaluation.convergence needs a single process: set it to 0, and evaluate again with one")
 
 
 # --- the evaluation ---------------------------------------------------------------------------------------------------
@@ -109,7 +109,7 @@ def check_processes(config: ConfigDict) -> None:
 
 @dataclass
 class Gathered:
-    """What stays of the results of a split: its maps are written or counted, and dropped."""
+    """What stays of the results of a split. Maps are dropped after they are written or counted."""
 
     scores: SplitScores = field(default_factory=SplitScores)
     cases: list[Case] = field(default_factory=list)  # that the report may show
@@ -131,8 +131,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Scores a split and writes metrics.json, scores.csv, cases.csv, report.html and maps; returns the metrics.
 
-    Labels serve figures and thresholds alone, never scores. Of several processes the first writes and returns the
-    metrics; the others return {}.
+    Labels serve figures and thresholds alone, never scores. Where there are several processes, the first writes and
+    returns the metrics, and the others return {}.
 
     Args:
       config: the run's recipe, with changed settings of the evaluation.
@@ -141,7 +141,7 @@ def evaluate(
       workdir: the run folder.
       split: name of the split.
       out: folder to write into.
-      of_run: whether rows and settings are the run's own. Then the normals of `val` calibrate the run.
+      of_run: whether rows and settings are the run's own. If they are, the normals of `val` calibrate the run.
       unchecked: why it is not known whether the cases were trained on; "" where it is known.
       cases: the cases that the command has read; None reads each of them when it is needed.
 
@@ -168,7 +168,7 @@ def evaluate(
     else:
         calibration = read_calibration(config, system, results, workdir, say)
     if no_p_values := split in ("train", "unlabeled"):
-        say(f"{split}: no p-values, which are of cases that were not trained on")
+        say(f"{split}: no p-values: only cases that were not trained on have them")
     if jax.process_index():  # it scores its share; the first process counts and writes
         deque(score_rows(scorer, chosen.rows), maxlen=0)
         return {}
@@ -212,7 +212,7 @@ def baselines_of(
     """The cheap baselines of an evaluation, of the first process alone."""
     train = [row for row in rows if row.split == "train"]
     if split.labelled.any() and not train:
-        log("the manifest has no train rows: no cheap baselines that are fitted to them")
+        log("the manifest has no train rows, so there are no cheap baselines fitted to them")
     if jax.process_index() or not split.labelled.any():
         return NoBaselines()
     if system.sweep:
@@ -233,7 +233,7 @@ def score_reference(
         if split.normals:
             thresholds = NormalThresholds(percentile)
         else:
-            remedy = "they are scored themselves" if split.name == "val" else "give the manifest val rows of label 0"
+            remedy = "these are the val rows" if split.name == "val" else "give the manifest val rows of label 0"
             log(f"no held-out normals: IoU at the oracle threshold alone; {remedy}")
     if not split.reference:
         return None, {}

@@ -40,9 +40,7 @@ def run_of(flags: dict[str, str]) -> tuple[Path, ConfigDict]:
       InputError: no --workdir, or a change of another section of the recipe.
     """
     if other := [flag for flag in flags if flag.startswith("config") and not flag.startswith("config.evaluation.")]:
-        raise InputError(
-            f"--{other[0]} is unknown: of the run's recipe --config.evaluation.KEY=VALUE alone can be changed"
-        )
+        raise InputError(f"--{other[0]} is unknown: only --config.evaluation.KEY=VALUE can change a run's recipe")
     if "workdir" not in flags:
         raise InputError("no run folder: write --workdir=DIR")
     workdir = Path(flags["workdir"])
@@ -82,7 +80,7 @@ class Started(NamedTuple):
     """Cases whose pass has been dispatched."""
 
     cases: Sequence[Prepared]
-    handle: Any  # of the pass
+    handle: Any  # handle of the pass
     time: float
 
 
@@ -111,7 +109,7 @@ class Scorer:
         Args:
           row: the case.
           stored: its image, where it has been read.
-          region: bool on the image's own grid, in place of the region that the row names; of volumes alone.
+          region: bool on the image's own grid, in place of the region that the row names; for volumes alone.
 
         Raises:
           InputError: "FILE: what: remedy".
@@ -173,14 +171,14 @@ Failed = Callable[[Row, Exception], None]
 def score_rows(scorer: Scorer, rows: Sequence[Row], *, failed: Failed | None = None) -> Iterator[Result]:
     """The results of rows in their order.
 
-    Threads prepare the next group of rows while one is scored, and each group is dispatched before the one before is
-    fetched. Of several processes each scores its share of every group, and all yield all results.
+    Threads prepare the next group of rows while one is scored, and each group is dispatched before the previous one is
+    fetched. Where there are several processes, each scores its share of every group, and all yield all results.
 
     Args:
       failed: called with a row that cannot be read or scored, which is then left out; None raises its error.
 
     Raises:
-      InputError: without `failed`, the first row's that cannot be read or scored.
+      InputError: without `failed`, the error of the first row that cannot be read or scored.
     """
     said, done, waiting = time.monotonic(), 0, None
     for cases in prepared_groups(scorer, rows, failed):
@@ -194,7 +192,8 @@ def score_rows(scorer: Scorer, rows: Sequence[Row], *, failed: Failed | None = N
 
 
 def prepared_groups(scorer: Scorer, rows: Sequence[Row], failed: Failed | None = None) -> Iterator[list[Prepared]]:
-    """The prepared cases of groups of rows, as many as the processes score at once; one group ahead of its use."""
+    """The prepared cases, in groups of as many rows as the processes score at once; each group is prepared ahead of its
+    use."""
     size = scorer.at_once * jax.process_count()
     groups = [rows[start : start + size] for start in range(0, len(rows), size)]
 
@@ -224,7 +223,7 @@ Waiting = tuple[Sequence[Prepared], Started | None]
 def _start(scorer: Scorer, cases: Sequence[Prepared], failed: Failed | None) -> Waiting:
     """(cases, the started pass of this process's share of them; None where it failed)."""
     n, own = jax.process_count(), jax.process_index()
-    last = len(cases) - 1  # fills the shares, which are equal
+    last = len(cases) - 1  # this case fills the shares up to equal lengths
     share = [cases[min(k * n + own, last)] for k in range(-(-len(cases) // n))]
     try:
         return cases, scorer.dispatch(share)

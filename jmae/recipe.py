@@ -1,7 +1,7 @@
 """Recipes: the declarations of their keys, `--config FILE[:PRESET]` with its overrides, and their JSON form.
 
-A key is declared once, as a `Key` with its default, bounds, unit and one sentence: the keys of all recipes here, a
-system's own keys as `KEYS` in the system's module. A recipe file holds presets, the changes of those defaults.
+A key is declared once, as a `Key` with its default, bounds, unit and one sentence. The keys of all recipes are declared
+here, a system's own keys as `KEYS` in its module. A recipe file holds presets, the changes of those defaults.
 """
 
 import difflib
@@ -25,7 +25,7 @@ from jmae.errors import InputError
 SYSTEMS = ("amae", "maemi", "memmc_mae", "ppii", "simsid")
 """The systems of the library, each a module of `jmae.systems`."""
 
-# Keys that had no effect in the recipes that lost them.
+# Keys that some recipes no longer have; in those recipes they had no effect.
 RETIRED = {"data.normal_crops_only", "evaluation.chunk", "evaluation.filter"}
 AXES = -1  # length of a tuple with one number for each axis of `data.size`
 
@@ -125,8 +125,8 @@ SHARED = {
     "profile": Key("", "Steps FROM:TO of each stage to profile, into the run folder's profile/; empty: none."),
     "select": Key(
         "last",
-        'Which weights are scored: "last", or "aucp" those with the highest AUROC of unlabelled rows against known '
-        "normals. A system may have further rules.",
+        'Which weights are scored: "last", or "aucp", the weights with the highest AUROC of unlabelled rows against '
+        "known normals. A system may have further rules.",
     ),
     "select_every": Key(250, "Steps between two looks of select=aucp.", "steps", least=1),
     "select_samples": Key(200, "Rows of either kind for select=aucp, at most.", least=1, most=10_000),
@@ -138,7 +138,7 @@ SHARED = {
         0.0, "Share of the training patients that become normals of val, for p-values.", least=0, below=1
     ),
     "data.allow_leaks": Key(
-        False, "Whether patients and images in two splits are told, in the report too, not refused."
+        False, "Whether patients and images in two splits are not refused, but named, in the report too."
     ),
     "data.size": Key(
         (224, 224), "Size of an image, or of a crop of a volume, as the network sees it.", "pixels", least=1
@@ -197,7 +197,7 @@ VOLUMES = {
         False, "Whether test volumes are widened for lesions, too, as published: the score then depends on the label."
     ),
     "data.region": Key(
-        "nonzero", '"nonzero": rows without a region have the voxels that are not 0.', choices=("", "nonzero")
+        "nonzero", '"nonzero": a row without a region counts its voxels that are not 0.', choices=("", "nonzero")
     ),
     "data.normalise": Key(
         "region", 'Voxels whose moments standardise a volume: "crop" or "region".', choices=("crop", "region")
@@ -215,7 +215,7 @@ VOLUMES = {
     ),
     "evaluation.stride": Key((16, 16, 4), "Distance between windows.", "voxels", least=1, length=AXES),
     "evaluation.top": Key(
-        0.01, "Share of a map's highest voxels in the region whose mean is a case's score.", above=0, most=1
+        0.01, "Share of the region's voxels, the highest of the map, whose mean is a case's score.", above=0, most=1
     ),
     "evaluation.reconstruction": Key(False, "Whether reconstructions are written."),
 }
@@ -314,7 +314,8 @@ def arguments(argv: Sequence[str], usage: str, known: Sequence[str]) -> dict[str
     """{NAME: VALUE} of a command line of `--NAME=VALUE` and `--NAME VALUE`; `--config.KEY` takes "=" alone, and without
     a value is true. `--help` prints `usage` and exits 0.
 
-    Raises InputError for a flag that is neither `known` nor an override, naming the nearest, and for what is no flag.
+    Raises InputError for a flag that is neither `known` nor an override, naming the nearest, and for a word that is no
+    flag.
     """
     if "--help" in argv or "-h" in argv:
         print(usage)
@@ -367,7 +368,7 @@ def parse(argv: Sequence[str], usage: str, known: Sequence[str] = ()) -> tuple[C
 
 
 def override(config: ConfigDict, given: dict[str, str], section: str = "") -> None:
-    """Takes the overrides out of the flags `given` into a recipe, those of one `section` alone where one is named."""
+    """Moves the overrides from the flags `given` into a recipe. Where `section` is named, only its keys are known."""
     defaults = {key: value for key, value in keys_of(config) if key.startswith(section)}
     for flag in [name for name in given if name.startswith("config.")]:
         key, text = flag.removeprefix("config."), given.pop(flag)
@@ -395,7 +396,7 @@ def load(recipe: str) -> ConfigDict:
 
 def typed(flag: str, text: str, default: Any) -> Any:
     """The value that `text` means where the recipe has `default`; a tuple is written 64,64 or (64, 64). Where `default`
-    is an empty one, numbers are numbers and anything else is text."""
+    is an empty tuple, numbers are numbers and anything else is text."""
     if isinstance(default, str):
         return text
     if isinstance(default, tuple):
@@ -432,8 +433,8 @@ def from_json(text: str) -> ConfigDict:
 
 
 def brought_up(config: ConfigDict) -> ConfigDict:
-    """A saved recipe with the keys declared since it was saved, at defaults that change nothing, and without `RETIRED`
-    ones."""
+    """A saved recipe brought up to date. Newer keys are added, at defaults that change nothing, and `RETIRED` keys are
+    removed."""
     for key in RETIRED & {key for key, _ in keys_of(config)}:
         if key not in declarations(config.system, volumes=is_volume(config)):
             *sections, last = key.split(".")

@@ -3,19 +3,19 @@
 A system is one module with two names. `build(config)` gives a `System`: a tuple of training stages and a function that
 scores, all of them pure functions of arrays. `KEYS` declares the recipe keys that the system adds.
 
-- **Where the module lies.** A recipe names it by its key `system`. `amae` is jmae/systems/amae.py. A name that the
-  library does not have is any module that Python finds, such as denoising.py in the current folder
-  (`recipe.module_of`). docs/tutorials/sixth_system.md writes such a system from its first line to its report.
+- **Where the module lies.** A recipe names it by its key `system`. `amae` is jmae/systems/amae.py. Any other name is
+  that of a module that Python finds, such as denoising.py in the current folder (`recipe.module_of`).
+  docs/tutorials/sixth_system.md writes such a system from its first line to its report.
 - **Keys.** `KEYS` is {"section.name": recipe.Key(default, sentence, bounds)}. All recipes have the keys
   `recipe.SHARED`, those of images also `recipe.IMAGES`, those of volumes also `recipe.VOLUMES`. A system that declares
-  one of these anew changes its default. `IMAGE_KEYS` and `VOLUME_KEYS` of the module count for one of the two kinds.
-  `build` reads values as `config.section.name`.
+  one of these anew changes its default. The module's `IMAGE_KEYS` hold for recipes of images alone, its `VOLUME_KEYS`
+  for recipes of volumes alone. `build` reads values as `config.section.name`.
 - **Recipe.** A recipe file has `get_config(preset)`, which gives the result of `recipe.preset`.
-- **Arrays.** Images are float32 (b, *size, channels), of `data.size` and `data.channels`. Their values go from 0 to 1.
-  Those of volumes have the mean `data.mean` and the deviation `data.std`. The length of `data.size` says whether a
-  recipe is of volumes (`recipe.is_volume`); a stage then gets crops of that size.
+- **Arrays.** Images are float32 (b, *size, channels), of `data.size` and `data.channels`. The values of an image go
+  from 0 to 1. The values of a volume have the mean `data.mean` and the deviation `data.std`. The length of `data.size`
+  says whether a recipe is of volumes (`recipe.is_volume`); a stage then gets crops of that size.
 - **What helps.** `network` makes pure functions of a Flax module. `optim.begin` makes the first state. `optim.descend`
-  makes a step of a loss (params, *arrays) -> (loss, (new statistics, metrics)). `masking.sample_keys` and
+  makes a step from a loss (params, *arrays) -> (loss, (new statistics, metrics)). `masking.sample_keys` and
   `masking.case_keys` make random keys. `rows_of` and `steps_of` are the usual `Stage.rows` and `Stage.steps`. Networks
   are in `jmae.nn`.
 """
@@ -40,7 +40,7 @@ from jmae.nn.mae import MAE
 from jmae.patches import sincos_positions
 from jmae.target import target
 
-PARTS = (nnx.Param, nnx.RngState, ...)  # of a network: trained, random streams, statistics
+PARTS = (nnx.Param, nnx.RngState, ...)  # parts of a network: parameters, random streams, statistics
 
 Results = Mapping[str, Mapping[str, PyTree]]
 """What the finished stages leave, by the stage's name: {"params", "stats"}. Later stages and the score read it."""
@@ -72,8 +72,8 @@ class Check:
         every: steps between two looks.
         rows: (manifest rows) -> row numbers to look at.
         look: (state, batch, results) -> (state, metrics); deterministic. `results` are those of earlier stages. The
-            batch holds "image", "index", "case", "unlabeled" (whether the sample's row has that split) and "label":
-            0 or 1 of a labelled row of `val`, -1 of every other row.
+            batch holds "image", "index", "case", "unlabeled" and "label". "unlabeled" says whether the sample's row has
+            that split. "label" is 0 or 1 for a labelled row of `val`, -1 for any other.
         samples: number of samples; the rows are repeated to fill it. 0 takes one sample of each row.
     """
 
@@ -89,7 +89,7 @@ class Pretrained:
 
     Attributes:
         use: "instead" skips the stage's training; "start" initialises the stage from the weights.
-        positions: (grid, width) -> the network's position codes, which those of the weights must equal.
+        positions: (grid, width) -> the network's position codes; the codes of the weights must equal them.
     """
 
     use: Literal["instead", "start"]
@@ -103,11 +103,11 @@ def final(state: State) -> dict[str, PyTree]:
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """One training stage: two pure functions, and what they are to be given.
+    """One training stage: two pure functions, and the data that they get.
 
     Attributes:
         name: name of the stage, of its checkpoints and of its results.
-        splits: splits of the manifest that the stage reads, its checks included. Rows of other splits are neither
+        splits: splits of the manifest that the stage and its checks read. Rows of other splits are neither
             decoded for training nor counted as seen.
         rows: (rows of all splits that the system reads, results) -> numbers of the rows to train on.
         batch: samples a step.
@@ -115,8 +115,9 @@ class Stage:
         init: (key, results, number of rows) -> the first state.
         step: (state, batch, key, results, *, steps) -> (state, metrics). The batch holds "image" (b, *size, c),
             "index" (b,), the samples' numbers in the table of rows, and the arrays of `host_arrays`. A sample's
-            randomness comes from `key`, which is new at every step, and its number: `masking.sample_keys`. `steps` is
-            the number of the stage's steps. The metrics are scalars, among them "loss".
+            randomness comes from `key`, which is new at every step, and from the sample's number:
+            `masking.sample_keys`. `steps` is the number of the stage's steps. The metrics are scalars, among them
+            "loss".
         shuffle: True gives epochs in random order, without the last incomplete batch. False gives the rows in order,
             round and round.
 
@@ -167,7 +168,7 @@ class Sweep:
             where `average` is weighted.
         fuse: (averages (*size, k), inside (*size)) -> {"maps": {name: (*size)}} and, where the system has them,
             "reconstruction" (*size, c) and "confidence" (*size). `inside` is False where the array is filled up; maps
-            are 0 there. The score of a volume is the mean of the highest share `evaluation.top` of each map.
+            are 0 there. A volume's score is the mean of each map's highest voxels; `evaluation.top` is their share.
         average: the function that averages, `windows.average` or a form of it.
     """
 
@@ -185,7 +186,8 @@ class Choice:
 
     Attributes:
         stage: name of the stage.
-        stand_ins: () -> results that stand for those of later stages. With them the score ranks cases as it will.
+        stand_ins: () -> results that stand for those of later stages. With these results the score ranks cases as it
+            will after the training.
     """
 
     stage: str
@@ -199,10 +201,10 @@ class System:
     A system scores images with `score`, or volumes with `sweep`; the other one is None. Higher is more abnormal.
 
     Attributes:
-        name: name of the system, the one that recipes have.
+        name: name of the system in recipes.
         stages: stages in order.
         uses: names of the stages whose results the score reads.
-        primary: name of the score that stands for the system; of volumes, of a map.
+        primary: name of the score that stands for the system; for volumes, name of a map.
         score: (results, batch, key, *, chunk) -> {"maps": {name: (b, *size)}, "scores": {name: (b,)}} and, where the
             system has them, "reconstruction": (b, *size, c) in the images' own range; "confidence": (b, *size), the
             deviation of the primary map over the samples; "pictures": {name: (b, *size, c), or (b, h, w) in another
@@ -211,8 +213,9 @@ class System:
         sweep: how the system scores volumes.
 
     Optional:
-        masks: masks or samples of one call of `score`.
-        repetitions: recipe key, in the section `evaluation`, of the number of masks, samples or sweeps of a score.
+        masks: number of masks or samples in one call of `score`.
+        repetitions: key of the recipe's section `evaluation` that holds the number of masks, samples or sweeps of a
+            score.
         averaged: whether the primary score is the mean of the scores that each mask or sample alone would give.
         map: name of the map to show, where no map has the name of the primary score.
         choice: what `select=aucp` chooses by, where the default does not fit.
@@ -234,8 +237,8 @@ class System:
 
 
 def with_best(state: State, rule: str) -> State:
-    """A first state that will keep its best weights under a rule beside its last: stats["best"] holds "params", "stats"
-    and, by the rule's name, the value -1."""
+    """A first state that will keep its best weights under a rule, beside its last ones. stats["best"] holds "params",
+    "stats" and, under the rule's name, the value -1."""
     return state.replace(stats=state.stats | {"best": {**last_weights(state), rule: jnp.float32(-1)}})
 
 
@@ -294,19 +297,19 @@ def chosen_on_val(system: System) -> bool:
 def load_system(config: ConfigDict) -> System:
     """The system that `config.system` names (`recipe.module_of`).
 
-    Raises InputError for a recipe that does not fit its declarations, and for settings that mean nothing together: also
-    for settings of the evaluation, which would otherwise come to light after the training.
+    Raises InputError for a recipe that does not fit its declarations, and for settings that do not fit together.
+    Settings of the evaluation are checked here too, so that they do not fail after the training.
     """
     module = recipe.module_of(config.system)
     recipe.check(config)
     system = module.build(config)
     evaluation, volumes = config.evaluation, recipe.is_volume(config)
     if volumes and evaluation.iou:
-        raise InputError(f"evaluation.iou is {evaluation.iou}: of volumes 0 alone (no IoU)")
+        raise InputError(f"evaluation.iou is {evaluation.iou}: volumes have no IoU, set it to 0")
     if (sweep := system.sweep) and any(s > w for s, w in zip(sweep.stride, sweep.window, strict=True)):
-        raise InputError(f"evaluation.stride {sweep.stride} leaves gaps: at most the window, {sweep.window}")
+        raise InputError(f"evaluation.stride {sweep.stride} leaves gaps: set it to at most the window, {sweep.window}")
     if evaluation.convergence == 1:
-        raise InputError("evaluation.convergence is 1: 0 (off), or 2 or more repetitions")
+        raise InputError("evaluation.convergence is 1: set it to 0 (off), or to 2 or more repetitions")
     if evaluation.convergence and (number := drawn(config, system)) < 2:
         what = system.repetitions
         raise InputError(f"evaluation.convergence asks for the score at fewer {what}: evaluation.{what} is {number}")
@@ -376,7 +379,7 @@ def stats_of(module: nnx.Module) -> PyTree:
 
 
 def compute_type(config: ConfigDict) -> Any:
-    """What `model.dtype` says networks compute in."""
+    """The type that networks compute in, as `model.dtype` names it."""
     auto = jnp.float32 if target().platform == "cpu" else jnp.bfloat16
     dtypes = {"auto": auto, "float32": jnp.float32, "bfloat16": jnp.bfloat16}
     if config.model.dtype not in dtypes:
@@ -411,7 +414,7 @@ def masked_autoencoder(
 def steps_of(section: ConfigDict, budget: float) -> Callable[[int], int]:
     """Steps of a stage for n rows: `steps` of its section, or else `epochs` of whole batches, times `budget`."""
     if min(section.get("steps", 0), section.get("epochs", 0)) < 0 or budget <= 0:
-        raise InputError("steps and epochs are not below 0, and budget is above 0")
+        raise InputError("steps and epochs must not be below 0, and budget must be above 0")
     if bool(section.get("steps")) == bool(section.get("epochs")):
         raise InputError("a stage has either steps or epochs: set one of them and the other to 0")
     if section.get("steps"):
@@ -420,7 +423,7 @@ def steps_of(section: ConfigDict, budget: float) -> Callable[[int], int]:
 
 
 def stage_keys(config: ConfigDict, number: int) -> Any:
-    """The key of a stage; with replicates one a seed."""
+    """The key of a stage; with replicates, one key a seed."""
     keys = [jax.random.fold_in(jax.random.key(config.seed + r), number) for r in range(config.replicates)]
     return keys[0] if config.replicates == 1 else jnp.stack(keys)
 

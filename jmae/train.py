@@ -55,7 +55,7 @@ from jmae.seen import check_unseen_by_source, read_seen, write_seen
 from jmae.sharding import device_mesh, place_batch, place_whole
 from jmae.system import Check, Results, Stage, State, System, load_system, rows_read, split_replicates, stage_keys
 
-CHECK_STEP = 2**40  # the step whose crops a stage's checks take: none that is trained on
+CHECK_STEP = 2**40  # a stage's checks take the crops of this step, which no training reaches
 
 
 def main(argv: list[str]) -> int:
@@ -78,7 +78,7 @@ def run(config: ConfigDict, workdir: Path) -> int:
     profiled_steps(config)
     if config.tensorboard:
         tensorboard()
-    source = Path(config.get("model", {}).get("weights") or workdir)  # another run, whose cases this one has seen too
+    source = Path(config.get("model", {}).get("weights") or workdir)  # may be another run; its cases then count as seen
     cases = load_cases(config, log, folder=workdir / "cache", trained=partial(rows_read, system))
     rows, unchecked = check_unseen_by_source(config, cases.rows, source)
     images = cases.samples(rows_read(system, rows))
@@ -203,7 +203,7 @@ def begin_stage(course: Course, *, first: bool) -> tuple[State, int, dict[str, A
     config, stage = course.config, course.stage
     state = compiled_init(stage, len(course.tables[0]), config.replicates, course.mesh)(course.keys, course.results)
     found = checkpoint.restore(course.folder, state, config=course.identity, log=log)
-    if first:  # not before a folder of another configuration is refused, and stays as it is
+    if first:  # only now: `restore` refuses a folder of another configuration, which stays as it is
         describe_run(config, course.workdir)
     if found:
         start, state, position = found
@@ -226,7 +226,7 @@ def take_steps(
 ) -> State:
     """The training loop: the steps of a stage from `start` on.
 
-    Its order: take a dispatch of one or several steps, look at the checks, fetch metrics and save, fetch metrics, stop.
+    Its order: run a dispatch of one or several steps; run the checks; fetch metrics and save; fetch metrics; stop.
     Metrics of the newest dispatch are fetched after the next one runs.
     """
     config, stage, mesh, steps = course.config, course.stage, course.mesh, course.steps
@@ -330,7 +330,7 @@ class Record:
     ):
         self.course, self.readers, self.saved, self.since_line = course, readers, start, since_line
         self.pending: list[tuple[int, list[np.ndarray], dict]] = []
-        self.clock: tuple[float, int] | None = None  # of the last fetch of this process, and its last step
+        self.clock: tuple[float, int] | None = None  # time and step of this process's last fetch
         self.pace: dict[str, float] = {}
 
     def add(self, first: int, indices: list[np.ndarray], metrics: dict) -> None:
@@ -373,7 +373,7 @@ class Record:
             self.since_line.clear()
 
     def _measure(self, step: int) -> None:
-        """Takes the time a step since the last fetch, up to a step that is now known to be done."""
+        """Measures the mean time of a step, from the last fetch to a step that is now known to be done."""
         now = time.monotonic()
         if self.clock and step > self.clock[1]:
             seconds = (now - self.clock[0]) / (step - self.clock[1])
@@ -396,7 +396,7 @@ class Record:
             reader(line)
 
     def remedy(self) -> str:
-        """What is kept, and what to do about a number that is not finite."""
+        """Which step is saved, and what to do about a number that is not finite."""
         kept = f"step {self.saved} is kept in {self.course.folder}" if self.saved else "no step was saved yet"
         return f"{kept}: lower the stage's lr, or mend these images"
 

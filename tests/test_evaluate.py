@@ -312,7 +312,7 @@ def test_overlap_is_averaged_over_replicates_and_has_an_oracle_alone_without_nor
 def test_an_overlap_of_volumes_is_refused_before_the_training():
     c = recipe.parse(["--config=configs/maemi.py:smoke"], "")[0]
     c.evaluation.iou = 95.0
-    with pytest.raises(InputError, match=r"evaluation.iou is 95.0: of volumes 0 alone"):
+    with pytest.raises(InputError, match=r"evaluation.iou is 95.0: volumes have no IoU"):
         load_system(c)
 
 

@@ -204,5 +204,5 @@ def test_what_several_processes_cannot_evaluate_is_said_before_anything_is_read(
     config.evaluation.repeats = 2
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(train, "load_cases", lambda *args: pytest.fail("data were read"))
-    with pytest.raises(InputError, match=r"evaluation\.convergence is of one process: set it to 0"):
+    with pytest.raises(InputError, match=r"evaluation\.convergence needs a single process: set it to 0"):
         train.run(config, tmp_path)

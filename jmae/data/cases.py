@@ -1,8 +1,8 @@
-"""The cases of a command: the rows of its data, each file of which is opened once, checked, and prepared.
+"""The cases of a command. Each file that its rows name is opened once, checked, and prepared.
 
-`load_cases` opens every file of a manifest. What the command needs later is kept from that one decoding: images as the
-networks see them, training volumes in the cache of the run folder, volumes to score in a temporary file, masks as
-packed bits.
+`load_cases` opens every file of a manifest. What the command needs later is kept from that one decoding. Images are
+kept as the networks see them, and masks as packed bits. Training volumes go into the cache of the run folder, volumes
+to score into a temporary file.
 """
 
 import os
@@ -42,7 +42,7 @@ from jmae.errors import InputError
 
 
 class Bits(NamedTuple):
-    """A mask in little memory."""
+    """A mask as packed bits."""
 
     shape: tuple[int, ...]
     packed: bytes
@@ -63,11 +63,12 @@ class KeptCase(NamedTuple):
 
     case: Prepared  # without arrays
     masks: dict[str, Bits | None]
-    arrays: dict[str, Callable[[], np.ndarray | None]]  # each read by a function
+    arrays: dict[str, Callable[[], np.ndarray | None]]  # a function that reads each array
 
     @classmethod
     def of(cls, case: Prepared, arrays: dict[str, Callable[[], np.ndarray | None]]) -> "KeptCase":
-        """Takes the arrays out of a case. `arrays` read them again: "array", of a volume "stored" and "subtraction"."""
+        """Takes the arrays out of a case. `arrays` read them again: "array", and of a volume "stored" and
+        "subtraction"."""
         masks = {"lesion": case.lesion, "region": case.region}
         empty: dict[str, Any] = {**dict.fromkeys(masks), "array": _NOTHING, "stored": None, "subtraction": None}
         if volume := case.volume:
@@ -133,7 +134,7 @@ class ArrayFile:
 class Cases:
     """The rows of a command, and what has been read of each. A row is known by its id.
 
-    What was not opened by the check (phantoms, rows of other splits) is read when it is asked for.
+    A row that the check did not open (phantoms, rows of other splits) is read when it is asked for.
 
     Args:
       rows: rows of a manifest or a phantom set.
@@ -250,8 +251,8 @@ def load_cases(
 ) -> Cases:
     """The cases that `config.data` names: a phantom set, or a manifest whose every file is opened once.
 
-    A patient, a file, or an image under two names in two splits is refused. With `data.allow_leaks` these are warnings,
-    and their rows are marked.
+    Two splits that share a patient, a file, or an image under two names are refused. With `data.allow_leaks` such a
+    leak is a warning, and its rows are marked.
 
     Args:
       config: the recipe.
@@ -299,7 +300,7 @@ def _from_manifest(
     )
     written = rows
     if data.calibration and not problems:
-        rows = kept_apart(rows, data.calibration)  # before copies of trained images are looked for
+        rows = kept_apart(rows, data.calibration)  # first: the search for leaks needs the final splits
     cases = Cases(rows, config, folder, scored=scored, trained=_ids(trained, rows))
     now = {row.id: row for row in rows}
     colour: list[str] = []
@@ -328,7 +329,7 @@ def _from_manifest(
 
 
 def folded(problems: Sequence[str], most: int = 3) -> list[str]:
-    """Problems "CASE: FILE: WHAT", of each WHAT at most `most`; the last of them says how many more there are."""
+    """Problems "CASE: FILE: WHAT", at most `most` of each WHAT; the last of these says how many more there are."""
     kinds = [problem.split(": ", 2)[-1] for problem in problems]
     total, shown, lines = Counter(kinds), Counter[str](), []
     for problem, kind in zip(problems, kinds, strict=True):
@@ -341,7 +342,7 @@ def folded(problems: Sequence[str], most: int = 3) -> list[str]:
 
 
 def marked(rows: Sequence[Row], leaking: Sequence[Finding]) -> list[Row]:
-    """The rows; each row of a leak gets what leaks as `Row.leak`."""
+    """The rows; `Row.leak` of each row of a leak says what leaks."""
     what: dict[str, list[str]] = {}
     for one in leaking:
         for row in one.rows:
@@ -352,7 +353,7 @@ def marked(rows: Sequence[Row], leaking: Sequence[Finding]) -> list[Row]:
 def kept_apart(rows: Sequence[Row], share: float) -> list[Row]:
     """The rows with `share` of the normal train patients moved to `val`, as normals that calibrate the scores.
 
-    Whole patients move, none with a lesion. They are trained on no more.
+    Whole patients move, none of them with a lesion, and their rows are no longer trained on.
 
     Raises:
       InputError: `share` is not in [0, 1), or so few patients are left that none moves.

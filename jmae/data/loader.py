@@ -1,4 +1,4 @@
-"""From rows to batches: images that are decoded once where they fit in memory, in grain's order, fetched ahead."""
+"""From rows to batches. Images that fit in memory are decoded once; grain orders the samples and fetches them ahead."""
 
 import hashlib
 import inspect
@@ -81,7 +81,8 @@ class ImageStore:
         return self.arrays[slot] if slot is not None and self.filled[slot] else None
 
     def fill(self, rows: Sequence[Row]) -> None:
-        """Decodes the images of rows that have a place and are not there; raises InputError with all unusable ones."""
+        """Decodes the images of rows that have a place in memory and are not there yet; raises InputError with all
+        unusable ones."""
 
         def problem(row: Row) -> str:
             try:
@@ -173,8 +174,8 @@ def function_name(function: Callable[..., Any]) -> str:
 
 @cache
 def code_digest(package: str = "") -> str:
-    """The SHA-256 of the source of jmae, or of one of its packages, and of the versions of what it computes with: what
-    was computed by other code is not taken from a cache."""
+    """The SHA-256 of the source of jmae, or of one of its packages, and of the versions of the libraries that it
+    computes with. So a cache never gives what other code has computed."""
     folder = Path(__file__).parents[1] / package
     versions = [metadata.version(name) for name in ("numpy", "scipy", "scikit-image")]
     digest = hashlib.sha256(" ".join(versions).encode())
@@ -207,8 +208,8 @@ def batches(
     """An endless iterator of batches over index tables, one table for each replicate; its state is its position.
 
     A batch holds image (b, *size, c); index (b,), the sample's number in its table; case (b, 2), the `case_words`; and
-    the host arrays. With several tables all of them have a leading axis of replicates. With `shuffle` every epoch has
-    a new order by seed and drops its last incomplete batch; otherwise rows come in order, round and round. A table
+    the host arrays. With several tables all these arrays have a leading axis of replicates. With `shuffle` every epoch
+    has a new order by seed and drops its last incomplete batch; otherwise rows come in order, round and round. A table
     shorter than a batch is repeated to fill one. Each process reads its own part of every batch.
 
     Raises:

@@ -1,7 +1,7 @@
-"""The manifest: a CSV with one case a row. Everything wrong with it is said at once, and nothing is dropped in silence.
+"""The manifest: a CSV with one case a row. All its problems are reported at once, and nothing is dropped in silence.
 
-Columns `id,patient,split,label,image,mask,region`, optionally `boxes`, `pre` and `post` (DCE-MRI: the series before
-contrast, and the phases after it), `midline` and `half` (of volumes that are two pieces, as left and right); further
+Columns: `id,patient,split,label,image,mask,region`. Optional columns: `boxes`; `pre` and `post` (DCE-MRI: the series
+before contrast, and the phases after it); `midline` and `half` (volumes of two pieces, such as left and right). Further
 columns are carried along. `image` may join channels and `post` phases by ";". Paths are relative to the file.
 """
 
@@ -32,7 +32,7 @@ LEAKS = ("patient leak", "image leak")  # kinds of problems that `parse_manifest
 
 
 class Row(NamedTuple):
-    """One case. `label` is 0 normal, 1 abnormal, None unknown, and always None in `unlabeled`, as mask and boxes."""
+    """One case. `label` is 0 normal, 1 abnormal, None unknown. A row of `unlabeled` has no label, mask or boxes."""
 
     id: str
     patient: str  # "" where not known: a patient of its own
@@ -44,16 +44,16 @@ class Row(NamedTuple):
     boxes: tuple[tuple[float, ...], ...] = ()  # x0 y0 x1 y1, or x0 y0 z0 x1 y1 z1
     pre: tuple[str, ...] = ()  # the series before contrast, none or one
     post: tuple[str, ...] = ()  # the phases after it, in order
-    # Among them `midline`: "", "middle", or an index of the image's own left-right axis between voxels, of which the
-    # first piece is [0, midline); and `half`: "", or "first" or "second", the only piece that is used.
+    # Among them is `midline`: "", "middle", or an index between voxels on the image's own left-right axis. The first
+    # piece is [0, midline). `half` ("first" or "second") names the only piece that is used.
     extra: Mapping[str, str] = MappingProxyType({})
-    leak: str = ""  # what else of another split this row is the same as, where `data.allow_leaks` lets it pass
+    leak: str = ""  # what this row shares with another split, where `data.allow_leaks` lets it pass
     kept: bool = False  # a train row that `data.calibration` made a normal of `val`
     content: str = ""  # `duplicates.content` of its image, where that has been opened
 
 
 class Finding(NamedTuple):
-    """What is wrong with some rows, in a line."""
+    """One problem of some rows, in a line."""
 
     kind: str
     rows: tuple[Row, ...]
@@ -69,7 +69,7 @@ def parse_manifest(
       path: the CSV file; UTF-8 with or without BOM, any line ends.
       crops: whether the recipe trains on crops of volumes, so that `data.normal_crops_only` can be a remedy.
       normal_crops_only: whether abnormal rows may be in `train` if they have a mask or boxes. Only crops can keep off
-        the lesions, so it counts with `crops` alone.
+        the lesions, so this counts with `crops` alone.
       allow: kinds of problems that are no problem: "abnormal" rows in `train`, `LEAKS`.
 
     Returns:
@@ -118,8 +118,8 @@ def parse_manifest(
 
 
 def read_cases(path: str | os.PathLike, split: str) -> list[Row]:
-    """The rows of a list of new cases, all of `split`: of the columns of a manifest `id` and `image` must be there, and
-    `region`, `midline` and `half` say what they say in one. `split`, `label`, `mask` and `boxes` are not looked at.
+    """The rows of a list of new cases, all of `split`. The columns `id` and `image` must be there; `region`, `midline`
+    and `half` mean the same as in a manifest. `split`, `label`, `mask` and `boxes` are not read.
 
     Raises:
       InputError: all problems of the file, a line each.
@@ -189,8 +189,8 @@ _KINDS = {0: "normal", 1: "abnormal", None: "of unknown label"}
 
 
 def held_out(rows: Sequence[Row], share: float) -> Bool[np.ndarray, " n"]:
-    """Which train rows a share of the patients holds, rounded up: those with the smallest digest of their name, whole
-    patients; none of fewer than ten."""
+    """Which train rows belong to a share of the patients, rounded up. It takes the patients with the smallest digests
+    of their names, and none where there are fewer than ten."""
     digest = lambda name: hashlib.sha256(name.encode()).hexdigest()
     names = sorted({row.patient or row.id for row in rows if row.split == "train"}, key=digest)
     held = set(names[: math.ceil(share * len(names)) if len(names) >= 10 else 0])
@@ -238,7 +238,7 @@ def _check_columns(path: str | os.PathLike, columns: list[str], needed: Collecti
     lines = [f"column {name!r} is there {n} times: keep one" for name, n in Counter(columns).items() if n > 1]
     further = {column.lower(): column for column in columns if column not in COLUMNS}
     for name in (*COLUMNS, *FURTHER, "midline", "half"):
-        unsure = name in FURTHER[1:] or name == "half"  # so short that other words are near: plurals and capitals alone
+        unsure = name in FURTHER[1:] or name == "half"  # other words are near: only plurals and capitals count
         near = difflib.get_close_matches(name, further, n=1, cutoff=0.85 if unsure else 0.7)
         if name not in columns and (near or name in needed):
             hint = f"rename {further[near[0]]!r}" if near else "add it, empty if there is nothing to say"

@@ -1,4 +1,4 @@
-"""Opens every file that rows name, each once, and says all that is wrong with them."""
+"""Opens every file that rows name, each once, and reports all problems."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,9 +21,9 @@ def open_each(
 ) -> list[Finding]:
     """Opens every image, mask, region and series of contrast; returns all problems in the order of the rows.
 
-    Kinds of findings: "unreadable" (missing and damaged files; what `use` refuses), "geometry" (another grid than the
-    image's; another rank or number of channels than most images have), "truth" (a mask, region or box against the
-    label, that marks nothing, or outside the image). Phantoms pass.
+    Kinds of findings: "unreadable" (missing and damaged files; cases that `use` refuses), "geometry" (another grid than
+    the image's; another rank or number of channels than most images have), "truth" (a mask, region or box that
+    contradicts the label, marks nothing, or lies outside the image). Phantoms pass.
 
     Args:
       rows: rows of a manifest.
@@ -87,7 +87,7 @@ def _open_row(row: Row, use: UseCase | None, read: ReadCase) -> tuple[tuple[int,
 
 
 def _contradictions(row: Row, mask: np.ndarray | None, region: np.ndarray | None) -> Iterator[str]:
-    """Where a mask, region or box of a row says something else than its label."""
+    """The problems of a row's mask, region and boxes, such as a mask that contradicts the label."""
     if mask is not None and row.label is not None and mask.any() != bool(row.label):
         marked = np.count_nonzero(mask)
         yield f"{row.mask}: the mask marks {marked} values and the label is {row.label}: repair one of them"

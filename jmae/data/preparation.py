@@ -1,4 +1,4 @@
-"""One case: from the files of a row to what is scored, its masks, and the words that its randomness comes from.
+"""One case: from the files of a row to the array that is scored, the masks, and the words that seed its random numbers.
 
 2D images become arrays of `data.size` in [0, 1]; volumes go to their working grid (`jmae.data.volumes`).
 """
@@ -23,7 +23,7 @@ PLS = np.array([[0, -1, 0, 0], [-1, 0, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1.0]])  # 
 
 
 class CaseReader:
-    """Reads the files of one row, each once: a file that the row names again stays until the case is done."""
+    """Reads the files of one row, each once: a file that the row names twice is kept until the case is done."""
 
     def __init__(self, row: Row):
         named = Counter([*row.image, *row.pre, *row.post, *(file for file in (row.mask, row.region) if file)])
@@ -70,7 +70,7 @@ def stored_case(row: Row, data: ConfigDict, read: ReadFile = read_file) -> Image
 
 
 def stored_image(row: Row, read: ReadFile = read_file) -> Image:
-    """A row's image as stored, of several files their channels in order."""
+    """A row's image as stored; several files give its channels in order."""
     if not row.image[0].startswith(PHANTOM):
         return read_image(row.image, read)
     drawn = phantom(row.image[0])
@@ -118,7 +118,7 @@ def usable(row: Row, stored: Image, size: tuple[int, ...], channels: int) -> np.
         array = grey(array)
     if array.shape[-1] != channels:
         raise InputError(
-            f"{row.image[0]}: channels: {array.shape[-1]} where the recipe has {channels}: give so many, or train "
+            f"{row.image[0]}: channels: {array.shape[-1]} where the recipe has {channels}: give {channels}, or train "
             f"with --config.data.channels={array.shape[-1]}, and model.channels where the recipe has it"
         )
     if not np.isfinite(array).all():
@@ -163,7 +163,7 @@ def prepared_volume(row: Row, data: ConfigDict, case: Opened | None = None) -> V
         region=case.region,
         midline=row.extra.get("midline", ""),
         half=row.extra.get("half", ""),
-        # What is scored must not depend on its label, whatever was published.
+        # The voxels that are scored must not depend on a label, whatever was published.
         widen=row.split == "train" or data.widen_test_crops,
     )
 
@@ -179,9 +179,10 @@ class Prepared:
       digest: of the stored values (`stored_digest`).
       lesion: the lesion mask or boxes, bool on the own grid; None without both.
       region: where metrics count, bool on the own grid; None is everywhere.
-      stored: the stored image; None of an image that the command has not kept.
+      stored: the stored image; None for an image that the command has not kept.
       volume: a volume's working grid and its masks there; None for an image.
-      subtraction: of a volume with series before and after contrast, on the working grid (`read_subtraction`).
+      subtraction: subtraction image of a volume with series before and after contrast, on the working grid
+        (`read_subtraction`).
       moments: (mean, standard deviation) to which the recipe normalises volumes.
     """
 

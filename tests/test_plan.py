@@ -384,7 +384,7 @@ def on_gpus(target: str = "h200:2", **changes) -> tuple[dict, list[str]]:
     """(a plan's figures of the program above, the lines that are printed)."""
     machine = plan.target_of(target)
     mesh = SimpleNamespace(size=2)
-    found = plan.measured(machine, mesh, compiled(GPU, **changes), {"parameters": 4 * 10**6, "batch": 10**6}, None)
+    found = plan.needs_of(machine, mesh, compiled(GPU, **changes), {"parameters": 4 * 10**6, "batch": 10**6}, None)
     head = {"system": "maemi", "stage": "train", "chips": 2, "fsdp": 1, "batch": 12, "batch_from": "recipe"}
     found = head | {"flops": 2e9, "flops_chip": 1e9} | found
     return found, plan.report(machine, found)

@@ -71,8 +71,8 @@ def calibrate(
     """Calibrates a run on the normals of `val` and writes calibration.json.
 
     The file holds the score of each normal, the threshold at the false-alarm rate `evaluation.alarm_rate`, the colour
-    scale of maps, and which weights and settings they are of. None where labels of `val` chose the weights and no
-    other normals are there.
+    scale of maps, and the weights and settings that these numbers belong to. None where labels of `val` chose the
+    weights and no other normals are there.
     """
     used = np.array(calibrating_rows(config, system, reference.rows, say))
     if not used.any():
@@ -81,7 +81,7 @@ def calibrate(
     scores = {row.id: float(s) for row, s in zip(normals, reference.scores[:, used].mean(0), strict=True)}
     patients = len({patient_key(row) for row in normals})
     if patients < len(normals):
-        log(f"warning: {len(normals)} held-out normals of {patients} patients: p-values promise less than their number")
+        log(f"warning: {len(normals)} held-out normals of {patients} patients: the promise of p-values is weaker")
     needs = [name for name in LOCATING_COLUMNS if system.sweep and any(has_column(row, name) for row in normals)]
     ends = reference.ends[used]
     low, high = colour_ends(*ends.T) if np.isfinite(ends).all() else (None, None)
@@ -106,8 +106,8 @@ def calibrate(
 
 
 def calibrating_rows(config: ConfigDict, system: System, rows: Sequence[Row], say: Say = log) -> list[bool]:
-    """Which rows of `val` may calibrate: the normals, unless labels of `val` chose the weights. Then only normals that
-    were kept apart from `train` may."""
+    """Which rows of `val` may calibrate: the normals, unless labels of `val` chose the weights. In that case only
+    normals that were kept apart from `train` may calibrate."""
     labels = {row.label for row in rows if row.split == "val" and not row.kept}
     if chosen_on_val(system) and {0, 1} <= labels:
         say(
@@ -133,7 +133,7 @@ def calibrate_run(
 
 
 def rows_changed(system: System, rows: Sequence[Row], workdir: Path) -> bool:
-    """Whether the rows are others than those trained on, so that none of them may calibrate the run. Logs it."""
+    """Whether the rows differ from the rows of the training, so that none of them may calibrate the run. Logs it."""
     saved = rows_digest(system, workdir)
     if saved in (None, digest(rows_read(system, rows))):
         return False
@@ -147,7 +147,8 @@ def rows_changed(system: System, rows: Sequence[Row], workdir: Path) -> bool:
 def read_calibration(
     config: ConfigDict, system: System, results: Results, workdir: Path, say: Say = log
 ) -> Calibration | None:
-    """The run's calibration. None, with a reason to `say`, where the run has none, or one of other weights or settings.
+    """The run's calibration. None, with a reason to `say`, where the run has no calibration, or one for other weights
+    or settings.
 
     Raises:
       InputError: the file is damaged.
@@ -170,10 +171,10 @@ def read_calibration(
         raise InputError(f"{file}: is no calibration ({error!r}): delete it and run jmae.evaluate again") from None
     now = json.loads(json.dumps(score_identity(config, system, results)))
     if weights != now["weights"]:
-        say(f"warning: {file} is of other weights: no p-values; run jmae.evaluate again")
+        say(f"warning: {file} belongs to other weights: no p-values; run jmae.evaluate again")
         return None
     if other := [k for k in settings | now["settings"] if settings.get(k) != now["settings"].get(k)]:
-        say(f"warning: {file} is of another evaluation.{other[0]}: no p-values")
+        say(f"warning: {file} belongs to another evaluation.{other[0]}: no p-values")
         return None
     return Calibration(scores, low, high, needs)
 
@@ -221,7 +222,7 @@ def score_line(
 
 
 def why_no_p_values(calibration: Calibration | None) -> str:
-    """The reason of a calibrated run, of whose cases none has a p-value."""
+    """Why no case of a calibrated run has a p-value."""
     if not calibration or not calibration.needs:
         return ONLY_NORMALS
     needs = " and a ".join(calibration.needs)
@@ -239,7 +240,7 @@ def alarm_rate(config: ConfigDict) -> float:
 def alarms(
     labels: np.ndarray, p_values: Sequence[float | None], calibration: Calibration | None, rate: float
 ) -> dict[str, Any] | None:
-    """The share of normal and of abnormal cases, of those with a p-value, whose p-value is at most `rate`.
+    """Of the cases with a p-value, the shares of normal and of abnormal ones whose p-value is at most `rate`.
 
     Args:
       labels: (n,), -1 unknown.

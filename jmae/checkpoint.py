@@ -37,10 +37,10 @@ from jaxtyping import PyTree
 from jmae.errors import InputError
 from jmae.sharding import device_mesh, replicated
 
-FORMAT = 1  # of a step folder; another number is refused
+FORMAT = 1  # format of a step folder; another number is refused
 DIGESTS, ABOUT, STATE, LOCK = "digests.json", "step.json", "state", ".lock"
-LARGEST_DIGESTS_BYTES = 2**26  # that file is read before anything is verified
-REPLY_BYTES = 2**14  # of process 0 to the others
+LARGEST_DIGESTS_BYTES = 2**26  # the digests are read before anything is verified
+REPLY_BYTES = 2**14  # longest reply of process 0 to the others
 
 
 def save(folder: Path, step: int, state: PyTree, position: dict, *, config: dict, keep: int = 2) -> None:
@@ -51,7 +51,7 @@ def save(folder: Path, step: int, state: PyTree, position: dict, *, config: dict
         step: its number. An existing step of that number is removed after the new one is complete.
         state: pytree of arrays; with several processes, of global arrays.
         position: position of the data iterator, as a JSON value that is equal in all processes.
-        config: nested dict; `restore` refuses the step under another one.
+        config: nested dict; `restore` refuses the step where the configuration differs.
 
     Raises:
         InputError: the disk is full or not writable; older steps are as they were.
@@ -338,7 +338,7 @@ def _refuse_difference(path: Path, saved: dict[str, str], given: dict[str, str])
 
 @contextlib.contextmanager
 def _orbax() -> Iterator[ocp.Checkpointer]:
-    """Orbax's checkpointer. Its failures are raised as OSError where the system refused a call, else as ValueError."""
+    """Orbax's checkpointer. Failures are raised as OSError where the system refused a call, else as ValueError."""
     # Without compression: trained float32 shrinks by 8 %, and zstd takes longer than writing those 8 %.
     handler = ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_compression=False)
     try:

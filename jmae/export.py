@@ -2,22 +2,23 @@
                        [--debug]
 
 Writes a trained run's scoring function as StableHLO (`function.bin`, of `jax.export`), its weights
-(`weights.safetensors`) and what goes in and comes out (`export.json`). They are read again without the recipe, and
-without jmae:
+(`weights.safetensors`) and a description of its inputs and outputs (`export.json`). These files can be used without the
+recipe and without jmae:
 
     import json, jax, numpy, safetensors.numpy
     call = jax.jit(jax.export.deserialize(open("DIR/function.bin", "rb").read()).call)
     weights = safetensors.numpy.load_file("DIR/weights.safetensors")
     out = call(weights, image, case)   # {"maps/NAME", "scores/NAME", "reconstruction", "confidence"}
 
-`image` is float32 (batch, *size, channels) as the network sees it, and `case` (batch, 2) what `jmae.export.case_words`
-makes of the cases' ids: the masks' randomness. A system of volumes takes one prepared volume (*size, channels) of the
---size in voxels of the working grid, and (2,): windows, repetitions and averaging are inside, a midline is not.
+`image` is float32 (batch, *size, channels) as the network sees it, and `case` (batch, 2) is what
+`jmae.export.case_words` makes of the cases' ids: it seeds the masks. A system of volumes takes one prepared volume
+(*size, channels), of the --size in voxels of the working grid, and `case` (2,). The function includes windows,
+repetitions and averaging, but no midline.
 
 `export.json` also holds the settings of the evaluation and, of a calibrated run, "calibration": the scores of the n
 held-out normals, what they depend on ("needs"), and the threshold at the false-alarm rate. The p-value of a score s is
-(1 + number of those scores >= s) / (n + 1), an alarm a score above the threshold. The score of a volume is the mean of
-the highest share evaluation.top of its map in the region.
+(1 + number of those scores >= s) / (n + 1). A score above the threshold is an alarm. A volume's score is the mean of
+its map's highest values in the region; evaluation.top is their share.
 
 Results are those of `jmae.evaluate` to 1e-5, with a leading axis of replicates where the run has several, and need the
 platform on which they were exported. Exit codes: 0 done; 2 the input or the environment is wrong.
@@ -69,7 +70,7 @@ def main(argv: list[str]) -> int:
         raise InputError(f"--batch={given['batch']}: one number")
     if "batch" in numbers and system.sweep:
         raise InputError(
-            f"--batch is of images: {system.name} takes one volume; --config.evaluation.batch: its windows"
+            f"--batch is for images: {system.name} takes one volume; --config.evaluation.batch: its windows"
         )
     export(config, system, workdir, out, batch=numbers.get("batch", (1,))[0], size=numbers.get("size", ()))
     return 0
@@ -142,7 +143,7 @@ def export(
         safetensors.numpy.save_file(weights, half / WEIGHTS)
         about["sha256"] = {name: sha256(half / name) for name in (FUNCTION, WEIGHTS)}
         (half / ABOUT).write_text(json.dumps(about, indent=1) + "\n")
-        for name in (FUNCTION, WEIGHTS, ABOUT):  # the last makes it an export
+        for name in (FUNCTION, WEIGHTS, ABOUT):  # the last file makes the folder an export
             os.replace(half / name, out / name)
         half.rmdir()
     except OSError as error:
@@ -161,7 +162,7 @@ def score_function(config: ConfigDict, system: System, size: tuple[int, ...]) ->
     sweep = system.sweep
     if not sweep:
         if size:
-            raise InputError(f"--size is of volumes: {system.name} takes images of {tuple(config.data.size)}")
+            raise InputError(f"--size is for volumes: {system.name} takes images of {tuple(config.data.size)}")
         assert system.score
         one, chunk = system.score, config.evaluation.chunk or system.masks
         return lambda results, image, words, key: one(results, {"image": image, "case": words}, key, chunk=chunk)

@@ -4,8 +4,8 @@ python -m jmae.predict --workdir DIR --out DIR [--continue] --manifest CASES.csv
 Scores new cases with a trained run. Each case gets a map on its own grid, a score, and a p-value.
 
 INPUT is one case or a folder of cases. A case is an image file of any name: its content tells the format. The
-sequences of one case are joined by ";", in the order of the run's channels. Of a run of volumes, a folder of one DICOM
-series is a case too. Of a folder of cases every file in it and below is a case, or every series of a run of volumes.
+sequences of one case are joined by ";", in the order of the run's channels. For a run of volumes, a folder of one DICOM
+series is a case too. In a folder of cases, every file at any depth is a case; for a run of volumes, so is every series.
 Hidden files and DICOMDIR are passed over. A case's id is the name of its (first) file without the format's ending.
 Where two cases have one name, folders are added to the ids.
 
@@ -13,11 +13,11 @@ CASES.csv lists cases instead. It has the columns id and image; region, midline 
 scored within a region or in two pieces. All are as in a manifest, whose other columns are not read.
 
 --out gets, for each case, ID_anomaly.nii.gz (for images .tif, 32 bits), ID_confidence where the system has one,
-ID_recon where the recipe has evaluation.reconstruction, and ID_overlay.png, for a volume the axial slice with the
-highest value. After all cases it gets scores.csv: id,label,score,p_value and further scores. The p-value is the share
-of held-out normals that score as high (jmae.scoring.Calibration). It is empty where the run is not calibrated; for an
-image that the run was trained or calibrated on; and where a case has another set of region, midline and half than the
-normals had. A case that fails is listed in failed.csv, and the others go on.
+ID_recon where the recipe has evaluation.reconstruction, and ID_overlay.png. The overlay of a volume shows the axial
+slice with the highest value. At the end --out gets scores.csv: id,label,score,p_value and further scores. The p-value
+is the share of held-out normals that score as high (jmae.scoring.Calibration). It is empty where the run is not
+calibrated; for an image that the run was trained or calibrated on; and where a case has another set of region, midline
+and half than the normals had. A case that fails is listed in failed.csv, and the others go on.
 
 --continue  finishes what is missing in --out: after an interruption, or after failed files have been mended.
 
@@ -113,11 +113,11 @@ def load(workdir: str | os.PathLike) -> Callable[..., Prediction]:
       spacing: mm along each axis, where the input does not tell it.
       affine: (4, 4), voxel -> RAS mm, of an array. A volume with a spacing and without an affine is taken to have the
         axes of the run (`data.axes`, as PLS: indices grow to posterior, left and superior).
-      id: what the case's random masks come from. The id of the manifest repeats `jmae.evaluate` on the same device. A
-        path's default is the file's name without its ending.
-      region: of a volume, where its score counts. A volume is cropped to it, or normalised by it, where the run's
-        training volumes were. A path, or an array (*size) on the volume's own grid, above 0 inside.
-      midline, half: of a volume that is two pieces, as in a manifest: "middle" or an index; "first" or "second".
+      id: name that seeds the case's random masks. With the manifest's id the score is that of `jmae.evaluate` on the
+        same device. Without an id, a path counts by the file's name without its ending.
+      region: part of a volume that its score covers: a path, or an array (*size) on the volume's own grid, above 0
+        inside. A volume is cropped to the region, or normalised by it, where the run's training volumes were.
+      midline, half: for a volume of two pieces, as in a manifest: "middle" or an index; "first" or "second".
     """
     workdir = Path(workdir)
     run = open_run(workdir, recipe.read(workdir))
@@ -136,7 +136,7 @@ def load(workdir: str | os.PathLike) -> Callable[..., Prediction]:
         if problem := next((what for _, what in wrong_pieces(str(midline), half)), ""):
             raise InputError(f"{row.image[0]}: {problem}")
         if not run.system.sweep and (region is not None or midline or half):
-            raise InputError(f"{row.image[0]}: a region, a midline and halves are of volumes: leave them out")
+            raise InputError(f"{row.image[0]}: only volumes have a region, a midline and halves: leave them out")
         row, inside = with_region(row, stored, region)
         (result,) = run.scorer.score([run.scorer.prepare(row, stored, inside)])
         line = checked_line(run, row, result)
@@ -158,7 +158,7 @@ def case_of(
         stored = stored_case(row, run.config.data)
         stored = with_spacing(stored, spacing, row.image[0])
         if affine is not None:
-            raise InputError(f"{row.image[0]}: affine is of arrays, a file tells its own: leave it out")
+            raise InputError(f"{row.image[0]}: affine goes with an array, a file has its own: leave it out")
         return row, stored
     row = Row(id, "", SPLIT, None, (f"array {id}".strip(),))
     return row, image_of_array(image, run.config.data, spacing, affine, row.image[0])
@@ -187,11 +187,11 @@ def open_run(workdir: Path, config: ConfigDict) -> Run:
     calibration = read_calibration(config, system, results, workdir)
     seen = {row.content: row for row in read_seen(workdir) if row.content}
     if calibration and not seen and config.data.manifest:
-        log(f"warning: {workdir} has no list of the images it has seen: theirs get p-values too, which mean nothing")
+        log(f"warning: {workdir} has no seen.csv: p-values of images that it was trained on mean nothing")
     if calibration and calibration.needs:
         log(
-            f"p-values are of cases with a {' and a '.join(calibration.needs)}, as the held-out normals had: name them "
-            "in columns of --manifest=CASES.csv, from Python by keyword"
+            f"only cases with a {' and a '.join(calibration.needs)} get p-values, as the held-out normals have them: name "
+            "them in columns of --manifest=CASES.csv, or from Python by keyword"
         )
     scorer = Scorer(config, system, results)
     return Run(config, system, scorer, calibration, score_identity(config, system, results), seen)
@@ -214,7 +214,7 @@ def why_no_p_value(run: Run, row: Row, result: Result) -> str:
     if row_seen := run.seen.get(content(result.case.stored.array)):
         return f"it is the image of {row_seen.id} in {row_seen.split}, which the run was trained or calibrated on"
     further = [name for name in LOCATING_COLUMNS if has_column(row, name) and name not in run.calibration.needs]
-    return f"it has a {further[0]}, which the held-out normals had not" if run.system.sweep and further else ""
+    return f"it has a {further[0]}, which the held-out normals did not have" if run.system.sweep and further else ""
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
@@ -236,7 +236,7 @@ def predict_rows(run: Run, rows: Sequence[Row], out: Path, *, further: bool) -> 
         log(f"{len(rows) - len(missing)} of {len(rows)} cases are done")
     colours = colours_of(run.calibration)
     if missing and colours is None:
-        log("warning: overlays have a colour scale each, as no held-out normals give one: do not compare them")
+        log("warning: each overlay has its own colour scale, as no held-out normals give one: do not compare them")
     failed: list[dict[str, str]] = []
 
     def fail(row: Row, error: Exception) -> None:
@@ -308,7 +308,8 @@ def write_case(run: Run, result: Result, out: Path, colours: Scale | None) -> li
 def overlay(stored: Image, heat: np.ndarray, colours: Scale | None) -> np.ndarray:
     """An image under its map in colours, uint8 (rows, columns, 3), with one pixel for each pixel of the image.
 
-    Of a volume the axial slice with the highest value is shown; without a position, the slice across the last axis.
+    A volume is shown by the axial slice with the highest value, or without a position by the slice across the last
+    axis.
 
     Args:
       stored: the image.

@@ -68,9 +68,11 @@ def join(number: str) -> None:
             raise InputError(f"several processes need {', '.join(names)}: {missing[0]} is not set")
         address, *numbers = (os.environ[name] for name in names)
         if not all(n.isdecimal() for n in numbers) or not int(numbers[1]) < int(numbers[0]):
-            raise InputError(f"JAX_NUM_PROCESSES={numbers[0]}, JAX_PROCESS_ID={numbers[1]}: a number and one below it")
+            raise InputError(
+                f"JAX_NUM_PROCESSES={numbers[0]}, JAX_PROCESS_ID={numbers[1]}: write a number, and one below it"
+            )
         places = {"coordinator_address": address, "num_processes": int(numbers[0]), "process_id": int(numbers[1])}
-    # That service would take SIGTERM, which the commands handle themselves (`progress.signals`).
+    # The preemption service would take SIGTERM, which the commands handle themselves (`progress.signals`).
     jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(

@@ -147,9 +147,9 @@ def test_the_normals_themselves_and_other_settings_or_weights_have_no_p_value(ca
     changed.evaluation.masks = 9
     capfd.readouterr()
     assert cal.read_calibration(changed, SYSTEM, {}, folder) is None
-    assert "is of another evaluation.masks: no p-values" in capfd.readouterr().err
+    assert "belongs to another evaluation.masks: no p-values" in capfd.readouterr().err
     assert cal.read_calibration(c, SYSTEM, {"a": {"params": np.ones(2)}}, folder) is None
-    assert "is of other weights" in capfd.readouterr().err
+    assert "belongs to other weights" in capfd.readouterr().err
     changed.evaluation.masks, changed.evaluation.batch = c.evaluation.masks, 1
     assert cal.read_calibration(changed, SYSTEM, {}, folder).scores
 

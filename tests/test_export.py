@@ -106,7 +106,7 @@ def test_an_exported_function_of_volumes_gives_the_evaluators_map(tmp_path, capf
     assert exit_code(export.main, arguments) == 2
     assert "--size has 0 numbers: write the volume's voxels" in capfd.readouterr().err
     assert exit_code(export.main, [*arguments, f"--size={size}", "--batch=2"]) == 2
-    assert "--batch is of images" in capfd.readouterr().err
+    assert "--batch is for images" in capfd.readouterr().err
     assert exit_code(export.main, [*arguments, f"--size={size}"]) == 0
     call, about = export.load(tmp_path / "out")
     found = call(case.array, export.case_words(row.id))

@@ -175,10 +175,7 @@ def test_all_unusable_images_are_named_at_once(tmp_path):
     lines = str(caught.value).splitlines()
     assert len(lines) == 3
     assert "nan.npy: 12 values are not finite" in lines[0]
-    assert (
-        "colour.npy: channels: 4 where the recipe has 1: give so many, or train with --config.data.channels=4"
-        in lines[1]
-    )
+    assert "colour.npy: channels: 4 where the recipe has 1: give 1, or train with --config.data.channels=4" in lines[1]
     assert "volume.npy: 3 axes where data.size has 2" in lines[2]
 
 

@@ -216,7 +216,7 @@ def test_regions_and_midlines_are_taken_and_give_the_p_values_of_evaluate(tmp_pa
     assert run(workdir, tmp_path / "out", f"--manifest={tmp_path / 'cases.csv'}") == 0
     predicted = table(tmp_path / "out" / "scores.csv")
     assert predicted == {name: line | {"label": ""} for name, line in evaluated.items()}
-    assert "p-values are of cases with a region and a midline" in capfd.readouterr().err
+    assert "only cases with a region and a midline get p-values" in capfd.readouterr().err
     of, row = jmae.load(workdir), asked[0]
     inside, middle = nib.load(row.region).get_fdata(), row.extra["midline"]
     for region in (row.region, inside):
@@ -254,7 +254,7 @@ def test_images_that_the_run_has_seen_have_no_p_value_under_any_name(tmp_path, m
     said = capfd.readouterr().err
     assert "it is the image of val-0-3 in val, which the run was trained or calibrated on" in said
     assert "it is the image of train-0-0 in train" in said
-    with pytest.raises(InputError, match="are of volumes"):
+    with pytest.raises(InputError, match="only volumes have a region"):
         jmae.load(workdir)(renamed["test-0-0"], midline="middle")
 
 

@@ -65,8 +65,8 @@ def _flash_runs(q: Array) -> bool:
 def _flash(q: Array, k: Array, v: Array, keys: int, implementation: str = "cudnn") -> Array:
     """cuDNN's flash kernel, on sequences whose length is padded to a multiple of `MULTIPLE`.
 
-    Only keys are masked. cuDNN leaves rows after a query length undefined, and their gradients. So padding queries are
-    computed and their rows cut off, and padding is set to 0, which makes its gradient 0.
+    Only keys are masked. cuDNN leaves the rows after a query length, and their gradients, undefined. So padding queries
+    are computed and their rows cut off, and padding is set to 0, which makes its gradient 0.
     """
     n = q.shape[1]
     q, k, v = _filled(q, n), _filled(k, keys), _filled(v, keys)

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Key
 from jmae.sharding import device_mean, over_samples
 from jmae.target import target
 
-MOST_NARROW_OUTPUTS = 4  # up to so many outputs, a 1x1 convolution on a GPU is no matrix product
+MOST_NARROW_OUTPUTS = 4  # with at most so many outputs, a 1x1 convolution on a GPU is no matrix product
 
 
 def on_gpu() -> bool:
@@ -104,7 +104,7 @@ def dropout(x: Float[Array, " b *n"], keys: Key[Array, " b"], rate: float) -> Fl
 
 
 def totals(arrays: tuple[Float[Array, "..."], ...], axes: tuple[int, ...]) -> tuple[Float[Array, "..."], ...]:
-    """The sum of each array over `axes`. On a GPU one reduction computes all sums, as the arrays come of the same
+    """The sum of each array over `axes`. On a GPU one reduction computes all sums, as the arrays come from the same
     memory."""
     if not on_gpu():
         return tuple(jnp.sum(array, axes) for array in arrays)

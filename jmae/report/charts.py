@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from jmae import metrics
 
-if TYPE_CHECKING:  # what draws is imported where it is needed, as every command imports this module
+if TYPE_CHECKING:  # plotting libraries are imported where they are needed, as every command imports this module
     from matplotlib.axes import Axes
 
 NORMAL, ABNORMAL, INK, FAINT = "#2f6690", "#b4491f", "#1c1c1c", "#8a8a8a"

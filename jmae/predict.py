@@ -190,8 +190,8 @@ def open_run(workdir: Path, config: ConfigDict) -> Run:
         log(f"warning: {workdir} has no seen.csv: p-values of images that it was trained on mean nothing")
     if calibration and calibration.needs:
         log(
-            f"only cases with a {' and a '.join(calibration.needs)} get p-values, as the held-out normals have them: name "
-            "them in columns of --manifest=CASES.csv, or from Python by keyword"
+            f"only cases with a {' and a '.join(calibration.needs)} get p-values, as the held-out normals have "
+            "them: name them in columns of --manifest=CASES.csv, or from Python by keyword"
         )
     scorer = Scorer(config, system, results)
     return Run(config, system, scorer, calibration, score_identity(config, system, results), seen)

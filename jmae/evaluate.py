@@ -333,7 +333,7 @@ def write_evaluation(
         for row, digest in zip(split.rows, gathered.digests, strict=True)
     ]
     write_csv(out / "cases.csv", cases)
-    write_text(out / "config.json", recipe.to_json(config))  # with what was changed for this evaluation
+    write_text(out / "config.json", recipe.to_json(config))  # with the settings of this evaluation
     write_text(out / "metrics.json", json.dumps(metrics.json_ready(evaluation), indent=1))
     environment = workdir / "environment.json"
     about = json.loads(environment.read_text()) if environment.exists() else {}

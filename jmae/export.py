@@ -15,13 +15,13 @@ recipe and without jmae:
 (*size, channels), of the --size in voxels of the working grid, and `case` (2,). The function includes windows,
 repetitions and averaging, but no midline.
 
-`export.json` also holds the settings of the evaluation and, of a calibrated run, "calibration": the scores of the n
+`export.json` also holds the settings of the evaluation and, for a calibrated run, "calibration": the scores of the n
 held-out normals, what they depend on ("needs"), and the threshold at the false-alarm rate. The p-value of a score s is
 (1 + number of those scores >= s) / (n + 1). A score above the threshold is an alarm. A volume's score is the mean of
 its map's highest values in the region; evaluation.top is their share.
 
-Results are those of `jmae.evaluate` to 1e-5, with a leading axis of replicates where the run has several, and need the
-platform on which they were exported. Exit codes: 0 done; 2 the input or the environment is wrong.
+The function gives the results of `jmae.evaluate` to 1e-5, with a leading axis of replicates where the run has several.
+It runs only on a platform for which it was exported. Exit codes: 0 done; 2 the input or the environment is wrong.
 """
 
 import hashlib
@@ -153,7 +153,7 @@ def export(
 
 
 def score_function(config: ConfigDict, system: System, size: tuple[int, ...]) -> Callable[..., dict[str, Any]]:
-    """The pure function (results, array, words, key) -> what the system gives: of a batch of images, or of one prepared
+    """The pure function (results, array, words, key) -> the system's outputs for a batch of images, or for one prepared
     volume of `size` voxels.
 
     Raises:

@@ -10,7 +10,7 @@ Hidden files and DICOMDIR are passed over. A case's id is the name of its (first
 Where two cases have one name, folders are added to the ids.
 
 CASES.csv lists cases instead. It has the columns id and image; region, midline and half may be needed where volumes are
-scored within a region or in two pieces. All are as in a manifest, whose other columns are not read.
+scored within a region or in two pieces. These columns are as in a manifest; its other columns are not read.
 
 --out gets, for each case, ID_anomaly.nii.gz (for images .tif, 32 bits), ID_confidence where the system has one,
 ID_recon where the recipe has evaluation.reconstruction, and ID_overlay.png. The overlay of a volume shows the axial
@@ -55,7 +55,7 @@ from jmae.scoring import Calibration
 from jmae.seen import read_seen
 from jmae.system import System, load_system
 
-DONE = ".scores.jsonl"  # in --out: what the predictions are of, then a line for each case that is done
+DONE = ".scores.jsonl"  # in --out: first the run and its settings, then a line for each case that is done
 
 
 class Prediction(NamedTuple):

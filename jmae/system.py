@@ -163,9 +163,9 @@ class Sweep:
         window: edges of a window, voxels.
         stride: distance between windows, voxels.
         repeats: sweeps over all windows.
-        score: (results, images (b, *window, c), keys (b,)) -> (values (b, *window, k), weights (b, *window, 1)): what
-            is averaged over the windows that cover a voxel. Each window has its own random key. The weights count
-            where `average` is weighted.
+        score: (results, images (b, *window, c), keys (b,)) -> (values (b, *window, k), weights (b, *window, 1)): the
+            values that are averaged over the windows that cover a voxel. Each window has its own random key. The
+            weights count where `average` is weighted.
         fuse: (averages (*size, k), inside (*size)) -> {"maps": {name: (*size)}} and, where the system has them,
             "reconstruction" (*size, c) and "confidence" (*size). `inside` is False where the array is filled up; maps
             are 0 there. A volume's score is the mean of each map's highest voxels; `evaluation.top` is their share.

@@ -225,7 +225,8 @@ class Prepared:
 def prepared_case(
     row: Row, data: ConfigDict, case: Opened, *, array: np.ndarray | None = None, volume: Volume | None = None
 ) -> Prepared:
-    """An opened case, ready to be scored. `array` of an image, or `volume`, is what was prepared of it before.
+    """An opened case, ready to be scored. `array` of an image, or `volume`, is passed where it has been prepared
+    before.
 
     Raises:
       InputError: as `prepared_image` and `prepared_volume`.

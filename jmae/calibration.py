@@ -121,7 +121,8 @@ def calibrating_rows(config: ConfigDict, system: System, rows: Sequence[Row], sa
 def calibrate_run(
     config: ConfigDict, system: System, rows: Sequence[Row], workdir: Path, cases: Cases | None = None
 ) -> None:
-    """Calibrates a run that is not evaluated, where its data have held-out normals. `cases` as of `Scorer`."""
+    """Calibrates a run that is not evaluated, where its data have held-out normals. `cases` is that argument of
+    `Scorer`."""
     val = [row for row in rows if row.split == "val"]
     normals = [row for row, use in zip(val, calibrating_rows(config, system, val), strict=True) if use]
     if not normals:

@@ -159,7 +159,7 @@ class Scorer:
         return Result(case, arrays["maps"], scores, *further, seconds)
 
     def score(self, cases: Sequence[Prepared], draw: str = "", repeats: int | None = None) -> list[Result]:
-        """The result of each of some prepared cases. Arguments and errors as of `dispatch`."""
+        """The result of each of some prepared cases. Arguments and errors are those of `dispatch`."""
         return self.fetch(self.dispatch(cases, draw, repeats))
 
 

@@ -6,7 +6,7 @@ standardised per image. A system that does not beat them has not read the anatom
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 import numpy as np
@@ -123,6 +123,7 @@ def pixel_maps(span: tuple[NDArray, NDArray], test: NDArray) -> dict[str, NDArra
 # --- beside a system --------------------------------------------------------------------------------------------------
 
 
+@runtime_checkable
 class Baselines(Protocol):
     """The baselines of one evaluation, which are given its cases one by one."""
 

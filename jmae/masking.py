@@ -2,7 +2,7 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
 from jmae.errors import InputError
 
@@ -58,6 +58,6 @@ def sample_keys(key: Key[Array, ""], index: Int[Array, " b"]) -> Key[Array, " b"
     return jax.vmap(lambda i: jax.random.fold_in(key, i))(index)
 
 
-def case_keys(key: Key[Array, ""], case: Int[Array, "b 2"]) -> Key[Array, " b"]:
+def case_keys(key: Key[Array, ""], case: UInt32[Array, "b 2"]) -> Key[Array, " b"]:
     """A key for each case, from the run's key and the case's words (`data.preparation.case_words`)."""
     return jax.vmap(lambda words: jax.random.fold_in(jax.random.fold_in(key, words[0]), words[1]))(case)

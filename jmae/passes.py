@@ -7,7 +7,7 @@ memory, a smaller pass takes the place of the larger one.
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +42,7 @@ def each_replicate(function: Callable, results: Any, keys: Array) -> Any:
     return jax.tree.map(lambda x: x[None], function(results, keys[0]))
 
 
+@runtime_checkable
 class Pass(Protocol):
     """A compiled pass over cases. Where a device runs out of memory, a smaller pass takes its place."""
 

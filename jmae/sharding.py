@@ -104,12 +104,12 @@ def on_each_device(
     """
     spec = lambda axis: PartitionSpec() if axis is None else PartitionSpec(*[None] * axis, *BY_SAMPLE)
 
-    def wrapped(*arrays: jax.Array) -> Any:
-        axis_of = [axes] * len(arrays) if isinstance(axes, int) else axes
-        if not divides(arrays[0], axis_of[0] or 0):
-            return function(*arrays)
+    def wrapped(x: jax.Array, *more: jax.Array | None) -> Any:
+        axis_of = [axes] * (1 + len(more)) if isinstance(axes, int) else axes
+        if not divides(x, axis_of[0] or 0):
+            return function(x, *more)
         specs = tuple(map(spec, axis_of))
-        return jax.shard_map(function, in_specs=specs, out_specs=jax.tree.map(spec, out), check_vma=False)(*arrays)
+        return jax.shard_map(function, in_specs=specs, out_specs=jax.tree.map(spec, out), check_vma=False)(x, *more)
 
     return wrapped
 

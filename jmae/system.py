@@ -30,7 +30,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx, struct
-from jaxtyping import Array, Int, PyTree
+from jaxtyping import Array, PyTree
 from ml_collections import ConfigDict
 
 from jmae import recipe, windows
@@ -53,13 +53,13 @@ class State(struct.PyTreeNode, kw_only=True):
         params: trained parameters, nested dicts of arrays.
         opt: state of the optimiser.
         stats: everything else that a step updates: statistics of batch norm, memories, the best weights so far.
-        step: number of the steps done.
+        step: number of the steps done, an int32 scalar. JAX unflattens states with stand-ins for arrays, too.
     """
 
     params: PyTree
     opt: PyTree
     stats: PyTree
-    step: Int[Array, ""]
+    step: PyTree
 
 
 @dataclass(frozen=True, kw_only=True)

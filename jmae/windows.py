@@ -153,7 +153,7 @@ def average(
     return sums / (repeats * jnp.maximum(count, 1))
 
 
-def _keys(batch: int) -> Key[Array, " b"]:
+def _keys(batch: int) -> jax.ShapeDtypeStruct:
     """The shape of `batch` keys."""
     return jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch))
 

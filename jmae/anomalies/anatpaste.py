@@ -217,7 +217,7 @@ def anatpaste(
     return apply(image, source, field, p, margin=margin)
 
 
-def box_shares(volume: Float[Array, "*k 1"], ratio: Float[Array, "*k d-1"]) -> Float[Array, "*k d"]:
+def box_shares(volume: Float[Array, "*k 1"], ratio: Float[Array, "*k e"]) -> Float[Array, "*k e+1"]:
     """The edges of a box that covers the share `volume` of the image, as shares of the image's d axes.
 
     Axis i > 0 is `ratio` times as long as axis 0, both as shares of the image.

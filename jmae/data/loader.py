@@ -9,7 +9,7 @@ from contextlib import suppress
 from functools import cache, partial
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import grain
 import jax
@@ -27,6 +27,7 @@ SHOWN = 20  # unusable images that are spelled out
 Host = Mapping[str, Callable[[np.ndarray], np.ndarray]]  # functions of an image that the host computes once, by name
 
 
+@runtime_checkable
 class Samples(Protocol):
     """What a stage is trained on: `Images`, or the `crops.Volumes`."""
 

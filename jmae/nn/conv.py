@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key
 
 from jmae.sharding import device_mean, over_samples
@@ -173,7 +174,7 @@ def conv(
     inputs: int,
     outputs: int,
     length: int,
-    dtype: jnp.dtype,
+    dtype: DTypeLike,
     rngs: nnx.Rngs,
     *,
     bias: bool = False,

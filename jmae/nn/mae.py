@@ -12,6 +12,7 @@ from math import prod
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from jmae.masking import take
@@ -42,7 +43,7 @@ class MAE(nnx.Module):
         decoder_depth: int,
         decoder_heads: int,
         mlp_ratio: float = 4.0,
-        dtype: jnp.dtype = jnp.float32,
+        dtype: DTypeLike = jnp.float32,
         remat: bool = False,
         positions: Callable[[tuple[int, ...], int], np.ndarray] = sincos_positions,
         memory: int = 0,
@@ -86,7 +87,7 @@ class MAE(nnx.Module):
         return self.encoder_norm(self.encoder(self.with_class(tokens)))
 
     def decode(
-        self, latent: Float[Array, "b k+1 d"], restore: Int[Array, "b n"], *context: Array
+        self, latent: Float[Array, "b m d"], restore: Int[Array, "b n"], *context: Array
     ) -> Float[Array, "b n v"]:
         """A prediction for every token, in float32. Hidden places hold the mask token. Blocks get `context`, too."""
         x = over_samples(self.decoder_embed)(latent)

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from jmae.errors import InputError
@@ -27,7 +28,7 @@ GATES = ("channel", "token")
 class Gates(nnx.Module):
     """The weights W of all levels' gates alpha_l = sigmoid(W_l [S; C_l] + b_l)."""
 
-    def __init__(self, levels: int, width: int, outputs: int, dtype: jnp.dtype, *, rngs: nnx.Rngs):
+    def __init__(self, levels: int, width: int, outputs: int, dtype: DTypeLike, *, rngs: nnx.Rngs):
         draw = nnx.initializers.xavier_uniform(batch_axis=(0,))
         self.kernel = nnx.Param(draw(rngs.params(), (levels, 2 * width, outputs)))
         self.bias = nnx.Param(jnp.zeros((levels, 1, outputs)))
@@ -57,7 +58,7 @@ class MultiLevelBlock(nnx.Module):
         width: int,
         heads: int,
         mlp_ratio: float,
-        dtype: jnp.dtype,
+        dtype: DTypeLike,
         *,
         levels: int,
         level_width: int,
@@ -85,8 +86,8 @@ class MultiLevelBlock(nnx.Module):
         return self.attend.transformed(rows, self.scale * found).reshape(y.shape)
 
     def cross(
-        self, rows: Float[Array, "b*n d"], normed: Float[Array, "b*n d"], levels: Float[Array, "levels b k e"]
-    ) -> Float[Array, "b*n d"]:
+        self, rows: Float[Array, "r d"], normed: Float[Array, "r d"], levels: Float[Array, "levels b k e"]
+    ) -> Float[Array, "r d"]:
         """sum_l alpha_l C_l for the rows S and their LayerNorm; one call of the attention takes all levels."""
         (r, d), (count, b, k, _) = rows.shape, levels.shape
         heads = (self.heads, d // self.heads)
@@ -147,7 +148,7 @@ class MultiLevelMAE(MAE):
         return self.encoder.outputs(self.with_class(tokens))
 
     def decode(
-        self, latent: Float[Array, "levels b k+1 d"], restore: Int[Array, "b n"], *context: Array
+        self, latent: Float[Array, "levels b m d"], restore: Int[Array, "b n"], *context: Array
     ) -> Float[Array, "b n v"]:
         """A prediction for every token from the levels of `encode`, in float32. Hidden places hold the mask token."""
         return super().decode(self.encoder_norm(latent[-1]), restore, latent, *context)

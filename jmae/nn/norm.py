@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from jmae.sharding import on_each_device
@@ -59,7 +60,7 @@ def _kernels_run(x: Rows) -> bool:
     return target().kernels and x.size < 2**31
 
 
-def layer_norm(width: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> LayerNorm:
+def layer_norm(width: int, dtype: DTypeLike, rngs: nnx.Rngs) -> LayerNorm:
     """LayerNorm with the paper's epsilon 1e-6, statistics in float32, `dtype` output."""
     return LayerNorm(width, epsilon=1e-6, dtype=dtype, use_fast_variance=False, rngs=rngs)
 
@@ -76,7 +77,7 @@ class Form(NamedTuple):
     """
 
     epsilon: float
-    dtype: jnp.dtype
+    dtype: DTypeLike
     beside: bool
     samples: int = 0
     interpret: bool = False

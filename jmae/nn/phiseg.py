@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key
 
 from jmae.errors import InputError
@@ -62,7 +63,7 @@ class Latents(nnx.Module):
         latent_levels: int,
         latent: int,
         base: int,
-        dtype: jnp.dtype,
+        dtype: DTypeLike,
         remat: bool,
         *,
         rngs: nnx.Rngs,
@@ -109,7 +110,7 @@ class Likelihood(nnx.Module):
         widths: tuple[int, ...],
         latent_levels: int,
         latent: int,
-        dtype: jnp.dtype,
+        dtype: DTypeLike,
         remat: bool,
         *,
         rngs: nnx.Rngs,
@@ -166,7 +167,7 @@ class PHiSeg(nnx.Module):
         latent_levels: int = 5,
         latent: int = 2,
         base: int = 32,
-        dtype: jnp.dtype = jnp.float32,
+        dtype: DTypeLike = jnp.float32,
         remat: bool = False,
         rngs: nnx.Rngs,
     ):

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from jmae.errors import InputError
@@ -101,7 +102,7 @@ class Layer(nnx.Module):
         inputs: int,
         outputs: int,
         length: int,
-        dtype: jnp.dtype,
+        dtype: DTypeLike,
         *,
         form: Callable = convolve,
         activation: Callable[[Array], Array] = jax.nn.relu,
@@ -238,7 +239,7 @@ def recall(
     weighted: bool = True,
     restrict: bool = False,
     keys: Key[Array, " b"] | None = None,
-) -> Float[Array, "b n l*d"]:
+) -> Float[Array, "b n e"]:
     """What each patch retrieves from every level, side by side (Alg. 4.5).
 
     A patch retrieves from all written rows of a level, or with `restrict` from the rows of the patch's slot. With keys
@@ -261,7 +262,7 @@ def recall(
     return jnp.concatenate([one(rows, noise=part) for rows, part in zip(levels, noise, strict=True)], -1)
 
 
-def neighbours(x: Float[Array, "b n d"], grid: tuple[int, ...]) -> Float[Array, "b n 3^r-1 d"]:
+def neighbours(x: Float[Array, "b n d"], grid: tuple[int, ...]) -> Float[Array, "b n k d"]:
     """The cells around each cell of a grid, in C order without the cell itself; zeros outside."""
     rank = len(grid)
     padded = jnp.pad(x.reshape(len(x), *grid, -1), ((0, 0), *[(1, 1)] * rank, (0, 0)))
@@ -285,7 +286,7 @@ class Encoder(nnx.Module):
         channels: int,
         widths: tuple[int, ...],
         features: int,
-        dtype: jnp.dtype,
+        dtype: DTypeLike,
         *,
         rngs: nnx.Rngs,
     ):
@@ -314,7 +315,7 @@ class Attend(nnx.Module):
     With keys both branches are under dropout.
     """
 
-    def __init__(self, width: int, heads: int, hidden: int, rate: float, dtype: jnp.dtype, *, rngs: nnx.Rngs):
+    def __init__(self, width: int, heads: int, hidden: int, rate: float, dtype: DTypeLike, *, rngs: nnx.Rngs):
         if width % heads:
             raise InputError(f"width {width} is not divisible by {heads} heads: choose heads that divide it")
         self.q, self.kv = linear(width, width, dtype, rngs), linear(width, 2 * width, dtype, rngs)
@@ -361,7 +362,7 @@ class Inpainting(nnx.Module):
         hidden: int,
         rate: float,
         centre: str,
-        dtype: jnp.dtype,
+        dtype: DTypeLike,
         *,
         rngs: nnx.Rngs,
     ):
@@ -378,7 +379,7 @@ class Inpainting(nnx.Module):
 
     def __call__(
         self,
-        recalled: Float[Array, "b n l*d"],
+        recalled: Float[Array, "b n e"],
         features: Float[Array, "b n d"],
         grid: tuple[int, ...],
         keys: Key[Array, " b"] | None = None,
@@ -409,7 +410,7 @@ class Generator(nnx.Module):
         widths: tuple[int, ...],
         channels: int,
         sigmoid: bool,
-        dtype: jnp.dtype,
+        dtype: DTypeLike,
         *,
         rngs: nnx.Rngs,
     ):
@@ -438,7 +439,7 @@ class Discriminator(nnx.Module):
     """
 
     def __init__(
-        self, size: tuple[int, ...], channels: int, widths: tuple[int, ...], dtype: jnp.dtype, *, rngs: nnx.Rngs
+        self, size: tuple[int, ...], channels: int, widths: tuple[int, ...], dtype: DTypeLike, *, rngs: nnx.Rngs
     ):
         rank = len(size)
         for _ in widths:

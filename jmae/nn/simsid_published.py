@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key
 
 from jmae.errors import InputError
@@ -31,7 +32,7 @@ class Residual(nnx.Module):
     """Three convolutions of kernel 3 with batch norm, then ReLU of the sum of the first and the last one's results."""
 
     def __init__(
-        self, rank: int, inputs: int, outputs: int, dtype: jnp.dtype, form: Callable = convolve, *, rngs: nnx.Rngs
+        self, rank: int, inputs: int, outputs: int, dtype: DTypeLike, form: Callable = convolve, *, rngs: nnx.Rngs
     ):
         self.enter = Layer(rank, inputs, outputs, 3, dtype, form=form, rngs=rngs)
         self.middle = Layer(rank, outputs, outputs, 3, dtype, rngs=rngs)
@@ -76,7 +77,7 @@ class Bottleneck(nnx.Module):
         slots: int,
         k: int,
         heads: int,
-        dtype: jnp.dtype,
+        dtype: DTypeLike,
         *,
         rngs: nnx.Rngs,
     ):
@@ -97,7 +98,7 @@ class Bottleneck(nnx.Module):
         self.leave = Layer(rank, narrow + bits, width, 1, dtype, rngs=rngs)
         self.heads, self.cells, self.bits, self.dtype = heads, cells, bits, dtype
 
-    def __call__(self, x: Float[Array, "b*w *cells c"], *, train: bool) -> Float[Array, "b*w *cells c"]:
+    def __call__(self, x: Float[Array, "g *cells c"], *, train: bool) -> Float[Array, "g *cells c"]:
         w = prod(self.windows)
         f = self.enter(x, train=train).reshape(-1, w, self.q.in_features)
         b, _, d = f.shape
@@ -122,7 +123,7 @@ class Decoder(nnx.Module):
     convolution of kernel 1. `Windows` calls them."""
 
     def __init__(
-        self, rank: int, channels: int, widths: tuple[int, ...], joined: int, dtype: jnp.dtype, *, rngs: nnx.Rngs
+        self, rank: int, channels: int, widths: tuple[int, ...], joined: int, dtype: DTypeLike, *, rngs: nnx.Rngs
     ):
         triples = [(a + b * (i < joined), b) for i, (a, b) in enumerate(pairwise(widths))]
         self.levels = nnx.List([Residual(rank, a, b, dtype, rngs=rngs) for a, b in triples])
@@ -150,7 +151,7 @@ class Windows(nnx.Module):
         k: int,
         heads: int,
         share: float,
-        dtype: jnp.dtype,
+        dtype: DTypeLike,
         *,
         rngs: nnx.Rngs,
     ):
@@ -175,7 +176,7 @@ class Windows(nnx.Module):
         ]
         self.memories = nnx.List([Slots(prod(windows), slots, d, k, rngs=rngs) for d in lengths])
 
-    def whole(self, x: Float[Array, "b*w *cells c"]) -> Float[Array, "b *size c"]:
+    def whole(self, x: Float[Array, "g *cells c"]) -> Float[Array, "b *size c"]:
         """The windows joined to whole images."""
         window = x.shape[1:-1]
         size = tuple(n * w for n, w in zip(window, self.windows, strict=True))

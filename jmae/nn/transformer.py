@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from jmae.errors import InputError
@@ -34,7 +35,7 @@ def saved(primitive: Any, *values: Any, **parameters: Any) -> bool:
     )
 
 
-def linear(inputs: int, outputs: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.Linear:
+def linear(inputs: int, outputs: int, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.Linear:
     """Dense layer, Xavier uniform, zero bias; float32 parameters, `dtype` arithmetic."""
     return nnx.Linear(inputs, outputs, kernel_init=xavier, dtype=dtype, rngs=rngs)
 
@@ -60,7 +61,7 @@ class Block(nnx.Module):
     Raises InputError where the heads do not divide the width.
     """
 
-    def __init__(self, width: int, heads: int, mlp_ratio: float, dtype: jnp.dtype, memory: int = 0, *, rngs: nnx.Rngs):
+    def __init__(self, width: int, heads: int, mlp_ratio: float, dtype: DTypeLike, memory: int = 0, *, rngs: nnx.Rngs):
         if width % heads:
             raise InputError(f"width {width} is not divisible by {heads} heads: choose heads that divide it")
         self.heads = heads
@@ -173,7 +174,7 @@ def _is_kernel(path: tuple[Any, ...]) -> bool:
     return any(getattr(key, "key", None) == "kernel" for key in path)
 
 
-def _filled(x: Float[Array, "b n d"]) -> Float[Array, "b n+p d"]:
+def _filled(x: Float[Array, "b n d"]) -> Float[Array, "b m d"]:
     """The tokens, and after them rows of 0 that bring the sequence to a length that suits the device."""
     return jnp.pad(x, ((0, 0), (0, padding(x.shape[1])), (0, 0)))
 

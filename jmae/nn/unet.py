@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key
 
 from jmae.errors import InputError
@@ -49,7 +50,7 @@ class Convs(nnx.Module):
         rank: int,
         inputs: int,
         widths: tuple[int, ...],
-        dtype: jnp.dtype,
+        dtype: DTypeLike,
         remat: bool = False,
         *,
         length: int = 3,
@@ -92,7 +93,7 @@ class Encoder(nnx.Module):
     """Levels of three convolutions, with pooling in between. A call gives the features of all levels, finest first."""
 
     def __init__(
-        self, rank: int, channels: int, widths: tuple[int, ...], dtype: jnp.dtype, remat: bool, *, rngs: nnx.Rngs
+        self, rank: int, channels: int, widths: tuple[int, ...], dtype: DTypeLike, remat: bool, *, rngs: nnx.Rngs
     ):
         pairs = zip((channels, *widths), widths, strict=False)
         self.levels = nnx.List([Convs(rank, a, (b,) * 3, dtype, remat, rngs=rngs) for a, b in pairs])
@@ -128,7 +129,7 @@ class UNet(nnx.Module):
         widths: tuple[int, ...] = (32, 64, 128, 192, 192),
         head: int = 32,
         dropout: float = 0.0,
-        dtype: jnp.dtype = jnp.float32,
+        dtype: DTypeLike = jnp.float32,
         remat: bool = False,
         rngs: nnx.Rngs,
     ):

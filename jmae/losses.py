@@ -8,7 +8,7 @@ from jmae.nn.phiseg import Normal, accumulated
 
 
 def masked_mse(
-    prediction: Float[Array, "*b n v"], target: Float[Array, "*b n v"], hidden: Bool[Array, "*b n"]
+    prediction: Float[Array, "*b n v"], target: Float[Array, "*#b n v"], hidden: Bool[Array, "*b n"]
 ) -> Float[Array, " *b"]:
     """The mean over each sample's hidden patches of the mean squared error of a patch (He et al. 2022, section 3).
 

@@ -77,7 +77,7 @@ def _similarity(
     y: Float[Array, "b c *size"],
     window: tuple[int, ...],
     sigma: float,
-    data_range: float,
+    data_range: float | Float[Array, ""],
     k: tuple[float, float],
 ) -> tuple[Float[Array, "b c *n"], Float[Array, "b c *n"]]:
     """Maps of SSIM and of its contrast-structure factor, n = size - window + 1.
@@ -100,7 +100,9 @@ def _similarity(
     return (1 - mean_d**2 / ((mean_x + mean) ** 2 + (mean_y + mean) ** 2 + c1)) * structure, structure
 
 
-def _scales(x: Array, y: Array, window, sigma: float, weights, data_range: float, k, pool) -> Iterator:
+def _scales(
+    x: Array, y: Array, window, sigma: float, weights, data_range: float | Float[Array, ""], k, pool
+) -> Iterator:
     """`_similarity` at each scale, the finest first. Channels move to axis 1."""
     check_ssim(x.shape[1:-1], window, weights, pool)
     window, pool = _per_axis(window, x.ndim - 2), _per_axis(pool, x.ndim - 2)
@@ -118,7 +120,7 @@ def ms_ssim(
     window: int | Sequence[int],
     sigma: float,
     weights: Sequence[float],
-    data_range: float,
+    data_range: float | Float[Array, ""],
     k: tuple[float, float] = (0.01, 0.03),
     pool: int | Sequence[int] = 2,
 ) -> Float[Array, " b"]:
@@ -156,7 +158,7 @@ def ms_ssim_map(
     window: int | Sequence[int],
     sigma: float,
     weights: Sequence[float],
-    data_range: float,
+    data_range: float | Float[Array, ""],
     k: tuple[float, float] = (0.01, 0.03),
     pool: int | Sequence[int] = 2,
     channel_weights: Sequence[float] | None = None,

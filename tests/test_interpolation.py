@@ -218,7 +218,7 @@ def test_batches_equal_single_images_and_share_one_compilation():
 
 
 def test_channels_share_place_and_mask():
-    pool = images((32, 32), 2, 3)
+    pool = jnp.asarray(images((32, 32), 2, 3))
     out, target, extras = own.ppii(pool[0], pool[1], jax.random.key(0))
     one = jnp.mean(jnp.abs(out - pool[0]), -1)
     np.testing.assert_allclose(target, jnp.minimum(one, 1), atol=1e-6)

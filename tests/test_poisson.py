@@ -110,7 +110,7 @@ def test_equal_and_constant_sources_return_the_target(size):
 
 def test_the_laplacian_of_a_solution_is_the_divergence_and_the_ring_is_zero():
     edges, n = jnp.array([7, 11]), (12, 12)
-    fields = [rng.normal(size=(*n, 2)).astype(np.float32) for _ in range(2)]
+    fields = [jnp.asarray(rng.normal(size=(*n, 2)), jnp.float32) for _ in range(2)]
     u = np.array(poisson.change(fields, edges))
     lap = sum(np.roll(u, s, a) for a in (0, 1) for s in (1, -1)) - 4 * u
     np.testing.assert_allclose(lap[1:6, 1:10], np.asarray(poisson.divergence(fields))[1:6, 1:10], atol=2e-5)
@@ -120,7 +120,7 @@ def test_the_laplacian_of_a_solution_is_the_divergence_and_the_ring_is_zero():
 
 def test_a_solution_is_linear_in_the_guidance():
     edges, n = jnp.array([9, 8]), (10, 10)
-    a, b = ([rng.normal(size=(*n, 1)).astype(np.float32) for _ in range(2)] for _ in range(2))
+    a, b = ([jnp.asarray(rng.normal(size=(*n, 1)), jnp.float32) for _ in range(2)] for _ in range(2))
     both = [(x + y) / 2 for x, y in zip(a, b, strict=True)]
     mean = (poisson.change(a, edges) + poisson.change(b, edges)) / 2
     np.testing.assert_allclose(poisson.change(both, edges), mean, atol=1e-5)

@@ -1,6 +1,7 @@
 """Filters and pooling of anomaly maps against SciPy and NumPy; AUROC against scikit-learn."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy import ndimage
@@ -21,8 +22,8 @@ def test_the_minimum_filter_is_scipys(size):
 
 
 def test_an_infinite_rim_is_as_if_it_were_not_there():
-    image = np.random.default_rng(1).normal(size=(1, 6, 5, 4, 1)).astype(np.float32)
-    rim = np.pad(image, [(0, 0), (0, 3), (0, 2), (0, 2), (0, 0)], constant_values=np.inf)
+    image = jnp.asarray(np.random.default_rng(1).normal(size=(1, 6, 5, 4, 1)), jnp.float32)
+    rim = jnp.pad(image, [(0, 0), (0, 3), (0, 2), (0, 2), (0, 0)], constant_values=np.inf)
     np.testing.assert_array_equal(minimum_filter(rim, (3, 3, 2))[:, :6, :5, :4], minimum_filter(image, (3, 3, 2)))
 
 
@@ -53,4 +54,4 @@ def test_auroc_on_the_device_counts_every_pair_of_many():
     scores, labels = np.arange(n, dtype=np.float32), np.arange(n) >= n // 2
     assert jax.jit(auroc)(scores, labels) == 1  # n^2 / 4 pairs, all won
     with pytest.raises(InputError, match="fewer than 65536"):
-        auroc(np.zeros(n + 1), np.zeros(n + 1, int))
+        auroc(jnp.zeros(n + 1), jnp.zeros(n + 1, int))

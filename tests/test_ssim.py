@@ -1,6 +1,7 @@
 """Structural similarity against the textbook formula and pytorch-msssim."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy import ndimage
@@ -169,7 +170,7 @@ def test_a_window_that_does_not_fit_is_an_input_error(size, window, scales, pool
     with pytest.raises(InputError, match=message) as error:
         check_ssim(size, window, weights, pool)
     assert "\n" not in str(error.value)
-    image = np.zeros((1, *size, 1), np.float32)
+    image = jnp.zeros((1, *size, 1))
     with pytest.raises(InputError, match=message):
         ms_ssim(image, image, window=window, sigma=1.5, weights=weights, data_range=1.0, pool=pool)
 

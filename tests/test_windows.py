@@ -114,6 +114,6 @@ def test_another_size_of_the_same_bucket_is_not_compiled_again():
 
 def test_inside_leaves_out_the_rest_of_the_bucket_and_cut_gives_the_windows():
     assert inside((4, 4), jnp.array([3, 2])).sum() == 6
-    volume = np.arange(5 * 4 * 3).reshape(5, 4, 3, 1).astype(np.float32)
-    out = cut_windows(volume, np.array([[1, 0, 2], [0, 2, 0]]), (2, 2, 1))
+    volume = jnp.arange(5 * 4 * 3, dtype=jnp.float32).reshape(5, 4, 3, 1)
+    out = cut_windows(volume, jnp.array([[1, 0, 2], [0, 2, 0]]), (2, 2, 1))
     np.testing.assert_array_equal(out, np.stack([volume[1:3, :2, 2:], volume[:2, 2:, :1]]))

@@ -119,7 +119,7 @@ def draw(
     """
     # One function of 60 lines and more: the candidates and their choice share all sizes.
     size = image.shape[:-1]
-    n, k, d = jnp.asarray(size, jnp.float32), CANDIDATES, len(size)
+    n, k, d = jnp.asarray(size, jnp.float32)[None], CANDIDATES, len(size)
     # One flat draw of all numbers: XLA compiles each call in half a second, but a call of shape (16, 11) in 9.
     u = jax.random.uniform(key, (1 + (2 * d + 7) * k,))
     centre, u = true_pixel(lungs | ~lungs.any(), u[0]), u[1:].reshape(k, 2 * d + 7)
@@ -149,7 +149,7 @@ def draw(
     inscribed = jnp.ceil(jnp.where(candidates.ellipse[:, None], rim / np.sqrt(d), rim)) - 0.5
     deviation = jnp.maximum(candidates.blur[:, None] * n / REFERENCE, 1e-3)
     peak = jnp.prod(jax.scipy.special.erf(jnp.maximum(inscribed, 0) / deviation / np.sqrt(2)), axis=1)
-    change = jnp.abs(pasted - image[tuple(centre)]).max(axis=1) * peak * candidates.fill / 255
+    change = jnp.abs(pasted - image[tuple(centre)][None]).max(axis=1) * peak * candidates.fill / 255
     good = jnp.all(edges > 2 * margin * n / REFERENCE, axis=1) & (change >= VISIBLE)
     taken = jnp.where(good.any(), jnp.argmax(good), jnp.argmax(change))
     return jax.tree.map(lambda values: values[taken], candidates)
@@ -223,7 +223,7 @@ def box_shares(volume: Float[Array, "*k 1"], ratio: Float[Array, "*k e"]) -> Flo
     Axis i > 0 is `ratio` times as long as axis 0, both as shares of the image.
     """
     d = ratio.shape[-1] + 1
-    powers = d * np.eye(d, dtype=int)[:, 1:] - 1
+    powers = (d * np.eye(d, dtype=int)[:, 1:] - 1).reshape(*[1] * (ratio.ndim - 1), d, d - 1)
     shares = volume * jnp.prod(ratio[..., None, :] ** powers, axis=-1)
     return jnp.sqrt(shares) if d == 2 else shares ** (1 / d)
 
@@ -248,7 +248,8 @@ def reach(edges: Int[Array, "*k d"], size: tuple[int, ...], margin: float) -> Fl
     At 256 pixels the shape has edge // 2 - margin whole pixels on each side of the centre pixel. The rim is half a
     pixel further. Pillow fills an ellipse of the same radius.
     """
-    return edges // 2 - margin * jnp.asarray(size, jnp.float32) / REFERENCE + 0.5
+    n = jnp.asarray(size, jnp.float32).reshape(*[1] * (edges.ndim - 1), -1)
+    return edges // 2 - margin * n / REFERENCE + 0.5
 
 
 def patch_mean(
@@ -257,7 +258,7 @@ def patch_mean(
     """The mean luma of k patches. `colour_jitter` changes the contrast about it."""
     axes = "abcdefgh"[: corner.shape[-1]]
     inside = [
-        (jnp.arange(n) >= first[:, None]) & (jnp.arange(n) < (first + edge)[:, None])
+        (jnp.arange(n)[None] >= first[:, None]) & (jnp.arange(n)[None] < (first + edge)[:, None])
         for n, first, edge in zip(image.shape, corner.T, edges.T, strict=False)
     ]
     first, *others = (f"z{axis}" for axis in axes)
@@ -312,7 +313,7 @@ def blur_matrix(n: int, deviation: Float[Array, ""]) -> Float[Array, "n n"]:
     density = lambda distance: jnp.exp(-0.5 * (distance / jnp.maximum(deviation, 1e-3)) ** 2)
     i = jnp.arange(n)
     beyond = jnp.cumsum(density(jnp.arange(2 * n))[::-1])[::-1]  # weight at this distance and further
-    matrix = density(i[:, None] - i).at[:, 0].set(beyond[:n]).at[:, -1].set(beyond[:n][::-1])
+    matrix = density(i[:, None] - i[None]).at[:, 0].set(beyond[:n]).at[:, -1].set(beyond[:n][::-1])
     return matrix / matrix.sum(axis=1, keepdims=True)
 
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from jmae.anomalies.poisson import (
     add_part,
@@ -131,7 +131,7 @@ def _paste(
     part = how(t, s, jnp.prod(jnp.stack(jnp.meshgrid(*inside, indexing="ij")), axis=0))
     out = crop_to(add_part(whole, part, p.corner), size)
     if clipped:
-        out = jnp.clip(out, image.min(axes), image.max(axes))
+        out = jnp.clip(out, image.min(axes, keepdims=True), image.max(axes, keepdims=True))
     changed = jnp.any(jnp.floor(out / TOLERANCE) != jnp.floor(image / TOLERANCE), axis=-1)
     return out, changed * p.alpha, {"parameters": p}
 
@@ -205,16 +205,16 @@ def draw_patches(
       `preset.consistent` it is A times a real number ~ U(preset.strength), and at least 1.
     """
     # One function of 60 lines: it reads as its docstring, a line for each quantity.
-    d, n = len(size), np.array(size)
+    d, n = len(size), np.array(size)[None]
     a, r = preset.anomalies[1], preset.raters[1]
     for_patches, for_raters, for_strength = jax.random.split(key, 3)
     u = jax.random.uniform(for_patches, (a * (3 * d + 2) + 1,))
     whole = lambda u, low, high: low + jnp.floor(u * (high - low + 1)).astype(jnp.int32)
     number, u = whole(u[0], *preset.anomalies), u[1:].reshape(a, -1)
     least, most = edges_of(size, patch)
-    edges = whole(u[:, :d], least, most)
+    edges = whole(u[:, :d], least[None], most[None])
     first, last = central_share(size, core)
-    centre = whole(u[:, d : 2 * d], first, last - 1)
+    centre = whole(u[:, d : 2 * d], first[None], last[None] - 1)
     low, high = jnp.maximum(centre - edges // 2, 0), jnp.minimum(centre - edges // 2 + edges, n)
     edges = high - low
     if preset.core:
@@ -247,8 +247,8 @@ def draw_patches(
     )
 
 
-def discs(p: Patches, n: tuple[int, ...], shape: str) -> Float[Array, "a r *n"]:
-    """1 inside each rater's disc. A disc lies inside its patch; the narrowest axis gives its radius.
+def discs(p: Patches, n: tuple[int, ...], shape: str) -> Bool[Array, "a r *n"]:
+    """True inside each rater's disc. A disc lies inside its patch; the narrowest axis gives its radius.
 
     An ellipse has a half width for each axis, and is turned in the plane of the first two axes. A rectangle has the
     same half widths, and is not turned.
@@ -256,7 +256,7 @@ def discs(p: Patches, n: tuple[int, ...], shape: str) -> Float[Array, "a r *n"]:
     room = jnp.minimum(p.centre, p.edges[:, None] - 1 - p.centre)
     radius = jnp.maximum(jnp.minimum(p.radius, room), 0)
     wide = lambda x: x.reshape(*x.shape[:2], *(1,) * len(n), *x.shape[2:])
-    offset = jnp.stack(jnp.meshgrid(*map(jnp.arange, n), indexing="ij"), -1) - wide(p.centre)
+    offset = jnp.stack(jnp.meshgrid(*map(jnp.arange, n), indexing="ij"), -1)[None, None] - wide(p.centre)
     if shape == "circular":
         return jnp.sum(offset**2, -1) <= wide(radius.min(-1) ** 2)
     if shape == "rectangular":
@@ -294,7 +294,7 @@ def apply_ppii(
     size = image.shape[:-1]
     whole, others = grow(image, most), jax.vmap(lambda s: grow(s, most))(sources)
     active = jnp.arange(p.which.shape[0]) < p.number
-    count = jnp.arange(p.strength.shape[1]) < p.raters[:, None]
+    count = jnp.arange(p.strength.shape[1])[None] < p.raters[:, None]
     share = count / p.raters[:, None]
     source = lambda q: jax.lax.dynamic_slice(others, (q.which, *q.cut, 0), (1, *most, image.shape[-1]))[0]
     each = Patches(p.number + jnp.zeros_like(p.which), *p[1:])

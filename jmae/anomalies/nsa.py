@@ -102,8 +102,8 @@ def draw(
             width = jnp.clip(share * n, least, most).astype(jnp.int32)
         else:
             width = whole(spread, least, most - 1)
-        middle = whole(centre.reshape(k, d), least, n - least - 1)
-        low, high = jnp.maximum(middle - width, 0), jnp.minimum(middle + width, n)
+        middle = whole(centre.reshape(k, d), least[None], (n - least - 1)[None])
+        low, high = jnp.maximum(middle - width[None], 0), jnp.minimum(middle + width[None], n[None])
         filled = jax.vmap(lambda low, high: box_mean(source_objects, low, high))(low, high)
         i = first_or_best(filled, object_share)
         cut, edges = low[i], high[i] - low[i]
@@ -114,7 +114,7 @@ def draw(
             factor = jnp.minimum(jnp.maximum(factor, jnp.max(least / edges)), jnp.min(most / edges))
             resized = jnp.floor(factor * edges + 1e-4).astype(jnp.int32)
         resized = jnp.clip(resized, LEAST, jnp.array(room))
-        corners = whole(place.reshape(k, d), 1, jnp.maximum(n - resized - 1, 1))
+        corners = whole(place.reshape(k, d), 1, jnp.maximum(n - resized - 1, 1)[None])
         of_patch = resample(source_objects[..., None], cut, edges, resized, room) > 0.5
         of_patch &= box(room, jnp.zeros_like(resized), resized)[..., None]
         shared = jax.vmap(lambda corner: jnp.sum(of_patch * window(padded, corner, room)))(corners)

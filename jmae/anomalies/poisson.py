@@ -29,10 +29,10 @@ def sine_basis(n: int, edge: Int[Array, ""]) -> Float[Array, "n n"]:
     j = jnp.arange(n)
     inside = (j > 0) & (j < edge - 1)
     turns = (
-        j[:, None] * j % (2 * jnp.maximum(edge - 1, 1))
+        j[:, None] * j[None] % (2 * jnp.maximum(edge - 1, 1))
     )  # reduced as whole numbers, which loses no digits at high j k
     basis = jnp.sin(jnp.pi * turns / jnp.maximum(edge - 1, 1))
-    return jnp.where(inside[:, None] & inside, basis, 0.0).astype(jnp.float32)
+    return jnp.where(inside[:, None] & inside[None], basis, 0.0).astype(jnp.float32)
 
 
 def solve(divergence: Float[Array, "*n c"], edges: Int[Array, " d"]) -> Float[Array, "*n c"]:

@@ -144,8 +144,8 @@ def crop_box(
     u = jax.random.uniform(key, ((ATTEMPTS + 1) * d,)).reshape(-1, d)  # flat: compiles up to ten times faster
     volume = scale[0] + u[:-1, :1] * (scale[1] - scale[0])
     logs = jnp.pad(low + u[:-1, 1:] * (high - low), ((0, 0), (1, 0)))
-    edges = jnp.round(n * volume ** (1 / d) * jnp.exp(logs - logs.mean(1, keepdims=True)))
-    fits = jnp.all((edges >= 1) & (edges <= n), axis=1)
+    edges = jnp.round(n[None] * volume ** (1 / d) * jnp.exp(logs - logs.mean(1, keepdims=True)))
+    fits = jnp.all((edges >= 1) & (edges <= n[None]), axis=1)
 
     nearest = np.pad(np.full(d - 1, np.clip(0.0, low, high)), (1, 0))
     largest = jnp.maximum(jnp.round(n * np.exp(nearest - nearest.max())), 1)
@@ -169,7 +169,7 @@ def crop_resized(
     out = jax.image.scale_and_translate(
         image, image.shape, axes, stretch, -origin * stretch, "cubic", precision=jax.lax.Precision.HIGH
     )
-    return jnp.clip(out, image.min(axes), image.max(axes))
+    return jnp.clip(out, image.min(axes, keepdims=True), image.max(axes, keepdims=True))
 
 
 def random_resized_crop(

@@ -15,6 +15,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key
 
+from jmae.nn.norm import on_last_axes
 from jmae.sharding import device_mean, over_samples
 from jmae.target import target
 
@@ -120,14 +121,16 @@ def narrow_product(x: Float[Array, "b *size c"], matrix: Float[Array, "c d"]) ->
     On a GPU these products fuse with the norm before them. Neither `x` nor its gradient is then written to memory.
     """
     wide, columns = x.astype(jnp.float32), matrix.T.astype(jnp.float32)
-    return jnp.stack(totals(tuple(wide * column for column in columns), (x.ndim - 1,)), -1).astype(x.dtype)
+    return jnp.stack(totals(tuple(wide * on_last_axes(column, x) for column in columns), (x.ndim - 1,)), -1).astype(
+        x.dtype
+    )
 
 
 def _narrow_product_gradient(residuals: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
     x, matrix = residuals
     wide, columns = x.astype(jnp.float32), matrix.T.astype(jnp.float32)
     parts = tuple(jnp.split(g.astype(jnp.float32), g.shape[-1], -1))
-    of_x = sum((part * column for part, column in zip(parts, columns, strict=True)), jnp.zeros(()))
+    of_x = sum((part * on_last_axes(column, x) for part, column in zip(parts, columns, strict=True)), jnp.zeros(()))
     of_matrix = jnp.stack(totals(tuple(wide * part for part in parts), tuple(range(x.ndim - 1))), -1)
     return of_x.astype(x.dtype), of_matrix.astype(matrix.dtype)
 
@@ -205,7 +208,7 @@ def moments(x: Float[Array, "b *size c"], shift: Float[Array, " c"]) -> tuple[Fl
     They are E[d] + shift and E[d^2] - E[d]^2 of d = x - shift. Little cancels where `shift` is near the mean. A mean of
     100 deviations from the shift costs the variance some per cent. Under `jax.pmap` the batch is that of all devices.
     """
-    apart = x.astype(jnp.float32) - shift
+    apart = x.astype(jnp.float32) - on_last_axes(shift, x)
     count = x.size // x.shape[-1]
     sums = totals((apart, apart * apart), tuple(range(x.ndim - 1)))
     first, second = device_mean(tuple(total / count for total in sums))
@@ -214,7 +217,8 @@ def moments(x: Float[Array, "b *size c"], shift: Float[Array, " c"]) -> tuple[Fl
 
 def normalised(x: Array, mean: Array, var: Array, scale: Array, bias: Array, epsilon: float) -> Array:
     """(x - mean) / sqrt(var + epsilon) * scale + bias in float32."""
-    return (x.astype(jnp.float32) - mean) * (jax.lax.rsqrt(var + epsilon) * scale) + bias
+    rate = jax.lax.rsqrt(var + epsilon) * scale
+    return (x.astype(jnp.float32) - on_last_axes(mean, x)) * on_last_axes(rate, x) + on_last_axes(bias, x)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5, 6))
@@ -241,11 +245,12 @@ def _batch_norm_gradient(
 ) -> tuple:
     x, mean, var, scale, bias = residuals
     rate = jax.lax.rsqrt(var + epsilon)
-    unit = (x.astype(jnp.float32) - mean) * rate
+    unit = (x.astype(jnp.float32) - on_last_axes(mean, x)) * on_last_axes(rate, x)
     (g,) = jax.vjp(activation, normalised(x, mean, var, scale, bias, epsilon))[1](g.astype(jnp.float32))
     sums = totals((g, g * unit), tuple(range(x.ndim - 1)))
     mean_g, mean_g_unit = device_mean(tuple(total / (x.size // x.shape[-1]) for total in sums))
-    of_x = scale * rate * (g - mean_g - unit * mean_g_unit)
+    inner = g - on_last_axes(mean_g, x) - unit * on_last_axes(mean_g_unit, x)
+    of_x = on_last_axes(scale * rate, x) * inner
     return of_x.astype(x.dtype), jnp.zeros_like(mean), jnp.zeros_like(var), sums[1], sums[0]
 
 

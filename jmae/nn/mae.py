@@ -75,7 +75,7 @@ class MAE(nnx.Module):
 
     def embed(self, patches: Float[Array, "b n v"]) -> Float[Array, "b n d"]:
         """All patches as tokens with their position codes, without the class token."""
-        return over_samples(self.patch_embed)(patches) + self.positions(self.grid, self.width).astype(self.dtype)
+        return over_samples(self.patch_embed)(patches) + self.positions(self.grid, self.width).astype(self.dtype)[None]
 
     def with_class(self, tokens: Float[Array, "b k d"]) -> Float[Array, "b k+1 d"]:
         """The class token before the others."""
@@ -94,7 +94,7 @@ class MAE(nnx.Module):
         absent = (len(x), restore.shape[1] + 1 - x.shape[1], self.decoder_width)
         mask_token = jnp.broadcast_to(self.mask_token[...].astype(self.dtype), absent)
         tokens = take(jnp.concatenate([x[:, 1:], mask_token], axis=1), restore)
-        tokens = tokens + self.positions(self.grid, self.decoder_width).astype(self.dtype)
+        tokens = tokens + self.positions(self.grid, self.decoder_width).astype(self.dtype)[None]
         x = self.decoder_norm(self.decoder(jnp.concatenate([x[:, :1], tokens], axis=1), *context))
         return over_samples(self.predict)(x[:, 1:]).astype(jnp.float32)
 

@@ -103,7 +103,7 @@ class MultiLevelBlock(nnx.Module):
         found = found.reshape(count, r, d)
         project, shift = (p[...].astype(rows.dtype) for p in (self.out.kernel, self.out.bias))  # type: ignore[index]
         alpha = jax.nn.sigmoid(_gate(rows, of_s, found, project @ of_c, bias + (shift @ of_c)[:, None]))
-        return jnp.sum(alpha * found, axis=0) @ project + jnp.sum(alpha, axis=0) * shift
+        return jnp.sum(alpha * found, axis=0) @ project + jnp.sum(alpha, axis=0) * shift[None]
 
 
 def _attention_to_levels(

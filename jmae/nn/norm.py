@@ -27,6 +27,11 @@ Rows = Float[Array, "*n d"]
 Vector = Float[Array, " d"]
 
 
+def on_last_axes(array: Array | float, x: Array) -> Array:
+    """An array with axes of length 1 before its own, so that it has as many axes as `x` and meets the last ones."""
+    return jnp.expand_dims(array, tuple(range(x.ndim - jnp.ndim(array))))
+
+
 class LayerNorm(nnx.LayerNorm):
     """LayerNorm over the last axis; statistics in float32."""
 
@@ -45,7 +50,7 @@ class LayerNorm(nnx.LayerNorm):
         offset = None if offset is None else offset.astype(branch.dtype)
         if _kernels_run(x):
             return self._kernels(True, x, branch, offset)  # type: ignore[return-value]
-        x = x + (branch if offset is None else branch + offset)
+        x = x + (branch if offset is None else branch + on_last_axes(offset, branch))
         return x, super().__call__(x)
 
     def _kernels(
@@ -134,10 +139,11 @@ def _on_gpu(kernels, plain, form: Form, *arrays):
 def _plain(form: Form, x, branch, offset, scale, bias) -> tuple[Rows, ...]:
     """The outputs of `_normed` without a kernel, for other devices."""
     if branch is not None:
-        x = x + (branch if offset is None else branch + offset)
+        x = x + (branch if offset is None else branch + on_last_axes(offset, branch))
     wide = x.astype(jnp.float32)
     centred = wide - jnp.mean(wide, -1, keepdims=True)
     rate = jax.lax.rsqrt(jnp.mean(centred**2, -1, keepdims=True) + form.epsilon)
+    scale, bias = on_last_axes(scale, x), on_last_axes(bias, x)
     out = (centred * (rate * scale) + bias).astype(form.dtype)
     return (x, out) if form.beside else (out,)
 

@@ -82,7 +82,7 @@ class Latents(nnx.Module):
 
     def __call__(
         self,
-        features: list[Float[Array, "b *_ d"]],
+        features: list[Float[Array, "b *_ _"]],
         sample: Sample,
         *,
         train: bool,
@@ -196,12 +196,12 @@ class PHiSeg(nnx.Module):
         _, p = self.prior(self.features(x, **mode), lambda i, *_: samples[i], **mode)
         return self.likelihood(samples, x.shape[1:-1], **mode), q, p
 
-    def features(self, x: Float[Array, "b *size c"], *, train: bool = False) -> list[Float[Array, "b *_ d"]]:
+    def features(self, x: Float[Array, "b *size c"], *, train: bool = False) -> list[Float[Array, "b *_ _"]]:
         """The prior's features of every resolution level, finest first. They serve any number of samples."""
         return self.prior.encoder(x, train=train)
 
     def generate(
-        self, features: list[Float[Array, "b *_ d"]], keys: Key[Array, " b"]
+        self, features: list[Float[Array, "b *_ _"]], keys: Key[Array, " b"]
     ) -> Float[Array, "b *size outputs"]:
         """Logits of one sample of each image, drawn from the prior."""
         samples, _ = self.prior(features, sampler(keys), train=False)

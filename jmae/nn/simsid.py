@@ -26,6 +26,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from jmae.errors import InputError
 from jmae.nn.attention import attention
 from jmae.nn.conv import batch_norm_in_training, conv, convolve, dropout, on_gpu
+from jmae.nn.norm import on_last_axes
 from jmae.nn.transformer import layer_norm, linear
 from jmae.patches import grid_of, patchify, unpatchify
 from jmae.sharding import on_each_device
@@ -126,7 +127,7 @@ class Layer(nnx.Module):
         """
         y = self.form(x.astype(self.dtype), self.conv.kernel[...].astype(self.dtype))
         if self.conv.bias is not None:
-            y = y + jax.lax.stop_gradient(self.conv.bias[...]).astype(self.dtype)
+            y = y + on_last_axes(jax.lax.stop_gradient(self.conv.bias[...]).astype(self.dtype), y)
         return batch_norm_in_training(self.norm, y, jnp.zeros(y.shape[-1]), self.activation)
 
 
@@ -218,7 +219,8 @@ def retrieve(
     through, as in SimSID's code: forward with the k weights, backward as if the sum had all softmax weights.
     """
     axes = "nmd" if rows.ndim == 3 else "md"
-    soft = jax.nn.softmax((jnp.einsum(f"bnd,{axes}->bnm", query, rows) + noise) / temperature)
+    products = jnp.einsum(f"bnd,{axes}->bnm", query, rows)
+    soft = jax.nn.softmax((products + on_last_axes(noise, products)) / temperature)
     highest = on_each_device(lambda x: jax.lax.top_k(x, min(k, x.shape[-1]))[1])  # otherwise XLA gathers all queries
     index = highest(jax.lax.stop_gradient(soft))
     hard = jnp.sum(jax.nn.one_hot(index, soft.shape[-1], dtype=soft.dtype), -2)
@@ -246,7 +248,7 @@ def recall(
     (b,) the retrieval is under Gumbel noise, -log(-log u).
     """
     rows, count = memory
-    bars = jnp.where(jnp.arange(rows.shape[1]) < count[:, None], 0.0, -1e30)  # (m, s)
+    bars = jnp.where(jnp.arange(rows.shape[1])[None] < count[:, None], 0.0, -1e30)  # (m, s)
     starts = np.cumsum([level.max() + 1 for level in slots])[:-1]
     by_level = lambda x: [
         part[level] if restrict else part.reshape(-1, *x.shape[2:])
@@ -257,7 +259,7 @@ def recall(
     if keys is not None:
         draw = lambda key: jax.random.gumbel(key, (features.shape[1], ends[-1]))
         gumbel = jnp.split(jax.vmap(draw)(keys), ends[:-1], -1)
-        noise = [bar + part for bar, part in zip(noise, gumbel, strict=True)]
+        noise = [on_last_axes(bar, part) + part for bar, part in zip(noise, gumbel, strict=True)]
     one = partial(retrieve, features, k=k, temperature=temperature, weighted=weighted)
     return jnp.concatenate([one(rows, noise=part) for rows, part in zip(levels, noise, strict=True)], -1)
 
@@ -389,7 +391,7 @@ class Inpainting(nnx.Module):
         centre = {"retrieved": x, "raw": features}.get(self.centre)
         centre = jnp.broadcast_to(self.token[...], x.shape) if centre is None else centre
         tokens = jnp.concatenate([neighbours(x, grid), centre[:, :, None].astype(x.dtype)], 2)
-        tokens = tokens + self.positions[...].astype(x.dtype)
+        tokens = tokens + on_last_axes(self.positions[...].astype(x.dtype), tokens)
         tokens = tokens.reshape(-1, tokens.shape[2], self.width)  # one sequence for each position
         depth = len(self.layers)
         drop = None if keys is None else jax.vmap(lambda key: jax.random.split(key, (depth, 2)))(keys)

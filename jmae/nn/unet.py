@@ -104,7 +104,7 @@ class Encoder(nnx.Module):
         *,
         train: bool,
         drop: Callable[[Array, int], Array] = lambda x, place: x,
-    ) -> list[Float[Array, "b *_ d"]]:
+    ) -> list[Float[Array, "b *_ _"]]:
         check_size(x.shape[1:-1], len(self.levels))
         features: list[Array] = []
         for i, level in enumerate(self.levels):

@@ -207,7 +207,7 @@ def calibration_step(
     used = (jnp.arange(len(values)) < old["left"])[:, None]
     number = jnp.sum(used)
     mean = jnp.sum(used * values, 0) / jnp.maximum(number, 1)
-    squares = jnp.sum(used * (values - mean) ** 2, 0)
+    squares = jnp.sum(used * (values - mean[None]) ** 2, 0)
     count, apart = old["count"] + number, mean - old["mean"]
     stats = {
         "mean": old["mean"] + apart * number / jnp.maximum(count, 1),
@@ -246,7 +246,7 @@ def scored(
     made, values = logits(method, results, image)
     stats = results["calibration"]["stats"]
     deviation = jnp.sqrt(stats["squares"] / jnp.maximum(stats["count"], 1))
-    z = (values - stats["mean"]) / (deviation + 1e-8)
+    z = (values - stats["mean"][None]) / (deviation[None] + 1e-8)
     error = image - made
     cells = jnp.mean(patchify(jnp.mean(error, -1, keepdims=True), cell), -1) ** 2
     maps = {"l1": jnp.mean(jnp.abs(error), -1), "mse": jnp.mean(error**2, -1)}

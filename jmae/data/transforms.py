@@ -118,7 +118,9 @@ def moments_of(image: Float[Array, "b *size c"], data: ConfigDict) -> tuple[Arra
     """Mean and deviation that images are standardised by: the recipe's `data.mean` and `data.std`, or with
     `data.normalise="image"` each image's own (`ours:` where exposure differs between images), at least 1e-3."""
     if data.normalise == "fixed":
-        return jnp.asarray(data.mean, jnp.float32), jnp.asarray(data.std, jnp.float32)
+        mean, std = jnp.asarray(data.mean, jnp.float32), jnp.asarray(data.std, jnp.float32)
+        per_channel = lambda value: value.reshape(*[1] * (image.ndim - 1), -1) if value.ndim else value
+        return per_channel(mean), per_channel(std)
     axes = tuple(range(1, image.ndim - 1))
     return jnp.mean(image, axes, keepdims=True), jnp.maximum(jnp.std(image, axes, keepdims=True), 1e-3)
 
@@ -218,7 +220,7 @@ def random_warp(
     if not (offset or degrees or elastic):
         return image
     size, d = image.shape[:-1], image.ndim - 1
-    n = np.asarray(size, np.float32)
+    n = np.asarray(size, np.float32).reshape(*[1] * d, d)
     once, knots = jax.random.split(key)
     u = jax.random.uniform(once, (5 + d,))
     on = u[:3] < p
@@ -228,10 +230,10 @@ def random_warp(
         x += on[0] * elastic * n * jax.image.resize(coarse, x.shape, "cubic")
     if offset:
         share = 1 - on[1] * offset * u[3]
-        x = (x + 0.5) * share + u[5:] * (1 - share) * n - 0.5
+        x = (x + 0.5) * share + u[5:].reshape(n.shape) * (1 - share) * n - 0.5
     if degrees:
         angle = on[2] * np.deg2rad(degrees) * (2 * u[4] - 1)
-        middle = (n[:2] - 1) / 2
+        middle = (n[..., :2] - 1) / 2
         a, b = jnp.moveaxis(x[..., :2] - middle, -1, 0)
         cos, sin = jnp.cos(angle), jnp.sin(angle)
         x = x.at[..., :2].set(jnp.stack([cos * a - sin * b, sin * a + cos * b], -1) + middle)

@@ -81,7 +81,7 @@ def _flash(q: Array, k: Array, v: Array, keys: int, implementation: str = "cudnn
 def _filled(x: Float[Array, "b n h d"], rows: int) -> Float[Array, "b m h d"]:
     """The first `rows` rows, and zeros after them up to a multiple of `MULTIPLE`."""
     x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % MULTIPLE), (0, 0), (0, 0)))
-    return x if rows == x.shape[1] else jnp.where((jnp.arange(x.shape[1]) < rows)[:, None, None], x, 0)
+    return x if rows == x.shape[1] else jnp.where((jnp.arange(x.shape[1]) < rows)[None, :, None, None], x, 0)
 
 
 @jax.custom_vjp

@@ -1,6 +1,6 @@
 """What tests/test_types.py runs in a process of its own: traces every stage and score, with all types checked.
 
-Arguments are TARGET SYSTEM ..., with `cpu` or `h200` as the target.
+An argument is TARGET:SYSTEM, with `cpu` or `h200` as the target.
 """
 
 import os
@@ -57,8 +57,8 @@ if __name__ == "__main__":
     assert refused(masked_mse, patches, patches[..., :2], hidden), "a wrong shape passes"
     assert refused(masked_mse, patches, patches, patches[..., 0]), "a wrong type passes"
     assert refused(jnp.add, patches, hidden), "ranks are promoted"
-    target, *names = sys.argv[1:]
-    with without_cudnn(), tracing_for(TARGETS[target]):
-        for name in names:
+    for argument in sys.argv[1:]:
+        target, name = argument.split(":")
+        with without_cudnn(), tracing_for(TARGETS[target]):
             trace(name)
-            print(name)
+        print(argument, flush=True)

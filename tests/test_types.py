@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from jmae.system import SYSTEMS
+from jmae.recipe import SYSTEMS
 
 NETWORKS = ("maemi", "ppii", "simsid")  # in a GPU's form: attention, norms, convolutions
 

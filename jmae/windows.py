@@ -98,7 +98,7 @@ def average(
     volume: Float[Array, "*size c"],
     origins: Int[Array, "m rank"],
     number: Int[Array, ""],
-    coverage: tuple[Float[Array, "_"], ...],
+    coverage: tuple[Float[Array, " _"], ...],
     key: Key[Array, ""],
     *,
     window: tuple[int, ...],

@@ -1,7 +1,6 @@
 """What every system keeps to: rows of its declared splits alone, data options honoured or refused, whole recipes."""
 
 import runpy
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -101,7 +100,7 @@ def test_an_incomplete_recipe_fails_before_data_are_read(name):
             place = place[section]
         del place[last]
         with pytest.raises(InputError, match=r"lacks|data\.size"):
-            recipe.check(broken)
+            load_system(broken)
 
 
 def test_a_recipe_of_an_earlier_run_gets_the_keys_that_came_since(tmp_path):
@@ -132,10 +131,3 @@ def test_a_stock_module_with_a_random_stream_trains_and_repeats():
     assert (first == again).all() and (first == 0).any() and ((first == 0) != (other == 0)).any()
     net = bind(params, stats)
     assert (np.asarray(net(x, False)) != 0).all() and not jax.tree.leaves(stats_of(net))
-
-
-def test_a_choice_of_rows_is_a_function_of_the_rows_alone():
-    system, read = load_system(config("ppii")), SimpleNamespace(rows=rows())
-    table = system.stages[0].rows
-    chosen = [row for row in read.rows if row.split == "train"]
-    np.testing.assert_array_equal(table(chosen, {}), table(chosen, {}))

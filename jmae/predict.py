@@ -232,6 +232,8 @@ def predict_rows(run: Run, rows: Sequence[Row], out: Path, *, further: bool) -> 
         if row.id in done and done[row.id]["image"] != list(row.image):
             raise InputError(f"{row.id}: {out} has another case of that name: name another --out")
     missing = [row for row in rows if row.id not in done or done[row.id]["of"] != stamps(row)]
+    for row in missing:
+        done.pop(row.id, None)  # of other files: if the case fails now, its old score must not stay
     if len(missing) < len(rows):
         log(f"{len(rows) - len(missing)} of {len(rows)} cases are done")
     colours = colours_of(run.calibration)

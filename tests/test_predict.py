@@ -479,6 +479,9 @@ def test_what_failed_is_done_once_it_is_mended(images_run, tmp_path):
     assert run(images_run, tmp_path / "out", "--continue", good, bad) == 0
     assert list(table(tmp_path / "out" / "scores.csv")) == ["good", "bad"]
     assert "failed.csv" not in left(tmp_path / "out")
+    bad.write_bytes(b"damaged again")
+    assert run(images_run, tmp_path / "out", "--continue", good, bad) == 1
+    assert list(table(tmp_path / "out" / "scores.csv")) == ["good"], "the score of the earlier file does not stay"
 
 
 class Full:

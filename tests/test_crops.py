@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from jmae import recipe
-from jmae.data import crops
+from jmae.data import crops, loader
 from jmae.data.crops import Volumes, allowed, box_sums, cut
 from jmae.data.loader import batches
 from jmae.data.manifest import Row
@@ -36,6 +36,22 @@ def rows(tmp_path):
         lesion = str(tmp_path / "1-mask.npy") if i == 1 else None
         out.append(Row(f"case {i}", "", "train", int(i == 1), (str(tmp_path / f"{i}.npy"),), lesion))
     return out
+
+
+def test_a_volume_is_prepared_again_when_any_code_of_the_library_changes(rows, tmp_path, monkeypatch):
+    made, code, c = [], tmp_path / "jmae", config().data
+    (code / "data").mkdir(parents=True)
+    monkeypatch.setattr(loader, "__file__", str(code / "data" / "loader.py"))
+    monkeypatch.setattr(crops, "code_digest", loader.code_digest.__wrapped__)
+
+    def make():
+        made.append(1)
+        return prepared_volume(rows[0], c)
+
+    for text in ("room = 1", "room = 1", "room = 2"):  # `padded` calls jmae.windows
+        (code / "windows.py").write_text(text)
+        crops.cache_volume(rows[0], c, tmp_path / "cache", make)
+    assert len(made) == 2
 
 
 def test_box_sums_count_the_marked_voxels_of_every_box():

@@ -165,7 +165,7 @@ def cache_volume(row: Row, data: ConfigDict, folder: Path, make: Callable[[], Vo
     files = [f for name in named for f in (sorted(Path(name).iterdir()) if os.path.isdir(name) else [name])]
     state = [(str(f), s.st_size, s.st_mtime_ns) for f in files for s in [os.stat(f)]]
     ways = {key: data[key] for key in PREPARED}
-    about = json.dumps([row.image, state, row.boxes, dict(row.extra), ways, code_digest("data")], default=str)
+    about = json.dumps([row.image, state, row.boxes, dict(row.extra), ways, code_digest()], default=str)
     name = f"{row.id}-{hashlib.sha256(about.encode()).hexdigest()[:16]}"
     parts = folder / f"{name}.npy", folder / f"{name}-origins.npy"
     if not all(part.is_file() for part in parts):

@@ -174,10 +174,12 @@ def function_name(function: Callable[..., Any]) -> str:
 
 
 @cache
-def code_digest(package: str = "") -> str:
-    """The SHA-256 of the source of jmae, or of one of its packages, and of the versions of the libraries that it
-    computes with. So a cache never gives what other code has computed."""
-    folder = Path(__file__).parents[1] / package
+def code_digest() -> str:
+    """The SHA-256 of the source of jmae and of the versions of the libraries that it computes with.
+
+    So a cache never gives what other code has computed.
+    """
+    folder = Path(__file__).parents[1]
     versions = [metadata.version(name) for name in ("numpy", "scipy", "scikit-image")]
     digest = hashlib.sha256(" ".join(versions).encode())
     for file in sorted(folder.rglob("*.py")):

@@ -64,7 +64,7 @@ from jmae.report import Case, choose_cases, one_slice, slice_side, write_report
 from jmae.results import Result, map_name
 from jmae.run_folder import log, output_folder, read_history, recipe_digest, write_csv, write_text
 from jmae.scoring import Calibration
-from jmae.seen import ALLOW, check_unseen, check_unseen_by_source
+from jmae.seen import ALLOW, check_unseen, check_unseen_since
 from jmae.system import System, load_system
 
 
@@ -93,7 +93,7 @@ def main(argv: list[str]) -> int:
         if "manifest" in flags:
             rows, unchecked = check_unseen(cases.rows, split, workdir, flags["manifest"], allow=allow)
         else:
-            rows, unchecked = check_unseen_by_source(config, cases.rows, workdir)
+            rows, unchecked = check_unseen_since(config, cases.rows, workdir)
         evaluate(config, system, rows, workdir, split=split, out=out, of_run=of_run, unchecked=unchecked, cases=cases)
     return 0
 

@@ -43,7 +43,7 @@ class SeenRows:
 
     def __init__(self, rows: Sequence[Row]):
         self.by: dict[str, dict[str, Row]] = {"patient": {}, "content": {}, "id": {}}
-        for row in rows:
+        for row in sorted(rows, key=lambda row: row.split == "val"):  # of two rows the one that was trained on counts
             for key, named in self.by.items():
                 named.setdefault(getattr(row, key), row)
 
@@ -109,5 +109,18 @@ def check_unseen_by_source(config: ConfigDict, rows: Sequence[Row], workdir: Pat
     source = config.get("model", {}).get("weights") or ""
     if not source or Path(source).is_file():
         return list(rows), ""
-    where = f"{config.data.manifest or config.data.phantom} (model.weights={source})"
+    return _check_own(config, rows, workdir)
+
+
+def check_unseen_since(config: ConfigDict, rows: Sequence[Row], workdir: Path) -> tuple[list[Row], str]:
+    """As `check_unseen`, for a run's own rows after the training, since when its manifest may have changed.
+
+    A run folder without seen.csv is checked only where `check_unseen_by_source` does so.
+    """
+    return _check_own(config, rows, workdir) if read_seen(workdir) else check_unseen_by_source(config, rows, workdir)
+
+
+def _check_own(config: ConfigDict, rows: Sequence[Row], workdir: Path) -> tuple[list[Row], str]:
+    source = config.get("model", {}).get("weights") or ""
+    where = f"{config.data.manifest or config.data.phantom}" + (f" (model.weights={source})" if source else "")
     return check_unseen(rows, "test", workdir, where, allow=config.data.allow_leaks)

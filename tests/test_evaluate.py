@@ -19,12 +19,13 @@ from jmae import recipe
 from jmae.data.cases import load_rows
 from jmae.data.files import read_image, read_mask
 from jmae.data.loader import Images
+from jmae.data.manifest import Row
 from jmae.data.transforms import central, resize
 from jmae.errors import InputError, exit_code
 from jmae.inference import Scorer, restore_results, score_rows
 from jmae.masking import case_keys
 from jmae.run_folder import write_text
-from jmae.seen import write_seen
+from jmae.seen import SeenRows, write_seen
 from jmae.system import System, load_system
 
 KEYS = """
@@ -98,6 +99,28 @@ def test_cases_of_another_manifest_that_the_run_has_seen_are_refused_or_marked(t
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert metrics["leaks"] == ["the image of test-1-1 is that of train-0-0, train of the run"]
     assert "NOT AN INDEPENDENT TEST" in capfd.readouterr().err
+
+
+def test_a_row_that_moved_to_test_after_the_training_is_refused(tools, tmp_path, monkeypatch, capfd):
+    manifest = tools.write_set(tmp_path / "own", {("train", 0): 4, ("val", 0): 2, ("test", 0): 2})
+    own, workdir = config(manifest, (16, 16), 1), tmp_path / "run"
+    write_text(workdir / "config.json", recipe.to_json(own))
+    write_seen(workdir, [row for row in load_rows(own, str) if row.split in ("train", "val")])
+    monkeypatch.setattr(ev, "load_system", lambda config: SYSTEM)
+    assert exit_code(ev.main, [f"--workdir={workdir}"]) == 0
+    moved = [line.replace(",train,", ",test,") if "p-train-0-0" in line else line for line in manifest.open()]
+    manifest.write_text("".join(moved))
+    shutil.rmtree(workdir / "evaluation")
+    assert exit_code(ev.main, [f"--workdir={workdir}"]) == 2
+    assert "the patient of train-0-0 is that of train-0-0, train of the run" in capfd.readouterr().err
+    assert not (workdir / "evaluation").exists()
+
+
+def test_a_row_that_the_run_has_seen_in_two_splits_counts_as_trained_on():
+    row = lambda name, split: Row(name, "p", split, 0, ())
+    seen = SeenRows([row("a", "val"), row("b", "train")])
+    assert seen.leak(row("c", "val"), "test") == "the patient of c is that of b, train of the run"
+    assert not SeenRows([row("a", "val")]).leak(row("c", "val"), "test")
 
 
 def test_cases_that_were_trained_on_have_no_p_value_with_other_settings_either(tools, tmp_path, monkeypatch):

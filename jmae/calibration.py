@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from jmae import recipe
 from jmae.cards import rows_digest
 from jmae.data.cases import Cases
 from jmae.data.manifest import Row
@@ -107,15 +108,18 @@ def calibrate(
 
 def calibrating_rows(config: ConfigDict, system: System, rows: Sequence[Row], say: Say = log) -> list[bool]:
     """Which rows of `val` may calibrate: the normals, unless labels of `val` chose the weights. In that case only
-    normals that were kept apart from `train` may calibrate."""
+    normals that were kept apart from `train` may calibrate. A row that leaks (`Row.leak`) never may: the run has seen
+    it."""
     labels = {row.label for row in rows if row.split == "val" and not row.kept}
     if chosen_on_val(system) and {0, 1} <= labels:
         say(
             f"select={config.select}: val's labels chose the weights, so only train rows kept apart give p-values "
             "(--config.data.calibration=0.1)"
         )
-        return [row.kept for row in rows]
-    return [row.label == 0 for row in rows]
+        return [row.kept and not row.leak for row in rows]
+    if leaking := sum(row.label == 0 and bool(row.leak) for row in rows):
+        say(f"{leaking} normals of val are also in another split: they give no p-values")
+    return [row.label == 0 and not row.leak for row in rows]
 
 
 def calibrate_run(
@@ -174,7 +178,9 @@ def read_calibration(
     if weights != now["weights"]:
         say(f"warning: {file} belongs to other weights: no p-values; run jmae.evaluate again")
         return None
-    if other := [k for k in settings | now["settings"] if settings.get(k) != now["settings"].get(k)]:
+    retired = {key.removeprefix("evaluation.") for key in recipe.RETIRED} - now["settings"].keys()
+    compared = (settings | now["settings"]).keys() - retired
+    if other := sorted(k for k in compared if settings.get(k) != now["settings"].get(k)):
         say(f"warning: {file} belongs to another evaluation.{other[0]}: no p-values")
         return None
     return Calibration(scores, low, high, needs)

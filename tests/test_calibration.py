@@ -152,6 +152,10 @@ def test_the_normals_themselves_and_other_settings_or_weights_have_no_p_value(ca
     assert "belongs to other weights" in capfd.readouterr().err
     changed.evaluation.masks, changed.evaluation.batch = c.evaluation.masks, 1
     assert cal.read_calibration(changed, SYSTEM, {}, folder).scores
+    old = json.loads((folder / "calibration.json").read_text())
+    old["of"]["settings"]["filter"] = [3, 3, 2]  # a key that had no effect, of an earlier version
+    (tmp_path / "calibration.json").write_text(json.dumps(old))
+    assert cal.read_calibration(c, SYSTEM, {}, tmp_path).scores
 
 
 def test_damaged_calibrations_and_rates_are_refused_in_one_line(calibrated, tmp_path):
@@ -200,6 +204,9 @@ def test_only_normals_that_nothing_was_chosen_by_calibrate(capfd):
     chosen = replace(plain, stages=(SimpleNamespace(splits=("train", "val")),))
     assert cal.calibrating_rows(c, chosen, rows) == [False, False, True]
     assert "only train rows kept apart give p-values" in capfd.readouterr().err
+    leaking = [rows[0]._replace(leak="patient 'p' is in train and val"), row("d", 0), rows[2]]
+    assert cal.calibrating_rows(c, plain, leaking) == [False, True, True], "the run has seen that row"
+    assert "1 normals of val are also in another split" in capfd.readouterr().err
     # Without an abnormal row of val nothing was chosen.
     assert cal.calibrating_rows(c, chosen, rows[::2]) == [True, True]
 

@@ -67,7 +67,7 @@ def params_of_run(config: ConfigDict, stage: Stage, state: State) -> PyTree:
         raise InputError(f"model.weights: {workdir} not found: name a checkpoint file, or the folder of an earlier run")
     if not (workdir / "config.json").is_file():
         raise InputError(f"model.weights: {folder} has no checkpoint: name a file, or the folder of an earlier run")
-    source = recipe.from_json((workdir / "config.json").read_text(encoding="utf-8"))
+    source = recipe.read(workdir)
     ours, theirs = (dict(recipe.keys_of(c)) for c in (config, source))
     shared = [k for k in ours if k.startswith("model.") and k.split(".")[1] not in FREE_OF_MODEL]
     for key in [*shared, "data.size", "data.normalise", "data.mean", "data.std"]:

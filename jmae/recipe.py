@@ -458,5 +458,5 @@ def read(workdir: Path) -> ConfigDict:
         return brought_up(from_json(text))
     except OSError:
         raise InputError(f"{workdir}: no config.json: name the folder of a run (python -m jmae.train)") from None
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
         raise InputError(f"{file}: is no recipe ({error}): restore it, or train again") from None

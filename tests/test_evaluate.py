@@ -108,8 +108,9 @@ def test_a_row_that_moved_to_test_after_the_training_is_refused(tools, tmp_path,
     write_seen(workdir, [row for row in load_rows(own, str) if row.split in ("train", "val")])
     monkeypatch.setattr(ev, "load_system", lambda config: SYSTEM)
     assert exit_code(ev.main, [f"--workdir={workdir}"]) == 0
-    moved = [line.replace(",train,", ",test,") if "p-train-0-0" in line else line for line in manifest.open()]
-    manifest.write_text("".join(moved))
+    lines = manifest.read_text().splitlines()
+    moved = [line.replace(",train,", ",test,") if "p-train-0-0" in line else line for line in lines]
+    manifest.write_text("\n".join(moved))
     shutil.rmtree(workdir / "evaluation")
     assert exit_code(ev.main, [f"--workdir={workdir}"]) == 2
     assert "the patient of train-0-0 is that of train-0-0, train of the run" in capfd.readouterr().err

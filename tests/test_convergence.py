@@ -208,7 +208,7 @@ def test_volumes_are_swept_from_one_mask_up_with_other_masks_each_time(monkeypat
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
-        ("amae", {"evaluation.convergence": 1}, "0 .off., or 2 or more repetitions"),
+        ("amae", {"evaluation.convergence": 1}, "to 0 .off., or to 2 or more repetitions"),
         ("maemi", {"evaluation.convergence": 2}, "fewer repeats: evaluation.repeats is 1"),
     ],
 )

@@ -29,6 +29,7 @@ def train_run(arguments: list[str], workdir: Path) -> dict[str, Any]:
         "pixel": metrics["pixel"],
         "image": metrics["image"],
         "per_patient": metrics["per_patient"],
+        "patient_means": metrics["patient_means"],
         "baselines": {name: part["pixel"] for name, part in metrics["baselines"].items()},
         "wall_seconds": time.monotonic() - began,
         "evaluation_seconds": metrics["seconds"],

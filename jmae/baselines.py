@@ -22,7 +22,7 @@ from jmae.data.transforms import area_resize, central
 from jmae.inference import Scorer
 from jmae.scoring import top_mean
 from jmae.system import System
-from jmae.windows import average
+from jmae.windows import average, tile
 
 COMPONENTS = 30
 NEIGHBOURS = 5
@@ -250,7 +250,7 @@ def residual_scorer(config: ConfigDict, system: System, train: Volumes) -> Score
         return error, jnp.ones_like(error)
 
     fuse = lambda averages, inside: {"maps": {"residual": averages[..., 0]}}
-    sweep = replace(system.sweep, repeats=1, score=score, fuse=fuse, average=average)
+    sweep = replace(system.sweep, repeats=1, score=score, fuse=fuse, average=average, tile=tile, example=None)
     single = config.copy_and_resolve_references()
     single.replicates = 1
     results: Any = {"mean": mean, "components": components}

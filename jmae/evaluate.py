@@ -51,7 +51,6 @@ from jmae.figures import (
     Part,
     Split,
     SplitScores,
-    Truth,
     beside_published,
     parts_of,
     split_figures,
@@ -60,8 +59,8 @@ from jmae.figures import (
 )
 from jmae.inference import Scorer, restore_results, run_of, score_rows
 from jmae.processes import join_processes, keep_compiled
-from jmae.report import Case, choose_cases, one_slice, slice_side, write_report
-from jmae.results import Result, map_name
+from jmae.report import Case, choose_cases, one_slice, shown_voxel, slice_side, write_report
+from jmae.results import Result, map_name, report_case
 from jmae.run_folder import log, output_folder, read_history, recipe_digest, write_csv, write_text
 from jmae.scoring import Calibration
 from jmae.seen import ALLOW, check_unseen, check_unseen_since
@@ -278,29 +277,14 @@ def gather_results(
         for name, array in result.written(system, names).items():
             (out / "maps").mkdir(parents=True, exist_ok=True)
             write_map(out / "maps" / f"{row.id}_{name}", array, case.geometry)
-        gathered.cases.append(one_slice(report_case(result, system, truth), slice_side(len(split.rows))))
+        shown = report_case(result, system, truth and truth.lesion, baseline_maps)
+        window = scorer.example(case, shown_voxel(shown)) if system.sweep else {}
+        shown = one_slice(shown, slice_side(len(split.rows)))
+        gathered.cases.append(shown._replace(pictures={**shown.pictures, **window}))
     if not system.sweep and gathered.cases:
         groups = choose_cases([case.label for case in gathered.cases], [case.score for case in gathered.cases])
         gathered.cases = [gathered.cases[i] for i in sorted(i for group in groups.values() for i in group)]
     return gathered
-
-
-def report_case(result: Result, system: System, truth: Truth | None) -> Case:
-    """A result as the report shows it, means over replicates."""
-    case = result.case
-    mean = lambda values: None if values is None else values.mean(0)
-    return Case(
-        case.row.id,
-        case.row.label,
-        float(result.scores[system.primary].mean()),
-        case.array,
-        result.maps[map_name(system)].mean(0),
-        case.on_scored_grid(truth.lesion) if truth else None,
-        mean(result.reconstruction),
-        None,
-        mean(result.confidence),
-        {name: each.mean(0) for name, each in result.pictures.items()},
-    )
 
 
 def provenance(config: ConfigDict, system: System, split: Split, gathered: Gathered, workdir: Path) -> dict[str, Any]:

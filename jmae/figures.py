@@ -117,7 +117,7 @@ class PixelFigures:
                 pool.add(lesion, value, region)
             of_patient.setdefault(name, metrics.Pooled()).add(lesion, values[0], region)
             if self.froc:
-                lesions = box_ends(row) if row.boxes and not row.mask else lesion
+                lesions = box_ends(row) if row.boxes and not row.mask and not row.extra.get("boxes_on") else lesion
                 make = lambda: Froc(self.froc)
                 for curve, value in zip(self._each(self.curves, name, make, values), values, strict=True):
                     curve.add(lesions, value, region)
@@ -394,7 +394,7 @@ def split_figures(
         "n_normal": int((split.labels == 0).sum()),
         "n_abnormal": int((split.labels == 1).sum()),
         "primary": system.primary,
-        **dict.fromkeys(("image", "pixel", "per_patient", "decision", "chi2", "alarms")),
+        **dict.fromkeys(("image", "pixel", "per_patient", "patient_means", "decision", "chi2", "alarms")),
         **{"scores": {}, "subsets": {}, "baselines": {}},
     }
     if not split.labelled.any():
@@ -409,7 +409,20 @@ def split_figures(
     evaluation |= decision_figures(config, split, primary, reference)
     if (name := map_name(system)) in parts[WHOLE].pixels.pooled:
         evaluation["per_patient"] = parts[WHOLE].pixels.per_patient(name, list(evaluation["scores"]))
+        evaluation["patient_means"] = patient_means(evaluation, name, config.evaluation.draws)
     return evaluation
+
+
+def patient_means(evaluation: Mapping[str, Any], map_name: str, draws: int) -> dict[str, dict[str, Any]]:
+    """The means over patients, with intervals, of the system's map and of each baseline's (Lang et al. 2023, Table 1).
+
+    A baseline that some patients lack, such as the subtraction image, has the mean over the others.
+    """
+    rows = evaluation["per_patient"]
+    each = {map_name: rows}
+    for name in evaluation["baselines"]:
+        each[name] = [{**row, **row["baselines"][name]} for row in rows if name in row["baselines"]]
+    return {name: metrics.patient_mean(of_map, draws) for name, of_map in each.items() if of_map}
 
 
 def beside_published(

@@ -43,6 +43,7 @@ class Key:
         length: number of values of a tuple; `AXES`: one for each axis of `data.size`; None: any.
         empty: whether a tuple of a given length may also be empty.
         single: whether one number may stand for a tuple, or the other way round.
+        before: value of recipes that were saved before the key was declared; None: the default.
     """
 
     default: Any
@@ -56,6 +57,7 @@ class Key:
     length: int | None = None
     empty: bool = False
     single: bool = False
+    before: Any = None
 
     def bounds(self) -> str:
         """The bounds in words, such as "from 0 to below 1"; empty without any."""
@@ -136,6 +138,9 @@ SHARED = {
     ),
     "data.calibration": Key(
         0.0, "Share of the training patients that become normals of val, for p-values.", least=0, below=1
+    ),
+    "data.mask_threshold": Key(
+        0.5, "Probability above which a mask with fractional values marks a voxel.", least=0, below=1, before=0.0
     ),
     "data.allow_leaks": Key(
         False, "Whether patients and images in two splits are not refused, but named, in the report too."
@@ -433,8 +438,8 @@ def from_json(text: str) -> ConfigDict:
 
 
 def brought_up(config: ConfigDict) -> ConfigDict:
-    """A saved recipe brought up to date. Newer keys are added, at defaults that change nothing, and `RETIRED` keys are
-    removed."""
+    """A saved recipe brought up to date. Newer keys are added, at values that change nothing (`Key.before`), and
+    `RETIRED` keys are removed."""
     for key in RETIRED & {key for key, _ in keys_of(config)}:
         if key not in declarations(config.system, volumes=is_volume(config)):
             *sections, last = key.split(".")
@@ -444,7 +449,9 @@ def brought_up(config: ConfigDict) -> ConfigDict:
         for key, one in declarations(config.system, volumes=is_volume(config)).items():
             if key not in saved:
                 *sections, last = key.split(".")
-                functools.reduce(operator.getitem, sections, config)[last] = one.default
+                functools.reduce(operator.getitem, sections, config)[last] = (
+                    one.default if one.before is None else one.before
+                )
     return config
 
 

@@ -129,6 +129,8 @@ class Stage:
     Optional, the course of the training:
         pretrained: how the stage uses `model.weights`; None ignores them.
         checks: looks at how the training goes.
+        watch: a look at held-out rows that only logs. It chooses nothing, so its rows count neither as read nor as
+            seen, and may still calibrate the run. None, or without rows: it does not run.
         parts: parts in which a step takes its batch, one after the other (`accumulate`).
         phases: values of the step's further argument `phase`, which is known while the step is traced. Step k, counted
             from 0, gets phases[k % len(phases)]. The single phase None stands for a step without that argument.
@@ -149,6 +151,7 @@ class Stage:
     table: Callable[[Sequence[Row], Results], list[dict[str, Any]]] | None = None
     pretrained: Pretrained | None = None
     checks: tuple[Check, ...] = ()
+    watch: Check | None = None
     parts: int = 1
     phases: tuple[Any, ...] = (None,)
     result: Callable[[State], dict[str, PyTree]] = final
@@ -170,6 +173,9 @@ class Sweep:
             "reconstruction" (*size, c) and "confidence" (*size). `inside` is False where the array is filled up; maps
             are 0 there. A volume's score is the mean of each map's highest voxels; `evaluation.top` is their share.
         average: the function that averages, `windows.average` or a form of it.
+        tile: the function that places the windows, `windows.tile` or a form of it.
+        example: (results, images (b, *window, c), keys (b,)) -> (images as the network sees them, its prediction under
+            one mask each, True (b, *window, 1) for hidden voxels): for pictures of one window. None without masks.
     """
 
     window: tuple[int, ...]
@@ -178,6 +184,8 @@ class Sweep:
     score: Callable[..., tuple[Array, Array]]
     fuse: Callable[..., dict[str, Any]]
     average: Callable[..., Array] = windows.average
+    tile: Callable[..., windows.Tiling] = windows.tile
+    example: Callable[..., tuple[Array, Array, Array]] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -282,6 +290,17 @@ def rows_read(system: System, rows: Sequence[Row]) -> list[Row]:
     """The rows that training reads. They are decoded, count as seen (seen.csv), and may not be scored as new cases."""
     splits = splits_read(system)
     return [row for row in rows if row.split in splits]
+
+
+def rows_watched(system: System, rows: Sequence[Row]) -> list[Row]:
+    """The rows that training only watches (`Stage.watch`)."""
+    looks = [stage.watch for stage in system.stages if stage.watch]
+    return [rows[i] for i in sorted({int(i) for look in looks for i in look.rows(rows)})]
+
+
+def held_out_normals(rows: Sequence[Row]) -> np.ndarray:
+    """Numbers of the normal rows of `val`: the usual `Check.rows` of a watch."""
+    return np.array([i for i, row in enumerate(rows) if row.split == "val" and row.label == 0], np.int64)
 
 
 def rows_of(rows: Sequence[Row], results: Results, *, splits: tuple[str, ...] = ("train",)) -> np.ndarray:

@@ -14,7 +14,6 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +52,18 @@ from jmae.run_folder import (
 )
 from jmae.seen import check_unseen_by_source, read_seen, write_seen
 from jmae.sharding import device_mesh, place_batch, place_whole
-from jmae.system import Check, Results, Stage, State, System, load_system, rows_read, split_replicates, stage_keys
+from jmae.system import (
+    Check,
+    Results,
+    Stage,
+    State,
+    System,
+    load_system,
+    rows_read,
+    rows_watched,
+    split_replicates,
+    stage_keys,
+)
 
 CHECK_STEP = 2**40  # a stage's checks take the crops of this step, which no training reaches
 
@@ -79,10 +89,11 @@ def run(config: ConfigDict, workdir: Path) -> int:
     if config.tensorboard:
         tensorboard()
     source = Path(config.get("model", {}).get("weights") or workdir)  # may be another run; its cases then count as seen
-    cases = load_cases(config, log, folder=workdir / "cache", trained=partial(rows_read, system))
+    needed = lambda rows: [*rows_read(system, rows), *rows_watched(system, rows)]
+    cases = load_cases(config, log, folder=workdir / "cache", trained=needed)
     rows, unchecked = check_unseen_by_source(config, cases.rows, source)
-    images = cases.samples(rows_read(system, rows))
-    train(config, system, images, workdir)
+    images, watched = cases.samples(rows_read(system, rows)), rows_watched(system, rows)
+    train(config, system, images, workdir, cases.samples(watched, crops_on="host") if watched else None)
     write_seen(workdir, [*(read_seen(source) if source.is_dir() else ()), *images.rows])
     if any(row.split == "test" and row.label is not None for row in rows):
         out = workdir / "evaluation"
@@ -105,14 +116,16 @@ def check_batches(system: System, devices: int) -> None:
             )
 
 
-def train(config: ConfigDict, system: System, images: Samples, workdir: Path) -> Results:
-    """All stages in order; returns their results."""
+def train(
+    config: ConfigDict, system: System, images: Samples, workdir: Path, watched: Samples | None = None
+) -> Results:
+    """All stages in order; returns their results. `watched` are the rows that stages only watch."""
     results: dict[str, Any] = {}
     # What a check lacks is said before the first stage is trained.
     checked = {stage.name: [check.rows(images.rows) for check in stage.checks] for stage in system.stages}
     programs: dict[Any, Callable] = {}
     for number, stage in enumerate(system.stages):
-        state = train_stage(config, stage, number, images, results, workdir, checked[stage.name], programs)
+        state = train_stage(config, stage, number, images, results, workdir, checked[stage.name], programs, watched)
         results[stage.name] = stage.result(state)
         if stage.table:
             for seed, part in enumerate(split_replicates(results, config.replicates)):
@@ -132,6 +145,7 @@ class Course:
         results: results of the earlier stages.
         identity: recipe and rows, with which a checkpoint must agree.
         checked_rows: rows of each of the stage's checks; none: the check does not run.
+        watched: samples that the stage only watches; None: there are none.
     """
 
     config: ConfigDict
@@ -143,6 +157,7 @@ class Course:
     results: Results
     identity: dict[str, Any]
     checked_rows: Sequence[np.ndarray]
+    watched: Samples | None
     mesh: Mesh
     workdir: Path
 
@@ -166,6 +181,7 @@ def train_stage(
     workdir: Path,
     checked_rows: Sequence[np.ndarray],
     programs: dict[Any, Callable],
+    watched: Samples | None,
 ) -> State:
     """One stage from its newest sound checkpoint, or from its start, to its last step.
 
@@ -187,6 +203,7 @@ def train_stage(
         results=results,
         identity={"recipe": fixed(config), "rows": digest(samples.rows)},
         checked_rows=checked_rows,
+        watched=watched if stage.watch else None,
         mesh=device_mesh(config.fsdp),
         workdir=workdir,
     )
@@ -263,6 +280,11 @@ def take_steps(
         for check, rows in zip(stage.checks, course.checked_rows, strict=True)
         if rows.size
     ]
+    if stage.watch and course.watched:
+        batch = check_batch(stage.watch.rows(course.watched.rows), stage.watch, course.watched)
+        checks.append((stage.watch.every, compiled_check(stage.watch.look, n, (), mesh), place_whole(batch, mesh)))
+    elif stage.watch:
+        log(f"{name}: no held-out normals (val rows of label 0, or data.calibration), so no figures of them")
     halts = [config.checkpoint_every, *(every for every, *_ in checks)]
     log(f"{name}: {len(course.tables[0])} images, steps {start} to {steps}, batch {stage.batch}, compiling")
     with (

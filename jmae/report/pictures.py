@@ -93,6 +93,13 @@ def _greys(unit: NDArray) -> str:
     return _png(Image.fromarray((unit * 255).round().astype(np.uint8)))
 
 
+def _coloured(heat: NDArray, scale: Scale) -> str:
+    """A map (h, w) as a PNG in the colours of maps."""
+    coloured = Image.fromarray((unit_heat(heat, scale) * 255).round().astype(np.uint8)).convert("P")
+    coloured.putpalette(palette().tobytes())
+    return _png(coloured)
+
+
 def _windowed(array: NDArray, dark: float, bright: float) -> NDArray:
     """The values with `dark` as 0 and `bright` as 1, clipped."""
     return np.clip((array - dark) / ((bright - dark) or 1), 0, 1)
@@ -129,8 +136,9 @@ def case_pictures(case: Case, scale: Scale, side: int = MAX_SIDE, spreads: Scale
       scale, spreads: the scales of the page for maps and spreads.
       side: the largest side of a picture in pixels.
 
-    Returns: data URIs "image", "reconstruction", "map", "overlay" and "spread" (None where the case has none);
-    "further", {name: data URI}; "outline" of the mask; "width" and "height" of the map in pixels; "slice".
+    Returns: data URIs "image", "reconstruction", "map", "inside" (the map within the region), "overlay" and "spread"
+    (None where the case has none); "further", {name: data URI}; "outline" of the mask; "width" and "height" of the map
+    in pixels; "slice".
     """
     case = one_slice(case)
     image, heat = shrink(case.image[..., 0], side), shrink(case.map, side)
@@ -141,13 +149,15 @@ def case_pictures(case: Case, scale: Scale, side: int = MAX_SIDE, spreads: Scale
         reconstruction = _greys(_windowed(shrink(case.reconstruction[..., 0], side), dark, bright))
     if case.confidence is not None and spreads:
         spread = _greys(_windowed(shrink(case.confidence, side), spreads.low, spreads.high))
-    coloured = Image.fromarray((unit_heat(heat, scale) * 255).round().astype(np.uint8)).convert("P")
-    coloured.putpalette(palette().tobytes())
+    inside = None
+    if case.region is not None and not case.region.all():
+        inside = _coloured(heat * (shrink(case.region, side) > 0.5), scale)
     h, w = case.map.shape[:2]
     return {
         "image": _greys(grey),
         "reconstruction": reconstruction,
-        "map": _png(coloured),
+        "map": _coloured(heat, scale),
+        "inside": inside,
         "overlay": _png(Image.fromarray(blend(grey, heat, scale)).quantize(256, Image.Quantize.FASTOCTREE)),
         "spread": spread,
         "further": further_pictures(case, side, dark, bright),

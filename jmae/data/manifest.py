@@ -3,8 +3,8 @@
 Columns: `id,patient,split,label,image,mask,region`. Optional columns: `boxes`; `boxes_on`, the file whose voxels the
 boxes count (1, 2, ... of `image`, `region` or `pre`; empty is 1); `pre` and `post` (DCE-MRI: the series before
 contrast, and the phases after it); `midline` and `half` (volumes of two pieces, such as left and right). The label is
-that of the half; mask and boxes are those of the whole. Further columns are carried along. `image` may join channels and `post`
-phases by ";". Paths are relative to the file.
+that of the half; mask and boxes are those of the whole. Further columns are carried along. `image` may join channels
+and `post` phases by ";". Paths are relative to the file.
 """
 
 import csv

@@ -299,8 +299,9 @@ def rows_watched(system: System, rows: Sequence[Row]) -> list[Row]:
 
 
 def held_out_normals(rows: Sequence[Row]) -> np.ndarray:
-    """Numbers of the normal rows of `val`: the usual `Check.rows` of a watch."""
-    return np.array([i for i, row in enumerate(rows) if row.split == "val" and row.label == 0], np.int64)
+    """Numbers of the normal rows of `val` that leak nothing: the usual `Check.rows` of a watch."""
+    held_out = lambda row: row.split == "val" and row.label == 0 and not row.leak
+    return np.array([i for i, row in enumerate(rows) if held_out(row)], np.int64)
 
 
 def rows_of(rows: Sequence[Row], results: Results, *, splits: tuple[str, ...] = ("train",)) -> np.ndarray:

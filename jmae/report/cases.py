@@ -98,11 +98,9 @@ def shown_voxel(case: Case) -> tuple[int, int, int]:
     """
     mask = case.mask if case.mask is not None and case.mask.any() else None
     k = int((case.map.max((0, 1)) if mask is None else mask.sum((0, 1))).argmax())
-    if mask is None:
-        i, j = np.unravel_index(int(case.map[:, :, k].argmax()), case.map.shape[:2])
-    else:
-        i, j = (int(np.median(axis)) for axis in np.nonzero(mask[:, :, k]))
-    return int(i), int(j), k
+    chosen = case.map[:, :, k] == case.map[:, :, k].max() if mask is None else mask[:, :, k]
+    i, j = np.median(np.argwhere(chosen), 0).astype(int).tolist()
+    return i, j, k
 
 
 def some_slices(image: NDArray, heat: NDArray, mask: NDArray | None, k: int, side: int) -> Slices:

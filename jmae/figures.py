@@ -431,8 +431,9 @@ def beside_published(
     """Each value of a stage's metrics that the paper prints, beside the run's own.
 
     Returns:
-      {"stage", "metric", "epoch", "printed", "ours"}: "ours" is the mean over that epoch, None where the run ended
-      before it. Empty where other rows are scored than trained on.
+      {"stage", "metric", "epoch", "printed", "ours", "otherwise"}: "ours" is the mean over that epoch, None where the
+      run ended before it. "otherwise" says which settings the run has not as the paper. Empty where other rows are
+      scored than trained on.
     """
     stages = [stage for stage in system.stages if stage.published]
     if not stages or recipe.read(workdir).data.manifest != config.data.manifest:
@@ -441,6 +442,10 @@ def beside_published(
     for stage in stages:
         n = len(stage.rows(rows_read(system, rows), {}))
         length = max(1, n // stage.batch)
+        settings = dict(recipe.keys_of(config))
+        otherwise = [
+            f"{k} {settings[k]} for {value}" for k, value in stage.published_with.items() if settings[k] != value
+        ]
         for metric, values in stage.published.items():
             lines = [(h["step"], h[metric]) for h in history if h["stage"] == stage.name and metric in h]
             for epoch, value in values.items():
@@ -449,5 +454,5 @@ def beside_published(
                 reached = bool(lines) and lines[-1][0] >= end
                 ours = float(np.mean(inside)) if inside else next((v for step, v in lines if step > end), None)
                 entry = {"stage": stage.name, "metric": metric, "epoch": epoch, "printed": value}
-                found.append(entry | {"ours": ours if reached else None})
+                found.append(entry | {"ours": ours if reached else None, "otherwise": ", ".join(otherwise)})
     return found

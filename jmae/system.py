@@ -24,6 +24,7 @@ import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import itemgetter
+from pathlib import Path
 from typing import Any, Literal
 
 import jax
@@ -69,7 +70,7 @@ class Check:
     The samples are drawn once and are the same at every look. A check without rows does not run.
 
     Attributes:
-        every: steps between two looks.
+        every: steps between two looks; 0: an epoch of whole batches.
         rows: (manifest rows) -> row numbers to look at.
         look: (state, batch, results) -> (state, metrics); deterministic. `results` are those of earlier stages. The
             batch holds "image", "index", "case", "unlabeled" and "label". "unlabeled" says whether the sample's row has
@@ -90,10 +91,13 @@ class Pretrained:
     Attributes:
         use: "instead" skips the stage's training; "start" initialises the stage from the weights.
         positions: (grid, width) -> the network's position codes; the codes of the weights must equal them.
+        load: (file or folder, first state) -> (state with its weights, a report for weights.txt). None: the weights are
+            those of a masked autoencoder, or of a stage of the same name.
     """
 
     use: Literal["instead", "start"]
     positions: Callable[[tuple[int, ...], int], np.ndarray] = sincos_positions
+    load: Callable[[Path, State], tuple[State, str]] | None = None
 
 
 def final(state: State) -> dict[str, PyTree]:
@@ -137,6 +141,7 @@ class Stage:
         result: (state) -> {"params", "stats"} for later stages and the score.
         published: values of the stage's metrics that the paper prints, {metric: {epoch, counted from 1: value}}. The
             evaluation lists them beside the run's own.
+        published_with: recipe values that those are of. The evaluation says which ones the run has otherwise.
     """
 
     name: str
@@ -156,6 +161,7 @@ class Stage:
     phases: tuple[Any, ...] = (None,)
     result: Callable[[State], dict[str, PyTree]] = final
     published: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
+    published_with: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,6 +219,7 @@ class System:
         stages: stages in order.
         uses: names of the stages whose results the score reads.
         primary: name of the score that stands for the system; for volumes, name of a map.
+        primary_uses: names of the stages that this score depends on; (): all of `uses`.
         score: (results, batch, key, *, chunk) -> {"maps": {name: (b, *size)}, "scores": {name: (b,)}} and, where the
             system has them, "reconstruction": (b, *size, c) in the images' own range; "confidence": (b, *size), the
             deviation of the primary map over the samples; "pictures": {name: (b, *size, c), or (b, h, w) in another
@@ -234,6 +241,7 @@ class System:
     stages: tuple[Stage, ...]
     uses: tuple[str, ...]
     primary: str
+    primary_uses: tuple[str, ...] = ()
     score: Callable[..., dict[str, dict[str, Array]]] | None = None
     sweep: Sweep | None = None
     masks: int = 1
@@ -310,8 +318,9 @@ def rows_of(rows: Sequence[Row], results: Results, *, splits: tuple[str, ...] = 
 
 
 def chosen_on_val(system: System) -> bool:
-    """Whether labels of `val` chose the weights: a stage reads that split."""
-    return "val" in splits_read(system)
+    """Whether labels of `val` chose weights that the primary score depends on: such a stage reads that split."""
+    names = system.primary_uses or system.uses
+    return any("val" in stage.splits for stage in system.stages if stage.name in names)
 
 
 def load_system(config: ConfigDict) -> System:

@@ -273,7 +273,7 @@ def take_steps(
     several = program(compiled_steps, stage.phases, length) if length > 1 else None
     checks = [
         (
-            check.every,
+            check.every or max(1, len(course.tables[0]) // stage.batch),
             compiled_check(check.look, n, crop, mesh),
             place_whole(check_batch(rows, check, course.samples), mesh),
         )

@@ -271,8 +271,8 @@ def test_the_loop_chooses_how_many_steps_a_program_has_by_the_size_of_a_batch():
             return {stage.name: programs.steps_of_dispatch(config, stage, stage.batch / devices) for stage in stages}
 
     assert set(chosen("simsid.py:paper", "cpu").values()) == {1}
-    # Images of 64 KiB in batches of 16; intervals of 5000 with 640, none or 64 steps.
-    expected = {"teacher": 10, "memory": 10, "student": 10, "discriminator": 8, "calibration": 10}
+    # Images of 64 KiB in batches of 16; intervals of 5000 with 640 steps or none.
+    expected = {"teacher": 10, "memory": 10, "student": 10, "discriminator": 10, "calibration": 10}
     assert chosen("simsid.py:paper", "tpu") == expected
     official = ("simsid.py:paper", "tpu", "variant=official", "checkpoint_every=36", "validation.every=72")
     assert chosen(*official) == {"joint": 12, "calibration": 12}

@@ -126,6 +126,8 @@ def case_values(evaluation: Mapping[str, Any], cases: Sequence[Case], colours: S
     labels, scores = labelled_scores(evaluation.get("table") or [])
     normals = scores[~labels]
     p_values = {row["id"]: row.get("p_value") for row in evaluation.get("table") or []}
+    own = ("id", "label", "score", "p_value")
+    others = {row["id"]: {k: v for k, v in row.items() if k not in own} for row in evaluation.get("table") or []}
     scale, spread = colours or colour_scale([cases[i] for i in shown]), spread_scale([cases[i] for i in shown])
     n_pictures = sum(4 + (spread is not None) + (cases[i].region is not None) + len(cases[i].pictures) for i in shown)
     side = min(MAX_SIDE, int(math.sqrt(PICTURE_BYTES / n_pictures)))  # a PNG with a palette: at most a byte a pixel
@@ -140,6 +142,7 @@ def case_values(evaluation: Mapping[str, Any], cases: Sequence[Case], colours: S
             "case": case,
             "below": below,
             "p": p_values.get(case.id),
+            "others": {k: v for k, v in others.get(case.id, {}).items() if isinstance(v, float)},
             "slides": slides_of[i],
             "number": i,
             "depth": case.slices.depth if case.slices else None,

@@ -50,7 +50,7 @@ def without_curves(value: Any) -> Any:
 def jmae_stage(*, recipe: str, stage: str = "train", batch: int = 0, changes: dict[str, Any] | None = None) -> Prepared:
     """A stage's training step of a recipe (FILE:PRESET), compiled as `jmae.train` compiles it.
 
-    The batch is on the device before the step. Earlier stages have their initial parameters.
+    The batch is on the device before the step. Earlier stages have their initial parameters. One seed is trained.
     """
     import jax
     import numpy as np
@@ -60,7 +60,7 @@ def jmae_stage(*, recipe: str, stage: str = "train", batch: int = 0, changes: di
     from jmae.system import load_system, stage_keys
 
     config = load(f"{ROOT / 'configs' / recipe}")
-    config.update_from_flattened_dict(changes or {})
+    config.update_from_flattened_dict({"replicates": 1} | (changes or {}))
     results: dict[str, Any] = {}
     stages = {one.name: (number, one) for number, one in enumerate(load_system(config).stages)}
     for name, (number, one) in stages.items():

@@ -179,6 +179,8 @@ def evaluate(
         evaluation["leaks"] = leaking
     if unchecked:
         evaluation["unchecked"] = unchecked
+    if system.notes:
+        evaluation["notes"] = list(system.notes)
     if config.evaluation.convergence:
         labelled = [row for row in chosen.rows if row.label is not None]
         if numbers := convergence(config, system, results, labelled, cases):
@@ -218,7 +220,9 @@ def baselines_of(
         return VolumeBaselines(config, system, cases.volumes(train) if train else None)
     if normals := [row for row in train if row.label != 1]:
         shares = sorted({part.share for part in parts.values()})
-        return ImageBaselines(cases.images(normals), shares, pixels=split.marked)
+        unlabelled = [row for row in rows if row.split == "unlabeled"]
+        images = cases.images(unlabelled) if unlabelled else None
+        return ImageBaselines(cases.images(normals), shares, pixels=split.marked, unlabelled=images)
     return NoBaselines()
 
 

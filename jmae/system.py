@@ -115,7 +115,7 @@ class Stage:
             decoded for training nor counted as seen.
         rows: (rows of all splits that the system reads, results) -> numbers of the rows to train on.
         batch: samples a step.
-        steps: (number of rows) -> number of steps.
+        steps: (number of rows) -> number of steps, times `pace` where the stage has one.
         init: (key, results, number of rows) -> the first state.
         step: (state, batch, key, results, *, steps) -> (state, metrics). The batch holds "image" (b, *size, c),
             "index" (b,), the samples' numbers in the table of rows, and the arrays of `host_arrays`. A sample's
@@ -131,6 +131,8 @@ class Stage:
         table: (rows, results) -> lines of STAGE.csv in the run folder, a file for people to read.
 
     Optional, the course of the training:
+        pace: (rows, results) -> factor on `steps`, for stages that divide steps among them by their rows. A plan takes
+            it as 1.
         pretrained: how the stage uses `model.weights`; None ignores them.
         checks: looks at how the training goes.
         watch: a look at held-out rows that only logs. It chooses nothing, so its rows count neither as read nor as
@@ -154,6 +156,7 @@ class Stage:
     shuffle: bool = True
     host_arrays: Mapping[str, Callable[[np.ndarray], np.ndarray]] = field(default_factory=dict)
     table: Callable[[Sequence[Row], Results], list[dict[str, Any]]] | None = None
+    pace: Callable[[Sequence[Row], Results], float] | None = None
     pretrained: Pretrained | None = None
     checks: tuple[Check, ...] = ()
     watch: Check | None = None
@@ -235,6 +238,8 @@ class System:
         map: name of the map to show, where no map has the name of the primary score.
         choice: what `select=aucp` chooses by, where the default does not fit.
         best: rules of `select` that the system has beside "last" and "aucp".
+        notes: sentences, without the full stop, on how a run of this recipe differs from the paper's in a way that no
+            reader of its figures may miss. The log, metrics.json, the report and the model card say them.
     """
 
     name: str
@@ -250,6 +255,7 @@ class System:
     map: str = ""
     choice: Choice | None = None
     best: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 def with_best(state: State, rule: str) -> State:

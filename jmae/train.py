@@ -85,6 +85,8 @@ def run(config: ConfigDict, workdir: Path) -> int:
     for stage in system.stages:
         steps_of_dispatch(config, stage, stage.batch / devices)
     check_processes(config)
+    for note in system.notes:
+        log(f"warning: {note}")
     profiled_steps(config)
     if config.tensorboard:
         tensorboard()
@@ -188,17 +190,19 @@ def train_stage(
     Resume order: 1. rows and steps from the manifest and the earlier stages' results; 2. a fresh state; 3. the newest
     sound checkpoint over it; 4. metrics.jsonl cut back to that step; 5. the data iterator's position.
     """
-    tables = [stage.rows(samples.rows, part) for part in split_replicates(results, config.replicates)]
+    parts = split_replicates(results, config.replicates)
+    tables = [stage.rows(samples.rows, part) for part in parts]
     if not min(len(table) for table in tables):
         raise InputError(
             f"stage {stage.name}: no rows to train on: give the manifest rows of {' and '.join(stage.splits)}"
         )
+    paces = [stage.pace(samples.rows, part) if stage.pace else 1 for part in parts]
     course = Course(
         config=config,
         stage=stage,
         samples=samples,
         tables=tables,
-        steps=round(np.mean([stage.steps(len(table)) for table in tables])),
+        steps=max(1, round(np.mean([stage.steps(len(table)) * k for table, k in zip(tables, paces, strict=True)]))),
         keys=stage_keys(config, number),
         results=results,
         identity={"recipe": fixed(config), "rows": digest(samples.rows)},

@@ -37,7 +37,7 @@ from jmae.data.preparation import (
     soft_masks,
     usable,
 )
-from jmae.data.unlabeled import unlabeled_labels, with_anomaly_ratio
+from jmae.data.unlabeled import labels_given, unlabeled_labels, with_anomaly_ratio
 from jmae.errors import InputError
 
 
@@ -277,7 +277,7 @@ def load_cases(
         log(f"data.calibration: {sum(row.kept for row in cases.rows)} train rows kept apart, as normals of val")
     if data.get("unlabeled_labels"):
         unlabeled_labels(config, cases.rows)  # an error in that file is told now, not when the labels are used
-    if data.get("anomaly_ratio", -1) >= 0:
+    if data.get("anomaly_ratio", -1) >= 0 and labels_given(config):
         cases.rows = with_anomaly_ratio(cases.rows, config)
     return cases
 

@@ -70,7 +70,10 @@ PARTS = (
     Part("parity", needs="torch transformers"),
     Part("coverage"),
     Part("accuracy", "cxr_peds", "JMAE_DATA"),
-    Part("accuracy", "cxr_nih --subsets matched --settings stage2", "JMAE_DATA"),
+    Part("accuracy", "cxr_nih --subsets matched --only stage2", "JMAE_DATA"),
+    *(Part("accuracy", what, "JMAE_DATA") for what in ("cxr_peds baselines", "cxr_nih baselines --subsets matched")),
+    Part("accuracy", "cxr_peds controls --seeds 0 1 2 3", "JMAE_DATA"),
+    *(Part("accuracy", f"phantoms {part} --seeds 0 1 2 3") for part in ("controls", "ratio", "stage0")),
     *(
         Part("maemi", what, "JMAE_DATA" if "mri3d" in what else "")
         for what in ("mri3d", "mri3d_hippo", "ratio", "patch")

@@ -87,7 +87,7 @@ def image_scores(train: NDArray, test: NDArray) -> dict[str, NDArray[np.float64]
     }
 
 
-def ridge_scores(normals: NDArray, unlabelled: NDArray, test: NDArray) -> NDArray[np.float64]:
+def ridge_scores(normals: NDArray, unlabelled: NDArray, test: NDArray, penalty: float = RIDGE) -> NDArray[np.float64]:
     """Ridge regression of training normals (-1) against all unlabelled images (+1): its value for new images (m,).
 
     Images are shrunk to 32 x 32 and standardised per image. The solution is closed, with an intercept that has no
@@ -97,15 +97,16 @@ def ridge_scores(normals: NDArray, unlabelled: NDArray, test: NDArray) -> NDArra
         normals: (n, *size, c) at the system's working size.
         unlabelled: (k, *size, c).
         test: (m, *size, c).
+        penalty: lambda, on the squared weights.
     """
     known, mixed, new = (_standardise(_flat(shrink(images, RIDGE_SIDE))) for images in (normals, unlabelled, test))
     x, y = np.concatenate([known, mixed]), np.repeat([-1.0, 1.0], [len(known), len(mixed)])
     centre, mean = x.mean(0), y.mean()
     x, y = x - centre, y - mean
     if len(x) < x.shape[1]:  # the dual form: a smaller system, the same weights
-        weights = x.T @ np.linalg.solve(x @ x.T + RIDGE * np.eye(len(x)), y)
+        weights = x.T @ np.linalg.solve(x @ x.T + penalty * np.eye(len(x)), y)
     else:
-        weights = np.linalg.solve(x.T @ x + RIDGE * np.eye(x.shape[1]), x.T @ y)
+        weights = np.linalg.solve(x.T @ x + penalty * np.eye(x.shape[1]), x.T @ y)
     return (new - centre) @ weights + mean
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from drawn import first_state
 from ml_collections import ConfigDict
+from PIL import Image
 from sklearn.linear_model import Ridge
 from test_anatpaste import chest
 
@@ -19,6 +20,7 @@ from jmae import baselines, checkpoint, recipe, train
 from jmae.anomalies import anatpaste
 from jmae.data import phantoms
 from jmae.data.cases import load_rows
+from jmae.data.prepare import prepare
 from jmae.errors import InputError, exit_code
 from jmae.masking import case_keys
 from jmae.nn.mae import MAE
@@ -279,3 +281,51 @@ def test_the_ridge_baseline_stands_beside_amae_where_there_are_unlabelled_rows(f
     without = baselines.ImageBaselines(images, [1.0], pixels=False)
     without.add(type("Case", (), {"array": noise(np.array([9]))[0]})(), {})
     assert "ridge, unlabelled" not in without.scores(1.0)
+
+
+# --- the curated NIH lists --------------------------------------------------------------------------------------------
+
+
+def nih(root: Path, lists: dict[str, list[str]]) -> Path:
+    """A folder of lists, and of one image for each name in them."""
+    for title, names in lists.items():
+        (root / "lists").mkdir(parents=True, exist_ok=True)
+        (root / "lists" / f"{title}_curated_list.txt").write_text("".join(f"{name}\n" for name in names))
+        for name in names:
+            (root / "images_001" / "images").mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.eye(8, dtype=np.uint8)).save(root / "images_001" / "images" / name)
+    return root
+
+
+def test_the_curated_nih_lists_become_one_manifest_of_both_sexes(tmp_path):
+    lists = {
+        "norm_MaleAdultPA_train": ["00000001_000.png", "00000001_001.png"],
+        "norm_FemaleAdultPA_train": ["00000002_000.png"],
+        "norm_FemaleAdultPA_test": ["00000003_000.png"],
+        "anomaly_MaleAdultPA_test": ["00000004_010.png"],
+    }
+    said = prepare("nih", nih(tmp_path / "nih", lists), tmp_path / "out")
+    with open(tmp_path / "out" / "manifest.csv", newline="") as file:
+        rows = [(r["id"], r["patient"], r["split"], r["label"], r["sex"]) for r in csv.DictReader(file)]
+    assert sorted(rows) == [
+        ("00000001_000", "00000001", "train", "0", "M"),
+        ("00000001_001", "00000001", "train", "0", "M"),
+        ("00000002_000", "00000002", "train", "0", "F"),
+        ("00000003_000", "00000003", "test", "0", "F"),
+        ("00000004_010", "00000004", "test", "1", "M"),
+    ]
+    assert "caution: not the paper's numbers" in said and "3 of train 0 (the paper: 3614)" in said
+
+
+def test_wrong_nih_lists_are_refused(tmp_path):
+    with pytest.raises(InputError, match="copy NSA's lists there"):
+        prepare("nih", nih(tmp_path / "none", {"other": ["a.png"]}), tmp_path / "out")
+    both = {"norm_MaleAdultPA_train": ["00000001_000.png"], "norm_MaleAdultPA_test": ["00000001_001.png"]}
+    with pytest.raises(InputError, match="00000001"):  # a patient in two splits
+        prepare("nih", nih(tmp_path / "both", both), tmp_path / "out")
+    root = nih(tmp_path / "abnormal", {"anomaly_MaleAdultPA_train": ["00000001_000.png"]})
+    with pytest.raises(InputError, match="lists abnormal images to train on"):
+        prepare("nih", root, tmp_path / "out")
+    (root / "images_001" / "images" / "00000001_000.png").unlink()
+    with pytest.raises(InputError, match=r"00000001_000\.png: is not found"):
+        prepare("nih", root, tmp_path / "out")

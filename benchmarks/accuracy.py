@@ -115,30 +115,36 @@ class Runs:
         return self.options.workdir / "-".join(words).replace("--config.", "").replace(" ", "_").replace("/", "_")
 
 
+def views(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The parts of the test split that have figures."""
+    return {"whole": result, **result["subsets"]}
+
+
+def series(results: list[dict[str, Any]], view: str, kind: str, name: str, key: str) -> np.ndarray:
+    """A figure of the image score `name` of each result that has it."""
+    images = [views(result)[view][kind].get(name) for result in results]
+    return np.array([image[key] for image in images if image])
+
+
 def rows_of(each: Mapping[str, list[dict[str, Any]]]) -> list[list[Any]]:
-    """Table rows of the results of each setting, one result a seed."""
+    """Table rows of the results of each setting, one result a seed. The baselines are those of the first setting."""
     rows, firsts = [], next(iter(each.values()))
     for setting, results in each.items():
-        for view in ("whole", *results[0]["subsets"]):
-            part = lambda result, view=view: result if view == "whole" else result["subsets"][view]
-            for kind in ("scores", "baselines"):
-                for name in part(results[0])[kind]:
-                    values = lambda of, key, name=name, kind=kind, part=part: np.array(
-                        [image[key] for r in of if (image := part(r)[kind].get(name))]
-                    )
-                    auroc, first = values(results, "auroc"), values(firsts, "auroc")
-                    if not auroc.size:
-                        continue
-                    spread = p = ""
-                    if auroc.size > 1:
-                        spread = f"± {1.96 * auroc.std(ddof=1):.3f}"
-                        if kind == "scores" and first.size > 1 and results is not firsts:
-                            p = float(ttest_ind(first, auroc, equal_var=False).pvalue)
-                    elif kind == "scores" or setting == next(iter(each)):
-                        spread = "{:.3f} to {:.3f}".format(*part(results[0])[kind][name]["auroc_ci"])
-                    mark = " *" if name == results[0]["primary"] else ""
-                    ap = float(values(results, "ap").mean())
-                    rows.append([setting, view, name + mark, auroc.size, float(auroc.mean()), spread, ap, p])
+        for view, part in views(results[0]).items():
+            chosen = [("scores", name) for name, image in part["scores"].items() if image]
+            if results is firsts:
+                chosen += [("baselines", name) for name, image in part["baselines"].items() if image]
+            for kind, name in chosen:
+                auroc, ap = (series(results, view, kind, name, key) for key in ("auroc", "ap"))
+                first = series(firsts, view, kind, name, "auroc")
+                spread = "{:.3f} to {:.3f}".format(*part[kind][name]["auroc_ci"])
+                if auroc.size > 1:
+                    spread = f"± {1.96 * auroc.std(ddof=1):.3f}"
+                p: Any = ""
+                if results is not firsts and min(auroc.size, first.size) > 1:
+                    p = float(ttest_ind(first, auroc, equal_var=False).pvalue)
+                mark = " *" if name == results[0]["primary"] else ""
+                rows.append([setting, view, name + mark, auroc.size, float(auroc.mean()), spread, float(ap.mean()), p])
     return rows
 
 

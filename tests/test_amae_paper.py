@@ -9,12 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.stats
 from drawn import first_state
 from ml_collections import ConfigDict
 from PIL import Image
 from sklearn.linear_model import Ridge
 from test_anatpaste import chest
 
+from benchmarks import accuracy
 from configs import amae as recipes
 from jmae import baselines, checkpoint, recipe, train
 from jmae.anomalies import anatpaste
@@ -329,3 +331,47 @@ def test_wrong_nih_lists_are_refused(tmp_path):
     (root / "images_001" / "images" / "00000001_000.png").unlink()
     with pytest.raises(InputError, match=r"00000001_000\.png: is not found"):
         prepare("nih", root, tmp_path / "out")
+
+
+# --- the benchmark's table --------------------------------------------------------------------------------------------
+
+
+def test_the_benchmarks_table_has_means_deviations_and_welchs_test_over_seeds():
+    image = lambda auroc: {"auroc": auroc, "auroc_ci": [auroc - 0.1, auroc + 0.1], "ap": auroc / 2}
+    result = lambda auroc: {
+        "primary": "stage2",
+        "scores": {"stage2": image(auroc), "none": None},
+        "baselines": {"5-NN": image(0.5)},
+        "subsets": {},
+    }
+    ours, other = (0.80, 0.82, 0.84, 0.86), (0.70, 0.74, 0.75, 0.77)
+    table = accuracy.rows_of({"stage2": [*map(result, ours)], "b_normals": [*map(result, other)]})
+    spread = lambda values: f"± {1.96 * np.std(values, ddof=1):.3f}"
+    # Welch: t = difference / sqrt(s1^2/n + s2^2/n), Satterthwaite's degrees of freedom.
+    variances = np.var(ours, ddof=1) / 4, np.var(other, ddof=1) / 4
+    t = (np.mean(ours) - np.mean(other)) / np.sqrt(sum(variances))
+    p = 2 * scipy.stats.t.sf(t, sum(variances) ** 2 / (variances[0] ** 2 / 3 + variances[1] ** 2 / 3))
+    assert table == [
+        ["stage2", "whole", "stage2 *", 4, pytest.approx(0.83), spread(ours), pytest.approx(0.415), ""],
+        ["stage2", "whole", "5-NN", 4, 0.5, "± 0.000", 0.25, ""],
+        [
+            "b_normals",
+            "whole",
+            "stage2 *",
+            4,
+            pytest.approx(0.74),
+            spread(other),
+            pytest.approx(0.37),
+            pytest.approx(p),
+        ],
+    ]
+
+
+def test_every_ratio_of_the_sweep_has_as_many_unlabelled_images():
+    settings = accuracy.ratios(HIDDEN)
+    assert len(settings) == 2 * 6 and {s["data.unlabeled_size"] for s in settings.values()} == {103}
+    for changes in settings.values():
+        changes = {name.replace(".", "__"): value for name, value in changes.items()}
+        rows = load_rows(config(data__phantom="chest", **changes), str)
+        labels = [HIDDEN[row.id] for row in rows if row.split == "unlabeled"]
+        assert len(labels) == 103 and sum(labels) == int(round(103 * changes["data__anomaly_ratio"], 9))

@@ -85,8 +85,6 @@ def run(config: ConfigDict, workdir: Path) -> int:
     for stage in system.stages:
         steps_of_dispatch(config, stage, stage.batch / devices)
     check_processes(config)
-    for note in system.notes:
-        log(f"warning: {note}")
     profiled_steps(config)
     if config.tensorboard:
         tensorboard()
@@ -95,6 +93,8 @@ def run(config: ConfigDict, workdir: Path) -> int:
     cases = load_cases(config, log, folder=workdir / "cache", trained=needed)
     rows, unchecked = check_unseen_by_source(config, cases.rows, source)
     images, watched = cases.samples(rows_read(system, rows)), rows_watched(system, rows)
+    for note in system.notes:
+        log(f"warning: {note}")
     train(config, system, images, workdir, cases.samples(watched, crops_on="host") if watched else None)
     write_seen(workdir, [*(read_seen(source) if source.is_dir() else ()), *images.rows])
     if any(row.split == "test" and row.label is not None for row in rows):

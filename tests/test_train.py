@@ -278,9 +278,9 @@ def test_the_loop_chooses_how_many_steps_a_program_has_by_the_size_of_a_batch():
     assert chosen(*official) == {"joint": 12, "calibration": 12}
     assert chosen(*official, "joint.critic=4")["joint"] == 12 and chosen(*official, "joint.critic=5")["joint"] == 1
     # 2048 and 16 images of 224 x 224, four bytes a value: 392 and 3.06 MiB.
-    amae = chosen("amae.py:paper", "tpu", "checkpoint_every=16")
+    amae = chosen("amae.py:paper", "tpu", "checkpoint_every=16", "replicates=1")
     assert amae == {"pretrain": 1, "proxy": 16, "labels": 16, "module_a": 16, "module_b": 16}
-    assert chosen("amae.py:paper", "tpu", "checkpoint_every=16", devices=16)["pretrain"] == 2
+    assert chosen("amae.py:paper", "tpu", "checkpoint_every=16", "replicates=1", devices=16)["pretrain"] == 2
     assert set(chosen("simsid.py:paper", "tpu", "steps_per_dispatch=7").values()) == {7}
 
 

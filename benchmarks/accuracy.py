@@ -1,4 +1,4 @@
-"""AMAE on real images and on phantoms: the paper's settings, its figures and its controls, seed by seed.
+"""Trains AMAE on real images and on phantoms: the settings of the paper, its figures, and controls, seed by seed.
 
     JMAE_DATA=FOLDER python -m benchmarks.accuracy cxr_peds                           # the paper's settings
     JMAE_DATA=FOLDER python -m benchmarks.accuracy cxr_peds --only stage2 --budget 2
@@ -192,7 +192,7 @@ def main() -> None:
     options, overrides = parser.parse_known_args()
     if wrong := [override for override in overrides if not override.startswith("--config.")]:
         parser.error(f"{wrong[0]} is unknown; recipe values are --config.KEY=VALUE")
-    own, data = options.pack == "phantoms", []
+    own, data = options.pack == "phantoms", list[str]()
     manifest = Path(os.environ.get("JMAE_DATA", "")) / options.pack / "manifest.csv"
     if not own:
         if not os.environ.get("JMAE_DATA") or not manifest.is_file():

@@ -88,7 +88,9 @@ def main(argv: list[str]) -> int:
     with join_processes():
         keep_compiled()
         system = load_system(config)
-        cases = load_cases(config, log, folder=workdir / "cache", scored=(split, "val"))
+        fitted = ("train",) if system.sweep else ("train", "unlabeled")  # splits that the baselines are fitted to
+        kept = lambda rows: [row for row in rows if row.split in fitted]
+        cases = load_cases(config, log, folder=workdir / "cache", scored=(split, "val"), trained=kept)
         if "manifest" in flags:
             rows, unchecked = check_unseen(cases.rows, split, workdir, flags["manifest"], allow=allow)
         else:

@@ -163,7 +163,7 @@ class SweepPass:
         number = int(np.where(within, away, np.inf).argmin())
         origin = tiling.origins[number]
         cut = tuple(slice(o, o + w) for o, w in zip(origin, sweep.window, strict=True))
-        key = case_keys(self.keys[0], words[None])[0]
+        key = case_keys(self.keys[0], jnp.asarray(words[None]))[0]
         key = jax.random.fold_in(jax.random.fold_in(key, 0), number)
         first = jax.tree.map(lambda x: x[0], self.results) if len(self.keys) > 1 else self.results
         window = np.pad(case.array, [*tiling.pad, (0, 0)])[cut]

@@ -86,7 +86,7 @@ def one_slice(case: Case, side: int = SLIDE_SIDES[0]) -> Case:
     arrays: dict[str, Any] = {
         name: at_k(getattr(case, name)) for name in ("image", "map", "reconstruction", "confidence", "region")
     }
-    pictures = {name: at_k(picture) for name, picture in case.pictures.items()}
+    pictures = {name: np.array(picture[:, :, k]) for name, picture in case.pictures.items()}
     slices = some_slices(case.image[..., 0], case.map, mask, k, side)
     return case._replace(**arrays, pictures=pictures, mask=at_k(mask), slice=k, slices=slices)
 

@@ -32,20 +32,20 @@ def prepare(root: Path, out: Path, seed: int) -> Prepared:
         if label and split == "train":
             problems.append(f"{path}: lists abnormal images to train on: leave it out")
         for name in text_of(path).split():
-            if len(found := places.get(Path(name).name, ())) != 1:
+            if len(found := places.get(Path(name).name, [])) != 1:
                 where = f"is in {' and '.join(str(one.parent) for one in found)}" if found else "is not found"
                 problems.append(f"{name}: {where}, of {path.name}: copy the images again, once")
                 continue
             case = Path(name).stem
             rows.append(Row(case, case.split("_")[0], split, label, (str(found[0]),), extra={"sex": sex}))
     refuse(problems)
-    counts = Counter((row.split, row.label) for row in rows)
+    counts = Counter((row.split, int(bool(row.label))) for row in rows)
     differ = [
         f"{n} of {split} {label} (the paper: {PAPER.get((split, label), 0)})"
         for (split, label), n in sorted(counts.items())
         if n != PAPER.get((split, label))
     ]
-    listed = {row.image[0] for row in rows}
+    listed = {path for row in rows for path in row.image}
     left_out = Counter({"images in no list": sum(str(one) not in listed for same in places.values() for one in same)})
     return Prepared(
         rows, f"{len(lists)} lists", left_out, caution=f"not the paper's numbers: {', '.join(differ)}" if differ else ""

@@ -62,8 +62,10 @@ PARTS = (
     Part("volume", "train --small", "torch"),
     Part("volume", "check", "torch"),
     Part("anomalies", needs="pietorch"),
+    Part("anomalies", "--solvers"),
     Part("memmc", "steps"),
     Part("memmc", "scoring"),
+    Part("memmc", "count"),
     Part("simsid", "speed", "torch"),
     Part("loading"),
     Part("compile"),
@@ -78,9 +80,12 @@ PARTS = (
         Part("maemi", what, "JMAE_DATA" if "mri3d" in what else "")
         for what in ("mri3d", "mri3d_hippo", "ratio", "patch")
     ),
-    *(Part("memmc", what, "JMAE_DATA") for what in ("cxr_peds", "endoscopy", "ablation", "options")),
-    *(Part("ppii", what) for what in ("generators", "backbones")),
-    *(Part("ppii", what, "JMAE_DATA") for what in ("endoscopy", "mri3d", "cxr_nih")),
+    *(
+        Part("memmc", what, "JMAE_DATA")
+        for what in ("cxr_peds", "endoscopy", "ablation", "options", "scores", "frames")
+    ),
+    Part("ppii", "phantoms"),
+    *(Part("ppii", what, "JMAE_DATA") for what in ("generators", "strength", "table1", "table2", "volumes", "tables")),
     *(Part("simsid", what) for what in ("phantoms", "volumes")),
     Part("simsid", "cxr_peds", "JMAE_DATA"),
     Part("systems", "cxr_peds --budget 0.5", "JMAE_DATA"),

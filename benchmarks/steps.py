@@ -57,7 +57,7 @@ def jmae_stage(*, recipe: str, stage: str = "train", batch: int = 0, changes: di
 
     from jmae.programs import compiled_step
     from jmae.recipe import load
-    from jmae.system import load_system, stage_keys
+    from jmae.system import load_system, stage_keys, trained_shape
 
     config = load(f"{ROOT / 'configs' / recipe}")
     config.update_from_flattened_dict({"replicates": 1} | (changes or {}))
@@ -69,7 +69,7 @@ def jmae_stage(*, recipe: str, stage: str = "train", batch: int = 0, changes: di
         if name == stage:
             break
         results[name] = {"params": state.params, "stats": state.stats}
-    image = np.random.default_rng(0).uniform(size=(n, *config.data.size, config.data.channels)).astype(np.float32)
+    image = np.random.default_rng(0).uniform(size=(n, *trained_shape(config, one))).astype(np.float32)
     rows = {"image": image, "index": np.arange(n, dtype=np.int32), "case": np.zeros((n, 2), np.uint32)}
     rows |= {name: np.stack([make(one) for one in image]) for name, make in stages[stage][1].host_arrays.items()}
     rows = jax.device_put(rows)

@@ -51,6 +51,7 @@ from jmae.figures import (
     Part,
     Split,
     SplitScores,
+    Thresholds,
     beside_published,
     parts_of,
     split_figures,
@@ -158,7 +159,7 @@ def evaluate(
     check_processes(config)
     cases = cases or Cases(rows, config, workdir / "cache")
     rate, chosen = alarm_rate(config), split_of(rows, split)
-    parts = parts_of(config, chosen, volumes=system.sweep is not None)
+    parts = parts_of(config, chosen, volumes=system.sweep is not None, shown=map_name(system))
     results = restore_results(config, system, workdir)
     scorer = Scorer(config, system, results, cases)
     log(f"{split}: scoring {len(chosen.rows)} cases")
@@ -173,7 +174,7 @@ def evaluate(
     if jax.process_index():  # it scores its share; the first process counts and writes
         deque(score_rows(scorer, chosen.rows), maxlen=0)
         return {}
-    gathered = gather_results(scorer, chosen, baselines, parts, out)
+    gathered = gather_results(scorer, chosen, baselines, parts, thresholds, out)
     evaluation = split_figures(
         config, system, chosen, parts, gathered.scores, baselines.scores, thresholds, reference and reference.scores
     )
@@ -228,9 +229,7 @@ def baselines_of(
     return NoBaselines()
 
 
-def score_reference(
-    scorer: Scorer, split: Split, baselines: Baselines
-) -> tuple[ReferenceScores | None, dict[str, list[float]]]:
+def score_reference(scorer: Scorer, split: Split, baselines: Baselines) -> tuple[ReferenceScores | None, Thresholds]:
     """(the scores of the rows of `val`, where they serve the split; the normals' thresholds of maps, where
     `evaluation.iou` asks for them)."""
     config, thresholds = scorer.config, None
@@ -258,7 +257,7 @@ def all_maps(result: Result, baseline_maps: Mapping[str, np.ndarray]) -> dict[st
 
 
 def gather_results(
-    scorer: Scorer, split: Split, baselines: Baselines, parts: Mapping[str, Part], out: Path
+    scorer: Scorer, split: Split, baselines: Baselines, parts: Mapping[str, Part], thresholds: Thresholds, out: Path
 ) -> Gathered:
     """Scores the split; counts pixels, writes maps, keeps scores and what the report may show."""
     gathered, config, system = Gathered(), scorer.config, scorer.system
@@ -283,7 +282,7 @@ def gather_results(
         for name, array in result.written(system, names).items():
             (out / "maps").mkdir(parents=True, exist_ok=True)
             write_map(out / "maps" / f"{row.id}_{name}", array, case.geometry)
-        shown = report_case(result, system, truth and truth.lesion, baseline_maps)
+        shown = report_case(result, system, truth and truth.lesion, baseline_maps, thresholds)
         window = scorer.example(case, shown_voxel(shown)) if system.sweep else {}
         shown = one_slice(shown, slice_side(len(split.rows)))
         gathered.cases.append(shown._replace(pictures={**shown.pictures, **window}))

@@ -195,12 +195,19 @@ def split_keys(keys: Key[Array, " b"]) -> tuple[Key[Array, " b"], Key[Array, " b
 
 
 def crop_and_flip(
-    image: Float[Array, "b *size c"], keys: Key[Array, " b"], *, scale: tuple[float, ...], axes: tuple[int, ...]
-) -> Float[Array, "b *size c"]:
-    """A random resized crop of a share `scale` of each image, none where it is (), then random flips of `axes`."""
+    image: Float[Array, "b *size c"],
+    keys: Key[Array, " b"],
+    *,
+    scale: tuple[float, ...],
+    axes: tuple[int, ...],
+    size: tuple[int, ...] | None = None,
+) -> Float[Array, "b *new c"]:
+    """A random resized crop of a share `scale` of each image, none where it is (), then random flips of `axes`.
+
+    A crop has `size`, or else that of the image."""
     crops, flips = split_keys(keys)
     if scale:
-        image = jax.vmap(partial(random_resized_crop, scale=(scale[0], scale[1])))(image, crops)
+        image = jax.vmap(partial(random_resized_crop, scale=(scale[0], scale[1]), to=size))(image, crops)
     return jax.vmap(partial(random_flip, axes=axes))(image, flips)
 
 

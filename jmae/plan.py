@@ -55,7 +55,7 @@ from jmae.programs import compiled_step, places, steps_of_dispatch
 from jmae.reconstruct import fitting
 from jmae.run_folder import log, write_text
 from jmae.sharding import device_mesh, replicated, sharded, split
-from jmae.system import Stage, State, Sweep, System, load_system, stage_keys
+from jmae.system import Stage, State, Sweep, System, load_system, stage_keys, trained_shape
 from jmae.target import tracing_for
 
 ROWS = 1000  # of an assumed manifest; they size what a stage stores for each row (AMAE's margins), and the schedule
@@ -197,7 +197,7 @@ def step_of(
         raise InputError(f"a batch of {size} is not divisible by {mesh.size} chips{parts}: write a multiple as --batch")
     keys = jax.eval_shape(partial(stage_keys, config, number))
     state = state_of(config, stage, number, results)
-    image = (*config.data.size, config.data.channels)
+    image = trained_shape(config, stage)
     arrays = {"image": (image, jnp.float32), "index": ((), jnp.int32), "case": ((2,), jnp.uint32)}
     for name, make in stage.host_arrays.items():
         array = np.asarray(make(np.linspace(0, 1, math.prod(image), dtype=np.float32).reshape(image)))

@@ -320,13 +320,17 @@ def overlay(stored: Image, heat: np.ndarray, colours: Scale | None) -> np.ndarra
       colours: the colour scale; None takes the map's own.
     """
     low, high = (float(end) for end in np.percentile(heat, PERCENTILES))
-    grey, colours = stored.array[..., 0], colours or Scale(low, high if high > low else low + 1, "")
+    colourful = heat.ndim == 2 and stored.array.shape[-1] == 3
+    shown, colours = (
+        stored.array if colourful else stored.array[..., 0],
+        colours or Scale(low, high if high > low else low + 1, ""),
+    )
     if heat.ndim == 3:
         layout = lie("2" if stored.affine is None else "axial", stored.affine, "")
         k = int(heat.max(axis=tuple(axis for axis in range(3) if axis != layout.across)).argmax())
-        grey, heat = layout.plane(grey, k), layout.plane(heat, k)
-    dark, bright = np.percentile(grey, (1, 99))
-    return blend(np.clip((grey - dark) / ((bright - dark) or 1), 0, 1), heat, colours)
+        shown, heat = layout.plane(shown, k), layout.plane(heat, k)
+    dark, bright = np.percentile(shown, (1, 99))
+    return blend(np.clip((shown - dark) / ((bright - dark) or 1), 0, 1), heat, colours)
 
 
 def finish(rows: Sequence[Row], done: Mapping[str, Mapping], failed: Sequence[Mapping[str, str]], out: Path) -> int:

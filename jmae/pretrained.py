@@ -41,24 +41,25 @@ def with_pretrained(config: ConfigDict, stage: Stage, state: State, workdir: Pat
         part = model.get("weights_part", "mae")
         if weights.size is None and part != "blocks":  # which file this is for nothing else tells
             weights = read_weights(source, size=tuple(config.data.size))
-        drawn = on_host(state.params)
+        drawn, form = on_host(state.params), stage.pretrained
         single = lambda r: drawn if n == 1 else jax.tree.map(lambda x: x[r], drawn)
         loaded = [
             load_weights(
                 weights,
-                single(r),
+                form.part(single(r)),
                 part=part,
                 heads=model.heads,
                 decoder_heads=model.decoder_heads,
                 size=tuple(config.data.size),
                 patch=tuple(model.patch),
                 channels=model.get("channels", config.data.channels),
-                positions=stage.pretrained.positions,
+                positions=form.positions,
                 adapt=model.weights_adapt,
             )
             for r in range(n)
         ]
-        params = loaded[0][0] if n == 1 else jax.tree.map(lambda *x: jnp.stack(x), *(p for p, _ in loaded))
+        each = [form.whole(single(r), filled) for r, (filled, _) in enumerate(loaded)]
+        params = each[0] if n == 1 else jax.tree.map(lambda *x: jnp.stack(x), *each)
         log(f"{stage.name}: {summary(loaded[0][1])} from {source}, part {part}: {workdir / 'weights.txt'}")
         write_text(workdir / "weights.txt", tensor_table(loaded[0][1]) + "\n")
     else:

@@ -153,9 +153,29 @@ SHARED = {
         (), "Stored values that become 0 and 1; all others are clipped. CT in HU: -1024,3071.", length=2, empty=True
     ),
     "data.equalise": Key(False, "Whether each image gets an even histogram of 256 levels."),
+    "data.equalise_exact": Key(False, "Ours: whether that histogram has a level for each value in place of 256."),
     "evaluation.batch": Key(16, "Images or windows that are scored at a time; fewer where memory is short.", least=1),
     "evaluation.froc": Key(
         0.0, "False positives an image at which the sensitivity for lesions is reported; 0: not at all.", least=0
+    ),
+    "evaluation.froc_rule": Key(
+        "centroid",
+        'When a component of a map hits a lesion: "peak", its highest pixel lies in the lesion; "centroid", its '
+        "centroid lies in the lesion's box.",
+        choices=("centroid", "peak"),
+    ),
+    "evaluation.froc_least": Key(
+        5,
+        "Pixels of the smallest component that counts: of the grid that is scored, or with froc_rule=centroid of the "
+        "file's.",
+        "pixels",
+        least=1,
+    ),
+    "evaluation.froc_overlap": Key(
+        0.0,
+        "Intersection over union at which a component hits a lesion, too; 0: it never does.",
+        least=0,
+        most=1,
     ),
     "evaluation.iou": Key(
         0.0,

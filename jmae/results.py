@@ -49,12 +49,16 @@ def map_name(system: System) -> str:
 
 
 def report_case(
-    result: Result, system: System, lesion: np.ndarray | None, baseline_maps: Mapping[str, np.ndarray]
+    result: Result,
+    system: System,
+    lesion: np.ndarray | None,
+    baseline_maps: Mapping[str, np.ndarray],
+    thresholds: Mapping[str, Sequence[float]],
 ) -> Case:
     """A result as the report shows it, means over replicates.
 
     Of a volume, further channels, their reconstructions and the subtraction image are further pictures. `lesion` and
-    `baseline_maps` lie on the case's own grid.
+    `baseline_maps` lie on the case's own grid. `thresholds` are those of the held-out normals, by the map's name.
     """
     case, pictures = result.case, {name: each.mean(0) for name, each in result.pictures.items()}
     if case.volume:
@@ -65,15 +69,17 @@ def report_case(
         if "subtraction" in baseline_maps:
             pictures["the subtraction image"] = case.volume.grid.forward(baseline_maps["subtraction"], 1)
     mean = lambda values: None if values is None else values.mean(0)
+    shown, own = result.maps[map_name(system)].mean(0), thresholds.get(map_name(system), ())
     return Case(
         case.row.id,
         case.row.label,
         float(result.scores[system.primary].mean()),
         case.array,
-        result.maps[map_name(system)].mean(0),
+        shown,
         None if lesion is None else case.on_scored_grid(lesion),
         mean(result.reconstruction),
         confidence=mean(result.confidence),
         pictures=pictures,
         region=case.volume.region if case.volume else None,
+        called=shown >= np.mean(own) if own else None,
     )

@@ -93,11 +93,15 @@ class Pretrained:
         positions: (grid, width) -> the network's position codes; the codes of the weights must equal them.
         load: (file or folder, first state) -> (state with its weights, a report for weights.txt). None: the weights are
             those of a masked autoencoder, or of a stage of the same name.
+        part: (parameters of the stage) -> the masked autoencoder among them, which a file's weights fill.
+        whole: (parameters of the stage, that masked autoencoder with its weights) -> parameters of the stage.
     """
 
     use: Literal["instead", "start"]
     positions: Callable[[tuple[int, ...], int], np.ndarray] = sincos_positions
     load: Callable[[Path, State], tuple[State, str]] | None = None
+    part: Callable[[PyTree], PyTree] = lambda params: params
+    whole: Callable[[PyTree, PyTree], PyTree] = lambda params, part: part
 
 
 def final(state: State) -> dict[str, PyTree]:
@@ -126,6 +130,7 @@ class Stage:
             round and round.
 
     Optional, the data:
+        size: size of the images that the stage trains on, where it is not `data.size`. Its checks have `data.size`.
         host_arrays: {name: function of an image (*size, c)} of arrays that the host computes once an image. They come
             with the batch.
         table: (rows, results) -> lines of STAGE.csv in the run folder, a file for people to read.
@@ -154,6 +159,7 @@ class Stage:
     init: Callable[..., State]
     step: Callable[..., tuple[State, dict[str, Array]]]
     shuffle: bool = True
+    size: tuple[int, ...] = ()
     host_arrays: Mapping[str, Callable[[np.ndarray], np.ndarray]] = field(default_factory=dict)
     table: Callable[[Sequence[Row], Results], list[dict[str, Any]]] | None = None
     pace: Callable[[Sequence[Row], Results], float] | None = None
@@ -321,6 +327,11 @@ def held_out_normals(rows: Sequence[Row]) -> np.ndarray:
 def rows_of(rows: Sequence[Row], results: Results, *, splits: tuple[str, ...] = ("train",)) -> np.ndarray:
     """Numbers of the rows of some splits: the usual `Stage.rows`."""
     return np.array([i for i, row in enumerate(rows) if row.split in splits], np.int64)
+
+
+def trained_shape(config: ConfigDict, stage: Stage) -> tuple[int, ...]:
+    """The shape (*size, channels) of an image, or of a crop of a volume, in a batch of a stage."""
+    return (*(stage.size or config.data.size), config.data.channels)
 
 
 def chosen_on_val(system: System) -> bool:

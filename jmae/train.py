@@ -26,7 +26,7 @@ from jmae import checkpoint, recipe
 from jmae.calibration import calibrate_run
 from jmae.cards import write_cards
 from jmae.data.cases import load_cases
-from jmae.data.loader import Samples, batches
+from jmae.data.loader import Images, Samples, batches
 from jmae.errors import InputError, NonFiniteLoss, Stopped, exit_code
 from jmae.evaluate import check_processes, evaluate
 from jmae.pretrained import with_pretrained
@@ -255,12 +255,16 @@ def take_steps(
     if (least := min(len(table) for table in course.tables)) < stage.batch:
         log(f"warning: {name}: {least} images are fewer than a batch of {stage.batch}: they repeat within it")
     seeds = [config.seed + r for r in range(n)]
+    samples = course.samples
+    if stage.size:
+        assert isinstance(samples, Images)  # volumes have crops of data.size
+        samples = samples.at(stage.size)
     iterator = batches(
-        course.samples, course.tables, batch=stage.batch, seeds=seeds, shuffle=stage.shuffle, host=stage.host_arrays
+        samples, course.tables, batch=stage.batch, seeds=seeds, shuffle=stage.shuffle, host=stage.host_arrays
     )
     if position:
         iterator.set_state(position["data"])
-    resident = course.samples.resident()
+    resident = samples.resident()
     volumes = None if resident is None else place_whole(resident, mesh)
     del resident
     crop = () if volumes is None else tuple(config.data.size)

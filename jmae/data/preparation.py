@@ -214,7 +214,7 @@ def prepared_image(row: Row, data: ConfigDict, stored: Image | None = None) -> n
         unit = in_window(array, data.window, row.image[0])
     else:
         unit = to_unit(array, bits)
-    return equalise(unit) if data.equalise else resize(unit, size)
+    return equalise(unit, exact=data.equalise_exact) if data.equalise else resize(unit, size)
 
 
 def prepared_volume(row: Row, data: ConfigDict, case: Opened | None = None) -> Volume:

@@ -295,7 +295,7 @@ def prepare(
     array, mean, std = _normalised(array, inside, data, name)
     if data.equalise:
         unit = lambda: np.stack([to_unit(channel, 0) for channel in np.moveaxis(array, -1, 0)], -1)
-        array = equalise(unit() if windowed is None else windowed, inside)
+        array = equalise(unit() if windowed is None else windowed, inside, exact=data.equalise_exact)
     elif windowed is not None:
         array = windowed
 

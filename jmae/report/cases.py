@@ -31,7 +31,7 @@ class Case(NamedTuple):
     id: str
     label: int | None  # 0 normal, 1 abnormal, None unknown
     score: float
-    image: NDArray[Any]  # (*size, c); the page shows the first channel
+    image: NDArray[Any]  # (*size, c); the page shows the first channel, or the colours of a picture with three
     map: NDArray[Any]  # size, higher is more abnormal
     mask: NDArray[np.bool_] | None = None  # size, True = lesion
     reconstruction: NDArray[Any] | None = None  # (*size, c), shown in the grey window of the image
@@ -40,6 +40,7 @@ class Case(NamedTuple):
     pictures: Mapping[str, NDArray[Any]] = MappingProxyType({})  # (*size, c) in the image's unit, or size in another
     slices: Slices | None = None  # slices of the volume from which `one_slice` took one
     region: NDArray[np.bool_] | None = None  # size, where the map counts; None is everywhere
+    called: NDArray[np.bool_] | None = None  # size, True where the map exceeds the threshold of held-out normals
 
 
 def choose_cases(labels: Sequence[int | None], scores: Sequence[float], n: int = PER_GROUP) -> dict[str, list[int]]:
@@ -88,7 +89,7 @@ def one_slice(case: Case, side: int = SLIDE_SIDES[0]) -> Case:
     }
     pictures = {name: np.array(picture[:, :, k]) for name, picture in case.pictures.items()}
     slices = some_slices(case.image[..., 0], case.map, mask, k, side)
-    return case._replace(**arrays, pictures=pictures, mask=at_k(mask), slice=k, slices=slices)
+    return case._replace(**arrays, pictures=pictures, mask=at_k(mask), called=at_k(case.called), slice=k, slices=slices)
 
 
 def shown_voxel(case: Case) -> tuple[int, int, int]:

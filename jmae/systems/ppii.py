@@ -135,6 +135,12 @@ KEYS = {
     "train.loss": Key(
         "cross_entropy", "Loss of a pixel; the cross-entropy has soft targets.", choices=("cross_entropy", "mse")
     ),
+    "train.target": Key(
+        "mean",
+        'Label that the network learns: "mean", over the raters; ours: "rater", that of one rater of each anomaly, who '
+        "is drawn at each step.",
+        choices=("mean", "rater"),
+    ),
     "train.variance_weight": Key(
         0.0, "Ours: a pixel's loss is divided by 1 + this number times the raters' variance.", least=0
     ),
@@ -201,6 +207,8 @@ def check(config: ConfigDict) -> None:
         raise InputError("train.batch=1: anomaly.source=other takes another image of the batch: set it to self")
     if train.variance_weight and config.variant not in PRESETS:
         raise InputError(f"train.variance_weight is of variants {', '.join(PRESETS)}, which have raters")
+    if train.target == "rater" and config.variant not in PRESETS:
+        raise InputError(f"train.target=rater is of variants {', '.join(PRESETS)}, which have raters")
     if model.backbone == "phiseg" and train.loss == "mse":
         raise InputError("train.loss=mse is of the U-Nets: PHiSeg's loss is a likelihood")
     if model.backbone == "phiseg" and train.variance_weight:
@@ -308,6 +316,7 @@ def task_of(config: ConfigDict) -> Task:
             core=anomaly.core,
             shape=anomaly.shape,
             deviation=config.train.variance_weight > 0,
+            rater=config.train.target == "rater",
         )
     task = OTHERS[config.variant]
     if config.variant in ("pii", "fpi"):
@@ -317,10 +326,30 @@ def task_of(config: ConfigDict) -> Task:
     return lambda image, source, key, number: task(image, source, key)
 
 
+def shown(config: ConfigDict, most: int = 3) -> Callable[..., dict[str, Array]]:
+    """(image, source, key) -> what a recipe trains on, by title: the image with anomalies, its target, and where there
+    are raters, the images of `most` of them and the deviation over all."""
+    if config.variant not in PRESETS:
+        make = task_of(config)
+        return lambda image, source, key: dict(zip(("image", "target"), make(image, source, key, None), strict=False))
+    whole = partial(task_of(config).func, **task_of(config).keywords | {"deviation": True, "rater": True})
+
+    def draw(image: Array, source: Array, key: Array) -> dict[str, Array]:
+        out, target, extras = whole(image, source, key)
+        each = jax.vmap(lambda k: whole(image, source, key, rater_number=k)[2]["rater"])(jnp.arange(most))
+        raters = {f"rater {k + 1}": each[k] for k in range(most)}
+        label = extras["rater_target"] if config.train.target == "rater" else target
+        return {"image": out, "target": label} | raters | {"deviation": extras["deviation"]}
+
+    return draw
+
+
 def corrupt(
     setup: Setup, image: Float[Array, "b *size c"], keys: RandomKey[Array, " b"]
 ) -> tuple[Float[Array, "b *size c"], Float[Array, " b *size"], Array]:
     """Images with new anomalies, their targets, and the deviations (b, *size) over raters, or 0 without raters.
+
+    The target is the mean label, or with train.target=rater the label of one rater of each anomaly.
 
     Sources are images of the whole batch, also under `jax.pmap`.
     """
@@ -335,7 +364,7 @@ def corrupt(
         turn = jax.vmap(lambda key: jax.random.randint(jax.random.fold_in(key, 2), (), 1, len(everyone)))(keys)
         source = everyone[(place + turn) % len(everyone)]
         out = jax.vmap(setup.task, (0, 0, 0, None))(image, source, task_keys, None)
-    return out[0], out[1], out[2].get("deviation", jnp.zeros(()))
+    return out[0], out[2].get("rater_target", out[1]), out[2].get("deviation", jnp.zeros(()))
 
 
 def augment(setup: Setup, image: Float[Array, "b *size c"], keys: RandomKey[Array, " b"]) -> Float[Array, "b *size c"]:

@@ -392,7 +392,7 @@ def test_the_sparse_solve_that_is_timed_gives_the_image_of_pii():
     target, source = (rng.uniform(0.3, 0.7, (14, 11)) for _ in range(2))
     found = pii_sparse(target, source, 0.4)
     wide = [jnp.asarray(np.pad(part, [(0, 2), (0, 5)])[..., None], jnp.float32) for part in (target, source)]
-    own_change = poisson.change(poisson.interpolated(*wide, 0.4), jnp.array([14, 11]))
+    own_change = poisson.change(poisson.interpolation_guidance(*wide, 0.4), jnp.array([14, 11]))
     np.testing.assert_allclose(found, target + own_change[:14, :11, 0], atol=1e-5)
 
 

@@ -125,11 +125,11 @@ def _scales(
     window, pool = _per_axis(window, x.ndim - 2), _per_axis(pool, x.ndim - 2)
     x, y = (jnp.moveaxis(image, -1, 1).astype(jnp.float32) for image in (x, y))
     more = [(0, 0), (0, 0), *((w // 2, w // 2) for w in window)]
+    continued = lambda image: jnp.pad(image, more, mode="symmetric") if mirror else image
     for j in range(len(weights)):
         if j:
             x, y = _pool(x, pool), _pool(y, pool)
-        pair = (jnp.pad(image, more, mode="symmetric") for image in (x, y)) if mirror else (x, y)
-        yield _similarity(*pair, window, sigma, data_range, k, black)
+        yield _similarity(continued(x), continued(y), window, sigma, data_range, k, black)
 
 
 def ms_ssim(

@@ -300,24 +300,28 @@ def make(config: ConfigDict, rngs: Any) -> UNet | PHiSeg:
 # --- anomalies --------------------------------------------------------------------------------------------------------
 
 
+def options_of(config: ConfigDict) -> dict[str, Any]:
+    """The options of the generator `ppii` that a recipe sets."""
+    anomaly, numbers = config.anomaly, config.anomaly[config.variant]
+    return {
+        "preset": config.variant,
+        "anomalies": tuple(numbers.anomalies),
+        "raters": tuple(numbers.raters),
+        "strength": tuple(numbers.strength),
+        "gain": numbers.gain,
+        "patch": tuple(anomaly.patch),
+        "core": anomaly.core,
+        "shape": anomaly.shape,
+        "deviation": config.train.variance_weight > 0,
+        "rater": config.train.target == "rater",
+    }
+
+
 def task_of(config: ConfigDict) -> Task:
     """The generator of anomalies that a recipe describes."""
     anomaly, least = config.anomaly, min(config.data.size)
     if config.variant in PRESETS:
-        numbers = anomaly[config.variant]
-        return partial(
-            ppii,
-            preset=config.variant,
-            anomalies=tuple(numbers.anomalies),
-            raters=tuple(numbers.raters),
-            strength=tuple(numbers.strength),
-            gain=numbers.gain,
-            patch=tuple(anomaly.patch),
-            core=anomaly.core,
-            shape=anomaly.shape,
-            deviation=config.train.variance_weight > 0,
-            rater=config.train.target == "rater",
-        )
+        return partial(ppii, **options_of(config))
     task = OTHERS[config.variant]
     if config.variant in ("pii", "fpi"):
         task = partial(task, half=tuple(anomaly.half), core=anomaly.core)
@@ -331,8 +335,10 @@ def shown(config: ConfigDict, most: int = 3) -> Callable[..., dict[str, Array]]:
     are raters, the images of `most` of them and the deviation over all."""
     if config.variant not in PRESETS:
         make = task_of(config)
-        return lambda image, source, key: dict(zip(("image", "target"), make(image, source, key, None), strict=False))
-    whole = partial(task_of(config).func, **task_of(config).keywords | {"deviation": True, "rater": True})
+        return lambda image, source, key: dict(
+            zip(("image", "target"), make(image, source, key, None)[:2], strict=True)
+        )
+    whole = partial(ppii, **options_of(config) | {"deviation": True, "rater": True})
 
     def draw(image: Array, source: Array, key: Array) -> dict[str, Array]:
         out, target, extras = whole(image, source, key)

@@ -6,9 +6,9 @@ its target. Generators that mix two images take the source from the next image; 
 generators, the image is its own source. Of a volume the picture shows the slice of the last axis with the largest
 target. Images are resized to --size (default 256,256; volumes at most 96 along each axis).
 
-With --config the picture shows what a recipe trains on, in its size, window and equalisation: one line for each image
-and draw, with the image that the recipe prepares, the image with anomalies, its target, and where anomalies have raters
-the images of three of them and the deviation over all.
+With --config the picture shows what a recipe trains on, in its size, window and equalisation. Each image and draw has a
+line. It shows the prepared image, the image with anomalies and its target. Where anomalies have raters, the images of
+three raters and the deviation over all raters follow.
 
 Exit codes: 0 done; 2 the input or the environment is wrong.
 """

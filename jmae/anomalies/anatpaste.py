@@ -1,8 +1,8 @@
 """AnatPaste pastes a patch of the image softly into the lung field. AMAE's proxy task uses it as pseudo-anomaly.
 
 Sato et al., "Anatomy-aware self-supervised learning for anomaly detection in chest radiographs", iScience 2023,
-arXiv:2205.04282. Consulted: github.com/jun-sato/AnatPaste. It is equation 1 of Bozorgtabar et al., "AMAE: Adaptation of
-pre-trained masked autoencoder for dual-distribution anomaly detection in chest X-rays", MICCAI 2023:
+arXiv:2205.04282. Consulted: github.com/jun-sato/AnatPaste. The paste is equation 1 of Bozorgtabar et al., "AMAE:
+Adaptation of pre-trained masked autoencoder for dual-distribution anomaly detection in chest X-rays", MICCAI 2023:
 Aug(x) = x (1 - x_mask) + x_paste x_mask.
 
 `lung_field` runs on the host, once for each image. It takes 2D images whose lungs have a left and a right half. `draw`
@@ -211,7 +211,7 @@ def anatpaste(
     margin: float = 10,
     jitter: float = 0.1,
 ) -> tuple[Float[Array, "*size c"], Float[Array, "*size"], dict[str, Any]]:
-    """One paste: `draw` (its docstring states the distributions), then `apply`. Without `lungs` it may lie anywhere."""
+    """One paste: `draw` (its docstring states the distributions), then `apply`. Without `lungs` it lies anywhere."""
     field = jnp.ones(image.shape[:-1], bool) if lungs is None else lungs
     p = draw(key, image, source, field, area=area, aspect=aspect, fill=fill, blur=blur, margin=margin, jitter=jitter)
     return apply(image, source, field, p, margin=margin)

@@ -79,7 +79,7 @@ KEYS = {
         20.0, "Margin around a lesion that sticks out of that box, in training volumes.", "mm", least=0
     ),
     "data.region": recipe.Key(
-        "", '"nonzero": rows without a region have the voxels that are not 0.', choices=("", "nonzero")
+        "", '"nonzero": a row without a region counts its voxels that are not 0.', choices=("", "nonzero")
     ),
     "data.normal_crops_only": recipe.Key(
         False, "Whether abnormal training rows with a mask are used, by crops that touch no lesion, instead of refused."

@@ -105,7 +105,9 @@ VOLUME_KEYS = {
     "data.normal_crops_only": Key(
         False, "Whether abnormal training rows with a mask are used, by crops that touch no lesion, instead of refused."
     ),
-    "data.region": Key("", '"nonzero": rows without a region have the voxels that are not 0.', choices=("", "nonzero")),
+    "data.region": Key(
+        "", '"nonzero": a row without a region counts its voxels that are not 0.', choices=("", "nonzero")
+    ),
     "data.least_region": Key(0.0, "Least share of a training crop that lies in the region.", least=0, most=1),
 }
 

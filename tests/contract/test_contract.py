@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jmae import recipe
+from jmae import recipe, train
 from jmae.data.manifest import Row
 from jmae.errors import InputError, exit_code
 from jmae.recipe import SYSTEMS
+from jmae.seen import read_seen
 from jmae.system import chosen_on_val, load_system, network, rows_read, splits_read, stats_of
 from jmae.train import main
 
@@ -61,6 +62,15 @@ def test_a_stage_trains_on_rows_of_its_own_splits(name):
 def test_rows_that_are_decoded_for_a_choice_are_declared(name):
     system = load_system(config(name, "select=aucp"))
     assert set(splits_read(system)) == {"train", "unlabeled"}
+
+
+@pytest.mark.parametrize("name", IMAGE_SYSTEMS)
+def test_the_rows_of_the_declared_splits_alone_are_written_as_seen(name, small_set, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "train", lambda *_, **__: {})
+    monkeypatch.setattr(train, "evaluate", lambda *_, **__: None)
+    changes = [f"data.manifest={small_set}", "data.phantom=", *(["select=last"] if name == "simsid" else [])]
+    assert train.run(config(name, *changes), tmp_path) == 0
+    assert {row.split for row in read_seen(tmp_path)} == READ[name]
 
 
 def test_labels_of_val_that_choose_the_weights_are_declared():

@@ -8,8 +8,8 @@
 
 It trains with `python -m jmae.train --config configs/amae.py:small`, as the README does. All settings start from Stage
 0 of the first one, as from one checkpoint (`model.weights`). It prints a table and writes
-benchmarks/results/accuracy.json. Both have AUROC and AP with 95 % intervals over patients, on the whole image and on
-the central 80 % of the map, beside the cheap baselines, and the seconds of training on this machine.
+benchmarks/results/accuracy.json. Both have AUROC and AP with 95 % intervals over patients, beside the cheap baselines.
+The figures are of the whole image and of the central 80 % of the map. The seconds of training on this machine follow.
 """
 
 import argparse

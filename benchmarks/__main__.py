@@ -62,22 +62,30 @@ PARTS = (
     Part("volume", "train --small", "torch"),
     Part("volume", "check", "torch"),
     Part("anomalies", needs="pietorch"),
+    Part("anomalies", "--solvers"),
     Part("memmc", "steps"),
     Part("memmc", "scoring"),
+    Part("memmc", "count"),
     Part("simsid", "speed", "torch"),
     Part("loading"),
     Part("compile"),
     Part("parity", needs="torch transformers"),
     Part("coverage"),
     Part("accuracy", "cxr_peds", "JMAE_DATA"),
-    Part("accuracy", "cxr_nih --subsets matched --settings stage2", "JMAE_DATA"),
+    Part("accuracy", "cxr_nih --subsets matched --only stage2", "JMAE_DATA"),
+    *(Part("accuracy", what, "JMAE_DATA") for what in ("cxr_peds baselines", "cxr_nih baselines --subsets matched")),
+    Part("accuracy", "cxr_peds controls --seeds 0 1 2 3", "JMAE_DATA"),
+    *(Part("accuracy", f"phantoms {part} --seeds 0 1 2 3") for part in ("controls", "ratio", "stage0")),
     *(
         Part("maemi", what, "JMAE_DATA" if "mri3d" in what else "")
         for what in ("mri3d", "mri3d_hippo", "ratio", "patch")
     ),
-    *(Part("memmc", what, "JMAE_DATA") for what in ("cxr_peds", "endoscopy", "ablation", "options")),
-    *(Part("ppii", what) for what in ("generators", "backbones")),
-    *(Part("ppii", what, "JMAE_DATA") for what in ("endoscopy", "mri3d", "cxr_nih")),
+    *(
+        Part("memmc", what, "JMAE_DATA")
+        for what in ("cxr_peds", "endoscopy", "ablation", "options", "scores", "frames")
+    ),
+    Part("ppii", "phantoms"),
+    *(Part("ppii", what, "JMAE_DATA") for what in ("generators", "strength", "table1", "table2", "volumes", "tables")),
     *(Part("simsid", what) for what in ("phantoms", "volumes")),
     Part("simsid", "cxr_peds", "JMAE_DATA"),
     Part("systems", "cxr_peds --budget 0.5", "JMAE_DATA"),

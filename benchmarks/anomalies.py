@@ -2,6 +2,7 @@
 
     python -m benchmarks.anomalies                 # images one at a time, and a batch of 8 (jmae)
     python -m benchmarks.anomalies --step          # share of a U-Net training step, at batch 16 and the paper's size
+    python -m benchmarks.anomalies --solvers       # against PII with its sparse solve: "half the training time"
 
 All contestants blend the same 25 discs into a composite; a disc has 26 to 101 pixels a side. The authors' file calls
 pie-torch's `blend_dst_numpy`, which blends one image for each disc, and NumPy takes the mean of the images. jmae needs
@@ -110,6 +111,63 @@ def blends(*, way: str) -> Prepared:
     return lambda: jax.block_until_ready(run(target, source, mask, edges)), {}
 
 
+def pii_images(*, way: str, batch: int = 8) -> Prepared:
+    """Images with one square each by PII: "jmae", or "sparse", the direct solve of PII's code, draws not included."""
+    import jax
+    import jax.numpy as jnp
+
+    from jmae.anomalies.interpolation import draw_square, pii
+
+    pool, keys = images(batch + 1), jax.random.split(jax.random.key(0), batch)
+    if way == "jmae":
+        run = jax.jit(jax.vmap(pii))
+        target, source = (jnp.asarray(pool[k : k + batch])[..., None] for k in range(2))
+        return lambda: jax.block_until_ready(run(target, source, keys)), {"images": batch}
+    squares = [jax.device_get(draw_square(key, (SIDE, SIDE), (0.05, 0.2), 0.8)) for key in keys]
+
+    def run() -> list[np.ndarray]:
+        made = []
+        for k, p in enumerate(squares):
+            place = tuple(slice(c, c + n) for c, n in zip(p.corner, p.edges, strict=True))
+            made.append(pii_sparse(pool[k][place].astype(float), pool[k + 1][place].astype(float), float(p.alpha)))
+        return made
+
+    return run, {"images": batch}
+
+
+def pii_sparse(target: np.ndarray, source: np.ndarray, alpha: float) -> np.ndarray:
+    """PII's interpolation of a square by a sparse direct solve, with the target's ring as boundary."""
+    from scipy.sparse import diags, identity, kron
+    from scipy.sparse.linalg import spsolve
+
+    fields = []
+    for axis in range(2):
+        t, s = (1 - alpha) * np.diff(target, axis=axis), alpha * np.diff(source, axis=axis)
+        fields.append(np.where(np.abs(t) > np.abs(s), t, s))
+    divergence = np.diff(fields[0], axis=0)[:, 1:-1] + np.diff(fields[1], axis=1)[1:-1]
+    h, w = divergence.shape
+    second = [diags([1.0, -2.0, 1.0], [-1, 0, 1], shape=(n, n)) for n in (h, w)]
+    laplacian = kron(second[0], identity(w)) + kron(identity(h), second[1])
+    edge = target.copy()
+    edge[1:-1, 1:-1] = 0
+    boundary = edge[:-2, 1:-1] + edge[2:, 1:-1] + edge[1:-1, :-2] + edge[1:-1, 2:]
+    out = target.copy()
+    out[1:-1, 1:-1] = spsolve(laplacian.tocsc(), (divergence - boundary).ravel()).reshape(h, w)
+    return out
+
+
+def solvers(rounds: int) -> dict[str, Any]:
+    """Seconds an image: P-PII's composite by jmae, and PII's square by jmae and by a sparse solve."""
+    given: dict[str, tuple[str, dict[str, Any]]] = {
+        "P-PII, jmae": ("benchmarks.anomalies:ours", {"batch": 8, "deviation": False}),
+        "PII, jmae": ("benchmarks.anomalies:pii_images", {"way": "jmae"}),
+        "PII, sparse solve": ("benchmarks.anomalies:pii_images", {"way": "sparse"}),
+    }
+    out = interleaved(given, rounds=rounds)
+    print(table(("contestant", "s an image"), [(name, one["median_s"] / 8) for name, one in out.items()]))
+    return {**out, "sparse_over_ppii": ratio(out["PII, sparse solve"], out["P-PII, jmae"])}
+
+
 def agreement() -> float:
     """The largest difference between both composites, in units of the image's range."""
     reference, _ = np.clip(pie_torch()[0](), 0, 1)
@@ -193,6 +251,7 @@ def composites(rounds: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--step", action="store_true")
+    parser.add_argument("--solvers", action="store_true")
     parser.add_argument("--side", type=int, default=SIDE)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=7)
@@ -211,6 +270,9 @@ def main() -> None:
         write(file, f"step {arguments.side}, batch {arguments.batch}", {**out, "share_of_step": share})
         print(table(("part", "median s", "MiB"), [(n, out[n]["median_s"], out[n]["peak_mib"]) for n in names]))
         print(f"composites and their draws take {share['median']:.1%} of the step")
+        return
+    if arguments.solvers:
+        write(file, "solvers", solvers(arguments.rounds))
         return
     write(file, "composites", composites(arguments.rounds))
 

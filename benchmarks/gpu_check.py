@@ -49,7 +49,7 @@ class Case(NamedTuple):
 CASES = {
     "maemi": Case("maemi:paper", "train", True, 801, 16.2),
     "memmc_mae": Case("memmc_mae:paper", "train", True, 1431, 402.0),
-    "amae": Case("amae:paper", "pretrain", True, 788, 190.0),
+    "amae": Case("amae:paper", "pretrain", True, 788, 190.0, more=("--config.replicates=1",)),
     "ppii": Case("ppii:paper", "train", False, 845, 91.1),
     "simsid": Case("simsid:paper", "student", True, 344, 4.65),
     "maemi on 8": Case(

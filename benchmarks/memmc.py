@@ -1,26 +1,32 @@
-"""Times MemMC-MAE's memory, decoder and ten-mask score, and trains its settings on real images.
+"""MemMC-MAE: what its memory and its decoder cost, its ten-mask score, and its runs on real images.
 
-    python -m benchmarks.memmc steps                     # a training step at the size of ViT-B, beside that of a plain
-    MAE python -m benchmarks.memmc scoring                   # ten masks in one pass against ten single calls
+    python -m benchmarks.memmc steps                     # a training step at ViT-B size beside the plain MAE's
+    python -m benchmarks.memmc scoring                   # ten masks in one pass against ten single calls
+    python -m benchmarks.memmc count                     # products, and hours on the paper's card, for either gate
     JMAE_DATA=FOLDER python -m benchmarks.memmc cxr_peds
     JMAE_DATA=FOLDER python -m benchmarks.memmc endoscopy
-    JMAE_DATA=FOLDER python -m benchmarks.memmc ablation # the paper's Table 2, with three seeds and half the steps
-    JMAE_DATA=FOLDER python -m benchmarks.memmc options  # choices that the paper leaves open: gates, slots, skips
+    JMAE_DATA=FOLDER python -m benchmarks.memmc ablation # the paper's Table 2
+    JMAE_DATA=FOLDER python -m benchmarks.memmc options  # what it leaves open: gates, slots, skips of the plain MAE
+    JMAE_DATA=FOLDER python -m benchmarks.memmc scores   # luminance, border and mean over masks of the runs above
+    JMAE_DATA=FOLDER python -m benchmarks.memmc frames   # IoU of whole colonoscopy frames, by windows
 
-`steps` compares every variant with the plain MAE in the same run. It prints the ratio of times beside the ratio of
-multiply-adds by formula. The last four train with `python -m jmae.train --config configs/memmc_mae.py:small`. Further
---config.KEY=VALUE are passed on. `--only NAME ...` runs some of the settings. benchmarks/results/memmc.json keeps all.
+`steps` compares every variant with the plain MAE in the same run and prints the ratio beside that of the multiply-adds
+by formula. The others train the recipe `small` with seeds 0 to 2 (`--seeds`) and all of its steps (`--budget`); further
+--config.KEY=VALUE are passed on, `--only NAME ...` runs some settings. benchmarks/results/memmc.json keeps every seed.
+What has a result is not run again, and a run that was stopped goes on.
 """
 
 import argparse
 import json
-import os
+import subprocess
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks.steps import train_run
+from benchmarks.runs import add_options, key_of, over_seeds, pack, trained
 from benchmarks.timing import Prepared, interleaved, ratio, table, write
 
 RESULTS = Path(__file__).parent / "results" / "memmc.json"
@@ -29,7 +35,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "MAE": PLAIN,
     "memory": PLAIN | {"model.memory": 40},
     "memory, decoder (token)": {"model.gate": "token"},
-    "memory, decoder (channel)": {},
+    "memory, decoder (channel)": {"model.gate": "channel"},
 }
 ABLATION = {name: VARIANTS[name] for name in ("MAE", "memory")} | {
     "memory, decoder": {"model.long_skips": False},
@@ -40,13 +46,24 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "MAE, long skips": PLAIN | {"model.long_skips": True},
     **{f"{slots} slots": {"model.memory": slots} for slots in (10, 100, 200)},
 }
-THREE = {"replicates": 3, "budget": 0.5}
-PARTS: dict[str, dict[str, dict[str, Any]]] = {
-    "cxr_peds": {"MemMC-MAE": {}},
-    "endoscopy": {"MemMC-MAE": {"data.channels": 3, "model.channels": 3}},
-    "ablation": {name: changes | THREE for name, changes in ABLATION.items()},
-    "options": {name: changes | THREE for name, changes in OPTIONS.items()},
+PARTS: dict[str, tuple[str, str, dict[str, dict[str, Any]]]] = {  # pack, preset, settings
+    "cxr_peds": ("cxr_peds", "small", {"MemMC-MAE": {}}),
+    "endoscopy": ("endoscopy", "small_colour", {"MemMC-MAE": {}}),
+    "ablation": ("cxr_peds", "small", ABLATION),
+    "options": ("cxr_peds", "small", OPTIONS),
 }
+SCORED = {  # settings of the evaluation
+    f"{luminance}, {border}, {average}": [
+        f"--config.evaluation.{key}={value}"
+        for key, value in (("luminance", luminance), ("border", border), ("average", average))
+    ]
+    for average in ("hidden", "all")
+    for luminance in ("standardised", "unit", "none")
+    for border in ("stretch", "mirror")
+}
+FRAMES, WINDOW, STRIDE = "endoscopy/full", (128, 128), (32, 32)  # the crops that are trained on are such windows
+IMAGES, EPOCHS, HOURS = 13_794, 2000, 22  # of the paper
+CARD = {"float32": 35.6e12, "float16 on tensor cores": 71.2e12}  # RTX 3090: operations a second, by NVIDIA's table
 
 
 def multiply_adds(c: Any) -> tuple[float, float]:
@@ -64,6 +81,23 @@ def multiply_adds(c: Any) -> tuple[float, float]:
         once = q * d**2 + (q * d**2 if c.model.gate == "token" else 0)
         decoder += c.model.decoder_depth * (levels * each + once)
     return encoder, decoder
+
+
+def count() -> None:
+    """Products of an image's training, and what the paper's 22 hours on an RTX 3090 would take of the card's rate."""
+    rows, out = [], {}
+    for name, changes in VARIANTS.items():
+        encoder, decoder = multiply_adds(recipe(changes))
+        operations = 2 * 3 * (encoder + decoder)  # a product is two operations; the backward pass takes two forwards
+        total = operations * IMAGES * EPOCHS
+        hours = {kind: total / rate / 3600 for kind, rate in CARD.items()}
+        needed = total / (HOURS * 3600)
+        out[name] = {"encoder": encoder, "decoder": decoder, "operations": total, "hours_at_peak": hours}
+        out[name]["share_of_peak_in_22_hours"] = {kind: needed / rate for kind, rate in CARD.items()}
+        rows.append((name, encoder / 1e9, decoder / 1e9, *hours.values(), needed / 1e12))
+    write(RESULTS, "count, paper", {"settings": out})
+    head = ("network", "encoder, 10^9", "decoder, 10^9", *(f"h, {kind}" for kind in CARD), "10^12/s in 22 h")
+    print(table(head, rows))
 
 
 def recipe(changes: dict[str, Any], preset: str = "paper") -> Any:
@@ -179,7 +213,11 @@ def steps(preset: str, batch: int, rounds: int) -> None:
     contestants = {
         name: (
             "benchmarks.steps:jmae_stage",
-            {"recipe": f"memmc_mae.py:{preset}", "batch": batch, "changes": changes | {"data.crop_scale": ()}},
+            {
+                "recipe": f"memmc_mae.py:{preset}",
+                "batch": batch,
+                "changes": changes | {"data.crop_scale": (), "data.crop_from": ()},
+            },
         )
         for name, changes in VARIANTS.items()
     }
@@ -193,7 +231,7 @@ def steps(preset: str, batch: int, rounds: int) -> None:
         one |= {"over_plain": measured, "counted": counted, "multiply_adds": counts[name]}
     write(RESULTS, f"steps, {preset}, batch {batch}", out)
     if preset == "paper":
-        hours = 2000 * 13_794 / batch * out["memory, decoder (channel)"]["median_s"] / 3600
+        hours = EPOCHS * IMAGES / batch * out["memory, decoder (token)"]["median_s"] / 3600
         print(f"2000 epochs of 13,794 images at this batch: {hours:.0f} h (the paper: 22 h on an RTX 3090)")
     print(table(("network", "step s", "of plain", "counted", "measured / counted", "MiB"), rows))
 
@@ -211,61 +249,165 @@ def scoring(preset: str, batch: int, rounds: int) -> None:
     print(table(("ten masks", "ms an image", "MiB"), rows), f"\nratio {gain['median']:.2f}")
 
 
-def show(name: str, result: dict[str, Any]) -> list[tuple[Any, ...]]:
-    """The rows of a setting in the table: the figures of every score and of the baselines."""
+FIGURES = {
+    "image AUROC": ("image", "auroc"),
+    "AP": ("image", "ap"),
+    "pixel AUROC": ("pixel", "auroc"),
+    "pixel AP": ("pixel", "ap"),
+    "IoU": ("pixel", "localisation", "normals"),
+    "calls": ("pixel", "localisation", "normals_called"),
+    "IoU, oracle": ("pixel", "localisation", "oracle"),
+    "IoU, all": ("pixel", "localisation", "everything"),
+}
+
+
+def show(name: str, results: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
+    """Table rows of a setting: the figures of every score and of the baselines over the seeds."""
+    titles = [(kind, title) for kind in ("scores", "baselines") for title in results[0][kind]]
+    return [
+        (name, title, *(over_seeds(results, kind, title, *path) for path in FIGURES.values())) for kind, title in titles
+    ]
+
+
+def runs_of(options: argparse.Namespace) -> list[tuple[str, str, Path]]:
+    """(pack, result's name, run folder) of the trainings on children's X-rays and on colonoscopy that are there."""
+    found = []
+    for part in ("cxr_peds", "endoscopy"):
+        for seed in options.seeds:
+            key = key_of(part, "MemMC-MAE", options.budget, seed)
+            folder = options.workdir / key.replace(", ", "-").replace(" ", "-")
+            if (folder / "evaluation" / "metrics.json").is_file():
+                found.append((part, key, folder))
+            else:
+                print(f"not run: {folder}: python -m benchmarks.memmc {part} --seeds {seed}")
+    return found
+
+
+def scores(options: argparse.Namespace) -> None:
+    """Both sets under every reading of the score, on `val`, by which a preset may be chosen, and on `test`."""
     rows = []
-    for kind in ("scores", "baselines"):
-        for title, part in result[kind].items():
-            image, pixel = part["image"] or {}, part["pixel"] or {}
-            found = pixel.get("localisation") or {}
-            interval = "[{:.3f}, {:.3f}]".format(*image["auroc_ci"]) if image else ""
-            figures = (
-                image.get("auroc", ""),
-                interval,
-                image.get("ap", ""),
-                pixel.get("auroc", ""),
-                pixel.get("ap", ""),
-            )
-            rows.append((name, title, *figures, found.get("normals", ""), found.get("oracle", "")))
-    return rows
+    for part, key, folder in runs_of(options):
+        for split in ("val", "test"):
+            for name, changes in SCORED.items():
+                title = f"scores, {key}, {split}, {name}"
+                there = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+                if title not in there or options.again:
+                    out = folder / "scores" / f"{split}-{name.replace(', ', '-')}"
+                    command = [sys.executable, "-m", "jmae.evaluate", f"--workdir={folder}", f"--split={split}"]
+                    more = ["--config.evaluation.maps=false", "--config.evaluation.draws=200"]
+                    subprocess.run([*command, f"--out={out}", *changes, *more], check=True)
+                    metrics = json.loads((out / "metrics.json").read_text())
+                    keep = {k: (metrics["pixel"] or {}).get(k) for k in ("auroc", "ap")}
+                    write(RESULTS, title, {"image": metrics["image"], "pixel": keep})
+                    there = json.loads(RESULTS.read_text())
+                image, pixel = there[title]["image"], there[title]["pixel"]
+                rows.append((part, split, key.rpartition(" ")[2], name, image["auroc"], pixel["auroc"] or ""))
+    print(table(("set", "split", "seed", "luminance, border, mean", "image AUROC", "pixel AUROC"), rows))
+
+
+def frame_maps(scorer: Any, image: Any, name: str) -> np.ndarray:
+    """The primary map of a whole frame: the mean over the windows that cover a pixel."""
+    from jmae.data.manifest import Row
+    from jmae.results import map_name
+    from jmae.windows import ends
+
+    size, (h, w) = image.array.shape[:2], WINDOW
+    corners = [(y - h, x - w) for y in ends(size[0], h, STRIDE[0]) for x in ends(size[1], w, STRIDE[1])]
+    parts = [image._replace(array=image.array[y : y + h, x : x + w]) for y, x in corners]
+    cases = [scorer.prepare(Row(f"{name} {k}", "", "test", None, (name,)), part) for k, part in enumerate(parts)]
+    total, count = np.zeros(size), np.zeros(size)
+    for (y, x), result in zip(corners, scorer.score(cases), strict=True):
+        total[y : y + h, x : x + w] += result.own_maps()[map_name(scorer.system)][0]
+        count[y : y + h, x : x + w] += 1
+    return (total / count).astype(np.float32)
+
+
+def frames(options: argparse.Namespace) -> None:
+    """IoU of whole frames, as the paper's .419 is of whole frames: windows of the trained size, averaged."""
+    from jmae import recipe as recipes
+    from jmae.data.cases import load_rows
+    from jmae.data.files import read_image, read_mask
+    from jmae.inference import Scorer, restore_results, score_rows
+    from jmae.lesions import Localisation
+    from jmae.metrics import Pooled
+    from jmae.results import map_name
+    from jmae.system import load_system
+
+    folder = pack("endoscopy")
+    if folder is None:
+        return
+    images = sorted((folder / "full" / "images").iterdir())
+    rows = []
+    for _, key, run in (each for each in runs_of(options) if each[0] == "endoscopy"):
+        title = f"frames, {key}"
+        there = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+        if title not in there or options.again:
+            config = recipes.read(run)
+            system = load_system(config)
+            scorer = Scorer(config, system, restore_results(config, system, run))
+            normals = [row for row in load_rows(config) if row.split == "val" and row.label == 0]
+            pool, found, pixels = Pooled(), {name: Localisation() for name in ("map", "brightness")}, {}
+            for result in score_rows(scorer, normals):
+                one = result.own_maps()[map_name(system)][0]
+                pool.add(np.zeros(one.shape, bool), one)
+            for path in images:
+                image = read_image(str(path))
+                mask = read_mask(str(folder / "full" / "masks" / f"{path.stem}.png"), image)
+                maps = {"map": frame_maps(scorer, image, str(path)), "brightness": image.array.mean(-1)}
+                for name, values in maps.items():
+                    found[name].add(mask, values.astype(np.float32))
+                    pixels.setdefault(name, Pooled()).add(mask, values.astype(np.float32))
+            thresholds = {"map": pool.percentile(config.evaluation.iou)}
+            result = {
+                name: {"localisation": found[name].result(thresholds.get(name)), "pixel": pixels[name].result()}
+                for name in found
+            }
+            write(RESULTS, title, {"images": len(images), **result})
+            there = json.loads(RESULTS.read_text())
+        for name in ("map", "brightness"):
+            l = there[title][name]["localisation"]  # noqa: E741
+            calls = (l["normals"] or "", l["normals_called"] or "", l["oracle"], l["oracle_called"], l["everything"])
+            rows.append((key.rpartition(" ")[2], name, there[title][name]["pixel"]["auroc"], *calls))
+    head = ("seed", "map", "pixel AUROC", "IoU", "calls", "IoU, oracle", "calls", "IoU, all")
+    print(table(head, rows))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("steps", "scoring", *PARTS))
-    parser.add_argument("--only", nargs="+", default=[])
+    parser.add_argument("what", choices=("steps", "scoring", "count", *PARTS, "scores", "frames"))
     parser.add_argument("--preset", default="paper", help="of steps and scoring")
     parser.add_argument("--batch", type=int, default=4, help="of steps and scoring")
     parser.add_argument("--rounds", type=int, default=5, help="of steps and scoring")
     parser.add_argument("--workdir", type=Path, default=Path("runs/memmc-accuracy"))
+    add_options(parser)
     options, overrides = parser.parse_known_args()
     if wrong := [override for override in overrides if not override.startswith("--config.")]:
         parser.error(f"{wrong[0]} is unknown; recipe values are --config.KEY=VALUE")
     if options.what in ("steps", "scoring"):
         (steps if options.what == "steps" else scoring)(options.preset, options.batch, options.rounds)
+    elif options.what in ("scores", "frames"):
+        (scores if options.what == "scores" else frames)(options)
+    elif options.what == "count":
+        count()
+    else:
+        train(options, overrides)
+
+
+def train(options: argparse.Namespace, overrides: Sequence[str]) -> None:
+    """Trains the settings of a part and prints their figures."""
+    name, preset, settings = PARTS[options.what]
+    folder = pack(name)
+    if folder is None:
         return
-    pack = Path(os.environ.get("JMAE_DATA", "")) / (
-        "cxr_peds" if options.what in ("ablation", "options") else options.what
-    )
-    manifest = pack / "manifest.csv"
-    if not os.environ.get("JMAE_DATA") or not manifest.is_file():
-        print(f"not run: {manifest} not found; set JMAE_DATA to the folder of the packs")
-        return
-    rows = []
-    for name, changes in PARTS[options.what].items():
-        if options.only and name not in options.only:
-            continue
-        given = [f"--config.{key}={value}" for key, value in changes.items()]
-        setting = "-".join([options.what, name, *(override.removeprefix("--config.") for override in overrides)])
-        folder = options.workdir / setting.replace(", ", "-").replace(" ", "-").replace("/", "-")
-        own = ["--config=configs/memmc_mae.py:small", f"--config.data.manifest={manifest}", *given, *overrides]
-        seconds = train_run(own, folder)["wall_seconds"]
-        result = json.loads((folder / "evaluation" / "metrics.json").read_text()) | {"wall_seconds": seconds}
-        kept = ("image", "pixel", "scores", "baselines", "replicates", "decision", "seconds_per_case", "wall_seconds")
-        write(RESULTS, f"{options.what}, {name}", {k: result.get(k) for k in kept})
-        rows += show(name, result)
-    head = ("setting", "score", "image AUROC", "95 %", "AP", "pixel AUROC", "AP", "IoU", "IoU, oracle")
-    print(table(head, rows))
+    first = [f"--config=configs/memmc_mae.py:{preset}", f"--config.data.manifest={folder / 'manifest.csv'}"]
+    own = {
+        setting: [*first, *(f"--config.{key}={value}" for key, value in changes.items()), *overrides]
+        for setting, changes in settings.items()
+    }
+    what = "-".join([options.what, *(override.removeprefix("--config.") for override in overrides)])
+    found = trained(RESULTS, what, own, options, folder=options.workdir)
+    rows = [row for setting, results in found.items() for row in show(setting, results)]
+    print(table(("setting", "score", *FIGURES), rows))
 
 
 if __name__ == "__main__":

@@ -1,49 +1,79 @@
-"""Trains P-PII on phantoms and on real images: generators, backbones, augmentations, slices and volumes.
+"""P-PII on phantoms and on real images: generators, strengths, backbones, augmentations, slices and volumes.
 
-    python -m benchmarks.ppii generators                 # phantoms, three seeds as one program each
-    python -m benchmarks.ppii backbones                  # phantoms
-    JMAE_DATA=FOLDER python -m benchmarks.ppii endoscopy # the paper's Tables 1 and 2 at a small size
-    JMAE_DATA=FOLDER python -m benchmarks.ppii mri3d     # slices and volumes
-    JMAE_DATA=FOLDER python -m benchmarks.ppii cxr_nih   # boxes
+    python -m benchmarks.ppii phantoms                      # generators and backbones
+    JMAE_DATA=FOLDER python -m benchmarks.ppii generators   # on cxr_nih (boxes), endoscopy, and slices of mri3d
+    JMAE_DATA=FOLDER python -m benchmarks.ppii strength     # cxr_nih: a factor of 2 to 19, mean of each patch, gain 10
+    JMAE_DATA=FOLDER python -m benchmarks.ppii table1       # endoscopy: both tasks with three backbones
+    JMAE_DATA=FOLDER python -m benchmarks.ppii table2       # endoscopy: augmentations
+    JMAE_DATA=FOLDER python -m benchmarks.ppii volumes      # mri3d: the recipe small3d
+    JMAE_DATA=FOLDER python -m benchmarks.ppii tables       # Tables 1 and 2 on prepared jsrt, deeplesion and lidc
 
-Each setting trains with `python -m jmae.train --config configs/ppii.py`, as the README does. Further --config.KEY=VALUE
-are passed on. `--only NAME ...` runs some of the settings. The table has pixel AUROC and AP, the sensitivity for
-lesions at 10 false positives an image, and image AUROC and AP, beside the cheap baselines. benchmarks/results/ppii.json
-keeps every setting.
+All but `tables` train the recipe `small` (phantoms: the default) with seeds 0 to 2 (`--seeds`) and all of its steps
+(`--budget`); further --config.KEY=VALUE are passed on, `--only NAME ...` runs some settings. `tables` trains the recipe
+`paper` and needs an accelerator: 100,000 steps a row, by the paper about four days each on an A100. The folders are
+those of `python -m jmae.data.prepare jsrt --out $JMAE_DATA/jsrt` and so on. benchmarks/results/ppii.json keeps every
+seed. What has a result is not run again, and a run that was stopped goes on.
 """
 
 import argparse
-import os
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.steps import train_run, without_curves
-from benchmarks.timing import table, write
+from benchmarks.runs import add_options, over_seeds, pack, trained
+from benchmarks.timing import table
 
 RESULTS = Path(__file__).parent / "results" / "ppii.json"
-SCALING, COMBINED = {"train.scaling": 120 / 512}, {"train.rotation": 10.0, "train.elastic": 10 / 512}
 VARIANTS = ("paper", "released", "jmae", "pii")
-PARTS: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
-    "generators": ("", {name: {"variant": name, "replicates": 3} for name in VARIANTS}),
-    "backbones": ("", {name: {"model.backbone": name} for name in ("unet", "mc_unet", "phiseg")}),
-    "endoscopy": (
-        ":small",
-        {
-            "PII, unet": {"variant": "pii"},
-            "unet": {},
-            "mc_unet": {"model.backbone": "mc_unet"},
-            "phiseg": {"model.backbone": "phiseg"},
-            "unet, scaling": SCALING,
-            "mc_unet, scaling": {"model.backbone": "mc_unet"} | SCALING,
-            "unet, combined": SCALING | COMBINED,
-            "mc_unet, combined": {"model.backbone": "mc_unet"} | SCALING | COMBINED,
-        },
-    ),
-    "mri3d": ("", {"slices": {"data.channels": 2}, "volumes": {"data.channels": 2, "data.spacing": "2,2,2"}}),
-    "cxr_nih": (":small", {"unet": {"evaluation.subsets": "matched"}}),
+BACKBONES = ("unet", "mc_unet", "phiseg")
+STRENGTHS = (2, 3, 5, 7, 10, 14, 19)
+SCALING, COMBINED = {"train.scaling": 120 / 512}, {"train.rotation": 10.0, "train.elastic": 10 / 512}
+AUGMENTED = {"scaling": SCALING, "combined": SCALING | COMBINED}
+SETS = ("jsrt", "deeplesion", "lidc")  # of the paper
+FIGURES = {
+    "pixel AUROC": ("pixel", "auroc"),
+    "pixel AP": ("pixel", "ap"),
+    "FROC@10": ("pixel", "froc", "sensitivity"),
+    "mean FROC": ("pixel", "froc", "mean"),
+    "chance@10": ("pixel", "froc", "chance", "sensitivity"),
+    "mean chance": ("pixel", "froc", "chance", "mean"),
+    "image AUROC": ("image", "auroc"),
+    "image AP": ("image", "ap"),
 }
+
+
+def settings_of(what: str) -> dict[str, dict[str, Any]]:
+    """The settings of a part: changes of its recipe by the setting's name."""
+    generators = {name: {"variant": name} for name in VARIANTS}
+    networks = {name: {"model.backbone": name} for name in BACKBONES}
+    rows = {f"P-PII, {name}": changes for name, changes in networks.items()}
+    rows |= {f"PII, {name}": changes | {"variant": "pii"} for name, changes in networks.items()}
+    augmented = {
+        f"{name}, {title}": networks[name] | changes
+        for name in ("unet", "mc_unet")
+        for title, changes in AUGMENTED.items()
+    }
+    strengths = {
+        f"strength {k}": {"variant": "paper", "anomaly.paper.strength": f"{k},{k}", "anomaly.paper.gain": 10.0}
+        for k in STRENGTHS
+    }
+    return {
+        "phantoms": generators | networks,
+        "generators": generators,
+        "strength": strengths,
+        "table1": rows,
+        "table2": augmented,
+        "volumes": {"volumes": {"data.spacing": "2,2,2"}},
+        "tables": rows | augmented,
+    }[what]
+
+
+def data_of(what: str) -> tuple[str, ...]:
+    """The packs of a part; "" stands for phantoms, "mri3d slices" for the slices of that pack."""
+    named = {"generators": ("cxr_nih", "endoscopy", "mri3d slices"), "strength": ("cxr_nih",), "volumes": ("mri3d",)}
+    return named | {"phantoms": ("",), "table1": ("endoscopy",), "table2": ("endoscopy",), "tables": SETS}[what]
 
 
 def slices(manifest: Path, folder: Path) -> Path:
@@ -54,46 +84,61 @@ def slices(manifest: Path, folder: Path) -> Path:
     return folder / "manifest.csv"
 
 
-def show(name: str, result: dict[str, Any]) -> list[tuple[Any, ...]]:
-    """The rows of a setting in the table: its primary score, and the baselines."""
-    pixel, image = result["pixel"], result["image"] or {}
-    froc = (pixel.get("froc") or {}).get("sensitivity", "")
-    rows = [(name, "P-PII", pixel["auroc"], pixel["ap"], froc, image.get("auroc", ""), image.get("ap", ""))]
-    for title, part in result["baselines"].items():
-        found = (part.get("froc") or {}).get("sensitivity", "") if part else ""
-        rows += [(name, title, part["auroc"], part["ap"], found, "", "")] if part else []
+def arguments_of(what: str, data: str, changes: Mapping[str, Any], workdir: Path) -> list[str] | None:
+    """The arguments of a training; None where its images are not there."""
+    preset = {"phantoms": "", "volumes": ":small3d", "tables": ":paper"}.get(what, ":small")
+    own = [f"--config=configs/ppii.py{preset}", *(f"--config.{key}={value}" for key, value in changes.items())]
+    if not data:
+        return own
+    folder = pack(data.split()[0])
+    if folder is None:
+        return None
+    manifest = folder / "manifest.csv"
+    if data.endswith(" slices"):
+        manifest = slices(manifest, workdir / "slices")
+    own += ["--config.data.channels=2"] if data.startswith("mri3d") else []
+    own += ["--config.evaluation.subsets=matched"] if data == "cxr_nih" else []
+    own += ["--config.data.window=-1024,3071"] if data in ("deeplesion", "lidc") else []
+    return [*own, f"--config.data.manifest={manifest}"]
+
+
+def show(data: str, name: str, results: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
+    """Table rows of a setting: its primary score and the baselines over the seeds."""
+    rows = [(data, name, "P-PII", *(over_seeds(results, *path) for path in FIGURES.values()))]
+    for title in results[0]["baselines"]:
+        rows.append((data, name, title, *(over_seeds(results, "baselines", title, *p) for p in FIGURES.values())))
     return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=tuple(PARTS))
-    parser.add_argument("--only", nargs="+", default=[])
+    parts = ("phantoms", "generators", "strength", "table1", "table2", "volumes", "tables")
+    parser.add_argument("what", choices=parts)
     parser.add_argument("--workdir", type=Path, default=Path("runs/ppii-accuracy"))
+    add_options(parser)
     options, overrides = parser.parse_known_args()
     if wrong := [override for override in overrides if not override.startswith("--config.")]:
         parser.error(f"{wrong[0]} is unknown; recipe values are --config.KEY=VALUE")
-    preset, settings = PARTS[options.what]
-    pack = Path(os.environ.get("JMAE_DATA", "")) / options.what / "manifest.csv"
-    real = options.what not in ("generators", "backbones")
-    if real and (not os.environ.get("JMAE_DATA") or not pack.is_file()):
-        print(f"not run: {pack} not found; set JMAE_DATA to the folder of the packs")
-        return
-    rows = []
-    for name, changes in settings.items():
-        if options.only and name not in options.only:
+    if options.what == "tables":
+        import jax
+
+        if jax.default_backend() == "cpu":
+            hours = 96 * len(settings_of("tables")) * len(SETS) * len(options.seeds)
+            print(f"not run: no accelerator; by the paper's four days a row all rows take {hours:,} h on an A100")
+            return
+    rows: list[tuple[str, ...]] = []
+    for data in data_of(options.what):
+        own = {
+            name: arguments_of(options.what, data, changes, options.workdir)
+            for name, changes in settings_of(options.what).items()
+        }
+        if None in own.values():
             continue
-        own, manifest = preset, pack
-        if options.what == "mri3d":
-            own = ":small" if name == "slices" else ":small3d"
-            manifest = slices(pack, options.workdir / "slices") if name == "slices" else pack
-        given = [f"--config.{key}={value}" for key, value in changes.items()]
-        given += [f"--config.data.manifest={manifest}"] if real else []
-        folder = options.workdir / f"{options.what}-{name.replace(', ', '-')}"
-        result = train_run([f"--config=configs/ppii.py{own}", *given, *overrides], folder)
-        write(RESULTS, f"{options.what}, {name}", without_curves(result))
-        rows += show(name, result)
-    print(table(("setting", "score", "pixel AUROC", "AP", "FROC@10", "image AUROC", "AP"), rows))
+        given = {name: [*arguments, *overrides] for name, arguments in own.items() if arguments is not None}
+        what = "-".join([f"{options.what} {data}".strip(), *(o.removeprefix("--config.") for o in overrides)])
+        found = trained(RESULTS, what, given, options, folder=options.workdir)
+        rows += [row for name, results in found.items() for row in show(data, name, results)]
+    print(table(("set", "setting", "score", *FIGURES), rows))
 
 
 if __name__ == "__main__":

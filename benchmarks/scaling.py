@@ -37,7 +37,7 @@ SHAPES = {chip: ("1x1", "2x4", "8x8", "16x16") for chip in ("v5e", "v6e")} | {"h
 COMPILERS = {"v5e": "libtpu", "v6e": "libtpu", "h100": "jax-cuda12-plugin", "h200": "jax-cuda12-plugin"}
 # The recipes as the papers have them: (name in the table, overrides).
 RECIPES = {
-    "amae": [("amae", ())],
+    "amae": [("amae", ("replicates=1",))],
     "maemi": [("maemi", ())],
     "memmc_mae": [("memmc_mae", ())],
     "ppii": [(f"ppii, {name}", (f"model.backbone={name}",)) for name in ("unet", "mc_unet", "phiseg")],

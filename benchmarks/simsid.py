@@ -3,27 +3,36 @@
     python -m benchmarks.simsid speed                    # the phantoms' sizes; --paper: 128 px and the report's widths
     python -m benchmarks.simsid phantoms                 # both variants
     python -m benchmarks.simsid volumes                  # 3D phantoms
-    JMAE_DATA=FOLDER python -m benchmarks.simsid cxr_peds # variants and options
+    JMAE_DATA=FOLDER python -m benchmarks.simsid cxr_peds --seeds 0 1 2   # variants, and one change at a time
 
 PyTorch has the report's networks, retrieval and transformer in two forms. One runs patches and positions in Python
 loops, as the report's listings do; the other runs them as a batch. Settings train with `python -m jmae.train --config
-configs/simsid.py`. Further --config.KEY=VALUE are passed on. `--only NAME ...` runs some of the settings. The tables
-have all scores beside the cheap baselines, and training figures beside the values that the report prints.
-benchmarks/results/simsid.json keeps them.
+configs/simsid.py`. Further --config.KEY=VALUE are passed on. `--only NAME ...` runs some of the settings. A setting
+whose result of the same budget and seed is in benchmarks/results/simsid.json does not run again. An interrupted run
+goes on where it stopped.
+
+The tables have all scores beside the cheap baselines: means over the seeds, with the means of the ends of their
+intervals. "inverted" marks a score whose interval lies below .5: abnormal cases have the lower scores. Then come the
+share of the memory's slots that an image still overwrites at the end of the last pass, and training figures beside
+the values that the report prints.
 """
 
 import argparse
 import json
 import os
+import re
 import time
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from benchmarks.steps import train_run, without_curves
 from benchmarks.timing import Prepared, interleaved, ratio, table, write
 
 RESULTS = Path(__file__).parent / "results" / "simsid.json"
+OFFICIAL: dict[str, Any] = {"variant": "official", "evaluation.score": "simsid"}
 PARTS: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
     "phantoms": ("", {"report": {}, "official": {"variant": "official"}}),
     "volumes": (":phantom3d", {"report": {}}),
@@ -31,15 +40,29 @@ PARTS: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
         ":small",
         {
             "report": {},
-            "official": {"variant": "official"},
             "adversarial": {"student.adversarial": 5e-4},
-            "official, not adversarial": {"variant": "official", "joint.weights.adversarial": 0.0},
+            "no inpainting": {"model.inpainting": False},
+            "no memory": {"memory.levels": 0},
+            "no distillation": {"student.distillation": 0.0},
             "random encoder": {"model.encoder": "frozen_random"},
             "one level": {"memory.levels": 1},
             "two levels": {"memory.levels": 2},
             "own place": {"memory.restrict": True},
-            "no inpainting": {"model.inpainting": False},
-            "no distillation": {"student.distillation": 0.0},
+            "official": OFFICIAL,
+            "official, judged in eval mode": OFFICIAL | {"joint.judge": "running"},
+            "official, not adversarial": OFFICIAL | {"joint.weights.adversarial": 0.0},
+            "official, no inpainting": OFFICIAL | {"joint.inpainting": False},
+            "official, no memory": OFFICIAL | {"joint.slots": 0},
+            "official, no distillation": OFFICIAL | {"joint.weights.distillation": 0.0},
+            "official, queue": OFFICIAL | {"joint.queue": True, "joint.kept": 1.0},
+            "SQUID": OFFICIAL
+            | {
+                "joint.queue": True,
+                "joint.activation": "sigmoid",
+                "joint.kept": 0.95,
+                "joint.decoder_kept": 0.95,
+                "model.discriminator": "8,16,32,64,64",
+            },
         },
     ),
 }
@@ -57,7 +80,6 @@ def settings(paper: bool) -> Any:
 def jmae_score(*, paper: bool) -> Prepared:
     """jmae's scores of a batch, with initial weights."""
     import jax
-    import numpy as np
 
     from jmae.system import load_system
 
@@ -259,6 +281,7 @@ def main() -> None:
     parser.add_argument("--paper", action="store_true")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--only", nargs="+", default=[])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--workdir", type=Path, default=Path("runs/simsid-accuracy"))
     options, overrides = parser.parse_known_args()
     if wrong := [override for override in overrides if not override.startswith("--config.")]:
@@ -271,32 +294,63 @@ def main() -> None:
     if real and (not os.environ.get("JMAE_DATA") or not pack.is_file()):
         print(f"not run: {pack} not found; set JMAE_DATA to the folder of the packs")
         return None
-    rows, epochs = list[tuple[Any, ...]](), list[tuple[Any, ...]]()
-    for name, change in changes.items():
-        if options.only and name not in options.only:
-            continue
-        given = [f"--config.{key}={value}" for key, value in change.items()]
-        given += [f"--config.data.manifest={pack}"] if real else []
-        workdir = options.workdir / f"{options.what}-{name.replace(', ', '-').replace(' ', '-')}"
-        result = train_run([f"--config=configs/simsid.py{preset}", *given, *overrides], workdir)
-        found = json.loads((workdir / "evaluation" / "metrics.json").read_text())
-        result |= {key: found[key] for key in ("primary", "scores", "baselines", "decision")}
-        result["printed"] = found.get("printed", [])
-        write(RESULTS, f"{options.what}, {name}", without_curves(result))
-        for kind in ("scores", "baselines"):
-            for score, part in found[kind].items():
-                image, pixel = part["image"] or {}, part["pixel"] or {}
-                low, high = image.get("auroc_ci") or ("", "")
-                mark = " *" * (score == found["primary"])
-                rows.append(
-                    (name, score + mark, image.get("auroc", ""), low, high, image.get("ap", ""), pixel.get("auroc", ""))
-                )
-        epochs += [
-            (name, p["stage"], p["metric"], p["epoch"], p["ours"] or "", p["printed"]) for p in result["printed"]
-        ]
-    print(table(("setting", "score", "image AUROC", "from", "to", "AP", "pixel AUROC"), rows))
-    print(table(("setting", "stage", "metric", "epoch", "here", "report's"), epochs))
+    found: dict[str, list[dict[str, Any]]] = {}
+    for seed in options.seeds:  # the first seed of all settings comes first
+        for name in options.only or changes:
+            given = [f"--config.{key}={value}" for key, value in {**changes[name], "seed": seed}.items()]
+            given += [f"--config.data.manifest={pack}"] if real else []
+            key = ", ".join([options.what, name, *(o.removeprefix("--config.") for o in overrides), f"seed {seed}"])
+            workdir = options.workdir / re.sub(r"[^\w.]+", "-", key)
+            arguments = [f"--config=configs/simsid.py{preset}", *given, *overrides]
+            found.setdefault(name, []).append(result_of(key, arguments, workdir))
+    show(found)
     return None
+
+
+def result_of(key: str, arguments: list[str], workdir: Path) -> dict[str, Any]:
+    """The result of a training and its evaluation, from the file of results if it is there."""
+    known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    if key in known:
+        return known[key]
+    result = train_run(arguments, workdir)
+    metrics = json.loads((workdir / "evaluation" / "metrics.json").read_text())
+    result |= {name: metrics[name] for name in ("primary", "scores", "baselines", "decision")}
+    result["printed"] = metrics.get("printed", [])
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    written = [line for line in lines if line.get("stage") == "memory" and "overwritten_level_0" in line]
+    last = written[-1] if written else {}
+    result["overwritten"] = [last[name] for name in sorted(last) if name.startswith("overwritten_level_")]
+    write(RESULTS, key, without_curves(result))
+    return json.loads(RESULTS.read_text())[key]
+
+
+def show(found: dict[str, list[dict[str, Any]]]) -> None:
+    """Prints the tables of all settings, given the results of each setting's seeds."""
+    rows, shares, epochs = list[tuple[Any, ...]](), list[tuple[Any, ...]](), list[tuple[Any, ...]]()
+    for name, results in found.items():
+        first = results[0]
+        for kind in ("scores", "baselines"):
+            for score in first[kind]:
+                image = [result[kind][score]["image"] or {} for result in results]
+                pixel = [result[kind][score]["pixel"] or {} for result in results]
+                mean = lambda parts, key: (
+                    float(np.mean([p[key] for p in parts])) if all(key in p for p in parts) else ""
+                )
+                ends = [part.get("auroc_ci") or (np.nan, np.nan) for part in image]
+                low, high = (float(end) for end in np.mean(ends, 0))
+                mark = "inverted" if high < 0.5 else "" if high >= 0.5 else "no interval"
+                figures = (mean(image, "auroc"), low, high, mean(image, "ap"), mean(pixel, "auroc"))
+                rows.append((name, score + " *" * (score == first["primary"]), len(results), *figures, mark))
+        if first.get("overwritten"):
+            share = np.mean([result["overwritten"] for result in results], 0).tolist()
+            shares.append((name, *share, *[""] * (3 - len(share))))
+        epochs += [
+            (name, p["stage"], p["metric"], p["epoch"], p["ours"] or "", p["printed"], p.get("otherwise", ""))
+            for p in first["printed"]
+        ]
+    print(table(("setting", "score", "seeds", "image AUROC", "from", "to", "AP", "pixel AUROC", ""), rows))
+    print(table(("setting", "overwritten, level 0", "1", "2"), shares))
+    print(table(("setting", "stage", "metric", "epoch", "here", "report's", "not as the report"), epochs))
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ def train_run(arguments: list[str], workdir: Path) -> dict[str, Any]:
         "pixel": metrics["pixel"],
         "image": metrics["image"],
         "per_patient": metrics["per_patient"],
+        "patient_means": metrics["patient_means"],
         "baselines": {name: part["pixel"] for name, part in metrics["baselines"].items()},
         "wall_seconds": time.monotonic() - began,
         "evaluation_seconds": metrics["seconds"],
@@ -49,17 +50,17 @@ def without_curves(value: Any) -> Any:
 def jmae_stage(*, recipe: str, stage: str = "train", batch: int = 0, changes: dict[str, Any] | None = None) -> Prepared:
     """A stage's training step of a recipe (FILE:PRESET), compiled as `jmae.train` compiles it.
 
-    The batch is on the device before the step. Earlier stages have their initial parameters.
+    The batch is on the device before the step. Earlier stages have their initial parameters. One seed is trained.
     """
     import jax
     import numpy as np
 
     from jmae.programs import compiled_step
     from jmae.recipe import load
-    from jmae.system import load_system, stage_keys
+    from jmae.system import load_system, stage_keys, trained_shape
 
     config = load(f"{ROOT / 'configs' / recipe}")
-    config.update_from_flattened_dict(changes or {})
+    config.update_from_flattened_dict({"replicates": 1} | (changes or {}))
     results: dict[str, Any] = {}
     stages = {one.name: (number, one) for number, one in enumerate(load_system(config).stages)}
     for name, (number, one) in stages.items():
@@ -68,7 +69,7 @@ def jmae_stage(*, recipe: str, stage: str = "train", batch: int = 0, changes: di
         if name == stage:
             break
         results[name] = {"params": state.params, "stats": state.stats}
-    image = np.random.default_rng(0).uniform(size=(n, *config.data.size, config.data.channels)).astype(np.float32)
+    image = np.random.default_rng(0).uniform(size=(n, *trained_shape(config, one))).astype(np.float32)
     rows = {"image": image, "index": np.arange(n, dtype=np.int32), "case": np.zeros((n, 2), np.uint32)}
     rows |= {name: np.stack([make(one) for one in image]) for name, make in stages[stage][1].host_arrays.items()}
     rows = jax.device_put(rows)

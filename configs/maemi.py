@@ -1,6 +1,8 @@
 """MAEMI: a 3D masked autoencoder of healthy breasts, for anomalies in MRI without contrast agent.
 
-Lang, Schwartz, Heitzer et al., 2023, arXiv 2303.05861.
+Daniel M. Lang, Eli Schwartz, Cosmin I. Bercea, Raja Giryes, Julia A. Schnabel,
+"Multispectral 3D Masked Autoencoders for Anomaly Detection in Non-Contrast Enhanced Breast MRI", CaPTion 2023, arXiv
+2303.05861.
 Expected (Duke-Breast-Cancer-MRI, 100 test patients, voxels of the breast): AUROC 0.732, AP 0.081 (chance 0.046);
 subtraction images 0.705 / 0.127. The paper's figures need its data; ours are in benchmarks/results.
 

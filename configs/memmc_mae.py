@@ -7,7 +7,9 @@ paper's figures need its data; ours are in benchmarks/results.
   python -m jmae.train --config configs/memmc_mae.py                                            phantoms, 6 minutes
   python -m jmae.train --config configs/memmc_mae.py:small --config.data.manifest=MANIFEST.csv  own data, 15 minutes
   python -m jmae.train --config configs/memmc_mae.py:paper --config.data.manifest=MANIFEST.csv  the paper's, one GPU
-  the same in 3D: phantom3d, small3d; minutes on two cores
+  paper_colour, small_colour: the same for colour images, such as Hyper-Kvasir's; phantom3d, small3d: in 3D
+
+`--config.model.weights=FILE --config.model.long_skips=false` starts from a published masked autoencoder.
 
 The paper's ablation: plain MAE --config.model.memory=0 --config.model.mc_decoder=False --config.model.long_skips=False.
 """
@@ -16,6 +18,10 @@ from ml_collections import ConfigDict
 
 from jmae import recipe
 
+# A voxel's map is the mean over the masks that hide it, as a pasted patch is its own reconstruction. The smallest crop,
+# 0.2 of the area of 512 x 512 pixels, still has `data.size`.
+PAPER = {"evaluation.average": "hidden", "data.crop_from": (512, 512)}
+COLOUR = {"data.channels": 3, "model.channels": 3}
 # ours: a small network on small images and fixed steps for 2 cores; images standardised one by one, since exposure
 # differs within a set; no crops and a window of 7 over three scales (of what was tried on the phantoms' `val`).
 SMALL = {
@@ -24,6 +30,7 @@ SMALL = {
     "data.crop_scale": (),
     "model.patch": (12, 12),
     "model.channels": 1,
+    "model.gate": "channel",
     "model.width": 192,
     "model.depth": 6,
     "model.heads": 6,
@@ -36,6 +43,7 @@ SMALL = {
     "train.warmup": 0.05,
     "evaluation.window": (7, 7),
     "evaluation.scales": (0.2, 0.4, 0.4),
+    "evaluation.average": "hidden",
     "checkpoint_every": 500,
 }
 PHANTOM = SMALL | {
@@ -86,8 +94,10 @@ PHANTOM_3D = SMALL_3D | {
     "data.normalise": "crop",
 }
 PRESETS = {
-    "paper": {},
+    "paper": PAPER,
+    "paper_colour": PAPER | COLOUR,
     "small": SMALL,
+    "small_colour": SMALL | COLOUR,
     "phantom": PHANTOM,
     "smoke": SMOKE,
     "small3d": SMALL_3D,
@@ -96,5 +106,5 @@ PRESETS = {
 
 
 def get_config(preset: str = "phantom") -> ConfigDict:
-    """The recipe of a preset; `paper` as published."""
+    """The recipe of a preset; `paper` as published, but for the maps' mean over masks."""
     return recipe.preset("memmc_mae", PRESETS, preset)

@@ -34,8 +34,9 @@ ONLY_NORMALS = "This split contains only the normals used for calibration, so it
 LOCATING_COLUMNS = ("region", "midline", "half")  # of the manifest, on which the score of a volume depends
 # Settings of the section `evaluation` that change no score: of memory, of the files written, of the figures.
 SETTINGS_WITHOUT_EFFECT = (
-    "batch chunk subsets maps reconstruction draws froc iou alarm_rate convergence decision".split()
-)
+    "batch chunk subsets maps reconstruction draws froc froc_rule froc_least froc_overlap iou alarm_rate convergence "
+    "decision"
+).split()
 Say = Callable[[str], None]
 
 

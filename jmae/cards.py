@@ -111,6 +111,7 @@ def model_card(workdir: Path, config: ConfigDict, system: System, results: Seque
             if e.get("leaks")
         ),
         *(f"{e['folder']}: {e['unchecked']}." for e in results if e.get("unchecked")),
+        *(f"{note}." for note in system.notes),
     ]
     return "\n\n".join(lines) + "\n"
 

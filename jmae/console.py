@@ -10,16 +10,21 @@ from jmae.report import no_curves_reason
 def lesion_words(pixel: Mapping[str, Any]) -> str:
     """The sensitivity for lesions, where it was asked for."""
     froc = pixel.get("froc")
-    return f"  lesions found {froc['sensitivity']:.3f} at up to {froc['at']:g} false positives an image" if froc else ""
+    if not froc:
+        return ""
+    chance = f", random maps {froc['chance']['sensitivity']:.3f}" if froc.get("chance") else ""
+    return f"  lesions found {froc['sensitivity']:.3f} at up to {froc['at']:g} false positives an image{chance}"
 
 
 def overlap_words(pixel: Mapping[str, Any]) -> str:
-    """The IoU of maps and masks, where it was asked for."""
+    """The IoU of maps and masks, where it was asked for, with the shares of pixels called."""
     found = pixel.get("localisation")
     if not found:
         return ""
-    at_normals = "" if found["normals"] is None else f" {found['normals']:.3f}"
-    return f"  IoU{at_normals} (oracle {found['oracle']:.3f})"
+    normals = found["normals"]
+    at_normals = "" if normals is None else f" {normals:.3f} calling {found['normals_called']:.0%}"
+    oracle = f"oracle {found['oracle']:.3f} calling {found['oracle_called']:.0%}"
+    return f"  IoU{at_normals} ({oracle}; calling all {found['everything']:.3f})"
 
 
 def console_summary(evaluation: Mapping[str, Any]) -> str:

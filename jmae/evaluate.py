@@ -51,7 +51,7 @@ from jmae.figures import (
     Part,
     Split,
     SplitScores,
-    Truth,
+    Thresholds,
     beside_published,
     parts_of,
     split_figures,
@@ -60,8 +60,8 @@ from jmae.figures import (
 )
 from jmae.inference import Scorer, restore_results, run_of, score_rows
 from jmae.processes import join_processes, keep_compiled
-from jmae.report import Case, choose_cases, one_slice, slice_side, write_report
-from jmae.results import Result, map_name
+from jmae.report import Case, choose_cases, one_slice, shown_voxel, slice_side, write_report
+from jmae.results import Result, map_name, report_case
 from jmae.run_folder import log, output_folder, read_history, recipe_digest, write_csv, write_text
 from jmae.scoring import Calibration
 from jmae.seen import ALLOW, check_unseen, check_unseen_since
@@ -89,7 +89,9 @@ def main(argv: list[str]) -> int:
     with join_processes():
         keep_compiled()
         system = load_system(config)
-        cases = load_cases(config, log, folder=workdir / "cache", scored=(split, "val"))
+        fitted = ("train",) if system.sweep else ("train", "unlabeled")  # splits that the baselines are fitted to
+        kept = lambda rows: [row for row in rows if row.split in fitted]
+        cases = load_cases(config, log, folder=workdir / "cache", scored=(split, "val"), trained=kept)
         if "manifest" in flags:
             rows, unchecked = check_unseen(cases.rows, split, workdir, flags["manifest"], allow=allow)
         else:
@@ -157,7 +159,7 @@ def evaluate(
     check_processes(config)
     cases = cases or Cases(rows, config, workdir / "cache")
     rate, chosen = alarm_rate(config), split_of(rows, split)
-    parts = parts_of(config, chosen, volumes=system.sweep is not None)
+    parts = parts_of(config, chosen, volumes=system.sweep is not None, shown=map_name(system))
     results = restore_results(config, system, workdir)
     scorer = Scorer(config, system, results, cases)
     log(f"{split}: scoring {len(chosen.rows)} cases")
@@ -172,7 +174,7 @@ def evaluate(
     if jax.process_index():  # it scores its share; the first process counts and writes
         deque(score_rows(scorer, chosen.rows), maxlen=0)
         return {}
-    gathered = gather_results(scorer, chosen, baselines, parts, out)
+    gathered = gather_results(scorer, chosen, baselines, parts, thresholds, out)
     evaluation = split_figures(
         config, system, chosen, parts, gathered.scores, baselines.scores, thresholds, reference and reference.scores
     )
@@ -180,6 +182,8 @@ def evaluate(
         evaluation["leaks"] = leaking
     if unchecked:
         evaluation["unchecked"] = unchecked
+    if system.notes:
+        evaluation["notes"] = list(system.notes)
     if config.evaluation.convergence:
         labelled = [row for row in chosen.rows if row.label is not None]
         if numbers := convergence(config, system, results, labelled, cases):
@@ -219,13 +223,13 @@ def baselines_of(
         return VolumeBaselines(config, system, cases.volumes(train) if train else None)
     if normals := [row for row in train if row.label != 1]:
         shares = sorted({part.share for part in parts.values()})
-        return ImageBaselines(cases.images(normals), shares, pixels=split.marked)
+        unlabelled = [row for row in rows if row.split == "unlabeled"]
+        images = cases.images(unlabelled) if unlabelled else None
+        return ImageBaselines(cases.images(normals), shares, pixels=split.marked, unlabelled=images)
     return NoBaselines()
 
 
-def score_reference(
-    scorer: Scorer, split: Split, baselines: Baselines
-) -> tuple[ReferenceScores | None, dict[str, list[float]]]:
+def score_reference(scorer: Scorer, split: Split, baselines: Baselines) -> tuple[ReferenceScores | None, Thresholds]:
     """(the scores of the rows of `val`, where they serve the split; the normals' thresholds of maps, where
     `evaluation.iou` asks for them)."""
     config, thresholds = scorer.config, None
@@ -253,7 +257,7 @@ def all_maps(result: Result, baseline_maps: Mapping[str, np.ndarray]) -> dict[st
 
 
 def gather_results(
-    scorer: Scorer, split: Split, baselines: Baselines, parts: Mapping[str, Part], out: Path
+    scorer: Scorer, split: Split, baselines: Baselines, parts: Mapping[str, Part], thresholds: Thresholds, out: Path
 ) -> Gathered:
     """Scores the split; counts pixels, writes maps, keeps scores and what the report may show."""
     gathered, config, system = Gathered(), scorer.config, scorer.system
@@ -278,29 +282,14 @@ def gather_results(
         for name, array in result.written(system, names).items():
             (out / "maps").mkdir(parents=True, exist_ok=True)
             write_map(out / "maps" / f"{row.id}_{name}", array, case.geometry)
-        gathered.cases.append(one_slice(report_case(result, system, truth), slice_side(len(split.rows))))
+        shown = report_case(result, system, truth and truth.lesion, baseline_maps, thresholds)
+        window = scorer.example(case, shown_voxel(shown)) if system.sweep else {}
+        shown = one_slice(shown, slice_side(len(split.rows)))
+        gathered.cases.append(shown._replace(pictures={**shown.pictures, **window}))
     if not system.sweep and gathered.cases:
         groups = choose_cases([case.label for case in gathered.cases], [case.score for case in gathered.cases])
         gathered.cases = [gathered.cases[i] for i in sorted(i for group in groups.values() for i in group)]
     return gathered
-
-
-def report_case(result: Result, system: System, truth: Truth | None) -> Case:
-    """A result as the report shows it, means over replicates."""
-    case = result.case
-    mean = lambda values: None if values is None else values.mean(0)
-    return Case(
-        case.row.id,
-        case.row.label,
-        float(result.scores[system.primary].mean()),
-        case.array,
-        result.maps[map_name(system)].mean(0),
-        case.on_scored_grid(truth.lesion) if truth else None,
-        mean(result.reconstruction),
-        None,
-        mean(result.confidence),
-        {name: each.mean(0) for name, each in result.pictures.items()},
-    )
 
 
 def provenance(config: ConfigDict, system: System, split: Split, gathered: Gathered, workdir: Path) -> dict[str, Any]:

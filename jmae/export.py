@@ -49,7 +49,6 @@ from jmae.passes import each_replicate, seeds_of, sweep_volume
 from jmae.run_folder import log
 from jmae.system import Results, System, load_system
 from jmae.target import portable
-from jmae.windows import tile
 
 __all__ = ["case_words", "export", "load"]
 FUNCTION, WEIGHTS, ABOUT = "function.bin", "weights.safetensors", "export.json"
@@ -168,7 +167,7 @@ def score_function(config: ConfigDict, system: System, size: tuple[int, ...]) ->
         return lambda results, image, words, key: one(results, {"image": image, "case": words}, key, chunk=chunk)
     if len(size) != len(sweep.window):
         raise InputError(f"--size has {len(size)} numbers: write the volume's voxels on the working grid, as 64,64,16")
-    tiling = tile(size, sweep.window, sweep.stride)
+    tiling = sweep.tile(size, sweep.window, sweep.stride)
     within = tuple(slice(low, low + n) for (low, _), n in zip(tiling.pad, size, strict=True))
 
     def score(results: Results, volume: Any, words: Any, key: Any) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import repeat
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +24,7 @@ from jmae.system import System, rows_read
 WHOLE = "whole"  # the part that is the split itself
 CENTRAL = 0.8  # share of each axis that the central crop keeps
 
+Thresholds = Mapping[str, Sequence[float]]  # of the normals, by the map's name: one of each replicate
 Maps = Mapping[str, Sequence[np.ndarray]]  # by name: the map of each replicate, (*size) on the case's own grid
 
 
@@ -67,6 +69,7 @@ class Truth(NamedTuple):
 
     lesion: np.ndarray  # bool (*size)
     region: np.ndarray | None  # bool (*size): where pixels count; None is everywhere
+    share: float  # own pixels for one pixel of the grid that is scored
 
 
 def truth_of(case: Prepared) -> Truth | None:
@@ -77,7 +80,8 @@ def truth_of(case: Prepared) -> Truth | None:
     if mask is None:
         return None
     region, scored = case.region, case.scored_voxels()
-    return Truth(mask, scored if region is None else region if scored is None else region & scored)
+    share = (mask.size if scored is None else np.count_nonzero(scored)) / np.prod(case.array.shape[:-1])
+    return Truth(mask, scored if region is None else region if scored is None else region & scored, float(share))
 
 
 # --- pixels -----------------------------------------------------------------------------------------------------------
@@ -89,14 +93,22 @@ class PixelFigures:
     Args:
       rows: the rows of the part.
       share: of each axis, in the middle, that is used.
-      froc: false positives an image at which the sensitivity for lesions is given; 0 leaves it out.
+      froc: makes the free-response curve of a map, whose chance level it is told to add or not; None leaves it out.
+      chance: name of the map whose chance level is given.
       overlap: whether the overlap of masks and maps is given, image by image.
 
     `froc` and `overlap` need a share of 1.
     """
 
-    def __init__(self, rows: Sequence[Row], share: float = 1.0, froc: float = 0.0, overlap: bool = False):
-        self.share, self.froc = share, froc if share == 1 else 0.0
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        share: float = 1.0,
+        froc: Callable[..., Froc] | None = None,
+        overlap: bool = False,
+        chance: str = "",
+    ):
+        self.share, self.froc, self.chance = share, froc if share == 1 else None, chance
         self.overlap, self.has_lesions = overlap and share == 1, False
         self.cases_left = Counter(patient_key(row) for row in rows)
         self.pooled: dict[str, list[metrics.Pooled]] = {}
@@ -117,10 +129,12 @@ class PixelFigures:
                 pool.add(lesion, value, region)
             of_patient.setdefault(name, metrics.Pooled()).add(lesion, values[0], region)
             if self.froc:
-                lesions = box_ends(row) if row.boxes and not row.mask else lesion
-                make = lambda: Froc(self.froc)
-                for curve, value in zip(self._each(self.curves, name, make, values), values, strict=True):
-                    curve.add(lesions, value, region)
+                lesions = box_ends(row) if row.boxes and not row.mask and not row.extra.get("boxes_on") else lesion
+                first = name == self.chance and name not in self.curves
+                curves = self._each(self.curves, name, partial(self.froc, chance=False), values)
+                curves[0] = self.froc(chance=True) if first else curves[0]
+                for curve, value in zip(curves, values, strict=True):
+                    curve.add(lesions, value, region, share=truth.share)
             if self.overlap and row.mask:  # a box is no outline
                 for one, value in zip(self._each(self.overlaps, name, Localisation, values), values, strict=True):
                     one.add(lesion, value, region)
@@ -155,8 +169,9 @@ class PixelFigures:
         if mean is None:
             return None
         if curves := [found for one in self.curves.get(name, ()) if (found := one.result())]:
-            sensitivity = float(np.mean([found["sensitivity"] for found in curves]))
-            mean["froc"] = curves[0] | {"sensitivity": sensitivity}  # with the first replicate's curve
+            of_all = {key: float(np.mean([found[key] for found in curves])) for key in ("sensitivity", "mean")}
+            points = np.mean([found["points"] for found in curves], 0).tolist() if curves[0]["points"] else []
+            mean["froc"] = curves[0] | of_all | {"points": points}  # with the first replicate's curve and chance level
         pairs = zip(self.overlaps.get(name, ()), thresholds or repeat(None), strict=False)
         if overlaps := [found for one, threshold in pairs if (found := one.result(threshold))]:
             mean["localisation"] = mean_of(overlaps)
@@ -238,14 +253,23 @@ class Part(NamedTuple):
     share: float = 1.0  # of each axis, in the middle
 
 
-def parts_of(config: ConfigDict, split: Split, *, volumes: bool) -> dict[str, Part]:
-    """The labelled rows, those of each subset column and, of images, their central crop."""
+def froc_of(evaluation: ConfigDict) -> Callable[..., Froc] | None:
+    """(chance) -> a new free-response curve by the rule of the recipe; None where it asks for none."""
+    if not evaluation.froc:
+        return None
+    rule, overlap = evaluation.froc_rule, evaluation.froc_overlap or None
+    return partial(Froc, evaluation.froc, least=evaluation.froc_least, overlap=overlap, rule=rule)
+
+
+def parts_of(config: ConfigDict, split: Split, *, volumes: bool, shown: str = "") -> dict[str, Part]:
+    """The labelled rows, those of each subset column and, of images, their central crop. `shown` is the map that stands
+    for the system."""
     rows, labelled = split.rows, split.labelled
+    froc, overlap = froc_of(config.evaluation), bool(config.evaluation.iou)
 
     def part(inside: np.ndarray, share: float = 1.0) -> Part:
         used = [row for row, used in zip(rows, inside, strict=True) if used]
-        further = config.evaluation.froc, bool(config.evaluation.iou)
-        return Part(inside, PixelFigures(used, share, *further), share)
+        return Part(inside, PixelFigures(used, share, froc, overlap, shown), share)
 
     parts = {WHOLE: part(labelled)}
     for column in config.evaluation.subsets:
@@ -394,7 +418,7 @@ def split_figures(
         "n_normal": int((split.labels == 0).sum()),
         "n_abnormal": int((split.labels == 1).sum()),
         "primary": system.primary,
-        **dict.fromkeys(("image", "pixel", "per_patient", "decision", "chi2", "alarms")),
+        **dict.fromkeys(("image", "pixel", "per_patient", "patient_means", "decision", "chi2", "alarms")),
         **{"scores": {}, "subsets": {}, "baselines": {}},
     }
     if not split.labelled.any():
@@ -409,7 +433,20 @@ def split_figures(
     evaluation |= decision_figures(config, split, primary, reference)
     if (name := map_name(system)) in parts[WHOLE].pixels.pooled:
         evaluation["per_patient"] = parts[WHOLE].pixels.per_patient(name, list(evaluation["scores"]))
+        evaluation["patient_means"] = patient_means(evaluation, name, config.evaluation.draws)
     return evaluation
+
+
+def patient_means(evaluation: Mapping[str, Any], map_name: str, draws: int) -> dict[str, dict[str, Any]]:
+    """The means over patients, with intervals, of the system's map and of each baseline's (Lang et al. 2023, Table 1).
+
+    A baseline that some patients lack, such as the subtraction image, has the mean over the others.
+    """
+    rows = evaluation["per_patient"]
+    each = {map_name: rows}
+    for name in evaluation["baselines"]:
+        each[name] = [{**row, **row["baselines"][name]} for row in rows if name in row["baselines"]]
+    return {name: metrics.patient_mean(of_map, draws) for name, of_map in each.items() if of_map}
 
 
 def beside_published(
@@ -418,8 +455,9 @@ def beside_published(
     """Each value of a stage's metrics that the paper prints, beside the run's own.
 
     Returns:
-      {"stage", "metric", "epoch", "printed", "ours"}: "ours" is the mean over that epoch, None where the run ended
-      before it. Empty where other rows are scored than trained on.
+      {"stage", "metric", "epoch", "printed", "ours", "otherwise"}: "ours" is the mean over that epoch, None where the
+      run ended before it. "otherwise" says which settings the run has not as the paper. Empty where other rows are
+      scored than trained on.
     """
     stages = [stage for stage in system.stages if stage.published]
     if not stages or recipe.read(workdir).data.manifest != config.data.manifest:
@@ -428,6 +466,10 @@ def beside_published(
     for stage in stages:
         n = len(stage.rows(rows_read(system, rows), {}))
         length = max(1, n // stage.batch)
+        settings = dict(recipe.keys_of(config))
+        otherwise = [
+            f"{k} {settings[k]} for {value}" for k, value in stage.published_with.items() if settings[k] != value
+        ]
         for metric, values in stage.published.items():
             lines = [(h["step"], h[metric]) for h in history if h["stage"] == stage.name and metric in h]
             for epoch, value in values.items():
@@ -436,5 +478,5 @@ def beside_published(
                 reached = bool(lines) and lines[-1][0] >= end
                 ours = float(np.mean(inside)) if inside else next((v for step, v in lines if step > end), None)
                 entry = {"stage": stage.name, "metric": metric, "epoch": epoch, "printed": value}
-                found.append(entry | {"ours": ours if reached else None})
+                found.append(entry | {"ours": ours if reached else None, "otherwise": ", ".join(otherwise)})
     return found

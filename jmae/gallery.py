@@ -1,10 +1,14 @@
 """python -m jmae.gallery IMAGE [IMAGE ...] --out FILE.png [--seed 0] [--size 256,256] [--only ppii,nsa] [--draws 3]
-                          [--debug]
+                          [--config FILE[:PRESET] [--config.KEY=VALUE ...]] [--debug]
 
 Draws every synthetic anomaly on one image or several. A generator has one line: the clean image, then each draw beside
 its target. Generators that mix two images take the source from the next image; with a single image, and for the other
 generators, the image is its own source. Of a volume the picture shows the slice of the last axis with the largest
 target. Images are resized to --size (default 256,256; volumes at most 96 along each axis).
+
+With --config the picture shows what a recipe trains on, in its size, window and equalisation. Each image and draw has a
+line. It shows the prepared image, the image with anomalies and its target. Where anomalies have raters, the images of
+three raters and the deviation over all raters follow.
 
 Exit codes: 0 done; 2 the input or the environment is wrong.
 """
@@ -24,15 +28,18 @@ from jaxtyping import Array
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from ml_collections import ConfigDict
 
 from jmae.anomalies.anatpaste import anatpaste, lung_field
 from jmae.anomalies.cutpaste import cutpaste
 from jmae.anomalies.interpolation import fpi, pii, ppii
 from jmae.anomalies.nsa import nsa
 from jmae.data.files import read_image
+from jmae.data.manifest import Row
+from jmae.data.preparation import prepared_image, prepared_volume
 from jmae.data.transforms import grey, resize, to_unit
 from jmae.errors import InputError, exit_code
-from jmae.recipe import arguments, nearest, split, typed
+from jmae.recipe import arguments, check, is_volume, load, module_of, nearest, override, split, typed
 from jmae.run_folder import log
 
 SIDE, VOLUME_SIDE = 256, 96  # voxels of an axis: of an image; of a volume at most
@@ -88,7 +95,7 @@ class Panel(NamedTuple):
 
 def main(argv: list[str]) -> None:
     paths, words = split(argv)
-    flags = arguments(words, __doc__, ["out", "seed", "size", "only", "draws"])
+    flags = arguments(words, __doc__, ["out", "seed", "size", "only", "draws", "config"])
     if not 1 <= len(paths) <= MOST or "out" not in flags:
         raise InputError(f"name 1 to {MOST} images and the picture: python -m jmae.gallery IMAGE --out=FILE.png")
     out = Path(flags["out"])
@@ -97,14 +104,24 @@ def main(argv: list[str]) -> None:
     seed, draws = (typed(name, flags.get(name, str(default)), default) for name, default in (("seed", 0), ("draws", 3)))
     if not 1 <= draws <= MOST:
         raise InputError(f"--draws={draws}: write 1 to {MOST}")
+    if out.resolve() in [Path(path).resolve() for path in paths]:
+        raise InputError(f"--out={out}: this would replace the image: write another name")
+    if "config" in flags:
+        if other := flags.keys() & {"size", "only"}:
+            raise InputError(f"--{other.pop()}: a recipe names it: set --config.KEY=VALUE")
+        config = load(flags.pop("config"))
+        override(config, flags)
+        save(recipe_picture(config, paths, seed=seed, draws=draws), out)
+        log(f"gallery: {out}")
+        return
+    if any(flag.startswith("config.") for flag in flags):
+        raise InputError("--config.KEY goes with --config=configs/NAME.py[:PRESET]")
     size = typed("size", flags["size"], (0,)) if "size" in flags else None
     entries = entries_of(flags["only"]) if "only" in flags else ENTRIES
     images = [read_shown(path, size) for path in paths]
     if len({image.shape for image in images}) > 1:
         sizes = ", ".join(f"{path} {image.shape[:-1]}" for path, image in zip(paths, images, strict=True))
         raise InputError(f"the images differ in size after reading ({sizes}): set --size")
-    if out.resolve() in [Path(path).resolve() for path in paths]:
-        raise InputError(f"--out={out}: this would replace the image: write another name")
     save(picture(images, [Path(path).name for path in paths], entries, seed=seed, draws=draws), out)
     log(f"gallery: {out}")
 
@@ -198,6 +215,50 @@ def picture(
                 show(below, result.target, f"target, maximum {result.target.max():.2g}", "inferno")
             log(f"{name}: {entry.title}")
     return figure
+
+
+def recipe_picture(config: ConfigDict, paths: Sequence[str], *, seed: int, draws: int) -> Figure:
+    """The figure of what a recipe trains on: a line for each image and draw, a column for each array that the system's
+    `shown` gives.
+
+    Raises InputError where the recipe is wrong, its system makes no anomalies, or a file cannot be prepared.
+    """
+    check(config)
+    shown = getattr(module_of(config.system), "shown", None)
+    if shown is None:
+        raise InputError(f"--config: {config.system} trains on no synthetic anomalies: name another recipe")
+    images = [prepared(config, path) for path in paths]
+    keys = jax.random.split(jax.random.key(seed), (len(images), draws))
+    titles, draw = shown(config)
+    make = jax.jit(jax.vmap(draw, (None, None, 0)))
+    results = [make(image, images[(i + 1) % len(images)], keys[i]) for i, image in enumerate(images)]
+    high = INCHES * images[0].shape[0] / images[0].shape[1] + 0.35
+    figure = Figure(figsize=(INCHES * (1 + len(titles)), high * len(images) * draws), layout="constrained")
+    FigureCanvasAgg(figure)
+    lines = iter(figure.subplots(len(images) * draws, 1 + len(titles), squeeze=False))
+    for image, path, found in zip(images, paths, results, strict=True):
+        for j in range(draws):
+            line, arrays = next(lines), [np.asarray(array[j]) for array in found]
+            k = int(arrays[titles.index("target")].sum((0, 1)).argmax()) if image.ndim == 4 else None
+            flat = lambda array, k=k: array if k is None else array[:, :, k]
+            show(line[0], flat(image[..., 0]), Path(path).name if k is None else f"{Path(path).name}, slice {k}")
+            for place, title, array in zip(line[1:], titles, arrays, strict=True):
+                values = array.ndim == image.ndim
+                words = title if values else f"{title}, at most {array.max():.2g}"
+                show(place, flat(array[..., 0] if values else array), words, "gray" if values else "inferno")
+            log(f"{Path(path).name}: draw {j + 1}")
+    return figure
+
+
+def prepared(config: ConfigDict, path: str) -> np.ndarray:
+    """A file as the recipe trains on it, float32 (*size, channels): an image, or the middle crop of a volume."""
+    row = Row(Path(path).name, "", "train", 0, (path,))
+    if not is_volume(config):
+        return prepared_image(row, config.data)
+    array, size = prepared_volume(row, config.data).array, tuple(config.data.size)
+    room = [(max(0, n - have) // 2, -(-max(0, n - have) // 2)) for n, have in zip(size, array.shape, strict=False)]
+    array = np.pad(array, [*room, (0, 0)])
+    return array[tuple(slice((have - n) // 2, (have - n) // 2 + n) for n, have in zip(size, array.shape, strict=False))]
 
 
 def show(axes: Axes, array: np.ndarray, title: str, colours: str = "gray") -> None:

@@ -20,7 +20,7 @@ from jmae.data.cases import Cases
 from jmae.data.files import Image
 from jmae.data.loader import WORKERS
 from jmae.data.manifest import Row
-from jmae.data.preparation import Prepared, case_words, open_case, prepared_case
+from jmae.data.preparation import Prepared, case_words, open_case, prepared_case, soft_masks
 from jmae.errors import InputError
 from jmae.passes import BatchPass, Pass, SweepPass, local_mesh
 from jmae.processes import gather
@@ -96,7 +96,7 @@ class Scorer:
         self.passes: Pass = (
             SweepPass(config, system.sweep, results) if system.sweep else BatchPass(config, system, results)
         )
-        self.last_fetch = 0.0
+        self.last_fetch, self.said_soft = 0.0, False
 
     @property
     def at_once(self) -> int:
@@ -117,7 +117,11 @@ class Scorer:
         if self.cases and stored is None:
             return self.cases.case(row)
         data = self.config.data
-        return prepared_case(row, data, open_case(row, data, stored, region))
+        case = open_case(row, data, stored, region)
+        if case.soft and not self.said_soft:
+            self.said_soft = True
+            log(f"{row.id}: {soft_masks(1, data.mask_threshold)}")
+        return prepared_case(row, data, case)
 
     def dispatch(self, cases: Sequence[Prepared], draw: str = "", repeats: int | None = None) -> Started:
         """Starts a pass over cases and does not wait for it.
@@ -157,6 +161,17 @@ class Scorer:
             scores = {name: np.array([top(m) for m in maps]) for name, maps in arrays["maps"].items()}
         further = arrays.get("reconstruction"), arrays.get("confidence"), arrays.get("pictures", {})
         return Result(case, arrays["maps"], scores, *further, seconds)
+
+    def example(self, case: Prepared, point: tuple[int, ...]) -> dict[str, np.ndarray]:
+        """Pictures (h, w, 1) of one window around a voxel of a volume: each channel, what the network saw of it under
+        one mask, and its prediction. Empty where the system has none."""
+        if not isinstance(self.passes, SweepPass) or not self.system.sweep or not self.system.sweep.example:
+            return {}
+        arrays = self.passes.example(case, case_words(case.row.id), point)
+        names = "a window", "the masked window", "the reconstructed window"
+        channels = range(arrays[0].shape[-1])
+        of = lambda c: f" of channel {c}" if len(channels) > 1 else ""
+        return {f"{name}{of(c)}": array[..., [c]] for c in channels for name, array in zip(names, arrays, strict=True)}
 
     def score(self, cases: Sequence[Prepared], draw: str = "", repeats: int | None = None) -> list[Result]:
         """The result of each of some prepared cases. Arguments and errors are those of `dispatch`."""

@@ -17,9 +17,10 @@ from ml_collections import ConfigDict
 
 from jmae import recipe
 from jmae.data.transforms import moments_of, random_flip, random_resized_crop
-from jmae.masking import sample_keys
+from jmae.masking import hidden, random_mask, sample_keys, visible_tokens
 from jmae.nn.mae import MAE
 from jmae.optim import adamw, begin, descend
+from jmae.patches import patchify
 from jmae.reconstruct import masked_loss
 from jmae.system import Results, State
 
@@ -57,6 +58,8 @@ TRAINING_KEYS = {
     "decay": recipe.Key(0.05, "Weight decay of AdamW.", least=0),
 }
 """Keys of a section that trains a masked autoencoder, by their last name."""
+
+LOOK = 0  # seed of the masks of `explained_variance`, the same at every look
 
 LEAST_RATE = {"lr_least": recipe.Key(0.0, "Learning rate at the last step.", least=0)}
 
@@ -148,6 +151,43 @@ def train_step(
     return descend(state, loss, training.optimiser, rate, image, masks, parts=training.parts)
 
 
+def explained_variance(
+    training: Training,
+    clean: Callable[[Array], Array],
+    state: State,
+    batch: PyTree,
+    results: Results,
+    *,
+    at_once: int,
+) -> tuple[State, dict[str, Array]]:
+    """A look at held-out samples (`system.Check`): how much of the variance of hidden voxels the network explains.
+
+    1 - (mean squared error) / (variance), over the hidden voxels of all samples, of each channel c:
+    "explained_variance_c". 1 is a perfect prediction. At 0 the prediction is no better than the mean, so that a map of
+    squared errors is little more than the squared distance to the mean.
+
+    Args:
+        clean: images as read (b, *size, c) -> as the network sees them, without augmentation.
+        at_once: samples at a time.
+    """
+    mae, channels = training.mae_of(state.params), batch["image"].shape[-1]
+
+    def sums(one: tuple[Array, Array]) -> Array:
+        patches = patchify(clean(one[0][None]), training.patch)
+        visible = visible_tokens(patches.shape[1], training.ratio)
+        keep, restore = random_mask(one[1][None], patches.shape[1], visible)
+        error = (mae(patches, keep, restore) - patches) ** 2
+        moments = jnp.stack([jnp.ones_like(patches), patches, patches**2, error])
+        absent = hidden(restore, visible)[None, ..., None]
+        return jnp.sum((moments * absent).reshape(4, -1, channels), 1)
+
+    keys = sample_keys(jax.random.key(LOOK), batch["index"])
+    count, first, second, error = jnp.sum(jax.lax.map(sums, (batch["image"], keys), batch_size=at_once), 0)
+    variance = second / count - (first / count) ** 2
+    explained = 1 - error / count / jnp.maximum(variance, 1e-12)
+    return state, {f"explained_variance_{c}": explained[c] for c in range(channels)}
+
+
 def split_keys(keys: Key[Array, " b"]) -> tuple[Key[Array, " b"], Key[Array, " b"]]:
     """Two keys for each key."""
     first, second = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
@@ -155,12 +195,19 @@ def split_keys(keys: Key[Array, " b"]) -> tuple[Key[Array, " b"], Key[Array, " b
 
 
 def crop_and_flip(
-    image: Float[Array, "b *size c"], keys: Key[Array, " b"], *, scale: tuple[float, ...], axes: tuple[int, ...]
-) -> Float[Array, "b *size c"]:
-    """A random resized crop of a share `scale` of each image, none where it is (), then random flips of `axes`."""
+    image: Float[Array, "b *size c"],
+    keys: Key[Array, " b"],
+    *,
+    scale: tuple[float, ...],
+    axes: tuple[int, ...],
+    size: tuple[int, ...] | None = None,
+) -> Float[Array, "b *new c"]:
+    """A random resized crop of a share `scale` of each image, none where it is (), then random flips of `axes`.
+
+    A crop has `size`, or else that of the image."""
     crops, flips = split_keys(keys)
     if scale:
-        image = jax.vmap(partial(random_resized_crop, scale=(scale[0], scale[1])))(image, crops)
+        image = jax.vmap(partial(random_resized_crop, scale=(scale[0], scale[1]), to=size))(image, crops)
     return jax.vmap(partial(random_flip, axes=axes))(image, flips)
 
 

@@ -508,16 +508,25 @@ def pixel_metrics(masks: Masks, maps: Maps, regions: Regions = None) -> dict[str
     return pool.result()
 
 
-def patient_mean(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+def patient_mean(rows: Sequence[Mapping[str, Any]], draws: int = 0, seed: int = 0) -> dict[str, Any]:
     """The mean over patients with a lesion inside the region, of rows {auroc, ap, prevalence}, one for each patient.
 
-    Returns the means, and "n" and "skipped", the numbers of patients with and without a lesion. Lang et al. 2023 report
-    this mean, not the figure over pooled pixels. Rows may come from JSON.
+    Returns the means, and "n" and "skipped", the numbers of patients with and without a lesion. With `draws`,
+    "auroc_ci", "ap_ci" and "prevalence_ci" are 95 % percentile intervals of the mean over patients drawn with
+    replacement. Equal seeds draw the same patients. Lang et al. 2023 report this mean, not the figure over pooled
+    pixels. Rows may come from JSON.
     """
     used = [row for row in rows if row["auroc"] is not None and not math.isnan(row["auroc"])]
-    mean = lambda name: float(np.mean([row[name] for row in used])) if used else math.nan
-    means = {name: mean(name) for name in ("auroc", "ap", "prevalence")}
-    return {**means, "n": len(used), "skipped": len(rows) - len(used)}
+    names = ("auroc", "ap", "prevalence")
+    values = np.array([[row[name] for name in names] for row in used], float).reshape(-1, len(names))
+    found: dict[str, Any] = {k: float(values[:, i].mean()) if used else math.nan for i, k in enumerate(names)}
+    if draws:
+        ends = np.full((2, len(names)), math.nan)
+        if used:
+            drawn = np.random.default_rng(seed).integers(len(used), size=(draws, len(used)))
+            ends = np.quantile(values[drawn].mean(1), (0.025, 0.975), axis=0)
+        found |= {f"{name}_ci": ends[:, i].tolist() for i, name in enumerate(names)}
+    return {**found, "n": len(used), "skipped": len(rows) - len(used)}
 
 
 def json_ready(value: Any) -> Any:

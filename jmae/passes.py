@@ -22,7 +22,7 @@ from jmae.reconstruct import fitting, out_of_memory, too_large
 from jmae.run_folder import log
 from jmae.sharding import device_mesh, inside_mesh, replicated, split
 from jmae.system import Results, Sweep, System
-from jmae.windows import inside, tile
+from jmae.windows import inside
 
 
 def local_mesh() -> Mesh:
@@ -141,6 +141,7 @@ class SweepPass:
         self.mesh, self.keys = local_mesh(), seeds_of(config)
         self.program = sweep_program(sweep, self.mesh)
         self.programs: dict[tuple[int, ...], tuple[Any, int]] = {}  # by bucket: program, windows at a time
+        self.one_window = jax.jit(sweep.example) if sweep.example else None
 
     def dispatch(self, cases: Sequence[Prepared], words: Sequence[np.ndarray], repeats: int | None = None) -> Any:
         return [self._start(case, each, repeats) for case, each in zip(cases, words, strict=True)]
@@ -148,10 +149,32 @@ class SweepPass:
     def fetch(self, started: Any) -> list[dict[str, Any]]:
         return [self._finish(*one) for one in started]
 
+    def example(self, case: Prepared, words: np.ndarray, point: tuple[int, ...]) -> tuple[np.ndarray, ...]:
+        """One window around a voxel of a case under its mask of the first sweep, in the slice of that voxel.
+
+        Returns (the window (h, w, c), the same with 0 where it was hidden, the prediction), by the first replicate.
+        """
+        assert case.volume and self.one_window
+        shape, sweep = case.array.shape[:-1], self.sweep
+        tiling = sweep.tile(shape, sweep.window, sweep.stride, side=case.volume.side, midline=case.volume.midline)
+        at = np.array(point) + [low for low, _ in tiling.pad]
+        within = ((tiling.origins <= at) & (at < tiling.origins + sweep.window)).all(1)
+        away = np.abs(tiling.origins + (np.array(sweep.window) - 1) / 2 - at).sum(1)
+        number = int(np.where(within, away, np.inf).argmin())
+        origin = tiling.origins[number]
+        cut = tuple(slice(o, o + w) for o, w in zip(origin, sweep.window, strict=True))
+        key = case_keys(self.keys[0], jnp.asarray(words[None]))[0]
+        key = jax.random.fold_in(jax.random.fold_in(key, 0), number)
+        first = jax.tree.map(lambda x: x[0], self.results) if len(self.keys) > 1 else self.results
+        window = np.pad(case.array, [*tiling.pad, (0, 0)])[cut]
+        image, prediction, hidden = (x[0] for x in self.one_window(first, window[None], key[None]))
+        arrays = image, jnp.where(hidden, 0, image), prediction
+        return tuple(np.asarray(x[:, :, at[2] - origin[2]]) for x in arrays)
+
     def _start(self, case: Prepared, words: np.ndarray, repeats: int | None) -> tuple[Any, ...]:
         assert case.volume
         shape, sweep, volume = case.array.shape[:-1], self.sweep, case.volume
-        tiling = tile(shape, sweep.window, sweep.stride, side=volume.side, midline=volume.midline)
+        tiling = sweep.tile(shape, sweep.window, sweep.stride, side=volume.side, midline=volume.midline)
         origins, number = padded_origins(tiling.origins), np.int32(len(tiling.origins))
         array = np.pad(case.array, [*tiling.pad, (0, 0)])
         count = np.int32(sweep.repeats if repeats is None else repeats)

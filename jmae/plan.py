@@ -55,9 +55,8 @@ from jmae.programs import compiled_step, places, steps_of_dispatch
 from jmae.reconstruct import fitting
 from jmae.run_folder import log, write_text
 from jmae.sharding import device_mesh, replicated, sharded, split
-from jmae.system import Stage, State, Sweep, System, load_system, stage_keys
+from jmae.system import Stage, State, Sweep, System, load_system, stage_keys, trained_shape
 from jmae.target import tracing_for
-from jmae.windows import tile
 
 ROWS = 1000  # of an assumed manifest; they size what a stage stores for each row (AMAE's margins), and the schedule
 USABLE = 0.75  # share of a GPU's memory that JAX takes unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise
@@ -198,7 +197,7 @@ def step_of(
         raise InputError(f"a batch of {size} is not divisible by {mesh.size} chips{parts}: write a multiple as --batch")
     keys = jax.eval_shape(partial(stage_keys, config, number))
     state = state_of(config, stage, number, results)
-    image = (*config.data.size, config.data.channels)
+    image = trained_shape(config, stage)
     arrays = {"image": (image, jnp.float32), "index": ((), jnp.int32), "case": ((2,), jnp.uint32)}
     for name, make in stage.host_arrays.items():
         array = np.asarray(make(np.linspace(0, 1, math.prod(image), dtype=np.float32).reshape(image)))
@@ -437,7 +436,7 @@ def sweep_of(
     The number of windows is a constant of this program, so that its loop has a known length. In an evaluation this
     number is an argument.
     """
-    tiling = tile(volume, sweep.window, sweep.stride)
+    tiling = sweep.tile(volume, sweep.window, sweep.stride)
     array = tuple(n + low + high for n, (low, high) in zip(volume, tiling.pad, strict=True))
     shapes = {
         "array": jax.ShapeDtypeStruct((*array, config.data.channels), jnp.float32),

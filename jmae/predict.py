@@ -40,7 +40,7 @@ from PIL import Image as pillow
 from jmae import recipe
 from jmae.calibration import LOCATING_COLUMNS, colours_of, has_column, read_calibration, score_identity, score_line
 from jmae.data.duplicates import content
-from jmae.data.files import Image, write_map
+from jmae.data.files import Image, marks_of, write_map
 from jmae.data.manifest import Row, read_cases, wrong_pieces
 from jmae.data.preparation import stored_case
 from jmae.data.slices import command, lie
@@ -116,7 +116,8 @@ def load(workdir: str | os.PathLike) -> Callable[..., Prediction]:
       id: name that seeds the case's random masks. With the manifest's id the score is that of `jmae.evaluate` on the
         same device. Without an id, a path counts by the file's name without its ending.
       region: part of a volume that its score covers: a path, or an array (*size) on the volume's own grid, above 0
-        inside. A volume is cropped to the region, or normalised by it, where the run's training volumes were.
+        inside, or above `data.mask_threshold` where it holds probabilities. A volume is cropped to the region, or
+        normalised by it, where the run's training volumes were.
       midline, half: for a volume of two pieces, as in a manifest: "middle" or an index; "first" or "second".
     """
     workdir = Path(workdir)
@@ -137,7 +138,7 @@ def load(workdir: str | os.PathLike) -> Callable[..., Prediction]:
             raise InputError(f"{row.image[0]}: {problem}")
         if not run.system.sweep and (region is not None or midline or half):
             raise InputError(f"{row.image[0]}: only volumes have a region, a midline and halves: leave them out")
-        row, inside = with_region(row, stored, region)
+        row, inside = with_region(row, stored, region, run.config.data.mask_threshold)
         (result,) = run.scorer.score([run.scorer.prepare(row, stored, inside)])
         line = checked_line(run, row, result)
         found = result.written(run.system, ["anomaly", "confidence"])
@@ -164,13 +165,13 @@ def case_of(
     return row, image_of_array(image, run.config.data, spacing, affine, row.image[0])
 
 
-def with_region(row: Row, stored: Image, region: Any) -> tuple[Row, np.ndarray | None]:
+def with_region(row: Row, stored: Image, region: Any, threshold: float) -> tuple[Row, np.ndarray | None]:
     """(the row with its region, the region bool on the image's own grid where it is an array)."""
     if region is None:
         return row, None
     if isinstance(region, str | os.PathLike):
         return row._replace(region=os.path.abspath(region)), None
-    inside = np.asarray(region) > 0
+    inside, _ = marks_of(np.asarray(region), threshold, f"{row.image[0]}: its region")
     if inside.shape != stored.size:
         what = f"its region has the shape {inside.shape}, the image {stored.size}"
         raise InputError(f"{row.image[0]}: {what}: give one on the image's grid")
@@ -319,13 +320,17 @@ def overlay(stored: Image, heat: np.ndarray, colours: Scale | None) -> np.ndarra
       colours: the colour scale; None takes the map's own.
     """
     low, high = (float(end) for end in np.percentile(heat, PERCENTILES))
-    grey, colours = stored.array[..., 0], colours or Scale(low, high if high > low else low + 1, "")
+    colourful = heat.ndim == 2 and stored.array.shape[-1] == 3
+    shown, colours = (
+        stored.array if colourful else stored.array[..., 0],
+        colours or Scale(low, high if high > low else low + 1, ""),
+    )
     if heat.ndim == 3:
         layout = lie("2" if stored.affine is None else "axial", stored.affine, "")
         k = int(heat.max(axis=tuple(axis for axis in range(3) if axis != layout.across)).argmax())
-        grey, heat = layout.plane(grey, k), layout.plane(heat, k)
-    dark, bright = np.percentile(grey, (1, 99))
-    return blend(np.clip((grey - dark) / ((bright - dark) or 1), 0, 1), heat, colours)
+        shown, heat = layout.plane(shown, k), layout.plane(heat, k)
+    dark, bright = np.percentile(shown, (1, 99))
+    return blend(np.clip((shown - dark) / ((bright - dark) or 1), 0, 1), heat, colours)
 
 
 def finish(rows: Sequence[Row], done: Mapping[str, Mapping], failed: Sequence[Mapping[str, str]], out: Path) -> int:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
@@ -22,40 +23,47 @@ def with_pretrained(config: ConfigDict, stage: Stage, state: State, workdir: Pat
     """The state with the parameters that `model.weights` names; one set serves all replicates.
 
     A file is read as by `jmae.weights`, and weights.txt tells what became of each tensor. A run folder gives the
-    parameters of the stage of the same name.
+    parameters of the stage of the same name. A stage with `Pretrained.load` takes what that reads, statistics included.
 
     Raises InputError where there are none, or where they are of another network or preparation of images.
     """
     assert stage.pretrained
     source, n = Path(config.model.weights), config.replicates
+    put = lambda new, old: jax.make_array_from_callback(new.shape, old.sharding, lambda i: new[i])
+    if stage.pretrained.load:
+        first = on_host(state)
+        one, report = stage.pretrained.load(source, first if n == 1 else jax.tree.map(lambda x: x[0], first))
+        log(f"{stage.name}: weights of {source}: {workdir / 'weights.txt'}")
+        write_text(workdir / "weights.txt", report + "\n")
+        return jax.tree.map(put, one if n == 1 else jax.tree.map(lambda x: np.stack([x] * n), one), state)
     if source.is_file():
         weights, model = read_weights(source), config.model
         part = model.get("weights_part", "mae")
         if weights.size is None and part != "blocks":  # which file this is for nothing else tells
             weights = read_weights(source, size=tuple(config.data.size))
-        drawn = on_host(state.params)
+        drawn, form = on_host(state.params), stage.pretrained
         single = lambda r: drawn if n == 1 else jax.tree.map(lambda x: x[r], drawn)
         loaded = [
             load_weights(
                 weights,
-                single(r),
+                form.part(single(r)),
                 part=part,
                 heads=model.heads,
                 decoder_heads=model.decoder_heads,
                 size=tuple(config.data.size),
                 patch=tuple(model.patch),
                 channels=model.get("channels", config.data.channels),
-                positions=stage.pretrained.positions,
+                positions=form.positions,
                 adapt=model.weights_adapt,
             )
             for r in range(n)
         ]
-        params = loaded[0][0] if n == 1 else jax.tree.map(lambda *x: jnp.stack(x), *(p for p, _ in loaded))
+        each = [form.whole(single(r), filled) for r, (filled, _) in enumerate(loaded)]
+        params = each[0] if n == 1 else jax.tree.map(lambda *x: jnp.stack(x), *each)
         log(f"{stage.name}: {summary(loaded[0][1])} from {source}, part {part}: {workdir / 'weights.txt'}")
         write_text(workdir / "weights.txt", tensor_table(loaded[0][1]) + "\n")
     else:
         params = params_of_run(config, stage, state)
-    put = lambda new, old: jax.make_array_from_callback(new.shape, old.sharding, lambda i: new[i])
     return state.replace(params=jax.tree.map(put, on_host(params), state.params))
 
 

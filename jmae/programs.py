@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from jmae.data.crops import cut
 from jmae.errors import InputError
 from jmae.sharding import inside_mesh, replicated, sharded
-from jmae.system import Results, Stage, State
+from jmae.system import Check, Results, Stage, State, trained_shape
 from jmae.target import target
 
 MOST_STEPS = 16  # of a dispatch that the loop chooses
@@ -177,12 +177,17 @@ def steps_of_dispatch(config: ConfigDict, stage: Stage, batch: float) -> int:
         return number
     if target().platform == "cpu":
         return 1
-    size = 4 * math.prod(config.data.size) * config.data.channels * batch * config.replicates
-    intervals = [config.checkpoint_every, *(check.every for check in stage.checks)]
+    size = 4 * math.prod(trained_shape(config, stage)) * batch * config.replicates
+    intervals = [config.checkpoint_every, *(check.every for check in looks_of(stage))]
     fits = [
         k for k in range(period, MOST_STEPS + 1, period) if k * size <= MOST_BYTES and math.gcd(*intervals) % k == 0
     ]
     return max(fits, default=1)
+
+
+def looks_of(stage: Stage) -> tuple[Check, ...]:
+    """The stage's checks, and its watch behind them."""
+    return (*stage.checks, stage.watch) if stage.watch else stage.checks
 
 
 def next_dispatch(done: int, steps: int, length: int, period: int, halts: Sequence[int]) -> int:

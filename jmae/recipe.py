@@ -10,7 +10,6 @@ import importlib
 import json
 import math
 import operator
-import re
 import runpy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -35,7 +34,8 @@ class Key:
     """The declaration of a recipe key.
 
     Attributes:
-        default: value where no preset sets another one; it has the key's type. An empty tuple may hold anything.
+        default: value where no preset sets another one; it has the key's type.
+        holds: value whose type the values of a tuple have where `default` is empty.
         doc: one sentence.
         unit: unit of the value.
         least, above, most, below: bounds of a number, or of each number of a tuple; None: no bound.
@@ -43,6 +43,7 @@ class Key:
         length: number of values of a tuple; `AXES`: one for each axis of `data.size`; None: any.
         empty: whether a tuple of a given length may also be empty.
         single: whether one number may stand for a tuple, or the other way round.
+        before: value of recipes that were saved before the key was declared; None: the default.
     """
 
     default: Any
@@ -56,6 +57,13 @@ class Key:
     length: int | None = None
     empty: bool = False
     single: bool = False
+    before: Any = None
+    holds: Any = 1.0
+
+    @property
+    def like(self) -> Any:
+        """A value of the key's type; a tuple has one or more values."""
+        return (self.holds,) if self.default == () else self.default
 
     def bounds(self) -> str:
         """The bounds in words, such as "from 0 to below 1"; empty without any."""
@@ -87,9 +95,9 @@ class Key:
         if several and length is not None and isinstance(value, tuple | list):
             if len(parts) != length and not (self.empty and not parts):
                 return f"{length} values, one an axis" if self.length == AXES else f"{length} values"
-        like = self.default if not several else self.default[0] if self.default else None
+        like = self.like[0] if several else self.default
         for part in parts:
-            if like is not None and not _same_type(part, like):
+            if not _same_type(part, like):
                 return f"{_TYPES[type(like)]}, as {like!r} is"
             if self.choices and part not in self.choices:
                 return self.bounds()
@@ -137,6 +145,9 @@ SHARED = {
     "data.calibration": Key(
         0.0, "Share of the training patients that become normals of val, for p-values.", least=0, below=1
     ),
+    "data.mask_threshold": Key(
+        0.5, "Probability above which a mask with fractional values marks a voxel.", least=0, below=1, before=0.0
+    ),
     "data.allow_leaks": Key(
         False, "Whether patients and images in two splits are not refused, but named, in the report too."
     ),
@@ -148,9 +159,29 @@ SHARED = {
         (), "Stored values that become 0 and 1; all others are clipped. CT in HU: -1024,3071.", length=2, empty=True
     ),
     "data.equalise": Key(False, "Whether each image gets an even histogram of 256 levels."),
+    "data.equalise_exact": Key(False, "Ours: whether that histogram has a level for each value in place of 256."),
     "evaluation.batch": Key(16, "Images or windows that are scored at a time; fewer where memory is short.", least=1),
     "evaluation.froc": Key(
         0.0, "False positives an image at which the sensitivity for lesions is reported; 0: not at all.", least=0
+    ),
+    "evaluation.froc_rule": Key(
+        "centroid",
+        'When a component of a map hits a lesion: "peak", its highest pixel lies in the lesion; "centroid", its '
+        "centroid lies in the lesion's box.",
+        choices=("centroid", "peak"),
+    ),
+    "evaluation.froc_least": Key(
+        5,
+        "Pixels of the smallest component that counts: of the grid that is scored, or with froc_rule=centroid of the "
+        "file's.",
+        "pixels",
+        least=1,
+    ),
+    "evaluation.froc_overlap": Key(
+        0.0,
+        "Intersection over union at which a component hits a lesion, too; 0: it never does.",
+        least=0,
+        most=1,
     ),
     "evaluation.iou": Key(
         0.0,
@@ -160,7 +191,9 @@ SHARED = {
         most=100,
     ),
     "evaluation.decision": Key("youden", "Rule of the decision threshold on val.", choices=("youden", "accuracy")),
-    "evaluation.subsets": Key((), "Manifest columns; rows whose value is neither 0 nor empty are scored apart, too."),
+    "evaluation.subsets": Key(
+        (), "Manifest columns; rows whose value is neither 0 nor empty are scored apart, too.", holds=""
+    ),
     "evaluation.maps": Key(True, "Whether the maps of the split are written."),
     "evaluation.draws": Key(2000, "Draws of patients for the confidence intervals.", least=1),
     "evaluation.alarm_rate": Key(0.05, "Rate of false alarms at the threshold in calibration.json.", above=0, below=1),
@@ -369,12 +402,14 @@ def parse(argv: Sequence[str], usage: str, known: Sequence[str] = ()) -> tuple[C
 
 def override(config: ConfigDict, given: dict[str, str], section: str = "") -> None:
     """Moves the overrides from the flags `given` into a recipe. Where `section` is named, only its keys are known."""
+    declared = declarations(config.system, volumes=is_volume(config))
     defaults = {key: value for key, value in keys_of(config) if key.startswith(section)}
     for flag in [name for name in given if name.startswith("config.")]:
         key, text = flag.removeprefix("config."), given.pop(flag)
         if key not in defaults:
             raise InputError(f"--{flag} is unknown: did you mean --config.{nearest(key, list(defaults))}?")
-        config.update_from_flattened_dict({key: typed(flag, text, defaults[key])})
+        like = declared[key].like if defaults[key] == () and key in declared else defaults[key]
+        config.update_from_flattened_dict({key: typed(flag, text, like)})
 
 
 def load(recipe: str) -> ConfigDict:
@@ -395,15 +430,12 @@ def load(recipe: str) -> ConfigDict:
 
 
 def typed(flag: str, text: str, default: Any) -> Any:
-    """The value that `text` means where the recipe has `default`; a tuple is written 64,64 or (64, 64). Where `default`
-    is an empty tuple, numbers are numbers and anything else is text."""
+    """The value of the type of `default` that `text` means; a tuple is written 64,64 or (64, 64)."""
     if isinstance(default, str):
         return text
     if isinstance(default, tuple):
         parts = [part.strip(" '\"") for part in text.strip(" ()[]").split(",")]
-        numbers = all(re.fullmatch(r"[-+]?[0-9.]+(e[-+]?[0-9]+)?", part) for part in parts if part)
-        empty = 1.0 if numbers else ""  # what an empty tuple would hold
-        like = next((1.0 for d in default if isinstance(d, float)), default[0] if default else empty)
+        like = next((1.0 for d in default if isinstance(d, float)), default[0])
         return tuple(typed(flag, part, like) for part in parts if part)
     words = {"true": True, "1": True, "false": False, "0": False}
     try:
@@ -433,8 +465,8 @@ def from_json(text: str) -> ConfigDict:
 
 
 def brought_up(config: ConfigDict) -> ConfigDict:
-    """A saved recipe brought up to date. Newer keys are added, at defaults that change nothing, and `RETIRED` keys are
-    removed."""
+    """A saved recipe brought up to date. Newer keys are added, at values that change nothing (`Key.before`), and
+    `RETIRED` keys are removed."""
     for key in RETIRED & {key for key, _ in keys_of(config)}:
         if key not in declarations(config.system, volumes=is_volume(config)):
             *sections, last = key.split(".")
@@ -444,7 +476,9 @@ def brought_up(config: ConfigDict) -> ConfigDict:
         for key, one in declarations(config.system, volumes=is_volume(config)).items():
             if key not in saved:
                 *sections, last = key.split(".")
-                functools.reduce(operator.getitem, sections, config)[last] = one.default
+                functools.reduce(operator.getitem, sections, config)[last] = (
+                    one.default if one.before is None else one.before
+                )
     return config
 
 

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable
 from functools import partial
+from math import prod
 from typing import Any, NamedTuple
 
 import jax
@@ -17,12 +18,14 @@ from jmae.patches import patchify, unpatchify
 
 
 class Reconstruction(NamedTuple):
-    """Moments over the masks of one pass, each (b, *size, c)."""
+    """Moments over the masks of one pass, each (b, *size, c), and what the first mask shows."""
 
     mean: Float[Array, "b *size c"]
     variance: Float[Array, "b *size c"]
     error: Float[Array, "b *size c"]  # mean squared difference to the input; pasted patches count as 0
-    measured: PyTree = None  # mean over the masks of the results of `measure`
+    measured: PyTree  # mean over the masks of the results of `measure`
+    first: Float[Array, "b *size c"]  # reconstruction under the first mask
+    first_hidden: Bool[Array, " b *size"]  # what the first mask hides
 
 
 def _predicted(
@@ -66,7 +69,7 @@ def reconstruct(
     masks: int,
     paste: bool = True,
     chunk: int | None = None,
-    measure: Callable[[Array, Array], PyTree] = lambda image, reconstruction: (),
+    measure: Callable[[Array, Array, Array], PyTree] = lambda image, reconstruction, hidden: (),
 ) -> Reconstruction:
     """Reconstructs every image under `masks` random masks in one compiled pass.
 
@@ -77,7 +80,8 @@ def reconstruct(
         ratio: share of the tokens that a mask hides.
         paste: whether visible patches are the input's; the decoder is not trained there.
         chunk: masks at a time, where memory is short; the same result up to rounding. None: all.
-        measure: (image, reconstruction), both (b, *size, c) -> arrays (b, ...), of which the mean over masks is taken.
+        measure: (image, reconstruction, hidden) -> arrays (b, ...), of which the mean over masks is taken. Image and
+            reconstruction are (b, *size, c); `hidden` (b, *size) is True where the mask hides a voxel.
     """
     patches = patchify(image, patch)
     tokens = mae.embed(patches)
@@ -86,25 +90,40 @@ def reconstruct(
 
     whole = partial(unpatchify, size=image.shape[1:-1], patch=patch)
 
+    def voxels(tokens: Bool[Array, "b n"]) -> Bool[Array, " b *size"]:
+        ones = tokens[..., None].astype(jnp.float32)
+        return whole(jnp.broadcast_to(ones, (*tokens.shape, prod(patch))))[..., 0] > 0.5
+
     def moments(numbers: Array) -> PyTree:
         prediction, is_hidden = _predicted(mae, tokens, keys, numbers, visible)
         difference = prediction - patches[:, None]
         if paste:
             difference = difference * is_hidden[..., None]
-        measured = jax.vmap(lambda d: measure(image, image + whole(d)), 1, 1)(difference)
+        one = lambda d, is_hidden: measure(image, image + whole(d), voxels(is_hidden))
+        measured = jax.vmap(one, 1, 1)(difference, is_hidden)
         used = (numbers < masks).astype(jnp.float32)  # the last chunk may be padded
         mean = lambda values: jnp.tensordot(values, used, (1, 0)) / masks
-        return jax.tree.map(mean, (difference, difference**2, measured))
+        of_first = lambda values: jnp.tensordot(values, (numbers == 0).astype(jnp.float32), (1, 0))
+        firsts = of_first(difference), of_first(is_hidden.astype(jnp.float32))
+        return jax.tree.map(mean, (difference, difference**2, measured)), firsts
 
     numbers = jnp.arange(-(-masks // chunk) * chunk).reshape(-1, chunk)
     if len(numbers) == 1:
-        first, second, measured = moments(numbers[0])
+        found = moments(numbers[0])
     else:
         add = lambda total, j: (jax.tree.map(jnp.add, total, moments(j)), None)
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(moments, numbers[0]))
-        (first, second, measured), _ = jax.lax.scan(add, zeros, numbers)
+        found, _ = jax.lax.scan(add, zeros, numbers)
     # Moments of the difference to the input, not of the pixels: no cancellation where the variance is small.
-    return Reconstruction(whole(patches + first), whole(jnp.maximum(second - first**2, 0)), whole(second), measured)
+    (mean, squares, measured), (of_first, hidden_first) = found
+    return Reconstruction(
+        mean=whole(patches + mean),
+        variance=whole(jnp.maximum(squares - mean**2, 0)),
+        error=whole(squares),
+        measured=measured,
+        first=whole(patches + of_first),
+        first_hidden=voxels(hidden_first > 0.5),
+    )
 
 
 def device_bytes() -> int:

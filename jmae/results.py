@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jmae.data.preparation import Prepared
+from jmae.report.cases import Case
 from jmae.system import System
 
 
@@ -45,3 +46,40 @@ class Result(NamedTuple):
 def map_name(system: System) -> str:
     """The name of the map that stands for a system. A system may have no map of that name."""
     return system.map or system.primary
+
+
+def report_case(
+    result: Result,
+    system: System,
+    lesion: np.ndarray | None,
+    baseline_maps: Mapping[str, np.ndarray],
+    thresholds: Mapping[str, Sequence[float]],
+) -> Case:
+    """A result as the report shows it, means over replicates.
+
+    Of a volume, further channels, their reconstructions and the subtraction image are further pictures. `lesion` and
+    `baseline_maps` lie on the case's own grid. `thresholds` are those of the held-out normals, by the map's name.
+    """
+    case, pictures = result.case, {name: each.mean(0) for name, each in result.pictures.items()}
+    if case.volume:
+        for c in range(1, case.array.shape[-1]):
+            pictures[f"channel {c}"] = case.array[..., [c]]
+            if result.reconstruction is not None:
+                pictures[f"the reconstruction of channel {c}"] = result.reconstruction.mean(0)[..., [c]]
+        if "subtraction" in baseline_maps:
+            pictures["the subtraction image"] = case.volume.grid.forward(baseline_maps["subtraction"], 1)
+    mean = lambda values: None if values is None else values.mean(0)
+    shown, own = result.maps[map_name(system)].mean(0), thresholds.get(map_name(system), ())
+    return Case(
+        case.row.id,
+        case.row.label,
+        float(result.scores[system.primary].mean()),
+        case.array,
+        shown,
+        None if lesion is None else case.on_scored_grid(lesion),
+        mean(result.reconstruction),
+        confidence=mean(result.confidence),
+        pictures=pictures,
+        region=case.volume.region if case.volume else None,
+        called=shown >= np.mean(own) if own else None,
+    )

@@ -11,6 +11,9 @@ from jaxtyping import Array, Float
 from jmae.errors import InputError
 
 GREY = (0.2989, 0.5870, 0.1140)  # red, green, blue; IGD's
+BORDERS = ("stretch", "mirror")
+
+Black = float | Float[Array, " c"] | None
 
 
 def _per_axis(value: int | Sequence[int], rank: int) -> tuple[int, ...]:
@@ -79,6 +82,7 @@ def _similarity(
     sigma: float,
     data_range: float | Float[Array, ""],
     k: tuple[float, float],
+    black: Black,
 ) -> tuple[Float[Array, "b c *n"], Float[Array, "b c *n"]]:
     """Maps of SSIM and of its contrast-structure factor, n = size - window + 1.
 
@@ -97,20 +101,35 @@ def _similarity(
     )
     c1, c2 = (k[0] * data_range) ** 2, (k[1] * data_range) ** 2
     structure = 1 - var_d / (var_x + var_y + c2)
+    if black is None:
+        return structure, structure
+    mean = mean - jnp.reshape(black, (1, -1, *[1] * len(window)))
     return (1 - mean_d**2 / ((mean_x + mean) ** 2 + (mean_y + mean) ** 2 + c1)) * structure, structure
 
 
 def _scales(
-    x: Array, y: Array, window, sigma: float, weights, data_range: float | Float[Array, ""], k, pool
-) -> Iterator:
-    """`_similarity` at each scale, the finest first. Channels move to axis 1."""
+    x: Float[Array, "b *size c"],
+    y: Float[Array, "b *size c"],
+    window: int | Sequence[int],
+    sigma: float,
+    weights: Sequence[float],
+    data_range: float | Float[Array, ""],
+    k: tuple[float, float],
+    pool: int | Sequence[int],
+    black: Black,
+    mirror: bool = False,
+) -> Iterator[tuple[Float[Array, "b c *n"], Float[Array, "b c *n"]]]:
+    """`_similarity` at each scale, the finest first; with `mirror` of images continued by half a window. Channels move
+    to axis 1."""
     check_ssim(x.shape[1:-1], window, weights, pool)
     window, pool = _per_axis(window, x.ndim - 2), _per_axis(pool, x.ndim - 2)
     x, y = (jnp.moveaxis(image, -1, 1).astype(jnp.float32) for image in (x, y))
+    more = [(0, 0), (0, 0), *((w // 2, w // 2) for w in window)]
+    continued = lambda image: jnp.pad(image, more, mode="symmetric") if mirror else image
     for j in range(len(weights)):
         if j:
             x, y = _pool(x, pool), _pool(y, pool)
-        yield _similarity(x, y, window, sigma, data_range, k)
+        yield _similarity(continued(x), continued(y), window, sigma, data_range, k, black)
 
 
 def ms_ssim(
@@ -123,6 +142,7 @@ def ms_ssim(
     data_range: float | Float[Array, ""],
     k: tuple[float, float] = (0.01, 0.03),
     pool: int | Sequence[int] = 2,
+    black: Black = 0.0,
 ) -> Float[Array, " b"]:
     """Multi-scale structural similarity, 1 for equal images: the mean over channels of prod_j cs_j^w_j * ssim_M^w_M.
 
@@ -141,11 +161,13 @@ def ms_ssim(
         k: K1 and K2; luminance is stabilised by (K1 * data_range)^2, contrast by (K2 * data_range)^2.
         pool: number of voxels in the mean that makes a voxel of the next scale; one value, or one for each axis. 1
             leaves an axis unchanged: with pool (2, 2, 1), a volume of 32 x 32 x 8 has 3 scales with window 3.
+        black: value of black, for all channels or for each. The luminance factor is meant for values from black up.
+            IGD's code has standardised images and 0, so that their mean counts as black. None leaves luminance out.
 
     Raises:
         InputError: as `check_ssim` does.
     """
-    *finer, (last, _) = _scales(x, y, window, sigma, weights, data_range, k, pool)
+    *finer, (last, _) = _scales(x, y, window, sigma, weights, data_range, k, pool, black)
     space = tuple(range(2, x.ndim))
     factors = [jax.nn.relu(image.mean(space)) for image in (*(structure for _, structure in finer), last)]
     return jnp.stack([f**w for f, w in zip(factors, weights, strict=True)]).prod(0).mean(-1)  # (b,)
@@ -161,30 +183,41 @@ def ms_ssim_map(
     data_range: float | Float[Array, ""],
     k: tuple[float, float] = (0.01, 0.03),
     pool: int | Sequence[int] = 2,
+    black: Black = 0.0,
+    border: str = "stretch",
     channel_weights: Sequence[float] | None = None,
 ) -> Float[Array, " b *size"]:
     """Dissimilarity of each voxel over several scales: sum_j w_j (1 - relu(SSIM_j)), 0 for equal images.
 
     Y. Chen, Y. Tian, G. Pang, G. Carneiro, "Deep one-class classification via interpolated Gaussian descriptor" (IGD),
     AAAI 2022, arXiv 2101.10043, code for localisation. The map of a scale has m values on an axis of n voxels, m = n -
-    window + 1 at the finest scale. As in that code, the map is stretched, not padded: voxel i has the value floor(i m /
-    n), as with `F.interpolate(mode="nearest")`. Values therefore move towards the border by at most (window - 1) / 2
-    voxels of their scale. For window 11, these are 80 voxels of the image at the fifth scale.
+    window + 1 at the finest scale. With `border="stretch"`, as in that code, the map is stretched, not padded: voxel i
+    has the value floor(i m / n), as with `F.interpolate(mode="nearest")`. Values therefore move towards the border by
+    at most (window - 1) / 2 voxels of their scale. For window 11, these are 80 voxels of the image at the fifth scale.
+    With `border="mirror"` (ours) the images of each scale are mirrored at their border, and a voxel has the value of
+    the window around it, or around the voxel of a coarser scale that contains it.
 
     Args:
         channel_weights: one for each channel, divided by their sum. By default grey weights for three channels (red,
             green, blue), else equal weights.
-        window, sigma, weights, data_range, k, pool: as for `ms_ssim`.
+        window, sigma, weights, data_range, k, pool, black: as for `ms_ssim`.
 
     Raises:
         InputError: as `check_ssim` does.
     """
     c = x.shape[-1]
     share = np.asarray(channel_weights or (GREY if c == 3 else (1,) * c), np.float32)
-    total = jnp.zeros(x.shape[:-1], jnp.float32)
-    for w, (image, _) in zip(weights, _scales(x, y, window, sigma, weights, data_range, k, pool), strict=True):
+    total, mirror = jnp.zeros(x.shape[:-1], jnp.float32), border == "mirror"
+    scales = _scales(x, y, window, sigma, weights, data_range, k, pool, black, mirror)
+    at, sizes = [np.arange(n) for n in x.shape[1:-1]], x.shape[1:-1]  # voxels of a mirrored scale that contain those
+    for j, (w, (image, _)) in enumerate(zip(weights, scales, strict=True)):
         image = jnp.tensordot(1 - jax.nn.relu(image), share / share.sum(), (1, 0), precision="highest")  # (b, *m)
+        if j and mirror:
+            edges = _per_axis(pool, len(sizes))
+            at = [(i + -n % p) // p for i, n, p in zip(at, sizes, edges, strict=True)]  # as `_pool` fills up
+            sizes = image.shape[1:]
         for axis, n in enumerate(x.shape[1:-1], 1):
-            image = jnp.take(image, np.arange(n) * image.shape[axis] // n, axis=axis)
+            own = at[axis - 1] if mirror else np.arange(n) * image.shape[axis] // n
+            image = jnp.take(image, own, axis=axis)
         total += w * image
     return total

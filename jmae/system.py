@@ -24,6 +24,7 @@ import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import itemgetter
+from pathlib import Path
 from typing import Any, Literal
 
 import jax
@@ -69,7 +70,7 @@ class Check:
     The samples are drawn once and are the same at every look. A check without rows does not run.
 
     Attributes:
-        every: steps between two looks.
+        every: steps between two looks; 0: an epoch of whole batches.
         rows: (manifest rows) -> row numbers to look at.
         look: (state, batch, results) -> (state, metrics); deterministic. `results` are those of earlier stages. The
             batch holds "image", "index", "case", "unlabeled" and "label". "unlabeled" says whether the sample's row has
@@ -90,10 +91,17 @@ class Pretrained:
     Attributes:
         use: "instead" skips the stage's training; "start" initialises the stage from the weights.
         positions: (grid, width) -> the network's position codes; the codes of the weights must equal them.
+        load: (file or folder, first state) -> (state with its weights, a report for weights.txt). None: the weights are
+            those of a masked autoencoder, or of a stage of the same name.
+        part: (parameters of the stage) -> the masked autoencoder among them, which a file's weights fill.
+        whole: (parameters of the stage, that masked autoencoder with its weights) -> parameters of the stage.
     """
 
     use: Literal["instead", "start"]
     positions: Callable[[tuple[int, ...], int], np.ndarray] = sincos_positions
+    load: Callable[[Path, State], tuple[State, str]] | None = None
+    part: Callable[[PyTree], PyTree] = lambda params: params
+    whole: Callable[[PyTree, PyTree], PyTree] = lambda params, part: part
 
 
 def final(state: State) -> dict[str, PyTree]:
@@ -111,7 +119,7 @@ class Stage:
             decoded for training nor counted as seen.
         rows: (rows of all splits that the system reads, results) -> numbers of the rows to train on.
         batch: samples a step.
-        steps: (number of rows) -> number of steps.
+        steps: (number of rows) -> number of steps, times `pace` where the stage has one.
         init: (key, results, number of rows) -> the first state.
         step: (state, batch, key, results, *, steps) -> (state, metrics). The batch holds "image" (b, *size, c),
             "index" (b,), the samples' numbers in the table of rows, and the arrays of `host_arrays`. A sample's
@@ -122,19 +130,25 @@ class Stage:
             round and round.
 
     Optional, the data:
+        size: size of the images that the stage trains on, where it is not `data.size`. Its checks have `data.size`.
         host_arrays: {name: function of an image (*size, c)} of arrays that the host computes once an image. They come
             with the batch.
         table: (rows, results) -> lines of STAGE.csv in the run folder, a file for people to read.
 
     Optional, the course of the training:
+        pace: (rows, results) -> factor on `steps`, for stages that divide steps among them by their rows. A plan takes
+            it as 1.
         pretrained: how the stage uses `model.weights`; None ignores them.
         checks: looks at how the training goes.
+        watch: a look at held-out rows that only logs. It chooses nothing, so its rows count neither as read nor as
+            seen, and may still calibrate the run. None, or without rows: it does not run.
         parts: parts in which a step takes its batch, one after the other (`accumulate`).
         phases: values of the step's further argument `phase`, which is known while the step is traced. Step k, counted
             from 0, gets phases[k % len(phases)]. The single phase None stands for a step without that argument.
         result: (state) -> {"params", "stats"} for later stages and the score.
         published: values of the stage's metrics that the paper prints, {metric: {epoch, counted from 1: value}}. The
             evaluation lists them beside the run's own.
+        published_with: recipe values that those are of. The evaluation says which ones the run has otherwise.
     """
 
     name: str
@@ -145,14 +159,18 @@ class Stage:
     init: Callable[..., State]
     step: Callable[..., tuple[State, dict[str, Array]]]
     shuffle: bool = True
+    size: tuple[int, ...] = ()
     host_arrays: Mapping[str, Callable[[np.ndarray], np.ndarray]] = field(default_factory=dict)
     table: Callable[[Sequence[Row], Results], list[dict[str, Any]]] | None = None
+    pace: Callable[[Sequence[Row], Results], float] | None = None
     pretrained: Pretrained | None = None
     checks: tuple[Check, ...] = ()
+    watch: Check | None = None
     parts: int = 1
     phases: tuple[Any, ...] = (None,)
     result: Callable[[State], dict[str, PyTree]] = final
     published: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
+    published_with: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,6 +188,9 @@ class Sweep:
             "reconstruction" (*size, c) and "confidence" (*size). `inside` is False where the array is filled up; maps
             are 0 there. A volume's score is the mean of each map's highest voxels; `evaluation.top` is their share.
         average: the function that averages, `windows.average` or a form of it.
+        tile: the function that places the windows, `windows.tile` or a form of it.
+        example: (results, images (b, *window, c), keys (b,)) -> (images as the network sees them, its prediction under
+            one mask each, True (b, *window, 1) for hidden voxels): for pictures of one window. None without masks.
     """
 
     window: tuple[int, ...]
@@ -178,6 +199,8 @@ class Sweep:
     score: Callable[..., tuple[Array, Array]]
     fuse: Callable[..., dict[str, Any]]
     average: Callable[..., Array] = windows.average
+    tile: Callable[..., windows.Tiling] = windows.tile
+    example: Callable[..., tuple[Array, Array, Array]] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,6 +228,7 @@ class System:
         stages: stages in order.
         uses: names of the stages whose results the score reads.
         primary: name of the score that stands for the system; for volumes, name of a map.
+        primary_uses: names of the stages that this score depends on; (): all of `uses`.
         score: (results, batch, key, *, chunk) -> {"maps": {name: (b, *size)}, "scores": {name: (b,)}} and, where the
             system has them, "reconstruction": (b, *size, c) in the images' own range; "confidence": (b, *size), the
             deviation of the primary map over the samples; "pictures": {name: (b, *size, c), or (b, h, w) in another
@@ -220,12 +244,15 @@ class System:
         map: name of the map to show, where no map has the name of the primary score.
         choice: what `select=aucp` chooses by, where the default does not fit.
         best: rules of `select` that the system has beside "last" and "aucp".
+        notes: sentences, without the full stop, on how a run of this recipe differs from the paper's in a way that no
+            reader of its figures may miss. The log, metrics.json, the report and the model card say them.
     """
 
     name: str
     stages: tuple[Stage, ...]
     uses: tuple[str, ...]
     primary: str
+    primary_uses: tuple[str, ...] = ()
     score: Callable[..., dict[str, dict[str, Array]]] | None = None
     sweep: Sweep | None = None
     masks: int = 1
@@ -234,6 +261,7 @@ class System:
     map: str = ""
     choice: Choice | None = None
     best: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 def with_best(state: State, rule: str) -> State:
@@ -284,14 +312,32 @@ def rows_read(system: System, rows: Sequence[Row]) -> list[Row]:
     return [row for row in rows if row.split in splits]
 
 
+def rows_watched(system: System, rows: Sequence[Row]) -> list[Row]:
+    """The rows that training only watches (`Stage.watch`)."""
+    looks = [stage.watch for stage in system.stages if stage.watch]
+    return [rows[i] for i in sorted({int(i) for look in looks for i in look.rows(rows)})]
+
+
+def held_out_normals(rows: Sequence[Row]) -> np.ndarray:
+    """Numbers of the normal rows of `val` that leak nothing: the usual `Check.rows` of a watch."""
+    held_out = lambda row: row.split == "val" and row.label == 0 and not row.leak
+    return np.array([i for i, row in enumerate(rows) if held_out(row)], np.int64)
+
+
 def rows_of(rows: Sequence[Row], results: Results, *, splits: tuple[str, ...] = ("train",)) -> np.ndarray:
     """Numbers of the rows of some splits: the usual `Stage.rows`."""
     return np.array([i for i, row in enumerate(rows) if row.split in splits], np.int64)
 
 
+def trained_shape(config: ConfigDict, stage: Stage) -> tuple[int, ...]:
+    """The shape (*size, channels) of an image, or of a crop of a volume, in a batch of a stage."""
+    return (*(stage.size or config.data.size), config.data.channels)
+
+
 def chosen_on_val(system: System) -> bool:
-    """Whether labels of `val` chose the weights: a stage reads that split."""
-    return "val" in splits_read(system)
+    """Whether labels of `val` chose weights that the primary score depends on: such a stage reads that split."""
+    names = system.primary_uses or system.uses
+    return any("val" in stage.splits for stage in system.stages if stage.name in names)
 
 
 def load_system(config: ConfigDict) -> System:

@@ -14,7 +14,6 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from jmae import checkpoint, recipe
 from jmae.calibration import calibrate_run
 from jmae.cards import write_cards
 from jmae.data.cases import load_cases
-from jmae.data.loader import Samples, batches
+from jmae.data.loader import Images, Samples, batches
 from jmae.errors import InputError, NonFiniteLoss, Stopped, exit_code
 from jmae.evaluate import check_processes, evaluate
 from jmae.pretrained import with_pretrained
@@ -53,7 +52,18 @@ from jmae.run_folder import (
 )
 from jmae.seen import check_unseen_by_source, read_seen, write_seen
 from jmae.sharding import device_mesh, place_batch, place_whole
-from jmae.system import Check, Results, Stage, State, System, load_system, rows_read, split_replicates, stage_keys
+from jmae.system import (
+    Check,
+    Results,
+    Stage,
+    State,
+    System,
+    load_system,
+    rows_read,
+    rows_watched,
+    split_replicates,
+    stage_keys,
+)
 
 CHECK_STEP = 2**40  # a stage's checks take the crops of this step, which no training reaches
 
@@ -79,10 +89,13 @@ def run(config: ConfigDict, workdir: Path) -> int:
     if config.tensorboard:
         tensorboard()
     source = Path(config.get("model", {}).get("weights") or workdir)  # may be another run; its cases then count as seen
-    cases = load_cases(config, log, folder=workdir / "cache", trained=partial(rows_read, system))
+    needed = lambda rows: [*rows_read(system, rows), *rows_watched(system, rows)]
+    cases = load_cases(config, log, folder=workdir / "cache", trained=needed)
     rows, unchecked = check_unseen_by_source(config, cases.rows, source)
-    images = cases.samples(rows_read(system, rows))
-    train(config, system, images, workdir)
+    images, watched = cases.samples(rows_read(system, rows)), rows_watched(system, rows)
+    for note in system.notes:
+        log(f"warning: {note}")
+    train(config, system, images, workdir, cases.samples(watched, crops_on="host") if watched else None)
     write_seen(workdir, [*(read_seen(source) if source.is_dir() else ()), *images.rows])
     if any(row.split == "test" and row.label is not None for row in rows):
         out = workdir / "evaluation"
@@ -105,14 +118,16 @@ def check_batches(system: System, devices: int) -> None:
             )
 
 
-def train(config: ConfigDict, system: System, images: Samples, workdir: Path) -> Results:
-    """All stages in order; returns their results."""
+def train(
+    config: ConfigDict, system: System, images: Samples, workdir: Path, watched: Samples | None = None
+) -> Results:
+    """All stages in order; returns their results. `watched` are the rows that stages only watch."""
     results: dict[str, Any] = {}
     # What a check lacks is said before the first stage is trained.
     checked = {stage.name: [check.rows(images.rows) for check in stage.checks] for stage in system.stages}
     programs: dict[Any, Callable] = {}
     for number, stage in enumerate(system.stages):
-        state = train_stage(config, stage, number, images, results, workdir, checked[stage.name], programs)
+        state = train_stage(config, stage, number, images, results, workdir, checked[stage.name], programs, watched)
         results[stage.name] = stage.result(state)
         if stage.table:
             for seed, part in enumerate(split_replicates(results, config.replicates)):
@@ -132,6 +147,7 @@ class Course:
         results: results of the earlier stages.
         identity: recipe and rows, with which a checkpoint must agree.
         checked_rows: rows of each of the stage's checks; none: the check does not run.
+        watched: samples that the stage only watches; None: there are none.
     """
 
     config: ConfigDict
@@ -143,6 +159,7 @@ class Course:
     results: Results
     identity: dict[str, Any]
     checked_rows: Sequence[np.ndarray]
+    watched: Samples | None
     mesh: Mesh
     workdir: Path
 
@@ -166,27 +183,31 @@ def train_stage(
     workdir: Path,
     checked_rows: Sequence[np.ndarray],
     programs: dict[Any, Callable],
+    watched: Samples | None,
 ) -> State:
     """One stage from its newest sound checkpoint, or from its start, to its last step.
 
     Resume order: 1. rows and steps from the manifest and the earlier stages' results; 2. a fresh state; 3. the newest
     sound checkpoint over it; 4. metrics.jsonl cut back to that step; 5. the data iterator's position.
     """
-    tables = [stage.rows(samples.rows, part) for part in split_replicates(results, config.replicates)]
+    parts = split_replicates(results, config.replicates)
+    tables = [stage.rows(samples.rows, part) for part in parts]
     if not min(len(table) for table in tables):
         raise InputError(
             f"stage {stage.name}: no rows to train on: give the manifest rows of {' and '.join(stage.splits)}"
         )
+    paces = [stage.pace(samples.rows, part) if stage.pace else 1 for part in parts]
     course = Course(
         config=config,
         stage=stage,
         samples=samples,
         tables=tables,
-        steps=round(np.mean([stage.steps(len(table)) for table in tables])),
+        steps=max(1, round(np.mean([stage.steps(len(table)) * k for table, k in zip(tables, paces, strict=True)]))),
         keys=stage_keys(config, number),
         results=results,
         identity={"recipe": fixed(config), "rows": digest(samples.rows)},
         checked_rows=checked_rows,
+        watched=watched if stage.watch else None,
         mesh=device_mesh(config.fsdp),
         workdir=workdir,
     )
@@ -234,12 +255,16 @@ def take_steps(
     if (least := min(len(table) for table in course.tables)) < stage.batch:
         log(f"warning: {name}: {least} images are fewer than a batch of {stage.batch}: they repeat within it")
     seeds = [config.seed + r for r in range(n)]
+    samples = course.samples
+    if stage.size:
+        assert isinstance(samples, Images)  # volumes have crops of data.size
+        samples = samples.at(stage.size)
     iterator = batches(
-        course.samples, course.tables, batch=stage.batch, seeds=seeds, shuffle=stage.shuffle, host=stage.host_arrays
+        samples, course.tables, batch=stage.batch, seeds=seeds, shuffle=stage.shuffle, host=stage.host_arrays
     )
     if position:
         iterator.set_state(position["data"])
-    resident = course.samples.resident()
+    resident = samples.resident()
     volumes = None if resident is None else place_whole(resident, mesh)
     del resident
     crop = () if volumes is None else tuple(config.data.size)
@@ -256,13 +281,18 @@ def take_steps(
     several = program(compiled_steps, stage.phases, length) if length > 1 else None
     checks = [
         (
-            check.every,
+            check.every or max(1, len(course.tables[0]) // stage.batch),
             compiled_check(check.look, n, crop, mesh),
             place_whole(check_batch(rows, check, course.samples), mesh),
         )
         for check, rows in zip(stage.checks, course.checked_rows, strict=True)
         if rows.size
     ]
+    if stage.watch and course.watched:
+        batch = check_batch(stage.watch.rows(course.watched.rows), stage.watch, course.watched)
+        checks.append((stage.watch.every, compiled_check(stage.watch.look, n, (), mesh), place_whole(batch, mesh)))
+    elif stage.watch:
+        log(f"{name}: no held-out normals (val rows of label 0, or data.calibration), so no figures of them")
     halts = [config.checkpoint_every, *(every for every, *_ in checks)]
     log(f"{name}: {len(course.tables[0])} images, steps {start} to {steps}, batch {stage.batch}, compiling")
     with (

@@ -1,11 +1,12 @@
-"""Converts published weights of masked autoencoders to parameters of this library.
+"""Converts published weights, of masked autoencoders and of SimSID, to parameters of this library.
 
     python -m jmae.weights SOURCE --out FILE.safetensors [--part mae|encoder|blocks]
                            [--heads H --decoder-heads D] [--size 224,224]
 
 SOURCE is an MAE checkpoint as .pth, .safetensors or .npz; its content tells the format. Its tensors have the names of
 facebookresearch/mae (which medical_mae, MAEMI and timm use too) or of `transformers` (ViTMAE, old and new). A file that
-this command has written also serves.
+this command has written also serves. For SimSID and SQUID, SOURCE is the folder with model.pth and discriminator.pth,
+or one such file; no further flag is needed.
 
 --part is the whole network (mae), its encoder, or only the encoder's blocks, from which MAEMI starts. The report has a
 line for every tensor. A state dict does not contain the numbers of heads. They come from the training arguments in the
@@ -36,6 +37,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from jmae.errors import InputError, exit_code
+from jmae.nn import simsid_weights
 from jmae.nn.mae import MAE
 from jmae.patches import grid_of, sincos_positions
 from jmae.recipe import arguments, typed
@@ -701,6 +703,14 @@ def main(argv: list[str]) -> None:
     _starts(part)
     if out.suffix != ".safetensors" or out.resolve() == source.resolve():
         raise InputError(f"--out={out}: write a new name that ends in .safetensors")
+    if simsid_weights.holds(source):
+        if more := sorted(flags.keys() - {"out"}):
+            raise InputError(f"--{more[0]} is of masked autoencoders, {source} holds weights of SimSID: leave it out")
+        found = simsid_weights.read(source)
+        simsid_weights.save(out, found)
+        print(simsid_weights.report(found))
+        print(f"{out}: SimSID of {source}: {len(found.leaves)} loaded, {len(found.skipped)} skipped")
+        return
     heads, decoder_heads = (typed(n, flags[n], 0) if n in flags else None for n in ("heads", "decoder-heads"))
     size = typed("size", flags["size"], (0,)) if "size" in flags else None
     weights = read_weights(source, heads=heads, decoder_heads=decoder_heads, size=size)

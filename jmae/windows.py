@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from jmae.errors import InputError
+
 
 class Tiling(NamedTuple):
     """The windows of one volume, padded to a bucket."""
@@ -48,6 +50,25 @@ def room(
     return pad, None if side is None or midline is None else midline + pad[side][0]
 
 
+def released_room(
+    size: tuple[int, ...], window: tuple[int, ...], side: int | None = None, midline: int | None = None
+) -> tuple[list[tuple[int, int]], int | None]:
+    """`room` as the released code of MAEMI has it, which knows one midline, the middle of the volume.
+
+    It pads to one voxel more than a window, along `side` to one more than two, with the odd voxel below. Then it halves
+    what it has padded: a last voxel of an odd number belongs to neither half.
+
+    Raises InputError for a midline that is not the middle.
+    """
+    if side is not None and midline not in (None, size[side] // 2):
+        raise InputError(f"compat.averaging halves a volume: its midline is {size[side] // 2}, not {midline}")
+    halved = side is not None and midline is not None
+    least = [w * (1 + (halved and axis == side)) + 1 for axis, w in enumerate(window)]
+    missing = [max(0, m - n) for m, n in zip(least, size, strict=True)]
+    pad = [(m - m // 2, m // 2) for m in missing]
+    return pad, (size[side] + missing[side]) // 2 if side is not None and halved else None
+
+
 def tile(
     size: tuple[int, ...],
     window: tuple[int, ...],
@@ -56,19 +77,25 @@ def tile(
     side: int | None = None,
     midline: int | None = None,
     bucket: tuple[int, ...] | None = None,
+    released: bool = False,
 ) -> Tiling:
     """The windows that cover a volume of `size`. No window crosses `midline`, an index along the axis `side`.
 
     The size of the padded volume is a multiple of `bucket` (default: half a window), so that few shapes are compiled.
-    ours: the released code pads to one voxel more than a window, which only adds a second window over the padding.
+
+    Args:
+        released: whether the volume is padded and halved as in the released code of MAEMI (`released_room`).
+            ours: otherwise it is padded to a window, as one voxel more only adds a window over the padding.
     """
-    pad, middle = room(size, window, side, midline)
+    pad, middle = (released_room if released else room)(size, window, side, midline)
     full = tuple(n + sum(p) for n, p in zip(size, pad, strict=True))
     bucket = bucket or tuple(max(1, w // 2) for w in window)
     rest = [-n % b for n, b in zip(full, bucket, strict=True)]
     starts, coverage = [], []
     for axis, (n, w, s) in enumerate(zip(full, window, stride, strict=True)):
-        pieces = [(0, middle), (middle, n)] if axis == side and middle is not None else [(0, n)]
+        pieces = [(0, n)]
+        if axis == side and middle is not None:
+            pieces = [(0, middle), (middle, 2 * middle if released else n)]
         at = [[low + end - w for end in ends(high - low, w, s)] for low, high in pieces]
         count = np.zeros(n + rest[axis], np.float32)
         for start in (start for piece in at for start in piece):
@@ -105,7 +132,7 @@ def average(
     repeats: int | Int[Array, ""],
     batch: int,
     weighted: bool = False,
-    released: bool = False,
+    released: int = 0,
     place: Callable[[Array], Array] = lambda x: x,
 ) -> Float[Array, "*size k"]:
     """The mean of `score` over the windows that cover a voxel, and over `repeats` sweeps.
@@ -119,8 +146,9 @@ def average(
         coverage: number of windows over each index of an axis (`Tiling`); voxels without a window give 0.
         batch: number of windows in a batch.
         weighted: whether the mean is weighted; voxels without weight give 0.
-        released: whether the released code of MAEMI replaces the mean. That code divides each sweep's sum by c + 1,
-            where c windows cover the voxel, and the total again by its accumulated counters repeats * (c + 1).
+        released: for so many of the first values, the released code of MAEMI replaces the mean. Its counters start at
+            1. So it divides each sweep's sum by c + 1, where c windows cover the voxel, and the sum over the sweeps
+            again by 1 + repeats * (c + 1).
         place: function that distributes windows over the devices.
     """
     shapes = jax.eval_shape(score, jax.ShapeDtypeStruct((batch, *window, volume.shape[-1]), volume.dtype), _keys(batch))
@@ -148,9 +176,11 @@ def average(
     if weighted:
         return jnp.where(sums[..., k:] > 0, sums[..., :k] / jnp.where(sums[..., k:] > 0, sums[..., k:], 1), 0)
     count = reduce(jnp.multiply, jnp.ix_(*coverage))[..., None]
-    if released:
-        return sums / (repeats * (count + 1) ** 2)
-    return sums / (repeats * jnp.maximum(count, 1))
+    mean = sums / (repeats * jnp.maximum(count, 1))
+    if not released:
+        return mean
+    first = sums[..., :released] / ((count + 1) * (1 + repeats * (count + 1)))
+    return jnp.concatenate([first, mean[..., released:]], -1)
 
 
 def _keys(batch: int) -> jax.ShapeDtypeStruct:

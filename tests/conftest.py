@@ -45,7 +45,7 @@ gc.set_threshold(100_000, 50, 100)
 # divides neither checkpoint_every nor the steps; this rule for the pseudo-labels always gives both modules images.
 SMALL = """
 pretrain.steps=20 pretrain.batch=32 proxy.steps=10 proxy.batch=32 adapt.steps=10 adapt.batch=16
-adapt.percentile_over=all checkpoint_every=8 log_every=3 evaluation.subsets=matched
+adapt.equal=steps adapt.percentile_over=all checkpoint_every=8 log_every=3 evaluation.subsets=matched
 """.split()
 
 

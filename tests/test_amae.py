@@ -236,7 +236,7 @@ def test_the_score_is_the_mean_absolute_difference_of_mean_reconstructions(train
 def test_the_map_and_the_score_agree_and_every_score_is_given(trained):
     _, results = trained
     out = score(config(), results, batch(4))
-    assert set(out["scores"]) == {"mae", "module_a", "stage1", "stage2", "stage2_error"}
+    assert set(out["scores"]) == {"mae", "module_a", "stage1", "stage2", "stage2_nearer", "stage2_error"}
     for name, m in out["maps"].items():
         assert m.shape == (4, 32, 32)
         np.testing.assert_allclose(np.asarray(m).mean((1, 2)), out["scores"][name], rtol=1e-4, atol=1e-7)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import against_plan, cpu
+from benchmarks import against_plan, cpu, maemi
 from benchmarks.__main__ import GPU, PAGE, PARTS, RESULTS, SCRIPTS, page, summary
 from benchmarks.timing import ratio
 
@@ -179,3 +179,28 @@ def test_the_script_for_a_gpu_runs_its_parts_in_order(tmp_path, limit, some):
         order = ["volume", "demo", "volume", "volume", *steps, "volume", "masks", "anomalies", "memmc", "memmc"]
         assert log == [*order, "against_plan"]
         assert "infer: FAILED, exit code 1" in ran.stdout and "plans: done" in ran.stdout and ran.returncode == 1
+
+
+def test_the_paper_s_table_and_figure_say_their_hours_and_stop_without_a_gpu(tmp_path, monkeypatch, capsys):
+    manifest = tmp_path / "m.csv"
+    rows = ["id,patient,split,label,image,mask,region", *(f"t{i},p{i},train,0,t{i}.nii.gz,," for i in range(744))]
+    manifest.write_text("\n".join([*rows, *(f"e{i},q{i},test,1,e{i}.nii.gz,," for i in range(100))]))
+    for what, names in (("table2", ("8x8x2", "6x6x4", "24x24x4")), ("figure3", ("0.75", "0.95"))):
+        argv = ["maemi", what, f"--manifest={manifest}", "--seeds=3", f"--workdir={tmp_path / 'runs'}"]
+        monkeypatch.setattr(sys, "argv", argv)
+        maemi.main()
+        said = capsys.readouterr().out
+        assert "744 training and 100 test rows, 3 seed(s)" in said and all(f"\n{name} " in said for name in names)
+        assert said.endswith("not run: no GPU on this machine\n")
+        hours = [float(line.split()[2]) + float(line.split()[3]) for line in said.splitlines()[2:-2]]
+        assert float(said.split("at least ")[1].split()[0]) == pytest.approx(3 * sum(hours), rel=0.1)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_the_estimate_counts_the_operations_of_the_compiled_step():
+    """2.33 TFLOP: what the GPU compiler counts in the step of six crops (results/scaling.json)."""
+    config = maemi.recipe.load("configs/maemi.py:paper")
+    assert 6 * 3 * maemi.forward_flops(config) == pytest.approx(2.33e12, rel=0.1)
+    training, scoring = maemi.estimate(config, 744, 100)
+    assert training == pytest.approx(124_000 * 4.84e-3 / 3600, rel=0.1)
+    assert scoring == pytest.approx(100 * 2400 * maemi.forward_flops(config) / maemi.RATE / 3600)  # 2400 windows each

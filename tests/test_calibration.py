@@ -201,7 +201,7 @@ def test_only_normals_that_nothing_was_chosen_by_calibrate(capfd):
     plain = System(name="toy", stages=(), uses=(), primary="bright")
     c = ConfigDict({"select": "auroc"})
     assert cal.calibrating_rows(c, plain, rows) == [True, False, True]
-    chosen = replace(plain, stages=(SimpleNamespace(splits=("train", "val")),))
+    chosen = replace(plain, stages=(SimpleNamespace(name="judge", splits=("train", "val")),), uses=("judge",))
     assert cal.calibrating_rows(c, chosen, rows) == [False, False, True]
     assert "only train rows kept apart give p-values" in capfd.readouterr().err
     leaking = [rows[0]._replace(leak="patient 'p' is in train and val"), row("d", 0), rows[2]]

@@ -83,7 +83,8 @@ def test_one_device_and_eight_with_fsdp_train_alike_on_crops_and_give_the_same_v
     assert said["code"] == 0
     assert exit_code(train.main, arguments(manifest, tmp_path / "one", *EIGHT)) == 0
     one, eight = (read_history(folder / "metrics.jsonl") for folder in (tmp_path / "one", volumes))
-    assert [h["loss"] for h in eight] == pytest.approx([h["loss"] for h in one], rel=1e-5)
+    losses = lambda history: [h["loss"] for h in history if "loss" in h]
+    assert losses(eight) == pytest.approx(losses(one), rel=1e-5)
     names = sorted(os.listdir(volumes / "evaluation" / "maps"))
     assert names and names == sorted(os.listdir(tmp_path / "one" / "evaluation" / "maps"))
     for name in names:

@@ -811,15 +811,15 @@ def test_several_files_are_channels_in_order(tmp_path):
 
 
 def test_channels_and_masks_on_another_grid_are_refused(tmp_path):
-    image = nifti(tmp_path / "a.nii")
+    image, marks = nifti(tmp_path / "a.nii"), np.float32(VOLUME > 0)
     moved, mirrored = AFFINE.copy(), AFFINE @ np.diag([-1, 1, 1, 1])
     moved[0, 3] += 0.5
     within = AFFINE.copy()
     within[0, 3] += 1e-3
     for other, word in (
-        (nifti(tmp_path / "b.nii", VOLUME[:, :, :3]), "size (6, 5, 3)"),
-        (nifti(tmp_path / "c.nii", affine=moved), "0.5 mm"),
-        (nifti(tmp_path / "d.nii", affine=mirrored), "mm away"),
+        (nifti(tmp_path / "b.nii", marks[:, :, :3]), "size (6, 5, 3)"),
+        (nifti(tmp_path / "c.nii", marks, affine=moved), "0.5 mm"),
+        (nifti(tmp_path / "d.nii", marks, affine=mirrored), "mm away"),
         (saved(tmp_path / "e.png", png(GREY)), "size (7, 5)"),
     ):
         with pytest.raises(InputError, match=f"^{other}: .*: ") as caught:

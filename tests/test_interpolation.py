@@ -100,11 +100,11 @@ def composed(image, sources, p, preset, size):
             each.append(whole)
         made += each
         if preset.sequence:
-            variance += np.var(each, 0)
+            variance += np.var(np.clip(each, 0, 1), 0)
             out = np.clip(np.mean(each, 0), 0, 1)
     if not preset.sequence:
-        out, variance = np.clip(np.mean(made, 0), 0, 1), np.var(made, 0)
-    return out, np.minimum(preset.gain * np.abs(out - clean), 1), np.sqrt(variance)
+        out, variance = np.clip(np.mean(made, 0), 0, 1), np.var(np.clip(made, 0, 1), 0)
+    return out, np.minimum(preset.gain * np.abs(out - clean), 1), np.sqrt(np.minimum(variance, 0.25))
 
 
 @pytest.mark.parametrize("size", SIZES)

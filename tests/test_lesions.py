@@ -193,7 +193,8 @@ def test_froc_beyond_the_limit_is_nan_never_a_part(monkeypatch):
         found.add([], blobs())
         got = found.result()
         assert math.isnan(got.pop("sensitivity")) and not found.maps
-        assert got == {"at": 10, "lesions": 1, "images": images, "curve": []}
+        assert math.isnan(got.pop("mean"))
+        assert got == {"at": 10, "lesions": 1, "images": images, "points": [], "curve": []}
 
 
 def test_froc_refuses_an_image_whole_and_goes_on():

@@ -16,7 +16,7 @@ from jmae.data import loader
 from jmae.data.cases import folded, load_rows
 from jmae.data.loader import Images, batches
 from jmae.data.manifest import Row
-from jmae.data.preparation import case_words, lesion_mask, region_mask, stored_image
+from jmae.data.preparation import case_words, open_case, stored_image
 from jmae.data.unlabeled import unlabeled_labels, with_anomaly_ratio
 from jmae.errors import InputError
 from jmae.recipe import SHARED
@@ -222,8 +222,8 @@ def test_phantom_volumes_pass_through_the_same_path():
     array = Images(rows, config(size=(16, 16, 8), channels=2)).image(np.arange(3))
     assert array.shape == (3, 16, 16, 8, 2) and 0 <= array.min() < array.max() <= 1
     stored = stored_image(rows[0])
-    assert stored.affine is not None and region_mask(rows[0], stored).shape == stored.array.shape[:-1]
-    assert lesion_mask(rows[0], stored).any()
+    assert stored.affine is not None and open_case(rows[0]).region.shape == stored.array.shape[:-1]
+    assert open_case(rows[0]).lesion.any()
 
 
 def test_a_manifest_of_mixed_files_reaches_the_batch(small_set):

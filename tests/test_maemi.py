@@ -23,7 +23,7 @@ from jmae.data.cases import load_rows
 from jmae.data.preparation import PLS, case_words, prepared_volume
 from jmae.data.volumes import boxes_mask
 from jmae.errors import InputError, exit_code
-from jmae.inference import restore_results
+from jmae.inference import Scorer, restore_results
 from jmae.masked import training
 from jmae.masking import case_keys, order_of
 from jmae.patches import patchify, unpatchify
@@ -154,17 +154,16 @@ def procedure(c, mae, volume, midline, case):
     middle = midline + pad[1][0]
     ends = lambda w, n, s: [*range(w, n, s), n]
     total, count = np.zeros(padded.shape), np.zeros((*padded.shape[:3], 1))
-    twice = np.zeros(padded.shape)
     key = case_keys(jax.random.key(c.seed), case_words(case)[None])[0]
     tokens = int(np.prod([w // p for w, p in zip(window, c.model.patch, strict=True)]))
     for sweep in range(repeats):
-        part, cover, number = np.zeros(padded.shape), np.zeros(count.shape), 0
+        number = 0
         for first, last in ((0, middle), (middle, padded.shape[1])):
             for p in ends(window[0], padded.shape[0], stride[0]):
                 for l in ends(window[1], last - first, stride[1]):  # noqa: E741
                     for s in ends(window[2], padded.shape[2], stride[2]):
                         at = tuple(slice(e - w, e) for e, w in zip((p, first + l, s), window, strict=True))
-                        image = padded[at] if c.compat.clip else np.clip(padded[at], *c.data.clip)
+                        image = np.clip(padded[at], *c.data.clip)
                         noise = jax.random.uniform(
                             jax.random.fold_in(jax.random.fold_in(key, sweep), number), (1, tokens)
                         )
@@ -173,28 +172,30 @@ def procedure(c, mae, volume, midline, case):
                         patches = patchify(image[None], c.model.patch)
                         prediction = mae(patches, order[:, :kept], np.argsort(order, 1))
                         difference = image - np.asarray(unpatchify(prediction, window, c.model.patch))[0]
-                        error = [ndimage.minimum_filter(difference[..., k] ** 2, c.evaluation.filter) for k in (0, 1)]
+                        smallest = partial(ndimage.minimum_filter, size=c.evaluation.filter)
+                        error = [smallest(difference[..., k] ** 2) for k in (0, 1)]
                         weight = np.ones((*window, 1))
                         if c.evaluation.error == "hidden":  # the tokens that come behind the kept ones
                             absent = np.argsort(order, 1)[0] >= kept
                             grid = [w // p for w, p in zip(window, c.model.patch, strict=True)]
-                            weight = np.maximum(np.kron(absent.reshape(grid), np.ones(c.model.patch)), 1e-6)[..., None]
-                        part[at] += np.stack(error, -1) * weight
-                        cover[at] += weight
+                            absent = np.kron(absent.reshape(grid), np.ones(c.model.patch)) > 0
+                            weight = np.where(absent, 1, 1e-6)[..., None]
+                            for k in (0, 1):  # the smallest error of the hidden voxels around a hidden voxel
+                                of_hidden = smallest(np.where(absent, difference[..., k] ** 2, np.inf))
+                                error[k] = np.where(absent, of_hidden, error[k])
+                        total[at] += np.stack(error, -1) * weight
+                        count[at] += weight
                         number += 1
-        total, count, twice = total + part, count + cover, twice + part / (cover + 1)
-    each = twice / (repeats * (cover + 1)) if c.compat.averaging else total / count
+    each = total / count
     fused = ndimage.minimum_filter(each.mean(-1), c.evaluation.filter)
     return fused[tuple(slice(low, n - high) for (low, high), n in zip(pad, fused.shape, strict=True))]
 
 
-@pytest.mark.parametrize("rule", ["mean", "released", "hidden"])
+@pytest.mark.parametrize("rule", ["all", "hidden"])
 @pytest.mark.parametrize("shape, midline", [((13, 27, 7), 14), ((9, 19, 3), 9)])
 def test_a_map_is_that_of_the_papers_procedure(rule, shape, midline):
-    changes = {"compat.averaging": True, "compat.clip": True, "compat.position": True} if rule == "released" else {}
-    c, system, state = tiny(**changes | ({"evaluation.error": "hidden"} if rule == "hidden" else {}))
-    codes = {"positions": released_positions} if rule == "released" else {}
-    _, mae_of = masked_autoencoder(c, c.data.channels, **codes)
+    c, system, state = tiny(**{"evaluation.error": rule})
+    _, mae_of = masked_autoencoder(c, c.data.channels)
     array = np.random.default_rng(3).normal(0.5, 0.6, (*shape, 2)).astype(np.float32)
     run = sweeper(c, system.sweep, {"train": {"params": state.params, "stats": {}}})
     found = run(prepared_like(array, midline), case_words("a case"))["maps"]["maemi"][0]
@@ -270,6 +271,14 @@ def test_voxel_figures_follow_from_the_written_maps_inside_the_region(run):
             assert own["ap"] == pytest.approx(average_precision_score(lesion[region], values))
         else:
             assert own["auroc"] is None
+    means, with_lesion = found["patient_means"], [p for p in found["per_patient"] if p["auroc"] is not None]
+    for name in ("auroc", "ap", "prevalence"):
+        low, high = means["maemi"][f"{name}_ci"]
+        assert means["maemi"][name] == pytest.approx(np.mean([p[name] for p in with_lesion]))
+        assert low <= means["maemi"][name] <= high
+    contrasted = [p["baselines"]["subtraction"]["ap"] for p in with_lesion if "subtraction" in p["baselines"]]
+    assert means["subtraction"]["n"] == len(contrasted) < means["maemi"]["n"] == 3
+    assert means["subtraction"]["ap"] == pytest.approx(np.mean(contrasted))
     everything = np.concatenate(labels), np.concatenate(scores)
     assert found["pixel"]["auroc"] == pytest.approx(roc_auc_score(*everything))
     assert found["pixel"]["ap"] == pytest.approx(average_precision_score(*everything))
@@ -300,6 +309,51 @@ def test_the_subtraction_image_is_equation_1_over_the_cases_that_have_its_series
     found = result(run)["baselines"]["subtraction"]["pixel"]
     assert found["auroc"] == pytest.approx(roc_auc_score(np.concatenate(labels), np.concatenate(values)), abs=1e-3)
     assert len(labels) == 4
+
+
+def test_the_variance_explained_of_held_out_normals_is_logged_and_they_still_calibrate(run):
+    lines = [line for line in read_history(run / "metrics.jsonl") if "explained_variance_0" in line]
+    assert [line["step"] for line in lines] == [4, 6] and all("explained_variance_1" in line for line in lines)
+    assert json.loads((run / "calibration.json").read_text())["n"] == 2
+    page = (run / "evaluation" / "report.html").read_text()
+    shares = " and ".join(f"{100 * lines[-1][f'explained_variance_{c}']:.0f} %" for c in (0, 1))
+    assert f"the network explained {shares} of the variance of hidden voxels" in page
+
+
+def test_the_report_shows_all_channels_a_masked_window_the_subtraction_and_the_map_within_the_region(run):
+    page = (run / "evaluation" / "report.html").read_text()
+    names = "channel 1", "the reconstruction of channel 1", "the subtraction image", "Map within the region"
+    for name in (
+        *names,
+        *(f"{n} window of channel {c}" for n in ("a", "the masked", "the reconstructed") for c in (0, 1)),
+    ):
+        assert f'alt="{name} of case test11' in page, name
+
+
+def test_a_picture_of_a_window_is_what_its_mask_left_of_it(run):
+    c = recipe.read(run)
+    system = load_system(c)
+    scorer = Scorer(c, system, restore_results(c, system, run))
+    case = scorer.prepare(rows_of(run, "test")[3])
+    found = scorer.example(case, (5, 3, 6))
+    assert set(found) == {
+        f"{n} window of channel {k}" for n in ("a", "the masked", "the reconstructed") for k in (0, 1)
+    }
+    clipped = np.clip(case.array, *c.data.clip)
+    for k in (0, 1):
+        window, masked = found[f"a window of channel {k}"][..., 0], found[f"the masked window of channel {k}"][..., 0]
+        places = [
+            (i, j)
+            for i in range(clipped.shape[0] - 7)
+            for j in range(clipped.shape[1] - 7)
+            if np.array_equal(clipped[i : i + 8, j : j + 8, 6, k], window)
+        ]
+        ((i, j),) = places
+        assert i <= 5 < i + 8 and j <= 3 < j + 8 and j + 8 <= case.volume.midline  # around the voxel, in its half
+        absent = masked != window
+        assert (masked[absent] == 0).all()
+        tokens = absent.reshape(2, 4, 2, 4).mean((1, 3))
+        assert set(tokens.ravel()) <= {0, 1}  # whole patches of 4 x 4
 
 
 def test_a_case_alone_has_the_map_that_it_has_among_others(run, patients, tmp_path):

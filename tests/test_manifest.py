@@ -372,10 +372,3 @@ def test_series_of_contrast_are_opened_but_may_lie_on_other_grids(folder):
         ["y:", f"{folder}/none.png:"],
         ["z:", f"{folder}/bad.png:"],
     ]
-
-
-def test_channels_on_other_grids_pass_where_the_reader_joins_them(folder):
-    row = "x,P,test,0,a.png;wide.png,,"
-    joined = lambda paths, read: Image(np.zeros((7, 5, len(paths)), np.float32), None, None, None)
-    assert "size (5, 7)" in checked(folder, row)[0]
-    assert checked(folder, row, read=joined) == []

@@ -471,6 +471,21 @@ def test_the_mean_over_patients_leaves_out_those_without_a_lesion_and_counts_the
     rows = [{"auroc": a, "ap": p, "prevalence": 0.5} for a, p in ((1.0, 1.0), (0.0, 0.5), (math.nan, math.nan))]
     assert metrics.patient_mean(rows) == {"auroc": 0.5, "ap": 0.75, "prevalence": 0.5, "n": 2, "skipped": 1}
     assert metrics.patient_mean([dict.fromkeys(rows[0])])["skipped"] == 1  # None, as JSON has it
+    assert all(math.isnan(end) for end in metrics.patient_mean([dict.fromkeys(rows[0])], draws=9)["ap_ci"])
+
+
+def test_the_interval_of_a_mean_over_patients_is_that_of_its_bootstrap():
+    rng = np.random.default_rng(0)
+    values = rng.uniform(size=(40, 3))
+    rows = [dict(zip(("auroc", "ap", "prevalence"), row, strict=True)) for row in values]
+    found = metrics.patient_mean(rows, draws=4000)
+    for k, name in enumerate(("auroc", "ap", "prevalence")):
+        error = values[:, k].std() / 40**0.5  # of the mean of 40; the bootstrap's own, without its correction
+        low, high = found[f"{name}_ci"]
+        assert found[name] == pytest.approx(values[:, k].mean())
+        assert (low, high) == pytest.approx((found[name] - 1.96 * error, found[name] + 1.96 * error), abs=0.15 * error)
+    twice = metrics.patient_mean([{**row, "auroc": row["ap"]} for row in rows], draws=4000)
+    assert twice["auroc_ci"] == twice["ap_ci"] == found["ap_ci"]  # the same patients are drawn for every map
 
 
 @pytest.mark.parametrize("limit", [1 << 27, 0])

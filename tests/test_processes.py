@@ -81,7 +81,8 @@ def assert_alike(run: Path, alone: Path) -> None:
     """The losses to 1e-5, the scores, the metrics and the maps of a run are those of one process."""
     a, b = (read_history(folder / "metrics.jsonl") for folder in (alone, run))
     assert [h["step"] for h in b] == [h["step"] for h in a]
-    assert [h["loss"] for h in b] == pytest.approx([h["loss"] for h in a], rel=1e-5)
+    losses = lambda history: [h["loss"] for h in history if "loss" in h]
+    assert losses(b) == pytest.approx(losses(a), rel=1e-5)
     lines = lambda folder: (folder / "evaluation" / "scores.csv").read_text().splitlines()
     a, b = (list(csv.DictReader(lines(folder))) for folder in (alone, run))
     assert [row["id"] for row in b] == [row["id"] for row in a]

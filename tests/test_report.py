@@ -14,7 +14,17 @@ import pytest
 from PIL import Image
 
 from jmae import metrics
-from jmae.report.cases import SLICE_BYTES, SLICES, SLIDE_SIDES, Case, choose_cases, one_slice, outline, slice_side
+from jmae.report.cases import (
+    SLICE_BYTES,
+    SLICES,
+    SLIDE_SIDES,
+    Case,
+    choose_cases,
+    one_slice,
+    outline,
+    shown_voxel,
+    slice_side,
+)
 from jmae.report.charts import froc_chart
 from jmae.report.page import write_report
 from jmae.report.pictures import Scale, case_pictures, colour_scale, slides, spread_scale
@@ -58,6 +68,7 @@ def metrics_json(n=40):
         "chi2": metrics.chi2_distance(scores[labels == 0], scores[labels == 1]),
         "replicates": {"auroc": metrics.replicate_summary([0.8, 0.9, 1.0])},
         "per_patient": [{"patient": "p", "auroc": 0.75, "ap": 0.5, "prevalence": 0.1}, {"patient": "q", "auroc": None}],
+        "patient_means": {"stage2": {"auroc": 0.75, "ap": 0.5, "prevalence": 0.1, "n": 1, "skipped": 1}},
         "seconds": 3.2,
         "table": [
             {"id": f"case{i}", "label": int(y), "score": float(s)}
@@ -73,7 +84,7 @@ def an_evaluation(**changes):
 
 def unlabelled(n=8):
     table = [{"id": f"scan{i}", "label": None, "score": float(i)} for i in range(n)]
-    blank = dict.fromkeys(("image", "pixel", "decision", "chi2", "replicates", "per_patient"))
+    blank = dict.fromkeys(("image", "pixel", "decision", "chi2", "replicates", "per_patient", "patient_means"))
     named: dict = {"scores": {}, "subsets": {}, "baselines": {}}
     return an_evaluation(**blank, **named, n=n, n_normal=0, n_abnormal=0, table=table)
 
@@ -239,7 +250,7 @@ def test_the_table_comes_first_and_everything_has_its_place(page):
     ):
         place = words.index(part, place)
     assert "percentile of the values of the 6 normal maps" in words
-    assert "mean over 1 patients" in words and "1 without a lesion are left out" in words
+    assert "mean over patients" in words and "1 patients without a lesion are left out" in words
 
 
 def test_the_numbers_are_those_of_the_evaluation(page):
@@ -344,6 +355,8 @@ def test_volumes_that_are_all_abnormal_still_have_their_voxel_figures(tmp_path):
         {"patient": "none", "auroc": None, "ap": None, "prevalence": 0.0, "baselines": {}},
     ]
     changes = {"n_normal": 0, "n_abnormal": 40, "pixel": pixel, "per_patient": patients, "image": None}
+    means = {"auroc": 0.95, "auroc_ci": [0.911, 0.987], "ap": 0.4, "ap_ci": [0.3, 0.5], "prevalence": 0.0123}
+    changes["patient_means"] = {"stage2": means | {"n": 1, "skipped": 1}, "subtraction": means | {"n": 7, "skipped": 0}}
     baselines = {"brightness": {"image": None, "pixel": weak}}
     evaluation = an_evaluation(**changes, scores={"stage2": {"image": None, "pixel": pixel}}, baselines=baselines)
     reason, points, baseline = result_sentences(evaluation)
@@ -351,9 +364,34 @@ def test_volumes_that_are_all_abnormal_still_have_their_voxel_figures(tmp_path):
     assert "91 times in 100." in points and baseline == "The best cheap baseline, “brightness”, reaches 62."
     assert patient_rows(evaluation)[0]["best"] == ("PCA-30 error", 0.72)
     text = write(tmp_path / "r.html", evaluation, cases=[a_case("case0", 1, 2.0)])
-    for word in ("0.910", "0.620", "first", "0.950", "PCA-30 error", "mean over 1 patients"):
+    for word in ("0.910", "0.620", "first", "0.950", "PCA-30 error", "0.911–0.987", "subtraction", "0.012"):
         assert word in text
     assert ">none<" not in text
+
+
+def test_a_map_within_its_region_is_black_outside(tmp_path):
+    case = a_case("case0", 1, 2.0)
+    region = np.zeros(case.map.shape, bool)
+    region[: region.shape[0] // 2] = True
+    scale = Scale(float(case.map.min()) - 1, float(case.map.max()) + 1, "")
+    shown = case_pictures(case._replace(region=region), scale)
+    plain, inside = (np.asarray(picture(shown[name]).convert("RGB")) for name in ("map", "inside"))
+    half = len(plain) // 2
+    np.testing.assert_array_equal(inside[:half], plain[:half])
+    assert (inside[half:] == inside[-1, -1]).all() and (plain[half:] != inside[-1, -1]).any()
+    assert case_pictures(case, scale)["inside"] is None
+
+
+def test_a_volume_keeps_its_further_pictures_in_the_slice_that_is_shown():
+    case = a_case("v", 1, 1.0, size=(6, 5, 4))
+    case.mask[...] = False
+    case.mask[2:4, 1:4, 2] = True
+    further = {"channel 1": np.arange(120.0).reshape(6, 5, 4, 1), "subtraction": np.arange(120.0).reshape(6, 5, 4)}
+    flat = one_slice(case._replace(pictures=further, region=case.mask))
+    np.testing.assert_array_equal(flat.pictures["channel 1"], further["channel 1"][:, :, 2])
+    np.testing.assert_array_equal(flat.pictures["subtraction"], further["subtraction"][:, :, 2])
+    np.testing.assert_array_equal(flat.region, case.mask[:, :, 2])
+    assert shown_voxel(case) in [(i, 2, 2) for i in (2, 3)]
 
 
 def test_a_volume_is_cut_where_its_lesion_is_largest_or_its_map_highest():

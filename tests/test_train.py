@@ -271,16 +271,16 @@ def test_the_loop_chooses_how_many_steps_a_program_has_by_the_size_of_a_batch():
             return {stage.name: programs.steps_of_dispatch(config, stage, stage.batch / devices) for stage in stages}
 
     assert set(chosen("simsid.py:paper", "cpu").values()) == {1}
-    # Images of 64 KiB in batches of 16; intervals of 5000 with 640, none or 64 steps.
-    expected = {"teacher": 10, "memory": 10, "student": 10, "discriminator": 8, "calibration": 10}
+    # Images of 64 KiB in batches of 16; intervals of 5000 with 640 steps or none.
+    expected = {"teacher": 10, "memory": 10, "student": 10, "discriminator": 10, "calibration": 10}
     assert chosen("simsid.py:paper", "tpu") == expected
     official = ("simsid.py:paper", "tpu", "variant=official", "checkpoint_every=36", "validation.every=72")
     assert chosen(*official) == {"joint": 12, "calibration": 12}
     assert chosen(*official, "joint.critic=4")["joint"] == 12 and chosen(*official, "joint.critic=5")["joint"] == 1
     # 2048 and 16 images of 224 x 224, four bytes a value: 392 and 3.06 MiB.
-    amae = chosen("amae.py:paper", "tpu", "checkpoint_every=16")
+    amae = chosen("amae.py:paper", "tpu", "checkpoint_every=16", "replicates=1")
     assert amae == {"pretrain": 1, "proxy": 16, "labels": 16, "module_a": 16, "module_b": 16}
-    assert chosen("amae.py:paper", "tpu", "checkpoint_every=16", devices=16)["pretrain"] == 2
+    assert chosen("amae.py:paper", "tpu", "checkpoint_every=16", "replicates=1", devices=16)["pretrain"] == 2
     assert set(chosen("simsid.py:paper", "tpu", "steps_per_dispatch=7").values()) == {7}
 
 

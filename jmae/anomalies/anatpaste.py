@@ -1,8 +1,8 @@
 """AnatPaste pastes a patch of the image softly into the lung field. AMAE's proxy task uses it as pseudo-anomaly.
 
 Sato et al., "Anatomy-aware self-supervised learning for anomaly detection in chest radiographs", iScience 2023,
-arXiv:2205.04282. Consulted: github.com/jun-sato/AnatPaste. It is equation 1 of Bozorgtabar et al., "AMAE: Adaptation of
-pre-trained masked autoencoder for dual-distribution anomaly detection in chest X-rays", MICCAI 2023:
+arXiv:2205.04282. Consulted: github.com/jun-sato/AnatPaste. The paste is equation 1 of Bozorgtabar et al., "AMAE:
+Adaptation of pre-trained masked autoencoder for dual-distribution anomaly detection in chest X-rays", MICCAI 2023:
 Aug(x) = x (1 - x_mask) + x_paste x_mask.
 
 `lung_field` runs on the host, once for each image. It takes 2D images whose lungs have a left and a right half. `draw`
@@ -17,7 +17,7 @@ ours, in contrast to that code:
 - a draw that would change nothing is replaced by another;
 - the blur is a Gaussian in float; Pillow approximates it by three box filters in 8 bits;
 - the jitter has a fixed order;
-- the code also jitters the whole image, normal or pasted; this is left to the caller.
+- the code also jitters the whole image, alike for the normal and the pasted one; `jittered` does that apart.
 """
 
 from typing import Any, NamedTuple
@@ -37,7 +37,7 @@ from jmae.data.transforms import LUMA, grey, resize, resize_mask
 
 REFERENCE = 256  # side of the image, in pixels, to which the paper's lengths refer
 COMPONENT_PX = 400  # smaller components of the lung field are erased
-FIELD_SHARE = (0.10, 0.45)  # plausible shares of a lung field in the image's area
+FIELD_SHARE = (0.025, 0.45)  # plausible shares of a lung field in the image's area; small ones show both lungs too
 CANDIDATES = 16  # draws for each paste; the first that changes the image is taken
 FACTORS = ("brightness", "contrast", "saturation", "hue")  # factors of the colour jitter
 VISIBLE = 0.5 / 255  # the smallest change that survives rounding to 8 bits
@@ -211,7 +211,7 @@ def anatpaste(
     margin: float = 10,
     jitter: float = 0.1,
 ) -> tuple[Float[Array, "*size c"], Float[Array, "*size"], dict[str, Any]]:
-    """One paste: `draw` (its docstring states the distributions), then `apply`. Without `lungs` it may lie anywhere."""
+    """One paste: `draw` (its docstring states the distributions), then `apply`. Without `lungs` it lies anywhere."""
     field = jnp.ones(image.shape[:-1], bool) if lungs is None else lungs
     p = draw(key, image, source, field, area=area, aspect=aspect, fill=fill, blur=blur, margin=margin, jitter=jitter)
     return apply(image, source, field, p, margin=margin)
@@ -303,6 +303,15 @@ def colour_jitter(
     )
     ramp = (jnp.array([5, 3, 1]) + (sixth + 6 * hue)[..., None]) % 6
     return value[..., None] - chroma[..., None] * jnp.clip(jnp.minimum(ramp, 4 - ramp), 0, 1)
+
+
+def jittered(image: Float[Array, "*size c"], key: PRNGKeyArray, jitter: float) -> Float[Array, "*size c"]:
+    """The whole image under `colour_jitter`, with factors of the range `jitter` as `draw` has them for a patch.
+
+    AnatPaste does so before it pastes. The result is the normal image, and the one in which the anomaly is pasted.
+    """
+    u = jitter * (2 * jax.random.uniform(key, (4,)) - 1)
+    return colour_jitter(image, jnp.mean(luma(image)), 1 + u[0], 1 + u[1], 1 + u[2], u[3])
 
 
 def blur_matrix(n: int, deviation: Float[Array, ""]) -> Float[Array, "n n"]:

@@ -180,6 +180,7 @@ class Patches(NamedTuple):
     radius: Int[Array, "a r d"]  # half widths, before the patch's edge limits them
     turn: Float[Array, "a r"]  # angle of an ellipse in radians
     strength: Float[Array, "a r"]
+    chosen: Int[Array, " a"]  # number of the one rater of each anomaly whose label may be the target
 
 
 def draw_patches(
@@ -202,7 +203,8 @@ def draw_patches(
     - raters of a patch: R ~ U{preset.raters}. The centre of a rater's disc is ~ N(edge / 2, edge / 12), its half widths
       are ~ N(edge / 2, 1) / 2. Both are truncated to whole voxels;
     - strength of a rater: ~ U{preset.strength}, a whole number where both ends are whole, else a real number. With
-      `preset.consistent` it is A times a real number ~ U(preset.strength), and at least 1.
+      `preset.consistent` it is A times a real number ~ U(preset.strength), and at least 1;
+    - the one rater of each patch: uniform over its raters.
     """
     # One function of 60 lines: it reads as its docstring, a line for each quantity.
     d, n = len(size), np.array(size)[None]
@@ -233,17 +235,20 @@ def draw_patches(
     else:
         strength = preset.strength[0] + each[..., 0] * (preset.strength[1] - preset.strength[0])
         strength = jnp.maximum(number * strength, 1) if preset.consistent else strength
+    number_of_raters = whole(u[:, 3 * d + 1], *preset.raters)
+    which_rater = jax.random.uniform(jax.random.fold_in(key, 3), (a,))
     return Patches(
         number=number,
         which=which,
         cut=low,
         corner=corner,
         edges=edges,
-        raters=whole(u[:, 3 * d + 1], *preset.raters),
+        raters=number_of_raters,
         centre=jnp.trunc(half + half / 6 * normal[..., :d]).astype(jnp.int32),
         radius=jnp.trunc(half + RADIUS_DEVIATION * normal[..., d:]).astype(jnp.int32) // 2,
         turn=2 * jnp.pi * each[..., 1],
         strength=strength,
+        chosen=whole(which_rater, 0, number_of_raters - 1),
     )
 
 
@@ -278,6 +283,7 @@ def apply_ppii(
     preset: Preset,
     shape: str = "circular",
     deviation: bool = False,
+    rater: bool = False,
 ) -> tuple[Float[Array, "*size c"], Float[Array, "*size"], dict[str, Any]]:
     """Composes the patches, each of at most `most` voxels.
 
@@ -286,9 +292,15 @@ def apply_ppii(
     its raters' images. Otherwise the result is the mean of all raters' images, and each of these starts from the clean
     target.
 
-    The blend is linear in the guidance, so that the mean over the raters of a patch takes one solve. The deviation
-    takes one solve for each rater. The result is clipped to [0, 1], in a sequence after each patch (ours: the released
-    file does not clip). The label is min(gain |X' - x|, 1), with the mean over channels.
+    The blend is linear in the guidance, so that the mean over the raters of a patch takes one solve. The result is
+    clipped to [0, 1], in a sequence after each patch (ours: the released file does not clip). The label is min(gain |X'
+    - x|, 1), with the mean over channels.
+
+    The deviation takes one solve for each rater. It is that of the raters' images, each clipped to [0, 1], and
+    therefore at most 1/2; in a sequence the variances of overlapping patches add up to 1/4 at most.
+
+    With `rater` (ours) the extras hold "rater", the composite X_r in which one rater stands for the mean of each patch,
+    and "rater_target", its label min(gain |X_r - x|, 1). Before clipping, the mean of X_r over raters is X'.
     """
     # One function of 60 lines and more: both orders of composition share the blend of a window.
     size = image.shape[:-1]
@@ -300,46 +312,64 @@ def apply_ppii(
     each = Patches(p.number + jnp.zeros_like(p.which), *p[1:])
     masks = discs(p, most, shape)
 
-    def blend_window(canvas: Array, q: Patches, mask: Array, share: Array) -> tuple[Array, Array]:
-        """First and second moment over raters of the change of a window."""
+    def blend_window(canvas: Array, q: Patches, mask: Array, share: Array) -> dict[str, Array]:
+        """Changes of a window: "mean" over raters and "one" rater's; "first" and "second", the moments over the raters'
+        clipped changes."""
         t, s = window(canvas, q.corner, most), source(q)
         ring = inner(most, q.edges)
         fields = jax.vmap(lambda mask, strength: mixed_guidance(t, strength * s, mask * ring))(mask, q.strength)
-        first = change([jnp.tensordot(share, f, 1) for f in fields], q.edges)
-        if not deviation:
-            return first, jnp.zeros_like(first)
-        return first, jnp.tensordot(share, jax.vmap(lambda *f: change(list(f), q.edges) ** 2)(*fields), 1)
+        found = {"mean": change([jnp.tensordot(share, f, 1) for f in fields], q.edges)}
+        if rater:
+            found["one"] = change([f[q.chosen] for f in fields], q.edges)
+        if deviation:
+            raters = jax.vmap(lambda *f: jnp.clip(t + change(list(f), q.edges), 0, 1) - t)(*fields)
+            found |= {"first": jnp.tensordot(share, raters, 1), "second": jnp.tensordot(share, raters**2, 1)}
+        return found
 
     if preset.sequence:
 
-        def add(carry: tuple[Array, Array], x: Any) -> tuple[tuple[Array, Array], None]:
-            (canvas, variance), (q, mask, share, active) = carry, x
-            first, second = blend_window(canvas, q, mask, share)
-            t = window(canvas, q.corner, most)
-            canvas = add_part(canvas, active * (jnp.clip(t + first, 0, 1) - t), q.corner)
-            return (canvas, add_part(variance, active * (second - first**2), q.corner) if deviation else variance), None
+        def add(carry: dict[str, Array], x: Any) -> tuple[dict[str, Array], None]:
+            q, mask, share, active = x
+            found = blend_window(carry["mean"], q, mask, share)
+            t = window(carry["mean"], q.corner, most)
+            parts = {k: jnp.clip(t + v, 0, 1) - t for k, v in found.items() if k in ("mean", "one")}
+            if deviation:
+                parts["variance"] = found["second"] - found["first"] ** 2
+            return {k: add_part(carry[k], active * v, q.corner) for k, v in parts.items()}, None
 
-        (out, variance), _ = jax.lax.scan(add, (whole, jnp.zeros_like(whole)), (each, masks, share, active))
+        zero = {"variance": jnp.zeros_like(whole)} if deviation else {}
+        start = {"mean": whole} | ({"one": whole} if rater else {}) | zero
+        sums, _ = jax.lax.scan(add, start, (each, masks, share, active))
+        if deviation:
+            variance = jnp.minimum(sums["variance"], 0.25)
     else:
-        first, second = jax.vmap(blend_window, (None, 0, 0, 0))(whole, each, masks, share)
+        found = jax.vmap(blend_window, (None, 0, 0, 0))(whole, each, masks, share)
         weight = active * p.raters / jnp.sum(active * p.raters)
 
-        def add(carry: tuple[Array, Array], x: Any) -> tuple[tuple[Array, Array], None]:
-            first, second, weight, corner = x
-            sums = add_part(carry[0], weight * first, corner)
-            return (sums, add_part(carry[1], weight * second, corner) if deviation else carry[1]), None
+        def add(carry: dict[str, Array], x: Any) -> tuple[dict[str, Array], None]:
+            found, weight, corner = x
+            return {k: add_part(carry[k], weight * v, corner) for k, v in found.items()}, None
 
-        zero = jnp.zeros_like(whole)
-        (mean, squares), _ = jax.lax.scan(add, (zero, zero), (first, second, weight, p.corner))
-        out, variance = whole + mean, squares - mean**2
-    out = jnp.clip(crop_to(out, size), 0, 1)
+        sums, _ = jax.lax.scan(add, {k: jnp.zeros_like(whole) for k in found}, (found, weight, p.corner))
+        if deviation:
+            variance = sums["second"] - sums["first"] ** 2
+        sums = {k: whole + sums[k] for k in ("mean", "one") if k in sums}
+    final = lambda canvas: jnp.clip(crop_to(canvas, size), 0, 1)
+    label = lambda composite: jnp.minimum(preset.gain * jnp.mean(jnp.abs(composite - image), -1), 1)
+    out = final(sums["mean"])
     extras: dict[str, Any] = {"parameters": p}
+    if rater:
+        extras["rater"] = final(sums["one"])
+        extras["rater_target"] = label(extras["rater"])
     if deviation:
         extras["deviation"] = jnp.sqrt(jnp.maximum(jnp.mean(crop_to(variance, size), -1), 0))
-    return out, jnp.minimum(preset.gain * jnp.mean(jnp.abs(out - image), -1), 1), extras
+    return out, label(out), extras
 
 
-@jax.jit(static_argnames=("preset", "anomalies", "raters", "strength", "gain", "patch", "core", "shape", "deviation"))
+STATIC = ("preset", "anomalies", "raters", "strength", "gain", "patch", "core", "shape", "deviation", "rater")
+
+
+@jax.jit(static_argnames=STATIC)
 def ppii(
     image: Float[Array, "*size c"],
     source: Float[Array, "..."],
@@ -355,6 +385,8 @@ def ppii(
     core: float = 0.8,
     shape: str = "circular",
     deviation: bool = False,
+    rater: bool = False,
+    rater_number: int | Int[Array, ""] | None = None,
 ) -> tuple[Float[Array, "*size c"], Float[Array, "*size"], dict[str, Any]]:
     """Probabilistic Poisson image interpolation (Eq. 5).
 
@@ -364,8 +396,9 @@ def ppii(
         source: an image, or several images (m, *size, c). Each patch comes from one of them.
         image_number: number of the image itself among the sources. No patch comes from it.
         anomalies, raters, strength, gain: values that replace those of the preset.
-        deviation: whether the extras contain the deviation (*size) over raters' images. In a sequence it is the root of
-            the sum of the patches' variances.
+        deviation: whether the extras contain the deviation (*size) over raters' images.
+        rater: whether the extras contain what one rater of each patch gives: a drawn one, or with `rater_number` that
+            one, or the last one where a patch has fewer.
     """
     base = PRESETS[preset]
     chosen = base._replace(
@@ -378,4 +411,5 @@ def ppii(
     size = image.shape[:-1]
     p = draw_patches(key, size, len(sources), image_number, chosen, patch=patch, core=core)
     most = tuple(int(n) for n in edges_of(size, patch)[1])
-    return apply_ppii(image, sources, p, most=most, preset=chosen, shape=shape, deviation=deviation)
+    p = p if rater_number is None else p._replace(chosen=jnp.minimum(rater_number, p.raters - 1))
+    return apply_ppii(image, sources, p, most=most, preset=chosen, shape=shape, deviation=deviation, rater=rater)

@@ -23,10 +23,10 @@ from ml_collections import ConfigDict
 from jmae import recipe
 from jmae.data import duplicates, phantoms
 from jmae.data.crops import Volumes, cache_volume
-from jmae.data.files import Image, read_image
+from jmae.data.files import Image
 from jmae.data.loader import WORKERS, Images, ImageStore, Samples
 from jmae.data.manifest import LEAKS, Finding, Row, first, held_out, leaks, parse_manifest, summary
-from jmae.data.opening import ReadCase, lines_of, open_each
+from jmae.data.opening import lines_of, open_each
 from jmae.data.preparation import (
     Opened,
     Prepared,
@@ -34,10 +34,10 @@ from jmae.data.preparation import (
     prepared_case,
     prepared_image,
     prepared_volume,
+    soft_masks,
     usable,
 )
-from jmae.data.unlabeled import unlabeled_labels, with_anomaly_ratio
-from jmae.data.volumes import read_volume
+from jmae.data.unlabeled import labels_given, unlabeled_labels, with_anomaly_ratio
 from jmae.errors import InputError
 
 
@@ -209,14 +209,14 @@ class Cases:
         """The images of some of the rows, for training or scoring."""
         return Images(rows, self.config, self.folder, self.store)
 
-    def volumes(self, rows: Sequence[Row]) -> Volumes:
-        """The volumes of some of the rows, for training on crops."""
+    def volumes(self, rows: Sequence[Row], crops_on: str = "") -> Volumes:
+        """The volumes of some of the rows, for training on crops; `crops_on` as of `Volumes`."""
         self.folder = self.folder or Path(tempfile.mkdtemp(prefix="jmae-"))
-        return Volumes(rows, self.config, self.folder)
+        return Volumes(rows, self.config, self.folder, crops_on)
 
-    def samples(self, rows: Sequence[Row]) -> Samples:
+    def samples(self, rows: Sequence[Row], crops_on: str = "") -> Samples:
         """The images or volumes of some of the rows, for training."""
-        return self.volumes(rows) if recipe.is_volume(self.config) else self.images(rows)
+        return self.volumes(rows, crops_on) if recipe.is_volume(self.config) else self.images(rows)
 
 
 def _bytes_of(array: np.ndarray) -> memoryview:
@@ -277,7 +277,7 @@ def load_cases(
         log(f"data.calibration: {sum(row.kept for row in cases.rows)} train rows kept apart, as normals of val")
     if data.get("unlabeled_labels"):
         unlabeled_labels(config, cases.rows)  # an error in that file is told now, not when the labels are used
-    if data.get("anomaly_ratio", -1) >= 0:
+    if data.get("anomaly_ratio", -1) >= 0 and labels_given(config):
         cases.rows = with_anomaly_ratio(cases.rows, config)
     return cases
 
@@ -303,16 +303,16 @@ def _from_manifest(
         rows = kept_apart(rows, data.calibration)  # first: the search for leaks needs the final splits
     cases = Cases(rows, config, folder, scored=scored, trained=_ids(trained, rows))
     now = {row.id: row for row in rows}
-    colour: list[str] = []
+    colour, soft = list[str](), list[str]()
     prints: dict[str, duplicates.Fingerprint] = {}
 
     def use(row: Row, case: Opened) -> None:
         prints[row.id] = duplicates.fingerprint(case.image.array)
         colour.extend([row.id] * (case.image.array.shape[-1] == 3 and data.channels == 1))
+        soft.extend([row.id] * case.soft)
         cases.take(now[row.id], case)
 
-    read: ReadCase = partial(read_volume, data=data) if crops else read_image
-    of_files = lines_of(open_each(written, workers=WORKERS, use=use, read=read))
+    of_files = lines_of(open_each(written, workers=WORKERS, use=use, data=data))
     leaking = [*leaks(rows), *duplicates.in_two_splits(rows, prints)]
     if leaking and not data.allow_leaks:
         problems += first([f"{data.manifest}: {one.what}, or --config.data.allow_leaks=True" for one in leaking])
@@ -321,6 +321,8 @@ def _from_manifest(
     rows = [row._replace(content=prints[row.id].digest.hex()[:16]) if row.id in prints else row for row in rows]
     if colour:
         log(f"{len(colour)} colour images are made grey: --config.data.channels=3 keeps colour where a recipe can")
+    if soft:
+        log(soft_masks(len(soft), data.mask_threshold))
     for line in first([f"warning: {one.what}" for one in leaking]):
         log(line)
     cases.rows = marked(rows, leaking)

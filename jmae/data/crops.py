@@ -25,8 +25,8 @@ from jmae.windows import room
 SHARE = 0.4  # of a device's memory that a set may take; on the CPU the set is there twice for a moment
 
 # Keys of the recipe's section `data` that a prepared volume and its allowed origins depend on.
-PREPARED = """size channels axes spacing join crop crop_least crop_most crop_margin region normalise mean std
-    least_region window equalise""".split()
+PREPARED = """size channels axes spacing join mask_threshold crop crop_least crop_most crop_margin region normalise mean
+    std least_region window equalise equalise_exact""".split()
 
 
 def box_sums(marked: Bool[np.ndarray, "*size"], box: tuple[int, ...]) -> Int[np.ndarray, "*places"]:
@@ -72,11 +72,14 @@ class Volumes:
     The folder keeps the volumes, which are mapped into memory. A row's crop at a step depends on the seed, the step,
     the row's id and its number in the table; not on the batch, the number of processes, or the device.
 
+    Args:
+      crops_on: in place of `data.crops_on`; "" leaves the recipe's.
+
     Raises:
       InputError: all unusable volumes in one list.
     """
 
-    def __init__(self, rows: Sequence[Row], config: ConfigDict, folder: Path):
+    def __init__(self, rows: Sequence[Row], config: ConfigDict, folder: Path, crops_on: str = ""):
         self.rows, self.crop = list(rows), tuple(config.data.size)
         self.words = np.array([case_words(row.id) for row in rows], np.uint32).reshape(-1, 2)
         self.keys = [int(a) << 32 | int(b) for a, b in self.words]
@@ -88,7 +91,7 @@ class Volumes:
             more = [f"and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
             raise InputError("\n".join([*problems[:SHOWN], *more]))
         self.arrays, self.origins = zip(*made, strict=True)
-        self.crops_on, choices = config.data.crops_on, ("auto", "device", "host")
+        self.crops_on, choices = crops_on or config.data.crops_on, ("auto", "device", "host")
         if self.crops_on not in choices:
             raise InputError(f"data.crops_on is {self.crops_on!r}: one of {', '.join(choices)}")
 

@@ -122,6 +122,12 @@ class Images:
         """Whether a batch needs no work but copying."""
         return bool((self.slots >= 0).all())
 
+    def at(self, size: tuple[int, ...]) -> "Images":
+        """The images at another size, which are decoded again."""
+        data = self.data.copy_and_resolve_references()
+        data.size = size
+        return Images(self.rows, ConfigDict({"data": data}), self.folder)
+
     def image(self, index: np.ndarray) -> np.ndarray:
         """Images (n, *size, c) of rows by number."""
         slots = self.slots[index]

@@ -1,8 +1,10 @@
 """The manifest: a CSV with one case a row. All its problems are reported at once, and nothing is dropped in silence.
 
-Columns: `id,patient,split,label,image,mask,region`. Optional columns: `boxes`; `pre` and `post` (DCE-MRI: the series
-before contrast, and the phases after it); `midline` and `half` (volumes of two pieces, such as left and right). Further
-columns are carried along. `image` may join channels and `post` phases by ";". Paths are relative to the file.
+Columns: `id,patient,split,label,image,mask,region`. Optional columns: `boxes`; `boxes_on`, the file whose voxels the
+boxes count (1, 2, ... of `image`, `region` or `pre`; empty is 1); `pre` and `post` (DCE-MRI: the series before
+contrast, and the phases after it); `midline` and `half` (volumes of two pieces, such as left and right). The label is
+that of the half; mask and boxes are those of the whole. Further columns are carried along. `image` may join channels
+and `post` phases by ";". Paths are relative to the file.
 """
 
 import csv
@@ -23,7 +25,8 @@ from jaxtyping import Bool
 from jmae.errors import InputError
 
 COLUMNS = ("id", "patient", "split", "label", "image", "mask", "region")
-FURTHER = ("boxes", "pre", "post")  # columns that may be missing; `midline` and `half` stay among the extra ones
+# Columns that may be missing; `boxes_on`, `midline` and `half` stay among the extra ones.
+FURTHER = ("boxes", "pre", "post")
 SPLITS = ("train", "unlabeled", "val", "test")
 SHOWN = 20  # problems of one kind that are spelled out
 ID_BYTES = 200  # a file name has 255, and "_confidence.nii.gz" is put behind the id
@@ -41,11 +44,12 @@ class Row(NamedTuple):
     image: tuple[str, ...]  # the channels' absolute paths, or "phantom:..." specifiers
     mask: str | None = None
     region: str | None = None
-    boxes: tuple[tuple[float, ...], ...] = ()  # x0 y0 x1 y1, or x0 y0 z0 x1 y1 z1
+    boxes: tuple[tuple[float, ...], ...] = ()  # x0 y0 x1 y1, or x0 y0 z0 x1 y1 z1, in voxels of `boxes_file`
     pre: tuple[str, ...] = ()  # the series before contrast, none or one
     post: tuple[str, ...] = ()  # the phases after it, in order
-    # Among them is `midline`: "", "middle", or an index between voxels on the image's own left-right axis. The first
-    # piece is [0, midline). `half` ("first" or "second") names the only piece that is used.
+    # Among them is `boxes_on` (see `boxes_file`), and `midline`: "", "middle", or an index between voxels on the
+    # image's own left-right axis. The first piece is [0, midline). `half` ("first" or "second") names the only piece
+    # that is used.
     extra: Mapping[str, str] = MappingProxyType({})
     leak: str = ""  # what this row shares with another split, where `data.allow_leaks` lets it pass
     kept: bool = False  # a train row that `data.calibration` made a normal of `val`
@@ -275,6 +279,10 @@ def _row(line: int, cells: Mapping[str, str], folder: Path, problems: dict[str, 
     boxes = _boxes(cells.get("boxes", ""))
     if boxes is None:
         bad("boxes", f"boxes {cells['boxes']!r}: write x0 y0 x1 y1 (3D: x0 y0 z0 x1 y1 z1), several joined by ;")
+    on, files = cells.get("boxes_on", ""), {"region": bool(cells["region"]), "pre": bool(pre)}
+    if on and not (files.get(on) or on in {str(i + 1) for i in range(len(images))}):
+        cells = {**cells, "boxes_on": ""}
+        bad("boxes", f"boxes_on {on!r}: write the number of a file of image, or region or pre where the row has one")
     place = lambda name: name if name.startswith(PHANTOM) else os.path.abspath(folder / name)
     return Row(
         id=case,
@@ -289,6 +297,12 @@ def _row(line: int, cells: Mapping[str, str], folder: Path, problems: dict[str, 
         boxes=boxes or (),
         extra={name: cell for name, cell in cells.items() if name not in (*COLUMNS, *FURTHER)},
     )
+
+
+def boxes_file(row: Row) -> str:
+    """The file whose voxels the row's boxes count, by the column `boxes_on`."""
+    on = row.extra.get("boxes_on") or "1"
+    return {"region": row.region or "", "pre": row.pre[0] if row.pre else ""}.get(on) or row.image[int(on) - 1]
 
 
 def _names(cell: str) -> list[str]:

@@ -5,19 +5,18 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+from ml_collections import ConfigDict
 
-from jmae.data.files import Image, OffGrid, ReadFile, read_image, read_mask
+from jmae.data.files import OffGrid, ReadFile
 from jmae.data.manifest import PHANTOM, Finding, Row
-from jmae.data.preparation import CaseReader, Opened
-from jmae.data.volumes import boxes_mask
+from jmae.data.preparation import CaseReader, Marked, Opened, boxes_grid, lesion_mask, region_mask, stored_case
 from jmae.errors import InputError
 
 UseCase = Callable[[Row, Opened], object]
-ReadCase = Callable[..., Image]  # (files, read=ReadFile)
 
 
 def open_each(
-    rows: Sequence[Row], *, workers: int, use: UseCase | None = None, read: ReadCase = read_image
+    rows: Sequence[Row], *, workers: int, use: UseCase | None = None, data: ConfigDict | None = None
 ) -> list[Finding]:
     """Opens every image, mask, region and series of contrast; returns all problems in the order of the rows.
 
@@ -32,11 +31,11 @@ def open_each(
       rows: rows of a manifest.
       workers: number of threads.
       use: called with every case whose image was read; raises InputError where the case cannot be used.
-      read: joins the channels of a case.
+      data: the recipe's section; without it all files of a case must lie on one grid.
     """
     real = [row for row in rows if row.image and not row.image[0].startswith(PHANTOM)]
     with ThreadPoolExecutor(max(1, workers)) as pool:
-        found = list(pool.map(lambda row: _open_row(row, use, read), real))
+        found = list(pool.map(lambda row: _open_row(row, use, data), real))
     usual = Counter(shape for shape, _ in found if shape).most_common(1)
     problems = []
     for row, (shape, lines) in zip(real, found, strict=True):
@@ -53,35 +52,36 @@ def lines_of(findings: Iterable[Finding]) -> list[str]:
     return [f"{one.rows[0].id}: {one.what}" for one in findings]
 
 
-def _open_row(row: Row, use: UseCase | None, read: ReadCase) -> tuple[tuple[int, int] | None, list[tuple[str, str]]]:
+def _open_row(
+    row: Row, use: UseCase | None, data: ConfigDict | None
+) -> tuple[tuple[int, int] | None, list[tuple[str, str]]]:
     """((rank, channels) of the image if it could be read, (kind, problem) of each)."""
     lines: list[tuple[str, str]] = []
     reader, image = CaseReader(row), None
     try:
-        image = read(row.image, read=reader)
+        image = stored_case(row, data, reader)
     except InputError as error:
         lines += _failures(row.image, reader) or [(_kind(error), str(error))]
 
-    masks, complete = dict[str, np.ndarray | None](), True
-    for name, file in (("mask", row.mask), ("region", row.region)):
+    masks, complete, outside = dict[str, Marked | None](), True, list[str]()
+    for name, read in (("lesion", lesion_mask), ("region", region_mask)):
         masks[name] = None
         try:
-            masks[name] = read_mask(file, image, reader) if file else None
+            if name == "lesion" and image is not None and row.boxes:
+                outside = list(_boxes_outside(row, boxes_grid(row, image, reader).size))
+                if outside and not row.mask:
+                    continue
+            masks[name] = read(row, image, data, reader)
         except InputError as error:
             lines.append((_kind(error), str(error)))
             complete = False
-    lines += [("truth", line) for line in _contradictions(row, masks["mask"], masks["region"])]
+    complete = complete and not outside
+    lines += [("truth", line) for line in (*_contradictions(row, masks["lesion"], masks["region"]), *outside)]
 
     if image is not None:
-        outside = list(_boxes_outside(row, image.size))
-        lines += [("truth", line) for line in outside]
-        complete = complete and not outside
-        lesion = masks["mask"]
-        if lesion is None and row.boxes and complete:
-            lesion = boxes_mask(row.boxes, image.size)
         if use:
             try:
-                use(row, Opened(image, lesion, masks["region"], reader, complete))
+                use(row, Opened.of(image, masks["lesion"], masks["region"], reader, complete))
             except InputError as error:
                 lines.append((_kind(error), str(error)))
                 image = None  # its shape says nothing more
@@ -89,14 +89,18 @@ def _open_row(row: Row, use: UseCase | None, read: ReadCase) -> tuple[tuple[int,
     return (len(image.size), image.array.shape[-1]) if image else None, lines
 
 
-def _contradictions(row: Row, mask: np.ndarray | None, region: np.ndarray | None) -> Iterator[str]:
-    """The problems of a row's mask, region and boxes, such as a mask that contradicts the label."""
-    if mask is not None and row.label is not None and mask.any() != bool(row.label):
-        marked = np.count_nonzero(mask)
+def _contradictions(row: Row, lesion: Marked | None, region: Marked | None) -> Iterator[str]:
+    """The problems of a row's mask, region and boxes, such as a mask that contradicts the label.
+
+    Lesions of a half may lie in the other half. Its own lesions are looked at when the half is cut.
+    """
+    half = bool(row.extra.get("half"))
+    if lesion and row.mask and row.label is not None and not half and lesion.mask.any() != bool(row.label):
+        marked = np.count_nonzero(lesion.mask)
         yield f"{row.mask}: the mask marks {marked} values and the label is {row.label}: repair one of them"
-    if region is not None and not region.any():
+    if region and not region.mask.any():
         yield f"{row.region}: the region marks nothing: leave it empty or repair it"
-    if row.boxes and row.label == 0:
+    if row.boxes and row.label == 0 and not half:
         yield f"{row.image[0]}: boxes of lesions and the label 0: repair one of them"
 
 

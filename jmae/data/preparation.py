@@ -5,18 +5,20 @@
 
 import hashlib
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
 from ml_collections import ConfigDict
 
 from jmae.data import phantoms
-from jmae.data.files import Geometry, Image, ReadFile, read_file, read_image, read_mask
-from jmae.data.manifest import PHANTOM, Row
+from jmae.data.files import Geometry, Image, ReadFile, off_grid, on_grid, read_file, read_image, read_marks, turned
+from jmae.data.manifest import PHANTOM, Row, boxes_file
 from jmae.data.transforms import area_resize, equalise, grey, resize, to_unit
-from jmae.data.volumes import Volume, boxes_mask, in_window, prepare, read_subtraction, read_volume
+from jmae.data.volumes import Mask, Volume, boxes_mask, in_window, prepare, read_subtraction, read_volume
 from jmae.errors import InputError
 
 PLS = np.array([[0, -1, 0, 0], [-1, 0, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1.0]])  # axes to posterior, left, superior
@@ -26,7 +28,8 @@ class CaseReader:
     """Reads the files of one row, each once: a file that the row names twice is kept until the case is done."""
 
     def __init__(self, row: Row):
-        named = Counter([*row.image, *row.pre, *row.post, *(file for file in (row.mask, row.region) if file)])
+        others = row.mask, row.region, boxes_file(row) if row.boxes and not row.mask else None
+        named = Counter([*row.image, *row.pre, *row.post, *(file for file in others if file)])
         self.shared = {file for file, n in named.items() if n > 1}
         self.tried: set[str] = set()
         self.images: dict[str, tuple[Image, bool]] = {}
@@ -42,6 +45,14 @@ class CaseReader:
         return found
 
 
+class Marked(NamedTuple):
+    """A mask of a case."""
+
+    mask: np.ndarray  # bool (*size), on the image's own grid
+    apart: Mask | None = None  # as stored, where it lies on another grid
+    soft: bool = False  # whether its file holds probabilities, cut at data.mask_threshold
+
+
 class Opened(NamedTuple):
     """A case as stored, on the image's own grid."""
 
@@ -50,23 +61,40 @@ class Opened(NamedTuple):
     region: np.ndarray | None  # bool (*size): where metrics count; None is everywhere
     read: ReadFile = read_file  # reads the case's other files
     complete: bool = True  # False where a mask or region could not be read, or a box is wrong
+    apart: Mapping[str, Mask] = MappingProxyType({})  # "lesion" and "region" as stored, where on another grid
+    soft: bool = False  # whether a mask holds probabilities
+
+    @classmethod
+    def of(
+        cls, image: Image, lesion: Marked | None, region: Marked | None, read: ReadFile, complete: bool = True
+    ) -> "Opened":
+        """The case with its masks."""
+        masks = {name: one for name, one in (("lesion", lesion), ("region", region)) if one}
+        apart = {name: one.apart for name, one in masks.items() if one.apart}
+        soft = any(one.soft for one in masks.values())
+        return cls(image, lesion and lesion.mask, region and region.mask, read, complete, apart, soft)
 
 
-def open_case(row: Row, data: ConfigDict, stored: Image | None = None, region: np.ndarray | None = None) -> Opened:
+def open_case(
+    row: Row, data: ConfigDict | None = None, stored: Image | None = None, region: np.ndarray | None = None
+) -> Opened:
     """Reads a row's image, mask and region; `stored` and `region` replace what the files would give.
+
+    `data` is the recipe's section; without it all files must lie on one grid.
 
     Raises InputError where a file cannot be read.
     """
     read = CaseReader(row)
     stored = stored_case(row, data, read) if stored is None else stored
-    region = region_mask(row, stored, read) if region is None else region
-    return Opened(stored, lesion_mask(row, stored, read), region, read)
+    marked = region_mask(row, stored, data, read) if region is None else Marked(region)
+    return Opened.of(stored, lesion_mask(row, stored, data, read), marked, read)
 
 
-def stored_case(row: Row, data: ConfigDict, read: ReadFile = read_file) -> Image:
+def stored_case(row: Row, data: ConfigDict | None, read: ReadFile = read_file) -> Image:
     """A row's image or volume as stored; `data.join` says how the channels of a volume become one array."""
-    joined = len(data.size) == 3 and not row.image[0].startswith(PHANTOM)
-    return read_volume(row.image, data, read) if joined else stored_image(row, read)
+    if data and len(data.size) == 3 and not row.image[0].startswith(PHANTOM):
+        return read_volume(row.image, data, read)
+    return stored_image(row, read)
 
 
 def stored_image(row: Row, read: ReadFile = read_file) -> Image:
@@ -86,20 +114,61 @@ def phantom(specifier: str) -> phantoms.Phantom:
     return phantoms.draw(name, split, int(index))
 
 
-def lesion_mask(row: Row, like: Image | Geometry, read: ReadFile = read_file) -> np.ndarray | None:
-    """The lesion mask on the image's own grid: from the mask, else from the boxes; None without both."""
+def lesion_mask(
+    row: Row, like: Image | None, data: ConfigDict | None = None, read: ReadFile = read_file
+) -> Marked | None:
+    """The lesions: from the mask, else from the boxes; None without both.
+
+    `like` is the case's image; without it the mask stays on its own grid. `data` as of `open_case`.
+    """
     if row.mask and row.mask.startswith(PHANTOM):
-        return phantom(row.mask).mask
+        return Marked(phantom(row.mask).mask)
     if row.mask:
-        return read_mask(row.mask, like, read)
-    return boxes_mask(row.boxes, like.size) if row.boxes else None
+        return _marked(row.mask, like, data, read)
+    if not row.boxes or like is None:
+        return None
+    grid = boxes_grid(row, like, read)
+    mask = boxes_mask(row.boxes, grid.size)
+    return _placed(boxes_file(row), Image(mask[..., None], grid.spacing, grid.affine, None), like, data)
 
 
-def region_mask(row: Row, like: Image | Geometry, read: ReadFile = read_file) -> np.ndarray | None:
-    """Where metrics count, bool (*size) on the image's own grid; None is everywhere."""
+def region_mask(
+    row: Row, like: Image | None, data: ConfigDict | None = None, read: ReadFile = read_file
+) -> Marked | None:
+    """Where metrics count; None is everywhere. Arguments as of `lesion_mask`."""
     if row.region and row.region.startswith(PHANTOM):
-        return phantom(row.region).region
-    return read_mask(row.region, like, read) if row.region else None
+        return Marked(phantom(row.region).region)
+    return _marked(row.region, like, data, read) if row.region else None
+
+
+def boxes_grid(row: Row, like: Image, read: ReadFile) -> Geometry:
+    """The grid whose voxels a row's boxes count, that of the column `boxes_on`."""
+    file = boxes_file(row)
+    return like.geometry if file == row.image[0] else read(file)[0].geometry
+
+
+def soft_masks(n: int, threshold: float) -> str:
+    """The line that tells how masks of probabilities are read."""
+    return f"{n} cases have masks of probabilities: voxels above data.mask_threshold={threshold:g} are marked"
+
+
+def _marked(file: str, like: Image | None, data: ConfigDict | None, read: ReadFile) -> Marked:
+    """The mask of a file."""
+    image, soft = read_marks(file, read, data.mask_threshold if data else 0.5)
+    return Marked(image.array[..., 0], soft=soft) if like is None else _placed(file, image, like, data, soft)
+
+
+def _placed(file: str, image: Image, like: Image, data: ConfigDict | None, soft: bool = False) -> Marked:
+    """A mask that was read as an image, on the grid of its case's image, too.
+
+    Raises `OffGrid` where it lies on another grid and no affines, or not `data.join`, put it there.
+    """
+    image = turned(image, like)
+    join = data.get("join", "same") if data else "same"
+    if join == "resample" and off_grid(image, like) and image.affine is not None and like.affine is not None:
+        mask = Mask(image.array[..., 0], image.affine)
+        return Marked(mask.onto(like.affine, like.size), mask, soft)
+    return Marked(on_grid(file, image, like), soft=soft)
 
 
 def usable(row: Row, stored: Image, size: tuple[int, ...], channels: int) -> np.ndarray:
@@ -145,7 +214,7 @@ def prepared_image(row: Row, data: ConfigDict, stored: Image | None = None) -> n
         unit = in_window(array, data.window, row.image[0])
     else:
         unit = to_unit(array, bits)
-    return equalise(unit) if data.equalise else resize(unit, size)
+    return equalise(unit, exact=data.equalise_exact) if data.equalise else resize(unit, size)
 
 
 def prepared_volume(row: Row, data: ConfigDict, case: Opened | None = None) -> Volume:
@@ -155,17 +224,33 @@ def prepared_volume(row: Row, data: ConfigDict, case: Opened | None = None) -> V
       InputError: as `usable` and `prepare`, and where a file cannot be read.
     """
     case = open_case(row, data) if case is None else case
-    return prepare(
+    volume = prepare(
         case.image._replace(array=usable(row, case.image, tuple(data.size), data.channels)),
         data,
         name=row.image[0],
-        lesion=case.lesion,
-        region=case.region,
+        lesion=case.apart.get("lesion", case.lesion),
+        region=case.apart.get("region", case.region),
         midline=row.extra.get("midline", ""),
         half=row.extra.get("half", ""),
         # The voxels that are scored must not depend on a label, whatever was published.
         widen=row.split == "train" or data.widen_test_crops,
     )
+    _check_half(row, volume, case.lesion)
+    return volume
+
+
+def _check_half(row: Row, volume: Volume, lesion: np.ndarray | None) -> None:
+    """Raises InputError where the label of a half contradicts the lesions of the whole image.
+
+    A normal half may have the smaller part of a lesion that crosses the midline: no crop touches it.
+    """
+    half = row.extra.get("half", "")
+    if not half or lesion is None or row.label is None:
+        return
+    total, here = np.count_nonzero(lesion), np.count_nonzero(lesion & volume.grid.inside())
+    if (2 * here > total) if row.label == 0 else not here:
+        what = f"half {half!r} has {here} of {total} lesion voxels and the label {row.label}"
+        raise InputError(f"{row.image[0]}: {what}: name the other half, or repair the label")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -44,7 +44,7 @@ from jmae.data.files import Image, write_map
 from jmae.data.loader import WORKERS
 from jmae.data.manifest import COLUMNS, ID_BYTES, PHANTOM, Row, parse_manifest, summary
 from jmae.data.opening import lines_of, open_each
-from jmae.data.preparation import Opened, lesion_mask, region_mask, stored_image
+from jmae.data.preparation import Opened, open_case, stored_image
 from jmae.errors import InputError, exit_code
 from jmae.recipe import arguments, typed
 from jmae.run_folder import write_text
@@ -137,7 +137,7 @@ def cut_manifest(manifest: Path, out: Path, options: Options = Options()) -> str
         if row.image and row.image[0].startswith(PHANTOM):
             stored = stored_image(row)
             try:
-                use(row, Opened(stored, lesion_mask(row, stored), region_mask(row, stored)))
+                use(row, open_case(row, stored=stored))
             except InputError as error:
                 problems.append(f"{row.id}: {error}")
     if problems:
@@ -212,6 +212,8 @@ def _check_volume(row: Row, array: np.ndarray) -> None:
         raise InputError(
             f"{name}: the column half is {row.extra['half']!r}, but slices are whole: cut the file and empty the cell"
         )
+    if row.extra.get("boxes_on", "1") not in ("", "1"):
+        raise InputError(f"{name}: boxes_on {row.extra['boxes_on']!r}, but slices are cut by the first image's voxels")
     if len(row.id.encode()) > ID_BYTES - 6 or ";" in row.id:
         raise InputError(
             f"{name}: the id {row.id[:20]!r} names the slices and is too long or has a semicolon: change it"

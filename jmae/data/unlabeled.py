@@ -1,5 +1,7 @@
 """An unlabelled set with a given share of abnormal images: the options `data.anomaly_ratio`, `unlabeled_size` and
 `unlabeled_labels`, which any recipe of a system that trains on the split `unlabeled` may declare.
+
+Without hidden labels the share is unknown and the set stays as it is; `ratio_note` says so.
 """
 
 import csv
@@ -13,15 +15,33 @@ from jmae.data.manifest import Row
 from jmae.errors import InputError
 
 
+def labels_given(config: ConfigDict) -> bool:
+    """Whether there are hidden labels of the unlabelled rows: those of a file, or of the phantoms."""
+    return not config.data.manifest or bool(config.data.unlabeled_labels)
+
+
+def ratio_note(config: ConfigDict) -> str:
+    """What a run says whose recipe asks for an anomaly ratio and that has no hidden labels; empty for another run."""
+    if config.data.anomaly_ratio < 0 or labels_given(config):
+        return ""
+    wanted = f"{config.data.anomaly_ratio:.0%} of {config.data.unlabeled_size or 'all'} images"
+    return (
+        f"the anomaly ratio of the unlabelled images is unknown and all of them are used, where the recipe asks for"
+        f" {wanted}: data.unlabeled_labels names no hidden labels"
+    )
+
+
 def unlabeled_labels(config: ConfigDict, rows: Sequence[Row]) -> dict[str, int]:
-    """Hidden labels of unlabelled rows, by id: for the sweep over anomaly ratios and for analysis, never for training.
+    """Hidden labels of unlabelled rows, by id: for the sweep over anomaly ratios, for analysis and for a control.
+
+    No method is trained on them. AMAE's variant `b_perfect`, a control, is.
 
     The file `data.unlabeled_labels` names rows by the column `id`, or by `path`, the image's path relative to the file.
 
     Raises:
       InputError: the file is no such CSV.
     """
-    if config.data.manifest and not config.data.unlabeled_labels:
+    if not labels_given(config):
         return {}
     if not config.data.manifest:
         return phantoms.unlabeled_labels(config.data.phantom)

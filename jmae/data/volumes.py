@@ -1,8 +1,10 @@
 """From a patient's sequences on disk to one prepared volume, and maps back onto the patient's own grid.
 
-The steps are: reorient by the affine, resample, crop to the chest, normalise. Steps and order follow Lang et al.,
-"Multispectral 3D Masked Autoencoders for Anomaly Detection in Non-Contrast Enhanced Breast MRI" (MAEMI), CaPTion 2023,
-arXiv 2303.05861, and their code. ours: masks take the nearest voxel; the code resamples masks with splines too.
+The steps are: reorient by the affine, resample, crop to the chest, normalise. Steps and order follow MAEMI: Daniel M.
+Lang, Eli Schwartz, Cosmin I. Bercea, Raja Giryes, Julia A. Schnabel, "Multispectral 3D Masked Autoencoders for Anomaly
+Detection in Non-Contrast Enhanced Breast MRI", CaPTion 2023, arXiv 2303.05861, and their code. ours: masks take the
+nearest voxel; the code resamples masks with splines too. The sequences meet by their affines in one interpolation each;
+the code cuts each out of its own grid, to whole voxels. Grids share their centre; in the code, their first voxel.
 
 The own grid is that of the stored image; the working grid is that of the networks. Both hold arrays
 `(*size, channels)`. A direction (L or R, P or A, S or I) is the one in which an index grows.
@@ -11,7 +13,7 @@ The own grid is that of the stored image; the working grid is that of the networ
 import itertools
 from collections.abc import Iterable, Sequence
 from functools import lru_cache, partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -151,6 +153,28 @@ def _weights(n: int, at: tuple[float, ...], order: int) -> np.ndarray:
     return np.stack(each, 1).astype(np.float32)
 
 
+class Mask(NamedTuple):
+    """A mask on a grid that is not its image's."""
+
+    array: np.ndarray  # bool (*size)
+    affine: np.ndarray  # (4, 4) voxel -> RAS mm
+
+    def onto(self, affine: np.ndarray, size: tuple[int, ...], *, whole: bool = False) -> np.ndarray:
+        """bool (*size): the nearest voxel of the mask for each voxel that `affine` places; False outside the mask.
+
+        With `whole` no marked voxel is lost: the mask first grows to the voxels that may represent its own.
+        """
+        to_own = np.linalg.inv(self.affine) @ affine
+        steps = np.abs(to_own[:3, :3]).sum(1)  # voxels of the mask in a voxel of the grid, along each axis of the mask
+        same = np.allclose(to_own[:3, :3], np.rint(to_own[:3, :3]), atol=1e-3) and np.allclose(steps, 1, atol=1e-3)
+        grown = tuple(1 if same else 2 * int(np.ceil(step / 2)) + 1 for step in steps)
+        mask = ndimage.maximum_filter(self.array, grown) if whole and max(grown) > 1 else self.array
+        found = ndimage.affine_transform(
+            mask.astype(np.uint8), to_own, output_shape=size, order=0, mode="grid-constant"
+        )
+        return found > 0
+
+
 class Volume(NamedTuple):
     """One case on its working grid.
 
@@ -173,8 +197,8 @@ def read_volume(paths: Sequence[str], data: ConfigDict, read: ReadFile = read_fi
     """The sequences of a case as channels of one image on the grid of the first.
 
     With `data.join` "same" all lie on one grid, as `read_image` demands. With "resample" the affines put further
-    sequences onto it, by cubic splines, 0 where they have no data; a sequence on that grid is not resampled. `read`
-    reads one file.
+    sequences onto it, by cubic splines, 0 where they have no data; a sequence on that grid is not resampled. The image
+    then keeps all sequences as read, from which `prepare` takes the working grid in one step. `read` reads one file.
 
     Raises:
       InputError: a file that cannot be read, tells no position, or does not overlap the first.
@@ -194,7 +218,12 @@ def read_volume(paths: Sequence[str], data: ConfigDict, read: ReadFile = read_fi
         for path, image in zip(paths, images, strict=True)
     ]
     bits = {image.bits for image in images}
-    return first._replace(array=np.concatenate(arrays, -1), bits=bits.pop() if len(bits) == 1 else None)
+    apart = any(off_grid(image, first) for image in images)
+    return first._replace(
+        array=np.concatenate(arrays, -1),
+        bits=bits.pop() if len(bits) == 1 else None,
+        sequences=tuple(images) if apart else (),
+    )
 
 
 def _resampled(image: Image, affine: np.ndarray | None, size: tuple[int, ...], path: str, of: str) -> np.ndarray:
@@ -217,8 +246,8 @@ def prepare(
     data: ConfigDict,
     *,
     name: str,
-    lesion: np.ndarray | None = None,
-    region: np.ndarray | None = None,
+    lesion: np.ndarray | Mask | None = None,
+    region: np.ndarray | Mask | None = None,
     midline: str = "",
     half: str = "",
     widen: bool = True,
@@ -232,7 +261,7 @@ def prepare(
         each channel gets the even histogram of `transforms.equalise` in [0, 1], which counts the region's voxels where
         `normalise` is "region".
       name: the file that messages name.
-      lesion, region: bool on the own grid.
+      lesion, region: bool on the own grid, or on a grid of their own.
       midline: "" for one piece; an index of the own left-right axis between voxels; or "middle" of the cropped axis.
       half: "first" or "second" returns that piece alone, in the order of the own axis. Both are normalised together.
       widen: whether a lesion that sticks out moves the side of the crop.
@@ -254,21 +283,19 @@ def prepare(
     if data.crop == "region" and region is not None:
         if grid.spacing is None:
             raise InputError(f"{name}: tells no spacing for a crop in mm: save it as NIfTI, or --config.data.crop=none")
-        marked, found = grid.forward(region, 0), None if lesion is None or not widen else _forward_all(lesion, grid)
+        marked, found = _mask_on(grid, region), _mask_on(grid, lesion, whole=True) if widen else None
         _check_region(marked, name, "on the working grid")
         least, most = data.crop_least, data.crop_most
         grid = grid.cropped(*chest_box(marked, grid.spacing, least, most, found, data.crop_margin, data.axes))
 
-    array = grid.forward(stored.array, 3)
-    region = None if region is None else grid.forward(region, 0)
-    lesion = None if lesion is None else _forward_all(lesion, grid)
+    array, region, lesion = _array_on(grid, stored, name), _mask_on(grid, region), _mask_on(grid, lesion, whole=True)
     _check_region(region, name, "in the crop")
     inside = region if data.normalise == "region" else None
     windowed = in_window(array, data.window, name) if data.window else None
     array, mean, std = _normalised(array, inside, data, name)
     if data.equalise:
         unit = lambda: np.stack([to_unit(channel, 0) for channel in np.moveaxis(array, -1, 0)], -1)
-        array = equalise(unit() if windowed is None else windowed, inside)
+        array = equalise(unit() if windowed is None else windowed, inside, exact=data.equalise_exact)
     elif windowed is not None:
         array = windowed
 
@@ -285,7 +312,7 @@ def prepare(
         grid, middle, array = grid.cropped(origin, size), None, np.ascontiguousarray(array[cut])
         region, lesion = (None if mask is None else np.ascontiguousarray(mask[cut]) for mask in (region, lesion))
         _check_region(region, name, f"in the {half} half")
-    return Volume(array, region, lesion, side, middle, mean, std, grid, stored)
+    return Volume(array, region, lesion, side, middle, mean, std, grid, stored._replace(sequences=()))
 
 
 def in_window(array: np.ndarray, window: Sequence[float], name: str) -> np.ndarray:
@@ -298,6 +325,33 @@ def in_window(array: np.ndarray, window: Sequence[float], name: str) -> np.ndarr
     if unit.min() == unit.max():
         raise InputError(f"{name}: is constant within data.window {low:g} to {high:g}: give the values' own unit")
     return unit
+
+
+def _array_on(grid: Grid, stored: Image, name: str) -> np.ndarray:
+    """The sequences on the working grid, float32 (*size, c), each interpolated once from its own grid."""
+    if not stored.sequences:
+        return grid.forward(stored.array, 3)
+    parts = [
+        grid.forward(one.array, 3)
+        if off_grid(one, stored) is None
+        else _resampled(one, grid.affine, grid.size, name, "the crop")
+        for one in stored.sequences
+    ]
+    return np.concatenate(parts, -1)
+
+
+@overload
+def _mask_on(grid: Grid, mask: np.ndarray | Mask, *, whole: bool = False) -> np.ndarray: ...
+@overload
+def _mask_on(grid: Grid, mask: None, *, whole: bool = False) -> None: ...
+def _mask_on(grid: Grid, mask: np.ndarray | Mask | None, *, whole: bool = False) -> np.ndarray | None:
+    """A mask on the working grid, by its nearest voxels; with `whole` no marked voxel is lost."""
+    if mask is None:
+        return None
+    if isinstance(mask, Mask):
+        assert grid.affine is not None
+        return mask.onto(grid.affine, grid.size, whole=whole)
+    return _forward_all(mask, grid) if whole else grid.forward(mask, 0)
 
 
 def _forward_all(mask: np.ndarray, grid: Grid) -> np.ndarray:

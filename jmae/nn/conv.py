@@ -182,8 +182,9 @@ def conv(
     *,
     bias: bool = False,
     form: Callable = convolve,
+    zeros: bool = False,
 ) -> nnx.Conv:
-    """A layer of convolution with a He normal kernel of `length` along every axis.
+    """A layer of convolution with a kernel of `length` along every axis, He normal, or 0 with `zeros`.
 
     Parameters are float32, arithmetic has `dtype`. `form` is the function that convolves, `convolve` or one like it.
     """
@@ -192,7 +193,7 @@ def conv(
         outputs,
         (length,) * rank,
         use_bias=bias,
-        kernel_init=nnx.initializers.he_normal(),
+        kernel_init=nnx.initializers.zeros if zeros else nnx.initializers.he_normal(),
         dtype=dtype,
         conv_general_dilated=form,
         rngs=rngs,

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PyTree
 
 from jmae.errors import InputError
 from jmae.nn.attention import attention
@@ -136,6 +136,29 @@ def _gate(
     count, d, o = of_s.shape
     from_s = jnp.moveaxis((rows @ of_s.swapaxes(0, 1).reshape(d, -1)).reshape(-1, count, o), 1, 0)
     return checkpoint_name(from_s + jnp.einsum("lrd,ldo->lro", found, of_c) + bias, "gate")
+
+
+def plain_part(params: PyTree) -> PyTree:
+    """The parameters of a plain `MAE` inside those of a network with memory, with the multi-level decoder, or both."""
+    encoder, decoder = (params[name]["stack"] for name in ("encoder", "decoder"))
+    encoder = {name: value for name, value in encoder.items() if name not in ("memory_k", "memory_v")}
+    return params | {"encoder": {"stack": encoder}, "decoder": {"stack": decoder.get("attend", decoder)}}
+
+
+def around_plain(params: PyTree, plain: PyTree) -> PyTree:
+    """The parameters of a network that has those of a plain `MAE` in their places, the inverse of `plain_part`.
+
+    The cross-attention's output starts at 0, so that the decoder is the plain one. Memory slots stay as they are: they
+    take their share of the attention, so that only without slots and long skips the network is the plain one.
+    """
+    encoder, decoder = (params[name]["stack"] for name in ("encoder", "decoder"))
+    encoder = encoder | plain["encoder"]["stack"]
+    if "attend" in decoder:
+        out = jax.tree.map(jnp.zeros_like, decoder["out"])
+        decoder = decoder | {"attend": plain["decoder"]["stack"], "out": out}
+    else:
+        decoder = plain["decoder"]["stack"]
+    return plain | {"encoder": {"stack": encoder}, "decoder": {"stack": decoder}}
 
 
 class MultiLevelMAE(MAE):

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from functools import partial, reduce
 from itertools import pairwise, product
 from math import ceil, prod
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +26,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from jmae.errors import InputError
 from jmae.nn.attention import attention
-from jmae.nn.conv import batch_norm_in_training, conv, convolve, dropout, on_gpu
+from jmae.nn.conv import batch_norm_in_training, conv, convolve, dropout, normalised, on_gpu
 from jmae.nn.norm import on_last_axes
 from jmae.nn.transformer import layer_norm, linear
 from jmae.patches import grid_of, patchify, unpatchify
@@ -114,10 +115,22 @@ class Layer(nnx.Module):
         self.norm = nnx.BatchNorm(outputs, momentum=0.9, epsilon=1e-5, dtype=jnp.float32, rngs=rngs)
         self.activation, self.form, self.dtype = activation, form, dtype
 
-    def __call__(self, x: Float[Array, "b *size c"], *, train: bool) -> Float[Array, "b *_ d"]:
+    def __call__(self, x: Float[Array, "b *size c"], *, train: bool, alone: bool = False) -> Float[Array, "b *_ d"]:
+        if alone:
+            return self.alone(x)
         if train and on_gpu():
             return self.trained(x)
         return self.activation(self.norm(self.conv(x), use_running_average=not train)).astype(self.dtype)
+
+    def alone(self, x: Float[Array, "b *size c"]) -> Float[Array, "b *_ d"]:
+        """The layer with the moments of each image by itself, as training has them for a batch of one image."""
+        y = self.conv(x).astype(jnp.float32)
+        parameters: list[Any] = [self.norm.scale, self.norm.bias]
+        axes = tuple(range(1, y.ndim - 1))
+        mean, var = jnp.mean(y, axes, keepdims=True), jnp.var(y, axes, keepdims=True)
+        scale, bias = (x[...].reshape(*[1] * (y.ndim - 1), -1) for x in parameters)
+        y = normalised(y, mean, var, scale, bias, self.norm.epsilon)
+        return self.activation(y).astype(self.dtype)
 
     def trained(self, x: Float[Array, "b *size c"]) -> Float[Array, "b *_ d"]:
         """The layer in training, in fewer kernels.
@@ -129,6 +142,18 @@ class Layer(nnx.Module):
         if self.conv.bias is not None:
             y = y + on_last_axes(jax.lax.stop_gradient(self.conv.bias[...]).astype(self.dtype), y)
         return batch_norm_in_training(self.norm, y, jnp.zeros(y.shape[-1]), self.activation)
+
+
+def pytorch_weights(params: dict[Any, Any], key: Key[Array, ""]) -> dict[Any, Any]:
+    """A network's parameters, drawn anew as PyTorch draws those of convolutions and dense layers.
+
+    Kernels and biases are uniform within 1 / sqrt(fan in). Parameters of layers without a kernel stay.
+    """
+    keys = {name: jax.random.fold_in(key, i) for i, name in enumerate(sorted(params))}
+    if "kernel" not in params:
+        return {name: pytorch_weights(x, keys[name]) if isinstance(x, dict) else x for name, x in params.items()}
+    most = prod(params["kernel"].shape[:-1]) ** -0.5
+    return {name: jax.random.uniform(keys[name], x.shape, minval=-most, maxval=most) for name, x in params.items()}
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------
@@ -452,8 +477,9 @@ class Discriminator(nnx.Module):
         self.layers = nnx.List([layer(a, b, 5, dtype) for a, b in pairs])
         self.out = linear(prod(size) * widths[-1], 1, jnp.float32, rngs)
 
-    def __call__(self, image: Float[Array, "b *size c"], *, train: bool) -> Float[Array, " b"]:
+    def __call__(self, image: Float[Array, "b *size c"], *, train: bool, alone: bool = False) -> Float[Array, " b"]:
+        """Logits; `alone` takes the norms' moments of each image by itself."""
         x = leaky_relu(self.first(image))
         for layer in self.layers:
-            x = layer(x, train=train)
+            x = layer(x, train=train, alone=alone)
         return self.out(x.reshape(len(x), -1).astype(jnp.float32))[:, 0]

@@ -5,10 +5,11 @@ Images" (SimSID), TPAMI 2024, arXiv 2403.08689; consulted: MrGiovanni/SimSID and
 discriminator is in jmae/nn/simsid.py, as the report has it too.
 
 Differences: the code loops over windows, here they are an axis. Keys and values of the attention have no bias: a
-softmax ignores that of the keys, and the bias of the output takes that of the values.
+softmax ignores that of the keys, and the bias of the output takes that of the values. Vectors have the channels last.
 """
 
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from math import prod
 from typing import Any
@@ -18,14 +19,18 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Int, Key
 
 from jmae.errors import InputError
 from jmae.nn.attention import attention
 from jmae.nn.conv import conv, convolve, upsample
-from jmae.nn.simsid import Layer, halved, neighbours, retrieve
-from jmae.nn.transformer import layer_norm, linear
+from jmae.nn.norm import LayerNorm
+from jmae.nn.simsid import Layer, halved, neighbours, pytorch_weights, retrieve
+from jmae.nn.transformer import linear
 from jmae.patches import grid_of, patchify, unpatchify
+from jmae.sharding import device_gather
+
+layer_norm = partial(LayerNorm, epsilon=1e-5, dtype=jnp.float32, use_fast_variance=False)
 
 
 class Residual(nnx.Module):
@@ -44,27 +49,43 @@ class Residual(nnx.Module):
         return jax.nn.relu(x + self.leave(y, train=train))
 
 
-class Slots(nnx.Module):
-    """Learned memories, one of `slots` rows for each window, read by `retrieve` without noise.
+class Queue(nnx.Variable):
+    """Rows of a memory that the last training features fill; no gradient changes them."""
 
-    Rows are drawn uniformly within 1 / sqrt(width).
+
+class Slots(nnx.Module):
+    """Memories, one of `slots` rows for each window, read by `retrieve` without noise.
+
+    The rows are learned, or with `queue` the queries of the last training steps, first in, first out. They are drawn
+    uniformly within 1 / sqrt(width).
     """
 
-    def __init__(self, windows: int, slots: int, width: int, k: int, *, rngs: nnx.Rngs):
+    def __init__(self, windows: int, slots: int, width: int, k: int, *, queue: bool = False, rngs: nnx.Rngs):
         least = width**-0.5
-        self.rows = nnx.Param(jax.random.uniform(rngs.params(), (windows, slots, width), minval=-least, maxval=least))
+        rows = jax.random.uniform(rngs.params(), (windows, slots, width), minval=-least, maxval=least)
+        self.rows = Queue(rows) if queue else nnx.Param(rows)
         self.k = k
 
-    def __call__(self, query: Float[Array, "b w d"]) -> Float[Array, "b w d"]:
-        return retrieve(query.astype(jnp.float32), self.rows[...], k=self.k)
+    def __call__(self, query: Float[Array, "b w d"], oldest: Int[Array, ""] | None = None) -> Float[Array, "b w d"]:
+        """What the queries read; with the number of the oldest row they then take the place of the oldest rows."""
+        query = query.astype(jnp.float32)
+        read = retrieve(query, self.rows[...], k=self.k)
+        if oldest is not None:
+            values = jnp.moveaxis(device_gather(jax.lax.stop_gradient(query)), 1, 0)
+            places = (oldest + jnp.arange(values.shape[1])) % self.rows.shape[1]
+            self.rows[...] = self.rows[...].at[:, places].set(values)
+        return read
 
 
 class Bottleneck(nnx.Module):
     """SimSID's inpaint block.
 
-    The features of each window, as one vector, read the window's memory. The vector then queries the reads of the
-    windows around, and the window's read is added. Norm, ReLU, feed-forward, norm and ReLU follow. The window's number
-    in binary comes as further channels. Convolutions of kernel 1 stand before and after.
+    The features of each window, as one vector, read the window's memory; without `slots` they stand for what they read.
+    The vector then queries the reads of the windows around. Norm, the window's own read, ReLU, feed-forward, norm, the
+    same again, and ReLU follow; without `inpainting` the own read goes on as it is. The window's number in binary comes
+    as further channels. Convolutions of kernel 1 stand before and after.
+
+    Norms are on the branch, as released. With `norms="sum"` they take the sum with the read, as earlier versions did.
 
     Raises InputError where the heads do not divide the vector.
     """
@@ -79,43 +100,54 @@ class Bottleneck(nnx.Module):
         heads: int,
         dtype: DTypeLike,
         *,
+        queue: bool = False,
+        inpainting: bool = True,
+        norms: str = "branch",
         rngs: nnx.Rngs,
     ):
-        rank, self.windows, narrow, f32 = len(windows), windows, width // 4, jnp.float32
+        rank, self.windows, narrow = len(windows), windows, width // 4
         vector = narrow * prod(cells)
         if vector % heads or vector < 4 or width % 4:
             raise InputError(
                 f"joint.widths ends with {width}: a multiple of 4, and joint.heads {heads} divides its {vector}"
             )
         self.enter = Layer(rank, width, narrow, 1, dtype, bias=False, rngs=rngs)
-        self.memory = Slots(prod(windows), slots, vector, k, rngs=rngs)
+        self.memory = Slots(prod(windows), slots, vector, k, queue=queue, rngs=rngs) if slots else None
         self.q = linear(vector, vector, dtype, rngs)
         self.kv = nnx.Linear(vector, 2 * vector, use_bias=False, dtype=dtype, rngs=rngs)
         self.out = linear(vector, vector, dtype, rngs)
-        self.norm1, self.norm2 = layer_norm(vector, f32, rngs), layer_norm(vector, f32, rngs)
+        self.norm1, self.norm2 = layer_norm(vector, rngs=rngs), layer_norm(vector, rngs=rngs)
         self.fc1, self.fc2 = linear(vector, vector // 4, dtype, rngs), linear(vector // 4, vector, dtype, rngs)
         bits = prod(windows).bit_length()
         self.leave = Layer(rank, narrow + bits, width, 1, dtype, rngs=rngs)
         self.heads, self.cells, self.bits, self.dtype = heads, cells, bits, dtype
+        self.inpainting, self.norms = inpainting, norms
 
-    def __call__(self, x: Float[Array, "g *cells c"], *, train: bool) -> Float[Array, "g *cells c"]:
+    def __call__(
+        self, x: Float[Array, "g *cells c"], *, train: bool, oldest: Int[Array, ""] | None = None
+    ) -> Float[Array, "g *cells c"]:
         w = prod(self.windows)
         f = self.enter(x, train=train).reshape(-1, w, self.q.in_features)
-        b, _, d = f.shape
-        read = self.memory(f)
+        read = self.memory(f, oldest) if self.memory else f.astype(jnp.float32)
+        y = self.inpainted(f, read) if self.inpainting else read
+        bits = (np.arange(w)[:, None] >> np.arange(self.bits)[::-1] & 1).astype(np.float32)  # highest first
+        bits = np.tile(bits, (len(f), 1)).reshape(-1, *[1] * len(self.cells), self.bits)
+        y = y.reshape(-1, *self.cells, f.shape[-1] // prod(self.cells))
+        y = jnp.concatenate([y, jnp.broadcast_to(bits, (*y.shape[:-1], self.bits))], -1).astype(self.dtype)
+        return self.leave(y, train=train)
+
+    def inpainted(self, f: Float[Array, "b w d"], read: Float[Array, "b w d"]) -> Float[Array, "b w d"]:
+        """The transformer layer over the windows around each window."""
+        b, w, d = f.shape
         # Keys and values have no bias: zeros outside the image stay zeros, and can be gathered after the projection.
         kv = neighbours(self.kv(read.astype(self.dtype)), self.windows).reshape(
             b * w, -1, 2, self.heads, d // self.heads
         )
         q = self.q(f).reshape(b * w, 1, self.heads, -1)
         y = self.out(attention(q, *jnp.moveaxis(kv, 2, 0)).reshape(b, w, d))
-        y = jax.nn.relu(self.norm1(y + read))
-        y = jax.nn.relu(self.norm2(y + self.fc2(jax.nn.relu(self.fc1(y)))))
-        bits = (np.arange(w)[:, None] >> np.arange(self.bits)[::-1] & 1).astype(np.float32)  # highest first
-        bits = np.tile(bits, (b, 1)).reshape(b * w, *[1] * len(self.cells), self.bits)
-        y = y.reshape(b * w, *self.cells, -1)
-        y = jnp.concatenate([y, jnp.broadcast_to(bits, (*y.shape[:-1], self.bits))], -1).astype(self.dtype)
-        return self.leave(y, train=train)
+        added = lambda norm, branch, x: norm(branch) + x if self.norms == "branch" else norm(branch + x)
+        y = jax.nn.relu(added(self.norm1, y, read))
+        return jax.nn.relu(added(self.norm2, self.fc2(jax.nn.relu(self.fc1(y))), y))
 
 
 class Decoder(nnx.Module):
@@ -133,9 +165,9 @@ class Decoder(nnx.Module):
 class Windows(nnx.Module):
     """SimSID's autoencoder over windows: an encoder, the inpaint block, a student decoder and a teacher decoder.
 
-    The student decoder has memories after its levels with skips. The teacher decoder has none, and its features come
-    without gradient. `widths` go from the first level to the bottleneck. Windows are joined before the level that
-    follows the last skip. Images are in [-1, 1].
+    The student decoder has learned memories after its levels with skips, or none without `slots`. The teacher decoder
+    has none, and its features come without gradient. `widths` go from the first level to the bottleneck. Windows are
+    joined before the level that follows the last skip. Images are in [-1, 1], or with `sigmoid` in [0, 1].
 
     Raises InputError where windows cannot be halved that often.
     """
@@ -153,6 +185,11 @@ class Windows(nnx.Module):
         share: float,
         dtype: DTypeLike,
         *,
+        decoder_share: float = 1.0,
+        queue: bool = False,
+        inpainting: bool = True,
+        norms: str = "branch",
+        sigmoid: bool = False,
         rngs: nnx.Rngs,
     ):
         rank, levels = len(size), len(widths) - 1
@@ -161,12 +198,15 @@ class Windows(nnx.Module):
         if any(n % (w * 2**levels) or (2 * n // (w * 2**levels)) % w for n, w in zip(size, windows, strict=True)):
             least = tuple(w * 2**levels for w in windows)
             raise InputError(f"data.size {tuple(size)}: joint.windows {windows} need multiples of {least}")
-        self.windows, self.joined, self.share, self.dtype = windows, joined, share, dtype
+        self.windows, self.joined, self.dtype = windows, joined, dtype
+        self.share, self.decoder_share = share, decoder_share
+        self.activation = jax.nn.sigmoid if sigmoid else jnp.tanh
         cells = tuple(n // (w * 2**levels) for n, w in zip(size, windows, strict=True))
         pairs = pairwise(widths)
         self.enter = Residual(rank, channels, widths[0], dtype, rngs=rngs)
         self.down = nnx.List([Residual(rank, a, b, dtype, halved, rngs=rngs) for a, b in pairs])
-        self.inpaint = Bottleneck(windows, cells, widths[-1], slots, k, heads, dtype, rngs=rngs)
+        options: dict[str, Any] = {"queue": queue, "inpainting": inpainting, "norms": norms}
+        self.inpaint = Bottleneck(windows, cells, widths[-1], slots, k, heads, dtype, **options, rngs=rngs)
         up = widths[::-1]
         self.student = Decoder(rank, channels, up, joined, dtype, rngs=rngs)
         self.teacher = Decoder(rank, channels, up, joined, dtype, rngs=rngs)
@@ -174,7 +214,7 @@ class Windows(nnx.Module):
         lengths = [
             up[i + 1] * prod(2 ** (i + 1) * c // w for c, w in zip(cells, windows, strict=True)) for i in range(joined)
         ]
-        self.memories = nnx.List([Slots(prod(windows), slots, d, k, rngs=rngs) for d in lengths])
+        self.memories = nnx.List([Slots(prod(windows), slots, d, k, rngs=rngs) for d in lengths if slots])
 
     def whole(self, x: Float[Array, "g *cells c"]) -> Float[Array, "b *size c"]:
         """The windows joined to whole images."""
@@ -187,17 +227,32 @@ class Windows(nnx.Module):
         part = grid_of(x.shape[1:-1], self.windows)
         return unpatchify(memory(patchify(x, part)), x.shape[1:-1], part).astype(self.dtype)
 
+    def kept(
+        self,
+        new: Float[Array, "g *cells c"],
+        old: Float[Array, "g *cells c"],
+        keys: Key[Array, " b"] | None,
+        share: float,
+    ) -> Float[Array, "g *cells c"]:
+        """The masked shortcut: with keys (b,) a cell keeps its new features with probability `share`."""
+        if keys is None or share == 1:
+            return new
+        shape = (len(new) // len(keys), *new.shape[1:-1], 1)
+        mask = jax.vmap(lambda key: jax.random.bernoulli(key, share, shape))(keys)
+        return jnp.where(mask.reshape(-1, *shape[1:]), new, old)
+
     def __call__(
         self,
         image: Float[Array, "b *size c"],
         keys: Key[Array, " b"] | None = None,
         *,
         train: bool,
+        oldest: Int[Array, ""] | None = None,
     ) -> tuple[Float[Array, "b *size c"], Float[Array, "b *size c"], Float[Array, ""]]:
         """(student's image, teacher's image, distillation).
 
         The distillation is the mean squared difference of the two decoders' features, summed over the levels. With keys
-        (b,) a cell keeps its inpainted features with probability `share` (the masked shortcut).
+        (b,) the bottleneck and the decoder's memories have the masked shortcut. `oldest` as in `Slots`.
         """
         mode: dict[str, Any] = {"train": train}
         window = grid_of(image.shape[1:-1], self.windows)
@@ -205,11 +260,7 @@ class Windows(nnx.Module):
         skips = [x]
         for layer in self.down:
             skips.append(layer(skips[-1], **mode))
-        x = self.inpaint(skips[-1], **mode)
-        if keys is not None and self.share < 1:
-            shape = (prod(self.windows), *x.shape[1:-1], 1)
-            mask = jax.vmap(lambda key: jax.random.bernoulli(key, self.share, shape))(keys)
-            x = jnp.where(mask.reshape(-1, *shape[1:]), x, skips[-1])
+        x = self.kept(self.inpaint(skips[-1], oldest=oldest, **mode), skips[-1], keys, self.share)
         taught, differences = jax.lax.stop_gradient(skips[-1]), jnp.float32(0)
         for i, skip in enumerate(skips[-2::-1]):
             size = skip.shape[1:-1]
@@ -222,8 +273,21 @@ class Windows(nnx.Module):
                 x = jnp.concatenate([skip, x], -1)
                 taught = jnp.concatenate([jax.lax.stop_gradient(skip), taught], -1)
             x, taught = self.student.levels[i](x, **mode), self.teacher.levels[i](taught, **mode)
-            if i < self.joined:
-                x = self.remembered(x, self.memories[i])
+            if i < len(self.memories):
+                own = None if keys is None else jax.vmap(jax.random.fold_in, (0, None))(keys, i)
+                x = self.kept(self.remembered(x, self.memories[i]), x, own, self.decoder_share)
             differences += jnp.mean((x.astype(jnp.float32) - taught.astype(jnp.float32)) ** 2)
-        out = lambda decoder, x: jnp.tanh(decoder.out(x).astype(jnp.float32))
+        out = lambda decoder, x: self.activation(decoder.out(x).astype(jnp.float32))
         return out(self.student, x), out(self.teacher, taught), differences
+
+
+def pytorch_autoencoder(params: dict[Any, Any], key: Key[Array, ""]) -> dict[Any, Any]:
+    """`pytorch_weights` of `Windows`, whose attention has other ones: queries, keys and values Xavier uniform (of their
+    joint matrix), and no bias."""
+    params = pytorch_weights(params, key)
+    block = params["inpaint"]
+    scale = 1.5**0.5  # 1 / sqrt(d) becomes sqrt(6 / (d + 3 d))
+    joint = {name: block[name] | {"kernel": scale * block[name]["kernel"]} for name in ("q", "kv")}
+    zero = {name: {"bias": jnp.zeros_like(block[name]["bias"])} for name in ("q", "out")}
+    changed = {name: block[name] | joint.get(name, {}) | zero.get(name, {}) for name in ("q", "kv", "out")}
+    return params | {"inpaint": block | changed}

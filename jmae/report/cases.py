@@ -31,14 +31,16 @@ class Case(NamedTuple):
     id: str
     label: int | None  # 0 normal, 1 abnormal, None unknown
     score: float
-    image: NDArray[Any]  # (*size, c); the page shows the first channel
+    image: NDArray[Any]  # (*size, c); the page shows the first channel, or the colours of a picture with three
     map: NDArray[Any]  # size, higher is more abnormal
     mask: NDArray[np.bool_] | None = None  # size, True = lesion
     reconstruction: NDArray[Any] | None = None  # (*size, c), shown in the grey window of the image
     slice: int | None = None  # number of the slice that `one_slice` took from a volume, on the last axis
     confidence: NDArray[Any] | None = None  # size, spread of the samples whose mean is the map
-    pictures: Mapping[str, NDArray[Any]] = MappingProxyType({})  # (*size, c) in the image's unit, or (h, w) in another
+    pictures: Mapping[str, NDArray[Any]] = MappingProxyType({})  # (*size, c) in the image's unit, or size in another
     slices: Slices | None = None  # slices of the volume from which `one_slice` took one
+    region: NDArray[np.bool_] | None = None  # size, where the map counts; None is everywhere
+    called: NDArray[np.bool_] | None = None  # size, True where the map exceeds the threshold of held-out normals
 
 
 def choose_cases(labels: Sequence[int | None], scores: Sequence[float], n: int = PER_GROUP) -> dict[str, list[int]]:
@@ -74,19 +76,32 @@ def choose_cases(labels: Sequence[int | None], scores: Sequence[float], n: int =
 def one_slice(case: Case, side: int = SLIDE_SIDES[0]) -> Case:
     """Reduce a volume to one slice of its last axis, and drop a mask without lesion.
 
-    The slice is the one with the most lesion, or without a lesion the one with the highest value of the map. `slices`
-    of the new case are for paging: at most `side` pixels wide and high. An image stays as it is.
+    The slice is that of `shown_voxel`. `slices` of the new case are for paging: at most `side` pixels wide and high. An
+    image stays as it is.
     """
     mask = case.mask if case.mask is not None and case.mask.any() else None
     if case.map.ndim == 2:
         return case._replace(mask=mask)
-    k = int((case.map.max((0, 1)) if mask is None else mask.sum((0, 1))).argmax())
+    k = shown_voxel(case)[2]
     at_k = lambda array: None if array is None else np.array(array[:, :, k])
     arrays: dict[str, Any] = {
-        name: at_k(getattr(case, name)) for name in ("image", "map", "reconstruction", "confidence")
+        name: at_k(getattr(case, name)) for name in ("image", "map", "reconstruction", "confidence", "region")
     }
+    pictures = {name: np.array(picture[:, :, k]) for name, picture in case.pictures.items()}
     slices = some_slices(case.image[..., 0], case.map, mask, k, side)
-    return case._replace(**arrays, mask=at_k(mask), slice=k, slices=slices)
+    return case._replace(**arrays, pictures=pictures, mask=at_k(mask), called=at_k(case.called), slice=k, slices=slices)
+
+
+def shown_voxel(case: Case) -> tuple[int, int, int]:
+    """A voxel of a volume in the slice that is shown: within the lesion's extent, or where the map is highest.
+
+    The slice is the one with the most lesion, or without a lesion the one with the highest value of the map.
+    """
+    mask = case.mask if case.mask is not None and case.mask.any() else None
+    k = int((case.map.max((0, 1)) if mask is None else mask.sum((0, 1))).argmax())
+    chosen = case.map[:, :, k] == case.map[:, :, k].max() if mask is None else mask[:, :, k]
+    i, j = np.median(np.argwhere(chosen), 0).astype(int).tolist()
+    return i, j, k
 
 
 def some_slices(image: NDArray, heat: NDArray, mask: NDArray | None, k: int, side: int) -> Slices:

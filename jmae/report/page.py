@@ -69,14 +69,13 @@ def table_values(evaluation: Mapping[str, Any]) -> dict[str, Any]:
     """The values of the tables of scores, baselines and patients."""
     rows = words.comparison_rows(evaluation)
     frocs = [r.pixel["froc"] for r in rows if r.pixel.get("froc")]
-    patients = evaluation.get("per_patient")
     return {
         "rows": rows,
         "axis": auroc_axis_start([row.image for row in rows]),
         "pixels": any(r.pixel for r in rows),
         "froc_at": frocs[0]["at"] if frocs else None,
         "ious": any(r.pixel.get("localisation") for r in rows),
-        "patient_mean": metrics.patient_mean(patients) if patients else None,
+        "patient_means": evaluation.get("patient_means") or {},
         "patients": words.patient_rows(evaluation),
     }
 
@@ -127,8 +126,10 @@ def case_values(evaluation: Mapping[str, Any], cases: Sequence[Case], colours: S
     labels, scores = labelled_scores(evaluation.get("table") or [])
     normals = scores[~labels]
     p_values = {row["id"]: row.get("p_value") for row in evaluation.get("table") or []}
+    own = ("id", "label", "score", "p_value")
+    others = {row["id"]: {k: v for k, v in row.items() if k not in own} for row in evaluation.get("table") or []}
     scale, spread = colours or colour_scale([cases[i] for i in shown]), spread_scale([cases[i] for i in shown])
-    n_pictures = sum(4 + (spread is not None) + len(cases[i].pictures) for i in shown)
+    n_pictures = sum(4 + (spread is not None) + (cases[i].region is not None) + len(cases[i].pictures) for i in shown)
     side = min(MAX_SIDE, int(math.sqrt(PICTURE_BYTES / n_pictures)))  # a PNG with a palette: at most a byte a pixel
     flat = {i: one_slice(cases[i]) for i in shown}
     slides_of = dict(zip(shown, slides([flat[i] for i in shown], scale), strict=True))
@@ -141,6 +142,7 @@ def case_values(evaluation: Mapping[str, Any], cases: Sequence[Case], colours: S
             "case": case,
             "below": below,
             "p": p_values.get(case.id),
+            "others": {k: v for k, v in others.get(case.id, {}).items() if isinstance(v, float)},
             "slides": slides_of[i],
             "number": i,
             "depth": case.slices.depth if case.slices else None,
@@ -157,6 +159,7 @@ def training_values(evaluation: Mapping[str, Any], history: Sequence[Mapping[str
         "losses": [
             (stage, charts.loss_chart(i, *xy)) for i, (stage, xy) in enumerate(words.stage_losses(history).items())
         ],
+        "explained": words.explained_sentences(history),
         "printed": evaluation.get("printed") or [],
         "convergence": words.convergence_sentences(study) if study else [],
         "convergence_chart": charts.convergence_chart(study) if study else None,

@@ -88,9 +88,32 @@ def _uri(picture: Image.Image, kind: str, **settings: Any) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def _greys(unit: NDArray) -> str:
-    """A picture (h, w) in [0, 1] as a grey PNG."""
-    return _png(Image.fromarray((unit * 255).round().astype(np.uint8)))
+def _plain(unit: NDArray) -> str:
+    """A picture in [0, 1], (h, w) or (h, w, 3), as a grey or a coloured PNG."""
+    picture = Image.fromarray((unit * 255).round().astype(np.uint8))
+    return _png(picture if unit.ndim == 2 else picture.quantize(256, Image.Quantize.FASTOCTREE))
+
+
+def colours_of(case: Case, picture: NDArray) -> list[NDArray]:
+    """The channels of a picture (h, w, c) that are shown: red, green, blue, or the first alone.
+
+    The three channels of an image are colours; those of a volume are sequences.
+    """
+    shown = 3 if picture.shape[-1] == 3 and case.slice is None else 1
+    return [picture[..., channel] for channel in range(shown)]
+
+
+def _picture(case: Case, picture: NDArray, side: int, dark: float, bright: float) -> NDArray:
+    """The shown channels of a picture (h, w, c), shrunk and in one window of values: (h, w), or (h, w, 3)."""
+    channels = [_windowed(shrink(channel, side), dark, bright) for channel in colours_of(case, picture)]
+    return np.stack(channels, -1) if len(channels) > 1 else channels[0]
+
+
+def _coloured(heat: NDArray, scale: Scale) -> str:
+    """A map (h, w) as a PNG in the colours of maps."""
+    coloured = Image.fromarray((unit_heat(heat, scale) * 255).round().astype(np.uint8)).convert("P")
+    coloured.putpalette(palette().tobytes())
+    return _png(coloured)
 
 
 def _windowed(array: NDArray, dark: float, bright: float) -> NDArray:
@@ -111,47 +134,53 @@ def palette() -> NDArray[np.uint8]:
     return (matplotlib.colormaps["inferno"](np.arange(256))[:, :3] * 255).round().astype(np.uint8)
 
 
-def blend(grey: NDArray, heat: NDArray, scale: Scale) -> NDArray[np.uint8]:
-    """Lay a map (h, w) over a grey picture (h, w) in [0, 1]: colours (h, w, 3), more opaque where the map is higher."""
+def blend(picture: NDArray, heat: NDArray, scale: Scale) -> NDArray[np.uint8]:
+    """Lay a map (h, w) over a picture (h, w) or (h, w, 3) in [0, 1]: colours (h, w, 3), more opaque where the map is
+    higher."""
     unit = unit_heat(heat, scale)
     opacity = 0.75 * unit[..., None]
     colours = palette()[(unit * 255).round().astype(np.uint8)]
-    return (255 * grey[..., None] * (1 - opacity) + colours * opacity).round().astype(np.uint8)
+    below = picture.reshape(*heat.shape, -1)
+    return (255 * below * (1 - opacity) + colours * opacity).round().astype(np.uint8)
 
 
 def case_pictures(case: Case, scale: Scale, side: int = MAX_SIDE, spreads: Scale | None = None) -> dict[str, Any]:
     """Draw a case; a volume in the slice that `one_slice` takes.
 
-    The 1st to 99th percentile of the image is the grey window of the image, of the reconstruction, and of further
-    pictures in the same unit. Further pictures in another unit share one window of their own.
+    The 1st to 99th percentile of the image is the window of the image, of the reconstruction, and of further pictures
+    in the same unit. Further pictures in another unit share one window of their own.
 
     Args:
       scale, spreads: the scales of the page for maps and spreads.
       side: the largest side of a picture in pixels.
 
-    Returns: data URIs "image", "reconstruction", "map", "overlay" and "spread" (None where the case has none);
-    "further", {name: data URI}; "outline" of the mask; "width" and "height" of the map in pixels; "slice".
+    Returns: data URIs "image", "reconstruction", "map", "inside" (the map within the region), "overlay" and "spread"
+    (None where the case has none); "further", {name: data URI}; "outline" of the mask; "called", the outline of what
+    the map calls abnormal; "width" and "height" of the map in pixels; "slice".
     """
     case = one_slice(case)
-    image, heat = shrink(case.image[..., 0], side), shrink(case.map, side)
-    dark, bright = np.percentile(image, (1, 99))
-    grey = _windowed(image, dark, bright)
+    heat = shrink(case.map, side)
+    dark, bright = np.percentile([shrink(channel, side) for channel in colours_of(case, case.image)], (1, 99))
+    picture = _picture(case, case.image, side, dark, bright)
     reconstruction = spread = None
     if case.reconstruction is not None:
-        reconstruction = _greys(_windowed(shrink(case.reconstruction[..., 0], side), dark, bright))
+        reconstruction = _plain(_picture(case, case.reconstruction, side, dark, bright))
     if case.confidence is not None and spreads:
-        spread = _greys(_windowed(shrink(case.confidence, side), spreads.low, spreads.high))
-    coloured = Image.fromarray((unit_heat(heat, scale) * 255).round().astype(np.uint8)).convert("P")
-    coloured.putpalette(palette().tobytes())
+        spread = _plain(_windowed(shrink(case.confidence, side), spreads.low, spreads.high))
+    inside = None
+    if case.region is not None and not case.region.all():
+        inside = _coloured(heat * (shrink(case.region, side) > 0.5), scale)
     h, w = case.map.shape[:2]
     return {
-        "image": _greys(grey),
+        "image": _plain(picture),
         "reconstruction": reconstruction,
-        "map": _png(coloured),
-        "overlay": _png(Image.fromarray(blend(grey, heat, scale)).quantize(256, Image.Quantize.FASTOCTREE)),
+        "map": _coloured(heat, scale),
+        "inside": inside,
+        "overlay": _png(Image.fromarray(blend(picture, heat, scale)).quantize(256, Image.Quantize.FASTOCTREE)),
         "spread": spread,
         "further": further_pictures(case, side, dark, bright),
         "outline": "" if case.mask is None else outline(case.mask, side),
+        "called": "" if case.called is None else outline(case.called, side),
         "width": w,
         "height": h,
         "slice": case.slice,
@@ -163,10 +192,10 @@ def further_pictures(case: Case, side: int, dark: float, bright: float) -> dict[
     other_unit = [np.ravel(picture) for picture in case.pictures.values() if picture.ndim == 2]
     ends = np.percentile(np.concatenate(other_unit), (1, 99)) if other_unit else (0.0, 1.0)
     return {
-        name: _greys(
+        name: _plain(
             _windowed(shrink(picture, side), *ends)
             if picture.ndim == 2
-            else _windowed(shrink(picture[..., 0], side), dark, bright)
+            else _picture(case, picture, side, dark, bright)
         )
         for name, picture in case.pictures.items()
     }

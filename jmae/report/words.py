@@ -79,6 +79,21 @@ def stage_losses(history: Sequence[Mapping[str, Any]]) -> dict[str, tuple[NDArra
     return {s: (np.array([k for k, _ in x]), np.array([v for _, v in x])) for s, x in ordered.items()}
 
 
+def explained_sentences(history: Sequence[Mapping[str, Any]]) -> list[str]:
+    """How much of the variance of hidden voxels the last look at held-out normals explained; none without a look."""
+    looks = [line for line in history if any(key.startswith("explained_variance") for key in line)]
+    if not looks:
+        return []
+    shares = [f"{100 * value:.0f} %" for key, value in looks[-1].items() if key.startswith("explained_variance")]
+    of = " (in the order of the channels)" if len(shares) > 1 else ""
+    return [
+        f"Of held-out normals, the network explained {' and '.join(shares)} of the variance of hidden voxels{of}, at "
+        f"step {looks[-1]['step']}.",
+        "At 0 % or below it predicts no better than their mean: a map is then little more than the squared distance to "
+        "the mean, and 100 % would be perfect.",
+    ]
+
+
 def number_text(value: float | None, digits: int = 3) -> str:
     """A number with `digits` decimals; a dash for None."""
     return "–" if value is None else f"{value:.{digits}f}"

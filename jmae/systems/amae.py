@@ -5,14 +5,19 @@ Detection in Chest X-Rays", MICCAI 2023, arXiv 2307.12721. No official code is k
 recipe), AnatPaste's code (proxy task and head), DDAD's (protocol). Equation numbers are the paper's.
 
 Stages: `pretrain` (Stage 0, where no weights are given), `proxy` (Stage 1), `labels` (pseudo-labels), `module_a` and
-`module_b` (Stage 2). Variants, the paper's comparisons: `stage2` (AMAE), `stage1` (proxy task alone), `no_pseudo`
-(module A on the normals, B on all unlabelled images), `mask_rec` (one module on both, reconstruction error), `mae` (not
-adapted, reconstruction error).
+`module_b` (Stage 2). Variants:
+
+- the paper's: `stage2` (AMAE), `stage1` (proxy task alone), `no_pseudo` (module A on the normals, B on all unlabelled
+  images), `mask_rec` (one module on both, reconstruction error), `mae` (not adapted, reconstruction error);
+- `one_class`: one masked autoencoder of the normals alone, whose Stage 0 sees no other image either;
+- ours, controls that tell what a score owes to the pseudo-labels: `b_perfect` takes the hidden labels in their place,
+  for both modules; `b_normals` has AMAE's module A, and trains module B on the normals.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -24,10 +29,10 @@ from jaxtyping import Array, Float, Key, PyTree
 from ml_collections import ConfigDict
 
 from jmae import recipe
-from jmae.anomalies.anatpaste import anatpaste, lung_field
+from jmae.anomalies.anatpaste import anatpaste, jittered, lung_field
 from jmae.data.manifest import Row
 from jmae.data.transforms import moments_of
-from jmae.data.unlabeled import unlabeled_labels
+from jmae.data.unlabeled import ratio_note, unlabeled_labels
 from jmae.errors import InputError
 from jmae.masked import (
     LEAST_RATE,
@@ -43,7 +48,7 @@ from jmae.masked import (
     train_step,
     training,
 )
-from jmae.masking import case_keys, sample_keys
+from jmae.masking import case_keys, fold_in, sample_keys
 from jmae.nn.mae import MAE
 from jmae.nn.transformer import linear
 from jmae.optim import adamw, begin, descend
@@ -70,8 +75,16 @@ VARIANTS = {
     "no_pseudo": ("pretrain", "module_a", "module_b"),
     "mask_rec": ("pretrain", "module_a"),
     "mae": ("pretrain",),
+    "one_class": ("pretrain", "module_a"),
+    "b_perfect": ("pretrain", "module_a", "module_b"),
+    "b_normals": ("pretrain", "proxy", "labels", "module_a", "module_b"),
 }
-DISCREPANCIES = {"reconstruction": "stage2", "error": "stage2_error"}
+NORMALS_ALONE = ("stage1", "mae", "one_class")  # variants that need no unlabelled image
+DISCREPANCIES = {"reconstruction": "stage2", "nearer": "stage2_nearer", "error": "stage2_error"}
+HOME_MADE = (
+    "Stage 0 was trained on this run's images instead of the 0.3 million chest X-rays of the paper's checkpoint "
+    "(model.weights names no file): this run is not the paper's"
+)
 RECONSTRUCTION_KEYS = (
     TRAINING_KEYS
     | LEAST_RATE
@@ -90,10 +103,15 @@ KEYS = {
         (0.5, 1.0), "Share of the image that a random resized crop takes.", above=0, most=1, length=2
     ),
     "data.anomaly_ratio": recipe.Key(
-        -1.0, "Share of abnormal images in the unlabelled set, by data.unlabeled_labels; below 0: as it is.", most=1
+        -1.0,
+        "Share of abnormal images in the unlabelled set, by data.unlabeled_labels; below 0, or without that file: as "
+        "it is.",
+        most=1,
     ),
     "data.unlabeled_size": recipe.Key(0, "Images of the unlabelled set at that share; 0: all.", least=0),
-    "data.unlabeled_labels": recipe.Key("", "CSV id,label of the unlabelled rows, for that share alone, not to train."),
+    "data.unlabeled_labels": recipe.Key(
+        "", "CSV id,label of the unlabelled rows: for that share, and to train the control variant=b_perfect alone."
+    ),
     **declared(
         "model",
         MODEL_KEYS | WEIGHTS_KEYS,
@@ -119,8 +137,16 @@ KEYS = {
     "proxy.fill": recipe.Key((150, 254), "Grey levels, of 255, of the anomalies' source.", least=0, most=255, length=2),
     "proxy.blur": recipe.Key((0, 14), "Size of the blur, at 256 x 256.", "pixels", least=0, length=2),
     "proxy.margin": recipe.Key(10, "Margin around an anomaly, at 256 x 256.", "pixels", least=0),
-    "proxy.jitter": recipe.Key(0.1, "Range of the changes of brightness and contrast.", least=0),
+    "proxy.jitter": recipe.Key(0.1, "Range of the changes of brightness and contrast of a pasted patch.", least=0),
+    "proxy.jitter_image": recipe.Key(
+        0.0, "The same range for a whole image, alike with and without an anomaly; AnatPaste: 0.1.", least=0
+    ),
     **declared("adapt", RECONSTRUCTION_KEYS, epochs=150, batch=16, masks=2, lr=2.5e-4, warmup=20 / 150),
+    "adapt.equal": recipe.Key(
+        "steps",
+        'What modules A and B have equal where `steps` counts: "steps", or "epochs", and `steps` is their mean then.',
+        choices=("steps", "epochs"),
+    ),
     "adapt.percentile": recipe.Key(
         50.0, "Percentile of the confidence from which a pseudo-label is used.", "%", least=0, below=100
     ),
@@ -130,7 +156,8 @@ KEYS = {
     "evaluation.masks": recipe.Key(4, "Masks of a test image, the same for modules A and B.", least=1),
     "evaluation.discrepancy": recipe.Key(
         "reconstruction",
-        'The primary score: "reconstruction", Eq. 4, or "error" (ours), the error of A less that of B.',
+        'The primary score: "reconstruction", Eq. 4; "nearer" (ours), its half where module B is nearer the image; '
+        'or "error" (ours), the error of A less that of B.',
         choices=tuple(DISCREPANCIES),
     ),
     "evaluation.paste": recipe.Key(
@@ -211,11 +238,7 @@ def proxy_loss(
 
 
 def with_anomalies(proxy: ConfigDict, batch: PyTree, keys: Key[Array, " b"]) -> Float[Array, "b *size c"]:
-    """Each image of the batch with an anomaly of AnatPaste in its lung field.
-
-    ours: no colour jitter of the whole image before the paste (AnatPaste's step 1): Eq. 2's normals have none, and
-    jitter on one side alone would be the easier thing to tell.
-    """
+    """Each image of the batch with an anomaly of AnatPaste in its lung field."""
     paste = partial(
         anatpaste,
         area=tuple(proxy.area),
@@ -243,10 +266,17 @@ def proxy_init(networks: Networks, key: Key[Array, ""], results: Results, n: int
 def proxy_step(
     networks: Networks, state: State, batch: PyTree, key: Key[Array, ""], results: Results, *, steps: int
 ) -> tuple[State, dict[str, Array]]:
-    """One step of the proxy task: the head tells images with a synthetic anomaly from the images themselves."""
-    proxy = networks.config.proxy
+    """One step of the proxy task: the head tells images with a synthetic anomaly from the images themselves.
+
+    AnatPaste jitters an image before it pastes: the image with the anomaly and the one without are jittered alike.
+    ours: the default has no such jitter, as Eq. 2 has none.
+    """
+    proxy, keys = networks.config.proxy, sample_keys(key, batch["index"])
     schedule = optax.warmup_cosine_decay_schedule(0.0, proxy.lr, proxy.warmup * steps, steps, proxy.lr_least)
-    pasted = with_anomalies(proxy, batch, sample_keys(key, batch["index"]))
+    if proxy.jitter_image:
+        image = jax.vmap(partial(jittered, jitter=proxy.jitter_image))(batch["image"], fold_in(keys, 1))
+        batch = batch | {"image": image}
+    pasted = with_anomalies(proxy, batch, keys)
     both = jnp.stack([batch["image"], pasted], 1).reshape(-1, *pasted.shape[1:])  # pairs stay on one device
     x = jax.lax.stop_gradient(features(networks, results["pretrain"]["params"], both))
     abnormal = jnp.tile(jnp.arange(2), len(pasted))
@@ -272,10 +302,10 @@ def score(
 ) -> dict[str, Any]:
     """The scores of images by all stages of the variant; see `System.score`."""
     config, raw = networks.config, batch["image"]
-    names = VARIANTS[config.variant]
+    names, image = VARIANTS[config.variant], standardised(raw, config)
     view = partial(
         reconstruct,
-        image=standardised(raw, config),
+        image=image,
         keys=case_keys(key, batch["case"]),
         patch=tuple(config.model.patch),
         ratio=config.adapt.mask_ratio,
@@ -288,13 +318,17 @@ def score(
     maps = {"mae": jnp.mean(passes["pretrain"].error, axis=-1)}
     if "module_b" in passes:
         a, b = passes["module_a"], passes["module_b"]
-        maps["stage2"] = jnp.mean(jnp.abs(a.mean - b.mean), axis=-1)  # Eq. 4
-        # ours: by how much B, which was trained on anomalies, explains the hidden patches better than A. Eq. 4 has no
-        # sign: it also grows where A is the better one, on normals; short training shows it (benchmarks/results).
+        apart = jnp.abs(a.mean - b.mean)
+        maps["stage2"] = jnp.mean(apart, axis=-1)  # Eq. 4
+        # Eq. 4 has no sign. Where B is nearer the image, the difference is larger in abnormal images; where A is
+        # nearer, it is larger in normal ones. Eq. 4 adds the two. ours: the first part alone, and by how much B
+        # explains the hidden patches better than A.
+        nearer = jnp.abs(b.mean - image) < jnp.abs(a.mean - image)
+        maps["stage2_nearer"] = jnp.mean(apart * nearer, axis=-1)
         maps["stage2_error"] = jnp.mean(a.error - b.error, axis=-1)
     if "module_a" in passes:
-        # The paper's Mask Rec. where the module was trained on both sets, else module A's reconstruction error.
-        name = "mask_rec" if config.variant == "mask_rec" else "module_a"
+        # A variant of one module has its name: the paper's Mask Rec., of normals and unlabelled images, and one_class.
+        name = "module_a" if "module_b" in passes else config.variant
         maps[name] = jnp.mean(passes["module_a"].error, axis=-1)
     scores = {name: jnp.mean(m, axis=tuple(range(1, m.ndim))) for name, m in maps.items()}
     if "proxy" in names:
@@ -352,9 +386,10 @@ def pseudo_labels(margin: np.ndarray, percentile: float, over: str = "class") ->
     Args:
         margin: logit abnormal less logit normal of Stage 1 (n,).
         percentile: of the confidence.
-        over: "class" takes, of the images predicted as a class, those whose confidence reaches the class's percentile
-            (50: the more confident half, ties included), and all of a class predicted less than twice. "all" takes
-            images whose probability of the class reaches the percentile over all images, but no image of both classes.
+        over: how the paper's "top K-th percentile" is read. "class" takes, of the images predicted as a class, those
+            whose confidence reaches the class's percentile (50: the more confident half, ties included), and all of a
+            class predicted less than twice. "all" takes images whose probability of the class reaches the percentile
+            over all images, but no image of both classes: at 50 these are the two halves, whatever the anomaly ratio.
 
     Returns:
         (pseudo-labels, 0 or 1 (n,); True for a confident image (n,)).
@@ -379,13 +414,15 @@ def pseudo_labels(margin: np.ndarray, percentile: float, over: str = "class") ->
 def unlabelled(config: ConfigDict, rows: Sequence[Row], results: Results) -> np.ndarray:
     """Numbers of the unlabelled rows. Raises InputError where there is none and the variant needs some."""
     numbers = rows_of(rows, results, splits=("unlabeled",))
-    if not len(numbers) and config.variant not in ("stage1", "mae"):
+    if not len(numbers) and config.variant not in NORMALS_ALONE:
         raise InputError(f"variant {config.variant} needs rows of split 'unlabeled': or take variant=stage1")
     return numbers
 
 
 def pretrain_rows(config: ConfigDict, rows: Sequence[Row], results: Results) -> np.ndarray:
-    """Numbers of all rows, the unlabelled ones last."""
+    """Numbers of all rows, the unlabelled ones last; of the normals alone where the variant has one class."""
+    if config.variant == "one_class":
+        return rows_of(rows, results)
     return np.concatenate([rows_of(rows, results), unlabelled(config, rows, results)])
 
 
@@ -402,12 +439,28 @@ def pseudo_labelled(config: ConfigDict, rows: Sequence[Row], results: Results, l
     return numbers
 
 
+def truly(config: ConfigDict, rows: Sequence[Row], results: Results, label: int) -> np.ndarray:
+    """Numbers of the unlabelled rows with a hidden label: for the control `b_perfect` alone.
+
+    Raises InputError where a row has none, or no row has this label.
+    """
+    known, numbers = unlabeled_labels(config, rows), unlabelled(config, rows, results)
+    if missing := [rows[i].id for i in numbers if rows[i].id not in known]:
+        raise InputError(f"variant b_perfect: {missing[0]} has no hidden label: name them all in data.unlabeled_labels")
+    chosen = numbers[[known[rows[i].id] == label for i in numbers]]
+    if label == 1 and not len(chosen):
+        raise InputError("variant b_perfect: no unlabelled image is abnormal by data.unlabeled_labels")
+    return chosen
+
+
 def rows_a(config: ConfigDict, rows: Sequence[Row], results: Results) -> np.ndarray:
     """Numbers of module A's rows: normals, and the unlabelled images predicted normal."""
     if config.variant == "mask_rec":
         return pretrain_rows(config, rows, results)
-    if config.variant == "no_pseudo":
+    if config.variant in ("no_pseudo", "one_class"):
         return rows_of(rows, results)
+    if config.variant == "b_perfect":
+        return np.concatenate([rows_of(rows, results), truly(config, rows, results, 0)])
     pseudo_labelled(config, rows, results, 1)  # module B must have rows too: said before module A is trained
     return np.concatenate([rows_of(rows, results), pseudo_labelled(config, rows, results, 0)])
 
@@ -416,7 +469,17 @@ def rows_b(config: ConfigDict, rows: Sequence[Row], results: Results) -> np.ndar
     """Numbers of module B's rows: the unlabelled images predicted abnormal."""
     if config.variant == "no_pseudo":
         return unlabelled(config, rows, results)
+    if config.variant == "b_normals":
+        return rows_of(rows, results)
+    if config.variant == "b_perfect":
+        return truly(config, rows, results, 1)
     return pseudo_labelled(config, rows, results, 1)
+
+
+def pace(config: ConfigDict, number: int, rows: Sequence[Row], results: Results) -> float:
+    """Twice the share of module A (0) or B (1) in the rows of both: times `adapt.steps` it gives both equal epochs."""
+    counts = [len(module(config, rows, results)) for module in (rows_a, rows_b)]
+    return 2 * counts[number] / sum(counts)
 
 
 def adapt_init(training: Training, key: Key[Array, ""], results: Results, n: int) -> State:
@@ -439,10 +502,13 @@ def reconstruction(networks: Networks, section: ConfigDict) -> Training:
 
 
 def stages(networks: Networks) -> tuple[Stage, ...]:
-    """All stages in order. Modules A and B share one step object, so that one compiled program serves both."""
+    """All stages in order. Modules A and B share one step object: one compiled program serves both where they have as
+    many steps."""
     config, everyone = networks.config, ("train", "unlabeled")
+    seen = ("train",) if config.variant == "one_class" else everyone
     pretrain, proxy, adapt, parts = config.pretrain, config.proxy, config.adapt, config.accumulate
     stage_0, stage_2 = reconstruction(networks, pretrain), reconstruction(networks, adapt)
+    paced = adapt.steps and adapt.equal == "epochs" and "module_b" in VARIANTS[config.variant]
     module = partial(
         Stage,
         batch=adapt.batch,
@@ -454,7 +520,7 @@ def stages(networks: Networks) -> tuple[Stage, ...]:
     return (
         Stage(
             name="pretrain",
-            splits=everyone,
+            splits=seen,
             rows=partial(pretrain_rows, config),
             batch=pretrain.batch,
             steps=steps_of(pretrain, config.budget),
@@ -485,14 +551,28 @@ def stages(networks: Networks) -> tuple[Stage, ...]:
         ),
         module(
             name="module_a",
-            splits=("train",) if config.variant == "no_pseudo" else everyone,
+            splits=("train",) if config.variant == "no_pseudo" else seen,
             rows=partial(rows_a, config),
+            pace=partial(pace, config, 0) if paced else None,
         ),
-        module(name="module_b", splits=("unlabeled",), rows=partial(rows_b, config)),
+        module(
+            name="module_b",
+            splits=("train",) if config.variant == "b_normals" else ("unlabeled",),
+            rows=partial(rows_b, config),
+            pace=partial(pace, config, 1) if paced else None,
+        ),
     )
 
 
 # --- system -----------------------------------------------------------------------------------------------------------
+
+
+def home_made(weights: str) -> bool:
+    """Whether Stage 0 comes from no file of weights: this run trains it, or the run that `model.weights` names did."""
+    if not weights:
+        return True
+    run = Path(weights)
+    return (run / "config.json").is_file() and home_made(recipe.read(run).model.weights)
 
 
 def build(config: ConfigDict) -> System:
@@ -500,6 +580,11 @@ def build(config: ConfigDict) -> System:
     if config.data.unlabeled_size and config.data.anomaly_ratio < 0:
         raise InputError("data.unlabeled_size goes with data.anomaly_ratio: set that too, or take it back to 0")
     names, networks = VARIANTS[config.variant], networks_of(config)
+    notes = [HOME_MADE] if home_made(config.model.weights) else []
+    if config.variant not in NORMALS_ALONE and (note := ratio_note(config)):
+        notes.append(note)
+    if config.variant == "b_perfect":
+        notes.append("variant b_perfect was trained on the hidden labels: it is a control, no method")
     primary = DISCREPANCIES[config.evaluation.discrepancy] if "module_b" in names else config.variant
     return System(
         name="amae",
@@ -509,5 +594,6 @@ def build(config: ConfigDict) -> System:
         score=partial(score, networks),
         masks=config.evaluation.masks,
         repetitions="masks",
-        averaged=primary != "stage2",  # a difference of means
+        averaged=primary not in ("stage2", "stage2_nearer"),  # differences of means
+        notes=tuple(notes),
     )

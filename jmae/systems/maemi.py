@@ -1,7 +1,8 @@
 """MAEMI: a 3D masked autoencoder trained on healthy breasts; anomalies are what it reconstructs badly.
 
-Lang, Schwartz, Heitzer, ... Schnabel, "Multispectral 3D Masked Autoencoders for Anomaly Detection in Non-Contrast
-Enhanced Breast MRI", 2023, arXiv 2303.05861. Consulted: LangDaniel/MAEMI (the released code), facebookresearch/mae.
+Daniel M. Lang, Eli Schwartz, Cosmin I. Bercea, Raja Giryes, Julia A. Schnabel, "Multispectral 3D Masked Autoencoders
+for Anomaly Detection in Non-Contrast Enhanced Breast MRI", CaPTion 2023, arXiv 2303.05861. Consulted: LangDaniel/MAEMI
+(the released code), facebookresearch/mae.
 Differences: the released code's position codes, averaging and unclipped test images are options (`compat`), off.
 
 One stage, `train`: random crops of the healthy parts of volumes, masked reconstruction. Score: Eq. 2 and 3.
@@ -22,13 +23,34 @@ from jmae import recipe
 from jmae.data.transforms import random_flip
 from jmae.data.volumes import check_settings
 from jmae.errors import InputError
-from jmae.masked import LEAST_RATE, MODEL_KEYS, TRAINING_KEYS, WEIGHTS_KEYS, declared, start, train_step, training
+from jmae.masked import (
+    LEAST_RATE,
+    MODEL_KEYS,
+    TRAINING_KEYS,
+    WEIGHTS_KEYS,
+    declared,
+    explained_variance,
+    start,
+    train_step,
+    training,
+)
 from jmae.masking import hidden, random_mask, visible_tokens
 from jmae.nn.mae import MAE
 from jmae.patches import grid_of, patchify, sincos_positions, unpatchify
 from jmae.scoring import minimum_filter
-from jmae.system import Pretrained, Results, Stage, Sweep, System, masked_autoencoder, rows_of, steps_of
-from jmae.windows import average
+from jmae.system import (
+    Check,
+    Pretrained,
+    Results,
+    Stage,
+    Sweep,
+    System,
+    held_out_normals,
+    masked_autoencoder,
+    rows_of,
+    steps_of,
+)
+from jmae.windows import average, tile
 
 KEYS = {
     "checkpoint_every": recipe.Key(5000, "Steps between two checkpoints.", "steps", least=1),
@@ -57,7 +79,7 @@ KEYS = {
         20.0, "Margin around a lesion that sticks out of that box, in training volumes.", "mm", least=0
     ),
     "data.region": recipe.Key(
-        "", '"nonzero": rows without a region have the voxels that are not 0.', choices=("", "nonzero")
+        "", '"nonzero": a row without a region counts its voxels that are not 0.', choices=("", "nonzero")
     ),
     "data.normal_crops_only": recipe.Key(
         False, "Whether abnormal training rows with a mask are used, by crops that touch no lesion, instead of refused."
@@ -87,7 +109,9 @@ KEYS = {
         warmup=7 / 1000,
     ),
     "compat.position": recipe.Key(False, "The released code's permuted position codes."),
-    "compat.averaging": recipe.Key(False, "The released code's averaging: voxels under few windows weigh more."),
+    "compat.averaging": recipe.Key(
+        False, "The released code's padding, halves and averaging: voxels under few windows weigh more."
+    ),
     "compat.clip": recipe.Key(False, "The released code's test images, which are not clipped."),
     "evaluation.batch": recipe.Key(64, "Windows that are scored at a time; fewer where memory is short.", least=1),
     "evaluation.stride": recipe.Key((64, 42, 2), "Distance between windows.", "voxels", least=1, length=3),
@@ -101,6 +125,7 @@ KEYS = {
     ),
 }
 
+WATCHED = 64  # crops of held-out normals, whose explained variance is logged
 VISIBLE = 1e-6  # weight of a visible token's error beside a hidden token's, where only the latter counts
 
 
@@ -129,11 +154,26 @@ def released_positions(grid: tuple[int, ...], width: int) -> np.ndarray:
 
 def view(data: ConfigDict, image: Float[Array, "b *size c"], keys: Key[Array, " b"]) -> Float[Array, "b *size c"]:
     """Clipped crops, mirrored at random."""
-    flip = partial(random_flip, axes=tuple(int(axis) for axis in data.flips))
+    flip = partial(random_flip, axes=tuple(data.flips))
     return jax.vmap(flip)(jnp.clip(image, *data.clip), keys)
 
 
 # --- score (Eq. 2 and 3) ----------------------------------------------------------------------------------------------
+
+
+def reconstructed(
+    networks: Networks, results: Results, image: Float[Array, "b *size c"], keys: Key[Array, " b"]
+) -> tuple[Float[Array, "b *size c"], Float[Array, "b *size c"], Bool[Array, "b *size 1"]]:
+    """(Windows as the network sees them, its prediction under one random mask each, True for hidden voxels.)"""
+    config, mae = networks.config, networks.mae_of(results["train"]["params"])
+    size, patch = image.shape[1:-1], tuple(config.model.patch)
+    image = image if config.compat.clip else jnp.clip(image, *config.data.clip)
+    patches = patchify(image, patch)
+    visible = visible_tokens(patches.shape[1], config.evaluation.mask_ratio)
+    keep, restore = random_mask(keys, patches.shape[1], visible)
+    prediction = unpatchify(mae(patches, keep, restore), size, patch)
+    absent = jnp.broadcast_to(hidden(restore, visible)[..., None], (*restore.shape, prod(patch)))
+    return image, prediction, unpatchify(absent.astype(jnp.float32), size, patch) > 0
 
 
 def window_error(
@@ -143,19 +183,14 @@ def window_error(
 
     Values are the filtered squared error of each sequence at all tokens, visible tokens too, and then the prediction.
     Weights are 1 at hidden and almost 0 at visible tokens: only a voxel that no mask hid has a visible token's error.
+    With `evaluation.error` "hidden", a hidden voxel has the smallest error of the hidden voxels in its box.
     """
-    config, mae = networks.config, networks.mae_of(results["train"]["params"])
-    size, patch = image.shape[1:-1], tuple(config.model.patch)
-    image = image if config.compat.clip else jnp.clip(image, *config.data.clip)
-    patches = patchify(image, patch)
-    tokens = patches.shape[1]
-    visible = visible_tokens(tokens, config.evaluation.mask_ratio)
-    keep, restore = random_mask(keys, tokens, visible)
-    prediction = unpatchify(mae(patches, keep, restore), size, patch)
-    error = minimum_filter((image - prediction) ** 2, tuple(config.evaluation.filter))
-    weights = jnp.where(hidden(restore, visible), 1, VISIBLE)[..., None]
-    weights = jnp.broadcast_to(weights, (*restore.shape, prod(patch)))
-    return jnp.concatenate([error, prediction], -1), unpatchify(weights, size, patch)
+    image, prediction, absent = reconstructed(networks, results, image, keys)
+    squared, edges = (image - prediction) ** 2, tuple(networks.config.evaluation.filter)
+    error = minimum_filter(squared, edges)
+    if networks.config.evaluation.error == "hidden" and max(edges) > 1:
+        error = jnp.where(absent, minimum_filter(jnp.where(absent, squared, jnp.inf), edges), error)
+    return jnp.concatenate([error, prediction], -1), jnp.where(absent, 1, VISIBLE)
 
 
 def fuse(edges: tuple[int, ...], averages: Float[Array, "*size k"], inside: Bool[Array, "*size"]) -> dict:
@@ -196,6 +231,14 @@ def build(config: ConfigDict) -> System:
         init=partial(start, train, init),
         step=partial(train_step, train),
         pretrained=Pretrained(use="start", positions=positions),
+        watch=Check(
+            every=config.checkpoint_every,
+            rows=held_out_normals,
+            look=partial(
+                explained_variance, train, lambda image: jnp.clip(image, *data.clip), at_once=config.train.batch
+            ),
+            samples=WATCHED,
+        ),
         parts=config.accumulate,
     )
     sweep = Sweep(
@@ -203,7 +246,11 @@ def build(config: ConfigDict) -> System:
         stride=tuple(evaluation.stride),
         repeats=evaluation.repeats,
         score=partial(window_error, networks),
+        example=partial(reconstructed, networks),
         fuse=partial(fuse, tuple(evaluation.filter)),
-        average=partial(average, weighted=evaluation.error == "hidden", released=compat.averaging),
+        average=partial(
+            average, weighted=evaluation.error == "hidden", released=data.channels if compat.averaging else 0
+        ),
+        tile=partial(tile, released=compat.averaging),
     )
     return System(name="maemi", stages=(stage,), uses=("train",), primary="maemi", sweep=sweep, repetitions="repeats")

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from math import prod
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -31,6 +32,7 @@ from jmae.masked import (
     MODEL_KEYS,
     STANDARDISING_KEYS,
     TRAINING_KEYS,
+    WEIGHTS_KEYS,
     crop_and_flip,
     declared,
     standardised,
@@ -40,32 +42,41 @@ from jmae.masked import (
 )
 from jmae.masking import case_keys, visible_tokens
 from jmae.nn.mae import MAE
-from jmae.nn.memory import GATES, MultiLevelMAE
+from jmae.nn.memory import GATES, MultiLevelMAE, around_plain, plain_part
 from jmae.optim import adamw
 from jmae.patches import grid_of, patchify
 from jmae.reconstruct import Reconstruction, reconstruct
-from jmae.ssim import check_ssim, ms_ssim, ms_ssim_map
-from jmae.system import Results, Stage, Sweep, System, masked_autoencoder, rows_of, steps_of
+from jmae.ssim import BORDERS, check_ssim, ms_ssim, ms_ssim_map
+from jmae.system import Pretrained, Results, Stage, Sweep, System, masked_autoencoder, rows_of, steps_of
+from jmae.windows import average
 
+LUMINANCES = ("standardised", "unit", "none")
+VISIBLE = 1e-6  # weight of a mask that does not hide a voxel: only a voxel that no mask hides has those masks' mean
 SCORES = ("ms_ssim", "ms_ssim_patches", "mse", "ms_ssim_product")  # the last one is of whole images, without a map
 
 KEYS = {
     "checkpoint_every": recipe.Key(5000, "Steps between two checkpoints.", "steps", least=1),
     "data.crop_scale": recipe.Key(
         (0.2, 1.0),
-        "Share of the image that a random resized crop takes [D]; ours: of the image at `size`; (): no crop.",
+        "Share of the image that a random resized crop takes [D]; (): no crop.",
         above=0,
         most=1,
         length=2,
         empty=True,
     ),
-    **declared("model", MODEL_KEYS),
+    **declared("model", MODEL_KEYS | WEIGHTS_KEYS),
+    "model.weights_part": recipe.Key(
+        "mae",
+        'Part of the network that takes the weights: "mae"; "encoder"; "blocks", the encoder\'s transformer blocks.',
+        choices=("mae", "encoder", "blocks"),
+    ),
     "model.channels": recipe.Key(3, "Channels of the network; a grey image is repeated.", least=1),
     "model.memory": recipe.Key(40, "Memory slots of each encoder block [D]; 0: plain attention.", least=0),
     "model.mc_decoder": recipe.Key(True, "Whether the decoder attends to all encoder levels; the MAE's does not."),
     "model.gate": recipe.Key(
-        "channel",
-        'Gates of a level: "channel", a number for each channel and token [D]; "token", one for each token.',
+        "token",
+        'Gates of a level: "token", a number for each token, as the paper\'s 22 hours ask for; "channel", one for each '
+        "channel and token, as Cornia et al.",
         choices=GATES,
     ),
     "model.mc_norm": recipe.Key(True, "Whether the sum over levels is divided by the root of their number [D]."),
@@ -86,6 +97,22 @@ KEYS = {
         (0.0448, 0.2856, 0.3001, 0.2363, 0.1333), "Weights of the scales, the finest one first.", above=0
     ),
     "evaluation.pool": recipe.Key((2, 2), "Pixels of a scale that make one of the next scale.", least=1),
+    "evaluation.luminance": recipe.Key(
+        "standardised",
+        'Values that SSIM\'s luminance compares: "standardised", IGD\'s, where the mean counts as black; ours: "unit", '
+        'those of [0, 1], for which it is meant; "none", none.',
+        choices=LUMINANCES,
+    ),
+    "evaluation.border": recipe.Key(
+        "stretch",
+        'How a scale\'s map reaches the border: "stretch", IGD\'s, which moves defects outwards; ours: "mirror".',
+        choices=BORDERS,
+    ),
+    "evaluation.average": recipe.Key(
+        "all",
+        'Masks over which a voxel\'s map is averaged: "all", or "hidden", those that hide the voxel.',
+        choices=("all", "hidden"),
+    ),
     "evaluation.l1_weight": recipe.Key(
         0.0, "Share of the absolute error in the map; 0: MS-SSIM alone; IGD: 0.15.", least=0, most=1
     ),
@@ -98,8 +125,19 @@ KEYS = {
     ),
 }
 IMAGE_KEYS = {
+    "data.crop_from": recipe.Key(
+        (),
+        "Size of the images that random crops are taken from; (): data.size.",
+        "pixels",
+        least=1,
+        length=2,
+        empty=True,
+        holds=1,
+    ),
     **declared("data", STANDARDISING_KEYS, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)),
-    "data.flips": recipe.Key((), "Axes, each mirrored with probability 1/2; the paper lists none.", choices=(0, 1)),
+    "data.flips": recipe.Key(
+        (), "Axes, each mirrored with probability 1/2; the paper lists none.", choices=(0, 1), holds=0
+    ),
 }
 VOLUME_KEYS = {
     "data.channels": recipe.Key(2, "Sequences of a volume.", least=1),
@@ -122,54 +160,67 @@ class Networks:
 # --- loss: masked reconstruction (masked.train_step) ------------------------------------------------------------------
 
 
-def view(config: ConfigDict, image: Float[Array, "b *size c"], keys: Key[Array, " b"]) -> Float[Array, "b *size k"]:
-    """Crops and flips of images, in the network's range and channels."""
+def view(config: ConfigDict, image: Float[Array, "b *size c"], keys: Key[Array, " b"]) -> Float[Array, "b *new k"]:
+    """Crops and flips of images, in the network's range and channels. Crops have `data.size`."""
     data, volumes, raw = config.data, recipe.is_volume(config), image
     image = jnp.clip(image, *data.clip) if volumes else image
-    image = crop_and_flip(image, keys, scale=tuple(data.crop_scale), axes=tuple(int(axis) for axis in data.flips))
+    scale, axes, size = tuple(data.crop_scale), tuple(data.flips), tuple(data.size)
+    image = crop_and_flip(image, keys, scale=scale, axes=axes, size=size)
     return jnp.clip(image, *data.clip) if volumes else standardised(image, config, raw)
 
 
 # --- score ------------------------------------------------------------------------------------------------------------
 
 
-def span_of(config: ConfigDict, image: Float[Array, "b *size c"]) -> Float[Array, " b"]:
-    """Span of the values that each image can have in the network's range."""
+def range_of(
+    config: ConfigDict, image: Float[Array, "b *size c"]
+) -> tuple[Float[Array, "b channels"], Float[Array, " b"]]:
+    """(value of black in each channel, span of the values) that each image can have in the network's range."""
+    n, channels = len(image), config.model.channels
     if recipe.is_volume(config):
         low, high = config.data.clip
-        return jnp.full(len(image), high - low)
+        return jnp.full((n, channels), low), jnp.full(n, high - low)
     mean, std = moments_of(image, config.data)
-    dark, bright = ((end - mean) / std + jnp.zeros((len(image), *[1] * (image.ndim - 1))) for end in (0, 1))
-    axes = tuple(range(1, image.ndim))
-    return jnp.max(bright, axes) - jnp.min(dark, axes)  # ImageNet's moments: 4.7579, as IGD's
+    flat = lambda value: jnp.broadcast_to(value, (n, *[1] * (image.ndim - 2), channels)).reshape(n, channels)
+    black, bright = flat((0 - mean) / std), flat((1 - mean) / std)
+    return black, jnp.max(bright, 1) - jnp.min(black, 1)  # ImageNet's moments: 4.7579, as IGD's
 
 
 def dissimilarity(
     evaluation: ConfigDict,
     image: Float[Array, "b *size c"],
     reconstruction: Float[Array, "b *size c"],
+    hidden: Bool[Array, " b *size"],
     *,
+    black: Float[Array, "b c"],
     span: Float[Array, " b"],
 ) -> dict[str, Array]:
-    """How unlike its reconstruction each image is: {"map": (b, *size), "product": (b,)}.
+    """How unlike its reconstruction under one mask each image is.
 
-    "map" is D = sum_j w_j (1 - SSIM_j) of IGD, with a share `l1_weight` of |x - x'| / span. "product" is 1 - MS-SSIM,
-    the product over scales.
+    Returns:
+        "weight" (b, *size): how much the mask counts at a voxel; "map" and "error" (b, *size), times that weight: D =
+        sum_j w_j (1 - SSIM_j) of IGD, with a share `l1_weight` of |x - x'| / span, and the squared error; "product"
+        (b,): 1 - MS-SSIM, the product over scales.
     """
+    share, standard = evaluation.l1_weight, evaluation.luminance == "standardised"
     similarity = dict(
         window=tuple(evaluation.window),
         sigma=evaluation.sigma,
         weights=tuple(evaluation.scales),
         pool=tuple(evaluation.pool),
     )
-    share = evaluation.l1_weight
 
-    def one(x, y, span):
-        d = ms_ssim_map(x[None], y[None], data_range=span, **similarity)[0]
+    def one(x: Array, y: Array, black: Array, span: Array) -> tuple[Array, Array]:
+        own = similarity | {"data_range": span, "black": 0.0 if standard else black}
+        own |= {"black": None} if evaluation.luminance == "none" else {}
+        d = ms_ssim_map(x[None], y[None], border=evaluation.border, **own)[0]
         d = d if not share else (1 - share) * d + share * jnp.mean(jnp.abs(x - y), -1) / span
-        return {"map": d, "product": 1 - ms_ssim(x[None], y[None], data_range=span, **similarity)[0]}
+        return d, 1 - ms_ssim(x[None], y[None], **own)[0]
 
-    return jax.vmap(one)(image, reconstruction, span)
+    weight = jnp.where(hidden, 1.0, VISIBLE) if evaluation.average == "hidden" else jnp.ones(hidden.shape)
+    d, product = jax.vmap(one)(image, reconstruction, black, span)
+    error = jnp.mean((reconstruction - image) ** 2, -1)
+    return {"weight": weight, "map": weight * d, "error": weight * error, "product": product}
 
 
 def reconstructed(
@@ -181,10 +232,15 @@ def reconstructed(
     masks: int,
     chunk: int | None,
 ) -> tuple[Reconstruction, dict[str, Array]]:
-    """The reconstruction of images under `masks` masks, and the maps of the first three `SCORES`."""
+    """The reconstruction of images under `masks` masks, and the maps of the first three `SCORES`.
+
+    With `evaluation.average="hidden"` a voxel's map is the mean over the masks that hide the voxel: a pasted patch is
+    its own reconstruction, and how often a patch is pasted is chance.
+    """
     config, evaluation = networks.config, networks.config.evaluation
     patch = tuple(config.model.patch)
     image = jnp.clip(raw, *config.data.clip) if recipe.is_volume(config) else standardised(raw, config)
+    black, span = range_of(config, raw)
     found = reconstruct(
         networks.mae_of(results["train"]["params"]),
         image,
@@ -194,37 +250,42 @@ def reconstructed(
         masks=masks,
         paste=evaluation.paste,
         chunk=chunk,
-        measure=partial(dissimilarity, evaluation, span=span_of(config, raw)),
+        measure=partial(dissimilarity, evaluation, black=black, span=span),
     )
-    pixel = found.measured["map"]
+    pixel, error = (found.measured[name] / found.measured["weight"] for name in ("map", "error"))
     cells = jnp.mean(patchify(pixel[..., None], patch), -1).reshape(len(image), *grid_of(image.shape[1:-1], patch))
     patches = jax.image.resize(cells, pixel.shape, "linear")
-    return found, {"ms_ssim": pixel, "ms_ssim_patches": patches, "mse": jnp.mean(found.error, -1)}
+    return found, {"ms_ssim": pixel, "ms_ssim_patches": patches, "mse": error}
 
 
 def score(
     networks: Networks, results: Results, batch: PyTree, key: Key[Array, ""], *, chunk: int | None = None
 ) -> dict[str, Any]:
-    """The scores of images; see `System.score`."""
+    """The scores of images; see `System.score`.
+
+    The pictures are those of the paper's Figs. 2 and 3: what the first mask leaves, in mid-grey elsewhere, and the
+    reconstruction under that mask.
+    """
     config, raw = networks.config, batch["image"]
     keys = case_keys(key, batch["case"])
     found, maps = reconstructed(networks, results, raw, keys, masks=config.evaluation.masks, chunk=chunk)
     scores = {name: jnp.mean(m, tuple(range(1, m.ndim))) for name, m in maps.items()}
     scores["ms_ssim_product"] = found.measured["product"]
     mean, std = moments_of(raw, config.data)
-    picture = found.mean * std + mean
+    picture = found.first * std + mean
     if config.data.channels != config.model.channels:
         picture = jnp.mean(picture, -1, keepdims=True)
-    return {"maps": maps, "scores": scores, "reconstruction": picture}
+    visible = {"visible patches": jnp.where(found.first_hidden[..., None], 0.5, raw)}
+    return {"maps": maps, "scores": scores, "reconstruction": picture, "pictures": visible}
 
 
 def window_score(
     networks: Networks, results: Results, image: Float[Array, "b *size c"], keys: Key[Array, " b"]
 ) -> tuple[Float[Array, "b *size k"], Float[Array, "b *size 1"]]:
-    """(the maps and the reconstruction of windows under one mask, equal weights); see `Sweep.score`."""
+    """(the maps and the reconstruction of windows under one mask, the mask's weights); see `Sweep.score`."""
     found, maps = reconstructed(networks, results, image, keys, masks=1, chunk=None)
     values = [maps[name][..., None] for name in SCORES[:3]]
-    return jnp.concatenate([*values, found.mean], -1), jnp.ones((*image.shape[:-1], 1))
+    return jnp.concatenate([*values, found.mean], -1), found.measured["weight"][..., None]
 
 
 def fuse(averages: Float[Array, "*size k"], inside: Bool[Array, "*size"]) -> dict[str, Any]:
@@ -250,6 +311,10 @@ def check(config: ConfigDict) -> None:
     moments = (np.size(data.mean), np.size(data.std))
     if not volumes and data.normalise == "fixed" and any(n not in (1, model.channels) for n in moments):
         raise InputError(f"data.mean and data.std: one value, or one for each of {model.channels} model.channels")
+    if not volumes and data.crop_from and not data.crop_scale:
+        raise InputError("data.crop_from is of random crops: set data.crop_scale, or data.crop_from=()")
+    if model.weights and not Path(model.weights).is_dir() and model.long_skips:
+        raise InputError("model.weights: no published network has long skips: set --config.model.long_skips=false")
     if not evaluation.scales:
         raise InputError("evaluation.scales is empty: give a weight for each scale")
     check_ssim(size, tuple(evaluation.window), evaluation.scales, tuple(evaluation.pool))
@@ -282,6 +347,8 @@ def build(config: ConfigDict) -> System:
         init=partial(start, train, init),
         step=partial(train_step, train),
         parts=config.accumulate,
+        size=tuple(config.data.get("crop_from", ())),
+        pretrained=Pretrained(use="start", part=plain_part, whole=around_plain),
     )
     system = partial(
         System,
@@ -290,6 +357,7 @@ def build(config: ConfigDict) -> System:
         uses=("train",),
         primary=evaluation.score,
         repetitions="masks",
+        averaged=evaluation.average == "all" or evaluation.score == "ms_ssim_product",
     )
     if not recipe.is_volume(config):
         return system(score=partial(score, networks), masks=evaluation.masks)
@@ -299,5 +367,6 @@ def build(config: ConfigDict) -> System:
         repeats=evaluation.masks,
         score=partial(window_score, networks),
         fuse=fuse,
+        average=partial(average, weighted=evaluation.average == "hidden"),
     )
     return system(sweep=sweep)

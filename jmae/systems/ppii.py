@@ -135,6 +135,12 @@ KEYS = {
     "train.loss": Key(
         "cross_entropy", "Loss of a pixel; the cross-entropy has soft targets.", choices=("cross_entropy", "mse")
     ),
+    "train.target": Key(
+        "mean",
+        'Label that the network learns: "mean", over the raters; ours: "rater", that of one rater of each anomaly, who '
+        "is drawn at each step.",
+        choices=("mean", "rater"),
+    ),
     "train.variance_weight": Key(
         0.0, "Ours: a pixel's loss is divided by 1 + this number times the raters' variance.", least=0
     ),
@@ -150,7 +156,7 @@ KEYS = {
         "shares of the edge",
         least=0,
     ),
-    "train.flips": Key((), "Ours: axes that are each mirrored with probability 1/2.", least=0),
+    "train.flips": Key((), "Ours: axes that are each mirrored with probability 1/2.", least=0, holds=0),
     "train.held_out": Key(0.1, "Share of the patients kept for the best Dice.", least=0, below=1),
     "train.dice_at": Key(
         0.0,
@@ -201,6 +207,8 @@ def check(config: ConfigDict) -> None:
         raise InputError("train.batch=1: anomaly.source=other takes another image of the batch: set it to self")
     if train.variance_weight and config.variant not in PRESETS:
         raise InputError(f"train.variance_weight is of variants {', '.join(PRESETS)}, which have raters")
+    if train.target == "rater" and config.variant not in PRESETS:
+        raise InputError(f"train.target=rater is of variants {', '.join(PRESETS)}, which have raters")
     if model.backbone == "phiseg" and train.loss == "mse":
         raise InputError("train.loss=mse is of the U-Nets: PHiSeg's loss is a likelihood")
     if model.backbone == "phiseg" and train.variance_weight:
@@ -292,23 +300,28 @@ def make(config: ConfigDict, rngs: Any) -> UNet | PHiSeg:
 # --- anomalies --------------------------------------------------------------------------------------------------------
 
 
+def options_of(config: ConfigDict) -> dict[str, Any]:
+    """The options of the generator `ppii` that a recipe sets."""
+    anomaly, numbers = config.anomaly, config.anomaly[config.variant]
+    return {
+        "preset": config.variant,
+        "anomalies": tuple(numbers.anomalies),
+        "raters": tuple(numbers.raters),
+        "strength": tuple(numbers.strength),
+        "gain": numbers.gain,
+        "patch": tuple(anomaly.patch),
+        "core": anomaly.core,
+        "shape": anomaly.shape,
+        "deviation": config.train.variance_weight > 0,
+        "rater": config.train.target == "rater",
+    }
+
+
 def task_of(config: ConfigDict) -> Task:
     """The generator of anomalies that a recipe describes."""
     anomaly, least = config.anomaly, min(config.data.size)
     if config.variant in PRESETS:
-        numbers = anomaly[config.variant]
-        return partial(
-            ppii,
-            preset=config.variant,
-            anomalies=tuple(numbers.anomalies),
-            raters=tuple(numbers.raters),
-            strength=tuple(numbers.strength),
-            gain=numbers.gain,
-            patch=tuple(anomaly.patch),
-            core=anomaly.core,
-            shape=anomaly.shape,
-            deviation=config.train.variance_weight > 0,
-        )
+        return partial(ppii, **options_of(config))
     task = OTHERS[config.variant]
     if config.variant in ("pii", "fpi"):
         task = partial(task, half=tuple(anomaly.half), core=anomaly.core)
@@ -317,10 +330,32 @@ def task_of(config: ConfigDict) -> Task:
     return lambda image, source, key, number: task(image, source, key)
 
 
+def shown(config: ConfigDict, most: int = 3) -> tuple[list[str], Callable[..., list[Array]]]:
+    """What a recipe trains on: titles, and the function (image, source, key) -> their arrays.
+
+    They are the image with anomalies and its target. Where there are raters, the images of `most` of them and the
+    deviation over all follow.
+    """
+    if config.variant not in PRESETS:
+        make = task_of(config)
+        return ["image", "target"], lambda image, source, key: list(make(image, source, key, None)[:2])
+    whole = partial(ppii, **options_of(config) | {"deviation": True, "rater": True})
+
+    def draw(image: Array, source: Array, key: Array) -> list[Array]:
+        out, target, extras = whole(image, source, key)
+        raters = jax.vmap(lambda k: whole(image, source, key, rater_number=k)[2]["rater"])(jnp.arange(most))
+        label = extras["rater_target"] if config.train.target == "rater" else target
+        return [out, label, *raters, extras["deviation"]]
+
+    return ["image", "target", *(f"rater {k + 1}" for k in range(most)), "deviation"], draw
+
+
 def corrupt(
     setup: Setup, image: Float[Array, "b *size c"], keys: RandomKey[Array, " b"]
 ) -> tuple[Float[Array, "b *size c"], Float[Array, " b *size"], Array]:
     """Images with new anomalies, their targets, and the deviations (b, *size) over raters, or 0 without raters.
+
+    The target is the mean label, or with train.target=rater the label of one rater of each anomaly.
 
     Sources are images of the whole batch, also under `jax.pmap`.
     """
@@ -335,7 +370,7 @@ def corrupt(
         turn = jax.vmap(lambda key: jax.random.randint(jax.random.fold_in(key, 2), (), 1, len(everyone)))(keys)
         source = everyone[(place + turn) % len(everyone)]
         out = jax.vmap(setup.task, (0, 0, 0, None))(image, source, task_keys, None)
-    return out[0], out[1], out[2].get("deviation", jnp.zeros(()))
+    return out[0], out[2].get("rater_target", out[1]), out[2].get("deviation", jnp.zeros(()))
 
 
 def augment(setup: Setup, image: Float[Array, "b *size c"], keys: RandomKey[Array, " b"]) -> Float[Array, "b *size c"]:
@@ -344,7 +379,7 @@ def augment(setup: Setup, image: Float[Array, "b *size c"], keys: RandomKey[Arra
     if train.scaling or train.rotation or train.elastic:
         warp = partial(random_warp, offset=train.scaling, degrees=train.rotation, elastic=train.elastic)
         image = jax.vmap(warp)(image, fold_in(keys, 0))
-    flip = partial(random_flip, axes=tuple(int(axis) for axis in train.flips))
+    flip = partial(random_flip, axes=tuple(train.flips))
     return jax.vmap(flip)(image, fold_in(keys, 1)) if train.flips else image
 
 

@@ -17,6 +17,8 @@ score low for an image that looks real (its logit is high); loss weights, rates 
 
 from dataclasses import dataclass
 from functools import partial
+from math import prod
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -52,6 +54,7 @@ from jmae.system import (
 from jmae.systems import simsid_published, simsid_score
 from jmae.systems.simsid_score import (
     RULE,
+    TEACHER,
     Method,
     Network,
     adam,
@@ -84,6 +87,14 @@ PUBLISHED: dict[str, dict[str, dict[int, float]]] = {  # the report's training v
     },
 }
 
+PUBLISHED_WITH: dict[str, Any] = {
+    "data.size": (128, 128),
+    "data.normalise": "unit",
+    "model.patch": (16, 16),
+    "model.widths": (32, 64, 128, 256),
+}
+"""Sizes and units that the report's values are of."""
+
 # --- keys of the recipe -----------------------------------------------------------------------------------------------
 
 KEYS = {
@@ -98,6 +109,11 @@ KEYS = {
     "model.patch": Key((16, 16), "Size of a patch, a multiple of 2 for each of model.widths.", least=1, length=AXES),
     "model.widths": Key((32, 64, 128, 256), "Channels of the encoder; the generators have them backwards.", least=1),
     "model.features": Key(64, "Features of a patch.", least=1),
+    "model.weights": Key(
+        "",
+        "Released or converted weights of SimSID in place of the training (variant=official): a file, or the folder of "
+        "model.pth and discriminator.pth.",
+    ),
     "model.encoder": Key(
         "joint",
         'The encoder: "joint" is trained with the teacher; "frozen_random" stays as drawn, as the listing has it.',
@@ -115,7 +131,13 @@ KEYS = {
         choices=("retrieved", "raw", "mask"),
     ),
     "model.sigmoid": Key(False, "Whether the generators' images go through a sigmoid."),
-    "memory.levels": Key(3, "Levels of the memory: patches, blocks of 2 patches an axis, the image.", least=1, most=3),
+    "memory.levels": Key(
+        3,
+        "Levels of the memory: patches, blocks of 2 patches an axis, the image; 0: no memory, the transformer gets the "
+        "features of the patches.",
+        least=0,
+        most=3,
+    ),
     "memory.slots": Key(1, "Rows of a place.", least=1),
     "memory.threshold": Key(0.9, "Cosine similarity below which a row is replaced.", above=0, most=1),
     "memory.ema": Key(
@@ -128,7 +150,7 @@ KEYS = {
     "memory.weighted": Key(True, "Whether the rows are summed by their weights; false: their plain sum."),
     "memory.restrict": Key(False, "Whether a patch retrieves from the rows of its own place alone."),
     **stage_keys("teacher", 1000),
-    **stage_keys("student", 250),
+    **stage_keys("student", 251),  # the report's last epoch has the number 250, its first one 0
     "student.distillation": Key(0.1, "Weight of the distillation beside the MSE.", least=0),
     "student.adversarial": Key(0.0, "Weight of the adversarial loss beside the MSE.", least=0),
     "student.kept": Key(1.0, "Share of the patches that are inpainted in training; SQUID has 0.95.", above=0, most=1),
@@ -150,6 +172,8 @@ def build(config: ConfigDict) -> System:
 
 def check(config: ConfigDict) -> None:
     """Raises InputError on settings that do not fit together."""
+    if config.model.weights and config.variant != "official":
+        raise InputError("model.weights are those of the published code: set variant=official")
     if config.memory.ema and config.memory.slots > 1:
         raise InputError(f"memory.ema={config.memory.ema} moves one row of a place: set memory.slots=1 or memory.ema=0")
     for key in ("model.widths", "model.discriminator", "joint.widths"):
@@ -190,12 +214,12 @@ def networks(config: ConfigDict) -> Networks:
     size, patch, widths, dtype = tuple(data.size), tuple(model.patch), tuple(model.widths), compute_type(config)
     grid = grid_of(size, patch)
     slots = hierarchy(grid, levels)
-    inputs = len(slots[0]) * model.features
+    inputs = prod(grid) * model.features
     encoder = lambda rngs: Encoder(patch, data.channels, widths, model.features, dtype, rngs=rngs)
     generator = lambda rngs: Generator(size, inputs, widths[::-1], data.channels, model.sigmoid, dtype, rngs=rngs)
     inpainting = lambda rngs: Inpainting(
         len(size),
-        levels * model.features,
+        max(1, levels) * model.features,
         model.features,
         model.width,
         model.depth,
@@ -244,17 +268,19 @@ def student_input(
     noise = drop = shortcut = None
     if keys is not None:
         noise, drop, shortcut = jnp.moveaxis(jax.vmap(lambda key: jax.random.split(key, 3))(keys), 1, 0)
-    stats = results["memory"]["stats"]
-    recalled = recall(
-        (stats["rows"], stats["count"]),
-        f,
-        nets.slots,
-        k=memory.top_k,
-        temperature=memory.temperature,
-        weighted=memory.weighted,
-        restrict=memory.restrict,
-        keys=noise,
-    )
+    recalled = f
+    if memory.levels:
+        stats = results["memory"]["stats"]
+        recalled = recall(
+            (stats["rows"], stats["count"]),
+            f,
+            nets.slots,
+            k=memory.top_k,
+            temperature=memory.temperature,
+            weighted=memory.weighted,
+            restrict=memory.restrict,
+            keys=noise,
+        )
     x = nets.inpainting.bind(params["inpainting"])(recalled, f, nets.grid, drop)
     if shortcut is None or share == 1:
         return x
@@ -282,7 +308,7 @@ def judge(nets: Networks, results: Results, image: Array) -> Float[Array, " b"]:
 def pictures(nets: Networks, results: Results, image: Array) -> dict[str, Array]:
     """`Method.pictures`: the teacher's image, and in 2D the features before and after the inpainting."""
     f = features(nets, results["teacher"], image)
-    out = {"reconstruction by the teacher": teacher_layers(nets, results["teacher"], f)[-1]}
+    out = {TEACHER: teacher_layers(nets, results["teacher"], f)[-1]}
     if len(nets.grid) == 2:
         x = student_input(nets, results, results["student"]["params"], f)
         out |= {"features of the patches": mosaic(f, nets.grid), "features for the student": mosaic(x, nets.grid)}
@@ -355,16 +381,22 @@ def memory_init(nets: Networks, key: Array, results: Results, n: int) -> State:
 def memory_step(
     nets: Networks, state: State, batch: PyTree, key: Array, results: Results, *, steps: int
 ) -> tuple[State, dict[str, Array]]:
-    """Writes a batch into the memory, image by image. Metrics: share of the slots that an image wrote, by level."""
+    """Writes a batch into the memory, image by image.
+
+    Metrics by level: the shares of the slots whose oldest row an image overwrote, and of those that it wrote at all.
+    """
     memory = nets.config.memory
     values = device_gather(summaries(features(nets, results["teacher"], batch["image"]), nets.slots))
-    allowed = jnp.arange(len(values)) < state.stats["left"]
+    allowed, before = jnp.arange(len(values)) < state.stats["left"], state.stats["count"]
     (rows, count), written = write_all(
         (state.stats["rows"], state.stats["count"]), values, allowed, threshold=memory.threshold, ema=memory.ema
     )
-    shares = jnp.sum(written, 0) / jnp.maximum(jnp.sum(allowed), 1)
-    parts = jnp.split(shares, np.cumsum(slots_of_levels(nets))[:-1])
-    metrics = {f"written_level_{i}": jnp.mean(part) for i, part in enumerate(parts)}
+    full = before[None] + jnp.cumsum(written, 0) - written >= memory.slots
+    metrics: dict[str, Array] = {}
+    for name, of in (("overwritten", written & full), ("written", written)):
+        shares = jnp.sum(of, 0) / jnp.maximum(jnp.sum(allowed), 1)
+        parts = jnp.split(shares, np.cumsum(slots_of_levels(nets))[:-1])
+        metrics |= {f"{name}_level_{i}": jnp.mean(part) for i, part in enumerate(parts)}
     stats = {"rows": rows, "count": count, "left": state.stats["left"] - jnp.sum(allowed)}
     return state.replace(stats=stats, step=state.step + 1), metrics
 
@@ -471,12 +503,17 @@ def report(config: ConfigDict) -> Method:
     nets = networks(config)
     stages = (teacher_stage(nets), memory_stage(nets), student_stage(nets), discriminator_stage(nets))
     return Method(
-        stages=tuple(stage for stage in stages if stage.name != "memory" or config.model.inpainting),
+        stages=tuple(stage for stage in stages if stage.name != "memory" or uses_memory(config)),
         maker="student",
         remake=partial(remake, nets),
         judge=partial(judge, nets),
         pictures=partial(pictures, nets),
     )
+
+
+def uses_memory(config: ConfigDict) -> bool:
+    """Whether the report's method has a memory: something reads it, and it has a level."""
+    return config.model.inpainting and config.memory.levels > 0
 
 
 def teacher_stage(nets: Networks) -> Stage:
@@ -496,6 +533,7 @@ def teacher_stage(nets: Networks) -> Stage:
         step=partial(teacher_step, nets),
         checks=(reconstruction_check(config, make),),
         published=PUBLISHED["teacher"],
+        published_with=PUBLISHED_WITH | {"teacher.lr": 1e-4, "teacher.batch": 16},
     )
 
 
@@ -526,6 +564,7 @@ def student_stage(nets: Networks) -> Stage:
         step=partial(student_step, nets),
         checks=(reconstruction_check(config, make),),
         published=PUBLISHED["student"],
+        published_with=PUBLISHED_WITH | {"student.lr": 1e-4, "student.batch": 16, "student.from_teacher": False},
     )
 
 

@@ -1,35 +1,44 @@
 """SimSID as its authors published it: an autoencoder over windows with memories, and a discriminator, trained in turn.
 
 Xiang et al., "Exploiting Structural Consistency of Chest Anatomy for Unsupervised Anomaly Detection in Radiography
-Images", TPAMI 2024, arXiv 2403.08689. Consulted: MrGiovanni/SimSID. The network: jmae/nn/simsid_published.py.
+Images", TPAMI 2024, arXiv 2403.08689. Consulted: MrGiovanni/SimSID, and tiangexiang/SQUID of Xiang et al., "SQUID: Deep
+Feature In-Painting for Unsupervised Anomaly Detection", CVPR 2023. The network: jmae/nn/simsid_published.py.
 
 The variant "official" of jmae/systems/simsid.py. Its one stage, `joint`, trains all networks from the first step on.
-The discriminator learns at every step, the autoencoder at every `joint.critic`-th one. Calibration and scores are those
-of jmae/systems/simsid_score.py.
+The discriminator learns at every step, the autoencoder at every `joint.critic`-th one, which also fills the memory
+where that is a queue. Calibration and scores are those of jmae/systems/simsid_score.py.
+
+ours: the running variances of norms are those of the batch, where PyTorch's are n / (n - 1) of it; an epoch has whole
+batches alone; the learning rate changes at every step instead of every epoch; SQUID makes the images of a
+discriminator's step and of an autoencoder's anew.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from math import prod
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jaxtyping import Array, Float, PyTree
 from ml_collections import ConfigDict
 
 from jmae import optim
-from jmae.data.manifest import Row
+from jmae.errors import InputError
 from jmae.losses import discriminator_loss
 from jmae.masking import sample_keys
-from jmae.nn.simsid_published import Windows
+from jmae.nn import simsid_weights
+from jmae.nn.simsid import pytorch_weights
+from jmae.nn.simsid_published import Windows, pytorch_autoencoder
 from jmae.optim import descend
 from jmae.recipe import AXES, Key
 from jmae.scoring import auroc
 from jmae.sharding import device_mean
 from jmae.system import (
     Check,
+    Pretrained,
     Results,
     Stage,
     State,
@@ -44,14 +53,15 @@ from jmae.system import (
 )
 from jmae.systems.simsid_score import (
     RULE,
+    TEACHER,
     Method,
     Network,
     adam,
-    checked_rows,
     discriminator,
-    divergences,
+    judged_size,
     labelled_rows,
     laid_out,
+    reconstruction_check,
     selecting_splits,
     stage_keys,
     training_rows,
@@ -62,10 +72,40 @@ KEYS = {
     "joint.windows": Key((2, 2), "Windows along each axis.", least=1, length=AXES),
     "joint.widths": Key((32, 64, 128, 256, 512), "Channels of the levels, from the first to the bottleneck.", least=1),
     "joint.joined": Key(2, "Decoder levels with skips and memories; the windows are joined after them.", least=1),
-    "joint.slots": Key(200, "Rows of a window's memory.", least=1),
-    "joint.top_k": Key(5, "Rows that a query retrieves.", least=1),
+    "joint.slots": Key(200, "Rows of a window's memory; 0: no memory, features go on as they are.", least=0),
+    "joint.queue": Key(
+        False,
+        "Whether the bottleneck's memory is a queue of the last training features, as for ZhangLab, not learned.",
+    ),
+    # The released hard shrinkage, of "top 5", zeroes the fifth weight too.
+    "joint.top_k": Key(4, "Rows that a query retrieves.", least=1),
     "joint.heads": Key(8, "Attention heads of the bottleneck.", least=1),
+    "joint.inpainting": Key(
+        True, "Whether features are inpainted from the windows around; false: the window's own memory alone."
+    ),
+    "joint.norms": Key(
+        "branch",
+        'Norms of the bottleneck: "branch", before the read is added, as released; "sum", after it, as in earlier '
+        "versions of this library.",
+        choices=("branch", "sum"),
+        before="sum",
+    ),
+    "joint.activation": Key(
+        "tanh",
+        'Last activation and range of images: "tanh", [-1, 1] (SimSID); "sigmoid", [0, 1] (SQUID).',
+        choices=("tanh", "sigmoid"),
+    ),
     "joint.kept": Key(0.9, "Share of the cells that are inpainted in training.", above=0, most=1),
+    "joint.decoder_kept": Key(
+        1.0, "Share of the cells that the decoder's memories replace in training; SQUID has 0.95.", above=0, most=1
+    ),
+    "joint.judge": Key(
+        "image",
+        'Statistics of the discriminator\'s norms when it judges: "image", of each image by itself, as released; '
+        '"running", those of the training.',
+        choices=("image", "running"),
+        before="running",
+    ),
     "joint.critic": Key(2, "Steps of the discriminator for one of the autoencoder.", "steps", least=1),
     "joint.lr_least": Key(5e-5, "Least learning rate of the autoencoder.", least=0),
     "joint.cosine": Key(0.5, "Share of the steps in which its learning rate falls to the least.", above=0),
@@ -98,6 +138,15 @@ class Networks:
 def networks(config: ConfigDict) -> Networks:
     """The published networks; raises InputError on sizes that do not fit each other."""
     data, joint, dtype = config.data, config.joint, compute_type(config)
+    if joint.judge == "image" and prod(judged_size(config)) == 1 < len(config.model.discriminator):
+        raise InputError(
+            "joint.judge=image: the last norm of the discriminator has one value an image: take fewer widths in "
+            "model.discriminator, or joint.judge=running"
+        )
+    if joint.queue and joint.batch > joint.slots:
+        raise InputError(
+            f"joint.queue: a batch of {joint.batch} does not fit into joint.slots={joint.slots}: take more"
+        )
     make = lambda rngs: Windows(
         tuple(data.size),
         data.channels,
@@ -109,9 +158,28 @@ def networks(config: ConfigDict) -> Networks:
         joint.heads,
         joint.kept,
         dtype,
+        decoder_share=joint.decoder_kept,
+        queue=joint.queue,
+        inpainting=joint.inpainting,
+        norms=joint.norms,
+        sigmoid=joint.activation == "sigmoid",
         rngs=rngs,
     )
-    return Networks(config=config, autoencoder=Network(*network(make)), discriminator=discriminator(config))
+    return Networks(
+        config=config,
+        autoencoder=drawn_as(pytorch_autoencoder, Network(*network(make))),
+        discriminator=drawn_as(pytorch_weights, discriminator(config)),
+    )
+
+
+def drawn_as(draw: Callable[[PyTree, Array], PyTree], net: Network) -> Network:
+    """A network whose parameters `draw` draws anew."""
+
+    def init(key: Array) -> tuple[PyTree, PyTree]:
+        params, stats = net.init(key)
+        return draw(params, jax.random.fold_in(key, 1)), stats
+
+    return Network(init, net.bind)
 
 
 def method(config: ConfigDict) -> Method:
@@ -129,7 +197,8 @@ def method(config: ConfigDict) -> Method:
 def joint_stage(nets: Networks) -> Stage:
     """The stage that trains all networks."""
     config, joint = nets.config, nets.config.joint
-    check = Check(every=config.validation.every, rows=partial(look_rows, config), look=partial(joint_look, nets))
+    make = lambda state, results, image: made_by(nets, last_weights(state), image)
+    selection = Check(every=config.validation.select_every, rows=labelled_rows, look=partial(joint_look, nets))
     return Stage(
         name="joint",
         splits=selecting_splits(config),
@@ -138,29 +207,48 @@ def joint_stage(nets: Networks) -> Stage:
         steps=steps_of(joint, config.budget),
         init=partial(joint_init, nets),
         step=partial(joint_step, nets),
-        checks=(check,),
+        checks=(reconstruction_check(config, make), *[selection] * (config.select == RULE)),
         phases=(True, *[False] * (joint.critic - 1)),
+        pretrained=Pretrained(use="instead", load=released_weights),
     )
+
+
+def released_weights(source: Path, state: State) -> tuple[State, str]:
+    """`Pretrained.load`: the state with the weights of a published or converted file or folder."""
+    weights = simsid_weights.read(source)
+    stats = {name: part for name, part in state.stats.items() if name != "best"}
+    params = simsid_weights.load(weights, state.params)
+    loaded = state.replace(params=params, stats=state.stats | simsid_weights.load(weights, stats))
+    return loaded, simsid_weights.report(weights)
 
 
 # --- images -----------------------------------------------------------------------------------------------------------
 
 
-def in_tanh_range(image: Array) -> Array:
-    """Images in [0, 1] as the networks see them, in [-1, 1]."""
-    return 2 * image - 1
+def seen(nets: Networks, image: Array) -> Array:
+    """Images in [0, 1] as the networks see them."""
+    return 2 * image - 1 if nets.config.joint.activation == "tanh" else image
+
+
+def shown(nets: Networks, made: Array) -> Array:
+    """Images of the networks in [0, 1]."""
+    return (made + 1) / 2 if nets.config.joint.activation == "tanh" else made
 
 
 def made_by(nets: Networks, weights: PyTree, image: Array, *, teacher: bool = False) -> Array:
     """The student's images of images, or the teacher's; `weights` are the "params" and "stats" of the stage."""
     net = nets.autoencoder.bind(*(weights[what]["network"] for what in ("params", "stats")))
-    return (net(in_tanh_range(image), train=False)[int(teacher)] + 1) / 2
+    return shown(nets, net(seen(nets, image), train=False)[int(teacher)])
 
 
 def judged_by(nets: Networks, weights: PyTree, image: Array) -> Float[Array, " b"]:
-    """D's logits of images."""
+    """D's logits of images.
+
+    The published code leaves D in training mode and judges one image at a time, so that its norms take the moments of
+    each image by itself.
+    """
     d = nets.discriminator.bind(*(weights[what]["discriminator"] for what in ("params", "stats")))
-    return d(in_tanh_range(image), train=False)
+    return d(seen(nets, image), train=False, alone=nets.config.joint.judge == "image")
 
 
 def remake(nets: Networks, results: Results, image: Array) -> Array:
@@ -175,22 +263,23 @@ def judge(nets: Networks, results: Results, image: Array) -> Float[Array, " b"]:
 
 def pictures(nets: Networks, results: Results, image: Array) -> dict[str, Array]:
     """`Method.pictures`: the teacher's image."""
-    return {"reconstruction by the teacher": made_by(nets, best_weights(results["joint"], RULE), image, teacher=True)}
+    return {TEACHER: made_by(nets, best_weights(results["joint"], RULE), image, teacher=True)}
 
 
 def affine(
     image: Float[Array, "*size c"], key: Array, *, translation: float, scaling: float
 ) -> Float[Array, "*size c"]:
-    """The image moved along each axis by U(-translation, translation) of its length, and scaled by
+    """The image moved along each axis by whole pixels, U(-translation, translation) of its length, and scaled by
     U(1 - scaling, 1 + scaling) about the middle.
 
-    Values between pixels are linear; those from outside are 0.
+    Each pixel is the nearest one of the image, or 0 outside of it: torchvision's `RandomAffine` as the code calls it.
     """
-    size = image.shape[:-1]
-    u, n, axes = jax.random.uniform(key, (1 + len(size),), minval=-1), np.array(size, np.float32), range(len(size))
-    scale = jnp.full(len(size), 1 + scaling * u[0])
-    move = translation * u[1:] * n + (1 - scale) * n / 2
-    return jax.image.scale_and_translate(image, image.shape, tuple(axes), scale, move, "linear", antialias=False)
+    u = jax.random.uniform(key, (image.ndim,), minval=-1)
+    for axis, n in enumerate(image.shape[:-1]):
+        centred = jnp.arange(n) + 0.5 - n / 2 - jnp.round(translation * u[1 + axis] * n)
+        places = jnp.floor(centred / (1 + scaling * u[0]) + n / 2).astype(jnp.int32)
+        image = jnp.take(image, jnp.where(places < 0, n, places), axis, mode="fill", fill_value=0)
+    return image
 
 
 # --- optimisers -------------------------------------------------------------------------------------------------------
@@ -236,8 +325,10 @@ def judge_loss(nets: Networks, stats: PyTree, params: PyTree, x: Array, made: Ar
     return value, ({"discriminator": stats_of(d)}, {"accuracy": accuracy})
 
 
-def autoencoder_loss(nets: Networks, judge: State, x: Array, outs: tuple[Array, ...]) -> tuple[Array, dict[str, Array]]:
-    """(loss, its parts without their weights) of what the autoencoder gives of the images `x`."""
+def autoencoder_loss(
+    nets: Networks, judge: State, x: Array, outs: tuple[Array, ...]
+) -> tuple[Array, tuple[dict[str, Array], PyTree]]:
+    """(loss, (its parts without their weights, statistics of D)) of what the autoencoder gives of the images `x`."""
     made, taught, distillation = outs
     d = nets.discriminator.bind(judge.params, judge.stats["discriminator"])
     parts = {
@@ -246,7 +337,8 @@ def autoencoder_loss(nets: Networks, judge: State, x: Array, outs: tuple[Array, 
         "distillation": distillation,
         "adversarial": jnp.mean(jax.nn.softplus(-d(made, train=True))),
     }
-    return sum((nets.config.joint.weights[name] * value for name, value in parts.items()), jnp.float32(0)), parts
+    weights = nets.config.joint.weights
+    return sum((weights[name] * value for name, value in parts.items()), jnp.float32(0)), (parts, stats_of(d))
 
 
 def joint_step(
@@ -261,11 +353,13 @@ def joint_step(
     view, shortcut = jnp.moveaxis(jax.vmap(jax.random.split)(sample_keys(key, batch["index"])), 1, 0)
     moved = joint.translation or joint.scaling
     augment = partial(affine, translation=joint.translation, scaling=joint.scaling)
-    x = in_tanh_range(jax.vmap(augment)(batch["image"], view) if moved else batch["image"])
+    x = seen(nets, jax.vmap(augment)(batch["image"], view) if moved else batch["image"])
+    rounds = state.step // joint.critic  # steps of the autoencoder so far
+    oldest = rounds * joint.batch % joint.slots if phase and joint.queue else None
 
     def forward(params: PyTree) -> tuple[tuple[Array, ...], PyTree]:
         net = nets.autoencoder.bind(params, state.stats["network"])
-        return net(x, shortcut, train=True), stats_of(net)
+        return net(x, shortcut, train=True, oldest=oldest), stats_of(net)
 
     params, opt = state.params["network"], state.opt["network"]
     if phase:
@@ -283,36 +377,28 @@ def joint_step(
     judge, judged = descend(judge, loss_of_judge, adam(joint), joint.lr, x, jax.lax.stop_gradient(outs[0]))
 
     loss, lr = partial(autoencoder_loss, nets, judge, x), rate(joint, state.step, steps)
+    d_stats = judge.stats["discriminator"]
     if phase:
-        (value, parts), cotangents = jax.value_and_grad(loss, has_aux=True)(outs)
+        (value, (parts, d_stats)), cotangents = jax.value_and_grad(loss, has_aux=True)(outs)
         grads = device_mean(pull(cotangents)[0])
         updates, opt = decayed_adam(joint).update(grads, opt, params)
         params = optax.apply_updates(params, jax.tree.map(lambda update: -lr * update, updates))
     else:
-        value, parts = loss(outs)
-    value, parts, net_stats = device_mean((value, parts, net_stats))
+        value, (parts, _) = loss(outs)
+    value, parts, net_stats, d_stats = device_mean((value, parts, net_stats, d_stats))
     new = State(
         params={"network": params, "discriminator": judge.params},
         opt={"network": opt, "discriminator": judge.opt},
-        stats=state.stats | {"network": net_stats} | judge.stats,
+        stats=state.stats | {"network": net_stats, "discriminator": d_stats},
         step=state.step + 1,
     )
     metrics = {"loss": value, **parts, "discriminator": judged["loss"], "accuracy": judged["accuracy"], "lr": lr}
     return new, metrics
 
 
-def look_rows(config: ConfigDict, rows: Sequence[Row]) -> np.ndarray:
-    """`checked_rows`, and with `select=auroc` the labelled rows of `val` behind them."""
-    return np.concatenate([checked_rows(config, rows), *[labelled_rows(rows)] * (config.select == RULE)])
-
-
 def joint_look(nets: Networks, state: State, batch: PyTree, results: Results) -> tuple[State, dict[str, Array]]:
-    """`divergences` of the checked images; AUROC of D(new image) on the labelled ones, of which the best is kept."""
-    weights, n = last_weights(state), nets.config.validation.samples
-    found = divergences(batch["image"][:n], made_by(nets, weights, batch["image"][:n]))
-    if len(batch["image"]) == n:  # none is labelled
-        return state, found
+    """AUROC of D(new image) on the labelled images, as the networks are now; keeps the best weights."""
+    weights = last_weights(state)
     one = lambda image: judged_by(nets, weights, made_by(nets, weights, image[None]))[0]
-    logits = jax.lax.map(one, batch["image"][n:], batch_size=nets.config.joint.batch)
-    value = auroc(-logits, batch["label"][n:])
-    return keep_best(state, RULE, value), found | {"check_auroc": value}
+    value = auroc(-jax.lax.map(one, batch["image"], batch_size=nets.config.joint.batch), batch["label"])
+    return keep_best(state, RULE, value), {"check_auroc": value}

@@ -8,7 +8,7 @@ is in jmae/systems/simsid.py, the method of the published code in jmae/systems/s
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from math import prod
+from math import ceil, prod
 from typing import Any, NamedTuple
 
 import jax
@@ -33,6 +33,7 @@ from jmae.system import Check, Choice, Results, Stage, State, Sweep, System, com
 SCORES = ("simsid", "difference", "l1", "mse", "patches")
 MAPS = ("l1", "mse", "patches")
 DEVIATION = 0.2  # deviation of each image with data.normalise=image; the mean is 0.5
+TEACHER = "reconstruction by the teacher"  # the picture of both methods
 RULE = "auroc"  # the rule of `select` that both methods have
 
 
@@ -73,7 +74,7 @@ KEYS = {
     "validation.every": Key(640, "Steps between two checks.", "steps", least=1),
     "validation.samples": Key(64, "Images of a check.", least=1),
     "validation.select_every": Key(
-        64, "Steps of the discriminator between two looks of select=auroc; the joint stage has `every`.", least=1
+        0, "Steps between two looks of select=auroc; 0: an epoch, as released.", "steps", least=0
     ),
     "evaluation.score": Key("simsid", "The primary score.", choices=SCORES),
     "evaluation.patch": Key((16, 16), 'Size of a cell of the score "patches".', "pixels", least=1, length=AXES),
@@ -86,8 +87,9 @@ KEYS = {
 IMAGE_KEYS = {
     "data.normalise": Key(
         "unit",
-        '"unit" leaves values in [0, 1] as they are; "image" gives each image mean 0.5 and deviation 0.2.',
-        choices=("unit", "image"),
+        '"unit" leaves values in [0, 1] as they are; "image" gives each image mean 0.5 and deviation 0.2; "auto": '
+        '"unit" with variant=official, whose tanh reaches no other values, and "image" otherwise.',
+        choices=("unit", "image", "auto"),
     ),
     "evaluation.top": Key(1.0, 'Share of the cells, the highest, that the score "patches" averages.', above=0, most=1),
 }
@@ -103,7 +105,9 @@ VOLUME_KEYS = {
     "data.normal_crops_only": Key(
         False, "Whether abnormal training rows with a mask are used, by crops that touch no lesion, instead of refused."
     ),
-    "data.region": Key("", '"nonzero": rows without a region have the voxels that are not 0.', choices=("", "nonzero")),
+    "data.region": Key(
+        "", '"nonzero": a row without a region counts its voxels that are not 0.', choices=("", "nonzero")
+    ),
     "data.least_region": Key(0.0, "Least share of a training crop that lies in the region.", least=0, most=1),
 }
 
@@ -127,7 +131,7 @@ class Method:
         maker: name of the stage that trains the network that makes the images.
         remake: (results, images) -> new images of them.
         judge: (results, images) -> the discriminator's logits (b,), high for real images.
-        pictures: (results, images) -> pictures for the report, by name.
+        pictures: (results, images) -> pictures for the report, by name; one of them is `TEACHER`.
     """
 
     stages: tuple[Stage, ...]
@@ -142,6 +146,7 @@ def system(config: ConfigDict, method: Method) -> System:
     primary, size = config.evaluation.score, tuple(config.data.size)
     stages = tuple(normalising(config, stage) for stage in (*method.stages, calibration(config, method)))
     choice = method.maker if primary in MAPS else method.stages[-1].name
+    names = [stage.name for stage in stages]
     scoring: dict[str, Any] = {"score": partial(image_score, config, method)}
     if is_volume(config):
         stride, score = tuple(config.evaluation.stride), partial(window_score, config, method)
@@ -151,8 +156,10 @@ def system(config: ConfigDict, method: Method) -> System:
     return System(
         name="simsid",
         stages=stages,
-        uses=tuple(stage.name for stage in stages),
+        uses=tuple(names),
         primary=primary,
+        # No reconstruction error depends on the discriminator, whose weights `select=auroc` chooses in `report`.
+        primary_uses=tuple(names[: names.index(choice) + 1]) if primary in MAPS else (),
         best=(RULE,),
         choice=Choice(stage=choice, stand_ins=partial(stand_ins, config)),
         **scoring,
@@ -164,6 +171,11 @@ def discriminator(config: ConfigDict) -> Network:
     size, widths = tuple(config.data.size), tuple(config.model.discriminator)
     dtype = compute_type(config)
     return Network(*network(lambda rngs: Discriminator(size, config.data.channels, widths, dtype, rngs=rngs)))
+
+
+def judged_size(config: ConfigDict) -> tuple[int, ...]:
+    """The size of the discriminator's last layer, which halves an image once for each of its widths."""
+    return tuple(ceil(n / 2 ** len(config.model.discriminator)) for n in config.data.size)
 
 
 # --- calibration ------------------------------------------------------------------------------------------------------
@@ -239,8 +251,7 @@ def scored(
 
     With z the standardised D(new image), the report's score is A = 1 - sigmoid(z). In float32 A is 1 below z = -17.
     The score "simsid", which ranks, is therefore the log odds of A, -z. The score "difference" is that of the report's
-    prose, log odds too: the standardised D(image) - D(new image). Its sign is ours: high where the new image looks less
-    real than the image. Put into A in the place of D(new image), the difference would have the other sign.
+    prose: D(image) - D(new image) in the place of D(new image).
     """
     size, cell = image.shape[1:-1], tuple(config.evaluation.patch)
     made, values = logits(method, results, image)
@@ -250,7 +261,7 @@ def scored(
     error = image - made
     cells = jnp.mean(patchify(jnp.mean(error, -1, keepdims=True), cell), -1) ** 2
     maps = {"l1": jnp.mean(jnp.abs(error), -1), "mse": jnp.mean(error**2, -1)}
-    scores = {"simsid": -z[:, 0], "difference": z[:, 1], "A": jax.nn.sigmoid(-z[:, 0])}
+    scores = {"simsid": -z[:, 0], "difference": -z[:, 1], "A": jax.nn.sigmoid(-z[:, 0])}
     scores |= {name: jnp.mean(m, tuple(range(1, m.ndim))) for name, m in maps.items()}
     # ours: the square of a cell's mean error, in which the image's grain cancels.
     wide = jnp.broadcast_to(cells[..., None], (*cells.shape, prod(cell)))
@@ -263,10 +274,15 @@ def scored(
 def image_score(
     config: ConfigDict, method: Method, results: Results, batch: PyTree, key: Array, *, chunk: int | None = None
 ) -> dict[str, Any]:
-    """`System.score`: maps, scores and pictures of a batch of images. Nothing in it is random."""
+    """`System.score`: maps, scores and pictures of a batch of images. Nothing in it is random.
+
+    Further scores are Eq. 5.2 between an image and the new one, of the student and of the teacher (Fig. 5.10 and 5.3).
+    """
     image, back = normalised(config, batch["image"])
     made, maps, scores = scored(config, method, results, image)
     pictures = {n: back(p) if p.ndim == image.ndim else p for n, p in method.pictures(results, image).items()}
+    for name, other in (("kl", back(made)), ("kl_teacher", pictures[TEACHER])):
+        scores[name] = pixel_kl(batch["image"], other)
     return {"maps": maps, "scores": scores, "reconstruction": back(made), "pictures": pictures}
 
 
@@ -293,9 +309,9 @@ def normalised(config: ConfigDict, image: Float[Array, "b *size c"]) -> tuple[Ar
     """(images as the networks see them, function that takes such images back into [0, 1]).
 
     With `data.normalise=image` each image gets mean 0.5 and deviation 0.2. That is ours: exposure differs more between
-    scans than a finding changes it.
+    scans than a finding changes it. It takes an image's contrast away, which a finding may change.
     """
-    if config.data.normalise != "image":
+    if not each_normalised(config):
         return image, lambda made: jnp.clip(made, 0, 1)
     axes = tuple(range(1, image.ndim))
     mean, std = jnp.mean(image, axes, keepdims=True), jnp.std(image, axes, keepdims=True)
@@ -303,9 +319,14 @@ def normalised(config: ConfigDict, image: Float[Array, "b *size c"]) -> tuple[Ar
     return 0.5 + (image - mean) / scale, lambda made: jnp.clip(mean + (made - 0.5) * scale, 0, 1)
 
 
+def each_normalised(config: ConfigDict) -> bool:
+    """Whether each image gets a mean and deviation (`data.normalise`)."""
+    return config.data.normalise == "image" or (config.data.normalise == "auto" and config.variant == "report")
+
+
 def normalising(config: ConfigDict, stage: Stage) -> Stage:
     """The stage on `normalised` images."""
-    if config.data.normalise != "image":
+    if not each_normalised(config):
         return stage
     ready = lambda batch: batch | {"image": normalised(config, batch["image"])[0]}
     ready_look = lambda look: lambda state, batch, results: look(state, ready(batch), results)

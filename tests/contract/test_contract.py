@@ -75,7 +75,11 @@ def test_the_rows_of_the_declared_splits_alone_are_written_as_seen(name, small_s
 
 
 def test_labels_of_val_that_choose_the_weights_are_declared():
-    assert chosen_on_val(load_system(config("simsid", "select=auroc")))
+    own = "evaluation.score=simsid"
+    assert chosen_on_val(load_system(config("simsid", "select=auroc", own)))
+    assert chosen_on_val(load_system(config("simsid", "select=auroc", "variant=official")))
+    # The student's errors do not depend on the discriminator, whose weights alone the labels choose.
+    assert not chosen_on_val(load_system(config("simsid", "select=auroc", "evaluation.score=patches")))
     assert not chosen_on_val(load_system(config("simsid", "select=last")))
 
 

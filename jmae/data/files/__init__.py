@@ -14,7 +14,16 @@ compared. Whatever is wrong becomes one `InputError` of the form "PATH: what: re
 
 from jmae.data.files.dicom import is_dicom
 from jmae.data.files.grids import Geometry, Image, OffGrid, off_grid, turned
-from jmae.data.files.reading import ReadFile, image_size, read_file, read_image, read_mask
+from jmae.data.files.reading import (
+    ReadFile,
+    image_size,
+    marks_of,
+    on_grid,
+    read_file,
+    read_image,
+    read_marks,
+    read_mask,
+)
 from jmae.data.files.writing import write_map
 
 __all__ = [
@@ -24,9 +33,12 @@ __all__ = [
     "ReadFile",
     "image_size",
     "is_dicom",
+    "marks_of",
     "off_grid",
+    "on_grid",
     "read_file",
     "read_image",
+    "read_marks",
     "read_mask",
     "turned",
     "write_map",

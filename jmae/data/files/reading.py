@@ -56,24 +56,63 @@ def read_image(
 
 
 def read_mask(
-    path: str | os.PathLike, like: Image | Geometry | None = None, read: Callable[..., tuple[Image, bool]] | None = None
+    path: str | os.PathLike,
+    like: Image | Geometry | None = None,
+    read: Callable[..., tuple[Image, bool]] | None = None,
+    threshold: float = 0.5,
 ) -> np.ndarray:
-    """Reads a mask, bool `(*size)`: True where any channel is above 0 (alpha is not a channel).
+    """Reads a mask, bool `(*size)`. With `like` it must lie on that image's grid (`on_grid`).
 
-    With `like`, the mask is `turned` to that image's axes and must lie on its grid. A JPEG whose values are not all 0
-    or 255 is refused: compression leaves small values around its lesions, so that they have no edge. `read` replaces
+    Raises:
+      InputError: as `read_marks` and `on_grid`.
+    """
+    image, _ = read_marks(path, read, threshold)
+    return image.array[..., 0] if like is None else on_grid(path, image, like)
+
+
+def read_marks(
+    path: str | os.PathLike, read: Callable[..., tuple[Image, bool]] | None = None, threshold: float = 0.5
+) -> tuple[Image, bool]:
+    """(A mask on its own grid, as an image of one bool channel; whether the file holds probabilities.)
+
+    A voxel is marked where any channel is (`marks_of`); alpha is not a channel. A JPEG whose values are not all 0 or
+    255 is refused: compression leaves small values around its lesions, so that they have no edge. `read` replaces
     `read_file`.
 
     Raises:
-      InputError: as `read_image`; `OffGrid` where the grids differ.
+      InputError: as `read_image` and `marks_of`.
     """
     image, lossy = (read or read_file)(path)
     if lossy and not np.isin(image.array, (0, 255)).all():
         raise InputError(one_line(path, "a JPEG mask without sharp edges: cut it at 127 and save it as PNG"))
-    image = image if like is None else turned(image, like)
-    if like is not None and (problem := off_grid(image, like)):
-        raise OffGrid(one_line(path, f"{problem} its image: save the mask on the image's grid"))
-    return np.any(image.array > 0, axis=-1)
+    marked, soft = marks_of(image.array, threshold, path)
+    return image._replace(array=np.any(marked, axis=-1, keepdims=True)), soft
+
+
+def marks_of(values: np.ndarray, threshold: float, name: str | os.PathLike) -> tuple[np.ndarray, bool]:
+    """(Which values mark a voxel, bool; whether they are probabilities.)
+
+    Whole numbers mark above 0. Fractional numbers from 0 to 1 are probabilities and mark above `threshold`; splines may
+    lead a little beyond 0 and 1.
+
+    Raises InputError that begins with `name` for other fractional numbers.
+    """
+    finite = values[np.isfinite(values)]
+    soft = bool((np.abs(finite - np.rint(finite)) > 1e-3).any())  # less is rounding
+    if soft and (finite.min() < -0.5 or finite.max() > 1.5):
+        what = f"has fractional values from {finite.min():g} to {finite.max():g}"
+        raise InputError(one_line(name, f"{what}: save it as 0 and 1, or as probabilities from 0 to 1"))
+    with np.errstate(invalid="ignore"):
+        return (values > threshold if soft else np.rint(values) > 0), soft
+
+
+def on_grid(path: str | os.PathLike, image: Image, like: Image | Geometry) -> np.ndarray:
+    """The first channel of an image, `turned` to the axes of another; raises `OffGrid` where their grids differ."""
+    image = turned(image, like)
+    if problem := off_grid(image, like):
+        other = "" if image.affine is None or like.affine is None else ", or set data.join=resample"
+        raise OffGrid(one_line(path, f"{problem} its image: save the mask on the image's grid{other}"))
+    return image.array[..., 0]
 
 
 def image_size(path: str | os.PathLike) -> tuple[int, ...]:

@@ -25,6 +25,8 @@ lidc        LIDC-IDRI chest CT: folders LIDC-IDRI-xxxx of DICOM series, and the 
 deeplesion  DeepLesion CT: DL_info.csv and the folders Images_png. The 16-bit PNG stay where they are (HU = value -
             32768). Key slices get boxes. The patients are split officially. Val and test each get 500 healthy and 500
             key slices, drawn at random.
+nih         NIH ChestX-ray14 by the curated lists of adult PA views, *_curated_list.txt. Lists and images lie in any
+            folders. 3,614 normals train; 543 normals and 262 abnormal images are the test.
 covidx      COVIDx chest radiographs: the folders train and test, and COVID-Net's lists anywhere, called
             train_COVIDx8B.txt or train.txt and the same for the test. The negatives of the training list train; the
             test list is the test. Grey copies of coloured images are written.
@@ -33,8 +35,9 @@ hyper_kvasir  HyperKvasir colonoscopy: folders of the classes cecum, ileum and b
             val. Masks are written as PNG.
 
 The splits of jsrt, lidc and deeplesion are those of P-PII (Mueller et al., UNSURE 2023). Those of covidx and
-hyper_kvasir are those of MemMC-MAE (Tian et al. 2022). Random draws depend on --seed alone. An image that stays where
-it is has an absolute path in the manifest. A patient or a file in two splits is refused.
+hyper_kvasir are those of MemMC-MAE (Tian et al. 2022), and that of nih is AMAE's (Bozorgtabar et al. 2023). Random
+draws depend on --seed alone. An image that stays where it is has an absolute path in the manifest. A patient or a file
+in two splits is refused.
 
 Exit codes: 0 done; 2 the input or the environment is wrong.
 """
@@ -63,6 +66,7 @@ DATASETS: dict[str, tuple[str, ...]] = {
     "hyper_kvasir": (),
     "jsrt": (),
     "lidc": (),
+    "nih": (),
     "nnunet": (),
 }
 ALIASES = {"mvtec": "folders", "nnu-net": "nnunet", "medianomaly": "ddad"}

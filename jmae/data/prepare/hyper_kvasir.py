@@ -67,7 +67,8 @@ def prepare(root: Path, out: Path, seed: int) -> Prepared:
     counts = Counter(row.extra["class"] for row in normals)
     found = f"{len(normals)} normals ({', '.join(f'{counts[name]} {name}' for name in NORMAL)})"
     found += f", fewer than {TRAIN + TEST}: {train} of them train" if few else ""
-    return Prepared([*normals, *polyps], f"{found}; {len(polyps)} polyps with a mask", Counter())
+    flags = "--config configs/memmc_mae.py:paper_colour, or :small_colour on a CPU: these keep the colours"
+    return Prepared([*normals, *polyps], f"{found}; {len(polyps)} polyps with a mask", Counter(), flags)
 
 
 def find_folders(root: Path) -> tuple[dict[str, Path | None], Path]:

@@ -6,8 +6,8 @@
 Budget 1 is the recipe's own length, about 15 minutes of training on two cores. Every system trains with `python -m
 jmae.train --config configs/NAME.py:small` on grey images. Its recipe names its primary score before the run.
 
-The table and benchmarks/results/systems.json have AUROC and AP with 95 % intervals over patients, on the whole image
-and on the central 80 % of each axis, and pixel AUROC and AP, all beside the cheap baselines. They also have the
+The table and benchmarks/results/systems.json have AUROC and AP with 95 % intervals over patients, and pixel AUROC and
+AP. They are of the whole image and of the central 80 % of each axis, beside the cheap baselines. There are also the
 differences of every pair of systems over the same draws of patients, and the seconds of training. The page that
 compares the runs is written into the work folder. `--only NAME ...` trains some of the systems; all trained systems are
 compared. CHANGES has the changes of recipes and their reasons.

@@ -18,8 +18,8 @@ The official step has attention step by step and AdamW; on a GPU it has float16 
 tuned step has fused attention and fused AdamW; on a GPU it has bfloat16 and torch.compile. A step is forward, backward
 and update, with the batch already on the device.
 
-FLOPs of a sample: the encoder has L blocks of width d over t tokens (the visible ones and the class token), the decoder
-L' blocks of width d' over n + 1 tokens, and a token has v values. A forward pass takes 2 n v d +
+FLOPs of a sample: the encoder has L blocks of width d over t tokens (the visible ones and the class token). The decoder
+has L' blocks of width d' over n + 1 tokens. A token has v values. A forward pass takes 2 n v d +
 L (24 t d^2 + 4 t^2 d) + 2 t d d' + L' (24 (n + 1) d'^2 + 4 (n + 1)^2 d') + 2 n d' v. A step takes three times as much.
 Recomputation, norms, softmax, GELU and the update do not count. "share" is the share of the rate of a large matrix
 product (PyTorch; bfloat16 on a GPU), which is timed in the same run.

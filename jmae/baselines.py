@@ -220,10 +220,13 @@ class ImageBaselines:
 class VolumeBaselines:
     """The baselines of volumes: maps of single voxels or windows, and scores from them.
 
-    The maps are the brightness of every channel, standardised as the volume is; the residual outside the principal
-    components of random training crops, in the system's own windows; and the subtraction image (`read_subtraction`) of
-    rows that name series before and after contrast, under the minimum filter `evaluation.filter` where the recipe has
-    one. A score is the mean of the highest voxels in the region, as the system's own. A row without a label has none.
+    The maps are:
+      - the brightness of every channel, standardised as the volume is;
+      - the residual outside the principal components of random training crops, in the system's own windows;
+      - the subtraction image (`read_subtraction`) of rows that name series before and after contrast. It has passed the
+        minimum filter `evaluation.filter` where the recipe has one.
+
+    A score is the mean of the highest voxels in the region, as the system's own. A row without a label has none.
 
     Args:
         config: the recipe.

@@ -242,9 +242,11 @@ def scoring_batch(config: ConfigDict, b: int, mesh: Mesh) -> dict[str, jax.Shape
 
 
 def sweep_program(sweep: Sweep, mesh: Mesh) -> Any:
-    """The jitted function (results, volume, its true size, origins of windows, how many of them count, coverage, words
-    of the case's key, repeats, keys of the replicates, windows at a time) -> what `sweep.fuse` gives, with a leading
-    axis of replicates before each array."""
+    """The jitted function of a sweep. It gives what `sweep.fuse` gives, with an axis of replicates before each array.
+
+    Its arguments: results, volume, true size of the volume, origins of the windows, number of origins that count,
+    coverage, words of the case's key, repeats, keys of the replicates, windows at a time.
+    """
     place = lambda x: jax.lax.with_sharding_constraint(x, split(mesh))
 
     def score(results, volume, size, origins, number, coverage, words, repeats, keys, batch):

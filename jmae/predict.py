@@ -15,9 +15,9 @@ scored within a region or in two pieces. These columns are as in a manifest; its
 --out gets, for each case, ID_anomaly.nii.gz (for images .tif, 32 bits), ID_confidence where the system has one,
 ID_recon where the recipe has evaluation.reconstruction, and ID_overlay.png. The overlay of a volume shows the axial
 slice with the highest value. At the end --out gets scores.csv: id,label,score,p_value and further scores. The p-value
-is the share of held-out normals that score as high (jmae.scoring.Calibration). It is empty where the run is not
-calibrated; for an image that the run was trained or calibrated on; and where a case has another set of region, midline
-and half than the normals had. A case that fails is listed in failed.csv, and the others go on.
+is the share of held-out normals that score as high (jmae.scoring.Calibration). It is empty in three cases: the run is
+not calibrated; the run was trained or calibrated on the image; or the case has another set of region, midline and half
+than the normals had. A case that fails is listed in failed.csv, and the others go on.
 
 --continue  finishes what is missing in --out: after an interruption, or after failed files have been mended.
 

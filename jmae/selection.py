@@ -2,8 +2,8 @@
 
 Siddiquee, Rafsani, Shah, Wu, Chong, Schwedt, Li, "AUCp: Pseudo-AUC for Inference Model Selection with Unlabeled
 Validation Data in Abnormality Detection", IEEE TMI 2026, arXiv 2606.08742: the AUROC of all unlabelled images against
-known normals. With a share p of abnormal images among the unlabelled it is p AUROC + (1 - p) / 2 where their normals
-score as the known ones do, so that both have their best step in common.
+known normals. Let p be the share of abnormal images among the unlabelled ones. Where their normals score as the known
+ones do, the pseudo-AUC is p AUROC + (1 - p) / 2. Both then have their best step in common.
 
 Known normals that are trained on score lower than new ones of an overfit network; then the pseudo-AUC rises with
 overfitting. Recipes that hold normals out (`held_out`) compare with those.

@@ -139,8 +139,9 @@ def exchanged() -> dict[str, list[float]]:
 
 
 def rows_of_kernels() -> dict[str, list[int]]:
-    """Rows of the largest array that a kernel of LayerNorm takes on each of 1 and of 8 GPUs, in MemMC-MAE's step and in
-    its scoring of 16 images; the programs are lowered for GPUs, not compiled."""
+    """Rows of the largest array that a kernel of LayerNorm takes on each of 1 and of 8 GPUs.
+
+    The programs are MemMC-MAE's step and its scoring of 16 images. They are lowered for GPUs, not compiled."""
     out: dict[str, list[int]] = {"train": [], "score": []}
     config, _ = small_system(name="memmc_mae")
     for count in (1, 8):

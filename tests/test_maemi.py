@@ -578,8 +578,9 @@ def test_a_fault_in_a_file_is_one_line_and_nothing_is_trained(fault, words, tmp_
 
 
 def test_the_paper_preset_takes_two_steps_on_phantoms(tmp_path):
-    """Crops of 240 x 168 x 8 at 0.75 x 0.75 x 1 mm in 2520 patches, from phantoms of 3 mm as files, in half a chest
-    each; the network itself is small, as ViT-B differs in its parameters' shapes alone."""
+    """Crops of 240 x 168 x 8 at 0.75 x 0.75 x 1 mm in 2520 patches, each in half a chest, from files of 3 mm phantoms.
+
+    The network itself is small: ViT-B differs in its parameters' shapes alone."""
     rows = []
     for i in range(2):
         case = phantoms.draw("breast", "train", i)

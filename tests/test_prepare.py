@@ -41,7 +41,7 @@ def test_an_unknown_name_a_missing_folder_and_a_used_one_are_one_line(tmp_path, 
     assert "not a folder" in refused(capsys, "lidc", tmp_path / "none", tmp_path / "out")[0]
     assert exit_code(prepare.main, ["lidc", "--root=x"]) == 2
     assert (
-        "names: bids, chexpert, covidx, ddad, deeplesion, folders, hyper_kvasir, jsrt, lidc, nnunet"
+        "names: bids, chexpert, covidx, ddad, deeplesion, folders, hyper_kvasir, jsrt, lidc, nih, nnunet"
         in capsys.readouterr().err
     )
     (tmp_path / "manifest.csv").write_text("")

@@ -49,9 +49,9 @@ VISIBLE = 0.5 / 255  # the smallest change that survives rounding to 8 bits
 def lung_field(image: Float[np.ndarray, "h w c"], share: tuple[float, float] = FIELD_SHARE) -> Bool[np.ndarray, "h w"]:
     """The mask of the lungs in a chest X-ray, where AnatPaste may paste. Values are in [0, 1]; lungs are dark.
 
-    The lungs are found at 256 x 256, as in the paper's code, and the mask is resized to the image's size. (At 96 x 96
-    more lungs touch the border and are lost.) The steps are CLAHE, Otsu's threshold, selection of the dark side without
-    the value 0, opening, removal of components that touch the border, dilation, removal of small components.
+    The lungs are found at 256 x 256, as in the paper's code, and the mask is resized to the image's size. At 96 x 96
+    more lungs touch the border and are lost. The steps are CLAHE, Otsu's threshold, selection of the dark side without
+    the value 0, and opening. Removal of components that touch the border, dilation and removal of small ones follow.
 
     A mask whose share of the image lies outside `share`, or with an empty left or right half, is no lung field. Then
     all pixels are True; the code does this for an empty mask.

@@ -23,6 +23,7 @@ from jmae.processes import gather
 from jmae.windows import room
 
 SHARE = 0.4  # of a device's memory that a set may take; on the CPU the set is there twice for a moment
+
 # Keys of the recipe's section `data` that a prepared volume and its allowed origins depend on.
 PREPARED = """size channels axes spacing join mask_threshold crop crop_least crop_most crop_margin region normalise mean
     std least_region window equalise equalise_exact""".split()

@@ -20,9 +20,12 @@ def open_each(
 ) -> list[Finding]:
     """Opens every image, mask, region and series of contrast; returns all problems in the order of the rows.
 
-    Kinds of findings: "unreadable" (missing and damaged files; cases that `use` refuses), "geometry" (another grid than
-    the image's; another rank or number of channels than most images have), "truth" (a mask, region or box that
-    contradicts the label, marks nothing, or lies outside the image). Phantoms pass.
+    Kinds of findings:
+      - "unreadable": a missing or damaged file, or a case that `use` refuses.
+      - "geometry": another grid than the image's, or another rank or number of channels than most images have.
+      - "truth": a mask, region or box that contradicts the label, marks nothing, or lies outside the image.
+
+    Phantoms pass.
 
     Args:
       rows: rows of a manifest.

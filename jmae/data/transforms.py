@@ -150,12 +150,15 @@ def crop_box(
 ) -> tuple[Float[Array, " d"], Float[Array, " d"]]:
     """Draws the box of a random resized crop: `(origin, edges)` in voxels, whole numbers.
 
-    torchvision's RandomResizedCrop for d axes: the box's share of the volume v ~ U(scale); the log aspect
-    l_i ~ U(log aspect) of each axis i > 0 to axis 0, l_0 = 0; edge_i = round(n_i v^(1/d) exp(l_i - mean l));
-    the origin is uniform over the whole-voxel positions where the box fits. Of 10 such draws the first whose
-    edges fit is taken; beyond, the largest centred box whose log aspects are nearest to 0 (the whole image
-    when `aspect` contains 1).
-    ours: aspect is relative to the image's own shape, not in voxels: the same on square images, and boxes of
+    torchvision's RandomResizedCrop for d axes:
+      - v ~ U(scale) is the box's share of the volume;
+      - l_i ~ U(log aspect) is the log aspect of each axis i > 0 to axis 0, and l_0 = 0;
+      - edge_i = round(n_i v^(1/d) exp(l_i - mean l));
+      - the origin is uniform over the whole-voxel positions where the box fits.
+
+    Of 10 such draws the first whose edges fit is taken. If none fits, the box is the largest centred one whose log
+    aspects are nearest to 0; it is the whole image when `aspect` contains 1.
+    ours: aspect is relative to the image's own shape, not in voxels. It is the same on square images, and boxes of
     a flat volume stay flat.
     """
     n, d = jnp.asarray(size, jnp.float32), len(size)
@@ -182,9 +185,9 @@ def crop_resized(
 ) -> Float[Array, "*new c"]:
     """The box `(origin, edges)` resized to the size `to`, or to the image's own, bicubic as Pillow's `resize(box=)`.
 
-    The kernel (Keys, a = -1/2) reads beyond the box where the image goes on, as Pillow's does; its overshoot
-    is clipped to the range of each channel, as 8-bit images clip theirs to 0 and 255. On an NVIDIA GPU the products
-    have a mantissa of ten bits (TF32): 8-bit grey values keep all digits, values of 12 or 16 bits lose their last ones.
+    The kernel (Keys, a = -1/2) reads beyond the box where the image goes on, as Pillow's does. Its overshoot is
+    clipped to the range of each channel; 8-bit images clip theirs to 0 and 255. On an NVIDIA GPU the products have a
+    mantissa of ten bits (TF32): 8-bit grey values keep all digits, values of 12 or 16 bits lose their last ones.
     """
     axes = tuple(range(image.ndim - 1))
     to = to or image.shape[:-1]

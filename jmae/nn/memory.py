@@ -43,8 +43,10 @@ class Gates(nnx.Module):
 class MultiLevelBlock(nnx.Module):
     """A decoder block that attends to all levels of the encoder (Eq. 2 and 3):
 
-    S = Y + self-attention(norm Y), R = S + sum_l alpha_l C_l / sqrt(levels), Y' = R + mlp(norm R), where C_l is the
-    cross-attention of norm S to the normed output X_l of encoder block l; all levels share its projections and norm.
+    S = Y + self-attention(norm Y), R = S + sum_l alpha_l C_l / sqrt(levels), Y' = R + mlp(norm R).
+
+    C_l is the cross-attention of norm S to the normed output X_l of encoder block l. All levels share its projections
+    and its norm.
     The gate alpha_l = sigmoid(W_l [S; C_l] + b_l) is a vector for each token (`gate="channel"`, Cornia et al.) or a
     number for each token (`gate="token"`). `normed=False` leaves out the root, which is Cornia et al.'s.
 

@@ -123,9 +123,7 @@ def test_a_recipe_of_an_earlier_run_gets_the_keys_that_came_since(tmp_path):
     del old.profile, old.evaluation.froc
     old.data.normal_crops_only = False
     (tmp_path / "config.json").write_text(recipe.to_json(old))
-    assert recipe.to_json(recipe.read(tmp_path)) == recipe.to_json(whole) or dict(
-        recipe.keys_of(recipe.read(tmp_path))
-    ) == dict(recipe.keys_of(whole))
+    assert dict(recipe.keys_of(recipe.read(tmp_path))) == dict(recipe.keys_of(whole))
 
 
 def test_a_stock_module_with_a_random_stream_trains_and_repeats():

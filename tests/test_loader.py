@@ -290,22 +290,6 @@ def test_normal_crops_only_lets_no_whole_abnormal_image_into_training(tmp_path):
         load_rows(config(manifest=str(tmp_path / "m.csv"), normal_crops_only=True), lambda line: None)
 
 
-def test_host_arrays_are_computed_again_when_code_below_their_function_changes(images, tmp_path, monkeypatch):
-    def doubled(image):
-        return 2 * image
-
-    cached = Images(images.rows, config(), tmp_path / "cache")
-    first = cached.host_arrays(np.arange(3), {"doubled": doubled})["doubled"]
-    other = lambda image: pytest.fail("computed again")
-    other.__module__, other.__qualname__ = doubled.__module__, doubled.__qualname__
-    again = cached.host_arrays(np.arange(3), {"doubled": other})["doubled"]
-    np.testing.assert_array_equal(first, again)
-    monkeypatch.setattr(loader, "code_digest", lambda: "code that was changed")
-    changed = lambda image: 3 * image
-    changed.__module__, changed.__qualname__ = doubled.__module__, doubled.__qualname__
-    np.testing.assert_array_equal(cached.host_arrays(np.arange(3), {"doubled": changed})["doubled"], 1.5 * first)
-
-
 def test_an_image_that_the_recipe_cannot_use_is_found_in_every_split(tmp_path):
     np.save(tmp_path / "nan.npy", np.array([[0.0, np.nan], [1.0, 2.0]]))
     np.save(tmp_path / "sound.npy", np.eye(4))

@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 from jmae import recipe, train
+from jmae.data import loader
 from jmae.data.manifest import Row
 from jmae.errors import InputError, exit_code
 from jmae.recipe import SYSTEMS
@@ -124,6 +125,25 @@ def test_a_recipe_of_an_earlier_run_gets_the_keys_that_came_since(tmp_path):
     old.data.normal_crops_only = False
     (tmp_path / "config.json").write_text(recipe.to_json(old))
     assert dict(recipe.keys_of(recipe.read(tmp_path))) == dict(recipe.keys_of(whole))
+
+
+def test_host_arrays_are_computed_again_when_code_below_their_function_changes(tmp_path, monkeypatch):
+    def doubled(image):
+        return 2 * image
+
+    for i in range(3):
+        np.save(tmp_path / f"{i}.npy", np.eye(8) * (i + 1))
+    images = [Row(f"c{i}", f"p{i}", "train", 0, (str(tmp_path / f"{i}.npy"),)) for i in range(3)]
+    cached = loader.Images(images, config("amae"), tmp_path / "cache")
+    first = cached.host_arrays(np.arange(3), {"doubled": doubled})["doubled"]
+    other = lambda image: pytest.fail("computed again")
+    other.__module__, other.__qualname__ = doubled.__module__, doubled.__qualname__
+    again = cached.host_arrays(np.arange(3), {"doubled": other})["doubled"]
+    np.testing.assert_array_equal(first, again)
+    monkeypatch.setattr(loader, "code_digest", lambda: "code that was changed")
+    changed = lambda image: 3 * image
+    changed.__module__, changed.__qualname__ = doubled.__module__, doubled.__qualname__
+    np.testing.assert_array_equal(cached.host_arrays(np.arange(3), {"doubled": changed})["doubled"], 1.5 * first)
 
 
 def test_a_stock_module_with_a_random_stream_trains_and_repeats():

@@ -229,21 +229,21 @@ def recipe_picture(config: ConfigDict, paths: Sequence[str], *, seed: int, draws
         raise InputError(f"--config: {config.system} trains on no synthetic anomalies: name another recipe")
     images = [prepared(config, path) for path in paths]
     keys = jax.random.split(jax.random.key(seed), (len(images), draws))
-    make = jax.jit(jax.vmap(shown(config), (None, None, 0)))
+    titles, draw = shown(config)
+    make = jax.jit(jax.vmap(draw, (None, None, 0)))
     results = [make(image, images[(i + 1) % len(images)], keys[i]) for i, image in enumerate(images)]
-    titles = list(results[0])
     high = INCHES * images[0].shape[0] / images[0].shape[1] + 0.35
     figure = Figure(figsize=(INCHES * (1 + len(titles)), high * len(images) * draws), layout="constrained")
     FigureCanvasAgg(figure)
     lines = iter(figure.subplots(len(images) * draws, 1 + len(titles), squeeze=False))
     for image, path, found in zip(images, paths, results, strict=True):
         for j in range(draws):
-            line, arrays = next(lines), {title: np.asarray(array[j]) for title, array in found.items()}
-            k = int(arrays["target"].sum((0, 1)).argmax()) if image.ndim == 4 else None
+            line, arrays = next(lines), [np.asarray(array[j]) for array in found]
+            k = int(arrays[titles.index("target")].sum((0, 1)).argmax()) if image.ndim == 4 else None
             flat = lambda array, k=k: array if k is None else array[:, :, k]
             show(line[0], flat(image[..., 0]), Path(path).name if k is None else f"{Path(path).name}, slice {k}")
-            for place, title in zip(line[1:], titles, strict=True):
-                array, values = arrays[title], arrays[title].ndim == image.ndim
+            for place, title, array in zip(line[1:], titles, arrays, strict=True):
+                values = array.ndim == image.ndim
                 words = title if values else f"{title}, at most {array.max():.2g}"
                 show(place, flat(array[..., 0] if values else array), words, "gray" if values else "inferno")
             log(f"{Path(path).name}: draw {j + 1}")

@@ -10,7 +10,6 @@ import importlib
 import json
 import math
 import operator
-import re
 import runpy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -35,7 +34,8 @@ class Key:
     """The declaration of a recipe key.
 
     Attributes:
-        default: value where no preset sets another one; it has the key's type. An empty tuple may hold anything.
+        default: value where no preset sets another one; it has the key's type.
+        holds: value whose type the values of a tuple have where `default` is empty.
         doc: one sentence.
         unit: unit of the value.
         least, above, most, below: bounds of a number, or of each number of a tuple; None: no bound.
@@ -58,6 +58,12 @@ class Key:
     empty: bool = False
     single: bool = False
     before: Any = None
+    holds: Any = 1.0
+
+    @property
+    def like(self) -> Any:
+        """A value of the key's type; a tuple has one or more values."""
+        return (self.holds,) if self.default == () else self.default
 
     def bounds(self) -> str:
         """The bounds in words, such as "from 0 to below 1"; empty without any."""
@@ -89,9 +95,9 @@ class Key:
         if several and length is not None and isinstance(value, tuple | list):
             if len(parts) != length and not (self.empty and not parts):
                 return f"{length} values, one an axis" if self.length == AXES else f"{length} values"
-        like = self.default if not several else self.default[0] if self.default else None
+        like = self.like[0] if several else self.default
         for part in parts:
-            if like is not None and not _same_type(part, like):
+            if not _same_type(part, like):
                 return f"{_TYPES[type(like)]}, as {like!r} is"
             if self.choices and part not in self.choices:
                 return self.bounds()
@@ -185,7 +191,9 @@ SHARED = {
         most=100,
     ),
     "evaluation.decision": Key("youden", "Rule of the decision threshold on val.", choices=("youden", "accuracy")),
-    "evaluation.subsets": Key((), "Manifest columns; rows whose value is neither 0 nor empty are scored apart, too."),
+    "evaluation.subsets": Key(
+        (), "Manifest columns; rows whose value is neither 0 nor empty are scored apart, too.", holds=""
+    ),
     "evaluation.maps": Key(True, "Whether the maps of the split are written."),
     "evaluation.draws": Key(2000, "Draws of patients for the confidence intervals.", least=1),
     "evaluation.alarm_rate": Key(0.05, "Rate of false alarms at the threshold in calibration.json.", above=0, below=1),
@@ -394,12 +402,14 @@ def parse(argv: Sequence[str], usage: str, known: Sequence[str] = ()) -> tuple[C
 
 def override(config: ConfigDict, given: dict[str, str], section: str = "") -> None:
     """Moves the overrides from the flags `given` into a recipe. Where `section` is named, only its keys are known."""
+    declared = declarations(config.system, volumes=is_volume(config))
     defaults = {key: value for key, value in keys_of(config) if key.startswith(section)}
     for flag in [name for name in given if name.startswith("config.")]:
         key, text = flag.removeprefix("config."), given.pop(flag)
         if key not in defaults:
             raise InputError(f"--{flag} is unknown: did you mean --config.{nearest(key, list(defaults))}?")
-        config.update_from_flattened_dict({key: typed(flag, text, defaults[key])})
+        like = declared[key].like if defaults[key] == () and key in declared else defaults[key]
+        config.update_from_flattened_dict({key: typed(flag, text, like)})
 
 
 def load(recipe: str) -> ConfigDict:
@@ -420,15 +430,12 @@ def load(recipe: str) -> ConfigDict:
 
 
 def typed(flag: str, text: str, default: Any) -> Any:
-    """The value that `text` means where the recipe has `default`; a tuple is written 64,64 or (64, 64). Where `default`
-    is an empty tuple, numbers are numbers and anything else is text."""
+    """The value of the type of `default` that `text` means; a tuple is written 64,64 or (64, 64)."""
     if isinstance(default, str):
         return text
     if isinstance(default, tuple):
         parts = [part.strip(" '\"") for part in text.strip(" ()[]").split(",")]
-        numbers = all(re.fullmatch(r"[-+]?[0-9.]+(e[-+]?[0-9]+)?", part) for part in parts if part)
-        empty = 1.0 if numbers else ""  # what an empty tuple would hold
-        like = next((1.0 for d in default if isinstance(d, float)), default[0] if default else empty)
+        like = next((1.0 for d in default if isinstance(d, float)), default[0])
         return tuple(typed(flag, part, like) for part in parts if part)
     words = {"true": True, "1": True, "false": False, "0": False}
     try:

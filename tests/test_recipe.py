@@ -32,11 +32,15 @@ def test_every_preset_of_every_recipe_resolves_and_survives_json(file, preset):
     assert [type(v) for _, v in recipe.keys_of(again)] == [type(v) for _, v in recipe.keys_of(config)]
 
 
-def test_an_empty_tuple_takes_numbers_as_numbers_and_anything_else_as_text():
+def test_an_empty_tuple_takes_what_its_declaration_holds():
     config, _ = recipe.parse(["--config=configs/maemi.py:small", "--config.data.spacing=2,2,1.5"], "", KNOWN)
     assert config.data.spacing == (2.0, 2.0, 1.5)
-    config, _ = recipe.parse([AMAE, "--config.evaluation.subsets=a1,2"], "", KNOWN)
-    assert config.evaluation.subsets == ("a1", "2")
+    config, _ = recipe.parse([AMAE, "--config.evaluation.subsets=a1,2020"], "", KNOWN)
+    assert config.evaluation.subsets == ("a1", "2020")
+    config, _ = recipe.parse(["--config=configs/memmc_mae.py", "--config.data.crop_from=96,64"], "", KNOWN)
+    assert str(config.data.crop_from) == "(96, 64)"
+    with pytest.raises(InputError, match=r"--config.data.crop_from: '9.5' is not a whole number"):
+        recipe.parse(["--config=configs/memmc_mae.py", "--config.data.crop_from=9.5,64"], "", KNOWN)
 
 
 @pytest.mark.parametrize(

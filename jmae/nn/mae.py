@@ -38,7 +38,9 @@ def _forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
 
 
 def _backward(operands: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
-    return jax.vjp(jnp.matmul, *operands)[1](gradient.astype(operands[0].dtype))
+    x, kernel = operands
+    gradient, samples = gradient.astype(x.dtype), tuple(range(x.ndim - 1))
+    return gradient @ kernel.T, jnp.tensordot(x, gradient, (samples, samples))
 
 
 float32_product.defvjp(_forward, _backward)

@@ -154,7 +154,7 @@ def released_positions(grid: tuple[int, ...], width: int) -> np.ndarray:
 
 def view(data: ConfigDict, image: Float[Array, "b *size c"], keys: Key[Array, " b"]) -> Float[Array, "b *size c"]:
     """Clipped crops, mirrored at random."""
-    flip = partial(random_flip, axes=tuple(int(axis) for axis in data.flips))
+    flip = partial(random_flip, axes=tuple(data.flips))
     return jax.vmap(flip)(jnp.clip(image, *data.clip), keys)
 
 

@@ -132,9 +132,12 @@ IMAGE_KEYS = {
         least=1,
         length=2,
         empty=True,
+        holds=1,
     ),
     **declared("data", STANDARDISING_KEYS, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)),
-    "data.flips": recipe.Key((), "Axes, each mirrored with probability 1/2; the paper lists none.", choices=(0, 1)),
+    "data.flips": recipe.Key(
+        (), "Axes, each mirrored with probability 1/2; the paper lists none.", choices=(0, 1), holds=0
+    ),
 }
 VOLUME_KEYS = {
     "data.channels": recipe.Key(2, "Sequences of a volume.", least=1),
@@ -161,7 +164,7 @@ def view(config: ConfigDict, image: Float[Array, "b *size c"], keys: Key[Array, 
     """Crops and flips of images, in the network's range and channels. Crops have `data.size`."""
     data, volumes, raw = config.data, recipe.is_volume(config), image
     image = jnp.clip(image, *data.clip) if volumes else image
-    scale, axes, size = tuple(data.crop_scale), tuple(int(axis) for axis in data.flips), tuple(data.size)
+    scale, axes, size = tuple(data.crop_scale), tuple(data.flips), tuple(data.size)
     image = crop_and_flip(image, keys, scale=scale, axes=axes, size=size)
     return jnp.clip(image, *data.clip) if volumes else standardised(image, config, raw)
 

@@ -156,7 +156,7 @@ KEYS = {
         "shares of the edge",
         least=0,
     ),
-    "train.flips": Key((), "Ours: axes that are each mirrored with probability 1/2.", least=0),
+    "train.flips": Key((), "Ours: axes that are each mirrored with probability 1/2.", least=0, holds=0),
     "train.held_out": Key(0.1, "Share of the patients kept for the best Dice.", least=0, below=1),
     "train.dice_at": Key(
         0.0,
@@ -330,24 +330,24 @@ def task_of(config: ConfigDict) -> Task:
     return lambda image, source, key, number: task(image, source, key)
 
 
-def shown(config: ConfigDict, most: int = 3) -> Callable[..., dict[str, Array]]:
-    """(image, source, key) -> what a recipe trains on, by title: the image with anomalies, its target, and where there
-    are raters, the images of `most` of them and the deviation over all."""
+def shown(config: ConfigDict, most: int = 3) -> tuple[list[str], Callable[..., list[Array]]]:
+    """What a recipe trains on: titles, and the function (image, source, key) -> their arrays.
+
+    They are the image with anomalies and its target. Where there are raters, the images of `most` of them and the
+    deviation over all follow.
+    """
     if config.variant not in PRESETS:
         make = task_of(config)
-        return lambda image, source, key: dict(
-            zip(("image", "target"), make(image, source, key, None)[:2], strict=True)
-        )
+        return ["image", "target"], lambda image, source, key: list(make(image, source, key, None)[:2])
     whole = partial(ppii, **options_of(config) | {"deviation": True, "rater": True})
 
-    def draw(image: Array, source: Array, key: Array) -> dict[str, Array]:
+    def draw(image: Array, source: Array, key: Array) -> list[Array]:
         out, target, extras = whole(image, source, key)
-        each = jax.vmap(lambda k: whole(image, source, key, rater_number=k)[2]["rater"])(jnp.arange(most))
-        raters = {f"rater {k + 1}": each[k] for k in range(most)}
+        raters = jax.vmap(lambda k: whole(image, source, key, rater_number=k)[2]["rater"])(jnp.arange(most))
         label = extras["rater_target"] if config.train.target == "rater" else target
-        return {"image": out, "target": label} | raters | {"deviation": extras["deviation"]}
+        return [out, label, *raters, extras["deviation"]]
 
-    return draw
+    return ["image", "target", *(f"rater {k + 1}" for k in range(most)), "deviation"], draw
 
 
 def corrupt(
@@ -379,7 +379,7 @@ def augment(setup: Setup, image: Float[Array, "b *size c"], keys: RandomKey[Arra
     if train.scaling or train.rotation or train.elastic:
         warp = partial(random_warp, offset=train.scaling, degrees=train.rotation, elastic=train.elastic)
         image = jax.vmap(warp)(image, fold_in(keys, 0))
-    flip = partial(random_flip, axes=tuple(int(axis) for axis in train.flips))
+    flip = partial(random_flip, axes=tuple(train.flips))
     return jax.vmap(flip)(image, fold_in(keys, 1)) if train.flips else image
 
 

@@ -14,10 +14,12 @@ scored within a region or in two pieces. These columns are as in a manifest; its
 
 --out gets, for each case, ID_anomaly.nii.gz (for images .tif, 32 bits), ID_confidence where the system has one,
 ID_recon where the recipe has evaluation.reconstruction, and ID_overlay.png. The overlay of a volume shows the axial
-slice with the highest value. At the end --out gets scores.csv: id,label,score,p_value and further scores. The p-value
-is the share of held-out normals that score as high (jmae.scoring.Calibration). It is empty in three cases: the run is
-not calibrated; the run was trained or calibrated on the image; or the case has another set of region, midline and half
-than the normals had. A case that fails is listed in failed.csv, and the others go on.
+slice with the highest value. At the end --out gets scores.csv: id,label,score,p_value, further scores, and warning. The
+p-value is the share of held-out normals that score as high (jmae.scoring.Calibration). It is empty in three cases: the
+run is not calibrated; the run was trained or calibrated on the image; or the case has another set of region, midline
+and half than the normals had. The column warning says what of a case is unlike the images that the run was trained on:
+its size, channels, grey values or layout (jmae.likeness). Such a case has no p-value above the alarm rate. A case that
+fails is listed in failed.csv, and the others go on.
 
 --continue  finishes what is missing in --out: after an interruption, or after failed files have been mended.
 
@@ -38,7 +40,15 @@ from ml_collections import ConfigDict
 from PIL import Image as pillow
 
 from jmae import recipe
-from jmae.calibration import LOCATING_COLUMNS, colours_of, has_column, read_calibration, score_identity, score_line
+from jmae.calibration import (
+    LOCATING_COLUMNS,
+    alarm_rate,
+    colours_of,
+    has_column,
+    read_calibration,
+    score_identity,
+    score_line,
+)
 from jmae.data.duplicates import content
 from jmae.data.files import Image, marks_of, write_map
 from jmae.data.manifest import Row, read_cases, wrong_pieces
@@ -47,6 +57,7 @@ from jmae.data.slices import command, lie
 from jmae.errors import InputError, exit_code
 from jmae.inference import Scorer, restore_results, run_of, score_rows
 from jmae.inputs import SPLIT, cases_of, id_of, image_of_array, names_of, row_of, sequences, stem_of, with_spacing
+from jmae.likeness import read_kind, unlike
 from jmae.processes import keep_compiled
 from jmae.report import PERCENTILES, Scale, blend
 from jmae.results import Result
@@ -65,6 +76,7 @@ class Prediction(NamedTuple):
     score: float
     p_value: float | None  # None where the run is not calibrated for the case
     confidence: np.ndarray | None  # float32, deviation of the map over the system's samples; None where it has none
+    warning: str = ""  # what of the case is unlike the images that the run was trained on
 
 
 class Run(NamedTuple):
@@ -76,6 +88,7 @@ class Run(NamedTuple):
     calibration: Calibration | None
     identity: dict[str, Any]  # as `score_identity` gives it
     seen: dict[str, Row]  # what the run was trained or calibrated on, by `Row.content`
+    kind: dict[str, Any] | None  # what these images have in common (`likeness.read_kind`)
 
 
 def main(argv: list[str]) -> int:
@@ -142,7 +155,8 @@ def load(workdir: str | os.PathLike) -> Callable[..., Prediction]:
         (result,) = run.scorer.score([run.scorer.prepare(row, stored, inside)])
         line = checked_line(run, row, result)
         found = result.written(run.system, ["anomaly", "confidence"])
-        return Prediction(found.get("anomaly"), line["score"], line["p_value"], found.get("confidence"))
+        maps = found.get("anomaly"), found.get("confidence")
+        return Prediction(maps[0], line["score"], line["p_value"], maps[1], line["warning"])
 
     return predict
 
@@ -195,17 +209,23 @@ def open_run(workdir: Path, config: ConfigDict) -> Run:
             "them: name them in columns of --manifest=CASES.csv, or from Python by keyword"
         )
     scorer = Scorer(config, system, results)
-    return Run(config, system, scorer, calibration, score_identity(config, system, results), seen)
+    return Run(config, system, scorer, calibration, score_identity(config, system, results), seen, read_kind(workdir))
 
 
 def checked_line(run: Run, row: Row, result: Result) -> dict[str, Any]:
     """A line of scores.csv; raises InputError where a score is not finite."""
     if bad := [name for name, values in result.scores.items() if not np.isfinite(values).all()]:
         raise InputError(f"{row.image[0]}: its score {bad[0]} is not finite: look at its values, or leave it out")
+    assert result.case.stored
     line = score_line(row, result.scores, run.system, run.calibration)
-    if line["p_value"] is not None and (why := why_no_p_value(run, row, result)):
-        log(f"{row.id}: no p-value: {why}")
-        line["p_value"] = None
+    line["warning"] = unlike(result.case.stored, run.kind) if run.kind else ""
+    if line["warning"]:
+        log(f"{row.id}: warning: unlike the images that the run was trained on: {line['warning']}")
+    if line["p_value"] is not None:
+        if why := why_no_p_value(run, row, result):
+            log(f"{row.id}: no p-value: {why}")
+        if why or (line["warning"] and line["p_value"] > alarm_rate(run.config)):  # it would calm for no reason
+            line["p_value"] = None
     return line
 
 
@@ -339,7 +359,9 @@ def finish(rows: Sequence[Row], done: Mapping[str, Mapping], failed: Sequence[Ma
     lines = [done[name]["line"] for name in done if name not in now]
     lines += [done[row.id]["line"] for row in rows if row.id in done and done[row.id]["image"] == list(row.image)]
     if lines:
-        write_csv(out / "scores.csv", [{k: "" if v is None else v for k, v in line.items()} for line in lines])
+        names = dict.fromkeys(name for line in lines for name in line)
+        cell = lambda value: "" if value is None else value
+        write_csv(out / "scores.csv", [{name: cell(line.get(name)) for name in names} for line in lines])
     if failed:
         write_csv(out / "failed.csv", failed)
     else:

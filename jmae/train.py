@@ -29,6 +29,7 @@ from jmae.data.cases import load_cases
 from jmae.data.loader import Images, Samples, batches
 from jmae.errors import InputError, NonFiniteLoss, Stopped, exit_code
 from jmae.evaluate import check_processes, evaluate
+from jmae.likeness import write_kind
 from jmae.pretrained import with_pretrained
 from jmae.processes import join_processes, keep_compiled
 from jmae.programs import (
@@ -96,6 +97,7 @@ def run(config: ConfigDict, workdir: Path) -> int:
     for note in system.notes:
         log(f"warning: {note}")
     train(config, system, images, workdir, cases.samples(watched, crops_on="host") if watched else None)
+    write_kind(workdir, [cases.traits[row.id] for row in images.rows if row.id in cases.traits])
     write_seen(workdir, [*(read_seen(source) if source.is_dir() else ()), *images.rows])
     if any(row.split == "test" and row.label is not None for row in rows):
         out = workdir / "evaluation"

@@ -125,7 +125,7 @@ def test_predict_repeats_evaluate(finished, small_set, tmp_path):
     file = {name: next(f for f in small_set.parent.glob(f"{name}.*")) for name in evaluated}
     assert run(finished, tmp_path / "all", *file.values()) == 0
     predicted = table(tmp_path / "all" / "scores.csv")
-    assert predicted == {name: line | {"label": ""} for name, line in evaluated.items()}
+    assert predicted == {name: line | {"label": "", "warning": ""} for name, line in evaluated.items()}
     assert list(predicted) == list(evaluated) and all(0 < float(line["p_value"]) <= 1 for line in predicted.values())
     for written in (before / "maps").iterdir():
         assert written.read_bytes() == (tmp_path / "all" / written.name).read_bytes()
@@ -138,6 +138,28 @@ def test_predict_repeats_evaluate(finished, small_set, tmp_path):
     assert (one.score, one.p_value) == (float(line["score"]), float(line["p_value"]))
     np.testing.assert_array_equal(one.map, read_image(tmp_path / "all" / f"{some[0]}_anomaly.tif").array[..., 0])
     assert one.map.dtype == np.float32 and one.confidence is None
+
+
+def test_a_case_unlike_the_training_has_a_warning_and_no_calm_p_value(finished, small_set, tmp_path, capfd):
+    file = next(small_set.parent.glob("test-0-0.*"))
+    usual = read_image(file).array[..., 0].astype(np.uint8)
+    cases = {
+        "usual": usual,
+        "thumbnail": usual[::5, ::5],
+        "noise": np.random.default_rng(0).integers(0, 256, usual.shape, np.uint8),
+    }
+    for name, array in cases.items():
+        Image.fromarray(array).save(tmp_path / f"{name}.png")
+    assert run(finished, tmp_path / "out", *(tmp_path / f"{name}.png" for name in cases)) == 0
+    lines = table(tmp_path / "out" / "scores.csv")
+    warned = {name: line["warning"].split(" ")[0] for name, line in lines.items()}
+    assert warned == {"usual": "", "thumbnail": "smallest", "noise": "roughness"}
+    assert lines["usual"]["p_value"]
+    for name in list(cases)[1:]:
+        assert not lines[name]["p_value"] or float(lines[name]["p_value"]) <= 0.05
+    one = jmae.load(finished)(tmp_path / "thumbnail.png")
+    assert one.warning == lines["thumbnail"]["warning"] and "axis 8, trained on" in one.warning
+    assert "thumbnail: warning: unlike the images" in capfd.readouterr().err
 
 
 def test_images_of_any_name_from_folders_keep_their_grid(images_run, tmp_path, capfd):
@@ -159,7 +181,9 @@ def test_images_of_any_name_from_folders_keep_their_grid(images_run, tmp_path, c
         with Image.open(out / f"{name}_overlay.png") as overlay:
             assert overlay.size == (30, 20)
     lines = table(out / "scores.csv")
-    assert list(lines["one"]) == ["id", "label", "score", "p_value", "peak"] and lines["one"]["p_value"] == ""
+    assert (
+        list(lines["one"]) == ["id", "label", "score", "p_value", "peak", "warning"] and lines["one"]["p_value"] == ""
+    )
     array = read_image(tmp_path / "one.png").array[..., 0].astype(np.uint8)
     one = jmae.load(images_run)(array, id="one")
     expected = resize(to_unit(array[..., None], 8), SIZE)
@@ -215,7 +239,7 @@ def test_regions_and_midlines_are_taken_and_give_the_p_values_of_evaluate(tmp_pa
     )
     assert run(workdir, tmp_path / "out", f"--manifest={tmp_path / 'cases.csv'}") == 0
     predicted = table(tmp_path / "out" / "scores.csv")
-    assert predicted == {name: line | {"label": ""} for name, line in evaluated.items()}
+    assert predicted == {name: line | {"label": "", "warning": ""} for name, line in evaluated.items()}
     assert "only cases with a region and a midline get p-values" in capfd.readouterr().err
     of, row = jmae.load(workdir), asked[0]
     inside, middle = nib.load(row.region).get_fdata(), row.extra["midline"]

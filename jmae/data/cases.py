@@ -39,6 +39,7 @@ from jmae.data.preparation import (
 )
 from jmae.data.unlabeled import labels_given, unlabeled_labels, with_anomaly_ratio
 from jmae.errors import InputError
+from jmae.likeness import Traits, traits_of
 
 
 class Bits(NamedTuple):
@@ -158,6 +159,7 @@ class Cases:
         self.trained = {row.id for row in rows if row.split == "train"} if trained is None else set(trained)
         used = [row for row in rows if row.id in self.trained or row.split in (*scored, "train")]
         self.store: ImageStore | None = None if recipe.is_volume(config) else ImageStore(used, config.data)
+        self.traits: dict[str, Traits] = {}  # of the opened cases that training reads, by id
         self._kept: dict[str, KeptCase] = {}
         self._file: ArrayFile | None = None
         self._lock = threading.Lock()
@@ -168,6 +170,8 @@ class Cases:
         usable(row, case.image, tuple(data.size), data.channels)
         if not case.complete:
             return
+        if row.id in self.trained:
+            self.traits[row.id] = traits_of(case.image)
         if self.store:
             self.store.put(row, case.image)
             if row.split in self.scored:

@@ -1,0 +1,95 @@
+"""From a map to a mask of lesions, at a rate of false alarms that held-out normals promise.
+
+The peak of a map is the highest threshold at which a component of the least size is left. Of n held-out normals the
+threshold is the k-th highest peak, k = floor(rate (n + 1)). A normal case of the same kind then has a mask with any
+component with probability at most `rate`, by the argument of conformal p-values (`scoring.Calibration`).
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from jmae.lesions import components
+
+Region = NDArray[np.bool_] | None
+
+
+def least_voxels(least: float, spacing: Sequence[float] | None) -> int:
+    """The number of pixels or voxels of the smallest component that counts, at least 1.
+
+    Args:
+      least: in mm2 or mm3, or in pixels where the file tells no spacing.
+      spacing: mm along each axis.
+    """
+    return max(1, math.ceil(round(least / (math.prod(spacing) if spacing else 1), 6)))
+
+
+def peak(values: NDArray[np.floating], least: int, region: Region = None) -> float:
+    """The highest value v of a map at which the voxels of at least v have a component of `least` voxels, inside a
+    region; -inf where no component is that large at any value."""
+    inside = values if region is None else np.where(region, values, -np.inf)
+    ordered = np.unique(inside[np.isfinite(inside)])
+    if least == 1:
+        return float(ordered[-1]) if len(ordered) else -math.inf
+
+    def large(value: float) -> bool:
+        labels, n = components(inside >= value)
+        return bool(n) and int(np.bincount(labels.ravel())[1:].max()) >= least
+
+    low, high = -1, len(ordered)  # large at ordered[low], not at ordered[high]; neither end is looked at
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if large(ordered[middle]) else (low, middle)
+    return float(ordered[low]) if low >= 0 else -math.inf
+
+
+def outline(values: NDArray[np.floating], threshold: float, least: int, region: Region = None) -> NDArray[np.bool_]:
+    """The components of at least `least` voxels above a threshold, inside a region."""
+    above = values > threshold
+    labels, n = components(above if region is None else above & region)
+    keep = np.bincount(labels.ravel(), minlength=n + 1) >= least
+    keep[0] = False
+    return keep[labels]
+
+
+class MaskFigures:
+    """How well masks at one threshold fit the lesions of a split, which is given its cases one by one.
+
+    A lesion is found where a mask covers at least one of its voxels. A component of a mask is false where it covers no
+    voxel of a lesion.
+    """
+
+    def __init__(self) -> None:
+        self.dice: list[float] = []
+        self.found = self.lesions = self.false = self.images = self.normals = self.alarms = 0
+
+    def add(self, mask: NDArray[np.bool_], lesion: NDArray[np.bool_], region: Region = None) -> None:
+        """Takes the mask and the lesions of one labelled case; voxels outside of the region do not count."""
+        mask, lesion = (m if region is None else m & region for m in (mask, lesion))
+        (own, n), (truth, lesions) = components(mask), components(lesion)
+        self.images += 1
+        self.lesions += lesions
+        self.found += len(np.unique(truth[mask & lesion]))
+        self.false += n - len(np.unique(own[mask & lesion]))
+        if lesions:
+            self.dice.append(2 * float((mask & lesion).sum()) / float(mask.sum() + lesion.sum()))
+        else:
+            self.normals += 1
+            self.alarms += n > 0
+
+    def result(self) -> dict[str, Any] | None:
+        """The mean Dice of cases with a lesion, the share of lesions that are found, false components an image, and the
+        share of cases without a lesion that have a mask; None without a lesion."""
+        if not self.lesions:
+            return None
+        return {
+            "dice": float(np.mean(self.dice)),
+            "lesion_recall": self.found / self.lesions,
+            "false_components": self.false / self.images,
+            "false_alarms": self.alarms / self.normals if self.normals else None,
+            "images": self.images,
+            "lesions": self.lesions,
+        }

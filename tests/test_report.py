@@ -250,7 +250,7 @@ def test_the_table_comes_first_and_everything_has_its_place(page):
     ):
         place = words.index(part, place)
     assert "percentile of the values of the 6 normal maps" in words
-    assert "mean over 1 patients" in words and "1 without a lesion are left out" in words
+    assert "mean over patients" in words and "1 patients without a lesion are left out" in words
 
 
 def test_the_numbers_are_those_of_the_evaluation(page):

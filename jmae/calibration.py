@@ -19,6 +19,7 @@ from jmae.data.manifest import Row
 from jmae.errors import InputError
 from jmae.figures import patient_key
 from jmae.inference import Scorer, restore_results, score_rows
+from jmae.outlines import least_voxels, peak
 from jmae.report import PERCENTILES, Scale
 from jmae.results import Result, map_name
 from jmae.run_folder import digest, log, write_text
@@ -35,8 +36,9 @@ LOCATING_COLUMNS = ("region", "midline", "half")  # of the manifest, on which th
 # Settings of the section `evaluation` that change no score: of memory, of the files written, of the figures.
 SETTINGS_WITHOUT_EFFECT = (
     "batch chunk subsets maps reconstruction draws froc froc_rule froc_least froc_overlap iou alarm_rate convergence "
-    "decision"
+    "decision mask_least"
 ).split()
+LOWEST = float(np.finfo(np.float32).min)  # stands for the peak of a map without any component of the least size
 Say = Callable[[str], None]
 
 
@@ -46,17 +48,23 @@ class ReferenceScores(NamedTuple):
     rows: Sequence[Row]
     scores: np.ndarray  # (r, m), the primary scores
     ends: np.ndarray  # (m, 2): the percentiles `PERCENTILES` of each row's map, nan without a map
+    peaks: np.ndarray  # (m,): `outlines.peak` of each row's map on its own grid, nan without a map
 
 
-def reference_scores(system: System, results: Iterable[Result]) -> ReferenceScores:
+def reference_scores(config: ConfigDict, system: System, results: Iterable[Result]) -> ReferenceScores:
     """The scores of rows of `val`, from their results."""
-    rows, scores, ends = [], [], []
+    rows, scores, ends, peaks = [], [], [], []
     for result in results:
         maps = result.maps.get(map_name(system))
         rows.append(result.case.row)
         scores.append(result.scores[system.primary])
         ends.append(np.full(2, np.nan) if maps is None else np.percentile(maps.mean(0), PERCENTILES))
-    return ReferenceScores(rows, np.stack(scores, 1), np.array(ends))
+        peaks.append(np.nan)
+        if maps is not None:
+            least = least_voxels(config.evaluation.mask_least, result.case.geometry.spacing)
+            own = result.written(system, ["anomaly"])["anomaly"]
+            peaks[-1] = peak(own, least, result.case.counted_voxels())
+    return ReferenceScores(rows, np.stack(scores, 1), np.array(ends), np.array(peaks))
 
 
 # --- calibrating a run ------------------------------------------------------------------------------------------------
@@ -87,6 +95,7 @@ def calibrate(
     needs = [name for name in LOCATING_COLUMNS if system.sweep and any(has_column(row, name) for row in normals)]
     ends = reference.ends[used]
     low, high = colour_ends(*ends.T) if np.isfinite(ends).all() else (None, None)
+    peaks = [] if np.isnan(reference.peaks[used]).any() else np.maximum(reference.peaks[used], LOWEST).tolist()
     rate = alarm_rate(config)
     threshold = alarm_threshold(list(scores.values()), rate)
     if threshold is None:
@@ -100,11 +109,13 @@ def calibrate(
         "colours": {"low": low, "high": high},
         "of": score_identity(config, system, results),
         "scores": scores,
+        "mask_least": config.evaluation.mask_least,
+        "peaks": peaks,
     }
     write_text(workdir / CALIBRATION, json.dumps(content, indent=1))
     write_seen(workdir, normals)
     log(f"calibrated on {len(scores)} held-out normals: {workdir / CALIBRATION}")
-    return Calibration(scores, low, high, tuple(needs))
+    return Calibration(scores, low, high, tuple(needs), peaks, config.evaluation.mask_least)
 
 
 def calibrating_rows(config: ConfigDict, system: System, rows: Sequence[Row], say: Say = log) -> list[bool]:
@@ -134,7 +145,7 @@ def calibrate_run(
         log(NOT_CALIBRATED)
         return
     results = restore_results(config, system, workdir)
-    reference = reference_scores(system, score_rows(Scorer(config, system, results, cases), normals))
+    reference = reference_scores(config, system, score_rows(Scorer(config, system, results, cases), normals))
     calibrate(config, system, results, reference, workdir)
 
 
@@ -168,7 +179,9 @@ def read_calibration(
         )
         weights, settings = str(content["of"]["weights"]), dict(content["of"]["settings"])
         needs = tuple(str(name) for name in content["needs"])
-        if not scores or not np.isfinite([*scores.values(), low or 0, high or 0]).all():
+        peaks = [float(value) for value in content.get("peaks", ())]  # runs before there were masks have none
+        least = float(content.get("mask_least", 0))
+        if not scores or not np.isfinite([*scores.values(), low or 0, high or 0, *peaks, least]).all():
             raise ValueError("no scores, or not finite ones")
     except FileNotFoundError:
         say(NOT_CALIBRATED)
@@ -184,7 +197,7 @@ def read_calibration(
     if other := sorted(k for k in compared if settings.get(k) != now["settings"].get(k)):
         say(f"warning: {file} belongs to another evaluation.{other[0]}: no p-values")
         return None
-    return Calibration(scores, low, high, needs)
+    return Calibration(scores, low, high, needs, peaks, least)
 
 
 def score_identity(config: ConfigDict, system: System, results: Results) -> dict[str, Any]:
@@ -196,6 +209,23 @@ def score_identity(config: ConfigDict, system: System, results: Results) -> dict
     precision = str(jnp.dtype(compute_type(config))) if "dtype" in config.get("model", {}) else ""
     settings = {key: value for key, value in config.evaluation.items() if key not in SETTINGS_WITHOUT_EFFECT}
     return {"weights": hashed.hexdigest(), "settings": {"score": system.primary, "dtype": precision} | settings}
+
+
+def mask_threshold(config: ConfigDict, calibration: Calibration | None) -> float | None:
+    """The value above which a map's components are the mask of lesions, at the rate `evaluation.alarm_rate` of normal
+    cases with a mask. None without held-out normals, or where these are too few for that rate.
+
+    Raises:
+      InputError: the normals' maps were looked at with another `evaluation.mask_least`.
+    """
+    if not calibration or not calibration.peaks:
+        return None
+    if calibration.least != config.evaluation.mask_least:
+        raise InputError(
+            f"evaluation.mask_least={config.evaluation.mask_least:g}: the run is calibrated for {calibration.least:g}: "
+            "train or evaluate it with that value"
+        )
+    return alarm_threshold(calibration.peaks, alarm_rate(config))
 
 
 def has_column(row: Row, name: str) -> bool:

@@ -50,6 +50,11 @@ def console_summary(evaluation: Mapping[str, Any]) -> str:
         shares = ", ".join(f"{found[word]:.1%} of {word}" for word in ("normal", "abnormal") if found[word] is not None)
         if shares:
             lines.append(f"p-value up to {found['rate']:g} (of {found['n']} held-out normals): {shares}")
+    if mask := evaluation.get("mask"):
+        lines.append(
+            f"masks above {mask['threshold']:.4g}: Dice {mask['dice']:.3f}, {mask['lesion_recall']:.1%} of lesions "
+            f"found, {mask['false_components']:.2g} false components an image"
+        )
     if evaluation["pixel"]:
         lines.append(f"pixels, of which {evaluation['pixel']['prevalence']:.4f} are lesion:")
         named = [(name + " *" * (name == primary), s) for name, s in [*scores.items(), *cheap.items()]]

@@ -33,6 +33,7 @@ from jmae.calibration import (
     alarms,
     calibrate,
     colours_of,
+    mask_threshold,
     read_calibration,
     reference_scores,
     rows_changed,
@@ -59,6 +60,7 @@ from jmae.figures import (
     truth_of,
 )
 from jmae.inference import Scorer, restore_results, run_of, score_rows
+from jmae.outlines import MaskFigures
 from jmae.processes import join_processes, keep_compiled
 from jmae.report import Case, choose_cases, one_slice, shown_voxel, slice_side, write_report
 from jmae.results import Result, map_name, report_case
@@ -174,7 +176,8 @@ def evaluate(
     if jax.process_index():  # it scores its share; the first process counts and writes
         deque(score_rows(scorer, chosen.rows), maxlen=0)
         return {}
-    gathered = gather_results(scorer, chosen, baselines, parts, thresholds, out)
+    masks = MaskFigures(mask_threshold(config, calibration), config.evaluation.mask_least)
+    gathered = gather_results(scorer, chosen, baselines, parts, thresholds, out, masks)
     evaluation = split_figures(
         config, system, chosen, parts, gathered.scores, baselines.scores, thresholds, reference and reference.scores
     )
@@ -182,6 +185,7 @@ def evaluate(
         evaluation["leaks"] = leaking
     if unchecked:
         evaluation["unchecked"] = unchecked
+    evaluation["mask"] = masks.result()
     if system.notes:
         evaluation["notes"] = list(system.notes)
     if config.evaluation.convergence:
@@ -247,7 +251,7 @@ def score_reference(scorer: Scorer, split: Split, baselines: Baselines) -> tuple
             thresholds.add(truth, all_maps(result, baselines.maps(result.case)))
         return result
 
-    reference = reference_scores(scorer.system, map(pass_on, score_rows(scorer, split.reference)))
+    reference = reference_scores(config, scorer.system, map(pass_on, score_rows(scorer, split.reference)))
     return reference, thresholds.result() if thresholds else {}
 
 
@@ -257,9 +261,15 @@ def all_maps(result: Result, baseline_maps: Mapping[str, np.ndarray]) -> dict[st
 
 
 def gather_results(
-    scorer: Scorer, split: Split, baselines: Baselines, parts: Mapping[str, Part], thresholds: Thresholds, out: Path
+    scorer: Scorer,
+    split: Split,
+    baselines: Baselines,
+    parts: Mapping[str, Part],
+    thresholds: Thresholds,
+    out: Path,
+    masks: MaskFigures,
 ) -> Gathered:
-    """Scores the split; counts pixels, writes maps, keeps scores and what the report may show."""
+    """Scores the split; counts pixels and masks, writes maps, keeps scores and what the report may show."""
     gathered, config, system = Gathered(), scorer.config, scorer.system
     files = {"anomaly": "maps", "confidence": "maps", "recon": "reconstruction"}  # the settings that ask for them
     names = [name for name, setting in files.items() if config.evaluation.get(setting)]
@@ -279,6 +289,8 @@ def gather_results(
                 part.pixels.close(row)
         if map_name(system) not in result.maps:
             continue
+        if truth:
+            masks.add(np.mean(maps[map_name(system)], 0), truth.lesion, truth.region, case.geometry.spacing)
         for name, array in result.written(system, names).items():
             (out / "maps").mkdir(parents=True, exist_ok=True)
             write_map(out / "maps" / f"{row.id}_{name}", array, case.geometry)

@@ -79,9 +79,9 @@ def truth_of(case: Prepared) -> Truth | None:
     mask = np.zeros(case.geometry.size, bool) if label == 0 else case.lesion if label == 1 else None
     if mask is None:
         return None
-    region, scored = case.region, case.scored_voxels()
+    scored = case.scored_voxels()
     share = (mask.size if scored is None else np.count_nonzero(scored)) / np.prod(case.array.shape[:-1])
-    return Truth(mask, scored if region is None else region if scored is None else region & scored, float(share))
+    return Truth(mask, case.counted_voxels(), float(share))
 
 
 # --- pixels -----------------------------------------------------------------------------------------------------------
@@ -418,7 +418,7 @@ def split_figures(
         "n_normal": int((split.labels == 0).sum()),
         "n_abnormal": int((split.labels == 1).sum()),
         "primary": system.primary,
-        **dict.fromkeys(("image", "pixel", "per_patient", "patient_means", "decision", "chi2", "alarms")),
+        **dict.fromkeys(("image", "pixel", "per_patient", "patient_means", "decision", "chi2", "alarms", "mask")),
         **{"scores": {}, "subsets": {}, "baselines": {}},
     }
     if not split.labelled.any():

@@ -56,19 +56,33 @@ def outline(values: NDArray[np.floating], threshold: float, least: int, region: 
 
 
 class MaskFigures:
-    """How well masks at one threshold fit the lesions of a split, which is given its cases one by one.
+    """How well masks of lesions fit the lesions of a split, which is given its cases one by one.
 
     A lesion is found where a mask covers at least one of its voxels. A component of a mask is false where it covers no
     voxel of a lesion.
+
+    Args:
+      threshold: of the maps; None gives no figures.
+      least: size of the smallest component, in mm2 or mm3, or in pixels where the file tells no spacing.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, threshold: float | None, least: float):
+        self.threshold, self.least = threshold, least
         self.dice: list[float] = []
         self.found = self.lesions = self.false = self.images = self.normals = self.alarms = 0
 
-    def add(self, mask: NDArray[np.bool_], lesion: NDArray[np.bool_], region: Region = None) -> None:
-        """Takes the mask and the lesions of one labelled case; voxels outside of the region do not count."""
-        mask, lesion = (m if region is None else m & region for m in (mask, lesion))
+    def add(
+        self,
+        values: NDArray[np.floating],
+        lesion: NDArray[np.bool_],
+        region: Region = None,
+        spacing: Sequence[float] | None = None,
+    ) -> None:
+        """Takes the map and the lesions of one labelled case; voxels outside of the region do not count."""
+        if self.threshold is None:
+            return
+        mask = outline(values, self.threshold, least_voxels(self.least, spacing), region)
+        lesion = lesion if region is None else region & lesion
         (own, n), (truth, lesions) = components(mask), components(lesion)
         self.images += 1
         self.lesions += lesions
@@ -82,10 +96,12 @@ class MaskFigures:
 
     def result(self) -> dict[str, Any] | None:
         """The mean Dice of cases with a lesion, the share of lesions that are found, false components an image, and the
-        share of cases without a lesion that have a mask; None without a lesion."""
+        share of cases without a lesion that have a mask; None without a threshold or a lesion."""
         if not self.lesions:
             return None
         return {
+            "threshold": self.threshold,
+            "least": self.least,
             "dice": float(np.mean(self.dice)),
             "lesion_recall": self.found / self.lesions,
             "false_components": self.false / self.images,

@@ -12,8 +12,10 @@ Where two cases have one name, folders are added to the ids.
 CASES.csv lists cases instead. It has the columns id and image; region, midline and half may be needed where volumes are
 scored within a region or in two pieces. These columns are as in a manifest; its other columns are not read.
 
---out gets, for each case, ID_anomaly.nii.gz (for images .tif, 32 bits), ID_confidence where the system has one,
-ID_recon where the recipe has evaluation.reconstruction, and ID_overlay.png. The overlay of a volume shows the axial
+--out gets, for each case, ID_anomaly.nii.gz (for images .tif, 32 bits), ID_mask (8 bits) where the run is calibrated,
+ID_confidence where the system has one, ID_recon where the recipe has evaluation.reconstruction, and ID_overlay.png. The
+mask holds what of the map lies above a threshold. Of normal cases at most a share evaluation.alarm_rate has a mask
+with anything in it (jmae.outlines). The overlay of a volume shows the axial
 slice with the highest value. At the end --out gets scores.csv: id,label,score,p_value, further scores, and warning. The
 p-value is the share of held-out normals that score as high (jmae.scoring.Calibration). It is empty in three cases: the
 run is not calibrated; the run was trained or calibrated on the image; or the case has another set of region, midline
@@ -45,6 +47,7 @@ from jmae.calibration import (
     alarm_rate,
     colours_of,
     has_column,
+    mask_threshold,
     read_calibration,
     score_identity,
     score_line,
@@ -58,6 +61,7 @@ from jmae.errors import InputError, exit_code
 from jmae.inference import Scorer, restore_results, run_of, score_rows
 from jmae.inputs import SPLIT, cases_of, id_of, image_of_array, names_of, row_of, sequences, stem_of, with_spacing
 from jmae.likeness import read_kind, unlike
+from jmae.outlines import least_voxels, outline
 from jmae.processes import keep_compiled
 from jmae.report import PERCENTILES, Scale, blend
 from jmae.results import Result
@@ -77,6 +81,7 @@ class Prediction(NamedTuple):
     p_value: float | None  # None where the run is not calibrated for the case
     confidence: np.ndarray | None  # float32, deviation of the map over the system's samples; None where it has none
     warning: str = ""  # what of the case is unlike the images that the run was trained on
+    mask: np.ndarray | None = None  # bool, the lesions; None where the run gives no threshold
 
 
 class Run(NamedTuple):
@@ -156,7 +161,8 @@ def load(workdir: str | os.PathLike) -> Callable[..., Prediction]:
         line = checked_line(run, row, result)
         found = result.written(run.system, ["anomaly", "confidence"])
         maps = found.get("anomaly"), found.get("confidence")
-        return Prediction(maps[0], line["score"], line["p_value"], maps[1], line["warning"])
+        mask = mask_of(run, result, maps[0])
+        return Prediction(maps[0], line["score"], line["p_value"], maps[1], line["warning"], mask)
 
     return predict
 
@@ -321,11 +327,23 @@ def write_case(run: Run, result: Result, out: Path, colours: Scale | None) -> li
     files = [write_map(out / f"{case.row.id}_{name}", array, case.geometry).name for name, array in found.items()]
     if "anomaly" in found:
         assert case.stored
+        mask = mask_of(run, result, found["anomaly"])
+        if mask is not None:
+            files.append(write_map(out / f"{case.row.id}_mask", mask, case.geometry).name)
         picture = io.BytesIO()
         pillow.fromarray(overlay(case.stored, found["anomaly"], colours)).save(picture, "PNG")
         write_bytes(out / f"{case.row.id}_overlay.png", picture.getvalue())
         files.append(f"{case.row.id}_overlay.png")
     return files
+
+
+def mask_of(run: Run, result: Result, heat: np.ndarray | None) -> np.ndarray | None:
+    """The mask of lesions, bool on the case's own grid; None without a map or a threshold."""
+    case, threshold = result.case, mask_threshold(run.config, run.calibration)
+    if heat is None or threshold is None:
+        return None
+    least = least_voxels(run.config.evaluation.mask_least, case.geometry.spacing)
+    return outline(heat, threshold, least, case.counted_voxels())
 
 
 def overlay(stored: Image, heat: np.ndarray, colours: Scale | None) -> np.ndarray:

@@ -197,6 +197,12 @@ SHARED = {
     "evaluation.maps": Key(True, "Whether the maps of the split are written."),
     "evaluation.draws": Key(2000, "Draws of patients for the confidence intervals.", least=1),
     "evaluation.alarm_rate": Key(0.05, "Rate of false alarms at the threshold in calibration.json.", above=0, below=1),
+    "evaluation.mask_least": Key(
+        0.0,
+        "Smallest component of a mask of lesions; pixels where a file tells no spacing. Masks have the alarm rate.",
+        "mm2 or mm3",
+        least=0,
+    ),
     "evaluation.convergence": Key(
         0, "Repetitions of a score at 1, 2, 4, ... masks or samples, to tell how many are enough; 0: none.", least=0
     ),

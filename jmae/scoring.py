@@ -80,6 +80,8 @@ class Calibration(NamedTuple):
     low: float | None = None  # value of the map that is shown in black; None without maps
     high: float | None = None  # value of the map that is shown in pale yellow
     needs: tuple[str, ...] = ()  # columns of the manifest that the scores depend on, so that a new case needs them too
+    peaks: Sequence[float] = ()  # of the map of each held-out normal (`outlines.peak`); empty without maps
+    least: float = 0.0  # smallest component that counts in a peak, mm2, mm3 or pixels
 
     def p_value(self, score: float, case: str = "") -> float | None:
         """The p-value of a case; None for the held-out normals themselves."""

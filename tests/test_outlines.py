@@ -59,16 +59,17 @@ def test_sizes_are_in_millimetres_where_the_spacing_is_known():
 
 
 def test_figures_of_masks_are_those_by_hand():
-    figures = outlines.MaskFigures()
+    figures = outlines.MaskFigures(0.5, 2)
     lesion, mask = np.zeros((6, 9), bool), np.zeros((6, 9), bool)
     lesion[0:2, 0:2] = lesion[4, 4] = True
     mask[1:3, 0:2] = mask[5, 7:9] = True  # finds one of two lesions, one component is false
-    figures.add(mask, lesion)
-    nothing = np.zeros((6, 9), bool)
-    figures.add(nothing, nothing)
-    figures.add(mask, nothing, region=np.arange(9) < 5)  # its second component lies outside
+    mask[0, 8] = True  # one voxel is too small
+    nothing, values = np.zeros((6, 9), bool), mask.astype(float)
+    figures.add(values, lesion)
+    figures.add(nothing * 1.0, nothing)
+    figures.add(values, nothing, region=np.broadcast_to(np.arange(9) < 5, (6, 9)))  # its second component lies outside
     expected = {"dice": 2 * 2 / (6 + 5), "lesion_recall": 0.5, "false_components": 2 / 3, "false_alarms": 0.5}
-    assert figures.result() == pytest.approx(expected | {"images": 3, "lesions": 2})
-    alone = outlines.MaskFigures()
-    alone.add(mask, nothing)
-    assert alone.result() is None
+    assert figures.result() == pytest.approx(expected | {"images": 3, "lesions": 2, "threshold": 0.5, "least": 2})
+    figures = outlines.MaskFigures(None, 0)
+    figures.add(values, lesion)
+    assert figures.result() is None

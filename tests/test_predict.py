@@ -3,6 +3,7 @@ what they claim. Most use systems of a few lines instead of trained ones: the co
 
 import csv
 import gzip
+import json
 import os
 import shutil
 import struct
@@ -160,6 +161,28 @@ def test_a_case_unlike_the_training_has_a_warning_and_no_calm_p_value(finished, 
     one = jmae.load(finished)(tmp_path / "thumbnail.png")
     assert one.warning == lines["thumbnail"]["warning"] and "axis 8, trained on" in one.warning
     assert "thumbnail: warning: unlike the images" in capfd.readouterr().err
+
+
+def test_a_calibrated_run_gives_a_mask_at_the_alarm_rate(finished, small_set, tmp_path, capfd):
+    content = json.loads((finished / "calibration.json").read_text())
+    threshold = sorted(content["peaks"])[-2]  # of 3 normals, half of 4
+    files = [next(small_set.parent.glob(f"test-{name}.*")) for name in ("0-0", "1-0", "1-1")]
+    rate = "--config.evaluation.alarm_rate=0.5"
+    assert run(finished, tmp_path / "out", *files, rate) == 0
+    for file in files:
+        heat = read_image(tmp_path / "out" / f"{file.stem.split('.')[0]}_anomaly.tif").array[..., 0]
+        mask = read_image(tmp_path / "out" / f"{file.stem.split('.')[0]}_mask.tif")
+        np.testing.assert_array_equal(mask.array[..., 0], heat > threshold)
+        assert mask.bits == 8
+    assert run(finished, tmp_path / "calm", files[0]) == 0 and not list((tmp_path / "calm").glob("*_mask*"))
+    assert run(finished, tmp_path / "least", files[0], rate, "--config.evaluation.mask_least=4") == 2
+    assert "the run is calibrated for 0" in capfd.readouterr().err
+    out = f"--out={tmp_path / 'evaluated'}"
+    assert exit_code(evaluate.main, [f"--workdir={finished}", out, rate]) == 0
+    found = json.loads((tmp_path / "evaluated" / "metrics.json").read_text())["mask"]
+    assert found["threshold"] == threshold and found["images"] == 11 and 0 < found["lesion_recall"] <= 1
+    page = (tmp_path / "evaluated" / "report.html").read_text()
+    assert "As a mask" in page and "at most 50 in 100" in page
 
 
 def test_images_of_any_name_from_folders_keep_their_grid(images_run, tmp_path, capfd):

@@ -302,6 +302,11 @@ class Prepared:
         mean, deviation = self.moments
         return (picture - mean) / deviation * self.volume.std + self.volume.mean
 
+    def counted_voxels(self) -> np.ndarray | None:
+        """Where a map exists and counts, bool on the case's own grid; None is everywhere."""
+        scored = self.scored_voxels()
+        return scored if self.region is None else self.region if scored is None else self.region & scored
+
     def scored_voxels(self) -> np.ndarray | None:
         """Where a map exists, bool on the case's own grid; None is everywhere."""
         return self.volume.grid.inside() if self.volume else None

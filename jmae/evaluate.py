@@ -8,6 +8,9 @@ or other settings need --out. No case of another manifest may share its patient 
 was trained or calibrated on. With data.allow_leaks such cases are scored: they are named, have no p-value, and mark the
 report. An image counts as known where all its values are equal. The splits `train` and `unlabeled` get no p-values.
 
+Several runs that are evaluated on the same cases give one answer: --workdir A --workdir B --out DIR writes scores.csv
+and metrics.json of their fused score (jmae.fusion).
+
 Exit codes: 0 done; 2 the input or the environment is wrong.
 """
 
@@ -42,7 +45,7 @@ from jmae.calibration import (
 )
 from jmae.cards import rows_digest, write_cards
 from jmae.console import console_summary
-from jmae.convergence import convergence
+from jmae.convergence import check_processes, convergence
 from jmae.data.cases import Cases, load_cases
 from jmae.data.files import write_map
 from jmae.data.manifest import Row
@@ -59,6 +62,7 @@ from jmae.figures import (
     split_of,
     truth_of,
 )
+from jmae.fusion import evaluate_several
 from jmae.inference import Scorer, restore_results, run_of, score_rows
 from jmae.outlines import MaskFigures
 from jmae.processes import join_processes, keep_compiled
@@ -71,6 +75,9 @@ from jmae.system import System, load_system
 
 
 def main(argv: list[str]) -> int:
+    workdirs, rest = recipe.values_of(argv, "workdir")
+    if len(workdirs) > 1:
+        return evaluate_several([Path(workdir) for workdir in workdirs], rest)
     flags = recipe.arguments(argv, __doc__, ["workdir", "manifest", "split", "out", "config"])
     of_run = "manifest" not in flags and not any(flag.startswith("config") for flag in flags)
     if ALLOW in flags and "manifest" not in flags:
@@ -100,12 +107,6 @@ def main(argv: list[str]) -> int:
             rows, unchecked = check_unseen_since(config, cases.rows, workdir)
         evaluate(config, system, rows, workdir, split=split, out=out, of_run=of_run, unchecked=unchecked, cases=cases)
     return 0
-
-
-def check_processes(config: ConfigDict) -> None:
-    """Raises InputError where the evaluation cannot run in as many processes as there are."""
-    if config.evaluation.convergence and jax.process_count() > 1:
-        raise InputError("evaluation.convergence needs a single process: set it to 0, and evaluate again with one")
 
 
 # --- the evaluation ---------------------------------------------------------------------------------------------------

@@ -9,6 +9,9 @@ series is a case too. In a folder of cases, every file at any depth is a case; f
 Hidden files and DICOMDIR are passed over. A case's id is the name of its (first) file without the format's ending.
 Where two cases have one name, folders are added to the ids.
 
+Several runs give one answer: --workdir A --workdir B. Each run's predictions are in OUT/1, OUT/2, ... OUT then has the
+mean of their maps and of their normal scores, and one p-value (jmae.fusion). The runs need common held-out normals.
+
 CASES.csv lists cases instead. It has the columns id and image; region, midline and half may be needed where volumes are
 scored within a region or in two pieces. These columns are as in a manifest; its other columns are not read.
 
@@ -28,6 +31,8 @@ fails is listed in failed.csv, and the others go on.
 Exit codes: 0 done; 1 some cases failed; 2 the input or the environment is wrong.
 """
 
+import csv
+import glob
 import hashlib
 import io
 import json
@@ -53,11 +58,12 @@ from jmae.calibration import (
     score_line,
 )
 from jmae.data.duplicates import content
-from jmae.data.files import Image, marks_of, write_map
+from jmae.data.files import Image, marks_of, read_image, write_map
 from jmae.data.manifest import Row, read_cases, wrong_pieces
 from jmae.data.preparation import stored_case
 from jmae.data.slices import command, lie
 from jmae.errors import InputError, exit_code
+from jmae.fusion import colours_of_file, common_normals, fused, fused_map, scores_of_normals
 from jmae.inference import Scorer, restore_results, run_of, score_rows
 from jmae.inputs import SPLIT, cases_of, id_of, image_of_array, names_of, row_of, sequences, stem_of, with_spacing
 from jmae.likeness import read_kind, unlike
@@ -98,6 +104,9 @@ class Run(NamedTuple):
 
 def main(argv: list[str]) -> int:
     further = "--continue" in argv
+    workdirs, rest = recipe.values_of(argv, "workdir")
+    if len(workdirs) > 1:
+        return predict_with_several([Path(workdir) for workdir in workdirs], rest)
     words = [word for word in argv if word != "--continue"]
     names, flags = command(words, __doc__, ["workdir", "out", "manifest", "continue", "config"])
     if bool(names) == ("manifest" in flags) or "out" not in flags:
@@ -118,6 +127,38 @@ def main(argv: list[str]) -> int:
     except KeyboardInterrupt:
         log("interrupted: the same command with --continue finishes what is missing")
         return 130
+
+
+def predict_with_several(workdirs: Sequence[Path], argv: Sequence[str]) -> int:
+    """Predicts with each run into a folder of its own inside --out, and fuses what all of them predicted there."""
+    values, rest = recipe.values_of(argv, "out")
+    if not values:
+        raise InputError("name a folder: --out=DIR")
+    out = output_folder(values[-1])
+    normals = common_normals({str(workdir): scores_of_normals(workdir) for workdir in workdirs})[1]
+    folders = [out / str(k + 1) for k in range(len(workdirs))]
+    codes = [main([f"--workdir={w}", f"--out={f}", *rest]) for w, f in zip(workdirs, folders, strict=True)]
+    runs = [scores_in(folder) for folder in folders]
+    ids = [name for name in runs[0] if all(name in run for run in runs)]
+    if not ids:
+        raise InputError(f"{out}: no case was predicted by all runs: see {folders[0] / 'failed.csv'}")
+    score, p = fused(normals, np.array([[float(run[name]["score"]) for name in ids] for run in runs]))
+    scales = [colours_of_file(workdir) for workdir in workdirs]
+    lines = list[dict[str, Any]]()
+    for k, name in enumerate(ids):
+        own = {f"score of {workdir.name}": run[name]["score"] for workdir, run in zip(workdirs, runs, strict=True)}
+        known = all(run[name]["p_value"] for run in runs)
+        warning = "; ".join(dict.fromkeys(run[name]["warning"] for run in runs if run[name]["warning"]))
+        line = {"id": name, "label": "", "score": float(score[k]), "p_value": float(p[k]) if known else ""}
+        lines.append(line | own | {"warning": warning})
+        files = [next(iter(sorted(folder.glob(f"{glob.escape(name)}_anomaly.*"))), None) for folder in folders]
+        if all(files) and all(scales):
+            images = [read_image([str(file)]) for file in files]
+            heat = fused_map([image.array[..., 0] for image in images], [scale for scale in scales if scale])
+            write_map(out / f"{name}_anomaly", heat, images[0])
+    write_csv(out / "scores.csv", lines)
+    log(f"{len(lines)} cases of {len(workdirs)} runs: {out / 'scores.csv'}")
+    return max(codes)
 
 
 def load(workdir: str | os.PathLike) -> Callable[..., Prediction]:
@@ -242,6 +283,14 @@ def why_no_p_value(run: Run, row: Row, result: Result) -> str:
         return f"it is the image of {row_seen.id} in {row_seen.split}, which the run was trained or calibrated on"
     further = [name for name in LOCATING_COLUMNS if has_column(row, name) and name not in run.calibration.needs]
     return f"it has a {further[0]}, which the held-out normals did not have" if run.system.sweep and further else ""
+
+
+def scores_in(folder: Path) -> dict[str, dict[str, str]]:
+    """The lines of a folder's scores.csv, by id; {} where no case was predicted."""
+    if not (folder / "scores.csv").exists():
+        return {}
+    with open(folder / "scores.csv", newline="", encoding="utf-8") as file:
+        return {line["id"]: line for line in csv.DictReader(file)}
 
 
 # --- the command ------------------------------------------------------------------------------------------------------

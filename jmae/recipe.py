@@ -13,6 +13,7 @@ import operator
 import runpy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -372,6 +373,19 @@ def arguments(argv: Sequence[str], usage: str, known: Sequence[str]) -> dict[str
             raise InputError(f"--{name} has no value: write --{name}=VALUE")
         out[name] = value
     return out
+
+
+def values_of(argv: Sequence[str], name: str) -> tuple[list[str], list[str]]:
+    """(the values of a flag that may stand several times, the other words of a command line)."""
+    values, rest, words = list[str](), list[str](), iter(argv)
+    for word in words:
+        if word == f"--{name}":
+            values += islice(words, 1)
+        elif word.startswith(f"--{name}="):
+            values.append(word.partition("=")[2])
+        else:
+            rest.append(word)
+    return values, rest
 
 
 def is_volume(config: ConfigDict) -> bool:

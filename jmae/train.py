@@ -25,10 +25,11 @@ from ml_collections import ConfigDict
 from jmae import checkpoint, recipe
 from jmae.calibration import calibrate_run
 from jmae.cards import write_cards
+from jmae.convergence import check_processes
 from jmae.data.cases import load_cases
 from jmae.data.loader import Images, Samples, batches
 from jmae.errors import InputError, NonFiniteLoss, Stopped, exit_code
-from jmae.evaluate import check_processes, evaluate
+from jmae.evaluate import evaluate
 from jmae.likeness import write_kind
 from jmae.pretrained import with_pretrained
 from jmae.processes import join_processes, keep_compiled

@@ -22,7 +22,7 @@ from test_files import dicom
 from test_series import series
 
 import jmae
-from jmae import evaluate, inputs, passes, predict, recipe
+from jmae import evaluate, fusion, inputs, passes, predict, recipe
 from jmae.data.cases import load_rows
 from jmae.data.files import read_image
 from jmae.data.transforms import resize, to_unit
@@ -183,6 +183,34 @@ def test_a_calibrated_run_gives_a_mask_at_the_alarm_rate(finished, small_set, tm
     assert found["threshold"] == threshold and found["images"] == 11 and 0 < found["lesion_recall"] <= 1
     page = (tmp_path / "evaluated" / "report.html").read_text()
     assert "As a mask" in page and "at most 50 in 100" in page
+
+
+def test_two_runs_give_one_answer(finished, small_set, tmp_path, capfd):
+    """A run and its copy: the p-values stay, the map is the run's own on its colour scale."""
+    copy = tmp_path / "copy"
+    shutil.copytree(finished, copy)
+    files = [next(small_set.parent.glob(f"test-{name}.*")) for name in ("0-0", "1-0", "1-1")]
+    words = [f"--workdir={finished}", "--workdir", str(copy), f"--out={tmp_path / 'out'}", *map(str, files)]
+    assert exit_code(predict.main, words) == 0
+    alone, both = table(tmp_path / "out" / "1" / "scores.csv"), table(tmp_path / "out" / "scores.csv")
+    assert alone == table(tmp_path / "out" / "2" / "scores.csv") and list(both) == list(alone)
+    calibration = json.loads((finished / "calibration.json").read_text())
+    normals, (low, high) = np.array(list(calibration["scores"].values())), calibration["colours"].values()
+    for name, line in both.items():
+        score = float(alone[name]["score"])
+        expected = fusion.normal_scores(normals, np.array([score]))[0]
+        assert float(line["score"]) == pytest.approx(expected) and line["p_value"] == alone[name]["p_value"]
+        own, heat = (read_image(next((tmp_path / "out" / f).glob(f"{name}_anomaly.tif"))) for f in ("1", "."))
+        np.testing.assert_allclose(heat.array, (own.array - low) / (high - low), rtol=1e-5, atol=1e-6)
+    further = [*words, "--continue"]
+    assert exit_code(predict.main, further) == 0 and table(tmp_path / "out" / "scores.csv") == both
+    assert exit_code(evaluate.main, [*words[:3], f"--out={tmp_path / 'evaluated'}"]) == 0
+    found = json.loads((tmp_path / "evaluated" / "metrics.json").read_text())
+    assert found["scores"]["fused"]["auroc"] == found["scores"][finished.name]["auroc"]
+    assert all(one["auroc"] == 0 for one in found["differences"].values()) and len(found["differences"]) == 2
+    (copy / "calibration.json").unlink()
+    assert exit_code(predict.main, words) == 2
+    assert f"{copy}: is not calibrated" in capfd.readouterr().err
 
 
 def test_images_of_any_name_from_folders_keep_their_grid(images_run, tmp_path, capfd):

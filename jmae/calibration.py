@@ -192,12 +192,24 @@ def read_calibration(
     if weights != now["weights"]:
         say(f"warning: {file} belongs to other weights: no p-values; run jmae.evaluate again")
         return None
+    settings = settings_before(config) | settings
     retired = {key.removeprefix("evaluation.") for key in recipe.RETIRED} - now["settings"].keys()
     compared = (settings | now["settings"]).keys() - retired
     if other := sorted(k for k in compared if settings.get(k) != now["settings"].get(k)):
         say(f"warning: {file} belongs to another evaluation.{other[0]}: no p-values")
         return None
     return Calibration(scores, low, high, needs, peaks, least)
+
+
+def settings_before(config: ConfigDict) -> dict[str, Any]:
+    """The settings that change a score as runs had them before a key was declared: `Key.before`."""
+    declared = recipe.declarations(config.system, volumes=recipe.is_volume(config))
+    values = {
+        name.removeprefix("evaluation."): key.default if key.before is None else key.before
+        for name, key in declared.items()
+        if name.startswith("evaluation.")
+    }
+    return json.loads(json.dumps({k: v for k, v in values.items() if k not in SETTINGS_WITHOUT_EFFECT}))
 
 
 def score_identity(config: ConfigDict, system: System, results: Results) -> dict[str, Any]:
@@ -246,9 +258,18 @@ def colours_of(calibration: Calibration | None) -> Scale | None:
 
 
 def score_line(
-    row: Row, scores: Mapping[str, np.ndarray], system: System, calibration: Calibration | None
+    row: Row,
+    scores: Mapping[str, np.ndarray],
+    system: System,
+    calibration: Calibration | None,
+    score_error: np.ndarray | None = None,
 ) -> dict[str, Any]:
-    """A line of scores.csv: the mean over replicates of each score (r,), and the p-value of the primary one."""
+    """A line of scores.csv: the mean over replicates of each score (r,), and of the primary one the p-value and the
+    Monte-Carlo error.
+
+    Replicates have masks of their own. So the error of their mean is the root of the sum of the squared errors
+    `score_error` (r,), divided by r.
+    """
     mean = {name: float(values.mean()) for name, values in scores.items()}
     primary = mean.pop(system.primary)
     p_value = None
@@ -256,7 +277,8 @@ def score_line(
         p_value = calibration.p_value(primary, row.id)
         if p_value is None and row.split != "val":
             log(f"{row.id}: no p-value: it has the name of a held-out normal")
-    return {"id": row.id, "label": row.label, "score": primary, "p_value": p_value} | mean
+    error = None if score_error is None else float(np.linalg.norm(score_error)) / len(score_error)
+    return {"id": row.id, "label": row.label, "score": primary, "p_value": p_value, "score_error": error} | mean
 
 
 def why_no_p_values(calibration: Calibration | None) -> str:

@@ -119,6 +119,7 @@ class Gathered:
     scores: SplitScores = field(default_factory=SplitScores)
     cases: list[Case] = field(default_factory=list)  # that the report may show
     digests: list[str] = field(default_factory=list)  # of the stored values of each row
+    errors: list[np.ndarray | None] = field(default_factory=list)  # Monte-Carlo errors of each row's primary score
     seconds: float = 0.0  # of scoring
 
 
@@ -195,8 +196,8 @@ def evaluate(
             evaluation["convergence"] = numbers
     whole = gathered.scores.of(1)
     table = [
-        score_line(row, {k: v[:, i] for k, v in whole.items()}, system, None if no_p_values else calibration)
-        for i, row in enumerate(chosen.rows)
+        score_line(row, {k: v[:, i] for k, v in whole.items()}, system, None if no_p_values else calibration, error)
+        for i, (row, error) in enumerate(zip(chosen.rows, gathered.errors, strict=True))
     ]
     evaluation["alarms"] = alarms(chosen.labels, [line["p_value"] for line in table], calibration, rate)
     if not evaluation["alarms"]:
@@ -278,6 +279,7 @@ def gather_results(
         case = result.case
         gathered.seconds += result.seconds
         gathered.digests.append(case.digest)
+        gathered.errors.append(result.score_error)
         gathered.scores.add(result.scores, result.maps)
         baseline_maps = baselines.maps(case)
         baselines.add(case, baseline_maps)

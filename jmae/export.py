@@ -10,10 +10,10 @@ recipe and without jmae:
     weights = safetensors.numpy.load_file("DIR/weights.safetensors")
     out = call(weights, image, case)   # {"maps/NAME", "scores/NAME", "reconstruction", "confidence"}
 
-`image` is float32 (batch, *size, channels) as the network sees it, and `case` (batch, 2) is what
-`jmae.export.case_words` makes of the cases' ids: it seeds the masks. A system of volumes takes one prepared volume
-(*size, channels), of the --size in voxels of the working grid, and `case` (2,). The function includes windows,
-repetitions and averaging, but no midline.
+`image` is float32 (batch, *size, channels) as the network sees it. `case`, uint32 (batch, 2), has no effect but for a
+run with evaluation.masks_of=case, whose masks it seeds: it is what `jmae.export.case_words` makes of the cases' ids. A
+system of volumes takes one prepared volume (*size, channels), of the --size in voxels of the working grid, and `case`
+(2,). The function includes windows, repetitions and averaging, but no midline.
 
 `export.json` also holds the settings of the evaluation and, for a calibrated run, "calibration": the scores of the n
 held-out normals, what they depend on ("needs"), and the threshold at the false-alarm rate. The p-value of a score s is

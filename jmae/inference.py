@@ -20,7 +20,7 @@ from jmae.data.cases import Cases
 from jmae.data.files import Image
 from jmae.data.loader import WORKERS
 from jmae.data.manifest import Row
-from jmae.data.preparation import Prepared, case_words, open_case, prepared_case, soft_masks
+from jmae.data.preparation import Prepared, open_case, prepared_case, soft_masks
 from jmae.errors import InputError
 from jmae.passes import BatchPass, Pass, SweepPass, local_mesh
 from jmae.processes import gather
@@ -134,8 +134,7 @@ class Scorer:
         Raises:
           InputError: a case does not fit in the device's memory.
         """
-        words = [case_words(f"{case.row.id}\n{draw}" if draw else case.row.id) for case in cases]
-        return Started(cases, self.passes.dispatch(cases, words, repeats), time.monotonic())
+        return Started(cases, self.passes.dispatch(cases, repeats, draw), time.monotonic())
 
     def fetch(self, started: Started) -> list[Result]:
         """Waits for a pass; gives the result of each of its cases. Raises InputError as `dispatch`."""
@@ -160,14 +159,14 @@ class Scorer:
             top = lambda m: top_mean(m, case.volume.region, self.config.evaluation.top)
             scores = {name: np.array([top(m) for m in maps]) for name, maps in arrays["maps"].items()}
         further = arrays.get("reconstruction"), arrays.get("confidence"), arrays.get("pictures", {})
-        return Result(case, arrays["maps"], scores, *further, seconds)
+        return Result(case, arrays["maps"], scores, *further, seconds, arrays.get("score_error"))
 
     def example(self, case: Prepared, point: tuple[int, ...]) -> dict[str, np.ndarray]:
         """Pictures (h, w, 1) of one window around a voxel of a volume: each channel, what the network saw of it under
         one mask, and its prediction. Empty where the system has none."""
         if not isinstance(self.passes, SweepPass) or not self.system.sweep or not self.system.sweep.example:
             return {}
-        arrays = self.passes.example(case, case_words(case.row.id), point)
+        arrays = self.passes.example(case, point)
         names = "a window", "the masked window", "the reconstructed window"
         channels = range(arrays[0].shape[-1])
         of = lambda c: f" of channel {c}" if len(channels) > 1 else ""

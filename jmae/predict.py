@@ -18,13 +18,14 @@ scored within a region or in two pieces. These columns are as in a manifest; its
 --out gets, for each case, ID_anomaly.nii.gz (for images .tif, 32 bits), ID_mask (8 bits) where the run is calibrated,
 ID_confidence where the system has one, ID_recon where the recipe has evaluation.reconstruction, and ID_overlay.png. The
 mask holds what of the map lies above a threshold. Of normal cases at most a share evaluation.alarm_rate has a mask
-with anything in it (jmae.outlines). The overlay of a volume shows the axial
-slice with the highest value. At the end --out gets scores.csv: id,label,score,p_value, further scores, and warning. The
-p-value is the share of held-out normals that score as high (jmae.scoring.Calibration). It is empty in three cases: the
-run is not calibrated; the run was trained or calibrated on the image; or the case has another set of region, midline
-and half than the normals had. The column warning says what of a case is unlike the images that the run was trained on:
-its size, channels, grey values or layout (jmae.likeness). Such a case has no p-value above the alarm rate. A case that
-fails is listed in failed.csv, and the others go on.
+with anything in it (jmae.outlines). The overlay of a volume shows the axial slice with the highest value. At the end
+--out gets scores.csv: id,label,score,p_value,score_error, further scores, and warning. The p-value is the share of
+held-out normals that score as high (jmae.scoring.Calibration). It is empty in three cases: the run is not calibrated;
+the run was trained or calibrated on the image; or the case has another set of region, midline and half than the normals
+had. The column score_error has the Monte-Carlo error of a score that is a mean over masks or samples. The column
+warning says what of a case is unlike the images that the run was trained on: its size, channels, grey values or layout
+(jmae.likeness). Such a case has no p-value above the alarm rate. A case that fails is listed in failed.csv, and the
+others go on.
 
 --continue  finishes what is missing in --out: after an interruption, or after failed files have been mended.
 
@@ -172,8 +173,8 @@ def load(workdir: str | os.PathLike) -> Callable[..., Prediction]:
       spacing: mm along each axis, where the input does not tell it.
       affine: (4, 4), voxel -> RAS mm, of an array. A volume with a spacing and without an affine is taken to have the
         axes of the run (`data.axes`, as PLS: indices grow to posterior, left and superior).
-      id: name that seeds the case's random masks. With the manifest's id the score is that of `jmae.evaluate` on the
-        same device. Without an id, a path counts by the file's name without its ending.
+      id: name of the case in messages; without it, the file's name without its ending. The score does not depend on
+        it, but for a run whose masks come from ids (evaluation.masks_of=case): then give the manifest's id.
       region: part of a volume that its score covers: a path, or an array (*size) on the volume's own grid, above 0
         inside, or above `data.mask_threshold` where it holds probabilities. A volume is cropped to the region, or
         normalised by it, where the run's training volumes were.
@@ -264,7 +265,7 @@ def checked_line(run: Run, row: Row, result: Result) -> dict[str, Any]:
     if bad := [name for name, values in result.scores.items() if not np.isfinite(values).all()]:
         raise InputError(f"{row.image[0]}: its score {bad[0]} is not finite: look at its values, or leave it out")
     assert result.case.stored
-    line = score_line(row, result.scores, run.system, run.calibration)
+    line = score_line(row, result.scores, run.system, run.calibration, result.score_error)
     line["warning"] = unlike(result.case.stored, run.kind) if run.kind else ""
     if line["warning"]:
         log(f"{row.id}: warning: unlike the images that the run was trained on: {line['warning']}")

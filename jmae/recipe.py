@@ -210,6 +210,17 @@ SHARED = {
 }
 """Keys of all recipes."""
 
+MASKS_OF = {
+    "evaluation.masks_of": Key(
+        "run",
+        'What random masks or samples of a test case are drawn by: "run", the seed and their own number alone, the '
+        'same for every case, and every token is hidden as often; or "case", the case\'s id too.',
+        choices=("run", "case"),
+        before="case",
+    ),
+}
+"""Key of systems whose score has random masks or samples."""
+
 IMAGES = {
     "evaluation.chunk": Key(0, "Masks or samples at a time; 0: as many as the memory holds.", least=0),
 }

@@ -21,6 +21,7 @@ class Result(NamedTuple):
     confidence: np.ndarray | None = None  # (r, *size): spread of the primary map over the system's samples
     pictures: Mapping[str, np.ndarray] = MappingProxyType({})  # (r, *size, c) or (r, h, w)
     seconds: float = 0.0  # of scoring alone
+    score_error: np.ndarray | None = None  # (r,): Monte-Carlo error of the primary score
 
     def own_maps(self) -> dict[str, list[np.ndarray]]:
         """All maps on the case's own grid, one of each replicate."""

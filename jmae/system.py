@@ -15,8 +15,8 @@ scores, all of them pure functions of arrays. `KEYS` declares the recipe keys th
   from 0 to 1. The values of a volume have the mean `data.mean` and the deviation `data.std`. The length of `data.size`
   says whether a recipe is of volumes (`recipe.is_volume`); a stage then gets crops of that size.
 - **What helps.** `network` makes pure functions of a Flax module. `optim.begin` makes the first state. `optim.descend`
-  makes a step from a loss (params, *arrays) -> (loss, (new statistics, metrics)). `masking.sample_keys` and
-  `masking.case_keys` make random keys. `rows_of` and `steps_of` are the usual `Stage.rows` and `Stage.steps`. Networks
+  makes a step from a loss (params, *arrays) -> (loss, (new statistics, metrics)). `masking.sample_keys` makes
+  the random keys of a batch. `rows_of` and `steps_of` are the usual `Stage.rows` and `Stage.steps`. Networks
   are in `jmae.nn`.
 """
 
@@ -181,21 +181,28 @@ class Sweep:
         window: edges of a window, voxels.
         stride: distance between windows, voxels.
         repeats: sweeps over all windows.
-        score: (results, images (b, *window, c), keys (b,)) -> (values (b, *window, k), weights (b, *window, 1)): the
-            values that are averaged over the windows that cover a voxel. Each window has its own random key. The
-            weights count where `average` is weighted.
+        groups: sweeps in a row in which a window keeps its random key: a round. Systems whose masks of a round are a
+            partition of the tokens have several.
+        by_case: whether random keys are made of the case's id, too. Then a file's score depends on its name.
+        score: (results, images (b, *window, c), keys (b,), groups (b,)) -> (values (b, *window, k), weights
+            (b, *window, 1)): the values that are averaged over the windows that cover a voxel. Each window of a round
+            has its own random key, and each sweep of a round its number, from 0 to `groups` - 1. The weights count
+            where `average` is weighted.
         fuse: (averages (*size, k), inside (*size)) -> {"maps": {name: (*size)}} and, where the system has them,
             "reconstruction" (*size, c) and "confidence" (*size). `inside` is False where the array is filled up; maps
             are 0 there. A volume's score is the mean of each map's highest voxels; `evaluation.top` is their share.
         average: the function that averages, `windows.average` or a form of it.
         tile: the function that places the windows, `windows.tile` or a form of it.
-        example: (results, images (b, *window, c), keys (b,)) -> (images as the network sees them, its prediction under
-            one mask each, True (b, *window, 1) for hidden voxels): for pictures of one window. None without masks.
+        example: (results, images (b, *window, c), keys (b,), groups (b,)) -> (images as the network sees them, its
+            prediction under one mask each, True (b, *window, 1) for hidden voxels): for pictures of one window. None
+            without masks.
     """
 
     window: tuple[int, ...]
     stride: tuple[int, ...]
     repeats: int = 1
+    groups: int = 1
+    by_case: bool = False
     score: Callable[..., tuple[Array, Array]]
     fuse: Callable[..., dict[str, Any]]
     average: Callable[..., Array] = windows.average
@@ -231,9 +238,11 @@ class System:
         primary_uses: names of the stages that this score depends on; (): all of `uses`.
         score: (results, batch, key, *, chunk) -> {"maps": {name: (b, *size)}, "scores": {name: (b,)}} and, where the
             system has them, "reconstruction": (b, *size, c) in the images' own range; "confidence": (b, *size), the
-            deviation of the primary map over the samples; "pictures": {name: (b, *size, c), or (b, h, w) in another
-            unit} for the report. The batch holds "image" and "case" (b, 2), of which `masking.case_keys` makes each
-            image's random key. `chunk` masks or samples are computed at a time.
+            deviation of the primary map over the samples; "score_error": (b,), the Monte-Carlo error of the primary
+            score, where that is a mean over two or more masks or samples; "pictures": {name: (b, *size, c), or
+            (b, h, w) in another unit} for the report. The batch holds "image" and "case" (b, 2), words of the case's
+            id. All randomness comes from `key`, the same for every image, so that a score is a function of the image.
+            The words serve `evaluation.masks_of` "case" alone. `chunk` masks or samples are computed at a time.
         sweep: how the system scores volumes.
 
     Optional:

@@ -24,7 +24,7 @@ KEY = jax.random.key(0)
 
 def config(**changes) -> ConfigDict:
     c = recipe.get_config("smoke")
-    c.data.size, c.model.patch = (32, 32), (8, 8)
+    c.data.size, c.model.patch, c.evaluation.masks_of = (32, 32), (8, 8), "case"
     for name, value in changes.items():
         c.update_from_flattened_dict({name.replace("__", "."): value})
     return c

@@ -36,7 +36,7 @@ KEY = jax.random.key(0)
 def config(preset: str = "smoke", **changes) -> ConfigDict:
     c = recipes.get_config(preset)
     if preset == "smoke":
-        c.data.size, c.model.patch = (32, 32), (8, 8)
+        c.data.size, c.model.patch, c.evaluation.masks_of = (32, 32), (8, 8), "case"
     c.update_from_flattened_dict({name.replace("__", "."): value for name, value in changes.items()})
     return c
 

@@ -32,6 +32,7 @@ data.phantom= data.size=24,16 model.patch=8,4 model.width=24 model.heads=2 model
 model.decoder_width=16 model.decoder_heads=2 model.decoder_depth=1 model.long_skips=false
 train.batch=4 train.steps=6 checkpoint_every=4 log_every=3
 evaluation.masks=3 evaluation.batch=4 evaluation.window=3,3 evaluation.scales=0.5,0.5 evaluation.average=all
+evaluation.masks_of=case
 """.split()
 VOLUMES = """
 model.depth=1 evaluation.scales=1.0
@@ -319,7 +320,7 @@ def test_windows_of_volumes_have_their_maps_by_name_in_the_span_of_the_clipping(
     system, _, state = started(c)
     image = jnp.asarray(batch(2, (8, 8, 4), 2)["image"])
     keys = jax.random.split(KEY, 2)
-    score = jax.jit(lambda params: system.sweep.score({"train": {"params": params}}, image, keys))
+    score = jax.jit(lambda params: system.sweep.score({"train": {"params": params}}, image, keys, jnp.zeros(2, int)))
     values, weights = score(state.params)
     assert (weights == 1).all() and weights.shape == (2, 8, 8, 4, 1)
     inside = np.ones((8, 8, 4), bool)

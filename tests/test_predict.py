@@ -46,7 +46,7 @@ def bright(results, batch, key, *, chunk=None):
     return {"maps": {"bright": maps}, "scores": scores, "confidence": each.std(0)}
 
 
-def window_bright(results, image, keys):
+def window_bright(results, image, keys, groups):
     noise = jax.vmap(lambda key: jax.random.uniform(key, image.shape[1:-1]))(keys)
     return jnp.concatenate([image, noise[..., None]], -1), jnp.ones((*image.shape[:-1], 1))
 

@@ -48,7 +48,7 @@ from jmae.masked import (
     train_step,
     training,
 )
-from jmae.masking import case_keys, fold_in, sample_keys
+from jmae.masking import fold_in, sample_keys, scoring_keys, standard_error
 from jmae.nn.mae import MAE
 from jmae.nn.transformer import linear
 from jmae.optim import adamw, begin, descend
@@ -81,6 +81,7 @@ VARIANTS = {
 }
 NORMALS_ALONE = ("stage1", "mae", "one_class")  # variants that need no unlabelled image
 DISCREPANCIES = {"reconstruction": "stage2", "nearer": "stage2_nearer", "error": "stage2_error"}
+MEANS = ("mae", "mask_rec", "one_class", "stage2_error")  # primary scores that are means over masks
 HOME_MADE = (
     "Stage 0 was trained on this run's images instead of the 0.3 million chest X-rays of the paper's checkpoint "
     "(model.weights names no file): this run is not the paper's"
@@ -154,6 +155,7 @@ KEYS = {
         "class", "Images over which that percentile is taken (`pseudo_labels`).", choices=("class", "all")
     ),
     "evaluation.masks": recipe.Key(4, "Masks of a test image, the same for modules A and B.", least=1),
+    **recipe.MASKS_OF,
     "evaluation.discrepancy": recipe.Key(
         "reconstruction",
         'The primary score: "reconstruction", Eq. 4; "nearer" (ours), its half where module B is nearer the image; '
@@ -306,7 +308,7 @@ def score(
     view = partial(
         reconstruct,
         image=image,
-        keys=case_keys(key, batch["case"]),
+        keys=scoring_keys(config.evaluation.masks_of, key, batch["case"]),
         patch=tuple(config.model.patch),
         ratio=config.adapt.mask_ratio,
         masks=config.evaluation.masks,
@@ -333,11 +335,16 @@ def score(
     scores = {name: jnp.mean(m, axis=tuple(range(1, m.ndim))) for name, m in maps.items()}
     if "proxy" in names:
         scores["stage1"] = jax.nn.sigmoid(margin_of(networks, results, raw))
+    primary, more = primary_of(config), {}
+    if primary in MEANS:
+        each = passes["pretrain" if primary == "mae" else "module_a"].errors
+        each = each - passes["module_b"].errors if primary == "stage2_error" else each
+        more = {"score_error": standard_error(each)} if each.shape[1] > 1 else {}
     mean, std = moments_of(raw, config.data)
     normal = passes["module_a" if "module_a" in passes else "pretrain"].mean  # what normal anatomy would look like
     if raw.shape[-1] != config.model.channels:
         normal = jnp.mean(normal, axis=-1, keepdims=True)
-    return {"maps": maps, "scores": scores, "reconstruction": normal * std + mean}
+    return {"maps": maps, "scores": scores, "reconstruction": normal * std + mean} | more
 
 
 # --- pseudo-labels: one sweep over the unlabelled images --------------------------------------------------------------
@@ -575,6 +582,12 @@ def home_made(weights: str) -> bool:
     return (run / "config.json").is_file() and home_made(recipe.read(run).model.weights)
 
 
+def primary_of(config: ConfigDict) -> str:
+    """The name of the primary score."""
+    two = "module_b" in VARIANTS[config.variant]
+    return DISCREPANCIES[config.evaluation.discrepancy] if two else config.variant
+
+
 def build(config: ConfigDict) -> System:
     """The AMAE system that a recipe describes; raises InputError on settings that do not fit together."""
     if config.data.unlabeled_size and config.data.anomaly_ratio < 0:
@@ -585,7 +598,7 @@ def build(config: ConfigDict) -> System:
         notes.append(note)
     if config.variant == "b_perfect":
         notes.append("variant b_perfect was trained on the hidden labels: it is a control, no method")
-    primary = DISCREPANCIES[config.evaluation.discrepancy] if "module_b" in names else config.variant
+    primary = primary_of(config)
     return System(
         name="amae",
         stages=tuple(stage for stage in stages(networks) if stage.name in names),

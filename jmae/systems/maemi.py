@@ -16,7 +16,7 @@ from math import prod
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Key, PyTree
+from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 from ml_collections import ConfigDict
 
 from jmae import recipe
@@ -34,7 +34,7 @@ from jmae.masked import (
     train_step,
     training,
 )
-from jmae.masking import hidden, random_mask, visible_tokens
+from jmae.masking import group_mask, groups_of, hidden, visible_tokens
 from jmae.nn.mae import MAE
 from jmae.patches import grid_of, patchify, sincos_positions, unpatchify
 from jmae.scoring import minimum_filter
@@ -116,6 +116,7 @@ KEYS = {
     "evaluation.batch": recipe.Key(64, "Windows that are scored at a time; fewer where memory is short.", least=1),
     "evaluation.stride": recipe.Key((64, 42, 2), "Distance between windows.", "voxels", least=1, length=3),
     "evaluation.repeats": recipe.Key(6, "Sweeps over all windows, each with new masks.", least=1),
+    **recipe.MASKS_OF,
     "evaluation.mask_ratio": recipe.Key(0.90, "Share of a window's tokens that a mask hides.", above=0, below=1),
     "evaluation.filter": recipe.Key((3, 3, 2), "Edges of the minimum filter.", "voxels", least=1, length=3),
     "evaluation.error": recipe.Key(
@@ -162,7 +163,11 @@ def view(data: ConfigDict, image: Float[Array, "b *size c"], keys: Key[Array, " 
 
 
 def reconstructed(
-    networks: Networks, results: Results, image: Float[Array, "b *size c"], keys: Key[Array, " b"]
+    networks: Networks,
+    results: Results,
+    image: Float[Array, "b *size c"],
+    keys: Key[Array, " b"],
+    groups: Int[Array, " b"],
 ) -> tuple[Float[Array, "b *size c"], Float[Array, "b *size c"], Bool[Array, "b *size 1"]]:
     """(Windows as the network sees them, its prediction under one random mask each, True for hidden voxels.)"""
     config, mae = networks.config, networks.mae_of(results["train"]["params"])
@@ -170,14 +175,18 @@ def reconstructed(
     image = image if config.compat.clip else jnp.clip(image, *config.data.clip)
     patches = patchify(image, patch)
     visible = visible_tokens(patches.shape[1], config.evaluation.mask_ratio)
-    keep, restore = random_mask(keys, patches.shape[1], visible)
+    keep, restore = group_mask(keys, groups, patches.shape[1], visible)
     prediction = unpatchify(mae(patches, keep, restore), size, patch)
     absent = jnp.broadcast_to(hidden(restore, visible)[..., None], (*restore.shape, prod(patch)))
     return image, prediction, unpatchify(absent.astype(jnp.float32), size, patch) > 0
 
 
 def window_error(
-    networks: Networks, results: Results, image: Float[Array, "b *size c"], keys: Key[Array, " b"]
+    networks: Networks,
+    results: Results,
+    image: Float[Array, "b *size c"],
+    keys: Key[Array, " b"],
+    groups: Int[Array, " b"],
 ) -> tuple[Float[Array, "b *size k"], Float[Array, "b *size 1"]]:
     """Eq. 2 of each window under one random mask: (values, weights).
 
@@ -185,7 +194,7 @@ def window_error(
     Weights are 1 at hidden and almost 0 at visible tokens: only a voxel that no mask hid has a visible token's error.
     With `evaluation.error` "hidden", a hidden voxel has the smallest error of the hidden voxels in its box.
     """
-    image, prediction, absent = reconstructed(networks, results, image, keys)
+    image, prediction, absent = reconstructed(networks, results, image, keys, groups)
     squared, edges = (image - prediction) ** 2, tuple(networks.config.evaluation.filter)
     error = minimum_filter(squared, edges)
     if networks.config.evaluation.error == "hidden" and max(edges) > 1:
@@ -241,10 +250,13 @@ def build(config: ConfigDict) -> System:
         ),
         parts=config.accumulate,
     )
+    tokens, by_case = prod(grid_of(tuple(data.size), patch)), evaluation.masks_of == "case"
     sweep = Sweep(
         window=tuple(data.size),
         stride=tuple(evaluation.stride),
         repeats=evaluation.repeats,
+        groups=1 if by_case else groups_of(tokens, visible_tokens(tokens, evaluation.mask_ratio)),
+        by_case=by_case,
         score=partial(window_error, networks),
         example=partial(reconstructed, networks),
         fuse=partial(fuse, tuple(evaluation.filter)),

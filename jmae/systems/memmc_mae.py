@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Bool, Float, Key, PyTree
+from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 from ml_collections import ConfigDict
 
 from jmae import recipe
@@ -40,7 +40,7 @@ from jmae.masked import (
     train_step,
     training,
 )
-from jmae.masking import case_keys, visible_tokens
+from jmae.masking import groups_of, scoring_keys, standard_error, visible_tokens
 from jmae.nn.mae import MAE
 from jmae.nn.memory import GATES, MultiLevelMAE, around_plain, plain_part
 from jmae.optim import adamw
@@ -53,6 +53,11 @@ from jmae.windows import average
 LUMINANCES = ("standardised", "unit", "none")
 VISIBLE = 1e-6  # weight of a mask that does not hide a voxel: only a voxel that no mask hides has those masks' mean
 SCORES = ("ms_ssim", "ms_ssim_patches", "mse", "ms_ssim_product")  # the last one is of whole images, without a map
+MEANS = {
+    "ms_ssim": "map",
+    "mse": "error",
+    "ms_ssim_product": "product",
+}  # the measure whose mean over voxels a score is
 
 KEYS = {
     "checkpoint_every": recipe.Key(5000, "Steps between two checkpoints.", "steps", least=1),
@@ -87,6 +92,7 @@ KEYS = {
     "train.clip": recipe.Key(0.0, "Greatest norm of the gradient; 0: any.", least=0),
     "evaluation.score": recipe.Key("ms_ssim", "The primary score.", choices=SCORES),
     "evaluation.masks": recipe.Key(10, "Masks of a test image.", least=1),
+    **recipe.MASKS_OF,
     "evaluation.mask_ratio": recipe.Key(0.75, "Share of the tokens that a mask hides.", above=0, below=1),
     "evaluation.paste": recipe.Key(
         True, "Whether visible patches are the input's [D]; False: the decoder's output everywhere."
@@ -227,10 +233,11 @@ def reconstructed(
     networks: Networks,
     results: Results,
     raw: Float[Array, "b *size c"],
-    keys: Key[Array, " b"],
+    keys: Key[Array, ""] | Key[Array, " b"],
     *,
     masks: int,
-    chunk: int | None,
+    chunk: int | None = None,
+    groups: Int[Array, " b"] | None = None,
 ) -> tuple[Reconstruction, dict[str, Array]]:
     """The reconstruction of images under `masks` masks, and the maps of the first three `SCORES`.
 
@@ -248,6 +255,7 @@ def reconstructed(
         patch=patch,
         ratio=evaluation.mask_ratio,
         masks=masks,
+        groups=groups,
         paste=evaluation.paste,
         chunk=chunk,
         measure=partial(dissimilarity, evaluation, black=black, span=span),
@@ -263,27 +271,36 @@ def score(
 ) -> dict[str, Any]:
     """The scores of images; see `System.score`.
 
-    The pictures are those of the paper's Figs. 2 and 3: what the first mask leaves, in mid-grey elsewhere, and the
-    reconstruction under that mask.
+    `ms_ssim_patches` has no Monte-Carlo error: the borders of its patches weigh more than their middles. The pictures
+    are those of the paper's Figs. 2 and 3: what the first mask leaves, in mid-grey elsewhere, and the reconstruction
+    under that mask.
     """
     config, raw = networks.config, batch["image"]
-    keys = case_keys(key, batch["case"])
+    keys = scoring_keys(config.evaluation.masks_of, key, batch["case"])
     found, maps = reconstructed(networks, results, raw, keys, masks=config.evaluation.masks, chunk=chunk)
     scores = {name: jnp.mean(m, tuple(range(1, m.ndim))) for name, m in maps.items()}
     scores["ms_ssim_product"] = found.measured["product"]
+    name, errors = config.evaluation.score, {}
+    if name in MEANS and (config.evaluation.average == "all" or name == "ms_ssim_product"):
+        each = found.measures[MEANS[name]]
+        errors = {"score_error": standard_error(each)} if each.shape[1] > 1 else {}
     mean, std = moments_of(raw, config.data)
     picture = found.first * std + mean
     if config.data.channels != config.model.channels:
         picture = jnp.mean(picture, -1, keepdims=True)
     visible = {"visible patches": jnp.where(found.first_hidden[..., None], 0.5, raw)}
-    return {"maps": maps, "scores": scores, "reconstruction": picture, "pictures": visible}
+    return {"maps": maps, "scores": scores, "reconstruction": picture, "pictures": visible} | errors
 
 
 def window_score(
-    networks: Networks, results: Results, image: Float[Array, "b *size c"], keys: Key[Array, " b"]
+    networks: Networks,
+    results: Results,
+    image: Float[Array, "b *size c"],
+    keys: Key[Array, " b"],
+    groups: Int[Array, " b"],
 ) -> tuple[Float[Array, "b *size k"], Float[Array, "b *size 1"]]:
     """(the maps and the reconstruction of windows under one mask, the mask's weights); see `Sweep.score`."""
-    found, maps = reconstructed(networks, results, image, keys, masks=1, chunk=None)
+    found, maps = reconstructed(networks, results, image, keys, masks=1, groups=groups)
     values = [maps[name][..., None] for name in SCORES[:3]]
     return jnp.concatenate([*values, found.mean], -1), found.measured["weight"][..., None]
 
@@ -361,10 +378,13 @@ def build(config: ConfigDict) -> System:
     )
     if not recipe.is_volume(config):
         return system(score=partial(score, networks), masks=evaluation.masks)
+    tokens, by_case = prod(grid_of(tuple(config.data.size), tuple(model.patch))), evaluation.masks_of == "case"
     sweep = Sweep(
         window=tuple(config.data.size),
         stride=tuple(evaluation.stride),
         repeats=evaluation.masks,
+        groups=1 if by_case else groups_of(tokens, visible_tokens(tokens, evaluation.mask_ratio)),
+        by_case=by_case,
         score=partial(window_score, networks),
         fuse=fuse,
         average=partial(average, weighted=evaluation.average == "hidden"),

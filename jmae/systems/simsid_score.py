@@ -287,7 +287,7 @@ def image_score(
 
 
 def window_score(
-    config: ConfigDict, method: Method, results: Results, image: Float[Array, "b *size c"], keys: Array
+    config: ConfigDict, method: Method, results: Results, image: Float[Array, "b *size c"], keys: Array, groups: Array
 ) -> tuple[Float[Array, "b *size k"], Float[Array, "b *size 1"]]:
     """`Sweep.score`: each window's maps, and its scores as constant maps. Volumes are ours; the report has none."""
     made, maps, scores = scored(config, method, results, image)

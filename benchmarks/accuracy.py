@@ -30,7 +30,6 @@ import time
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -164,7 +163,7 @@ def cheap(config: Any, subsets: list[str]) -> dict[str, Any]:
     found = ImageBaselines(cases.images(of("train")), [1.0, CENTRAL], False, cases.images(of("unlabeled")))
     test = [row for row in of("test") if row.label is not None]
     for row in test:
-        found.add(SimpleNamespace(array=cases.image(row)), {})
+        found.add(cases.case(row), {})
     labels, patients = np.array([row.label for row in test], bool), [row.patient for row in test]
     parts = {"whole": (1.0, np.ones(len(test), bool)), f"central {CENTRAL:.0%}": (CENTRAL, np.ones(len(test), bool))}
     parts |= {name: (1.0, np.array([row.extra[name] not in ("", "0") for row in test])) for name in subsets}

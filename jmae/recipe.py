@@ -1,4 +1,4 @@
-"""Recipes: the declarations of their keys, `--config FILE[:PRESET]` with its overrides, and their JSON form.
+"""Recipes: the declarations of their keys, `--config NAME[:PRESET]` with its overrides, and their JSON form.
 
 A key is declared once, as a `Key` with its default, bounds, unit and one sentence. The keys of all recipes are declared
 here, a system's own keys as `KEYS` in its module. A recipe file holds presets, the changes of those defaults.
@@ -21,6 +21,10 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from jmae.errors import InputError
+
+HERE = Path(__file__).parent
+RECIPES = HERE / "recipes" if (HERE / "recipes").is_dir() else HERE.parent / "configs"
+"""The folder of the library's recipes: in a wheel inside the package, in a clone configs/."""
 
 SYSTEMS = ("amae", "maemi", "memmc_mae", "ppii", "simsid")
 """The systems of the library, each a module of `jmae.systems`."""
@@ -361,9 +365,9 @@ def keys_of(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield f"{prefix}{key}", value
 
 
-def arguments(argv: Sequence[str], usage: str, known: Sequence[str]) -> dict[str, str]:
-    """{NAME: VALUE} of a command line of `--NAME=VALUE` and `--NAME VALUE`; `--config.KEY` takes "=" alone, and without
-    a value is true. `--help` prints `usage` and exits 0.
+def arguments(argv: Sequence[str], usage: str, known: Sequence[str], optional: Sequence[str] = ()) -> dict[str, str]:
+    """{NAME: VALUE} of a command line of `--NAME=VALUE` and `--NAME VALUE`. The value of a flag of `optional` may be
+    missing, and is then "true"; so is that of `--config.KEY`. `--help` prints `usage` and exits 0.
 
     Raises InputError for a flag that is neither `known` nor an override, naming the nearest, and for a word that is no
     flag.
@@ -371,16 +375,20 @@ def arguments(argv: Sequence[str], usage: str, known: Sequence[str]) -> dict[str
     if "--help" in argv or "-h" in argv:
         print(usage)
         raise SystemExit(0)
-    out, rest = {}, iter(argv)
-    for word in rest:
+    out, words, known = {}, list(argv), [*known, *optional]
+    while words:
+        word = words.pop(0)
         if not word.startswith("--"):
             raise InputError(f"{word!r} is no flag: write --NAME=VALUE; flags: {', '.join(f'--{k}' for k in known)}")
         name, equals, value = word.removeprefix("--").partition("=")
-        if name.startswith("config.") and "config" in known:
-            value = value if equals else "true"
-        elif name not in known:
+        override = name.startswith("config.") and "config" in known
+        if not override and name not in known:
             raise InputError(f"--{name} is unknown: did you mean --{nearest(name, known)}?")
-        elif not equals and (value := next(rest, "--")).startswith("--"):
+        if not equals and words and not words[0].startswith("--"):
+            value = words.pop(0)
+        elif not equals and (override or name in optional):
+            value = "true"
+        elif not equals:
             raise InputError(f"--{name} has no value: write --{name}=VALUE")
         out[name] = value
     return out
@@ -425,7 +433,7 @@ def parse(argv: Sequence[str], usage: str, known: Sequence[str] = ()) -> tuple[C
     """
     given = arguments(argv, usage, ["config", *known])
     if "config" not in given:
-        raise InputError("no recipe: write --config=configs/NAME.py[:PRESET]")
+        raise InputError(f"no recipe: write --config=NAME[:PRESET]; NAME: {', '.join(SYSTEMS)}, or a FILE.py")
     config = load(given.pop("config"))
     override(config, given)
     return config, given
@@ -444,12 +452,9 @@ def override(config: ConfigDict, given: dict[str, str], section: str = "") -> No
 
 
 def load(recipe: str) -> ConfigDict:
-    """`get_config(PRESET)` of FILE[:PRESET], the recipe's default without a preset."""
-    name, colon, preset = recipe.rpartition(":") if not Path(recipe).is_file() else (recipe, "", "")
-    file = Path(name if colon else recipe)
-    if not file.is_file() or file.suffix != ".py":
-        there = ", ".join(sorted(str(p) for p in (file if file.is_dir() else file.parent).glob("*.py")))
-        raise InputError(f"{file}: no recipe: there {f'are {there}' if there else 'is none'}")
+    """`get_config(PRESET)` of `find(recipe)`, the recipe's default without a preset."""
+    file, preset = find(recipe)
+    name = file.stem if file.parent == RECIPES else file
     try:
         names = runpy.run_path(str(file))
         if "get_config" not in names:
@@ -457,7 +462,25 @@ def load(recipe: str) -> ConfigDict:
         return names["get_config"](*[preset] if preset else [])
     except Exception as error:
         what = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-        raise InputError(f"{file}: {what}") from error
+        raise InputError(f"{name}: {what}") from error
+
+
+def find(recipe: str) -> tuple[Path, str]:
+    """(file, preset or "") of NAME[:PRESET] or FILE[:PRESET]; NAME is a recipe of the library.
+
+    Raises InputError where there is no such file.
+    """
+    name, colon, preset = recipe.rpartition(":") if not Path(recipe).is_file() else (recipe, "", "")
+    file = Path(name if colon else recipe)
+    if (built_in := RECIPES / f"{file}.py").is_file() and not file.is_file():
+        return built_in, preset
+    if not file.is_file() or file.suffix != ".py":
+        if not file.suffix and file.name == str(file) and not file.is_dir():
+            near, known = nearest(file.name, SYSTEMS), ", ".join(SYSTEMS)
+            raise InputError(f"{file}: no recipe: did you mean {near}? The library has {known}; others are FILE.py")
+        there = ", ".join(sorted(str(p) for p in (file if file.is_dir() else file.parent).glob("*.py")))
+        raise InputError(f"{file}: no recipe: there {f'are {there}' if there else 'is none'}")
+    return file, preset
 
 
 def typed(flag: str, text: str, default: Any) -> Any:

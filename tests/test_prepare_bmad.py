@@ -1,0 +1,168 @@
+"""Ready-made benchmarks of folders: BMAD in its four forms, MedIAnomaly, MediCLIP, SQUID, paediatric radiographs."""
+
+import numpy as np
+import pytest
+from trees import dicom_file, kinds, picture, prepared, refused_in_one_line, volume
+
+from jmae.data.files import read_mask
+
+
+@pytest.mark.parametrize("folder", ["anomaly_mask", "ground_true", "Mask", "lesion_seg", "annotations"])
+def test_a_folder_of_masks_beside_the_images_never_becomes_test_images(tmp_path, capsys, folder):
+    root = tmp_path / "Brain"
+    for split in ("train", "valid", "test"):
+        picture(root / split / "good" / "img" / "00001_60.png")
+        if split != "train":
+            picture(root / split / "Ungood" / "img" / "00124_60.png")
+            picture(root / split / "Ungood" / folder / "00124_60.png", mask=True)
+    rows, _ = prepared(capsys, "folders", f"--root={root}", out=tmp_path / "out")
+    assert kinds(rows) == {
+        **{("train", 0, False): 1, ("val", 0, False): 1, ("val", 1, True): 1},
+        **{("test", 0, False): 1, ("test", 1, True): 1},
+    }
+    assert not any(folder in file for row in rows.values() for file in row.image)
+    assert rows["test_Ungood_img_00124_60"].mask == str(root / "test" / "Ungood" / folder / "00124_60.png")
+
+
+def test_a_folder_of_any_name_whose_files_have_the_images_names_is_a_question(tmp_path, capsys):
+    root = tmp_path / "Brain"
+    picture(root / "train/good/1.png"), picture(root / "test/Ungood/img/1.png"), picture(root / "test/Ungood/foo/1.png")
+    line = refused_in_one_line(capsys, "folders", f"--root={root}", out=tmp_path / "out")
+    assert "foo: 1 files have the names of files in test/Ungood/img: are they masks?" in line
+    (root / "test/Ungood/img").rename(root / "test/Ungood/a"), picture(root / "test/bar/9.png", mask=True)
+    (root / "test/Ungood/foo").rename(root / "test/Ungood/b")
+    line = refused_in_one_line(capsys, "folders", f"--root={root}", out=tmp_path / "out")
+    assert "test/bar/9.png: looks like a mask, not like an image" in line
+
+
+def test_mediclips_jpeg_masks_are_matched_and_cut(tmp_path, capsys):
+    root = tmp_path / "busi" / "images"
+    picture(root / "train/normal/normal_1.jpg"), picture(root / "test/normal/normal_2.jpg")
+    (
+        picture(root / "test/abnormal/benign_0.jpg", size=(32, 32)),
+        picture(root / "test/abnormal/benign_10.jpg", size=(32, 32)),
+    )
+    truth = picture(root / "test/ground_true/benign_mask_0.jpg", mask=True, size=(32, 32))
+    rows, said = prepared(capsys, "folders", f"--root={root}", out=tmp_path / "out")
+    assert kinds(rows)["test", 1, True] == 1 and "1 abnormal ones without a mask" in said
+    mask = read_mask(rows["test_abnormal_benign_0"].mask)
+    assert truth.suffix == ".jpg" and rows["test_abnormal_benign_0"].mask.endswith(".png")
+    expected = np.zeros((32, 32), bool)
+    expected[2:4, 3:5] = True
+    assert mask[2:4, 3:5].all() and mask.sum() <= 12 and not mask[8:].any()
+
+
+def test_the_segmentations_of_medianomalys_brats_have_seg_where_images_have_flair(tmp_path, capsys):
+    root = tmp_path / "BraTS2021"
+    picture(root / "train/BraTS2021_00002_flair_80.png"), picture(root / "test/normal/BraTS2021_00003_flair_70.png")
+    for number in ("90", "91"):
+        picture(root / f"test/tumor/BraTS2021_00000_flair_{number}.png")
+        picture(root / f"test/annotation/BraTS2021_00000_seg_{number}.png", mask=True)
+    rows, said = prepared(capsys, "folders", f"--root={root}", out=tmp_path / "out")
+    for number in ("90", "91"):
+        row = rows[f"test_tumor_BraTS2021_00000_flair_{number}"]
+        assert row.mask == str(root / f"test/annotation/BraTS2021_00000_seg_{number}.png")
+        assert row.patient == "BraTS2021_00000"
+    assert "without a mask" not in said
+
+
+def test_resc_as_released_has_its_splits_one_level_deeper_and_labels_beside(tmp_path, capsys):
+    root = tmp_path / "RESC"
+    picture(root / "Train/train/good/1_1.png")
+    for split in ("val", "test"):
+        for kind in ("good", "Ungood"):
+            name = f"{'9' if kind == 'good' else '10'}_28.png"
+            picture(root / split.capitalize() / split / kind / name)
+            picture(root / split.capitalize() / f"{split}_label" / kind / name, mask=True)
+    rows, _ = prepared(capsys, "folders", f"--root={root}", out=tmp_path / "out")
+    assert kinds(rows) == {
+        **{("train", 0, False): 1, ("val", 0, False): 1, ("val", 1, True): 1},
+        **{("test", 0, False): 1, ("test", 1, True): 1},
+    }
+    assert rows["Test_test_Ungood_10_28"].mask == str(root / "Test/test_label/Ungood/10_28.png")
+
+
+def test_squids_folders_carry_sizes_and_views(tmp_path, capsys):
+    root = tmp_path / "chexpert"
+    for folder in ("train_256_pa/normal_256", "val_256_pa/normal_256", "val_256_pa/abnormal_256"):
+        picture(root / folder / "a.png")
+    for folder in ("our_test_256_pa/normal_256", "our_test_256_pa/abnormal_256"):
+        picture(root / folder / "b.png")
+    rows, _ = prepared(capsys, "folders", f"--root={root}", out=tmp_path / "out")
+    assert kinds(rows) == {
+        **{("train", 0, False): 1, ("val", 0, False): 1, ("val", 1, False): 1},
+        **{("test", 0, False): 1, ("test", 1, False): 1},
+    }
+    picture(tmp_path / "z/train/normal_256/a.png"), picture(tmp_path / "z/test/pneumonia_256/a.png")
+    rows, _ = prepared(capsys, "folders", f"--root={tmp_path / 'z'}", out=tmp_path / "two")
+    assert rows["test_pneumonia_256_a"].extra["class"] == "pneumonia"
+
+
+def test_patients_come_from_names_from_dicom_and_from_a_pattern(tmp_path, capsys):
+    root = tmp_path / "kermany"
+    picture(root / "train/NORMAL/IM-0115-0001.jpeg"), picture(root / "train/NORMAL/NORMAL2-IM-1427-0001.jpeg")
+    picture(root / "train/NORMAL/person1_virus_9.jpeg")
+    (
+        picture(root / "test/PNEUMONIA/person1_bacteria_1.jpeg"),
+        picture(root / "test/PNEUMONIA/BACTERIA-1008087-0001.jpeg"),
+    )
+    rows, _ = prepared(capsys, "folders", f"--root={root}", out=tmp_path / "out")
+    assert {row.id.rsplit("_", 1)[-1]: row.patient for row in rows.values()} == {
+        **{"IM-0115-0001": "trainval_IM-0115", "NORMAL2-IM-1427-0001": "trainval_NORMAL2-IM-1427"},
+        **{"9": "trainval_person1", "1": "test_person1", "BACTERIA-1008087-0001": "1008087"},
+    }
+    flag = r"--patient=(person\d+|IM-\d+|\d{7})"
+    line = refused_in_one_line(capsys, "folders", f"--root={root}", flag, out=tmp_path / "two")
+    assert "patient 'person1' is in train and test: keep it in one split, or add --leaks=drop" in line
+    rows, said = prepared(capsys, "folders", f"--root={root}", flag, "--leaks=drop", out=tmp_path / "three")
+    assert len(rows) == 4 and "1 train images of patients of test" in said and "not the published list" in said
+    rows, said = prepared(capsys, "folders", f"--root={root}", flag, "--leaks=keep", out=tmp_path / "four")
+    assert len(rows) == 5 and "--config.data.allow_leaks=True" in said and "1 patients are in two splits" in said
+    assert "does not fit" in refused_in_one_line(
+        capsys, "folders", f"--root={root}", "--patient=x+y", out=tmp_path / "x"
+    )
+
+
+def test_the_patients_of_dicom_files_are_hashed_and_kinds_are_counted(tmp_path, capsys):
+    folder, values = tmp_path / "normal", np.arange(30).reshape(5, 6)
+    for i, modality in enumerate(("CT", "MR", "CT")):
+        dicom_file(folder / f"{i}.dcm", values + i, PatientID=f"Smith{i % 2}", Modality=modality)
+    rows, said = prepared(capsys, "folders", f"--normal={folder}", out=tmp_path / "out")
+    patients = [row.patient for row in rows.values()]
+    assert patients[0] == patients[2] != patients[1] and len(patients[0]) == 13
+    assert "Smith" not in (tmp_path / "out" / "manifest.csv").read_text()
+    assert "kinds of train: 2 CT images, 1 MR images; 5 x 6 (3)" in said
+    assert "caution: train mixes 2 CT images, 1 MR images: a recipe takes images of one kind" in said
+    for file in folder.iterdir():
+        file.unlink()
+    for i in range(2):
+        dicom_file(folder / f"{i}.dcm", values + i, PatientID="anonymous")
+    rows, said = prepared(capsys, "folders", f"--normal={folder}", out=tmp_path / "two")
+    assert not any(row.patient for row in rows.values()) and "caution" not in said
+
+
+def test_the_segmentation_of_a_case_folder_is_no_normal_image(tmp_path, capsys):
+    for case in ("BraTS2021_00000", "BraTS2021_00002"):
+        for name in ("flair", "t1", "seg"):
+            volume(tmp_path / "brats" / case / f"{case}_{name}.nii.gz")
+    line = refused_in_one_line(capsys, "folders", f"--normal={tmp_path / 'brats'}", out=tmp_path / "out")
+    assert "BraTS2021_00000_seg.nii.gz: is called like a mask, as 2 of 6 files are" in line
+
+
+def test_what_macos_leaves_in_archives_is_passed_over(tmp_path, capsys):
+    root = tmp_path / "root"
+    for name in ("train/good/a.png", "test/bad/b.png"):
+        picture(root / name)
+        for rest in (root / "__MACOSX" / name, (root / name).with_name(f"._{(root / name).name}")):
+            rest.parent.mkdir(parents=True, exist_ok=True)
+            rest.write_bytes(b"Mac OS X")
+    rows, said = prepared(capsys, "folders", f"--root={root}", out=tmp_path / "out")
+    assert len(rows) == 2 and "left out: nothing" in said
+    kvasir = tmp_path / "kvasir"
+    for part in ("", "__MACOSX/"):
+        for name in ("cecum/a.jpg", "segmented-images/images/p.jpg"):
+            picture(kvasir / part / name, size=(24, 24))
+            (kvasir / name).with_name("._x.jpg").write_bytes(b"Mac OS X")
+        picture(kvasir / part / "segmented-images/masks/p.jpg", mask=True, size=(24, 24))
+    rows, _ = prepared(capsys, "hyper_kvasir", f"--root={kvasir}", out=tmp_path / "two")
+    assert len(rows) == 2

@@ -284,7 +284,7 @@ def residual_scorer(config: ConfigDict, system: System, train: Volumes) -> Score
         error = jnp.mean(rest.reshape(image.shape) ** 2, -1, keepdims=True)
         return error, jnp.ones_like(error)
 
-    fuse = lambda averages, inside: {"maps": {"residual": averages[..., 0]}}
+    fuse = lambda results, averages, inside: {"maps": {"residual": averages[..., 0]}}
     sweep = replace(system.sweep, repeats=1, score=score, fuse=fuse, average=average, tile=tile, example=None)
     single = config.copy_and_resolve_references()
     single.replicates = 1

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,14 +18,15 @@ from jmae.data.cases import Cases
 from jmae.data.manifest import Row
 from jmae.errors import InputError
 from jmae.figures import patient_key
-from jmae.inference import Scorer, restore_results, score_rows
+from jmae.fitting import fitted_results
+from jmae.inference import Scorer, score_rows
 from jmae.outlines import least_voxels, peak
 from jmae.report import PERCENTILES, Scale
 from jmae.results import Result, map_name
 from jmae.run_folder import digest, log, write_text
 from jmae.scoring import Calibration, alarm_threshold, colour_ends
 from jmae.seen import write_seen
-from jmae.system import Results, System, chosen_on_val, compute_type, rows_read
+from jmae.system import Results, System, chosen_on_val, compute_type, fitted_rows, rows_read
 
 CALIBRATION = "calibration.json"
 NOT_CALIBRATED = (
@@ -77,14 +78,15 @@ def calibrate(
     reference: ReferenceScores,
     workdir: Path,
     say: Say = log,
+    fitted: Collection[str] = (),
 ) -> Calibration | None:
-    """Calibrates a run on the normals of `val` and writes calibration.json.
+    """Calibrates a run on the normals of `val` that are not `fitted` (`system.fitted_rows`); writes calibration.json.
 
     The file holds the score of each normal, the threshold at the false-alarm rate `evaluation.alarm_rate`, the colour
     scale of maps, and the weights and settings that these numbers belong to. None where labels of `val` chose the
     weights and no other normals are there.
     """
-    used = np.array(calibrating_rows(config, system, reference.rows, say))
+    used = np.array(calibrating_rows(config, system, reference.rows, say, fitted))
     if not used.any():
         return None
     normals = [row for row, use in zip(reference.rows, used, strict=True) if use]
@@ -111,27 +113,31 @@ def calibrate(
         "scores": scores,
         "mask_least": config.evaluation.mask_least,
         "peaks": peaks,
+        "fitted": sorted(fitted),
     }
     write_text(workdir / CALIBRATION, json.dumps(content, indent=1))
     write_seen(workdir, normals)
     log(f"calibrated on {len(scores)} held-out normals: {workdir / CALIBRATION}")
-    return Calibration(scores, low, high, tuple(needs), peaks, config.evaluation.mask_least)
+    return Calibration(scores, low, high, tuple(needs), peaks, config.evaluation.mask_least, fitted)
 
 
-def calibrating_rows(config: ConfigDict, system: System, rows: Sequence[Row], say: Say = log) -> list[bool]:
+def calibrating_rows(
+    config: ConfigDict, system: System, rows: Sequence[Row], say: Say = log, fitted: Collection[str] = ()
+) -> list[bool]:
     """Which rows of `val` may calibrate: the normals, unless labels of `val` chose the weights. In that case only
-    normals that were kept apart from `train` may calibrate. A row that leaks (`Row.leak`) never may: the run has seen
-    it."""
+    normals that were kept apart from `train` may calibrate. A row that leaks (`Row.leak`) never may, nor one of those
+    that the score was `fitted` to: the run has seen it."""
+    free = lambda row: not row.leak and row.id not in fitted
     labels = {row.label for row in rows if row.split == "val" and not row.kept}
     if chosen_on_val(system) and {0, 1} <= labels:
         say(
             f"select={config.select}: val's labels chose the weights, so only train rows kept apart give p-values "
             "(--config.data.calibration=0.1)"
         )
-        return [row.kept and not row.leak for row in rows]
+        return [row.kept and free(row) for row in rows]
     if leaking := sum(row.label == 0 and bool(row.leak) for row in rows):
         say(f"{leaking} normals of val are also in another split: they give no p-values")
-    return [row.label == 0 and not row.leak for row in rows]
+    return [row.label == 0 and free(row) for row in rows]
 
 
 def calibrate_run(
@@ -139,14 +145,15 @@ def calibrate_run(
 ) -> None:
     """Calibrates a run that is not evaluated, where its data have held-out normals. `cases` is that argument of
     `Scorer`."""
-    val = [row for row in rows if row.split == "val"]
-    normals = [row for row, use in zip(val, calibrating_rows(config, system, val), strict=True) if use]
+    val, fitted = [row for row in rows if row.split == "val"], fitted_rows(system, rows)
+    used = calibrating_rows(config, system, val, fitted=fitted)
+    normals = [row for row, use in zip(val, used, strict=True) if use]
     if not normals:
         log(NOT_CALIBRATED)
         return
-    results = restore_results(config, system, workdir)
+    results = fitted_results(config, system, rows, workdir, cases)
     reference = reference_scores(config, system, score_rows(Scorer(config, system, results, cases), normals))
-    calibrate(config, system, results, reference, workdir)
+    calibrate(config, system, results, reference, workdir, fitted=fitted)
 
 
 def rows_changed(system: System, rows: Sequence[Row], workdir: Path) -> bool:
@@ -181,6 +188,7 @@ def read_calibration(
         needs = tuple(str(name) for name in content["needs"])
         peaks = [float(value) for value in content.get("peaks", ())]  # runs before there were masks have none
         least = float(content.get("mask_least", 0))
+        fitted = {str(name) for name in content.get("fitted", ())}
         if not scores or not np.isfinite([*scores.values(), low or 0, high or 0, *peaks, least]).all():
             raise ValueError("no scores, or not finite ones")
     except FileNotFoundError:
@@ -198,7 +206,7 @@ def read_calibration(
     if other := sorted(k for k in compared if settings.get(k) != now["settings"].get(k)):
         say(f"warning: {file} belongs to another evaluation.{other[0]}: no p-values")
         return None
-    return Calibration(scores, low, high, needs, peaks, least)
+    return Calibration(scores, low, high, needs, peaks, least, fitted)
 
 
 def settings_before(config: ConfigDict) -> dict[str, Any]:

@@ -62,8 +62,9 @@ from jmae.figures import (
     split_of,
     truth_of,
 )
+from jmae.fitting import fitted_results
 from jmae.fusion import evaluate_several
-from jmae.inference import Scorer, restore_results, run_of, score_rows
+from jmae.inference import Scorer, run_of, score_rows
 from jmae.outlines import MaskFigures
 from jmae.processes import join_processes, keep_compiled
 from jmae.report import Case, choose_cases, one_slice, shown_voxel, slice_side, write_report
@@ -71,7 +72,7 @@ from jmae.results import Result, map_name, report_case
 from jmae.run_folder import log, output_folder, read_history, recipe_digest, write_csv, write_text
 from jmae.scoring import Calibration
 from jmae.seen import ALLOW, check_unseen, check_unseen_since
-from jmae.system import System, load_system
+from jmae.system import System, fitted_rows, load_system
 
 
 def main(argv: list[str]) -> int:
@@ -164,13 +165,13 @@ def evaluate(
     cases = cases or Cases(rows, config, workdir / "cache")
     rate, chosen = alarm_rate(config), split_of(rows, split)
     parts = parts_of(config, chosen, volumes=system.sweep is not None, shown=map_name(system))
-    results = restore_results(config, system, workdir)
+    results = fitted_results(config, system, rows, workdir, cases)
     scorer = Scorer(config, system, results, cases)
     log(f"{split}: scoring {len(chosen.rows)} cases")
     baselines = baselines_of(config, system, cases, rows, chosen, parts)
     reference, thresholds = score_reference(scorer, chosen, baselines)
     if of_run and chosen.normals and reference and not rows_changed(system, rows, workdir):
-        calibration = calibrate(config, system, results, reference, workdir, say)
+        calibration = calibrate(config, system, results, reference, workdir, say, fitted_rows(system, rows))
     else:
         calibration = read_calibration(config, system, results, workdir, say)
     if no_p_values := split in ("train", "unlabeled"):

@@ -44,7 +44,8 @@ from jmae import recipe
 from jmae.calibration import CALIBRATION, read_calibration
 from jmae.data.preparation import case_words
 from jmae.errors import InputError, exit_code
-from jmae.inference import restore_results, run_of
+from jmae.fitting import restore_results
+from jmae.inference import run_of
 from jmae.passes import each_replicate, seeds_of, sweep_volume
 from jmae.run_folder import log
 from jmae.system import Results, System, load_system

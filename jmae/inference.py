@@ -49,8 +49,9 @@ def run_of(flags: dict[str, str]) -> tuple[Path, ConfigDict]:
     return workdir, config
 
 
-def restore_results(config: ConfigDict, system: System, workdir: Path) -> Results:
-    """The results that the score reads, from the run folder's last checkpoints, on each of this process's devices.
+def restore_stages(config: ConfigDict, system: System, workdir: Path) -> Results:
+    """The stages' results that the score reads, from the run folder's last checkpoints, on each of this process's
+    devices. `fitting.restore_results` adds what the score has learned from images.
 
     Raises:
       InputError: a stage has no checkpoint, or has not finished.
@@ -159,7 +160,9 @@ class Scorer:
             top = lambda m: top_mean(m, case.volume.region, self.config.evaluation.top)
             scores = {name: np.array([top(m) for m in maps]) for name, maps in arrays["maps"].items()}
         further = arrays.get("reconstruction"), arrays.get("confidence"), arrays.get("pictures", {})
-        return Result(case, arrays["maps"], scores, *further, seconds, arrays.get("score_error"))
+        return Result(
+            case, arrays["maps"], scores, *further, seconds, arrays.get("score_error"), arrays.get("measured")
+        )
 
     def example(self, case: Prepared, point: tuple[int, ...]) -> dict[str, np.ndarray]:
         """Pictures (h, w, 1) of one window around a voxel of a volume: each channel, what the network saw of it under

@@ -118,7 +118,7 @@ class BatchPass:
             compiled, parts, *_ = self.dispatch(cases, draw=draw)
 
     def _size(self, out: Any) -> int:
-        return jax.tree.leaves(out["scores"])[0].shape[1]
+        return jax.tree.leaves(out)[0].shape[1]
 
     def _shrink(self) -> None:
         devices = self.mesh.size
@@ -216,7 +216,8 @@ class SweepPass:
                     raise
                 found = None
             if found is not None:
-                return jax.tree.map(lambda x: x[(slice(None), *own)], found)
+                cut = lambda kind, x: x if kind == "measured" else jax.tree.map(lambda a: a[(slice(None), *own)], x)
+                return {kind: cut(kind, arrays) for kind, arrays in found.items()}
             current, batch = self.programs[(*inputs[0].shape, len(inputs[2]))]
             if compiled is current:  # else a smaller pass is there already
                 if batch == 1:
@@ -300,7 +301,7 @@ def sweep_volume(
         batch=batch,
         place=place,
     )
-    return sweep.fuse(averages, inside(volume.shape[:-1], size))
+    return sweep.fuse(results, averages, inside(volume.shape[:-1], size))
 
 
 def padded_origins(origins: np.ndarray) -> np.ndarray:

@@ -64,8 +64,9 @@ from jmae.data.manifest import Row, read_cases, wrong_pieces
 from jmae.data.preparation import stored_case
 from jmae.data.slices import command, lie
 from jmae.errors import InputError, exit_code
+from jmae.fitting import restore_results
 from jmae.fusion import colours_of_file, common_normals, fused, fused_map, scores_of_normals
-from jmae.inference import Scorer, restore_results, run_of, score_rows
+from jmae.inference import Scorer, run_of, score_rows
 from jmae.inputs import SPLIT, cases_of, id_of, image_of_array, names_of, row_of, sequences, stem_of, with_spacing
 from jmae.likeness import read_kind, unlike
 from jmae.outlines import least_voxels, outline

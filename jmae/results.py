@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -22,6 +22,7 @@ class Result(NamedTuple):
     pictures: Mapping[str, np.ndarray] = MappingProxyType({})  # (r, *size, c) or (r, h, w)
     seconds: float = 0.0  # of scoring alone
     score_error: np.ndarray | None = None  # (r,): Monte-Carlo error of the primary score
+    measured: Any = None  # what a fit measures of the case
 
     def own_maps(self) -> dict[str, list[np.ndarray]]:
         """All maps on the case's own grid, one of each replicate."""

@@ -1,6 +1,6 @@
 """From error maps to anomaly maps and scores, on the device."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from math import floor
 from typing import NamedTuple
 
@@ -82,10 +82,13 @@ class Calibration(NamedTuple):
     needs: tuple[str, ...] = ()  # columns of the manifest that the scores depend on, so that a new case needs them too
     peaks: Sequence[float] = ()  # of the map of each held-out normal (`outlines.peak`); empty without maps
     least: float = 0.0  # smallest component that counts in a peak, mm2, mm3 or pixels
+    fitted: Collection[str] = ()  # ids of further held-out normals, which the score was fitted to
 
     def p_value(self, score: float, case: str = "") -> float | None:
         """The p-value of a case; None for the held-out normals themselves."""
-        return None if case in self.scores else float(p_values(list(self.scores.values()), [score])[0])
+        if case in self.scores or case in self.fitted:
+            return None
+        return float(p_values(list(self.scores.values()), [score])[0])
 
 
 def p_values(normals: Sequence[float] | np.ndarray, scores: Sequence[float] | np.ndarray) -> Float[np.ndarray, " n"]:

@@ -145,6 +145,6 @@ def crop_scores(config: ConfigDict, system: System, results: Results, batch: dic
             batch=sweep.repeats,
             groups=sweep.groups,
         )
-        return jnp.mean(sweep.fuse(averages, jnp.ones(sweep.window, bool))["maps"][system.primary])
+        return jnp.mean(sweep.fuse(results, averages, jnp.ones(sweep.window, bool))["maps"][system.primary])
 
     return jax.lax.map(one, (batch["image"], keys), batch_size=max(1, config.evaluation.batch // sweep.repeats))

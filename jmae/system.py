@@ -17,9 +17,10 @@ scores, all of them pure functions of arrays. `KEYS` declares the recipe keys th
 - **What helps.** `network` makes pure functions of a Flax module. `optim.begin` makes the first state. `optim.descend`
   makes a step from a loss (params, *arrays) -> (loss, (new statistics, metrics)). `masking.sample_keys` makes
   the random keys of a batch. `rows_of` and `steps_of` are the usual `Stage.rows` and `Stage.steps`. Networks
-  are in `jmae.nn`.
+  are in `jmae.nn`. What a score learns from images after the training, without a gradient, is a `Fit`.
 """
 
+import hashlib
 import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -188,9 +189,10 @@ class Sweep:
             (b, *window, 1)): the values that are averaged over the windows that cover a voxel. Each window of a round
             has its own random key, and each sweep of a round its number, from 0 to `groups` - 1. The weights count
             where `average` is weighted.
-        fuse: (averages (*size, k), inside (*size)) -> {"maps": {name: (*size)}} and, where the system has them,
-            "reconstruction" (*size, c) and "confidence" (*size). `inside` is False where the array is filled up; maps
-            are 0 there. A volume's score is the mean of each map's highest voxels; `evaluation.top` is their share.
+        fuse: (results, averages (*size, k), inside (*size)) -> {"maps": {name: (*size)}} and, where the system has
+            them, "reconstruction" (*size, c) and "confidence" (*size). `inside` is False where the array is filled up;
+            maps are 0 there. A volume's score is the mean of each map's highest voxels; `evaluation.top` is their
+            share.
         average: the function that averages, `windows.average` or a form of it.
         tile: the function that places the windows, `windows.tile` or a form of it.
         example: (results, images (b, *window, c), keys (b,), groups (b,)) -> (images as the network sees them, its
@@ -208,6 +210,38 @@ class Sweep:
     average: Callable[..., Array] = windows.average
     tile: Callable[..., windows.Tiling] = windows.tile
     example: Callable[..., tuple[Array, Array, Array]] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fit:
+    """What a score learns from images after the training and without a gradient: a bank of tokens, a map of expected
+    errors. `score` finds it as `results[name]`.
+
+    The library computes it at the end of the training, or when an evaluation first needs it, and keeps it in the run
+    folder (`jmae.fitting`). `evaluate`, `predict`, `export` and `load` read it from there.
+
+    Attributes:
+        name: its name among the results; no stage has that name.
+        rows: (manifest rows) -> numbers of the rows that it is fitted to, such as `train_normals` or
+            `fitting_normals`. Rows of `val` among them no longer calibrate, so that p-values keep their guarantee.
+        measure: (results, batch, key) -> nested dicts of arrays (b, ...), a pure function. `key` is the run's key, as
+            `score` gets it. For images the batch is that of `score`. For volumes it depends on `crops`. With crops it
+            holds "image" (b, *window, c), windows as `Sweep.score` gets them. Without crops it holds a volume's
+            "average" (1, *size, k), as `Sweep.fuse` gets it, and "inside" (1, *size); sizes differ between volumes, so
+            the arrays must not depend on them.
+        finish: (the arrays of all rows or crops, joined along b, on the host; key) -> nested dicts of arrays.
+        crops: windows of each volume that are measured, spread evenly over it; 0: the volume as a whole.
+        settings: keys of the section `evaluation` that change what is fitted, without the section's name.
+        needs: the remedy where `rows` gives none, in words.
+    """
+
+    name: str
+    rows: Callable[[Sequence[Row]], np.ndarray]
+    measure: Callable[..., PyTree]
+    finish: Callable[[PyTree, Array], dict[str, Any]]
+    crops: int = 0
+    settings: tuple[str, ...] = ()
+    needs: str = "give the manifest more normals"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -251,6 +285,7 @@ class System:
             score.
         averaged: whether the primary score is the mean of the scores that each mask or sample alone would give.
         map: name of the map to show, where no map has the name of the primary score.
+        fits: what the score learns from images after the training.
         choice: what `select=aucp` chooses by, where the default does not fit.
         best: rules of `select` that the system has beside "last" and "aucp".
         notes: sentences, without the full stop, on how a run of this recipe differs from the paper's in a way that no
@@ -268,6 +303,7 @@ class System:
     repetitions: str = ""
     averaged: bool = True
     map: str = ""
+    fits: tuple[Fit, ...] = ()
     choice: Choice | None = None
     best: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
@@ -331,6 +367,27 @@ def held_out_normals(rows: Sequence[Row]) -> np.ndarray:
     """Numbers of the normal rows of `val` that leak nothing: the usual `Check.rows` of a watch."""
     held_out = lambda row: row.split == "val" and row.label == 0 and not row.leak
     return np.array([i for i, row in enumerate(rows) if held_out(row)], np.int64)
+
+
+def train_normals(rows: Sequence[Row]) -> np.ndarray:
+    """Numbers of the normal rows of `train`: the usual `Fit.rows` of a bank."""
+    return np.array([i for i, row in enumerate(rows) if row.split == "train" and row.label != 1], np.int64)
+
+
+def fitting_normals(rows: Sequence[Row]) -> np.ndarray:
+    """Numbers of one half of the held-out normals: the usual `Fit.rows` of an expectation. The other half calibrates.
+
+    Whole patients go into a half, in an order that depends on their names alone. An odd patient calibrates.
+    """
+    numbers, patient = held_out_normals(rows), lambda i: rows[i].patient or rows[i].id
+    order = sorted({patient(i) for i in numbers}, key=lambda name: hashlib.sha256(name.encode()).digest())
+    half = set(order[1::2])
+    return np.array([i for i in numbers if patient(i) in half], np.int64)
+
+
+def fitted_rows(system: System, rows: Sequence[Row]) -> set[str]:
+    """Ids of the rows of `val` that the score is fitted to, so that they cannot calibrate it."""
+    return {rows[i].id for fit in system.fits for i in fit.rows(rows) if rows[i].split == "val"}
 
 
 def rows_of(rows: Sequence[Row], results: Results, *, splits: tuple[str, ...] = ("train",)) -> np.ndarray:

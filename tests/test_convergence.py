@@ -171,7 +171,7 @@ def test_sweeps_over_a_volume_are_a_number_that_one_program_is_given():
         stride=(2, 4),
         repeats=3,
         score=score,
-        fuse=lambda averages, inside: {"maps": {"m": averages[..., 0] ** 2}},
+        fuse=lambda results, averages, inside: {"maps": {"m": averages[..., 0] ** 2}},
     )
     config = a_recipe("maemi", **{"evaluation.batch": 4})
     volume = Volume(jnp.zeros((10, 8, 1)), *[None] * (len(Volume._fields) - 1))
@@ -190,7 +190,10 @@ def test_volumes_are_swept_from_one_mask_up_with_other_masks_each_time(monkeypat
         return image + noise, jnp.ones((*image.shape[:-1], 1))
 
     sweep = Sweep(
-        window=(4, 4), stride=(4, 4), score=score, fuse=lambda averages, inside: {"maps": {"m": averages[..., 0]}}
+        window=(4, 4),
+        stride=(4, 4),
+        score=score,
+        fuse=lambda results, averages, inside: {"maps": {"m": averages[..., 0]}},
     )
     toy = System(name="toy", stages=(), uses=(), primary="m", sweep=sweep)
     config = a_recipe("maemi", **{"evaluation.repeats": 8, "evaluation.convergence": 4, "evaluation.top": 0.1})

@@ -23,7 +23,8 @@ from jmae.data.loader import Images
 from jmae.data.manifest import Row
 from jmae.data.transforms import central, resize
 from jmae.errors import InputError, exit_code
-from jmae.inference import Scorer, restore_results, score_rows
+from jmae.fitting import restore_results
+from jmae.inference import Scorer, score_rows
 from jmae.masking import case_keys
 from jmae.run_folder import write_text
 from jmae.seen import SeenRows, write_seen

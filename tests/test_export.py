@@ -16,7 +16,8 @@ from jmae import checkpoint, export, recipe
 from jmae.calibration import score_identity
 from jmae.data.cases import load_rows
 from jmae.errors import InputError, exit_code
-from jmae.inference import Scorer, restore_results
+from jmae.fitting import restore_results
+from jmae.inference import Scorer
 from jmae.run_folder import describe_run
 from jmae.system import load_system, stage_keys
 

@@ -23,7 +23,8 @@ from jmae.data.cases import load_rows
 from jmae.data.preparation import PLS, case_words, prepared_volume
 from jmae.data.volumes import boxes_mask
 from jmae.errors import InputError, exit_code
-from jmae.inference import Scorer, restore_results
+from jmae.fitting import restore_results
+from jmae.inference import Scorer
 from jmae.masked import training
 from jmae.masking import case_keys, order_of
 from jmae.patches import patchify, unpatchify

@@ -329,7 +329,7 @@ def test_windows_of_volumes_have_their_maps_by_name_in_the_span_of_the_clipping(
     clipped, span = jnp.clip(image, 0.2, 0.9), jnp.full(2, 0.7)
     d, _, error, picture = maps_by_hand(c, mae_of(state.params), clipped, span, keys, jnp.arange(1))
     for i in range(2):
-        out = system.sweep.fuse(values[i], inside)
+        out = system.sweep.fuse({}, values[i], inside)
         cells = np.kron(d[i].reshape(2, 4, 2, 4, 2, 2).mean((1, 3, 5)), np.ones((4, 4, 2)))
         maps = out["maps"]
         assert set(maps) == {"ms_ssim", "ms_ssim_patches", "mse"}

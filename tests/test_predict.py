@@ -51,7 +51,7 @@ def window_bright(results, image, keys, groups):
     return jnp.concatenate([image, noise[..., None]], -1), jnp.ones((*image.shape[:-1], 1))
 
 
-def fuse(averages, inside):
+def fuse(results, averages, inside):
     maps = averages[..., :2].mean(-1) + 0.1 * averages[..., 2]
     return {"maps": {"bright": jnp.where(inside, maps, 0)}, "reconstruction": averages[..., :2]}
 

@@ -202,7 +202,9 @@ def window_error(
     return jnp.concatenate([error, prediction], -1), jnp.where(absent, 1, VISIBLE)
 
 
-def fuse(edges: tuple[int, ...], averages: Float[Array, "*size k"], inside: Bool[Array, "*size"]) -> dict:
+def fuse(
+    edges: tuple[int, ...], results: Results, averages: Float[Array, "*size k"], inside: Bool[Array, "*size"]
+) -> dict:
     """Eq. 3: the mean over sequences, after a second minimum filter with these edges."""
     error, prediction = jnp.split(averages, 2, -1)
     mean = jnp.where(inside, jnp.mean(error, -1), jnp.inf)

@@ -305,7 +305,7 @@ def window_score(
     return jnp.concatenate([*values, found.mean], -1), found.measured["weight"][..., None]
 
 
-def fuse(averages: Float[Array, "*size k"], inside: Bool[Array, "*size"]) -> dict[str, Any]:
+def fuse(results: Results, averages: Float[Array, "*size k"], inside: Bool[Array, "*size"]) -> dict[str, Any]:
     """The maps and the reconstruction of a volume from the averages of `window_score`."""
     maps = {name: jnp.where(inside, averages[..., k], 0) for k, name in enumerate(SCORES[:3])}
     return {"maps": maps, "reconstruction": averages[..., 3:]}

@@ -603,7 +603,9 @@ def score_window(setup: Setup, results: Results, image: Array, keys: Array, grou
     return jnp.stack([mean, variance], -1), jnp.ones((*mean.shape, 1))
 
 
-def fuse(setup: Setup, averages: Float[Array, "*size k"], inside: Bool[Array, "*size"]) -> dict[str, Any]:
+def fuse(
+    setup: Setup, results: Results, averages: Float[Array, "*size k"], inside: Bool[Array, "*size"]
+) -> dict[str, Any]:
     """The map of a volume (`Sweep.fuse`).
 
     Its confidence is the root of the mean variance of the windows that cover a voxel. That is an upper bound of the

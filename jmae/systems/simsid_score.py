@@ -296,7 +296,7 @@ def window_score(
     return jnp.concatenate([every, made], -1), jnp.ones((*image.shape[:-1], 1))
 
 
-def fuse(averages: Float[Array, "*size k"], inside: Bool[Array, "*size"]) -> dict[str, Any]:
+def fuse(results: Results, averages: Float[Array, "*size k"], inside: Bool[Array, "*size"]) -> dict[str, Any]:
     """`Sweep.fuse`: a volume's maps, which are 0 outside, and its reconstruction."""
     maps = {name: jnp.where(inside, averages[..., i], 0) for i, name in enumerate(SCORES)}
     return {"maps": maps, "reconstruction": averages[..., len(SCORES) :]}

@@ -20,6 +20,8 @@ from ml_collections import ConfigDict
 
 from jmae import recipe
 
+TAKES = "images: normal scans, and unlabelled ones to which it adapts (variant=stage1 needs none)"
+
 # ours: a small network trained from nothing on 2 cores, so fixed steps and higher rates (chosen on phantoms of another
 # seed; the setting `paper_rate` of benchmarks.accuracy adapts at the paper's); images standardised one by one, since
 # exposure differs within a set and no checkpoint's statistics have to be met; mask ratio 0.75 before adaptation too,

@@ -18,6 +18,8 @@ from ml_collections import ConfigDict
 
 from jmae import recipe
 
+TAKES = "images or volumes (small3d): normal ones"
+
 # A voxel's map is the mean over the masks that hide it, as a pasted patch is its own reconstruction. The smallest crop,
 # 0.2 of the area of 512 x 512 pixels, still has `data.size`.
 PAPER = {"evaluation.average": "hidden", "data.crop_from": (512, 512)}

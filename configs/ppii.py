@@ -19,6 +19,11 @@ from ml_collections import ConfigDict
 
 from jmae import recipe
 
+TAKES = "images or volumes (small3d): normal ones"
+QUICKSTART = {
+    "images": "of the systems that need normal images alone it told children's pneumonia best: AUROC .894"
+}  # with `small`
+
 # FROC by the peaks of components, as noise finds many boxes by centroids. The paper names no rule.
 FROC = {"evaluation.froc_rule": "peak", "evaluation.froc_overlap": 0.1}
 # ours: a narrow network on small images and fixed steps for 2 cores. Patches are fewer, larger and of lower strength

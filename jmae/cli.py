@@ -33,6 +33,7 @@ COMMANDS = {
 }
 """The module of each command and its sentence in `jmae --help`."""
 OWN = {
+    "systems": "which system takes which data, and its presets",
     "completion": 'print the shell\'s completion script: eval "$(jmae completion bash)"',
 }
 """Commands that need no module of their own."""
@@ -62,6 +63,8 @@ def main(argv: list[str]) -> int:
         print(overview())
     elif command == "--version":
         print(f"jmae {__version__}")
+    elif command == "systems":
+        print(systems())
     elif command == "completion":
         print(completion(words))
     elif command not in COMMANDS:
@@ -82,6 +85,22 @@ def overview() -> str:
     listed = [f"  {name:<12}{sentence}" for name, sentence in lines.items()]
     head = "jmae: unsupervised anomaly detection in medical images. For research, not for clinical use."
     return "\n".join([head, "", *listed, "", "jmae COMMAND --help explains a command; jmae --version"])
+
+
+def systems() -> str:
+    """A paragraph of each recipe: its system's name, what it takes, its presets and the paper."""
+    from jmae import recipe  # most commands answer without it
+
+    lines = []
+    for name in recipe.SYSTEMS:
+        names = runpy.run_path(str(recipe.RECIPES / f"{name}.py"))
+        (paper, *_) = re.findall(r"arXiv\s[\d.]+\d", names["__doc__"])
+        title = names["__doc__"].partition("\n")[0].rstrip(".")
+        lines += [f"{name:<11}{names['TAKES']}", f"           {title}", f"           {' '.join(paper.split())}"]
+        lines += [f"           --config {name}:PRESET with {', '.join(names['PRESETS'])}", ""]
+    return "\n".join(
+        [*lines, "small: own data on two CPU cores. paper: the paper's protocol, on a GPU. phantom: built-in."]
+    )
 
 
 def usage(command: str) -> str:
@@ -111,7 +130,7 @@ def check_flags(command: str, words: list[str]) -> None:
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
             raise InputError(f"--{name} is unknown: did you mean --{near}? jmae {command} --help lists all")
         if name == "config" and (value := value if equals else "".join(words[i + 1 : i + 2])):
-            from jmae import recipe  # not needed for any other answer
+            from jmae import recipe
 
             recipe.find(value)
 

@@ -425,13 +425,16 @@ def nearest(name: str, known: Sequence[str]) -> str:
     return difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
 
 
-def parse(argv: Sequence[str], usage: str, known: Sequence[str] = ()) -> tuple[ConfigDict, dict[str, str]]:
-    """The recipe that `--config` names with its overrides, and the other flags, of which `known` are allowed.
+def parse(
+    argv: Sequence[str], usage: str, known: Sequence[str] = (), optional: Sequence[str] = ()
+) -> tuple[ConfigDict, dict[str, str]]:
+    """The recipe that `--config` names with its overrides, and the other flags, `known` and `optional` ones as of
+    `arguments`.
 
     Raises InputError for an unknown flag or recipe key (naming the nearest), a value of another type, a missing file or
     preset.
     """
-    given = arguments(argv, usage, ["config", *known])
+    given = arguments(argv, usage, ["config", *known], optional)
     if "config" not in given:
         raise InputError(f"no recipe: write --config=NAME[:PRESET]; NAME: {', '.join(SYSTEMS)}, or a FILE.py")
     config = load(given.pop("config"))
@@ -449,6 +452,33 @@ def override(config: ConfigDict, given: dict[str, str], section: str = "") -> No
             raise InputError(f"--{flag} is unknown: did you mean --config.{nearest(key, list(defaults))}?")
         like = declared[key].like if defaults[key] == () and key in declared else defaults[key]
         config.update_from_flattened_dict({key: typed(flag, text, like)})
+
+
+def explained(config: ConfigDict, name: str = "") -> str:
+    """What the keys of a recipe are: value, type, default, bounds and sentence of each.
+
+    Args:
+      config: the recipe.
+      name: a key ("data.size") or a section ("data"); "" for all.
+
+    Raises:
+      InputError: there is no such key or section.
+    """
+    declared, values = declarations(config.system, volumes=is_volume(config)), dict(keys_of(config))
+    chosen = [key for key in declared if not name or key == name or key.startswith(f"{name}.")]
+    if not chosen:
+        sections = {key.rpartition(".")[0] for key in declared} - {""}
+        raise InputError(f"--show={name}: no key of {config.system}: {nearest(name, [*declared, *sections])}?")
+    lines = []
+    for key in chosen:
+        one = declared[key]
+        several = isinstance(one.default, tuple)
+        kind = _TYPES[type(one.like[0] if several else one.like)]
+        length = ", one an axis" if one.length == AXES else "" if one.length is None else f", {one.length} values"
+        facts = [f"a list{length}; each {kind}" if several else kind, one.bounds(), one.unit]
+        facts += [f"default {one.default!r}"] if values[key] != one.default else []
+        lines += [f"{key} = {values[key]!r}  ({'; '.join(filter(None, facts))})", f"    {one.doc}"]
+    return "\n".join(lines)
 
 
 def load(recipe: str) -> ConfigDict:
@@ -470,8 +500,9 @@ def find(recipe: str) -> tuple[Path, str]:
 
     Raises InputError where there is no such file.
     """
-    name, colon, preset = recipe.rpartition(":") if not Path(recipe).is_file() else (recipe, "", "")
-    file = Path(name if colon else recipe)
+    whole = ":" not in recipe or Path(recipe).is_file()
+    name, _, preset = (recipe, "", "") if whole else recipe.rpartition(":")
+    file = Path(name)
     if (built_in := RECIPES / f"{file}.py").is_file() and not file.is_file():
         return built_in, preset
     if not file.is_file() or file.suffix != ".py":

@@ -1,10 +1,15 @@
-"""python -m jmae.train --config configs/NAME.py[:PRESET] [--workdir DIR] [--config.KEY=VALUE ...] [--debug]
+"""python -m jmae.train --config NAME[:PRESET] [--workdir DIR] [--config.KEY=VALUE ...] [--debug]
+python -m jmae.train --config NAME[:PRESET] [--config.KEY=VALUE ...] --dry-run | --show [KEY]
 
 Trains every stage of a system, picks up where an interrupted run stopped, and evaluates the test split where it has
-labels. The run folder is runs/SYSTEM where none is named.
+labels. The run folder is runs/SYSTEM where none is named. NAME is a recipe of the library or a FILE.py.
 
-    python -m jmae.train --config configs/amae.py                                             built-in phantoms
-    python -m jmae.train --config configs/amae.py:small --config.data.manifest=MANIFEST.csv --workdir runs/mine
+    python -m jmae.train --config amae                                             built-in phantoms
+    python -m jmae.train --config amae:small --config.data.manifest=MANIFEST.csv --workdir runs/mine
+    python -m jmae.train --config amae:small --show evaluation                     the keys evaluation.*
+
+--dry-run  shows the data, and images, batch and steps of each stage. It opens no image and trains nothing.
+--show     shows the recipe's keys: value, type, bounds, default, meaning. KEY is a key or a section.
 
 Exit codes: 0 done; 2 the input or the environment is wrong;
 3 a loss was not finite, last good step kept; 143 stopped by SIGTERM after saving, 130 by Ctrl-C.
@@ -32,6 +37,7 @@ from jmae.errors import InputError, NonFiniteLoss, Stopped, exit_code
 from jmae.evaluate import evaluate
 from jmae.likeness import write_kind
 from jmae.pretrained import with_pretrained
+from jmae.preview import preview
 from jmae.processes import join_processes, keep_compiled
 from jmae.programs import (
     compiled_check,
@@ -71,7 +77,13 @@ CHECK_STEP = 2**40  # a stage's checks take the crops of this step, which no tra
 
 
 def main(argv: list[str]) -> int:
-    config, flags = recipe.parse(argv, __doc__, ["workdir"])
+    config, flags = recipe.parse(argv, __doc__, ["workdir"], ["dry-run", "show"])
+    if "show" in flags:
+        print(recipe.explained(config, flags["show"].replace("true", "")))
+        return 0
+    if recipe.typed("dry-run", flags.get("dry-run", "false"), False):
+        print(preview(config))
+        return 0
     workdir = Path(flags.get("workdir", f"runs/{config.system}"))
     with join_processes():
         keep_compiled()

@@ -1,6 +1,7 @@
 """The console command: what it lists, answers and passes on, and what it imports for that."""
 
 import ast
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -82,6 +83,15 @@ def test_the_help_of_a_command_names_all_its_flags(command, monkeypatch):
     written = [node.value for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Constant)]
     by_hand = [text[2:] for text in written if isinstance(text, str) and text[:2] == "--" and text[2:].isidentifier()]
     assert asked and {*asked, *by_hand} <= {*cli.flags(command)}
+
+
+def test_every_system_is_told_with_its_presets_without_importing_it():
+    code, out, err, heavy = run("systems")
+    assert (code, err, heavy) == (0, "", [])
+    for system in recipe.SYSTEMS:
+        paragraph = out.partition(f"{system} ")[2].partition("\n\n")[0]
+        presets = runpy.run_path(str(ROOT / "configs" / f"{system}.py"))["PRESETS"]
+        assert f"--config {system}:PRESET with {', '.join(presets)}" in paragraph and "arXiv 2" in paragraph
 
 
 def test_a_command_gets_its_words_and_gives_its_exit_code(tmp_path):

@@ -295,7 +295,7 @@ def nih(root: Path, lists: dict[str, list[str]]) -> Path:
         (root / "lists" / f"{title}_curated_list.txt").write_text("".join(f"{name}\n" for name in names))
         for name in names:
             (root / "images_001" / "images").mkdir(parents=True, exist_ok=True)
-            Image.fromarray(np.eye(8, dtype=np.uint8)).save(root / "images_001" / "images" / name)
+            Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8)).save(root / "images_001" / "images" / name)
     return root
 
 
@@ -320,16 +320,16 @@ def test_the_curated_nih_lists_become_one_manifest_of_both_sexes(tmp_path):
 
 
 def test_wrong_nih_lists_are_refused(tmp_path):
-    with pytest.raises(InputError, match="copy NSA's lists there"):
+    with pytest.raises(InputError, match="copy NSA's or the official lists there"):
         prepare("nih", nih(tmp_path / "none", {"other": ["a.png"]}), tmp_path / "out")
     both = {"norm_MaleAdultPA_train": ["00000001_000.png"], "norm_MaleAdultPA_test": ["00000001_001.png"]}
     with pytest.raises(InputError, match="00000001"):  # a patient in two splits
-        prepare("nih", nih(tmp_path / "both", both), tmp_path / "out")
+        prepare("nih", nih(tmp_path / "both", both), tmp_path / "out", leaks="refuse")
     root = nih(tmp_path / "abnormal", {"anomaly_MaleAdultPA_train": ["00000001_000.png"]})
     with pytest.raises(InputError, match="lists abnormal images to train on"):
         prepare("nih", root, tmp_path / "out")
     (root / "images_001" / "images" / "00000001_000.png").unlink()
-    with pytest.raises(InputError, match=r"00000001_000\.png: is not found"):
+    with pytest.raises(InputError, match=r"00000001_000\.png: not found"):
         prepare("nih", root, tmp_path / "out")
 
 

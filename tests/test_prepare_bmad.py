@@ -1,8 +1,10 @@
 """Ready-made benchmarks of folders: BMAD in its four forms, MedIAnomaly, MediCLIP, SQUID, paediatric radiographs."""
 
+import json
+
 import numpy as np
 import pytest
-from trees import dicom_file, kinds, picture, prepared, refused_in_one_line, volume
+from trees import dicom_file, kinds, picture, prepared, refused_in_one_line, text, volume
 
 from jmae.data.files import read_mask
 
@@ -166,3 +168,140 @@ def test_what_macos_leaves_in_archives_is_passed_over(tmp_path, capsys):
         picture(kvasir / part / "segmented-images/masks/p.jpg", mask=True, size=(24, 24))
     rows, _ = prepared(capsys, "hyper_kvasir", f"--root={kvasir}", out=tmp_path / "two")
     assert len(rows) == 2
+
+
+# The importers of whole benchmarks
+
+
+def bmad(root, form, names, inner="", normal="1_1", end="png"):
+    """A set of BMAD in one of its forms; `names` are one normal and one abnormal name for each of val and test."""
+    top = root / inner
+    for split, (good, bad) in zip(("valid", "test"), names, strict=True):
+        for kind, name in (("good", good), ("Ungood", bad)):
+            file = f"{name}.{end}"
+            image, mask = {
+                "README": (f"{split}/{kind}/img", f"{split}/{kind}/anomaly_mask"),
+                "brain": (f"{split}/{kind}/img", f"{split}/{kind}/label"),
+                "liver": (f"{split}/img/{kind}", f"{split}/label/{kind}"),
+                "plain": (f"{split}/{kind}", ""),
+            }[form]
+            picture(top / image / file)
+            if mask:
+                picture(top / mask / file, mask=True)
+    picture(top / "train" / "good" / ("img" if form == "README" else "") / f"{normal}.{end}")
+    return root
+
+
+@pytest.mark.parametrize("form", ["README", "brain", "liver"])
+def test_bmads_sets_are_read_in_each_form_with_patients_and_masks(tmp_path, capsys, form):
+    names = (("00100_60", "00124_60"), ("00101_61", "00125_61"))
+    root = bmad(tmp_path / "Brain_AD", form, names, "BraTS2021_slice", normal="00001_60")
+    rows, said = prepared(capsys, "bmad", f"--root={root}", out=tmp_path / "out")
+    assert kinds(rows) == {
+        **{("train", 0, False): 1, ("val", 0, False): 1, ("val", 1, True): 1},
+        **{("test", 0, False): 1, ("test", 1, True): 1},
+    }
+    assert sorted(row.patient for row in rows.values()) == ["00001", "00100", "00101", "00124", "00125"]
+    assert "the set brain: 5 cases" in said and "configs/memmc_mae.py:paper" in said
+    for row in rows.values():
+        assert not any(word in file for file in row.image for word in ("mask", "label"))
+    masks = [path for path in root.rglob("*.png") if path.parent.name in ("anomaly_mask", "label")]
+    masks = masks or [path for path in root.rglob("*.png") if path.parent.parent.name == "label"]
+    for path in masks:
+        path.unlink()
+    line = refused_in_one_line(capsys, "bmad", f"--root={root}", out=tmp_path / "two")
+    assert "has no mask, like 1 more of 2: copy the set again" in line
+
+
+def test_bmads_numbers_of_other_sources_are_other_patients_and_a_shared_one_is_dropped(tmp_path, capsys):
+    names = (("4_10", "4_487"), ("5_1", "6_3"))
+    rows, _ = prepared(
+        capsys,
+        "bmad",
+        f"--root={bmad(tmp_path / 'hist_DIY', 'liver', names, normal='4_487')}",
+        "--set=liver",
+        out=tmp_path / "liver",
+    )
+    assert sorted({row.patient for row in rows.values()}) == ["lits_4", "lits_5", "lits_6", "train_4"]
+    names = (("NORMAL-5171640-1", "CNV-6294785-1"), ("NORMAL-5171641-1", "DME-6294786-2"))
+    root = bmad(tmp_path / "OCT2017", "plain", names, normal="NORMAL-6294786-9", end="jpeg")
+    rows, said = prepared(capsys, "bmad", f"--root={root}", "--leaks=keep", out=tmp_path / "oct")
+    assert len(rows) == 5 and "1 patients are in two splits" in said
+    names = (("Normal_ff8d7572-1", "Lung_Opacity_000fe35a-2"), ("Normal_ab-3", "No-Not-Normal_f05468f3-4"))
+    root = bmad(tmp_path / "Chest_AD", "plain", names, "Chest-RSNA", normal="Normal_aa-9")
+    rows, said = prepared(capsys, "bmad", f"--root={root}", out=tmp_path / "chest")
+    assert not any(row.patient for row in rows.values()) and "50% of the test is abnormal" in said
+    (root / "Chest-RSNA").rename(tmp_path / "thing"), picture(tmp_path / "thing/test/Ungood/foo/a.png", mask=True)
+    assert "add --set= one of brain" in refused_in_one_line(
+        capsys, "bmad", f"--root={tmp_path / 'thing'}", out=tmp_path / "x"
+    )
+    line = refused_in_one_line(capsys, "bmad", f"--root={tmp_path / 'thing'}", "--set=chest", out=tmp_path / "x")
+    assert "foo/a.png: looks like a mask" in line
+
+
+def test_medianomalys_sets_are_told_by_their_folders(tmp_path, capsys):
+    top = tmp_path / "MedIAnomaly-Data"
+    for name in ("Tr-no_0010.jpg", "Te-noTr_0000.jpg", "Te-gl_0013.jpg", "Te-pi_1.jpg"):
+        picture(top / "BrainTumor" / "images" / name, size=(24, 24))
+    about = {"train": {"0": ["Tr-no_0010.jpg"], "unlabeled": {"0": [], "1": ["Te-pi_1.jpg"]}}}
+    text(
+        top / "BrainTumor" / "data.json",
+        json.dumps(about | {"test": {"0": ["Te-noTr_0000.jpg"], "1": ["Te-gl_0013.jpg"]}}),
+    )
+    rows, said = prepared(capsys, "medianomaly", f"--root={top / 'BrainTumor'}", out=tmp_path / "brain")
+    assert kinds(rows)["unlabeled", None, False] == 1 and "configs/amae.py:paper" in said
+    for name in ("train/good/1000", "test/good/1000", "test/Ungood/1000"):
+        picture(top / "Camelyon16" / f"{name}.png", colours=3)
+    rows, said = prepared(capsys, "medianomaly", f"--root={top / 'Camelyon16'}", out=tmp_path / "camelyon")
+    assert len(rows) == 3 and "configs/memmc_mae.py:paper_colour" in said
+    brats = top / "BraTS2021"
+    picture(brats / "train/BraTS2021_00002_flair_80.png"), picture(brats / "test/normal/BraTS2021_00003_flair_70.png")
+    picture(brats / "test/tumor/BraTS2021_00000_flair_90.png")
+    assert "has no mask in annotation" in refused_in_one_line(
+        capsys, "medianomaly", f"--root={brats}", out=tmp_path / "x"
+    )
+    picture(brats / "test/annotation/BraTS2021_00000_seg_90.png", mask=True)
+    rows, said = prepared(capsys, "medianomaly", f"--root={brats}", out=tmp_path / "brats")
+    assert kinds(rows)["test", 1, True] == 1 and "configs/memmc_mae.py:paper " in said
+    line = refused_in_one_line(capsys, "medianomaly", f"--root={top}", out=tmp_path / "x")
+    assert "has the sets BrainTumor, Camelyon16, BraTS2021: name the folder of one" in line
+
+
+def isic(root):
+    head = "image,MEL,NV,BCC,AKIEC,BKL,DF,VASC\n"
+    for part, kinds_of_images in (("Training", "NNM"), ("Test", "NM")):
+        lines = ""
+        for i, kind in enumerate(kinds_of_images):
+            name = f"ISIC_{part[:2]}{i:05d}"
+            picture(root / f"ISIC2018_Task3_{part}_Input" / f"{name}.jpg", size=(24, 24), colours=3)
+            lines += f"{name},{'1.0' if kind == 'M' else '0.0'},{'1.0' if kind == 'N' else '0.0'},0.0,0.0,0.0,0.0,0.0\n"
+        text(root / f"ISIC2018_Task3_{part}_GroundTruth" / f"ISIC2018_Task3_{part}_GroundTruth.csv", head + lines)
+
+
+def test_the_moles_of_isic_train(tmp_path, capsys):
+    root = tmp_path / "ISIC2018_Task3"
+    isic(root)
+    groups = "image,lesion_id,diagnosis_confirm_type\nISIC_Tr00000,HAM_1,x\nISIC_Tr00001,HAM_1,x\n"
+    text(root / "ISIC2018_Task3_Training_LesionGroupings.csv", groups)
+    for command in ("isic2018", "medianomaly"):
+        rows, said = prepared(capsys, command, f"--root={root}", out=tmp_path / command)
+        assert kinds(rows) == {("train", 0, False): 2, ("test", 0, False): 1, ("test", 1, False): 1}
+        assert rows["ISIC_Tr00000"].patient == "HAM_1" and rows["ISIC_Te00001"].extra["class"] == "MEL"
+        assert "1 training images that are no moles" in said and "configs/memmc_mae.py:paper_colour" in said
+    picture(root / "other" / "ISIC_Te00000.jpg", mask=True, size=(24, 24))
+    assert "ISIC_Te00000: lies in" in refused_in_one_line(capsys, "isic2018", f"--root={root}", out=tmp_path / "x")
+
+
+def test_kvasir_seg_is_a_test_set_with_cut_masks(tmp_path, capsys):
+    root = tmp_path / "Kvasir-SEG"
+    for name in ("cju0qkwl35piu0993l0dewei2", "cju0qoxqj9q6s0835b43399p4"):
+        picture(root / "images" / f"{name}.jpg", size=(32, 32), colours=3)
+        picture(root / "masks" / f"{name}.jpg", mask=True, size=(32, 32))
+    text(root / "kavsir_bboxes.json", "{}")
+    rows, said = prepared(capsys, "kvasir_seg", f"--root={root}", out=tmp_path / "out")
+    assert kinds(rows) == {("test", 1, True): 2} and "jmae.evaluate --workdir RUN" in said
+    assert all(read_mask(row.mask)[2:4, 3:5].all() and row.mask.endswith(".png") for row in rows.values())
+    (root / "masks" / "cju0qoxqj9q6s0835b43399p4.jpg").unlink()
+    assert "has no mask" in refused_in_one_line(capsys, "kvasir_seg", f"--root={root}", out=tmp_path / "x")
+    text(root / "image-labels.csv", "x")
+    assert "polyps are the same" in refused_in_one_line(capsys, "kvasir_seg", f"--root={root}", out=tmp_path / "x")

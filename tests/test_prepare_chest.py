@@ -1,11 +1,12 @@
 """Chest radiographs as Kaggle, Stanford AIMI and the authors of lists publish them."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
 from test_prepare_folders import HEAD
-from trees import dicom_file, picture, prepared, refused_in_one_line, text
+from trees import dicom_file, kinds, picture, prepared, refused, refused_in_one_line, text
 
 from jmae.data.prepare import chexpert, jsrt
 
@@ -136,3 +137,193 @@ def test_jsrt_of_kaggle_is_read_with_its_table(tmp_path, capsys, monkeypatch):
     text(root / "jsrt_metadata.csv", "study_id,state\nJPCLN001.png,non-nodule\n")
     (root / "CLNDAT_EN.txt").unlink(), (root / "CNNDAT_EN.TXT").unlink()
     assert "is 'non-nodule'" in refused_in_one_line(capsys, "jsrt", f"--root={root}", out=tmp_path / "three")
+
+
+# RSNA and VinDr
+
+
+def ddad_list(path, train, hidden_normal, hidden_abnormal, normal, abnormal):
+    names = lambda part: [f"{name}.png" for name in part]
+    unlabeled = {"0": names(hidden_normal), "1": names(hidden_abnormal)}
+    about = {"train": {"0": names(train), "unlabeled": unlabeled}, "test": {"0": names(normal), "1": names(abnormal)}}
+    text(path, json.dumps(about))
+
+
+def rsna(root, side=1024):
+    """Five films; e has two boxes, so that its rows repeat in both tables; f is of the third class, in no list."""
+    labels, details = ["patientId,x,y,width,height,Target"], ["patientId,class"]
+    boxes = {"c": ["10.0,20.0,30.0,40.0"], "e": ["264.0,152.0,213.0,379.0", "562.0,152.0,256.0,453.0"]}
+    for name in "abcdef":
+        for box in boxes.get(name, [",,,"]):
+            labels.append(f"{name},{box},{int(name in boxes)}")
+            kind = "Lung Opacity" if name in boxes else "Normal" if name != "f" else "No Lung Opacity / Not Normal"
+            details.append(f"{name},{kind}")
+        array = np.zeros((side, side), np.uint16)
+        array[:5, :6] = FILM + ord(name)
+        if side == 1024:
+            dicom_file(root / "stage_2_train_images" / f"{name}.dcm", array, PatientID=name)
+        else:
+            Path(root / "train_png_512").mkdir(parents=True, exist_ok=True)
+            Image.fromarray(array.astype(np.uint8)).save(root / "train_png_512" / f"{name}.png")
+    text(root / "stage_2_train_labels.csv", "\n".join(labels))
+    text(root / "stage_2_detailed_class_info.csv", "\n".join(details))
+    ddad_list(root / "rsna_data.json", "a", "b", "c", "d", "e")
+
+
+def test_rsna_joins_repeated_rows_lists_of_png_names_and_the_mapping_to_patients(tmp_path, capsys):
+    root, out = tmp_path / "rsna", tmp_path / "out"
+    rsna(root)
+    rows, said = prepared(capsys, "rsna", f"--root={root}", out=out)
+    assert {name: (row.split, row.label) for name, row in rows.items()} == {
+        **{"a": ("train", 0), "b": ("unlabeled", None), "c": ("unlabeled", None)},
+        **{"d": ("test", 0), "e": ("test", 1)},
+    }
+    assert rows["e"].boxes == ((264, 152, 477, 531), (562, 152, 818, 605)) and not rows["c"].boxes
+    assert rows["e"].image == (f"{root}/stage_2_train_images/e.dcm",) and rows["c"].extra["class"] == ""
+    assert (out / "unlabeled_labels.csv").read_text().splitlines() == ["id,label", "b,0", "c,1"]
+    assert "6 images in the table, 2 of them with boxes; 5 in the list" in said and "1 images in no list" in said
+    assert "configs/amae.py:paper" in said and "RSNA's ids are of images" in said
+    entries = [
+        {"subset_img_id": one, "img_id": f"{n:08d}_000.png"} for one, n in zip("abcde", (1, 2, 3, 1, 4), strict=True)
+    ]
+    text(root / "pneumonia-challenge-dataset-mappings_2018.json", json.dumps(entries))
+    rows, said = prepared(capsys, "rsna", f"--root={root}", out=tmp_path / "two")
+    assert "a" not in rows and rows["d"].patient == "00000001" and "1 train images of patients of test" in said
+    rows, said = prepared(capsys, "rsna", f"--root={root}", "--leaks=keep", out=tmp_path / "three")
+    assert len(rows) == 5 and "--config.data.allow_leaks=True" in said
+
+
+def test_boxes_of_rsna_are_scaled_to_ddads_smaller_png_and_contradictions_are_told(tmp_path, capsys):
+    root = tmp_path / "rsna"
+    rsna(root, side=512)
+    rows, _ = prepared(capsys, "rsna", f"--root={root}", out=tmp_path / "out")
+    assert rows["e"].boxes == ((132, 76, 238.5, 265.5), (281, 76, 409, 302.5))
+    ddad_list(root / "rsna_data.json", "a", "b", "c", "f", "d")
+    lines = refused(capsys, "rsna", f"--root={root}", out=tmp_path / "two")
+    assert "f: Target 0, No Lung Opacity / Not Normal, but the list has Normal" in lines[0]
+    assert "d: Target 0, Normal, but the list has Lung Opacity" in lines[1]
+    picture(root / "other" / "a.png")
+    line = refused_in_one_line(capsys, "rsna", f"--root={root}", out=tmp_path / "two")
+    assert "a.png: lies in" in line  # it might be a mask
+
+
+def test_a_normal_film_of_vindr_has_three_rows_and_boxes_need_the_original_pixels(tmp_path, capsys):
+    root = tmp_path / "vin"
+    lines = ["image_id,class_name,class_id,rad_id,x_min,y_min,x_max,y_max"]
+    for name in "abd":
+        lines += [f"{name},No finding,14,R{reader},,,," for reader in (1, 2, 17)]
+        dicom_file(root / "train" / f"{name}.dicom", FILM + ord(name))
+    for name in "ce":
+        boxes = (
+            ("R8", "1,0,3,4", "Cardiomegaly"),
+            ("R9", "1,0,3,4", "Cardiomegaly"),
+            ("R10", "2,2,5,3", "Nodule/Mass"),
+        )
+        lines += [f"{name},{kind},3,{reader},{box}" for reader, box, kind in boxes]
+        dicom_file(root / "train" / f"{name}.dicom", FILM + ord(name))
+    text(root / "train.csv", "\n".join(lines))
+    ddad_list(root / "vin_data.json", "a", "b", "c", "d", "e")
+    rows, said = prepared(capsys, "vindr", f"--root={root}", out=tmp_path / "out")
+    assert rows["e"].boxes == ((1, 0, 3, 4), (2, 2, 5, 3)) and rows["e"].extra["class"] == "Cardiomegaly|Nodule/Mass"
+    assert rows["a"].image[0].endswith("train/a.dicom") and rows["a"].extra["class"] == "No finding"
+    assert "5 images in the table, 2 of them with boxes; 5 in the list" in said and "names no patients" in said
+    (root / "train" / "e.dicom").unlink(), picture(root / "train_png_512" / "e.png")
+    rows, said = prepared(capsys, "vindr", f"--root={root}", out=tmp_path / "two")
+    assert not rows["e"].boxes and "1 images without boxes, as they are no DICOM files" in said
+    ddad_list(root / "vin_data.json", "a", "b", "c", "e", "d")
+    lines = refused(capsys, "vindr", f"--root={root}", out=tmp_path / "three")
+    assert "e has Cardiomegaly, Nodule/Mass, but is normal in the list" in lines[0]
+    assert "d has no finding, but is abnormal in the list" in lines[1]
+
+
+# NIH ChestX-ray14
+
+ENTRY = (
+    "Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender,View Position,"
+    "OriginalImage[Width,Height],OriginalImagePixelSpacing[x,y]"
+)
+
+
+def nih(root):
+    """Headers with unquoted commas; the images in two of Kaggle's folders; 3 is normal once and ill once."""
+    films = {"00000001_000": "No Finding", "00000002_000": "Mass|Infiltration", "00000003_000": "No Finding"}
+    films |= {"00000003_001": "Effusion", "00000004_000": "No Finding", "00000005_000": "Infiltration"}
+    lines = [ENTRY]
+    for i, (name, labels) in enumerate(films.items()):
+        view = "AP" if name == "00000001_000" else "PA"
+        lines.append(f"{name}.png,{labels},{i},{int(name[:8])},50,M,{view},2682,2749,0.143,0.143")
+        picture(root / f"images_00{1 + i % 2}" / "images" / f"{name}.png")
+    text(root / "Data_Entry_2017_v2020.csv", "\n".join(lines))
+    boxes = "Image Index,Finding Label,Bbox [x,y,w,h],,,\n00000005_000.png,Infiltrate,1.5,2,3,4\n"
+    text(root / "BBox_List_2017.csv", boxes)
+    names = [f"{name}.png" for name in films]
+    text(root / "train_val_list.txt", "\n".join(names[:4]) + "\n")
+    text(root / "test_list.txt", "\n".join(names[4:]))
+
+
+def test_the_official_lists_of_nih_and_headers_with_commas(tmp_path, capsys):
+    root = tmp_path / "nih"
+    nih(root)
+    rows, said = prepared(capsys, "nih", f"--root={root}", out=tmp_path / "out")
+    assert {(row.id, row.patient, row.split, row.label) for row in rows.values()} == {
+        *(("00000001_000", "00000001", "train", 0), ("00000003_000", "00000003", "train", 0)),
+        *(("00000004_000", "00000004", "test", 0), ("00000005_000", "00000005", "test", 1)),
+    }
+    one = rows["00000005_000"]
+    assert one.boxes == ((1.5, 2, 4.5, 6),) and one.extra["view"] == "PA" and one.extra["sex"] == "M"
+    assert "2 images with a finding in train_val_list.txt" in said and "configs/amae.py:paper" in said
+    assert "1 training images with No Finding are of patients with a finding in another image" in said
+    rows, said = prepared(capsys, "nih", f"--root={root}", "--views=PA", out=tmp_path / "two")
+    assert "00000001_000" not in rows and "1 images of other views" in said
+    text(root / "norm_MaleAdultPA_train_curated_list.txt", "00000001_000.png\n")
+    text(root / "anomaly_MaleAdultPA_test_curated_list.txt", "00000002_000.png\n")
+    line = refused_in_one_line(capsys, "nih", f"--root={root}", out=tmp_path / "three")
+    assert "has NSA's and the official lists: choose: --lists=nsa or --lists=official" in line
+    rows, said = prepared(capsys, "nih", f"--root={root}", "--lists=nsa", out=tmp_path / "three")
+    assert {(row.id, row.label, row.extra["sex"]) for row in rows.values()} == {
+        *(("00000001_000", 0, "M"), ("00000002_000", 1, "M"))
+    }
+    assert "not the paper's numbers: 1 of test 1 (the paper: 262), 1 of train 0 (the paper: 3614)" in said
+    picture(root / "elsewhere" / "00000001_000.png", mask=True)
+    line = refused_in_one_line(capsys, "nih", f"--root={root}", "--lists=nsa", out=tmp_path / "four")
+    assert "00000001_000.png: lies in" in line
+    line = refused_in_one_line(capsys, "nih", f"--root={root}", "--lists=all", out=tmp_path / "four")
+    assert "unknown lists: write nsa or official" in line
+
+
+# Paediatric radiographs
+
+
+def test_zhanglab_of_kaggle_mendeley_and_datasetninja(tmp_path, capsys):
+    kaggle = tmp_path / "kaggle"
+    for top in ("chest_xray", "chest_xray/chest_xray", "__MACOSX/chest_xray"):
+        for part, name in (
+            *(("train/NORMAL", "IM-0115-0001"), ("train/PNEUMONIA", "person1_bacteria_1")),
+            *(("val/NORMAL", "NORMAL2-IM-1427-0001"), ("val/PNEUMONIA", "person1946_bacteria_4874")),
+            *(("test/NORMAL", "IM-0001-0001"), ("test/PNEUMONIA", "person1_virus_6")),
+        ):
+            picture(kaggle / top / part / f"{name}.jpeg", size=(24, 24))
+    rows, said = prepared(capsys, "zhanglab", f"--root={kaggle}", out=tmp_path / "out")
+    assert kinds(rows) == {
+        **{("train", 0, False): 1, ("val", 0, False): 1, ("val", 1, False): 1},
+        **{("test", 0, False): 1, ("test", 1, False): 1},
+    }
+    assert {row.patient for row in rows.values() if row.label} == {"trainval_person1946", "test_person1"}
+    assert "1 abnormal training images" in said and "configs/simsid.py:zhanglab" in said and "CC BY 4.0" in said
+    ninja = tmp_path / "ninja"
+    for part, name in (
+        ("train", "NORMAL-0001-1"),
+        ("train", "BACTERIA-0002-1"),
+        ("test", "VIRUS-0003-1"),
+        ("test", "NORMAL-0004-1"),
+    ):
+        picture(ninja / part / "img" / f"{name}.jpeg", size=(24, 24))
+    rows, _ = prepared(capsys, "zhanglab", f"--root={ninja}", out=tmp_path / "two")
+    assert kinds(rows) == {("train", 0, False): 1, ("test", 1, False): 1, ("test", 0, False): 1}
+    picture(ninja / "test" / "NORMAL" / "person7_virus_2.jpeg", size=(24, 24))
+    line = refused_in_one_line(capsys, "zhanglab", f"--root={ninja}", out=tmp_path / "three")
+    assert "person7_virus_2.jpeg: name and folder do not tell one class" in line
+    (ninja / "test/NORMAL/person7_virus_2.jpeg").unlink(), picture(ninja / "test/img/mask/NORMAL-0004-1.png", mask=True)
+    picture(ninja / "test/img/other/NORMAL-0004-1.jpeg", size=(24, 24))
+    line = refused_in_one_line(capsys, "zhanglab", f"--root={ninja}", out=tmp_path / "three")
+    assert "other: 1 files have the names of files in test/img: are they masks?" in line

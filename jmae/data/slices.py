@@ -320,15 +320,19 @@ def write_manifest(out: Path, rows: Sequence[Row]) -> None:
     """Writes rows as `out`/manifest.csv in one piece. Paths below `out` become relative to it."""
     folder = os.path.join(os.path.abspath(out), "")
     place = lambda path: (path or "").removeprefix(folder)
-    boxed = any(row.boxes for row in rows)
+    boxed, contrast = any(row.boxes for row in rows), any(row.pre for row in rows)
+    further = [*(["boxes"] if boxed else []), *(["pre", "post"] if contrast else [])]
+    extra = list(dict.fromkeys(name for row in rows for name in row.extra))
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([*COLUMNS, *(["boxes"] if boxed else []), *rows[0].extra])
+    writer.writerow([*COLUMNS, *further, *extra])
     for row in rows:
         label, image = "" if row.label is None else row.label, ";".join(map(place, row.image))
         cells = [row.id, row.patient, row.split, label, image, place(row.mask), place(row.region)]
         boxes = ";".join(" ".join(f"{x:.10g}" for x in box) for box in row.boxes)
-        writer.writerow([*cells, *([boxes] if boxed else []), *row.extra.values()])
+        series = [";".join(map(place, files)) for files in (row.pre, row.post)]
+        cells += [*([boxes] if boxed else []), *(series if contrast else [])]
+        writer.writerow([*cells, *(row.extra.get(name, "") for name in extra)])
     write_text(out / "manifest.csv", text.getvalue())
 
 

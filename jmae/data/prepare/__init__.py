@@ -27,14 +27,31 @@ lidc        LIDC-IDRI chest CT: folders LIDC-IDRI-xxxx of DICOM series, and the 
 deeplesion  DeepLesion CT: DL_info.csv and the folders Images_png. The 16-bit PNG stay where they are (HU = value -
             32768). Key slices get boxes. The patients are split officially. Val and test each get 500 healthy and 500
             key slices, drawn at random.
-nih         NIH ChestX-ray14 by the curated lists of adult PA views, *_curated_list.txt. Lists and images lie in any
-            folders. 3,614 normals train; 543 normals and 262 abnormal images are the test.
+rsna        RSNA Pneumonia Detection Challenge from Kaggle: the .dcm files (or PNG), stage_2_train_labels.csv and DDAD's
+            rsna_data.json. Abnormal test images get boxes. Hidden labels of the unlabelled images are written.
+vindr       VinDr-CXR from Kaggle or PhysioNet: the .dicom files (or PNG), train.csv or annotations_train.csv, and
+            DDAD's vin_data.json. The same as rsna.
+nih         NIH ChestX-ray14 by NSA's curated lists of adult PA views, *_curated_list.txt, or by the official lists with
+            Data_Entry_2017.csv (--lists=official, --views=PA). Lists and images lie in any folders. By NSA's lists
+            3,614 normals train; 543 normals and 262 abnormal images are the test.
+zhanglab    Paediatric radiographs of Kermany et al.: chest_xray/{train,val,test}/{NORMAL,PNEUMONIA} of Kaggle,
+            Mendeley, SQUID or DatasetNinja.
 covidx      COVIDx chest radiographs: the folders train, test and perhaps val, and COVID-Net's lists anywhere, called
             train_COVIDx8B.txt or train.txt and so on. The negatives (normals) of the training list train; the other
             lists are test and val. Grey copies of coloured images are written.
 hyper_kvasir  HyperKvasir colonoscopy: folders of the classes cecum, ileum and bbps-2-3, anywhere, and segmented-images
             with images and masks. 1,600 normals train. 500 normals and all polyps are the test. Further normals are
             val. Masks are written as PNG.
+
+isic2018    ISIC 2018 task 3: the folders and tables of ISIC. Moles (NV) are normal.
+kvasir_seg  Kvasir-SEG: 1,000 polyps with masks for the test of a run that has learned other colonoscopies.
+medianomaly One of the seven sets of MedIAnomaly, in its folder: RSNA, VinCXR, BrainTumor, LAG, ISIC2018_Task3,
+            Camelyon16, BraTS2021.
+bmad        One of the six sets of BMAD, in any of its forms: brain, liver, RESC, OCT2017, chest, histopathology.
+brats       Volumes of BraTS 2020, 2021 and 2023. Training crops lie outside the tumours. --sequences=t1,flair.
+duke        Duke-Breast-Cancer-MRI from TCIA: DICOM series, Annotation_Boxes and Clinical_and_Other_Features (.xlsx or
+            .csv), and MAEMI's train.csv, valid.csv and test.csv; breast masks where there are some.
+nnssl       pretrain_data.json of nnssl: volumes without labels. --modality=T1w takes one kind.
 
 The splits of jsrt, lidc and deeplesion are those of P-PII (Mueller et al., UNSURE 2023). Those of covidx and
 hyper_kvasir are those of MemMC-MAE (Tian et al. 2022), and that of nih is AMAE's (Bozorgtabar et al. 2023). Random
@@ -48,7 +65,7 @@ draws depend on --seed alone. An image that stays where it is has an absolute pa
 --licence   The licence of your own images, for the column `licence`.
 
 RSNA's ids are of images. Where pneumonia-challenge-dataset-mappings_2018.json lies below --root, covidx and ddad take
-the patients of NIH ChestX-ray14 from it.
+the patients of NIH ChestX-ray14 from it; so do rsna and bmad.
 
 Exit codes: 0 done; 2 the input or the environment is wrong.
 """
@@ -77,16 +94,26 @@ __all__ = ["Prepared", "check_rows", "count_unread", "draw", "main", "prepare", 
 # The flags of each data set. Its module has the function `prepare(root, out, seed, **flags) -> Prepared`.
 DATASETS: dict[str, tuple[str, ...]] = {
     "bids": ("sequences", "lesions", "control"),
+    "bmad": ("set",),
+    "brats": ("sequences",),
     "chexpert": ("views", "finding"),
     "covidx": (),
     "ddad": (),
     "deeplesion": (),
+    "duke": (),
     "folders": ("normal", "test"),
     "hyper_kvasir": (),
+    "isic2018": (),
     "jsrt": (),
+    "kvasir_seg": (),
     "lidc": (),
-    "nih": (),
+    "medianomaly": (),
+    "nih": ("lists", "views"),
+    "nnssl": ("modality",),
     "nnunet": (),
+    "rsna": (),
+    "vindr": (),
+    "zhanglab": (),
 }
 ALIASES = {"mvtec": "folders", "nnu-net": "nnunet"}
 LAYOUTS = ("bids", "ddad", "folders", "nnunet")  # whose images are of any kind

@@ -38,7 +38,7 @@ def prepare(root: Path, out: Path, seed: int) -> Prepared:
 
 
 def rows_of(root: Path, names: tuple[str, ...]) -> tuple[Listed, Counter[str]]:
-    """The images that a data.json under one of the names lists, in its order; and the lists that it lacks.
+    """The images that a data.json under one of the names lists, in its order; and what is left out.
 
     Raises InputError with all problems.
     """
@@ -54,7 +54,9 @@ def rows_of(root: Path, names: tuple[str, ...]) -> tuple[Listed, Counter[str]]:
                     (name, Row(case, "", split, None if split == "unlabeled" else label, (str(found),)), label)
                 )
     refuse(images.problems)
-    return listed, Counter(f"list {'.'.join(part)}, missing in {path.name}" for part in PARTS if part not in lists)
+    absent = Counter(f"list {'.'.join(part)}, missing in {path.name}" for part in PARTS if part not in lists)
+    absent["images in no list"] = len(images) - len(listed)
+    return listed, absent
 
 
 def finished(listed: Listed, absent: Counter[str], out: Path, **told: str) -> Prepared:

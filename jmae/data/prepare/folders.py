@@ -120,11 +120,11 @@ def folders_of(path: Path, root: Path) -> list[str]:
 
 
 def questions(rows: Sequence[Row], root: Path) -> Iterator[str]:
-    """Folders of one class of which one may hold the masks of another: their files have the same names."""
-    places: dict[tuple[str, str], dict[Path, set[str]]] = defaultdict(lambda: defaultdict(set))
+    """Folders of which one may hold the masks of another: they lie beside each other, with files of the same names."""
+    places: dict[str, dict[Path, set[str]]] = defaultdict(lambda: defaultdict(set))
     for row in rows:
         path = Path(row.image[0])
-        places[row.split, row.extra["class"]][path.parent].add(stem(path))
+        places[row.split][path.parent].add(stem(path))
     for folders in places.values():
         for folder in folders:
             beside = [one for one in folders if one.parent == folder.parent] if folder.name.lower() in IMAGES else []

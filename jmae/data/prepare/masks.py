@@ -16,7 +16,7 @@ FOLDER = r"(\w*masks?|groundtru(e|th)|gt|truth|annot(ation)?s?|labels?|seg(m|s|m
 FILE = r"(\w*masks?|groundtruth|gt|annotation|label|dseg|probseg|seg(m|mentation)?|roi)"
 SEQUENCES = ("flair", "t1", "t1ce", "t2", "t1n", "t1c", "t2w", "t2f")  # BraTS has one of them in the place of "seg"
 ABOVE = 127  # the pixels of a JPEG mask above this value are lesion
-SAMPLES = 64  # images that are opened at most to see whether they look like masks
+SAMPLES = 32  # images that are opened at most to see whether they look like masks
 LABEL_VALUES = 8  # a volume of at most so many values, all whole, looks like a segmentation
 
 
@@ -58,6 +58,8 @@ def refuse_look_alikes(rows: Sequence[Row], kind: Callable[[Row], str]) -> None:
 
 
 def _looks_like_mask(path: str) -> bool:
+    if Path(path).is_dir():  # a DICOM series
+        return False
     try:
         array = read_image(path).array
     except InputError:  # whoever reads the manifest is told

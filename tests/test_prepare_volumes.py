@@ -1,0 +1,217 @@
+"""Volumes of Duke-Breast-Cancer-MRI, BraTS and nnssl, in their true layouts."""
+
+import json
+
+import numpy as np
+import pytest
+from pydicom import uid
+from trees import dicom_file, kinds, lesion, prepared, refused, refused_in_one_line, text, volume, workbook
+
+from jmae.data.files import read_image
+from jmae.data.prepare import duke
+
+SLICES, ROWS, COLUMNS = 5, 6, 8
+
+
+def series(folder, description, number, rising=True, right_first=True, modality="MR"):
+    """A series of TCIA; its pixel values are 100 * slice along the normal + 10 * row + column."""
+    series_uid, sign = uid.generate_uid(), 1 if right_first else -1
+    orientation = [sign, 0, 0, 0, sign, 0]  # both axes turned: the normal stays the same
+    for k in range(SLICES):
+        at = (k + 1) if rising else SLICES - k
+        tags = {"SeriesInstanceUID": series_uid, "SeriesDescription": description, "SeriesNumber": number}
+        tags |= {"Modality": modality, "InstanceNumber": at, "PixelSpacing": [1, 1], "PatientID": folder.parts[-3]}
+        tags |= {"ImagePositionPatient": [0, 0, 2.0 * k], "ImageOrientationPatient": orientation}
+        values = 100 * k + 10 * np.arange(ROWS)[:, None] + np.arange(COLUMNS)
+        dicom_file(folder / f"1-{at:02d}.dcm", values, **tags)
+
+
+def patient(root, number, *found, **options):
+    """`found` are (folder, SeriesDescription) pairs of one study."""
+    study = (
+        root / "Duke-Breast-Cancer-MRI" / f"Breast_MRI_{number:03d}" / "01-01-1990-NA-MRI BREAST BILATERAL WWO-97538"
+    )
+    for i, (folder, description) in enumerate(found):
+        series(study / f"{i + 3}.000000-{folder}-{10000 + i}", description, i + 3, **options)
+
+
+USUAL = (
+    *(("ax dyn pre", "ax dyn pre"), ("ax t1 tse", "ax t1 tse")),
+    *(("ax dyn 1st pas", "ax dyn 1st pas"), ("ax dyn 2nd pass", "ax dyn 2nd pass")),
+)
+GE = (  # on disk the slash of Ph1/ax is lost
+    *(("ax 3d dyn", "ax 3d dyn"), ("Ph1ax 3d dyn", "Ph1/ax 3d dyn"), ("Ph2ax 3d dyn", "Ph2/ax 3d dyn")),
+    *(("Ph3ax 3d dyn", "Ph3/ax 3d dyn"), ("ax t1  c", "ax t1 +c"), ("ax t1", "ax t1"), ("loc", "3 plane loc")),
+)
+
+
+@pytest.fixture
+def breasts(tmp_path):
+    """1 trains, 2 (other names, falling z, turned axes) and 6 are tested, 3 is val, 4 is bilateral, 5 lacks phase 2."""
+    root = tmp_path / "manifest-1654812109500"
+    patient(root, 1, *USUAL)
+    patient(root, 2, *GE, rising=False, right_first=False)
+    patient(root, 3, *USUAL), patient(root, 4, *USUAL), patient(root, 5, *USUAL[:3]), patient(root, 6, *USUAL)
+    segmentation = root / "Duke-Breast-Cancer-MRI/Breast_MRI_001/01-01-1990-NA-x-1/900.000000-Segmentation-1"
+    series(segmentation, "ax dyn pre", 1, modality="SEG")
+    text(root / "Duke-Breast-Cancer-MRI" / "LICENSE", "CC BY-NC 4.0")
+    names = [f"Breast_MRI_{k:03d}" for k in range(1, 7)]
+    box = ["Patient ID", "Start Row", "End Row", "Start Column", "End Column", "Start Slice", "End Slice"]
+    workbook(root / "Annotation_Boxes.xlsx", [box, *([name, 2, 3, 1, 4, 2, 2] for name in names)])
+    clinical = [
+        ["Patient Information", "", "Tumor"],
+        ["Patient ID", "Bilateral Information ", "Position"],
+        ["", "0=no,1=yes", "L, R"],
+    ]
+    sides = ["L", "R", "L", "L", "R", "R5"]
+    clinical += [[name, int(name.endswith("4")), side] for name, side in zip(names, sides, strict=True)]
+    workbook(root / "Clinical_and_Other_Features.xlsx", clinical)
+    lists = {"train": names[:1] + names[3:5], "valid": names[2:3], "test": names[1:2] + names[5:]}
+    for part, own in lists.items():
+        lines = [f"{name},{10 + i}" for i, name in enumerate(own)]
+        text(root / "anomaly_no_bilateral" / f"{part}.csv", "\n".join(["identifier,volume", *lines]))
+    return root
+
+
+def test_duke_chooses_series_by_description_halves_by_side_and_boxes_by_the_direction_of_slices(
+    breasts, tmp_path, capsys
+):
+    rows, said = prepared(capsys, "duke", f"--root={breasts}", out=tmp_path / "out")
+    assert {row.id[-1]: (row.split, row.label, row.extra["half"]) for row in rows.values()} == {
+        **{"1": ("train", 0, "first"), "2": ("test", 1, ""), "3": ("val", 0, "first"), "6": ("test", 1, "")}
+    }
+    two = rows["Breast_MRI_002"]
+    names = lambda files: [file.rsplit(".000000-", 1)[1][:-6] for file in files]
+    assert names(two.image) == ["ax t1  c", "ax 3d dyn"] and names(two.pre) == ["ax 3d dyn"]
+    assert names(two.post) == ["Ph1ax 3d dyn", "Ph2ax 3d dyn", "Ph3ax 3d dyn"]
+    assert "1 second series of a kind" in said and "1 series of another kind" in said
+    assert "1 bilateral cases" in said and "1 cases without phase 2" in said
+    assert "configs/maemi.py:paper" in said and "--config.data.region=nonzero" in said
+    # Columns 1 to 4, rows 2 to 3 and file 2, which is the second from below, or from above where z falls.
+    assert rows["Breast_MRI_001"].boxes == ((0, 1, 1, 4, 3, 2),) and two.boxes == ((0, 1, 3, 4, 3, 4),)
+    image = read_image(two.image[1]).array[..., 0]
+    assert image.shape == (COLUMNS, ROWS, SLICES)
+    x0, y0, z0, x1, y1, z1 = map(int, two.boxes[0])
+    np.testing.assert_array_equal(np.unique(image[x0:x1, y0:y1, z0:z1]), [310, 311, 312, 313, 320, 321, 322, 323])
+
+
+def test_the_healthy_half_is_that_of_the_other_side_in_the_files_own_direction():
+    pre = duke.Series("pre", "", 1, SLICES, True, True)
+    for right_first, side, half in (
+        (True, "L", "first"),
+        (True, "R", "second"),
+        (False, "L", "second"),
+        (False, "R", "first"),
+    ):
+        found = {"plain": pre._replace(folder="plain", right_first=right_first), "pre": pre, "1": pre, "2": pre}
+        assert duke.row_of("x", "train", found, side, (1, 1, 1, 2, 2, 2), None).extra["half"] == half
+
+
+def test_duke_goes_on_where_it_stopped_and_takes_only_cases_with_a_breast_mask(breasts, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "out"
+    volume(breasts / "SEG" / "Breast_MRI_001.nii.gz", np.ones((COLUMNS, ROWS, SLICES)), np.diag([-1, -1, 2, 1.0]))
+    text(breasts / "Annotation_Boxes.csv", "x")
+    assert "has several of Annotation_Boxes.xlsx" in refused_in_one_line(capsys, "duke", f"--root={breasts}", out=out)
+    (breasts / "Annotation_Boxes.csv").unlink()
+    prepared(capsys, "duke", f"--root={breasts}", out=out)
+    (out / "manifest.csv").unlink()
+    monkeypatch.setattr(duke, "header_of", None)  # no header is read again
+    rows, said = prepared(capsys, "duke", f"--root={breasts}", out=out)
+    assert rows.keys() == {"Breast_MRI_001"} and "3 cases without a breast mask" in said
+    assert rows["Breast_MRI_001"].region == str(breasts / "SEG" / "Breast_MRI_001.nii.gz") and "data.region" not in said
+    volume(breasts / "other" / "Breast_MRI_001.nii.gz")
+    assert "is a breast mask of the same patient" in refused_in_one_line(
+        capsys, "duke", f"--root={breasts}", out=tmp_path / "x"
+    )
+
+
+def test_what_duke_lacks_is_one_line(breasts, tmp_path, capsys):
+    out = tmp_path / "out"
+    lists = breasts / "anomaly_no_bilateral"
+    text(lists / "valid.csv", "identifier,volume\nBreast_MRI_001,1\n")
+    assert "Breast_MRI_001 is in two lists" in refused_in_one_line(capsys, "duke", f"--root={breasts}", out=out)
+    (lists / "valid.csv").unlink()
+    assert "has no train.csv, valid.csv and test.csv" in refused_in_one_line(
+        capsys, "duke", f"--root={breasts}", out=out
+    )
+    text(lists / "valid.csv", "identifier,volume\nBreast_MRI_003,1\n")
+    rows = [["", "", ""], ["Patient ID", "Bilateral Information", "Position"], ["Breast_MRI_001", 0, ""]]
+    workbook(breasts / "Clinical_and_Other_Features.xlsx", rows)
+    assert "Breast_MRI_001: has no side in Position" in refused(capsys, "duke", f"--root={breasts}", out=out)[0]
+    (breasts / "Clinical_and_Other_Features.xlsx").write_bytes(b"PK")
+    assert "not an Excel workbook" in refused_in_one_line(capsys, "duke", f"--root={breasts}", out=out)
+
+
+# BraTS
+
+
+def test_brats_of_three_years_keeps_patients_together_and_finds_the_segmentation_of_355(tmp_path, capsys):
+    root = tmp_path / "brats"
+    for case, words, mask in (
+        *(((f"BraTS20_Training_{k:03d}"), ("flair", "t1", "t1ce", "t2"), "") for k in range(351, 359)),
+        *(((f"BraTS-GLI-00008-{k:03d}"), ("t2f", "t1n", "t1c", "t2w"), "seg") for k in range(100, 104)),
+        ("BraTS20_Validation_001", ("flair", "t1", "t1ce", "t2"), "none"),
+    ):
+        mark = "-" if "GLI" in case else "_"
+        for word in words:
+            volume(root / case / f"{case}{mark}{word}.nii.gz")
+        name = "W39_1998.09.19_Segm" if case.endswith("355") else f"{case}{mark}seg"
+        if mask != "none":
+            volume(root / case / f"{name}.nii.gz", lesion(value=4))
+    text(root / "name_mapping.csv", "x")
+    rows, said = prepared(capsys, "brats", f"--root={root}", out=tmp_path / "out")
+    assert rows["BraTS20_Training_355"].mask.endswith("W39_1998.09.19_Segm.nii.gz") and len(rows) == 12
+    names = [file.rsplit("_", 1)[1] for file in rows["BraTS20_Training_355"].image]
+    assert names == ["t1.nii.gz", "t1ce.nii.gz", "t2.nii.gz", "flair.nii.gz"]
+    points = [row for row in rows.values() if "GLI" in row.id]
+    assert {row.patient for row in points} == {"BraTS-GLI-00008"} and len({row.split for row in points}) == 1
+    patients = {split: {row.patient for row in rows.values() if row.split == split} for split in ("val", "test")}
+    assert (len(patients["val"]), len(patients["test"])) == (1, 2)
+    assert "1 cases without a segmentation" in said
+    assert "--config.data.channels=4 --config.data.normal_crops_only=True" in said
+    rows, said = prepared(capsys, "brats", f"--root={root}", "--sequences=flair", out=tmp_path / "two")
+    assert rows["BraTS-GLI-00008-100"].image == (str(root / "BraTS-GLI-00008-100/BraTS-GLI-00008-100-t2f.nii.gz"),)
+    (root / "BraTS20_Training_351/BraTS20_Training_351_flair.nii.gz").unlink()
+    line = refused_in_one_line(capsys, "brats", f"--root={root}", out=tmp_path / "x")
+    assert "BraTS20_Training_351: has 0 files of flair" in line
+    copy = root / "BraTS20_Training_352/BraTS20_Training_352_flair.nii.gz"
+    copy.write_bytes((root / "BraTS20_Training_352/BraTS20_Training_352_seg.nii.gz").read_bytes())
+    line = refused_in_one_line(capsys, "brats", f"--root={root}", "--sequences=flair,t1", out=tmp_path / "x")
+    assert "has 0 files of flair" in line
+    volume(root / "BraTS20_Training_351/BraTS20_Training_351_flair.nii.gz")
+    line = refused_in_one_line(capsys, "brats", f"--root={root}", "--sequences=flair", out=tmp_path / "x")
+    assert f"{copy}: looks like a mask" in line
+
+
+# nnssl
+
+
+def test_nnssls_paths_start_at_environment_variables_and_subjects_repeat_between_sets(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("nnssl_raw", str(tmp_path / "raw"))
+    about = {"collection_index": 745, "collection_name": "OpenMind", "datasets": {}}
+    for key in ("1", "2"):
+        images = []
+        for word, modality in (("T1w", "T1w"), ("FLAIR", "FLAIR")):
+            path = f"Dataset745/ds{key}/sub-01/{word}.nii.gz"
+            volume(tmp_path / "raw" / path)
+            mask = {"anonymization_mask": f"$nnssl_raw/{path}", "anatomy_mask": None}
+            image = {"name": f"{word}.nii.gz", "image_path": f"$nnssl_raw/{path}", "modality": modality}
+            images.append(image | {"image_info": {}, "associated_masks": mask if word == "T1w" else None})
+        sessions = {"ses-DEFAULT": {"session_id": "ses-DEFAULT", "images": images}}
+        subject = {"subject_id": "sub-01", "subject_info": {}, "sessions": sessions}
+        about["datasets"][key] = {"dataset_index": key, "name": f"ds{key}", "subjects": {"sub-01": subject}}
+    text(tmp_path / "pre" / "pretrain_data.json", json.dumps(about))
+    rows, said = prepared(capsys, "nnssl", f"--root={tmp_path / 'pre'}", "--modality=T1w", out=tmp_path / "out")
+    assert {name: row.patient for name, row in rows.items()} == {
+        **{"ds1_sub-01_ses-DEFAULT_T1w": "ds1_sub-01", "ds2_sub-01_ses-DEFAULT_T1w": "ds2_sub-01"}
+    }
+    assert kinds(rows) == {("train", None, False): 2} and "2 images of FLAIR" in said
+    assert "nobody labelled these images" in said and "--config.data.channels=1" in said
+    line = refused_in_one_line(capsys, "nnssl", f"--root={tmp_path / 'pre'}", "--modality=T2w", out=tmp_path / "x")
+    assert "has no T2w: write --modality= one of FLAIR, T1w" in line
+    volume(tmp_path / "raw" / "Dataset745/ds1/sub-01/T1w.nii.gz", lesion())
+    line = refused_in_one_line(capsys, "nnssl", f"--root={tmp_path / 'pre'}", "--modality=T1w", out=tmp_path / "x")
+    assert "T1w.nii.gz: looks like a mask" in line
+    monkeypatch.delenv("nnssl_raw")
+    lines = refused(capsys, "nnssl", f"--root={tmp_path / 'pre'}", out=tmp_path / "x")
+    assert "the environment variable nnssl_raw is not set: export nnssl_raw=DIR" in lines[0]

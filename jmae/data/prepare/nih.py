@@ -104,9 +104,9 @@ def by_official_lists(root: Path, views: str) -> Prepared:
     refuse(problems + images.problems)
     count = sum(row.split == "train" and row.patient in ill for row in rows)
     caution = f"{count} training images with No Finding are of patients with a finding in another image"
-    found = f"{len(entries)} images in the table, {len(images)} files, the official lists ({views} views)"
+    what = f"{len(entries)} images in the table, {len(images)} files, the official lists ({views} views)"
     flags = "--config.variant=stage1"
-    return Prepared(rows, found, left_out, flags, caution, recipe="amae:paper", licence=LICENCE)
+    return Prepared(rows, what, left_out, flags, caution, recipe="amae:paper", licence=LICENCE)
 
 
 def bounding_boxes(root: Path) -> dict[str, list[list[float]]]:

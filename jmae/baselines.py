@@ -1,33 +1,50 @@
-"""Cheap baselines, printed beside every system: what brightness and linear statistics alone already tell.
+"""Baselines, printed beside every system: what brightness and linear statistics alone already tell.
 
-Image scores are computed on images shrunk to 64 x 64 (volumes: at most 32 a side) and, brightness apart,
-standardised per image. A system that does not beat them has not read the anatomy. Where there are unlabelled images,
-one more baseline uses them, without a label.
+Cheap baselines have scores of their own. They are computed on images shrunk to 64 x 64 (volumes: at most 32 a side)
+and, brightness and contrast apart, standardised per image. A system that does not beat them has not read the anatomy.
+Where there are unlabelled images, one more baseline uses them, without a label. Rivals (`jmae.rivals`) stand in for a
+system's network and have the system's own scores.
 """
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import islice
+from math import prod
 from typing import Any, Protocol, runtime_checkable
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, PyTree
 from ml_collections import ConfigDict
 from numpy.typing import NDArray
 from scipy.ndimage import minimum_filter
 
+from jmae.data.cases import Cases
 from jmae.data.crops import Volumes
 from jmae.data.loader import Images
+from jmae.data.manifest import Row
 from jmae.data.preparation import Prepared
 from jmae.data.transforms import area_resize, central
+from jmae.figures import Part, Split, SplitScores
 from jmae.inference import Scorer
+from jmae.masking import groups_of, run_masks, visible_tokens
+from jmae.passes import local_mesh, seeds_of
+from jmae.patches import grid_of, patchify
+from jmae.results import Result, map_name
+from jmae.rivals import NORMALS, VALUES, explained, explained_sums, rivals_of
+from jmae.run_folder import log
 from jmae.scoring import top_mean
-from jmae.system import System
+from jmae.sharding import replicated
+from jmae.system import Prediction, Results, System
 from jmae.windows import average, tile
 
 COMPONENTS = 30
 NEIGHBOURS = 5
 RIDGE_SIDE, RIDGE = 32, 1000.0  # pixels a side and penalty of the ridge regression; 300 to 3000 differ little
+CROPS = 256  # random crops of training volumes
+EXPLAINED = 64  # images or crops of held-out normals, for the explained variance of hidden patches
 
 
 def shrink(images: NDArray, limit: int) -> NDArray:
@@ -61,6 +78,7 @@ def image_scores(train: NDArray, test: NDArray) -> dict[str, NDArray[np.float64]
 
     - `mean intensity` and `low mean intensity`: the mean over pixels and channels, and its negative. Which of
       the two is the better takes labels, so both are given.
+    - `standard deviation` and `low standard deviation`: the same of the standard deviation, which is contrast.
     - `PCA-30 error`: mean squared residual outside the span of 30 principal components of the normals.
     - `Mahalanobis`: squared distance to the normals' mean within that span, each component divided by its
       variance. With far fewer images than pixels the full covariance has no inverse.
@@ -72,7 +90,7 @@ def image_scores(train: NDArray, test: NDArray) -> dict[str, NDArray[np.float64]
     """
     limit = 64 if train.ndim == 4 else 32
     known, new = _flat(shrink(train, limit)), _flat(shrink(test, limit))
-    brightness = new.mean(1)
+    brightness, contrast = new.mean(1), new.std(1)
     known, new = _standardise(known), _standardise(new)
     mean, components, variances = _principal(known)
     code = (new - mean) @ components.T
@@ -81,6 +99,8 @@ def image_scores(train: NDArray, test: NDArray) -> dict[str, NDArray[np.float64]
     return {
         "mean intensity": brightness,
         "low mean intensity": -brightness,
+        "standard deviation": contrast,
+        "low standard deviation": -contrast,
         "PCA-30 error": ((new - mean - code @ components) ** 2).mean(1),
         "Mahalanobis": (code**2 / variances).sum(1),
         "5-NN": nearest.mean(1),
@@ -110,13 +130,18 @@ def ridge_scores(normals: NDArray, unlabelled: NDArray, test: NDArray, penalty: 
     return (new - centre) @ weights + mean
 
 
-def crop_components(volumes: Volumes, crops: int = 256) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Mean (d,) and at most 30 principal components (k, d) of random training crops, the same at every call; fewer
-    than `crops` where they would take more than 512 MB."""
+def random_crops(volumes: Volumes, number: int) -> NDArray[np.float32]:
+    """Random crops (number, *crop, c) of the volumes in turn, the same at every call."""
+    rows = np.arange(number) % len(volumes.rows)
+    return np.stack([volumes.crop_at(row, volumes.origin(row, step, 0)) for step, row in enumerate(rows)])
+
+
+def crop_components(volumes: Volumes, crops: int = CROPS) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Mean (d,) and at most 30 principal components (k, d) of random training crops; fewer than `crops` where they
+    would take more than 512 MB."""
     d = int(np.prod(volumes.crop)) * volumes.arrays[0].shape[-1]
-    rows = np.arange(max(COMPONENTS + 1, min(crops, 2**26 // d))) % len(volumes.rows)
-    cut = [volumes.crop_at(row, volumes.origin(row, step, 0)) for step, row in enumerate(rows)]
-    mean, components, _ = _principal(_flat(np.stack(cut)))
+    cut = random_crops(volumes, max(COMPONENTS + 1, min(crops, 2**26 // d)))
+    mean, components, _ = _principal(_flat(cut))
     return mean.astype(np.float32), components.astype(np.float32)
 
 
@@ -149,8 +174,8 @@ def pixel_maps(span: tuple[NDArray, NDArray], test: NDArray) -> dict[str, NDArra
 
 
 @runtime_checkable
-class Baselines(Protocol):
-    """The baselines of one evaluation, which are given its cases one by one."""
+class Cheap(Protocol):
+    """The cheap baselines of one evaluation, which are given its cases one by one."""
 
     def maps(self, case: Prepared) -> dict[str, np.ndarray]:
         """The baselines' maps of a case, each on the case's own grid."""
@@ -290,3 +315,174 @@ def residual_scorer(config: ConfigDict, system: System, train: Volumes) -> Score
     single.replicates = 1
     results: Any = {"mean": mean, "components": components}
     return Scorer(single, replace(system, sweep=sweep), results)
+
+
+# --- rivals -----------------------------------------------------------------------------------------------------------
+
+
+class RivalScores:
+    """The rivals of a system's network, under the system's own score and masks. One compiled program serves them all.
+
+    Args:
+        config: the recipe.
+        prediction: of the system.
+        normals: images or crops (j, *size, c) of training normals, as read.
+    """
+
+    def __init__(self, config: ConfigDict, prediction: Prediction, normals: np.ndarray):
+        self.config, self.prediction = config.copy_and_resolve_references(), prediction
+        self.config.replicates = 1
+        patches = jax.jit(self.patches)(normals)
+        self.rivals = rivals_of(tuple(config.evaluation.rivals), patches, tuple(config.data.size), prediction.patch)
+        self.system = prediction.beside(self.rivals.predict)
+        fitted = jax.device_put(self.rivals.fitted, replicated(local_mesh()))
+        self.rivals = self.rivals._replace(fitted=fitted)
+        parameters = {name: self.parameters(name) for name in self.rivals.names}
+        self.scorers: dict[str, Scorer] = {}
+        for name, own in parameters.items():
+            first = next(iter(self.scorers.values()), None)
+            self.scorers[name] = first.with_results(own) if first else Scorer(self.config, self.system, own)
+        self.found = {name: SplitScores() for name in self.rivals.names}
+
+    def patches(self, images: Array) -> Array:
+        """Images in patches, as the network sees them."""
+        return patchify(self.prediction.view(images), self.prediction.patch)
+
+    def parameters(self, name: str) -> PyTree:
+        """The predictor's parameters of one rival, on each of this process's devices."""
+        return jax.device_put(self.rivals.parameters(name), replicated(local_mesh()))
+
+    @property
+    def at_once(self) -> int:
+        """Cases that one pass takes."""
+        return max((scorer.at_once for scorer in self.scorers.values()), default=1)
+
+    def score(self, cases: Sequence[Prepared]) -> list[dict[str, Result]]:
+        """The result of each rival, by its name, for each of some cases."""
+        each = {name: scorer.score(cases) for name, scorer in self.scorers.items()}
+        return [{name: results[i] for name, results in each.items()} for i in range(len(cases))]
+
+    def maps(self, results: Mapping[str, Result]) -> dict[str, np.ndarray]:
+        """The rivals' maps of a case on its own grid: of the system's scores the primary one."""
+        shown = map_name(self.system)
+        return {f"{name}: {shown}": one.own_maps()[shown][0] for name, one in results.items() if shown in one.maps}
+
+    def add(self, results: Mapping[str, Result]) -> None:
+        """Takes the results of the next case into `scores`."""
+        for name, one in results.items():
+            self.found[name].add(one.scores, one.maps)
+
+    def scores(self, share: float) -> dict[str, np.ndarray]:
+        """Scores (1, n) of the n cases that were added, "RIVAL: SCORE", on the central `share` of each axis."""
+        return {f"{name}: {score}": v for name, own in self.found.items() for score, v in own.of(share).items()}
+
+    def explained(self, results: Results, images: np.ndarray) -> dict[str, float]:
+        """The share of the variance of hidden values that the network and each rival explain; see `rivals.explained`.
+
+        Args:
+            results: those of the system.
+            images: of held-out normals (k, *size, c), as read. They are hidden by one round of the masks of a test.
+        """
+        prediction, channels = self.prediction, jax.eval_shape(self.prediction.view, images[:1]).shape[-1]
+        n = prod(grid_of(tuple(self.config.data.size), prediction.patch))
+        visible = visible_tokens(n, prediction.ratio)
+        keep, restore = run_masks(seeds_of(self.config)[0], jnp.arange(groups_of(n, visible)), n, visible)
+
+        @partial(jax.jit, static_argnums=0)
+        def sums(predict: Callable[..., Array], parameters: PyTree, images: Array) -> Array:
+            def one(image: Array) -> Array:
+                patches = self.patches(image[None])
+                return explained_sums(predict(parameters, patches, keep, restore), patches, keep, restore)
+
+            return jnp.sum(jax.lax.map(one, images), 0)
+
+        network = {"the network": (prediction.predict, results)}
+        others = {name: (self.rivals.predict, self.parameters(name)) for name in self.rivals.names}
+        return {
+            name: explained(np.asarray(sums(predict, parameters, images)), channels)
+            for name, (predict, parameters) in (network | others).items()
+        }
+
+
+def fitted_rivals(config: ConfigDict, system: System, normals: Images | Volumes | None) -> RivalScores | None:
+    """The rivals of a system that predicts hidden patches, fitted to its training normals; None where it has none."""
+    prediction = system.prediction
+    if not prediction or not config.evaluation.rivals or normals is None:
+        return None
+    one = jax.ShapeDtypeStruct((1, *config.data.size, config.data.channels), jnp.float32)
+    most = min(NORMALS, VALUES // prod(jax.eval_shape(prediction.view, one).shape))
+    found = RivalScores(config, prediction, some_images(normals, most)) if most > 2 else None
+    if not found or not found.rivals.names:
+        log(f"no rivals of the network: too few training normals, or images of {tuple(config.data.size)} are too large")
+        return None
+    if len(normals.rows) > most and not isinstance(normals, Volumes):
+        log(f"rivals of the network are fitted to {most} of {len(normals.rows)} training normals")
+    return found
+
+
+def some_images(samples: Images | Volumes, most: int) -> np.ndarray:
+    """At most `most` images, evenly spaced in the table; of volumes random crops, at most `CROPS`."""
+    if isinstance(samples, Volumes):
+        return random_crops(samples, min(most, CROPS))
+    n = len(samples.rows)
+    return samples.image(np.unique(np.linspace(0, n - 1, min(n, most)).round().astype(int)))
+
+
+# --- all of them ------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Baselines:
+    """The cheap baselines of one evaluation, and the rivals of its system's network, where it has some."""
+
+    cheap: Cheap
+    rivals: RivalScores | None = None
+
+    def beside(
+        self, results: Iterable[Result], *, count: bool = True
+    ) -> Iterator[tuple[Result, dict[str, np.ndarray]]]:
+        """Each result with the baselines' maps of its case, on the case's own grid. With `count` the cases enter
+        `scores`."""
+        results = iter(results)
+        while group := list(islice(results, self.rivals.at_once if self.rivals else 1)):
+            cases = [result.case for result in group]
+            others = self.rivals.score(cases) if self.rivals else [dict[str, Result]()] * len(cases)
+            for result, other in zip(group, others, strict=True):
+                maps = self.cheap.maps(result.case)
+                if count:
+                    self.cheap.add(result.case, maps)
+                    if self.rivals:
+                        self.rivals.add(other)
+                yield result, maps | (self.rivals.maps(other) if self.rivals else {})
+
+    def scores(self, share: float) -> dict[str, np.ndarray]:
+        """Scores (1, n) of the n cases that were counted, computed on the central `share` of each axis."""
+        return self.cheap.scores(share) | (self.rivals.scores(share) if self.rivals else {})
+
+    def explained(self, results: Results, held_out: Images | Volumes | None) -> dict[str, float]:
+        """As `RivalScores.explained`, of at most `EXPLAINED` images or crops of held-out normals; {} without rivals or
+        without held-out normals."""
+        if not self.rivals or held_out is None:
+            return {}
+        return self.rivals.explained(results, some_images(held_out, EXPLAINED))
+
+
+def baselines_of(
+    config: ConfigDict, system: System, cases: Cases, rows: Sequence[Row], split: Split, parts: Mapping[str, Part]
+) -> Baselines:
+    """The baselines of an evaluation, of the first process alone."""
+    train = [row for row in rows if row.split == "train"]
+    if split.labelled.any() and not train:
+        log("the manifest has no train rows, so there are no baselines fitted to them")
+    if jax.process_index() or not split.labelled.any():
+        return Baselines(NoBaselines())
+    if system.sweep:
+        volumes = cases.volumes(train) if train else None
+        return Baselines(VolumeBaselines(config, system, volumes), fitted_rivals(config, system, volumes))
+    if not (normals := [row for row in train if row.label != 1]):
+        return Baselines(NoBaselines())
+    shares = sorted({part.share for part in parts.values()})
+    unlabelled = [row for row in rows if row.split == "unlabeled"]
+    images, mixed = cases.images(normals), cases.images(unlabelled) if unlabelled else None
+    cheap = ImageBaselines(images, shares, pixels=split.marked, unlabelled=mixed)
+    return Baselines(cheap, fitted_rivals(config, system, images))

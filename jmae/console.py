@@ -5,6 +5,7 @@ from typing import Any
 
 from jmae import metrics
 from jmae.report import no_curves_reason
+from jmae.report.words import hidden_sentences, rival_sentences
 
 
 def lesion_words(pixel: Mapping[str, Any]) -> str:
@@ -40,12 +41,13 @@ def console_summary(evaluation: Mapping[str, Any]) -> str:
     if evaluation.get("leaks"):
         counts = f"NOT AN INDEPENDENT TEST: patients or images are in two splits (data.allow_leaks)\n{counts}"
     primary, reason = evaluation["primary"], no_curves_reason(evaluation)
-    lines = [counts, *([reason] if reason else [])]
+    figures = metrics.json_ready(evaluation)  # nan becomes None, as in the report
+    lines = [*rival_sentences(figures), counts, *hidden_sentences(figures), *([reason] if reason else [])]
     scores, cheap = evaluation["scores"], evaluation["baselines"]
     if not reason:
         lines += [line(name + " *" * (name == primary), s["image"]) for name, s in scores.items() if s["image"]]
         rated = [line(name, s["image"]) for name, s in cheap.items() if s["image"]]
-        lines += ["cheap baselines:", *rated] if rated else []
+        lines += ["baselines and rivals:", *rated] if rated else []
     if found := evaluation["alarms"]:
         shares = ", ".join(f"{found[word]:.1%} of {word}" for word in ("normal", "abnormal") if found[word] is not None)
         if shares:

@@ -19,8 +19,9 @@ import json
 import sys
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from jmae import metrics, recipe
-from jmae.baselines import Baselines, ImageBaselines, NoBaselines, VolumeBaselines
+from jmae.baselines import Baselines, baselines_of
 from jmae.calibration import (
     ReferenceScores,
     alarm_rate,
@@ -184,6 +185,8 @@ def evaluate(
     evaluation = split_figures(
         config, system, chosen, parts, gathered.scores, baselines.scores, thresholds, reference and reference.scores
     )
+    if explained := baselines.explained(results, cases.samples(chosen.normals) if chosen.normals else None):
+        evaluation["explained"] = explained
     if leaking := sorted({row.leak for row in rows if row.leak}):
         evaluation["leaks"] = leaking
     if unchecked:
@@ -217,25 +220,6 @@ def evaluate(
     return evaluation
 
 
-def baselines_of(
-    config: ConfigDict, system: System, cases: Cases, rows: Sequence[Row], split: Split, parts: Mapping[str, Part]
-) -> Baselines:
-    """The cheap baselines of an evaluation, of the first process alone."""
-    train = [row for row in rows if row.split == "train"]
-    if split.labelled.any() and not train:
-        log("the manifest has no train rows, so there are no cheap baselines fitted to them")
-    if jax.process_index() or not split.labelled.any():
-        return NoBaselines()
-    if system.sweep:
-        return VolumeBaselines(config, system, cases.volumes(train) if train else None)
-    if normals := [row for row in train if row.label != 1]:
-        shares = sorted({part.share for part in parts.values()})
-        unlabelled = [row for row in rows if row.split == "unlabeled"]
-        images = cases.images(unlabelled) if unlabelled else None
-        return ImageBaselines(cases.images(normals), shares, pixels=split.marked, unlabelled=images)
-    return NoBaselines()
-
-
 def score_reference(scorer: Scorer, split: Split, baselines: Baselines) -> tuple[ReferenceScores | None, Thresholds]:
     """(the scores of the rows of `val`, where they serve the split; the normals' thresholds of maps, where
     `evaluation.iou` asks for them)."""
@@ -249,12 +233,13 @@ def score_reference(scorer: Scorer, split: Split, baselines: Baselines) -> tuple
     if not split.reference:
         return None, {}
 
-    def pass_on(result: Result) -> Result:
-        if thresholds and result.case.row.label == 0 and (truth := truth_of(result.case)):
-            thresholds.add(truth, all_maps(result, baselines.maps(result.case)))
-        return result
+    def counted(results: Iterator[Result]) -> Iterator[Result]:
+        for result, baseline_maps in baselines.beside(results, count=False) if thresholds else zip(results, repeat({})):
+            if thresholds and result.case.row.label == 0 and (truth := truth_of(result.case)):
+                thresholds.add(truth, all_maps(result, baseline_maps))
+            yield result
 
-    reference = reference_scores(config, scorer.system, map(pass_on, score_rows(scorer, split.reference)))
+    reference = reference_scores(config, scorer.system, counted(score_rows(scorer, split.reference)))
     return reference, thresholds.result() if thresholds else {}
 
 
@@ -276,14 +261,13 @@ def gather_results(
     gathered, config, system = Gathered(), scorer.config, scorer.system
     files = {"anomaly": "maps", "confidence": "maps", "recon": "reconstruction"}  # the settings that ask for them
     names = [name for name, setting in files.items() if config.evaluation.get(setting)]
-    for i, (row, result) in enumerate(zip(split.rows, score_rows(scorer, split.rows), strict=True)):
+    each = baselines.beside(score_rows(scorer, split.rows))
+    for i, (row, (result, baseline_maps)) in enumerate(zip(split.rows, each, strict=True)):
         case = result.case
         gathered.seconds += result.seconds
         gathered.digests.append(case.digest)
         gathered.errors.append(result.score_error)
         gathered.scores.add(result.scores, result.maps)
-        baseline_maps = baselines.maps(case)
-        baselines.add(case, baseline_maps)
         truth = truth_of(case) if split.marked and result.maps else None
         maps = all_maps(result, baseline_maps) if truth else {}
         for part in parts.values():

@@ -7,6 +7,7 @@ batches, and splits the rows over processes.
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from copy import copy
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -103,6 +104,13 @@ class Scorer:
     def at_once(self) -> int:
         """Cases that one pass takes."""
         return self.passes.at_once
+
+    def with_results(self, results: Results) -> "Scorer":
+        """A scorer by the same programs from other results, whose arrays have the same shapes and places."""
+        other = copy(self)
+        other.passes = copy(self.passes)
+        other.passes.results = results
+        return other
 
     def prepare(self, row: Row, stored: Image | None = None, region: np.ndarray | None = None) -> Prepared:
         """Reads a case and prepares it as the recipe says.

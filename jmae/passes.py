@@ -47,6 +47,8 @@ def each_replicate(function: Callable, results: Any, keys: Array) -> Any:
 class Pass(Protocol):
     """A compiled pass over cases. Where a device runs out of memory, a smaller pass takes its place."""
 
+    results: Any  # what the score reads
+
     @property
     def at_once(self) -> int:
         """Cases of one call."""

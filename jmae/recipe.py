@@ -199,6 +199,12 @@ SHARED = {
     "evaluation.subsets": Key(
         (), "Manifest columns; rows whose value is neither 0 nor empty are scored apart, too.", holds=""
     ),
+    "evaluation.rivals": Key(
+        ("components", "blur", "nearest"),
+        "Closed-form rivals of a network that predicts hidden patches, scored beside it; (): none.",
+        choices=("components", "blur", "nearest"),
+        before=(),
+    ),
     "evaluation.maps": Key(True, "Whether the maps of the split are written."),
     "evaluation.draws": Key(2000, "Draws of patients for the confidence intervals.", least=1),
     "evaluation.alarm_rate": Key(0.05, "Rate of false alarms at the threshold in calibration.json.", above=0, below=1),

@@ -259,6 +259,30 @@ class Choice:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """How a system predicts hidden patches, and how it scores where another predictor stands in for its network.
+
+    A predictor is a function (results, patches (b, n, v), keep, restore) -> predictions (b, m, n, v) of all patches
+    from the visible ones. `keep` (m, k) and `restore` (m, n) are those of `masking.order_of`, of m masks that the
+    images share; with a leading axis (b, ...) each image has masks of its own.
+
+    Attributes:
+        predict: the network as a predictor.
+        view: (images as read (b, *size, c)) -> as the network sees them, without augmentation.
+        patch: edges of a patch.
+        ratio: share of the tokens that a mask hides in a test.
+        beside: (predictor) -> the system that scores with it, by the same rule under the same masks. Its results are
+            those that the predictor reads.
+    """
+
+    predict: Callable[..., Array]
+    view: Callable[[Array], Array]
+    patch: tuple[int, ...]
+    ratio: float
+    beside: Callable[[Callable[..., Array]], "System"]
+
+
+@dataclass(frozen=True, kw_only=True)
 class System:
     """Stages in order, and the score that they serve.
 
@@ -287,6 +311,8 @@ class System:
         map: name of the map to show, where no map has the name of the primary score.
         fits: what the score learns from images after the training.
         choice: what `select=aucp` chooses by, where the default does not fit.
+        prediction: how the system predicts hidden patches, if its score is made of such predictions. Closed-form rivals
+            of its network are then scored beside it (`jmae.rivals`).
         best: rules of `select` that the system has beside "last" and "aucp".
         notes: sentences, without the full stop, on how a run of this recipe differs from the paper's in a way that no
             reader of its figures may miss. The log, metrics.json, the report and the model card say them.
@@ -305,6 +331,7 @@ class System:
     map: str = ""
     fits: tuple[Fit, ...] = ()
     choice: Choice | None = None
+    prediction: Prediction | None = None
     best: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from jmae.errors import InputError
 from jmae.losses import masked_mse
-from jmae.masking import fold_in, group_mask, groups_of, hidden, random_mask, run_masks, take, visible_tokens
+from jmae.masking import fold_in, group_mask, groups_of, hidden, random_mask, run_masks, visible_tokens
 from jmae.nn.mae import MAE
 from jmae.patches import patchify, unpatchify
 
@@ -32,31 +32,31 @@ class Reconstruction(NamedTuple):
     measures: PyTree
 
 
-def _predicted(
-    mae: MAE,
-    tokens: Float[Array, "b n d"],
+Predictor = Callable[[Array, Array, Array], Array]
+"""(patches (b, n, v), keep, restore) -> predictions (b, m, n, v) of all patches: `MAE.predictions`, or a stand-in."""
+
+
+def _masks(
     keys: Key[Array, ""] | Key[Array, " b"],
     numbers: Int[Array, " m"],
+    tokens: int,
     visible: int,
     groups: Int[Array, " b"] | None = None,
-) -> tuple[Float[Array, "b m n v"], Bool[Array, "b m n"]]:
-    """(predictions of every sample under its masks `numbers`, True for hidden tokens).
-
-    Keys and groups are those of `reconstruct`. Samples come first, so that they stay on the devices over which they are
-    split.
-    """
-    (b, n, d), m = tokens.shape, len(numbers)
+) -> tuple[Int[Array, "*b m k"], Int[Array, "*b m n"]]:
+    """(keep, restore) of the masks `numbers`, which all samples share or each has of its own. Keys and groups are those
+    of `reconstruct`."""
     if keys.ndim == 0:
-        keep, restore = run_masks(keys, numbers, n, visible)
-        seen = tokens[:, keep].reshape(b * m, visible, d)
-        restore = jnp.broadcast_to(restore[None], (b, m, n)).reshape(b * m, n)
-    else:
-        keys = jax.vmap(partial(fold_in, keys), out_axes=1)(numbers).reshape(-1)
-        own = random_mask(keys, n, visible) if groups is None else group_mask(keys, groups, n, visible)
-        keep, restore = own
-        seen = take(jnp.repeat(tokens, m, axis=0), keep)
-    prediction = mae.decode(mae.encode(seen), restore)
-    return prediction.reshape(b, m, n, -1), hidden(restore, visible).reshape(b, m, n)
+        return run_masks(keys, numbers, tokens, visible)
+    own = jax.vmap(partial(fold_in, keys), out_axes=1)(numbers).reshape(-1)
+    found = random_mask(own, tokens, visible) if groups is None else group_mask(own, groups, tokens, visible)
+    keep, restore = (x.reshape(len(keys), len(numbers), -1) for x in found)
+    return keep, restore
+
+
+def _hidden(restore: Int[Array, "*b m n"], visible: int, samples: int) -> Bool[Array, "b m n"]:
+    """True for hidden tokens of every sample under its masks."""
+    absent = hidden(restore, visible)
+    return jnp.broadcast_to(absent[None], (samples, *absent.shape)) if absent.ndim == 2 else absent
 
 
 def masked_loss(
@@ -71,12 +71,13 @@ def masked_loss(
     """Mean over `masks` masks of the masked-patch error (AMAE Eq. 3; with one mask He et al. 2022)."""
     patches = patchify(image, patch)
     visible = visible_tokens(patches.shape[1], ratio)
-    prediction, is_hidden = _predicted(mae, mae.embed(patches), keys, jnp.arange(masks), visible)
-    return jnp.mean(masked_mse(prediction, patches[:, None], is_hidden))
+    keep, restore = _masks(keys, jnp.arange(masks), patches.shape[1], visible)
+    prediction = mae.predictions(patches, keep, restore)
+    return jnp.mean(masked_mse(prediction, patches[:, None], hidden(restore, visible)))
 
 
 def reconstruct(
-    mae: MAE,
+    predict: Predictor,
     image: Float[Array, "b *size c"],
     keys: Key[Array, ""] | Key[Array, " b"],
     *,
@@ -90,9 +91,10 @@ def reconstruct(
 ) -> Reconstruction:
     """Reconstructs every image under `masks` random masks in one compiled pass.
 
-    Patches are embedded once, and moments are accumulated on the device.
+    Moments are accumulated on the device.
 
     Args:
+        predict: predicts hidden patches from visible ones, such as `MAE.predictions`.
         keys: one key for all images, which then share the masks `masking.run_masks`; or a key for each image, and its
             mask j depends on that key and j alone.
         ratio: share of the tokens that a mask hides.
@@ -104,7 +106,6 @@ def reconstruct(
             reconstruction are (b, *size, c); `hidden` (b, *size) is True where the mask hides a voxel.
     """
     patches = patchify(image, patch)
-    tokens = mae.embed(patches)
     visible = visible_tokens(patches.shape[1], ratio)
     chunk = min(chunk or masks, masks)
     assert groups is None or masks == 1
@@ -116,8 +117,9 @@ def reconstruct(
         return whole(jnp.broadcast_to(ones, (*tokens.shape, prod(patch))))[..., 0] > 0.5
 
     def moments(numbers: Array) -> PyTree:
-        prediction, is_hidden = _predicted(mae, tokens, keys, numbers, visible, groups)
-        difference = prediction - patches[:, None]
+        keep, restore = _masks(keys, numbers, patches.shape[1], visible, groups)
+        is_hidden = _hidden(restore, visible, len(image))
+        difference = predict(patches, keep, restore) - patches[:, None]
         if paste:
             difference = difference * is_hidden[..., None]
         one = lambda d, is_hidden: measure(image, image + whole(d), voxels(is_hidden))

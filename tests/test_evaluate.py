@@ -31,8 +31,8 @@ from jmae.seen import SeenRows, write_seen
 from jmae.system import System, load_system
 
 KEYS = """
-system split n n_normal n_abnormal primary image pixel scores subsets per_patient patient_means baselines decision chi2
-alarms digests
+system split n n_normal n_abnormal primary image pixel scores subsets per_patient patient_means best_rival baselines decision
+chi2 alarms digests mask explained
 """.split()
 IMAGE = {"auroc", "auroc_ci", "ap", "ap_ci", "n_normal", "n_abnormal"}
 PIXEL = {"auroc", "ap", "prevalence", "dice_best", "iou", "froc"}
@@ -178,7 +178,8 @@ def test_metrics_json_has_the_keys_of_the_design(finished):
     assert metrics["scores"][metrics["primary"]] == {"image": metrics["image"], "pixel": metrics["pixel"]}
     assert metrics["scores"]["stage1"]["pixel"] is None
     assert set(metrics["baselines"]) >= {"PCA-30 error", "Mahalanobis", "5-NN"}
-    assert len({"mean intensity", "low mean intensity"} & set(metrics["baselines"])) == 1
+    for name in ("mean intensity", "standard deviation"):
+        assert len({name, f"low {name}"} & set(metrics["baselines"])) == 1
     for part in [*metrics["scores"].values(), *metrics["baselines"].values()]:
         assert set(part) == {"image", "pixel"}
     for name in ("matched", CENTRAL):

@@ -396,7 +396,11 @@ def test_an_evaluation_may_have_other_settings_than_the_run_s(run, tmp_path, cap
 def test_every_baseline_s_map_gives_its_case_a_score_as_the_system_s_does(run):
     found = result(run)
     baselines = {name.removeprefix("low "): b["image"] for name, b in found["baselines"].items()}
-    assert set(baselines) == {"brightness of channel 0", "brightness of channel 1", "PCA-30 error", "subtraction"}
+    rivals = {f"{name}: maemi" for name in ("80 components", "blur", "5 nearest normals")}
+    cheap = {"brightness of channel 0", "brightness of channel 1", "PCA-30 error", "subtraction"}
+    assert set(baselines) == cheap | rivals and all(baselines[name] for name in rivals)
+    assert rivals <= set(found["patient_means"]) and all(found["baselines"][name]["pixel"] for name in rivals)
+    assert list(found["explained"]) == ["the network", "80 components", "blur", "5 nearest normals"]
     assert baselines.pop("subtraction") is None  # not every case has its series
     scores, labels = {0: [], 1: []}, []
     for row in rows_of(run, "test"):

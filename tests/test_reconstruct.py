@@ -26,7 +26,7 @@ def case(request):
 
 def reconstruct(mae, *arrays, **settings):
     graph, params = nnx.split(mae)
-    return jax.jit(lambda p, *a: module.reconstruct(nnx.merge(graph, p), *a, **settings))(params, *arrays)
+    return jax.jit(lambda p, *a: module.reconstruct(nnx.merge(graph, p).predictions, *a, **settings))(params, *arrays)
 
 
 def jitted(mae, *arrays):

@@ -15,7 +15,7 @@ Stages: `pretrain` (Stage 0, where no weights are given), `proxy` (Stage 1), `la
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -53,10 +53,11 @@ from jmae.nn.mae import MAE
 from jmae.nn.transformer import linear
 from jmae.optim import adamw, begin, descend
 from jmae.patches import patchify
-from jmae.reconstruct import reconstruct
+from jmae.reconstruct import Predictor, Reconstruction, reconstruct
 from jmae.run_folder import log
 from jmae.sharding import device_gather, device_mean
 from jmae.system import (
+    Prediction,
     Pretrained,
     Results,
     Stage,
@@ -299,15 +300,13 @@ def margin_of(networks: Networks, results: Results, image: Float[Array, "b *size
     return logits[:, 1] - logits[:, 0]
 
 
-def score(
-    networks: Networks, results: Results, batch: PyTree, key: Key[Array, ""], *, chunk: int | None = None
-) -> dict[str, Any]:
-    """The scores of images by all stages of the variant; see `System.score`."""
-    config, raw = networks.config, batch["image"]
-    names, image = VARIANTS[config.variant], standardised(raw, config)
-    view = partial(
+def masked_passes(
+    config: ConfigDict, batch: PyTree, key: Key[Array, ""], chunk: int | None
+) -> Callable[[Predictor], Reconstruction]:
+    """The function that reconstructs a batch by a predictor, under the masks of a test."""
+    return partial(
         reconstruct,
-        image=image,
+        image=standardised(batch["image"], config),
         keys=scoring_keys(config.evaluation.masks_of, key, batch["case"]),
         patch=tuple(config.model.patch),
         ratio=config.adapt.mask_ratio,
@@ -315,8 +314,16 @@ def score(
         paste=config.evaluation.paste,
         chunk=chunk,
     )
+
+
+def score(
+    networks: Networks, results: Results, batch: PyTree, key: Key[Array, ""], *, chunk: int | None = None
+) -> dict[str, Any]:
+    """The scores of images by all stages of the variant; see `System.score`."""
+    config, raw = networks.config, batch["image"]
+    names, image, view = VARIANTS[config.variant], standardised(raw, config), masked_passes(config, batch, key, chunk)
     autoencoders = [name for name in names if name in ("pretrain", "module_a", "module_b")]
-    passes = {name: view(networks.mae_of(results[name]["params"])) for name in autoencoders}
+    passes = {name: view(networks.mae_of(results[name]["params"]).predictions) for name in autoencoders}
     maps = {"mae": jnp.mean(passes["pretrain"].error, axis=-1)}
     if "module_b" in passes:
         a, b = passes["module_a"], passes["module_b"]
@@ -345,6 +352,35 @@ def score(
     if raw.shape[-1] != config.model.channels:
         normal = jnp.mean(normal, axis=-1, keepdims=True)
     return {"maps": maps, "scores": scores, "reconstruction": normal * std + mean} | more
+
+
+def normal_error(config: ConfigDict) -> tuple[str, str]:
+    """(the stage whose network predicts normal images, the name of its reconstruction error among the scores)."""
+    names = VARIANTS[config.variant]
+    if "module_a" not in names:
+        return "pretrain", "mae"
+    return "module_a", "module_a" if "module_b" in names else config.variant
+
+
+def predicted(networks: Networks, results: Results, patches: Array, keep: Array, restore: Array) -> Array:
+    """The network that predicts normal images, as a predictor: see `system.Prediction`."""
+    stage = normal_error(networks.config)[0]
+    return networks.mae_of(results[stage]["params"]).predictions(patches, keep, restore)
+
+
+def error_score(
+    config: ConfigDict,
+    predict: Callable[..., Array],
+    results: Results,
+    batch: PyTree,
+    key: Key[Array, ""],
+    *,
+    chunk: int | None = None,
+) -> dict[str, Any]:
+    """The reconstruction error of images by any predictor, in place of the network's; see `System.score`."""
+    name, found = normal_error(config)[1], masked_passes(config, batch, key, chunk)(partial(predict, results))
+    error = jnp.mean(found.error, -1)
+    return {"maps": {name: error}, "scores": {name: jnp.mean(error, tuple(range(1, error.ndim)))}}
 
 
 # --- pseudo-labels: one sweep over the unlabelled images --------------------------------------------------------------
@@ -599,7 +635,7 @@ def build(config: ConfigDict) -> System:
     if config.variant == "b_perfect":
         notes.append("variant b_perfect was trained on the hidden labels: it is a control, no method")
     primary = primary_of(config)
-    return System(
+    system = System(
         name="amae",
         stages=tuple(stage for stage in stages(networks) if stage.name in names),
         uses=tuple(name for name in names if name != "labels"),
@@ -610,3 +646,12 @@ def build(config: ConfigDict) -> System:
         averaged=primary not in ("stage2", "stage2_nearer"),  # differences of means
         notes=tuple(notes),
     )
+    error = normal_error(config)[1]
+    prediction = Prediction(
+        predict=partial(predicted, networks),
+        view=partial(standardised, config=config),
+        patch=tuple(config.model.patch),
+        ratio=config.adapt.mask_ratio,
+        beside=lambda predict: replace(system, primary=error, map=error, score=partial(error_score, config, predict)),
+    )
+    return replace(system, prediction=prediction)

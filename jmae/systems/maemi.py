@@ -9,7 +9,7 @@ One stage, `train`: random crops of the healthy parts of volumes, masked reconst
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
 
@@ -40,6 +40,7 @@ from jmae.patches import grid_of, patchify, sincos_positions, unpatchify
 from jmae.scoring import minimum_filter
 from jmae.system import (
     Check,
+    Prediction,
     Pretrained,
     Results,
     Stage,
@@ -132,11 +133,13 @@ VISIBLE = 1e-6  # weight of a visible token's error beside a hidden token's, whe
 
 @dataclass(frozen=True)
 class Networks:
-    """The network of a recipe, and the recipe: `init` and `mae_of` are those of `system.network`."""
+    """The network of a recipe, and the recipe: `init` and `mae_of` are those of `system.network`. `predict` is the
+    network as a predictor (`system.Prediction`), or what stands in for it."""
 
     config: ConfigDict
     init: Callable[[Array], tuple[PyTree, PyTree]]
     mae_of: Callable[[PyTree], MAE]
+    predict: Callable[..., Array]
 
 
 def released_positions(grid: tuple[int, ...], width: int) -> np.ndarray:
@@ -162,6 +165,18 @@ def view(data: ConfigDict, image: Float[Array, "b *size c"], keys: Key[Array, " 
 # --- score (Eq. 2 and 3) ----------------------------------------------------------------------------------------------
 
 
+def clean(config: ConfigDict, image: Float[Array, "b *size c"]) -> Float[Array, "b *size c"]:
+    """Windows as the network sees them in a test."""
+    return image if config.compat.clip else jnp.clip(image, *config.data.clip)
+
+
+def predicted(
+    mae_of: Callable[[PyTree], MAE], results: Results, patches: Array, keep: Array, restore: Array
+) -> Float[Array, "b m n v"]:
+    """The network as a predictor, see `system.Prediction`."""
+    return mae_of(results["train"]["params"]).predictions(patches, keep, restore)
+
+
 def reconstructed(
     networks: Networks,
     results: Results,
@@ -170,13 +185,12 @@ def reconstructed(
     groups: Int[Array, " b"],
 ) -> tuple[Float[Array, "b *size c"], Float[Array, "b *size c"], Bool[Array, "b *size 1"]]:
     """(Windows as the network sees them, its prediction under one random mask each, True for hidden voxels.)"""
-    config, mae = networks.config, networks.mae_of(results["train"]["params"])
-    size, patch = image.shape[1:-1], tuple(config.model.patch)
-    image = image if config.compat.clip else jnp.clip(image, *config.data.clip)
+    config, size, patch = networks.config, image.shape[1:-1], tuple(networks.config.model.patch)
+    image = clean(config, image)
     patches = patchify(image, patch)
     visible = visible_tokens(patches.shape[1], config.evaluation.mask_ratio)
     keep, restore = group_mask(keys, groups, patches.shape[1], visible)
-    prediction = unpatchify(mae(patches, keep, restore), size, patch)
+    prediction = unpatchify(networks.predict(results, patches, keep[:, None], restore[:, None])[:, 0], size, patch)
     absent = jnp.broadcast_to(hidden(restore, visible)[..., None], (*restore.shape, prod(patch)))
     return image, prediction, unpatchify(absent.astype(jnp.float32), size, patch) > 0
 
@@ -232,7 +246,7 @@ def build(config: ConfigDict) -> System:
     patch = tuple(config.model.patch)
     positions = released_positions if compat.position else sincos_positions
     init, mae_of = masked_autoencoder(config, data.channels, positions=positions)
-    networks = Networks(config, init, mae_of)
+    networks = Networks(config, init, mae_of, partial(predicted, mae_of))
     train = training(config.train, mae_of=mae_of, view=partial(view, data), patch=patch, parts=config.accumulate)
     stage = Stage(
         name="train",
@@ -267,4 +281,14 @@ def build(config: ConfigDict) -> System:
         ),
         tile=partial(tile, released=compat.averaging),
     )
-    return System(name="maemi", stages=(stage,), uses=("train",), primary="maemi", sweep=sweep, repetitions="repeats")
+    system = System(name="maemi", stages=(stage,), uses=("train",), primary="maemi", sweep=sweep, repetitions="repeats")
+
+    def beside(predict: Callable[..., Array]) -> System:
+        other = replace(networks, predict=predict)
+        return replace(system, sweep=replace(sweep, score=partial(window_error, other), example=None))
+
+    ratio = evaluation.mask_ratio
+    prediction = Prediction(
+        predict=networks.predict, view=partial(clean, config), patch=patch, ratio=ratio, beside=beside
+    )
+    return replace(system, prediction=prediction)

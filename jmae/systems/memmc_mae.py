@@ -11,7 +11,7 @@ and `model.long_skips`. [D] marks a value that the paper leaves open.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -47,7 +47,17 @@ from jmae.optim import adamw
 from jmae.patches import grid_of, patchify
 from jmae.reconstruct import Reconstruction, reconstruct
 from jmae.ssim import BORDERS, check_ssim, ms_ssim, ms_ssim_map
-from jmae.system import Pretrained, Results, Stage, Sweep, System, masked_autoencoder, rows_of, steps_of
+from jmae.system import (
+    Prediction,
+    Pretrained,
+    Results,
+    Stage,
+    Sweep,
+    System,
+    masked_autoencoder,
+    rows_of,
+    steps_of,
+)
 from jmae.windows import average
 
 LUMINANCES = ("standardised", "unit", "none")
@@ -156,11 +166,13 @@ VOLUME_KEYS = {
 
 @dataclass(frozen=True)
 class Networks:
-    """The network of a recipe, and the recipe: `init` and `mae_of` are those of `system.network`."""
+    """The network of a recipe, and the recipe: `init` and `mae_of` are those of `system.network`. `predict` is the
+    network as a predictor (`system.Prediction`), or what stands in for it."""
 
     config: ConfigDict
     init: Callable[[Array], tuple[PyTree, PyTree]]
     mae_of: Callable[[PyTree], MAE]
+    predict: Callable[..., Array]
 
 
 # --- loss: masked reconstruction (masked.train_step) ------------------------------------------------------------------
@@ -229,6 +241,18 @@ def dissimilarity(
     return {"weight": weight, "map": weight * d, "error": weight * error, "product": product}
 
 
+def clean(config: ConfigDict, raw: Float[Array, "b *size c"]) -> Float[Array, "b *size k"]:
+    """Images as the network sees them in a test."""
+    return jnp.clip(raw, *config.data.clip) if recipe.is_volume(config) else standardised(raw, config)
+
+
+def predicted(
+    mae_of: Callable[[PyTree], MAE], results: Results, patches: Array, keep: Array, restore: Array
+) -> Float[Array, "b m n v"]:
+    """The network as a predictor, see `system.Prediction`."""
+    return mae_of(results["train"]["params"]).predictions(patches, keep, restore)
+
+
 def reconstructed(
     networks: Networks,
     results: Results,
@@ -246,10 +270,10 @@ def reconstructed(
     """
     config, evaluation = networks.config, networks.config.evaluation
     patch = tuple(config.model.patch)
-    image = jnp.clip(raw, *config.data.clip) if recipe.is_volume(config) else standardised(raw, config)
+    image = clean(config, raw)
     black, span = range_of(config, raw)
     found = reconstruct(
-        networks.mae_of(results["train"]["params"]),
+        partial(networks.predict, results),
         image,
         keys,
         patch=patch,
@@ -346,7 +370,7 @@ def build(config: ConfigDict) -> System:
     model, section, evaluation = config.model, config.train, config.evaluation
     make = partial(MultiLevelMAE, gate=model.gate, normed=model.mc_norm) if model.mc_decoder else MAE
     init, mae_of = masked_autoencoder(config, model.channels, make, memory=model.memory, long_skips=model.long_skips)
-    networks = Networks(config, init, mae_of)
+    networks = Networks(config, init, mae_of, partial(predicted, mae_of))
     clip = [optax.clip_by_global_norm(section.clip)] if section.clip else []
     train = training(
         section,
@@ -367,18 +391,32 @@ def build(config: ConfigDict) -> System:
         size=tuple(config.data.get("crop_from", ())),
         pretrained=Pretrained(use="start", part=plain_part, whole=around_plain),
     )
-    system = partial(
-        System,
+    system = System(
         name="memmc_mae",
         stages=(stage,),
         uses=("train",),
         primary=evaluation.score,
         repetitions="masks",
         averaged=evaluation.average == "all" or evaluation.score == "ms_ssim_product",
+        **scoring(networks),
     )
+    prediction = Prediction(
+        predict=networks.predict,
+        view=partial(clean, config),
+        patch=tuple(model.patch),
+        ratio=evaluation.mask_ratio,
+        beside=lambda predict: replace(system, **scoring(replace(networks, predict=predict))),
+    )
+    return replace(system, prediction=prediction)
+
+
+def scoring(networks: Networks) -> dict[str, Any]:
+    """The fields of `System` that score."""
+    config, evaluation = networks.config, networks.config.evaluation
     if not recipe.is_volume(config):
-        return system(score=partial(score, networks), masks=evaluation.masks)
-    tokens, by_case = prod(grid_of(tuple(config.data.size), tuple(model.patch))), evaluation.masks_of == "case"
+        return {"score": partial(score, networks), "masks": evaluation.masks}
+    tokens = prod(grid_of(tuple(config.data.size), tuple(config.model.patch)))
+    by_case = evaluation.masks_of == "case"
     sweep = Sweep(
         window=tuple(config.data.size),
         stride=tuple(evaluation.stride),
@@ -389,4 +427,4 @@ def build(config: ConfigDict) -> System:
         fuse=fuse,
         average=partial(average, weighted=evaluation.average == "hidden"),
     )
-    return system(sweep=sweep)
+    return {"sweep": sweep}

@@ -31,8 +31,8 @@ from jmae.seen import SeenRows, write_seen
 from jmae.system import System, load_system
 
 KEYS = """
-system split n n_normal n_abnormal primary image pixel scores subsets per_patient patient_means best_rival baselines decision
-chi2 alarms digests mask explained
+system split n n_normal n_abnormal primary image pixel scores subsets per_patient patient_means best_rival baselines
+decision chi2 alarms digests mask explained
 """.split()
 IMAGE = {"auroc", "auroc_ci", "ap", "ap_ci", "n_normal", "n_abnormal"}
 PIXEL = {"auroc", "ap", "prevalence", "dice_best", "iou", "froc"}

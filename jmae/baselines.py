@@ -45,6 +45,7 @@ NEIGHBOURS = 5
 RIDGE_SIDE, RIDGE = 32, 1000.0  # pixels a side and penalty of the ridge regression; 300 to 3000 differ little
 CROPS = 256  # random crops of training volumes
 EXPLAINED = 64  # images or crops of held-out normals, for the explained variance of hidden patches
+OPENED = 8  # volumes that these crops come from, at most
 
 
 def shrink(images: NDArray, limit: int) -> NDArray:
@@ -132,7 +133,7 @@ def ridge_scores(normals: NDArray, unlabelled: NDArray, test: NDArray, penalty: 
 
 def random_crops(volumes: Volumes, number: int) -> NDArray[np.float32]:
     """Random crops (number, *crop, c) of the volumes in turn, the same at every call."""
-    rows = np.arange(number) % len(volumes.rows)
+    rows = [step % len(volumes.rows) for step in range(number)]
     return np.stack([volumes.crop_at(row, volumes.origin(row, step, 0)) for step, row in enumerate(rows)])
 
 
@@ -459,11 +460,13 @@ class Baselines:
         """Scores (1, n) of the n cases that were counted, computed on the central `share` of each axis."""
         return self.cheap.scores(share) | (self.rivals.scores(share) if self.rivals else {})
 
-    def explained(self, results: Results, held_out: Images | Volumes | None) -> dict[str, float]:
+    def explained(self, results: Results, cases: Cases, normals: Sequence[Row]) -> dict[str, float]:
         """As `RivalScores.explained`, of at most `EXPLAINED` images or crops of held-out normals; {} without rivals or
         without held-out normals."""
-        if not self.rivals or held_out is None:
+        if not self.rivals or not normals:
             return {}
+        some = normals[:: -(-len(normals) // OPENED)]
+        held_out = cases.volumes(some) if self.rivals.system.sweep else cases.images(normals)
         return self.rivals.explained(results, some_images(held_out, EXPLAINED))
 
 

@@ -185,7 +185,7 @@ def evaluate(
     evaluation = split_figures(
         config, system, chosen, parts, gathered.scores, baselines.scores, thresholds, reference and reference.scores
     )
-    if explained := baselines.explained(results, cases.samples(chosen.normals) if chosen.normals else None):
+    if explained := baselines.explained(results, cases, chosen.normals):
         evaluation["explained"] = explained
     if leaking := sorted({row.leak for row in rows if row.leak}):
         evaluation["leaks"] = leaking

@@ -7,7 +7,7 @@ these rivals under its own score has added nothing to that score.
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import partial, reduce
 from math import prod
 from typing import NamedTuple
 
@@ -129,7 +129,7 @@ def nearest_mean(
     away = _einsum("mn,bjn->bmj", shown(keep, restore), squares)
     neighbours = min(neighbours, len(normals))
     nearest = jax.lax.top_k(-away, neighbours)[1]
-    return sum(normals[nearest[..., i]] for i in range(neighbours)) / neighbours
+    return reduce(jnp.add, [normals[nearest[..., i]] for i in range(neighbours)]) / neighbours
 
 
 # --- all of them ------------------------------------------------------------------------------------------------------

@@ -27,7 +27,9 @@ from jmae.data.loader import Images
 from jmae.data.manifest import Row
 from jmae.data.preparation import Prepared
 from jmae.data.transforms import area_resize, central
+from jmae.errors import InputError
 from jmae.figures import Part, Split, SplitScores
+from jmae.fitting import computed, placed
 from jmae.inference import Scorer
 from jmae.masking import groups_of, run_masks, visible_tokens
 from jmae.passes import local_mesh, seeds_of
@@ -328,9 +330,16 @@ class RivalScores:
         config: the recipe.
         prediction: of the system.
         normals: images or crops (j, *size, c) of training normals, as read.
+        fit: (the system of the rivals, results of a rival) -> those results with what the score learns (`System.fits`).
     """
 
-    def __init__(self, config: ConfigDict, prediction: Prediction, normals: np.ndarray):
+    def __init__(
+        self,
+        config: ConfigDict,
+        prediction: Prediction,
+        normals: np.ndarray,
+        fit: Callable[[System, PyTree], PyTree] = lambda system, results: results,
+    ):
         self.config, self.prediction = config.copy_and_resolve_references(), prediction
         self.config.replicates = 1
         patches = jax.jit(self.patches)(normals)
@@ -338,9 +347,9 @@ class RivalScores:
         self.system = prediction.beside(self.rivals.predict)
         fitted = jax.device_put(self.rivals.fitted, replicated(local_mesh()))
         self.rivals = self.rivals._replace(fitted=fitted)
-        parameters = {name: self.parameters(name) for name in self.rivals.names}
         self.scorers: dict[str, Scorer] = {}
-        for name, own in parameters.items():
+        for name in self.rivals.names:
+            own = fit(self.system, self.parameters(name))
             first = next(iter(self.scorers.values()), None)
             self.scorers[name] = first.with_results(own) if first else Scorer(self.config, self.system, own)
         self.found = {name: SplitScores() for name in self.rivals.names}
@@ -405,16 +414,37 @@ class RivalScores:
         }
 
 
-def fitted_rivals(config: ConfigDict, system: System, normals: Images | Volumes | None) -> RivalScores | None:
-    """The rivals of a system that predicts hidden patches, fitted to its training normals; None where it has none."""
+def fitted_rivals(
+    config: ConfigDict, system: System, normals: Images | Volumes | None, rows: Sequence[Row], cases: Cases
+) -> RivalScores | None:
+    """The rivals of a system that predicts hidden patches, fitted to its training normals; None where it has none.
+
+    What the score learns from images (`System.fits`) each rival learns from the same rows, of `rows`.
+    """
     prediction = system.prediction
     if not prediction or not config.evaluation.rivals or normals is None:
         return None
     one = jax.ShapeDtypeStruct((1, *config.data.size, config.data.channels), jnp.float32)
     most = min(NORMALS, VALUES // prod(jax.eval_shape(prediction.view, one).shape))
-    found = RivalScores(config, prediction, some_images(normals, most)) if most > 2 else None
-    if not found or not found.rivals.names:
-        log(f"no rivals of the network: too few training normals, or images of {tuple(config.data.size)} are too large")
+
+    def fit(other: System, results: PyTree) -> PyTree:
+        single = config.copy_and_resolve_references()
+        single.replicates = 1
+        for each in other.fits:
+            chosen = [rows[i] for i in each.rows(rows)]
+            if not chosen or jax.process_count() > 1:
+                raise InputError(f"{each.name} is fitted in a single process, to rows: {each.needs}")
+            results = {**results, each.name: placed(computed(single, other, each, results, chosen, cases))}
+        return results
+
+    try:
+        if most < 3:
+            raise InputError(f"images of {tuple(config.data.size)} take too much memory")
+        found = RivalScores(config, prediction, some_images(normals, most), fit)
+        if not found.scorers:
+            raise InputError("too few training normals")
+    except InputError as error:
+        log(f"no rivals of the network: {error}")
         return None
     if len(normals.rows) > most and not isinstance(normals, Volumes):
         log(f"rivals of the network are fitted to {most} of {len(normals.rows)} training normals")
@@ -481,11 +511,11 @@ def baselines_of(
         return Baselines(NoBaselines())
     if system.sweep:
         volumes = cases.volumes(train) if train else None
-        return Baselines(VolumeBaselines(config, system, volumes), fitted_rivals(config, system, volumes))
+        return Baselines(VolumeBaselines(config, system, volumes), fitted_rivals(config, system, volumes, rows, cases))
     if not (normals := [row for row in train if row.label != 1]):
         return Baselines(NoBaselines())
     shares = sorted({part.share for part in parts.values()})
     unlabelled = [row for row in rows if row.split == "unlabeled"]
     images, mixed = cases.images(normals), cases.images(unlabelled) if unlabelled else None
     cheap = ImageBaselines(images, shares, pixels=split.marked, unlabelled=mixed)
-    return Baselines(cheap, fitted_rivals(config, system, images))
+    return Baselines(cheap, fitted_rivals(config, system, images, rows, cases))

@@ -272,7 +272,7 @@ class Prediction:
         patch: edges of a patch.
         ratio: share of the tokens that a mask hides in a test.
         beside: (predictor) -> the system that scores with it, by the same rule under the same masks. Its results are
-            those that the predictor reads.
+            those that the predictor reads, and those of its fits, which measure with the predictor too.
     """
 
     predict: Callable[..., Array]

@@ -14,7 +14,7 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 
 from jmae import metrics, recipe, rivals
 from jmae.baselines import fitted_rivals
-from jmae.data.cases import load_rows
+from jmae.data.cases import load_cases, load_rows
 from jmae.data.loader import Images
 from jmae.data.manifest import Row
 from jmae.data.preparation import case_words
@@ -159,13 +159,14 @@ def test_a_difference_is_a_mean_over_replicates_and_that_of_maps_over_patients()
 
 
 def test_one_program_scores_with_all_rivals_and_too_few_normals_have_none(small_set, capfd):
-    config, system, _ = made("amae", f"data.manifest={small_set}", "data.phantom=")
-    rows = [row for row in load_rows(config, lambda line: None) if row.split == "train"]
-    found = fitted_rivals(config, system, Images(rows, config))
+    config, system, _ = made("amae", f"data.manifest={small_set}", "data.phantom=", "variant=mae")
+    cases = load_cases(config, lambda line: None)
+    rows = [row for row in cases.rows if row.split == "train"]
+    found = fitted_rivals(config, system, Images(rows, config), rows, cases)
     assert len({id(scorer.passes.compiled) for scorer in found.scorers.values()}) == 1 < len(found.scorers)
     config.evaluation.rivals = ("components",)
-    assert fitted_rivals(config, system, Images(rows[:2], config)) is None
+    assert fitted_rivals(config, system, Images(rows[:2], config), rows, cases) is None
     assert "no rivals of the network: too few training normals" in capfd.readouterr().err
     config.evaluation.rivals = ()
-    assert fitted_rivals(config, system, Images(rows, config)) is None
-    assert fitted_rivals(config, load_system(recipe.parse(["--config=configs/simsid.py:smoke"], "")[0]), None) is None
+    assert fitted_rivals(config, system, Images(rows, config), rows, cases) is None
+    assert load_system(recipe.parse(["--config=configs/ppii.py:smoke"], "")[0]).prediction is None

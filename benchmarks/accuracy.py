@@ -12,7 +12,7 @@
 Trains with `python -m jmae.train --config configs/amae.py:PRESET`, `small` for packs and `phantom` for phantoms. All
 settings of a seed start from one Stage 0 of all images, as they would from one checkpoint; `one_class` and the part
 `stage0` have their own. `controls` tells what a score owes to the pseudo-labels (module B on perfect labels, on normals
-alone, on all unlabelled images) and to choices (the other reading of the percentile, equal steps, the paper's learning
+alone, on all unlabelled images) and to choices (the other reading of the percentile, equal epochs, the paper's learning
 rate, jitter). `ratio` has as many unlabelled images at every ratio as the rarer class has.
 
 benchmarks/results/accuracy.json keeps every run: AUROC and AP with 95 % intervals over patients, whole and central 80 %
@@ -43,7 +43,7 @@ PARTS: dict[str, dict[str, dict[str, Any]]] = {
     "controls": {
         **{name: {"variant": name} for name in ("stage2", "b_perfect", "b_normals", "no_pseudo", "one_class")},
         "percentile_all": {"adapt.percentile_over": "all"},
-        "equal_steps": {"adapt.equal": "steps"},
+        "equal_epochs": {"adapt.equal": "epochs"},
         "paper_rate": {"adapt.lr": 2.5e-4},
         "jitter": {"proxy.jitter_image": 0.1},
     },

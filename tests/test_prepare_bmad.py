@@ -202,7 +202,7 @@ def test_bmads_sets_are_read_in_each_form_with_patients_and_masks(tmp_path, caps
         **{("test", 0, False): 1, ("test", 1, True): 1},
     }
     assert sorted(row.patient for row in rows.values()) == ["00001", "00100", "00101", "00124", "00125"]
-    assert "the set brain: 5 cases" in said and "configs/memmc_mae.py:paper" in said
+    assert "the set brain: 5 cases" in said and "--config memmc_mae:paper" in said
     for row in rows.values():
         assert not any(word in file for file in row.image for word in ("mask", "label"))
     masks = [path for path in root.rglob("*.png") if path.parent.name in ("anomaly_mask", "label")]
@@ -249,11 +249,11 @@ def test_medianomalys_sets_are_told_by_their_folders(tmp_path, capsys):
         json.dumps(about | {"test": {"0": ["Te-noTr_0000.jpg"], "1": ["Te-gl_0013.jpg"]}}),
     )
     rows, said = prepared(capsys, "medianomaly", f"--root={top / 'BrainTumor'}", out=tmp_path / "brain")
-    assert kinds(rows)["unlabeled", None, False] == 1 and "configs/amae.py:paper" in said
+    assert kinds(rows)["unlabeled", None, False] == 1 and "--config amae:paper" in said
     for name in ("train/good/1000", "test/good/1000", "test/Ungood/1000"):
         picture(top / "Camelyon16" / f"{name}.png", colours=3)
     rows, said = prepared(capsys, "medianomaly", f"--root={top / 'Camelyon16'}", out=tmp_path / "camelyon")
-    assert len(rows) == 3 and "configs/memmc_mae.py:paper_colour" in said
+    assert len(rows) == 3 and "--config memmc_mae:paper_colour" in said
     brats = top / "BraTS2021"
     picture(brats / "train/BraTS2021_00002_flair_80.png"), picture(brats / "test/normal/BraTS2021_00003_flair_70.png")
     picture(brats / "test/tumor/BraTS2021_00000_flair_90.png")
@@ -262,7 +262,7 @@ def test_medianomalys_sets_are_told_by_their_folders(tmp_path, capsys):
     )
     picture(brats / "test/annotation/BraTS2021_00000_seg_90.png", mask=True)
     rows, said = prepared(capsys, "medianomaly", f"--root={brats}", out=tmp_path / "brats")
-    assert kinds(rows)["test", 1, True] == 1 and "configs/memmc_mae.py:paper " in said
+    assert kinds(rows)["test", 1, True] == 1 and "--config memmc_mae:paper " in said
     line = refused_in_one_line(capsys, "medianomaly", f"--root={top}", out=tmp_path / "x")
     assert "has the sets BrainTumor, Camelyon16, BraTS2021: name the folder of one" in line
 
@@ -287,7 +287,7 @@ def test_the_moles_of_isic_train(tmp_path, capsys):
         rows, said = prepared(capsys, command, f"--root={root}", out=tmp_path / command)
         assert kinds(rows) == {("train", 0, False): 2, ("test", 0, False): 1, ("test", 1, False): 1}
         assert rows["ISIC_Tr00000"].patient == "HAM_1" and rows["ISIC_Te00001"].extra["class"] == "MEL"
-        assert "1 training images that are no moles" in said and "configs/memmc_mae.py:paper_colour" in said
+        assert "1 training images that are no moles" in said and "--config memmc_mae:paper_colour" in said
     picture(root / "other" / "ISIC_Te00000.jpg", mask=True, size=(24, 24))
     assert "ISIC_Te00000: lies in" in refused_in_one_line(capsys, "isic2018", f"--root={root}", out=tmp_path / "x")
 
@@ -299,7 +299,7 @@ def test_kvasir_seg_is_a_test_set_with_cut_masks(tmp_path, capsys):
         picture(root / "masks" / f"{name}.jpg", mask=True, size=(32, 32))
     text(root / "kavsir_bboxes.json", "{}")
     rows, said = prepared(capsys, "kvasir_seg", f"--root={root}", out=tmp_path / "out")
-    assert kinds(rows) == {("test", 1, True): 2} and "jmae.evaluate --workdir RUN" in said
+    assert kinds(rows) == {("test", 1, True): 2} and "jmae evaluate --workdir RUN" in said
     assert all(read_mask(row.mask)[2:4, 3:5].all() and row.mask.endswith(".png") for row in rows.values())
     (root / "masks" / "cju0qoxqj9q6s0835b43399p4.jpg").unlink()
     assert "has no mask" in refused_in_one_line(capsys, "kvasir_seg", f"--root={root}", out=tmp_path / "x")

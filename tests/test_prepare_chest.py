@@ -33,7 +33,7 @@ def test_covidx_takes_lists_of_three_labels_a_validation_list_and_lists_without_
         *(("a.png", "train", 0), ("d.png", "test", 0), ("e.png", "test", 1), ("f.png", "val", 1)),
     }
     assert "3 lines for train, 1 lines for val, 2 lines for test" in said
-    assert "sources of test abnormal: 1 cohen" in said and "configs/memmc_mae.py:paper" in said
+    assert "sources of test abnormal: 1 cohen" in said and "--config memmc_mae:paper" in said
     covid(tmp_path / "b", "1 a.png normal\nx y b.png pneumonia\n", "4 d.png normal\n5 e.png COVID-19\n")
     rows, said = prepared(capsys, "covidx", f"--root={tmp_path / 'b'}", out=tmp_path / "two")
     assert rows["d.png"].patient == "4" and rows["a.png"].extra["source"] == "" and len(rows) == 3
@@ -75,7 +75,7 @@ def test_chexpert_as_stanford_ships_it_lies_in_batches(tmp_path, capsys, monkeyp
         "patient64541",
     }
     assert "of 4 normals 0 show support devices, 0 are of patients with a finding in another image" in said
-    assert "licence: Stanford research use agreement" in said and "configs/simsid.py:paper" in said
+    assert "licence: Stanford research use agreement" in said and "--config simsid:paper" in said
 
 
 def test_chexpert_takes_another_finding_and_counts_what_its_normals_hide(tmp_path, capsys, monkeypatch):
@@ -182,7 +182,7 @@ def test_rsna_joins_repeated_rows_lists_of_png_names_and_the_mapping_to_patients
     assert rows["e"].image == (f"{root}/stage_2_train_images/e.dcm",) and rows["c"].extra["class"] == ""
     assert (out / "unlabeled_labels.csv").read_text().splitlines() == ["id,label", "b,0", "c,1"]
     assert "6 images in the table, 2 of them with boxes; 5 in the list" in said and "1 images in no list" in said
-    assert "configs/amae.py:paper" in said and "RSNA's ids are of images" in said
+    assert "--config amae:paper" in said and "RSNA's ids are of images" in said
     entries = [
         {"subset_img_id": one, "img_id": f"{n:08d}_000.png"} for one, n in zip("abcde", (1, 2, 3, 1, 4), strict=True)
     ]
@@ -271,7 +271,7 @@ def test_the_official_lists_of_nih_and_headers_with_commas(tmp_path, capsys):
     }
     one = rows["00000005_000"]
     assert one.boxes == ((1.5, 2, 4.5, 6),) and one.extra["view"] == "PA" and one.extra["sex"] == "M"
-    assert "2 images with a finding in train_val_list.txt" in said and "configs/amae.py:paper" in said
+    assert "2 images with a finding in train_val_list.txt" in said and "--config amae:paper" in said
     assert "1 training images with No Finding are of patients with a finding in another image" in said
     rows, said = prepared(capsys, "nih", f"--root={root}", "--views=PA", out=tmp_path / "two")
     assert "00000001_000" not in rows and "1 images of other views" in said
@@ -309,7 +309,7 @@ def test_zhanglab_of_kaggle_mendeley_and_datasetninja(tmp_path, capsys):
         **{("test", 0, False): 1, ("test", 1, False): 1},
     }
     assert {row.patient for row in rows.values() if row.label} == {"trainval_person1946", "test_person1"}
-    assert "1 abnormal training images" in said and "configs/simsid.py:zhanglab" in said and "CC BY 4.0" in said
+    assert "1 abnormal training images" in said and "--config simsid:zhanglab" in said and "CC BY 4.0" in said
     ninja = tmp_path / "ninja"
     for part, name in (
         ("train", "NORMAL-0001-1"),

@@ -86,7 +86,7 @@ def test_duke_chooses_series_by_description_halves_by_side_and_boxes_by_the_dire
     assert names(two.post) == ["Ph1ax 3d dyn", "Ph2ax 3d dyn", "Ph3ax 3d dyn"]
     assert "1 second series of a kind" in said and "1 series of another kind" in said
     assert "1 bilateral cases" in said and "1 cases without phase 2" in said
-    assert "configs/maemi.py:paper" in said and "--config.data.region=nonzero" in said
+    assert "--config maemi:paper" in said and "--config.data.region=nonzero" in said
     # Columns 1 to 4, rows 2 to 3 and file 2, which is the second from below, or from above where z falls.
     assert rows["Breast_MRI_001"].boxes == ((0, 1, 1, 4, 3, 2),) and two.boxes == ((0, 1, 3, 4, 3, 4),)
     image = read_image(two.image[1]).array[..., 0]

@@ -38,9 +38,9 @@ def prepared(capsys, *arguments, out):
     assert len(commands) == any(row.split == "train" for row in rows)
     for command in commands:
         words = shlex.split(command.removeprefix("train: "))
-        config, flags = recipe.parse(words[3:], "", ["workdir"])
+        config, flags = recipe.parse(words[2:], "", ["workdir"])
         recipe.check(config)
-        assert words[:3] == ["python", "-m", "jmae.train"] and flags.keys() == {"workdir"}
+        assert words[:2] == ["jmae", "train"] and flags.keys() == {"workdir"}
         assert config.data.manifest == str(out / "manifest.csv")
     return {row.id: row for row in rows}, said
 

@@ -47,7 +47,8 @@ isic2018    ISIC 2018 task 3: the folders and tables of ISIC. Moles (NV) are nor
 kvasir_seg  Kvasir-SEG: 1,000 polyps with masks for the test of a run that has learned other colonoscopies.
 medianomaly One of the seven sets of MedIAnomaly, in its folder: RSNA, VinCXR, BrainTumor, LAG, ISIC2018_Task3,
             Camelyon16, BraTS2021.
-bmad        One of the six sets of BMAD, in any of its forms: brain, liver, RESC, OCT2017, chest, histopathology.
+bmad        One of the six sets of BMAD, in any of its forms: brain, liver, resc, oct, chest, histopathology. --set=NAME
+            where no folder tells which.
 brats       Volumes of BraTS 2020, 2021 and 2023. Training crops lie outside the tumours. --sequences=t1,flair.
 duke        Duke-Breast-Cancer-MRI from TCIA: DICOM series, Annotation_Boxes and Clinical_and_Other_Features (.xlsx or
             .csv), and MAEMI's train.csv, valid.csv and test.csv; breast masks where there are some.

@@ -41,13 +41,12 @@ def next_command(name: str, out: Path, rows: Sequence[Row], recipe: str, flags: 
     manifest = out / "manifest.csv"
     if not any(row.split == "train" for row in rows):
         return (
-            f"score it with a trained run: python -m jmae.evaluate --workdir RUN --manifest {manifest} --out RUN/{name}"
+            f"score it with a trained run: jmae evaluate --workdir RUN --manifest {manifest} --out RUN/{name}"
         )
     volumes = is_volume(rows[0])
     if not recipe:
         unlabeled = any(row.split == "unlabeled" for row in rows)
         recipe = "maemi:small" if volumes else "amae:small" if unlabeled else "simsid:small"
-    system, _, preset = recipe.partition(":")
     given = [flags] if flags else []
     if (volumes or len(rows[0].image) > 1) and "data.channels" not in flags:
         given.append(f"--config.data.channels={len(rows[0].image)}")
@@ -56,7 +55,7 @@ def next_command(name: str, out: Path, rows: Sequence[Row], recipe: str, flags: 
     given += ["--config.data.allow_leaks=True"] if allow_leaks else []
     return " ".join(
         [
-            f"train: python -m jmae.train --config configs/{system}.py:{preset} --config.data.manifest={manifest}",
+            f"train: jmae train --config {recipe} --config.data.manifest={manifest}",
             *given,
             f"--workdir runs/{name}",
         ]

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from PIL import Image
 from trees import dicom_file, kinds, picture, prepared, refused_in_one_line, text, volume
 
 from jmae.data.files import read_mask
@@ -35,6 +36,20 @@ def test_a_folder_of_any_name_whose_files_have_the_images_names_is_a_question(tm
     (root / "test/Ungood/foo").rename(root / "test/Ungood/b")
     line = refused_in_one_line(capsys, "folders", f"--root={root}", out=tmp_path / "out")
     assert "test/bar/9.png: looks like a mask, not like an image" in line
+
+
+def test_a_jpeg_mask_and_one_of_few_brain_voxels_are_told_apart(tmp_path, capsys):
+    y, x = np.mgrid[:64, :64]
+    slice_ = np.where((y - 30) ** 2 + (x - 30) ** 2 < 40, 40 + 3 * y + x, 0).astype(np.uint8)  # mostly background
+    root = tmp_path / "root"
+    for name in ("train/good/a", "test/tumour/b"):
+        (root / name).parent.mkdir(parents=True)
+        Image.fromarray(slice_).save(root / f"{name}.png")
+    rows, _ = prepared(capsys, "folders", f"--root={root}", out=tmp_path / "out")
+    assert len(rows) == 2
+    Image.fromarray(np.uint8(255 * ((y - 30) ** 2 + (x - 30) ** 2 < 300))).save(root / "test/tumour/c.jpg")
+    line = refused_in_one_line(capsys, "folders", f"--root={root}", out=tmp_path / "two")
+    assert "test/tumour/c.jpg: looks like a mask, not like an image" in line
 
 
 def test_mediclips_jpeg_masks_are_matched_and_cut(tmp_path, capsys):

@@ -39,7 +39,7 @@ def test_covidx_takes_lists_of_three_labels_a_validation_list_and_lists_without_
     assert rows["d.png"].patient == "4" and rows["a.png"].extra["source"] == "" and len(rows) == 3
 
 
-def test_covidx_and_ddad_know_nih_patients_by_rsnas_mapping(tmp_path, capsys):
+def test_covidx_knows_nih_patients_by_rsnas_mapping(tmp_path, capsys):
     root = tmp_path / "covidx"
     covid(root, "r1 r1.png normal rsna\nr2 r2.png normal rsna\n", "r3 r3.png normal rsna\n9 e.png COVID-19 sirm\n")
     rows, said = prepared(capsys, "covidx", f"--root={root}", out=tmp_path / "unknown")

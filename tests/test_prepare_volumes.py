@@ -4,11 +4,13 @@ import json
 
 import numpy as np
 import pytest
+from PIL import Image
 from pydicom import uid
-from trees import dicom_file, kinds, lesion, prepared, refused, refused_in_one_line, text, volume, workbook
+from trees import dicom_file, kinds, lesion, picture, prepared, refused, refused_in_one_line, text, volume, workbook
 
 from jmae.data.files import read_image
-from jmae.data.prepare import duke
+from jmae.data.prepare import duke, fastmri_plus, nova
+from jmae.errors import InputError
 
 SLICES, ROWS, COLUMNS = 5, 6, 8
 
@@ -215,3 +217,75 @@ def test_nnssls_paths_start_at_environment_variables_and_subjects_repeat_between
     monkeypatch.delenv("nnssl_raw")
     lines = refused(capsys, "nnssl", f"--root={tmp_path / 'pre'}", out=tmp_path / "x")
     assert "the environment variable nnssl_raw is not set: export nnssl_raw=DIR" in lines[0]
+
+
+# fastMRI+ and NOVA
+
+
+def test_the_boxes_of_fastmri_count_flipped_slices_and_harmless_labels_are_no_lesions(tmp_path, capsys, monkeypatch):
+    names = [f"file_brain_AXT2_200_{k}" for k in range(7)]
+    volumes = {f"{name}.h5": 100 * i + np.arange(8 * 5 * 6.0).reshape(8, 5, 6) for i, name in enumerate(names)}
+    monkeypatch.setattr(fastmri_plus, "read_h5", lambda path: volumes[path.name])
+    root = tmp_path / "fastmri"
+    for name in volumes:
+        text(root / "multicoil_train" / name, "")
+    lines = ["file,slice,study_level,x,y,width,height,label"]
+    lines += [
+        f"{names[0]},3,No,1,0,2,3,Edema ",
+        f"{names[0]},3,No,0,0,1,1,Mass",
+        f"{names[1]},2,No,1,1,1,1,Motion artifact",
+    ]
+    lines += [f"{names[2]},0,Yes,,,,,Normal for age", f"{names[3]},0,Yes,,,,,Global label: Small vessel disease"]
+    text(root / "Annotations" / "brain.csv", "\n".join(lines))
+    text(root / "Annotations" / "brain_file_list.csv", "\n".join(names[:6]))
+    rows, said = prepared(capsys, "fastmri_plus", f"--root={root}", out=tmp_path / "out")
+    sick = rows[f"{names[0]}_03"]
+    assert sick.boxes == ((0, 0, 1, 1), (1, 0, 3, 3)) and sick.extra["class"] == "edema|mass"
+    np.testing.assert_array_equal(read_image(sick.image).array[..., 0], volumes[f"{names[0]}.h5"][3][::-1])
+    normal = {row.patient: row.split for row in rows.values() if row.label == 0}
+    assert normal.keys() == {names[1], names[2], names[4], names[5]} and list(normal.values()).count("train") == 3
+    assert {row.extra["slice"] for row in rows.values() if row.label == 0} == {"2", "3", "4", "5"}
+    assert sum(row.label == 1 for row in rows.values()) == 1 and "1 files with a finding of the whole study" in said
+    volumes[f"{names[0]}.h5"] = np.ones((2, 5, 6))
+    assert "has no slice 3" in refused_in_one_line(capsys, "fastmri_plus", f"--root={root}", out=tmp_path / "x")
+    text(root / "masks_of" / "other" / f"{names[0]}.h5", ""), text(root / "copy" / f"{names[4]}.h5", "")
+    line = refused_in_one_line(capsys, "fastmri_plus", f"--root={root}", out=tmp_path / "x")
+    assert f"{names[4]}: lies in" in line
+
+
+def test_novas_rows_are_joined_by_file_name_and_gold_boxes_count(tmp_path, capsys, monkeypatch):
+    box = lambda x, source: {"x": x, "y": 1, "width": 2, "height": 3, "source": source}
+    lines = [
+        {"filename": "case2_1.png", "case_id": "case2", "bboxes": [box(1, "rater1"), box(4, "rater2")]},
+        {"filename": "case1_1.png", "case_id": "case1", "bboxes": [box(0, "gold"), box(5, "rater1")]},
+    ]
+    monkeypatch.setattr(nova, "read_parquet", lambda path: lines)
+    text(tmp_path / "nova" / "data" / "nova-v1.parquet", "")
+    for name in ("case1_1.png", "case2_1.png"):
+        picture(tmp_path / "nova" / "images" / name)
+    rows, said = prepared(capsys, "nova", f"--root={tmp_path / 'nova'}", out=tmp_path / "out")
+    assert rows["case1_1"].boxes == ((0, 1, 2, 4),) and rows["case1_1"].patient == "case1"
+    assert rows["case2_1"].boxes == ((1, 1, 3, 4), (4, 1, 6, 4)) and "no normal image" in said
+    picture(tmp_path / "nova" / "images" / "case1_1.png", mask=True, size=(24, 24))
+    image = np.zeros((24, 24), np.uint8)
+    image[5:9, 5:9] = 255
+    Image.fromarray(image).save(tmp_path / "nova" / "images" / "case1_1.png")
+    assert "looks like a mask" in refused_in_one_line(capsys, "nova", f"--root={tmp_path / 'nova'}", out=tmp_path / "x")
+
+
+def test_parquet_and_hdf5_files_are_read_as_they_are(tmp_path):
+    h5py, pyarrow = pytest.importorskip("h5py"), pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    boxes = [{"x": 1, "y": 2, "width": 3, "height": 4, "source": "gold"}]
+    parquet.write_table(
+        pyarrow.Table.from_pylist([{"filename": "a.png", "case_id": "1", "bboxes": boxes}]), tmp_path / "a"
+    )
+    assert nova.read_parquet(tmp_path / "a") == [{"filename": "a.png", "case_id": "1", "bboxes": boxes}]
+    with h5py.File(tmp_path / "b.h5", "w") as file:
+        file["reconstruction_rss"] = np.arange(24.0).reshape(2, 3, 4)
+    np.testing.assert_array_equal(fastmri_plus.read_h5(tmp_path / "b.h5"), np.arange(24.0).reshape(2, 3, 4))
+    (tmp_path / "c").write_bytes(b"no table")
+    for read in (nova.read_parquet, fastmri_plus.read_h5):
+        with pytest.raises(InputError, match="copy it again"):
+            read(tmp_path / "c")

@@ -52,6 +52,8 @@ bmad        One of the six sets of BMAD, in any of its forms: brain, liver, resc
 brats       Volumes of BraTS 2020, 2021 and 2023. Training crops lie outside the tumours. --sequences=t1,flair.
 duke        Duke-Breast-Cancer-MRI from TCIA: DICOM series, Annotation_Boxes and Clinical_and_Other_Features (.xlsx or
             .csv), and MAEMI's train.csv, valid.csv and test.csv; breast masks where there are some.
+fastmri_plus  fastMRI's .h5 volumes with the boxes of fastMRI+; slices are written. --part=brain or knee. Needs h5py.
+nova        NOVA of Hugging Face: brain MRI with boxes, for the test alone. Needs pyarrow.
 nnssl       pretrain_data.json of nnssl: volumes without labels. --modality=T1w takes one kind.
 
 The splits of jsrt, lidc and deeplesion are those of P-PII (Mueller et al., UNSURE 2023). Those of covidx and
@@ -102,6 +104,7 @@ DATASETS: dict[str, tuple[str, ...]] = {
     "ddad": (),
     "deeplesion": (),
     "duke": (),
+    "fastmri_plus": ("part",),
     "folders": ("normal", "test"),
     "hyper_kvasir": (),
     "isic2018": (),
@@ -112,6 +115,7 @@ DATASETS: dict[str, tuple[str, ...]] = {
     "nih": ("lists", "views"),
     "nnssl": ("modality",),
     "nnunet": (),
+    "nova": (),
     "rsna": (),
     "vindr": (),
     "zhanglab": (),

@@ -17,6 +17,8 @@ FILE = r"(\w*masks?|groundtruth|gt|annotation|label|dseg|probseg|seg(m|mentation
 SEQUENCES = ("flair", "t1", "t1ce", "t2", "t1n", "t1c", "t2w", "t2f")  # BraTS has one of them in the place of "seg"
 ABOVE = 127  # the pixels of a JPEG mask above this value are lesion
 SAMPLES = 32  # images that are opened at most to see whether they look like masks
+DARK = 0.03  # values up to this share of the largest one are background; a JPEG has some
+BRIGHT_SHARE = 0.8  # of what is not background in a mask, at least this share has nearly the largest value
 LABEL_VALUES = 8  # a volume of at most so many values, all whole, looks like a segmentation
 
 
@@ -40,36 +42,34 @@ def bare(stem: str) -> str:
 
 
 def refuse_look_alikes(rows: Sequence[Row], kind: Callable[[Row], str]) -> None:
-    """Raises InputError where an image of the rows looks like a mask.
-
-    A few images of each kind are opened. A picture with the values 0 and one other looks like a mask, and so does a
-    volume of few whole values.
-    """
+    """Raises InputError where an image of the rows looks like a mask; a few images of each kind are opened."""
     groups: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
         groups[kind(row)].append(row)
     most = max(1, SAMPLES // max(1, len(groups)))
-    for group in groups.values():
-        for row in group[:: max(1, len(group) // most)][:most]:
-            if _looks_like_mask(row.image[0]):
-                raise InputError(
-                    f"{row.image[0]}: looks like a mask, not like an image: move masks into a folder called mask"
-                )
+    samples = [row for group in groups.values() for row in group[:: max(1, len(group) // most)][:most]]
+    for row in samples[:: max(1, len(samples) // SAMPLES)]:
+        if _looks_like_mask(row.image[0]):
+            raise InputError(
+                f"{row.image[0]}: looks like a mask, not like an image: move masks into a folder called mask"
+            )
 
 
 def _looks_like_mask(path: str) -> bool:
+    """Whether nearly all of a picture is black or of one brightness, or a volume has few values, all whole."""
     if Path(path).is_dir():  # a DICOM series
         return False
     try:
         array = read_image(path).array
     except InputError:  # whoever reads the manifest is told
         return False
-    if array.shape[-1] > 1:
+    if array.shape[-1] > 1 or not array.min() == 0 < array.max():
         return False
-    values = np.unique(array)
     if array.ndim == 3:
-        return len(values) == 2 and values[0] == 0
-    return 1 < len(values) <= LABEL_VALUES and values[0] == 0 and bool((values == np.rint(values)).all())
+        marked = array[array > DARK * array.max()]
+        return bool(np.mean(marked > (1 - DARK) * array.max()) > BRIGHT_SHARE)
+    values = np.unique(array)
+    return len(values) <= LABEL_VALUES and bool((values == np.rint(values)).all())
 
 
 def sharp(mask: Path, out: Path) -> str:

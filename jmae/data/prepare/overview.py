@@ -40,9 +40,7 @@ def next_command(name: str, out: Path, rows: Sequence[Row], recipe: str, flags: 
     """The command line that trains on a manifest, or that scores it where it has nothing to train on."""
     manifest = out / "manifest.csv"
     if not any(row.split == "train" for row in rows):
-        return (
-            f"score it with a trained run: jmae evaluate --workdir RUN --manifest {manifest} --out RUN/{name}"
-        )
+        return f"score it with a trained run: jmae evaluate --workdir RUN --manifest {manifest} --out RUN/{name}"
     volumes = is_volume(rows[0])
     if not recipe:
         unlabeled = any(row.split == "unlabeled" for row in rows)

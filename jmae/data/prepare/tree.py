@@ -65,7 +65,8 @@ class Images:
         self.places: dict[str, list[Path]] = {}
         for path in files_below(root, ends):
             if not any(is_mask_folder(part) for part in path.relative_to(root).parts[:-1]):
-                self.places.setdefault(stem(path), []).append(path)
+                end = next(end for end in ends if path.name.lower().endswith(end))
+                self.places.setdefault(path.name[: -len(end)], []).append(path)
 
     def __len__(self) -> int:
         return sum(map(len, self.places.values()))

@@ -1,8 +1,8 @@
 """fastMRI+ (Zhao et al., Scientific Data 2022): boxes for fastMRI's brain and knee volumes.
 
 brain.csv or knee.csv has a row for each finding, `file,slice,study_level,x,y,width,height,label`. brain_file_list.csv
-or knee_file_list.csv, without a header, names the files that were read; a file in the list alone has no finding. FILE.h5 of
-fastMRI holds the images, `reconstruction_rss`; boxes count them flipped upside down, slices count from 0.
+or knee_file_list.csv, without a header, names the files that were read; a file in the list alone has no finding.
+FILE.h5 of fastMRI holds the images, `reconstruction_rss`; boxes count them flipped upside down, slices from 0.
 --part=brain or knee. Each slice is written as a 32-bit TIFF.
 
 ours: the labels of `HARMLESS` are no lesions. A file without a lesion is normal: of these files four fifths train and

@@ -27,6 +27,20 @@ def test_a_folder_of_masks_beside_the_images_never_becomes_test_images(tmp_path,
     assert rows["test_Ungood_img_00124_60"].mask == str(root / "test" / "Ungood" / folder / "00124_60.png")
 
 
+def test_a_mask_in_the_folder_of_its_image_is_no_image(tmp_path, capsys):
+    root = tmp_path / "root"
+    (
+        picture(root / "train/good/1.png"),
+        picture(root / "test/bad/7.png"),
+        picture(root / "test/bad/7_mask.png", mask=True),
+    )
+    rows, _ = prepared(capsys, "folders", f"--root={root}", out=tmp_path / "out")
+    assert kinds(rows) == {("train", 0, False): 1, ("test", 1, True): 1}
+    (root / "train/good/1.png").rename(root / "train/good/1_seg.png")
+    line = refused_in_one_line(capsys, "folders", f"--root={root}", out=tmp_path / "two")
+    assert "has no images in a folder train (left out: 2 files called like masks)" in line
+
+
 def test_a_folder_of_any_name_whose_files_have_the_images_names_is_a_question(tmp_path, capsys):
     root = tmp_path / "Brain"
     picture(root / "train/good/1.png"), picture(root / "test/Ungood/img/1.png"), picture(root / "test/Ungood/foo/1.png")

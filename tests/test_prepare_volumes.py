@@ -8,7 +8,9 @@ from PIL import Image
 from pydicom import uid
 from trees import dicom_file, kinds, lesion, picture, prepared, refused, refused_in_one_line, text, volume, workbook
 
+from jmae import recipe
 from jmae.data.files import read_image
+from jmae.data.preparation import prepared_volume
 from jmae.data.prepare import duke, fastmri_plus, nova
 from jmae.errors import InputError
 
@@ -59,7 +61,9 @@ def breasts(tmp_path):
     text(root / "Duke-Breast-Cancer-MRI" / "LICENSE", "CC BY-NC 4.0")
     names = [f"Breast_MRI_{k:03d}" for k in range(1, 7)]
     box = ["Patient ID", "Start Row", "End Row", "Start Column", "End Column", "Start Slice", "End Slice"]
-    workbook(root / "Annotation_Boxes.xlsx", [box, *([name, 2, 3, 1, 4, 2, 2] for name in names)])
+    columns = [(5, 8), (5, 8), (5, 8), (5, 8), (1, 4), (1, 4)]  # on the tumour's side
+    boxes = [[name, 2, 3, *own, 2, 2] for name, own in zip(names, columns, strict=True)]
+    workbook(root / "Annotation_Boxes.xlsx", [box, *boxes])
     clinical = [
         ["Patient Information", "", "Tumor"],
         ["Patient ID", "Bilateral Information ", "Position"],
@@ -89,12 +93,41 @@ def test_duke_chooses_series_by_description_halves_by_side_and_boxes_by_the_dire
     assert "1 second series of a kind" in said and "1 series of another kind" in said
     assert "1 bilateral cases" in said and "1 cases without phase 2" in said
     assert "--config maemi:paper" in said and "--config.data.region=nonzero" in said
-    # Columns 1 to 4, rows 2 to 3 and file 2, which is the second from below, or from above where z falls.
-    assert rows["Breast_MRI_001"].boxes == ((0, 1, 1, 4, 3, 2),) and two.boxes == ((0, 1, 3, 4, 3, 4),)
+    # Columns 5 to 8, rows 2 to 3 and file 2, which is the second from below, or from above where z falls.
+    assert rows["Breast_MRI_001"].boxes == ((4, 1, 1, 8, 3, 2),) and two.boxes == ((4, 1, 3, 8, 3, 4),)
     image = read_image(two.image[1]).array[..., 0]
     assert image.shape == (COLUMNS, ROWS, SLICES)
     x0, y0, z0, x1, y1, z1 = map(int, two.boxes[0])
-    np.testing.assert_array_equal(np.unique(image[x0:x1, y0:y1, z0:z1]), [310, 311, 312, 313, 320, 321, 322, 323])
+    np.testing.assert_array_equal(np.unique(image[x0:x1, y0:y1, z0:z1]), [314, 315, 316, 317, 324, 325, 326, 327])
+
+
+def test_the_volumes_of_duke_are_prepared_without_a_lesion_in_the_healthy_half(breasts, tmp_path, capsys):
+    rows, _ = prepared(capsys, "duke", f"--root={breasts}", out=tmp_path / "out")
+    data = recipe.load("maemi:small").data
+    for name in ("Breast_MRI_001", "Breast_MRI_003"):
+        assert prepared_volume(rows[name], data).array.shape == (ROWS, COLUMNS // 2, SLICES, 2)
+        other = rows[name]._replace(extra={**rows[name].extra, "half": "second"})
+        with pytest.raises(InputError, match="name the other half"):
+            prepared_volume(other, data)
+
+
+@pytest.mark.parametrize(
+    ("description", "kind"),
+    [
+        *(("Ax Vibrant MultiPhase", "pre"), ("t1_fl3d_tra_dynVIEWS_spair_ pre", "pre"), ("ax dynamic", "pre")),
+        *(("Ph1/Ax Vibrant MultiPhase", "1"), ("Ph2/ax 3d dyn MP", "2"), ("Ph3/ax dynamic", "3"), ("4th ax dyn", "4")),
+        *(("t1_fl3d_tra_dynVIEWS_spair 1st pass", "1"), ("t1_fl3d_tra_dynVIEWS_spair_2nd pass", "2")),
+        *(
+            ("ax dyn 1st pas", "1"),
+            ("ax 3d dyn 3rd pass", "3"),
+            ("Ax 3D T1 NON FS", "plain"),
+            ("AX IDEAL Breast", "plain"),
+        ),
+        *(("ax t1 tse +c", "plain"), ("ax t2", ""), ("Segmentation", ""), ("SUB ax dyn 1st pass", "")),
+    ],
+)
+def test_a_series_is_told_by_maemis_names(description, kind):
+    assert duke.kind_of(description) == kind
 
 
 def test_the_healthy_half_is_that_of_the_other_side_in_the_files_own_direction():

@@ -5,7 +5,7 @@
     val/..., unlabeled/...     the same for the splits val and unlabeled (optional)
     ground_truth/DEFECT        masks, NAME or NAME_mask. A folder holds masks if a word of its name is mask, truth,
                                annotation, label or seg (anomaly_mask, val_label, ...). It may lie anywhere, even in
-                               test/DEFECT beside img/
+                               test/DEFECT beside img/. NAME_mask is a mask in any folder
 
 The folder of a split may lie in another of the same split (Train/train/good), and may have a size and a view in its
 name (our_test_256_pa/abnormal_256). A mask may have the word mask, seg or label anywhere in its name, and seg in the
@@ -73,7 +73,7 @@ def sorted_folders(root: Path, out: Path, patterns: Sequence[str] = KNOWN) -> Pr
     other, ids = list[Path](), dict[Path, str]()
     for path in cases(root, other, ids):
         folders = folders_of(path, root)
-        if any(is_mask_folder(part) for part in folders):
+        if any(is_mask_folder(part) for part in folders) or is_mask_name(stem(path)):
             masks.append(path)
         elif not folders or not (split := split_of(folders[0])):
             left_out["files outside of train, val, test and unlabeled"] += 1
@@ -91,7 +91,8 @@ def sorted_folders(root: Path, out: Path, patterns: Sequence[str] = KNOWN) -> Pr
     if not any(row.split == "train" for row in rows):
         inner = sorted({p.parent.name for name in SPLITS for p in root.glob(f"*/{name}")})
         remedy = f"name a folder inside it: {', '.join(inner)}" if inner else "sort the images into train/good and test"
-        there = f" (left out: {in_words(left_out)})" if left_out else ""
+        left_out["files called like masks"] = len(masks)
+        there = f" (left out: {in_words(left_out)})" if +left_out else ""
         raise InputError(f"{root}: has no images in a folder train{there}: {remedy}")
     problems = [*questions(rows, root), *named_normal(rows, root)]
     rows = with_masks(rows, masks, root, out, problems)

@@ -306,7 +306,7 @@ def residual_scorer(config: ConfigDict, system: System, train: Volumes) -> Score
     assert system.sweep
     mean, components = crop_components(train)
 
-    def score(results: Any, image: Array, keys: Array) -> tuple[Array, Array]:
+    def score(results: Any, image: Array, keys: Array, groups: Array) -> tuple[Array, Array]:
         rest = image.reshape(len(image), -1) - results["mean"]
         rest = rest - (rest @ results["components"].T) @ results["components"]
         error = jnp.mean(rest.reshape(image.shape) ** 2, -1, keepdims=True)

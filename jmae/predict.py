@@ -12,8 +12,8 @@ Where two cases have one name, folders are added to the ids.
 Several runs give one answer: --workdir A --workdir B. Each run's predictions are in OUT/1, OUT/2, ... OUT then has the
 mean of their maps and of their normal scores, and one p-value (jmae.fusion). The runs need common held-out normals.
 
-CASES.csv lists cases instead. It has the columns id and image; region, midline and half may be needed where volumes are
-scored within a region or in two pieces. These columns are as in a manifest; its other columns are not read.
+CASES.csv lists cases instead. It has the column image; id may be missing, and region, midline and half are needed where
+volumes are scored within a region or in two pieces. These columns are as in a manifest; its other columns are not read.
 
 --out gets, for each case, ID_anomaly.nii.gz (for images .tif, 32 bits), ID_mask (8 bits) where the run is calibrated,
 ID_confidence where the system has one, ID_recon where the recipe has evaluation.reconstruction, and ID_overlay.png. The
@@ -61,13 +61,14 @@ from jmae.calibration import (
 from jmae.data.duplicates import content
 from jmae.data.files import Image, marks_of, read_image, write_map
 from jmae.data.manifest import Row, read_cases, wrong_pieces
+from jmae.data.names import id_of, names_of, stem_of
 from jmae.data.preparation import stored_case
 from jmae.data.slices import command, lie
 from jmae.errors import InputError, exit_code
 from jmae.fitting import restore_results
 from jmae.fusion import colours_of_file, common_normals, fused, fused_map, scores_of_normals
 from jmae.inference import Scorer, run_of, score_rows
-from jmae.inputs import SPLIT, cases_of, id_of, image_of_array, names_of, row_of, sequences, stem_of, with_spacing
+from jmae.inputs import SPLIT, cases_of, image_of_array, row_of, sequences, with_spacing
 from jmae.likeness import read_kind, unlike
 from jmae.outlines import least_voxels, outline
 from jmae.processes import keep_compiled

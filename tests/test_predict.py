@@ -23,6 +23,7 @@ from test_series import series
 
 import jmae
 from jmae import evaluate, fusion, inputs, passes, predict, recipe
+from jmae.data import names
 from jmae.data.cases import load_rows
 from jmae.data.files import read_image
 from jmae.data.transforms import resize, to_unit
@@ -221,7 +222,7 @@ def test_images_of_any_name_from_folders_keep_their_grid(images_run, tmp_path, c
     dicom(folder / "sub" / "plain.dcm", np.arange(30 * 20, dtype=np.uint16).reshape(20, 30))
     assert run(images_run, out, folder, picture(tmp_path / "one.png", 9)) == 0
     ids = set(table(out / "scores.csv"))
-    long = inputs.id_of("x" * 240)
+    long = names.id_of("x" * 240)
     assert ids == {"cases_a b", "sub_a b", "Zürich 影像", "1.2.840", "x;y", long, "plain", "one"}
     assert len(long.encode()) == 200 and "hidden" not in " ".join(os.listdir(out))
     assert left(out) == {f"{i}_{end}" for i in ids for end in ("anomaly.tif", "confidence.tif", "overlay.png")} | {

@@ -42,7 +42,8 @@ from PIL import Image as pillow
 
 from jmae.data.files import Image, write_map
 from jmae.data.loader import WORKERS
-from jmae.data.manifest import COLUMNS, ID_BYTES, PHANTOM, Row, parse_manifest, summary
+from jmae.data.manifest import COLUMNS, PHANTOM, Row, parse_manifest, summary
+from jmae.data.names import ID_BYTES
 from jmae.data.opening import lines_of, open_each
 from jmae.data.preparation import Opened, open_case, stored_image
 from jmae.errors import InputError, exit_code

@@ -199,6 +199,11 @@ def test_boxes_of_rsna_are_scaled_to_ddads_smaller_png_and_contradictions_are_to
     rows, _ = prepared(capsys, "rsna", f"--root={root}", out=tmp_path / "out")
     assert rows["e"].boxes == ((132, 76, 238.5, 265.5), (281, 76, 409, 302.5))
     ddad_list(root / "rsna_data.json", "a", "b", "c", "f", "d")
+    table = (root / "stage_2_train_labels.csv").read_text()
+    text(root / "stage_2_train_labels.csv", table.replace("10.0,20.0", "10.0,?"))
+    line = refused_in_one_line(capsys, "rsna", f"--root={root}", out=tmp_path / "two")
+    assert "row c,10.0,?,30.0,40.0,1: x, y, width, height are not numbers" in line
+    text(root / "stage_2_train_labels.csv", table)
     lines = refused(capsys, "rsna", f"--root={root}", out=tmp_path / "two")
     assert "f: Target 0, No Lung Opacity / Not Normal, but the list has Normal" in lines[0]
     assert "d: Target 0, Normal, but the list has Lung Opacity" in lines[1]
@@ -310,6 +315,13 @@ def test_zhanglab_of_kaggle_mendeley_and_datasetninja(tmp_path, capsys):
     }
     assert {row.patient for row in rows.values() if row.label} == {"trainval_person1946", "test_person1"}
     assert "1 abnormal training images" in said and "--config simsid:zhanglab" in said and "CC BY 4.0" in said
+    mendeley = tmp_path / "CellData"
+    for name in ("OCT/train/CNV/CNV-1-1", "OCT/train/NORMAL/NORMAL-1-1", "OCT/test/CNV/CNV-2-1"):
+        picture(mendeley / f"{name}.jpeg", size=(24, 24))
+    for name in ("train/NORMAL/NORMAL-1003233-0001", "test/NORMAL/NORMAL-1-1", "test/PNEUMONIA/VIRUS-1008087-0001"):
+        picture(mendeley / "chest_xray" / f"{name}.jpeg", size=(24, 24))
+    rows, _ = prepared(capsys, "zhanglab", f"--root={mendeley}", out=tmp_path / "mendeley")
+    assert len(rows) == 3 and {row.patient for row in rows.values()} == {"1003233", "", "1008087"}
     ninja = tmp_path / "ninja"
     for part, name in (
         ("train", "NORMAL-0001-1"),

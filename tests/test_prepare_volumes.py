@@ -299,7 +299,10 @@ def test_novas_rows_are_joined_by_file_name_and_gold_boxes_count(tmp_path, capsy
     rows, said = prepared(capsys, "nova", f"--root={tmp_path / 'nova'}", out=tmp_path / "out")
     assert rows["case1_1"].boxes == ((0, 1, 2, 4),) and rows["case1_1"].patient == "case1"
     assert rows["case2_1"].boxes == ((1, 1, 3, 4), (4, 1, 6, 4)) and "no normal image" in said
-    picture(tmp_path / "nova" / "images" / "case1_1.png", mask=True, size=(24, 24))
+    lines[1]["bboxes"] = {"x": [0], "y": [1]}  # as in an older version
+    line = refused_in_one_line(capsys, "nova", f"--root={tmp_path / 'nova'}", out=tmp_path / "x")
+    assert "case1_1.png: the boxes have no x, y, width, height and source" in line
+    lines[1]["bboxes"] = [box(0, "gold")]
     image = np.zeros((24, 24), np.uint8)
     image[5:9, 5:9] = 255
     Image.fromarray(image).save(tmp_path / "nova" / "images" / "case1_1.png")

@@ -17,6 +17,8 @@ are taken to begin anew in each split. The chest films have RSNA's ids (`patient
 import re
 from pathlib import Path
 
+import numpy as np
+
 from jmae.data.manifest import Row
 from jmae.data.prepare import Prepared, folders
 from jmae.data.prepare.patients import IMAGES_NOT_PATIENTS, KNOWN, nih_of_rsna
@@ -57,8 +59,9 @@ def prepare(root: Path, out: Path, seed: int, set: str = "") -> Prepared:
         "resc": "whether RESC numbers its volumes anew in each split is not published",
         "chest": "" if nih else IMAGES_NOT_PATIENTS,
     }
-    share = sum(row.split == "test" and row.label == 1 for row in rows) / sum(row.split == "test" for row in rows)
-    caution = [cautions.get(name, "")] + [f"{share:.0%} of the test is abnormal: AP begins there"] * (name == "chest")
+    tested = [row.label for row in rows if row.split == "test"]
+    share = f"{np.mean(tested):.0%} of the test is abnormal: AP begins there" if tested and name == "chest" else ""
+    caution = [cautions.get(name, ""), share]
     return made._replace(
         rows=rows,
         found=f"the set {name}: {made.found}",

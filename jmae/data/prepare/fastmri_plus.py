@@ -19,7 +19,7 @@ import numpy as np
 from jmae.data.files import Image, write_map
 from jmae.data.manifest import Row
 from jmae.data.prepare import Prepared, refuse, shuffle
-from jmae.data.prepare.tables import boxes_of, names_in, table_of
+from jmae.data.prepare.tables import boxes_of, names_in, numbers, table_of
 from jmae.data.prepare.tree import Images, one_file
 from jmae.errors import InputError
 
@@ -44,8 +44,8 @@ def prepare(root: Path, out: Path, seed: int, part: str = "brain") -> Prepared:
         if line["study_level"].lower() == "yes" or not line["width"]:
             whole[line["file"]].add(label)
         else:
-            x, y, width, height = (float(line[name]) for name in ("x", "y", "width", "height"))
-            boxes[line["file"]][int(line["slice"])].append((label, [x, y, x + width, y + height]))
+            x, y, width, height = numbers(line, ("x", "y", "width", "height"), table)
+            boxes[line["file"]][int(numbers(line, ["slice"], table)[0])].append((label, [x, y, x + width, y + height]))
     listed = names_in(one_file(root, f"{part}_file_list.csv", what="the list of fastMRI+"))
     places, files = Images(root, (".h5",)), {}
     for name in listed:

@@ -33,7 +33,7 @@ def prepare(root: Path, out: Path, seed: int) -> Prepared:
             raise InputError(f"{root}: {what} ISIC2018_Task3_{part}_GroundTruth.csv: copy the data set again")
         images = Images(root, (".jpg",))
         for line in table_of(tables[0], "image", *DIAGNOSES):
-            kind = next((name for name in DIAGNOSES if float(line[name] or 0) == 1), "")
+            kind = next((name for name in DIAGNOSES if line[name] in ("1", "1.0")), "")
             if not kind:
                 problems.append(f"{tables[0]}: {line['image']} has no diagnosis: copy the table again")
             elif split == "train" and kind != "NV":

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from jmae.data.manifest import Row
 from jmae.data.prepare import Prepared, refuse
-from jmae.data.prepare.tables import boxes_of, names_in, table_of
+from jmae.data.prepare.tables import boxes_of, names_in, numbers, table_of
 from jmae.data.prepare.tree import Images, files_below, named, one_file
 from jmae.errors import InputError
 
@@ -114,6 +114,6 @@ def bounding_boxes(root: Path) -> dict[str, list[list[float]]]:
     found = defaultdict[str, list[list[float]]](list)
     for path in named(root, "BBox_List_2017.csv")[:1]:
         for line in table_of(path, "Image Index", "Bbox [x", "y", "w", "h]"):
-            x, y, width, height = (float(line[name]) for name in ("Bbox [x", "y", "w", "h]"))
+            x, y, width, height = numbers(line, ("Bbox [x", "y", "w", "h]"), path)
             found[line["Image Index"]].append([x, y, x + width, y + height])
     return found

@@ -28,8 +28,12 @@ def prepare(root: Path, out: Path, seed: int) -> Prepared:
         if any(name not in line for name in NEEDED):
             raise InputError(f"{tables[0]}: has no column {next(n for n in NEEDED if n not in line)}: copy it again")
         found = images.find(str(line["filename"]), tables[0].name)
-        boxes = [one for one in line["bboxes"] or () if one.get("source") == "gold"] or list(line["bboxes"] or ())
-        corners = [[one["x"], one["y"], one["x"] + one["width"], one["y"] + one["height"]] for one in boxes]
+        try:
+            boxes = [one for one in line["bboxes"] or () if one["source"] == "gold"] or list(line["bboxes"] or ())
+            corners = [[one["x"], one["y"], one["x"] + one["width"], one["y"] + one["height"]] for one in boxes]
+        except (KeyError, TypeError):
+            what = "the boxes have no x, y, width, height and source"
+            raise InputError(f"{tables[0]}: {line['filename']}: {what}: copy nova-v1.parquet again") from None
         if found and not corners:
             left_out["images without a box"] += 1
         elif found:

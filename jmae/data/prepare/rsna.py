@@ -15,7 +15,7 @@ from jmae.data.files import image_size
 from jmae.data.prepare import Prepared, refuse
 from jmae.data.prepare.ddad import finished, rows_of
 from jmae.data.prepare.patients import IMAGES_NOT_PATIENTS, nih_of_rsna
-from jmae.data.prepare.tables import boxes_of, table_of
+from jmae.data.prepare.tables import boxes_of, numbers, table_of
 from jmae.data.prepare.tree import named, one_file, stem
 
 SIDE = 1024  # pixels of an original image
@@ -29,7 +29,7 @@ def prepare(root: Path, out: Path, seed: int) -> Prepared:
     for line in table_of(path, "patientId", "x", "y", "width", "height", "Target"):
         target[line["patientId"]] = line["Target"]
         if line["Target"] == "1":
-            x, y, width, height = (float(line[name]) for name in ("x", "y", "width", "height"))
+            x, y, width, height = numbers(line, ("x", "y", "width", "height"), path)
             boxes[line["patientId"]].append([x, y, x + width, y + height])
     detailed = named(root, "stage_2_detailed_class_info.csv")
     classes = (

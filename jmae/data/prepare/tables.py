@@ -2,10 +2,11 @@
 
 import csv
 import io
+import math
 import re
 import xml.etree.ElementTree as ET
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from jmae.errors import InputError
@@ -65,6 +66,18 @@ def table_of(path: Path, *needed: str, delimiter: str = ",") -> list[dict[str, s
             found.append(row)
     if not found:
         raise InputError(f"{path}: empty table: copy the original again")
+    return found
+
+
+def numbers(line: Mapping[str, str], names: Sequence[str], path: Path) -> list[float]:
+    """The numbers in some cells of a row. Raises InputError, which names the row, where a cell holds none."""
+    try:
+        found = [float(line[name]) for name in names]
+    except ValueError:
+        found = [math.nan]
+    if not all(map(math.isfinite, found)):
+        row = ",".join(list(line.values())[:8])
+        raise InputError(f"{path}: row {row}: {', '.join(names)} are not numbers: copy the original again")
     return found
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from jmae.data.prepare import Prepared, refuse
 from jmae.data.prepare.ddad import finished, rows_of
-from jmae.data.prepare.tables import boxes_of, table_of
+from jmae.data.prepare.tables import boxes_of, numbers, table_of
 from jmae.data.prepare.tree import DICOM, named, one_file, stem
 
 NORMAL = "no finding"
@@ -26,7 +26,7 @@ def prepare(root: Path, out: Path, seed: int) -> Prepared:
     for line in table_of(table, "image_id", "class_name", *CORNERS):
         findings[line["image_id"]].add(line["class_name"])
         if line["class_name"].lower() != NORMAL and all(line[name] for name in CORNERS):
-            boxes[line["image_id"]].append([float(line[name]) for name in CORNERS])
+            boxes[line["image_id"]].append(numbers(line, CORNERS, table))
     listed, left_out = rows_of(root, ("vin_data.json", "data.json"))
     rows, problems = [], []
     for name, row, label in listed:

@@ -23,6 +23,7 @@ ABNORMAL = r"(person\d+_|BACTERIA|VIRUS|PNEUMONIA)"
 def prepare(root: Path, out: Path, seed: int) -> Prepared:
     """Returns the rows and writes no file. Raises InputError with all problems."""
     tops = [place for place, _ in walk(root) if (place / "train").is_dir() and (place / "test").is_dir()]
+    tops = [place for place in tops if not (place / "train" / "CNV").is_dir()]  # Mendeley's OCT lies beside chest_xray
     if not tops:
         raise InputError(f"{root}: has no folders train and test: name the folder chest_xray")
     top = min(tops, key=lambda place: len(place.parts))

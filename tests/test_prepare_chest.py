@@ -339,3 +339,28 @@ def test_zhanglab_of_kaggle_mendeley_and_datasetninja(tmp_path, capsys):
     picture(ninja / "test/img/other/NORMAL-0004-1.jpeg", size=(24, 24))
     line = refused_in_one_line(capsys, "zhanglab", f"--root={ninja}", out=tmp_path / "three")
     assert "other: 1 files have the names of files in test/img: are they masks?" in line
+
+
+# A mask under the name of an image
+
+
+def test_a_mask_under_a_listed_name_is_refused(tmp_path, capsys, monkeypatch):
+    root = tmp_path / "covidx"
+    covid(root, "1 a.png negative cohen\n", "2 b.png negative cohen\n3 c.png positive cohen\n")
+    picture(root / "test" / "c.png", mask=True)
+    line = refused_in_one_line(capsys, "covidx", f"--root={root}", out=tmp_path / "x")
+    assert "test/c.png: looks like a mask, not like an image" in line
+    root = tmp_path / "kvasir"
+    for name in ("cecum/a.png", "segmented-images/images/p.png", "segmented-images/masks/p.png"):
+        picture(root / name, mask="a.png" not in name)
+    line = refused_in_one_line(capsys, "hyper_kvasir", f"--root={root}", out=tmp_path / "x")
+    assert "segmented-images/images/p.png: looks like a mask" in line
+    monkeypatch.setattr(chexpert, "PARTS", {0: {"train": 1}, 1: {"test": 1}})
+    root, film = tmp_path / "CheXpert-v1.0", "train/patient00001/study1/view1_frontal.jpg"
+    text(root / "train.csv", f"{HEAD}CheXpert-v1.0/{film},Male,50,Frontal,PA,1.0,,,,,,,,,,,,,\n")
+    picture(root / film)
+    image = np.zeros((64, 64), np.uint8)
+    image[8:40, 8:40] = 255
+    Image.fromarray(image).save(root / film)
+    line = refused_in_one_line(capsys, "chexpert", f"--root={root}", out=tmp_path / "x")
+    assert "view1_frontal.jpg: looks like a mask" in line

@@ -59,7 +59,7 @@ def prepare(root: Path, out: Path, seed: int, set: str = "") -> Prepared:
         "resc": "whether RESC numbers its volumes anew in each split is not published",
         "chest": "" if nih else IMAGES_NOT_PATIENTS,
     }
-    tested = [row.label for row in rows if row.split == "test"]
+    tested = [int(row.label == 1) for row in rows if row.split == "test"]
     share = f"{np.mean(tested):.0%} of the test is abnormal: AP begins there" if tested and name == "chest" else ""
     caution = [cautions.get(name, ""), share]
     return made._replace(

@@ -70,6 +70,12 @@ def test_only_controls_of_participants_tsv_train(tmp_path, capsys):
     assert "group has b (5), a (1): name the group that trains as normal: --control=VALUE" in line
     rows, _ = prepared(capsys, "bids", f"--root={root}", "--control=b", out=tmp_path / "three")
     assert sum(row.split == "train" for row in rows.values()) == 4
+    rows, _ = prepared(capsys, "bids", f"--root={root}", "--control=a,b", out=tmp_path / "four")
+    assert sum(row.label == 0 for row in rows.values()) == 5 and "sub-00001" not in {
+        row.id for row in rows.values() if row.split == "train"
+    }
+    line = refused_in_one_line(capsys, "bids", f"--root={root}", "--lesions=(", out=tmp_path / "five")
+    assert "--lesions=(: not a regular expression" in line
 
 
 def test_the_masks_of_two_raters_are_united_or_one_is_chosen(tmp_path, capsys):

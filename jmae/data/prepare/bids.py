@@ -11,8 +11,8 @@ JSON file has the Type Lesion. Masks of brains, faces and tissues are passed ove
 --lesions=REGEX then says which files are lesion masks. Several masks of a session, as of several raters, are united;
 --lesions may also choose one rater. A mask without a session belongs to the subject's only session.
 
-participants.tsv may tell the group of each subject. Then only controls train; --control=VALUE names their group where
-its name does not tell.
+participants.tsv may tell the group of each subject. Then only controls train; --control=VALUE[,VALUE] names their
+groups where the names do not tell.
 
 Subjects with a lesion are in the test, with as many subjects without a lesion (a seeded draw of at most half of the
 latter). Other sessions of a subject with a lesion are in the test without a label. So are all sessions of a subject
@@ -32,6 +32,7 @@ from jmae.data.files import read_image, read_mask
 from jmae.data.manifest import Row
 from jmae.data.prepare import Prepared, refuse, shuffle
 from jmae.data.prepare.folders import split_of
+from jmae.data.prepare.patients import compiled
 from jmae.data.prepare.tables import table_of
 from jmae.data.prepare.tree import files_below
 from jmae.errors import InputError
@@ -131,14 +132,14 @@ def subject_of(session: str) -> str:
 def find_masks(root: Path, trees: list[Path], lesions: str) -> tuple[dict[str, list[Path]], list[str]]:
     """The lesion masks of each session, or of the subject where a mask's name has no session; and what is unsure."""
     found: dict[str, list[Path]] = defaultdict(list)
-    unsure = []
+    unsure, pattern = [], compiled("lesions", lesions)
     for tree in trees:
         site = "" if len(trees) == 1 else "_".join([*tree.relative_to(root).parts, ""])
         for path in files_below(tree, (".nii", ".nii.gz")):
             match = re.fullmatch(rf"({PLACE})_.*{END}", path.name)
             if not match or not (lesions or suffix_of(path) in MASKS):
                 continue
-            is_lesion = bool(re.search(lesions, str(path.relative_to(root)))) if lesions else kind_of(path)
+            is_lesion = bool(pattern.search(str(path.relative_to(root)))) if lesions else kind_of(path)
             if is_lesion:
                 found[site + match[1]].append(path)
             elif is_lesion is None:
@@ -203,7 +204,7 @@ def patients_of(trees: list[Path], root: Path, subjects: set[str], control: str)
             continue
         values = Counter(row[column] for row in rows)
         controls = {value for value in values if re.fullmatch(CONTROLS, value, re.I)}
-        controls = {control} & values.keys() if control else controls
+        controls = {*control.split(",")} & values.keys() if control else controls
         named = True
         if not controls:
             there = ", ".join(f"{value or 'empty'} ({n})" for value, n in values.most_common())

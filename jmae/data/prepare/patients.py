@@ -49,16 +49,21 @@ def by_pattern(rows: Sequence[Row], pattern: str, root: Path | None) -> list[Row
 
     Raises InputError where the expression is wrong, or does not fit all paths.
     """
-    try:
-        search = re.compile(pattern).search
-    except re.error as error:
-        raise InputError(f"--patient={pattern}: not a regular expression ({error}): correct it") from None
+    search = compiled("patient", pattern).search
     paths = [row.image[0].removeprefix(f"{root}/") for row in rows]
     found = [search(path) for path in paths]
     if lost := [path for path, match in zip(paths, found, strict=True) if not match]:
         raise InputError(f"--patient={pattern}: does not fit {lost[0]} and {len(lost) - 1} more: correct it")
     name = lambda match: "_".join(match.groups(default="")) if match.groups() else match[0]
     return [row._replace(patient=name(match)) for row, match in zip(rows, found, strict=True)]
+
+
+def compiled(flag: str, pattern: str) -> re.Pattern[str]:
+    """The regular expression of a flag. Raises InputError where it is none."""
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise InputError(f"--{flag}={pattern}: not a regular expression ({error}): correct it") from None
 
 
 def nih_of_rsna(root: Path) -> dict[str, str]:

@@ -81,6 +81,14 @@ def test_mediclips_jpeg_masks_are_matched_and_cut(tmp_path, capsys):
     expected = np.zeros((32, 32), bool)
     expected[2:4, 3:5] = True
     assert mask[2:4, 3:5].all() and mask.sum() <= 12 and not mask[8:].any()
+    for kind, corner in (("a", 2), ("b", 20)):  # two masks of one name
+        picture(root / "test" / kind / "img" / "0.jpg", size=(32, 32))
+        values = np.zeros((32, 32), np.uint8)
+        values[corner : corner + 8, corner : corner + 8] = 255
+        (root / "test" / kind / "mask").mkdir()
+        Image.fromarray(values).save(root / "test" / kind / "mask" / "0.jpg")
+    rows, _ = prepared(capsys, "folders", f"--root={root}", out=tmp_path / "two")
+    assert read_mask(rows["test_a_img_0"].mask)[5, 5] and read_mask(rows["test_b_img_0"].mask)[23, 23]
 
 
 def test_the_segmentations_of_medianomalys_brats_have_seg_where_images_have_flair(tmp_path, capsys):

@@ -234,7 +234,7 @@ def with_masks(rows: list[Row], masks: list[Path], root: Path, out: Path, proble
         name = stem(Path(row.image[0]))
         fitting = same.get(name) or alike.get(bare(name), []) if row.label == 1 else []
         place = mask_of(row, fitting, root, classes, problems)
-        found.append(row._replace(mask=sharp(place, out) if place else None))
+        found.append(row._replace(mask=sharp(place, out / "masks" / f"{row.id}.png") if place else None))
     return found
 
 

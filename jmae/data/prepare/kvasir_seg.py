@@ -33,8 +33,8 @@ def prepare(root: Path, out: Path, seed: int) -> Prepared:
         ]
     )
     rows = [
-        Row(f"polyp_{name}", "", "test", 1, (str(images[name]),), sharp(masks[name], out), extra={"class": "polyp"})
-        for name in images
+        Row(f"polyp_{name}", "", "test", 1, (str(images[name]),), mask, extra={"class": "polyp"})
+        for name, mask in ((name, sharp(masks[name], out / "masks" / f"{name}.png")) for name in images)
     ]
     caution = "no normal image: image figures need normals of another set; HyperKvasir's polyps are the same pictures"
     return Prepared(

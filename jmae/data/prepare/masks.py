@@ -72,11 +72,11 @@ def _looks_like_mask(path: str) -> bool:
     return len(values) <= LABEL_VALUES and bool((values == np.rint(values)).all())
 
 
-def sharp(mask: Path, out: Path) -> str:
-    """The path of a mask with sharp edges: of the mask itself, or of a PNG in `out`/masks where the mask is a JPEG.
+def sharp(mask: Path, written: Path) -> str:
+    """The path of a mask with sharp edges: of the mask itself, or of a PNG, `written`, where the mask is a JPEG.
 
     Compression leaves rings of small values around the edges of a JPEG, so it is cut at 127.
     """
     if mask.suffix.lower() not in (".jpg", ".jpeg"):
         return str(mask)
-    return write_png(out / "masks" / mask.parent.name / f"{mask.stem}.png", read_image(mask).array.max(-1) > ABOVE)
+    return write_png(written, read_image(mask).array.max(-1) > ABOVE)

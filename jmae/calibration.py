@@ -13,7 +13,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from jmae import recipe
-from jmae.cards import rows_digest
+from jmae.cards import trained_on
 from jmae.data.cases import Cases
 from jmae.data.manifest import Row
 from jmae.errors import InputError
@@ -23,8 +23,9 @@ from jmae.inference import Scorer, score_rows
 from jmae.outlines import least_voxels, peak
 from jmae.report import PERCENTILES, Scale
 from jmae.results import Result, map_name
-from jmae.run_folder import digest, log, write_text
+from jmae.run_folder import log, write_text
 from jmae.scoring import Calibration, alarm_threshold, colour_ends
+from jmae.sealed import seal, unseal
 from jmae.seen import write_seen
 from jmae.system import Results, System, chosen_on_val, compute_type, fitted_rows, rows_read
 
@@ -115,7 +116,7 @@ def calibrate(
         "peaks": peaks,
         "fitted": sorted(fitted),
     }
-    write_text(workdir / CALIBRATION, json.dumps(content, indent=1))
+    write_text(workdir / CALIBRATION, seal(content))
     write_seen(workdir, normals)
     log(f"calibrated on {len(scores)} held-out normals: {workdir / CALIBRATION}")
     return Calibration(scores, low, high, tuple(needs), peaks, config.evaluation.mask_least, fitted)
@@ -158,8 +159,7 @@ def calibrate_run(
 
 def rows_changed(system: System, rows: Sequence[Row], workdir: Path) -> bool:
     """Whether the rows differ from the rows of the training, so that none of them may calibrate the run. Logs it."""
-    saved = rows_digest(system, workdir)
-    if saved in (None, digest(rows_read(system, rows))):
+    if trained_on(system, workdir, rows_read(system, rows)):
         return False
     log("warning: the manifest has changed since the training: not calibrated on it anew")
     return True
@@ -179,7 +179,7 @@ def read_calibration(
     """
     file = workdir / CALIBRATION
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = unseal(file.read_bytes(), file, log)
         scores = {str(name): float(score) for name, score in content["scores"].items()}
         low, high = (
             None if end is None else float(end) for end in map(content["colours"].__getitem__, ("low", "high"))

@@ -14,6 +14,7 @@ and metrics.json of their fused score (jmae.fusion).
 Exit codes: 0 done; 2 the input or the environment is wrong.
 """
 
+import contextlib
 import hashlib
 import json
 import sys
@@ -29,7 +30,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from jmae import metrics, recipe
+from jmae import checkpoint, metrics, recipe
 from jmae.baselines import Baselines, baselines_of
 from jmae.calibration import (
     ReferenceScores,
@@ -70,8 +71,9 @@ from jmae.outlines import MaskFigures
 from jmae.processes import join_processes, keep_compiled
 from jmae.report import Case, choose_cases, one_slice, shown_voxel, slice_side, write_report
 from jmae.results import Result, map_name, report_case
-from jmae.run_folder import log, output_folder, read_history, recipe_digest, write_csv, write_text
+from jmae.run_folder import log, output_folder, read_environment, read_history, recipe_digest, write_csv, write_text
 from jmae.scoring import Calibration
+from jmae.sealed import seal
 from jmae.seen import ALLOW, check_unseen, check_unseen_since
 from jmae.system import System, fitted_rows, load_system
 
@@ -107,8 +109,20 @@ def main(argv: list[str]) -> int:
             rows, unchecked = check_unseen(cases.rows, split, workdir, flags["manifest"], allow=allow)
         else:
             rows, unchecked = check_unseen_since(config, cases.rows, workdir)
-        evaluate(config, system, rows, workdir, split=split, out=out, of_run=of_run, unchecked=unchecked, cases=cases)
+        more = {"split": split, "out": out, "of_run": of_run, "unchecked": unchecked, "cases": cases}
+        with locked(workdir, out, of_run):
+            evaluate(config, system, rows, workdir, **more)
     return 0
+
+
+@contextlib.contextmanager
+def locked(workdir: Path, out: Path, of_run: bool) -> Iterator[None]:
+    """Locks the folder of the evaluation, and the run folder where that is written, too."""
+    with (
+        checkpoint.workdir_lock(workdir) if of_run else contextlib.nullcontext(),
+        checkpoint.workdir_lock(out, "--out"),
+    ):
+        yield
 
 
 # --- the evaluation ---------------------------------------------------------------------------------------------------
@@ -322,12 +336,12 @@ def write_evaluation(
         for row, digest in zip(split.rows, gathered.digests, strict=True)
     ]
     write_csv(out / "cases.csv", cases)
-    write_text(out / "config.json", recipe.to_json(config))  # with the settings of this evaluation
+    write_text(out / "config.json", seal(json.loads(recipe.to_json(config))))  # with the settings of this evaluation
     write_text(out / "metrics.json", json.dumps(metrics.json_ready(evaluation), indent=1))
-    environment = workdir / "environment.json"
-    about = json.loads(environment.read_text()) if environment.exists() else {}
     page, colours = {**evaluation, "table": table}, colours_of(calibration)
-    write_report(out / "report.html", page, gathered.cases, history, config.to_dict(), about, colours)
+    write_report(
+        out / "report.html", page, gathered.cases, history, config.to_dict(), read_environment(workdir), colours
+    )
 
 
 if __name__ == "__main__":

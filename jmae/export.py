@@ -48,6 +48,7 @@ from jmae.fitting import restore_results
 from jmae.inference import run_of
 from jmae.passes import each_replicate, seeds_of, sweep_volume
 from jmae.run_folder import log
+from jmae.sealed import seal, unseal
 from jmae.system import Results, System, load_system
 from jmae.target import portable
 
@@ -131,7 +132,7 @@ def export(
         "replicates": seeds,
         "data": json.loads(recipe.to_json(config))["data"],  # how files become images
         "evaluation": json.loads(recipe.to_json(config))["evaluation"],
-        "calibration": calibration and json.loads((workdir / CALIBRATION).read_text(encoding="utf-8")),
+        "calibration": calibration and unseal((workdir / CALIBRATION).read_bytes(), CALIBRATION, None),
         "jax": jax.__version__,
         "use": "for research, not for clinical use",
     }
@@ -142,7 +143,7 @@ def export(
         (half / FUNCTION).write_bytes(exported.serialize())
         safetensors.numpy.save_file(weights, half / WEIGHTS)
         about["sha256"] = {name: sha256(half / name) for name in (FUNCTION, WEIGHTS)}
-        (half / ABOUT).write_text(json.dumps(about, indent=1) + "\n")
+        (half / ABOUT).write_text(seal(about))
         for name in (FUNCTION, WEIGHTS, ABOUT):  # the last file makes the folder an export
             os.replace(half / name, out / name)
         half.rmdir()
@@ -193,13 +194,14 @@ def load(folder: str | Path) -> tuple[Callable[[Any, Any], dict[str, np.ndarray]
     """
     folder = Path(folder)
     try:
-        about = json.loads((folder / ABOUT).read_text())
-        if changed := [name for name, digest in about["sha256"].items() if sha256(folder / name) != digest]:
+        about = unseal((folder / ABOUT).read_bytes(), folder / ABOUT, log)
+        if changed := [name for name in (FUNCTION, WEIGHTS) if sha256(folder / name) != about["sha256"][name]]:
             raise ValueError(f"{' and '.join(changed)} changed since")
         exported = stablehlo.deserialize(bytearray((folder / FUNCTION).read_bytes()))
         weights = jax.device_put(safetensors.numpy.load_file(folder / WEIGHTS))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{folder}: no whole export ({error}): run python -m jmae.export again") from None
+    except Exception as error:  # the readers of both files raise anything on damage
+        why = f"{ABOUT} lacks {error}" if isinstance(error, KeyError) else str(error).split("\n")[0]
+        raise InputError(f"{folder}: no whole export ({why}): run python -m jmae.export again") from None
     if jax.default_backend() not in exported.platforms:
         raise InputError(f"{folder}: exported for {', '.join(exported.platforms)}, not for {jax.default_backend()}")
     call = jax.jit(exported.call)

@@ -21,6 +21,7 @@ from jmae import metrics, recipe
 from jmae.errors import InputError
 from jmae.report.compare import common_cases, labels_of, read_runs, scores_of
 from jmae.run_folder import log, output_folder, write_csv, write_text
+from jmae.sealed import unseal
 
 Scores = NDArray[np.float64]
 
@@ -91,7 +92,7 @@ def colours_of_file(workdir: Path) -> tuple[float, float] | None:
 def _calibration(workdir: Path) -> dict[str, Any]:
     file = workdir / "calibration.json"
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = unseal(file.read_bytes(), file, None)  # `read_calibration` says where it is unchecked
         if not all(isinstance(content[key], dict) for key in ("scores", "colours")):
             raise ValueError("no scores")
         return content

@@ -27,6 +27,7 @@ from jmae.passes import BatchPass, Pass, SweepPass, local_mesh
 from jmae.processes import gather
 from jmae.results import Result
 from jmae.run_folder import log
+from jmae.run_recipe import read_run
 from jmae.scoring import top_mean
 from jmae.sharding import device_mesh, replicated
 from jmae.system import Results, System, stage_keys
@@ -45,7 +46,7 @@ def run_of(flags: dict[str, str]) -> tuple[Path, ConfigDict]:
     if "workdir" not in flags:
         raise InputError("no run folder: write --workdir=DIR")
     workdir = Path(flags["workdir"])
-    config = recipe.read(workdir)
+    config = read_run(workdir)
     recipe.override(config, flags, "evaluation.")
     return workdir, config
 
@@ -225,7 +226,7 @@ def prepared_groups(scorer: Scorer, rows: Sequence[Row], failed: Failed | None =
     def attempt(row: Row) -> Prepared | Exception:
         try:
             return scorer.prepare(row)
-        except (InputError, MemoryError) as error:
+        except Exception as error:  # whatever a case does to the libraries, the others go on
             if failed is None:
                 raise
             return error

@@ -5,7 +5,6 @@ p-value then calms for no reason. trained_on.json of a run folder has the range 
 run was trained on. A case outside a range gets a warning, and no p-value above the alarm rate (`jmae.predict`).
 """
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,7 +15,8 @@ import numpy as np
 from jmae.data.files import Image
 from jmae.data.transforms import resize, to_unit
 from jmae.errors import InputError
-from jmae.run_folder import write_text
+from jmae.run_folder import log, write_text
+from jmae.sealed import seal, unseal
 
 TRAINED_ON = "trained_on.json"
 LIKENESS = "likeness to the mean image"
@@ -91,7 +91,7 @@ def write_kind(workdir: Path, traits: Sequence[Traits]) -> None:
     """Writes trained_on.json of a run folder; nothing where no image was read from a file."""
     if traits:
         kind = kind_of(traits)
-        write_text(workdir / TRAINED_ON, json.dumps(kind | {"layout": kind["layout"].tolist()}, indent=1))
+        write_text(workdir / TRAINED_ON, seal(kind | {"layout": kind["layout"].tolist()}))
 
 
 def read_kind(workdir: Path) -> dict[str, Any] | None:
@@ -99,7 +99,7 @@ def read_kind(workdir: Path) -> dict[str, Any] | None:
     phantoms. Raises InputError where the file is damaged."""
     file = workdir / TRAINED_ON
     try:
-        kind = json.loads(file.read_text(encoding="utf-8"))
+        kind = unseal(file.read_bytes(), file, log)
         ranges = {str(name): (float(low), float(high)) for name, (low, high) in kind["ranges"].items()}
         layout = np.array(kind["layout"], np.float32)
         if layout.shape not in ((SIDE,) * 2, (SIDE,) * 3):

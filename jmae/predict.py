@@ -32,6 +32,7 @@ others go on.
 Exit codes: 0 done; 1 some cases failed; 2 the input or the environment is wrong.
 """
 
+import contextlib
 import csv
 import glob
 import hashlib
@@ -47,7 +48,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image as pillow
 
-from jmae import recipe
+from jmae import checkpoint, recipe
 from jmae.calibration import (
     LOCATING_COLUMNS,
     alarm_rate,
@@ -74,10 +75,13 @@ from jmae.outlines import least_voxels, outline
 from jmae.processes import keep_compiled
 from jmae.report import PERCENTILES, Scale, blend
 from jmae.results import Result
-from jmae.run_folder import add_history, log, output_folder, read_history, write_bytes, write_csv, write_text
+from jmae.run_folder import add_line, log, output_folder, write_bytes, write_csv, write_text
+from jmae.run_recipe import read_run
 from jmae.scoring import Calibration
+from jmae.sealed import seal_line, unseal
 from jmae.seen import read_seen
 from jmae.system import System, load_system
+from jmae.tables import plain
 
 DONE = ".scores.jsonl"  # in --out: first the run and its settings, then a line for each case that is done
 
@@ -126,7 +130,9 @@ def main(argv: list[str]) -> int:
         rows = read_cases(flags["manifest"], SPLIT)
     keep_compiled()
     try:
-        return predict_rows(open_run(workdir, config), rows, out, further=further)
+        run = open_run(workdir, config)
+        with checkpoint.workdir_lock(out, "--out"):
+            return predict_rows(run, rows, out, further=further)
     except KeyboardInterrupt:
         log("interrupted: the same command with --continue finishes what is missing")
         return 130
@@ -183,7 +189,7 @@ def load(workdir: str | os.PathLike) -> Callable[..., Prediction]:
       midline, half: for a volume of two pieces, as in a manifest: "middle" or an index; "first" or "second".
     """
     workdir = Path(workdir)
-    run = open_run(workdir, recipe.read(workdir))
+    run = open_run(workdir, read_run(workdir))
 
     def predict(
         image: Any,
@@ -293,7 +299,7 @@ def scores_in(folder: Path) -> dict[str, dict[str, str]]:
     if not (folder / "scores.csv").exists():
         return {}
     with open(folder / "scores.csv", newline="", encoding="utf-8") as file:
-        return {line["id"]: line for line in csv.DictReader(file)}
+        return {plain(line["id"]): line for line in csv.DictReader(file)}
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
@@ -321,8 +327,8 @@ def predict_rows(run: Run, rows: Sequence[Row], out: Path, *, further: bool) -> 
     failed: list[dict[str, str]] = []
 
     def fail(row: Row, error: Exception) -> None:
-        reason = str(error) or f"{row.image[0]}: does not fit in the memory: crop or resample it"
-        log(f"failed: {row.id}: {reason}")
+        reason = printable(why_failed(row, error))
+        log(f"failed: {printable(row.id)}: {reason}")
         texts = {"id": row.id, "image": ";".join(row.image), "reason": reason}
         failed.append({k: text.encode(errors="backslashreplace").decode() for k, text in texts.items()})
 
@@ -335,8 +341,22 @@ def predict_rows(run: Run, rows: Sequence[Row], out: Path, *, further: bool) -> 
             continue
         files = write_case(run, result, out, colours)
         done[row.id] = {"id": row.id, "image": list(row.image), "of": stamps(row), "files": files, "line": line}
-        add_history(out / DONE, done[row.id])
+        add_line(out / DONE, seal_line(done[row.id]))
     return finish(rows, done, failed, out)
+
+
+def why_failed(row: Row, error: Exception) -> str:
+    """Why a case has no score, in one line."""
+    if isinstance(error, MemoryError):
+        return f"{row.image[0]}: does not fit in the memory: crop or resample it"
+    if isinstance(error, InputError):
+        return str(error)
+    return f"{row.image[0]}: cannot be used ({type(error).__name__}: {error}): export it again, or report this"
+
+
+def printable(text: str) -> str:
+    """The text with its control characters written out: a terminal obeys those of a file's name or header."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def stamps(row: Row) -> list[list]:
@@ -359,7 +379,7 @@ def begin(run: Run, out: Path, further: bool) -> dict[str, dict[str, Any]]:
     head = json.loads(
         json.dumps({**run.identity, "calibration": hashlib.sha256(repr(calibration).encode()).hexdigest()})
     )
-    lines = read_history(out / DONE)
+    lines = read_done(out / DONE)
     if not further and ((out / DONE).exists() or (out / "scores.csv").exists()):
         raise InputError(f"{out}: holds predictions: add --continue to finish them, or name another --out")
     if lines and lines[0] != head:
@@ -368,8 +388,22 @@ def begin(run: Run, out: Path, further: bool) -> dict[str, dict[str, Any]]:
         raise InputError(f"{out}: holds a scores.csv that nothing can be added to: name another --out")
     whole = [line for line in lines[1:] if all((out / file).exists() for file in line["files"])]
     done = {line["id"]: line for line in whole}
-    write_text(out / DONE, "".join(f"{json.dumps(line)}\n" for line in [head, *done.values()]))
+    write_text(out / DONE, "".join(f"{seal_line(line)}\n" for line in [head, *done.values()]))
     return done
+
+
+def read_done(file: Path) -> list[dict[str, Any]]:
+    """The lines of `DONE`. A line that is torn or damaged is left out, so that its case is predicted again."""
+    lines = []
+    try:
+        for text in file.read_bytes().splitlines():
+            with contextlib.suppress(ValueError):
+                lines.append(unseal(text, file, None))
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read ({error.strerror}): check its rights") from None
+    return lines[:1] + [line for line in lines[1:] if {"id", "image", "of", "files", "line"} <= line.keys()]
 
 
 def write_case(run: Run, result: Result, out: Path, colours: Scale | None) -> list[str]:
@@ -409,6 +443,7 @@ def overlay(stored: Image, heat: np.ndarray, colours: Scale | None) -> np.ndarra
       heat: the map (*size).
       colours: the colour scale; None takes the map's own.
     """
+    heat, stored = np.nan_to_num(heat), stored._replace(array=np.nan_to_num(stored.array, posinf=0, neginf=0))
     low, high = (float(end) for end in np.percentile(heat, PERCENTILES))
     colourful = heat.ndim == 2 and stored.array.shape[-1] == 3
     shown, colours = (
@@ -426,6 +461,7 @@ def overlay(stored: Image, heat: np.ndarray, colours: Scale | None) -> np.ndarra
 def finish(rows: Sequence[Row], done: Mapping[str, Mapping], failed: Sequence[Mapping[str, str]], out: Path) -> int:
     """Writes scores.csv of all cases that are done, and failed.csv; logs the counts and returns the exit code."""
     now = {row.id for row in rows}
+    failed = [*failed, *(line for line in read_failed(out) if line["id"] not in now and line["id"] not in done)]
     lines = [done[name]["line"] for name in done if name not in now]
     lines += [done[row.id]["line"] for row in rows if row.id in done and done[row.id]["image"] == list(row.image)]
     if lines:
@@ -438,8 +474,20 @@ def finish(rows: Sequence[Row], done: Mapping[str, Mapping], failed: Sequence[Ma
         (out / "failed.csv").unlink(missing_ok=True)
     log(f"{len(lines)} cases: {out / 'scores.csv'}" if lines else "no case was predicted")
     if failed:
-        log(f"{len(failed)} of {len(rows)} cases failed: {out / 'failed.csv'}: mend them and add --continue")
+        log(
+            f"{len(failed)} of {len(failed) + len(lines)} cases failed: {out / 'failed.csv'}: "
+            "mend them and add --continue"
+        )
     return 1 if failed else 0
+
+
+def read_failed(out: Path) -> list[dict[str, str]]:
+    """The lines of failed.csv; empty where there is none."""
+    try:
+        text = (out / "failed.csv").read_text(encoding="utf-8")
+        return [{k: plain(cell) for k, cell in line.items()} for line in csv.DictReader(io.StringIO(text), strict=True)]
+    except (OSError, ValueError, AttributeError, csv.Error):
+        return []
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from jmae.errors import InputError
+from jmae.sealed import unseal
 
 HERE = Path(__file__).parent
 RECIPES = HERE / "recipes" if (HERE / "recipes").is_dir() else HERE.parent / "configs"
@@ -132,6 +133,13 @@ SHARED = {
     "steps_per_dispatch": Key(
         0, "Steps that one program runs. 0 takes several where batches are small, and one on a CPU.", least=0
     ),
+    "skip_nonfinite": Key(
+        0,
+        "Steps of a stage, at most, whose update is dropped because its loss or gradient is not finite; the next one "
+        "stops the run. Presets other than `paper` have 3.",
+        "steps",
+        least=0,
+    ),
     "checkpoint_every": Key(500, "Steps between two checkpoints.", "steps", least=1),
     "log_every": Key(10, "Steps between two lines of metrics.jsonl.", "steps", least=1),
     "tensorboard": Key(False, "Whether metrics are written to TensorBoard files, too."),
@@ -160,6 +168,12 @@ SHARED = {
         (224, 224), "Size of an image, or of a crop of a volume, as the network sees it.", "pixels", least=1
     ),
     "data.channels": Key(1, "Channels of an image as it is read.", least=1),
+    "data.nonfinite": Key(
+        "refuse",
+        'Images with NaN or Inf: "refuse" them, or count such values as "zero", in an image as its lowest value. Maps '
+        "are NaN there, and no metric counts them.",
+        choices=("refuse", "zero"),
+    ),
     "data.window": Key(
         (), "Stored values that become 0 and 1; all others are clipped. CT in HU: -1024,3071.", length=2, empty=True
     ),
@@ -330,7 +344,8 @@ def preset(system: str, presets: Mapping[str, Mapping[str, Any]], name: str) -> 
     if unknown := [key for key in changes if key not in declared]:
         raise ValueError(f"preset {name}: {unknown[0]} is no key of {system}: {nearest(unknown[0], list(declared))}?")
     config = ConfigDict({"system": system})
-    for key, value in ({key: one.default for key, one in declared.items()} | dict(changes)).items():
+    ours = {} if name.startswith("paper") else {"skip_nonfinite": 3}
+    for key, value in ({key: one.default for key, one in declared.items()} | ours | dict(changes)).items():
         *sections, last = key.split(".")
         place = config
         for section in sections:
@@ -577,11 +592,14 @@ def read(workdir: Path) -> ConfigDict:
     """The recipe of a run folder; raises InputError where there is none."""
     file = workdir / "config.json"
     try:
-        text = file.read_text(encoding="utf-8")
-        if not isinstance(json.loads(text), dict) or "system" not in json.loads(text):
+        content = unseal(file.read_bytes(), file, None)  # `run_folder.refuse_other_recipe` compares older ones, too
+        if "system" not in content:
             raise ValueError("it names no system")
-        return brought_up(from_json(text))
+        return brought_up(from_json(json.dumps(content)))
     except OSError:
         raise InputError(f"{workdir}: no config.json: name the folder of a run (python -m jmae.train)") from None
     except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
-        raise InputError(f"{file}: is no recipe ({error}): restore it, or train again") from None
+        why = str(error.args[0] if error.args else error).strip("\"'").partition("\\n")[0].partition("\n")[0]
+        why = f"it lacks {why}" if isinstance(error, KeyError) else why
+        remedy = "restore it, or run the training command again, which writes it"
+        raise InputError(f"{file}: is no recipe of a run ({why}): {remedy}") from None

@@ -34,7 +34,15 @@ class Result(NamedTuple):
         Arrays are float32 on the case's own grid, (*size) or for "recon" (*size, c), and means over replicates. The
         reconstruction has the values of the stored image.
         """
-        back = lambda values: np.asarray(self.case.on_own_grid(values), np.float32)
+        missing = self.case.missing
+
+        def back(values: np.ndarray) -> np.ndarray:
+            array = np.asarray(self.case.on_own_grid(values), np.float32)
+            if missing is not None:
+                array = array.copy()
+                array[missing] = np.nan
+            return array
+
         found: dict[str, np.ndarray] = {}
         if "anomaly" in names and map_name(system) in self.maps:
             found["anomaly"] = back(self.maps[map_name(system)].mean(0))

@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,7 @@ from jmae.programs import (
     compiled_steps,
     finite,
     next_dispatch,
+    skipping,
     steps_of_dispatch,
 )
 from jmae.progress import drawing, profiled_steps, profiling, progress, signals, tensorboard
@@ -55,9 +57,11 @@ from jmae.run_folder import (
     describe_run,
     digest,
     fixed,
+    images_digest,
     log,
     write_csv,
 )
+from jmae.run_recipe import refuse_other_recipe, saved_recipe
 from jmae.seen import check_unseen_by_source, read_seen, write_seen
 from jmae.sharding import device_mesh, place_batch, place_whole
 from jmae.system import (
@@ -94,6 +98,7 @@ def main(argv: list[str]) -> int:
 def run(config: ConfigDict, workdir: Path) -> int:
     """Trains and evaluates in `workdir`; the caller holds its lock."""
     system = load_system(config)
+    refuse_other_recipe(config, workdir)
     devices = device_mesh(config.fsdp).size
     check_batches(system, devices)
     for stage in system.stages:
@@ -160,7 +165,7 @@ class Course:
         steps: number of the stage's steps.
         keys: the key of the stage, one a replicate.
         results: results of the earlier stages.
-        identity: recipe and rows, with which a checkpoint must agree.
+        identity: recipe, rows and images, with which a checkpoint must agree.
         checked_rows: rows of each of the stage's checks; none: the check does not run.
         watched: samples that the stage only watches; None: there are none.
     """
@@ -220,7 +225,7 @@ def train_stage(
         steps=max(1, round(np.mean([stage.steps(len(table)) * k for table, k in zip(tables, paces, strict=True)]))),
         keys=stage_keys(config, number),
         results=results,
-        identity={"recipe": fixed(config), "rows": digest(samples.rows)},
+        identity={"recipe": fixed(config), "rows": digest(samples.rows), "images": images_digest(samples.rows)},
         checked_rows=checked_rows,
         watched=watched if stage.watch else None,
         mesh=device_mesh(config.fsdp),
@@ -238,7 +243,9 @@ def begin_stage(course: Course, *, first: bool) -> tuple[State, int, dict[str, A
     """(state, steps done, position of the data) from which a stage goes on."""
     config, stage = course.config, course.stage
     state = compiled_init(stage, len(course.tables[0]), config.replicates, course.mesh)(course.keys, course.results)
-    found = checkpoint.restore(course.folder, state, config=course.identity, log=log)
+    found = checkpoint.restore(
+        course.folder, state, config=course.identity, log=log, brought_up=partial(saved_identity, course)
+    )
     if first:  # only now: `restore` refuses a folder of another configuration, which stays as it is
         describe_run(config, course.workdir)
     if found:
@@ -255,6 +262,15 @@ def begin_stage(course: Course, *, first: bool) -> tuple[State, int, dict[str, A
         return state, 0, {}
     checkpoint.save(course.folder, course.steps, state, {"steps": course.steps}, config=course.identity)
     return state, course.steps, {}
+
+
+def saved_identity(course: Course, saved: Mapping[str, Any]) -> dict[str, Any]:
+    """What a checkpoint holds, as this version writes it."""
+    if "images" not in saved:
+        log(f"{course.folder}: an earlier version wrote it, without digests of its images: they are not compared")
+    found = {"images": course.identity["images"], **saved}
+    same = saved.get("recipe", {}).get("system") == course.config.system
+    return found | ({"recipe": saved_recipe(saved["recipe"], course.config)} if same else {})
 
 
 def take_steps(
@@ -287,9 +303,10 @@ def take_steps(
 
     def program(compile: Callable, *last: Any) -> Callable:
         """A compiled step. Stages that share a step share it."""
-        form = (compile, stage.step, steps, *last)
+        step = skipping(stage.step) if config.skip_nonfinite else stage.step
+        form = (compile, step, steps, *last)
         if form not in programs:
-            programs[form] = compile(stage.step, steps, n, crop, mesh, *last)
+            programs[form] = compile(step, steps, n, crop, mesh, *last)
         return programs[form]
 
     one_step = {phase: program(compiled_step, phase) for phase in dict.fromkeys(stage.phases)}
@@ -316,7 +333,7 @@ def take_steps(
         profiling(config, course.workdir, name) as profile,
         signals() as stopped,
     ):
-        record = Record(course, [show, draw], start, position.get("seen", []))
+        record = Record(course, [show, draw], start, position.get("seen", []), position.get("skipped", 0))
         done = start
         while done < steps:
             count = next_dispatch(done, steps, length, len(stage.phases), halts)
@@ -346,6 +363,7 @@ def take_steps(
                 if not finite((state.params, state.stats)):
                     raise NonFiniteLoss(f"stage {name}, step {done}: weights not finite; {record.remedy()}")
                 position = {"data": iterator.get_state(), "seen": record.since_line, "steps": steps}
+                position |= {"skipped": record.skipped} if record.skipped else {}
                 checkpoint.save(course.folder, done, state, position, config=course.identity)
                 record.saved = done
             else:
@@ -364,6 +382,7 @@ class Record:
         pending: dispatches (first step, samples' numbers, metrics) whose metrics are still on the device.
         since_line: metrics of the steps since the last line; a checkpoint holds them.
         saved: the last step that was saved.
+        skipped: steps of the stage so far whose update was dropped (`skip_nonfinite`).
     """
 
     def __init__(
@@ -372,8 +391,10 @@ class Record:
         readers: Sequence[Callable[[Mapping], None]],
         start: int,
         since_line: list[dict[str, float]],
+        skipped: int = 0,
     ):
         self.course, self.readers, self.saved, self.since_line = course, readers, start, since_line
+        self.skipped = skipped
         self.pending: list[tuple[int, list[np.ndarray], dict]] = []
         self.clock: tuple[float, int] | None = None  # time and step of this process's last fetch
         self.pace: dict[str, float] = {}
@@ -407,14 +428,17 @@ class Record:
             replicate = int(np.argmin(np.isfinite(metrics[bad[0]])))  # the first one that failed
             table = course.tables[replicate]
             ids = ", ".join(course.samples.rows[i].id for i in table[np.atleast_2d(index)[replicate] % len(table)])
-            raise NonFiniteLoss(
-                f"stage {course.stage.name}, step {step}: {' and '.join(bad)} not finite; batch: {ids}; {self.remedy()}"
-            )
-        self.since_line.append({name: float(np.mean(value)) for name, value in metrics.items()})
-        if step % course.config.log_every == 0 or step == course.steps:
+            what = f"stage {course.stage.name}, step {step}: {' and '.join(bad)} not finite; batch: {ids}"
+            if self.skipped >= course.config.skip_nonfinite:
+                raise NonFiniteLoss(f"{what}; {self.remedy()}")
+            self.skipped += 1
+            log(f"warning: {what}; its update is dropped: {self.skipped} of {course.config.skip_nonfinite}")
+        else:
+            self.since_line.append({name: float(np.mean(value)) for name, value in metrics.items()})
+        if self.since_line and (step % course.config.log_every == 0 or step == course.steps):
             names = self.since_line[0]
             means = {name: float(np.mean([one[name] for one in self.since_line])) for name in names}
-            self._write(step, means | self.pace)
+            self._write(step, means | ({"skipped": self.skipped} if self.skipped else {}) | self.pace)
             self.since_line.clear()
 
     def _measure(self, step: int) -> None:

@@ -8,9 +8,10 @@ import pytest
 from PIL import Image as pillow
 
 from jmae.data.files import Image, write_map
-from jmae.data.manifest import COLUMNS, Row, parse_manifest, read_cases, summary
+from jmae.data.manifest import COLUMNS, Row, held_out, parse_manifest, read_cases, summary
 from jmae.data.opening import lines_of, open_each
 from jmae.errors import InputError
+from jmae.seen import SeenRows
 
 HEAD = ",".join(COLUMNS)
 GOOD = [
@@ -213,6 +214,30 @@ def test_all_problems_are_told_at_once_and_many_of_a_kind_are_counted(tmp_path):
 def test_duplicate_ids_are_refused_even_where_one_row_is_ignored(tmp_path):
     (line,) = problems(manifest(tmp_path, "a,P,test,0,a.png,,", "b,P,test,0,b.png,,", "a,Q,extra,0,c.png,,"))
     assert line == "id 'a' is in lines 2, 4: give each row its own"
+
+
+SPELLINGS = [
+    ("P1", "p1"),
+    ("Ångström", "A\u030angstro\u0308m"),
+    ("ﬁle", "file"),
+    ("a  b", "a b"),
+    ("Straße", "STRASSE"),
+]
+
+
+@pytest.mark.parametrize("first, second", SPELLINGS)
+def test_names_that_differ_by_case_unicode_form_or_spaces_alone_are_one(tmp_path, first, second):
+    parse = lambda *lines: parse_manifest(manifest(tmp_path, *lines))[2]
+    (leak,) = parse(f"x,{first},train,0,a.png,,", f"y,{second},test,0,b.png,,")
+    assert f"patient {first!r} or {second!r} is in train and test" in leak
+    (repeated,) = parse(f"{first},,train,0,a.png,,", f"{second},,train,0,b.png,,")
+    assert f"id {first!r} or {second!r} is in lines 2, 3: give each row its own" in repeated
+    assert not parse(f"x,{first},train,0,a.png,,", f"y,{second},train,0,b.png,,")
+    seen = SeenRows([Row("x", first, "train", 0, ())])
+    assert seen.leak(Row("y", second, "test", 0, ()), "test") == "the patient of y is that of x, train of the run"
+    rows = [Row(f"i{i}", f"P{i // 2}" if i % 2 else f"p{i // 2}", "train", 0, ()) for i in range(40)]
+    apart = held_out(rows, 0.1)
+    assert apart.any() and (apart[::2] == apart[1::2]).all()
 
 
 def test_blank_patients_are_patients_of_their_own(tmp_path):

@@ -352,7 +352,7 @@ def test_a_loss_that_is_not_finite_within_a_dispatch_is_told_by_its_step(go, tmp
     sick = lambda row, *args: real(row, *args) * (np.nan if row.id == "train-0-3" else 1)
     monkeypatch.setattr(loader, "prepared_image", sick)
     monkeypatch.setattr(train, "place_batch", lambda batch, *a, **k: seen.append(batch) or at(batch, *a, **k))
-    changes = (*ONE_STAGE, "pretrain.batch=4", "checkpoint_every=4", "steps_per_dispatch=4")
+    changes = (*ONE_STAGE, "pretrain.batch=4", "checkpoint_every=4", "steps_per_dispatch=4", "skip_nonfinite=0")
     code, said = go(tmp_path / "run", *changes)
     healthy = np.isfinite(np.concatenate([batch["image"] for batch in seen])).all((1, 2, 3, 4))
     first = int(healthy.argmin()) + 1  # of each step one batch
@@ -373,7 +373,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_batch(go, tmp_pat
     monkeypatch.setattr(loader, "prepared_image", sick)
     seen, at = [], train.place_batch
     monkeypatch.setattr(train, "place_batch", lambda batch, *a, **k: seen.append(batch) or at(batch, *a, **k))
-    code, said = go(tmp_path / "run", *ONE_STAGE, f"replicates={replicates}", "checkpoint_every=1")
+    code, said = go(tmp_path / "run", *ONE_STAGE, f"replicates={replicates}", "checkpoint_every=1", "skip_nonfinite=0")
     first = next(k for k, batch in enumerate(seen, 1) if not np.isfinite(batch["image"]).all())
     bad = np.isfinite(seen[first - 1]["image"]).reshape(replicates, -1).all(1).argmin()
     assert code == 3

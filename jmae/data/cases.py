@@ -70,7 +70,7 @@ class KeptCase(NamedTuple):
     def of(cls, case: Prepared, arrays: dict[str, Callable[[], np.ndarray | None]]) -> "KeptCase":
         """Takes the arrays out of a case. `arrays` read them again: "array", and of a volume "stored" and
         "subtraction"."""
-        masks = {"lesion": case.lesion, "region": case.region}
+        masks = {"lesion": case.lesion, "region": case.region, "missing": case.missing}
         empty: dict[str, Any] = {**dict.fromkeys(masks), "array": _NOTHING, "stored": None, "subtraction": None}
         if volume := case.volume:
             masks |= {"volume lesion": volume.lesion, "volume region": volume.region}
@@ -167,7 +167,7 @@ class Cases:
     def take(self, row: Row, case: Opened) -> None:
         """Keeps what the command needs of an opened case. Raises InputError where the case cannot be used."""
         data = self.config.data
-        usable(row, case.image, tuple(data.size), data.channels)
+        usable(row, case.image, data)
         if not case.complete:
             return
         if row.id in self.trained:

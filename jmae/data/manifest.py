@@ -14,6 +14,7 @@ import hashlib
 import io
 import math
 import os
+import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -110,12 +111,10 @@ def parse_manifest(
             problems["abnormal"].append(f"line {line}: {row.id!r} is abnormal and in train: {remedy}")
         rows.append(row)
 
-    for case, lines in lines_of.items():
-        if case and len(lines) > 1:
-            problems["id"].append(f"id {case!r} is in lines {', '.join(map(str, lines))}: give each row its own")
+    problems["id"] += _repeated(lines_of)
     for leak in leaks(rows):
         problems[f"{leak.kind} leak"].append(leak.what)
-    if not rows and not problems:
+    if not rows and not any(problems.values()):
         instead = f", only {', '.join(map(repr, other))}" if other else ""
         problems["empty"].append(f"no row of {', '.join(SPLITS)}{instead}: fill the column split")
     told = (lines for kind, lines in problems.items() if kind not in allow)
@@ -138,10 +137,8 @@ def read_cases(path: str | os.PathLike, split: str) -> list[Row]:
         known = {name: cells.get(name, "") for name in read} | {"patient": "", "label": "", "mask": "", "split": split}
         rows.append(_row(line, known, folder, problems))
         lines_of[rows[-1].id].append(line)
-    for case, lines in lines_of.items():
-        if case and len(lines) > 1:
-            problems["id"].append(f"id {case!r} is in lines {', '.join(map(str, lines))}: give each row its own")
-    if problems:
+    problems["id"] += _repeated(lines_of)
+    if any(problems.values()):
         raise InputError(
             "\n".join(f"{os.fspath(path)}: {line}" for lines in problems.values() for line in first(lines))
         )
@@ -152,7 +149,7 @@ def leaks(rows: Sequence[Row]) -> list[Finding]:
     """Each patient (kind "patient") and each file ("image") that is in two splits."""
     found = []
     named = {
-        "patient": [(row.patient, row) for row in rows if row.patient],
+        "patient": [(same_name(row.patient), row) for row in rows if row.patient],
         "image": [(file, row) for row in rows for file in (*row.image, *row.pre, *row.post)],
     }
     for kind, pairs in named.items():
@@ -162,7 +159,8 @@ def leaks(rows: Sequence[Row]) -> list[Finding]:
         for name, own in sharing.items():
             splits = [split for split in SPLITS if split in {row.split for row in own}]
             if len(splits) > 1:
-                what = f"{kind} {name!r} is in {' and '.join(splits)}: keep it in one split"
+                spellings = dict.fromkeys(row.patient for row in own) if kind == "patient" else (name,)
+                what = f"{kind} {' or '.join(map(repr, spellings))} is in {' and '.join(splits)}: keep it in one split"
                 found.append(Finding(kind, tuple(own), what))
     return found
 
@@ -200,8 +198,26 @@ def held_out(rows: Sequence[Row], share: float) -> Bool[np.ndarray, " n"]:
     of their names, and none where there are fewer than ten."""
     digest = lambda name: hashlib.sha256(name.encode()).hexdigest()
     names = sorted({row.patient or row.id for row in rows if row.split == "train"}, key=digest)
-    held = set(names[: math.ceil(share * len(names)) if len(names) >= 10 else 0])
-    return np.array([row.split == "train" and (row.patient or row.id) in held for row in rows], bool)
+    held = {same_name(name) for name in names[: math.ceil(share * len(names)) if len(names) >= 10 else 0]}
+    return np.array([row.split == "train" and same_name(row.patient or row.id) in held for row in rows], bool)
+
+
+def same_name(name: str) -> str:
+    """The name without what people vary by mistake: case, the Unicode form of a letter, the number of spaces."""
+    return " ".join(unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", name).casefold()).split())
+
+
+def _repeated(lines_of: Mapping[str, Sequence[int]]) -> list[str]:
+    """A problem for each id that several rows have, also where they write it in other ways (`same_name`)."""
+    spellings: dict[str, list[str]] = defaultdict(list)
+    for case in filter(None, lines_of):
+        spellings[same_name(case)].append(case)
+    each = [(ids, sorted(line for case in ids for line in lines_of[case])) for ids in spellings.values()]
+    return [
+        f"id {' or '.join(map(repr, ids))} is in lines {', '.join(map(str, lines))}: give each row its own"
+        for ids, lines in each
+        if len(lines) > 1
+    ]
 
 
 def _cells(

@@ -19,6 +19,8 @@ from jmae.errors import InputError
 from jmae.report.charts import FAINT, chart
 from jmae.report.page import auroc_axis_start, settings_digest, templates, write_page
 from jmae.report.words import flat_settings
+from jmae.sealed import unseal
+from jmae.tables import plain
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -61,16 +63,18 @@ def read_run(folder: Path) -> Run:
         figures = json.loads((inner / "metrics.json").read_text())
         with open(inner / "scores.csv", newline="") as file:
             cases = {
-                row["id"]: (int(row["label"]), float(row["score"])) for row in csv.DictReader(file) if row["label"]
+                plain(row["id"]): (int(row["label"]), float(row["score"]))
+                for row in csv.DictReader(file)
+                if row["label"]
             }
         with open(inner / "cases.csv", newline="") as file:
             case_rows = list(csv.DictReader(file))
-        patients = {row["id"]: row["patient"] for row in case_rows}
-        images = {row["id"]: row["image"] for row in case_rows}
-        config = json.loads((inner / "config.json").read_text())
+        patients = {plain(row["id"]): plain(row["patient"]) for row in case_rows}
+        images = {plain(row["id"]): row["image"] for row in case_rows}
+        config = unseal((inner / "config.json").read_bytes(), inner / "config.json", None)
         files = [path / "environment.json" for path in (folder, inner.parent)]
-        environment: dict[str, Any] = next((json.loads(file.read_text()) for file in files if file.exists()), {})
-    except (OSError, ValueError, KeyError) as error:
+        environment = next((unseal(file.read_bytes(), file, None) for file in files if file.exists()), {})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, csv.Error, RecursionError) as error:
         why = getattr(error, "strerror", None) or error
         raise InputError(
             f"{folder}: no complete evaluation ({why}): run python -m jmae.evaluate --workdir=DIR"

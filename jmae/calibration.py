@@ -65,6 +65,7 @@ def reference_scores(config: ConfigDict, system: System, results: Iterable[Resul
         if maps is not None:
             least = least_voxels(config.evaluation.mask_least, result.case.geometry.spacing)
             own = result.written(system, ["anomaly"])["anomaly"]
+            own = np.nan_to_num(own, nan=np.nanmin(own))  # where the image has no value
             peaks[-1] = peak(own, least, result.case.counted_voxels())
     return ReferenceScores(rows, np.stack(scores, 1), np.array(ends), np.array(peaks))
 

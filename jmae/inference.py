@@ -28,7 +28,7 @@ from jmae.processes import gather
 from jmae.results import Result
 from jmae.run_folder import log
 from jmae.run_recipe import read_run
-from jmae.scoring import top_mean
+from jmae.scoring import case_score
 from jmae.sharding import device_mesh, replicated
 from jmae.system import Results, System, stage_keys
 
@@ -160,14 +160,17 @@ class Scorer:
     def result(self, case: Prepared, arrays: Mapping[str, Any], seconds: float = 0.0) -> Result:
         """A case's result from the arrays of a pass.
 
-        ours: a volume's score is the mean of the highest values of its map in the region, a share `evaluation.top` of
-        them. (The papers score voxels only.)
+        ours: a map for which the pass gives no score has that of `evaluation.case_score`, "top" where the recipe has no
+        such key: of a volume, the mean of the highest values in the region, a share `evaluation.top` of them. (The
+        papers score voxels only.)
         """
-        scores = arrays.get("scores")
-        if scores is None:
-            assert case.volume
-            top = lambda m: top_mean(m, case.volume.region, self.config.evaluation.top)
-            scores = {name: np.array([top(m) for m in maps]) for name, maps in arrays["maps"].items()}
+        evaluation, region = self.config.evaluation, case.volume and case.volume.region
+        rule, above = evaluation.get("case_score", "top"), evaluation.get("part_above", 0.0)
+        scores = dict(arrays.get("scores", {}))
+        for name, maps in arrays["maps"].items():
+            if name not in scores:
+                of = lambda m: case_score(rule, m, region, share=evaluation.top, above=above)
+                scores[name] = np.array([of(m) for m in maps])
         further = arrays.get("reconstruction"), arrays.get("confidence"), arrays.get("pictures", {})
         return Result(
             case, arrays["maps"], scores, *further, seconds, arrays.get("score_error"), arrays.get("measured")

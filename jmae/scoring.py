@@ -7,6 +7,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
+from scipy import ndimage
 
 from jmae.errors import InputError
 
@@ -41,6 +42,20 @@ def top_mean(values: np.ndarray, region: np.ndarray | None, share: float) -> flo
     values = values.ravel() if region is None else values[region]
     k = max(1, round(share * values.size))
     return float(np.partition(values, -k)[-k:].mean(dtype=np.float64))
+
+
+def case_score(rule: str, values: np.ndarray, region: np.ndarray | None, *, share: float, above: float) -> float:
+    """A case's score from its map inside a region (None: everywhere).
+
+    Args:
+        rule: "mean" of the values; "top", the mean of the highest (`top_mean`); or "part", the number of voxels of the
+            largest connected part whose values lie above `above`. Voxels of a part share a side.
+        share: of the values that "top" averages.
+    """
+    if rule == "part":
+        labels, _ = ndimage.label((values > above) if region is None else (values > above) & region)
+        return float(np.bincount(labels.ravel())[1:].max(initial=0))
+    return top_mean(values, region, 1.0 if rule == "mean" else share)
 
 
 def auroc(scores: Float[Array, " n"], labels: Int[Array, " n"] | Bool[Array, " n"]) -> Float[Array, ""]:

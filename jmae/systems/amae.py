@@ -28,7 +28,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Key, PyTree
 from ml_collections import ConfigDict
 
-from jmae import recipe
+from jmae import recipe, residuals
 from jmae.anomalies.anatpaste import anatpaste, jittered, lung_field
 from jmae.data.manifest import Row
 from jmae.data.transforms import moments_of
@@ -53,7 +53,7 @@ from jmae.nn.mae import MAE
 from jmae.nn.transformer import linear
 from jmae.optim import adamw, begin, descend
 from jmae.patches import patchify
-from jmae.reconstruct import Predictor, Reconstruction, reconstruct
+from jmae.reconstruct import Reconstruction, reconstruct
 from jmae.run_folder import log
 from jmae.sharding import device_gather, device_mean
 from jmae.system import (
@@ -157,6 +157,8 @@ KEYS = {
     ),
     "evaluation.masks": recipe.Key(4, "Masks of a test image, the same for modules A and B.", least=1),
     **recipe.MASKS_OF,
+    **residuals.KEYS,
+    **residuals.IMAGE_KEYS,
     "evaluation.discrepancy": recipe.Key(
         "reconstruction",
         'The primary score: "reconstruction", Eq. 4; "nearer" (ours), its half where module B is nearer the image; '
@@ -302,7 +304,7 @@ def margin_of(networks: Networks, results: Results, image: Float[Array, "b *size
 
 def masked_passes(
     config: ConfigDict, batch: PyTree, key: Key[Array, ""], chunk: int | None
-) -> Callable[[Predictor], Reconstruction]:
+) -> Callable[..., Reconstruction]:
     """The function that reconstructs a batch by a predictor, under the masks of a test."""
     return partial(
         reconstruct,
@@ -316,6 +318,29 @@ def masked_passes(
     )
 
 
+def evidence(
+    networks: Networks, found: Reconstruction, results: Results, raw: Float[Array, "b *size c"]
+) -> residuals.Evidence:
+    """What a reconstruction by a predictor of normal images says of images, for `evaluation.residual`."""
+    config, n = networks.config, len(raw)
+    mean, std = moments_of(raw, config.data)
+    flat = lambda value: jnp.broadcast_to(value, (n, *[1] * (raw.ndim - 2), config.model.channels)).reshape(n, -1)
+    black, white = flat((0 - mean) / std), flat((1 - mean) / std)
+    feature = config.evaluation.residual == "feature"
+    mae = networks.mae_of(results[normal_error(config)[0]]["params"]) if feature else None
+    span = jnp.max(white, 1) - jnp.min(black, 1)
+    return residuals.evidence(standardised(raw, config), found.measured, black, span, mae, tuple(config.model.patch))
+
+
+def batch_evidence(
+    networks: Networks, predict: Callable[..., Array], results: Results, batch: PyTree, key: Key[Array, ""]
+) -> residuals.Evidence:
+    """The same of a batch, for a fit."""
+    view = masked_passes(networks.config, batch, key, networks.config.evaluation.chunk or None)
+    found = view(partial(predict, results), measure=residuals.under_mask)
+    return evidence(networks, found, results, batch["image"])
+
+
 def score(
     networks: Networks, results: Results, batch: PyTree, key: Key[Array, ""], *, chunk: int | None = None
 ) -> dict[str, Any]:
@@ -323,7 +348,12 @@ def score(
     config, raw = networks.config, batch["image"]
     names, image, view = VARIANTS[config.variant], standardised(raw, config), masked_passes(config, batch, key, chunk)
     autoencoders = [name for name in names if name in ("pretrain", "module_a", "module_b")]
-    passes = {name: view(networks.mae_of(results[name]["params"]).predictions) for name in autoencoders}
+    measures: dict[str, Any] = {normal_error(config)[0]: {"measure": residuals.under_mask}}
+    measures = measures if residuals.wanted(config) else {}
+    passes = {
+        name: view(networks.mae_of(results[name]["params"]).predictions, **measures.get(name, {}))
+        for name in autoencoders
+    }
     maps = {"mae": jnp.mean(passes["pretrain"].error, axis=-1)}
     if "module_b" in passes:
         a, b = passes["module_a"], passes["module_b"]
@@ -347,8 +377,12 @@ def score(
         each = passes["pretrain" if primary == "mae" else "module_a"].errors
         each = each - passes["module_b"].errors if primary == "stage2_error" else each
         more = {"score_error": standard_error(each)} if each.shape[1] > 1 else {}
+    if residuals.wanted(config):
+        of = evidence(networks, passes[normal_error(config)[0]], results, raw)
+        maps[primary] = residuals.anomaly_map(config, of, results)
+        scores |= residuals.device_score(config, maps[primary])
     mean, std = moments_of(raw, config.data)
-    normal = passes["module_a" if "module_a" in passes else "pretrain"].mean  # what normal anatomy would look like
+    normal = passes[normal_error(config)[0]].mean  # what normal anatomy would look like
     if raw.shape[-1] != config.model.channels:
         normal = jnp.mean(normal, axis=-1, keepdims=True)
     return {"maps": maps, "scores": scores, "reconstruction": normal * std + mean} | more
@@ -369,7 +403,7 @@ def predicted(networks: Networks, results: Results, patches: Array, keep: Array,
 
 
 def error_score(
-    config: ConfigDict,
+    networks: Networks,
     predict: Callable[..., Array],
     results: Results,
     batch: PyTree,
@@ -378,9 +412,16 @@ def error_score(
     chunk: int | None = None,
 ) -> dict[str, Any]:
     """The reconstruction error of images by any predictor, in place of the network's; see `System.score`."""
-    name, found = normal_error(config)[1], masked_passes(config, batch, key, chunk)(partial(predict, results))
+    config = networks.config
+    name, view = normal_error(config)[1], masked_passes(config, batch, key, chunk)
+    found = view(partial(predict, results), measure=residuals.under_mask)
     error = jnp.mean(found.error, -1)
-    return {"maps": {name: error}, "scores": {name: jnp.mean(error, tuple(range(1, error.ndim)))}}
+    maps, scores = {name: error}, {name: jnp.mean(error, tuple(range(1, error.ndim)))}
+    if residuals.wanted(config):
+        of = evidence(networks, found, results, batch["image"])
+        maps[primary_of(config)] = residuals.anomaly_map(config, of, results)
+        scores |= residuals.device_score(config, maps[primary_of(config)])
+    return {"maps": maps, "scores": scores}
 
 
 # --- pseudo-labels: one sweep over the unlabelled images --------------------------------------------------------------
@@ -620,6 +661,8 @@ def home_made(weights: str) -> bool:
 
 def primary_of(config: ConfigDict) -> str:
     """The name of the primary score."""
+    if residuals.wanted(config):
+        return config.evaluation.residual
     two = "module_b" in VARIANTS[config.variant]
     return DISCREPANCIES[config.evaluation.discrepancy] if two else config.variant
 
@@ -628,6 +671,7 @@ def build(config: ConfigDict) -> System:
     """The AMAE system that a recipe describes; raises InputError on settings that do not fit together."""
     if config.data.unlabeled_size and config.data.anomaly_ratio < 0:
         raise InputError("data.unlabeled_size goes with data.anomaly_ratio: set that too, or take it back to 0")
+    residuals.check(config, config.evaluation.masks)
     names, networks = VARIANTS[config.variant], networks_of(config)
     notes = [HOME_MADE] if home_made(config.model.weights) else []
     if config.variant not in NORMALS_ALONE and (note := ratio_note(config)):
@@ -635,6 +679,7 @@ def build(config: ConfigDict) -> System:
     if config.variant == "b_perfect":
         notes.append("variant b_perfect was trained on the hidden labels: it is a control, no method")
     primary = primary_of(config)
+    fits_of = lambda predict: residuals.fits(config, partial(batch_evidence, networks, predict), "masks", "paste")
     system = System(
         name="amae",
         stages=tuple(stage for stage in stages(networks) if stage.name in names),
@@ -643,15 +688,20 @@ def build(config: ConfigDict) -> System:
         score=partial(score, networks),
         masks=config.evaluation.masks,
         repetitions="masks",
-        averaged=primary not in ("stage2", "stage2_nearer"),  # differences of means
+        averaged=primary not in ("stage2", "stage2_nearer", *residuals.NAMES),  # differences of means
+        fits=fits_of(partial(predicted, networks)),
         notes=tuple(notes),
     )
-    error = normal_error(config)[1]
+    if config.evaluation.residual == "feature":  # only the network has features
+        return system
+    name = primary if residuals.wanted(config) else normal_error(config)[1]
     prediction = Prediction(
         predict=partial(predicted, networks),
         view=partial(standardised, config=config),
         patch=tuple(config.model.patch),
         ratio=config.adapt.mask_ratio,
-        beside=lambda predict: replace(system, primary=error, map=error, score=partial(error_score, config, predict)),
+        beside=lambda predict: replace(
+            system, primary=name, map=name, score=partial(error_score, networks, predict), fits=fits_of(predict)
+        ),
     )
     return replace(system, prediction=prediction)

@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 from ml_collections import ConfigDict
 
-from jmae import recipe
+from jmae import recipe, residuals
 from jmae.data.transforms import random_flip
 from jmae.data.volumes import check_settings
 from jmae.errors import InputError
@@ -118,6 +118,8 @@ KEYS = {
     "evaluation.stride": recipe.Key((64, 42, 2), "Distance between windows.", "voxels", least=1, length=3),
     "evaluation.repeats": recipe.Key(6, "Sweeps over all windows, each with new masks.", least=1),
     **recipe.MASKS_OF,
+    **residuals.KEYS,
+    **residuals.VOLUME_KEYS,
     "evaluation.mask_ratio": recipe.Key(0.90, "Share of a window's tokens that a mask hides.", above=0, below=1),
     "evaluation.filter": recipe.Key((3, 3, 2), "Edges of the minimum filter.", "voxels", least=1, length=3),
     "evaluation.error": recipe.Key(
@@ -213,17 +215,31 @@ def window_error(
     error = minimum_filter(squared, edges)
     if networks.config.evaluation.error == "hidden" and max(edges) > 1:
         error = jnp.where(absent, minimum_filter(jnp.where(absent, squared, jnp.inf), edges), error)
-    return jnp.concatenate([error, prediction], -1), jnp.where(absent, 1, VISIBLE)
+    values, config = [error, prediction], networks.config
+    if residuals.wanted(config):
+        one = residuals.under_mask(image, prediction, absent[..., 0])
+        values.append(residuals.window_values(image, one))
+        if config.evaluation.residual == "feature":
+            mae = networks.mae_of(results["train"]["params"])
+            made = image + one["residual"]
+            values.append(residuals.features_apart(mae, image, made, tuple(config.model.patch))[..., None])
+    return jnp.concatenate(values, -1), jnp.where(absent, 1, VISIBLE)
 
 
-def fuse(
-    edges: tuple[int, ...], results: Results, averages: Float[Array, "*size k"], inside: Bool[Array, "*size"]
-) -> dict:
-    """Eq. 3: the mean over sequences, after a second minimum filter with these edges."""
-    error, prediction = jnp.split(averages, 2, -1)
+def fuse(config: ConfigDict, results: Results, averages: Float[Array, "*size k"], inside: Bool[Array, "*size"]) -> dict:
+    """Eq. 3: the mean over sequences, after a second minimum filter; beside it the map of `evaluation.residual`."""
+    error, prediction, further = jnp.split(averages, [config.data.channels, 2 * config.data.channels], -1)
     mean = jnp.where(inside, jnp.mean(error, -1), jnp.inf)
-    fused = minimum_filter(mean[None, ..., None], edges)[0, ..., 0]
-    return {"maps": {"maemi": jnp.where(inside, fused, 0)}, "reconstruction": prediction}
+    maps = {"maemi": minimum_filter(mean[None, ..., None], tuple(config.evaluation.filter))[0, ..., 0]}
+    if residuals.wanted(config):
+        of = residuals.volume_evidence(config, further[None], inside[None])
+        maps[config.evaluation.residual] = residuals.anomaly_map(config, of, results)[0]
+    return {"maps": {name: jnp.where(inside, m, 0) for name, m in maps.items()}, "reconstruction": prediction}
+
+
+def batch_evidence(config: ConfigDict, results: Results, batch: PyTree, key: Key[Array, ""]) -> residuals.Evidence:
+    """What the averages of a volume say of it, for a fit."""
+    return residuals.volume_evidence(config, batch["average"][..., 2 * config.data.channels :], batch["inside"])
 
 
 # --- system -----------------------------------------------------------------------------------------------------------
@@ -232,6 +248,7 @@ def fuse(
 def check(config: ConfigDict) -> None:
     """Raises InputError on settings that do not fit together."""
     check_settings(config.data)
+    residuals.check(config, config.evaluation.repeats)
     if config.compat.averaging and config.evaluation.error == "hidden":
         raise InputError("compat.averaging is of evaluation.error='all', as the released code: set that")
     tokens = prod(grid_of(tuple(config.data.size), tuple(config.model.patch)))
@@ -275,18 +292,28 @@ def build(config: ConfigDict) -> System:
         by_case=by_case,
         score=partial(window_error, networks),
         example=partial(reconstructed, networks),
-        fuse=partial(fuse, tuple(evaluation.filter)),
+        fuse=partial(fuse, config),
         average=partial(
             average, weighted=evaluation.error == "hidden", released=data.channels if compat.averaging else 0
         ),
         tile=partial(tile, released=compat.averaging),
     )
-    system = System(name="maemi", stages=(stage,), uses=("train",), primary="maemi", sweep=sweep, repetitions="repeats")
+    system = System(
+        name="maemi",
+        stages=(stage,),
+        uses=("train",),
+        primary=evaluation.residual if residuals.wanted(config) else "maemi",
+        sweep=sweep,
+        repetitions="repeats",
+        fits=residuals.fits(config, partial(batch_evidence, config), "repeats", "mask_ratio", "error", "stride"),
+    )
 
     def beside(predict: Callable[..., Array]) -> System:
         other = replace(networks, predict=predict)
         return replace(system, sweep=replace(sweep, score=partial(window_error, other), example=None))
 
+    if evaluation.residual == "feature":  # only the network has features
+        return system
     ratio = evaluation.mask_ratio
     prediction = Prediction(
         predict=networks.predict, view=partial(clean, config), patch=patch, ratio=ratio, beside=beside

@@ -24,7 +24,7 @@ import optax
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 from ml_collections import ConfigDict
 
-from jmae import recipe
+from jmae import recipe, residuals
 from jmae.data.transforms import moments_of
 from jmae.data.volumes import check_settings
 from jmae.errors import InputError
@@ -63,6 +63,7 @@ from jmae.windows import average
 LUMINANCES = ("standardised", "unit", "none")
 VISIBLE = 1e-6  # weight of a mask that does not hide a voxel: only a voxel that no mask hides has those masks' mean
 SCORES = ("ms_ssim", "ms_ssim_patches", "mse", "ms_ssim_product")  # the last one is of whole images, without a map
+FITTED_BY = ("masks", "mask_ratio", "paste", "average")  # settings that change a fit
 MEANS = {
     "ms_ssim": "map",
     "mse": "error",
@@ -103,6 +104,7 @@ KEYS = {
     "evaluation.score": recipe.Key("ms_ssim", "The primary score.", choices=SCORES),
     "evaluation.masks": recipe.Key(10, "Masks of a test image.", least=1),
     **recipe.MASKS_OF,
+    **residuals.KEYS,
     "evaluation.mask_ratio": recipe.Key(0.75, "Share of the tokens that a mask hides.", above=0, below=1),
     "evaluation.paste": recipe.Key(
         True, "Whether visible patches are the input's [D]; False: the decoder's output everywhere."
@@ -141,6 +143,7 @@ KEYS = {
     ),
 }
 IMAGE_KEYS = {
+    **residuals.IMAGE_KEYS,
     "data.crop_from": recipe.Key(
         (),
         "Size of the images that random crops are taken from; (): data.size.",
@@ -156,6 +159,7 @@ IMAGE_KEYS = {
     ),
 }
 VOLUME_KEYS = {
+    **residuals.VOLUME_KEYS,
     "data.channels": recipe.Key(2, "Sequences of a volume.", least=1),
     "data.clip": recipe.Key((0.001, 1.5), "Bounds of the values that the network sees.", length=2),
     "data.flips": recipe.Key((0, 1), "Axes, each mirrored with probability 1/2.", choices=(0, 1, 2)),
@@ -272,6 +276,12 @@ def reconstructed(
     patch = tuple(config.model.patch)
     image = clean(config, raw)
     black, span = range_of(config, raw)
+    further = residuals.wanted(config)
+
+    def measure(image: Array, made: Array, hidden: Array) -> dict[str, Array]:
+        own = dissimilarity(evaluation, image, made, hidden, black=black, span=span)
+        return own | (residuals.under_mask(image, made, hidden) if further else {})
+
     found = reconstruct(
         partial(networks.predict, results),
         image,
@@ -282,12 +292,23 @@ def reconstructed(
         groups=groups,
         paste=evaluation.paste,
         chunk=chunk,
-        measure=partial(dissimilarity, evaluation, black=black, span=span),
+        measure=measure,
     )
     pixel, error = (found.measured[name] / found.measured["weight"] for name in ("map", "error"))
     cells = jnp.mean(patchify(pixel[..., None], patch), -1).reshape(len(image), *grid_of(image.shape[1:-1], patch))
     patches = jax.image.resize(cells, pixel.shape, "linear")
     return found, {"ms_ssim": pixel, "ms_ssim_patches": patches, "mse": error}
+
+
+def evidence(
+    networks: Networks, found: Reconstruction, results: Results, raw: Float[Array, "b *size c"]
+) -> residuals.Evidence:
+    """What the reconstruction of images says of them, for `evaluation.residual`."""
+    config = networks.config
+    feature = config.evaluation.residual == "feature"
+    mae = networks.mae_of(results["train"]["params"]) if feature else None
+    patch = tuple(config.model.patch)
+    return residuals.evidence(standardised(raw, config), found.measured, *range_of(config, raw), mae, patch)
 
 
 def score(
@@ -304,7 +325,11 @@ def score(
     found, maps = reconstructed(networks, results, raw, keys, masks=config.evaluation.masks, chunk=chunk)
     scores = {name: jnp.mean(m, tuple(range(1, m.ndim))) for name, m in maps.items()}
     scores["ms_ssim_product"] = found.measured["product"]
-    name, errors = config.evaluation.score, {}
+    if residuals.wanted(config):
+        residual = residuals.anomaly_map(config, evidence(networks, found, results, raw), results)
+        maps[config.evaluation.residual] = residual
+        scores |= residuals.device_score(config, residual)
+    name, errors = primary_of(config), {}
     if name in MEANS and (config.evaluation.average == "all" or name == "ms_ssim_product"):
         each = found.measures[MEANS[name]]
         errors = {"score_error": standard_error(each)} if each.shape[1] > 1 else {}
@@ -325,14 +350,45 @@ def window_score(
 ) -> tuple[Float[Array, "b *size k"], Float[Array, "b *size 1"]]:
     """(the maps and the reconstruction of windows under one mask, the mask's weights); see `Sweep.score`."""
     found, maps = reconstructed(networks, results, image, keys, masks=1, groups=groups)
-    values = [maps[name][..., None] for name in SCORES[:3]]
-    return jnp.concatenate([*values, found.mean], -1), found.measured["weight"][..., None]
+    values, config = [maps[name][..., None] for name in SCORES[:3]], networks.config
+    values.append(found.mean)
+    if residuals.wanted(config):
+        clipped = jnp.clip(image, *config.data.clip)
+        values.append(residuals.window_values(clipped, found.measured))
+        if config.evaluation.residual == "feature":
+            mae = networks.mae_of(results["train"]["params"])
+            made = clipped + found.measured["residual"]
+            values.append(residuals.features_apart(mae, clipped, made, tuple(config.model.patch))[..., None])
+    return jnp.concatenate(values, -1), found.measured["weight"][..., None]
 
 
-def fuse(results: Results, averages: Float[Array, "*size k"], inside: Bool[Array, "*size"]) -> dict[str, Any]:
+def fuse(
+    config: ConfigDict, results: Results, averages: Float[Array, "*size k"], inside: Bool[Array, "*size"]
+) -> dict[str, Any]:
     """The maps and the reconstruction of a volume from the averages of `window_score`."""
-    maps = {name: jnp.where(inside, averages[..., k], 0) for k, name in enumerate(SCORES[:3])}
-    return {"maps": maps, "reconstruction": averages[..., 3:]}
+    behind = 3 + config.data.channels
+    maps = {name: averages[..., k] for k, name in enumerate(SCORES[:3])}
+    if residuals.wanted(config):
+        of = residuals.volume_evidence(config, averages[None, ..., behind:], inside[None])
+        maps[config.evaluation.residual] = residuals.anomaly_map(config, of, results)[0]
+    maps = {name: jnp.where(inside, values, 0) for name, values in maps.items()}
+    return {"maps": maps, "reconstruction": averages[..., 3:behind]}
+
+
+def batch_evidence(networks: Networks, results: Results, batch: PyTree, key: Key[Array, ""]) -> residuals.Evidence:
+    """What reconstructions say of a batch of a fit: of images, or of a volume by its averages."""
+    config = networks.config
+    if recipe.is_volume(config):
+        behind = 3 + config.data.channels
+        return residuals.volume_evidence(config, batch["average"][..., behind:], batch["inside"])
+    keys, chunk = scoring_keys(config.evaluation.masks_of, key, batch["case"]), config.evaluation.chunk or None
+    found, _ = reconstructed(networks, results, batch["image"], keys, masks=config.evaluation.masks, chunk=chunk)
+    return evidence(networks, found, results, batch["image"])
+
+
+def primary_of(config: ConfigDict) -> str:
+    """The name of the primary score."""
+    return config.evaluation.residual if residuals.wanted(config) else config.evaluation.score
 
 
 # --- system -----------------------------------------------------------------------------------------------------------
@@ -356,6 +412,7 @@ def check(config: ConfigDict) -> None:
         raise InputError("data.crop_from is of random crops: set data.crop_scale, or data.crop_from=()")
     if model.weights and not Path(model.weights).is_dir() and model.long_skips:
         raise InputError("model.weights: no published network has long skips: set --config.model.long_skips=false")
+    residuals.check(config, evaluation.masks)
     if not evaluation.scales:
         raise InputError("evaluation.scales is empty: give a weight for each scale")
     check_ssim(size, tuple(evaluation.window), evaluation.scales, tuple(evaluation.pool))
@@ -395,11 +452,14 @@ def build(config: ConfigDict) -> System:
         name="memmc_mae",
         stages=(stage,),
         uses=("train",),
-        primary=evaluation.score,
+        primary=primary_of(config),
         repetitions="masks",
-        averaged=evaluation.average == "all" or evaluation.score == "ms_ssim_product",
+        averaged=not residuals.wanted(config)
+        and (evaluation.average == "all" or evaluation.score == "ms_ssim_product"),
         **scoring(networks),
     )
+    if evaluation.residual == "feature":  # only the network has features
+        return system
     prediction = Prediction(
         predict=networks.predict,
         view=partial(clean, config),
@@ -413,8 +473,10 @@ def build(config: ConfigDict) -> System:
 def scoring(networks: Networks) -> dict[str, Any]:
     """The fields of `System` that score."""
     config, evaluation = networks.config, networks.config.evaluation
-    if not recipe.is_volume(config):
-        return {"score": partial(score, networks), "masks": evaluation.masks}
+    volumes = recipe.is_volume(config)
+    fits = residuals.fits(config, partial(batch_evidence, networks), *FITTED_BY, *["stride"] * volumes)
+    if not volumes:
+        return {"score": partial(score, networks), "masks": evaluation.masks, "fits": fits}
     tokens = prod(grid_of(tuple(config.data.size), tuple(config.model.patch)))
     by_case = evaluation.masks_of == "case"
     sweep = Sweep(
@@ -424,7 +486,7 @@ def scoring(networks: Networks) -> dict[str, Any]:
         groups=1 if by_case else groups_of(tokens, visible_tokens(tokens, evaluation.mask_ratio)),
         by_case=by_case,
         score=partial(window_score, networks),
-        fuse=fuse,
+        fuse=partial(fuse, config),
         average=partial(average, weighted=evaluation.average == "hidden"),
     )
-    return {"sweep": sweep}
+    return {"sweep": sweep, "fits": fits}

@@ -162,7 +162,7 @@ def keep(
 ) -> None:
     """Writes a fit's file."""
     arrays = flat(tree)
-    about = {"weights": digest_of(flat(results)), "rows": digest(rows), "arrays": digest_of(arrays)}
+    about: dict[str, Any] = {"weights": digest_of(flat(results)), "rows": digest(rows), "arrays": digest_of(arrays)}
     about |= {"settings": settings_of(config, fit), "ids": [row.id for row in rows]}
     content = io.BytesIO()
     np.savez(content, **{ABOUT: np.frombuffer(json.dumps(about).encode(), np.uint8)}, **arrays)  # type: ignore[arg-type]

@@ -141,7 +141,7 @@ def evidence(
 ) -> Evidence:
     """The evidence of images from the means of `under_mask` over masks. With a network, its features too."""
     mean, variance = moments(found["share"], found["residual"], found["square"])
-    features = mae and features_apart(mae, image, image + mean, patch)
+    features = None if mae is None else features_apart(mae, image, image + mean, patch)
     return Evidence(image, mean, variance, black, span, image.shape[1:-1], features)
 
 
@@ -187,7 +187,7 @@ def features_apart(
         a, b = (token_features(mae, patchify(x, patch), positions, layer) for x in (image, made))
         return jnp.linalg.norm(a - b, axis=-1)
 
-    mean = sum(map(apart, layers)) / len(layers)
+    mean = jnp.mean(jnp.stack([apart(layer) for layer in layers]), 0)
     return jax.image.resize(mean.reshape(-1, *grid), (len(image), *size), "linear")
 
 
@@ -253,7 +253,7 @@ def dissimilar(x: Float[Array, "b *size c"], y: Float[Array, "b *size c"], size:
         va, vb, cov = mean(x * x) - a * a, mean(y * y) - b * b, mean(x * y) - a * b
         return (2 * a * b + 1e-4) * (2 * cov + 9e-4) / ((a * a + b * b + 1e-4) * (va + vb + 9e-4))
 
-    return 1 - sum(map(one, WINDOWS)) / len(WINDOWS)
+    return 1 - jnp.mean(jnp.stack([one(sigma) for sigma in WINDOWS]), 0)
 
 
 # --- expectations -----------------------------------------------------------------------------------------------------

@@ -131,6 +131,26 @@ def some_windows(
     return fit.measure(score.args[0], {"image": cut_windows(volume, chosen, window)}, key)  # type: ignore[attr-defined]
 
 
+def shapes(config: ConfigDict, system: System, results: Results, cases: int = 64) -> dict[str, Any]:
+    """The shapes of all fits, as if to `cases` images or crops, from the shapes of the stages' results."""
+    window = system.sweep.window if system.sweep else tuple(config.data.size)
+    several = config.replicates > 1
+    one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[several:], x.dtype), results)
+    images = lambda n: jax.ShapeDtypeStruct((n, *window, config.data.channels), jnp.float32)
+    key, found = jax.random.key(0), dict[str, Any]()
+    for fit in system.fits:
+        batch = {"image": images(cases), "case": jax.ShapeDtypeStruct((cases, 2), jnp.uint32)}
+        if system.sweep and not fit.crops:
+            given = one, images(1), jax.random.split(key, 1), jnp.zeros(1, jnp.int32)
+            average = jax.eval_shape(system.sweep.score, *given)[0]
+            batch = {"average": average, "inside": jax.ShapeDtypeStruct((1, *window), bool)}
+        measured = jax.eval_shape(fit.measure, one, batch, key)
+        tree = fit.finish(jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), measured), key)
+        lead = (config.replicates,) * several
+        found[fit.name] = jax.tree.map(lambda x, lead=lead: jax.ShapeDtypeStruct((*lead, *x.shape), x.dtype), tree)
+    return found
+
+
 # --- files ------------------------------------------------------------------------------------------------------------
 
 

@@ -21,7 +21,7 @@ from jmae.nn.mae import MAE
 from jmae.patches import patchify, unpatchify
 from jmae.reconstruct import reconstruct
 from jmae.residuals import Evidence
-from jmae.scoring import case_score
+from jmae.scoring import case_score, p_values
 from jmae.system import fitting_normals, load_system, masked_autoencoder
 
 SIZES = {"2d": ((12, 20), (4, 5), 1), "3d": ((8, 6, 4), (2, 3, 2), 2)}
@@ -218,9 +218,12 @@ def run_of(system, **changes):
         results[stage.name] = stage.result(first_state(stage, results, 4))
     rows = [Row(f"n{i}", f"p{i}", "val", 0, (f"n{i}",)) for i in range(4)]
     cases = SimpleNamespace(case=image_case if system == "amae" else volume_case)
+    told = fitting.shapes(config, method, results)
     for fit in method.fits:
         chosen = [rows[i] for i in fit.rows(rows)]
         results[fit.name] = fitting.computed(config, method, fit, results, chosen, cases)
+        shape = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
+        assert shape(told[fit.name]) == shape(results[fit.name])
     return config, method, results, [rows[i] for i in fitting_normals(rows)]
 
 
@@ -289,3 +292,15 @@ def test_features_are_compared_in_the_encoder(system):
     (found,) = Scorer(config, method, results).score([case])
     values = found.maps["feature"][0]
     assert values.shape == case.array.shape[:-1] and values.min() > 0 and np.ptp(values) > 0
+
+
+def test_p_values_keep_their_promise_where_other_normals_than_the_fitted_ones_calibrate():
+    """P(p <= 0.25) of a new normal is 1/4 with three normals that calibrate; it is more with those fitted to."""
+    draws, config = 2000, config_of(expect="position")
+    r = jnp.asarray(np.random.default_rng(0).gamma(0.5, size=(draws, 7, 6, 6)), jnp.float32)
+    e = jax.jit(jax.vmap(lambda normals: residuals.finished(config, {"r": normals}, None)["e"]))(r[:, :3])
+    scores = np.asarray(jnp.mean(r / e[:, None], (2, 3)))
+    rate = lambda normals: np.mean([p_values(own[normals], own[6:])[0] <= 0.25 for own in scores])
+    error = (0.25 * 0.75 / draws) ** 0.5
+    assert abs(rate(slice(3, 6)) - 0.25) < 4 * error
+    assert rate(slice(0, 3)) > 0.25 + 10 * error

@@ -61,10 +61,12 @@ def fitted_results(
         try:
             tree, about = stored(config, fit, results, workdir)
             if about["rows"] != digest(chosen):
-                raise InputError("it is of other rows")
-        except InputError:
+                raise InputError(f"{fit.name}: the rows that it was fitted to have changed")
+        except InputError as why:
             if not chosen:
                 raise InputError(f"{fit.name}: no row to fit it to: {fit.needs}") from None
+            if file_of(config, fit, workdir).exists():
+                log(f"warning: {why}: fitted anew")
             tree = computed(config, system, fit, results, chosen, cases)
             keep(config, fit, results, chosen, tree, workdir)
             write_seen(workdir, chosen)

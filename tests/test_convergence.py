@@ -200,7 +200,8 @@ def test_volumes_are_swept_from_one_mask_up_with_other_masks_each_time(monkeypat
     rows = [Row(str(i), "", "test", i % 2, ("x",)) for i in range(4)]
 
     def prepare(row):
-        volume = Volume(np.full((8, 8, 1), row.label / 10.0, np.float32), *[None] * (len(Volume._fields) - 1))
+        level = row.label / 10 + int(row.id) / 100  # all cases have the same masks
+        volume = Volume(np.full((8, 8, 1), level, np.float32), *[None] * (len(Volume._fields) - 1))
         return Prepared(row=row, array=volume.array, geometry=None, digest="", volume=volume)
 
     monkeypatch.setattr(co, "with_number", lambda config, what, n: (config, toy))

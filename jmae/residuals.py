@@ -116,6 +116,8 @@ def check(config: ConfigDict, masks: int) -> None:
         raise InputError("evaluation.expect=position: volumes are not aligned: take evaluation.expect=appearance")
     if e.residual == "mahalanobis" and masks < 3:
         raise InputError(f"evaluation.residual=mahalanobis needs a spread over masks: {masks} are too few, take 4")
+    if e.residual == "mahalanobis" and e.convergence:
+        raise InputError("evaluation.convergence scores with one mask, too few for mahalanobis: set it to 0")
     if e.case_score == "part" and config.select == "aucp":
         raise InputError("select=aucp ranks by a score on the device: set evaluation.case_score to mean or top")
 

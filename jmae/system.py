@@ -300,7 +300,8 @@ class System:
             score, where that is a mean over two or more masks or samples; "pictures": {name: (b, *size, c), or
             (b, h, w) in another unit} for the report. The batch holds "image" and "case" (b, 2), words of the case's
             id. All randomness comes from `key`, the same for every image, so that a score is a function of the image.
-            The words serve `evaluation.masks_of` "case" alone. `chunk` masks or samples are computed at a time.
+            The words serve `evaluation.masks_of` "case" alone. `chunk` masks or samples are computed at a time. A map
+            without a score of its name gets one on the host (`Scorer.result`).
         sweep: how the system scores volumes.
 
     Optional:

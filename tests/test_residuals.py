@@ -247,6 +247,10 @@ def test_an_image_is_scored_by_the_division_and_nothing_is_compiled_again(monkey
     np.testing.assert_allclose(many[5].maps["smoothed"][0], r[2] / e, rtol=1e-3)
     np.testing.assert_allclose(many[5].scores["smoothed"][0], (r[2] / e).mean(), rtol=1e-3)
     assert set(many[5].maps) == {"mae", "smoothed"} and many[5].score_error is None
+    other = system.prediction.beside(system.prediction.predict)  # as a rival's predictor would be scored
+    (stand_in,) = Scorer(config, other, results).score([image_case(new("new 5"))])
+    assert other.primary == "smoothed" and [fit.name for fit in other.fits] == ["expected"]
+    np.testing.assert_allclose(stand_in.maps["smoothed"], many[5].maps["smoothed"], rtol=1e-3)
 
 
 def test_a_volume_s_map_is_that_of_its_masks_and_appearance(monkeypatch):

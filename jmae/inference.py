@@ -160,15 +160,15 @@ class Scorer:
     def result(self, case: Prepared, arrays: Mapping[str, Any], seconds: float = 0.0) -> Result:
         """A case's result from the arrays of a pass.
 
-        ours: a map for which the pass gives no score has that of `evaluation.case_score`, "top" where the recipe has no
-        such key: of a volume, the mean of the highest values in the region, a share `evaluation.top` of them. (The
-        papers score voxels only.)
+        ours: a map of a volume has the score `evaluation.case_score`, "top" where the recipe has no such key: the mean
+        of the highest values in the region, a share `evaluation.top` of them. (The papers score voxels only.) A map of
+        an image for which the pass gives no score has one, too, where the recipe has that key.
         """
         evaluation, region = self.config.evaluation, case.volume and case.volume.region
         rule, above = evaluation.get("case_score", "top"), evaluation.get("part_above", 0.0)
         scores = dict(arrays.get("scores", {}))
         for name, maps in arrays["maps"].items():
-            if name not in scores:
+            if name not in scores and (case.volume or "case_score" in evaluation):
                 of = lambda m: case_score(rule, m, region, share=evaluation.top, above=above)
                 scores[name] = np.array([of(m) for m in maps])
         further = arrays.get("reconstruction"), arrays.get("confidence"), arrays.get("pictures", {})

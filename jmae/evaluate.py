@@ -109,7 +109,7 @@ def main(argv: list[str]) -> int:
             rows, unchecked = check_unseen(cases.rows, split, workdir, flags["manifest"], allow=allow)
         else:
             rows, unchecked = check_unseen_since(config, cases.rows, workdir)
-        more = {"split": split, "out": out, "of_run": of_run, "unchecked": unchecked, "cases": cases}
+        more: dict[str, Any] = {"split": split, "out": out, "of_run": of_run, "unchecked": unchecked, "cases": cases}
         with locked(workdir, out, of_run):
             evaluate(config, system, rows, workdir, **more)
     return 0

@@ -1,5 +1,7 @@
 """python tests/faults [--seed 0] [--only 4,9] [--share 1.0] [--out benchmarks/results/faults.json]
 
+With --only the other classes keep their lines in the file.
+
 Injects the 30 classes of faults, runs the tests of those that a function alone cannot inject, prints a table, and
 writes it as JSON. Exit codes: 0 every class passes; 1 a fault was silent, or ended in a traceback.
 """
@@ -61,6 +63,10 @@ def scoreboard(numbers: list[int], seed: int, share: float) -> dict[str, Any]:
                 f"{len(tally.silent):3} silent {len(tally.tracebacks):3} tracebacks  {CLASSES[number].name}",
                 flush=True,
             )
+    return summed(lines, seed, share, round(time.monotonic() - began))
+
+
+def summed(lines: list[dict[str, Any]], seed: int, share: float, seconds: int) -> dict[str, Any]:
     return {
         "seed": seed,
         "share": share,
@@ -70,9 +76,38 @@ def scoreboard(numbers: list[int], seed: int, share: float) -> dict[str, Any]:
         "silent": sum(len(line["silent"]) for line in lines),
         "tracebacks": sum(len(line["tracebacks"]) for line in lines),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
-        "seconds": round(time.monotonic() - began),
+        "seconds": seconds,
         "lines": lines,
     }
+
+
+def with_others(result: dict[str, Any], file: Path) -> dict[str, Any]:
+    """The result, with the lines of the classes that this run left out (`--only`), of the same seed and share."""
+    old = json.loads(file.read_text()) if file.exists() else {}
+    if [old.get("seed"), old.get("share")] != [result["seed"], result["share"]]:
+        return result
+    lines = {line["class"]: line for line in [*old["lines"], *result["lines"]]}
+    more = old["seconds"] if len(result["lines"]) < len(CLASSES) else 0
+    return summed([lines[n] for n in sorted(lines)], result["seed"], result["share"], result["seconds"] + more)
+
+
+def page(result: dict[str, Any]) -> str:
+    """docs/faults.md."""
+    head = (
+        f"# Faults\n\nWritten by `make faults` from benchmarks/results/faults.json: {result['passed']} of "
+        f"{result['classes']} classes pass, {result['injected']} faults were injected (seed {result['seed']}), "
+        f"{result['silent']} gave a wrong result without a word, {result['tracebacks']} ended in a traceback or failed "
+        "otherwise.\nA fault is caught where it is refused in one line, or where it changes no result. A test counts "
+        "as one fault a case, however many it injects.\n"
+    )
+    table = ["| class | | injected | caught | silent | tracebacks | not run |", "|---|---|---|---|---|---|---|"]
+    for line in result["lines"]:
+        counts = [line["injected"], line["caught"], len(line["silent"]), len(line["tracebacks"])]
+        name = line["name"] + ("" if line["passed"] else " **fails**")
+        table.append(f"| {line['class']} | {name} | {' | '.join(map(str, counts))} | {line['not run']} |")
+    absent = [str(n) for n in CLASSES if n not in {line["class"] for line in result["lines"]}]
+    rest = f"\nNot run in this table: classes {', '.join(absent)}.\n" if absent else ""
+    return "\n".join([head, *table]) + "\n" + rest
 
 
 def main() -> int:
@@ -90,7 +125,9 @@ def main() -> int:
         f"{result['silent']} silent wrong results, {result['tracebacks']} tracebacks, {result['seconds']} s"
     )
     if given.out:
-        Path(given.out).write_text(json.dumps(result, indent=1) + "\n")
+        whole = with_others(result, Path(given.out))
+        Path(given.out).write_text(json.dumps(whole, indent=1) + "\n")
+        (HERE.parents[1] / "docs" / "faults.md").write_text(page(whole))
     return int(result["passed"] < result["classes"])
 
 

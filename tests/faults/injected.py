@@ -516,7 +516,11 @@ CLASSES = {
     7: FaultClass(
         "other numbers of devices and processes at restore",
         tests=(
-            *_of("checkpoint", "test_a_step_of_one_device_is_read_on_eight_and_back"),
+            *_of(
+                "checkpoint",
+                "test_a_step_of_one_device_is_read_on_eight_and_back",
+                "test_every_pair_of_1_2_4_and_8_devices_restores_the_same_bits",
+            ),
             *_of("devices", "test_one_device_and_eight_train_alike"),
             *_of(
                 "processes",

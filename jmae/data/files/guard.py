@@ -23,7 +23,7 @@ from jmae.errors import InputError
 MAX_PIXELS = 2**25  # of a 2D image: the largest radiographs have as many
 MAX_PICTURE_BYTES = 2**27  # of a decoded picture: a decoder needs twice as much, beside the image
 MAX_VOXELS = 2**29  # of a volume: 1024 x 1024 x 512, 2 GiB as float32
-SPACINGS = 1e-6, 1e3  # mm: a voxel of a microscope, and of no scanner
+SPACINGS = 1e-6, 1e4  # mm: of a microscope, and beyond any scanner
 RATIO = 4096  # no file packs real data tighter; the bound of deflate is 1032
 HARMLESS_BYTES = 2**26  # claims below this are not worth a ratio check
 BLOCK = 2**20  # values per step of a streamed read

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from jmae import recipe
 
 TAKES = "volumes: normal ones, or abnormal ones with a mask or boxes of the lesions"
-QUICKSTART = {"volumes": "made for volumes, MRI above all; its map is the error of hidden voxels"}  # with `small`
+SUGGESTED = {"volumes": "made for volumes, MRI above all; its map is the error of hidden voxels"}
 
 # ours: a small network trained from nothing on 2 cores, so fixed steps, small crops and patches and a higher rate;
 # standardised over the region, as the air around it differs in size; errors of hidden tokens alone; for voxels of 2

@@ -18,6 +18,7 @@ from jmae.errors import InputError, exit_code
 
 HERE = Path(__file__).parent
 COMMANDS = {
+    "quickstart": ("quickstart", "from a folder of normal and one of new scans to a report, in one command"),
     "prepare": ("data.prepare", "write the manifest of folders of scans, or of a public data set"),
     "check": ("data.check", "open every file of a manifest and list what is wrong"),
     "slices": ("data.slices", "cut the volumes of a manifest into slices"),

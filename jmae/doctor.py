@@ -91,6 +91,7 @@ def main(argv: list[str]) -> int:
     lines = fact_lines(facts)
     print("\n".join([*lines, "", *(f"finding: {problem}" for problem in problems)] if problems else lines))
     print(f"{len(problems)} findings" if problems else "no problem was found")
+    print("next: correct the findings" if problems else "next: jmae systems, then jmae train --config NAME")
     return int(bool(problems))
 
 

@@ -231,6 +231,7 @@ def evaluate(
         write_cards(workdir, config, system, rows)
     log(console_summary(evaluation))
     log(f"report: {out / 'report.html'}")
+    log(f"next: open the report; score new scans: jmae predict --workdir {workdir} --out DIR SCAN")
     return evaluation
 
 

@@ -74,6 +74,7 @@ def main(argv: list[str]) -> int:
             f"--batch is for images: {system.name} takes one volume; --config.evaluation.batch: its windows"
         )
     export(config, system, workdir, out, batch=numbers.get("batch", (1,))[0], size=numbers.get("size", ()))
+    log("next: call it by the five lines that jmae export --help shows")
     return 0
 
 

@@ -474,10 +474,10 @@ def finish(rows: Sequence[Row], done: Mapping[str, Mapping], failed: Sequence[Ma
         (out / "failed.csv").unlink(missing_ok=True)
     log(f"{len(lines)} cases: {out / 'scores.csv'}" if lines else "no case was predicted")
     if failed:
-        log(
-            f"{len(failed)} of {len(failed) + len(lines)} cases failed: {out / 'failed.csv'}: "
-            "mend them and add --continue"
-        )
+        log(f"{len(failed)} of {len(failed) + len(lines)} cases failed: {out / 'failed.csv'}")
+        log("next: mend them, then the same command with --continue")
+    else:
+        log("next: look at the overlays of the highest scores: ID_overlay.png")
     return 1 if failed else 0
 
 

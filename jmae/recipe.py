@@ -535,6 +535,13 @@ def find(recipe: str) -> tuple[Path, str]:
     return file, preset
 
 
+def suggested(kind: str) -> tuple[str, str]:
+    """(Name, reason) of the recipe that is suggested for "images", "unlabelled images" or "volumes": the recipe files
+    tell. Its preset is `small`."""
+    told = {name: runpy.run_path(str(RECIPES / f"{name}.py")).get("SUGGESTED", {}) for name in SYSTEMS}
+    return next((name, reasons[kind]) for name, reasons in told.items() if kind in reasons)
+
+
 def typed(flag: str, text: str, default: Any) -> Any:
     """The value of the type of `default` that `text` means; a tuple is written 64,64 or (64, 64)."""
     if isinstance(default, str):

@@ -124,6 +124,8 @@ def run(config: ConfigDict, workdir: Path) -> int:
         log("no test row has a label: not evaluated")
         calibrate_run(config, system, rows, workdir, cases)
         write_cards(workdir, config, system, rows)
+        new = "--out DIR SCAN" if all(row.split != "test" for row in rows) else ""
+        log(f"next: jmae {'predict' if new else 'evaluate'} --workdir {workdir} {new}".rstrip())
     return 0
 
 

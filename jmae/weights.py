@@ -729,6 +729,7 @@ def main(argv: list[str]) -> None:
     report = [entry for entry in report if entry.status != "kept"]
     print(tensor_table(report))
     print(f"{out}: {part} of {source}: {summary(report)}")
+    print(f"next: jmae train --config NAME --config.model.weights={out}")
 
 
 if __name__ == "__main__":

@@ -105,4 +105,4 @@ def test_atlas_is_read_from_its_top_folder_and_patients_without_a_mask_do_not_tr
     rows, said = prepared(capsys, "bids", f"--root={root}", out=tmp_path / "out")
     assert kinds(rows) == {("test", 1, True): 2, ("test", None, False): 1}
     assert rows["Training_R042_sub-r042s002_ses-1"].patient == "Training_R042_sub-r042s002"
-    assert "score it with a trained run: jmae evaluate" in said
+    assert "next: jmae evaluate" in said

@@ -34,10 +34,10 @@ def prepared(capsys, *arguments, out):
     assert problems == [] or "--leaks=keep" in arguments
     assert open_each(rows, workers=1) == []
     said = capsys.readouterr().out
-    commands = [line for line in said.splitlines() if line.startswith("train: ")]
+    commands = [line for line in said.splitlines() if line.startswith("next: jmae train ")]
     assert len(commands) == any(row.split == "train" for row in rows)
     for command in commands:
-        words = shlex.split(command.removeprefix("train: "))
+        words = shlex.split(command.removeprefix("next: "))
         config, flags = recipe.parse(words[2:], "", ["workdir"])
         recipe.check(config)
         assert words[:2] == ["jmae", "train"] and flags.keys() == {"workdir"}

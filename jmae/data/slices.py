@@ -47,7 +47,7 @@ from jmae.data.names import ID_BYTES
 from jmae.data.opening import lines_of, open_each
 from jmae.data.preparation import Opened, open_case, stored_image
 from jmae.errors import InputError, exit_code
-from jmae.recipe import arguments, typed
+from jmae.recipe import arguments, suggested, typed
 from jmae.run_folder import write_text
 
 ACROSS = {"sagittal": 0, "coronal": 1, "axial": 2}  # axis of RAS across the slices
@@ -98,6 +98,8 @@ def main(argv: list[str]) -> int:
     if len(names) != 1 or "out" not in flags:
         raise InputError("name one manifest and a new folder: python -m jmae.data.slices MANIFEST.csv --out=DIR")
     print(cut_manifest(Path(names[0]), Path(flags["out"]), read_options(flags)))
+    made = Path(flags["out"]) / "manifest.csv"
+    print(f"next: jmae train --config {suggested('images')[0]}:small --config.data.manifest={made}")
     return 0
 
 

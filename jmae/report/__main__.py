@@ -30,6 +30,7 @@ def main(argv: list[str]) -> int:
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, UndefinedError) as error:  # of a changed file
         where = ", ".join(folders)
         raise InputError(f"{where}: an evaluation is damaged ({error!r}): run python -m jmae.evaluate again") from error
+    print(f"next: open {out}", file=sys.stderr)
     return 0
 
 

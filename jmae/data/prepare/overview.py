@@ -12,6 +12,7 @@ from jmae.data.loader import WORKERS
 from jmae.data.manifest import SPLITS, Row
 from jmae.data.slices import in_words
 from jmae.errors import InputError
+from jmae.recipe import suggested
 
 
 def split_table(rows: Sequence[Row]) -> list[str]:
@@ -40,11 +41,11 @@ def next_command(name: str, out: Path, rows: Sequence[Row], recipe: str, flags: 
     """The command line that trains on a manifest, or that scores it where it has nothing to train on."""
     manifest = out / "manifest.csv"
     if not any(row.split == "train" for row in rows):
-        return f"score it with a trained run: jmae evaluate --workdir RUN --manifest {manifest} --out RUN/{name}"
+        return f"next: jmae evaluate --workdir RUN --manifest {manifest} --out RUN/{name}"
     volumes = is_volume(rows[0])
     if not recipe:
         unlabeled = any(row.split == "unlabeled" for row in rows)
-        recipe = "maemi:small" if volumes else "amae:small" if unlabeled else "simsid:small"
+        recipe = f"{suggested('volumes' if volumes else 'unlabelled images' if unlabeled else 'images')[0]}:small"
     given = [flags] if flags else []
     if (volumes or len(rows[0].image) > 1) and "data.channels" not in flags:
         given.append(f"--config.data.channels={len(rows[0].image)}")
@@ -53,7 +54,7 @@ def next_command(name: str, out: Path, rows: Sequence[Row], recipe: str, flags: 
     given += ["--config.data.allow_leaks=True"] if allow_leaks else []
     return " ".join(
         [
-            f"train: jmae train --config {recipe} --config.data.manifest={manifest}",
+            f"next: jmae train --config {recipe} --config.data.manifest={manifest}",
             *given,
             f"--workdir runs/{name}",
         ]

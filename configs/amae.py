@@ -53,6 +53,7 @@ SMALL = {
     "adapt.epochs": 0,
     "adapt.lr": 1e-3,
     "evaluation.discrepancy": "error",
+    "evaluation.tokens": "position",
     "evaluation.masks": 32,  # less noise in the score
 }
 PHANTOM = SMALL | {
@@ -79,6 +80,7 @@ SMOKE = PHANTOM | {
     "adapt.steps": 10,
     "adapt.percentile_over": "all",  # so short a proxy task may predict one class alone
     "evaluation.masks": 4,
+    "evaluation.tokens": "none",
     "evaluation.draws": 200,
     "checkpoint_every": 5,
     "log_every": 5,

@@ -46,6 +46,7 @@ SMALL = {
     "evaluation.repeats": 2,
     "evaluation.filter": (1, 1, 1),
     "evaluation.error": "hidden",
+    "evaluation.tokens": "position",
     "evaluation.batch": 16,
     "checkpoint_every": 500,
 }
@@ -72,6 +73,7 @@ SMOKE = PHANTOM | {
     "train.batch": 8,
     "evaluation.stride": (16, 16, 4),
     "evaluation.repeats": 1,
+    "evaluation.tokens": "none",
     "evaluation.draws": 200,
     "checkpoint_every": 5,
     "log_every": 5,

@@ -46,6 +46,7 @@ SMALL = {
     "evaluation.window": (7, 7),
     "evaluation.scales": (0.2, 0.4, 0.4),
     "evaluation.average": "hidden",
+    "evaluation.tokens": "position",
     "checkpoint_every": 500,
 }
 PHANTOM = SMALL | {
@@ -68,6 +69,7 @@ SMOKE = PHANTOM | {
     "train.steps": 20,
     "train.batch": 8,
     "evaluation.masks": 3,
+    "evaluation.tokens": "none",
     "evaluation.draws": 200,
     "checkpoint_every": 5,
     "log_every": 5,

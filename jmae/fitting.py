@@ -27,6 +27,7 @@ from jmae.data.manifest import Row
 from jmae.errors import InputError
 from jmae.inference import Scorer, restore_stages, score_rows
 from jmae.passes import local_mesh, seeds_of
+from jmae.results import Result
 from jmae.run_folder import digest, log, write_bytes
 from jmae.seen import write_seen
 from jmae.sharding import replicated
@@ -89,7 +90,7 @@ def computed(
     """A fit's arrays from these rows, on the host; with replicates they have a leading axis of them."""
     log(f"{fit.name}: fitting it to {len(rows)} cases")
     scorer = Scorer(config, measuring(system, fit), results, cases)
-    parts = [result.measured for result in score_rows(scorer, rows)]
+    parts = [without_lesions(system, fit, result) for result in score_rows(scorer, rows)]
     join = np.concatenate if system.sweep else np.stack
     measured = jax.tree.map(lambda *each: join(each, 1), *parts)
     trees = [
@@ -105,7 +106,8 @@ def measuring(system: System, fit: Fit) -> System:
     if not system.sweep:
         score = lambda results, batch, key, *, chunk: nothing | {"measured": fit.measure(results, batch, key)}
         return replace(system, score=score, masks=1)
-    sweep = replace(system.sweep, fuse=lambda results, measured, inside: {"maps": {}, "measured": measured})
+    fuse_none = lambda results, measured, inside: {"maps": {}, "measured": measured}
+    sweep = replace(system.sweep, fuse=fuse_none, further=None)
     if fit.crops:
         return replace(system, sweep=replace(sweep, average=partial(some_windows, fit), repeats=1))
 
@@ -130,7 +132,21 @@ def some_windows(
 ) -> PyTree:
     """`Sweep.average` of a fit to crops: what it measures in `fit.crops` windows, spread evenly over the volume."""
     chosen = origins[jnp.arange(fit.crops) * number // fit.crops]
-    return fit.measure(score.args[0], {"image": cut_windows(volume, chosen, window)}, key)  # type: ignore[attr-defined]
+    return fit.measure(score.args[-1], {"image": cut_windows(volume, chosen, window)}, key)  # type: ignore[attr-defined]
+
+
+def without_lesions(system: System, fit: Fit, result: Result) -> PyTree:
+    """What a fit measures of a case, without the windows of a training volume that touch a lesion."""
+    case, sweep, volume = result.case, system.sweep, result.case.volume
+    if not fit.crops or not sweep or not volume or volume.lesion is None:
+        return result.measured
+    shape = case.array.shape[:-1]
+    tiling = sweep.tile(shape, sweep.window, sweep.stride, side=volume.side, midline=volume.midline)
+    lesion = np.pad(volume.lesion, tiling.pad)
+    chosen = tiling.origins[np.arange(fit.crops) * len(tiling.origins) // fit.crops]
+    cut = lambda origin: tuple(slice(o, o + w) for o, w in zip(origin, sweep.window, strict=True))
+    free = np.array([not lesion[cut(origin)].any() for origin in chosen])
+    return jax.tree.map(lambda x: x[:, free], result.measured)
 
 
 def shapes(config: ConfigDict, system: System, results: Results, cases: int = 64) -> dict[str, Any]:

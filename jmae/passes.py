@@ -22,7 +22,7 @@ from jmae.reconstruct import fitting, out_of_memory, too_large
 from jmae.run_folder import log
 from jmae.sharding import device_mesh, inside_mesh, replicated, split
 from jmae.system import Results, Sweep, System
-from jmae.windows import inside
+from jmae.windows import average, inside
 
 
 def local_mesh() -> Mesh:
@@ -284,7 +284,7 @@ def sweep_volume(
     batch: int,
     place: Callable[[Array], Array] = lambda x: x,
 ) -> dict[str, Any]:
-    """What `sweep.fuse` gives of one padded volume (*size, c).
+    """What `sweep.fuse` gives of one padded volume (*size, c), with the maps of `sweep.further`.
 
     Args:
       size: the volume's true size, (rank,).
@@ -303,7 +303,23 @@ def sweep_volume(
         batch=batch,
         place=place,
     )
-    return sweep.fuse(results, averages, inside(volume.shape[:-1], size))
+    own = inside(volume.shape[:-1], size)
+    found = sweep.fuse(results, averages, own)
+    if further := sweep.further and sweep.further(results):
+        once = average(
+            lambda image, keys, groups: further(image),
+            volume,
+            *windows,
+            key,
+            window=sweep.window,
+            repeats=1,
+            batch=batch,
+            weighted=True,
+            place=place,
+        )
+        maps = {name: jnp.where(own, once[..., k], 0) for k, name in enumerate(sweep.further_maps)}
+        found = found | {"maps": found["maps"] | maps}
+    return found
 
 
 def padded_origins(origins: np.ndarray) -> np.ndarray:

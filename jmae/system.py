@@ -193,6 +193,10 @@ class Sweep:
             them, "reconstruction" (*size, c) and "confidence" (*size). `inside` is False where the array is filled up;
             maps are 0 there. A volume's score is the mean of each map's highest voxels; `evaluation.top` is their
             share.
+        further: (results) -> None or a function (images (b, *window, c)) -> (values (b, *window, k), weights
+            (b, *window, 1)) without a random part. Its weighted means over the windows are further maps. It is None
+            where the results lack what the score learns from images, as in a plan. None without such maps.
+        further_maps: names of these maps.
         average: the function that averages, `windows.average` or a form of it.
         tile: the function that places the windows, `windows.tile` or a form of it.
         example: (results, images (b, *window, c), keys (b,), groups (b,)) -> (images as the network sees them, its
@@ -207,6 +211,8 @@ class Sweep:
     by_case: bool = False
     score: Callable[..., tuple[Array, Array]]
     fuse: Callable[..., dict[str, Any]]
+    further: Callable[[Results], Callable[[Array], tuple[Array, Array]] | None] | None = None
+    further_maps: tuple[str, ...] = ()
     average: Callable[..., Array] = windows.average
     tile: Callable[..., windows.Tiling] = windows.tile
     example: Callable[..., tuple[Array, Array, Array]] | None = None
@@ -230,7 +236,8 @@ class Fit:
             "average" (1, *size, k), as `Sweep.fuse` gets it, and "inside" (1, *size); sizes differ between volumes, so
             the arrays must not depend on them.
         finish: (the arrays of all rows or crops, joined along b, on the host; key) -> nested dicts of arrays.
-        crops: windows of each volume that are measured, spread evenly over it; 0: the volume as a whole.
+        crops: windows of each volume that are measured, spread evenly over it, without those that touch a lesion; 0:
+            the volume as a whole.
         settings: keys of the section `evaluation` that change what is fitted, without the section's name.
         needs: the remedy where `rows` gives none, in words.
     """

@@ -10,7 +10,7 @@ Simple Unified Framework", NeurIPS 2018, arXiv 1807.03888 (one covariance for al
 estimator for large-dimensional covariance matrices", 2004 (shrinkage).
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import product
 from math import prod
@@ -18,15 +18,44 @@ from math import prod
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PyTree
+from ml_collections import ConfigDict
 
+from jmae import recipe
+from jmae.data.manifest import Row
 from jmae.errors import InputError
 from jmae.nn.mae import MAE
+from jmae.patches import grid_of, patchify
+from jmae.system import Fit, Results
+
+NAME = "tokens"  # of the score, of its map, and of what it learns from normal images
 
 WAYS = ("position", "global", "gaussian", "mahalanobis")
 """What distances compare a token with: the bank of its position; one bank for all positions; the mean and covariance of
 its position; the mean of its position and the covariance of all."""
 
+TOKEN_KEYS = {
+    "tokens": recipe.Key(
+        "none",
+        'What the score "tokens" compares the tokens of an image with (ours): "none", there is no such score; '
+        '"position", the normals\' tokens near the position; "global", those of all positions, for images that are not '
+        'aligned; "gaussian", the normals\' mean and covariance at the position; "mahalanobis", the mean at the '
+        "position and one covariance.",
+        choices=("none", *WAYS),
+    ),
+    "ring": recipe.Key(1, "Outermost rows of tokens that this score leaves out; 0 keeps all.", "tokens", least=0),
+    "layer": recipe.Key(0, "Block of the encoder whose tokens it compares, counted from 1; 0: the middle.", least=0),
+    "bank_size": recipe.Key(1500, "Tokens of normal images that a bank keeps.", "tokens", least=1),
+    "bank_choice": recipe.Key(
+        "random",
+        'Which tokens those are: "random", or "coreset", each the farthest from those before it.',
+        choices=("random", "coreset"),
+    ),
+}
+"""Keys of the section `evaluation` where an encoder's tokens give a score, by their last name."""
+
+CROPS = 24  # windows of a training volume whose tokens may come into a bank
+OUTER = 1e-6  # weight of a ring's voxel in a window: it counts where no window has an inner token
 TOLERANCE = 1  # tokens along an axis within which a position is near
 LARGE_BANK = 2**30  # bytes in float32, above which a bank is kept in float16
 AT_ONCE = 2**24  # distances in memory at a time
@@ -96,12 +125,16 @@ def learned(
         size: tokens of a bank, for each position or for all.
         coreset: whether a bank is a greedy k-center coreset instead of a random subset.
         seed: of the random choice.
+
+    Raises InputError where there are no images.
     """
+    if not len(features):
+        raise InputError("evaluation.tokens: no window without a lesion: give the manifest normal rows of split train")
     if way in ("gaussian", "mahalanobis"):
         return gaussian(features, pooled=way == "mahalanobis")
     candidates = near if way == "position" else np.arange(len(near))[None]
-    found = coresets(features, candidates, size, seed) if coreset else subsets(features, candidates, size, seed)
-    return {"bank": found.astype(np.float16) if 4 * found.size > LARGE_BANK else found}
+    bank = (coresets if coreset else subsets)(features, candidates, size, seed)
+    return {"bank": bank.astype(np.float16) if 4 * bank.size > LARGE_BANK else bank}
 
 
 def subsets(
@@ -250,11 +283,113 @@ def map_of(
     return jax.image.resize(cells, (len(cells), *size), "linear")
 
 
-def weights_of(grid: tuple[int, ...], ring: int, size: tuple[int, ...], outer: float) -> Float[np.ndarray, "*size"]:
-    """1 for voxels of the positions `inner(grid, ring)`, `outer` for those of the rings."""
-    weights = np.full(prod(grid), outer, np.float32)
+def window_weights(grid: tuple[int, ...], ring: int, size: tuple[int, ...]) -> Float[np.ndarray, "*size"]:
+    """1 for voxels of the positions `inner(grid, ring)`, almost 0 for those of the rings."""
+    weights = np.full(prod(grid), OUTER, np.float32)
     weights[inner(grid, ring)] = 1
     weights = weights.reshape(grid)
     for axis, (n, g) in enumerate(zip(size, grid, strict=True)):
         weights = np.repeat(weights, n // g, axis)
     return weights
+
+
+# --- by a recipe's settings -------------------------------------------------------------------------------------------
+
+
+def check_tokens(config: ConfigDict, primary: str) -> None:
+    """Raises InputError where a recipe's settings of this score do not fit together; `primary` is the primary score."""
+    evaluation, model = config.evaluation, config.model
+    if evaluation.tokens == "none":
+        if primary == NAME:
+            raise InputError('the primary score is that of tokens: set evaluation.tokens, such as to "position"')
+        return
+    inner(grid_of(tuple(config.data.size), tuple(model.patch)), evaluation.ring)
+    if evaluation.layer > model.depth:
+        raise InputError(f"evaluation.layer {evaluation.layer}: the encoder has {model.depth} blocks: choose one, or 0")
+    if primary == NAME and config.select == "aucp":
+        raise InputError("select=aucp: the score of tokens exists only after the training: take select=last")
+
+
+def token_fits(
+    config: ConfigDict, encoders: Mapping[str, Callable[[PyTree], MAE]], view: Callable[[Array], Array]
+) -> tuple[Fit, ...]:
+    """What the score keeps of the training normals' tokens, for each encoder; nothing where there is no such score.
+
+    Of volumes it takes windows. Those that touch a lesion are left out, so that abnormal training volumes serve, too,
+    where their lesions are known.
+
+    Args:
+        encoders: by the name of the stage that trains it, parameters -> network.
+        view: (images as read) -> images in the network's range, without augmentation.
+    """
+    evaluation, volumes = config.evaluation, recipe.is_volume(config)
+    if evaluation.tokens == "none":
+        return ()
+    grid, coreset = grid_of(tuple(config.data.size), tuple(config.model.patch)), evaluation.bank_choice == "coreset"
+    near = neighbours(grid, inner(grid, evaluation.ring))
+    keep = partial(
+        learned, near=near, way=evaluation.tokens, size=evaluation.bank_size, coreset=coreset, seed=config.seed
+    )
+
+    def rows(rows: Sequence[Row]) -> np.ndarray:
+        known = lambda row: volumes and (row.mask or row.boxes)
+        return np.array([i for i, r in enumerate(rows) if r.split == "train" and (r.label != 1 or known(r))], np.int64)
+
+    def measure(results: Results, batch: PyTree, key: Array) -> dict[str, Array]:
+        image = view(batch["image"])
+        return {name: tokens_of(config, mae_of(results[name]["params"]), image) for name, mae_of in encoders.items()}
+
+    return (
+        Fit(
+            name=NAME,
+            rows=rows,
+            measure=measure,
+            finish=lambda arrays, key: {name: keep(np.asarray(tokens)) for name, tokens in arrays.items()},
+            crops=CROPS if volumes else 0,
+            settings=tuple(TOKEN_KEYS),
+            needs="give the manifest normal rows of split train",
+        ),
+    )
+
+
+def tokens_of(config: ConfigDict, mae: MAE, image: Float[Array, "b *size c"]) -> Float[Array, "b k d"]:
+    """The inner tokens of images that are in the network's range."""
+    patch, evaluation = tuple(config.model.patch), config.evaluation
+    positions = inner(grid_of(image.shape[1:-1], patch), evaluation.ring)
+    return token_features(mae, patchify(image, patch), positions, evaluation.layer)
+
+
+def token_score(
+    config: ConfigDict, mae: MAE, image: Float[Array, "b *size c"], learned: Mapping[str, Array]
+) -> tuple[Float[Array, " b *size"], Float[Array, " b"]]:
+    """(maps, scores) of images that are in the network's range."""
+    size, found = image.shape[1:-1], distances(tokens_of(config, mae, image), learned)
+    grid = grid_of(size, tuple(config.model.patch))
+    return map_of(found, grid, config.evaluation.ring, size), score_of(found)
+
+
+def sweeping(config: ConfigDict, mae_of: Callable[[PyTree], MAE], stage: str, view: Callable[[Array], Array]) -> dict:
+    """The fields of a `Sweep` that give the map of tokens; {} where the recipe wants no such score.
+
+    Windows are encoded without a mask. The distances of the windows that cover a voxel are averaged. A ring's voxel
+    counts where no window has an inner token there.
+
+    Args:
+        mae_of: parameters -> network.
+        stage: name of the stage that trains the network.
+        view: (windows as read) -> windows in the network's range.
+    """
+    if config.evaluation.tokens == "none":
+        return {}
+    size, evaluation = tuple(config.data.size), config.evaluation
+    weights = window_weights(grid_of(size, tuple(config.model.patch)), evaluation.ring, size)[None, ..., None]
+
+    def values(results: Results, image: Float[Array, "b *size c"]) -> tuple[Array, Array]:
+        mae = mae_of(results[stage]["params"])
+        found = token_score(config, mae, view(image), results[NAME][stage])[0][..., None]
+        return found, jnp.broadcast_to(weights, found.shape)
+
+    def further(results: Results) -> Callable[[Array], tuple[Array, Array]] | None:
+        return partial(values, results) if NAME in results else None
+
+    return {"further": further, "further_maps": (NAME,)}

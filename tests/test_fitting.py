@@ -1,5 +1,7 @@
 """What a score learns from images after the training: computed once, kept with digests, and apart from p-values."""
 
+import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import jax
@@ -193,6 +195,23 @@ def test_a_fit_to_crops_sees_windows_spread_evenly_over_each_volume():
         cut = lambda o: tuple(slice(k, k + w) for k, w in zip(o, (8, 8, 4), strict=True))
         expected += [padded[cut(tiling.origins[k * n // 3])] for k in range(3)]
     np.testing.assert_array_equal(found["crops"], np.stack(expected))
+
+
+def test_windows_that_touch_a_lesion_are_left_out(monkeypatch):
+    measure = lambda results, batch, key: {"crops": batch["image"]}
+    fit = Fit(name="crops", rows=fitting_normals, measure=measure, finish=lambda arrays, key: arrays, crops=3)
+    whole, _ = volume_run(fit)
+    plain = volume_case
+
+    def with_lesion(row):
+        case, lesion = plain(row), np.zeros(plain(row).array.shape[:-1], bool)
+        lesion[0, 0, 0] = row.id == "v1"  # in the first window alone
+        return replace(case, volume=case.volume._replace(lesion=lesion))
+
+    monkeypatch.setattr(sys.modules[__name__], "volume_case", with_lesion)
+    found, rows = volume_run(fit)
+    first = 3 * [row.id for row in rows].index("v1")
+    np.testing.assert_array_equal(found["crops"], np.delete(whole["crops"], first, 0))
 
 
 def test_each_replicate_has_a_fit_of_its_own(run):

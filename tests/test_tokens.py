@@ -27,7 +27,7 @@ from jmae.tokens import (
     score_of,
     subsets,
     token_features,
-    weights_of,
+    window_weights,
 )
 
 GRIDS = {"2D": (5, 4), "3D": (4, 5, 3)}
@@ -218,7 +218,7 @@ def test_a_map_has_each_token_s_distance_at_its_patch_s_centre(rank):
 @pytest.mark.parametrize("rank", GRIDS)
 def test_weights_mark_the_voxels_of_inner_tokens(rank):
     grid, patch = GRIDS[rank], PATCHES[rank]
-    found = weights_of(grid, 1, sizes(rank), 0.25)
+    found = window_weights(grid, 1, sizes(rank))
     for at in np.ndindex(found.shape):
         cell = [a // p for a, p in zip(at, patch, strict=True)]
-        assert found[at] == (1 if all(1 <= c < g - 1 for c, g in zip(cell, grid, strict=True)) else 0.25)
+        assert found[at] == (1 if all(1 <= c < g - 1 for c, g in zip(cell, grid, strict=True)) else np.float32(1e-6))

@@ -69,6 +69,7 @@ from jmae.system import (
     stats_of,
     steps_of,
 )
+from jmae.tokens import NAME, TOKEN_KEYS, check_tokens, token_fits, token_score
 
 VARIANTS = {
     "stage2": ("pretrain", "proxy", "labels", "module_a", "module_b"),
@@ -83,6 +84,7 @@ VARIANTS = {
 NORMALS_ALONE = ("stage1", "mae", "one_class")  # variants that need no unlabelled image
 DISCREPANCIES = {"reconstruction": "stage2", "nearer": "stage2_nearer", "error": "stage2_error"}
 MEANS = ("mae", "mask_rec", "one_class", "stage2_error")  # primary scores that are means over masks
+TOKEN_SCORES = {"pretrain": "tokens", "module_a": "tokens_a", "module_b": "tokens_b"}  # by the encoder's stage
 HOME_MADE = (
     "Stage 0 was trained on this run's images instead of the 0.3 million chest X-rays of the paper's checkpoint "
     "(model.weights names no file): this run is not the paper's"
@@ -162,9 +164,11 @@ KEYS = {
     "evaluation.discrepancy": recipe.Key(
         "reconstruction",
         'The primary score: "reconstruction", Eq. 4; "nearer" (ours), its half where module B is nearer the image; '
-        'or "error" (ours), the error of A less that of B.',
-        choices=tuple(DISCREPANCIES),
+        'or "error" (ours), the error of A less that of B; "tokens" (ours), of every variant, the score of the tokens '
+        "of Stage 0's encoder.",
+        choices=(*DISCREPANCIES, "tokens"),
     ),
+    **declared("evaluation", TOKEN_KEYS),
     "evaluation.paste": recipe.Key(
         True, "Whether visible patches are the input's; False: the decoder's output everywhere."
     ),
@@ -370,6 +374,10 @@ def score(
         name = "module_a" if "module_b" in passes else config.variant
         maps[name] = jnp.mean(passes["module_a"].error, axis=-1)
     scores = {name: jnp.mean(m, axis=tuple(range(1, m.ndim))) for name, m in maps.items()}
+    if NAME in results:  # neither in a plan nor while the training looks at the score
+        for name, learned in results[NAME].items():
+            mae = networks.mae_of(results[name]["params"])
+            maps[TOKEN_SCORES[name]], scores[TOKEN_SCORES[name]] = token_score(config, mae, image, learned)
     if "proxy" in names:
         scores["stage1"] = jax.nn.sigmoid(margin_of(networks, results, raw))
     primary, more = primary_of(config), {}
@@ -663,6 +671,8 @@ def primary_of(config: ConfigDict) -> str:
     """The name of the primary score."""
     if residuals.wanted(config):
         return config.evaluation.residual
+    if config.evaluation.discrepancy == NAME:
+        return NAME
     two = "module_b" in VARIANTS[config.variant]
     return DISCREPANCIES[config.evaluation.discrepancy] if two else config.variant
 
@@ -679,6 +689,7 @@ def build(config: ConfigDict) -> System:
     if config.variant == "b_perfect":
         notes.append("variant b_perfect was trained on the hidden labels: it is a control, no method")
     primary = primary_of(config)
+    check_tokens(config, primary)
     fits_of = lambda predict: residuals.fits(config, partial(batch_evidence, networks, predict), "masks", "paste")
     system = System(
         name="amae",
@@ -688,12 +699,15 @@ def build(config: ConfigDict) -> System:
         score=partial(score, networks),
         masks=config.evaluation.masks,
         repetitions="masks",
-        averaged=primary not in ("stage2", "stage2_nearer", *residuals.NAMES),  # differences of means
+        averaged=primary not in ("stage2", "stage2_nearer", NAME, *residuals.NAMES),  # no means over masks
         fits=fits_of(partial(predicted, networks)),
         notes=tuple(notes),
     )
+    encoders = {name: networks.mae_of for name in names if name in TOKEN_SCORES}
+    tokens = token_fits(config, encoders, partial(standardised, config=config))
+    whole = replace(system, fits=(*system.fits, *tokens))
     if config.evaluation.residual == "feature":  # only the network has features
-        return system
+        return whole
     name = primary if residuals.wanted(config) else normal_error(config)[1]
     prediction = Prediction(
         predict=partial(predicted, networks),
@@ -704,4 +718,4 @@ def build(config: ConfigDict) -> System:
             system, primary=name, map=name, score=partial(error_score, networks, predict), fits=fits_of(predict)
         ),
     )
-    return replace(system, prediction=prediction)
+    return replace(whole, prediction=prediction)

@@ -51,6 +51,7 @@ from jmae.system import (
     rows_of,
     steps_of,
 )
+from jmae.tokens import TOKEN_KEYS, check_tokens, sweeping, token_fits
 from jmae.windows import average, tile
 
 KEYS = {
@@ -127,6 +128,7 @@ KEYS = {
         'Tokens whose error counts: "all", or "hidden" (ours), as the output at visible tokens is not trained.',
         choices=("all", "hidden"),
     ),
+    **declared("evaluation", TOKEN_KEYS, ring=0),
 }
 
 WATCHED = 64  # crops of held-out normals, whose explained variance is logged
@@ -259,6 +261,7 @@ def check(config: ConfigDict) -> None:
 def build(config: ConfigDict) -> System:
     """The MAEMI system that a recipe describes; raises InputError on settings that do not fit together."""
     check(config)
+    check_tokens(config, "maemi")
     data, evaluation, compat = config.data, config.evaluation, config.compat
     patch = tuple(config.model.patch)
     positions = released_positions if compat.position else sincos_positions
@@ -283,12 +286,12 @@ def build(config: ConfigDict) -> System:
         ),
         parts=config.accumulate,
     )
-    tokens, by_case = prod(grid_of(tuple(data.size), patch)), evaluation.masks_of == "case"
+    number, by_case = prod(grid_of(tuple(data.size), patch)), evaluation.masks_of == "case"
     sweep = Sweep(
         window=tuple(data.size),
         stride=tuple(evaluation.stride),
         repeats=evaluation.repeats,
-        groups=1 if by_case else groups_of(tokens, visible_tokens(tokens, evaluation.mask_ratio)),
+        groups=1 if by_case else groups_of(number, visible_tokens(number, evaluation.mask_ratio)),
         by_case=by_case,
         score=partial(window_error, networks),
         example=partial(reconstructed, networks),
@@ -310,12 +313,15 @@ def build(config: ConfigDict) -> System:
 
     def beside(predict: Callable[..., Array]) -> System:
         other = replace(networks, predict=predict)
-        return replace(system, sweep=replace(sweep, score=partial(window_error, other), example=None))
+        assert system.sweep
+        return replace(system, sweep=replace(system.sweep, score=partial(window_error, other), example=None))
 
+    seen = partial(clean, config)
+    tokens = token_fits(config, {"train": mae_of}, seen)
+    sweep = replace(sweep, **sweeping(config, mae_of, "train", seen))
+    whole = replace(system, sweep=sweep, fits=(*system.fits, *tokens))
     if evaluation.residual == "feature":  # only the network has features
-        return system
+        return whole
     ratio = evaluation.mask_ratio
-    prediction = Prediction(
-        predict=networks.predict, view=partial(clean, config), patch=patch, ratio=ratio, beside=beside
-    )
-    return replace(system, prediction=prediction)
+    prediction = Prediction(predict=networks.predict, view=seen, patch=patch, ratio=ratio, beside=beside)
+    return replace(whole, prediction=prediction)

@@ -58,6 +58,7 @@ from jmae.system import (
     rows_of,
     steps_of,
 )
+from jmae.tokens import NAME, TOKEN_KEYS, check_tokens, sweeping, token_fits, token_score
 from jmae.windows import average
 
 LUMINANCES = ("standardised", "unit", "none")
@@ -101,7 +102,7 @@ KEYS = {
     ),
     **declared("train", TRAINING_KEYS, epochs=2000, lr=1.5e-3, warmup=5 / 2000),
     "train.clip": recipe.Key(0.0, "Greatest norm of the gradient; 0: any.", least=0),
-    "evaluation.score": recipe.Key("ms_ssim", "The primary score.", choices=SCORES),
+    "evaluation.score": recipe.Key("ms_ssim", "The primary score.", choices=(*SCORES, "tokens")),
     "evaluation.masks": recipe.Key(10, "Masks of a test image.", least=1),
     **recipe.MASKS_OF,
     **residuals.KEYS,
@@ -141,6 +142,7 @@ KEYS = {
         least=0,
         most=100,
     ),
+    **declared("evaluation", TOKEN_KEYS),
 }
 IMAGE_KEYS = {
     **residuals.IMAGE_KEYS,
@@ -163,7 +165,8 @@ VOLUME_KEYS = {
     "data.channels": recipe.Key(2, "Sequences of a volume.", least=1),
     "data.clip": recipe.Key((0.001, 1.5), "Bounds of the values that the network sees.", length=2),
     "data.flips": recipe.Key((0, 1), "Axes, each mirrored with probability 1/2.", choices=(0, 1, 2)),
-    "evaluation.score": recipe.Key("ms_ssim", "The primary score.", choices=SCORES[:3]),
+    "evaluation.score": recipe.Key("ms_ssim", "The primary score.", choices=(*SCORES[:3], "tokens")),
+    "evaluation.ring": replace(KEYS["evaluation.ring"], default=0),
     "evaluation.iou": recipe.Key(0.0, "Only for images: 0, no IoU.", "%", least=0, most=0),
 }
 
@@ -333,6 +336,9 @@ def score(
     if name in MEANS and (config.evaluation.average == "all" or name == "ms_ssim_product"):
         each = found.measures[MEANS[name]]
         errors = {"score_error": standard_error(each)} if each.shape[1] > 1 else {}
+    if NAME in results:  # neither in a plan nor while the training looks at the score
+        mae = networks.mae_of(results["train"]["params"])
+        maps[NAME], scores[NAME] = token_score(config, mae, clean(config, raw), results[NAME]["train"])
     mean, std = moments_of(raw, config.data)
     picture = found.first * std + mean
     if config.data.channels != config.model.channels:
@@ -424,6 +430,7 @@ def check(config: ConfigDict) -> None:
 def build(config: ConfigDict) -> System:
     """The MemMC-MAE system that a recipe describes; raises InputError on settings that do not fit together."""
     check(config)
+    check_tokens(config, primary_of(config))
     model, section, evaluation = config.model, config.train, config.evaluation
     make = partial(MultiLevelMAE, gate=model.gate, normed=model.mc_norm) if model.mc_decoder else MAE
     init, mae_of = masked_autoencoder(config, model.channels, make, memory=model.memory, long_skips=model.long_skips)
@@ -458,16 +465,22 @@ def build(config: ConfigDict) -> System:
         and (evaluation.average == "all" or evaluation.score == "ms_ssim_product"),
         **scoring(networks),
     )
+    seen = partial(clean, config)
+    tokens = token_fits(config, {"train": mae_of}, seen)
+    whole = replace(system, fits=(*system.fits, *tokens))
+    if whole.sweep:
+        whole = replace(whole, sweep=replace(whole.sweep, **sweeping(config, mae_of, "train", seen)))
     if evaluation.residual == "feature":  # only the network has features
-        return system
+        return whole
+    error = "ms_ssim" if system.primary == NAME else system.primary  # a rival has no encoder
     prediction = Prediction(
         predict=networks.predict,
-        view=partial(clean, config),
+        view=seen,
         patch=tuple(model.patch),
         ratio=evaluation.mask_ratio,
-        beside=lambda predict: replace(system, **scoring(replace(networks, predict=predict))),
+        beside=lambda predict: replace(system, primary=error, **scoring(replace(networks, predict=predict))),
     )
-    return replace(system, prediction=prediction)
+    return replace(whole, prediction=prediction)
 
 
 def scoring(networks: Networks) -> dict[str, Any]:

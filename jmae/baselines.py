@@ -6,17 +6,15 @@ Where there are unlabelled images, one more baseline uses them, without a label.
 system's network and have the system's own scores.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import islice
-from math import prod
 from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, PyTree
+from jaxtyping import Array
 from ml_collections import ConfigDict
 from numpy.typing import NDArray
 from scipy.ndimage import minimum_filter
@@ -27,25 +25,19 @@ from jmae.data.loader import Images
 from jmae.data.manifest import Row
 from jmae.data.preparation import Prepared
 from jmae.data.transforms import area_resize, central
-from jmae.errors import InputError
-from jmae.figures import Part, Split, SplitScores
-from jmae.fitting import computed, placed
+from jmae.figures import Part, Split
 from jmae.inference import Scorer
-from jmae.masking import groups_of, run_masks, visible_tokens
-from jmae.passes import local_mesh, seeds_of
-from jmae.patches import grid_of, patchify
-from jmae.results import Result, map_name
-from jmae.rivals import NORMALS, VALUES, explained, explained_sums, rivals_of
+from jmae.recipe import is_volume
+from jmae.results import Result
+from jmae.rival_scores import CROPS, RivalScores, fitted_rivals, random_crops, some_images
 from jmae.run_folder import log
 from jmae.scoring import top_mean
-from jmae.sharding import replicated
-from jmae.system import Prediction, Results, System
+from jmae.system import Results, System
 from jmae.windows import average, tile
 
 COMPONENTS = 30
 NEIGHBOURS = 5
 RIDGE_SIDE, RIDGE = 32, 1000.0  # pixels a side and penalty of the ridge regression; 300 to 3000 differ little
-CROPS = 256  # random crops of training volumes
 EXPLAINED = 64  # images or crops of held-out normals, for the explained variance of hidden patches
 OPENED = 8  # volumes that these crops come from, at most
 
@@ -131,12 +123,6 @@ def ridge_scores(normals: NDArray, unlabelled: NDArray, test: NDArray, penalty: 
     else:
         weights = np.linalg.solve(x.T @ x + penalty * np.eye(x.shape[1]), x.T @ y)
     return (new - centre) @ weights + mean
-
-
-def random_crops(volumes: Volumes, number: int) -> NDArray[np.float32]:
-    """Random crops (number, *crop, c) of the volumes in turn, the same at every call."""
-    rows = [step % len(volumes.rows) for step in range(number)]
-    return np.stack([volumes.crop_at(row, volumes.origin(row, step, 0)) for step, row in enumerate(rows)])
 
 
 def crop_components(volumes: Volumes, crops: int = CROPS) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
@@ -313,150 +299,21 @@ def residual_scorer(config: ConfigDict, system: System, train: Volumes) -> Score
         return error, jnp.ones_like(error)
 
     fuse = lambda results, averages, inside: {"maps": {"residual": averages[..., 0]}}
-    sweep = replace(system.sweep, repeats=1, score=score, fuse=fuse, average=average, tile=tile, example=None)
+    sweep = replace(
+        system.sweep,
+        repeats=1,
+        score=score,
+        fuse=fuse,
+        average=average,
+        tile=tile,
+        example=None,
+        further=None,
+        further_maps=(),
+    )
     single = config.copy_and_resolve_references()
     single.replicates = 1
     results: Any = {"mean": mean, "components": components}
     return Scorer(single, replace(system, sweep=sweep), results)
-
-
-# --- rivals -----------------------------------------------------------------------------------------------------------
-
-
-class RivalScores:
-    """The rivals of a system's network, under the system's own score and masks. One compiled program serves them all.
-
-    Args:
-        config: the recipe.
-        prediction: of the system.
-        normals: images or crops (j, *size, c) of training normals, as read.
-        fit: (the system of the rivals, results of a rival) -> those results with what the score learns (`System.fits`).
-    """
-
-    def __init__(
-        self,
-        config: ConfigDict,
-        prediction: Prediction,
-        normals: np.ndarray,
-        fit: Callable[[System, PyTree], PyTree] = lambda system, results: results,
-    ):
-        self.config, self.prediction = config.copy_and_resolve_references(), prediction
-        self.config.replicates = 1
-        patches = jax.jit(self.patches)(normals)
-        self.rivals = rivals_of(tuple(config.evaluation.rivals), patches, tuple(config.data.size), prediction.patch)
-        self.system = prediction.beside(self.rivals.predict)
-        fitted = jax.device_put(self.rivals.fitted, replicated(local_mesh()))
-        self.rivals = self.rivals._replace(fitted=fitted)
-        self.scorers: dict[str, Scorer] = {}
-        for name in self.rivals.names:
-            own = fit(self.system, self.parameters(name))
-            first = next(iter(self.scorers.values()), None)
-            self.scorers[name] = first.with_results(own) if first else Scorer(self.config, self.system, own)
-        self.found = {name: SplitScores() for name in self.rivals.names}
-
-    def patches(self, images: Array) -> Array:
-        """Images in patches, as the network sees them."""
-        return patchify(self.prediction.view(images), self.prediction.patch)
-
-    def parameters(self, name: str) -> PyTree:
-        """The predictor's parameters of one rival, on each of this process's devices."""
-        return jax.device_put(self.rivals.parameters(name), replicated(local_mesh()))
-
-    @property
-    def at_once(self) -> int:
-        """Cases that one pass takes."""
-        return max((scorer.at_once for scorer in self.scorers.values()), default=1)
-
-    def score(self, cases: Sequence[Prepared]) -> list[dict[str, Result]]:
-        """The result of each rival, by its name, for each of some cases."""
-        each = {name: scorer.score(cases) for name, scorer in self.scorers.items()}
-        return [{name: results[i] for name, results in each.items()} for i in range(len(cases))]
-
-    def maps(self, results: Mapping[str, Result]) -> dict[str, np.ndarray]:
-        """The rivals' maps of a case on its own grid: of the system's scores the primary one."""
-        shown = map_name(self.system)
-        return {f"{name}: {shown}": one.own_maps()[shown][0] for name, one in results.items() if shown in one.maps}
-
-    def add(self, results: Mapping[str, Result]) -> None:
-        """Takes the results of the next case into `scores`."""
-        for name, one in results.items():
-            self.found[name].add(one.scores, one.maps)
-
-    def scores(self, share: float) -> dict[str, np.ndarray]:
-        """Scores (1, n) of the n cases that were added, "RIVAL: SCORE", on the central `share` of each axis."""
-        return {f"{name}: {score}": v for name, own in self.found.items() for score, v in own.of(share).items()}
-
-    def explained(self, results: Results, images: np.ndarray) -> dict[str, float]:
-        """The share of the variance of hidden values that the network and each rival explain; see `rivals.explained`.
-
-        Args:
-            results: those of the system.
-            images: of held-out normals (k, *size, c), as read. They are hidden by one round of the masks of a test.
-        """
-        prediction, channels = self.prediction, jax.eval_shape(self.prediction.view, images[:1]).shape[-1]
-        n = prod(grid_of(tuple(self.config.data.size), prediction.patch))
-        visible = visible_tokens(n, prediction.ratio)
-        keep, restore = run_masks(seeds_of(self.config)[0], jnp.arange(groups_of(n, visible)), n, visible)
-
-        @partial(jax.jit, static_argnums=0)
-        def sums(predict: Callable[..., Array], parameters: PyTree, images: Array) -> Array:
-            def one(image: Array) -> Array:
-                patches = self.patches(image[None])
-                return explained_sums(predict(parameters, patches, keep, restore), patches, keep, restore)
-
-            return jnp.sum(jax.lax.map(one, images), 0)
-
-        network = {"the network": (prediction.predict, results)}
-        others = {name: (self.rivals.predict, self.parameters(name)) for name in self.rivals.names}
-        return {
-            name: explained(np.asarray(sums(predict, parameters, images)), channels)
-            for name, (predict, parameters) in (network | others).items()
-        }
-
-
-def fitted_rivals(
-    config: ConfigDict, system: System, normals: Images | Volumes | None, rows: Sequence[Row], cases: Cases
-) -> RivalScores | None:
-    """The rivals of a system that predicts hidden patches, fitted to its training normals; None where it has none.
-
-    What the score learns from images (`System.fits`) each rival learns from the same rows, of `rows`.
-    """
-    prediction = system.prediction
-    if not prediction or not config.evaluation.rivals or normals is None:
-        return None
-    one = jax.ShapeDtypeStruct((1, *config.data.size, config.data.channels), jnp.float32)
-    most = min(NORMALS, VALUES // prod(jax.eval_shape(prediction.view, one).shape))
-
-    def fit(other: System, results: PyTree) -> PyTree:
-        single = config.copy_and_resolve_references()
-        single.replicates = 1
-        for each in other.fits:
-            chosen = [rows[i] for i in each.rows(rows)]
-            if not chosen or jax.process_count() > 1:
-                raise InputError(f"{each.name} is fitted in a single process, to rows: {each.needs}")
-            results = {**results, each.name: placed(computed(single, other, each, results, chosen, cases))}
-        return results
-
-    try:
-        if most < 3:
-            raise InputError(f"images of {tuple(config.data.size)} take too much memory")
-        found = RivalScores(config, prediction, some_images(normals, most), fit)
-        if not found.scorers:
-            raise InputError("too few training normals")
-    except InputError as error:
-        log(f"no rivals of the network: {error}")
-        return None
-    if len(normals.rows) > most and not isinstance(normals, Volumes):
-        log(f"rivals of the network are fitted to {most} of {len(normals.rows)} training normals")
-    return found
-
-
-def some_images(samples: Images | Volumes, most: int) -> np.ndarray:
-    """At most `most` images, evenly spaced in the table; of volumes random crops, at most `CROPS`."""
-    if isinstance(samples, Volumes):
-        return random_crops(samples, min(most, CROPS))
-    n = len(samples.rows)
-    return samples.image(np.unique(np.linspace(0, n - 1, min(n, most)).round().astype(int)))
 
 
 # --- all of them ------------------------------------------------------------------------------------------------------
@@ -491,13 +348,14 @@ class Baselines:
         return self.cheap.scores(share) | (self.rivals.scores(share) if self.rivals else {})
 
     def explained(self, results: Results, cases: Cases, normals: Sequence[Row]) -> dict[str, float]:
-        """As `RivalScores.explained`, of at most `EXPLAINED` images or crops of held-out normals; {} without rivals or
+        """As `Predictions.explained`, of at most `EXPLAINED` images or crops of held-out normals; {} without rivals or
         without held-out normals."""
-        if not self.rivals or not normals:
+        predictions = self.rivals and self.rivals.predictions
+        if not predictions or not normals:
             return {}
         some = normals[:: -(-len(normals) // OPENED)]
-        held_out = cases.volumes(some) if self.rivals.system.sweep else cases.images(normals)
-        return self.rivals.explained(results, some_images(held_out, EXPLAINED))
+        held_out = cases.volumes(some) if is_volume(predictions.config) else cases.images(normals)
+        return predictions.explained(results, some_images(held_out, EXPLAINED))
 
 
 def baselines_of(

@@ -214,9 +214,10 @@ SHARED = {
         (), "Manifest columns; rows whose value is neither 0 nor empty are scored apart, too.", holds=""
     ),
     "evaluation.rivals": Key(
-        ("components", "blur", "nearest"),
-        "Closed-form rivals of a network that predicts hidden patches, scored beside it; (): none.",
-        choices=("components", "blur", "nearest"),
+        ("components", "blur", "nearest", "untrained", "raw"),
+        'Rivals scored beside a network: where it predicts hidden patches "components", "blur" and "nearest"; of the '
+        'score of tokens an "untrained" encoder and "raw" patches; (): none.',
+        choices=("components", "blur", "nearest", "untrained", "raw"),
         before=(),
     ),
     "evaluation.maps": Key(True, "Whether the maps of the split are written."),

@@ -26,7 +26,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -289,6 +289,20 @@ class Prediction:
     beside: Callable[[Callable[..., Array]], "System"]
 
 
+class Rival(NamedTuple):
+    """What stands in for a system's network where that is no prediction of hidden patches.
+
+    Attributes:
+        name: what it is, in words.
+        system: the system of its score alone.
+        results: (key) -> what the score reads, without the system's fits.
+    """
+
+    name: str
+    system: "System"
+    results: Callable[[Array], Results]
+
+
 @dataclass(frozen=True, kw_only=True)
 class System:
     """Stages in order, and the score that they serve.
@@ -321,6 +335,7 @@ class System:
         choice: what `select=aucp` chooses by, where the default does not fit.
         prediction: how the system predicts hidden patches, if its score is made of such predictions. Closed-form rivals
             of its network are then scored beside it (`jmae.rivals`).
+        rivals: further rivals, by their name in `evaluation.rivals`.
         best: rules of `select` that the system has beside "last" and "aucp".
         notes: sentences, without the full stop, on how a run of this recipe differs from the paper's in a way that no
             reader of its figures may miss. The log, metrics.json, the report and the model card say them.
@@ -340,6 +355,7 @@ class System:
     fits: tuple[Fit, ...] = ()
     choice: Choice | None = None
     prediction: Prediction | None = None
+    rivals: Mapping[str, Rival] = field(default_factory=dict)
     best: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 

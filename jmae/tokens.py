@@ -11,9 +11,11 @@ estimator for large-dimensional covariance matrices", 2004 (shrinkage).
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import product
 from math import prod
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +28,8 @@ from jmae.data.manifest import Row
 from jmae.errors import InputError
 from jmae.nn.mae import MAE
 from jmae.patches import grid_of, patchify
-from jmae.system import Fit, Results
+from jmae.system import Fit, Results, Rival, System
+from jmae.windows import average
 
 NAME = "tokens"  # of the score, of its map, and of what it learns from normal images
 
@@ -311,7 +314,7 @@ def check_tokens(config: ConfigDict, primary: str) -> None:
 
 
 def token_fits(
-    config: ConfigDict, encoders: Mapping[str, Callable[[PyTree], MAE]], view: Callable[[Array], Array]
+    config: ConfigDict, encoders: Mapping[str, Callable[[PyTree], MAE | None]], view: Callable[[Array], Array]
 ) -> tuple[Fit, ...]:
     """What the score keeps of the training normals' tokens, for each encoder; nothing where there is no such score.
 
@@ -352,15 +355,15 @@ def token_fits(
     )
 
 
-def tokens_of(config: ConfigDict, mae: MAE, image: Float[Array, "b *size c"]) -> Float[Array, "b k d"]:
-    """The inner tokens of images that are in the network's range."""
+def tokens_of(config: ConfigDict, mae: MAE | None, image: Float[Array, "b *size c"]) -> Float[Array, "b k d"]:
+    """The inner tokens of images that are in the network's range; without a network the inner patches themselves."""
     patch, evaluation = tuple(config.model.patch), config.evaluation
-    positions = inner(grid_of(image.shape[1:-1], patch), evaluation.ring)
-    return token_features(mae, patchify(image, patch), positions, evaluation.layer)
+    positions, patches = inner(grid_of(image.shape[1:-1], patch), evaluation.ring), patchify(image, patch)
+    return token_features(mae, patches, positions, evaluation.layer) if mae else patches[:, positions]
 
 
 def token_score(
-    config: ConfigDict, mae: MAE, image: Float[Array, "b *size c"], learned: Mapping[str, Array]
+    config: ConfigDict, mae: MAE | None, image: Float[Array, "b *size c"], learned: Mapping[str, Array]
 ) -> tuple[Float[Array, " b *size"], Float[Array, " b"]]:
     """(maps, scores) of images that are in the network's range."""
     size, found = image.shape[1:-1], distances(tokens_of(config, mae, image), learned)
@@ -368,7 +371,9 @@ def token_score(
     return map_of(found, grid, config.evaluation.ring, size), score_of(found)
 
 
-def sweeping(config: ConfigDict, mae_of: Callable[[PyTree], MAE], stage: str, view: Callable[[Array], Array]) -> dict:
+def sweeping(
+    config: ConfigDict, mae_of: Callable[[PyTree], MAE | None], stage: str, view: Callable[[Array], Array]
+) -> dict:
     """The fields of a `Sweep` that give the map of tokens; {} where the recipe wants no such score.
 
     Windows are encoded without a mask. The distances of the windows that cover a voxel are averaged. A ring's voxel
@@ -393,3 +398,52 @@ def sweeping(config: ConfigDict, mae_of: Callable[[PyTree], MAE], stage: str, vi
         return partial(values, results) if NAME in results else None
 
     return {"further": further, "further_maps": (NAME,)}
+
+
+def token_rivals(
+    config: ConfigDict,
+    system: System,
+    view: Callable[[Array], Array],
+    init: Callable[[Array], tuple[PyTree, PyTree]],
+    mae_of: Callable[[PyTree], MAE],
+) -> dict[str, Rival]:
+    """Rivals of the encoder in this score: an untrained one, and raw patches without any; none where there is no such
+    score.
+
+    Args:
+        system: the system that has the score.
+        view: (images as read) -> images in the network's range.
+        init, mae_of: those of the network.
+    """
+    if config.evaluation.tokens == "none":
+        return {}
+    stage = "encoder"
+
+    def beside(mae_of: Callable[[PyTree], MAE | None]) -> System:
+        def score(results: Results, batch: PyTree, key: Array, *, chunk: int | None = None) -> dict[str, Any]:
+            mae, image = mae_of(results[stage]["params"]), view(batch["image"])
+            found, scores = token_score(config, mae, image, results[NAME][stage])
+            return {"maps": {NAME: found}, "scores": {NAME: scores}}
+
+        other = replace(system, primary=NAME, map=NAME, masks=1, fits=token_fits(config, {stage: mae_of}, view))
+        if not system.sweep:
+            return replace(other, score=score)
+        further = sweeping(config, mae_of, stage, view)["further"]
+        sweep = replace(
+            system.sweep,
+            repeats=1,
+            groups=1,
+            score=lambda results, image, keys, groups: further(results, image),
+            average=partial(average, weighted=True),
+            fuse=lambda results, averages, inside: {"maps": {NAME: jnp.where(inside, averages[..., 0], 0)}},
+            example=None,
+            further=None,
+            further_maps=(),
+        )
+        return replace(other, sweep=sweep)
+
+    untrained = lambda key: {stage: {"params": jax.jit(init)(key)[0]}}
+    return {
+        "untrained": Rival("untrained encoder", beside(mae_of), untrained),
+        "raw": Rival("raw patches", beside(lambda params: None), lambda key: {stage: {"params": {}}}),
+    }

@@ -13,7 +13,6 @@ from ml_collections import ConfigDict
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from jmae import metrics, recipe, rivals
-from jmae.baselines import fitted_rivals
 from jmae.data.cases import load_cases, load_rows
 from jmae.data.loader import Images
 from jmae.data.manifest import Row
@@ -21,6 +20,7 @@ from jmae.data.preparation import case_words
 from jmae.figures import image_difference, pixel_difference
 from jmae.masking import hidden, run_masks
 from jmae.patches import patchify
+from jmae.rival_scores import fitted_rivals
 from jmae.system import System, load_system
 
 SIZES = {"amae": (32, 32), "memmc_mae": (48, 48), "maemi": (16, 16, 4)}

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy.spatial.distance import cdist
+from sklearn.metrics import roc_auc_score
 
 from jmae import evaluate, predict, recipe, train
 from jmae.data.cases import load_cases
@@ -60,6 +61,32 @@ def test_the_score_stands_beside_the_others_in_every_file(run):
     assert lines and all(float(line[column]) > 0 for line in lines)
     page = (folder / "evaluation" / "report.html").read_text()
     assert "tokens" in page
+    for rival in ("untrained encoder: tokens", "raw patches: tokens"):
+        part = figures["baselines"][rival]
+        assert part["image"]["auroc"] is not None and part["pixel"]["auroc"] is not None and rival in page
+
+
+def test_raw_patches_are_scored_by_the_nearest_normal_patch_within_one_place(run):
+    name, folder, config = run
+    if name == "maemi":
+        pytest.skip("volumes: the same function of windows")
+    system, cases = load_system(config), load_cases(config)
+    patch, rows = tuple(config.model.patch), lambda split: [row for row in cases.rows if row.split == split]
+    grid, raw = grid_of(tuple(config.data.size), patch), system.rivals["raw"].system
+    read = lambda split: patchify(
+        system.prediction.view(cases.images(rows(split)).image(np.arange(len(rows(split))))), patch
+    )
+    known, new = np.asarray(read("train"), np.float64), np.asarray(read("test"), np.float64)
+    positions = inner(grid, config.evaluation.ring)
+    apart = np.zeros((len(new), len(positions)))
+    for place, (i, near) in enumerate(zip(positions, neighbours(grid, positions), strict=True)):
+        bank = known[:, positions[near[near >= 0]]].reshape(-1, known.shape[-1])
+        apart[:, place] = cdist(new[:, i], bank).min(1)
+    labels = [row.label for row in rows("test")]
+    found = json.loads((folder / "evaluation" / "metrics.json").read_text())["baselines"]["raw patches: tokens"][
+        "image"
+    ]
+    assert raw.primary == "tokens" and found["auroc"] == pytest.approx(roc_auc_score(labels, apart.mean(1)))
 
 
 def test_an_image_s_score_is_the_mean_distance_to_the_nearest_of_all_normals(run):

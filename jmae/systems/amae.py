@@ -69,7 +69,7 @@ from jmae.system import (
     stats_of,
     steps_of,
 )
-from jmae.tokens import NAME, TOKEN_KEYS, check_tokens, token_fits, token_score
+from jmae.tokens import NAME, TOKEN_KEYS, check_tokens, token_fits, token_rivals, token_score
 
 VARIANTS = {
     "stage2": ("pretrain", "proxy", "labels", "module_a", "module_b"),
@@ -705,7 +705,8 @@ def build(config: ConfigDict) -> System:
     )
     encoders = {name: networks.mae_of for name in names if name in TOKEN_SCORES}
     tokens = token_fits(config, encoders, partial(standardised, config=config))
-    whole = replace(system, fits=(*system.fits, *tokens))
+    rivals = token_rivals(config, system, partial(standardised, config=config), networks.mae_init, networks.mae_of)
+    whole = replace(system, fits=(*system.fits, *tokens), rivals=rivals)
     if config.evaluation.residual == "feature":  # only the network has features
         return whole
     name = primary if residuals.wanted(config) else normal_error(config)[1]

@@ -51,7 +51,7 @@ from jmae.system import (
     rows_of,
     steps_of,
 )
-from jmae.tokens import TOKEN_KEYS, check_tokens, sweeping, token_fits
+from jmae.tokens import TOKEN_KEYS, check_tokens, sweeping, token_fits, token_rivals
 from jmae.windows import average, tile
 
 KEYS = {
@@ -319,7 +319,8 @@ def build(config: ConfigDict) -> System:
     seen = partial(clean, config)
     tokens = token_fits(config, {"train": mae_of}, seen)
     sweep = replace(sweep, **sweeping(config, mae_of, "train", seen))
-    whole = replace(system, sweep=sweep, fits=(*system.fits, *tokens))
+    rivals = token_rivals(config, system, seen, init, mae_of)
+    whole = replace(system, sweep=sweep, fits=(*system.fits, *tokens), rivals=rivals)
     if evaluation.residual == "feature":  # only the network has features
         return whole
     ratio = evaluation.mask_ratio

@@ -58,7 +58,7 @@ from jmae.system import (
     rows_of,
     steps_of,
 )
-from jmae.tokens import NAME, TOKEN_KEYS, check_tokens, sweeping, token_fits, token_score
+from jmae.tokens import NAME, TOKEN_KEYS, check_tokens, sweeping, token_fits, token_rivals, token_score
 from jmae.windows import average
 
 LUMINANCES = ("standardised", "unit", "none")
@@ -467,7 +467,8 @@ def build(config: ConfigDict) -> System:
     )
     seen = partial(clean, config)
     tokens = token_fits(config, {"train": mae_of}, seen)
-    whole = replace(system, fits=(*system.fits, *tokens))
+    rivals = token_rivals(config, system, seen, init, mae_of)
+    whole = replace(system, fits=(*system.fits, *tokens), rivals=rivals)
     if whole.sweep:
         whole = replace(whole, sweep=replace(whole.sweep, **sweeping(config, mae_of, "train", seen)))
     if evaluation.residual == "feature":  # only the network has features

@@ -1,4 +1,4 @@
-"""Scores of the rivals of a system's network: in its place under its own score and masks, or as systems of their own."""
+"""Scores of the rivals of a system's network: in its place under its own score, or as systems of their own."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial

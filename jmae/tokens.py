@@ -433,7 +433,7 @@ def token_rivals(
             system.sweep,
             repeats=1,
             groups=1,
-            score=lambda results, image, keys, groups: further(results, image),
+            score=lambda results, image, keys, groups: further(results)(image),
             average=partial(average, weighted=True),
             fuse=lambda results, averages, inside: {"maps": {NAME: jnp.where(inside, averages[..., 0], 0)}},
             example=None,

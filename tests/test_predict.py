@@ -233,9 +233,8 @@ def test_images_of_any_name_from_folders_keep_their_grid(images_run, tmp_path, c
         with Image.open(out / f"{name}_overlay.png") as overlay:
             assert overlay.size == (30, 20)
     lines = table(out / "scores.csv")
-    assert (
-        list(lines["one"]) == ["id", "label", "score", "p_value", "peak", "warning"] and lines["one"]["p_value"] == ""
-    )
+    assert list(lines["one"]) == ["id", "label", "score", "p_value", "score_error", "peak", "warning"]
+    assert lines["one"]["p_value"] == lines["one"]["score_error"] == ""
     array = read_image(tmp_path / "one.png").array[..., 0].astype(np.uint8)
     one = jmae.load(images_run)(array, id="one")
     expected = resize(to_unit(array[..., None], 8), SIZE)

@@ -180,9 +180,8 @@ def test_percentiles_over_all_images_at_50_are_two_disjoint_halves_whatever_the_
 # --- equal epochs -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("preset", ["smoke", "phantom", "small"])
-def test_modules_a_and_b_have_equal_epochs_in_every_preset(preset):
-    c = recipes.get_config(preset)
+def test_modules_a_and_b_have_equal_epochs_where_the_recipe_says_so():
+    c = config("small", adapt__equal="epochs")
     stages = stages_of(c)
     margin = np.random.default_rng(0).normal(1, 1, len(UNLABELLED))  # most are predicted abnormal
     results = {"labels": {"params": {}, "stats": {"margin": margin}}}
@@ -193,6 +192,7 @@ def test_modules_a_and_b_have_equal_epochs_in_every_preset(preset):
     ]
     assert rows[0] != rows[1] and steps[0] / rows[0] == pytest.approx(steps[1] / rows[1])
     assert sum(steps) == pytest.approx(2 * c.adapt.steps)
+    assert stages_of(config("small"))["module_b"].pace is None  # equal steps, as measured on the phantoms
 
 
 def test_the_paper_preset_has_equal_epochs_by_its_epochs():

@@ -572,7 +572,7 @@ def mean_and_variance(
 
     numbers = 1 + jnp.arange(-(-(samples - 1) // count) * count).reshape(-1, count)  # the first is there
     (total, squares), each = jax.lax.scan(add, (jnp.zeros_like(first), jnp.zeros_like(first)), numbers)
-    each = jnp.concatenate([over_pixels(first)[None], each.reshape(-1, len(image))])[:samples]
+    each = jnp.concatenate([over_pixels(first[None]), each.reshape(-1, len(image))])[:samples]
     return first + total / samples, jnp.maximum(squares / samples - (total / samples) ** 2, 0), each.T
 
 

@@ -75,7 +75,7 @@ from jmae.run_folder import log, output_folder, read_environment, read_history, 
 from jmae.scoring import Calibration
 from jmae.sealed import seal
 from jmae.seen import ALLOW, check_unseen, check_unseen_since
-from jmae.system import System, fitted_rows, load_system
+from jmae.system import System, fitted_rows, load_system, split_replicates
 
 
 def main(argv: list[str]) -> int:
@@ -199,7 +199,8 @@ def evaluate(
     evaluation = split_figures(
         config, system, chosen, parts, gathered.scores, baselines.scores, thresholds, reference and reference.scores
     )
-    if explained := baselines.explained(results, cases, chosen.normals):
+    first = split_replicates(results, config.replicates)[0]
+    if explained := baselines.explained(first, cases, chosen.normals):
         evaluation["explained"] = explained
     if leaking := sorted({row.leak for row in rows if row.leak}):
         evaluation["leaks"] = leaking

@@ -27,7 +27,7 @@ from jmae.patches import grid_of, patchify
 from jmae.results import Result, map_name
 from jmae.rivals import KINDS, NORMALS, VALUES, explained, explained_sums, rivals_of
 from jmae.run_folder import log
-from jmae.system import Prediction, Results, Rival, System, split_replicates
+from jmae.system import Prediction, Results, Rival, System
 
 CROPS = 256  # random crops of training volumes
 
@@ -121,7 +121,7 @@ class Predictions:
         """The share of the variance of hidden values that the network and each rival explain; see `rivals.explained`.
 
         Args:
-            results: those of the system; of replicates the first counts.
+            results: those of the system, of one replicate.
             images: of held-out normals (k, *size, c), as read. They are hidden by one round of the masks of a test.
         """
         prediction, channels = self.prediction, jax.eval_shape(self.prediction.view, images[:1]).shape[-1]
@@ -137,7 +137,7 @@ class Predictions:
 
             return jnp.sum(jax.lax.map(one, images), 0)
 
-        network = {"the network": (prediction.predict, split_replicates(results, self.config.replicates)[0])}
+        network = {"the network": (prediction.predict, results)}
         others = {name: (self.rivals.predict, self.parameters(name)) for name in self.rivals.names}
         return {
             name: explained(np.asarray(sums(predict, parameters, images)), channels)

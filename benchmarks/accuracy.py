@@ -11,9 +11,10 @@
 
 Trains with `python -m jmae.train --config configs/amae.py:PRESET`, `small` for packs and `phantom` for phantoms. All
 settings of a seed start from one Stage 0 of all images, as they would from one checkpoint; `one_class` and the part
-`stage0` have their own. `controls` tells what a score owes to the pseudo-labels (module B on perfect labels, on normals
-alone, on all unlabelled images) and to choices (the other reading of the percentile, equal epochs, the paper's learning
-rate, jitter). `ratio` has as many unlabelled images at every ratio as the rarer class has.
+`stage0` have their own. `controls` tells what a score owes to the pseudo-labels: module B learns perfect labels,
+normals alone, or all unlabelled images. It also tells what choices do: the other reading of the percentile, equal
+epochs, the paper's learning rate, jitter. `ratio` has as many unlabelled images at every ratio as the rarer class
+has.
 
 benchmarks/results/accuracy.json keeps every run: AUROC and AP with 95 % intervals over patients, whole and central 80 %
 of the map, the cheap baselines, seconds. A run that is there with the same arguments is not repeated, and one that was

@@ -176,9 +176,9 @@ def steps_of_dispatch(config: ConfigDict, stage: Stage, batch: float) -> int:
     a choice.
 
     The choice is 1 on a CPU, where a loop is slower than its steps one by one. Elsewhere it is the largest number up to
-    `MOST_STEPS` that is whole rounds of the stage's phases, whose images take `MOST_BYTES` of a device at most, and
-    that divides `checkpoint_every` and the intervals of the stage's checks. Stages of large batches thus have 1: their
-    steps take so long that launching them costs nothing beside.
+    `MOST_STEPS` that meets three conditions. It is whole rounds of the stage's phases. Its images take `MOST_BYTES` of
+    a device at most. It divides `checkpoint_every` and the intervals of the stage's checks. Stages of large batches
+    thus have 1: their steps take so long that launching them costs nothing beside.
 
     Raises InputError where the recipe's number is no multiple of the stage's phases.
     """

@@ -194,8 +194,8 @@ def ms_ssim_map(
     window + 1 at the finest scale. With `border="stretch"`, as in that code, the map is stretched, not padded: voxel i
     has the value floor(i m / n), as with `F.interpolate(mode="nearest")`. Values therefore move towards the border by
     at most (window - 1) / 2 voxels of their scale. For window 11, these are 80 voxels of the image at the fifth scale.
-    With `border="mirror"` (ours) the images of each scale are mirrored at their border, and a voxel has the value of
-    the window around it, or around the voxel of a coarser scale that contains it.
+    With `border="mirror"` (ours) the images of each scale are mirrored at their border. A voxel then has the value of
+    the window around it. At a coarser scale it is the window around the voxel that contains it.
 
     Args:
         channel_weights: one for each channel, divided by their sum. By default grey weights for three channels (red,

@@ -79,6 +79,10 @@ PARTS = (
     Part("tokens", "cxr_peds --seeds 0 1 2", "JMAE_DATA"),
     Part("tokens", "cxr_nih --subset matched", "JMAE_DATA"),
     *(
+        Part("scores", f"{pack} --seeds 0 1 2", "JMAE_DATA")
+        for pack in ("cxr_peds", "cxr_nih", "endoscopy", "mri3d", "mri3d_hippo")
+    ),
+    *(
         Part("maemi", what, "JMAE_DATA" if "mri3d" in what else "")
         for what in ("mri3d", "mri3d_hippo", "ratio", "patch")
     ),

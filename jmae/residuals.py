@@ -325,8 +325,7 @@ def fits(config: ConfigDict, evidence_of: Callable[[Results, Any, Array], Eviden
             measure=measure,
             finish=lambda arrays, key: finished(config, arrays, key),
             settings=(*SETTINGS, *further),
-            needs="give the manifest normals of val from two or more patients, or train with "
-            "--config.data.calibration=0.2",
+            needs="give the manifest normals of val, or train with --config.data.calibration=0.2",
         ),
     )
 

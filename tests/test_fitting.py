@@ -86,6 +86,15 @@ def test_half_of_the_held_out_patients_are_fitted_to_and_the_others_calibrate(ru
     assert [rows[i].id for i in train_normals(rows)] == ["t0"]
 
 
+def test_a_single_held_out_patient_is_fitted_to_and_none_calibrates(run):
+    config, _ = run
+    rows = [row for row in rows_of_all() if row.split != "val" or row.patient == "p0"]
+    fitted = fitted_rows(image_system(), rows)
+    assert fitted == {row.id for row in rows if row.split == "val" and row.label == 0} != set()
+    held_out = [row for row in rows if row.split == "val"]
+    assert not any(cal.calibrating_rows(config, image_system(), held_out, fitted=fitted))
+
+
 def test_a_fit_is_that_of_its_rows_and_is_read_again(run):
     config, folder = run
     rows, asked = rows_of_all(), []

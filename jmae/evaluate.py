@@ -69,6 +69,7 @@ from jmae.fusion import evaluate_several
 from jmae.inference import Scorer, run_of, score_rows
 from jmae.outlines import MaskFigures
 from jmae.processes import join_processes, keep_compiled
+from jmae.python import Evaluate
 from jmae.report import Case, choose_cases, one_slice, shown_voxel, slice_side, write_report
 from jmae.results import Result, map_name, report_case
 from jmae.run_folder import log, output_folder, read_environment, read_history, recipe_digest, write_csv, write_text
@@ -123,9 +124,6 @@ def locked(workdir: Path, out: Path, of_run: bool) -> Iterator[None]:
         checkpoint.workdir_lock(out, "--out"),
     ):
         yield
-
-
-# --- the evaluation ---------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -345,6 +343,8 @@ def write_evaluation(
         out / "report.html", page, gathered.cases, history, config.to_dict(), read_environment(workdir), colours
     )
 
+
+sys.modules[__name__].__class__ = Evaluate  # `jmae.evaluate(...)`
 
 if __name__ == "__main__":
     sys.exit(exit_code(main))

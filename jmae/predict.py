@@ -32,15 +32,17 @@ others go on.
 Exit codes: 0 done; 1 some cases failed; 2 the input or the environment is wrong.
 """
 
+import base64
 import contextlib
 import csv
 import glob
 import hashlib
+import html
 import io
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -95,6 +97,29 @@ class Prediction(NamedTuple):
     confidence: np.ndarray | None  # float32, deviation of the map over the system's samples; None where it has none
     warning: str = ""  # what of the case is unlike the images that the run was trained on
     mask: np.ndarray | None = None  # bool, the lesions; None where the run gives no threshold
+    image: Image | None = None  # the stored values
+    colours: Scale | None = None  # of maps; None where the run gives none
+
+    def picture(self) -> np.ndarray:
+        """The image beside the image under its map: uint8 (rows, columns, 3). A volume has one slice, as `overlay`."""
+        if self.image is None or self.map is None:
+            raise InputError("the score has no map, so there is no picture")
+        return np.concatenate(views(self.image, self.map, self.colours), 1)
+
+    def _repr_html_(self) -> str:
+        """The case in a notebook."""
+        p = "none" if self.p_value is None else f"{self.p_value:.3g}"
+        lines = [f"<p>score {self.score:.4g}, p-value {p}</p>"]
+        lines += [f"<p>warning: {html.escape(self.warning)}</p>"] * bool(self.warning)
+        if self.map is not None:
+            pillow.fromarray(self.picture()).save(buffer := io.BytesIO(), "PNG")
+            data = base64.b64encode(buffer.getvalue()).decode()
+            lines.append(f'<img src="data:image/png;base64,{data}" style="width: 40em; max-width: 100%">')
+        return "".join(lines)
+
+    def __repr__(self) -> str:
+        size = None if self.map is None else self.map.shape
+        return f"Prediction(score={self.score:.6g}, p_value={self.p_value}, map={size}, warning={self.warning!r})"
 
 
 class Run(NamedTuple):
@@ -107,6 +132,59 @@ class Run(NamedTuple):
     identity: dict[str, Any]  # as `score_identity` gives it
     seen: dict[str, Row]  # what the run was trained or calibrated on, by `Row.content`
     kind: dict[str, Any] | None  # what these images have in common (`likeness.read_kind`)
+
+    def __call__(
+        self,
+        image: Any,
+        spacing: Sequence[float] | None = None,
+        affine: np.ndarray | None = None,
+        id: str = "",
+        region: Any = None,
+        midline: str | float = "",
+        half: str = "",
+    ) -> Prediction:
+        """Scores one case.
+
+        Args:
+          image: a path; or the paths of a case's sequences; or an array (*size) or (*size, channels), a 2D image as
+            rows and columns. An array of unsigned 8-bit numbers spans 0 to 255, all others are stretched.
+          spacing: mm along each axis, where the input does not tell it.
+          affine: (4, 4), voxel -> RAS mm, of an array. A volume with a spacing and without an affine is taken to have
+            the axes of the run (`data.axes`, as PLS: indices grow to posterior, left and superior).
+          id: name of the case in messages; without it, the file's name without its ending. The score does not depend
+            on it, but for a run whose masks come from ids (evaluation.masks_of=case): then give the manifest's id.
+          region: part of a volume that its score covers: a path, or an array (*size) on the volume's own grid, above 0
+            inside, or above `data.mask_threshold` where it holds probabilities. A volume is cropped to the region, or
+            normalised by it, where the run's training volumes were.
+          midline, half: for a volume of two pieces, as in a manifest: "middle" or an index; "first" or "second".
+
+        Raises:
+          InputError: the case cannot be used; one line says why.
+        """
+        row, stored = case_of(self, image, spacing, affine, id)
+        row = row._replace(extra={"midline": str(midline), "half": half})
+        if problem := next((what for _, what in wrong_pieces(str(midline), half)), ""):
+            raise InputError(f"{row.image[0]}: {problem}")
+        if not self.system.sweep and (region is not None or midline or half):
+            raise InputError(f"{row.image[0]}: only volumes have a region, a midline and halves: leave them out")
+        row, inside = with_region(row, stored, region, self.config.data.mask_threshold)
+        (result,) = self.scorer.score([self.scorer.prepare(row, stored, inside)])
+        line = checked_line(self, row, result)
+        found = result.written(self.system, ["anomaly", "confidence"])
+        maps = found.get("anomaly"), found.get("confidence")
+        return Prediction(
+            maps[0],
+            line["score"],
+            line["p_value"],
+            maps[1],
+            line["warning"],
+            mask_of(self, result, maps[0]),
+            stored,
+            colours_of(self.calibration),
+        )
+
+    def __repr__(self) -> str:
+        return f"<a trained run of {self.system.name}: call it with an image>"
 
 
 def main(argv: list[str]) -> int:
@@ -170,51 +248,12 @@ def predict_with_several(workdirs: Sequence[Path], argv: Sequence[str]) -> int:
     return max(codes)
 
 
-def load(workdir: str | os.PathLike) -> Callable[..., Prediction]:
-    """The function `predict(image, spacing=None, affine=None, id="", region=None, midline="", half="")` -> Prediction
-    of a run folder.
+def load(workdir: str | os.PathLike) -> Run:
+    """A trained run, ready to score: call it with an image.
 
-    Raises InputError where the folder holds no finished run. `predict` raises InputError, in one line, where a case
-    cannot be used. Its arguments:
-      image: a path; or the paths of a case's sequences; or an array (*size) or (*size, channels), a 2D image as rows
-        and columns. An array of unsigned 8-bit numbers spans 0 to 255, all others are stretched.
-      spacing: mm along each axis, where the input does not tell it.
-      affine: (4, 4), voxel -> RAS mm, of an array. A volume with a spacing and without an affine is taken to have the
-        axes of the run (`data.axes`, as PLS: indices grow to posterior, left and superior).
-      id: name of the case in messages; without it, the file's name without its ending. The score does not depend on
-        it, but for a run whose masks come from ids (evaluation.masks_of=case): then give the manifest's id.
-      region: part of a volume that its score covers: a path, or an array (*size) on the volume's own grid, above 0
-        inside, or above `data.mask_threshold` where it holds probabilities. A volume is cropped to the region, or
-        normalised by it, where the run's training volumes were.
-      midline, half: for a volume of two pieces, as in a manifest: "middle" or an index; "first" or "second".
+    Raises InputError where the folder holds no finished run.
     """
-    workdir = Path(workdir)
-    run = open_run(workdir, read_run(workdir))
-
-    def predict(
-        image: Any,
-        spacing: Sequence[float] | None = None,
-        affine: np.ndarray | None = None,
-        id: str = "",
-        region: Any = None,
-        midline: str | float = "",
-        half: str = "",
-    ) -> Prediction:
-        row, stored = case_of(run, image, spacing, affine, id)
-        row = row._replace(extra={"midline": str(midline), "half": half})
-        if problem := next((what for _, what in wrong_pieces(str(midline), half)), ""):
-            raise InputError(f"{row.image[0]}: {problem}")
-        if not run.system.sweep and (region is not None or midline or half):
-            raise InputError(f"{row.image[0]}: only volumes have a region, a midline and halves: leave them out")
-        row, inside = with_region(row, stored, region, run.config.data.mask_threshold)
-        (result,) = run.scorer.score([run.scorer.prepare(row, stored, inside)])
-        line = checked_line(run, row, result)
-        found = result.written(run.system, ["anomaly", "confidence"])
-        maps = found.get("anomaly"), found.get("confidence")
-        mask = mask_of(run, result, maps[0])
-        return Prediction(maps[0], line["score"], line["p_value"], maps[1], line["warning"], mask)
-
-    return predict
+    return open_run(Path(workdir), read_run(Path(workdir)))
 
 
 def case_of(
@@ -443,6 +482,11 @@ def overlay(stored: Image, heat: np.ndarray, colours: Scale | None) -> np.ndarra
       heat: the map (*size).
       colours: the colour scale; None takes the map's own.
     """
+    return views(stored, heat, colours)[1]
+
+
+def views(stored: Image, heat: np.ndarray, colours: Scale | None) -> tuple[np.ndarray, np.ndarray]:
+    """(the image alone, the image under its map), as `overlay` has them."""
     heat, stored = np.nan_to_num(heat), stored._replace(array=np.nan_to_num(stored.array, posinf=0, neginf=0))
     low, high = (float(end) for end in np.percentile(heat, PERCENTILES))
     colourful = heat.ndim == 2 and stored.array.shape[-1] == 3
@@ -455,7 +499,9 @@ def overlay(stored: Image, heat: np.ndarray, colours: Scale | None) -> np.ndarra
         k = int(heat.max(axis=tuple(axis for axis in range(3) if axis != layout.across)).argmax())
         shown, heat = layout.plane(shown, k), layout.plane(heat, k)
     dark, bright = np.percentile(shown, (1, 99))
-    return blend(np.clip((shown - dark) / ((bright - dark) or 1), 0, 1), heat, colours)
+    unit = np.clip((shown - dark) / ((bright - dark) or 1), 0, 1)
+    plain = (255 * np.broadcast_to(unit.reshape(*heat.shape, -1), (*heat.shape, 3))).round().astype(np.uint8)
+    return plain, blend(unit, heat, colours)
 
 
 def finish(rows: Sequence[Row], done: Mapping[str, Mapping], failed: Sequence[Mapping[str, str]], out: Path) -> int:

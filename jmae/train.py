@@ -51,6 +51,7 @@ from jmae.programs import (
     steps_of_dispatch,
 )
 from jmae.progress import drawing, profiled_steps, profiling, progress, signals, tensorboard
+from jmae.python import Train
 from jmae.run_folder import (
     add_history,
     cut_history,
@@ -481,6 +482,8 @@ def check_batch(rows: np.ndarray, check: Check, samples: Samples) -> dict[str, n
     more |= {"unlabeled": np.array([row.split == "unlabeled" for row in own])}
     return samples.samples(rows, numbers, CHECK_STEP, 0) | more
 
+
+sys.modules[__name__].__class__ = Train  # `jmae.train(...)`
 
 if __name__ == "__main__":
     sys.exit(exit_code(main))

@@ -29,11 +29,25 @@ $(GPU)/ready: pyproject.toml
 gpu-check: $(GPU)/ready  ## compiles a stage of each system for an H200, without one, and checks the programs; 15 minutes
 	$(GPU)/bin/python -m benchmarks.gpu_check
 
+# The site and the code of its pages, in an environment of their own.
+DOCS := build/docs
+$(DOCS)/ready: pyproject.toml
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip install --quiet --upgrade pip
+	$(DOCS)/bin/python -m pip install --quiet --editable '.[docs]'
+	touch $@
+
+docs: $(DOCS)/ready  ## builds the site into build/site; a dead link or anchor fails
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/python -m mkdocs build --strict --quiet
+
+docs-test: $(DOCS)/ready  ## runs the code of the tutorials, the how-to pages, the README and the notebooks; ten minutes
+	$(DOCS)/bin/python -m pytest -n 2 --durations=0 tests/on_docs.py
+
 browser: $(VENV)/ready-dev  ## the report's pages in Chromium
 	$(RUN) -m pip install --quiet --editable '.[browser]'
 	$(RUN) -m pytest tests/in_browser.py
 
-.PHONY: demo test faults check audit lock gpu-check browser clean
+.PHONY: demo test faults check audit lock gpu-check docs docs-test browser clean
 demo: $(VENV)/ready  ## AMAE on built-in phantoms: all stages, evaluation, report
 	$(RUN) -m jmae.train --config configs/amae.py --workdir runs/demo
 
@@ -61,4 +75,4 @@ check: $(VENV)/ready-dev  ## format, lint, types
 	$(VENV)/bin/mypy
 
 clean:
-	rm -rf $(VENV) $(GPU) runs
+	rm -rf $(VENV) $(GPU) $(DOCS) build/site runs

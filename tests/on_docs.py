@@ -1,6 +1,6 @@
 """Runs the code of the pages: `make docs-test`, or python -m pytest tests/on_docs.py; no part of `make test`.
 
-Each page of docs/tutorials and docs/how-to, README.md and docs/index.md is one test. It starts in an empty folder, and
+README.md and each page of docs/tutorials and docs/how-to is one test. It starts in an empty folder, and
 its blocks run from top to bottom:
 
 - ```python title="NAME" (or ```csv, ```text, any language): the text is written to the file NAME. It is not run.
@@ -27,7 +27,7 @@ import pytest
 
 TOP = Path(__file__).parents[1]
 DOCS = TOP / "docs"
-PAGES = [TOP / "README.md", DOCS / "index.md", *sorted(DOCS.glob("tutorials/*.md")), *sorted(DOCS.glob("how-to/*.md"))]
+PAGES = [TOP / "README.md", *sorted(DOCS.glob("tutorials/*.md")), *sorted(DOCS.glob("how-to/*.md"))]
 NOTEBOOKS = sorted(DOCS.glob("notebooks/*.ipynb"))
 BLOCK = re.compile(
     r'^(?P<indent> *)```(?P<language>\w+)(?: title="(?P<title>[^"]+)")?[^\n]*\n(?P<text>.*?)^ *```$', re.M | re.S
@@ -102,7 +102,8 @@ def test_blocks_are_found_and_changed_as_the_top_of_this_file_says():
     page = (
         "<!-- test: 1000 -> 8 -->\n```sh\njmae train --steps=1000\n```\ntext\n"
         '```csv title="a/b.csv"\nid\n```\n'
-        "1. item\n    ```python\n    x = 1\n    if x:\n        y = 2\n    ```\n<!--\n```python\nassert y == 2\n```\n-->\n"
+        "1. item\n    ```python\n    x = 1\n    if x:\n        y = 2\n    ```\n"
+        "<!--\n```python\nassert y == 2\n```\n-->\n"
     )
     assert blocks(page) == [
         ("sh", "", "jmae train --steps=8\n"),

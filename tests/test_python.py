@@ -3,9 +3,12 @@
 import base64
 import inspect
 import io
+import json
 import re
+import runpy
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +19,8 @@ from jmae import recipe, train
 from jmae.data.files import read_image
 from jmae.errors import InputError
 from jmae.predict import Prediction
+
+NOTEBOOKS = Path(__file__).parents[1] / "docs" / "notebooks"
 
 
 def test_the_import_is_quick_and_commands_are_functions_and_modules():
@@ -91,3 +96,13 @@ def test_prepare_writes_the_manifest_of_two_folders(tmp_path, capsys):
     manifest = jmae.prepare("folders", tmp_path / "data", normal=tmp_path / "normals", test=tmp_path / "new")
     splits = [line.split(",")[2] for line in manifest.read_text().splitlines()[1:]]
     assert splits == ["train", "train", "test"] and "next: jmae train" in capsys.readouterr().out
+
+
+def test_the_notebooks_are_those_of_the_tutorials():
+    made = runpy.run_path(str(NOTEBOOKS / "make.py"))
+    for name in made["PAGES"]:
+        assert made["notebook"](name) == (NOTEBOOKS / f"{name}.ipynb").read_text(), "run docs/notebooks/make.py"
+        cells = json.loads(made["notebook"](name))["cells"]
+        code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+        assert sum(cell.startswith("%%bash") and "jmae" in cell for cell in code) >= 3
+        assert any("draw(" in cell for cell in code) and not any("```python" in "".join(c["source"]) for c in cells)

@@ -1,7 +1,7 @@
 """python docs/notebooks/make.py: writes the notebooks beside this file from the tutorials of their names.
 
-Text stays text. A `python` block is a cell, and so is a `sh` block, which bash runs; other blocks are shown. Comments are
-dropped.
+Text stays text. A `python` block is a cell, and so is a `sh` block, which bash runs; other blocks are shown.
+Comments are dropped.
 """
 
 import json

@@ -29,6 +29,7 @@ COMMANDS = {
     "gallery": ("gallery", "draw the synthetic anomalies on an image"),
     "weights": ("weights", "convert published weights"),
     "export": ("export", "write a trained run as StableHLO, to be used without jmae"),
+    "papers": ("papers", "the published tables row by row: prepare, train, evaluate, ours beside the paper's"),
     "plan": ("plan", "time and memory of a recipe on accelerators that this machine may lack"),
     "doctor": ("doctor", "versions, devices and memory; what is wrong and how to mend it"),
 }

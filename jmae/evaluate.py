@@ -292,7 +292,7 @@ def gather_results(
         if map_name(system) not in result.maps:
             continue
         if truth:
-            masks.add(np.mean(maps[map_name(system)], 0), truth.lesion, truth.region, case.geometry.spacing)
+            masks.add(np.mean(maps[map_name(system)], 0), *truth, case.geometry.spacing)
         for name, array in result.written(system, names).items():
             (out / "maps").mkdir(parents=True, exist_ok=True)
             write_map(out / "maps" / f"{row.id}_{name}", array, case.geometry)

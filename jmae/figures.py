@@ -16,7 +16,7 @@ from jmae.data.manifest import Row
 from jmae.data.preparation import Prepared
 from jmae.data.transforms import central
 from jmae.errors import InputError
-from jmae.lesions import Froc, Localisation
+from jmae.lesions import SIZES, Froc, Localisation, lesion_sizes, thirds
 from jmae.results import map_name
 from jmae.run_folder import log
 from jmae.system import System, rows_read
@@ -116,17 +116,22 @@ class PixelFigures:
         self.overlaps: dict[str, list[Localisation]] = {}
         self.patient_pools: dict[str, dict[str, metrics.Pooled]] = {}  # of the first replicate
         self.patients: list[dict[str, Any]] = []
+        self.areas: dict[str, float] = {}  # lesion pixels of each abnormal case, on the grid that is scored
 
     def add(self, row: Row, truth: Truth, maps: Maps) -> None:
         """Takes one case."""
         view = lambda x: x if x is None or self.share == 1 else central(x, self.share)
         lesion, region = view(truth.lesion), view(truth.region)
-        self.has_lesions |= bool(lesion.any())
+        counted = lesion if region is None else lesion & region
+        sizes = lesion_sizes(counted) if lesion.any() else None
+        self.has_lesions |= sizes is not None
+        if counted.any():
+            self.areas[row.id] = np.count_nonzero(counted) / truth.share
         of_patient = self.patient_pools.setdefault(patient_key(row), {})
         for name, replicates in maps.items():
             values = [view(value) for value in replicates]
             for pool, value in zip(self._each(self.pooled, name, metrics.Pooled, values), values, strict=True):
-                pool.add(lesion, value, region)
+                pool.add(lesion, value, region, sizes)
             of_patient.setdefault(name, metrics.Pooled()).add(lesion, values[0], region)
             if self.froc:
                 lesions = box_ends(row) if row.boxes and not row.mask and not row.extra.get("boxes_on") else lesion
@@ -419,7 +424,10 @@ def split_figures(
         "n_abnormal": int((split.labels == 1).sum()),
         "primary": system.primary,
         **dict.fromkeys(
-            ("image", "pixel", "per_patient", "patient_means", "best_rival", "decision", "chi2", "alarms", "mask")
+            (
+                *("image", "pixel", "per_patient", "patient_means", "best_rival", "decision", "chi2", "alarms", "mask"),
+                "sizes",
+            )
         ),
         **{"scores": {}, "subsets": {}, "baselines": {}},
     }
@@ -433,16 +441,48 @@ def split_figures(
     evaluation |= found.pop(WHOLE) | {"n": len(split.rows), "subsets": found}
     primary = scores.of(1)[system.primary][:, split.labelled]
     evaluation |= decision_figures(config, split, primary, reference)
+    rows = [row for row, labelled in zip(split.rows, split.labelled, strict=True) if labelled]
+    evaluation["sizes"] = size_figures(primary, rows, parts[WHOLE].pixels.areas, config.evaluation.draws)
     if (name := map_name(system)) in parts[WHOLE].pixels.pooled:
         evaluation["per_patient"] = parts[WHOLE].pixels.per_patient(name, list(evaluation["scores"]))
         evaluation["patient_means"] = patient_means(evaluation, name, config.evaluation.draws)
     baselines = {name: values[:, split.labelled] for name, values in by_share[1].items()}
-    rows = [row for row, labelled in zip(split.rows, split.labelled, strict=True) if labelled]
     evaluation["best_rival"] = {
         "image": image_difference(primary, baselines, evaluation, rows, config.evaluation.draws),
         "pixel": pixel_difference(evaluation, config.evaluation.draws),
     }
     return evaluation
+
+
+def size_figures(
+    primary: np.ndarray, rows: Sequence[Row], areas: Mapping[str, float], draws: int
+) -> list[dict[str, Any]] | None:
+    """AUROC and AP of the cases with small, medium and large lesions: each third apart, with all normals.
+
+    Args:
+      primary: (r, n) of the labelled rows; figures are means over replicates.
+      areas: lesion pixels of abnormal cases, by their id.
+      draws: of patients, for the intervals.
+
+    Returns:
+      {"size", "least", "most"} (areas) and the figures of `metrics.image_metrics`, for each third. None without a
+      normal case or with fewer than three areas.
+    """
+    normal = np.array([row.label == 0 for row in rows])
+    numbers = np.array([i for i, row in enumerate(rows) if row.id in areas], int)
+    if not normal.any() or numbers.size < 3:
+        return None
+    found, area = [], np.array([areas[rows[i].id] for i in numbers])
+    third = thirds(area)
+    for i, name in enumerate(SIZES):
+        used = np.sort(np.concatenate([np.flatnonzero(normal), numbers[third == i]]))
+        if used.size == normal.sum():
+            continue
+        labels, patients = ~normal[used], [rows[i].patient for i in used]
+        each = [metrics.image_metrics(labels, values[used], patients, draws=draws) for values in primary]
+        ends = {"least": float(area[third == i].min()), "most": float(area[third == i].max())}
+        found.append({"size": name, **ends, **(mean_of(each) or {})})
+    return found
 
 
 def image_difference(

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from jmae.lesions import components
+from jmae.lesions import SIZES, components, thirds
 
 Region = NDArray[np.bool_] | None
 
@@ -69,24 +69,28 @@ class MaskFigures:
     def __init__(self, threshold: float | None, least: float):
         self.threshold, self.least = threshold, least
         self.dice: list[float] = []
-        self.found = self.lesions = self.false = self.images = self.normals = self.alarms = 0
+        self.areas: list[NDArray] = []  # of the lesions of each case
+        self.found: list[NDArray[np.bool_]] = []  # which of them are found
+        self.false = self.images = self.normals = self.alarms = 0
 
     def add(
         self,
         values: NDArray[np.floating],
         lesion: NDArray[np.bool_],
         region: Region = None,
+        share: float = 1.0,
         spacing: Sequence[float] | None = None,
     ) -> None:
-        """Takes the map and the lesions of one labelled case; voxels outside of the region do not count."""
+        """Takes the map and the lesions of one labelled case; voxels outside of the region do not count. `share` is the
+        number of its voxels for one of the grid that is scored."""
         if self.threshold is None:
             return
         mask = outline(values, self.threshold, least_voxels(self.least, spacing), region)
         lesion = lesion if region is None else region & lesion
         (own, n), (truth, lesions) = components(mask), components(lesion)
         self.images += 1
-        self.lesions += lesions
-        self.found += len(np.unique(truth[mask & lesion]))
+        self.areas.append(np.bincount(truth.ravel(), minlength=lesions + 1)[1:] / share)
+        self.found.append(np.bincount(truth[mask & lesion], minlength=lesions + 1)[1:] > 0)
         self.false += n - len(np.unique(own[mask & lesion]))
         if lesions:
             self.dice.append(2 * float((mask & lesion).sum()) / float(mask.sum() + lesion.sum()))
@@ -96,16 +100,28 @@ class MaskFigures:
 
     def result(self) -> dict[str, Any] | None:
         """The mean Dice of cases with a lesion, the share of lesions that are found, false components an image, and the
-        share of cases without a lesion that have a mask; None without a threshold or a lesion."""
-        if not self.lesions:
+        share of cases without a lesion that have a mask; None without a threshold or a lesion.
+
+        "sizes" has the share that is found of small, medium and large lesions, a third each, by their area in voxels of
+        the grid that is scored; it is empty for fewer than three lesions.
+        """
+        areas, found = (np.concatenate([np.empty(0), *each]) for each in (self.areas, self.found))
+        if not areas.size:
             return None
+        third = thirds(areas)
+        sizes = [
+            {"size": name, "most": float(areas[of].max()), "lesions": int(of.sum()), "recall": float(found[of].mean())}
+            for name, of in zip(SIZES, (third == i for i in range(3)), strict=True)
+            if of.any()
+        ]
         return {
             "threshold": self.threshold,
             "least": self.least,
             "dice": float(np.mean(self.dice)),
-            "lesion_recall": self.found / self.lesions,
+            "lesion_recall": float(found.mean()),
             "false_components": self.false / self.images,
             "false_alarms": self.alarms / self.normals if self.normals else None,
             "images": self.images,
-            "lesions": self.lesions,
+            "lesions": areas.size,
+            "sizes": sizes if areas.size >= 3 else [],
         }

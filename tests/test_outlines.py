@@ -69,7 +69,21 @@ def test_figures_of_masks_are_those_by_hand():
     figures.add(nothing * 1.0, nothing)
     figures.add(values, nothing, region=np.broadcast_to(np.arange(9) < 5, (6, 9)))  # its second component lies outside
     expected = {"dice": 2 * 2 / (6 + 5), "lesion_recall": 0.5, "false_components": 2 / 3, "false_alarms": 0.5}
-    assert figures.result() == pytest.approx(expected | {"images": 3, "lesions": 2, "threshold": 0.5, "least": 2})
+    found = figures.result()
+    assert found.pop("sizes") == []  # of two lesions
+    assert found == pytest.approx(expected | {"images": 3, "lesions": 2, "threshold": 0.5, "least": 2})
     figures = outlines.MaskFigures(None, 0)
     figures.add(values, lesion)
     assert figures.result() is None
+
+
+def test_lesions_of_each_size_are_found_apart():
+    """Rows of 1 to 6 pixels; those of 2, 5 and 6 are found."""
+    figures = outlines.MaskFigures(0.5, 1)
+    for n in range(1, 7):
+        lesion = np.zeros((3, 20), bool)
+        lesion[1, :n] = lesion[1, 10 : 10 + n] = True
+        figures.add((lesion & (n in (2, 5, 6))) * 1.0, lesion, None, 0.5)  # two pixels of the scored grid each
+    expected = [("small", 4.0, 4, 0.5), ("medium", 8.0, 4, 0.0), ("large", 12.0, 4, 1.0)]
+    keys = ("size", "most", "lesions", "recall")
+    assert figures.result()["sizes"] == [dict(zip(keys, one, strict=True)) for one in expected]

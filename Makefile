@@ -1,4 +1,4 @@
-# The two commands of the README. Each makes .venv from nothing where it is missing.
+# Each command makes .venv from nothing where it is missing.
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python

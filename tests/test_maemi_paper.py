@@ -177,7 +177,7 @@ def test_the_explained_variance_is_that_of_the_hidden_voxels():
 def test_the_paper_s_authors_are_named():
     root = Path(__file__).parents[1]
     names = "Daniel M. Lang, Eli Schwartz, Cosmin I. Bercea, Raja Giryes, Julia A. Schnabel"
-    for file in ("README.md", "configs/maemi.py", "jmae/systems/maemi.py", "jmae/data/volumes.py"):
+    for file in ("docs/explanation/maemi.md", "configs/maemi.py", "jmae/systems/maemi.py", "jmae/data/volumes.py"):
         text = " ".join((root / file).read_text(encoding="utf-8").split())
         assert names in text, file
     citation = (root / "CITATION.cff").read_text(encoding="utf-8")

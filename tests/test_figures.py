@@ -6,6 +6,7 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 from test_metrics import aupro_by_hand, lesioned
 
 from jmae import metrics
+from jmae.console import region_words, size_words
 from jmae.data.manifest import Row
 from jmae.figures import PixelFigures, Truth, size_figures
 
@@ -57,3 +58,11 @@ def test_pixels_have_aupro_and_lesions_their_size_on_the_scored_grid(shape):
     assert figures.areas == {
         row.id: (m & r).sum() / 4 for row, (m, _, r, _) in zip(rows, images, strict=True) if m.any()
     }
+
+
+def test_the_console_marks_the_best_dice_and_names_the_sizes():
+    assert region_words({"aupro": 0.25, "dice_best": 0.5}) == "  AUPRO@0.3 0.250  best Dice (upper bound) 0.500"
+    assert region_words({"aupro": None, "dice_best": 0.5}) == "  best Dice (upper bound) 0.500"
+    sizes = [{"size": "small", "most": 12.4, "auroc": 0.5}, {"size": "large", "most": 99.0, "auroc": 0.75}]
+    expected = "small (up to 12 pixels) 0.500, large (up to 99 pixels) 0.750"
+    assert size_words(sizes) == f"AUROC by the size of the lesions: {expected}"

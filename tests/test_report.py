@@ -395,6 +395,23 @@ def test_volumes_that_are_all_abnormal_still_have_their_voxel_figures(tmp_path):
     assert ">none<" not in text
 
 
+def test_the_sizes_of_lesions_and_their_overlap_are_shown_where_they_are_known(tmp_path):
+    pixel = {"auroc": 0.9, "ap": 0.3, "prevalence": 0.02, "dice_best": 0.4, "iou": 0.25, "aupro": 0.4321, "froc": None}
+    image = {"auroc": 0.8123, "auroc_ci": [0.7, 0.9], "ap": 0.5, "ap_ci": [0.4, 0.6], "n_normal": 9, "n_abnormal": 7}
+    mask = {"threshold": 1.0, "least": 0, "dice": 0.3, "lesion_recall": 0.5, "false_components": 1.5, "images": 9}
+    mask |= {
+        "false_alarms": None,
+        "lesions": 6,
+        "sizes": [{"size": "small", "most": 12.4, "lesions": 2, "recall": 0.25}],
+    }
+    sizes = [{"size": "medium", "least": 12.6, "most": 99.0} | image]
+    text = Page(write(tmp_path / "r.html", an_evaluation(pixel=pixel, sizes=sizes, mask=mask))).text
+    for words in ("AUPRO@0.3 0.432", "medium 13 to 99 7 0.812", "of 6; small (up to 12 pixels): 0.250 of 2"):
+        assert "".join(words.split()) in "".join(text.split())
+    plain = Page(write(tmp_path / "old.html", an_evaluation(pixel=pixel | {"aupro": None}))).text
+    assert "AUPRO" not in plain and "size of the lesions" not in plain
+
+
 def test_a_map_within_its_region_is_black_outside(tmp_path):
     case = a_case("case0", 1, 2.0)
     region = np.zeros(case.map.shape, bool)

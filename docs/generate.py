@@ -19,6 +19,7 @@ from mkdocs.structure.files import File
 
 from benchmarks import __main__ as bench
 from jmae import cli, recipe
+from jmae.papers import table as rows_of_papers
 from jmae.report import charts
 
 TOP = Path(__file__).resolve().parents[1]
@@ -359,6 +360,11 @@ def not_run(page: str, cases: dict[str, dict[str, Any]]) -> list[str]:
     return lines + [f"`bash benchmarks/gpu.sh {script}`: needs an NVIDIA GPU" for script in on_gpu]
 
 
+def papers() -> Iterator[str]:
+    """The rows of the papers' tables."""
+    yield rows_of_papers()
+
+
 def machines() -> Iterator[str]:
     """The machines of all results."""
     yield "\n".join(f"{k}. {text}" for k, text in enumerate(all_machines(), 1))
@@ -374,6 +380,6 @@ def missing() -> Iterator[str]:
 
 
 PARTS: dict[str, Callable[..., Iterator[str]]] = {
-    one.__name__: one for one in (commands, systems, keys, results, machines, missing)
+    one.__name__: one for one in (commands, systems, keys, papers, results, machines, missing)
 }
 """What a page can ask for."""

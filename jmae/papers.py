@@ -388,7 +388,8 @@ def table(kept: Path = KEPT) -> str:
     lines += ["", "## The data", "", "| set | data | importer | files |", "| --- | --- | --- | --- |"]
     for data in {row.data.name: row.data for row in rows()}.values():
         importer = f"`jmae prepare {' '.join([data.prepare, *data.flags])}`" if data.prepare else "none"
-        lines.append(f"| {data.name} | {data.title} | {importer} | {data.files} |")
+        files = data.files.replace("*", "\\*")
+        lines.append(f"| {data.name} | {data.title} | {importer} | {files} |")
     return "\n".join(lines).strip()
 
 

@@ -264,14 +264,15 @@ def run(plan: Plan, out: Path) -> int:
     for words in plan.commands:
         if done := already(words, plan.manifest):
             log(f"{done}: is there already")
-            continue
-        log(f"$ {in_shell(words)}")
-        if code := {"prepare": prepare.main, "train": train.main}[words[0]](words[1:]):
-            return code
+        else:
+            log(f"$ {in_shell(words)}")
+            if code := {"prepare": prepare.main, "train": train.main}[words[0]](words[1:]):
+                return code
         if words[0] == "prepare" and plan.row.data.regions:
             without = [row.id for row in parse_manifest(plan.manifest, crops=True)[0] if not row.region]
             if without:
-                raise InputError(f"{plan.manifest}: {without[0]} has no region, in which the paper's figures count")
+                what = f"{without[0]} has no region, and the paper's figures count in regions"
+                raise InputError(f"{plan.manifest}: {what}: add {plan.row.data.files}, and remove the manifest")
     evaluations = [json.loads((folder / "evaluation" / "metrics.json").read_text()) for folder in plan.runs]
     result = compared(plan, evaluations)
     print("\n".join(result_lines(plan, result)))

@@ -348,6 +348,22 @@ def results(page: str) -> Iterator[str]:
         facts = [f"`{case['command']}`", case.get("date", "date not kept"), f"machine {machine_of(case)}"]
         yield f"### {name} {{ #{anchor(name)} }}\n\n{', '.join(facts)}\n"
         yield from bench.tables(case)
+        if rows := patients(case):
+            yield bench.markdown(["patient", "prevalence", "AUROC", "AP", "best baseline", "its AUROC", "its AP"], rows)
+
+
+def patients(case: dict[str, Any]) -> list[list[Any]]:
+    """A row for each patient with a lesion: the figures of its map, and of the baseline with the highest AUROC."""
+    rows = []
+    for one in case.get("per_patient") or ():
+        if not is_figure(one):
+            continue
+        known = {name: entry for name, entry in (one.get("baselines") or {}).items() if is_figure(entry)}
+        best = max(known, key=lambda name: known[name]["auroc"], default="")
+        theirs = [number(known[best][key]) for key in ("auroc", "ap")] if best else ["", ""]
+        ours = [number(one[key]) for key in ("prevalence", "auroc", "ap")]
+        rows.append([one["patient"], *ours, best, *theirs])
+    return rows
 
 
 def not_run(page: str, cases: dict[str, dict[str, Any]]) -> list[str]:

@@ -236,13 +236,14 @@ def interval(figure: dict[str, Any], deviation: float = 0.0) -> str:
     if not is_figure(figure):
         return ""
     ends, spread = ends_of(figure), f" ± {number(deviation)}" if deviation else ""
-    return f"{number(figure['auroc'])}{spread}{' [{}, {}]'.format(*map(number, ends)) if ends else ''}"
+    text = f"{number(figure['auroc'])}{spread}{' [{}, {}]'.format(*map(number, ends)) if ends else ''}"
+    return text.replace(" ", "\N{NO-BREAK SPACE}")
 
 
 def summary(found: list[Figure], cases: dict[str, dict[str, Any]]) -> str:
     """The table of figures. The higher of the two AUROCs is bold."""
     head = ["result", "seeds", "of", "score", "AUROC [95 %]", "AP", "best rival or baseline", "its AUROC [95 %]"]
-    rows = []
+    rows, several = [], any(figure.seeds > 1 for figure in found)
     for figure in found:
         other = figure.rivals.get(figure.rival, {})
         ours, theirs = interval(figure.own, figure.deviation), interval(other)
@@ -251,8 +252,15 @@ def summary(found: list[Figure], cases: dict[str, dict[str, Any]]) -> str:
             ours, theirs = (f"**{ours}**", theirs) if better else (ours, f"**{theirs}**")
         ap = number(figure.own["ap"]) if isinstance(figure.own.get("ap"), float) else ""
         case = cases[figure.link]
-        cells = [f"[{figure.case}](#{anchor(figure.link)})", figure.seeds, figure.what, figure.score, ours, ap]
-        cells += [figure.rival, theirs, interval(figure.better), case.get("date", ""), machine_of(case)]
+        cells = [
+            f"[{figure.case}](#{anchor(figure.link)})",
+            figure.seeds if several else "",
+            figure.what,
+            figure.score,
+            ours,
+            ap,
+        ]
+        cells += [figure.rival, theirs, interval(figure.better), date_of(case), machine_of(case)]
         rows.append(cells)
     return bench.markdown([*head, "difference [95 %]", "date", "machine"], rows)
 
@@ -260,6 +268,11 @@ def summary(found: list[Figure], cases: dict[str, dict[str, Any]]) -> str:
 def anchor(name: str) -> str:
     """The anchor of a case's heading."""
     return "case-" + re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def date_of(case: dict[str, Any]) -> str:
+    """The date of a case, which no cell breaks."""
+    return case.get("date", "").replace("-", "\N{NON-BREAKING HYPHEN}")
 
 
 def machine_of(case: dict[str, Any]) -> str:
@@ -285,7 +298,7 @@ def forest(name: str, found: list[Figure]) -> str:
             ax.plot([], [], f"{mark}-", ms=4.5, color=colour, label=label)
         ax.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, fontsize=8)
 
-    alt = "AUROC of each result with its interval, beside the best rival or baseline; the table has the numbers."
+    alt = "AUROC of each result with its interval, beside the best rival or baseline; the table below has the numbers."
     return drawn(charts.chart(name, alt, draw, (9, 1.2 + 0.34 * len(found))))
 
 
@@ -332,14 +345,14 @@ def results(page: str) -> Iterator[str]:
     cases = cases_of(page)
     ran = {name: case for name, case in cases.items() if "not run" not in case}
     if found := over_seeds([figure for name, case in ran.items() for figure in figures(name, case)]):
-        yield summary(found, ran)
         for what in ("images", "pixels"):
             main = [f for f in found if f.what == what and f.score in ("", ran[f.link].get("primary", f.score))]
             if main:
-                yield f"### AUROC of {what}\n" + forest(f"{page}-{what}", main)
+                yield f"## AUROC of {what}\n" + forest(f"{page}-{what}", main)
+        yield "## All figures\n\n" + summary(found, ran)
     for name, case in ran.items():
         if study := case.get("convergence"):
-            yield f"\n### {name}: AUROC against the number of {study['what']}\n"
+            yield f"\n## {name}: AUROC against the number of {study['what']}\n"
             yield drawn(charts.convergence_chart(study).replace("convergence-", f"{anchor(name)}-"))
     yield ratio_chart(ran)
     yield "\n## Not run\n\n" + ("\n".join(f"- {line}" for line in not_run(page, cases)) or "Nothing is missing.")

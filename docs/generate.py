@@ -214,10 +214,13 @@ def over_seeds(found: list[Figure]) -> list[Figure]:
     for each in groups.values():
         names = [name for name in each[0].rivals if all(name in one.rivals for one in each)]
         rivals = {name: mean([one.rivals[name] for one in each]) for name in names}
+        if len(each) == 1:
+            merged += each
+            continue
         own, better = mean([one.own for one in each]), mean([one.better for one in each])
         aurocs = [one.own["auroc"] for one in each]
-        deviation = statistics.stdev(aurocs) if len(each) > 1 else 0.0
-        merged.append(each[0]._replace(own=own, rivals=rivals, better=better, deviation=deviation, seeds=len(each)))
+        spread, n = statistics.stdev(aurocs), len(each)
+        merged.append(each[0]._replace(own=own, rivals=rivals, better=better, deviation=spread, seeds=n))
     return merged
 
 
@@ -260,9 +263,22 @@ def summary(found: list[Figure], cases: dict[str, dict[str, Any]]) -> str:
             ours,
             ap,
         ]
-        cells += [figure.rival, theirs, interval(figure.better), date_of(case), machine_of(case)]
+        cells += [figure.rival, theirs, interval(figure.better), *of_lesions(figure), date_of(case), machine_of(case)]
         rows.append(cells)
-    return bench.markdown([*head, "difference [95 %]", "date", "machine"], rows)
+    head += ["difference [95 %]", "lesions found", "the rival's", "IoU (oracle)", "date", "machine"]
+    return bench.markdown(head, rows)
+
+
+def of_lesions(figure: Figure) -> list[str]:
+    """The sensitivity for lesions, that of the rival, and the overlap of masks; empty where there is none."""
+    froc = lambda one: one.get("froc") or {}
+    found = ["", ""]
+    if "sensitivity" in froc(figure.own):
+        at = f" at {froc(figure.own)['at']:g} false positives an image"
+        theirs = froc(figure.rivals.get(figure.rival, {}))
+        found = [number(froc(figure.own)["sensitivity"]) + at, number(theirs["sensitivity"]) if theirs else ""]
+    overlap = figure.own.get("localisation") or {}
+    return [*found, f"{number(overlap['normals'])} ({number(overlap['oracle'])})" if "normals" in overlap else ""]
 
 
 def anchor(name: str) -> str:

@@ -1,7 +1,7 @@
 """AMAE: adaptation of a pre-trained masked autoencoder to normal and unlabelled chest X-rays.
 
 Bozorgtabar, Mahapatra, Thiran, MICCAI 2023, arXiv 2307.12721.
-Expected (RSNA, anomaly ratio 60 %, four seeds): Stage 1 AUROC 86.8 / AP 84.9, Stage 2 AUROC 91.4 / AP 91.7 (Table 1).
+Expected (RSNA, anomaly ratio 60 %, four seeds): Stage 1 AUROC 86.8 / AP 84.9, Stage 2 AUROC 91.4 / AP 91.7 (Table 2).
 The paper's figures need its data and the chest X-ray checkpoint; ours are in benchmarks/results.
 
   python -m jmae.train --config configs/amae.py                                            phantoms, 2 cores, 6 minutes

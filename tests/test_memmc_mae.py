@@ -408,7 +408,7 @@ def test_volumes_go_through_the_same_code(tmp_path):
     assert exit_code(train.main, given) == 0
     metrics = json.loads((tmp_path / "run" / "evaluation" / "metrics.json").read_text())
     assert metrics["primary"] == "mse" and metrics["pixel"] == metrics["scores"]["mse"]["pixel"]
-    assert set(metrics["scores"]) == {"ms_ssim", "ms_ssim_patches", "mse"}
+    assert set(metrics["scores"]) == {"ms_ssim", "ms_ssim_patches", "mse", "tokens"}
     assert metrics["pixel"]["auroc"] == pytest.approx(voxel_auroc(manifest, tmp_path / "run"))
     names = sorted(path.name for path in (tmp_path / "run" / "evaluation" / "maps").iterdir())
     volume = read_image(str(tmp_path / "run" / "evaluation" / "maps" / names[0]))

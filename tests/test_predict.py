@@ -261,7 +261,7 @@ def test_volumes_of_several_sequences_and_series_keep_their_grid(tmp_path, monke
     np.testing.assert_array_equal(array.map, both.map)
 
     single = write_run(tmp_path / "single", VOLUMES, monkeypatch, **{"data.channels": 1})
-    one = lambda results, image, keys: window_bright(results, jnp.concatenate([image, image], -1), keys)
+    one = lambda results, image, *random: window_bright(results, jnp.concatenate([image, image], -1), *random)
     system = replace(VOLUMES, sweep=replace(VOLUMES.sweep, score=one))
     for module in (predict, evaluate):
         monkeypatch.setattr(module, "load_system", lambda config: system)
@@ -340,8 +340,8 @@ def test_an_array_without_affine_has_the_runs_axes(tmp_path, monkeypatch):
     pair = [str(volume(tmp_path / f"{part}.nii.gz", i, affine=affine)) for i, part in enumerate("ab")]
     stack = np.stack([nib.load(file).get_fdata() for file in pair], -1)
     of = jmae.load(workdir)
-    np.testing.assert_array_equal(of(stack, spacing=(2, 3, 4), id="a").map, of(pair).map)
-    assert not np.array_equal(of(stack, spacing=(2, 3, 4), id="other").map, of(pair).map)
+    np.testing.assert_array_equal(of(stack, spacing=(2, 3, 4), id="other").map, of(pair).map)
+    assert not np.array_equal(of(stack[::-1], spacing=(2, 3, 4)).map, of(pair).map)
 
 
 def test_arrays_that_cannot_be_used_are_refused_in_one_line(images_run, tmp_path):
@@ -459,7 +459,7 @@ def test_damaged_images_are_refused_each_in_a_line_and_the_others_go_on(images_r
 
 def test_damaged_volumes_are_refused_each_in_a_line_and_the_others_go_on(tmp_path, monkeypatch, capfd):
     workdir, folder = write_run(tmp_path / "run", VOLUMES, monkeypatch, **{"data.channels": 1}), tmp_path / "bad"
-    one = lambda results, image, keys: window_bright(results, jnp.concatenate([image, image], -1), keys)
+    one = lambda results, image, *random: window_bright(results, jnp.concatenate([image, image], -1), *random)
     system = replace(VOLUMES, sweep=replace(VOLUMES.sweep, score=one))
     for module in (predict, evaluate):
         monkeypatch.setattr(module, "load_system", lambda config: system)

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from scipy.special import ndtri
-from scipy.stats import rankdata
 
 from jmae import metrics, recipe
 from jmae.errors import InputError
@@ -45,6 +44,8 @@ def fused(normals: Scores, cases: Scores) -> tuple[Scores, Scores]:
       normals: (r, n) scores of the same n held-out normals by r runs.
       cases: (r, m) scores of the cases.
     """
+    from scipy.stats import rankdata  # it takes a second to import, and few commands fuse runs
+
     score = np.mean([normal_scores(own, of_cases) for own, of_cases in zip(normals, cases, strict=True)], 0)
     n, p = normals.shape[1], np.empty(cases.shape[1])
     for j in range(cases.shape[1]):

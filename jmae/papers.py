@@ -243,7 +243,8 @@ def about(plan: Plan) -> str:
     """What is run, in words."""
     row = plan.row
     told = "" if row.seeds else ", as the paper tells no number" if row.published else ""
-    lines = [f"{row.name}: {row.method} on {row.data.title}; {plan.recipe}, {plan.seeds} seeds{told}"]
+    seeds = f"{plan.seeds} seed{'s' * (plan.seeds > 1)}"
+    lines = [f"{row.name}: {row.method} on {row.data.title}; {plan.recipe}, {seeds}{told}"]
     if plan.recipe != row.recipe:
         lines.append(f"{plan.recipe} is not the paper's size ({row.recipe}): its figures cannot be the paper's")
     elif row.weights and not any("--config.model.weights=" in word for word in plan.commands[-1]):

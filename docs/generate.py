@@ -150,11 +150,13 @@ class Figure(NamedTuple):
 
 
 def cases_of(page: str) -> dict[str, dict[str, Any]]:
-    """{name: case} of the results of a page. A name begins with its script where the page has several."""
+    """{name: case} of the results of a page. Where the page has several scripts, a name begins with its own one, but
+    for the page of a system."""
     found, scripts = {}, SCRIPTS[page]
     for script in scripts:
         for end in ("", "_gpu"):
-            prefix = f"{script}{end}, " if len(scripts) > 1 or end else ""
+            alone = len(scripts) == 1 or page in recipe.SYSTEMS
+            prefix = "" if alone and not end else f"{script}{end}, "
             found |= {prefix + name: case for name, case in results_of(script + end).items()}
     if page in recipe.SYSTEMS:
         names = NETWORKS.get(page, {page})
@@ -265,7 +267,14 @@ def summary(found: list[Figure], cases: dict[str, dict[str, Any]]) -> str:
         ]
         cells += [figure.rival, theirs, interval(figure.better), *of_lesions(figure), date_of(case), machine_of(case)]
         rows.append(cells)
-    head += ["difference [95 %]", "lesions found", "the rival's", "IoU (oracle)", "date", "machine"]
+    head += [
+        "difference [95 %]",
+        "lesions found (at false positives an image)",
+        "the rival's",
+        "IoU (oracle)",
+        "date",
+        "machine",
+    ]
     return bench.markdown(head, rows)
 
 
@@ -274,7 +283,7 @@ def of_lesions(figure: Figure) -> list[str]:
     froc = lambda one: one.get("froc") or {}
     found = ["", ""]
     if "sensitivity" in froc(figure.own):
-        at = f" at {froc(figure.own)['at']:g} false positives an image"
+        at = f" (at {froc(figure.own)['at']:g})"
         theirs = froc(figure.rivals.get(figure.rival, {}))
         found = [number(froc(figure.own)["sensitivity"]) + at, number(theirs["sensitivity"]) if theirs else ""]
     overlap = figure.own.get("localisation") or {}

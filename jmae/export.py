@@ -257,7 +257,7 @@ def score_function(
             found = one(results, {"image": image[None], "case": words[None]}, key, chunk=chunk)
             return jax.tree.map(lambda x: x[0], found)
 
-        return lambda results, image, words, key: jax.lax.map(lambda x: case(results, *x, key), (image, words))
+        return lambda results, image, words, key: jax.lax.map(lambda x: case(results, x[0], x[1], key), (image, words))
     if len(size) != len(sweep.window):
         raise InputError(f"--size has {len(size)} numbers: write the volume's voxels on the working grid, as 64,64,16")
     tiling = sweep.tile(size, sweep.window, sweep.stride)

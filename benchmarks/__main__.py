@@ -76,6 +76,12 @@ PARTS = (
     *(Part("accuracy", what, "JMAE_DATA") for what in ("cxr_peds baselines", "cxr_nih baselines --subsets matched")),
     Part("accuracy", "cxr_peds controls --seeds 0 1 2 3", "JMAE_DATA"),
     *(Part("accuracy", f"phantoms {part} --seeds 0 1 2 3") for part in ("controls", "ratio", "stage0")),
+    Part("tokens", "cxr_peds --seeds 0 1 2", "JMAE_DATA"),
+    Part("tokens", "cxr_nih --subset matched", "JMAE_DATA"),
+    *(
+        Part("scores", f"{pack} --seeds 0 1 2", "JMAE_DATA")
+        for pack in ("cxr_peds", "cxr_nih", "endoscopy", "mri3d", "mri3d_hippo")
+    ),
     *(
         Part("maemi", what, "JMAE_DATA" if "mri3d" in what else "")
         for what in ("mri3d", "mri3d_hippo", "ratio", "patch")

@@ -10,8 +10,8 @@
     python -m benchmarks.maemi figure3 --manifest MANIFEST.csv
 
 The last three print how long they would take before they begin, and stop there without a GPU. `--seeds N` trains N
-seeds of each setting, of all commands. Each trains with `python -m jmae.train --config configs/maemi.py`, as the README
-does. Further --config.KEY=VALUE are passed on. It prints a table (for mri3d with each patient) and writes
+seeds of each setting, of all commands. Each trains with `python -m jmae.train --config configs/maemi.py`. Further
+--config.KEY=VALUE are passed on. It prints a table (for mri3d with each patient) and writes
 benchmarks/results/maemi.json. The ablations also draw benchmarks/results/maemi_ratio.png and maemi_patch.png.
 `--only N` runs only value number N of an ablation.
 """

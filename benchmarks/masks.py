@@ -56,7 +56,9 @@ def scoring(
     x = jnp.asarray(np.random.default_rng(0).normal(size=(batch, *size, channels)), jnp.float32)
     keys = jax.random.split(jax.random.key(1), batch)
 
-    whole = jax.jit(lambda p, x, k: reconstruct(nnx.merge(graph, p), x, k, patch=cut, ratio=RATIO, masks=masks)[:2])
+    whole = jax.jit(
+        lambda p, x, k: reconstruct(nnx.merge(graph, p).predictions, x, k, patch=cut, ratio=RATIO, masks=masks)[:2]
+    )
 
     @jax.jit
     def single(p: Any, x: Any, keys: Any, j: Any) -> tuple[Any, Any]:

@@ -327,7 +327,8 @@ def frames(options: argparse.Namespace) -> None:
     from jmae import recipe as recipes
     from jmae.data.cases import load_rows
     from jmae.data.files import read_image, read_mask
-    from jmae.inference import Scorer, restore_results, score_rows
+    from jmae.fitting import restore_results
+    from jmae.inference import Scorer, score_rows
     from jmae.lesions import Localisation
     from jmae.metrics import Pooled
     from jmae.results import map_name

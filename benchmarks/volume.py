@@ -69,6 +69,7 @@ def settings(size: str, windows: int = 0) -> tuple[Any, dict[str, Any]]:
     volume = VOLUMES[size]
     c = recipe.load(f"{ROOT / 'configs' / 'maemi.py'}:paper")
     c.update_from_flattened_dict(SMALL if size == "small" else {})
+    c.evaluation.masks_of = "case"  # every window of every sweep has a mask of its own, as in the released code
     middle = volume[1] // 2
     if windows:
         *plane, depth = c.data.size
@@ -349,7 +350,7 @@ def jmae_sweep(size: str, windows: int, weights: str, dtype: str) -> tuple[Calla
     volume = Volume(image, None, None, side, middle, none, none, None, None)  # type: ignore[arg-type]
     row = Row("volume", "", "test", None, ("volume",))
     case = Prepared(row=row, array=image, geometry=Geometry(image.shape[:-1]), digest="", volume=volume)
-    return lambda: sweep.fetch(sweep.dispatch([case], [words]))[0]["maps"]["maemi"][0], config, words
+    return lambda: sweep.fetch(sweep.dispatch([case]))[0]["maps"]["maemi"][0], config, words
 
 
 def jmae_volume(*, size: str, windows: int, weights: str, number: int) -> Prepared:

@@ -15,6 +15,9 @@ from ml_collections import ConfigDict
 
 from jmae import recipe
 
+TAKES = "volumes: normal ones, or abnormal ones with a mask or boxes of the lesions"
+SUGGESTED = {"volumes": "made for volumes, MRI above all; its map is the error of hidden voxels"}
+
 # ours: a small network trained from nothing on 2 cores, so fixed steps, small crops and patches and a higher rate;
 # standardised over the region, as the air around it differs in size; errors of hidden tokens alone; for voxels of 2
 # to 3 mm (`data.spacing`), of which the paper's filter of 2 mm is one: below 1 mm set evaluation.filter=3,3,2.
@@ -43,6 +46,7 @@ SMALL = {
     "evaluation.repeats": 2,
     "evaluation.filter": (1, 1, 1),
     "evaluation.error": "hidden",
+    "evaluation.tokens": "position",
     "evaluation.batch": 16,
     "checkpoint_every": 500,
 }
@@ -69,6 +73,7 @@ SMOKE = PHANTOM | {
     "train.batch": 8,
     "evaluation.stride": (16, 16, 4),
     "evaluation.repeats": 1,
+    "evaluation.tokens": "none",
     "evaluation.draws": 200,
     "checkpoint_every": 5,
     "log_every": 5,

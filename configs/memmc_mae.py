@@ -18,6 +18,8 @@ from ml_collections import ConfigDict
 
 from jmae import recipe
 
+TAKES = "images or volumes (small3d): normal ones"
+
 # A voxel's map is the mean over the masks that hide it, as a pasted patch is its own reconstruction. The smallest crop,
 # 0.2 of the area of 512 x 512 pixels, still has `data.size`.
 PAPER = {"evaluation.average": "hidden", "data.crop_from": (512, 512)}
@@ -44,6 +46,7 @@ SMALL = {
     "evaluation.window": (7, 7),
     "evaluation.scales": (0.2, 0.4, 0.4),
     "evaluation.average": "hidden",
+    "evaluation.tokens": "position",
     "checkpoint_every": 500,
 }
 PHANTOM = SMALL | {
@@ -66,6 +69,7 @@ SMOKE = PHANTOM | {
     "train.steps": 20,
     "train.batch": 8,
     "evaluation.masks": 3,
+    "evaluation.tokens": "none",
     "evaluation.draws": 200,
     "checkpoint_every": 5,
     "log_every": 5,

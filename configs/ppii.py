@@ -19,6 +19,9 @@ from ml_collections import ConfigDict
 
 from jmae import recipe
 
+TAKES = "images or volumes (small3d): normal ones"
+SUGGESTED = {"images": "the best of those that need normal images alone, on children's pneumonia: AUROC .894"}
+
 # FROC by the peaks of components, as noise finds many boxes by centroids. The paper names no rule.
 FROC = {"evaluation.froc_rule": "peak", "evaluation.froc_overlap": 0.1}
 # ours: a narrow network on small images and fixed steps for 2 cores. Patches are fewer, larger and of lower strength

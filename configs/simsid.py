@@ -18,6 +18,8 @@ from ml_collections import ConfigDict
 
 from jmae import recipe
 
+TAKES = "images: normal ones; labelled val images choose its weights (3D: phantoms alone)"
+
 
 def fixed_steps(**steps: int) -> dict[str, int]:
     """Changes by which stages have steps instead of epochs."""

@@ -1,17 +1,34 @@
 """jmae: unsupervised anomaly detection in medical images with masked autoencoders and their relatives."""
 
+import importlib
 import os
-from collections.abc import Callable
+from types import ModuleType
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from jmae.predict import Prediction
+from jmae.python import Evaluate, Evaluation, Train, prepare
 
+if TYPE_CHECKING:
+    from jmae.predict import Run
+
+    train: Train
+    evaluate: Evaluate
+
+__all__ = ["Evaluation", "evaluate", "load", "prepare", "train"]
 __version__ = "0.1.0"
 
 
-def load(workdir: str | os.PathLike) -> "Callable[..., Prediction]":
-    """The function `predict(image, spacing=None, affine=None, id="")` of a run folder: `jmae.predict.load`."""
+def load(workdir: str | os.PathLike) -> "Run":
+    """A trained run, ready to score: `run = jmae.load("runs/mine")`, then `run("film.png")`; see `jmae.predict.Run`.
+
+    Raises InputError where the folder holds no finished run.
+    """
     from jmae import predict  # a run needs all of the library, which takes seconds to import
 
     return predict.load(workdir)
+
+
+def __getattr__(name: str) -> ModuleType:
+    """The modules `train` and `evaluate`, which can be called; the import of jmae alone stays quick."""
+    if name in ("train", "evaluate"):
+        return importlib.import_module(f"jmae.{name}")
+    raise AttributeError(f"module 'jmae' has no attribute {name!r}")

@@ -1,14 +1,17 @@
-"""Cheap baselines, printed beside every system: what brightness and linear statistics alone already tell.
+"""Baselines, printed beside every system: what brightness and linear statistics alone already tell.
 
-Image scores are computed on images shrunk to 64 x 64 (volumes: at most 32 a side) and, brightness apart,
-standardised per image. A system that does not beat them has not read the anatomy. Where there are unlabelled images,
-one more baseline uses them, without a label.
+Cheap baselines have scores of their own. They are computed on images shrunk to 64 x 64 (volumes: at most 32 a side)
+and, brightness and contrast apart, standardised per image. A system that does not beat them has not read the anatomy.
+Where there are unlabelled images, one more baseline uses them, without a label. Rivals (`jmae.rivals`) stand in for a
+system's network and have the system's own scores.
 """
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any, Protocol, runtime_checkable
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
@@ -16,18 +19,27 @@ from ml_collections import ConfigDict
 from numpy.typing import NDArray
 from scipy.ndimage import minimum_filter
 
+from jmae.data.cases import Cases
 from jmae.data.crops import Volumes
 from jmae.data.loader import Images
+from jmae.data.manifest import Row
 from jmae.data.preparation import Prepared
 from jmae.data.transforms import area_resize, central
+from jmae.figures import Part, Split
 from jmae.inference import Scorer
+from jmae.recipe import is_volume
+from jmae.results import Result
+from jmae.rival_scores import CROPS, RivalScores, fitted_rivals, random_crops, some_images
+from jmae.run_folder import log
 from jmae.scoring import top_mean
-from jmae.system import System
+from jmae.system import Results, System
 from jmae.windows import average, tile
 
 COMPONENTS = 30
 NEIGHBOURS = 5
 RIDGE_SIDE, RIDGE = 32, 1000.0  # pixels a side and penalty of the ridge regression; 300 to 3000 differ little
+EXPLAINED = 64  # images or crops of held-out normals, for the explained variance of hidden patches
+OPENED = 8  # volumes that these crops come from, at most
 
 
 def shrink(images: NDArray, limit: int) -> NDArray:
@@ -61,6 +73,7 @@ def image_scores(train: NDArray, test: NDArray) -> dict[str, NDArray[np.float64]
 
     - `mean intensity` and `low mean intensity`: the mean over pixels and channels, and its negative. Which of
       the two is the better takes labels, so both are given.
+    - `standard deviation` and `low standard deviation`: the same of the standard deviation, which is contrast.
     - `PCA-30 error`: mean squared residual outside the span of 30 principal components of the normals.
     - `Mahalanobis`: squared distance to the normals' mean within that span, each component divided by its
       variance. With far fewer images than pixels the full covariance has no inverse.
@@ -72,7 +85,7 @@ def image_scores(train: NDArray, test: NDArray) -> dict[str, NDArray[np.float64]
     """
     limit = 64 if train.ndim == 4 else 32
     known, new = _flat(shrink(train, limit)), _flat(shrink(test, limit))
-    brightness = new.mean(1)
+    brightness, contrast = new.mean(1), new.std(1)
     known, new = _standardise(known), _standardise(new)
     mean, components, variances = _principal(known)
     code = (new - mean) @ components.T
@@ -81,6 +94,8 @@ def image_scores(train: NDArray, test: NDArray) -> dict[str, NDArray[np.float64]
     return {
         "mean intensity": brightness,
         "low mean intensity": -brightness,
+        "standard deviation": contrast,
+        "low standard deviation": -contrast,
         "PCA-30 error": ((new - mean - code @ components) ** 2).mean(1),
         "Mahalanobis": (code**2 / variances).sum(1),
         "5-NN": nearest.mean(1),
@@ -110,13 +125,12 @@ def ridge_scores(normals: NDArray, unlabelled: NDArray, test: NDArray, penalty: 
     return (new - centre) @ weights + mean
 
 
-def crop_components(volumes: Volumes, crops: int = 256) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Mean (d,) and at most 30 principal components (k, d) of random training crops, the same at every call; fewer
-    than `crops` where they would take more than 512 MB."""
+def crop_components(volumes: Volumes, crops: int = CROPS) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Mean (d,) and at most 30 principal components (k, d) of random training crops; fewer than `crops` where they
+    would take more than 512 MB."""
     d = int(np.prod(volumes.crop)) * volumes.arrays[0].shape[-1]
-    rows = np.arange(max(COMPONENTS + 1, min(crops, 2**26 // d))) % len(volumes.rows)
-    cut = [volumes.crop_at(row, volumes.origin(row, step, 0)) for step, row in enumerate(rows)]
-    mean, components, _ = _principal(_flat(np.stack(cut)))
+    cut = random_crops(volumes, max(COMPONENTS + 1, min(crops, 2**26 // d)))
+    mean, components, _ = _principal(_flat(cut))
     return mean.astype(np.float32), components.astype(np.float32)
 
 
@@ -149,8 +163,8 @@ def pixel_maps(span: tuple[NDArray, NDArray], test: NDArray) -> dict[str, NDArra
 
 
 @runtime_checkable
-class Baselines(Protocol):
-    """The baselines of one evaluation, which are given its cases one by one."""
+class Cheap(Protocol):
+    """The cheap baselines of one evaluation, which are given its cases one by one."""
 
     def maps(self, case: Prepared) -> dict[str, np.ndarray]:
         """The baselines' maps of a case, each on the case's own grid."""
@@ -278,15 +292,88 @@ def residual_scorer(config: ConfigDict, system: System, train: Volumes) -> Score
     assert system.sweep
     mean, components = crop_components(train)
 
-    def score(results: Any, image: Array, keys: Array) -> tuple[Array, Array]:
+    def score(results: Any, image: Array, keys: Array, groups: Array) -> tuple[Array, Array]:
         rest = image.reshape(len(image), -1) - results["mean"]
         rest = rest - (rest @ results["components"].T) @ results["components"]
         error = jnp.mean(rest.reshape(image.shape) ** 2, -1, keepdims=True)
         return error, jnp.ones_like(error)
 
-    fuse = lambda averages, inside: {"maps": {"residual": averages[..., 0]}}
-    sweep = replace(system.sweep, repeats=1, score=score, fuse=fuse, average=average, tile=tile, example=None)
+    fuse = lambda results, averages, inside: {"maps": {"residual": averages[..., 0]}}
+    sweep = replace(
+        system.sweep,
+        repeats=1,
+        score=score,
+        fuse=fuse,
+        average=average,
+        tile=tile,
+        example=None,
+        further=None,
+        further_maps=(),
+    )
     single = config.copy_and_resolve_references()
     single.replicates = 1
     results: Any = {"mean": mean, "components": components}
     return Scorer(single, replace(system, sweep=sweep), results)
+
+
+# --- all of them ------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Baselines:
+    """The cheap baselines of one evaluation, and the rivals of its system's network, where it has some."""
+
+    cheap: Cheap
+    rivals: RivalScores | None = None
+
+    def beside(
+        self, results: Iterable[Result], *, count: bool = True
+    ) -> Iterator[tuple[Result, dict[str, np.ndarray]]]:
+        """Each result with the baselines' maps of its case, on the case's own grid. With `count` the cases enter
+        `scores`."""
+        results = iter(results)
+        while group := list(islice(results, self.rivals.at_once if self.rivals else 1)):
+            cases = [result.case for result in group]
+            others = self.rivals.score(cases) if self.rivals else [dict[str, Result]()] * len(cases)
+            for result, other in zip(group, others, strict=True):
+                maps = self.cheap.maps(result.case)
+                if count:
+                    self.cheap.add(result.case, maps)
+                    if self.rivals:
+                        self.rivals.add(other)
+                yield result, maps | (self.rivals.maps(other) if self.rivals else {})
+
+    def scores(self, share: float) -> dict[str, np.ndarray]:
+        """Scores (1, n) of the n cases that were counted, computed on the central `share` of each axis."""
+        return self.cheap.scores(share) | (self.rivals.scores(share) if self.rivals else {})
+
+    def explained(self, results: Results, cases: Cases, normals: Sequence[Row]) -> dict[str, float]:
+        """As `Predictions.explained`, of at most `EXPLAINED` images or crops of held-out normals; {} without rivals or
+        without held-out normals."""
+        predictions = self.rivals and self.rivals.predictions
+        if not predictions or not normals:
+            return {}
+        some = normals[:: -(-len(normals) // OPENED)]
+        held_out = cases.volumes(some) if is_volume(predictions.config) else cases.images(normals)
+        return predictions.explained(results, some_images(held_out, EXPLAINED))
+
+
+def baselines_of(
+    config: ConfigDict, system: System, cases: Cases, rows: Sequence[Row], split: Split, parts: Mapping[str, Part]
+) -> Baselines:
+    """The baselines of an evaluation, of the first process alone."""
+    train = [row for row in rows if row.split == "train"]
+    if split.labelled.any() and not train:
+        log("the manifest has no train rows, so there are no baselines fitted to them")
+    if jax.process_index() or not split.labelled.any():
+        return Baselines(NoBaselines())
+    if system.sweep:
+        volumes = cases.volumes(train) if train else None
+        return Baselines(VolumeBaselines(config, system, volumes), fitted_rivals(config, system, volumes, rows, cases))
+    if not (normals := [row for row in train if row.label != 1]):
+        return Baselines(NoBaselines())
+    shares = sorted({part.share for part in parts.values()})
+    unlabelled = [row for row in rows if row.split == "unlabeled"]
+    images, mixed = cases.images(normals), cases.images(unlabelled) if unlabelled else None
+    cheap = ImageBaselines(images, shares, pixels=split.marked, unlabelled=mixed)
+    return Baselines(cheap, fitted_rivals(config, system, images, rows, cases))

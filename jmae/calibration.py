@@ -3,7 +3,7 @@
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,18 +13,21 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from jmae import recipe
-from jmae.cards import rows_digest
+from jmae.cards import trained_on
 from jmae.data.cases import Cases
 from jmae.data.manifest import Row
 from jmae.errors import InputError
 from jmae.figures import patient_key
-from jmae.inference import Scorer, restore_results, score_rows
+from jmae.fitting import fitted_results
+from jmae.inference import Scorer, score_rows
+from jmae.outlines import least_voxels, peak
 from jmae.report import PERCENTILES, Scale
 from jmae.results import Result, map_name
-from jmae.run_folder import digest, log, write_text
+from jmae.run_folder import log, write_text
 from jmae.scoring import Calibration, alarm_threshold, colour_ends
+from jmae.sealed import seal, unseal
 from jmae.seen import write_seen
-from jmae.system import Results, System, chosen_on_val, compute_type, rows_read
+from jmae.system import Results, System, chosen_on_val, compute_type, fitted_rows, rows_read
 
 CALIBRATION = "calibration.json"
 NOT_CALIBRATED = (
@@ -35,8 +38,9 @@ LOCATING_COLUMNS = ("region", "midline", "half")  # of the manifest, on which th
 # Settings of the section `evaluation` that change no score: of memory, of the files written, of the figures.
 SETTINGS_WITHOUT_EFFECT = (
     "batch chunk subsets maps reconstruction draws froc froc_rule froc_least froc_overlap iou alarm_rate convergence "
-    "decision"
+    "decision mask_least rivals"
 ).split()
+LOWEST = float(np.finfo(np.float32).min)  # stands for the peak of a map without any component of the least size
 Say = Callable[[str], None]
 
 
@@ -46,17 +50,24 @@ class ReferenceScores(NamedTuple):
     rows: Sequence[Row]
     scores: np.ndarray  # (r, m), the primary scores
     ends: np.ndarray  # (m, 2): the percentiles `PERCENTILES` of each row's map, nan without a map
+    peaks: np.ndarray  # (m,): `outlines.peak` of each row's map on its own grid, nan without a map
 
 
-def reference_scores(system: System, results: Iterable[Result]) -> ReferenceScores:
+def reference_scores(config: ConfigDict, system: System, results: Iterable[Result]) -> ReferenceScores:
     """The scores of rows of `val`, from their results."""
-    rows, scores, ends = [], [], []
+    rows, scores, ends, peaks = [], [], [], []
     for result in results:
         maps = result.maps.get(map_name(system))
         rows.append(result.case.row)
         scores.append(result.scores[system.primary])
         ends.append(np.full(2, np.nan) if maps is None else np.percentile(maps.mean(0), PERCENTILES))
-    return ReferenceScores(rows, np.stack(scores, 1), np.array(ends))
+        peaks.append(np.nan)
+        if maps is not None:
+            least = least_voxels(config.evaluation.mask_least, result.case.geometry.spacing)
+            own = result.written(system, ["anomaly"])["anomaly"]
+            own = np.nan_to_num(own, nan=np.nanmin(own))  # where the image has no value
+            peaks[-1] = peak(own, least, result.case.counted_voxels())
+    return ReferenceScores(rows, np.stack(scores, 1), np.array(ends), np.array(peaks))
 
 
 # --- calibrating a run ------------------------------------------------------------------------------------------------
@@ -69,14 +80,15 @@ def calibrate(
     reference: ReferenceScores,
     workdir: Path,
     say: Say = log,
+    fitted: Collection[str] = (),
 ) -> Calibration | None:
-    """Calibrates a run on the normals of `val` and writes calibration.json.
+    """Calibrates a run on the normals of `val` that are not `fitted` (`system.fitted_rows`); writes calibration.json.
 
     The file holds the score of each normal, the threshold at the false-alarm rate `evaluation.alarm_rate`, the colour
     scale of maps, and the weights and settings that these numbers belong to. None where labels of `val` chose the
     weights and no other normals are there.
     """
-    used = np.array(calibrating_rows(config, system, reference.rows, say))
+    used = np.array(calibrating_rows(config, system, reference.rows, say, fitted))
     if not used.any():
         return None
     normals = [row for row, use in zip(reference.rows, used, strict=True) if use]
@@ -87,6 +99,7 @@ def calibrate(
     needs = [name for name in LOCATING_COLUMNS if system.sweep and any(has_column(row, name) for row in normals)]
     ends = reference.ends[used]
     low, high = colour_ends(*ends.T) if np.isfinite(ends).all() else (None, None)
+    peaks = [] if np.isnan(reference.peaks[used]).any() else np.maximum(reference.peaks[used], LOWEST).tolist()
     rate = alarm_rate(config)
     threshold = alarm_threshold(list(scores.values()), rate)
     if threshold is None:
@@ -100,27 +113,33 @@ def calibrate(
         "colours": {"low": low, "high": high},
         "of": score_identity(config, system, results),
         "scores": scores,
+        "mask_least": config.evaluation.mask_least,
+        "peaks": peaks,
+        "fitted": sorted(fitted),
     }
-    write_text(workdir / CALIBRATION, json.dumps(content, indent=1))
+    write_text(workdir / CALIBRATION, seal(content))
     write_seen(workdir, normals)
     log(f"calibrated on {len(scores)} held-out normals: {workdir / CALIBRATION}")
-    return Calibration(scores, low, high, tuple(needs))
+    return Calibration(scores, low, high, tuple(needs), peaks, config.evaluation.mask_least, fitted)
 
 
-def calibrating_rows(config: ConfigDict, system: System, rows: Sequence[Row], say: Say = log) -> list[bool]:
+def calibrating_rows(
+    config: ConfigDict, system: System, rows: Sequence[Row], say: Say = log, fitted: Collection[str] = ()
+) -> list[bool]:
     """Which rows of `val` may calibrate: the normals, unless labels of `val` chose the weights. In that case only
-    normals that were kept apart from `train` may calibrate. A row that leaks (`Row.leak`) never may: the run has seen
-    it."""
+    normals that were kept apart from `train` may calibrate. A row that leaks (`Row.leak`) never may, nor one of those
+    that the score was `fitted` to: the run has seen it."""
+    free = lambda row: not row.leak and row.id not in fitted
     labels = {row.label for row in rows if row.split == "val" and not row.kept}
     if chosen_on_val(system) and {0, 1} <= labels:
         say(
             f"select={config.select}: val's labels chose the weights, so only train rows kept apart give p-values "
             "(--config.data.calibration=0.1)"
         )
-        return [row.kept and not row.leak for row in rows]
+        return [row.kept and free(row) for row in rows]
     if leaking := sum(row.label == 0 and bool(row.leak) for row in rows):
         say(f"{leaking} normals of val are also in another split: they give no p-values")
-    return [row.label == 0 and not row.leak for row in rows]
+    return [row.label == 0 and free(row) for row in rows]
 
 
 def calibrate_run(
@@ -128,20 +147,20 @@ def calibrate_run(
 ) -> None:
     """Calibrates a run that is not evaluated, where its data have held-out normals. `cases` is that argument of
     `Scorer`."""
-    val = [row for row in rows if row.split == "val"]
-    normals = [row for row, use in zip(val, calibrating_rows(config, system, val), strict=True) if use]
+    val, fitted = [row for row in rows if row.split == "val"], fitted_rows(system, rows)
+    used = calibrating_rows(config, system, val, fitted=fitted)
+    normals = [row for row, use in zip(val, used, strict=True) if use]
     if not normals:
         log(NOT_CALIBRATED)
         return
-    results = restore_results(config, system, workdir)
-    reference = reference_scores(system, score_rows(Scorer(config, system, results, cases), normals))
-    calibrate(config, system, results, reference, workdir)
+    results = fitted_results(config, system, rows, workdir, cases)
+    reference = reference_scores(config, system, score_rows(Scorer(config, system, results, cases), normals))
+    calibrate(config, system, results, reference, workdir, fitted=fitted)
 
 
 def rows_changed(system: System, rows: Sequence[Row], workdir: Path) -> bool:
     """Whether the rows differ from the rows of the training, so that none of them may calibrate the run. Logs it."""
-    saved = rows_digest(system, workdir)
-    if saved in (None, digest(rows_read(system, rows))):
+    if trained_on(system, workdir, rows_read(system, rows)):
         return False
     log("warning: the manifest has changed since the training: not calibrated on it anew")
     return True
@@ -161,14 +180,17 @@ def read_calibration(
     """
     file = workdir / CALIBRATION
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = unseal(file.read_bytes(), file, log)
         scores = {str(name): float(score) for name, score in content["scores"].items()}
         low, high = (
             None if end is None else float(end) for end in map(content["colours"].__getitem__, ("low", "high"))
         )
         weights, settings = str(content["of"]["weights"]), dict(content["of"]["settings"])
         needs = tuple(str(name) for name in content["needs"])
-        if not scores or not np.isfinite([*scores.values(), low or 0, high or 0]).all():
+        peaks = [float(value) for value in content.get("peaks", ())]  # runs before there were masks have none
+        least = float(content.get("mask_least", 0))
+        fitted = {str(name) for name in content.get("fitted", ())}
+        if not scores or not np.isfinite([*scores.values(), low or 0, high or 0, *peaks, least]).all():
             raise ValueError("no scores, or not finite ones")
     except FileNotFoundError:
         say(NOT_CALIBRATED)
@@ -179,12 +201,24 @@ def read_calibration(
     if weights != now["weights"]:
         say(f"warning: {file} belongs to other weights: no p-values; run jmae.evaluate again")
         return None
+    settings = settings_before(config) | settings
     retired = {key.removeprefix("evaluation.") for key in recipe.RETIRED} - now["settings"].keys()
     compared = (settings | now["settings"]).keys() - retired
     if other := sorted(k for k in compared if settings.get(k) != now["settings"].get(k)):
         say(f"warning: {file} belongs to another evaluation.{other[0]}: no p-values")
         return None
-    return Calibration(scores, low, high, needs)
+    return Calibration(scores, low, high, needs, peaks, least, fitted)
+
+
+def settings_before(config: ConfigDict) -> dict[str, Any]:
+    """The settings that change a score as runs had them before a key was declared: `Key.before`."""
+    declared = recipe.declarations(config.system, volumes=recipe.is_volume(config))
+    values = {
+        name.removeprefix("evaluation."): key.default if key.before is None else key.before
+        for name, key in declared.items()
+        if name.startswith("evaluation.")
+    }
+    return json.loads(json.dumps({k: v for k, v in values.items() if k not in SETTINGS_WITHOUT_EFFECT}))
 
 
 def score_identity(config: ConfigDict, system: System, results: Results) -> dict[str, Any]:
@@ -196,6 +230,23 @@ def score_identity(config: ConfigDict, system: System, results: Results) -> dict
     precision = str(jnp.dtype(compute_type(config))) if "dtype" in config.get("model", {}) else ""
     settings = {key: value for key, value in config.evaluation.items() if key not in SETTINGS_WITHOUT_EFFECT}
     return {"weights": hashed.hexdigest(), "settings": {"score": system.primary, "dtype": precision} | settings}
+
+
+def mask_threshold(config: ConfigDict, calibration: Calibration | None) -> float | None:
+    """The value above which a map's components are the mask of lesions, at the rate `evaluation.alarm_rate` of normal
+    cases with a mask. None without held-out normals, or where these are too few for that rate.
+
+    Raises:
+      InputError: the normals' maps were looked at with another `evaluation.mask_least`.
+    """
+    if not calibration or not calibration.peaks:
+        return None
+    if calibration.least != config.evaluation.mask_least:
+        raise InputError(
+            f"evaluation.mask_least={config.evaluation.mask_least:g}: the run is calibrated for {calibration.least:g}: "
+            "train or evaluate it with that value"
+        )
+    return alarm_threshold(calibration.peaks, alarm_rate(config))
 
 
 def has_column(row: Row, name: str) -> bool:
@@ -216,9 +267,18 @@ def colours_of(calibration: Calibration | None) -> Scale | None:
 
 
 def score_line(
-    row: Row, scores: Mapping[str, np.ndarray], system: System, calibration: Calibration | None
+    row: Row,
+    scores: Mapping[str, np.ndarray],
+    system: System,
+    calibration: Calibration | None,
+    score_error: np.ndarray | None = None,
 ) -> dict[str, Any]:
-    """A line of scores.csv: the mean over replicates of each score (r,), and the p-value of the primary one."""
+    """A line of scores.csv: the mean over replicates of each score (r,), and of the primary one the p-value and the
+    Monte-Carlo error.
+
+    Replicates have masks of their own. So the error of their mean is the root of the sum of the squared errors
+    `score_error` (r,), divided by r.
+    """
     mean = {name: float(values.mean()) for name, values in scores.items()}
     primary = mean.pop(system.primary)
     p_value = None
@@ -226,7 +286,8 @@ def score_line(
         p_value = calibration.p_value(primary, row.id)
         if p_value is None and row.split != "val":
             log(f"{row.id}: no p-value: it has the name of a held-out normal")
-    return {"id": row.id, "label": row.label, "score": primary, "p_value": p_value} | mean
+    error = None if score_error is None else float(np.linalg.norm(score_error)) / len(score_error)
+    return {"id": row.id, "label": row.label, "score": primary, "p_value": p_value, "score_error": error} | mean
 
 
 def why_no_p_values(calibration: Calibration | None) -> str:

@@ -17,7 +17,7 @@ from jmae.data.manifest import SPLITS, Row
 from jmae.data.preparation import phantom
 from jmae.errors import InputError
 from jmae.report import flat_settings, no_curves_reason, result_sentences, system_description
-from jmae.run_folder import recipe_digest, write_text
+from jmae.run_folder import digest, images_digest, read_environment, recipe_digest, write_text
 from jmae.system import System
 
 RESEARCH = "For research, not for clinical use."
@@ -64,6 +64,13 @@ def rows_digest(system: System, workdir: Path) -> str | None:
     return steps[system.stages[-1].name][1].get("rows") if system.stages else None
 
 
+def trained_on(system: System, workdir: Path, rows: Sequence[Row]) -> bool:
+    """Whether the run was trained on these rows and images, as far as its checkpoint tells."""
+    saved = last_steps(system, workdir)[system.stages[-1].name][1] if system.stages else {}
+    now = {"rows": digest(rows), "images": images_digest(rows)}
+    return all(saved.get(key, value) == value for key, value in now.items())
+
+
 def model_card(workdir: Path, config: ConfigDict, system: System, results: Sequence[Mapping[str, Any]]) -> str:
     """MODEL_CARD.md: the system, its training, its figures with intervals, its limits.
 
@@ -71,8 +78,7 @@ def model_card(workdir: Path, config: ConfigDict, system: System, results: Seque
       results: of `evaluations`.
     """
     what, paper = system_description(system.name)
-    data, environment = config.data, workdir / "environment.json"
-    about = json.loads(environment.read_text(encoding="utf-8")) if environment.exists() else {}
+    data, about = config.data, read_environment(workdir)
     stages = [f"{name} {step}" for name, (step, _) in last_steps(system, workdir).items()]
     unit = "voxels" if recipe.is_volume(config) else "pixels"
     variant = f", variant {config.variant}" if "variant" in config else ""

@@ -23,7 +23,7 @@ import re
 import shutil
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TextIO
@@ -86,6 +86,7 @@ def restore(
     step: int | None = None,
     parts: Sequence[str] | None = None,
     log: Callable[[str], None] = print,
+    brought_up: Callable[[dict], dict] = lambda saved: saved,
 ) -> tuple[int, PyTree, dict] | None:
     """Reads the newest sound step, or `step`: (step, state, position); None where no step was ever completed.
 
@@ -97,6 +98,7 @@ def restore(
         parts: the fields of the saved state to read, for example ("params", "stats"); the target, a dict or a record,
             then has these fields alone. None: all.
         log: receives one line for every damaged step that is skipped.
+        brought_up: brings the configuration of an earlier version up to date before it is compared.
 
     Raises:
         InputError: no step folder is sound; the step has another configuration; or its arrays have other names, shapes
@@ -110,9 +112,9 @@ def restore(
     about = json.loads((path / ABOUT).read_text())
     leaves = _leaves(target)
     if config is not None:
-        _refuse_difference(path, _flat(about["config"]), _flat(json.loads(json.dumps(config))))
+        refuse_difference(path, flat(brought_up(about["config"])), flat(json.loads(json.dumps(config))))
     saved = {name: of for name, of in about["leaves"].items() if parts is None or name.split("/")[0] in parts}
-    _refuse_difference(path, saved, _describe(leaves))
+    refuse_difference(path, saved, _describe(leaves))
     wanted = {name: _placement(leaf) for name, leaf in leaves.items() if np.size(leaf)}
     arrays = {name: np.zeros(leaf.shape, leaf.dtype) for name, leaf in leaves.items() if not np.size(leaf)}
     if wanted:
@@ -131,6 +133,19 @@ def restore(
     return about["step"], jax.tree.unflatten(jax.tree.structure(target), values), about["position"]
 
 
+def configs(workdir: Path) -> Iterator[tuple[Path, dict]]:
+    """(step folder, the configuration that it holds) of every step of every stage. A step whose record is damaged is
+    left out: `restore` names it."""
+    for stage in sorted(workdir.glob("checkpoints/*/")):
+        for _, path in sorted(_find(stage).items()):
+            try:
+                listed = json.loads((path / DIGESTS).read_bytes())["files"][ABOUT]
+                if _digests(path, [ABOUT])[ABOUT] == listed:
+                    yield path, json.loads((path / ABOUT).read_bytes())["config"]
+            except (OSError, ValueError, KeyError, TypeError, RecursionError):
+                continue
+
+
 def refuse_unfinished(folder: Path, step: int, position: dict) -> None:
     """Raises InputError where a step is not the last of its stage, which has `position["steps"]` steps."""
     if step < position.get("steps", step):
@@ -145,13 +160,13 @@ def steps(folder: Path) -> list[int]:
 
 
 @contextlib.contextmanager
-def workdir_lock(workdir: Path) -> Iterator[None]:
-    """Locks `workdir` for this run. The lock ends with the process, however the process ends.
+def workdir_lock(workdir: Path, flag: str = "--workdir") -> Iterator[None]:
+    """Locks a folder, which `flag` names, for this run. The lock ends with the process, however the process ends.
 
     Raises InputError where another run has the lock; the message names its host and process.
     """
     files: list[TextIO] = []  # empty in all processes but the first
-    _on_first(lambda: files.append(_lock(Path(workdir))))
+    _on_first(lambda: files.append(_lock(Path(workdir), flag)))
     try:
         yield
     finally:
@@ -315,21 +330,30 @@ def _digests(path: Path, names: Any) -> dict[str, dict]:
         return dict(zip(names, pool.map(digest, names), strict=True))
 
 
-def _flat(tree: Any, prefix: str = "") -> dict[str, str]:
+def flat(tree: Any, prefix: str = "") -> dict[str, str]:
     """`{"model.width": "192"}`: leaves as JSON text, so that NaN equals NaN and 1 differs from 1.0."""
     if not isinstance(tree, dict):
         return {prefix: json.dumps(tree)}
-    return {k: v for key, value in tree.items() for k, v in _flat(value, f"{prefix}.{key}" if prefix else key).items()}
+    return {k: v for key, value in tree.items() for k, v in flat(value, f"{prefix}.{key}" if prefix else key).items()}
 
 
-def _refuse_difference(path: Path, saved: dict[str, str], given: dict[str, str]) -> None:
-    keys = [key for key in saved | given if saved.get(key) != given.get(key)]
+def refuse_difference(
+    path: Path, saved: Mapping[str, str], given: Mapping[str, str], what: str = "recipe", remedy: str = ""
+) -> None:
+    """Raises InputError with the first differences between what a step holds and what is given, both as of `flat`.
+
+    Args:
+        path: the step's folder.
+        what: what is given.
+        remedy: the remedy, where it is not another folder.
+    """
+    keys = [key for key in dict(saved) | dict(given) if saved.get(key) != given.get(key)]
     if keys:
-        shown = [f"{k}: checkpoint {saved.get(k, 'absent')}, recipe {given.get(k, 'absent')}" for k in keys[:3]]
+        shown = [f"{k}: checkpoint {saved.get(k, 'absent')}, {what} {given.get(k, 'absent')}" for k in keys[:3]]
         more = f"; and {len(keys) - 3} more" if len(keys) > 3 else ""
         raise InputError(
             f"{path}: saved by another configuration: {'; '.join(shown)}{more}; "
-            "remedy: another --workdir or the same settings"
+            f"remedy: {remedy or 'another --workdir or the same settings'}"
         )
 
 
@@ -413,19 +437,19 @@ def _on_first(work: Callable[[], Any]) -> Any:
     return reply["result"]
 
 
-def _lock(workdir: Path) -> TextIO:
+def _lock(workdir: Path, flag: str) -> TextIO:
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        file = open(workdir / LOCK, "a+")
+        file = open(workdir / LOCK, "a+", encoding="utf-8", errors="backslashreplace")
     except OSError as error:
-        raise InputError(f"{workdir}: no run folder ({error.strerror}): choose another --workdir") from None
+        raise InputError(f"{workdir}: cannot be written ({error.strerror}): choose another {flag}") from None
     file.seek(0)
-    holder = file.read(200).strip()
+    holder = "".join(c for c in file.read(200) if c.isprintable()).strip()
     try:  # the kernel drops the lock when its process ends, so the name that a killed run leaves has no effect
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         locked, remedy = False, ""
     except BlockingIOError:
-        locked, remedy = True, "wait for it, stop it, or choose another --workdir"
+        locked, remedy = True, f"wait for it, stop it, or choose another {flag}"
     except OSError:  # a file system without locks: the name in the file decides
         locked, remedy = bool(holder) and not _gone(holder), f"if it no longer runs, delete {workdir / LOCK}"
     if locked:

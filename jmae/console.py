@@ -1,10 +1,23 @@
 """The figures of an evaluation as the lines that the command prints at its end."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jmae import metrics
 from jmae.report import no_curves_reason
+from jmae.report.words import hidden_sentences, rival_sentences
+
+
+def region_words(pixel: Mapping[str, Any]) -> str:
+    """AUPRO, and the best Dice, which is an upper bound."""
+    aupro = "" if pixel.get("aupro") is None else f"  AUPRO@0.3 {pixel['aupro']:.3f}"
+    return f"{aupro}  best Dice (upper bound) {pixel['dice_best']:.3f}"
+
+
+def size_words(sizes: Sequence[Mapping[str, Any]]) -> str:
+    """The AUROC of cases with small, medium and large lesions."""
+    each = (f"{one['size']} (up to {one['most']:.0f} pixels) {one['auroc']:.3f}" for one in sizes)
+    return f"AUROC by the size of the lesions: {', '.join(each)}"
 
 
 def lesion_words(pixel: Mapping[str, Any]) -> str:
@@ -40,21 +53,29 @@ def console_summary(evaluation: Mapping[str, Any]) -> str:
     if evaluation.get("leaks"):
         counts = f"NOT AN INDEPENDENT TEST: patients or images are in two splits (data.allow_leaks)\n{counts}"
     primary, reason = evaluation["primary"], no_curves_reason(evaluation)
-    lines = [counts, *([reason] if reason else [])]
+    figures = metrics.json_ready(evaluation)  # nan becomes None, as in the report
+    lines = [*rival_sentences(figures), counts, *hidden_sentences(figures), *([reason] if reason else [])]
     scores, cheap = evaluation["scores"], evaluation["baselines"]
     if not reason:
         lines += [line(name + " *" * (name == primary), s["image"]) for name, s in scores.items() if s["image"]]
         rated = [line(name, s["image"]) for name, s in cheap.items() if s["image"]]
-        lines += ["cheap baselines:", *rated] if rated else []
+        lines += ["baselines and rivals:", *rated] if rated else []
     if found := evaluation["alarms"]:
         shares = ", ".join(f"{found[word]:.1%} of {word}" for word in ("normal", "abnormal") if found[word] is not None)
         if shares:
             lines.append(f"p-value up to {found['rate']:g} (of {found['n']} held-out normals): {shares}")
+    if mask := evaluation.get("mask"):
+        lines.append(
+            f"masks above {mask['threshold']:.4g}: Dice {mask['dice']:.3f}, {mask['lesion_recall']:.1%} of lesions "
+            f"found, {mask['false_components']:.2g} false components an image"
+        )
+    if evaluation.get("sizes"):
+        lines.append(size_words(evaluation["sizes"]))
     if evaluation["pixel"]:
         lines.append(f"pixels, of which {evaluation['pixel']['prevalence']:.4f} are lesion:")
         named = [(name + " *" * (name == primary), s) for name, s in [*scores.items(), *cheap.items()]]
         lines += [
-            f"  {name:<24} AUROC {s['pixel']['auroc']:.3f}  AP {s['pixel']['ap']:.3f}"
+            f"  {name:<24} AUROC {s['pixel']['auroc']:.3f}  AP {s['pixel']['ap']:.3f}{region_words(s['pixel'])}"
             f"{lesion_words(s['pixel'])}{overlap_words(s['pixel'])}"
             for name, s in named
             if s["pixel"]

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from jaxtyping import Float
 from ml_collections import ConfigDict
@@ -20,6 +21,7 @@ from jmae import metrics
 from jmae.data.cases import Cases
 from jmae.data.manifest import Row
 from jmae.data.preparation import Prepared
+from jmae.errors import InputError
 from jmae.inference import SECONDS_BETWEEN_LINES, Scorer, prepared_groups
 from jmae.results import Result
 from jmae.run_folder import log
@@ -39,6 +41,12 @@ class Draw(NamedTuple):
     name: str  # by which its masks differ from those of other draws
     scorer: Scorer
     repeats: int | None = None  # sweeps over a volume
+
+
+def check_processes(config: ConfigDict) -> None:
+    """Raises InputError where the evaluation cannot run in as many processes as there are."""
+    if config.evaluation.convergence and jax.process_count() > 1:
+        raise InputError("evaluation.convergence needs a single process: set it to 0, and evaluate again with one")
 
 
 def convergence(

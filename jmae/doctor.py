@@ -35,8 +35,17 @@ CUDA = {"cuda13": ((580,), 7.5), "cuda12": ((525, 60, 13), 5.2)}
 SECONDS = 120  # for JAX to find its devices, at most
 LEAST_GIB = 4.0  # GiB of free host memory, at least; the demo needs less
 
+# Imports each package before JAX starts, as a damaged one may only fail there; numpy comes first, as others import it.
+MODULES = "numpy scipy jaxlib jax flax optax orbax.checkpoint grain skimage nibabel pydicom ml_collections".split()
 ASK = """
-import json, jax
+import importlib, json, sys
+for name in sys.argv[1:]:
+    try:
+        importlib.import_module(name)
+    except BaseException as error:
+        print(json.dumps({"broken": name, "why": f"{type(error).__name__}: {error}"}))
+        sys.exit()
+import jax
 devices = jax.devices()
 stats = [device.memory_stats() or {} for device in devices]
 print(json.dumps({"backend": jax.default_backend(), "devices": [
@@ -60,6 +69,8 @@ class Answer(NamedTuple):
     backend: str  # "cpu", "gpu", "tpu"; "" where it did not start
     devices: list[dict[str, Any]]  # "kind"; "limit" and "used", bytes of memory or None
     stderr: str
+    broken: str = ""  # the first of `MODULES` that cannot be imported, and why
+    without_flags: bool = False  # whether JAX starts, though only without XLA_FLAGS
 
 
 class Facts(NamedTuple):
@@ -80,6 +91,7 @@ def main(argv: list[str]) -> int:
     lines = fact_lines(facts)
     print("\n".join([*lines, "", *(f"finding: {problem}" for problem in problems)] if problems else lines))
     print(f"{len(problems)} findings" if problems else "no problem was found")
+    print("next: correct the findings" if problems else "next: jmae systems, then jmae train --config NAME")
     return int(bool(problems))
 
 
@@ -158,13 +170,24 @@ def host_memory(meminfo: Path = Path("/proc/meminfo")) -> tuple[float, float] | 
 
 def ask_jax() -> Answer:
     """Start JAX in a process with this environment, and return what it reports."""
-    out = run([sys.executable, "-c", ASK], SECONDS, os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"})
+    environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    answer = answer_of(run([sys.executable, "-c", ASK, *MODULES], SECONDS, environment))
+    if not answer.backend and not answer.broken and environment.pop("XLA_FLAGS", ""):
+        again = answer_of(run([sys.executable, "-c", ASK, *MODULES], SECONDS, environment))
+        return answer._replace(without_flags=bool(again.backend))
+    return answer
+
+
+def answer_of(out: Any) -> Answer:
+    """What the process of `ASK` said; None is one without an answer in time."""
     if out is None:
         return Answer("", [], f"no answer within {SECONDS} s")
     try:
         found = json.loads(out.stdout.splitlines()[-1])
+        if "broken" in found:
+            return Answer("", [], out.stderr, f"{found['broken']} cannot be imported ({last_line(found['why'])})")
         return Answer(found["backend"], found["devices"], out.stderr)
-    except (IndexError, ValueError, KeyError):
+    except (IndexError, ValueError, KeyError, TypeError):
         return Answer("", [], out.stderr or f"ended with exit code {out.returncode} and without a message")
 
 
@@ -192,7 +215,15 @@ def findings(facts: Facts) -> list[str]:
         problems.append(f"jax {jax} and jaxlib {jaxlib} do not fit each other: {pip('', 'jax', 'jaxlib')}")
     if missing := [name for name in PACKAGES[3:] if not facts.versions[name]]:
         problems.append(f"{', '.join(missing)} not installed: {pip('', *missing)}")
-    if facts.gpus and backend != "gpu":
+    if broken := facts.answer.broken:
+        name = broken.split()[0]
+        package = {"skimage": "scikit-image", "orbax.checkpoint": "orbax-checkpoint"}.get(name, name)
+        if not (missing and package in missing):
+            problems.append(f"{broken}: install it anew: {sys.executable} -m pip install --force-reinstall {package}")
+    elif facts.answer.without_flags:
+        flags = facts.variables.get("XLA_FLAGS", "")
+        problems.append(f"JAX does not start with XLA_FLAGS={flags}: “{message}”: unset XLA_FLAGS, or correct it")
+    elif facts.gpus and backend != "gpu":
         problems.append(f"{facts.gpus[0].name} is not used: {why_no_gpu(facts, allows_gpu, platforms, message)}")
     elif facts.tpu and backend != "tpu":
         if platforms and "tpu" not in platforms.split(","):

@@ -8,16 +8,21 @@ or other settings need --out. No case of another manifest may share its patient 
 was trained or calibrated on. With data.allow_leaks such cases are scored: they are named, have no p-value, and mark the
 report. An image counts as known where all its values are equal. The splits `train` and `unlabeled` get no p-values.
 
+Several runs that are evaluated on the same cases give one answer: --workdir A --workdir B --out DIR writes scores.csv
+and metrics.json of their fused score (jmae.fusion).
+
 Exit codes: 0 done; 2 the input or the environment is wrong.
 """
 
+import contextlib
 import hashlib
 import json
 import sys
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +30,15 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from jmae import metrics, recipe
-from jmae.baselines import Baselines, ImageBaselines, NoBaselines, VolumeBaselines
+from jmae import checkpoint, metrics, recipe
+from jmae.baselines import Baselines, baselines_of
 from jmae.calibration import (
     ReferenceScores,
     alarm_rate,
     alarms,
     calibrate,
     colours_of,
+    mask_threshold,
     read_calibration,
     reference_scores,
     rows_changed,
@@ -41,7 +47,7 @@ from jmae.calibration import (
 )
 from jmae.cards import rows_digest, write_cards
 from jmae.console import console_summary
-from jmae.convergence import convergence
+from jmae.convergence import check_processes, convergence
 from jmae.data.cases import Cases, load_cases
 from jmae.data.files import write_map
 from jmae.data.manifest import Row
@@ -58,17 +64,25 @@ from jmae.figures import (
     split_of,
     truth_of,
 )
-from jmae.inference import Scorer, restore_results, run_of, score_rows
+from jmae.fitting import fitted_results
+from jmae.fusion import evaluate_several
+from jmae.inference import Scorer, run_of, score_rows
+from jmae.outlines import MaskFigures
 from jmae.processes import join_processes, keep_compiled
+from jmae.python import Evaluate
 from jmae.report import Case, choose_cases, one_slice, shown_voxel, slice_side, write_report
 from jmae.results import Result, map_name, report_case
-from jmae.run_folder import log, output_folder, read_history, recipe_digest, write_csv, write_text
+from jmae.run_folder import log, output_folder, read_environment, read_history, recipe_digest, write_csv, write_text
 from jmae.scoring import Calibration
+from jmae.sealed import seal
 from jmae.seen import ALLOW, check_unseen, check_unseen_since
-from jmae.system import System, load_system
+from jmae.system import System, fitted_rows, load_system, split_replicates
 
 
 def main(argv: list[str]) -> int:
+    workdirs, rest = recipe.values_of(argv, "workdir")
+    if len(workdirs) > 1:
+        return evaluate_several([Path(workdir) for workdir in workdirs], rest)
     flags = recipe.arguments(argv, __doc__, ["workdir", "manifest", "split", "out", "config"])
     of_run = "manifest" not in flags and not any(flag.startswith("config") for flag in flags)
     if ALLOW in flags and "manifest" not in flags:
@@ -96,17 +110,20 @@ def main(argv: list[str]) -> int:
             rows, unchecked = check_unseen(cases.rows, split, workdir, flags["manifest"], allow=allow)
         else:
             rows, unchecked = check_unseen_since(config, cases.rows, workdir)
-        evaluate(config, system, rows, workdir, split=split, out=out, of_run=of_run, unchecked=unchecked, cases=cases)
+        more: dict[str, Any] = {"split": split, "out": out, "of_run": of_run, "unchecked": unchecked, "cases": cases}
+        with locked(workdir, out, of_run):
+            evaluate(config, system, rows, workdir, **more)
     return 0
 
 
-def check_processes(config: ConfigDict) -> None:
-    """Raises InputError where the evaluation cannot run in as many processes as there are."""
-    if config.evaluation.convergence and jax.process_count() > 1:
-        raise InputError("evaluation.convergence needs a single process: set it to 0, and evaluate again with one")
-
-
-# --- the evaluation ---------------------------------------------------------------------------------------------------
+@contextlib.contextmanager
+def locked(workdir: Path, out: Path, of_run: bool) -> Iterator[None]:
+    """Locks the folder of the evaluation, and the run folder where that is written, too."""
+    with (
+        checkpoint.workdir_lock(workdir) if of_run else contextlib.nullcontext(),
+        checkpoint.workdir_lock(out, "--out"),
+    ):
+        yield
 
 
 @dataclass
@@ -116,6 +133,7 @@ class Gathered:
     scores: SplitScores = field(default_factory=SplitScores)
     cases: list[Case] = field(default_factory=list)  # that the report may show
     digests: list[str] = field(default_factory=list)  # of the stored values of each row
+    errors: list[np.ndarray | None] = field(default_factory=list)  # Monte-Carlo errors of each row's primary score
     seconds: float = 0.0  # of scoring
 
 
@@ -160,13 +178,13 @@ def evaluate(
     cases = cases or Cases(rows, config, workdir / "cache")
     rate, chosen = alarm_rate(config), split_of(rows, split)
     parts = parts_of(config, chosen, volumes=system.sweep is not None, shown=map_name(system))
-    results = restore_results(config, system, workdir)
+    results = fitted_results(config, system, rows, workdir, cases)
     scorer = Scorer(config, system, results, cases)
     log(f"{split}: scoring {len(chosen.rows)} cases")
     baselines = baselines_of(config, system, cases, rows, chosen, parts)
     reference, thresholds = score_reference(scorer, chosen, baselines)
     if of_run and chosen.normals and reference and not rows_changed(system, rows, workdir):
-        calibration = calibrate(config, system, results, reference, workdir, say)
+        calibration = calibrate(config, system, results, reference, workdir, say, fitted_rows(system, rows))
     else:
         calibration = read_calibration(config, system, results, workdir, say)
     if no_p_values := split in ("train", "unlabeled"):
@@ -174,14 +192,19 @@ def evaluate(
     if jax.process_index():  # it scores its share; the first process counts and writes
         deque(score_rows(scorer, chosen.rows), maxlen=0)
         return {}
-    gathered = gather_results(scorer, chosen, baselines, parts, thresholds, out)
+    masks = MaskFigures(mask_threshold(config, calibration), config.evaluation.mask_least)
+    gathered = gather_results(scorer, chosen, baselines, parts, thresholds, out, masks)
     evaluation = split_figures(
         config, system, chosen, parts, gathered.scores, baselines.scores, thresholds, reference and reference.scores
     )
+    first = split_replicates(results, config.replicates)[0]
+    if explained := baselines.explained(first, cases, chosen.normals):
+        evaluation["explained"] = explained
     if leaking := sorted({row.leak for row in rows if row.leak}):
         evaluation["leaks"] = leaking
     if unchecked:
         evaluation["unchecked"] = unchecked
+    evaluation["mask"] = masks.result()
     if system.notes:
         evaluation["notes"] = list(system.notes)
     if config.evaluation.convergence:
@@ -190,8 +213,8 @@ def evaluate(
             evaluation["convergence"] = numbers
     whole = gathered.scores.of(1)
     table = [
-        score_line(row, {k: v[:, i] for k, v in whole.items()}, system, None if no_p_values else calibration)
-        for i, row in enumerate(chosen.rows)
+        score_line(row, {k: v[:, i] for k, v in whole.items()}, system, None if no_p_values else calibration, error)
+        for i, (row, error) in enumerate(zip(chosen.rows, gathered.errors, strict=True))
     ]
     evaluation["alarms"] = alarms(chosen.labels, [line["p_value"] for line in table], calibration, rate)
     if not evaluation["alarms"]:
@@ -207,26 +230,8 @@ def evaluate(
         write_cards(workdir, config, system, rows)
     log(console_summary(evaluation))
     log(f"report: {out / 'report.html'}")
+    log(f"next: open the report; score new scans: jmae predict --workdir {workdir} --out DIR SCAN")
     return evaluation
-
-
-def baselines_of(
-    config: ConfigDict, system: System, cases: Cases, rows: Sequence[Row], split: Split, parts: Mapping[str, Part]
-) -> Baselines:
-    """The cheap baselines of an evaluation, of the first process alone."""
-    train = [row for row in rows if row.split == "train"]
-    if split.labelled.any() and not train:
-        log("the manifest has no train rows, so there are no cheap baselines fitted to them")
-    if jax.process_index() or not split.labelled.any():
-        return NoBaselines()
-    if system.sweep:
-        return VolumeBaselines(config, system, cases.volumes(train) if train else None)
-    if normals := [row for row in train if row.label != 1]:
-        shares = sorted({part.share for part in parts.values()})
-        unlabelled = [row for row in rows if row.split == "unlabeled"]
-        images = cases.images(unlabelled) if unlabelled else None
-        return ImageBaselines(cases.images(normals), shares, pixels=split.marked, unlabelled=images)
-    return NoBaselines()
 
 
 def score_reference(scorer: Scorer, split: Split, baselines: Baselines) -> tuple[ReferenceScores | None, Thresholds]:
@@ -242,12 +247,13 @@ def score_reference(scorer: Scorer, split: Split, baselines: Baselines) -> tuple
     if not split.reference:
         return None, {}
 
-    def pass_on(result: Result) -> Result:
-        if thresholds and result.case.row.label == 0 and (truth := truth_of(result.case)):
-            thresholds.add(truth, all_maps(result, baselines.maps(result.case)))
-        return result
+    def counted(results: Iterator[Result]) -> Iterator[Result]:
+        for result, baseline_maps in baselines.beside(results, count=False) if thresholds else zip(results, repeat({})):
+            if thresholds and result.case.row.label == 0 and (truth := truth_of(result.case)):
+                thresholds.add(truth, all_maps(result, baseline_maps))
+            yield result
 
-    reference = reference_scores(scorer.system, map(pass_on, score_rows(scorer, split.reference)))
+    reference = reference_scores(config, scorer.system, counted(score_rows(scorer, split.reference)))
     return reference, thresholds.result() if thresholds else {}
 
 
@@ -257,19 +263,25 @@ def all_maps(result: Result, baseline_maps: Mapping[str, np.ndarray]) -> dict[st
 
 
 def gather_results(
-    scorer: Scorer, split: Split, baselines: Baselines, parts: Mapping[str, Part], thresholds: Thresholds, out: Path
+    scorer: Scorer,
+    split: Split,
+    baselines: Baselines,
+    parts: Mapping[str, Part],
+    thresholds: Thresholds,
+    out: Path,
+    masks: MaskFigures,
 ) -> Gathered:
-    """Scores the split; counts pixels, writes maps, keeps scores and what the report may show."""
+    """Scores the split; counts pixels and masks, writes maps, keeps scores and what the report may show."""
     gathered, config, system = Gathered(), scorer.config, scorer.system
     files = {"anomaly": "maps", "confidence": "maps", "recon": "reconstruction"}  # the settings that ask for them
     names = [name for name, setting in files.items() if config.evaluation.get(setting)]
-    for i, (row, result) in enumerate(zip(split.rows, score_rows(scorer, split.rows), strict=True)):
+    each = baselines.beside(score_rows(scorer, split.rows))
+    for i, (row, (result, baseline_maps)) in enumerate(zip(split.rows, each, strict=True)):
         case = result.case
         gathered.seconds += result.seconds
         gathered.digests.append(case.digest)
+        gathered.errors.append(result.score_error)
         gathered.scores.add(result.scores, result.maps)
-        baseline_maps = baselines.maps(case)
-        baselines.add(case, baseline_maps)
         truth = truth_of(case) if split.marked and result.maps else None
         maps = all_maps(result, baseline_maps) if truth else {}
         for part in parts.values():
@@ -279,6 +291,8 @@ def gather_results(
                 part.pixels.close(row)
         if map_name(system) not in result.maps:
             continue
+        if truth:
+            masks.add(np.mean(maps[map_name(system)], 0), *truth, case.geometry.spacing)
         for name, array in result.written(system, names).items():
             (out / "maps").mkdir(parents=True, exist_ok=True)
             write_map(out / "maps" / f"{row.id}_{name}", array, case.geometry)
@@ -322,13 +336,15 @@ def write_evaluation(
         for row, digest in zip(split.rows, gathered.digests, strict=True)
     ]
     write_csv(out / "cases.csv", cases)
-    write_text(out / "config.json", recipe.to_json(config))  # with the settings of this evaluation
+    write_text(out / "config.json", seal(json.loads(recipe.to_json(config))))  # with the settings of this evaluation
     write_text(out / "metrics.json", json.dumps(metrics.json_ready(evaluation), indent=1))
-    environment = workdir / "environment.json"
-    about = json.loads(environment.read_text()) if environment.exists() else {}
     page, colours = {**evaluation, "table": table}, colours_of(calibration)
-    write_report(out / "report.html", page, gathered.cases, history, config.to_dict(), about, colours)
+    write_report(
+        out / "report.html", page, gathered.cases, history, config.to_dict(), read_environment(workdir), colours
+    )
 
+
+sys.modules[__name__].__class__ = Evaluate  # `jmae.evaluate(...)`
 
 if __name__ == "__main__":
     sys.exit(exit_code(main))

@@ -1,27 +1,37 @@
-"""python -m jmae.export --workdir DIR --out DIR [--batch 1] [--size 64,64,16] [--config.evaluation.KEY=VALUE ...]
-                       [--debug]
+"""python -m jmae.export --workdir DIR --out DIR [--batch 8] [--size 64,64,16] [--platforms cpu,cuda,tpu]
+                       [--config.evaluation.KEY=VALUE ...] [--debug]
 
-Writes a trained run's scoring function as StableHLO (`function.bin`, of `jax.export`), its weights
-(`weights.safetensors`) and a description of its inputs and outputs (`export.json`). These files can be used without the
-recipe and without jmae:
+Writes a trained run as StableHLO (of `jax.export`), with its weights (`weights.safetensors`) and a description
+(`export.json`). These files can be used without the recipe and without jmae.
 
-    import json, jax, numpy, safetensors.numpy
-    call = jax.jit(jax.export.deserialize(open("DIR/function.bin", "rb").read()).call)
+A run of images has `stored.bin`, all the way from an image file's values to score, map and p-value, as `jmae.predict`:
+
+    import jax, numpy, safetensors.numpy, PIL.Image
+    call = jax.jit(jax.export.deserialize(bytearray(open("DIR/stored.bin", "rb").read())).call)
     weights = safetensors.numpy.load_file("DIR/weights.safetensors")
-    out = call(weights, image, case)   # {"maps/NAME", "scores/NAME", "reconstruction", "confidence"}
+    film = numpy.asarray(PIL.Image.open("film.png"), numpy.float32)[..., None]   # (h, w, channels), of any size
+    out = call(weights, film, numpy.int32(8))   # {"score", "p_value", "map" (h, w)}
 
-`image` is float32 (batch, *size, channels) as the network sees it, and `case` (batch, 2) is what
-`jmae.export.case_words` makes of the cases' ids: it seeds the masks. A system of volumes takes one prepared volume
-(*size, channels), of the --size in voxels of the working grid, and `case` (2,). The function includes windows,
-repetitions and averaging, but no midline.
+The last argument is 8 where the values fill 8 bits; any other number stretches the image from its least to its greatest
+value. Give a DICOM's values after its rescale slope and inverted where it is MONOCHROME1. Of a colour image for a run
+of one channel give 0.299 R + 0.587 G + 0.114 B. The function has no check of bad values or foreign images. The p-value
+is NaN where the run is not calibrated.
+
+`function.bin` takes what the network sees, and gives all scores and maps: `call(weights, image, case)` has
+{"maps/NAME", "scores/NAME", "reconstruction", "confidence"}. `image` is float32 (batch, *size, channels): any number of
+images, scored one after another, or the --batch, scored together. `case`, uint32 (batch, 2), has no effect but for a
+run with evaluation.masks_of=case, whose masks it seeds: it is what `jmae.export.case_words` makes of the cases' ids. A
+system of volumes takes one prepared volume (*size, channels), of the --size in voxels of the working grid, and `case`
+(2,). The function includes windows, repetitions and averaging, but no midline.
 
 `export.json` also holds the settings of the evaluation and, for a calibrated run, "calibration": the scores of the n
 held-out normals, what they depend on ("needs"), and the threshold at the false-alarm rate. The p-value of a score s is
 (1 + number of those scores >= s) / (n + 1). A score above the threshold is an alarm. A volume's score is the mean of
 its map's highest values in the region; evaluation.top is their share.
 
-The function gives the results of `jmae.evaluate` to 1e-5, with a leading axis of replicates where the run has several.
-It runs only on a platform for which it was exported. Exit codes: 0 done; 2 the input or the environment is wrong.
+`function.bin` gives the results of `jmae.evaluate` to 1e-5, with a leading axis of replicates where the run has
+several; `stored.bin` gives means over them. Both run on the --platforms alone, by default this machine's.
+Exit codes: 0 done; 2 the input or the environment is wrong.
 """
 
 import hashlib
@@ -29,7 +39,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,22 +51,27 @@ from jax import export as stablehlo
 from ml_collections import ConfigDict
 
 from jmae import recipe
-from jmae.calibration import CALIBRATION, read_calibration
+from jmae.calibration import CALIBRATION, Calibration, read_calibration
+from jmae.data import on_device
 from jmae.data.preparation import case_words
 from jmae.errors import InputError, exit_code
-from jmae.inference import restore_results, run_of
+from jmae.fitting import restore_results
+from jmae.inference import run_of
 from jmae.passes import each_replicate, seeds_of, sweep_volume
+from jmae.results import map_name
 from jmae.run_folder import log
+from jmae.sealed import seal, unseal
 from jmae.system import Results, System, load_system
-from jmae.target import portable
+from jmae.target import portable, target
 
 __all__ = ["case_words", "export", "load"]
-FUNCTION, WEIGHTS, ABOUT = "function.bin", "weights.safetensors", "export.json"
+STORED, FUNCTION, WEIGHTS, ABOUT = "stored.bin", "function.bin", "weights.safetensors", "export.json"
+PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 HALF = ".part"  # folder inside of the one that is written
 
 
 def main(argv: list[str]) -> int:
-    given = recipe.arguments(argv, __doc__, ["workdir", "out", "batch", "size", "config"])
+    given = recipe.arguments(argv, __doc__, ["workdir", "out", "batch", "size", "platforms", "config"])
     if missing := [name for name in ("workdir", "out") if name not in given]:
         raise InputError(f"no --{missing[0]}: write --workdir=DIR --out=DIR")
     workdir, config = run_of(given)
@@ -64,6 +79,9 @@ def main(argv: list[str]) -> int:
     out = Path(given["out"]).absolute()
     if out.exists() and (not out.is_dir() or any(path.name != HALF for path in out.iterdir())):
         raise InputError(f"{out}: is there already and not an empty folder: choose another --out")
+    platforms = tuple(given["platforms"].split(",")) if "platforms" in given else (target().platform,)
+    if wrong := [name for name in platforms if name not in PLATFORMS]:
+        raise InputError(f"--platforms: {wrong[0]!r} is none of {', '.join(PLATFORMS)}")
     numbers = {name: whole(name, given[name]) for name in ("batch", "size") if name in given}
     if len(numbers.get("batch", (1,))) > 1:
         raise InputError(f"--batch={given['batch']}: one number")
@@ -71,7 +89,16 @@ def main(argv: list[str]) -> int:
         raise InputError(
             f"--batch is for images: {system.name} takes one volume; --config.evaluation.batch: its windows"
         )
-    export(config, system, workdir, out, batch=numbers.get("batch", (1,))[0], size=numbers.get("size", ()))
+    export(
+        config,
+        system,
+        workdir,
+        out,
+        batch=sum(numbers.get("batch", ())),
+        size=numbers.get("size", ()),
+        platforms=platforms,
+    )
+    log("next: call it by the five lines that jmae export --help shows")
     return 0
 
 
@@ -84,13 +111,21 @@ def whole(name: str, text: str) -> tuple[int, ...]:
 
 
 def export(
-    config: ConfigDict, system: System, workdir: Path, out: Path, *, batch: int = 1, size: tuple[int, ...] = ()
+    config: ConfigDict,
+    system: System,
+    workdir: Path,
+    out: Path,
+    *,
+    batch: int = 0,
+    size: tuple[int, ...] = (),
+    platforms: Sequence[str] = (),
 ) -> None:
-    """Writes the scoring function of the run in `workdir` into the new folder `out`, whole or not at all.
+    """Writes the run in `workdir` into the new folder `out`, whole or not at all.
 
     Args:
-      batch: images a call, of a system of images.
+      batch: images a call of `function.bin`, of a system of images; 0: any number, one after another.
       size: voxels of a volume, of a system of volumes.
+      platforms: names as `jax.export` has them; none is this machine's.
 
     Raises InputError where a stage has no finished checkpoint, `size` does not fit the system, or writing fails.
     """
@@ -99,38 +134,51 @@ def export(
     leaves, nesting = jax.tree_util.tree_flatten_with_path(results)
     names = ["/".join(str(key.key) for key in path) for path, _ in leaves]
     weights = {name: np.ascontiguousarray(leaf) for name, (_, leaf) in zip(names, leaves, strict=True)}
-    score = score_function(config, system, size)
     seeds = [int(seed) for seed in range(config.seed, config.seed + config.replicates)]
 
-    def function(weights: dict[str, Any], image: Any, case: Any) -> dict[str, Any]:
+    def replicates(score: Any, weights: dict[str, Any], image: Any, case: Any) -> dict[str, Any]:
         results = jax.tree.unflatten(nesting, [weights[name] for name in names])
-        found = each_replicate(lambda result, key: score(result, image, case, key), results, seeds_of(config))
+        return each_replicate(lambda result, key: score(result, image, case, key), results, seeds_of(config))
+
+    def function(weights: dict[str, Any], image: Any, case: Any) -> dict[str, Any]:
+        found = replicates(score_function(config, system, size, batch), weights, image, case)
         found = found if len(seeds) > 1 else jax.tree.map(lambda x: x[0], found)
         flat, _ = jax.tree_util.tree_flatten_with_path(found)
         return {"/".join(str(key.key) for key in path): leaf for path, leaf in flat}
 
-    lead = () if system.sweep else (batch,)
+    def stored(weights: dict[str, Any], image: Any, bits: Any) -> dict[str, Any]:
+        ready = on_device.prepared(image, bits, config.data)[None]
+        one = score_function(config, system, (), 1)
+        found = replicates(one, weights, ready, jnp.zeros((1, 2), jnp.uint32))
+        return of_case(found, system, calibration, image.shape[:2])
+
+    lead = () if system.sweep else (batch,) if batch else stablehlo.symbolic_shape("batch")
     shape = (*lead, *(size or config.data.size), config.data.channels)
-    given = (
-        {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in weights.items()},
-        jax.ShapeDtypeStruct(shape, jnp.float32),
-        jax.ShapeDtypeStruct((*lead, 2), jnp.uint32),
-    )
+    shapes = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in weights.items()}
+    given = shapes, jax.ShapeDtypeStruct(shape, jnp.float32), jax.ShapeDtypeStruct((*lead, 2), jnp.uint32)
+    whole: dict[str, tuple[Callable[..., dict[str, Any]], tuple[Any, ...]]] = {FUNCTION: (function, given)}
+    if why := why_not_stored(config, system):
+        log(f"no {STORED}: {why}")
+    else:
+        image = jax.ShapeDtypeStruct((*stablehlo.symbolic_shape("h, w"), config.data.channels), jnp.float32)
+        whole[STORED] = stored, (shapes, image, jax.ShapeDtypeStruct((), jnp.int32))
     with portable():
-        exported = stablehlo.export(jax.jit(function))(*given)
-    found = jax.eval_shape(function, *given)
+        platforms = platforms or (target().platform,)
+        exported = {
+            name: stablehlo.export(jax.jit(one), platforms=platforms)(*given) for name, (one, given) in whole.items()
+        }
     about = {
         "system": system.name,
         "primary": system.primary,
         "map": system.map or system.primary,
-        "platforms": list(exported.platforms),
-        "image": list(shape),
-        "case": [*lead, 2],
-        "out": {name: list(leaf.shape) for name, leaf in found.items()},
+        "platforms": list(platforms),
+        "image": sizes_of(shape),
+        "case": sizes_of((*lead, 2)),
+        "out": {name: sizes_of(leaf.shape) for name, leaf in zip(*outputs(exported[FUNCTION]), strict=True)},
         "replicates": seeds,
         "data": json.loads(recipe.to_json(config))["data"],  # how files become images
         "evaluation": json.loads(recipe.to_json(config))["evaluation"],
-        "calibration": calibration and json.loads((workdir / CALIBRATION).read_text(encoding="utf-8")),
+        "calibration": calibration and unseal((workdir / CALIBRATION).read_bytes(), CALIBRATION, None),
         "jax": jax.__version__,
         "use": "for research, not for clinical use",
     }
@@ -138,22 +186,60 @@ def export(
     try:
         shutil.rmtree(half, ignore_errors=True)
         half.mkdir(parents=True)
-        (half / FUNCTION).write_bytes(exported.serialize())
+        for name, one in exported.items():
+            (half / name).write_bytes(one.serialize())
         safetensors.numpy.save_file(weights, half / WEIGHTS)
-        about["sha256"] = {name: sha256(half / name) for name in (FUNCTION, WEIGHTS)}
-        (half / ABOUT).write_text(json.dumps(about, indent=1) + "\n")
-        for name in (FUNCTION, WEIGHTS, ABOUT):  # the last file makes the folder an export
+        about["sha256"] = {name: sha256(half / name) for name in (*exported, WEIGHTS)}
+        (half / ABOUT).write_text(seal(about))
+        for name in (*exported, WEIGHTS, ABOUT):  # the last file makes the folder an export
             os.replace(half / name, out / name)
         half.rmdir()
     except OSError as error:
         shutil.rmtree(out if new else half, ignore_errors=True)
         raise InputError(f"{out}: not written ({error.strerror or error}): free space or change the folder") from None
-    log(f"{out}: {system.name}, {sum(w.size for w in weights.values()):,} numbers, for {', '.join(exported.platforms)}")
+    log(f"{out}: {system.name}, {sum(w.size for w in weights.values()):,} numbers, for {', '.join(platforms)}")
 
 
-def score_function(config: ConfigDict, system: System, size: tuple[int, ...]) -> Callable[..., dict[str, Any]]:
-    """The pure function (results, array, words, key) -> the system's outputs for a batch of images, or for one prepared
-    volume of `size` voxels.
+def why_not_stored(config: ConfigDict, system: System) -> str:
+    """Why there is no function from stored values to a score; "" where there is one."""
+    if system.sweep:
+        return f"{system.name} takes volumes, whose way to the working grid is not exported"
+    if config.evaluation.get("masks_of", "run") == "case":
+        return "evaluation.masks_of=case draws masks by the cases' ids: export with --config.evaluation.masks_of=run"
+    if config.evaluation.get("residual", "none") != "none" and config.evaluation.case_score == "part":
+        return "evaluation.case_score=part looks for parts on the host: export with mean or top"
+    return ""
+
+
+def of_case(found: Any, system: System, calibration: Calibration | None, size: tuple[int, int]) -> dict[str, Any]:
+    """Score, p-value and map of one image, means over replicates, from the outputs for a batch of one."""
+    score, p_value = jnp.mean(found["scores"][system.primary][:, 0]), jnp.float32(jnp.nan)
+    if calibration:
+        others = jnp.asarray(list(calibration.scores.values()), jnp.float32)
+        p_value = (1 + jnp.sum(others >= score)) / jnp.float32(len(others) + 1)
+    case = {"score": score, "p_value": p_value}
+    if map_name(system) in found["maps"]:
+        picture = jnp.mean(found["maps"][map_name(system)][:, 0], 0)
+        case["map"] = on_device.resize(picture[..., None], size)[..., 0]
+    return case
+
+
+def outputs(exported: stablehlo.Exported) -> tuple[list[str], list[jax.ShapeDtypeStruct]]:
+    """(names, shapes) of a function's outputs."""
+    tree = jax.tree.unflatten(exported.out_tree, exported.out_avals)
+    return list(tree), list(tree.values())
+
+
+def sizes_of(shape: Sequence[Any]) -> list[int | str]:
+    """The numbers of a shape; a symbol is its name."""
+    return [n if isinstance(n, int) else str(n) for n in shape]
+
+
+def score_function(
+    config: ConfigDict, system: System, size: tuple[int, ...], batch: int = 0
+) -> Callable[..., dict[str, Any]]:
+    """The pure function (results, array, words, key) -> the system's outputs for `batch` images together, for any
+    number of images one after another (0), or for one prepared volume of `size` voxels.
 
     Raises:
       InputError: a size for images, or none for volumes.
@@ -164,7 +250,14 @@ def score_function(config: ConfigDict, system: System, size: tuple[int, ...]) ->
             raise InputError(f"--size is for volumes: {system.name} takes images of {tuple(config.data.size)}")
         assert system.score
         one, chunk = system.score, config.evaluation.chunk or system.masks
-        return lambda results, image, words, key: one(results, {"image": image, "case": words}, key, chunk=chunk)
+        if batch:
+            return lambda results, image, words, key: one(results, {"image": image, "case": words}, key, chunk=chunk)
+
+        def case(results: Results, image: Any, words: Any, key: Any) -> dict[str, Any]:
+            found = one(results, {"image": image[None], "case": words[None]}, key, chunk=chunk)
+            return jax.tree.map(lambda x: x[0], found)
+
+        return lambda results, image, words, key: jax.lax.map(lambda x: case(results, x[0], x[1], key), (image, words))
     if len(size) != len(sweep.window):
         raise InputError(f"--size has {len(size)} numbers: write the volume's voxels on the working grid, as 64,64,16")
     tiling = sweep.tile(size, sweep.window, sweep.stride)
@@ -192,13 +285,15 @@ def load(folder: str | Path) -> tuple[Callable[[Any, Any], dict[str, np.ndarray]
     """
     folder = Path(folder)
     try:
-        about = json.loads((folder / ABOUT).read_text())
-        if changed := [name for name, digest in about["sha256"].items() if sha256(folder / name) != digest]:
+        about = unseal((folder / ABOUT).read_bytes(), folder / ABOUT, log)
+        files = {FUNCTION, WEIGHTS, *about["sha256"]}
+        if changed := sorted(name for name in files if sha256(folder / name) != about["sha256"][name]):
             raise ValueError(f"{' and '.join(changed)} changed since")
         exported = stablehlo.deserialize(bytearray((folder / FUNCTION).read_bytes()))
         weights = jax.device_put(safetensors.numpy.load_file(folder / WEIGHTS))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{folder}: no whole export ({error}): run python -m jmae.export again") from None
+    except Exception as error:  # the readers of both files raise anything on damage
+        why = f"{ABOUT} lacks {error}" if isinstance(error, KeyError) else str(error).split("\n")[0]
+        raise InputError(f"{folder}: no whole export ({why}): run python -m jmae.export again") from None
     if jax.default_backend() not in exported.platforms:
         raise InputError(f"{folder}: exported for {', '.join(exported.platforms)}, not for {jax.default_backend()}")
     call = jax.jit(exported.call)

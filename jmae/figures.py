@@ -16,7 +16,7 @@ from jmae.data.manifest import Row
 from jmae.data.preparation import Prepared
 from jmae.data.transforms import central
 from jmae.errors import InputError
-from jmae.lesions import Froc, Localisation
+from jmae.lesions import SIZES, Froc, Localisation, lesion_sizes, thirds
 from jmae.results import map_name
 from jmae.run_folder import log
 from jmae.system import System, rows_read
@@ -79,9 +79,9 @@ def truth_of(case: Prepared) -> Truth | None:
     mask = np.zeros(case.geometry.size, bool) if label == 0 else case.lesion if label == 1 else None
     if mask is None:
         return None
-    region, scored = case.region, case.scored_voxels()
+    scored = case.scored_voxels()
     share = (mask.size if scored is None else np.count_nonzero(scored)) / np.prod(case.array.shape[:-1])
-    return Truth(mask, scored if region is None else region if scored is None else region & scored, float(share))
+    return Truth(mask, case.counted_voxels(), float(share))
 
 
 # --- pixels -----------------------------------------------------------------------------------------------------------
@@ -116,17 +116,22 @@ class PixelFigures:
         self.overlaps: dict[str, list[Localisation]] = {}
         self.patient_pools: dict[str, dict[str, metrics.Pooled]] = {}  # of the first replicate
         self.patients: list[dict[str, Any]] = []
+        self.areas: dict[str, float] = {}  # lesion pixels of each abnormal case, on the grid that is scored
 
     def add(self, row: Row, truth: Truth, maps: Maps) -> None:
         """Takes one case."""
         view = lambda x: x if x is None or self.share == 1 else central(x, self.share)
         lesion, region = view(truth.lesion), view(truth.region)
-        self.has_lesions |= bool(lesion.any())
+        counted = lesion if region is None else lesion & region
+        sizes = lesion_sizes(counted) if lesion.any() else None
+        self.has_lesions |= sizes is not None
+        if counted.any():
+            self.areas[row.id] = np.count_nonzero(counted) / truth.share
         of_patient = self.patient_pools.setdefault(patient_key(row), {})
         for name, replicates in maps.items():
             values = [view(value) for value in replicates]
             for pool, value in zip(self._each(self.pooled, name, metrics.Pooled, values), values, strict=True):
-                pool.add(lesion, value, region)
+                pool.add(lesion, value, region, sizes)
             of_patient.setdefault(name, metrics.Pooled()).add(lesion, values[0], region)
             if self.froc:
                 lesions = box_ends(row) if row.boxes and not row.mask and not row.extra.get("boxes_on") else lesion
@@ -418,7 +423,12 @@ def split_figures(
         "n_normal": int((split.labels == 0).sum()),
         "n_abnormal": int((split.labels == 1).sum()),
         "primary": system.primary,
-        **dict.fromkeys(("image", "pixel", "per_patient", "patient_means", "decision", "chi2", "alarms")),
+        **dict.fromkeys(
+            (
+                *("image", "pixel", "per_patient", "patient_means", "best_rival", "decision", "chi2", "alarms", "mask"),
+                "sizes",
+            )
+        ),
         **{"scores": {}, "subsets": {}, "baselines": {}},
     }
     if not split.labelled.any():
@@ -431,10 +441,99 @@ def split_figures(
     evaluation |= found.pop(WHOLE) | {"n": len(split.rows), "subsets": found}
     primary = scores.of(1)[system.primary][:, split.labelled]
     evaluation |= decision_figures(config, split, primary, reference)
+    rows = [row for row, labelled in zip(split.rows, split.labelled, strict=True) if labelled]
+    evaluation["sizes"] = size_figures(primary, rows, parts[WHOLE].pixels.areas, config.evaluation.draws)
     if (name := map_name(system)) in parts[WHOLE].pixels.pooled:
         evaluation["per_patient"] = parts[WHOLE].pixels.per_patient(name, list(evaluation["scores"]))
         evaluation["patient_means"] = patient_means(evaluation, name, config.evaluation.draws)
+    baselines = {name: values[:, split.labelled] for name, values in by_share[1].items()}
+    evaluation["best_rival"] = {
+        "image": image_difference(primary, baselines, evaluation, rows, config.evaluation.draws),
+        "pixel": pixel_difference(evaluation, config.evaluation.draws),
+    }
     return evaluation
+
+
+def size_figures(
+    primary: np.ndarray, rows: Sequence[Row], areas: Mapping[str, float], draws: int
+) -> list[dict[str, Any]] | None:
+    """AUROC and AP of the cases with small, medium and large lesions: each third apart, with all normals.
+
+    Args:
+      primary: (r, n) of the labelled rows; figures are means over replicates.
+      areas: lesion pixels of abnormal cases, by their id.
+      draws: of patients, for the intervals.
+
+    Returns:
+      {"size", "least", "most"} (areas) and the figures of `metrics.image_metrics`, for each third. None without a
+      normal case or with fewer than three areas.
+    """
+    normal = np.array([row.label == 0 for row in rows])
+    numbers = np.array([i for i, row in enumerate(rows) if row.id in areas], int)
+    if not normal.any() or numbers.size < 3:
+        return None
+    found, area = [], np.array([areas[rows[i].id] for i in numbers])
+    third = thirds(area)
+    for i, name in enumerate(SIZES):
+        used = np.sort(np.concatenate([np.flatnonzero(normal), numbers[third == i]]))
+        if used.size == normal.sum():
+            continue
+        labels, patients = ~normal[used], [rows[i].patient for i in used]
+        each = [metrics.image_metrics(labels, values[used], patients, draws=draws) for values in primary]
+        ends = {"least": float(area[third == i].min()), "most": float(area[third == i].max())}
+        found.append({"size": name, **ends, **(mean_of(each) or {})})
+    return found
+
+
+def image_difference(
+    primary: np.ndarray,
+    baselines: Mapping[str, np.ndarray],
+    evaluation: Mapping[str, Any],
+    rows: Sequence[Row],
+    draws: int,
+) -> dict[str, Any] | None:
+    """How much higher the figures of the primary score are than those of the baseline with the highest AUROC.
+
+    Args:
+      primary: (r, n) of labelled rows; figures are means over replicates.
+      baselines: (1, n) of the same rows, by name.
+      evaluation: has the figures of the baselines that count.
+      draws: of patients, for the paired intervals; a cheap baseline and a rival of the network count alike.
+
+    Returns:
+      {"name", "of" (number of baselines), "auroc", "auroc_ci", "ap", "ap_ci"}; None without both classes or a baseline.
+    """
+    aurocs = {name: (e["image"] or {}).get("auroc", np.nan) for name, e in evaluation["baselines"].items()}
+    aurocs = {name: value for name, value in aurocs.items() if np.isfinite(value)}
+    if not aurocs:
+        return None
+    name = max(aurocs, key=aurocs.__getitem__)
+    labels, patients = np.array([row.label for row in rows], bool), [row.patient for row in rows]
+    each = []
+    for values in primary:
+        paired = partial(metrics.paired_difference, labels=labels, scores=values, others=baselines[name][0])
+        auroc, auroc_ci = paired(metrics.auroc, patients=patients, draws=draws)
+        ap, ap_ci = paired(metrics.average_precision, patients=patients, draws=draws)
+        each.append({"auroc": auroc, "auroc_ci": list(auroc_ci), "ap": ap, "ap_ci": list(ap_ci)})
+    return {"name": name, "of": len(aurocs), **(mean_of(each) or {})}
+
+
+def pixel_difference(evaluation: Mapping[str, Any], draws: int) -> dict[str, Any] | None:
+    """How much higher the map's mean over patients is than that of the baseline with the highest mean AUROC.
+
+    The interval is over the patients that have both. Keys are those of `image_difference`, and "n", the number of these
+    patients. None where no patient has a lesion or there is no baseline.
+    """
+    means = {name: m["auroc"] for name, m in (evaluation["patient_means"] or {}).items()}
+    means = {name: m for name, m in means.items() if name in evaluation["baselines"] and np.isfinite(m)}
+    if not means:
+        return None
+    name = max(means, key=means.__getitem__)
+    pairs = [(row, row["baselines"][name]) for row in evaluation["per_patient"] if name in row["baselines"]]
+    rows = [{**row, **{k: row[k] - other[k] for k in ("auroc", "ap")}} for row, other in pairs]
+    found = metrics.patient_mean(rows, draws)
+    keys = ("auroc", "auroc_ci", "ap", "ap_ci", "n")
+    return {"name": name, "of": len(means), **{k: found[k] for k in keys}}
 
 
 def patient_means(evaluation: Mapping[str, Any], map_name: str, draws: int) -> dict[str, dict[str, Any]]:

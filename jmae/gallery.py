@@ -124,6 +124,7 @@ def main(argv: list[str]) -> None:
         raise InputError(f"the images differ in size after reading ({sizes}): set --size")
     save(picture(images, [Path(path).name for path in paths], entries, seed=seed, draws=draws), out)
     log(f"gallery: {out}")
+    log("next: what a recipe trains on: the same command with --config NAME:PRESET")
 
 
 def entries_of(names: str) -> tuple[Entry, ...]:

@@ -7,6 +7,7 @@ batches, and splits the rows over processes.
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from copy import copy
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,13 +21,14 @@ from jmae.data.cases import Cases
 from jmae.data.files import Image
 from jmae.data.loader import WORKERS
 from jmae.data.manifest import Row
-from jmae.data.preparation import Prepared, case_words, open_case, prepared_case, soft_masks
+from jmae.data.preparation import Prepared, open_case, prepared_case, soft_masks
 from jmae.errors import InputError
 from jmae.passes import BatchPass, Pass, SweepPass, local_mesh
 from jmae.processes import gather
 from jmae.results import Result
 from jmae.run_folder import log
-from jmae.scoring import top_mean
+from jmae.run_recipe import read_run
+from jmae.scoring import case_score
 from jmae.sharding import device_mesh, replicated
 from jmae.system import Results, System, stage_keys
 
@@ -44,13 +46,14 @@ def run_of(flags: dict[str, str]) -> tuple[Path, ConfigDict]:
     if "workdir" not in flags:
         raise InputError("no run folder: write --workdir=DIR")
     workdir = Path(flags["workdir"])
-    config = recipe.read(workdir)
+    config = read_run(workdir)
     recipe.override(config, flags, "evaluation.")
     return workdir, config
 
 
-def restore_results(config: ConfigDict, system: System, workdir: Path) -> Results:
-    """The results that the score reads, from the run folder's last checkpoints, on each of this process's devices.
+def restore_stages(config: ConfigDict, system: System, workdir: Path) -> Results:
+    """The stages' results that the score reads, from the run folder's last checkpoints, on each of this process's
+    devices. `fitting.restore_results` adds what the score has learned from images.
 
     Raises:
       InputError: a stage has no checkpoint, or has not finished.
@@ -103,6 +106,13 @@ class Scorer:
         """Cases that one pass takes."""
         return self.passes.at_once
 
+    def with_results(self, results: Results) -> "Scorer":
+        """A scorer by the same programs from other results, whose arrays have the same shapes and places."""
+        other = copy(self)
+        other.passes = copy(self.passes)
+        other.passes.results = results
+        return other
+
     def prepare(self, row: Row, stored: Image | None = None, region: np.ndarray | None = None) -> Prepared:
         """Reads a case and prepares it as the recipe says.
 
@@ -134,8 +144,7 @@ class Scorer:
         Raises:
           InputError: a case does not fit in the device's memory.
         """
-        words = [case_words(f"{case.row.id}\n{draw}" if draw else case.row.id) for case in cases]
-        return Started(cases, self.passes.dispatch(cases, words, repeats), time.monotonic())
+        return Started(cases, self.passes.dispatch(cases, repeats, draw), time.monotonic())
 
     def fetch(self, started: Started) -> list[Result]:
         """Waits for a pass; gives the result of each of its cases. Raises InputError as `dispatch`."""
@@ -151,23 +160,28 @@ class Scorer:
     def result(self, case: Prepared, arrays: Mapping[str, Any], seconds: float = 0.0) -> Result:
         """A case's result from the arrays of a pass.
 
-        ours: a volume's score is the mean of the highest values of its map in the region, a share `evaluation.top` of
-        them. (The papers score voxels only.)
+        ours: a map of a volume has the score `evaluation.case_score`, "top" where the recipe has no such key: the mean
+        of the highest values in the region, a share `evaluation.top` of them. (The papers score voxels only.) A map of
+        an image for which the pass gives no score has one, too, where the recipe has that key.
         """
-        scores = arrays.get("scores")
-        if scores is None:
-            assert case.volume
-            top = lambda m: top_mean(m, case.volume.region, self.config.evaluation.top)
-            scores = {name: np.array([top(m) for m in maps]) for name, maps in arrays["maps"].items()}
+        evaluation, region = self.config.evaluation, case.volume and case.volume.region
+        rule, above = evaluation.get("case_score", "top"), evaluation.get("part_above", 0.0)
+        scores = dict(arrays.get("scores", {}))
+        for name, maps in arrays["maps"].items():
+            if name not in scores and (case.volume or "case_score" in evaluation):
+                of = lambda m: case_score(rule, m, region, share=evaluation.top, above=above)
+                scores[name] = np.array([of(m) for m in maps])
         further = arrays.get("reconstruction"), arrays.get("confidence"), arrays.get("pictures", {})
-        return Result(case, arrays["maps"], scores, *further, seconds)
+        return Result(
+            case, arrays["maps"], scores, *further, seconds, arrays.get("score_error"), arrays.get("measured")
+        )
 
     def example(self, case: Prepared, point: tuple[int, ...]) -> dict[str, np.ndarray]:
         """Pictures (h, w, 1) of one window around a voxel of a volume: each channel, what the network saw of it under
         one mask, and its prediction. Empty where the system has none."""
         if not isinstance(self.passes, SweepPass) or not self.system.sweep or not self.system.sweep.example:
             return {}
-        arrays = self.passes.example(case, case_words(case.row.id), point)
+        arrays = self.passes.example(case, point)
         names = "a window", "the masked window", "the reconstructed window"
         channels = range(arrays[0].shape[-1])
         of = lambda c: f" of channel {c}" if len(channels) > 1 else ""
@@ -215,7 +229,7 @@ def prepared_groups(scorer: Scorer, rows: Sequence[Row], failed: Failed | None =
     def attempt(row: Row) -> Prepared | Exception:
         try:
             return scorer.prepare(row)
-        except (InputError, MemoryError) as error:
+        except Exception as error:  # whatever a case does to the libraries, the others go on
             if failed is None:
                 raise
             return error

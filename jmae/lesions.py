@@ -15,6 +15,7 @@ FROC_EXACT = 1 << 30  # pixels of all maps of a `Froc` (4 GiB); above, there is 
 IOU_EXACT = 1 << 26  # distinct scores in a `Localisation` (768 MiB); above, scores are grouped in bins
 
 RULES = ("centroid", "peak")
+SIZES = ("small", "medium", "large")  # of `thirds`
 POINTS = (1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8)  # false positives an image at which `Froc` gives a sensitivity, beside `at`
 
 Boxes = Sequence[Sequence[Sequence[float]]]
@@ -60,6 +61,19 @@ def components(mask: NDArray[np.bool_]) -> tuple[NDArray[np.int32], int]:
     Returns n too.
     """
     return ndimage.label(mask, np.ones((3,) * mask.ndim))
+
+
+def lesion_sizes(mask: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """For each pixel of a mask the pixels of its lesion (`components`); 0 outside."""
+    labels, _ = components(mask)
+    sizes = np.bincount(labels.ravel())
+    sizes[0] = 0
+    return sizes[labels]
+
+
+def thirds(areas: NDArray) -> NDArray[np.int64]:
+    """The third of each area, 0 small, 1 medium, 2 large: up to the first tercile, up to the second, above."""
+    return np.searchsorted(np.quantile(areas, (1 / 3, 2 / 3)), areas)
 
 
 def lesion_pixels(lesions: Boxes | NDArray, shape: tuple[int, ...]) -> tuple[NDArray, NDArray, NDArray]:

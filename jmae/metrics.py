@@ -22,6 +22,7 @@ from jmae.errors import InputError
 
 CHUNK = 1 << 20  # scores, or cases of draws, that are processed at a time: at most about 100 MB
 EXACT = 1 << 27  # pixels that a pool stores one by one (512 MiB of float32); above, it counts them in bins
+PRO_LIMIT = 0.3  # false-positive rate up to which the area under the curve of per-region overlap is taken
 BINS = 1 << 20  # sign, exponent and 11 bits of the mantissa of a float32: a bin is 2^-11 wide, relative to its scores
 
 
@@ -380,19 +381,54 @@ def bin_edges(bins: NDArray[Any]) -> NDArray[np.float32]:
     return np.where(bits >> 31, bits ^ np.uint32(0x80000000), ~bits).view(np.float32)
 
 
-def _binned(counts: NDArray[np.int64]) -> dict[str, float]:
-    """The figures and their error bounds (see `Pooled`), from counts (2, bins) of negatives and positives."""
+def overlap_areas(above: NDArray[Any], reached: NDArray[Any]) -> NDArray[np.float64]:
+    """What each positive adds to the area under its lesion's overlap up to `PRO_LIMIT`, in units of its share.
+
+    The overlap rises by that share between the false-positive rates `above`, of higher scores, and `reached`, of scores
+    that are at least as high: on a straight line where negatives tie with it.
+    """
+    slope = (PRO_LIMIT - above) ** 2 / (2 * np.maximum(reached - above, 1e-300))
+    return np.where(reached <= PRO_LIMIT, PRO_LIMIT - (above + reached) / 2, np.where(above < PRO_LIMIT, slope, 0.0))
+
+
+def _aupro(negatives: NDArray[Any], positives: NDArray[Any], weights: NDArray[Any]) -> float:
+    """The area of `Pooled` from sorted negatives, and positives in any order with their weights."""
+    if not (negatives.size and positives.size):
+        return math.nan
+    area = 0.0
+    for start in range(0, positives.size, CHUNK):
+        t = positives[start : start + CHUNK]
+        above, reached = (negatives.size - np.searchsorted(negatives, t, side) for side in ("right", "left"))
+        added = overlap_areas(above / negatives.size, reached / negatives.size)
+        area += float((weights[start : start + CHUNK] * added).sum())
+    return area / (PRO_LIMIT * float(weights.sum(dtype=np.float64)))
+
+
+def _binned(counts: NDArray[np.int64], weights: NDArray[np.float64] | None) -> dict[str, float | None]:
+    """The figures and their error bounds (see `Pooled`), from counts (2, bins) of negatives and positives, and the
+    weights of positives (bins,)."""
     n, p = counts[:, ::-1]
     fp, tp = counts[:, ::-1].cumsum(1)
     negatives, positives = int(fp[-1]), int(tp[-1])
+    names = ("auroc", "ap", "dice_best", "aupro", "auroc_error", "ap_error", "aupro_error")
     if not (negatives and positives):
-        return dict.fromkeys(("auroc", "ap", "dice_best", "auroc_error", "ap_error"), math.nan)
+        return dict.fromkeys(names, math.nan)
+    weight = None if weights is None else weights[::-1][p > 0]
     n, p, fp, tp = (a.astype(float) for a in (n[p > 0], p[p > 0], fp[p > 0], tp[p > 0]))
     pairs = negatives * positives
     ap = (p * tp / (tp + fp)).sum() / positives
     highest = (p * tp / (tp + fp - n)).sum() / positives
     lowest = (p - fp * np.log1p(p / (tp - p + fp + 0.5))).sum() / positives
+    aupro: dict[str, float | None] = dict.fromkeys(("aupro", "aupro_error"))
+    if weight is not None:
+        ends = (fp - n) / negatives, fp / negatives
+        area = overlap_areas(*ends)
+        most, least = (PRO_LIMIT - np.minimum(end, PRO_LIMIT) for end in ends)
+        share = weight / (PRO_LIMIT * weight.sum())
+        error = np.maximum(most - area, area - least)
+        aupro = {"aupro": float((share * area).sum()), "aupro_error": float((share * error).sum())}
     return {
+        **aupro,
         "auroc": float((p * (negatives - fp + n / 2)).sum() / pairs),
         "ap": float(ap),
         "dice_best": float((2 * tp / (tp + fp + positives)).max()),
@@ -404,6 +440,11 @@ def _binned(counts: NDArray[np.int64]) -> dict[str, float]:
 class Pooled:
     """Pixel figures over the pooled pixels (voxels) of images, inside their regions. Images are added one by one.
 
+    AUPRO@0.3 is the area under the curve of the per-region overlap, up to the false-positive rate `PRO_LIMIT`, divided
+    by that rate (Bergmann et al., CVPR 2020). The overlap at t is a mean over lesions: the share of the lesion's pixels
+    whose score is at least t. So each lesion counts alike, and a random map has PRO_LIMIT / 2. Here it is a sum over
+    positives, which weigh 1 / (pixels of their lesion): see `overlap_areas`.
+
     Figures are exact up to `EXACT` pixels. Above, pixels are counted in `BINS` bins, and pixels of one bin count as
     ties. AUROC and AP then have error bounds that hold for any scores within the bins. Let p_b and n_b be the positives
     and negatives in bin b, P and N those of all bins, TP_b and FP_b those of bin b and above.
@@ -414,6 +455,7 @@ class Pooled:
         Lowest: they are below its negatives and have no ties. With T = TP_b - p_b + FP_b, this is
           1/P sum_b sum_{j=1..p_b} (1 - FP_b / (T + j)) >= 1/P sum_b (p_b - FP_b log(1 + p_b / (T + 1/2))).
           1/x is convex, so 1/(T + j) is at most the mean of 1/x from T + j - 1/2 to T + j + 1/2.
+      aupro_error: a positive rises between the false-positive rates at the two edges of its bin, wherever in the bin.
 
     The best Dice and its IoU are then the best at edges of bins, so at most the exact ones.
     """
@@ -423,10 +465,14 @@ class Pooled:
         self.sizes = [0, 0]  # pixels, negative and positive
         self.parts: tuple[list[NDArray], list[NDArray]] = [np.empty(0, np.float32)], [np.empty(0, np.float32)]
         self.counts: NDArray[np.int64] | None = None  # (2, BINS) above `EXACT` pixels; `parts` is empty then
+        # 1 / (pixels of the lesion) of each positive in `parts`, and their sums in bins; None where not all are known.
+        self.weights: list[NDArray] | None = [np.empty(0, np.float32)]
+        self.weight_sums: NDArray[np.float64] | None = None
 
-    def add(self, mask: NDArray, scores: NDArray, region: NDArray | None = None) -> None:
+    def add(self, mask: NDArray, scores: NDArray, region: NDArray | None = None, sizes: NDArray | None = None) -> None:
         """Add one image: its lesion mask, its map, and the region where metrics count (None is everywhere), of one
-        shape.
+        shape. `sizes` has for each pixel of a lesion the pixels of that lesion inside the region
+        (`lesions.lesion_sizes`); without it there is no AUPRO.
 
         Raises ValueError where shapes differ, and InputError where scores inside the region are not finite. The image
         is then not added.
@@ -442,6 +488,11 @@ class Pooled:
         self.sizes = [size + values.size for size, values in zip(self.sizes, classes, strict=True)]
         for parts, values in zip(self.parts, classes, strict=True):
             parts.append(values)
+        if sizes is None and classes[1].size:
+            self.weights = None
+        elif self.weights is not None:
+            own = np.empty(0) if sizes is None else 1 / sizes[inside & lesion]
+            self.weights.append(own.astype(np.float32))
         if sum(self.sizes) > EXACT:
             self._count()
 
@@ -451,11 +502,20 @@ class Pooled:
         other.images, other.sizes = self.images, self.sizes
         other.parts = [-v for v in self.parts[0]], [-v for v in self.parts[1]]
         other.counts = None if self.counts is None else self.counts[:, ::-1]
+        other.weights = self.weights
+        other.weight_sums = None if self.weight_sums is None else self.weight_sums[::-1]
         return other
 
     def _count(self) -> None:
         """Count the stored scores in bins, and drop them."""
         self.counts = np.zeros((2, BINS), np.int64) if self.counts is None else self.counts
+        if self.weights is None:
+            self.weight_sums = None
+        else:
+            sums = np.zeros(BINS) if self.weight_sums is None else self.weight_sums
+            for values, weights in zip(self.parts[1], self.weights, strict=True):
+                sums += np.bincount(score_bins(values), weights, BINS)
+            self.weight_sums, self.weights = sums, []
         for counts, parts in zip(self.counts, self.parts, strict=True):
             for values in parts:
                 for start in range(0, values.size, CHUNK):
@@ -475,13 +535,21 @@ class Pooled:
         return float(bin_edges(np.searchsorted(self.counts[0].cumsum(), [rank], "right"))[0])
 
     def result(self) -> dict[str, float | None]:
-        """The figures of `pixel_metrics` over the images so far; above `EXACT` pixels also auroc_error and ap_error."""
+        """The figures of `pixel_metrics` over the images so far; above `EXACT` pixels also errors (see above)."""
         if self.counts is None:
-            ranked = sort_classes(*(np.concatenate(parts) for parts in self.parts))
-            found = {"auroc": _auroc(ranked), "ap": _average_precision(ranked), "dice_best": _best_dice(ranked)[0]}
+            negatives, positives = (np.concatenate(parts) for parts in self.parts)
+            ranked = sort_classes(negatives, positives.copy())
+            weights = None if self.weights is None else np.concatenate(self.weights)
+            found = {
+                "auroc": _auroc(ranked),
+                "ap": _average_precision(ranked),
+                "dice_best": _best_dice(ranked)[0],
+                "aupro": None if weights is None else _aupro(ranked.negatives, positives, weights),
+            }
         else:
-            found = _binned(self.counts)
+            found = _binned(self.counts, self.weight_sums)
         dice, total = found["dice_best"], sum(self.sizes)
+        assert dice is not None
         return {
             **found,
             "prevalence": self.sizes[1] / total if total else math.nan,
@@ -499,8 +567,8 @@ def pixel_metrics(masks: Masks, maps: Maps, regions: Regions = None) -> dict[str
       regions: where metrics count, one boolean array for each image; None is everywhere, for one image or for all.
 
     Returns: "auroc"; "ap"; "prevalence", which is the AP of a random map; "dice_best" and "iou" at the best threshold,
-    upper bounds as `best_dice`; "froc", None. A figure is nan where one class is missing. Above `EXACT` pixels also
-    "auroc_error" and "ap_error", see `Pooled`.
+    upper bounds as `best_dice`; "aupro" and "froc", None. A figure is nan where one class is missing. Above `EXACT`
+    pixels also "auroc_error" and "ap_error", see `Pooled`.
     """
     pool = Pooled()
     for mask, scores, region in zip(masks, maps, [None] * len(maps) if regions is None else regions, strict=True):

@@ -1,8 +1,8 @@
 """The compiled passes that score: over batches of images, and over the windows of a volume.
 
-An image batch has one program. A volume has one for its bucket of sizes, whatever the case and the number of sweeps. A
-case's random key comes from its id, so that its result depends on neither batch nor device. Where a device runs out of
-memory, a smaller pass takes the place of the larger one.
+An image batch has one program. A volume has one for its bucket of sizes, whatever the case and the number of sweeps.
+All cases share the run's random key, so that a result depends on neither the case's name nor batch nor device. Where a
+device runs out of memory, a smaller pass takes the place of the larger one.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,13 +16,13 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 from ml_collections import ConfigDict
 
-from jmae.data.preparation import Prepared
+from jmae.data.preparation import Prepared, case_words
 from jmae.masking import case_keys
 from jmae.reconstruct import fitting, out_of_memory, too_large
 from jmae.run_folder import log
 from jmae.sharding import device_mesh, inside_mesh, replicated, split
 from jmae.system import Results, Sweep, System
-from jmae.windows import inside
+from jmae.windows import average, inside
 
 
 def local_mesh() -> Mesh:
@@ -30,9 +30,10 @@ def local_mesh() -> Mesh:
     return device_mesh(devices=jax.local_devices())
 
 
-def seeds_of(config: ConfigDict) -> Array:
-    """The random key of each replicate."""
-    return jnp.stack([jax.random.key(config.seed + r) for r in range(config.replicates)])
+def seeds_of(config: ConfigDict, draw: str = "") -> Array:
+    """The random key of each replicate; `draw` names other random masks than those of the evaluation."""
+    keys = jnp.stack([jax.random.key(config.seed + r) for r in range(config.replicates)])
+    return jax.vmap(lambda key: case_keys(key, jnp.asarray(case_words(draw))[None])[0])(keys) if draw else keys
 
 
 def each_replicate(function: Callable, results: Any, keys: Array) -> Any:
@@ -46,12 +47,14 @@ def each_replicate(function: Callable, results: Any, keys: Array) -> Any:
 class Pass(Protocol):
     """A compiled pass over cases. Where a device runs out of memory, a smaller pass takes its place."""
 
+    results: Any  # what the score reads
+
     @property
     def at_once(self) -> int:
         """Cases of one call."""
 
-    def dispatch(self, cases: Sequence[Prepared], words: Sequence[np.ndarray], repeats: int | None) -> Any:
-        """Starts the pass and does not wait for it. `words` (2,) are those of each case's key."""
+    def dispatch(self, cases: Sequence[Prepared], repeats: int | None = None, draw: str = "") -> Any:
+        """Starts the pass and does not wait for it. `draw` is that of `seeds_of`."""
 
     def fetch(self, started: Any) -> list[dict[str, Any]]:
         """Waits for the pass. Gives each case's arrays by kind ("maps", "scores", ...), replicates first."""
@@ -82,25 +85,25 @@ class BatchPass:
     def _what(self, batch: int) -> str:
         return f"scoring {batch} images of {tuple(self.config.data.size)}"
 
-    def dispatch(self, cases: Sequence[Prepared], words: Sequence[np.ndarray], repeats: int | None = None) -> Any:
+    def dispatch(self, cases: Sequence[Prepared], repeats: int | None = None, draw: str = "") -> Any:
         assert repeats is None  # the number of masks is part of the program
-        compiled, parts = self.compiled, []
+        compiled, parts, keys = self.compiled, [], seeds_of(self.config, draw) if draw else self.keys
         try:
             for start in range(0, len(cases), self.batch):
                 numbers = np.minimum(np.arange(start, start + self.batch), len(cases) - 1)  # filled with the last case
                 batch = {
                     "image": np.stack([cases[i].array for i in numbers]),
-                    "case": np.stack([words[i] for i in numbers]),
+                    "case": np.stack([case_words(cases[i].row.id) for i in numbers]),
                 }
-                parts.append(compiled(self.results, jax.device_put(batch, split(self.mesh)), self.keys))
+                parts.append(compiled(self.results, jax.device_put(batch, split(self.mesh)), keys))
         except jax.errors.JaxRuntimeError as error:
             if not out_of_memory(error):
                 raise
             parts = []
-        return compiled, parts, cases, words
+        return compiled, parts, cases, draw
 
     def fetch(self, started: Any) -> list[dict[str, Any]]:
-        compiled, parts, cases, words = started
+        compiled, parts, cases, draw = started
         while True:
             try:
                 outs = jax.device_get(parts)
@@ -114,10 +117,10 @@ class BatchPass:
                 return each[: len(cases)]
             if compiled is self.compiled:  # else a smaller pass is there already
                 self._shrink()
-            compiled, parts, *_ = self.dispatch(cases, words)
+            compiled, parts, *_ = self.dispatch(cases, draw=draw)
 
     def _size(self, out: Any) -> int:
-        return jax.tree.leaves(out["scores"])[0].shape[1]
+        return jax.tree.leaves(out)[0].shape[1]
 
     def _shrink(self) -> None:
         devices = self.mesh.size
@@ -143,13 +146,14 @@ class SweepPass:
         self.programs: dict[tuple[int, ...], tuple[Any, int]] = {}  # by bucket: program, windows at a time
         self.one_window = jax.jit(sweep.example) if sweep.example else None
 
-    def dispatch(self, cases: Sequence[Prepared], words: Sequence[np.ndarray], repeats: int | None = None) -> Any:
-        return [self._start(case, each, repeats) for case, each in zip(cases, words, strict=True)]
+    def dispatch(self, cases: Sequence[Prepared], repeats: int | None = None, draw: str = "") -> Any:
+        keys = seeds_of(self.config, draw) if draw else self.keys
+        return [self._start(case, keys, repeats) for case in cases]
 
     def fetch(self, started: Any) -> list[dict[str, Any]]:
         return [self._finish(*one) for one in started]
 
-    def example(self, case: Prepared, words: np.ndarray, point: tuple[int, ...]) -> tuple[np.ndarray, ...]:
+    def example(self, case: Prepared, point: tuple[int, ...]) -> tuple[np.ndarray, ...]:
         """One window around a voxel of a case under its mask of the first sweep, in the slice of that voxel.
 
         Returns (the window (h, w, c), the same with 0 where it was hidden, the prediction), by the first replicate.
@@ -163,23 +167,24 @@ class SweepPass:
         number = int(np.where(within, away, np.inf).argmin())
         origin = tiling.origins[number]
         cut = tuple(slice(o, o + w) for o, w in zip(origin, sweep.window, strict=True))
-        key = case_keys(self.keys[0], jnp.asarray(words[None]))[0]
+        key = sweep_key(sweep, self.keys[0], jnp.asarray(case_words(case.row.id)))
         key = jax.random.fold_in(jax.random.fold_in(key, 0), number)
         first = jax.tree.map(lambda x: x[0], self.results) if len(self.keys) > 1 else self.results
         window = np.pad(case.array, [*tiling.pad, (0, 0)])[cut]
-        image, prediction, hidden = (x[0] for x in self.one_window(first, window[None], key[None]))
+        image, prediction, hidden = (x[0] for x in self.one_window(first, window[None], key[None], jnp.zeros(1, int)))
         arrays = image, jnp.where(hidden, 0, image), prediction
         return tuple(np.asarray(x[:, :, at[2] - origin[2]]) for x in arrays)
 
-    def _start(self, case: Prepared, words: np.ndarray, repeats: int | None) -> tuple[Any, ...]:
+    def _start(self, case: Prepared, keys: Array, repeats: int | None) -> tuple[Any, ...]:
         assert case.volume
         shape, sweep, volume = case.array.shape[:-1], self.sweep, case.volume
         tiling = sweep.tile(shape, sweep.window, sweep.stride, side=volume.side, midline=volume.midline)
         origins, number = padded_origins(tiling.origins), np.int32(len(tiling.origins))
         array = np.pad(case.array, [*tiling.pad, (0, 0)])
         count = np.int32(sweep.repeats if repeats is None else repeats)
+        words = case_words(case.row.id)
         inputs = (array, np.array(tiling.size, np.int32), origins, number, tiling.coverage, words, count)
-        inputs = jax.device_put(inputs, replicated(self.mesh))
+        inputs = (*jax.device_put(inputs, replicated(self.mesh)), keys)
         own = tuple(slice(low, low + n) for (low, _), n in zip(tiling.pad, shape, strict=True))
         return inputs, own, *self._run(inputs)
 
@@ -190,7 +195,7 @@ class SweepPass:
             self._fit(inputs, self.config.evaluation.batch)
         compiled = self.programs[bucket][0]
         try:
-            return compiled, compiled(self.results, *inputs, self.keys)
+            return compiled, compiled(self.results, *inputs)
         except jax.errors.JaxRuntimeError as error:
             if not out_of_memory(error):
                 raise
@@ -198,7 +203,7 @@ class SweepPass:
 
     def _fit(self, inputs: tuple[Any, ...], windows: int) -> None:
         what = f"a volume of {inputs[0].shape[:-1]}"
-        lower = lambda batch: self.program.lower(self.results, *inputs, self.keys, batch)
+        lower = lambda batch: self.program.lower(self.results, *inputs, batch)
         compiled, batch = fitting(lower, windows, what=what)
         self.programs[(*inputs[0].shape, len(inputs[2]))] = compiled, batch
         if batch < self.config.evaluation.batch:
@@ -213,7 +218,8 @@ class SweepPass:
                     raise
                 found = None
             if found is not None:
-                return jax.tree.map(lambda x: x[(slice(None), *own)], found)
+                cut = lambda kind, x: x if kind == "measured" else jax.tree.map(lambda a: a[(slice(None), *own)], x)
+                return {kind: cut(kind, arrays) for kind, arrays in found.items()}
             current, batch = self.programs[(*inputs[0].shape, len(inputs[2]))]
             if compiled is current:  # else a smaller pass is there already
                 if batch == 1:
@@ -235,7 +241,7 @@ def scoring_program(system: System, mesh: Mesh) -> Any:
 
 
 def scoring_batch(config: ConfigDict, b: int, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes of b images and of the words of their keys, split over the devices."""
+    """Shapes of b images and of the words of their ids, split over the devices."""
     shapes = {"image": (b, *config.data.size, config.data.channels), "case": (b, 2)}
     types = {"image": jnp.float32, "case": jnp.uint32}
     return {name: jax.ShapeDtypeStruct(shapes[name], types[name], sharding=split(mesh)) for name in shapes}
@@ -245,7 +251,7 @@ def sweep_program(sweep: Sweep, mesh: Mesh) -> Any:
     """The jitted function of a sweep. It gives what `sweep.fuse` gives, with an axis of replicates before each array.
 
     Its arguments: results, volume, true size of the volume, origins of the windows, number of origins that count,
-    coverage, words of the case's key, repeats, keys of the replicates, windows at a time.
+    coverage, words of the case's id, repeats, keys of the replicates, windows at a time.
     """
     place = lambda x: jax.lax.with_sharding_constraint(x, split(mesh))
 
@@ -258,6 +264,11 @@ def sweep_program(sweep: Sweep, mesh: Mesh) -> Any:
         return each_replicate(one, results, keys)
 
     return jax.jit(inside_mesh(score, mesh), static_argnums=9, out_shardings=replicated(mesh))
+
+
+def sweep_key(sweep: Sweep, key: Array, words: Array) -> Array:
+    """The random key of a volume: the run's, or one made of it and of the words of the case's id."""
+    return case_keys(key, words[None])[0] if sweep.by_case else key
 
 
 def sweep_volume(
@@ -273,25 +284,42 @@ def sweep_volume(
     batch: int,
     place: Callable[[Array], Array] = lambda x: x,
 ) -> dict[str, Any]:
-    """What `sweep.fuse` gives of one padded volume (*size, c).
+    """What `sweep.fuse` gives of one padded volume (*size, c), with the maps of `sweep.further`.
 
     Args:
       size: the volume's true size, (rank,).
       windows: (origins, how many of them count, coverage), as `windows.average` takes them.
-      words: of the case's key.
+      words: of the case's id.
       place: puts a batch of windows on the devices.
     """
     averages = sweep.average(
         partial(sweep.score, results),
         volume,
         *windows,
-        case_keys(key, words[None])[0],
+        sweep_key(sweep, key, words),
         window=sweep.window,
         repeats=repeats,
+        groups=sweep.groups,
         batch=batch,
         place=place,
     )
-    return sweep.fuse(averages, inside(volume.shape[:-1], size))
+    own = inside(volume.shape[:-1], size)
+    found = sweep.fuse(results, averages, own)
+    if further := sweep.further and sweep.further(results):
+        once = average(
+            lambda image, keys, groups: further(image),
+            volume,
+            *windows,
+            key,
+            window=sweep.window,
+            repeats=1,
+            batch=batch,
+            weighted=True,
+            place=place,
+        )
+        maps = {name: jnp.where(own, once[..., k], 0) for k, name in enumerate(sweep.further_maps)}
+        found = found | {"maps": found["maps"] | maps}
+    return found
 
 
 def padded_origins(origins: np.ndarray) -> np.ndarray:

@@ -48,6 +48,7 @@ from ml_collections import ConfigDict
 from jmae import recipe
 from jmae.chips import CHIPS, Machine, devices_of, first_line, target_of
 from jmae.errors import InputError, exit_code
+from jmae.fitting import shapes
 from jmae.gpus import without_cudnn
 from jmae.hlo import Program, Work
 from jmae.passes import padded_origins, scoring_batch, scoring_program, seeds_of, sweep_program
@@ -398,7 +399,8 @@ def scoring(config: ConfigDict, machine: Machine, *, volume: tuple[int, ...] = (
         every_result: dict[str, Any] = {}
         for number, stage in enumerate(system.stages):
             every_result[stage.name] = result_of(config, stage, number, every_result)
-        results = jax.tree.map(place, {name: every_result[name] for name in system.uses})
+        used = {name: every_result[name] for name in system.uses}
+        results = jax.tree.map(place, used | shapes(config, system, used))
         keys = place(jax.eval_shape(partial(seeds_of, config)))
         if system.sweep:
             most, what = config.evaluation.batch, "windows"

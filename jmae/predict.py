@@ -9,27 +9,40 @@ series is a case too. In a folder of cases, every file at any depth is a case; f
 Hidden files and DICOMDIR are passed over. A case's id is the name of its (first) file without the format's ending.
 Where two cases have one name, folders are added to the ids.
 
-CASES.csv lists cases instead. It has the columns id and image; region, midline and half may be needed where volumes are
-scored within a region or in two pieces. These columns are as in a manifest; its other columns are not read.
+Several runs give one answer: --workdir A --workdir B. Each run's predictions are in OUT/1, OUT/2, ... OUT then has the
+mean of their maps and of their normal scores, and one p-value (jmae.fusion). The runs need common held-out normals.
 
---out gets, for each case, ID_anomaly.nii.gz (for images .tif, 32 bits), ID_confidence where the system has one,
-ID_recon where the recipe has evaluation.reconstruction, and ID_overlay.png. The overlay of a volume shows the axial
-slice with the highest value. At the end --out gets scores.csv: id,label,score,p_value and further scores. The p-value
-is the share of held-out normals that score as high (jmae.scoring.Calibration). It is empty in three cases: the run is
-not calibrated; the run was trained or calibrated on the image; or the case has another set of region, midline and half
-than the normals had. A case that fails is listed in failed.csv, and the others go on.
+CASES.csv lists cases instead. It has the column image; id may be missing, and region, midline and half are needed where
+volumes are scored within a region or in two pieces. These columns are as in a manifest; its other columns are not read.
+
+--out gets, for each case, ID_anomaly.nii.gz (for images .tif, 32 bits), ID_mask (8 bits) where the run is calibrated,
+ID_confidence where the system has one, ID_recon where the recipe has evaluation.reconstruction, and ID_overlay.png. The
+mask holds what of the map lies above a threshold. Of normal cases at most a share evaluation.alarm_rate has a mask
+with anything in it (jmae.outlines). The overlay of a volume shows the axial slice with the highest value. At the end
+--out gets scores.csv: id,label,score,p_value,score_error, further scores, and warning. The p-value is the share of
+held-out normals that score as high (jmae.scoring.Calibration). It is empty in three cases: the run is not calibrated;
+the run was trained or calibrated on the image; or the case has another set of region, midline and half than the normals
+had. The column score_error has the Monte-Carlo error of a score that is a mean over masks or samples. The column
+warning says what of a case is unlike the images that the run was trained on: its size, channels, grey values or layout
+(jmae.likeness). Such a case has no p-value above the alarm rate. A case that fails is listed in failed.csv, and the
+others go on.
 
 --continue  finishes what is missing in --out: after an interruption, or after failed files have been mended.
 
 Exit codes: 0 done; 1 some cases failed; 2 the input or the environment is wrong.
 """
 
+import base64
+import contextlib
+import csv
+import glob
 import hashlib
+import html
 import io
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,23 +50,40 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image as pillow
 
-from jmae import recipe
-from jmae.calibration import LOCATING_COLUMNS, colours_of, has_column, read_calibration, score_identity, score_line
+from jmae import checkpoint, recipe
+from jmae.calibration import (
+    LOCATING_COLUMNS,
+    alarm_rate,
+    colours_of,
+    has_column,
+    mask_threshold,
+    read_calibration,
+    score_identity,
+    score_line,
+)
 from jmae.data.duplicates import content
-from jmae.data.files import Image, marks_of, write_map
+from jmae.data.files import Image, marks_of, read_image, write_map
 from jmae.data.manifest import Row, read_cases, wrong_pieces
+from jmae.data.names import id_of, names_of, stem_of
 from jmae.data.preparation import stored_case
 from jmae.data.slices import command, lie
 from jmae.errors import InputError, exit_code
-from jmae.inference import Scorer, restore_results, run_of, score_rows
-from jmae.inputs import SPLIT, cases_of, id_of, image_of_array, names_of, row_of, sequences, stem_of, with_spacing
+from jmae.fitting import restore_results
+from jmae.fusion import colours_of_file, common_normals, fused, fused_map, scores_of_normals
+from jmae.inference import Scorer, run_of, score_rows
+from jmae.inputs import SPLIT, cases_of, image_of_array, row_of, sequences, with_spacing
+from jmae.likeness import read_kind, unlike
+from jmae.outlines import least_voxels, outline
 from jmae.processes import keep_compiled
 from jmae.report import PERCENTILES, Scale, blend
 from jmae.results import Result
-from jmae.run_folder import add_history, log, output_folder, read_history, write_bytes, write_csv, write_text
+from jmae.run_folder import add_line, log, output_folder, write_bytes, write_csv, write_text
+from jmae.run_recipe import read_run
 from jmae.scoring import Calibration
+from jmae.sealed import seal_line, unseal
 from jmae.seen import read_seen
 from jmae.system import System, load_system
+from jmae.tables import plain
 
 DONE = ".scores.jsonl"  # in --out: first the run and its settings, then a line for each case that is done
 
@@ -65,6 +95,31 @@ class Prediction(NamedTuple):
     score: float
     p_value: float | None  # None where the run is not calibrated for the case
     confidence: np.ndarray | None  # float32, deviation of the map over the system's samples; None where it has none
+    warning: str = ""  # what of the case is unlike the images that the run was trained on
+    mask: np.ndarray | None = None  # bool, the lesions; None where the run gives no threshold
+    image: Image | None = None  # the stored values
+    colours: Scale | None = None  # of maps; None where the run gives none
+
+    def picture(self) -> np.ndarray:
+        """The image beside the image under its map: uint8 (rows, columns, 3). A volume has one slice, as `overlay`."""
+        if self.image is None or self.map is None:
+            raise InputError("the score has no map, so there is no picture")
+        return np.concatenate(views(self.image, self.map, self.colours), 1)
+
+    def _repr_html_(self) -> str:
+        """The case in a notebook."""
+        p = "none" if self.p_value is None else f"{self.p_value:.3g}"
+        lines = [f"<p>score {self.score:.4g}, p-value {p}</p>"]
+        lines += [f"<p>warning: {html.escape(self.warning)}</p>"] * bool(self.warning)
+        if self.map is not None:
+            pillow.fromarray(self.picture()).save(buffer := io.BytesIO(), "PNG")
+            data = base64.b64encode(buffer.getvalue()).decode()
+            lines.append(f'<img src="data:image/png;base64,{data}" style="width: 40em; max-width: 100%">')
+        return "".join(lines)
+
+    def __repr__(self) -> str:
+        size = None if self.map is None else self.map.shape
+        return f"Prediction(score={self.score:.6g}, p_value={self.p_value}, map={size}, warning={self.warning!r})"
 
 
 class Run(NamedTuple):
@@ -76,10 +131,67 @@ class Run(NamedTuple):
     calibration: Calibration | None
     identity: dict[str, Any]  # as `score_identity` gives it
     seen: dict[str, Row]  # what the run was trained or calibrated on, by `Row.content`
+    kind: dict[str, Any] | None  # what these images have in common (`likeness.read_kind`)
+
+    def __call__(
+        self,
+        image: Any,
+        spacing: Sequence[float] | None = None,
+        affine: np.ndarray | None = None,
+        id: str = "",
+        region: Any = None,
+        midline: str | float = "",
+        half: str = "",
+    ) -> Prediction:
+        """Scores one case.
+
+        Args:
+          image: a path; or the paths of a case's sequences; or an array (*size) or (*size, channels), a 2D image as
+            rows and columns. An array of unsigned 8-bit numbers spans 0 to 255, all others are stretched.
+          spacing: mm along each axis, where the input does not tell it.
+          affine: (4, 4), voxel -> RAS mm, of an array. A volume with a spacing and without an affine is taken to have
+            the axes of the run (`data.axes`, as PLS: indices grow to posterior, left and superior).
+          id: name of the case in messages; without it, the file's name without its ending. The score does not depend
+            on it, but for a run whose masks come from ids (evaluation.masks_of=case): then give the manifest's id.
+          region: part of a volume that its score covers: a path, or an array (*size) on the volume's own grid, above 0
+            inside, or above `data.mask_threshold` where it holds probabilities. A volume is cropped to the region, or
+            normalised by it, where the run's training volumes were.
+          midline, half: for a volume of two pieces, as in a manifest: "middle" or an index; "first" or "second".
+
+        Raises:
+          InputError: the case cannot be used; one line says why.
+        """
+        row, stored = case_of(self, image, spacing, affine, id)
+        row = row._replace(extra={"midline": str(midline), "half": half})
+        if problem := next((what for _, what in wrong_pieces(str(midline), half)), ""):
+            raise InputError(f"{row.image[0]}: {problem}")
+        if not self.system.sweep and (region is not None or midline or half):
+            raise InputError(f"{row.image[0]}: only volumes have a region, a midline and halves: leave them out")
+        row, inside = with_region(row, stored, region, self.config.data.mask_threshold)
+        (result,) = self.scorer.score([self.scorer.prepare(row, stored, inside)])
+        line = checked_line(self, row, result)
+        found = result.written(self.system, ["anomaly", "confidence"])
+        maps = found.get("anomaly"), found.get("confidence")
+        return Prediction(
+            maps[0],
+            line["score"],
+            line["p_value"],
+            maps[1],
+            line["warning"],
+            mask_of(self, result, maps[0]),
+            stored,
+            colours_of(self.calibration),
+        )
+
+    def __repr__(self) -> str:
+        return f"<a trained run of {self.system.name}: call it with an image>"
 
 
 def main(argv: list[str]) -> int:
     further = "--continue" in argv
+    workdirs, rest = recipe.values_of(argv, "workdir")
+    if len(workdirs) > 1:
+        return predict_with_several([Path(workdir) for workdir in workdirs], rest)
     words = [word for word in argv if word != "--continue"]
     names, flags = command(words, __doc__, ["workdir", "out", "manifest", "continue", "config"])
     if bool(names) == ("manifest" in flags) or "out" not in flags:
@@ -96,55 +208,52 @@ def main(argv: list[str]) -> int:
         rows = read_cases(flags["manifest"], SPLIT)
     keep_compiled()
     try:
-        return predict_rows(open_run(workdir, config), rows, out, further=further)
+        run = open_run(workdir, config)
+        with checkpoint.workdir_lock(out, "--out"):
+            return predict_rows(run, rows, out, further=further)
     except KeyboardInterrupt:
         log("interrupted: the same command with --continue finishes what is missing")
         return 130
 
 
-def load(workdir: str | os.PathLike) -> Callable[..., Prediction]:
-    """The function `predict(image, spacing=None, affine=None, id="", region=None, midline="", half="")` -> Prediction
-    of a run folder.
+def predict_with_several(workdirs: Sequence[Path], argv: Sequence[str]) -> int:
+    """Predicts with each run into a folder of its own inside --out, and fuses what all of them predicted there."""
+    values, rest = recipe.values_of(argv, "out")
+    if not values:
+        raise InputError("name a folder: --out=DIR")
+    out = output_folder(values[-1])
+    normals = common_normals({str(workdir): scores_of_normals(workdir) for workdir in workdirs})[1]
+    folders = [out / str(k + 1) for k in range(len(workdirs))]
+    codes = [main([f"--workdir={w}", f"--out={f}", *rest]) for w, f in zip(workdirs, folders, strict=True)]
+    runs = [scores_in(folder) for folder in folders]
+    ids = [name for name in runs[0] if all(name in run for run in runs)]
+    if not ids:
+        raise InputError(f"{out}: no case was predicted by all runs: see {folders[0] / 'failed.csv'}")
+    score, p = fused(normals, np.array([[float(run[name]["score"]) for name in ids] for run in runs]))
+    scales = [colours_of_file(workdir) for workdir in workdirs]
+    lines = list[dict[str, Any]]()
+    for k, name in enumerate(ids):
+        own = {f"score of {workdir.name}": run[name]["score"] for workdir, run in zip(workdirs, runs, strict=True)}
+        known = all(run[name]["p_value"] for run in runs)
+        warning = "; ".join(dict.fromkeys(run[name]["warning"] for run in runs if run[name]["warning"]))
+        line = {"id": name, "label": "", "score": float(score[k]), "p_value": float(p[k]) if known else ""}
+        lines.append(line | own | {"warning": warning})
+        files = [next(iter(sorted(folder.glob(f"{glob.escape(name)}_anomaly.*"))), None) for folder in folders]
+        if all(files) and all(scales):
+            images = [read_image([str(file)]) for file in files]
+            heat = fused_map([image.array[..., 0] for image in images], [scale for scale in scales if scale])
+            write_map(out / f"{name}_anomaly", heat, images[0])
+    write_csv(out / "scores.csv", lines)
+    log(f"{len(lines)} cases of {len(workdirs)} runs: {out / 'scores.csv'}")
+    return max(codes)
 
-    Raises InputError where the folder holds no finished run. `predict` raises InputError, in one line, where a case
-    cannot be used. Its arguments:
-      image: a path; or the paths of a case's sequences; or an array (*size) or (*size, channels), a 2D image as rows
-        and columns. An array of unsigned 8-bit numbers spans 0 to 255, all others are stretched.
-      spacing: mm along each axis, where the input does not tell it.
-      affine: (4, 4), voxel -> RAS mm, of an array. A volume with a spacing and without an affine is taken to have the
-        axes of the run (`data.axes`, as PLS: indices grow to posterior, left and superior).
-      id: name that seeds the case's random masks. With the manifest's id the score is that of `jmae.evaluate` on the
-        same device. Without an id, a path counts by the file's name without its ending.
-      region: part of a volume that its score covers: a path, or an array (*size) on the volume's own grid, above 0
-        inside, or above `data.mask_threshold` where it holds probabilities. A volume is cropped to the region, or
-        normalised by it, where the run's training volumes were.
-      midline, half: for a volume of two pieces, as in a manifest: "middle" or an index; "first" or "second".
+
+def load(workdir: str | os.PathLike) -> Run:
+    """A trained run, ready to score: call it with an image.
+
+    Raises InputError where the folder holds no finished run.
     """
-    workdir = Path(workdir)
-    run = open_run(workdir, recipe.read(workdir))
-
-    def predict(
-        image: Any,
-        spacing: Sequence[float] | None = None,
-        affine: np.ndarray | None = None,
-        id: str = "",
-        region: Any = None,
-        midline: str | float = "",
-        half: str = "",
-    ) -> Prediction:
-        row, stored = case_of(run, image, spacing, affine, id)
-        row = row._replace(extra={"midline": str(midline), "half": half})
-        if problem := next((what for _, what in wrong_pieces(str(midline), half)), ""):
-            raise InputError(f"{row.image[0]}: {problem}")
-        if not run.system.sweep and (region is not None or midline or half):
-            raise InputError(f"{row.image[0]}: only volumes have a region, a midline and halves: leave them out")
-        row, inside = with_region(row, stored, region, run.config.data.mask_threshold)
-        (result,) = run.scorer.score([run.scorer.prepare(row, stored, inside)])
-        line = checked_line(run, row, result)
-        found = result.written(run.system, ["anomaly", "confidence"])
-        return Prediction(found.get("anomaly"), line["score"], line["p_value"], found.get("confidence"))
-
-    return predict
+    return open_run(Path(workdir), read_run(Path(workdir)))
 
 
 def case_of(
@@ -195,17 +304,23 @@ def open_run(workdir: Path, config: ConfigDict) -> Run:
             "them: name them in columns of --manifest=CASES.csv, or from Python by keyword"
         )
     scorer = Scorer(config, system, results)
-    return Run(config, system, scorer, calibration, score_identity(config, system, results), seen)
+    return Run(config, system, scorer, calibration, score_identity(config, system, results), seen, read_kind(workdir))
 
 
 def checked_line(run: Run, row: Row, result: Result) -> dict[str, Any]:
     """A line of scores.csv; raises InputError where a score is not finite."""
     if bad := [name for name, values in result.scores.items() if not np.isfinite(values).all()]:
         raise InputError(f"{row.image[0]}: its score {bad[0]} is not finite: look at its values, or leave it out")
-    line = score_line(row, result.scores, run.system, run.calibration)
-    if line["p_value"] is not None and (why := why_no_p_value(run, row, result)):
-        log(f"{row.id}: no p-value: {why}")
-        line["p_value"] = None
+    assert result.case.stored
+    line = score_line(row, result.scores, run.system, run.calibration, result.score_error)
+    line["warning"] = unlike(result.case.stored, run.kind) if run.kind else ""
+    if line["warning"]:
+        log(f"{row.id}: warning: unlike the images that the run was trained on: {line['warning']}")
+    if line["p_value"] is not None:
+        if why := why_no_p_value(run, row, result):
+            log(f"{row.id}: no p-value: {why}")
+        if why or (line["warning"] and line["p_value"] > alarm_rate(run.config)):  # it would calm for no reason
+            line["p_value"] = None
     return line
 
 
@@ -216,6 +331,14 @@ def why_no_p_value(run: Run, row: Row, result: Result) -> str:
         return f"it is the image of {row_seen.id} in {row_seen.split}, which the run was trained or calibrated on"
     further = [name for name in LOCATING_COLUMNS if has_column(row, name) and name not in run.calibration.needs]
     return f"it has a {further[0]}, which the held-out normals did not have" if run.system.sweep and further else ""
+
+
+def scores_in(folder: Path) -> dict[str, dict[str, str]]:
+    """The lines of a folder's scores.csv, by id; {} where no case was predicted."""
+    if not (folder / "scores.csv").exists():
+        return {}
+    with open(folder / "scores.csv", newline="", encoding="utf-8") as file:
+        return {plain(line["id"]): line for line in csv.DictReader(file)}
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
@@ -243,8 +366,8 @@ def predict_rows(run: Run, rows: Sequence[Row], out: Path, *, further: bool) -> 
     failed: list[dict[str, str]] = []
 
     def fail(row: Row, error: Exception) -> None:
-        reason = str(error) or f"{row.image[0]}: does not fit in the memory: crop or resample it"
-        log(f"failed: {row.id}: {reason}")
+        reason = printable(why_failed(row, error))
+        log(f"failed: {printable(row.id)}: {reason}")
         texts = {"id": row.id, "image": ";".join(row.image), "reason": reason}
         failed.append({k: text.encode(errors="backslashreplace").decode() for k, text in texts.items()})
 
@@ -257,8 +380,22 @@ def predict_rows(run: Run, rows: Sequence[Row], out: Path, *, further: bool) -> 
             continue
         files = write_case(run, result, out, colours)
         done[row.id] = {"id": row.id, "image": list(row.image), "of": stamps(row), "files": files, "line": line}
-        add_history(out / DONE, done[row.id])
+        add_line(out / DONE, seal_line(done[row.id]))
     return finish(rows, done, failed, out)
+
+
+def why_failed(row: Row, error: Exception) -> str:
+    """Why a case has no score, in one line."""
+    if isinstance(error, MemoryError):
+        return f"{row.image[0]}: does not fit in the memory: crop or resample it"
+    if isinstance(error, InputError):
+        return str(error)
+    return f"{row.image[0]}: cannot be used ({type(error).__name__}: {error}): export it again, or report this"
+
+
+def printable(text: str) -> str:
+    """The text with its control characters written out: a terminal obeys those of a file's name or header."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def stamps(row: Row) -> list[list]:
@@ -281,7 +418,7 @@ def begin(run: Run, out: Path, further: bool) -> dict[str, dict[str, Any]]:
     head = json.loads(
         json.dumps({**run.identity, "calibration": hashlib.sha256(repr(calibration).encode()).hexdigest()})
     )
-    lines = read_history(out / DONE)
+    lines = read_done(out / DONE)
     if not further and ((out / DONE).exists() or (out / "scores.csv").exists()):
         raise InputError(f"{out}: holds predictions: add --continue to finish them, or name another --out")
     if lines and lines[0] != head:
@@ -290,8 +427,22 @@ def begin(run: Run, out: Path, further: bool) -> dict[str, dict[str, Any]]:
         raise InputError(f"{out}: holds a scores.csv that nothing can be added to: name another --out")
     whole = [line for line in lines[1:] if all((out / file).exists() for file in line["files"])]
     done = {line["id"]: line for line in whole}
-    write_text(out / DONE, "".join(f"{json.dumps(line)}\n" for line in [head, *done.values()]))
+    write_text(out / DONE, "".join(f"{seal_line(line)}\n" for line in [head, *done.values()]))
     return done
+
+
+def read_done(file: Path) -> list[dict[str, Any]]:
+    """The lines of `DONE`. A line that is torn or damaged is left out, so that its case is predicted again."""
+    lines = []
+    try:
+        for text in file.read_bytes().splitlines():
+            with contextlib.suppress(ValueError):
+                lines.append(unseal(text, file, None))
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read ({error.strerror}): check its rights") from None
+    return lines[:1] + [line for line in lines[1:] if {"id", "image", "of", "files", "line"} <= line.keys()]
 
 
 def write_case(run: Run, result: Result, out: Path, colours: Scale | None) -> list[str]:
@@ -301,11 +452,23 @@ def write_case(run: Run, result: Result, out: Path, colours: Scale | None) -> li
     files = [write_map(out / f"{case.row.id}_{name}", array, case.geometry).name for name, array in found.items()]
     if "anomaly" in found:
         assert case.stored
+        mask = mask_of(run, result, found["anomaly"])
+        if mask is not None:
+            files.append(write_map(out / f"{case.row.id}_mask", mask, case.geometry).name)
         picture = io.BytesIO()
         pillow.fromarray(overlay(case.stored, found["anomaly"], colours)).save(picture, "PNG")
         write_bytes(out / f"{case.row.id}_overlay.png", picture.getvalue())
         files.append(f"{case.row.id}_overlay.png")
     return files
+
+
+def mask_of(run: Run, result: Result, heat: np.ndarray | None) -> np.ndarray | None:
+    """The mask of lesions, bool on the case's own grid; None without a map or a threshold."""
+    case, threshold = result.case, mask_threshold(run.config, run.calibration)
+    if heat is None or threshold is None:
+        return None
+    least = least_voxels(run.config.evaluation.mask_least, case.geometry.spacing)
+    return outline(heat, threshold, least, case.counted_voxels())
 
 
 def overlay(stored: Image, heat: np.ndarray, colours: Scale | None) -> np.ndarray:
@@ -319,6 +482,12 @@ def overlay(stored: Image, heat: np.ndarray, colours: Scale | None) -> np.ndarra
       heat: the map (*size).
       colours: the colour scale; None takes the map's own.
     """
+    return views(stored, heat, colours)[1]
+
+
+def views(stored: Image, heat: np.ndarray, colours: Scale | None) -> tuple[np.ndarray, np.ndarray]:
+    """(the image alone, the image under its map), as `overlay` has them."""
+    heat, stored = np.nan_to_num(heat), stored._replace(array=np.nan_to_num(stored.array, posinf=0, neginf=0))
     low, high = (float(end) for end in np.percentile(heat, PERCENTILES))
     colourful = heat.ndim == 2 and stored.array.shape[-1] == 3
     shown, colours = (
@@ -330,24 +499,41 @@ def overlay(stored: Image, heat: np.ndarray, colours: Scale | None) -> np.ndarra
         k = int(heat.max(axis=tuple(axis for axis in range(3) if axis != layout.across)).argmax())
         shown, heat = layout.plane(shown, k), layout.plane(heat, k)
     dark, bright = np.percentile(shown, (1, 99))
-    return blend(np.clip((shown - dark) / ((bright - dark) or 1), 0, 1), heat, colours)
+    unit = np.clip((shown - dark) / ((bright - dark) or 1), 0, 1)
+    plain = (255 * np.broadcast_to(unit.reshape(*heat.shape, -1), (*heat.shape, 3))).round().astype(np.uint8)
+    return plain, blend(unit, heat, colours)
 
 
 def finish(rows: Sequence[Row], done: Mapping[str, Mapping], failed: Sequence[Mapping[str, str]], out: Path) -> int:
     """Writes scores.csv of all cases that are done, and failed.csv; logs the counts and returns the exit code."""
     now = {row.id for row in rows}
+    failed = [*failed, *(line for line in read_failed(out) if line["id"] not in now and line["id"] not in done)]
     lines = [done[name]["line"] for name in done if name not in now]
     lines += [done[row.id]["line"] for row in rows if row.id in done and done[row.id]["image"] == list(row.image)]
     if lines:
-        write_csv(out / "scores.csv", [{k: "" if v is None else v for k, v in line.items()} for line in lines])
+        names = dict.fromkeys(name for line in lines for name in line)
+        cell = lambda value: "" if value is None else value
+        write_csv(out / "scores.csv", [{name: cell(line.get(name)) for name in names} for line in lines])
     if failed:
         write_csv(out / "failed.csv", failed)
     else:
         (out / "failed.csv").unlink(missing_ok=True)
     log(f"{len(lines)} cases: {out / 'scores.csv'}" if lines else "no case was predicted")
     if failed:
-        log(f"{len(failed)} of {len(rows)} cases failed: {out / 'failed.csv'}: mend them and add --continue")
+        log(f"{len(failed)} of {len(failed) + len(lines)} cases failed: {out / 'failed.csv'}")
+        log("next: mend them, then the same command with --continue")
+    else:
+        log("next: look at the overlays of the highest scores: ID_overlay.png")
     return 1 if failed else 0
+
+
+def read_failed(out: Path) -> list[dict[str, str]]:
+    """The lines of failed.csv; empty where there is none."""
+    try:
+        text = (out / "failed.csv").read_text(encoding="utf-8")
+        return [{k: plain(cell) for k, cell in line.items()} for line in csv.DictReader(io.StringIO(text), strict=True)]
+    except (OSError, ValueError, AttributeError, csv.Error):
+        return []
 
 
 if __name__ == "__main__":

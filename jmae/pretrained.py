@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from jmae import checkpoint, recipe
 from jmae.errors import InputError
 from jmae.run_folder import log, write_text
+from jmae.run_recipe import read_run
 from jmae.sharding import on_host
 from jmae.system import Stage, State
 from jmae.weights import load_weights, read_weights, summary, tensor_table
@@ -75,7 +76,7 @@ def params_of_run(config: ConfigDict, stage: Stage, state: State) -> PyTree:
         raise InputError(f"model.weights: {workdir} not found: name a checkpoint file, or the folder of an earlier run")
     if not (workdir / "config.json").is_file():
         raise InputError(f"model.weights: {folder} has no checkpoint: name a file, or the folder of an earlier run")
-    source = recipe.read(workdir)
+    source = read_run(workdir)
     ours, theirs = (dict(recipe.keys_of(c)) for c in (config, source))
     shared = [k for k in ours if k.startswith("model.") and k.split(".")[1] not in FREE_OF_MODEL]
     for key in [*shared, "data.size", "data.normalise", "data.mean", "data.std"]:

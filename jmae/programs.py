@@ -5,6 +5,7 @@ Several seeds are replicates of one program, by `vmap`. On a mesh of several dev
 
 import math
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import jax
@@ -103,6 +104,18 @@ def one_step(
         return step(state, batch, jax.random.fold_in(key, state.step), results, steps=steps, **more)
 
     return staying_placed(one if n == 1 else jax.vmap(one, (0, 0, 0, 0, None)), mesh)
+
+
+@cache
+def skipping(step: Callable) -> Callable:
+    """A stage's step that leaves the state as it was, but for its number, where a metric is not finite."""
+
+    def careful(state: State, *arguments: Any, **more: Any) -> tuple[State, dict[str, Array]]:
+        new, metrics = step(state, *arguments, **more)
+        ok = finite(metrics)
+        return jax.tree.map(lambda new, old: jnp.where(ok, new, old), new, state.replace(step=new.step)), metrics
+
+    return careful
 
 
 def compiled_check(

@@ -1,4 +1,4 @@
-"""Recipes: the declarations of their keys, `--config FILE[:PRESET]` with its overrides, and their JSON form.
+"""Recipes: the declarations of their keys, `--config NAME[:PRESET]` with its overrides, and their JSON form.
 
 A key is declared once, as a `Key` with its default, bounds, unit and one sentence. The keys of all recipes are declared
 here, a system's own keys as `KEYS` in its module. A recipe file holds presets, the changes of those defaults.
@@ -13,6 +13,7 @@ import operator
 import runpy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,6 +21,11 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from jmae.errors import InputError
+from jmae.sealed import unseal
+
+HERE = Path(__file__).parent
+RECIPES = HERE / "recipes" if (HERE / "recipes").is_dir() else HERE.parent / "configs"
+"""The folder of the library's recipes: in a wheel inside the package, in a clone configs/."""
 
 SYSTEMS = ("amae", "maemi", "memmc_mae", "ppii", "simsid")
 """The systems of the library, each a module of `jmae.systems`."""
@@ -127,6 +133,13 @@ SHARED = {
     "steps_per_dispatch": Key(
         0, "Steps that one program runs. 0 takes several where batches are small, and one on a CPU.", least=0
     ),
+    "skip_nonfinite": Key(
+        0,
+        "Steps of a stage, at most, whose update is dropped because its loss or gradient is not finite; the next one "
+        "stops the run. The presets phantom, small and smoke have 3.",
+        "steps",
+        least=0,
+    ),
     "checkpoint_every": Key(500, "Steps between two checkpoints.", "steps", least=1),
     "log_every": Key(10, "Steps between two lines of metrics.jsonl.", "steps", least=1),
     "tensorboard": Key(False, "Whether metrics are written to TensorBoard files, too."),
@@ -155,6 +168,12 @@ SHARED = {
         (224, 224), "Size of an image, or of a crop of a volume, as the network sees it.", "pixels", least=1
     ),
     "data.channels": Key(1, "Channels of an image as it is read.", least=1),
+    "data.nonfinite": Key(
+        "refuse",
+        'Images with NaN or Inf: "refuse" them, or count such values as "zero", in an image as its lowest value. Maps '
+        "are NaN there, and no metric counts them.",
+        choices=("refuse", "zero"),
+    ),
     "data.window": Key(
         (), "Stored values that become 0 and 1; all others are clipped. CT in HU: -1024,3071.", length=2, empty=True
     ),
@@ -194,14 +213,38 @@ SHARED = {
     "evaluation.subsets": Key(
         (), "Manifest columns; rows whose value is neither 0 nor empty are scored apart, too.", holds=""
     ),
+    "evaluation.rivals": Key(
+        ("components", "blur", "nearest", "untrained", "raw"),
+        'Rivals scored beside a network: where it predicts hidden patches "components", "blur" and "nearest"; of the '
+        'score of tokens an "untrained" encoder and "raw" patches; (): none.',
+        choices=("components", "blur", "nearest", "untrained", "raw"),
+        before=(),
+    ),
     "evaluation.maps": Key(True, "Whether the maps of the split are written."),
     "evaluation.draws": Key(2000, "Draws of patients for the confidence intervals.", least=1),
     "evaluation.alarm_rate": Key(0.05, "Rate of false alarms at the threshold in calibration.json.", above=0, below=1),
+    "evaluation.mask_least": Key(
+        0.0,
+        "Smallest component of a mask of lesions; pixels where a file tells no spacing. Masks have the alarm rate.",
+        "mm2 or mm3",
+        least=0,
+    ),
     "evaluation.convergence": Key(
         0, "Repetitions of a score at 1, 2, 4, ... masks or samples, to tell how many are enough; 0: none.", least=0
     ),
 }
 """Keys of all recipes."""
+
+MASKS_OF = {
+    "evaluation.masks_of": Key(
+        "run",
+        'What random masks or samples of a test case are drawn by: "run", the seed and their own number alone, the '
+        'same for every case, and every token is hidden as often; or "case", the case\'s id too.',
+        choices=("run", "case"),
+        before="case",
+    ),
+}
+"""Key of systems whose score has random masks or samples."""
 
 IMAGES = {
     "evaluation.chunk": Key(0, "Masks or samples at a time; 0: as many as the memory holds.", least=0),
@@ -302,7 +345,8 @@ def preset(system: str, presets: Mapping[str, Mapping[str, Any]], name: str) -> 
     if unknown := [key for key in changes if key not in declared]:
         raise ValueError(f"preset {name}: {unknown[0]} is no key of {system}: {nearest(unknown[0], list(declared))}?")
     config = ConfigDict({"system": system})
-    for key, value in ({key: one.default for key, one in declared.items()} | dict(changes)).items():
+    ours = {"skip_nonfinite": 3} if name.startswith(("phantom", "small", "smoke")) else {}
+    for key, value in ({key: one.default for key, one in declared.items()} | ours | dict(changes)).items():
         *sections, last = key.split(".")
         place = config
         for section in sections:
@@ -343,9 +387,9 @@ def keys_of(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield f"{prefix}{key}", value
 
 
-def arguments(argv: Sequence[str], usage: str, known: Sequence[str]) -> dict[str, str]:
-    """{NAME: VALUE} of a command line of `--NAME=VALUE` and `--NAME VALUE`; `--config.KEY` takes "=" alone, and without
-    a value is true. `--help` prints `usage` and exits 0.
+def arguments(argv: Sequence[str], usage: str, known: Sequence[str], optional: Sequence[str] = ()) -> dict[str, str]:
+    """{NAME: VALUE} of a command line of `--NAME=VALUE` and `--NAME VALUE`. The value of a flag of `optional` may be
+    missing, and is then "true"; so is that of `--config.KEY`. `--help` prints `usage` and exits 0.
 
     Raises InputError for a flag that is neither `known` nor an override, naming the nearest, and for a word that is no
     flag.
@@ -353,19 +397,36 @@ def arguments(argv: Sequence[str], usage: str, known: Sequence[str]) -> dict[str
     if "--help" in argv or "-h" in argv:
         print(usage)
         raise SystemExit(0)
-    out, rest = {}, iter(argv)
-    for word in rest:
+    out, words, known = {}, list(argv), [*known, *optional]
+    while words:
+        word = words.pop(0)
         if not word.startswith("--"):
             raise InputError(f"{word!r} is no flag: write --NAME=VALUE; flags: {', '.join(f'--{k}' for k in known)}")
         name, equals, value = word.removeprefix("--").partition("=")
-        if name.startswith("config.") and "config" in known:
-            value = value if equals else "true"
-        elif name not in known:
+        override = name.startswith("config.") and "config" in known
+        if not override and name not in known:
             raise InputError(f"--{name} is unknown: did you mean --{nearest(name, known)}?")
-        elif not equals and (value := next(rest, "--")).startswith("--"):
+        if not equals and words and not words[0].startswith("--"):
+            value = words.pop(0)
+        elif not equals and (override or name in optional):
+            value = "true"
+        elif not equals:
             raise InputError(f"--{name} has no value: write --{name}=VALUE")
         out[name] = value
     return out
+
+
+def values_of(argv: Sequence[str], name: str) -> tuple[list[str], list[str]]:
+    """(the values of a flag that may stand several times, the other words of a command line)."""
+    values, rest, words = list[str](), list[str](), iter(argv)
+    for word in words:
+        if word == f"--{name}":
+            values += islice(words, 1)
+        elif word.startswith(f"--{name}="):
+            values.append(word.partition("=")[2])
+        else:
+            rest.append(word)
+    return values, rest
 
 
 def is_volume(config: ConfigDict) -> bool:
@@ -386,15 +447,18 @@ def nearest(name: str, known: Sequence[str]) -> str:
     return difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
 
 
-def parse(argv: Sequence[str], usage: str, known: Sequence[str] = ()) -> tuple[ConfigDict, dict[str, str]]:
-    """The recipe that `--config` names with its overrides, and the other flags, of which `known` are allowed.
+def parse(
+    argv: Sequence[str], usage: str, known: Sequence[str] = (), optional: Sequence[str] = ()
+) -> tuple[ConfigDict, dict[str, str]]:
+    """The recipe that `--config` names with its overrides, and the other flags, `known` and `optional` ones as of
+    `arguments`.
 
     Raises InputError for an unknown flag or recipe key (naming the nearest), a value of another type, a missing file or
     preset.
     """
-    given = arguments(argv, usage, ["config", *known])
+    given = arguments(argv, usage, ["config", *known], optional)
     if "config" not in given:
-        raise InputError("no recipe: write --config=configs/NAME.py[:PRESET]")
+        raise InputError(f"no recipe: write --config=NAME[:PRESET]; NAME: {', '.join(SYSTEMS)}, or a FILE.py")
     config = load(given.pop("config"))
     override(config, given)
     return config, given
@@ -412,13 +476,37 @@ def override(config: ConfigDict, given: dict[str, str], section: str = "") -> No
         config.update_from_flattened_dict({key: typed(flag, text, like)})
 
 
+def explained(config: ConfigDict, name: str = "") -> str:
+    """What the keys of a recipe are: value, type, default, bounds and sentence of each.
+
+    Args:
+      config: the recipe.
+      name: a key ("data.size") or a section ("data"); "" for all.
+
+    Raises:
+      InputError: there is no such key or section.
+    """
+    declared, values = declarations(config.system, volumes=is_volume(config)), dict(keys_of(config))
+    chosen = [key for key in declared if not name or key == name or key.startswith(f"{name}.")]
+    if not chosen:
+        sections = {key.rpartition(".")[0] for key in declared} - {""}
+        raise InputError(f"--show={name}: no key of {config.system}: {nearest(name, [*declared, *sections])}?")
+    lines = []
+    for key in chosen:
+        one = declared[key]
+        several = isinstance(one.default, tuple)
+        kind = _TYPES[type(one.like[0] if several else one.like)]
+        length = ", one an axis" if one.length == AXES else "" if one.length is None else f", {one.length} values"
+        facts = [f"a list{length}; each {kind}" if several else kind, one.bounds(), one.unit]
+        facts += [f"default {one.default!r}"] if values[key] != one.default else []
+        lines += [f"{key} = {values[key]!r}  ({'; '.join(filter(None, facts))})", f"    {one.doc}"]
+    return "\n".join(lines)
+
+
 def load(recipe: str) -> ConfigDict:
-    """`get_config(PRESET)` of FILE[:PRESET], the recipe's default without a preset."""
-    name, colon, preset = recipe.rpartition(":") if not Path(recipe).is_file() else (recipe, "", "")
-    file = Path(name if colon else recipe)
-    if not file.is_file() or file.suffix != ".py":
-        there = ", ".join(sorted(str(p) for p in (file if file.is_dir() else file.parent).glob("*.py")))
-        raise InputError(f"{file}: no recipe: there {f'are {there}' if there else 'is none'}")
+    """`get_config(PRESET)` of `find(recipe)`, the recipe's default without a preset."""
+    file, preset = find(recipe)
+    name = file.stem if file.parent == RECIPES else file
     try:
         names = runpy.run_path(str(file))
         if "get_config" not in names:
@@ -426,7 +514,33 @@ def load(recipe: str) -> ConfigDict:
         return names["get_config"](*[preset] if preset else [])
     except Exception as error:
         what = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-        raise InputError(f"{file}: {what}") from error
+        raise InputError(f"{name}: {what}") from error
+
+
+def find(recipe: str) -> tuple[Path, str]:
+    """(file, preset or "") of NAME[:PRESET] or FILE[:PRESET]; NAME is a recipe of the library.
+
+    Raises InputError where there is no such file.
+    """
+    whole = ":" not in recipe or Path(recipe).is_file()
+    name, _, preset = (recipe, "", "") if whole else recipe.rpartition(":")
+    file = Path(name)
+    if (built_in := RECIPES / f"{file}.py").is_file() and not file.is_file():
+        return built_in, preset
+    if not file.is_file() or file.suffix != ".py":
+        if not file.suffix and file.name == str(file) and not file.is_dir():
+            near, known = nearest(file.name, SYSTEMS), ", ".join(SYSTEMS)
+            raise InputError(f"{file}: no recipe: did you mean {near}? The library has {known}; others are FILE.py")
+        there = ", ".join(sorted(str(p) for p in (file if file.is_dir() else file.parent).glob("*.py")))
+        raise InputError(f"{file}: no recipe: there {f'are {there}' if there else 'is none'}")
+    return file, preset
+
+
+def suggested(kind: str) -> tuple[str, str]:
+    """(Name, reason) of the recipe that is suggested for "images", "unlabelled images" or "volumes": the recipe files
+    tell. Its preset is `small`."""
+    told = {name: runpy.run_path(str(RECIPES / f"{name}.py")).get("SUGGESTED", {}) for name in SYSTEMS}
+    return next((name, reasons[kind]) for name, reasons in told.items() if kind in reasons)
 
 
 def typed(flag: str, text: str, default: Any) -> Any:
@@ -486,11 +600,14 @@ def read(workdir: Path) -> ConfigDict:
     """The recipe of a run folder; raises InputError where there is none."""
     file = workdir / "config.json"
     try:
-        text = file.read_text(encoding="utf-8")
-        if not isinstance(json.loads(text), dict) or "system" not in json.loads(text):
+        content = unseal(file.read_bytes(), file, None)  # `run_folder.refuse_other_recipe` compares older ones, too
+        if "system" not in content:
             raise ValueError("it names no system")
-        return brought_up(from_json(text))
+        return brought_up(from_json(json.dumps(content)))
     except OSError:
         raise InputError(f"{workdir}: no config.json: name the folder of a run (python -m jmae.train)") from None
     except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
-        raise InputError(f"{file}: is no recipe ({error}): restore it, or train again") from None
+        why = str(error.args[0] if error.args else error).strip("\"'").partition("\\n")[0].partition("\n")[0]
+        why = f"it lacks {why}" if isinstance(error, KeyError) else why
+        remedy = "restore it, or run the training command again, which writes it"
+        raise InputError(f"{file}: is no recipe of a run ({why}): {remedy}") from None

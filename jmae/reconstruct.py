@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from jmae.errors import InputError
 from jmae.losses import masked_mse
-from jmae.masking import fold_in, hidden, random_mask, take, visible_tokens
+from jmae.masking import fold_in, group_mask, groups_of, hidden, random_mask, run_masks, visible_tokens
 from jmae.nn.mae import MAE
 from jmae.patches import patchify, unpatchify
 
@@ -26,21 +26,37 @@ class Reconstruction(NamedTuple):
     measured: PyTree  # mean over the masks of the results of `measure`
     first: Float[Array, "b *size c"]  # reconstruction under the first mask
     first_hidden: Bool[Array, " b *size"]  # what the first mask hides
+    # Means over voxels of `error` and of `measured` in each round of masks, where there are several whole rounds, and
+    # else under each mask: independent values, or nearly so, whose spread tells the Monte-Carlo error of their mean.
+    errors: Float[Array, "b r"]
+    measures: PyTree
 
 
-def _predicted(
-    mae: MAE, tokens: Float[Array, "b n d"], keys: Key[Array, " b"], numbers: Int[Array, " m"], visible: int
-) -> tuple[Float[Array, "b m n v"], Bool[Array, "b m n"]]:
-    """(predictions of every sample under its masks `numbers`, True for hidden tokens).
+Predictor = Callable[[Array, Array, Array], Array]
+"""(patches (b, n, v), keep, restore) -> predictions (b, m, n, v) of all patches: `MAE.predictions`, or a stand-in."""
 
-    A mask depends on its sample's key and its number only. Samples come first, so that they stay on the devices over
-    which they are split.
-    """
-    (b, n, _), m = tokens.shape, len(numbers)
-    keys = jax.vmap(partial(fold_in, keys), out_axes=1)(numbers).reshape(-1)
-    keep, restore = random_mask(keys, n, visible)
-    prediction = mae.decode(mae.encode(take(jnp.repeat(tokens, m, axis=0), keep)), restore)
-    return prediction.reshape(b, m, n, -1), hidden(restore, visible).reshape(b, m, n)
+
+def _masks(
+    keys: Key[Array, ""] | Key[Array, " b"],
+    numbers: Int[Array, " m"],
+    tokens: int,
+    visible: int,
+    groups: Int[Array, " b"] | None = None,
+) -> tuple[Int[Array, "*b m k"], Int[Array, "*b m n"]]:
+    """(keep, restore) of the masks `numbers`, which all samples share or each has of its own. Keys and groups are those
+    of `reconstruct`."""
+    if keys.ndim == 0:
+        return run_masks(keys, numbers, tokens, visible)
+    own = jax.vmap(partial(fold_in, keys), out_axes=1)(numbers).reshape(-1)
+    found = random_mask(own, tokens, visible) if groups is None else group_mask(own, groups, tokens, visible)
+    keep, restore = (x.reshape(len(keys), len(numbers), -1) for x in found)
+    return keep, restore
+
+
+def _hidden(restore: Int[Array, "*b m n"], visible: int, samples: int) -> Bool[Array, "b m n"]:
+    """True for hidden tokens of every sample under its masks."""
+    absent = hidden(restore, visible)
+    return jnp.broadcast_to(absent[None], (samples, *absent.shape)) if absent.ndim == 2 else absent
 
 
 def masked_loss(
@@ -55,38 +71,44 @@ def masked_loss(
     """Mean over `masks` masks of the masked-patch error (AMAE Eq. 3; with one mask He et al. 2022)."""
     patches = patchify(image, patch)
     visible = visible_tokens(patches.shape[1], ratio)
-    prediction, is_hidden = _predicted(mae, mae.embed(patches), keys, jnp.arange(masks), visible)
-    return jnp.mean(masked_mse(prediction, patches[:, None], is_hidden))
+    keep, restore = _masks(keys, jnp.arange(masks), patches.shape[1], visible)
+    prediction = mae.predictions(patches, keep, restore)
+    return jnp.mean(masked_mse(prediction, patches[:, None], hidden(restore, visible)))
 
 
 def reconstruct(
-    mae: MAE,
+    predict: Predictor,
     image: Float[Array, "b *size c"],
-    keys: Key[Array, " b"],
+    keys: Key[Array, ""] | Key[Array, " b"],
     *,
     patch: tuple[int, ...],
     ratio: float,
     masks: int,
+    groups: Int[Array, " b"] | None = None,
     paste: bool = True,
     chunk: int | None = None,
     measure: Callable[[Array, Array, Array], PyTree] = lambda image, reconstruction, hidden: (),
 ) -> Reconstruction:
     """Reconstructs every image under `masks` random masks in one compiled pass.
 
-    Patches are embedded once, and moments are accumulated on the device. Mask j of an image depends on the image's key
-    and j alone.
+    Moments are accumulated on the device.
 
     Args:
+        predict: predicts hidden patches from visible ones, such as `MAE.predictions`.
+        keys: one key for all images, which then share the masks `masking.run_masks`; or a key for each image, and its
+            mask j depends on that key and j alone.
         ratio: share of the tokens that a mask hides.
+        groups: with one mask and a key for each image: the group of the partition that the mask shows
+            (`masking.group_mask`). None: the first.
         paste: whether visible patches are the input's; the decoder is not trained there.
         chunk: masks at a time, where memory is short; the same result up to rounding. None: all.
         measure: (image, reconstruction, hidden) -> arrays (b, ...), of which the mean over masks is taken. Image and
             reconstruction are (b, *size, c); `hidden` (b, *size) is True where the mask hides a voxel.
     """
     patches = patchify(image, patch)
-    tokens = mae.embed(patches)
     visible = visible_tokens(patches.shape[1], ratio)
     chunk = min(chunk or masks, masks)
+    assert groups is None or masks == 1
 
     whole = partial(unpatchify, size=image.shape[1:-1], patch=patch)
 
@@ -95,8 +117,9 @@ def reconstruct(
         return whole(jnp.broadcast_to(ones, (*tokens.shape, prod(patch))))[..., 0] > 0.5
 
     def moments(numbers: Array) -> PyTree:
-        prediction, is_hidden = _predicted(mae, tokens, keys, numbers, visible)
-        difference = prediction - patches[:, None]
+        keep, restore = _masks(keys, numbers, patches.shape[1], visible, groups)
+        is_hidden = _hidden(restore, visible, len(image))
+        difference = predict(patches, keep, restore) - patches[:, None]
         if paste:
             difference = difference * is_hidden[..., None]
         one = lambda d, is_hidden: measure(image, image + whole(d), voxels(is_hidden))
@@ -105,15 +128,25 @@ def reconstruct(
         mean = lambda values: jnp.tensordot(values, used, (1, 0)) / masks
         of_first = lambda values: jnp.tensordot(values, (numbers == 0).astype(jnp.float32), (1, 0))
         firsts = of_first(difference), of_first(is_hidden.astype(jnp.float32))
-        return jax.tree.map(mean, (difference, difference**2, measured)), firsts
+        over_voxels = lambda values: jnp.mean(values, tuple(range(2, values.ndim)))
+        each = jax.tree.map(over_voxels, (difference**2, measured))
+        return (jax.tree.map(mean, (difference, difference**2, measured)), firsts), each
 
     numbers = jnp.arange(-(-masks // chunk) * chunk).reshape(-1, chunk)
     if len(numbers) == 1:
-        found = moments(numbers[0])
+        found, each = moments(numbers[0])
     else:
-        add = lambda total, j: (jax.tree.map(jnp.add, total, moments(j)), None)
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(moments, numbers[0]))
-        found, _ = jax.lax.scan(add, zeros, numbers)
+
+        def add(total: PyTree, numbers: Array) -> tuple[PyTree, PyTree]:
+            found, each = moments(numbers)
+            return jax.tree.map(jnp.add, total, found), each
+
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(moments, numbers[0])[0])
+        found, each = jax.lax.scan(add, zeros, numbers)
+        each = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(len(image), -1)[:, :masks], each)
+    in_round = groups_of(patches.shape[1], visible) if keys.ndim == 0 else 1
+    if masks % in_round == 0 and masks > in_round:
+        each = jax.tree.map(lambda x: jnp.mean(x.reshape(len(image), -1, in_round), 2), each)
     # Moments of the difference to the input, not of the pixels: no cancellation where the variance is small.
     (mean, squares, measured), (of_first, hidden_first) = found
     return Reconstruction(
@@ -123,6 +156,8 @@ def reconstruct(
         measured=measured,
         first=whole(patches + of_first),
         first_hidden=voxels(hidden_first > 0.5),
+        errors=each[0],
+        measures=each[1],
     )
 
 

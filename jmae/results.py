@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -21,6 +21,8 @@ class Result(NamedTuple):
     confidence: np.ndarray | None = None  # (r, *size): spread of the primary map over the system's samples
     pictures: Mapping[str, np.ndarray] = MappingProxyType({})  # (r, *size, c) or (r, h, w)
     seconds: float = 0.0  # of scoring alone
+    score_error: np.ndarray | None = None  # (r,): Monte-Carlo error of the primary score
+    measured: Any = None  # what a fit measures of the case
 
     def own_maps(self) -> dict[str, list[np.ndarray]]:
         """All maps on the case's own grid, one of each replicate."""
@@ -32,7 +34,15 @@ class Result(NamedTuple):
         Arrays are float32 on the case's own grid, (*size) or for "recon" (*size, c), and means over replicates. The
         reconstruction has the values of the stored image.
         """
-        back = lambda values: np.asarray(self.case.on_own_grid(values), np.float32)
+        missing = self.case.missing
+
+        def back(values: np.ndarray) -> np.ndarray:
+            array = np.asarray(self.case.on_own_grid(values), np.float32)
+            if missing is not None:
+                array = array.copy()
+                array[missing] = np.nan
+            return array
+
         found: dict[str, np.ndarray] = {}
         if "anomaly" in names and map_name(system) in self.maps:
             found["anomaly"] = back(self.maps[map_name(system)].mean(0))

@@ -1,9 +1,7 @@
 """The files of a run folder that are not checkpoints: written whole or not at all."""
 
 import contextlib
-import csv
 import hashlib
-import io
 import json
 import os
 import platform
@@ -19,11 +17,13 @@ from ml_collections import ConfigDict
 from jmae import recipe
 from jmae.data.manifest import Row
 from jmae.errors import InputError
+from jmae.sealed import seal, unseal
+from jmae.tables import csv_text
 
 # A checkpoint does not depend on these: they may change between a run and its continuation.
 FREE = (
     *("log_every", "checkpoint_every", "tensorboard", "profile", "evaluation", "fsdp", "accumulate"),
-    "steps_per_dispatch",
+    *("steps_per_dispatch", "skip_nonfinite"),
     *("data.manifest", "data.unlabeled_labels", "data.allow_leaks"),
 )
 CLOCK = ("time", "step_seconds", "samples_per_second")  # of a line of metrics.jsonl: these differ from run to run
@@ -65,11 +65,7 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Rows of equal keys as CSV."""
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_text(path, text.getvalue())
+    write_text(path, csv_text(rows))
 
 
 def fixed(config: ConfigDict) -> dict:
@@ -89,6 +85,11 @@ def digest(rows: Sequence[Row]) -> str:
     return hashlib.sha256("\n".join(f"{row.split}\t{row.id}" for row in rows).encode()).hexdigest()[:16]
 
 
+def images_digest(rows: Sequence[Row]) -> str:
+    """Which images are trained on, by their values: the same ids may come with other images."""
+    return hashlib.sha256("\n".join(row.content for row in rows).encode()).hexdigest()[:16]
+
+
 def recipe_digest(config: ConfigDict) -> str:
     """Which recipe a checkpoint is of: equal where `fixed` is."""
     return hashlib.sha256(json.dumps(fixed(config), sort_keys=True).encode()).hexdigest()[:16]
@@ -104,34 +105,71 @@ def describe_run(config: ConfigDict, workdir: Path) -> None:
         "cores": os.cpu_count(),
         "versions": {name: version(name) for name in libraries},
     }
-    write_text(workdir / "config.json", recipe.to_json(config))
-    write_text(workdir / "environment.json", json.dumps(environment, indent=1))
+    write_text(workdir / "config.json", seal(json.loads(recipe.to_json(config))))
+    write_text(workdir / "environment.json", seal(environment))
+
+
+def read_environment(workdir: Path) -> dict[str, Any]:
+    """The content of environment.json, which only reports show; {} where it is missing or, as the log says, damaged."""
+    file = workdir / "environment.json"
+    try:
+        return unseal(file.read_bytes(), file, log)
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        log(f"warning: {file}: left out of reports: {error}")
+        return {}
 
 
 def read_history(file: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl; one torn by a kill is left out, its step comes again."""
-    lines = []
-    for text in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
+    """The lines of metrics.jsonl. One torn by a kill is left out, as its step comes again; others that cannot be read
+    are left out and said."""
+    found = _history(file)
+    if damaged := [number for number, (_, line) in enumerate(found, 1) if line is None]:
+        more = f" and {len(damaged) - 3} more" if len(damaged) > 3 else ""
+        log(f"warning: {file}: line {', '.join(map(str, damaged[:3]))}{more}: cannot be read and is passed over")
+    return [line for _, line in found if line is not None]
+
+
+def _history(file: Path) -> list[tuple[bytes, dict[str, Any] | None]]:
+    """(bytes, content) of each line of metrics.jsonl; None where it is no line of a stage and its step."""
+    try:
+        whole = file.read_bytes()
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read ({error.strerror}): check its rights") from None
+    found: list[tuple[bytes, dict[str, Any] | None]] = []
+    for text in whole.splitlines(keepends=True):
         try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            continue
-    return lines
+            line = json.loads(text)
+            fits = isinstance(line, dict) and isinstance(line.get("stage"), str) and type(line.get("step")) is int
+        except (ValueError, RecursionError):
+            fits = False
+        if fits or text.endswith(b"\n"):  # a line without its end was torn by a kill
+            found.append((text, line if fits else None))
+    return found
 
 
 def cut_history(file: Path, stage: str, step: int) -> None:
-    """Drops the lines of a stage beyond `step`: its continuation writes them again."""
+    """Drops the lines of a stage beyond `step`: its continuation writes them again. Lines that cannot be read stay."""
     if file.exists():
-        kept = [line for line in read_history(file) if line["stage"] != stage or line["step"] <= step]
-        write_text(file, "".join(f"{json.dumps(line)}\n" for line in kept))
+        keep = lambda line: line is None or line["stage"] != stage or line["step"] <= step
+        lines = [text.rstrip(b"\r\n") + b"\n" for text, line in _history(file) if keep(line)]
+        write_bytes(file, b"".join(lines))
 
 
 def add_history(file: Path, line: Mapping[str, Any]) -> None:
     """Appends a line to metrics.jsonl; raises InputError where that fails."""
+    add_line(file, json.dumps(line))
+
+
+def add_line(file: Path, line: str) -> None:
+    """Appends a line to a file, of the first process alone; raises InputError where that fails."""
     if jax.process_index() != 0:
         return
     try:
         with file.open("a", encoding="utf-8") as out:
-            out.write(json.dumps(line) + "\n")
+            out.write(f"{line}\n")
     except OSError as error:
         raise InputError(f"{file}: not written ({error.strerror or error}): free space, then run again") from None

@@ -1,12 +1,13 @@
 """From error maps to anomaly maps and scores, on the device."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from math import floor
 from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
+from scipy import ndimage
 
 from jmae.errors import InputError
 
@@ -41,6 +42,20 @@ def top_mean(values: np.ndarray, region: np.ndarray | None, share: float) -> flo
     values = values.ravel() if region is None else values[region]
     k = max(1, round(share * values.size))
     return float(np.partition(values, -k)[-k:].mean(dtype=np.float64))
+
+
+def case_score(rule: str, values: np.ndarray, region: np.ndarray | None, *, share: float, above: float) -> float:
+    """A case's score from its map inside a region (None: everywhere).
+
+    Args:
+        rule: "mean" of the values; "top", the mean of the highest (`top_mean`); or "part", the number of voxels of the
+            largest connected part whose values lie above `above`. Voxels of a part share a side.
+        share: of the values that "top" averages.
+    """
+    if rule == "part":
+        labels, _ = ndimage.label((values > above) if region is None else (values > above) & region)
+        return float(np.bincount(labels.ravel())[1:].max(initial=0))
+    return top_mean(values, region, 1.0 if rule == "mean" else share)
 
 
 def auroc(scores: Float[Array, " n"], labels: Int[Array, " n"] | Bool[Array, " n"]) -> Float[Array, ""]:
@@ -80,10 +95,15 @@ class Calibration(NamedTuple):
     low: float | None = None  # value of the map that is shown in black; None without maps
     high: float | None = None  # value of the map that is shown in pale yellow
     needs: tuple[str, ...] = ()  # columns of the manifest that the scores depend on, so that a new case needs them too
+    peaks: Sequence[float] = ()  # of the map of each held-out normal (`outlines.peak`); empty without maps
+    least: float = 0.0  # smallest component that counts in a peak, mm2, mm3 or pixels
+    fitted: Collection[str] = ()  # ids of further held-out normals, which the score was fitted to
 
     def p_value(self, score: float, case: str = "") -> float | None:
         """The p-value of a case; None for the held-out normals themselves."""
-        return None if case in self.scores else float(p_values(list(self.scores.values()), [score])[0])
+        if case in self.scores or case in self.fitted:
+            return None
+        return float(p_values(list(self.scores.values()), [score])[0])
 
 
 def p_values(normals: Sequence[float] | np.ndarray, scores: Sequence[float] | np.ndarray) -> Float[np.ndarray, " n"]:

@@ -1,14 +1,17 @@
 """The rows that a run has been trained or calibrated on (seen.csv), and the check of other data against them."""
 
 import csv
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from jmae.data.manifest import Row
+from jmae.data.manifest import Row, same_name
 from jmae.errors import InputError
-from jmae.run_folder import log, write_csv
+from jmae.run_folder import log, write_text
+from jmae.sealed import seal_table, unseal_table
+from jmae.tables import csv_text, plain
 
 ALLOW = "config.data.allow_leaks"
 SEEN, SEEN_COLUMNS = "seen.csv", ("id", "patient", "split", "image")
@@ -18,7 +21,8 @@ def write_seen(workdir: Path, rows: Sequence[Row]) -> None:
     """Adds rows that a run has been trained or calibrated on to seen.csv: id, patient, split and `Row.content`."""
     lines = dict.fromkeys((row.id, row.patient, row.split, row.content) for row in [*read_seen(workdir), *rows])
     if lines:
-        write_csv(workdir / SEEN, [dict(zip(SEEN_COLUMNS, line, strict=True)) for line in lines])
+        table = csv_text([dict(zip(SEEN_COLUMNS, line, strict=True)) for line in lines])
+        write_text(workdir / SEEN, seal_table(table))
 
 
 def read_seen(workdir: Path) -> list[Row]:
@@ -29,13 +33,13 @@ def read_seen(workdir: Path) -> list[Row]:
     """
     file = workdir / SEEN
     try:
-        with file.open(newline="", encoding="utf-8") as lines:
-            rows = list(csv.DictReader(lines, strict=True))
+        text = unseal_table(file.read_bytes().decode(), file, log)
+        rows = [{k: plain(v) for k, v in row.items()} for row in csv.DictReader(io.StringIO(text), strict=True)]
         return [Row(row["id"], row["patient"], row["split"], None, (), content=row["image"]) for row in rows]
     except FileNotFoundError:
         return []
-    except (OSError, ValueError, KeyError, csv.Error) as error:
-        raise InputError(f"{file}: not readable ({error!r}): delete it and run jmae.train again") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, csv.Error) as error:
+        raise InputError(f"{file}: not readable ({error}): delete it and run jmae.train again") from None
 
 
 class SeenRows:
@@ -45,7 +49,7 @@ class SeenRows:
         self.by: dict[str, dict[str, Row]] = {"patient": {}, "content": {}, "id": {}}
         for row in sorted(rows, key=lambda row: row.split == "val"):  # of two rows the one that was trained on counts
             for key, named in self.by.items():
-                named.setdefault(getattr(row, key), row)
+                named.setdefault(same_name(getattr(row, key)), row)
 
     def leak(self, row: Row, split: str) -> str:
         """How a row was seen, as a sentence; "" where it was not.
@@ -55,7 +59,7 @@ class SeenRows:
         """
         for key, word in (("patient", "patient"), ("content", "image"), ("id", "id")):
             value = getattr(row, key)
-            other = self.by[key].get(value) if value else None
+            other = self.by[key].get(same_name(value)) if value else None
             if not other or (key == "id" and row.content and other.content):
                 continue
             if not row.split == other.split == "val" != split:

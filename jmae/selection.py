@@ -127,12 +127,14 @@ def crop_scores(config: ConfigDict, system: System, results: Results, batch: dic
     """The mean of the primary map of each crop, which is scored as a volume of a window's size."""
     assert system.sweep
     sweep, n = system.sweep, len(batch["image"])
-    keys = jax.vmap(jax.random.fold_in)(case_keys(jax.random.key(config.seed), batch["case"]), jnp.arange(n))
+    run = jax.random.key(config.seed)
+    keys = case_keys(run, batch["case"]) if sweep.by_case else jnp.broadcast_to(run, (n,))
+    keys = jax.vmap(jax.random.fold_in)(keys, jnp.arange(n))
 
     def one(sample: tuple[Array, Array]) -> Float[Array, ""]:
         image, key = sample
         averages = sweep.average(
-            lambda image, keys: sweep.score(results, image, keys),
+            partial(sweep.score, results),
             image,
             jnp.zeros((1, image.ndim - 1), jnp.int32),
             jnp.int32(1),
@@ -141,7 +143,8 @@ def crop_scores(config: ConfigDict, system: System, results: Results, batch: dic
             window=sweep.window,
             repeats=sweep.repeats,
             batch=sweep.repeats,
+            groups=sweep.groups,
         )
-        return jnp.mean(sweep.fuse(averages, jnp.ones(sweep.window, bool))["maps"][system.primary])
+        return jnp.mean(sweep.fuse(results, averages, jnp.ones(sweep.window, bool))["maps"][system.primary])
 
     return jax.lax.map(one, (batch["image"], keys), batch_size=max(1, config.evaluation.batch // sweep.repeats))

@@ -15,17 +15,18 @@ scores, all of them pure functions of arrays. `KEYS` declares the recipe keys th
   from 0 to 1. The values of a volume have the mean `data.mean` and the deviation `data.std`. The length of `data.size`
   says whether a recipe is of volumes (`recipe.is_volume`); a stage then gets crops of that size.
 - **What helps.** `network` makes pure functions of a Flax module. `optim.begin` makes the first state. `optim.descend`
-  makes a step from a loss (params, *arrays) -> (loss, (new statistics, metrics)). `masking.sample_keys` and
-  `masking.case_keys` make random keys. `rows_of` and `steps_of` are the usual `Stage.rows` and `Stage.steps`. Networks
-  are in `jmae.nn`.
+  makes a step from a loss (params, *arrays) -> (loss, (new statistics, metrics)). `masking.sample_keys` makes
+  the random keys of a batch. `rows_of` and `steps_of` are the usual `Stage.rows` and `Stage.steps`. Networks
+  are in `jmae.nn`. What a score learns from images after the training, without a gradient, is a `Fit`.
 """
 
+import hashlib
 import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -181,26 +182,73 @@ class Sweep:
         window: edges of a window, voxels.
         stride: distance between windows, voxels.
         repeats: sweeps over all windows.
-        score: (results, images (b, *window, c), keys (b,)) -> (values (b, *window, k), weights (b, *window, 1)): the
-            values that are averaged over the windows that cover a voxel. Each window has its own random key. The
-            weights count where `average` is weighted.
-        fuse: (averages (*size, k), inside (*size)) -> {"maps": {name: (*size)}} and, where the system has them,
-            "reconstruction" (*size, c) and "confidence" (*size). `inside` is False where the array is filled up; maps
-            are 0 there. A volume's score is the mean of each map's highest voxels; `evaluation.top` is their share.
+        groups: sweeps in a row in which a window keeps its random key: a round. Systems whose masks of a round are a
+            partition of the tokens have several.
+        by_case: whether random keys are made of the case's id, too. Then a file's score depends on its name.
+        score: (results, images (b, *window, c), keys (b,), groups (b,)) -> (values (b, *window, k), weights
+            (b, *window, 1)): the values that are averaged over the windows that cover a voxel. Each window of a round
+            has its own random key, and each sweep of a round its number, from 0 to `groups` - 1. The weights count
+            where `average` is weighted.
+        fuse: (results, averages (*size, k), inside (*size)) -> {"maps": {name: (*size)}} and, where the system has
+            them, "reconstruction" (*size, c) and "confidence" (*size). `inside` is False where the array is filled up;
+            maps are 0 there. A volume's score is the mean of each map's highest voxels; `evaluation.top` is their
+            share.
+        further: (results) -> None or a function (images (b, *window, c)) -> (values (b, *window, k), weights
+            (b, *window, 1)) without a random part. Its weighted means over the windows are further maps. It is None
+            where the results lack what the score learns from images, as in a plan. None without such maps.
+        further_maps: names of these maps.
         average: the function that averages, `windows.average` or a form of it.
         tile: the function that places the windows, `windows.tile` or a form of it.
-        example: (results, images (b, *window, c), keys (b,)) -> (images as the network sees them, its prediction under
-            one mask each, True (b, *window, 1) for hidden voxels): for pictures of one window. None without masks.
+        example: (results, images (b, *window, c), keys (b,), groups (b,)) -> (images as the network sees them, its
+            prediction under one mask each, True (b, *window, 1) for hidden voxels): for pictures of one window. None
+            without masks.
     """
 
     window: tuple[int, ...]
     stride: tuple[int, ...]
     repeats: int = 1
+    groups: int = 1
+    by_case: bool = False
     score: Callable[..., tuple[Array, Array]]
     fuse: Callable[..., dict[str, Any]]
+    further: Callable[[Results], Callable[[Array], tuple[Array, Array]] | None] | None = None
+    further_maps: tuple[str, ...] = ()
     average: Callable[..., Array] = windows.average
     tile: Callable[..., windows.Tiling] = windows.tile
     example: Callable[..., tuple[Array, Array, Array]] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fit:
+    """What a score learns from images after the training and without a gradient: a bank of tokens, a map of expected
+    errors. `score` finds it as `results[name]`.
+
+    The library computes it at the end of the training, or when an evaluation first needs it, and keeps it in the run
+    folder (`jmae.fitting`). `evaluate`, `predict`, `export` and `load` read it from there.
+
+    Attributes:
+        name: its name among the results; no stage has that name.
+        rows: (manifest rows) -> numbers of the rows that it is fitted to, such as `train_normals` or
+            `fitting_normals`. Rows of `val` among them no longer calibrate, so that p-values keep their guarantee.
+        measure: (results, batch, key) -> nested dicts of arrays (b, ...), a pure function. `key` is the run's key, as
+            `score` gets it. For images the batch is that of `score`. For volumes it depends on `crops`. With crops it
+            holds "image" (b, *window, c), windows as `Sweep.score` gets them. Without crops it holds a volume's
+            "average" (1, *size, k), as `Sweep.fuse` gets it, and "inside" (1, *size); sizes differ between volumes, so
+            the arrays must not depend on them.
+        finish: (the arrays of all rows or crops, joined along b, on the host; key) -> nested dicts of arrays.
+        crops: windows of each volume that are measured, spread evenly over it, without those that touch a lesion; 0:
+            the volume as a whole.
+        settings: keys of the section `evaluation` that change what is fitted, without the section's name.
+        needs: the remedy where `rows` gives none, in words.
+    """
+
+    name: str
+    rows: Callable[[Sequence[Row]], np.ndarray]
+    measure: Callable[..., PyTree]
+    finish: Callable[[PyTree, Array], dict[str, Any]]
+    crops: int = 0
+    settings: tuple[str, ...] = ()
+    needs: str = "give the manifest more normals"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,6 +266,44 @@ class Choice:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """How a system predicts hidden patches, and how it scores where another predictor stands in for its network.
+
+    A predictor is a function (results, patches (b, n, v), keep, restore) -> predictions (b, m, n, v) of all patches
+    from the visible ones. `keep` (m, k) and `restore` (m, n) are those of `masking.order_of`, of m masks that the
+    images share; with a leading axis (b, ...) each image has masks of its own.
+
+    Attributes:
+        predict: the network as a predictor.
+        view: (images as read (b, *size, c)) -> as the network sees them, without augmentation.
+        patch: edges of a patch.
+        ratio: share of the tokens that a mask hides in a test.
+        beside: (predictor) -> the system that scores with it, by the same rule under the same masks. Its results are
+            those that the predictor reads, and those of its fits, which measure with the predictor too.
+    """
+
+    predict: Callable[..., Array]
+    view: Callable[[Array], Array]
+    patch: tuple[int, ...]
+    ratio: float
+    beside: Callable[[Callable[..., Array]], "System"]
+
+
+class Rival(NamedTuple):
+    """What stands in for a system's network where that is no prediction of hidden patches.
+
+    Attributes:
+        name: what it is, in words.
+        system: the system of its score alone.
+        results: (key) -> what the score reads, without the system's fits.
+    """
+
+    name: str
+    system: "System"
+    results: Callable[[Array], Results]
+
+
+@dataclass(frozen=True, kw_only=True)
 class System:
     """Stages in order, and the score that they serve.
 
@@ -231,9 +317,12 @@ class System:
         primary_uses: names of the stages that this score depends on; (): all of `uses`.
         score: (results, batch, key, *, chunk) -> {"maps": {name: (b, *size)}, "scores": {name: (b,)}} and, where the
             system has them, "reconstruction": (b, *size, c) in the images' own range; "confidence": (b, *size), the
-            deviation of the primary map over the samples; "pictures": {name: (b, *size, c), or (b, h, w) in another
-            unit} for the report. The batch holds "image" and "case" (b, 2), of which `masking.case_keys` makes each
-            image's random key. `chunk` masks or samples are computed at a time.
+            deviation of the primary map over the samples; "score_error": (b,), the Monte-Carlo error of the primary
+            score, where that is a mean over two or more masks or samples; "pictures": {name: (b, *size, c), or
+            (b, h, w) in another unit} for the report. The batch holds "image" and "case" (b, 2), words of the case's
+            id. All randomness comes from `key`, the same for every image, so that a score is a function of the image.
+            The words serve `evaluation.masks_of` "case" alone. `chunk` masks or samples are computed at a time. A map
+            without a score of its name gets one on the host (`Scorer.result`).
         sweep: how the system scores volumes.
 
     Optional:
@@ -242,7 +331,11 @@ class System:
             score.
         averaged: whether the primary score is the mean of the scores that each mask or sample alone would give.
         map: name of the map to show, where no map has the name of the primary score.
+        fits: what the score learns from images after the training.
         choice: what `select=aucp` chooses by, where the default does not fit.
+        prediction: how the system predicts hidden patches, if its score is made of such predictions. Closed-form rivals
+            of its network are then scored beside it (`jmae.rivals`).
+        rivals: further rivals, by their name in `evaluation.rivals`.
         best: rules of `select` that the system has beside "last" and "aucp".
         notes: sentences, without the full stop, on how a run of this recipe differs from the paper's in a way that no
             reader of its figures may miss. The log, metrics.json, the report and the model card say them.
@@ -259,7 +352,10 @@ class System:
     repetitions: str = ""
     averaged: bool = True
     map: str = ""
+    fits: tuple[Fit, ...] = ()
     choice: Choice | None = None
+    prediction: Prediction | None = None
+    rivals: Mapping[str, Rival] = field(default_factory=dict)
     best: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -322,6 +418,28 @@ def held_out_normals(rows: Sequence[Row]) -> np.ndarray:
     """Numbers of the normal rows of `val` that leak nothing: the usual `Check.rows` of a watch."""
     held_out = lambda row: row.split == "val" and row.label == 0 and not row.leak
     return np.array([i for i, row in enumerate(rows) if held_out(row)], np.int64)
+
+
+def train_normals(rows: Sequence[Row]) -> np.ndarray:
+    """Numbers of the normal rows of `train`: the usual `Fit.rows` of a bank."""
+    return np.array([i for i, row in enumerate(rows) if row.split == "train" and row.label != 1], np.int64)
+
+
+def fitting_normals(rows: Sequence[Row]) -> np.ndarray:
+    """Numbers of one half of the held-out normals: the usual `Fit.rows` of an expectation. The other half calibrates.
+
+    Whole patients go into a half, in an order that depends on their names alone. An odd patient calibrates. A single
+    patient is fitted to, and none calibrates then.
+    """
+    numbers, patient = held_out_normals(rows), lambda i: rows[i].patient or rows[i].id
+    order = sorted({patient(i) for i in numbers}, key=lambda name: hashlib.sha256(name.encode()).digest())
+    half = set(order[1::2] or order)
+    return np.array([i for i in numbers if patient(i) in half], np.int64)
+
+
+def fitted_rows(system: System, rows: Sequence[Row]) -> set[str]:
+    """Ids of the rows of `val` that the score is fitted to, so that they cannot calibrate it."""
+    return {rows[i].id for fit in system.fits for i in fit.rows(rows) if rows[i].split == "val"}
 
 
 def rows_of(rows: Sequence[Row], results: Results, *, splits: tuple[str, ...] = ("train",)) -> np.ndarray:

@@ -10,14 +10,16 @@ allocated. Every problem becomes one `InputError`, "PATH: what: remedy".
 """
 
 import contextlib
+import hashlib
 import io
+import json
 import math
 import os
 import pickletools
 import re
 import stat
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import IO, Any, NamedTuple
 
 import jax.numpy as jnp
@@ -91,6 +93,15 @@ def read_tensors(path: str | os.PathLike) -> Contents:
             if not name.isprintable() or len(name) > 200:
                 raise Refused(f"has a tensor called {name[:40]!a}: save it with plain names")
         return contents
+
+
+def digest_of(tensors: Mapping[str, np.ndarray], about: Mapping[str, Any]) -> str:
+    """The SHA-256 of the names, types, shapes and values of tensors and of what the file says of them."""
+    whole = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
+    for name, array in sorted(tensors.items()):
+        whole.update(f"{name} {array.dtype} {array.shape}".encode())
+        whole.update(np.ascontiguousarray(array).view(np.uint8).data if array.size else b"")
+    return whole.hexdigest()
 
 
 def _format(head: bytes, length: int) -> Callable[[Any, int], Contents]:

@@ -1,10 +1,15 @@
-"""python -m jmae.train --config configs/NAME.py[:PRESET] [--workdir DIR] [--config.KEY=VALUE ...] [--debug]
+"""python -m jmae.train --config NAME[:PRESET] [--workdir DIR] [--config.KEY=VALUE ...] [--debug]
+python -m jmae.train --config NAME[:PRESET] [--config.KEY=VALUE ...] --dry-run | --show [KEY]
 
 Trains every stage of a system, picks up where an interrupted run stopped, and evaluates the test split where it has
-labels. The run folder is runs/SYSTEM where none is named.
+labels. The run folder is runs/SYSTEM where none is named. NAME is a recipe of the library or a FILE.py.
 
-    python -m jmae.train --config configs/amae.py                                             built-in phantoms
-    python -m jmae.train --config configs/amae.py:small --config.data.manifest=MANIFEST.csv --workdir runs/mine
+    python -m jmae.train --config amae                                             built-in phantoms
+    python -m jmae.train --config amae:small --config.data.manifest=MANIFEST.csv --workdir runs/mine
+    python -m jmae.train --config amae:small --show evaluation                     the keys evaluation.*
+
+--dry-run  shows the data, and images, batch and steps of each stage. It opens no image and trains nothing.
+--show     shows the recipe's keys: value, type, bounds, default, meaning. KEY is a key or a section.
 
 Exit codes: 0 done; 2 the input or the environment is wrong;
 3 a loss was not finite, last good step kept; 143 stopped by SIGTERM after saving, 130 by Ctrl-C.
@@ -14,6 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +31,14 @@ from ml_collections import ConfigDict
 from jmae import checkpoint, recipe
 from jmae.calibration import calibrate_run
 from jmae.cards import write_cards
+from jmae.convergence import check_processes
 from jmae.data.cases import load_cases
 from jmae.data.loader import Images, Samples, batches
 from jmae.errors import InputError, NonFiniteLoss, Stopped, exit_code
-from jmae.evaluate import check_processes, evaluate
+from jmae.evaluate import evaluate
+from jmae.likeness import write_kind
 from jmae.pretrained import with_pretrained
+from jmae.preview import preview
 from jmae.processes import join_processes, keep_compiled
 from jmae.programs import (
     compiled_check,
@@ -38,18 +47,22 @@ from jmae.programs import (
     compiled_steps,
     finite,
     next_dispatch,
+    skipping,
     steps_of_dispatch,
 )
 from jmae.progress import drawing, profiled_steps, profiling, progress, signals, tensorboard
+from jmae.python import Train
 from jmae.run_folder import (
     add_history,
     cut_history,
     describe_run,
     digest,
     fixed,
+    images_digest,
     log,
     write_csv,
 )
+from jmae.run_recipe import refuse_other_recipe, saved_recipe
 from jmae.seen import check_unseen_by_source, read_seen, write_seen
 from jmae.sharding import device_mesh, place_batch, place_whole
 from jmae.system import (
@@ -69,7 +82,13 @@ CHECK_STEP = 2**40  # a stage's checks take the crops of this step, which no tra
 
 
 def main(argv: list[str]) -> int:
-    config, flags = recipe.parse(argv, __doc__, ["workdir"])
+    config, flags = recipe.parse(argv, __doc__, ["workdir"], ["dry-run", "show"])
+    if "show" in flags:
+        print(recipe.explained(config, flags["show"].replace("true", "")))
+        return 0
+    if recipe.typed("dry-run", flags.get("dry-run", "false"), False):
+        print(preview(config))
+        return 0
     workdir = Path(flags.get("workdir", f"runs/{config.system}"))
     with join_processes():
         keep_compiled()
@@ -80,6 +99,7 @@ def main(argv: list[str]) -> int:
 def run(config: ConfigDict, workdir: Path) -> int:
     """Trains and evaluates in `workdir`; the caller holds its lock."""
     system = load_system(config)
+    refuse_other_recipe(config, workdir)
     devices = device_mesh(config.fsdp).size
     check_batches(system, devices)
     for stage in system.stages:
@@ -96,6 +116,7 @@ def run(config: ConfigDict, workdir: Path) -> int:
     for note in system.notes:
         log(f"warning: {note}")
     train(config, system, images, workdir, cases.samples(watched, crops_on="host") if watched else None)
+    write_kind(workdir, [cases.traits[row.id] for row in images.rows if row.id in cases.traits])
     write_seen(workdir, [*(read_seen(source) if source.is_dir() else ()), *images.rows])
     if any(row.split == "test" and row.label is not None for row in rows):
         out = workdir / "evaluation"
@@ -104,6 +125,8 @@ def run(config: ConfigDict, workdir: Path) -> int:
         log("no test row has a label: not evaluated")
         calibrate_run(config, system, rows, workdir, cases)
         write_cards(workdir, config, system, rows)
+        new = "--out DIR SCAN" if all(row.split != "test" for row in rows) else ""
+        log(f"next: jmae {'predict' if new else 'evaluate'} --workdir {workdir} {new}".rstrip())
     return 0
 
 
@@ -145,7 +168,7 @@ class Course:
         steps: number of the stage's steps.
         keys: the key of the stage, one a replicate.
         results: results of the earlier stages.
-        identity: recipe and rows, with which a checkpoint must agree.
+        identity: recipe, rows and images, with which a checkpoint must agree.
         checked_rows: rows of each of the stage's checks; none: the check does not run.
         watched: samples that the stage only watches; None: there are none.
     """
@@ -205,7 +228,7 @@ def train_stage(
         steps=max(1, round(np.mean([stage.steps(len(table)) * k for table, k in zip(tables, paces, strict=True)]))),
         keys=stage_keys(config, number),
         results=results,
-        identity={"recipe": fixed(config), "rows": digest(samples.rows)},
+        identity={"recipe": fixed(config), "rows": digest(samples.rows), "images": images_digest(samples.rows)},
         checked_rows=checked_rows,
         watched=watched if stage.watch else None,
         mesh=device_mesh(config.fsdp),
@@ -223,7 +246,9 @@ def begin_stage(course: Course, *, first: bool) -> tuple[State, int, dict[str, A
     """(state, steps done, position of the data) from which a stage goes on."""
     config, stage = course.config, course.stage
     state = compiled_init(stage, len(course.tables[0]), config.replicates, course.mesh)(course.keys, course.results)
-    found = checkpoint.restore(course.folder, state, config=course.identity, log=log)
+    found = checkpoint.restore(
+        course.folder, state, config=course.identity, log=log, brought_up=partial(saved_identity, course)
+    )
     if first:  # only now: `restore` refuses a folder of another configuration, which stays as it is
         describe_run(config, course.workdir)
     if found:
@@ -240,6 +265,15 @@ def begin_stage(course: Course, *, first: bool) -> tuple[State, int, dict[str, A
         return state, 0, {}
     checkpoint.save(course.folder, course.steps, state, {"steps": course.steps}, config=course.identity)
     return state, course.steps, {}
+
+
+def saved_identity(course: Course, saved: Mapping[str, Any]) -> dict[str, Any]:
+    """What a checkpoint holds, as this version writes it."""
+    if "images" not in saved:
+        log(f"{course.folder}: an earlier version wrote it, without digests of its images: they are not compared")
+    found = {"images": course.identity["images"], **saved}
+    same = saved.get("recipe", {}).get("system") == course.config.system
+    return found | ({"recipe": saved_recipe(saved["recipe"], course.config)} if same else {})
 
 
 def take_steps(
@@ -272,9 +306,10 @@ def take_steps(
 
     def program(compile: Callable, *last: Any) -> Callable:
         """A compiled step. Stages that share a step share it."""
-        form = (compile, stage.step, steps, *last)
+        step = skipping(stage.step) if config.skip_nonfinite else stage.step
+        form = (compile, step, steps, *last)
         if form not in programs:
-            programs[form] = compile(stage.step, steps, n, crop, mesh, *last)
+            programs[form] = compile(step, steps, n, crop, mesh, *last)
         return programs[form]
 
     one_step = {phase: program(compiled_step, phase) for phase in dict.fromkeys(stage.phases)}
@@ -301,7 +336,7 @@ def take_steps(
         profiling(config, course.workdir, name) as profile,
         signals() as stopped,
     ):
-        record = Record(course, [show, draw], start, position.get("seen", []))
+        record = Record(course, [show, draw], start, position.get("seen", []), position.get("skipped", 0))
         done = start
         while done < steps:
             count = next_dispatch(done, steps, length, len(stage.phases), halts)
@@ -331,6 +366,7 @@ def take_steps(
                 if not finite((state.params, state.stats)):
                     raise NonFiniteLoss(f"stage {name}, step {done}: weights not finite; {record.remedy()}")
                 position = {"data": iterator.get_state(), "seen": record.since_line, "steps": steps}
+                position |= {"skipped": record.skipped} if record.skipped else {}
                 checkpoint.save(course.folder, done, state, position, config=course.identity)
                 record.saved = done
             else:
@@ -349,6 +385,7 @@ class Record:
         pending: dispatches (first step, samples' numbers, metrics) whose metrics are still on the device.
         since_line: metrics of the steps since the last line; a checkpoint holds them.
         saved: the last step that was saved.
+        skipped: steps of the stage so far whose update was dropped (`skip_nonfinite`).
     """
 
     def __init__(
@@ -357,8 +394,10 @@ class Record:
         readers: Sequence[Callable[[Mapping], None]],
         start: int,
         since_line: list[dict[str, float]],
+        skipped: int = 0,
     ):
         self.course, self.readers, self.saved, self.since_line = course, readers, start, since_line
+        self.skipped = skipped
         self.pending: list[tuple[int, list[np.ndarray], dict]] = []
         self.clock: tuple[float, int] | None = None  # time and step of this process's last fetch
         self.pace: dict[str, float] = {}
@@ -392,14 +431,17 @@ class Record:
             replicate = int(np.argmin(np.isfinite(metrics[bad[0]])))  # the first one that failed
             table = course.tables[replicate]
             ids = ", ".join(course.samples.rows[i].id for i in table[np.atleast_2d(index)[replicate] % len(table)])
-            raise NonFiniteLoss(
-                f"stage {course.stage.name}, step {step}: {' and '.join(bad)} not finite; batch: {ids}; {self.remedy()}"
-            )
-        self.since_line.append({name: float(np.mean(value)) for name, value in metrics.items()})
-        if step % course.config.log_every == 0 or step == course.steps:
+            what = f"stage {course.stage.name}, step {step}: {' and '.join(bad)} not finite; batch: {ids}"
+            if self.skipped >= course.config.skip_nonfinite:
+                raise NonFiniteLoss(f"{what}; {self.remedy()}")
+            self.skipped += 1
+            log(f"warning: {what}; its update is dropped: {self.skipped} of {course.config.skip_nonfinite}")
+        else:
+            self.since_line.append({name: float(np.mean(value)) for name, value in metrics.items()})
+        if self.since_line and (step % course.config.log_every == 0 or step == course.steps):
             names = self.since_line[0]
             means = {name: float(np.mean([one[name] for one in self.since_line])) for name in names}
-            self._write(step, means | self.pace)
+            self._write(step, means | ({"skipped": self.skipped} if self.skipped else {}) | self.pace)
             self.since_line.clear()
 
     def _measure(self, step: int) -> None:
@@ -440,6 +482,8 @@ def check_batch(rows: np.ndarray, check: Check, samples: Samples) -> dict[str, n
     more |= {"unlabeled": np.array([row.split == "unlabeled" for row in own])}
     return samples.samples(rows, numbers, CHECK_STEP, 0) | more
 
+
+sys.modules[__name__].__class__ = Train  # `jmae.train(...)`
 
 if __name__ == "__main__":
     sys.exit(exit_code(main))

@@ -42,7 +42,7 @@ from jmae.nn.mae import MAE
 from jmae.patches import grid_of, sincos_positions
 from jmae.recipe import arguments, typed
 from jmae.run_folder import log
-from jmae.tensors import Contents, Refused, line, naming, read_tensors
+from jmae.tensors import Contents, Refused, digest_of, line, naming, read_tensors
 
 FORMAT = 1  # format of a converted file; other formats are refused
 MAX_TOKENS = 2**20  # more than any attention can process
@@ -321,6 +321,8 @@ def _stack(
 def _converted(contents: Contents) -> Weights:
     """The weights of a file that `save_weights` has written."""
     about = json.loads(contents.arguments["jmae"])
+    if about.pop("sha256", None) not in (None, digest_of(contents.tensors, about)):
+        raise Refused("is damaged: its content is not that of its digest: copy it, or convert the original, again")
     if about["format"] != FORMAT:
         raise Refused(f"has the format {about['format']} instead of {FORMAT}: convert the original again")
     size, patch = (about[name] and tuple(about[name]) for name in ("size", "patch"))
@@ -680,7 +682,7 @@ def save_weights(path: str | os.PathLike, weights: Weights, params: PyTree, part
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         try:
-            save_file(tensors, temporary, {"jmae": json.dumps(about)})
+            save_file(tensors, temporary, {"jmae": json.dumps(about | {"sha256": digest_of(tensors, about)})})
             os.replace(temporary, out)
         finally:
             temporary.unlink(missing_ok=True)
@@ -727,6 +729,7 @@ def main(argv: list[str]) -> None:
     report = [entry for entry in report if entry.status != "kept"]
     print(tensor_table(report))
     print(f"{out}: {part} of {source}: {summary(report)}")
+    print(f"next: jmae train --config NAME --config.model.weights={out}")
 
 
 if __name__ == "__main__":

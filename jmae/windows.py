@@ -121,7 +121,7 @@ def cut_windows(volume: Float[Array, "*size c"], origins: Int[Array, "b rank"], 
 
 
 def average(
-    score: Callable[[Array, Key[Array, " b"]], tuple[Array, Array]],
+    score: Callable[[Array, Key[Array, " b"], Int[Array, " b"]], tuple[Array, Array]],
     volume: Float[Array, "*size c"],
     origins: Int[Array, "m rank"],
     number: Int[Array, ""],
@@ -131,17 +131,20 @@ def average(
     window: tuple[int, ...],
     repeats: int | Int[Array, ""],
     batch: int,
+    groups: int = 1,
     weighted: bool = False,
     released: int = 0,
     place: Callable[[Array], Array] = lambda x: x,
 ) -> Float[Array, "*size k"]:
     """The mean of `score` over the windows that cover a voxel, and over `repeats` sweeps.
 
-    All sweeps run as one stream of batches of windows, sweep by sweep. Each window of a sweep has its own key, made of
-    the case's `key`, the sweep's number and the window's number. Windows that do not count fill the last batch.
+    All sweeps run as one stream of batches of windows, sweep by sweep. `groups` sweeps are a round. Each window of a
+    round has its own key, made of `key`, the round's number and the window's number, and the sweeps of the round are
+    its groups 0, 1, ... Windows that do not count fill the last batch.
 
     Args:
-        score: (windows (b, *window, c), their keys) -> (values (b, *window, k), weights (b, *window, 1)).
+        score: (windows (b, *window, c), their keys, their groups) -> (values (b, *window, k), weights
+            (b, *window, 1)).
         origins: first voxels of the windows; only the first `number` are used.
         coverage: number of windows over each index of an axis (`Tiling`); voxels without a window give 0.
         batch: number of windows in a batch.
@@ -151,7 +154,8 @@ def average(
             again by 1 + repeats * (c + 1).
         place: function that distributes windows over the devices.
     """
-    shapes = jax.eval_shape(score, jax.ShapeDtypeStruct((batch, *window, volume.shape[-1]), volume.dtype), _keys(batch))
+    cut = jax.ShapeDtypeStruct((batch, *window, volume.shape[-1]), volume.dtype)
+    shapes = jax.eval_shape(score, cut, _keys(batch), jax.ShapeDtypeStruct((batch,), jnp.int32))
     k = shapes[0].shape[-1]
     total = number * repeats
 
@@ -164,9 +168,10 @@ def average(
     def step(i: Int[Array, ""], sums: Array) -> Array:
         numbers = i * batch + jnp.arange(batch)
         sweep, window_number = jnp.divmod(numbers, number)
-        keys = jax.vmap(lambda s, w: jax.random.fold_in(jax.random.fold_in(key, s), w))(sweep, window_number)
+        turn, group = jnp.divmod(sweep, groups)
+        keys = jax.vmap(lambda r, w: jax.random.fold_in(jax.random.fold_in(key, r), w))(turn, window_number)
         at = origins[window_number]
-        values, weights = score(place(cut_windows(volume, at, window)), keys)
+        values, weights = score(place(cut_windows(volume, at, window)), keys, group)
         both = jnp.concatenate([values * weights, weights], -1) if weighted else values
         both = jnp.where((numbers < total).reshape(-1, *[1] * (both.ndim - 1)), both, 0)
         return jax.lax.scan(add, sums, (both, at))[0]

@@ -6,12 +6,12 @@ from jmae.passes import SweepPass
 
 
 def sweeper(config, sweep, results):
-    """The function (volume, words of its key, repeats) -> the arrays that the pass gives."""
+    """The function (volume, its id, repeats) -> the arrays that the pass gives."""
     run = SweepPass(config, sweep, results)
-    row = Row("volume", "", "test", None, ("volume",))
 
-    def score(volume, words, repeats=None):
+    def score(volume, name, repeats=None):
+        row = Row(name, "", "test", None, ("volume",))
         case = Prepared(row=row, array=volume.array, geometry=None, digest="", volume=volume)
-        return run.fetch(run.dispatch([case], [words], repeats))[0]
+        return run.fetch(run.dispatch([case], repeats))[0]
 
     return score

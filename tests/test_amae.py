@@ -24,7 +24,7 @@ KEY = jax.random.key(0)
 
 def config(**changes) -> ConfigDict:
     c = recipe.get_config("smoke")
-    c.data.size, c.model.patch = (32, 32), (8, 8)
+    c.data.size, c.model.patch, c.evaluation.masks_of = (32, 32), (8, 8), "case"
     for name, value in changes.items():
         c.update_from_flattened_dict({name.replace("__", "."): value})
     return c
@@ -319,7 +319,12 @@ def test_fixed_preparation_and_three_equal_channels_reach_the_score(three_channe
     image = jnp.repeat((data["image"] - 0.5056) / 0.252, 3, axis=-1)
     passes = [
         reconstruct(
-            mae_of(c, results[m]["params"]), image, case_keys(KEY, data["case"]), patch=(8, 8), ratio=0.75, masks=2
+            mae_of(c, results[m]["params"]).predictions,
+            image,
+            case_keys(KEY, data["case"]),
+            patch=(8, 8),
+            ratio=0.75,
+            masks=2,
         )
         for m in ("module_a", "module_b")
     ]

@@ -36,7 +36,7 @@ KEY = jax.random.key(0)
 def config(preset: str = "smoke", **changes) -> ConfigDict:
     c = recipes.get_config(preset)
     if preset == "smoke":
-        c.data.size, c.model.patch = (32, 32), (8, 8)
+        c.data.size, c.model.patch, c.evaluation.masks_of = (32, 32), (8, 8), "case"
     c.update_from_flattened_dict({name.replace("__", "."): value for name, value in changes.items()})
     return c
 
@@ -126,7 +126,8 @@ def test_stage2_nearer_is_the_part_of_eq_4_where_module_b_is_nearer_the_image():
     image = (raw - raw.mean((1, 2, 3), keepdims=True)) / raw.std((1, 2, 3), keepdims=True)
     one = partial(reconstruct, patch=(8, 8), ratio=0.75, masks=2)
     keys = case_keys(KEY, batch["case"])
-    a, b = (np.asarray(one(mae_of(c, results[m]["params"]), image, keys).mean) for m in ("module_a", "module_b"))
+    mean = lambda name: np.asarray(one(mae_of(c, results[name]["params"]).predictions, image, keys).mean)
+    a, b = mean("module_a"), mean("module_b")
     score = jax.jit(lambda r: system.score(r, batch, KEY))
     out, swapped = score(results), score({**results, "module_a": results["module_b"], "module_b": results["module_a"]})
     expected = np.where(np.abs(b - image) < np.abs(a - image), np.abs(a - b), 0).mean(-1)
@@ -295,7 +296,7 @@ def nih(root: Path, lists: dict[str, list[str]]) -> Path:
         (root / "lists" / f"{title}_curated_list.txt").write_text("".join(f"{name}\n" for name in names))
         for name in names:
             (root / "images_001" / "images").mkdir(parents=True, exist_ok=True)
-            Image.fromarray(np.eye(8, dtype=np.uint8)).save(root / "images_001" / "images" / name)
+            Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8)).save(root / "images_001" / "images" / name)
     return root
 
 
@@ -320,16 +321,16 @@ def test_the_curated_nih_lists_become_one_manifest_of_both_sexes(tmp_path):
 
 
 def test_wrong_nih_lists_are_refused(tmp_path):
-    with pytest.raises(InputError, match="copy NSA's lists there"):
+    with pytest.raises(InputError, match="copy NSA's or the official lists there"):
         prepare("nih", nih(tmp_path / "none", {"other": ["a.png"]}), tmp_path / "out")
     both = {"norm_MaleAdultPA_train": ["00000001_000.png"], "norm_MaleAdultPA_test": ["00000001_001.png"]}
     with pytest.raises(InputError, match="00000001"):  # a patient in two splits
-        prepare("nih", nih(tmp_path / "both", both), tmp_path / "out")
+        prepare("nih", nih(tmp_path / "both", both), tmp_path / "out", leaks="refuse")
     root = nih(tmp_path / "abnormal", {"anomaly_MaleAdultPA_train": ["00000001_000.png"]})
     with pytest.raises(InputError, match="lists abnormal images to train on"):
         prepare("nih", root, tmp_path / "out")
     (root / "images_001" / "images" / "00000001_000.png").unlink()
-    with pytest.raises(InputError, match=r"00000001_000\.png: is not found"):
+    with pytest.raises(InputError, match=r"00000001_000\.png: not found"):
         prepare("nih", root, tmp_path / "out")
 
 

@@ -36,6 +36,8 @@ def test_image_scores_agree_with_scikit_learn(size, channels):
     nearest = NearestNeighbors(n_neighbors=5).fit(known).kneighbors(new)[0].mean(1)
     np.testing.assert_allclose(scores["mean intensity"], test.reshape(9, -1).mean(1), rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(scores["low mean intensity"], -scores["mean intensity"])
+    np.testing.assert_allclose(scores["standard deviation"], test.reshape(9, -1).std(1), rtol=1e-4)
+    np.testing.assert_allclose(scores["low standard deviation"], -scores["standard deviation"])
     np.testing.assert_allclose(scores["PCA-30 error"], residual, rtol=1e-6)
     np.testing.assert_allclose(scores["Mahalanobis"], mahalanobis, rtol=1e-6)
     np.testing.assert_allclose(scores["5-NN"], nearest, rtol=1e-6)

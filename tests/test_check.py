@@ -2,10 +2,12 @@
 
 import io
 import json
+from collections import Counter
 
 import nibabel as nib
 import numpy as np
 import pytest
+from faults.changes import CHANGES
 from PIL import Image as pillow
 
 from jmae.data import check, duplicates, phantoms
@@ -72,6 +74,25 @@ def test_every_exact_and_near_copy_is_found_and_nothing_else(chests, prints):
     assert len(pairs) >= 0.95 * len(planted), sorted(kinds[k] for _, k in planted - pairs)
     exact = duplicates.copies([*prints, *prints], [0] * CHESTS + [1] * CHESTS)
     assert [(one.first, one.second, one.correlation) for one in exact] == [(i, CHESTS + i, 1) for i in range(CHESTS)]
+
+
+def test_copies_that_were_cut_mirrored_turned_or_inverted_are_found_and_nothing_else(chests, prints):
+    planted = [(i, kind) for kind in CHANGES for i in range(0, CHESTS, CHESTS // 20)]
+    copied = [fingerprint(np.ascontiguousarray(CHANGES[kind](chests[i]), np.float32)) for i, kind in planted]
+    found = duplicates.copies([*prints, *copied], [0] * CHESTS + [1] * len(copied))
+    pairs = {(one.first, one.second - CHESTS) for one in found}
+    assert all(planted[k][0] == i for i, k in pairs)
+    of = Counter(planted[k][1] for _, k in pairs)
+    assert all(of[kind] >= 0.95 * 20 for kind in CHANGES), of
+
+
+@pytest.mark.parametrize("turn", range(4))
+def test_the_spectrum_of_a_turned_image_is_that_of_the_image_in_another_order(turn):
+    detail = np.random.default_rng(0).normal(size=(2, 96, 96)).astype(np.float32)
+    order = duplicates._orders()[turn]
+    turned, plain = duplicates.spectra(duplicates.TURNS[turn](detail)), duplicates.spectra(detail)
+    np.testing.assert_allclose(turned, plain[:, order], atol=0.02)
+    assert turn == 0 or np.abs(turned - plain).max() > 0.05
 
 
 def test_copies_within_one_group_are_none(prints):

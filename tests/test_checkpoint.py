@@ -532,6 +532,37 @@ def test_a_step_of_one_device_is_read_on_eight_and_back(tmp_path):
     assert_equal(got, jax.tree.map(lambda x: x + 1, state))
 
 
+ALL_PAIRS = """
+import itertools, sys
+from pathlib import Path
+import jax
+jax.config.update("jax_num_cpu_devices", 8)
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from jmae import checkpoint
+values = {"w": np.random.default_rng(0).normal(size=(8, 3)).astype(np.float32), "b": np.arange(3.0, dtype=np.float32)}
+def placed(n, split):
+    mesh = Mesh(np.array(jax.devices()[:n]), ("fsdp",))
+    return {"w": NamedSharding(mesh, P("fsdp" if split else None)), "b": NamedSharding(mesh, P())}
+forms = [(n, split) for n in (1, 2, 4, 8) for split in (False, True)]
+for form in forms:
+    folder = Path(sys.argv[1]) / str(form)
+    checkpoint.save(folder, 1, {k: jax.device_put(v, placed(*form)[k]) for k, v in values.items()}, {}, config={})
+for old, new in itertools.product(forms, forms):
+    target = {k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=placed(*new)[k]) for k, v in values.items()}
+    _, state, _ = checkpoint.restore(Path(sys.argv[1]) / str(old), target, config={})
+    for k, v in values.items():
+        assert state[k].sharding == placed(*new)[k] and np.asarray(state[k]).tobytes() == v.tobytes(), (old, new, k)
+print("pairs", len(forms) ** 2)
+"""
+
+
+def test_every_pair_of_1_2_4_and_8_devices_restores_the_same_bits(tmp_path):
+    """Whole on every device, and split over them."""
+    done = run(ALL_PAIRS, tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "pairs 64\n", "")
+
+
 HOLDER = """
 import sys, time
 from pathlib import Path

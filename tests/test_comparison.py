@@ -35,6 +35,7 @@ def a_run(folder: Path, noise: float, *, ids=IDS, labels=LABELS, patients=None, 
             "5-NN": {"image": image | {"auroc": 0.61}, "pixel": None},
             "dark": {"image": None, "pixel": None},
         },
+        "best_rival": {"image": {"name": "5-NN", "of": 1, "auroc": 0.125, "auroc_ci": [-0.011, 0.251]}, "pixel": None},
         "seconds_per_case": 0.25,
     }
     (folder / "evaluation").mkdir(parents=True)
@@ -83,7 +84,8 @@ def test_the_page_shows_the_runs_their_differences_and_what_differs(tmp_path, ca
     assert "24 cases in common: 12 normal, 12 abnormal" in words
     assert "draws of cases (the patients are not known here)" in words
     assert re.search("model.memory 40 0", words) and "versions.jax 0.0.3 0.2.0" in words
-    assert "0.610 5-NN" in words
+    assert "0.610 5-NN +0.125 -0.011–0.251" in words
+    assert "Not better than the best baseline or rival: good, <b>bad." in html.unescape(words)
     assert f"its AUROC differs by {expected:+.3f} from the next run, <b>bad (95 % interval" in html.unescape(words)
     environments = [compare.run_digests(compare.read_run(run))["environment"] for run in runs]
     assert "good recipe-{} rows seen" in words and all(found in words for found in environments)
@@ -92,11 +94,14 @@ def test_the_page_shows_the_runs_their_differences_and_what_differs(tmp_path, ca
 
 
 def test_the_first_sentences_say_which_is_better_and_which_does_not_beat_a_baseline():
-    line = lambda name, auroc: {"name": name, "system": "s", "image": {"auroc": auroc}, "baseline": ("5-NN", 0.8)}
+    more = {"difference": None}  # a run of an earlier version
+    line = lambda name, auroc: (
+        {"name": name, "system": "s", "image": {"auroc": auroc}, "baseline": ("5-NN", 0.8)} | more
+    )
     figures = [line("a", 0.9), line("b", 0.8), line("c", None)]
     settled = compare.Pair("b", "a", -0.1, (-0.2, -0.05), 0, (0, 0))
     words = " ".join(compare.comparison_sentences(figures, [settled]))
-    assert "a (s) has the highest AUROC, 0.900. " in words and "as well as or better than b." in words
+    assert "a (s) has the highest AUROC, 0.900. " in words and "Not better than the best baseline or rival: b." in words
     assert "differs by +0.100 from the next run, b (95 % interval +0.050 to +0.200)." in words
     open_ = settled._replace(auroc_ci=(-0.2, 0.05))
     assert "-0.050 to +0.200), which does not show which" in " ".join(compare.comparison_sentences(figures, [open_]))

@@ -42,7 +42,8 @@ def untrained(system, key):
 
 
 def test_scores_that_are_means_over_masks_are_those_that_are_said_to_be():
-    single, many = (load_system(a_recipe("amae", **{"evaluation.masks": n})) for n in (1, MANY))
+    of_case = {"evaluation.masks_of": "case"}
+    single, many = (load_system(a_recipe("amae", **of_case | {"evaluation.masks": n})) for n in (1, MANY))
     results = jax.jit(lambda key: untrained(single, key))(jax.random.key(0))
     image = jax.random.uniform(jax.random.key(1), (1, 64, 64, 1))
     words = jnp.asarray(np.stack([case_words(str(i)) for i in range(MANY)]))
@@ -160,7 +161,7 @@ def test_enough_is_from_where_on_nothing_larger_strays(steps, expected, words):
 def test_sweeps_over_a_volume_are_a_number_that_one_program_is_given():
     traced = []
 
-    def score(results, image, keys):
+    def score(results, image, keys, groups):
         traced.append(1)
         noise = jax.vmap(lambda key: jax.random.uniform(key, image.shape[1:]))(keys)
         return image + noise, jnp.ones((*image.shape[:-1], 1))
@@ -170,33 +171,37 @@ def test_sweeps_over_a_volume_are_a_number_that_one_program_is_given():
         stride=(2, 4),
         repeats=3,
         score=score,
-        fuse=lambda averages, inside: {"maps": {"m": averages[..., 0] ** 2}},
+        fuse=lambda results, averages, inside: {"maps": {"m": averages[..., 0] ** 2}},
     )
     config = a_recipe("maemi", **{"evaluation.batch": 4})
     volume = Volume(jnp.zeros((10, 8, 1)), *[None] * (len(Volume._fields) - 1))
-    run, words = sweeper(config, replace(sweep, repeats=1), {}), case_words("a")
-    once = run(volume, words)["maps"]["m"]
+    run = sweeper(config, replace(sweep, repeats=1), {})
+    once = run(volume, "a")["maps"]["m"]
     count = len(traced)
-    again = run(volume, words, repeats=3)["maps"]["m"]
+    again = run(volume, "a", repeats=3)["maps"]["m"]
     assert len(traced) == count and np.abs(once - again).max() > 0.05
-    np.testing.assert_allclose(again, sweeper(config, sweep, {})(volume, words)["maps"]["m"], rtol=1e-6)
+    np.testing.assert_allclose(again, sweeper(config, sweep, {})(volume, "a")["maps"]["m"], rtol=1e-6)
     assert np.std(again) < np.std(once)
 
 
 def test_volumes_are_swept_from_one_mask_up_with_other_masks_each_time(monkeypatch):
-    def score(results, image, keys):
+    def score(results, image, keys, groups):
         noise = jax.vmap(lambda key: jax.random.uniform(key, image.shape[1:]))(keys)
         return image + noise, jnp.ones((*image.shape[:-1], 1))
 
     sweep = Sweep(
-        window=(4, 4), stride=(4, 4), score=score, fuse=lambda averages, inside: {"maps": {"m": averages[..., 0]}}
+        window=(4, 4),
+        stride=(4, 4),
+        score=score,
+        fuse=lambda results, averages, inside: {"maps": {"m": averages[..., 0]}},
     )
     toy = System(name="toy", stages=(), uses=(), primary="m", sweep=sweep)
     config = a_recipe("maemi", **{"evaluation.repeats": 8, "evaluation.convergence": 4, "evaluation.top": 0.1})
     rows = [Row(str(i), "", "test", i % 2, ("x",)) for i in range(4)]
 
     def prepare(row):
-        volume = Volume(np.full((8, 8, 1), row.label / 10.0, np.float32), *[None] * (len(Volume._fields) - 1))
+        level = row.label / 10 + int(row.id) / 100  # all cases have the same masks
+        volume = Volume(np.full((8, 8, 1), level, np.float32), *[None] * (len(Volume._fields) - 1))
         return Prepared(row=row, array=volume.array, geometry=None, digest="", volume=volume)
 
     monkeypatch.setattr(co, "with_number", lambda config, what, n: (config, toy))

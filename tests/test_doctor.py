@@ -197,6 +197,45 @@ def test_jax_is_asked_without_taking_the_gpu_and_its_failure_is_an_answer(monkey
     assert doctor.ask_jax().stderr == "no answer within 120 s"
 
 
+def test_a_package_that_cannot_be_imported_is_named_with_its_cause_and_not_jax(tmp_path, monkeypatch):
+    """A real process, with packages before the installed ones that fail as damaged ones do."""
+    folder = tmp_path / "broken"
+    monkeypatch.setenv("PYTHONPATH", str(folder))
+    for name, text, why in (
+        ("numpy", "raise ImportError('numpy.core: wrong ELF class')", "ImportError: numpy.core: wrong ELF class"),
+        ("scipy", "import no_such_module", "ModuleNotFoundError: No module named 'no_such_module'"),
+        ("jaxlib", "import os; raise OSError('libjax.so: file too short')", "OSError: libjax.so: file too short"),
+    ):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "__init__.py").write_text(text)
+        answer = doctor.ask_jax()
+        assert answer.broken == f"{name} cannot be imported ({why})" and not answer.backend
+        assert one(answer) == f"{answer.broken}: install it anew: {PIP} --force-reinstall {name}"
+        (folder / name / "__init__.py").unlink()
+        (folder / name).rmdir()
+    assert doctor.findings(facts(Answer("", [], "", "flax cannot be imported (x)"), flax="")) == [
+        f"flax not installed: {PIP} --upgrade flax"
+    ]
+
+
+def test_flags_with_which_jax_does_not_start_are_named(monkeypatch):
+    asked = []
+
+    def run(command, seconds, environment):
+        asked.append("XLA_FLAGS" in environment)
+        flags = "F0000 parse_flags_from_env.cc: Unknown flag in XLA_FLAGS: --xla_x=1"
+        return (
+            finished(json.dumps({"backend": "cpu", "devices": []})) if not asked[-1] else finished(err=flags, code=-6)
+        )
+
+    monkeypatch.setenv("XLA_FLAGS", "--xla_x=1")
+    monkeypatch.setattr(doctor, "run", run)
+    answer = doctor.ask_jax()
+    assert asked == [True, False] and answer.without_flags
+    line = one(answer, variables={"XLA_FLAGS": "--xla_x=1"})
+    assert line.startswith("JAX does not start with XLA_FLAGS=--xla_x=1: “F0000") and line.endswith("or correct it")
+
+
 def test_a_process_that_hangs_or_is_not_there_is_none():
     assert doctor.run([sys.executable, "-c", "import time; time.sleep(9)"], 0.2) is None
     assert doctor.run(["/no/such/program"], 1) is None

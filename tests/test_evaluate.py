@@ -16,25 +16,26 @@ from ml_collections import ConfigDict
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from jmae import evaluate as ev
-from jmae import recipe
+from jmae import inference, recipe
 from jmae.data.cases import load_rows
 from jmae.data.files import read_image, read_mask
 from jmae.data.loader import Images
 from jmae.data.manifest import Row
 from jmae.data.transforms import central, resize
 from jmae.errors import InputError, exit_code
-from jmae.inference import Scorer, restore_results, score_rows
+from jmae.fitting import restore_results
+from jmae.inference import Scorer, score_rows
 from jmae.masking import case_keys
 from jmae.run_folder import write_text
 from jmae.seen import SeenRows, write_seen
 from jmae.system import System, load_system
 
 KEYS = """
-system split n n_normal n_abnormal primary image pixel scores subsets per_patient patient_means baselines decision chi2
-alarms digests
+system split n n_normal n_abnormal primary image pixel scores subsets per_patient patient_means best_rival baselines
+decision chi2 alarms digests mask explained sizes
 """.split()
 IMAGE = {"auroc", "auroc_ci", "ap", "ap_ci", "n_normal", "n_abnormal"}
-PIXEL = {"auroc", "ap", "prevalence", "dice_best", "iou", "froc"}
+PIXEL = {"auroc", "ap", "prevalence", "dice_best", "iou", "aupro", "froc"}
 CENTRAL = "central 80%"
 
 
@@ -177,7 +178,8 @@ def test_metrics_json_has_the_keys_of_the_design(finished):
     assert metrics["scores"][metrics["primary"]] == {"image": metrics["image"], "pixel": metrics["pixel"]}
     assert metrics["scores"]["stage1"]["pixel"] is None
     assert set(metrics["baselines"]) >= {"PCA-30 error", "Mahalanobis", "5-NN"}
-    assert len({"mean intensity", "low mean intensity"} & set(metrics["baselines"])) == 1
+    for name in ("mean intensity", "standard deviation"):
+        assert len({name, f"low {name}"} & set(metrics["baselines"])) == 1
     for part in [*metrics["scores"].values(), *metrics["baselines"].values()]:
         assert set(part) == {"image", "pixel"}
     for name in ("matched", CENTRAL):
@@ -445,12 +447,12 @@ def test_a_subset_that_the_manifest_does_not_know_is_said(tools, tmp_path, capfd
     assert "warning: no column 'ward' in the manifest" in capfd.readouterr().err
 
 
-def test_other_data_go_into_a_folder_of_their_own(finished, tools, tmp_path):
+def test_other_data_go_into_a_folder_of_their_own(finished, tools, tmp_path, monkeypatch):
     manifest = tools.write_set(tmp_path / "set", {("val", 0): 1, ("new", 1): 1, ("test", 0): 2, ("test", 1): 2}, seed=7)
     run = shutil.copytree(finished, tmp_path / "run")
-    recipe = json.loads((run / "config.json").read_text())
-    recipe["data"] |= {"anomaly_ratio": 0.5, "unlabeled_size": 8, "unlabeled_labels": "gone.csv"}  # of the trained set
-    (run / "config.json").write_text(json.dumps(recipe))
+    trained = recipe.read(run)
+    trained.data.update({"anomaly_ratio": 0.5, "unlabeled_size": 8, "unlabeled_labels": "gone.csv"})
+    monkeypatch.setattr(inference, "read_run", lambda folder: trained)
     before = {path: path.read_bytes() for path in run.rglob("*.json*")}
     arguments = [f"--workdir={run}", f"--manifest={manifest}", "--out", str(tmp_path / "out")]
     assert exit_code(ev.main, arguments) == 0

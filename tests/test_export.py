@@ -8,15 +8,20 @@ from dataclasses import replace
 from pathlib import Path
 
 import jax
+import nibabel as nib
 import numpy as np
 import pytest
 from patients import SETTINGS
+from PIL import Image
+from trees import dicom_file
 
 from jmae import checkpoint, export, recipe
 from jmae.calibration import score_identity
 from jmae.data.cases import load_rows
 from jmae.errors import InputError, exit_code
-from jmae.inference import Scorer, restore_results
+from jmae.fitting import restore_results
+from jmae.inference import Scorer
+from jmae.predict import load
 from jmae.run_folder import describe_run
 from jmae.system import load_system, stage_keys
 
@@ -47,8 +52,8 @@ def test_an_exported_function_of_images_gives_the_evaluators_scores_without_jmae
     (tmp_path / "run" / "calibration.json").write_text(json.dumps(known))
     (tmp_path / "out").mkdir()
     monkeypatch.chdir(tmp_path / "out")
-    assert exit_code(export.main, [f"--workdir={tmp_path / 'run'}", "--out=.", "--batch=3"]) == 0
-    assert sorted(os.listdir(".")) == sorted([export.FUNCTION, export.WEIGHTS, export.ABOUT])
+    assert exit_code(export.main, [f"--workdir={tmp_path / 'run'}", "--out=.", "--platforms=cpu,cuda,tpu"]) == 0
+    assert sorted(os.listdir(".")) == sorted([export.STORED, export.FUNCTION, export.WEIGHTS, export.ABOUT])
     scorer = Scorer(config, system, restore_results(config, system, tmp_path / "run"))
     cases = [scorer.prepare(row) for row in rows if row.split == "test"][:3]
     expected = scorer.score(cases)
@@ -77,12 +82,12 @@ numpy.savez("found.npz", **{name.replace("/", "."): value for name, value in out
                 np.testing.assert_allclose(found[f"{kind}.{name}"][:, k], value, atol=1e-5)
         np.testing.assert_allclose(found["reconstruction"][:, k], result.reconstruction, atol=1e-5)
     about = json.loads((tmp_path / "out" / "export.json").read_text())
-    assert about["image"] == [3, 16, 16, 1] and about["primary"] == "ms_ssim" and about["replicates"] == [0, 1]
-    assert about["out"]["maps/ms_ssim"] == [2, 3, 16, 16]
+    assert about["image"] == ["batch", 16, 16, 1] and about["primary"] == "ms_ssim" and about["replicates"] == [0, 1]
+    assert about["out"]["maps/ms_ssim"] == [2, "batch", 16, 16]
     assert about["calibration"]["scores"] == known["scores"] and about["calibration"]["threshold"] == 2
     assert about["evaluation"]["masks"] == 2
 
-    for name in (export.WEIGHTS, export.FUNCTION, export.ABOUT):  # a flipped bit
+    for name in (export.WEIGHTS, export.FUNCTION, export.STORED, export.ABOUT):  # a flipped bit
         file = tmp_path / "out" / name
         content = bytearray(file.read_bytes())
         whole, content[len(content) // 2] = (
@@ -95,6 +100,59 @@ numpy.savez("found.npz", **{name.replace("/", "."): value for name, value in out
         file.write_bytes(whole)
 
 
+READERS = """
+import sys, jax, numpy, safetensors.numpy, PIL.Image, pydicom, nibabel
+call = jax.jit(jax.export.deserialize(bytearray(open("out/stored.bin", "rb").read())).call)
+weights = safetensors.numpy.load_file("out/weights.safetensors")
+read = {
+    "film.png": lambda f: (numpy.asarray(PIL.Image.open(f)), 8),
+    "deep.png": lambda f: (numpy.asarray(PIL.Image.open(f)), 16),
+    "film.dcm": lambda f: (pydicom.dcmread(f).pixel_array * 2.0 - 100, 0),
+    "film.nii": lambda f: (numpy.asarray(nibabel.load(f).dataobj).T, 0),
+}
+for name, reader in read.items():
+    values, bits = reader(name)
+    out = call(weights, numpy.float32(values)[..., None], numpy.int32(bits))
+    numpy.savez(name + ".npz", **out)
+assert not any(name.startswith("jmae") for name in sys.modules)
+"""
+
+
+def write_films(folder: Path) -> list[Path]:
+    """One film in four formats and sizes: PNG of 8 and of 16 bits, DICOM with a rescale slope, NIfTI of 2 axes."""
+    rng = np.random.default_rng(5)
+    eight, sixteen = rng.integers(0, 256, (50, 41), np.uint8), rng.integers(300, 5000, (23, 30), np.uint16)
+    Image.fromarray(eight).save(folder / "film.png")
+    Image.fromarray(sixteen).save(folder / "deep.png")
+    dicom_file(folder / "film.dcm", sixteen, RescaleSlope=2.0, RescaleIntercept=-100.0)
+    nib.save(nib.Nifti1Image(rng.normal(40, 9, (37, 28)).astype(np.float32), np.eye(4)), folder / "film.nii")
+    return [folder / name for name in ("film.png", "deep.png", "film.dcm", "film.nii")]
+
+
+@pytest.mark.parametrize("change", ["data.equalise=false", "data.equalise=true", "data.window=-90,4000"])
+def test_stored_values_get_the_scores_of_predict_without_jmae(change, tmp_path):
+    config, system = drawn([*IMAGES, change], tmp_path / "run")
+    of = score_identity(config, system, restore_results(config, system, tmp_path / "run"))
+    films = write_films(tmp_path)
+    predict = load(tmp_path / "run")
+    middle = float(np.median([predict(film).score for film in films]))
+    known = {"scores": {"a": middle, "b": 99.0, "c": -99.0}, "colours": {"low": 0, "high": 1}, "needs": [], "of": of}
+    (tmp_path / "run" / "calibration.json").write_text(json.dumps(known | {"threshold": 2.0}))
+    assert exit_code(export.main, [f"--workdir={tmp_path / 'run'}", f"--out={tmp_path / 'out'}"]) == 0
+    subprocess.run([sys.executable, "-c", READERS], cwd=tmp_path, check=True)
+    predict, p_values = load(tmp_path / "run"), set()
+    for film in films:
+        with np.load(f"{film}.npz") as file:
+            expected, found = predict(film), dict(file)
+        np.testing.assert_allclose(found["score"], expected.score, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(found["map"], expected.map, atol=1e-5)
+        if expected.score < middle - 1e-5 or expected.score > middle + 1e-5:
+            p = (1 + sum(s >= expected.score for s in known["scores"].values())) / 4
+            assert found["p_value"] == pytest.approx(p)
+            p_values.add(p)
+    assert len(p_values) > 1
+
+
 def test_an_exported_function_of_volumes_gives_the_evaluators_map(tmp_path, capfd):
     config, system = drawn(VOLUMES, tmp_path / "run")
     row = next(row for row in load_rows(config, str) if row.split == "test")
@@ -103,10 +161,10 @@ def test_an_exported_function_of_volumes_gives_the_evaluators_map(tmp_path, capf
     case = replace(case, volume=case.volume._replace(midline=None))
     size = ",".join(map(str, case.array.shape[:-1]))
     arguments = [f"--workdir={tmp_path / 'run'}", f"--out={tmp_path / 'out'}"]
-    assert exit_code(export.main, arguments) == 2
-    assert "--size has 0 numbers: write the volume's voxels" in capfd.readouterr().err
     assert exit_code(export.main, [*arguments, f"--size={size}", "--batch=2"]) == 2
     assert "--batch is for images" in capfd.readouterr().err
+    assert exit_code(export.main, arguments) == 2
+    assert "--size has 0 numbers: write the volume's voxels" in capfd.readouterr().err
     assert exit_code(export.main, [*arguments, f"--size={size}"]) == 0
     call, about = export.load(tmp_path / "out")
     found = call(case.array, export.case_words(row.id))
@@ -123,6 +181,7 @@ def test_an_exported_function_of_volumes_gives_the_evaluators_map(tmp_path, capf
         (["--out=o"], "no --workdir"),
         (["--workdir=w", "--out=o", "--batch=0"], "--batch=0: whole numbers above 0"),
         (["--workdir=w", "--out=o", "--batch=1,2"], "--batch=1,2: one number"),
+        (["--workdir=w", "--out=o", "--platforms=cpu,abacus"], "--platforms: 'abacus' is none of cpu, cuda"),
         (["--workdir=w", "--out=o", "--size=8,x"], "--size=8,x: whole numbers"),
         (["--workdir=w", "--out=o", "--config.seed=3"], "--config.seed is unknown"),
     ],

@@ -313,9 +313,15 @@ def test_a_lying_nifti_header_is_refused_without_allocating_what_it_claims(tmp_p
     assert peak < 50e6
 
 
-def test_a_real_fourth_axis_is_refused_with_a_remedy(tmp_path):
-    refused(nifti(tmp_path / "a.nii", np.zeros((4, 4, 4, 2), "f4")), "4D", "one volume a file")
-    refused(nifti(tmp_path / "a.nii", np.zeros((4, 4, 4, 1, 3), "f4")), "5D")
+@pytest.mark.parametrize("name", ["a.nii", "a.nii.gz"])
+@pytest.mark.parametrize("shape", [(4, 5, 6, 2), (4, 5, 6, 1, 3)])
+def test_a_few_volumes_on_the_fourth_axis_are_channels_and_many_are_refused_with_a_remedy(tmp_path, name, shape):
+    values = np.arange(np.prod(shape)).reshape(shape).astype("f4")
+    image = read_image(nifti(tmp_path / name, values))
+    np.testing.assert_array_equal(image.array, values.reshape(4, 5, 6, -1))
+    many = nifti(tmp_path / name, np.zeros((2, 2, 2, 17), "f4"))
+    refused(many, "4D with the size (2, 2, 2, 17)", "fslsplit", "A.nii;B.nii")
+    refused(nifti(tmp_path / name, np.zeros((2, 2, 2, 3, 2), "f4")), "5D")
 
 
 @pytest.mark.parametrize("name", ["a.nii", "a.nii.gz"])
@@ -635,7 +641,7 @@ def test_uncompressed_dicom_without_transfer_syntax_is_read_by_its_length(tmp_pa
         ({"PixelData": b"\0\0" * 20}, "less than expected"),
         ({"Rows": 3}, "more pixels"),
         ({"Rows": 65535, "Columns": 65535}, "limit"),
-        ({"Rows": 11000, "Columns": 11000}, "cannot hold"),
+        ({"Rows": 11000, "Columns": 11000}, "beyond the limit"),
         ({"NumberOfFrames": 2, "PixelData": STORED.tobytes() * 2}, "multi-frame"),
         ({"SharedFunctionalGroupsSequence": [pydicom.Dataset()]}, "multi-frame"),
         ({"PhotometricInterpretation": None}, ""),

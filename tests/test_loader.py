@@ -164,7 +164,7 @@ def test_processes_share_the_memory_that_decoded_images_may_take(images, monkeyp
 
 
 def test_all_unusable_images_are_named_at_once(tmp_path):
-    good, nan, colour, volume = np.ones((4, 4)), np.full((4, 4), np.nan), np.ones((4, 4, 4)), np.ones((4, 4, 9))
+    good, nan, colour, volume = np.eye(4), np.full((4, 4), np.nan), np.ones((4, 4, 4)), np.ones((4, 4, 9))
     nan[0] = 1
     rows = []
     for name, array in {"good": good, "nan": nan, "colour": colour, "volume": volume}.items():
@@ -189,10 +189,10 @@ def test_problems_of_one_kind_are_folded_and_counted():
 
 def test_a_colour_image_becomes_grey_where_one_channel_is_asked_for(tmp_path):
     colour = np.zeros((8, 8, 3), np.uint8)
-    colour[..., 1] = 255
+    colour[..., 1], colour[0, 0] = 255, 1
     Image.fromarray(colour).save(tmp_path / "a.png")
     row = Row(id="a", patient="", split="train", label=0, image=(str(tmp_path / "a.png"),))
-    np.testing.assert_allclose(Images([row], config()).image(np.array([0])), 0.587, atol=1e-6)
+    np.testing.assert_allclose(Images([row], config()).image(np.array([0]))[0, 4:, 4:], 0.587, atol=1e-6)
     assert Images([row], config(channels=3)).image(np.array([0])).shape == (1, 8, 8, 3)
 
 
@@ -203,6 +203,49 @@ def test_a_file_that_vanishes_after_the_start_is_named(images, tmp_path):
     with pytest.raises(InputError, match=r"2\.npy"):
         for _ in range(99):
             next(iterator)
+
+
+def test_a_file_that_turns_bad_in_mid_training_is_tried_three_times_then_quarantined(tmp_path, monkeypatch, capfd):
+    """Up to 1 % of the rows; the next row of its split and label stands in."""
+    rows = []
+    for i in range(200):
+        np.save(tmp_path / f"{i}.npy", np.full((16, 16), i, np.uint8) + np.eye(16, dtype=np.uint8))
+        split = "train" if i % 2 else "unlabeled"
+        rows.append(Row(id=f"case {i}", patient="", split=split, label=None, image=(str(tmp_path / f"{i}.npy"),)))
+    images = Images(rows, config(), tmp_path / "run" / "cache")
+    images.slots[:] = -1
+    tried, waits, real = [], [], loader.prepared_image
+    monkeypatch.setattr(loader, "prepared_image", lambda row, *more: tried.append(row.id) or real(row, *more))
+    monkeypatch.setattr(loader.time, "sleep", waits.append)
+    sound = images.image(np.array([5]))[0]
+    (tmp_path / "3.npy").unlink()
+    tried.clear()
+    for _ in range(2):
+        np.testing.assert_array_equal(images.image(np.array([3]))[0], sound)
+    assert tried == ["case 3"] * 3 + ["case 5"] * 2 and waits == list(loader.RETRIES)
+    (tmp_path / "10.npy").write_bytes(b"bad")
+    images.image(np.array([10]))
+    table = (tmp_path / "run" / "quarantine.csv").read_text().splitlines()
+    assert [line.split(",")[0] for line in table] == ["id", "case 3", "case 10"]
+    assert capfd.readouterr().err.count("its row is quarantined") == 2
+    (tmp_path / "11.npy").unlink()
+    with pytest.raises(InputError, match=r"11\.npy: not found.*; tried 3 times. 3 of 200 rows can no longer be read"):
+        images.image(np.array([11]))
+
+
+def test_a_file_that_comes_back_within_three_tries_is_read(images, monkeypatch):
+    images.slots[:] = -1
+    real, left = loader.prepared_image, [2]
+
+    def flaky(row, *more):
+        left[0] -= 1
+        if left[0] >= 0:
+            raise InputError("gone")
+        return real(row, *more)
+
+    monkeypatch.setattr(loader, "prepared_image", flaky)
+    monkeypatch.setattr(loader.time, "sleep", lambda _: None)
+    assert np.isfinite(images.image(np.array([0]))).all() and not images.quarantine
 
 
 def test_volumes_of_several_channels_come_as_they_are(tmp_path):

@@ -23,7 +23,8 @@ from jmae.data.cases import load_rows
 from jmae.data.preparation import PLS, case_words, prepared_volume
 from jmae.data.volumes import boxes_mask
 from jmae.errors import InputError, exit_code
-from jmae.inference import Scorer, restore_results
+from jmae.fitting import restore_results
+from jmae.inference import Scorer
 from jmae.masked import training
 from jmae.masking import case_keys, order_of
 from jmae.patches import patchify, unpatchify
@@ -104,7 +105,7 @@ def tiny(**changes):
         "train.mask_ratio": 0.5,
     }
     small |= {"evaluation.mask_ratio": 0.5, "evaluation.batch": 5, "evaluation.repeats": 2}
-    small |= {"evaluation.error": "all", "evaluation.filter": (3, 3, 2)}
+    small |= {"evaluation.masks_of": "case", "evaluation.error": "all", "evaluation.filter": (3, 3, 2)}
     c = config(**(small | changes))
     system = load_system(c)
     state = jax.jit(partial(system.stages[0].init, results={}, n=4))(jax.random.key(1))
@@ -198,7 +199,7 @@ def test_a_map_is_that_of_the_papers_procedure(rule, shape, midline):
     _, mae_of = masked_autoencoder(c, c.data.channels)
     array = np.random.default_rng(3).normal(0.5, 0.6, (*shape, 2)).astype(np.float32)
     run = sweeper(c, system.sweep, {"train": {"params": state.params, "stats": {}}})
-    found = run(prepared_like(array, midline), case_words("a case"))["maps"]["maemi"][0]
+    found = run(prepared_like(array, midline), "a case")["maps"]["maemi"][0]
     mae = jax.jit(lambda *arguments: mae_of(state.params)(*arguments))
     expected = procedure(c, mae, array, midline, "a case")
     assert found.shape == shape and expected.max() > 1e-3
@@ -283,7 +284,7 @@ def test_voxel_figures_follow_from_the_written_maps_inside_the_region(run):
     assert found["pixel"]["auroc"] == pytest.approx(roc_auc_score(*everything))
     assert found["pixel"]["ap"] == pytest.approx(average_precision_score(*everything))
     assert found["pixel"]["prevalence"] == pytest.approx(everything[0].mean())
-    low = {name.removeprefix("low ") for name in found["baselines"]}
+    low = {name.removeprefix("low ") for name in found["baselines"] if ": " not in name}  # but for the rivals
     assert low == {"brightness of channel 0", "brightness of channel 1", "PCA-30 error", "subtraction"}
     standard = lambda x: (x - x.mean()) / x.std()
     brightness = [standard(np.asarray(nib.load(r.image[0]).dataobj))[truth(r)[1]] for r in rows_of(run, "test")]
@@ -372,7 +373,7 @@ def test_the_prepared_case_and_the_sweep_make_the_written_map_and_reconstruction
     row = rows_of(run, "test")[3]
     volume = prepared_volume(row, c.data)
     assert volume.side == 1 and volume.midline == 9
-    out = sweep(volume, case_words(row.id))
+    out = sweep(volume, row.id)
     written = nib.load(run / "evaluation" / "maps" / f"{row.id}_anomaly.nii.gz")
     np.testing.assert_allclose(written.dataobj, volume.grid.back(out["maps"]["maemi"][0]), rtol=1e-4, atol=1e-6)
     picture = nib.load(run / "evaluation" / "maps" / f"{row.id}_recon.nii.gz")
@@ -395,7 +396,11 @@ def test_an_evaluation_may_have_other_settings_than_the_run_s(run, tmp_path, cap
 def test_every_baseline_s_map_gives_its_case_a_score_as_the_system_s_does(run):
     found = result(run)
     baselines = {name.removeprefix("low "): b["image"] for name, b in found["baselines"].items()}
-    assert set(baselines) == {"brightness of channel 0", "brightness of channel 1", "PCA-30 error", "subtraction"}
+    rivals = {f"{name}: maemi" for name in ("80 components", "blur", "5 nearest normals")}
+    cheap = {"brightness of channel 0", "brightness of channel 1", "PCA-30 error", "subtraction"}
+    assert set(baselines) == cheap | rivals and all(baselines[name] for name in rivals)
+    assert rivals <= set(found["patient_means"]) and all(found["baselines"][name]["pixel"] for name in rivals)
+    assert list(found["explained"]) == ["the network", "80 components", "blur", "5 nearest normals"]
     assert baselines.pop("subtraction") is None  # not every case has its series
     scores, labels = {0: [], 1: []}, []
     for row in rows_of(run, "test"):
@@ -426,11 +431,11 @@ def test_two_cases_of_one_bucket_share_a_program_and_little_memory_gives_the_sam
     volumes = [
         prepared_like(rng.normal(0.5, 0.3, (*size, 2)).astype(np.float32), 9) for size in ((13, 19, 7), (15, 20, 8))
     ]
-    one, _ = (sweep(volume, case_words("x"))["maps"]["maemi"][0] for volume in volumes)
+    one, _ = (sweep(volume, "x")["maps"]["maemi"][0] for volume in volumes)
     assert lowered == [16]
     small = sweeper(c, system.sweep, results)
     monkeypatch.setattr(passes, "fitting", lambda lower, batch, **_: (lower(2).compile(), 2))
-    np.testing.assert_allclose(small(volumes[0], case_words("x"))["maps"]["maemi"][0], one, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(small(volumes[0], "x")["maps"]["maemi"][0], one, rtol=1e-4, atol=1e-6)
 
 
 def test_a_region_that_is_derived_counts_in_the_figures_too(run, patients, tmp_path):

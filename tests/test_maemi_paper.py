@@ -93,7 +93,7 @@ def test_the_released_averaging_is_that_of_the_released_code(shape):
     low = [-(-(m - n) // 2) for m, n in zip(padded, shape, strict=True)]
     expected = fused[tuple(slice(a, a + n) for a, n in zip(low, shape, strict=True))]
     run = sweeper(c, system.sweep, {"train": {"params": state.params, "stats": {}}})
-    found = run(prepared_like(array, shape[1] // 2), case_words("a case"))
+    found = run(prepared_like(array, shape[1] // 2), "a case")
     assert expected.max() > 1e-3
     np.testing.assert_allclose(found["maps"]["maemi"][0], expected, rtol=1e-4, atol=1e-7)
 
@@ -114,7 +114,7 @@ def test_a_hidden_voxel_s_error_is_the_smallest_of_the_hidden_ones_in_its_box():
     _, system, state = tiny(**{"evaluation.error": "hidden"})
     image = np.random.default_rng(0).uniform(0.1, 1.4, (3, 8, 12, 4, 2)).astype(np.float32)
     keys = jax.random.split(jax.random.key(2), 3)
-    values, weights = system.sweep.score({"train": {"params": state.params}}, image, keys)
+    values, weights = system.sweep.score({"train": {"params": state.params}}, image, keys, jnp.zeros(3, int))
     error, prediction, absent = values[..., :2], values[..., 2:], np.asarray(weights)[..., 0] == 1
     assert absent.mean() == 0.5
     squared = np.asarray((image - prediction) ** 2)
@@ -177,7 +177,7 @@ def test_the_explained_variance_is_that_of_the_hidden_voxels():
 def test_the_paper_s_authors_are_named():
     root = Path(__file__).parents[1]
     names = "Daniel M. Lang, Eli Schwartz, Cosmin I. Bercea, Raja Giryes, Julia A. Schnabel"
-    for file in ("README.md", "configs/maemi.py", "jmae/systems/maemi.py", "jmae/data/volumes.py"):
+    for file in ("docs/explanation/maemi.md", "configs/maemi.py", "jmae/systems/maemi.py", "jmae/data/volumes.py"):
         text = " ".join((root / file).read_text(encoding="utf-8").split())
         assert names in text, file
     citation = (root / "CITATION.cff").read_text(encoding="utf-8")

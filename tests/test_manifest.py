@@ -8,9 +8,10 @@ import pytest
 from PIL import Image as pillow
 
 from jmae.data.files import Image, write_map
-from jmae.data.manifest import COLUMNS, Row, parse_manifest, summary
+from jmae.data.manifest import COLUMNS, Row, held_out, parse_manifest, read_cases, summary
 from jmae.data.opening import lines_of, open_each
 from jmae.errors import InputError
+from jmae.seen import SeenRows
 
 HEAD = ",".join(COLUMNS)
 GOOD = [
@@ -189,12 +190,13 @@ def test_misspelt_further_columns_are_named_and_other_words_are_not(tmp_path):
 
 
 def test_a_missing_column_is_named_with_the_nearest_one(tmp_path):
-    lines = problems(manifest(tmp_path, head="ID,patients,split,label,images,mask,boxs"))
+    lines = problems(manifest(tmp_path, head="ID,patients,Split,label,file,masks,boxs"))
     assert lines == [
         "column 'id' is missing: rename 'ID'",
         "column 'patient' is missing: rename 'patients'",
-        "column 'image' is missing: rename 'images'",
-        "column 'region' is missing: add it, empty if there is nothing to say",
+        "column 'split' is missing: rename 'Split'",
+        "column 'image' is missing: add it",
+        "column 'mask' is missing: rename 'masks'",
         "column 'boxes' is missing: rename 'boxs'",
     ]
     assert problems(manifest(tmp_path, head=HEAD + ",mask")) == ["column 'mask' is there 2 times: keep one"]
@@ -212,6 +214,30 @@ def test_all_problems_are_told_at_once_and_many_of_a_kind_are_counted(tmp_path):
 def test_duplicate_ids_are_refused_even_where_one_row_is_ignored(tmp_path):
     (line,) = problems(manifest(tmp_path, "a,P,test,0,a.png,,", "b,P,test,0,b.png,,", "a,Q,extra,0,c.png,,"))
     assert line == "id 'a' is in lines 2, 4: give each row its own"
+
+
+SPELLINGS = [
+    ("P1", "p1"),
+    ("Ångström", "A\u030angstro\u0308m"),
+    ("ﬁle", "file"),
+    ("a  b", "a b"),
+    ("Straße", "STRASSE"),
+]
+
+
+@pytest.mark.parametrize("first, second", SPELLINGS)
+def test_names_that_differ_by_case_unicode_form_or_spaces_alone_are_one(tmp_path, first, second):
+    parse = lambda *lines: parse_manifest(manifest(tmp_path, *lines))[2]
+    (leak,) = parse(f"x,{first},train,0,a.png,,", f"y,{second},test,0,b.png,,")
+    assert f"patient {first!r} or {second!r} is in train and test" in leak
+    (repeated,) = parse(f"{first},,train,0,a.png,,", f"{second},,train,0,b.png,,")
+    assert f"id {first!r} or {second!r} is in lines 2, 3: give each row its own" in repeated
+    assert not parse(f"x,{first},train,0,a.png,,", f"y,{second},train,0,b.png,,")
+    seen = SeenRows([Row("x", first, "train", 0, ())])
+    assert seen.leak(Row("y", second, "test", 0, ()), "test") == "the patient of y is that of x, train of the run"
+    rows = [Row(f"i{i}", f"P{i // 2}" if i % 2 else f"p{i // 2}", "train", 0, ()) for i in range(40)]
+    apart = held_out(rows, 0.1)
+    assert apart.any() and (apart[::2] == apart[1::2]).all()
 
 
 def test_blank_patients_are_patients_of_their_own(tmp_path):
@@ -241,18 +267,40 @@ def test_unlabeled_rows_lose_label_mask_and_boxes_and_it_is_said(tmp_path):
     [
         (b"", "is empty"),
         (b"\n\n", "is empty"),
-        (HEAD.replace(",", ";").encode() + b"\na;P;train;0;a.png;;\n", "separated by semicolons"),
-        (HEAD.replace(",", "\t").encode() + b"\n", "separated by tabs"),
-        ("id,Größe".encode("latin-1"), "not UTF-8"),
-        (HEAD.encode("utf-16"), "not UTF-8"),
+        (HEAD.encode("utf-16"), "neither UTF-8 nor Latin-1"),
+        ("id,image,split,Größe".encode("mac-roman"), "neither UTF-8 nor Latin-1"),
         (HEAD.encode() + b'\n"a,P,train,0,a.png,,\nb,Q,test,0,b.png,,\n', "quotes"),
-        (b"\x89PNG\r\n\x1a\n", "not UTF-8"),
+        (b"\x89PNG\r\n\x1a\n", "neither UTF-8 nor Latin-1"),
     ],
 )
 def test_files_that_are_no_such_csv_are_refused(tmp_path, data, word):
     (tmp_path / "m.csv").write_bytes(data)
     (line,) = problems(tmp_path / "m.csv")
     assert word in line
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "latin-1"])
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+def test_separators_and_encodings_of_spreadsheets_make_no_difference(tmp_path, separator, encoding):
+    lines = [COLUMNS, ("ä1", "Müller", "train", "0", "ä.png", "", ""), ("t", "ß", "test", "1", "a.png;b.png", "", "")]
+    with (tmp_path / "m.csv").open("w", encoding=encoding, newline="") as file:
+        csv.writer(file, delimiter=separator).writerows(lines)
+    first, second = rows_of(tmp_path / "m.csv")
+    assert first == Row("ä1", "Müller", "train", 0, (f"{tmp_path}/ä.png",))
+    assert (second.patient, second.image) == ("ß", (f"{tmp_path}/a.png", f"{tmp_path}/b.png"))
+
+
+def test_split_and_image_are_enough_and_files_name_the_cases(tmp_path):
+    rows = ["train,x/a.nii.gz;x/b.nii.gz", "test,y/a.nii.gz", "test,c.png", "test,c.jpg"]
+    found = rows_of(manifest(tmp_path, *rows, head="split,image"))
+    assert [row.id for row in found] == ["x_a", "y_a", "c.png", "c.jpg"]  # by hand: what tells them apart
+    assert all((row.patient, row.label, row.mask, row.region, row.extra) == ("", None, None, None, {}) for row in found)
+    assert problems(manifest(tmp_path, "train,,", head="split,image,mask")) == [
+        "line 2: image '' is empty, has an empty channel or one twice: name one file a channel"
+    ]
+    (line,) = problems(manifest(tmp_path, "train,a.png", "test,a.png", head="split,image"))
+    assert line.startswith("no column id, and ") and "a.png: is (the first file of) two cases" in line
+    assert [row.id for row in read_cases(manifest(tmp_path, "x/a.png", "b.png", head="image"), "new")] == ["a", "b"]
 
 
 def test_a_missing_manifest_or_a_folder_is_refused(tmp_path):

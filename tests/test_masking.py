@@ -4,9 +4,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.stats
 
 from jmae.errors import InputError
-from jmae.masking import case_keys, hidden, order_of, random_mask, sample_keys, take, visible_tokens
+from jmae.masking import (
+    case_keys,
+    group_mask,
+    groups_of,
+    hidden,
+    order_of,
+    random_mask,
+    run_masks,
+    sample_keys,
+    standard_error,
+    take,
+    visible_tokens,
+)
 
 
 @pytest.mark.parametrize(
@@ -67,3 +80,37 @@ def test_case_keys_use_both_words():
     data = np.asarray(jax.random.key_data(case_keys(key, cases)))
     assert len({row.tobytes() for row in data[:4]}) == 4
     assert np.array_equal(data[0], data[4])
+
+
+@pytest.mark.parametrize(("tokens", "visible"), [(12, 3), (14, 4)])
+def test_a_round_of_a_run_s_masks_is_a_partition_of_the_tokens(tokens, visible):
+    groups = groups_of(tokens, visible)
+    keep, restore = run_masks(jax.random.key(5), jnp.arange(4 * groups), tokens, visible)
+    rounds = np.asarray(keep).reshape(4, groups, visible)
+    for one in rounds:  # no token is shown twice in a round
+        assert len(set(one.ravel().tolist())) == groups * visible
+    assert len({one.tobytes() for one in rounds}) == 4
+    away = np.asarray(hidden(restore, visible))
+    assert all(set(np.flatnonzero(~a)) == set(np.asarray(k).tolist()) for a, k in zip(away, keep, strict=True))
+    if tokens % visible == 0:
+        assert (away.sum(0) == 4 * (groups - 1)).all()
+    tokens_of = jnp.arange(tokens * 2.0).reshape(1, tokens, 2)
+    order = jnp.argsort(restore, axis=1)
+    assert all(
+        np.array_equal(take(take(tokens_of, o[None]), r[None]), tokens_of) for o, r in zip(order, restore, strict=True)
+    )
+
+
+def test_a_run_s_mask_depends_on_key_and_number_alone_and_group_0_is_a_random_mask():
+    key, numbers = jax.random.key(1), jnp.array([6, 1])
+    some, every = run_masks(key, numbers, 12, 3)[1], run_masks(key, jnp.arange(8), 12, 3)[1]
+    assert np.array_equal(some, every[numbers])
+    assert not np.array_equal(run_masks(jax.random.key(2), jnp.arange(8), 12, 3)[1], every)
+    keys = jax.random.split(key, 5)
+    for ours, plain in zip(group_mask(keys, jnp.zeros(5, int), 12, 3), random_mask(keys, 12, 3), strict=True):
+        assert np.array_equal(ours, plain)
+
+
+def test_the_standard_error_is_that_of_a_mean():
+    values = np.random.default_rng(0).normal(size=(3, 7))
+    np.testing.assert_allclose(standard_error(jnp.asarray(values)), scipy.stats.sem(values, axis=1), rtol=1e-5)

@@ -32,6 +32,7 @@ data.phantom= data.size=24,16 model.patch=8,4 model.width=24 model.heads=2 model
 model.decoder_width=16 model.decoder_heads=2 model.decoder_depth=1 model.long_skips=false
 train.batch=4 train.steps=6 checkpoint_every=4 log_every=3
 evaluation.masks=3 evaluation.batch=4 evaluation.window=3,3 evaluation.scales=0.5,0.5 evaluation.average=all
+evaluation.masks_of=case
 """.split()
 VOLUMES = """
 model.depth=1 evaluation.scales=1.0
@@ -319,7 +320,7 @@ def test_windows_of_volumes_have_their_maps_by_name_in_the_span_of_the_clipping(
     system, _, state = started(c)
     image = jnp.asarray(batch(2, (8, 8, 4), 2)["image"])
     keys = jax.random.split(KEY, 2)
-    score = jax.jit(lambda params: system.sweep.score({"train": {"params": params}}, image, keys))
+    score = jax.jit(lambda params: system.sweep.score({"train": {"params": params}}, image, keys, jnp.zeros(2, int)))
     values, weights = score(state.params)
     assert (weights == 1).all() and weights.shape == (2, 8, 8, 4, 1)
     inside = np.ones((8, 8, 4), bool)
@@ -328,7 +329,7 @@ def test_windows_of_volumes_have_their_maps_by_name_in_the_span_of_the_clipping(
     clipped, span = jnp.clip(image, 0.2, 0.9), jnp.full(2, 0.7)
     d, _, error, picture = maps_by_hand(c, mae_of(state.params), clipped, span, keys, jnp.arange(1))
     for i in range(2):
-        out = system.sweep.fuse(values[i], inside)
+        out = system.sweep.fuse({}, values[i], inside)
         cells = np.kron(d[i].reshape(2, 4, 2, 4, 2, 2).mean((1, 3, 5)), np.ones((4, 4, 2)))
         maps = out["maps"]
         assert set(maps) == {"ms_ssim", "ms_ssim_patches", "mse"}
@@ -407,7 +408,7 @@ def test_volumes_go_through_the_same_code(tmp_path):
     assert exit_code(train.main, given) == 0
     metrics = json.loads((tmp_path / "run" / "evaluation" / "metrics.json").read_text())
     assert metrics["primary"] == "mse" and metrics["pixel"] == metrics["scores"]["mse"]["pixel"]
-    assert set(metrics["scores"]) == {"ms_ssim", "ms_ssim_patches", "mse"}
+    assert set(metrics["scores"]) == {"ms_ssim", "ms_ssim_patches", "mse", "tokens"}
     assert metrics["pixel"]["auroc"] == pytest.approx(voxel_auroc(manifest, tmp_path / "run"))
     names = sorted(path.name for path in (tmp_path / "run" / "evaluation" / "maps").iterdir())
     volume = read_image(str(tmp_path / "run" / "evaluation" / "maps" / names[0]))

@@ -167,7 +167,7 @@ def test_windows_of_volumes_weigh_by_what_is_hidden():
     c = config(*VOLUMES, "evaluation.average=hidden", preset="small3d")
     system, _, state = started(c)
     image, keys = jnp.asarray(batch(2, (8, 8, 4), 2)["image"]), jax.random.split(KEY, 2)
-    score = jax.jit(lambda params: system.sweep.score({"train": {"params": params}}, image, keys))
+    score = jax.jit(lambda params: system.sweep.score({"train": {"params": params}}, image, keys, jnp.zeros(2, int)))
     _, weights = score(state.params)
     _, restore = random_mask(fold_in(keys, 0), 8, 2)
     away = jnp.broadcast_to(hidden(restore, 2)[..., None], (2, 8, 32))

@@ -7,11 +7,12 @@ import tracemalloc
 
 import numpy as np
 import pytest
-from scipy import stats
+from scipy import ndimage, stats
 from sklearn import metrics as sk
 
 from jmae import metrics
 from jmae.errors import InputError
+from jmae.lesions import lesion_sizes
 
 
 def random_cases(n=60):
@@ -332,7 +333,78 @@ def test_pools_up_to_the_limit_are_exact():
         got = pooled((labels, scores)).result()
         assert got["auroc"] == pytest.approx(sk.roc_auc_score(labels, scores), abs=1e-12)
         assert got["ap"] == pytest.approx(sk.average_precision_score(labels, scores), abs=1e-12)
-        assert set(got) == {"auroc", "ap", "prevalence", "dice_best", "iou", "froc"}
+        assert set(got) == {"auroc", "ap", "prevalence", "dice_best", "iou", "aupro", "froc"} and got["aupro"] is None
+
+
+def lesioned(rng, shape, lesions, levels=0):
+    """(mask, map, region, sizes) with blocks as lesions, some of which the region cuts; `levels`: so many scores."""
+    mask = np.zeros(shape, bool)
+    for _ in range(lesions):
+        start = [int(rng.integers(0, n - 2)) for n in shape]
+        mask[tuple(slice(a, a + int(rng.integers(1, 5))) for a in start)] = True
+    scores = rng.normal(size=shape).astype(np.float32) + mask
+    scores = np.round(scores * levels) / levels if levels else scores
+    region = rng.random(shape) < 0.9
+    return mask, scores, region, lesion_sizes(mask & region)
+
+
+def aupro_by_hand(images, limit=0.3):
+    """Every distinct score is a threshold: trapezoids under the mean overlap of lesions, cut off at the limit."""
+    outside = np.concatenate([s[r & ~m] for m, s, r, _ in images])
+    inside = []
+    for mask, scores, region, _ in images:
+        labels, n = ndimage.label(mask & region, np.ones((3,) * mask.ndim))
+        inside += [scores[labels == k] for k in range(1, n + 1)]
+    thresholds = np.unique(np.concatenate([outside, *inside]))[::-1]
+    fpr = np.array([0.0, *((outside >= t).mean() for t in thresholds)])
+    pro = np.array([0.0, *(np.mean([(one >= t).mean() for one in inside]) for t in thresholds)])
+    last = int(np.searchsorted(fpr, limit, "right"))  # beyond the limit
+    cut = np.interp(limit, fpr[last - 1 : last + 1], pro[last - 1 : last + 1])
+    return np.trapezoid(np.r_[pro[:last], cut], np.r_[fpr[:last], limit]) / limit
+
+
+@pytest.mark.parametrize("levels", [0, 1, 3])
+@pytest.mark.parametrize("shape", [(17, 13), (9, 8, 6)])
+def test_aupro_is_the_area_under_the_overlap_of_lesions(levels, shape, monkeypatch):
+    rng = np.random.default_rng(levels)
+    images = [lesioned(rng, shape, lesions, levels) for lesions in (0, 3, 5)]
+    images[0] = (*images[0][:3], None)  # a normal image needs no sizes
+    expected = aupro_by_hand(images)
+    pool = pooled(*images)
+    assert 0.15 < pool.result()["aupro"] == pytest.approx(expected, abs=1e-6)
+    negated = [(m, -s, r, sizes) for m, s, r, sizes in images]
+    assert pool.negated().result()["aupro"] == pytest.approx(aupro_by_hand(negated), abs=1e-6)
+    for limit in (0, images[0][2].sum(), 10**9):  # counted in bins from the start, from the second image on, never
+        monkeypatch.setattr(metrics, "EXACT", limit)
+        binned = pooled(*images)
+        got = binned.result()
+        assert (binned.counts is None) == (limit == 10**9)
+        assert abs(got["aupro"] - expected) <= got.get("aupro_error", 0) + 1e-6
+        assert got.get("aupro_error", 0) < 2e-3 or levels
+        assert abs(binned.negated().result()["aupro"] - aupro_by_hand(negated)) <= got.get("aupro_error", 0) + 1e-3
+
+
+def test_aupro_of_maps_whose_value_is_known():
+    mask = np.zeros((10, 10), bool)
+    mask[0, 0], mask[5:9, 5:9] = True, True  # 83 negatives
+    sizes = lesion_sizes(mask)
+    assert sorted(np.unique(sizes)) == [0, 1, 16] and pooled((mask, mask * 1.0, None, sizes)).result()["aupro"] == 1
+    assert pooled((mask, np.ones(mask.shape), None, sizes)).result()["aupro"] == pytest.approx(0.15)  # says nothing
+    large = mask * 1.0
+    large[0, 0] = -1  # the small lesion is never found: it counts as much as the large one
+    assert pooled((mask, large, None, sizes)).result()["aupro"] == pytest.approx(0.5)
+    assert pooled((mask, large, None, sizes), (mask, large)).result()["aupro"] is None
+    assert math.isnan(pooled((~(mask | ~mask), large)).result()["aupro"])
+
+
+def test_aupro_of_hostile_scores_is_within_its_bound(monkeypatch):
+    for name, y, s in hostile_cases():
+        sizes = 1 + np.arange(y.size) % 7  # any weights
+        monkeypatch.setattr(metrics, "EXACT", 1 << 27)
+        exact = pooled((y, s, None, sizes)).result()["aupro"]
+        monkeypatch.setattr(metrics, "EXACT", 0)
+        got = pooled((y, s, None, sizes)).result()
+        assert abs(got["aupro"] - exact) <= got["aupro_error"] + 1e-6, name
 
 
 def test_the_true_figures_are_within_the_bounds_of_the_bins(monkeypatch):
@@ -416,7 +488,7 @@ def test_a_binned_pool_of_one_class_is_nan(monkeypatch):
     monkeypatch.setattr(metrics, "EXACT", 0)
     for label in (False, True):
         got = pooled((np.full(3, label), np.ones(3))).result()
-        assert all(math.isnan(got[k]) for k in ("auroc", "ap", "dice_best", "iou", "auroc_error", "ap_error"))
+        assert all(math.isnan(got[k]) for k in ("auroc", "ap", "dice_best", "iou", "aupro", "auroc_error", "ap_error"))
         assert got["prevalence"] == label
 
 

@@ -28,7 +28,7 @@ KEY = jax.random.key(0)
 TINY = """
 data.phantom= data.size=16,16 model.widths=3,4 model.base=3 model.latent_levels=2 train.batch=4 train.steps=6
 train.validate_every=2 train.validation_samples=4 anomaly.patch=0.2,0.6 evaluation.samples=3 checkpoint_every=4
-log_every=3
+log_every=3 evaluation.masks_of=case
 """.split()
 VOLUMES = """
 data.size=8,8,4 data.channels=2 data.normal_crops_only=false evaluation.stride=4,4,2 evaluation.batch=8

@@ -3,6 +3,7 @@ what they claim. Most use systems of a few lines instead of trained ones: the co
 
 import csv
 import gzip
+import json
 import os
 import shutil
 import struct
@@ -21,7 +22,8 @@ from test_files import dicom
 from test_series import series
 
 import jmae
-from jmae import evaluate, inputs, passes, predict, recipe
+from jmae import evaluate, fusion, inputs, passes, predict, recipe
+from jmae.data import names
 from jmae.data.cases import load_rows
 from jmae.data.files import read_image
 from jmae.data.transforms import resize, to_unit
@@ -45,12 +47,12 @@ def bright(results, batch, key, *, chunk=None):
     return {"maps": {"bright": maps}, "scores": scores, "confidence": each.std(0)}
 
 
-def window_bright(results, image, keys):
+def window_bright(results, image, keys, groups):
     noise = jax.vmap(lambda key: jax.random.uniform(key, image.shape[1:-1]))(keys)
     return jnp.concatenate([image, noise[..., None]], -1), jnp.ones((*image.shape[:-1], 1))
 
 
-def fuse(averages, inside):
+def fuse(results, averages, inside):
     maps = averages[..., :2].mean(-1) + 0.1 * averages[..., 2]
     return {"maps": {"bright": jnp.where(inside, maps, 0)}, "reconstruction": averages[..., :2]}
 
@@ -110,7 +112,7 @@ def volume(path: Path, seed: int = 0, size=(11, 9, 7), affine=patients.AFFINE) -
 
 def left(out: Path) -> set[str]:
     """All files of a folder of predictions but its record of what is done."""
-    return set(os.listdir(out)) - {predict.DONE} if out.exists() else set()
+    return set(os.listdir(out)) - {predict.DONE, ".lock"} if out.exists() else set()
 
 
 # --- what is written --------------------------------------------------------------------------------------------------
@@ -125,7 +127,7 @@ def test_predict_repeats_evaluate(finished, small_set, tmp_path):
     file = {name: next(f for f in small_set.parent.glob(f"{name}.*")) for name in evaluated}
     assert run(finished, tmp_path / "all", *file.values()) == 0
     predicted = table(tmp_path / "all" / "scores.csv")
-    assert predicted == {name: line | {"label": ""} for name, line in evaluated.items()}
+    assert predicted == {name: line | {"label": "", "warning": ""} for name, line in evaluated.items()}
     assert list(predicted) == list(evaluated) and all(0 < float(line["p_value"]) <= 1 for line in predicted.values())
     for written in (before / "maps").iterdir():
         assert written.read_bytes() == (tmp_path / "all" / written.name).read_bytes()
@@ -140,6 +142,78 @@ def test_predict_repeats_evaluate(finished, small_set, tmp_path):
     assert one.map.dtype == np.float32 and one.confidence is None
 
 
+def test_a_case_unlike_the_training_has_a_warning_and_no_calm_p_value(finished, small_set, tmp_path, capfd):
+    file = next(small_set.parent.glob("test-0-0.*"))
+    usual = read_image(file).array[..., 0].astype(np.uint8)
+    cases = {
+        "usual": usual,
+        "thumbnail": usual[::5, ::5],
+        "noise": np.random.default_rng(0).integers(0, 256, usual.shape, np.uint8),
+    }
+    for name, array in cases.items():
+        Image.fromarray(array).save(tmp_path / f"{name}.png")
+    assert run(finished, tmp_path / "out", *(tmp_path / f"{name}.png" for name in cases)) == 0
+    lines = table(tmp_path / "out" / "scores.csv")
+    warned = {name: line["warning"].split(" ")[0] for name, line in lines.items()}
+    assert warned == {"usual": "", "thumbnail": "smallest", "noise": "roughness"}
+    assert lines["usual"]["p_value"]
+    for name in list(cases)[1:]:
+        assert not lines[name]["p_value"] or float(lines[name]["p_value"]) <= 0.05
+    one = jmae.load(finished)(tmp_path / "thumbnail.png")
+    assert one.warning == lines["thumbnail"]["warning"] and "axis 8, trained on" in one.warning
+    assert "thumbnail: warning: unlike the images" in capfd.readouterr().err
+
+
+def test_a_calibrated_run_gives_a_mask_at_the_alarm_rate(finished, small_set, tmp_path, capfd):
+    content = json.loads((finished / "calibration.json").read_text())
+    threshold = sorted(content["peaks"])[-2]  # of 3 normals, half of 4
+    files = [next(small_set.parent.glob(f"test-{name}.*")) for name in ("0-0", "1-0", "1-1")]
+    rate = "--config.evaluation.alarm_rate=0.5"
+    assert run(finished, tmp_path / "out", *files, rate) == 0
+    for file in files:
+        heat = read_image(tmp_path / "out" / f"{file.stem.split('.')[0]}_anomaly.tif").array[..., 0]
+        mask = read_image(tmp_path / "out" / f"{file.stem.split('.')[0]}_mask.tif")
+        np.testing.assert_array_equal(mask.array[..., 0], heat > threshold)
+        assert mask.bits == 8
+    assert run(finished, tmp_path / "calm", files[0]) == 0 and not list((tmp_path / "calm").glob("*_mask*"))
+    assert run(finished, tmp_path / "least", files[0], rate, "--config.evaluation.mask_least=4") == 2
+    assert "the run is calibrated for 0" in capfd.readouterr().err
+    out = f"--out={tmp_path / 'evaluated'}"
+    assert exit_code(evaluate.main, [f"--workdir={finished}", out, rate]) == 0
+    found = json.loads((tmp_path / "evaluated" / "metrics.json").read_text())["mask"]
+    assert found["threshold"] == threshold and found["images"] == 11 and 0 < found["lesion_recall"] <= 1
+    page = (tmp_path / "evaluated" / "report.html").read_text()
+    assert "As a mask" in page and "at most 50 in 100" in page
+
+
+def test_two_runs_give_one_answer(finished, small_set, tmp_path, capfd):
+    """A run and its copy: the p-values stay, the map is the run's own on its colour scale."""
+    copy = tmp_path / "copy"
+    shutil.copytree(finished, copy)
+    files = [next(small_set.parent.glob(f"test-{name}.*")) for name in ("0-0", "1-0", "1-1")]
+    words = [f"--workdir={finished}", "--workdir", str(copy), f"--out={tmp_path / 'out'}", *map(str, files)]
+    assert exit_code(predict.main, words) == 0
+    alone, both = table(tmp_path / "out" / "1" / "scores.csv"), table(tmp_path / "out" / "scores.csv")
+    assert alone == table(tmp_path / "out" / "2" / "scores.csv") and list(both) == list(alone)
+    calibration = json.loads((finished / "calibration.json").read_text())
+    normals, (low, high) = np.array(list(calibration["scores"].values())), calibration["colours"].values()
+    for name, line in both.items():
+        score = float(alone[name]["score"])
+        expected = fusion.normal_scores(normals, np.array([score]))[0]
+        assert float(line["score"]) == pytest.approx(expected) and line["p_value"] == alone[name]["p_value"]
+        own, heat = (read_image(next((tmp_path / "out" / f).glob(f"{name}_anomaly.tif"))) for f in ("1", "."))
+        np.testing.assert_allclose(heat.array, (own.array - low) / (high - low), rtol=1e-5, atol=1e-6)
+    further = [*words, "--continue"]
+    assert exit_code(predict.main, further) == 0 and table(tmp_path / "out" / "scores.csv") == both
+    assert exit_code(evaluate.main, [*words[:3], f"--out={tmp_path / 'evaluated'}"]) == 0
+    found = json.loads((tmp_path / "evaluated" / "metrics.json").read_text())
+    assert found["scores"]["fused"]["auroc"] == found["scores"][finished.name]["auroc"]
+    assert all(one["auroc"] == 0 for one in found["differences"].values()) and len(found["differences"]) == 2
+    (copy / "calibration.json").unlink()
+    assert exit_code(predict.main, words) == 2
+    assert f"{copy}: is not calibrated" in capfd.readouterr().err
+
+
 def test_images_of_any_name_from_folders_keep_their_grid(images_run, tmp_path, capfd):
     folder, out = tmp_path / "cases", tmp_path / "out"
     words = ["a b.PNG", "Zürich 影像.png", "1.2.840", ".hidden.png", "sub/a b.png", "sub/x;y.png", "x" * 240]
@@ -148,7 +222,7 @@ def test_images_of_any_name_from_folders_keep_their_grid(images_run, tmp_path, c
     dicom(folder / "sub" / "plain.dcm", np.arange(30 * 20, dtype=np.uint16).reshape(20, 30))
     assert run(images_run, out, folder, picture(tmp_path / "one.png", 9)) == 0
     ids = set(table(out / "scores.csv"))
-    long = inputs.id_of("x" * 240)
+    long = names.id_of("x" * 240)
     assert ids == {"cases_a b", "sub_a b", "Zürich 影像", "1.2.840", "x;y", long, "plain", "one"}
     assert len(long.encode()) == 200 and "hidden" not in " ".join(os.listdir(out))
     assert left(out) == {f"{i}_{end}" for i in ids for end in ("anomaly.tif", "confidence.tif", "overlay.png")} | {
@@ -159,7 +233,8 @@ def test_images_of_any_name_from_folders_keep_their_grid(images_run, tmp_path, c
         with Image.open(out / f"{name}_overlay.png") as overlay:
             assert overlay.size == (30, 20)
     lines = table(out / "scores.csv")
-    assert list(lines["one"]) == ["id", "label", "score", "p_value", "peak"] and lines["one"]["p_value"] == ""
+    assert list(lines["one"]) == ["id", "label", "score", "p_value", "score_error", "peak", "warning"]
+    assert lines["one"]["p_value"] == lines["one"]["score_error"] == ""
     array = read_image(tmp_path / "one.png").array[..., 0].astype(np.uint8)
     one = jmae.load(images_run)(array, id="one")
     expected = resize(to_unit(array[..., None], 8), SIZE)
@@ -186,7 +261,7 @@ def test_volumes_of_several_sequences_and_series_keep_their_grid(tmp_path, monke
     np.testing.assert_array_equal(array.map, both.map)
 
     single = write_run(tmp_path / "single", VOLUMES, monkeypatch, **{"data.channels": 1})
-    one = lambda results, image, keys: window_bright(results, jnp.concatenate([image, image], -1), keys)
+    one = lambda results, image, *random: window_bright(results, jnp.concatenate([image, image], -1), *random)
     system = replace(VOLUMES, sweep=replace(VOLUMES.sweep, score=one))
     for module in (predict, evaluate):
         monkeypatch.setattr(module, "load_system", lambda config: system)
@@ -215,7 +290,7 @@ def test_regions_and_midlines_are_taken_and_give_the_p_values_of_evaluate(tmp_pa
     )
     assert run(workdir, tmp_path / "out", f"--manifest={tmp_path / 'cases.csv'}") == 0
     predicted = table(tmp_path / "out" / "scores.csv")
-    assert predicted == {name: line | {"label": ""} for name, line in evaluated.items()}
+    assert predicted == {name: line | {"label": "", "warning": ""} for name, line in evaluated.items()}
     assert "only cases with a region and a midline get p-values" in capfd.readouterr().err
     of, row = jmae.load(workdir), asked[0]
     inside, middle = nib.load(row.region).get_fdata(), row.extra["midline"]
@@ -265,8 +340,8 @@ def test_an_array_without_affine_has_the_runs_axes(tmp_path, monkeypatch):
     pair = [str(volume(tmp_path / f"{part}.nii.gz", i, affine=affine)) for i, part in enumerate("ab")]
     stack = np.stack([nib.load(file).get_fdata() for file in pair], -1)
     of = jmae.load(workdir)
-    np.testing.assert_array_equal(of(stack, spacing=(2, 3, 4), id="a").map, of(pair).map)
-    assert not np.array_equal(of(stack, spacing=(2, 3, 4), id="other").map, of(pair).map)
+    np.testing.assert_array_equal(of(stack, spacing=(2, 3, 4), id="other").map, of(pair).map)
+    assert not np.array_equal(of(stack[::-1], spacing=(2, 3, 4)).map, of(pair).map)
 
 
 def test_arrays_that_cannot_be_used_are_refused_in_one_line(images_run, tmp_path):
@@ -384,7 +459,7 @@ def test_damaged_images_are_refused_each_in_a_line_and_the_others_go_on(images_r
 
 def test_damaged_volumes_are_refused_each_in_a_line_and_the_others_go_on(tmp_path, monkeypatch, capfd):
     workdir, folder = write_run(tmp_path / "run", VOLUMES, monkeypatch, **{"data.channels": 1}), tmp_path / "bad"
-    one = lambda results, image, keys: window_bright(results, jnp.concatenate([image, image], -1), keys)
+    one = lambda results, image, *random: window_bright(results, jnp.concatenate([image, image], -1), *random)
     system = replace(VOLUMES, sweep=replace(VOLUMES.sweep, score=one))
     for module in (predict, evaluate):
         monkeypatch.setattr(module, "load_system", lambda config: system)

@@ -186,7 +186,7 @@ def test_nnunet_joins_channels_and_takes_labels_from_segmentations(dataset, tmp_
     names = [f"b_1_{k:04d}.nii.gz" for k in range(2)]
     assert rows["b_1"].image == tuple(str(dataset / "imagesTr" / name) for name in names)
     assert "3 cases of FLAIR + T1" in said and "caution: every class above 0 counts as lesion: tumour, oedema" in said
-    assert "give the recipe --config.data.normal_crops_only=True --config.data.channels=2" in said
+    assert "--config.data.channels=2 --config.data.normal_crops_only=True" in said
     volume(dataset / "labelsTs" / "b_3.nii.gz", lesion())
     rows, _ = prepared(capsys, "nnu-net", f"--root={dataset}", out=tmp_path / "two", crops=True, normal_crops_only=True)
     assert rows["b_3"].label == 1 and rows["b_3"].mask == str(dataset / "labelsTs" / "b_3.nii.gz")
@@ -234,14 +234,14 @@ def test_nnunet_without_dataset_json_takes_the_usual_ending_and_says_what_lesion
 
 def test_a_folder_of_many_files_takes_time_in_proportion(tmp_path, monkeypatch, capfd):
     names = [f"{i}.{'png' if i % 2 else 'txt'}" for i in range(20_000)]
-    monkeypatch.setattr(folders.os, "walk", lambda folder: [(str(folder), [], names)])
+    monkeypatch.setattr(folders, "walk", lambda folder: [(folder, names)])
     monkeypatch.setattr(folders, "is_dicom", lambda file: False)
     began, other = time.process_time(), []
-    assert len(list(folders.cases(tmp_path, other))) == len(other) == 10_000
+    assert len(list(folders.cases(tmp_path, other, {}))) == len(other) == 10_000
     assert time.process_time() - began < 10  # a search in a list for each of them takes minutes
     monkeypatch.setattr(folders, "SECONDS_BETWEEN_LINES", 0)
     del names[3:]
-    assert [path.name for path in folders.cases(tmp_path, other)] == ["1.png"]
+    assert [path.name for path in folders.cases(tmp_path, other, {})] == ["1.png"]
     assert f"{tmp_path}: 2 files read" in capfd.readouterr().err
 
 
@@ -252,7 +252,7 @@ def test_a_data_json_of_ddad_is_taken_as_it_is(tmp_path, capsys):
         picture(root / "train_png_512" / name)
     about = {"train": {"0": names["a"], "unlabeled": {"0": names["b"], "1": names["c"]}}}
     about["test"] = {"0": names["d"], "1": names["e"]}
-    assert "data.json: not found" in refused(capsys, "ddad", f"--root={root}", out=out)[0]
+    assert "has no data.json or rsna_data.json" in refused(capsys, "ddad", f"--root={root}", out=out)[0]
     (root / "data.json").write_text(json.dumps(about))
     rows, said = prepared(capsys, "ddad", f"--root={root}", out=out)
     assert kinds(rows) == {
@@ -261,7 +261,7 @@ def test_a_data_json_of_ddad_is_taken_as_it_is(tmp_path, capsys):
         ("test", 0, False): 1,
         ("test", 1, False): 1,
     }
-    assert "unlabeled_labels.csv for a sweep" in said
+    assert f"--config.data.unlabeled_labels={out}/unlabeled_labels.csv" in said
     assert (out / "unlabeled_labels.csv").read_text().splitlines() == ["id,label", "b0,0", "c0,1", "c1,1"]
     del about["train"]["unlabeled"], about["test"]["0"]
     (root / "data.json").write_text(json.dumps(about))
@@ -345,9 +345,9 @@ def test_bids_asks_for_sequences_where_there_are_several(bids, tmp_path, capsys)
     assert "1 sessions with several T1w" in said
     rows, _ = prepared(capsys, "bids", f"--root={bids}", "--sequences=acq-fast_T1w", out=tmp_path / "two")
     assert list(rows) == ["sub-02"]
-    volume(bids / "derivatives/other/sub-02_label-L_mask.nii.gz", lesion())
+    volume(bids / "derivatives/other/sub-02_label-L_mask.nii.gz", np.ones((4, 5, 7)))
     lines = refused(capsys, "bids", f"--root={bids}", "--sequences=FLAIR", out=tmp_path / "three")
-    assert "sub-02 has 2 lesion masks: keep one" in lines[0]
+    assert "has other grids than sub-02_label-L_mask.nii.gz, sub-02_label-L_mask.nii.gz: choose one" in lines[0]
     assert "has no sub-NAME/anat" in refused(capsys, "bids", f"--root={tmp_path / 'out'}", out=tmp_path / "four")[0]
 
 
@@ -474,8 +474,10 @@ def test_lists_of_two_versions_of_covidx_and_a_patient_in_both_are_noticed(tmp_p
     (line,) = refused(capsys, "covidx", f"--root={root}", out=out)
     assert "train_COVIDx7B.txt and test_COVIDx8B.txt are of two versions" in line
     (root / "train_COVIDx7B.txt").rename(root / "train_COVIDx8B.txt")
-    (line,) = refused(capsys, "covidx", f"--root={root}", out=out)
-    assert "patient '2' is in train and test" in line
+    rows, said = prepared(capsys, "covidx", f"--root={root}", out=tmp_path / "dropped")
+    assert rows.keys() == {"a.png", "c.png"} and "1 train images of patients of test" in said
+    rows, said = prepared(capsys, "covidx", f"--root={root}", "--leaks=keep", out=tmp_path / "kept")
+    assert len(rows) == 3 and "1 patients are in two splits: say so with every figure" in said
     (root / "test_COVIDx8B.txt").write_text("3 a.png positive ricord\n")
     (line,) = refused(capsys, "covidx", f"--root={root}", out=out)
     assert "a.png: listed in both splits" in line

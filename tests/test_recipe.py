@@ -74,6 +74,54 @@ def test_every_kind_of_value_can_be_overridden(override, key, value):
         assert list(map(type, got)) == list(map(type, value))
 
 
+def test_a_recipe_of_the_library_is_known_by_its_name_in_every_folder(tmp_path, monkeypatch):
+    there = recipe.load("configs/amae.py:small").to_dict()
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "amae").mkdir()  # a run folder, not a recipe
+    assert recipe.load("amae:small").to_dict() == there
+    assert recipe.load("amae").to_dict() == recipe.load("amae:phantom").to_dict()
+    with pytest.raises(InputError, match=r"^amae: preset 'huge' is unknown: one of paper, small"):
+        recipe.load("amae:huge")
+    with pytest.raises(InputError, match=r"^simsd: no recipe: did you mean simsid\?"):
+        recipe.load("simsd:small")
+    (tmp_path / "amae.py").write_text("def get_config(preset): return preset")
+    assert recipe.load("amae.py:own") == "own"
+
+
+def test_a_recipe_explains_its_keys():
+    config = recipe.load("maemi:small")
+    assert recipe.explained(config, "data.size").splitlines() == [
+        "data.size = (32, 32, 8)  (a list, 3 values; each a whole number; 1 or more; voxels; default (240, 168, 8))",
+        "    Size of a training crop and of a window.",
+    ]
+    lines = recipe.explained(config).splitlines()
+    assert [line.partition(" = ")[0] for line in lines[::2]] == [*recipe.declarations("maemi", volumes=True)]
+    section = recipe.explained(config, "train").splitlines()[::2]
+    assert section == [line for line in lines[::2] if line.startswith("train.")]
+    with pytest.raises(InputError, match=r"^--show=trian: no key of maemi: train\?"):
+        recipe.explained(config, "trian")
+
+
+def test_show_and_dry_run_train_nothing(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert exit_code(train.main, ["--config=amae:smoke", "--show", "pretrain.steps"]) == 0
+    assert capsys.readouterr().out.startswith("pretrain.steps = 20  (")
+    assert exit_code(train.main, ["--config=amae:smoke", "--dry-run", "--config.pretrain.batch", "8"]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["train", "256", "0", "0"] in lines and ["test", "100", "100", "0"] in lines  # the design's chest phantoms
+    assert ["pretrain", "512", "8", "20"] in lines and ["proxy", "256", "32", "10"] in lines
+    given = ["--config=amae:smoke", "--dry-run", "--config.data.manifest=nowhere.csv"]
+    assert exit_code(train.main, given) == 2 and "nowhere.csv: not readable" in capsys.readouterr().err
+    assert not [*tmp_path.iterdir()]
+
+
+def test_the_value_of_a_key_may_follow_a_space_and_is_true_where_there_is_none():
+    words = "--config.seed -3 --config.tensorboard --config.budget 2 --config.log_every=5 --config.evaluation.paste"
+    config, rest = recipe.parse([AMAE, *words.split(), "--workdir", "x"], "", KNOWN)
+    assert (config.seed, config.tensorboard, config.budget, config.log_every) == (-3, True, 2.0, 5)
+    assert config.evaluation.paste is True and rest == {"workdir": "x"}
+
+
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
@@ -120,7 +168,9 @@ def test_what_is_wrong_is_one_line_and_exit_code_2(arguments, line, capsys, tmp_
 
 def test_a_command_without_its_recipe_or_run_is_one_line(capsys, tmp_path):
     assert exit_code(train.main, []) == 2
-    assert capsys.readouterr().err == "no recipe: write --config=configs/NAME.py[:PRESET]\n"
+    assert capsys.readouterr().err == (
+        "no recipe: write --config=NAME[:PRESET]; NAME: amae, maemi, memmc_mae, ppii, simsid, or a FILE.py\n"
+    )
     assert exit_code(evaluate.main, []) == 2
     assert capsys.readouterr().err == "no run folder: write --workdir=DIR\n"
     assert exit_code(evaluate.main, [f"--workdir={tmp_path}"]) == 2

@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from jmae import reconstruct as module
-from jmae.masking import fold_in, hidden, random_mask, take
+from jmae.masking import fold_in, hidden, random_mask, run_masks, take
 from jmae.nn.mae import MAE
 from jmae.patches import patchify, unpatchify
 from jmae.reconstruct import fitting
@@ -26,7 +26,7 @@ def case(request):
 
 def reconstruct(mae, *arrays, **settings):
     graph, params = nnx.split(mae)
-    return jax.jit(lambda p, *a: module.reconstruct(nnx.merge(graph, p), *a, **settings))(params, *arrays)
+    return jax.jit(lambda p, *a: module.reconstruct(nnx.merge(graph, p).predictions, *a, **settings))(params, *arrays)
 
 
 def jitted(mae, *arrays):
@@ -74,6 +74,30 @@ def test_chunks_of_masks_give_the_same_result(case, chunk):
     view = lambda chunk: reconstruct(mae, image, keys, patch=patch, ratio=0.7, masks=5, chunk=chunk)
     for ours, whole in zip(view(chunk), view(None), strict=True):
         np.testing.assert_allclose(ours, whole, atol=1e-5)
+
+
+@pytest.mark.parametrize(("masks", "chunk"), [(8, None), (8, 3), (4, 4)])
+def test_images_that_share_their_masks_are_reconstructed_under_each(case, masks, chunk):
+    """With a ratio of 0.7 a round has four masks. The spread is that of rounds where there are two whole ones."""
+    mae, image, patch = case
+    key, size = jax.random.key(4), image.shape[1:-1]
+    mean_of = lambda image, made, hidden: jnp.mean(made, -1)
+    settings = dict(patch=patch, ratio=0.7, masks=masks, chunk=chunk, measure=mean_of, paste=False)
+    found = reconstruct(mae, image, key, **settings)
+    patches = patchify(image, patch)
+    visible = int(patches.shape[1] * 0.3)
+    made = []
+    for keep, restore in zip(*run_masks(key, jnp.arange(masks), patches.shape[1], visible), strict=True):
+        own = lambda x: jnp.broadcast_to(x[None], (3, len(x)))
+        made.append(np.asarray(unpatchify(jitted(mae, patches, own(keep), own(restore)), size, patch), np.float64))
+    made = np.stack(made)
+    over = tuple(range(2, made.ndim))
+    near = lambda ours, expected: np.testing.assert_allclose(ours, expected, atol=1e-5)
+    near(found.mean, made.mean(0))
+    near(found.error, ((made - np.asarray(image)) ** 2).mean(0))
+    rounds = lambda each: each.reshape(2, 4, 3).mean(1).T if masks == 8 else each.T
+    near(found.errors, rounds(((made - np.asarray(image)) ** 2).mean(over)))
+    near(found.measures, rounds(made.mean(over)))
 
 
 def test_visible_patches_are_pasted_exactly(case):

@@ -2,6 +2,7 @@
 
 import base64
 import functools
+import html
 import io
 import json
 import os
@@ -231,7 +232,7 @@ def test_the_table_comes_first_and_everything_has_its_place(page):
     for part in (
         "for research, not for clinical use",
         "times in 100",
-        "Beside cheap baselines",
+        "Beside baselines and rivals",
         "mean intensity",
         "chance",
         "first hospital",
@@ -272,20 +273,45 @@ def test_baselines_stand_from_best_to_worst_with_chance_last():
 
 
 @pytest.mark.parametrize(
-    ("auroc", "ci", "baseline", "expected"),
+    ("auroc", "ci", "expected"),
     [
-        (0.9, [0.85, 0.95], 0.7, "reaches 70."),
-        (0.9, [0.85, 0.95], 0.87, "do not show which of the two is better"),
-        (0.9, [0.85, 0.95], 0.92, "does as well or better: 92 times in 100"),
-        (0.55, [0.45, 0.65], 0.5, "cannot tell this result from chance"),
-        (0.3, [0.2, 0.4], 0.2, "point the wrong way"),
-        (0.9, [None, None], 0.7, "90 times in 100. Chance gives 50."),
+        (0.9, [0.85, 0.95], "90 times in 100 (95 % interval 85 to 95). Chance gives 50."),
+        (0.55, [0.45, 0.65], "cannot tell this result from chance"),
+        (0.3, [0.2, 0.4], "point the wrong way"),
+        (0.9, [None, None], "90 times in 100. Chance gives 50."),
     ],
 )
-def test_the_headline_says_what_the_interval_and_the_baselines_allow(auroc, ci, baseline, expected):
+def test_the_headline_says_what_the_interval_allows(auroc, ci, expected):
     e = an_evaluation(image={"auroc": auroc, "auroc_ci": ci, "ap": 0.5, "ap_ci": ci})
-    e["baselines"] = {"edges": {"image": {"auroc": baseline}, "pixel": None}}
     assert expected in " ".join(result_sentences(e))
+
+
+@pytest.mark.parametrize(
+    ("difference", "ci", "expected"),
+    [
+        (
+            0.031,
+            [0.01, 0.052],
+            "stage2 is better than “edges”, the best of 7 baselines and rivals, by +0.031 [+0.010, ",
+        ),
+        (
+            0.031,
+            [-0.01, 0.052],
+            "stage2 is not better than “edges”, the best of 7 baselines and rivals: +0.031 [-0.010",
+        ),
+        (-0.2, [-0.3, -0.1], "stage2 is not better than “edges”, the best of 7 baselines and rivals: -0.200 [-0.300"),
+        (0.2, [None, None], "stage2 is not better than “edges”, the best of 7 baselines and rivals: +0.200"),
+    ],
+)
+def test_the_first_sentence_compares_with_the_best_of_all_baselines(difference, ci, expected, tmp_path):
+    best = {"name": "edges", "of": 7, "auroc": difference, "auroc_ci": ci, "ap": 0.0, "ap_ci": ci}
+    e = an_evaluation(best_rival={"image": best, "pixel": None}, explained={"the network": 0.77, "80 components": 0.84})
+    first, second, *_ = result_sentences(e)
+    assert first.startswith(expected)
+    assert second.endswith("of held-out normals: the network 77 %, 80 components 84 %.")
+    assert html.escape(expected[:30]) in write(tmp_path / "r.html", e, [])
+    e = an_evaluation(best_rival={"image": None, "pixel": best | {"n": 3}}, image=None, n_normal=0)
+    assert "(pixel AUROC, mean over 3 patients, 95 % interval)" in result_sentences(e)[0]
 
 
 def calibrated(labels, p, n, rate=0.05, threshold=0.7):
@@ -361,12 +387,29 @@ def test_volumes_that_are_all_abnormal_still_have_their_voxel_figures(tmp_path):
     evaluation = an_evaluation(**changes, scores={"stage2": {"image": None, "pixel": pixel}}, baselines=baselines)
     reason, points, baseline = result_sentences(evaluation)
     assert "need both classes" in reason
-    assert "91 times in 100." in points and baseline == "The best cheap baseline, “brightness”, reaches 62."
+    assert "91 times in 100." in points and baseline == "The best baseline or rival, “brightness”, reaches 62."
     assert patient_rows(evaluation)[0]["best"] == ("PCA-30 error", 0.72)
     text = write(tmp_path / "r.html", evaluation, cases=[a_case("case0", 1, 2.0)])
     for word in ("0.910", "0.620", "first", "0.950", "PCA-30 error", "0.911–0.987", "subtraction", "0.012"):
         assert word in text
     assert ">none<" not in text
+
+
+def test_the_sizes_of_lesions_and_their_overlap_are_shown_where_they_are_known(tmp_path):
+    pixel = {"auroc": 0.9, "ap": 0.3, "prevalence": 0.02, "dice_best": 0.4, "iou": 0.25, "aupro": 0.4321, "froc": None}
+    image = {"auroc": 0.8123, "auroc_ci": [0.7, 0.9], "ap": 0.5, "ap_ci": [0.4, 0.6], "n_normal": 9, "n_abnormal": 7}
+    mask = {"threshold": 1.0, "least": 0, "dice": 0.3, "lesion_recall": 0.5, "false_components": 1.5, "images": 9}
+    mask |= {
+        "false_alarms": None,
+        "lesions": 6,
+        "sizes": [{"size": "small", "most": 12.4, "lesions": 2, "recall": 0.25}],
+    }
+    sizes = [{"size": "medium", "least": 12.6, "most": 99.0} | image]
+    text = Page(write(tmp_path / "r.html", an_evaluation(pixel=pixel, sizes=sizes, mask=mask))).text
+    for words in ("AUPRO@0.3 0.432", "medium 13 to 99 7 0.812", "of 6; small (up to 12 pixels): 0.250 of 2"):
+        assert "".join(words.split()) in "".join(text.split())
+    plain = Page(write(tmp_path / "old.html", an_evaluation(pixel=pixel | {"aupro": None}))).text
+    assert "AUPRO" not in plain and "size of the lesions" not in plain
 
 
 def test_a_map_within_its_region_is_black_outside(tmp_path):

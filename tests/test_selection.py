@@ -12,7 +12,7 @@ from jmae import checkpoint, metrics, train
 from jmae.data.cases import load_rows
 from jmae.data.loader import Images
 from jmae.errors import InputError, NonFiniteLoss, exit_code
-from jmae.inference import restore_results
+from jmae.fitting import restore_results
 from jmae.recipe import load, override
 from jmae.run_folder import read_history
 from jmae.selection import by_pseudo_auc, crop_scores
@@ -139,8 +139,8 @@ def test_a_system_of_images_from_training_to_metrics(small_set, tmp_path):
 
 def test_a_crop_s_score_is_the_mean_of_its_primary_map():
     c = config("", "evaluation.batch=4")
-    score = lambda results, image, keys: (image * results["factor"], jnp.ones((*image.shape[:-1], 1)))
-    fuse = lambda averages, inside: {"maps": {"toy": jnp.where(inside, averages[..., 0], 0)}}
+    score = lambda results, image, keys, groups: (image * results["factor"], jnp.ones((*image.shape[:-1], 1)))
+    fuse = lambda results, averages, inside: {"maps": {"toy": jnp.where(inside, averages[..., 0], 0)}}
     sweep = Sweep(window=(8, 6, 4), stride=(4, 4, 2), repeats=2, score=score, fuse=fuse)
     system = System(name="toy", stages=(), uses=(), primary="toy", sweep=sweep)
     image = np.random.default_rng(0).random((3, 8, 6, 4, 2)).astype(np.float32)

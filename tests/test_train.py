@@ -119,7 +119,8 @@ module, name, number = {"place": (train, "place_batch"), "digests": (checkpoint,
     int(sys.argv[2]),)
 real, calls = getattr(module, name), []
 def deadly(*args, **kwargs):
-    calls.append(1)
+    if name == "place_batch" or str(args[0]).endswith(".tmp"):  # digests are also computed of steps that are read
+        calls.append(1)
     if len(calls) == number:
         os.kill(os.getpid(), signal.SIGKILL)
     return real(*args, **kwargs)
@@ -135,8 +136,7 @@ def test_killed_three_times_a_run_ends_as_if_it_never_was(finished, small_set, t
         "Stage 0, at step 11": ("place", 11),
         # Continued from step 8: 12 steps of Stage 0, 10 of the proxy task, 1 of the labels, 10 of module A are left.
         "module B, at its step 9": ("place", 12 + 10 + 1 + 10 + 9),
-        # Five stages are verified before module B goes on from step 8: the sixth time step 10 is being saved.
-        "inside a save": ("digests", 6),
+        "inside a save": ("digests", 1),
     }
     for moment, (what, number) in moments.items():
         killed = subprocess.run(
@@ -301,14 +301,14 @@ def test_a_wrong_number_of_steps_is_one_line_before_data_are_read(changes, line,
 
 
 def same_training(run: Path, other: Path) -> None:
-    """Lines equal to 1e-6 but for the clock, and checkpoints of the same steps. Of the proxy task to 1e-3: rounding
+    """Lines equal to 1e-6 but for the clock, and checkpoints of the same steps. Of the proxy task to 1e-2: rounding
     grows from step to step in the batch norm of its head."""
     one, two = (read_history(folder / "metrics.jsonl") for folder in (run, other))
     lines = lambda history: [(h["stage"], h["step"], h.keys() - set(CLOCK)) for h in history]
     assert lines(one) == lines(two)
     for a, b in zip(one, two, strict=True):
         for name in a.keys() - {"stage", "step", *CLOCK}:
-            near = 1e-3 if a["stage"] == "proxy" else 1e-6
+            near = 1e-2 if a["stage"] == "proxy" else 1e-6
             assert b[name] == pytest.approx(a[name], rel=near, abs=near), (a["stage"], a["step"], name)
     for stage in (run / "checkpoints").iterdir():
         assert checkpoint.steps(stage) == checkpoint.steps(other / "checkpoints" / stage.name)
@@ -352,7 +352,7 @@ def test_a_loss_that_is_not_finite_within_a_dispatch_is_told_by_its_step(go, tmp
     sick = lambda row, *args: real(row, *args) * (np.nan if row.id == "train-0-3" else 1)
     monkeypatch.setattr(loader, "prepared_image", sick)
     monkeypatch.setattr(train, "place_batch", lambda batch, *a, **k: seen.append(batch) or at(batch, *a, **k))
-    changes = (*ONE_STAGE, "pretrain.batch=4", "checkpoint_every=4", "steps_per_dispatch=4")
+    changes = (*ONE_STAGE, "pretrain.batch=4", "checkpoint_every=4", "steps_per_dispatch=4", "skip_nonfinite=0")
     code, said = go(tmp_path / "run", *changes)
     healthy = np.isfinite(np.concatenate([batch["image"] for batch in seen])).all((1, 2, 3, 4))
     first = int(healthy.argmin()) + 1  # of each step one batch
@@ -373,7 +373,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_batch(go, tmp_pat
     monkeypatch.setattr(loader, "prepared_image", sick)
     seen, at = [], train.place_batch
     monkeypatch.setattr(train, "place_batch", lambda batch, *a, **k: seen.append(batch) or at(batch, *a, **k))
-    code, said = go(tmp_path / "run", *ONE_STAGE, f"replicates={replicates}", "checkpoint_every=1")
+    code, said = go(tmp_path / "run", *ONE_STAGE, f"replicates={replicates}", "checkpoint_every=1", "skip_nonfinite=0")
     first = next(k for k, batch in enumerate(seen, 1) if not np.isfinite(batch["image"]).all())
     bad = np.isfinite(seen[first - 1]["image"]).reshape(replicates, -1).all(1).argmin()
     assert code == 3

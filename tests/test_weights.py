@@ -892,7 +892,7 @@ def test_a_converted_file_holds_the_part_and_loads_as_the_original(tmp_path, cap
     original, copy = read_weights(source), read_weights(out)
     for tensor_name, array in golden(name).items():
         assert f"state/{tensor_name} " in printed and "x".join(map(str, array.shape)) in printed
-    assert printed.splitlines()[-1].startswith(f"{out}: {part} of {source}: ")
+    assert printed.splitlines()[-2].startswith(f"{out}: {part} of {source}: ")
     assert list(out.parent.iterdir()) == [out]
     for leaf, array in copy.leaves.items():
         np.testing.assert_array_equal(array, original.leaves[leaf])

@@ -48,14 +48,14 @@ def test_a_piece_that_is_smaller_than_a_window_grows_outwards():
     assert room((5, 3, 3), WINDOW) == ([(0, 1), (0, 1), (0, 1)], None)
 
 
-def noisy(image, keys):
-    """What a network under a random mask stands for: values that depend on the window and on its key."""
+def noisy(image, keys, groups):
+    """What a network under a random mask stands for: values that depend on the window, its key and its group."""
     noise = jax.vmap(lambda key: jax.random.uniform(key, image.shape[1:]))(keys)
     weights = (noise[..., :1] > 0.3).astype(jnp.float32)
-    return jnp.concatenate([image * noise, image + 1], -1), weights
+    return jnp.concatenate([image * noise, image + 1 + groups[:, None, None, None, None]], -1), weights
 
 
-def plain(volume, tiling, key, repeats, rule):
+def plain(volume, tiling, key, repeats, rule, groups):
     """The same with a loop over sweeps and windows, one at a time."""
     shape = (*volume.shape[:-1], 2 * volume.shape[-1])
     total, weight, count = np.zeros(shape), np.zeros((*shape[:-1], 1)), np.zeros((*shape[:-1], 1))
@@ -64,8 +64,8 @@ def plain(volume, tiling, key, repeats, rule):
         part = np.zeros(shape)
         for number, origin in enumerate(tiling.origins):
             at = tuple(slice(o, o + w) for o, w in zip(origin, WINDOW, strict=True))
-            keys = jax.random.fold_in(jax.random.fold_in(key, sweep), number)[None]
-            values, weights = (np.asarray(x[0]) for x in noisy(volume[at][None], keys))
+            keys = jax.random.fold_in(jax.random.fold_in(key, sweep // groups), number)[None]
+            values, weights = (np.asarray(x[0]) for x in noisy(volume[at][None], keys, jnp.array([sweep % groups])))
             part[at] += values * (weights if rule == "weighted" else 1)
             weight[at] += weights
             count[at] += 1
@@ -82,7 +82,7 @@ def plain(volume, tiling, key, repeats, rule):
 @pytest.mark.parametrize("rule", ["mean", "released", "weighted"])
 @pytest.mark.parametrize("batch", [1, 7, 64])
 def test_the_stream_equals_a_loop_over_windows(rule, batch):
-    size, repeats, key = (9, 11, 5), 2, jax.random.key(3)
+    size, repeats, key, groups = (9, 11, 5), 3, jax.random.key(3), 2 if rule == "mean" else 1
     tiling = tile(size, WINDOW, STRIDE, side=1, midline=5)
     volume = np.random.default_rng(0).normal(size=(*size, 2)).astype(np.float32)
     volume = np.pad(volume, [*tiling.pad, (0, 0)])
@@ -94,12 +94,13 @@ def test_the_stream_equals_a_loop_over_windows(rule, batch):
             window=WINDOW,
             repeats=repeats,
             batch=batch,
+            groups=groups,
             weighted=rule == "weighted",
             released=3 if rule == "released" else 0,
         )
     )
     found = run(volume, origins, len(tiling.origins), tiling.coverage, key)
-    np.testing.assert_allclose(found, plain(volume, tiling, key, repeats, rule), atol=1e-5)
+    np.testing.assert_allclose(found, plain(volume, tiling, key, repeats, rule, groups), atol=1e-5)
 
 
 def test_another_size_of_the_same_bucket_is_not_compiled_again():

@@ -39,6 +39,7 @@ from jmae.data.preparation import (
 )
 from jmae.data.unlabeled import labels_given, unlabeled_labels, with_anomaly_ratio
 from jmae.errors import InputError
+from jmae.likeness import Traits, traits_of
 
 
 class Bits(NamedTuple):
@@ -69,7 +70,7 @@ class KeptCase(NamedTuple):
     def of(cls, case: Prepared, arrays: dict[str, Callable[[], np.ndarray | None]]) -> "KeptCase":
         """Takes the arrays out of a case. `arrays` read them again: "array", and of a volume "stored" and
         "subtraction"."""
-        masks = {"lesion": case.lesion, "region": case.region}
+        masks = {"lesion": case.lesion, "region": case.region, "missing": case.missing}
         empty: dict[str, Any] = {**dict.fromkeys(masks), "array": _NOTHING, "stored": None, "subtraction": None}
         if volume := case.volume:
             masks |= {"volume lesion": volume.lesion, "volume region": volume.region}
@@ -158,6 +159,7 @@ class Cases:
         self.trained = {row.id for row in rows if row.split == "train"} if trained is None else set(trained)
         used = [row for row in rows if row.id in self.trained or row.split in (*scored, "train")]
         self.store: ImageStore | None = None if recipe.is_volume(config) else ImageStore(used, config.data)
+        self.traits: dict[str, Traits] = {}  # of the opened cases that training reads, by id
         self._kept: dict[str, KeptCase] = {}
         self._file: ArrayFile | None = None
         self._lock = threading.Lock()
@@ -165,9 +167,11 @@ class Cases:
     def take(self, row: Row, case: Opened) -> None:
         """Keeps what the command needs of an opened case. Raises InputError where the case cannot be used."""
         data = self.config.data
-        usable(row, case.image, tuple(data.size), data.channels)
+        usable(row, case.image, data)
         if not case.complete:
             return
+        if row.id in self.trained:
+            self.traits[row.id] = traits_of(case.image)
         if self.store:
             self.store.put(row, case.image)
             if row.split in self.scored:

@@ -71,6 +71,8 @@ def main(argv: list[str]) -> int:
     if "json" in given:
         write_text(Path(given["json"]), to_json(manifest, checked, time.monotonic() - began))
     print(table(manifest, checked))
+    train = f"jmae train --config NAME:small --config.data.manifest={manifest} (jmae systems lists the names)"
+    print(f"next: {'mend the findings, then check again' if checked.findings else train}")
     return int(bool(checked.findings))
 
 

@@ -26,7 +26,7 @@ SHARE = 0.4  # of a device's memory that a set may take; on the CPU the set is t
 
 # Keys of the recipe's section `data` that a prepared volume and its allowed origins depend on.
 PREPARED = """size channels axes spacing join mask_threshold crop crop_least crop_most crop_margin region normalise mean
-    std least_region window equalise equalise_exact""".split()
+    std least_region window equalise equalise_exact nonfinite""".split()
 
 
 def box_sums(marked: Bool[np.ndarray, "*size"], box: tuple[int, ...]) -> Int[np.ndarray, "*places"]:

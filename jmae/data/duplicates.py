@@ -1,4 +1,5 @@
-"""Copies of an image under another name, also with another size, saved as JPEG, or shifted by a few percent.
+"""Copies of an image under another name, also with another size, saved as JPEG, shifted by a few percent, cut by up to
+20 %, mirrored, turned by 90 or a few degrees, or inverted.
 
 Films of one view look alike, so hashes of their coarse brightness take strangers for copies. Here the fingerprint of an
 image is its detail, brought to even strength everywhere. Two images are copies if their details correlate after the
@@ -10,7 +11,7 @@ import hashlib
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -25,7 +26,10 @@ from jmae.data.transforms import area_resize
 SIDE = {2: 96, 3: 32}  # of a fingerprint, by the number of axes
 FINE, COARSE, AROUND = 1.0, 3.0, 6.0  # sigmas in its pixels: detail lies between the first two; strength is local
 EVEN = 0.3  # of the greatest strength: weaker detail is not amplified to even strength
-SHIFT = 0.05  # of the side, tried on every axis
+SHIFT = 0.07  # of the side, tried on every axis
+# (zoom, degrees) in which one of two images is tried: a cut image is the middle of the other. Each is tried in the
+# eight ways to turn and mirror it; what shifts and stretches cover lies between.
+POSES = ((1.0, 0), (1.055, 0), (1.11, 0), (1.18, 0), (1.25, 0), (1.0, 3), (1.0, -3))
 STRETCH = (0.98, 1.0, 1.02)  # of either axis, tried on near copies: a cropped image fills the fingerprint
 # Correlations from which two images are copies, by their number of axes: of spectra, for candidates, which are then
 # shifted; and of details at the best shift. Measured on three public packs (pairs of one patient in brackets):
@@ -34,6 +38,7 @@ STRETCH = (0.98, 1.0, 1.02)  # of either axis, tried on near copies: a cropped i
 #   1,510 endoscopic frames           strangers up to 0.75, copies from 0.91, but 8 % of those shifted into black
 # Copies: resized, of another aspect ratio, JPEG of quality 40, darker, shifted or cut by 2 %, and several of these.
 CANDIDATE = {2: 0.45, 3: 0.75}
+POSED = 0.6  # of images in another pose: of the same packs, strangers reach 0.55, copies have 0.8 and more
 ALIKE = {2: 0.90, 3: 0.88}
 NEARLY = 0.75
 BLOCK = 256  # fingerprints or pairs at a time
@@ -117,25 +122,34 @@ def copies(prints: Sequence[Fingerprint], groups: Sequence[Hashable]) -> list[Co
     for rank, own in by_rank.items():
         index = np.array(own)
         details = np.stack([prints[i].detail for i in own])
-        a, b = candidates(details, group[index])
-        alike = registered(details, a, b).tolist()
-        for i, j, value in zip(index[a].tolist(), index[b].tolist(), alike, strict=True):
-            if value >= ALIKE[rank] and (i, j) not in found:
-                found[i, j] = min(value, 0.999)
+        for posed, a, b in candidates(details, group[index]):
+            alike = registered(posed, details[b]).tolist()
+            for i, j, value in zip(index[a].tolist(), index[b].tolist(), alike, strict=True):
+                pair = min(i, j), max(i, j)
+                if value >= ALIKE[rank] and found.get(pair, 0.0) < min(value, 0.999):
+                    found[pair] = min(value, 0.999)
     return [Copy(i, j, value) for (i, j), value in sorted(found.items())]
 
 
-def candidates(details: np.ndarray, group: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The numbers (a, b), a < b, of pairs from different groups whose spectra are alike."""
-    parts = range(0, len(details), BLOCK)
+def candidates(details: np.ndarray, group: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Pairs (a, b) from different groups whose spectra are alike: (details of a in a pose, numbers a, numbers b)."""
+    parts, rank = range(0, len(details), BLOCK), details.ndim - 1
     known = np.concatenate([spectra(details[start : start + BLOCK]) for start in parts])
-    pairs = []
-    for start in parts:
-        alike = known[start : start + BLOCK] @ known.T >= CANDIDATE[details.ndim - 1]
-        alike &= group[start : start + BLOCK, None] != group
-        a, b = np.nonzero(alike)
-        pairs.append(np.stack([a + start, b])[:, a + start < b])
-    return tuple(np.concatenate(pairs, 1))
+    for start, pose in itertools.product(parts, POSES if rank == 2 else POSES[:1]):
+        plain = pose == POSES[0]
+        block = details[start : start + BLOCK]
+        block = block if plain else np.stack([stretched(detail, 1 / pose[0], pose[1]) for detail in block])
+        apart = group[start : start + BLOCK, None] != group
+        of_block = known[start : start + BLOCK] if plain else spectra(block)
+        for turn, order in enumerate(_orders() if rank == 2 else (np.arange(known.shape[1]),)):
+            first = plain and turn == 0
+            alike = of_block[:, order] @ known.T >= (CANDIDATE[rank] if first else POSED)
+            a, b = np.nonzero(alike & apart)
+            if first:
+                a, b = a[a + start < b], b[a + start < b]
+            for some in range(0, len(a), BLOCK):
+                part = slice(some, some + BLOCK)
+                yield TURNS[turn](block[a[part]]), a[part] + start, b[part]
 
 
 def spectra(details: np.ndarray) -> np.ndarray:
@@ -151,35 +165,61 @@ def spectra(details: np.ndarray) -> np.ndarray:
     return relative / np.maximum(np.linalg.norm(relative, axis=1, keepdims=True), 1e-6)
 
 
-def registered(details: np.ndarray, a: np.ndarray, b: np.ndarray) -> Float[np.ndarray, " m"]:
-    """The correlation of the pairs (a, b) at the best of all shifts up to `SHIFT`; for images also of all stretches."""
-    best = np.empty(len(a), np.float32)
-    for start in range(0, len(a), BLOCK):
-        part = slice(start, start + BLOCK)
-        best[part] = shifted(details[a[part]], details[b[part]])
-    if details.ndim == 3:
-        near = np.flatnonzero((best >= NEARLY) & (best < ALIKE[2]))
-        for i, scale in itertools.product(near, itertools.product(STRETCH, repeat=2)):
-            best[i] = max(best[i], shifted(stretched(details[a[i]], scale)[None], details[b[i]][None])[0])
+def registered(first: np.ndarray, second: np.ndarray) -> Float[np.ndarray, " m"]:
+    """The correlation of details (m, *side), pair by pair, at the best of all shifts up to `SHIFT`, whatever its sign;
+    for images also of all stretches, and of a half turn, which spectra do not tell."""
+    if first.ndim != 3:
+        return shifted(first, second)
+    turned = first[:, ::-1, ::-1]
+    best, other = shifted(first, second), shifted(turned, second)
+    first, best = np.where((other > best)[:, None, None], turned, first), np.maximum(best, other)
+    near = np.flatnonzero((best >= NEARLY) & (best < ALIKE[2]))
+    for i, scale in itertools.product(near, itertools.product(STRETCH, repeat=2)):
+        best[i] = max(best[i], shifted(stretched(first[i], scale)[None], second[[i]])[0])
     return best
 
 
 def shifted(first: np.ndarray, second: np.ndarray) -> Float[np.ndarray, " m"]:
-    """The correlation of details (m, *side), pair by pair, at the best of all shifts up to `SHIFT`."""
+    """The size of the correlation of details (m, *side), pair by pair, at the best of all shifts up to `SHIFT`: an
+    inverted image has a negative one."""
     axes, side = tuple(range(1, first.ndim)), first.shape[1:]
     reach = math.ceil(SHIFT * side[0])
     of = lambda part: fft.rfftn(part.astype(np.float32), axes=axes)
     moved = fft.irfftn(of(first) * of(second).conj(), side, axes)
     for axis in axes:
         moved = moved.take(np.r_[-reach : reach + 1], axis)
-    return moved.max(axes)
+    return np.abs(moved).max(axes)
 
 
-def stretched(detail: np.ndarray, scale: tuple[float, ...]) -> np.ndarray:
-    """A detail stretched about its middle and brought to length 1 again."""
-    middle = (np.array(detail.shape) - 1) / 2
-    out = affine_transform(detail.astype(np.float32), scale, middle - middle * scale, order=3)
-    return out / max(float(np.linalg.norm(out)), 1e-6)
+def stretched(detail: np.ndarray, scale: float | tuple[float, ...], degrees: float = 0) -> np.ndarray:
+    """A detail of an image, stretched and turned about its middle, and brought to length 1 again."""
+    angle, middle = np.deg2rad(degrees), (np.array(detail.shape) - 1) / 2
+    matrix = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]) * np.reshape(scale, (-1, 1))
+    order = 1 if degrees or np.ndim(scale) == 0 else 3
+    out = affine_transform(detail.astype(np.float32), matrix, middle - matrix @ middle, order=order)
+    out = out * _taper(2) if order == 1 else out
+    return (out / max(float(np.linalg.norm(out)), 1e-6)).astype(np.float32)
+
+
+# Ways to turn and mirror details (m, rows, columns), but for half turns.
+TURNS: tuple[Callable[[np.ndarray], np.ndarray], ...] = (
+    lambda x: x,
+    lambda x: x[:, :, ::-1],
+    lambda x: x.swapaxes(1, 2),
+    lambda x: x.swapaxes(1, 2)[:, :, ::-1],
+)
+
+
+@lru_cache
+def _orders() -> tuple[np.ndarray, ...]:
+    """The order of the numbers of `spectra` after each of `TURNS`."""
+    side, kept = SIDE[2], _ring(2) >= 0
+    number = np.full(kept.shape, -1)
+    number[kept] = np.arange(kept.sum())
+    y, x = np.nonzero(kept)
+    y = np.where(y > side // 2, y - side, y)  # signed frequencies; (y, x) and (-y, -x) are equal
+    at = lambda y, x: number[np.where(x < 0, -y, y) % side, np.abs(x)]
+    return tuple(np.asarray(order) for order in (at(y, x), at(-y, x), at(x, y), at(-x, y)))
 
 
 @lru_cache

@@ -3,6 +3,9 @@
 import hashlib
 import inspect
 import os
+import sys
+import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -20,9 +23,12 @@ from jmae.data.files import Image
 from jmae.data.manifest import SPLITS, Row
 from jmae.data.preparation import case_words, prepared_image, stored_image
 from jmae.errors import InputError
+from jmae.tables import csv_text
 
 WORKERS = min(16, os.cpu_count() or 1)
 SHOWN = 20  # unusable images that are spelled out
+RETRIES = (0.1, 1.0, 0.0)  # seconds after each try to read a file in mid-training
+QUARANTINED = 0.01  # share of the rows that may turn bad in mid-training
 
 Host = Mapping[str, Callable[[np.ndarray], np.ndarray]]  # functions of an image that the host computes once, by name
 
@@ -116,6 +122,8 @@ class Images:
         self.store = ImageStore(rows, config.data) if store is None else store
         self.store.fill(rows)
         self.slots = np.array([self.store.slots.get(row.id, -1) for row in rows], int)
+        self.quarantine: dict[str, str] = {}  # id -> what was wrong, of files that turned bad since the start
+        self.lock = threading.Lock()
 
     @property
     def ready(self) -> bool:
@@ -133,8 +141,39 @@ class Images:
         slots = self.slots[index]
         if (slots >= 0).all():
             return self.store.arrays[slots]
-        one = lambda i, slot: self.store.arrays[slot] if slot >= 0 else prepared_image(self.rows[i], self.data)
+        one = lambda i, slot: self.store.arrays[slot] if slot >= 0 else self._decoded(int(i))
         return np.stack([one(i, slot) for i, slot in zip(index, slots, strict=True)])
+
+    def _decoded(self, i: int) -> np.ndarray:
+        """The image of a row that is decoded at every use. A file that has vanished or turned bad is tried three times,
+        then quarantined: the next row of its split and label takes its place from then on.
+
+        Raises InputError where more than `QUARANTINED` of the rows are quarantined.
+        """
+        of = lambda row: (row.split, row.label)
+        for row in (*self.rows[i:], *self.rows[:i]):
+            if row.id in self.quarantine or of(row) != of(self.rows[i]):
+                continue
+            for wait in RETRIES:
+                try:
+                    return prepared_image(row, self.data)
+                except InputError as error:
+                    problem = str(error)
+                    time.sleep(wait)
+            with self.lock:
+                self.quarantine[row.id] = problem
+                if len(self.quarantine) > QUARANTINED * len(self.rows):
+                    raise InputError(
+                        f"{problem}; tried {len(RETRIES)} times. {len(self.quarantine)} of {len(self.rows)} rows can "
+                        f"no longer be read, above {QUARANTINED:.0%}: restore the files, and run the same command again"
+                    )
+                lines = [{"id": name, "reason": reason} for name, reason in self.quarantine.items()]
+                where = f" ({self.folder.parent / 'quarantine.csv'})" if self.folder else ""
+                print(f"warning: {problem}; its row is quarantined{where}", file=sys.stderr, flush=True)
+                if self.folder:
+                    self.folder.parent.mkdir(parents=True, exist_ok=True)
+                    (self.folder.parent / "quarantine.csv").write_text(csv_text(lines), encoding="utf-8")
+        raise InputError(f"{self.rows[i].id}: no row of its split can be read any more: restore the files")
 
     def samples(self, rows: np.ndarray, numbers: np.ndarray, step: int, seed: int) -> dict[str, np.ndarray]:
         """The images of rows for a batch, the same at every step."""

@@ -1,10 +1,11 @@
 """The manifest: a CSV with one case a row. All its problems are reported at once, and nothing is dropped in silence.
 
-Columns: `id,patient,split,label,image,mask,region`. Optional columns: `boxes`; `boxes_on`, the file whose voxels the
-boxes count (1, 2, ... of `image`, `region` or `pre`; empty is 1); `pre` and `post` (DCE-MRI: the series before
-contrast, and the phases after it); `midline` and `half` (volumes of two pieces, such as left and right). The label is
-that of the half; mask and boxes are those of the whole. Further columns are carried along. `image` may join channels
-and `post` phases by ";". Paths are relative to the file.
+Columns: `id,patient,split,label,image,mask,region`, of which `split` and `image` must be there. Without `id`, the id is
+the name of the image's file. Columns are separated by commas, semicolons or tabs. Further columns: `boxes`; `boxes_on`,
+the file whose voxels the boxes count (1, 2, ... of `image`, `region` or `pre`; empty is 1); `pre` and `post` (DCE-MRI:
+the series before contrast, and the phases after it); `midline` and `half` (volumes of two pieces, such as left and
+right). The label is that of the half; mask and boxes are those of the whole. All others are carried along. `image` may
+join channels and `post` phases by ";", in quotes where columns are separated by it. Paths are relative to the file.
 """
 
 import csv
@@ -13,6 +14,7 @@ import hashlib
 import io
 import math
 import os
+import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,14 +24,16 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool
 
+from jmae.data.names import ID_BYTES, names_of
 from jmae.errors import InputError
 
 COLUMNS = ("id", "patient", "split", "label", "image", "mask", "region")
+NEEDED = ("split", "image")
+SEPARATORS = ",;\t"
 # Columns that may be missing; `boxes_on`, `midline` and `half` stay among the extra ones.
 FURTHER = ("boxes", "pre", "post")
 SPLITS = ("train", "unlabeled", "val", "test")
 SHOWN = 20  # problems of one kind that are spelled out
-ID_BYTES = 200  # a file name has 255, and "_confidence.nii.gz" is put behind the id
 PHANTOM = "phantom:"  # an image that is made, not read
 LEAKS = ("patient leak", "image leak")  # kinds of problems that `parse_manifest` may pass over
 
@@ -70,7 +74,7 @@ def parse_manifest(
     """Reads the rows of the four splits.
 
     Args:
-      path: the CSV file; UTF-8 with or without BOM, any line ends.
+      path: the CSV file; UTF-8 with or without BOM, or Latin-1; any line ends; commas, semicolons or tabs.
       crops: whether the recipe trains on crops of volumes, so that `data.normal_crops_only` can be a remedy.
       normal_crops_only: whether abnormal rows may be in `train` if they have a mask or boxes. Only crops can keep off
         the lesions, so this counts with `crops` alone.
@@ -107,12 +111,10 @@ def parse_manifest(
             problems["abnormal"].append(f"line {line}: {row.id!r} is abnormal and in train: {remedy}")
         rows.append(row)
 
-    for case, lines in lines_of.items():
-        if case and len(lines) > 1:
-            problems["id"].append(f"id {case!r} is in lines {', '.join(map(str, lines))}: give each row its own")
+    problems["id"] += _repeated(lines_of)
     for leak in leaks(rows):
         problems[f"{leak.kind} leak"].append(leak.what)
-    if not rows and not problems:
+    if not rows and not any(problems.values()):
         instead = f", only {', '.join(map(repr, other))}" if other else ""
         problems["empty"].append(f"no row of {', '.join(SPLITS)}{instead}: fill the column split")
     told = (lines for kind, lines in problems.items() if kind not in allow)
@@ -122,8 +124,8 @@ def parse_manifest(
 
 
 def read_cases(path: str | os.PathLike, split: str) -> list[Row]:
-    """The rows of a list of new cases, all of `split`. The columns `id` and `image` must be there; `region`, `midline`
-    and `half` mean the same as in a manifest. `split`, `label`, `mask` and `boxes` are not read.
+    """The rows of a list of new cases, all of `split`. The column `image` must be there; `id`, `region`, `midline` and
+    `half` mean the same as in a manifest. `split`, `label`, `mask` and `boxes` are not read.
 
     Raises:
       InputError: all problems of the file, a line each.
@@ -131,14 +133,12 @@ def read_cases(path: str | os.PathLike, split: str) -> list[Row]:
     problems: dict[str, list[str]] = defaultdict(list)
     folder, lines_of = Path(os.path.abspath(path)).parent, defaultdict[str, list[int]](list)
     rows, read = [], ("id", "image", "region", "midline", "half")
-    for line, cells in _cells(path, problems, needed=("id", "image")):
+    for line, cells in _cells(path, problems, needed=("image",)):
         known = {name: cells.get(name, "") for name in read} | {"patient": "", "label": "", "mask": "", "split": split}
         rows.append(_row(line, known, folder, problems))
         lines_of[rows[-1].id].append(line)
-    for case, lines in lines_of.items():
-        if case and len(lines) > 1:
-            problems["id"].append(f"id {case!r} is in lines {', '.join(map(str, lines))}: give each row its own")
-    if problems:
+    problems["id"] += _repeated(lines_of)
+    if any(problems.values()):
         raise InputError(
             "\n".join(f"{os.fspath(path)}: {line}" for lines in problems.values() for line in first(lines))
         )
@@ -149,7 +149,7 @@ def leaks(rows: Sequence[Row]) -> list[Finding]:
     """Each patient (kind "patient") and each file ("image") that is in two splits."""
     found = []
     named = {
-        "patient": [(row.patient, row) for row in rows if row.patient],
+        "patient": [(same_name(row.patient), row) for row in rows if row.patient],
         "image": [(file, row) for row in rows for file in (*row.image, *row.pre, *row.post)],
     }
     for kind, pairs in named.items():
@@ -159,7 +159,8 @@ def leaks(rows: Sequence[Row]) -> list[Finding]:
         for name, own in sharing.items():
             splits = [split for split in SPLITS if split in {row.split for row in own}]
             if len(splits) > 1:
-                what = f"{kind} {name!r} is in {' and '.join(splits)}: keep it in one split"
+                spellings = dict.fromkeys(row.patient for row in own) if kind == "patient" else (name,)
+                what = f"{kind} {' or '.join(map(repr, spellings))} is in {' and '.join(splits)}: keep it in one split"
                 found.append(Finding(kind, tuple(own), what))
     return found
 
@@ -197,28 +198,38 @@ def held_out(rows: Sequence[Row], share: float) -> Bool[np.ndarray, " n"]:
     of their names, and none where there are fewer than ten."""
     digest = lambda name: hashlib.sha256(name.encode()).hexdigest()
     names = sorted({row.patient or row.id for row in rows if row.split == "train"}, key=digest)
-    held = set(names[: math.ceil(share * len(names)) if len(names) >= 10 else 0])
-    return np.array([row.split == "train" and (row.patient or row.id) in held for row in rows], bool)
+    held = {same_name(name) for name in names[: math.ceil(share * len(names)) if len(names) >= 10 else 0]}
+    return np.array([row.split == "train" and same_name(row.patient or row.id) in held for row in rows], bool)
+
+
+def same_name(name: str) -> str:
+    """The name without what people vary by mistake: case, the Unicode form of a letter, the number of spaces."""
+    return " ".join(unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", name).casefold()).split())
+
+
+def _repeated(lines_of: Mapping[str, Sequence[int]]) -> list[str]:
+    """A problem for each id that several rows have, also where they write it in other ways (`same_name`)."""
+    spellings: dict[str, list[str]] = defaultdict(list)
+    for case in filter(None, lines_of):
+        spellings[same_name(case)].append(case)
+    each = [(ids, sorted(line for case in ids for line in lines_of[case])) for ids in spellings.values()]
+    return [
+        f"id {' or '.join(map(repr, ids))} is in lines {', '.join(map(str, lines))}: give each row its own"
+        for ids, lines in each
+        if len(lines) > 1
+    ]
 
 
 def _cells(
-    path: str | os.PathLike, problems: dict[str, list[str]], needed: Collection[str] = COLUMNS
+    path: str | os.PathLike, problems: dict[str, list[str]], needed: Collection[str] = NEEDED
 ) -> Iterable[tuple[int, dict[str, str]]]:
-    """(line number, column -> stripped cell) of every row that is not blank."""
-    try:
-        data = Path(path).read_bytes()
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{os.fspath(path)}: not UTF-8 at byte {error.start}: save it as CSV UTF-8") from None
-    except (OSError, ValueError) as error:
-        why = getattr(error, "strerror", None) or error
-        raise InputError(f"{os.fspath(path)}: not readable ({why}): check the path") from error
-    first = text.partition("\n")[0]
-    for name, mark in (("semicolons", ";"), ("tabs", "\t")):
-        if mark in first and "," not in first:
-            raise InputError(f"{os.fspath(path)}: is separated by {name}: save it with commas between columns")
+    """(line number, column -> stripped cell) of every row that is not blank. Columns that are not there are empty; an
+    id is the name of the image's file then."""
+    text = _text(path)
+    header = text.partition("\n")[0]
+    separator = max(SEPARATORS, key=header.count)  # a comma where there is none
     # A quote that is never closed would swallow the rows behind it, unless strict.
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True, delimiter=separator)
     lines: list[tuple[int, list[str]]] = []
     try:
         for cells in reader:
@@ -227,25 +238,55 @@ def _cells(
         raise InputError(f"{os.fspath(path)}: line {reader.line_num}: {error}: repair the quotes") from None
     lines = [(line, cells) for line, cells in lines if any(cells)]
     if not lines:
-        raise InputError(f"{os.fspath(path)}: is empty: write the columns {','.join(needed)} and a row a case")
+        raise InputError(f"{os.fspath(path)}: is empty: write the columns {','.join(COLUMNS)} and a row a case")
     (_, columns), *body = lines
     _check_columns(path, columns, needed)
     for line, cells in body:
         if len(cells) != len(columns):
-            what = f"{len(cells)} cells for {len(columns)} columns"
-            problems["cells"].append(f"line {line}: {what}: put a cell that holds a comma in quotes")
-    fitting = ((line, cells) for line, cells in body if len(cells) == len(columns))
-    return [(line, dict(zip(columns, cells, strict=True))) for line, cells in fitting]
+            what, mark = f"{len(cells)} cells for {len(columns)} columns", _MARKS[separator]
+            problems["cells"].append(f"line {line}: {what}: put a cell that holds a {mark} in quotes")
+    empty = dict.fromkeys(COLUMNS, "")
+    named = [
+        (line, empty | dict(zip(columns, cells, strict=True))) for line, cells in body if len(cells) == len(columns)
+    ]
+    if "id" not in columns:
+        files = [(_names(cells["image"])[:1] or [f"line {line}"])[0] for line, cells in named]
+        folder = Path(os.path.abspath(path)).parent
+        try:
+            ids = names_of([(os.path.abspath(folder / file),) for file in files])
+        except InputError as error:
+            raise InputError(f"{os.fspath(path)}: no column id, and {error}, or add the column") from None
+        named = [(line, cells | {"id": name}) for (line, cells), name in zip(named, ids, strict=True)]
+    return named
+
+
+_MARKS = {",": "comma", ";": "semicolon", "\t": "tab"}
+
+
+def _text(path: str | os.PathLike) -> str:
+    """The text of a file in UTF-8 or Latin-1. Control characters, which no table has, tell other encodings."""
+    try:
+        data = Path(path).read_bytes()
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        text = data.decode("latin-1")
+        if any((ord(c) < 32 and c not in "\t\r\n") or 127 <= ord(c) < 160 for c in text):
+            what = f"neither UTF-8 nor Latin-1 (byte {error.start}): save it as CSV UTF-8"
+            raise InputError(f"{os.fspath(path)}: {what}") from None
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise InputError(f"{os.fspath(path)}: not readable ({why}): check the path") from error
+    return text
 
 
 def _check_columns(path: str | os.PathLike, columns: list[str], needed: Collection[str]) -> None:
     lines = [f"column {name!r} is there {n} times: keep one" for name, n in Counter(columns).items() if n > 1]
     further = {column.lower(): column for column in columns if column not in COLUMNS}
     for name in (*COLUMNS, *FURTHER, "midline", "half"):
-        unsure = name in FURTHER[1:] or name == "half"  # other words are near: only plurals and capitals count
+        unsure = name in ("mask", "region", "pre", "post", "half")  # other words are near: only plurals and capitals
         near = difflib.get_close_matches(name, further, n=1, cutoff=0.85 if unsure else 0.7)
         if name not in columns and (near or name in needed):
-            hint = f"rename {further[near[0]]!r}" if near else "add it, empty if there is nothing to say"
+            hint = f"rename {further[near[0]]!r}" if near else "add it"
             lines.append(f"column {name!r} is missing: {hint}")
     if lines:
         raise InputError("\n".join(f"{os.fspath(path)}: {line}" for line in lines))

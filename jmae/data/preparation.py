@@ -110,8 +110,11 @@ def stored_image(row: Row, read: ReadFile = read_file) -> Image:
 @lru_cache(maxsize=1024)  # image, mask and region of a case are asked for one by one, and drawing takes longest
 def phantom(specifier: str) -> phantoms.Phantom:
     """The phantom that "phantom:NAME/SPLIT/INDEX" specifies."""
-    name, split, index = specifier.removeprefix(PHANTOM).split("/")
-    return phantoms.draw(name, split, int(index))
+    try:
+        name, split, index = specifier.removeprefix(PHANTOM).split("/")
+        return phantoms.draw(name, split, int(index))
+    except ValueError:
+        raise InputError(f"{specifier}: names no phantom: write {PHANTOM}NAME/SPLIT/NUMBER, as chest/test/0") from None
 
 
 def lesion_mask(
@@ -171,13 +174,14 @@ def _placed(file: str, image: Image, like: Image, data: ConfigDict | None, soft:
     return Marked(on_grid(file, image, like), soft=soft)
 
 
-def usable(row: Row, stored: Image, size: tuple[int, ...], channels: int) -> np.ndarray:
-    """A row's array as stored; a colour image becomes grey where one channel is asked for.
+def usable(row: Row, stored: Image, data: ConfigDict) -> np.ndarray:
+    """A row's array as stored; a colour image becomes grey where one channel is asked for. With data.nonfinite="zero",
+    values that are not finite are 0 in a volume, and the lowest value of an image.
 
-    Raises InputError that names the file where the array has another number of channels or axes, or values that are not
-    finite.
+    Raises InputError that names the file where the array has another number of channels or axes, values that are not
+    finite, or one value all over: a network rebuilds that without an error, so that its score would say "normal".
     """
-    array = stored.array
+    array, size, channels = stored.array, tuple(data.size), data.channels
     if array.ndim - 1 != len(size):
         preset = "small3d or phantom3d" if array.ndim == 4 else "small"
         raise InputError(
@@ -190,10 +194,14 @@ def usable(row: Row, stored: Image, size: tuple[int, ...], channels: int) -> np.
             f"{row.image[0]}: channels: {array.shape[-1]} where the recipe has {channels}: give {channels}, or train "
             f"with --config.data.channels={array.shape[-1]}, and model.channels where the recipe has it"
         )
+    if data.get("nonfinite", "refuse") == "zero" and not (finite := np.isfinite(array)).all():
+        array = np.where(finite, array, 0 if len(size) == 3 else array.min(where=finite, initial=np.inf))
     if not np.isfinite(array).all():
         bad = np.count_nonzero(~np.isfinite(array), axis=tuple(range(array.ndim - 1)))
         file = row.image[int(bad.argmax())] if len(row.image) == len(bad) else row.image[0]
         raise InputError(f"{file}: {bad.max()} values are not finite: mend the file or drop its row")
+    if all(channel.min() == channel.max() for channel in np.moveaxis(array, -1, 0)):
+        raise InputError(f"{row.image[0]}: no content: it has one value all over: export it again or leave it out")
     return array
 
 
@@ -207,7 +215,7 @@ def prepared_image(row: Row, data: ConfigDict, stored: Image | None = None) -> n
       InputError: as `usable`, and where the window leaves a constant image.
     """
     stored, size = stored_image(row) if stored is None else stored, tuple(data.size)
-    array, bits = usable(row, stored, size, data.channels), stored.bits or 0
+    array, bits = usable(row, stored, data), stored.bits or 0
     if data.equalise:
         array = area_resize(array, size)
     if data.window:
@@ -225,11 +233,11 @@ def prepared_volume(row: Row, data: ConfigDict, case: Opened | None = None) -> V
     """
     case = open_case(row, data) if case is None else case
     volume = prepare(
-        case.image._replace(array=usable(row, case.image, tuple(data.size), data.channels)),
+        case.image._replace(array=usable(row, case.image, data)),
         data,
         name=row.image[0],
         lesion=case.apart.get("lesion", case.lesion),
-        region=case.apart.get("region", case.region),
+        region=case.apart.get("region", _without(missing_values(case.image), case.region)),
         midline=row.extra.get("midline", ""),
         half=row.extra.get("half", ""),
         # The voxels that are scored must not depend on a label, whatever was published.
@@ -264,6 +272,7 @@ class Prepared:
       digest: of the stored values (`stored_digest`).
       lesion: the lesion mask or boxes, bool on the own grid; None without both.
       region: where metrics count, bool on the own grid; None is everywhere.
+      missing: where stored values are not finite, bool on the own grid; None where all are.
       stored: the stored image; None for an image that the command has not kept.
       volume: a volume's working grid and its masks there; None for an image.
       subtraction: subtraction image of a volume with series before and after contrast, on the working grid
@@ -277,6 +286,7 @@ class Prepared:
     digest: str
     lesion: np.ndarray | None = None
     region: np.ndarray | None = None
+    missing: np.ndarray | None = None
     stored: Image | None = None
     volume: Volume | None = None
     subtraction: np.ndarray | None = None
@@ -302,6 +312,11 @@ class Prepared:
         mean, deviation = self.moments
         return (picture - mean) / deviation * self.volume.std + self.volume.mean
 
+    def counted_voxels(self) -> np.ndarray | None:
+        """Where a map exists and counts, bool on the case's own grid; None is everywhere."""
+        scored = self.scored_voxels()
+        return scored if self.region is None else self.region if scored is None else self.region & scored
+
     def scored_voxels(self) -> np.ndarray | None:
         """Where a map exists, bool on the case's own grid; None is everywhere."""
         return self.volume.grid.inside() if self.volume else None
@@ -317,6 +332,7 @@ def prepared_case(
       InputError: as `prepared_image` and `prepared_volume`.
     """
     stored, region, subtraction, moments = case.image, case.region, None, (0.0, 1.0)
+    missing = missing_values(stored)
     if len(data.size) == 3:
         volume = volume or prepared_volume(row, data, case)
         array, stored, moments = volume.array, volume.stored, (data.mean, data.std)
@@ -330,12 +346,23 @@ def prepared_case(
         geometry=stored.geometry,
         digest=stored_digest(stored),
         lesion=case.lesion,
-        region=region,
+        region=region if missing is None else ~missing if region is None else region & ~missing,
+        missing=missing,
         stored=stored,
         volume=volume,
         subtraction=subtraction,
         moments=moments,
     )
+
+
+def missing_values(stored: Image) -> np.ndarray | None:
+    """Where an image as stored has values that are not finite, bool (*size); None where all are."""
+    finite = np.isfinite(stored.array)
+    return None if finite.all() else ~finite.all(-1)
+
+
+def _without(missing: np.ndarray | None, region: np.ndarray | None) -> np.ndarray | None:
+    return region if missing is None or region is None else region & ~missing
 
 
 def stored_digest(stored: Image) -> str:

@@ -42,11 +42,12 @@ from PIL import Image as pillow
 
 from jmae.data.files import Image, write_map
 from jmae.data.loader import WORKERS
-from jmae.data.manifest import COLUMNS, ID_BYTES, PHANTOM, Row, parse_manifest, summary
+from jmae.data.manifest import COLUMNS, PHANTOM, Row, parse_manifest, summary
+from jmae.data.names import ID_BYTES
 from jmae.data.opening import lines_of, open_each
 from jmae.data.preparation import Opened, open_case, stored_image
 from jmae.errors import InputError, exit_code
-from jmae.recipe import arguments, typed
+from jmae.recipe import arguments, suggested, typed
 from jmae.run_folder import write_text
 
 ACROSS = {"sagittal": 0, "coronal": 1, "axial": 2}  # axis of RAS across the slices
@@ -97,6 +98,8 @@ def main(argv: list[str]) -> int:
     if len(names) != 1 or "out" not in flags:
         raise InputError("name one manifest and a new folder: python -m jmae.data.slices MANIFEST.csv --out=DIR")
     print(cut_manifest(Path(names[0]), Path(flags["out"]), read_options(flags)))
+    made = Path(flags["out"]) / "manifest.csv"
+    print(f"next: jmae train --config {suggested('images')[0]}:small --config.data.manifest={made}")
     return 0
 
 
@@ -320,15 +323,19 @@ def write_manifest(out: Path, rows: Sequence[Row]) -> None:
     """Writes rows as `out`/manifest.csv in one piece. Paths below `out` become relative to it."""
     folder = os.path.join(os.path.abspath(out), "")
     place = lambda path: (path or "").removeprefix(folder)
-    boxed = any(row.boxes for row in rows)
+    boxed, contrast = any(row.boxes for row in rows), any(row.pre for row in rows)
+    further = [*(["boxes"] if boxed else []), *(["pre", "post"] if contrast else [])]
+    extra = list(dict.fromkeys(name for row in rows for name in row.extra))
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([*COLUMNS, *(["boxes"] if boxed else []), *rows[0].extra])
+    writer.writerow([*COLUMNS, *further, *extra])
     for row in rows:
         label, image = "" if row.label is None else row.label, ";".join(map(place, row.image))
         cells = [row.id, row.patient, row.split, label, image, place(row.mask), place(row.region)]
         boxes = ";".join(" ".join(f"{x:.10g}" for x in box) for box in row.boxes)
-        writer.writerow([*cells, *([boxes] if boxed else []), *row.extra.values()])
+        series = [";".join(map(place, files)) for files in (row.pre, row.post)]
+        cells += [*([boxes] if boxed else []), *(series if contrast else [])]
+        writer.writerow([*cells, *(row.extra.get(name, "") for name in extra)])
     write_text(out / "manifest.csv", text.getvalue())
 
 

@@ -11,6 +11,7 @@ The own grid is that of the stored image; the working grid is that of the networ
 """
 
 import itertools
+import math
 from collections.abc import Iterable, Sequence
 from functools import lru_cache, partial
 from typing import Any, NamedTuple, overload
@@ -19,12 +20,13 @@ import numpy as np
 from ml_collections import ConfigDict
 from scipy import ndimage
 
-from jmae.data.files import Image, ReadFile, off_grid, read_file, read_image, turned
+from jmae.data.files import MAX_VOXELS, Image, ReadFile, off_grid, read_file, read_image, turned
 from jmae.data.manifest import Row
 from jmae.data.transforms import equalise, to_unit
 from jmae.errors import InputError
 
 WORLD = {"R": (0, 1), "L": (0, -1), "A": (1, 1), "P": (1, -1), "S": (2, 1), "I": (2, -1)}  # letter -> RAS axis, sign
+MAX_EDGE = 2**13  # voxels of the working grid along an axis: twice those of the largest scans
 KEPT_VOXELS = 0.01  # a spacing is kept, not resampled to, where no voxel would move by more than this
 
 
@@ -416,6 +418,9 @@ def _whole(stored: Image, data: ConfigDict, name: str) -> Grid:
         if spacing is None:
             raise InputError(f"{name}: tells no spacing: save it as NIfTI, or keep it by --config.data.spacing=()")
         full = tuple(max(1, round(n * old / new)) for n, old, new in zip(own, spacing, data.spacing, strict=True))
+        if math.prod(full) > MAX_VOXELS or max(full) > MAX_EDGE:
+            what = f"size {tuple(own)} at spacing {spacing} mm becomes {full} at data.spacing={tuple(data.spacing)}"
+            raise InputError(f"{name}: {what}, beyond the limit of {MAX_VOXELS} voxels: repair its header or its unit")
         step = tuple(new / old for old, new in zip(spacing, data.spacing, strict=True))
         kept = [m == n and abs(s - 1) * n / 2 <= KEPT_VOXELS for m, n, s in zip(full, own, step, strict=True)]
         step = tuple(1.0 if keep else s for keep, s in zip(kept, step, strict=True))

@@ -131,3 +131,19 @@ class MAE(nnx.Module):
     ) -> Float[Array, "b n v"]:
         """Prediction of all patches from those at `keep`; `restore` as `masking.order_of` gives it."""
         return self.decode(self.encode(take(self.embed(patches), keep)), restore)
+
+    def predictions(
+        self, patches: Float[Array, "b n v"], keep: Int[Array, "*own m k"], restore: Int[Array, "*own m n"]
+    ) -> Float[Array, "b m n v"]:
+        """Predictions of all patches under m masks, which the samples share; with a leading axis each has its own.
+
+        Samples come first, so that they stay on the devices over which they are split.
+        """
+        (b, n, _), (m, k) = patches.shape, keep.shape[-2:]
+        tokens = self.embed(patches)
+        if keep.ndim == 2:
+            seen = tokens[:, keep].reshape(b * m, k, -1)
+            restore = jnp.broadcast_to(restore[None], (b, m, n))
+        else:
+            seen = take(jnp.repeat(tokens, m, axis=0), keep.reshape(b * m, k))
+        return self.decode(self.encode(seen), restore.reshape(b * m, n)).reshape(b, m, n, -1)

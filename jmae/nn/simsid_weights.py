@@ -26,7 +26,7 @@ from jaxtyping import PyTree
 from safetensors.numpy import save_file
 
 from jmae.errors import InputError
-from jmae.tensors import line, read_tensors
+from jmae.tensors import digest_of, line, read_tensors
 
 FORMAT = 1  # of a converted file; another number is refused
 ABOUT = "simsid"  # of the metadata of a converted file
@@ -123,7 +123,12 @@ def read(source: Path) -> Weights:
         tensors |= contents.tensors
         ignored += contents.ignored
     if converted:
-        if json.loads(converted)["format"] != FORMAT:
+        about = json.loads(converted)
+        if about.pop("sha256", None) not in (None, digest_of(tensors, about)):
+            raise InputError(
+                line(source, "is damaged: its content is not that of its digest: copy or convert it again")
+            )
+        if about["format"] != FORMAT:
             raise InputError(line(source, f"is of another format than {FORMAT}: convert the original again"))
         leaves, skipped = tensors, list[str]()
     else:
@@ -163,7 +168,8 @@ def load(weights: Weights, target: PyTree) -> PyTree:
 
 def save(out: Path, weights: Weights) -> None:
     """Writes weights as a file that `read` reads. The file has its name only when whole."""
-    about = {ABOUT: json.dumps({"format": FORMAT, "source_sha256": weights.sha256})}
+    what = {"format": FORMAT, "source_sha256": weights.sha256}
+    about = {ABOUT: json.dumps(what | {"sha256": digest_of(weights.leaves, what)})}
     temporary = out.with_name(f".{out.name}.tmp")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -126,16 +126,21 @@ class Blocks(nnx.Module):
         self.depth, self.remat = depth, remat
         self.skips = (depth - 1) // 2 if long_skips else 0
 
-    def __call__(self, x: Float[Array, "b n d"], *context: Array) -> Float[Array, "b n d"]:
-        """Output of the last block. Each block gets `context` as further arguments."""
-        if self.skips:
-            return self.outputs(x, *context)[-1]
-        block = self._block(x, context)
-        return _over(lambda x, p: (block(x, p), None), _filled(x), self._parameters(x))[0][:, : x.shape[1]]
+    def __call__(self, x: Float[Array, "b n d"], *context: Array, number: int | None = None) -> Float[Array, "b n d"]:
+        """Output of block `number`, counted from 1; None: of the last block. Later blocks are not computed. Each block
+        gets `context` as further arguments."""
+        number = number or self.depth
+        if self.skips and number > self.depth - self.skips:
+            return self.outputs(x, *context, number=number)[-1]
+        block, parameters = self._block(x, context), jax.tree.map(lambda p: p[:number], self._parameters(x))
+        return _over(lambda x, p: (block(x, p), None), _filled(x), parameters)[0][:, : x.shape[1]]
 
-    def outputs(self, x: Float[Array, "b n d"], *context: Array) -> Float[Array, "depth b n d"]:
-        """Outputs of all blocks."""
-        block, parameters, n = self._block(x, context), self._parameters(x), self.depth - self.skips
+    def outputs(
+        self, x: Float[Array, "b n d"], *context: Array, number: int | None = None
+    ) -> Float[Array, "depth b n d"]:
+        """Outputs of the first `number` blocks; None: of all."""
+        number = number or self.depth
+        block, parameters, n = self._block(x, context), self._parameters(x), min(number, self.depth - self.skips)
 
         def one(x: Array, inputs: tuple[Any, Array | None]) -> tuple[Array, Array]:
             p, skip = inputs
@@ -143,9 +148,9 @@ class Blocks(nnx.Module):
             return x, x
 
         last, outputs = _over(one, _filled(x), (jax.tree.map(lambda p: p[:n], parameters), None))
-        if self.skips:
-            skipped = outputs[: self.skips][::-1]
-            more = _over(one, last, (jax.tree.map(lambda p: p[n:], parameters), skipped))[1]
+        if number > n:
+            skipped = outputs[: self.skips][::-1][: number - n]
+            more = _over(one, last, (jax.tree.map(lambda p: p[n:number], parameters), skipped))[1]
             outputs = jnp.concatenate([outputs, more])
         return outputs[:, :, : x.shape[1]]
 

@@ -10,6 +10,8 @@ Exit codes: 0 the page is written; 2 a folder has no complete evaluation, or the
 import sys
 from pathlib import Path
 
+from jinja2 import UndefinedError
+
 from jmae import recipe
 from jmae.errors import InputError, exit_code
 from jmae.report.compare import MOST, write_comparison
@@ -23,7 +25,12 @@ def main(argv: list[str]) -> int:
         raise InputError(f"name 1 to {MOST} run folders and the page: python -m jmae.report DIR DIR --out=FILE.html")
     if not (draws := options.get("draws", "2000")).isdecimal() or not int(draws):
         raise InputError(f"--draws={draws}: give a whole number above 0")
-    print(write_comparison(out, [Path(folder) for folder in folders], draws=int(draws)), file=sys.stderr)
+    try:
+        print(write_comparison(out, [Path(folder) for folder in folders], draws=int(draws)), file=sys.stderr)
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, UndefinedError) as error:  # of a changed file
+        where = ", ".join(folders)
+        raise InputError(f"{where}: an evaluation is damaged ({error!r}): run python -m jmae.evaluate again") from error
+    print(f"next: open {out}", file=sys.stderr)
     return 0
 
 

@@ -19,6 +19,8 @@ from jmae.errors import InputError
 from jmae.report.charts import FAINT, chart
 from jmae.report.page import auroc_axis_start, settings_digest, templates, write_page
 from jmae.report.words import flat_settings
+from jmae.sealed import unseal
+from jmae.tables import plain
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -61,16 +63,18 @@ def read_run(folder: Path) -> Run:
         figures = json.loads((inner / "metrics.json").read_text())
         with open(inner / "scores.csv", newline="") as file:
             cases = {
-                row["id"]: (int(row["label"]), float(row["score"])) for row in csv.DictReader(file) if row["label"]
+                plain(row["id"]): (int(row["label"]), float(row["score"]))
+                for row in csv.DictReader(file)
+                if row["label"]
             }
         with open(inner / "cases.csv", newline="") as file:
             case_rows = list(csv.DictReader(file))
-        patients = {row["id"]: row["patient"] for row in case_rows}
-        images = {row["id"]: row["image"] for row in case_rows}
-        config = json.loads((inner / "config.json").read_text())
+        patients = {plain(row["id"]): plain(row["patient"]) for row in case_rows}
+        images = {plain(row["id"]): row["image"] for row in case_rows}
+        config = unseal((inner / "config.json").read_bytes(), inner / "config.json", None)
         files = [path / "environment.json" for path in (folder, inner.parent)]
-        environment: dict[str, Any] = next((json.loads(file.read_text()) for file in files if file.exists()), {})
-    except (OSError, ValueError, KeyError) as error:
+        environment = next((unseal(file.read_bytes(), file, None) for file in files if file.exists()), {})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, csv.Error, RecursionError) as error:
         why = getattr(error, "strerror", None) or error
         raise InputError(
             f"{folder}: no complete evaluation ({why}): run python -m jmae.evaluate --workdir=DIR"
@@ -213,6 +217,7 @@ def run_row(run: Run, n_common: int) -> dict[str, Any]:
         "pixel": e["pixel"] or {},
         "central": central.get("image") or {},
         "baseline": best_baseline(run),
+        "difference": (e.get("best_rival") or {}).get("image"),
         "seconds": e.get("seconds_per_case"),
         "more": len(run.cases) - n_common,
         "replicates": len((e.get("replicates") or {}).get("auroc", {}).get("values", [])) or 1,
@@ -220,7 +225,7 @@ def run_row(run: Run, n_common: int) -> dict[str, Any]:
 
 
 def best_baseline(run: Run) -> tuple[str, float] | None:
-    """(name, AUROC) of the best cheap baseline of images; None without one."""
+    """(name, AUROC) of the best baseline or rival of images; None without one."""
     aurocs = {
         k: e["image"]["auroc"] for k, e in run.metrics["baselines"].items() if (e.get("image") or {}).get("auroc")
     }
@@ -249,7 +254,7 @@ def roc_curves(runs: Sequence[Run], ids: Sequence[str]) -> Markup | None:
 
 
 def comparison_sentences(rows: Sequence[Mapping[str, Any]], pairs: Sequence[Pair]) -> list[str]:
-    """The result: which run has the highest AUROC, how far it is from the next, and which do not beat a baseline.
+    """The result: which run has the highest AUROC, how far it is from the next, and which do not beat all baselines.
 
     Args:
       rows: as `run_row`, the highest AUROC first.
@@ -261,10 +266,18 @@ def comparison_sentences(rows: Sequence[Mapping[str, Any]], pairs: Sequence[Pair
     sentences = [f"{best['name']} ({best['system']}) has the highest AUROC, {best['image']['auroc']:.3f}."]
     if len(with_auroc) > 1:
         sentences.append(difference_sentence(best["name"], with_auroc[1]["name"], pairs))
-    behind = [row["name"] for row in with_auroc if row["baseline"] and row["baseline"][1] >= row["image"]["auroc"]]
-    if behind:
-        sentences.append(f"A cheap baseline does as well as or better than {', '.join(behind)}.")
+    if behind := [row["name"] for row in with_auroc if not_better(row)]:
+        sentences.append(f"Not better than the best baseline or rival: {', '.join(behind)}.")
     return sentences
+
+
+def not_better(row: Mapping[str, Any]) -> bool:
+    """Whether a run is not shown to be better than its best baseline or rival: by the interval of their paired
+    difference, or without one by the figures alone."""
+    if row["difference"]:
+        low = row["difference"]["auroc_ci"][0]
+        return low is None or low <= 0
+    return bool(row["baseline"]) and row["baseline"][1] >= row["image"]["auroc"]
 
 
 def difference_sentence(best: str, second: str, pairs: Sequence[Pair]) -> str:

@@ -126,7 +126,7 @@ def case_values(evaluation: Mapping[str, Any], cases: Sequence[Case], colours: S
     labels, scores = labelled_scores(evaluation.get("table") or [])
     normals = scores[~labels]
     p_values = {row["id"]: row.get("p_value") for row in evaluation.get("table") or []}
-    own = ("id", "label", "score", "p_value")
+    own = ("id", "label", "score", "p_value", "score_error")
     others = {row["id"]: {k: v for k, v in row.items() if k not in own} for row in evaluation.get("table") or []}
     scale, spread = colours or colour_scale([cases[i] for i in shown]), spread_scale([cases[i] for i in shown])
     n_pictures = sum(4 + (spread is not None) + (cases[i].region is not None) + len(cases[i].pictures) for i in shown)

@@ -137,9 +137,10 @@ def no_curves_reason(evaluation: Mapping[str, Any]) -> str | None:
 
 def result_sentences(evaluation: Mapping[str, Any]) -> list[str]:
     """What the result means, for a reader who knows radiology better than statistics."""
+    first = [*rival_sentences(evaluation), *hidden_sentences(evaluation)]
     if reason := no_curves_reason(evaluation):
         ranks = "The scores below only rank the cases: the model finds a case with a higher score more abnormal."
-        return [reason, *(pixel_sentences(evaluation) or [ranks])]
+        return [*first, reason, *(pixel_sentences(evaluation) or [ranks])]
     image, n = evaluation["image"], evaluation["n_normal"] + evaluation["n_abnormal"]
     auroc, ci = image["auroc"], image.get("auroc_ci")
     lo, hi = ci if ci and None not in ci else (math.nan, math.nan)
@@ -152,16 +153,39 @@ def result_sentences(evaluation: Mapping[str, Any]) -> list[str]:
         sentences.append(f"These {n} cases cannot tell this result from chance.")
     elif auroc < 0.5:
         sentences.append("That is worse than chance: the scores point the wrong way.")
-    baselines = [r for r in comparison_rows(evaluation) if r.kind == "baseline" and r.image.get("auroc") is not None]
-    if baselines:
-        name, value = baselines[0].name, baselines[0].image["auroc"]
-        if value >= auroc:
-            sentences.append(f"The cheap baseline “{name}” does as well or better: {100 * value:.0f} times in 100.")
-        else:
-            sentences.append(f"The best cheap baseline, “{name}”, reaches {100 * value:.0f}.")
-        if lo <= value < auroc:
-            sentences.append("That lies inside the interval, so these cases do not show which of the two is better.")
-    return sentences + pixel_sentences(evaluation)
+    return [*first, *sentences, *pixel_sentences(evaluation)]
+
+
+def rival_sentences(evaluation: Mapping[str, Any]) -> list[str]:
+    """Whether the primary score, and its map, are better than the best of all baselines and rivals.
+
+    They are where the 95 % interval of the paired difference of AUROC lies above 0. No sentence without a baseline.
+    """
+    rivals, sentences = evaluation.get("best_rival") or {}, []
+    image, pixel = rivals.get("image"), rivals.get("pixel")
+    if image and image["auroc"] is not None:
+        sentences.append(f"{evaluation['primary']} is {against(image)} (AUROC, 95 % interval).")
+    if pixel and pixel["auroc"] is not None:
+        of = f"pixel AUROC, mean over {pixel['n']} {evaluation.get('resampled', 'patients')}, 95 % interval"
+        sentences.append(f"Its map is {against(pixel)} ({of}).")
+    return sentences
+
+
+def against(best: Mapping[str, Any]) -> str:
+    """ "better than X ... by D [LOW, HIGH]", or "not better than X ...: D [LOW, HIGH]"."""
+    low, high = best["auroc_ci"] if None not in best["auroc_ci"] else (math.nan, math.nan)
+    rival = f"“{best['name']}”" + (f", the best of {best['of']} baselines and rivals" if best["of"] > 1 else "")
+    difference = f"{best['auroc']:+.3f}" + ("" if math.isnan(low) else f" [{low:+.3f}, {high:+.3f}]")
+    return f"better than {rival}, by {difference}" if low > 0 else f"not better than {rival}: {difference}"
+
+
+def hidden_sentences(evaluation: Mapping[str, Any]) -> list[str]:
+    """How much of the variance of hidden patches of held-out normals the network and its rivals explain."""
+    shares = evaluation.get("explained") or {}
+    if not shares:
+        return []
+    each = ", ".join(f"{name} {100 * value:.0f} %" for name, value in shares.items() if value is not None)
+    return [f"Explained variance of hidden patches of held-out normals: {each}."]
 
 
 def pixel_sentences(evaluation: Mapping[str, Any]) -> list[str]:
@@ -174,7 +198,7 @@ def pixel_sentences(evaluation: Mapping[str, Any]) -> list[str]:
     return [
         "Take one point inside and one point outside the lesions at random: the map has the higher value inside "
         f"{100 * pixel['auroc']:.0f} times in 100.",
-        *([f"The best cheap baseline, “{best.name}”, reaches {100 * best.pixel['auroc']:.0f}."] if best else []),
+        *([f"The best baseline or rival, “{best.name}”, reaches {100 * best.pixel['auroc']:.0f}."] if best else []),
     ]
 
 

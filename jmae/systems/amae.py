@@ -15,7 +15,7 @@ Stages: `pretrain` (Stage 0, where no weights are given), `proxy` (Stage 1), `la
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Key, PyTree
 from ml_collections import ConfigDict
 
-from jmae import recipe
+from jmae import recipe, residuals
 from jmae.anomalies.anatpaste import anatpaste, jittered, lung_field
 from jmae.data.manifest import Row
 from jmae.data.transforms import moments_of
@@ -48,15 +48,16 @@ from jmae.masked import (
     train_step,
     training,
 )
-from jmae.masking import case_keys, fold_in, sample_keys
+from jmae.masking import fold_in, sample_keys, scoring_keys, standard_error
 from jmae.nn.mae import MAE
 from jmae.nn.transformer import linear
 from jmae.optim import adamw, begin, descend
 from jmae.patches import patchify
-from jmae.reconstruct import reconstruct
+from jmae.reconstruct import Reconstruction, reconstruct
 from jmae.run_folder import log
 from jmae.sharding import device_gather, device_mean
 from jmae.system import (
+    Prediction,
     Pretrained,
     Results,
     Stage,
@@ -68,6 +69,7 @@ from jmae.system import (
     stats_of,
     steps_of,
 )
+from jmae.tokens import NAME, TOKEN_KEYS, check_tokens, token_fits, token_rivals, token_score
 
 VARIANTS = {
     "stage2": ("pretrain", "proxy", "labels", "module_a", "module_b"),
@@ -81,6 +83,8 @@ VARIANTS = {
 }
 NORMALS_ALONE = ("stage1", "mae", "one_class")  # variants that need no unlabelled image
 DISCREPANCIES = {"reconstruction": "stage2", "nearer": "stage2_nearer", "error": "stage2_error"}
+MEANS = ("mae", "mask_rec", "one_class", "stage2_error")  # primary scores that are means over masks
+TOKEN_SCORES = {"pretrain": "tokens", "module_a": "tokens_a", "module_b": "tokens_b"}  # by the encoder's stage
 HOME_MADE = (
     "Stage 0 was trained on this run's images instead of the 0.3 million chest X-rays of the paper's checkpoint "
     "(model.weights names no file): this run is not the paper's"
@@ -154,12 +158,17 @@ KEYS = {
         "class", "Images over which that percentile is taken (`pseudo_labels`).", choices=("class", "all")
     ),
     "evaluation.masks": recipe.Key(4, "Masks of a test image, the same for modules A and B.", least=1),
+    **recipe.MASKS_OF,
+    **residuals.KEYS,
+    **residuals.IMAGE_KEYS,
     "evaluation.discrepancy": recipe.Key(
         "reconstruction",
         'The primary score: "reconstruction", Eq. 4; "nearer" (ours), its half where module B is nearer the image; '
-        'or "error" (ours), the error of A less that of B.',
-        choices=tuple(DISCREPANCIES),
+        'or "error" (ours), the error of A less that of B; "tokens" (ours), of every variant, the score of the tokens '
+        "of Stage 0's encoder.",
+        choices=(*DISCREPANCIES, "tokens"),
     ),
+    **declared("evaluation", TOKEN_KEYS),
     "evaluation.paste": recipe.Key(
         True, "Whether visible patches are the input's; False: the decoder's output everywhere."
     ),
@@ -297,24 +306,58 @@ def margin_of(networks: Networks, results: Results, image: Float[Array, "b *size
     return logits[:, 1] - logits[:, 0]
 
 
-def score(
-    networks: Networks, results: Results, batch: PyTree, key: Key[Array, ""], *, chunk: int | None = None
-) -> dict[str, Any]:
-    """The scores of images by all stages of the variant; see `System.score`."""
-    config, raw = networks.config, batch["image"]
-    names, image = VARIANTS[config.variant], standardised(raw, config)
-    view = partial(
+def masked_passes(
+    config: ConfigDict, batch: PyTree, key: Key[Array, ""], chunk: int | None
+) -> Callable[..., Reconstruction]:
+    """The function that reconstructs a batch by a predictor, under the masks of a test."""
+    return partial(
         reconstruct,
-        image=image,
-        keys=case_keys(key, batch["case"]),
+        image=standardised(batch["image"], config),
+        keys=scoring_keys(config.evaluation.masks_of, key, batch["case"]),
         patch=tuple(config.model.patch),
         ratio=config.adapt.mask_ratio,
         masks=config.evaluation.masks,
         paste=config.evaluation.paste,
         chunk=chunk,
     )
+
+
+def evidence(
+    networks: Networks, found: Reconstruction, results: Results, raw: Float[Array, "b *size c"]
+) -> residuals.Evidence:
+    """What a reconstruction by a predictor of normal images says of images, for `evaluation.residual`."""
+    config, n = networks.config, len(raw)
+    mean, std = moments_of(raw, config.data)
+    flat = lambda value: jnp.broadcast_to(value, (n, *[1] * (raw.ndim - 2), config.model.channels)).reshape(n, -1)
+    black, white = flat((0 - mean) / std), flat((1 - mean) / std)
+    feature = config.evaluation.residual == "feature"
+    mae = networks.mae_of(results[normal_error(config)[0]]["params"]) if feature else None
+    span = jnp.max(white, 1) - jnp.min(black, 1)
+    return residuals.evidence(standardised(raw, config), found.measured, black, span, mae, tuple(config.model.patch))
+
+
+def batch_evidence(
+    networks: Networks, predict: Callable[..., Array], results: Results, batch: PyTree, key: Key[Array, ""]
+) -> residuals.Evidence:
+    """The same of a batch, for a fit."""
+    view = masked_passes(networks.config, batch, key, networks.config.evaluation.chunk or None)
+    found = view(partial(predict, results), measure=residuals.under_mask)
+    return evidence(networks, found, results, batch["image"])
+
+
+def score(
+    networks: Networks, results: Results, batch: PyTree, key: Key[Array, ""], *, chunk: int | None = None
+) -> dict[str, Any]:
+    """The scores of images by all stages of the variant; see `System.score`."""
+    config, raw = networks.config, batch["image"]
+    names, image, view = VARIANTS[config.variant], standardised(raw, config), masked_passes(config, batch, key, chunk)
     autoencoders = [name for name in names if name in ("pretrain", "module_a", "module_b")]
-    passes = {name: view(networks.mae_of(results[name]["params"])) for name in autoencoders}
+    measures: dict[str, Any] = {normal_error(config)[0]: {"measure": residuals.under_mask}}
+    measures = measures if residuals.wanted(config) else {}
+    passes = {
+        name: view(networks.mae_of(results[name]["params"]).predictions, **measures.get(name, {}))
+        for name in autoencoders
+    }
     maps = {"mae": jnp.mean(passes["pretrain"].error, axis=-1)}
     if "module_b" in passes:
         a, b = passes["module_a"], passes["module_b"]
@@ -331,13 +374,62 @@ def score(
         name = "module_a" if "module_b" in passes else config.variant
         maps[name] = jnp.mean(passes["module_a"].error, axis=-1)
     scores = {name: jnp.mean(m, axis=tuple(range(1, m.ndim))) for name, m in maps.items()}
+    if NAME in results:  # neither in a plan nor while the training looks at the score
+        for name, learned in results[NAME].items():
+            mae = networks.mae_of(results[name]["params"])
+            maps[TOKEN_SCORES[name]], scores[TOKEN_SCORES[name]] = token_score(config, mae, image, learned)
     if "proxy" in names:
         scores["stage1"] = jax.nn.sigmoid(margin_of(networks, results, raw))
+    primary, more = primary_of(config), {}
+    if primary in MEANS:
+        each = passes["pretrain" if primary == "mae" else "module_a"].errors
+        each = each - passes["module_b"].errors if primary == "stage2_error" else each
+        more = {"score_error": standard_error(each)} if each.shape[1] > 1 else {}
+    if residuals.wanted(config):
+        of = evidence(networks, passes[normal_error(config)[0]], results, raw)
+        maps[primary] = residuals.anomaly_map(config, of, results)
+        scores |= residuals.device_score(config, maps[primary])
     mean, std = moments_of(raw, config.data)
-    normal = passes["module_a" if "module_a" in passes else "pretrain"].mean  # what normal anatomy would look like
+    normal = passes[normal_error(config)[0]].mean  # what normal anatomy would look like
     if raw.shape[-1] != config.model.channels:
         normal = jnp.mean(normal, axis=-1, keepdims=True)
-    return {"maps": maps, "scores": scores, "reconstruction": normal * std + mean}
+    return {"maps": maps, "scores": scores, "reconstruction": normal * std + mean} | more
+
+
+def normal_error(config: ConfigDict) -> tuple[str, str]:
+    """(the stage whose network predicts normal images, the name of its reconstruction error among the scores)."""
+    names = VARIANTS[config.variant]
+    if "module_a" not in names:
+        return "pretrain", "mae"
+    return "module_a", "module_a" if "module_b" in names else config.variant
+
+
+def predicted(networks: Networks, results: Results, patches: Array, keep: Array, restore: Array) -> Array:
+    """The network that predicts normal images, as a predictor: see `system.Prediction`."""
+    stage = normal_error(networks.config)[0]
+    return networks.mae_of(results[stage]["params"]).predictions(patches, keep, restore)
+
+
+def error_score(
+    networks: Networks,
+    predict: Callable[..., Array],
+    results: Results,
+    batch: PyTree,
+    key: Key[Array, ""],
+    *,
+    chunk: int | None = None,
+) -> dict[str, Any]:
+    """The reconstruction error of images by any predictor, in place of the network's; see `System.score`."""
+    config = networks.config
+    name, view = normal_error(config)[1], masked_passes(config, batch, key, chunk)
+    found = view(partial(predict, results), measure=residuals.under_mask)
+    error = jnp.mean(found.error, -1)
+    maps, scores = {name: error}, {name: jnp.mean(error, tuple(range(1, error.ndim)))}
+    if residuals.wanted(config):
+        of = evidence(networks, found, results, batch["image"])
+        maps[primary_of(config)] = residuals.anomaly_map(config, of, results)
+        scores |= residuals.device_score(config, maps[primary_of(config)])
+    return {"maps": maps, "scores": scores}
 
 
 # --- pseudo-labels: one sweep over the unlabelled images --------------------------------------------------------------
@@ -575,18 +667,31 @@ def home_made(weights: str) -> bool:
     return (run / "config.json").is_file() and home_made(recipe.read(run).model.weights)
 
 
+def primary_of(config: ConfigDict) -> str:
+    """The name of the primary score."""
+    if residuals.wanted(config):
+        return config.evaluation.residual
+    if config.evaluation.discrepancy == NAME:
+        return NAME
+    two = "module_b" in VARIANTS[config.variant]
+    return DISCREPANCIES[config.evaluation.discrepancy] if two else config.variant
+
+
 def build(config: ConfigDict) -> System:
     """The AMAE system that a recipe describes; raises InputError on settings that do not fit together."""
     if config.data.unlabeled_size and config.data.anomaly_ratio < 0:
         raise InputError("data.unlabeled_size goes with data.anomaly_ratio: set that too, or take it back to 0")
+    residuals.check(config, config.evaluation.masks)
     names, networks = VARIANTS[config.variant], networks_of(config)
     notes = [HOME_MADE] if home_made(config.model.weights) else []
     if config.variant not in NORMALS_ALONE and (note := ratio_note(config)):
         notes.append(note)
     if config.variant == "b_perfect":
         notes.append("variant b_perfect was trained on the hidden labels: it is a control, no method")
-    primary = DISCREPANCIES[config.evaluation.discrepancy] if "module_b" in names else config.variant
-    return System(
+    primary = primary_of(config)
+    check_tokens(config, primary)
+    fits_of = lambda predict: residuals.fits(config, partial(batch_evidence, networks, predict), "masks", "paste")
+    system = System(
         name="amae",
         stages=tuple(stage for stage in stages(networks) if stage.name in names),
         uses=tuple(name for name in names if name != "labels"),
@@ -594,6 +699,24 @@ def build(config: ConfigDict) -> System:
         score=partial(score, networks),
         masks=config.evaluation.masks,
         repetitions="masks",
-        averaged=primary not in ("stage2", "stage2_nearer"),  # differences of means
+        averaged=primary not in ("stage2", "stage2_nearer", NAME, *residuals.NAMES),  # no means over masks
+        fits=fits_of(partial(predicted, networks)),
         notes=tuple(notes),
     )
+    encoders = {name: networks.mae_of for name in names if name in TOKEN_SCORES}
+    tokens = token_fits(config, encoders, partial(standardised, config=config))
+    rivals = token_rivals(config, system, partial(standardised, config=config), networks.mae_init, networks.mae_of)
+    whole = replace(system, fits=(*system.fits, *tokens), rivals=rivals)
+    if config.evaluation.residual == "feature":  # only the network has features
+        return whole
+    name = primary if residuals.wanted(config) else normal_error(config)[1]
+    prediction = Prediction(
+        predict=partial(predicted, networks),
+        view=partial(standardised, config=config),
+        patch=tuple(config.model.patch),
+        ratio=config.adapt.mask_ratio,
+        beside=lambda predict: replace(
+            system, primary=name, map=name, score=partial(error_score, networks, predict), fits=fits_of(predict)
+        ),
+    )
+    return replace(whole, prediction=prediction)

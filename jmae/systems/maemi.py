@@ -9,17 +9,17 @@ One stage, `train`: random crops of the healthy parts of volumes, masked reconst
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Key, PyTree
+from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 from ml_collections import ConfigDict
 
-from jmae import recipe
+from jmae import recipe, residuals
 from jmae.data.transforms import random_flip
 from jmae.data.volumes import check_settings
 from jmae.errors import InputError
@@ -34,12 +34,13 @@ from jmae.masked import (
     train_step,
     training,
 )
-from jmae.masking import hidden, random_mask, visible_tokens
+from jmae.masking import group_mask, groups_of, hidden, visible_tokens
 from jmae.nn.mae import MAE
 from jmae.patches import grid_of, patchify, sincos_positions, unpatchify
 from jmae.scoring import minimum_filter
 from jmae.system import (
     Check,
+    Prediction,
     Pretrained,
     Results,
     Stage,
@@ -50,6 +51,7 @@ from jmae.system import (
     rows_of,
     steps_of,
 )
+from jmae.tokens import TOKEN_KEYS, check_tokens, sweeping, token_fits, token_rivals
 from jmae.windows import average, tile
 
 KEYS = {
@@ -116,6 +118,9 @@ KEYS = {
     "evaluation.batch": recipe.Key(64, "Windows that are scored at a time; fewer where memory is short.", least=1),
     "evaluation.stride": recipe.Key((64, 42, 2), "Distance between windows.", "voxels", least=1, length=3),
     "evaluation.repeats": recipe.Key(6, "Sweeps over all windows, each with new masks.", least=1),
+    **recipe.MASKS_OF,
+    **residuals.KEYS,
+    **residuals.VOLUME_KEYS,
     "evaluation.mask_ratio": recipe.Key(0.90, "Share of a window's tokens that a mask hides.", above=0, below=1),
     "evaluation.filter": recipe.Key((3, 3, 2), "Edges of the minimum filter.", "voxels", least=1, length=3),
     "evaluation.error": recipe.Key(
@@ -123,6 +128,7 @@ KEYS = {
         'Tokens whose error counts: "all", or "hidden" (ours), as the output at visible tokens is not trained.',
         choices=("all", "hidden"),
     ),
+    **declared("evaluation", TOKEN_KEYS, ring=0),
 }
 
 WATCHED = 64  # crops of held-out normals, whose explained variance is logged
@@ -131,11 +137,13 @@ VISIBLE = 1e-6  # weight of a visible token's error beside a hidden token's, whe
 
 @dataclass(frozen=True)
 class Networks:
-    """The network of a recipe, and the recipe: `init` and `mae_of` are those of `system.network`."""
+    """The network of a recipe, and the recipe: `init` and `mae_of` are those of `system.network`. `predict` is the
+    network as a predictor (`system.Prediction`), or what stands in for it."""
 
     config: ConfigDict
     init: Callable[[Array], tuple[PyTree, PyTree]]
     mae_of: Callable[[PyTree], MAE]
+    predict: Callable[..., Array]
 
 
 def released_positions(grid: tuple[int, ...], width: int) -> np.ndarray:
@@ -161,23 +169,42 @@ def view(data: ConfigDict, image: Float[Array, "b *size c"], keys: Key[Array, " 
 # --- score (Eq. 2 and 3) ----------------------------------------------------------------------------------------------
 
 
+def clean(config: ConfigDict, image: Float[Array, "b *size c"]) -> Float[Array, "b *size c"]:
+    """Windows as the network sees them in a test."""
+    return image if config.compat.clip else jnp.clip(image, *config.data.clip)
+
+
+def predicted(
+    mae_of: Callable[[PyTree], MAE], results: Results, patches: Array, keep: Array, restore: Array
+) -> Float[Array, "b m n v"]:
+    """The network as a predictor, see `system.Prediction`."""
+    return mae_of(results["train"]["params"]).predictions(patches, keep, restore)
+
+
 def reconstructed(
-    networks: Networks, results: Results, image: Float[Array, "b *size c"], keys: Key[Array, " b"]
+    networks: Networks,
+    results: Results,
+    image: Float[Array, "b *size c"],
+    keys: Key[Array, " b"],
+    groups: Int[Array, " b"],
 ) -> tuple[Float[Array, "b *size c"], Float[Array, "b *size c"], Bool[Array, "b *size 1"]]:
     """(Windows as the network sees them, its prediction under one random mask each, True for hidden voxels.)"""
-    config, mae = networks.config, networks.mae_of(results["train"]["params"])
-    size, patch = image.shape[1:-1], tuple(config.model.patch)
-    image = image if config.compat.clip else jnp.clip(image, *config.data.clip)
+    config, size, patch = networks.config, image.shape[1:-1], tuple(networks.config.model.patch)
+    image = clean(config, image)
     patches = patchify(image, patch)
     visible = visible_tokens(patches.shape[1], config.evaluation.mask_ratio)
-    keep, restore = random_mask(keys, patches.shape[1], visible)
-    prediction = unpatchify(mae(patches, keep, restore), size, patch)
+    keep, restore = group_mask(keys, groups, patches.shape[1], visible)
+    prediction = unpatchify(networks.predict(results, patches, keep[:, None], restore[:, None])[:, 0], size, patch)
     absent = jnp.broadcast_to(hidden(restore, visible)[..., None], (*restore.shape, prod(patch)))
     return image, prediction, unpatchify(absent.astype(jnp.float32), size, patch) > 0
 
 
 def window_error(
-    networks: Networks, results: Results, image: Float[Array, "b *size c"], keys: Key[Array, " b"]
+    networks: Networks,
+    results: Results,
+    image: Float[Array, "b *size c"],
+    keys: Key[Array, " b"],
+    groups: Int[Array, " b"],
 ) -> tuple[Float[Array, "b *size k"], Float[Array, "b *size 1"]]:
     """Eq. 2 of each window under one random mask: (values, weights).
 
@@ -185,20 +212,36 @@ def window_error(
     Weights are 1 at hidden and almost 0 at visible tokens: only a voxel that no mask hid has a visible token's error.
     With `evaluation.error` "hidden", a hidden voxel has the smallest error of the hidden voxels in its box.
     """
-    image, prediction, absent = reconstructed(networks, results, image, keys)
+    image, prediction, absent = reconstructed(networks, results, image, keys, groups)
     squared, edges = (image - prediction) ** 2, tuple(networks.config.evaluation.filter)
     error = minimum_filter(squared, edges)
     if networks.config.evaluation.error == "hidden" and max(edges) > 1:
         error = jnp.where(absent, minimum_filter(jnp.where(absent, squared, jnp.inf), edges), error)
-    return jnp.concatenate([error, prediction], -1), jnp.where(absent, 1, VISIBLE)
+    values, config = [error, prediction], networks.config
+    if residuals.wanted(config):
+        one = residuals.under_mask(image, prediction, absent[..., 0])
+        values.append(residuals.window_values(image, one))
+        if config.evaluation.residual == "feature":
+            mae = networks.mae_of(results["train"]["params"])
+            made = image + one["residual"]
+            values.append(residuals.features_apart(mae, image, made, tuple(config.model.patch))[..., None])
+    return jnp.concatenate(values, -1), jnp.where(absent, 1, VISIBLE)
 
 
-def fuse(edges: tuple[int, ...], averages: Float[Array, "*size k"], inside: Bool[Array, "*size"]) -> dict:
-    """Eq. 3: the mean over sequences, after a second minimum filter with these edges."""
-    error, prediction = jnp.split(averages, 2, -1)
+def fuse(config: ConfigDict, results: Results, averages: Float[Array, "*size k"], inside: Bool[Array, "*size"]) -> dict:
+    """Eq. 3: the mean over sequences, after a second minimum filter; beside it the map of `evaluation.residual`."""
+    error, prediction, further = jnp.split(averages, [config.data.channels, 2 * config.data.channels], -1)
     mean = jnp.where(inside, jnp.mean(error, -1), jnp.inf)
-    fused = minimum_filter(mean[None, ..., None], edges)[0, ..., 0]
-    return {"maps": {"maemi": jnp.where(inside, fused, 0)}, "reconstruction": prediction}
+    maps = {"maemi": minimum_filter(mean[None, ..., None], tuple(config.evaluation.filter))[0, ..., 0]}
+    if residuals.wanted(config):
+        of = residuals.volume_evidence(config, further[None], inside[None])
+        maps[config.evaluation.residual] = residuals.anomaly_map(config, of, results)[0]
+    return {"maps": {name: jnp.where(inside, m, 0) for name, m in maps.items()}, "reconstruction": prediction}
+
+
+def batch_evidence(config: ConfigDict, results: Results, batch: PyTree, key: Key[Array, ""]) -> residuals.Evidence:
+    """What the averages of a volume say of it, for a fit."""
+    return residuals.volume_evidence(config, batch["average"][..., 2 * config.data.channels :], batch["inside"])
 
 
 # --- system -----------------------------------------------------------------------------------------------------------
@@ -207,6 +250,7 @@ def fuse(edges: tuple[int, ...], averages: Float[Array, "*size k"], inside: Bool
 def check(config: ConfigDict) -> None:
     """Raises InputError on settings that do not fit together."""
     check_settings(config.data)
+    residuals.check(config, config.evaluation.repeats)
     if config.compat.averaging and config.evaluation.error == "hidden":
         raise InputError("compat.averaging is of evaluation.error='all', as the released code: set that")
     tokens = prod(grid_of(tuple(config.data.size), tuple(config.model.patch)))
@@ -217,11 +261,12 @@ def check(config: ConfigDict) -> None:
 def build(config: ConfigDict) -> System:
     """The MAEMI system that a recipe describes; raises InputError on settings that do not fit together."""
     check(config)
+    check_tokens(config, "maemi")
     data, evaluation, compat = config.data, config.evaluation, config.compat
     patch = tuple(config.model.patch)
     positions = released_positions if compat.position else sincos_positions
     init, mae_of = masked_autoencoder(config, data.channels, positions=positions)
-    networks = Networks(config, init, mae_of)
+    networks = Networks(config, init, mae_of, partial(predicted, mae_of))
     train = training(config.train, mae_of=mae_of, view=partial(view, data), patch=patch, parts=config.accumulate)
     stage = Stage(
         name="train",
@@ -241,16 +286,43 @@ def build(config: ConfigDict) -> System:
         ),
         parts=config.accumulate,
     )
+    number, by_case = prod(grid_of(tuple(data.size), patch)), evaluation.masks_of == "case"
     sweep = Sweep(
         window=tuple(data.size),
         stride=tuple(evaluation.stride),
         repeats=evaluation.repeats,
+        groups=1 if by_case else groups_of(number, visible_tokens(number, evaluation.mask_ratio)),
+        by_case=by_case,
         score=partial(window_error, networks),
         example=partial(reconstructed, networks),
-        fuse=partial(fuse, tuple(evaluation.filter)),
+        fuse=partial(fuse, config),
         average=partial(
             average, weighted=evaluation.error == "hidden", released=data.channels if compat.averaging else 0
         ),
         tile=partial(tile, released=compat.averaging),
     )
-    return System(name="maemi", stages=(stage,), uses=("train",), primary="maemi", sweep=sweep, repetitions="repeats")
+    system = System(
+        name="maemi",
+        stages=(stage,),
+        uses=("train",),
+        primary=evaluation.residual if residuals.wanted(config) else "maemi",
+        sweep=sweep,
+        repetitions="repeats",
+        fits=residuals.fits(config, partial(batch_evidence, config), "repeats", "mask_ratio", "error", "stride"),
+    )
+
+    def beside(predict: Callable[..., Array]) -> System:
+        other = replace(networks, predict=predict)
+        assert system.sweep
+        return replace(system, sweep=replace(system.sweep, score=partial(window_error, other), example=None))
+
+    seen = partial(clean, config)
+    tokens = token_fits(config, {"train": mae_of}, seen)
+    sweep = replace(sweep, **sweeping(config, mae_of, "train", seen))
+    rivals = token_rivals(config, system, seen, init, mae_of)
+    whole = replace(system, sweep=sweep, fits=(*system.fits, *tokens), rivals=rivals)
+    if evaluation.residual == "feature":  # only the network has features
+        return whole
+    ratio = evaluation.mask_ratio
+    prediction = Prediction(predict=networks.predict, view=seen, patch=patch, ratio=ratio, beside=beside)
+    return replace(whole, prediction=prediction)

@@ -11,7 +11,7 @@ and `model.long_skips`. [D] marks a value that the paper leaves open.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -21,10 +21,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Bool, Float, Key, PyTree
+from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 from ml_collections import ConfigDict
 
-from jmae import recipe
+from jmae import recipe, residuals
 from jmae.data.transforms import moments_of
 from jmae.data.volumes import check_settings
 from jmae.errors import InputError
@@ -40,19 +40,36 @@ from jmae.masked import (
     train_step,
     training,
 )
-from jmae.masking import case_keys, visible_tokens
+from jmae.masking import groups_of, scoring_keys, standard_error, visible_tokens
 from jmae.nn.mae import MAE
 from jmae.nn.memory import GATES, MultiLevelMAE, around_plain, plain_part
 from jmae.optim import adamw
 from jmae.patches import grid_of, patchify
 from jmae.reconstruct import Reconstruction, reconstruct
 from jmae.ssim import BORDERS, check_ssim, ms_ssim, ms_ssim_map
-from jmae.system import Pretrained, Results, Stage, Sweep, System, masked_autoencoder, rows_of, steps_of
+from jmae.system import (
+    Prediction,
+    Pretrained,
+    Results,
+    Stage,
+    Sweep,
+    System,
+    masked_autoencoder,
+    rows_of,
+    steps_of,
+)
+from jmae.tokens import NAME, TOKEN_KEYS, check_tokens, sweeping, token_fits, token_rivals, token_score
 from jmae.windows import average
 
 LUMINANCES = ("standardised", "unit", "none")
 VISIBLE = 1e-6  # weight of a mask that does not hide a voxel: only a voxel that no mask hides has those masks' mean
 SCORES = ("ms_ssim", "ms_ssim_patches", "mse", "ms_ssim_product")  # the last one is of whole images, without a map
+FITTED_BY = ("masks", "mask_ratio", "paste", "average")  # settings that change a fit
+MEANS = {
+    "ms_ssim": "map",
+    "mse": "error",
+    "ms_ssim_product": "product",
+}  # the measure whose mean over voxels a score is
 
 KEYS = {
     "checkpoint_every": recipe.Key(5000, "Steps between two checkpoints.", "steps", least=1),
@@ -85,8 +102,10 @@ KEYS = {
     ),
     **declared("train", TRAINING_KEYS, epochs=2000, lr=1.5e-3, warmup=5 / 2000),
     "train.clip": recipe.Key(0.0, "Greatest norm of the gradient; 0: any.", least=0),
-    "evaluation.score": recipe.Key("ms_ssim", "The primary score.", choices=SCORES),
+    "evaluation.score": recipe.Key("ms_ssim", "The primary score.", choices=(*SCORES, "tokens")),
     "evaluation.masks": recipe.Key(10, "Masks of a test image.", least=1),
+    **recipe.MASKS_OF,
+    **residuals.KEYS,
     "evaluation.mask_ratio": recipe.Key(0.75, "Share of the tokens that a mask hides.", above=0, below=1),
     "evaluation.paste": recipe.Key(
         True, "Whether visible patches are the input's [D]; False: the decoder's output everywhere."
@@ -123,8 +142,10 @@ KEYS = {
         least=0,
         most=100,
     ),
+    **declared("evaluation", TOKEN_KEYS),
 }
 IMAGE_KEYS = {
+    **residuals.IMAGE_KEYS,
     "data.crop_from": recipe.Key(
         (),
         "Size of the images that random crops are taken from; (): data.size.",
@@ -140,21 +161,25 @@ IMAGE_KEYS = {
     ),
 }
 VOLUME_KEYS = {
+    **residuals.VOLUME_KEYS,
     "data.channels": recipe.Key(2, "Sequences of a volume.", least=1),
     "data.clip": recipe.Key((0.001, 1.5), "Bounds of the values that the network sees.", length=2),
     "data.flips": recipe.Key((0, 1), "Axes, each mirrored with probability 1/2.", choices=(0, 1, 2)),
-    "evaluation.score": recipe.Key("ms_ssim", "The primary score.", choices=SCORES[:3]),
+    "evaluation.score": recipe.Key("ms_ssim", "The primary score.", choices=(*SCORES[:3], "tokens")),
+    "evaluation.ring": replace(KEYS["evaluation.ring"], default=0),
     "evaluation.iou": recipe.Key(0.0, "Only for images: 0, no IoU.", "%", least=0, most=0),
 }
 
 
 @dataclass(frozen=True)
 class Networks:
-    """The network of a recipe, and the recipe: `init` and `mae_of` are those of `system.network`."""
+    """The network of a recipe, and the recipe: `init` and `mae_of` are those of `system.network`. `predict` is the
+    network as a predictor (`system.Prediction`), or what stands in for it."""
 
     config: ConfigDict
     init: Callable[[Array], tuple[PyTree, PyTree]]
     mae_of: Callable[[PyTree], MAE]
+    predict: Callable[..., Array]
 
 
 # --- loss: masked reconstruction (masked.train_step) ------------------------------------------------------------------
@@ -223,14 +248,27 @@ def dissimilarity(
     return {"weight": weight, "map": weight * d, "error": weight * error, "product": product}
 
 
+def clean(config: ConfigDict, raw: Float[Array, "b *size c"]) -> Float[Array, "b *size k"]:
+    """Images as the network sees them in a test."""
+    return jnp.clip(raw, *config.data.clip) if recipe.is_volume(config) else standardised(raw, config)
+
+
+def predicted(
+    mae_of: Callable[[PyTree], MAE], results: Results, patches: Array, keep: Array, restore: Array
+) -> Float[Array, "b m n v"]:
+    """The network as a predictor, see `system.Prediction`."""
+    return mae_of(results["train"]["params"]).predictions(patches, keep, restore)
+
+
 def reconstructed(
     networks: Networks,
     results: Results,
     raw: Float[Array, "b *size c"],
-    keys: Key[Array, " b"],
+    keys: Key[Array, ""] | Key[Array, " b"],
     *,
     masks: int,
-    chunk: int | None,
+    chunk: int | None = None,
+    groups: Int[Array, " b"] | None = None,
 ) -> tuple[Reconstruction, dict[str, Array]]:
     """The reconstruction of images under `masks` masks, and the maps of the first three `SCORES`.
 
@@ -239,18 +277,25 @@ def reconstructed(
     """
     config, evaluation = networks.config, networks.config.evaluation
     patch = tuple(config.model.patch)
-    image = jnp.clip(raw, *config.data.clip) if recipe.is_volume(config) else standardised(raw, config)
+    image = clean(config, raw)
     black, span = range_of(config, raw)
+    further = residuals.wanted(config)
+
+    def measure(image: Array, made: Array, hidden: Array) -> dict[str, Array]:
+        own = dissimilarity(evaluation, image, made, hidden, black=black, span=span)
+        return own | (residuals.under_mask(image, made, hidden) if further else {})
+
     found = reconstruct(
-        networks.mae_of(results["train"]["params"]),
+        partial(networks.predict, results),
         image,
         keys,
         patch=patch,
         ratio=evaluation.mask_ratio,
         masks=masks,
+        groups=groups,
         paste=evaluation.paste,
         chunk=chunk,
-        measure=partial(dissimilarity, evaluation, black=black, span=span),
+        measure=measure,
     )
     pixel, error = (found.measured[name] / found.measured["weight"] for name in ("map", "error"))
     cells = jnp.mean(patchify(pixel[..., None], patch), -1).reshape(len(image), *grid_of(image.shape[1:-1], patch))
@@ -258,40 +303,98 @@ def reconstructed(
     return found, {"ms_ssim": pixel, "ms_ssim_patches": patches, "mse": error}
 
 
+def evidence(
+    networks: Networks, found: Reconstruction, results: Results, raw: Float[Array, "b *size c"]
+) -> residuals.Evidence:
+    """What the reconstruction of images says of them, for `evaluation.residual`."""
+    config = networks.config
+    feature = config.evaluation.residual == "feature"
+    mae = networks.mae_of(results["train"]["params"]) if feature else None
+    patch = tuple(config.model.patch)
+    return residuals.evidence(standardised(raw, config), found.measured, *range_of(config, raw), mae, patch)
+
+
 def score(
     networks: Networks, results: Results, batch: PyTree, key: Key[Array, ""], *, chunk: int | None = None
 ) -> dict[str, Any]:
     """The scores of images; see `System.score`.
 
-    The pictures are those of the paper's Figs. 2 and 3: what the first mask leaves, in mid-grey elsewhere, and the
-    reconstruction under that mask.
+    `ms_ssim_patches` has no Monte-Carlo error: the borders of its patches weigh more than their middles. The pictures
+    are those of the paper's Figs. 2 and 3: what the first mask leaves, in mid-grey elsewhere, and the reconstruction
+    under that mask.
     """
     config, raw = networks.config, batch["image"]
-    keys = case_keys(key, batch["case"])
+    keys = scoring_keys(config.evaluation.masks_of, key, batch["case"])
     found, maps = reconstructed(networks, results, raw, keys, masks=config.evaluation.masks, chunk=chunk)
     scores = {name: jnp.mean(m, tuple(range(1, m.ndim))) for name, m in maps.items()}
     scores["ms_ssim_product"] = found.measured["product"]
+    if residuals.wanted(config):
+        residual = residuals.anomaly_map(config, evidence(networks, found, results, raw), results)
+        maps[config.evaluation.residual] = residual
+        scores |= residuals.device_score(config, residual)
+    name, errors = primary_of(config), {}
+    if name in MEANS and (config.evaluation.average == "all" or name == "ms_ssim_product"):
+        each = found.measures[MEANS[name]]
+        errors = {"score_error": standard_error(each)} if each.shape[1] > 1 else {}
+    if NAME in results:  # neither in a plan nor while the training looks at the score
+        mae = networks.mae_of(results["train"]["params"])
+        maps[NAME], scores[NAME] = token_score(config, mae, clean(config, raw), results[NAME]["train"])
     mean, std = moments_of(raw, config.data)
     picture = found.first * std + mean
     if config.data.channels != config.model.channels:
         picture = jnp.mean(picture, -1, keepdims=True)
     visible = {"visible patches": jnp.where(found.first_hidden[..., None], 0.5, raw)}
-    return {"maps": maps, "scores": scores, "reconstruction": picture, "pictures": visible}
+    return {"maps": maps, "scores": scores, "reconstruction": picture, "pictures": visible} | errors
 
 
 def window_score(
-    networks: Networks, results: Results, image: Float[Array, "b *size c"], keys: Key[Array, " b"]
+    networks: Networks,
+    results: Results,
+    image: Float[Array, "b *size c"],
+    keys: Key[Array, " b"],
+    groups: Int[Array, " b"],
 ) -> tuple[Float[Array, "b *size k"], Float[Array, "b *size 1"]]:
     """(the maps and the reconstruction of windows under one mask, the mask's weights); see `Sweep.score`."""
-    found, maps = reconstructed(networks, results, image, keys, masks=1, chunk=None)
-    values = [maps[name][..., None] for name in SCORES[:3]]
-    return jnp.concatenate([*values, found.mean], -1), found.measured["weight"][..., None]
+    found, maps = reconstructed(networks, results, image, keys, masks=1, groups=groups)
+    values, config = [maps[name][..., None] for name in SCORES[:3]], networks.config
+    values.append(found.mean)
+    if residuals.wanted(config):
+        clipped = jnp.clip(image, *config.data.clip)
+        values.append(residuals.window_values(clipped, found.measured))
+        if config.evaluation.residual == "feature":
+            mae = networks.mae_of(results["train"]["params"])
+            made = clipped + found.measured["residual"]
+            values.append(residuals.features_apart(mae, clipped, made, tuple(config.model.patch))[..., None])
+    return jnp.concatenate(values, -1), found.measured["weight"][..., None]
 
 
-def fuse(averages: Float[Array, "*size k"], inside: Bool[Array, "*size"]) -> dict[str, Any]:
+def fuse(
+    config: ConfigDict, results: Results, averages: Float[Array, "*size k"], inside: Bool[Array, "*size"]
+) -> dict[str, Any]:
     """The maps and the reconstruction of a volume from the averages of `window_score`."""
-    maps = {name: jnp.where(inside, averages[..., k], 0) for k, name in enumerate(SCORES[:3])}
-    return {"maps": maps, "reconstruction": averages[..., 3:]}
+    behind = 3 + config.data.channels
+    maps = {name: averages[..., k] for k, name in enumerate(SCORES[:3])}
+    if residuals.wanted(config):
+        of = residuals.volume_evidence(config, averages[None, ..., behind:], inside[None])
+        maps[config.evaluation.residual] = residuals.anomaly_map(config, of, results)[0]
+    maps = {name: jnp.where(inside, values, 0) for name, values in maps.items()}
+    return {"maps": maps, "reconstruction": averages[..., 3:behind]}
+
+
+def batch_evidence(networks: Networks, results: Results, batch: PyTree, key: Key[Array, ""]) -> residuals.Evidence:
+    """What reconstructions say of a batch of a fit: of images, or of a volume by its averages."""
+    config = networks.config
+    if recipe.is_volume(config):
+        behind = 3 + config.data.channels
+        return residuals.volume_evidence(config, batch["average"][..., behind:], batch["inside"])
+    keys, chunk = scoring_keys(config.evaluation.masks_of, key, batch["case"]), config.evaluation.chunk or None
+    found, _ = reconstructed(networks, results, batch["image"], keys, masks=config.evaluation.masks, chunk=chunk)
+    return evidence(networks, found, results, batch["image"])
+
+
+def primary_of(config: ConfigDict) -> str:
+    """The name of the primary score."""
+    return config.evaluation.residual if residuals.wanted(config) else config.evaluation.score
 
 
 # --- system -----------------------------------------------------------------------------------------------------------
@@ -315,6 +418,7 @@ def check(config: ConfigDict) -> None:
         raise InputError("data.crop_from is of random crops: set data.crop_scale, or data.crop_from=()")
     if model.weights and not Path(model.weights).is_dir() and model.long_skips:
         raise InputError("model.weights: no published network has long skips: set --config.model.long_skips=false")
+    residuals.check(config, evaluation.masks)
     if not evaluation.scales:
         raise InputError("evaluation.scales is empty: give a weight for each scale")
     check_ssim(size, tuple(evaluation.window), evaluation.scales, tuple(evaluation.pool))
@@ -326,10 +430,11 @@ def check(config: ConfigDict) -> None:
 def build(config: ConfigDict) -> System:
     """The MemMC-MAE system that a recipe describes; raises InputError on settings that do not fit together."""
     check(config)
+    check_tokens(config, primary_of(config))
     model, section, evaluation = config.model, config.train, config.evaluation
     make = partial(MultiLevelMAE, gate=model.gate, normed=model.mc_norm) if model.mc_decoder else MAE
     init, mae_of = masked_autoencoder(config, model.channels, make, memory=model.memory, long_skips=model.long_skips)
-    networks = Networks(config, init, mae_of)
+    networks = Networks(config, init, mae_of, partial(predicted, mae_of))
     clip = [optax.clip_by_global_norm(section.clip)] if section.clip else []
     train = training(
         section,
@@ -350,23 +455,52 @@ def build(config: ConfigDict) -> System:
         size=tuple(config.data.get("crop_from", ())),
         pretrained=Pretrained(use="start", part=plain_part, whole=around_plain),
     )
-    system = partial(
-        System,
+    system = System(
         name="memmc_mae",
         stages=(stage,),
         uses=("train",),
-        primary=evaluation.score,
+        primary=primary_of(config),
         repetitions="masks",
-        averaged=evaluation.average == "all" or evaluation.score == "ms_ssim_product",
+        averaged=not residuals.wanted(config)
+        and (evaluation.average == "all" or evaluation.score == "ms_ssim_product"),
+        **scoring(networks),
     )
-    if not recipe.is_volume(config):
-        return system(score=partial(score, networks), masks=evaluation.masks)
+    seen = partial(clean, config)
+    tokens = token_fits(config, {"train": mae_of}, seen)
+    rivals = token_rivals(config, system, seen, init, mae_of)
+    whole = replace(system, fits=(*system.fits, *tokens), rivals=rivals)
+    if whole.sweep:
+        whole = replace(whole, sweep=replace(whole.sweep, **sweeping(config, mae_of, "train", seen)))
+    if evaluation.residual == "feature":  # only the network has features
+        return whole
+    error = "ms_ssim" if system.primary == NAME else system.primary  # a rival has no encoder
+    prediction = Prediction(
+        predict=networks.predict,
+        view=seen,
+        patch=tuple(model.patch),
+        ratio=evaluation.mask_ratio,
+        beside=lambda predict: replace(system, primary=error, **scoring(replace(networks, predict=predict))),
+    )
+    return replace(whole, prediction=prediction)
+
+
+def scoring(networks: Networks) -> dict[str, Any]:
+    """The fields of `System` that score."""
+    config, evaluation = networks.config, networks.config.evaluation
+    volumes = recipe.is_volume(config)
+    fits = residuals.fits(config, partial(batch_evidence, networks), *FITTED_BY, *["stride"] * volumes)
+    if not volumes:
+        return {"score": partial(score, networks), "masks": evaluation.masks, "fits": fits}
+    tokens = prod(grid_of(tuple(config.data.size), tuple(config.model.patch)))
+    by_case = evaluation.masks_of == "case"
     sweep = Sweep(
         window=tuple(config.data.size),
         stride=tuple(evaluation.stride),
         repeats=evaluation.masks,
+        groups=1 if by_case else groups_of(tokens, visible_tokens(tokens, evaluation.mask_ratio)),
+        by_case=by_case,
         score=partial(window_score, networks),
-        fuse=fuse,
+        fuse=partial(fuse, config),
         average=partial(average, weighted=evaluation.average == "hidden"),
     )
-    return system(sweep=sweep)
+    return {"sweep": sweep, "fits": fits}

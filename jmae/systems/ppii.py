@@ -30,11 +30,11 @@ from jmae.data.transforms import random_flip, random_warp
 from jmae.data.volumes import check_settings
 from jmae.errors import InputError
 from jmae.losses import hierarchical_loss, soft_cross_entropy
-from jmae.masking import case_keys, fold_in, sample_keys
+from jmae.masking import fold_in, sample_keys, scoring_keys, standard_error
 from jmae.nn.phiseg import PHiSeg
 from jmae.nn.unet import UNet, check_size
 from jmae.optim import adam, begin, descend
-from jmae.recipe import SHARED, Key, is_volume
+from jmae.recipe import MASKS_OF, SHARED, Key, is_volume
 from jmae.run_folder import log
 from jmae.sharding import device_gather, device_number
 from jmae.system import (
@@ -167,6 +167,7 @@ KEYS = {
     "train.validate_every": Key(500, "Steps between two values of the Dice.", "steps", least=1),
     "train.validation_samples": Key(100, "Synthetic samples for the Dice.", least=1),
     "evaluation.samples": Key(50, "Samples of mc_unet and phiseg.", least=1),
+    **MASKS_OF,
     "evaluation.froc": replace(SHARED["evaluation.froc"], default=10.0),
 }
 """The keys of this system; defaults are the paper's values."""
@@ -258,7 +259,13 @@ def build(config: ConfigDict) -> System:
     if not is_volume(config):
         return System(**about, score=partial(score, setup), masks=setup.samples)
     window, stride = tuple(config.data.size), tuple(config.evaluation.stride)
-    sweep = Sweep(window=window, stride=stride, score=partial(score_window, setup), fuse=partial(fuse, setup))
+    sweep = Sweep(
+        window=window,
+        stride=stride,
+        by_case=config.evaluation.masks_of == "case",
+        score=partial(score_window, setup),
+        fuse=partial(fuse, setup),
+    )
     return System(**about, sweep=sweep)
 
 
@@ -526,14 +533,20 @@ def scored_weights(setup: Setup, results: Results) -> tuple[Any, Any]:
     return best["params"], best["stats"]
 
 
+def over_pixels(images: Float[Array, "a b *size"]) -> Float[Array, "a b"]:
+    """The mean of each image."""
+    return jnp.mean(images, tuple(range(2, images.ndim)))
+
+
 def mean_and_variance(
     setup: Setup,
     results: Results,
     image: Float[Array, "b *size c"],
     keys: RandomKey[Array, " b"],
     chunk: int | None = None,
-) -> tuple[Float[Array, " b *size"], Float[Array, " b *size"]]:
-    """Mean and variance over the samples of the probability of an anomaly, `chunk` samples at a time.
+) -> tuple[Float[Array, " b *size"], Float[Array, " b *size"], Float[Array, "b j"]]:
+    """(mean, variance) over the samples of the probability of an anomaly, `chunk` samples at a time, and the mean over
+    pixels of each sample.
 
     Sample j of an image depends on the image's key and j alone. The sums are of differences to the first sample, so
     that nothing cancels where the spread is small.
@@ -541,7 +554,7 @@ def mean_and_variance(
     (params, stats), samples = scored_weights(setup, results), setup.samples
     if not setup.random:
         mean = probability(setup, params, stats, image, keys)
-        return mean, jnp.zeros_like(mean)
+        return mean, jnp.zeros_like(mean), over_pixels(mean[:, None])
     count, net = min(chunk or samples, max(samples - 1, 1)), lambda: setup.bind(params, stats)
     if setup.config.model.backbone == "phiseg":
         features = net().features(centred(image))
@@ -551,14 +564,16 @@ def mean_and_variance(
     sample = lambda j: jax.nn.softmax(logits(fold_in(keys, j)))[..., 1]
     first = sample(0)
 
-    def add(sums: Any, numbers: Array) -> tuple[Any, None]:
+    def add(sums: Any, numbers: Array) -> tuple[Any, Array]:
         used = (numbers < samples).astype(jnp.float32)  # the last chunk may be padded
         rest = jax.vmap(sample)(numbers) - first
-        return (sums[0] + jnp.tensordot(used, rest, 1), sums[1] + jnp.tensordot(used, rest**2, 1)), None
+        sums = sums[0] + jnp.tensordot(used, rest, 1), sums[1] + jnp.tensordot(used, rest**2, 1)
+        return sums, over_pixels(rest + first)
 
     numbers = 1 + jnp.arange(-(-(samples - 1) // count) * count).reshape(-1, count)  # the first is there
-    (total, squares), _ = jax.lax.scan(add, (jnp.zeros_like(first), jnp.zeros_like(first)), numbers)
-    return first + total / samples, jnp.maximum(squares / samples - (total / samples) ** 2, 0)
+    (total, squares), each = jax.lax.scan(add, (jnp.zeros_like(first), jnp.zeros_like(first)), numbers)
+    each = jnp.concatenate([over_pixels(first[None]), each.reshape(-1, len(image))])[:samples]
+    return first + total / samples, jnp.maximum(squares / samples - (total / samples) ** 2, 0), each.T
 
 
 def score(setup: Setup, results: Results, batch: Any, key: Array, *, chunk: int | None = None) -> dict[str, Any]:
@@ -566,7 +581,9 @@ def score(setup: Setup, results: Results, batch: Any, key: Array, *, chunk: int 
 
     The paper does not state the score of an image. `ppii` is the mean over pixels, as in the code of PII and NSA.
     """
-    mean, variance = mean_and_variance(setup, results, batch["image"], case_keys(key, batch["case"]), chunk)
+    keys = scoring_keys(setup.config.evaluation.masks_of, key, batch["case"])
+    keys = jnp.broadcast_to(keys, (len(batch["image"]),))
+    mean, variance, each = mean_and_variance(setup, results, batch["image"], keys, chunk)
     axes = tuple(range(1, mean.ndim))
     highest = jax.lax.top_k(mean.reshape(len(mean), -1), max(1, mean[0].size // 4))[0]
     scores = {
@@ -574,17 +591,21 @@ def score(setup: Setup, results: Results, batch: Any, key: Array, *, chunk: int 
         "ppii_top_quarter": jnp.mean(highest, -1),
         "ppii_highest": jnp.max(mean, axes),
     }
-    out = {"maps": {"ppii": mean}, "scores": scores}
+    out: dict[str, Any] = {"maps": {"ppii": mean}, "scores": scores}
+    if setup.samples > 1:
+        out["score_error"] = standard_error(each)
     return out | ({"confidence": jnp.sqrt(variance)} if setup.random else {})
 
 
-def score_window(setup: Setup, results: Results, image: Array, keys: Array) -> tuple[Array, Array]:
+def score_window(setup: Setup, results: Results, image: Array, keys: Array, groups: Array) -> tuple[Array, Array]:
     """Mean and variance of a volume's windows, all of weight 1 (`Sweep.score`)."""
-    mean, variance = mean_and_variance(setup, results, image, keys)
+    mean, variance, _ = mean_and_variance(setup, results, image, keys)
     return jnp.stack([mean, variance], -1), jnp.ones((*mean.shape, 1))
 
 
-def fuse(setup: Setup, averages: Float[Array, "*size k"], inside: Bool[Array, "*size"]) -> dict[str, Any]:
+def fuse(
+    setup: Setup, results: Results, averages: Float[Array, "*size k"], inside: Bool[Array, "*size"]
+) -> dict[str, Any]:
     """The map of a volume (`Sweep.fuse`).
 
     Its confidence is the root of the mean variance of the windows that cover a voxel. That is an upper bound of the

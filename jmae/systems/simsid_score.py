@@ -287,7 +287,7 @@ def image_score(
 
 
 def window_score(
-    config: ConfigDict, method: Method, results: Results, image: Float[Array, "b *size c"], keys: Array
+    config: ConfigDict, method: Method, results: Results, image: Float[Array, "b *size c"], keys: Array, groups: Array
 ) -> tuple[Float[Array, "b *size k"], Float[Array, "b *size 1"]]:
     """`Sweep.score`: each window's maps, and its scores as constant maps. Volumes are ours; the report has none."""
     made, maps, scores = scored(config, method, results, image)
@@ -296,7 +296,7 @@ def window_score(
     return jnp.concatenate([every, made], -1), jnp.ones((*image.shape[:-1], 1))
 
 
-def fuse(averages: Float[Array, "*size k"], inside: Bool[Array, "*size"]) -> dict[str, Any]:
+def fuse(results: Results, averages: Float[Array, "*size k"], inside: Bool[Array, "*size"]) -> dict[str, Any]:
     """`Sweep.fuse`: a volume's maps, which are 0 outside, and its reconstruction."""
     maps = {name: jnp.where(inside, averages[..., i], 0) for i, name in enumerate(SCORES)}
     return {"maps": maps, "reconstruction": averages[..., len(SCORES) :]}

@@ -14,6 +14,7 @@ compared. Whatever is wrong becomes one `InputError` of the form "PATH: what: re
 
 from jmae.data.files.dicom import is_dicom
 from jmae.data.files.grids import Geometry, Image, OffGrid, off_grid, turned
+from jmae.data.files.guard import MAX_VOXELS
 from jmae.data.files.reading import (
     ReadFile,
     image_size,
@@ -27,6 +28,7 @@ from jmae.data.files.reading import (
 from jmae.data.files.writing import write_map
 
 __all__ = [
+    "MAX_VOXELS",
     "Geometry",
     "Image",
     "OffGrid",

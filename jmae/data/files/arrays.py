@@ -13,6 +13,7 @@ import numpy as np
 
 from jmae.data.files.guard import RATIO, Header, Refused, check_affine, check_claim, check_spacing, read_values, take
 
+MAX_HEADER = 2**18  # bytes of an NRRD header: fields are short, only comments are long
 MAX_CHANNELS = 16  # more on the last axis of a 4D array means that the channels are not last
 
 _NIFTI_TYPES = {2: "u1", 4: "i2", 8: "i4", 16: "f4", 64: "f8", 256: "i1", 512: "u2", 768: "u4", 1024: "i8", 1280: "u8"}
@@ -20,7 +21,8 @@ _MM = {0: 1.0, 1: 1000.0, 2: 1.0, 3: 0.001}  # NIfTI's code of the space unit: u
 
 
 def read_nifti(file: IO[bytes], length: int) -> Header:
-    """A single 2D or 3D image; sform before qform as in nibabel, no affine where neither has a code."""
+    """A single 2D or 3D image, or 2 to 16 volumes on the fourth axis as channels. sform before qform as in nibabel, and
+    no affine where neither has a code."""
     packed = file.read(2) == b"\x1f\x8b"
     file.seek(0)
     stream: Any = gzip.GzipFile(fileobj=file) if packed else file
@@ -45,15 +47,19 @@ def read_nifti(file: IO[bytes], length: int) -> Header:
     stored = list(shape)
     while len(shape) > 2 and shape[-1] == 1:
         shape.pop()
-    check_claim(stored, dtype.itemsize, length)
+    if len(shape) == 5 and shape[3] == 1:  # a vector a voxel
+        del shape[3]
+    channels = shape.pop() if len(shape) == 4 and 1 < shape[-1] <= MAX_CHANNELS else 1
+    check_claim(stored if channels == 1 else [*shape, channels], dtype.itemsize, length)
     if not 2 <= len(shape) <= 3:
         raise Refused(
-            f"is {len(shape)}D with the size {tuple(shape)}: save one volume a file, and give channels as A.nii;B.nii"
+            f"is {len(shape)}D with the size {tuple(shape)}, and up to {MAX_CHANNELS} volumes count as channels: "
+            "save one time point a file, for example with `fslsplit`, and give channels as A.nii;B.nii"
         )
     offset = float(header["vox_offset"]) or (544.0 if second else 352.0)
     if not (540 if second else 348) <= offset <= RATIO * length:
         raise Refused(f"its header puts the data at byte {offset}: copy or export it again")
-    if not packed and int(offset) + math.prod(shape) * dtype.itemsize != length:
+    if not packed and int(offset) + math.prod(shape) * channels * dtype.itemsize != length:
         raise Refused(f"its header claims the size {tuple(shape)}, which its {length} bytes are not: copy it again")
     slope, intercept = float(header["scl_slope"]), float(header["scl_inter"])
     if not math.isfinite(slope) or (slope and not math.isfinite(intercept)):
@@ -69,12 +75,12 @@ def read_nifti(file: IO[bytes], length: int) -> Header:
     if header["sform_code"] > 0 or header["qform_code"] > 0:
         affine = header.get_sform() if header["sform_code"] > 0 else header.get_qform()
         affine = np.diag([unit, unit, unit, 1]) @ check_affine(affine)
-        spacing = tuple(np.linalg.norm(affine[:3, : len(shape)], axis=0).tolist())
+        spacing = check_spacing(np.linalg.norm(affine[:3, : len(shape)], axis=0))
 
     def decode() -> np.ndarray:
         stream.seek(int(offset))
-        values = read_values(stream, math.prod(shape), dtype, slope, intercept)
-        return (values.reshape(shape, order="F") if len(shape) == 3 else values.reshape(shape[::-1]))[..., None]
+        values = read_values(stream, math.prod(shape) * channels, dtype, slope, intercept)
+        return values.reshape(*shape, channels, order="F") if len(shape) == 3 else values.reshape(*shape[::-1], 1)
 
     return _in_rows(Header(tuple(shape), decode, spacing, affine, nifti=header))
 
@@ -122,6 +128,11 @@ _NRRD_STREAMS: dict[str, Callable[[IO[bytes]], Any]] = {
 
 def read_nrrd(file: IO[bytes], length: int) -> Header:
     """2D or 3D with its data in the same file; an affine where space, directions and origin are all given."""
+    head = file.read(MAX_HEADER)
+    ends = [head.find(end) for end in (b"\n\n", b"\r\n\r\n") if end in head]
+    if (min(ends) if ends else len(head)) >= MAX_HEADER - 4:
+        raise Refused(f"has a header of more than {MAX_HEADER} bytes: save it again without its comments")
+    file.seek(0)
     header = nrrd.read_header(file)
     encoding = {"gz": "gzip", "bz2": "bzip2"}.get(header["encoding"].lower(), header["encoding"].lower())
     shape = [int(n) for n in header["sizes"]]

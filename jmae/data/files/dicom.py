@@ -46,9 +46,12 @@ def is_dicom(path: str | os.PathLike) -> bool:
 
 def read_dicom(file: IO[bytes], length: int) -> Header:
     """A single-frame file. MONOCHROME1 is inverted in its stored range, then slope and intercept are applied."""
-    if file.read(132)[128:] == b"DICM" and (
-        pydicom.filereader.read_file_meta_info(file.name).get("TransferSyntaxUID") == uid.DeflatedExplicitVRLittleEndian
-    ):  # pydicom inflates the whole file, whatever its size, before it looks inside
+    if file.read(132)[128:] != b"DICM":
+        file.seek(0)  # without a preamble
+    beyond = lambda tag, vr, length: tag.group != 2
+    meta = pydicom.filereader.read_dataset(file, False, True, stop_when=beyond)  # type: ignore[arg-type]
+    if meta.get("TransferSyntaxUID") == uid.DeflatedExplicitVRLittleEndian:
+        # pydicom inflates the whole file, whatever its size, before it looks inside
         raise Refused("is a deflated DICOM: convert it, for example with `dcmconv +te`")
     file.seek(0)
     header = pydicom.dcmread(file, force=True, stop_before_pixels=True)

@@ -20,8 +20,10 @@ import pydicom
 
 from jmae.errors import InputError
 
-MAX_PIXELS = 2**27  # of a 2D image: the largest radiographs have 2**25
+MAX_PIXELS = 2**25  # of a 2D image: the largest radiographs have as many
+MAX_PICTURE_BYTES = 2**27  # of a decoded picture: a decoder needs twice as much, beside the image
 MAX_VOXELS = 2**29  # of a volume: 1024 x 1024 x 512, 2 GiB as float32
+SPACINGS = 1e-6, 1e4  # mm: of a microscope, and beyond any scanner
 RATIO = 4096  # no file packs real data tighter; the bound of deflate is 1032
 HARMLESS_BYTES = 2**26  # claims below this are not worth a ratio check
 BLOCK = 2**20  # values per step of a streamed read
@@ -151,6 +153,8 @@ def check_spacing(spacing: Sequence[float]) -> tuple[float, ...]:
     values = tuple(float(s) for s in spacing)
     if not all(math.isfinite(s) and s > 0 for s in values):
         raise Refused(f"spacing {values} is not positive and finite: repair the header")
+    if not all(SPACINGS[0] <= s <= SPACINGS[1] for s in values):
+        raise Refused(f"spacing {values} mm is that of no image of a patient: repair the header, or its unit")
     return values
 
 

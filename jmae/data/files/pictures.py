@@ -10,7 +10,7 @@ import numpy as np
 import tifffile
 from PIL import Image as pillow
 
-from jmae.data.files.guard import BLOCK, Header, Refused, check_claim
+from jmae.data.files.guard import BLOCK, MAX_PICTURE_BYTES, Header, Refused, check_claim
 
 
 def one_grey(array: np.ndarray) -> np.ndarray:
@@ -36,6 +36,8 @@ def read_png(file: IO[bytes], length: int) -> Header:
     depth, colour = head[24], head[25]
     channels = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}.get(colour, 4)
     check_claim((height, width), channels * depth / 8, length)
+    if (decoded := height * width * channels * depth // 8) > MAX_PICTURE_BYTES:
+        raise Refused(f"size {(height, width)} takes {decoded} bytes, beyond {MAX_PICTURE_BYTES}: crop or resample it")
 
     def decode() -> np.ndarray:
         file.seek(0)
@@ -89,13 +91,15 @@ def read_jpeg(file: IO[bytes], length: int) -> Header:
 def _decoded(file: IO[bytes], kind: str) -> np.ndarray:
     """(rows, columns, 1 or 3) uint8 without alpha; a palette as its colours, CMYK as RGB, 1 bit as 0 and 255."""
     with pillow.open(file, formats=(kind,)) as image:
-        if image.mode in ("1", "L", "LA"):
-            return np.asarray(image.convert("LA"))[..., :1]
-        if image.mode in ("P", "RGB", "RGBA"):
-            return np.asarray(image.convert("RGBA"))[..., :3]
-        if image.mode == "CMYK":
-            return np.asarray(image.convert("RGB"))
-        raise Refused(f"has the colour mode {image.mode}: save it as grey or RGB")
+        modes = {"1": "LA", "L": "LA", "LA": "LA", "P": "RGBA", "RGB": "RGBA", "RGBA": "RGBA", "CMYK": "RGB"}
+        if image.mode not in modes:
+            raise Refused(f"has the colour mode {image.mode}: save it as grey or RGB")
+        mode, (width, height) = modes[image.mode], image.size
+        array = np.empty((height, width, 1 if mode == "LA" else 3), np.uint8)
+        for y in range(0, height, rows := max(1, BLOCK // width)):  # a whole conversion would double the memory
+            strip = image.crop((0, y, width, min(height, y + rows)))
+            array[y : y + rows] = np.asarray(strip.convert(mode))[..., : array.shape[-1]]
+        return array
 
 
 def read_tiff(file: IO[bytes], length: int) -> Header:

@@ -15,7 +15,9 @@ from jmae.errors import InputError
 
 
 def write_map(path_without_suffix: str | os.PathLike, array: np.ndarray, like: Image | Geometry) -> Path:
-    """Writes a float32 map `(*size[, c])` on the grid of `like`: .nii.gz for volumes, 32-bit .tif for 2D.
+    """Writes a map `(*size[, c])` on the grid of `like`: .nii.gz for volumes, .tif for 2D.
+
+    Values are float32; those of a bool mask are 0 and 1 in 8 bits.
 
     Several channels are the fourth axis of the NIfTI file, or the TIFF's samples; one channel is no axis. A volume from
     NIfTI keeps sform, qform, their codes and units. A volume from another file gets the affine as scanner coordinates.
@@ -27,7 +29,7 @@ def write_map(path_without_suffix: str | os.PathLike, array: np.ndarray, like: I
     size = like.size
     if array.shape not in (size, (*size, array.shape[-1])):
         raise ValueError(f"map of shape {array.shape} for an image of size {size}")
-    array = np.asarray(array, np.float32)
+    array = np.asarray(array, np.uint8 if array.dtype == bool else np.float32)
     array = array[..., 0] if array.shape == (*size, 1) else array
     path = Path(f"{os.fspath(path_without_suffix)}{'.tif' if len(size) == 2 else '.nii.gz'}")
     part = path.with_name(f".{uuid.uuid4().hex}.part")
@@ -56,6 +58,7 @@ def write_map(path_without_suffix: str | os.PathLike, array: np.ndarray, like: I
 def _nifti_map(array: np.ndarray, like: Image | Geometry) -> nib.Nifti1Image:
     kind = nib.Nifti1Image if max(array.shape) < 2**15 else nib.Nifti2Image
     header = kind.header_class()
+    header.set_data_dtype(array.dtype)
     header.set_data_shape(array.shape)
     header.set_xyzt_units("mm")
     if like.header is not None:

@@ -1,43 +1,74 @@
-"""python -m jmae.data.prepare NAME --root DIR --out DIR [--seed 0] [--debug]
+"""python -m jmae.data.prepare NAME --root DIR --out DIR [--seed 0] [--patient REGEX] [--leaks drop] [--debug]
 
-Writes a manifest, --out/manifest.csv, of the data set below the folder --root. NAME is a layout of folders:
+Writes a manifest, --out/manifest.csv, of the data set below the folder --root, and prints what it found and the command
+that trains on it. NAME is a layout of folders:
 
-folders     The layout of MVTec AD: train/good, test/good and test/DEFECT. Masks may lie in any folder called mask,
-            ground_truth or annotation. Folders val and unlabeled are read too. Instead of --root, two folders of
-            images may be named: --normal DIR and --test DIR.
+folders     The layout of MVTec AD: train/good, test/good and test/DEFECT. Masks may lie in any folder that is called
+            after masks, such as anomaly_mask, ground_truth or annotation. Folders val and unlabeled are read too.
+            Instead of --root, two folders of images may be named: --normal DIR and --test DIR.
 nnunet      imagesTr/CASE_0000.nii.gz and further channels, labelsTr, imagesTs, dataset.json. A case with an empty
             segmentation is normal.
-bids        sub-*/[ses-*/]anat/*_T1w.nii.gz. --sequences=T1w,FLAIR names the channels. Subjects with a lesion mask are
-            in the test, with as many subjects that have none.
+bids        sub-*/[ses-*/]anat/*_T1w.nii.gz; also ATLAS 2.0. --sequences=T1w,FLAIR names the channels. Subjects with a
+            lesion mask are in the test, with as many subjects that have none. --lesions=REGEX tells the lesion masks,
+            --control=VALUE the group of participants.tsv that trains.
 ddad        data.json of DDAD and MedIAnomaly (train.0, train.unlabeled.0 and .1, test.0 and .1) and a folder of images.
 
 NAME may also be a public data set, in the form in which it is downloaded:
 
-chexpert    CheXpert chest radiographs: train.csv, valid.csv and the images. An image with No Finding is normal, one
-            with Pneumonia is abnormal. 1,024 normals train, 50 + 50 images are val, 100 + 100 the test. --views is PA,
-            frontal or all.
+chexpert    CheXpert chest radiographs: train.csv, valid.csv and the images, also in batches. An image with No Finding
+            is normal, one with Pneumonia (--finding=NAME: another observation) is abnormal. 1,024 normals train, 50 +
+            50 images are val, 100 + 100 the test. --views is PA, frontal or all.
 jsrt        JSRT chest radiographs: the .IMG files and the tables CLNDAT_EN.txt and CNNDAT_EN.txt, in any folders. The
             images are written as 16-bit PNG, inverted so that air is dark. Nodules become boxes. 19 normals and all
-            nodules are the test.
+            nodules are the test. Kaggle's PNG with jsrt_metadata.csv are read, too, without boxes.
 lidc        LIDC-IDRI chest CT: folders LIDC-IDRI-xxxx of DICOM series, and the readings as XML anywhere. The slices
             (in HU) stay where they are; masks are written. The first 800 patients train, the next 100 are val, the
             rest are the test. Val and test each get 500 healthy and 478 lesion slices, drawn at random.
 deeplesion  DeepLesion CT: DL_info.csv and the folders Images_png. The 16-bit PNG stay where they are (HU = value -
             32768). Key slices get boxes. The patients are split officially. Val and test each get 500 healthy and 500
             key slices, drawn at random.
-nih         NIH ChestX-ray14 by the curated lists of adult PA views, *_curated_list.txt. Lists and images lie in any
-            folders. 3,614 normals train; 543 normals and 262 abnormal images are the test.
-covidx      COVIDx chest radiographs: the folders train and test, and COVID-Net's lists anywhere, called
-            train_COVIDx8B.txt or train.txt and the same for the test. The negatives of the training list train; the
-            test list is the test. Grey copies of coloured images are written.
+rsna        RSNA Pneumonia Detection Challenge from Kaggle: the .dcm files (or PNG), stage_2_train_labels.csv and DDAD's
+            rsna_data.json. Abnormal test images get boxes. Hidden labels of the unlabelled images are written.
+vindr       VinDr-CXR from Kaggle or PhysioNet: the .dicom files (or PNG), train.csv or annotations_train.csv, and
+            DDAD's vin_data.json. The same as rsna.
+nih         NIH ChestX-ray14 by NSA's curated lists of adult PA views, *_curated_list.txt, or by the official lists with
+            Data_Entry_2017.csv (--lists=official, --views=PA). Lists and images lie in any folders. By NSA's lists
+            3,614 normals train; 543 normals and 262 abnormal images are the test.
+zhanglab    Paediatric radiographs of Kermany et al.: chest_xray/{train,val,test}/{NORMAL,PNEUMONIA} of Kaggle,
+            Mendeley, SQUID or DatasetNinja.
+covidx      COVIDx chest radiographs: the folders train, test and perhaps val, and COVID-Net's lists anywhere, called
+            train_COVIDx8B.txt or train.txt and so on. The negatives (normals) of the training list train; the other
+            lists are test and val. Grey copies of coloured images are written.
 hyper_kvasir  HyperKvasir colonoscopy: folders of the classes cecum, ileum and bbps-2-3, anywhere, and segmented-images
             with images and masks. 1,600 normals train. 500 normals and all polyps are the test. Further normals are
             val. Masks are written as PNG.
 
+isic2018    ISIC 2018 task 3: the folders and tables of ISIC. Moles (NV) are normal.
+kvasir_seg  Kvasir-SEG: 1,000 polyps with masks for the test of a run that has learned other colonoscopies.
+medianomaly One of the seven sets of MedIAnomaly, in its folder: RSNA, VinCXR, BrainTumor, LAG, ISIC2018_Task3,
+            Camelyon16, BraTS2021.
+bmad        One of the six sets of BMAD, in any of its forms: brain, liver, resc, oct, chest, histopathology. --set=NAME
+            where no folder tells which.
+brats       Volumes of BraTS 2020, 2021 and 2023. Training crops lie outside the tumours. --sequences=t1,flair.
+duke        Duke-Breast-Cancer-MRI from TCIA: DICOM series, Annotation_Boxes and Clinical_and_Other_Features (.xlsx or
+            .csv), and MAEMI's train.csv, valid.csv and test.csv; breast masks where there are some.
+fastmri_plus  fastMRI's .h5 volumes with the boxes of fastMRI+; slices are written. --part=brain or knee. Needs h5py.
+nova        NOVA of Hugging Face: brain MRI with boxes, for the test alone. Needs pyarrow.
+nnssl       pretrain_data.json of nnssl: volumes without labels. --modality=T1w takes one kind.
+
 The splits of jsrt, lidc and deeplesion are those of P-PII (Mueller et al., UNSURE 2023). Those of covidx and
 hyper_kvasir are those of MemMC-MAE (Tian et al. 2022), and that of nih is AMAE's (Bozorgtabar et al. 2023). Random
-draws depend on --seed alone. An image that stays where it is has an absolute path in the manifest. A patient or a file
-in two splits is refused.
+draws depend on --seed alone. An image that stays where it is has an absolute path in the manifest.
+
+--patient   A regular expression that finds the patient in an image's path; its groups are joined by _. Without it the
+            patient comes from the data set's tables, its file names or DICOM's PatientID (hashed), or is unknown.
+--leaks     What becomes of a patient in two splits: `refuse` (the default of layouts), `drop` leaves out the images of
+            train (and unlabeled), aloud (the default of public sets), `keep` has the list as published; the run is
+            marked then. A file in two splits is always refused.
+--licence   The licence of your own images, for the column `licence`.
+
+RSNA's ids are of images. Where pneumonia-challenge-dataset-mappings_2018.json lies below --root, covidx and ddad take
+the patients of NIH ChestX-ray14 from it; so do rsna and bmad.
 
 Exit codes: 0 done; 2 the input or the environment is wrong.
 """
@@ -50,27 +81,49 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-from jmae.data.manifest import SPLITS, Row, leaks, summary
+from jmae.data.manifest import Row, summary
+from jmae.data.manifest import leaks as leaks_of
+from jmae.data.prepare.masks import refuse_look_alikes
+from jmae.data.prepare.overview import count_unread, kinds_of, next_command, split_table
+from jmae.data.prepare.patients import by_pattern, kept_apart
+from jmae.data.prepare.tables import text_of
+from jmae.data.prepare.tree import refuse
 from jmae.data.slices import command, in_words, refuse_used, write_manifest
 from jmae.errors import InputError
 from jmae.recipe import typed
 
+__all__ = ["Prepared", "check_rows", "count_unread", "draw", "main", "prepare", "refuse", "shuffle", "text_of"]
+
 # The flags of each data set. Its module has the function `prepare(root, out, seed, **flags) -> Prepared`.
 DATASETS: dict[str, tuple[str, ...]] = {
-    "bids": ("sequences",),
-    "chexpert": ("views",),
+    "bids": ("sequences", "lesions", "control"),
+    "bmad": ("set",),
+    "brats": ("sequences",),
+    "chexpert": ("views", "finding"),
     "covidx": (),
     "ddad": (),
     "deeplesion": (),
+    "duke": (),
+    "fastmri_plus": ("part",),
     "folders": ("normal", "test"),
     "hyper_kvasir": (),
+    "isic2018": (),
     "jsrt": (),
+    "kvasir_seg": (),
     "lidc": (),
-    "nih": (),
+    "medianomaly": (),
+    "nih": ("lists", "views"),
+    "nnssl": ("modality",),
     "nnunet": (),
+    "nova": (),
+    "rsna": (),
+    "vindr": (),
+    "zhanglab": (),
 }
-ALIASES = {"mvtec": "folders", "nnu-net": "nnunet", "medianomaly": "ddad"}
-MOST_PROBLEMS = 20  # lines of a message
+ALIASES = {"mvtec": "folders", "nnu-net": "nnunet"}
+LAYOUTS = ("bids", "ddad", "folders", "nnunet")  # whose images are of any kind
+SHARED = ("patient", "leaks", "licence")  # flags of every data set
+LEAKS = ("refuse", "drop", "keep")
 
 T = TypeVar("T")
 
@@ -83,11 +136,13 @@ class Prepared(NamedTuple):
     left_out: Counter[str]  # number of items left out, by the reason in words
     flags: str = ""  # flags that the recipe needs
     caution: str = ""  # a sentence that every figure needs beside it
+    recipe: str = ""  # SYSTEM:PRESET that fits; "" chooses by the images
+    licence: str = ""  # of the data set, in words
 
 
 def main(argv: list[str]) -> int:
     further = sorted({flag for own_flags in DATASETS.values() for flag in own_flags})
-    names, flags = command(argv, __doc__, ["root", "out", "seed", *further])
+    names, flags = command(argv, __doc__, ["root", "out", "seed", *SHARED, *further])
     if len(names) != 1 or "out" not in flags or not {"root", "normal"} & flags.keys():
         raise InputError(
             "name one data set, its folder and a new folder: python -m jmae.data.prepare NAME --root=DIR --out=DIR; "
@@ -97,48 +152,76 @@ def main(argv: list[str]) -> int:
     if name not in DATASETS:
         near = difflib.get_close_matches(name, [*DATASETS, *ALIASES], n=1, cutoff=0.0)[0]
         raise InputError(f"{names[0]}: unknown data set: did you mean {near}? names: {', '.join(DATASETS)}")
-    options = {flag: flags[flag] for flag in further if flag in flags}
-    if wrong := [flag for flag in options if flag not in DATASETS[name]]:
+    options = {flag: flags[flag] for flag in (*SHARED, *further) if flag in flags}
+    if wrong := [flag for flag in options if flag not in (*SHARED, *DATASETS[name])]:
         raise InputError(f"--{wrong[0]}: {name} has no such flag: leave it out")
     root, seed = flags.get("root"), typed("seed", flags.get("seed", "0"), 0)
     print(prepare(name, Path(root) if root else None, Path(flags["out"]), seed, **options))
     return 0
 
 
-def prepare(name: str, root: Path | None, out: Path, seed: int = 0, **options: str) -> str:
+def prepare(
+    name: str,
+    root: Path | None,
+    out: Path,
+    seed: int = 0,
+    *,
+    patient: str = "",
+    leaks: str = "",
+    licence: str = "",
+    **options: str,
+) -> str:
     """Writes the manifest of a data set and returns a summary as text.
 
-    The summary says what was found, what was left out, which flags the recipe needs, and what to say with each figure.
-    The manifest is written last. On a problem no manifest is written, and InputError has one line for each problem.
+    The summary says what was found, what was left out, how to train, and what to say with each figure. The manifest is
+    written last. On a problem no manifest is written, and InputError has one line for each problem.
 
     Args:
         root: folder of the data set; may be None where `options` name its folders.
+        patient: regular expression that finds the patient in an image's path.
+        leaks: what becomes of a patient in two splits, one of `LEAKS`; "" refuses it in a layout and drops its
+            training images in a public set.
+        licence: the licence of the images, where the data set does not tell it.
         options: flags of this data set (`DATASETS`).
     """
     root, out = root and root.absolute(), out.absolute()
     if root and not root.is_dir():
         raise InputError(f"{root}: not a folder: name the folder with the files of {name}")
+    if leaks not in ("", *LEAKS):
+        raise InputError(f"--leaks={leaks}: unknown choice: write one of {', '.join(LEAKS)}")
     refuse_used(out)
-    rows, found, left_out, flags, caution = importlib.import_module(f"jmae.data.prepare.{name}").prepare(
-        root, out, seed, **options
-    )
+    made: Prepared = importlib.import_module(f"jmae.data.prepare.{name}").prepare(root, out, seed, **options)
+    rows, left_out, cautions = made.rows, Counter(made.left_out), [made.caution] if made.caution else []
     if not rows:
         raise InputError(
-            f"{root or name}: {found}, but no image is left ({in_words(left_out)}): copy the whole data set"
+            f"{root or name}: {made.found}, but no image is left ({in_words(left_out)}): copy the whole data set"
         )
-    check_rows(rows)
+    rows = by_pattern(rows, patient, root) if patient else rows
+    leaks = leaks or ("refuse" if name in LAYOUTS else "drop")
+    if leaks == "drop":
+        rows, dropped = kept_apart(rows)
+        left_out += dropped
+        cautions += [f"not the published list: without {in_words(dropped)} (--leaks=keep has them)"] if dropped else []
+    check_rows(rows, patients=leaks != "keep")
+    shared = sum(one.kind == "patient" for one in leaks_of(rows))
+    cautions += [f"{shared} patients are in two splits: say so with every figure"] if shared else []
+    refuse_look_alikes(rows, lambda row: f"{row.split} {row.label} {Path(row.image[0]).parent.name}")
+    licence = licence or made.licence
+    rows = [row._replace(extra={**row.extra, "licence": licence}) for row in rows] if licence else rows
     write_manifest(out, rows)
+    kinds, mixed = kinds_of(rows) if name in LAYOUTS else ([], "")
+    cautions += [mixed] if mixed else []
     lines = [
-        f"{out / 'manifest.csv'}: {found}: {summary(rows)}; left out: {in_words(left_out)}",
-        "",
-        *split_table(rows),
+        f"{out / 'manifest.csv'}: {made.found}: {summary(rows)}; left out: {in_words(left_out)}",
+        *["", *split_table(rows), *kinds, f"licence: {licence or 'not stated (--licence=TEXT writes it)'}"],
+        *["", next_command(name, out, rows, made.recipe, made.flags, allow_leaks=bool(shared))],
     ]
-    lines += ["", f"give the recipe {flags}"] if flags else []
-    return "\n".join(lines + ([f"caution: {caution}"] if caution else []))
+    return "\n".join(lines + [f"caution: {caution}" for caution in cautions])
 
 
-def check_rows(rows: Sequence[Row]) -> None:
-    """Raises InputError for an id of two rows, a patient or file in two splits, and a file name with a semicolon."""
+def check_rows(rows: Sequence[Row], *, patients: bool = True) -> None:
+    """Raises InputError for an id of two rows, a file in two splits, and a file name with a semicolon. With `patients`
+    it does so for a patient in two splits, too."""
     files: dict[str, list[str]] = {}
     for row in rows:
         files.setdefault(row.id, []).append(row.image[0])
@@ -147,32 +230,8 @@ def check_rows(rows: Sequence[Row]) -> None:
     ]
     semicolons = sorted({file for row in rows for file in (*row.image, row.mask or "") if ";" in file})
     problems += [f"{file}: a manifest cannot hold a name with a semicolon: rename the file" for file in semicolons]
-    refuse(problems + [one.what for one in leaks(rows)])
-
-
-def split_table(rows: Sequence[Row]) -> list[str]:
-    """The number of cases of each kind in each split, as lines of a table."""
-    lines = [f"{'split':<10}{'normal':>9}{'abnormal':>10}{'unknown':>9}{'masks':>8}{'patients':>10}"]
-    for split in SPLITS:
-        cases = [row for row in rows if row.split == split]
-        n, masks = Counter(row.label for row in cases), sum(bool(row.mask or row.boxes) for row in cases)
-        patients = len({row.patient for row in cases if row.patient}) or "-"
-        if cases:
-            lines.append(f"{split:<10}{n[0]:>9}{n[1]:>10}{n[None]:>9}{masks:>8}{patients:>10}")
-    return lines
-
-
-def count_unread(files: Iterable[Path]) -> Counter[str]:
-    """The number of files of each ending that cannot be read as images, in the form of `Prepared.left_out`."""
-    ending = lambda file: f"{file.suffix.lower()} files" if file.suffix else "files without an ending"
-    return Counter(f"{ending(file)} (not images, or of a format that is not read)" for file in files)
-
-
-def refuse(problems: Sequence[str]) -> None:
-    """Raises InputError with one line for each problem, but at most the first 20; does nothing without problems."""
-    if problems:
-        more = [f"and {len(problems) - MOST_PROBLEMS} more like these"] if len(problems) > MOST_PROBLEMS else []
-        raise InputError("\n".join([*problems[:MOST_PROBLEMS], *more]))
+    found = [one for one in leaks_of(rows) if patients or one.kind != "patient"]
+    refuse(problems + [f"{one.what}{', or add --leaks=drop' * (one.kind == 'patient')}" for one in found])
 
 
 def draw(items: Iterable[T], n: int, seed: int, name: Callable[[T], str]) -> list[T]:
@@ -186,20 +245,3 @@ def shuffle(items: Iterable[T], seed: int, name: Callable[[T], str]) -> list[T]:
     The order is the same on every machine. Adding an item does not change the order of the others.
     """
     return sorted(items, key=lambda item: hashlib.sha256(f"{seed} {name(item)}".encode()).digest())
-
-
-def text_of(path: Path) -> str:
-    """The text of a file, decoded as UTF-8, Shift-JIS or Latin-1, whichever fits first.
-
-    Raises InputError where the file cannot be read.
-    """
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise InputError(f"{path}: not readable ({error.strerror or error}): copy it to that place") from None
-    for encoding in ("utf-8-sig", "cp932"):
-        try:
-            return data.decode(encoding)
-        except UnicodeDecodeError:
-            continue
-    return data.decode("latin-1")

@@ -2,8 +2,9 @@
 
     {"train": {"0": [NAME, ...], "unlabeled": {"0": [...], "1": [...]}}, "test": {"0": [...], "1": [...]}}
 
-The images lie beside data.json or in a folder there, such as train_png_512. The labels of unlabelled images are written
-to OUT/unlabeled_labels.csv, for the sweep over anomaly ratios. Training never reads these labels. Patients are unknown.
+The images lie in any folder, under these names or as .dcm or .dicom. The labels of unlabelled images are written to
+OUT/unlabeled_labels.csv, for the sweep over anomaly ratios. Training never reads these labels. Patients are unknown,
+unless RSNA's mapping to NIH lies beside the images (`rsna`).
 """
 
 import json
@@ -13,6 +14,8 @@ from pathlib import Path
 from jmae.data.manifest import Row
 from jmae.data.prepare import Prepared, check_rows, refuse
 from jmae.data.prepare.folders import name_of
+from jmae.data.prepare.patients import nih_of_rsna
+from jmae.data.prepare.tree import Images, one_file
 from jmae.errors import InputError
 from jmae.run_folder import write_csv
 
@@ -23,32 +26,53 @@ PARTS = {  # (split, label) of the list at each place in data.json
     ("test", "0"): ("test", 0),
     ("test", "1"): ("test", 1),
 }
+Listed = list[tuple[str, Row, int]]  # the name in data.json, the row, the label even where it is hidden
 
 
 def prepare(root: Path, out: Path, seed: int) -> Prepared:
     """Returns the rows, and writes `out`/unlabeled_labels.csv last. Raises InputError with all problems."""
-    lists = read_lists(root / "data.json")
-    folders = [root, *sorted(path for path in root.iterdir() if path.is_dir() and path.name[0] != ".")]
-    rows, problems, hidden = [], [], []
+    listed, absent = rows_of(root, ("data.json", "rsna_data.json", "vin_data.json", "brain_data.json", "lag_data.json"))
+    nih = nih_of_rsna(root)
+    listed = [(name, row._replace(patient=nih.get(row.id, "")), label) for name, row, label in listed]
+    return finished(listed, absent, out)
+
+
+def rows_of(root: Path, names: tuple[str, ...]) -> tuple[Listed, Counter[str]]:
+    """The images that a data.json under one of the names lists, in its order; and what is left out.
+
+    Raises InputError with all problems.
+    """
+    path = root / names[0]
+    if not path.is_file():
+        path = one_file(root, *names, what="the list of DDAD (data/rsna_data.json and so on)")
+    lists, images, listed = read_lists(path), Images(root), []
     for part, (split, label) in PARTS.items():
         for name in lists.get(part, ()):
-            there = [folder / name for folder in folders if (folder / name).is_file()]
-            if len(there) != 1:
-                where = f"lies in {' and '.join(str(path.parent) for path in there)}" if there else "not found"
-                what = f"{where} (list {'.'.join(part)} of data.json)"
-                problems.append(f"{name}: {what}: copy the images again, into one folder")
-                continue
-            case = name_of(Path(name).parts)
-            rows.append(Row(case, "", split, None if split == "unlabeled" else label, (str(there[0]),)))
-            hidden += [{"id": case, "label": label}] if split == "unlabeled" else []
-    refuse(problems)
-    check_rows(rows)
-    absent = Counter(f"list {'.'.join(part)}, missing in data.json" for part in PARTS if part not in lists)
-    flags = ""
+            if found := images.find(name, f"list {'.'.join(part)} of {path.name}"):
+                case = name_of(Path(name).parts)
+                listed.append(
+                    (name, Row(case, "", split, None if split == "unlabeled" else label, (str(found),)), label)
+                )
+    refuse(images.problems)
+    absent = Counter(f"list {'.'.join(part)}, missing in {path.name}" for part in PARTS if part not in lists)
+    absent["images in no list"] = len(images) - len(listed)
+    return listed, absent
+
+
+def finished(listed: Listed, absent: Counter[str], out: Path, **told: str) -> Prepared:
+    """The rows of `rows_of`; `told` are fields of `Prepared`. Writes hidden labels to `out`/unlabeled_labels.csv."""
+    rows = [row for _, row, _ in listed]
+    check_rows(rows, patients=False)
+    hidden = [{"id": row.id, "label": label} for _, row, label in listed if row.split == "unlabeled"]
     if hidden:
         write_csv(out / "unlabeled_labels.csv", hidden)
-        flags = f"--config.data.unlabeled_labels={out / 'unlabeled_labels.csv'} for a sweep over anomaly ratios"
-    return Prepared(rows, f"{len(rows)} images of data.json", absent, flags)
+        told["flags"] = f"--config.data.unlabeled_labels={out / 'unlabeled_labels.csv'}"
+    return Prepared(
+        rows, told.pop("found", f"{len(rows)} images of data.json"), absent, **{"recipe": RECIPE[bool(hidden)], **told}
+    )
+
+
+RECIPE = {True: "amae:paper", False: "simsid:paper"}  # with and without unlabelled images
 
 
 def read_lists(path: Path) -> dict[tuple[str, ...], list[str]]:
@@ -65,9 +89,5 @@ def read_lists(path: Path) -> dict[tuple[str, ...], list[str]]:
         if outside := [name for names in lists.values() for name in names if {"..", "/"} & {*Path(name).parts}]:
             raise ValueError(f"it names {outside[0]}, which is outside of the folder")
         return lists
-    except FileNotFoundError:
-        raise InputError(
-            f"{path}: not found: rename the data set's list, such as rsna_data.json, to data.json"
-        ) from None
     except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
         raise InputError(f"{path}: not a data.json of train and test lists ({error}): copy it again") from None

@@ -2,8 +2,8 @@
 
 Images_png/PPPPPP_SS_SS/NNN.png are 16-bit images of the key slices and the slices around them; HU = value - 32768.
 DL_info.csv has one row for each lesion. File_name PPPPPP_SS_SS_NNN.png is the lesion's key slice. Bounding_boxes is
-"x1, y1, x2, y2" in pixels of this slice. The third number of Spacing_mm_px_ is the distance between slices.
-Train_Val_Test is 1, 2 or 3.
+"x1, y1, x2, y2" in pixels of this slice, counted from 1 (NIH's own reader subtracts 1). The third number of
+Spacing_mm_px_ is the distance between slices. Train_Val_Test is 1, 2 or 3.
 
 The splits are those of P-PII. A slice counts as healthy where it is farther than 10 mm from every key slice of its
 series. The healthy slices of the official training patients train. Not every lesion is marked, so no slice of this data
@@ -88,7 +88,7 @@ def prepare(root: Path, out: Path, seed: int) -> Prepared:
                     Row(title((name, k)), name.split("_")[0], split, label, (str(path),), boxes=boxes, extra=extra)
                 )
     found = f"{len(lesions)} lesions, {sum(name in folders for name in series)} of {len(series)} series"
-    return Prepared(rows, found, left_out, WINDOW)
+    return Prepared(rows, found, left_out, WINDOW, recipe="ppii:paper", licence="NIH: free, cite the source")
 
 
 def read_lesions(path: Path) -> list[Lesion]:
@@ -103,10 +103,11 @@ def read_lesions(path: Path) -> list[Lesion]:
         try:
             name = re.fullmatch(r"(\d+_\d+_\d+)_(\d+)\.png", row["File_name"].strip())
             box, spacing = ([float(x) for x in row[column].split(",")] for column in NEEDED[1:3])
-            if not name or len(box) != 4 or not 0 < spacing[2] < np.inf or not np.isfinite(box).all():
+            if not name or len(box) != 4 or not 0 < abs(spacing[2]) < np.inf or not np.isfinite(box).all():
                 raise ValueError
             split = SPLITS[row["Train_Val_Test"].strip()]
-            lesions.append(Lesion(name[1], int(name[2]), tuple(box), spacing[2], split))
+            from_0 = tuple(x - 1 for x in box)
+            lesions.append(Lesion(name[1], int(name[2]), from_0, abs(spacing[2]), split))
         except (ValueError, KeyError, IndexError, AttributeError, TypeError):
             problems.append(
                 f"{path}: line {table.line_num}: needs PPPPPP_SS_SS_NNN.png, a box of four numbers, a spacing of "

@@ -3,20 +3,25 @@
     train/good                 normal training images; images directly in train/ are normal too
     test/good, test/DEFECT     normal and abnormal test images; images directly in test/ have no label
     val/..., unlabeled/...     the same for the splits val and unlabeled (optional)
-    ground_truth/DEFECT        masks, NAME or NAME_mask; the folder may also be called mask, annotation or label, and it
-                               may lie anywhere, even in test/DEFECT beside img/
+    ground_truth/DEFECT        masks, NAME or NAME_mask. A folder holds masks if a word of its name is mask, truth,
+                               annotation, label or seg (anomaly_mask, val_label, ...). It may lie anywhere, even in
+                               test/DEFECT beside img/. NAME_mask is a mask in any folder
+
+The folder of a split may lie in another of the same split (Train/train/good), and may have a size and a view in its
+name (our_test_256_pa/abnormal_256). A mask may have the word mask, seg or label anywhere in its name, and seg in the
+place of flair. JPEG masks are cut at 127 and written as PNG.
 
 Instead, --normal DIR and --test DIR name two folders: normal images to train on, and test images without labels.
 
 A case is an image file or a folder with one DICOM series. DICOM files may have any name. The id of a case is its path
-below the root. Patients are unknown. Files of other kinds are counted and reported.
+below the root. The patient is a hash of DICOM's PatientID. Some public sets tell it in their file names
+(`patients.KNOWN`). Files of other kinds are counted and reported.
 """
 
-import os
 import re
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pydicom
@@ -24,6 +29,9 @@ import pydicom
 from jmae.data.files import is_dicom
 from jmae.data.manifest import Row
 from jmae.data.prepare import Prepared, count_unread, refuse
+from jmae.data.prepare.masks import bare, is_mask_folder, is_mask_name, sharp
+from jmae.data.prepare.patients import KNOWN, by_name, hidden
+from jmae.data.prepare.tree import DICOM, ENDS, stem, walk
 from jmae.data.slices import in_words
 from jmae.errors import InputError
 from jmae.run_folder import log
@@ -34,19 +42,14 @@ SPLITS = {
     **dict.fromkeys(("test", "testing"), "test"),
     **dict.fromkeys(("unlabeled", "unlabelled"), "unlabeled"),
 }
+SIZED = re.compile(r"(?:our_)?(train|val|test)_\d{2,4}(?:_[a-z]+)?")  # our_test_256_pa
 NORMAL = ("good", "normal", "healthy", "negative", "0")
-MASKS = r"(ground_?truth|gt|masks?|annotations?|labels?|seg(mentations?)?)"
 IMAGES = ("img", "imgs", "image", "images")  # folders of images inside the folder of a class
-ENDS = (
-    *(".nii.gz", ".nii", ".nrrd", ".npy", ".npz", ".dcm", ".dicom", ".ima"),
-    *(".png", ".jpg", ".jpeg", ".tif", ".tiff"),
-)
-DICOM = (".dcm", ".dicom", ".ima")
 SECONDS_BETWEEN_LINES = 10  # interval of progress lines while files are read
 
 
 def prepare(root: Path | None, out: Path, seed: int, normal: str = "", test: str = "") -> Prepared:
-    """Returns the rows and writes no file. Raises InputError with all problems."""
+    """Returns the rows, and writes JPEG masks as PNG. Raises InputError with all problems."""
     if root is None:
         if not normal:
             raise InputError("name the folder: --root=DIR, or --normal=DIR and --test=DIR")
@@ -54,105 +57,163 @@ def prepare(root: Path | None, out: Path, seed: int, normal: str = "", test: str
         rows = [*plain(Path(normal), "train", 0, other), *(plain(Path(test), "test", None, other) if test else [])]
         sources = f"{normal} and {test}" if test else normal
         found = f"{sources}: {len(rows)} cases; the training cases are taken as normal"
-        return Prepared(rows, found, count_unread(other))
+        return Prepared(told_apart(rows), found, count_unread(other))
     if normal or test:
         raise InputError("--root excludes --normal and --test: write either --root or the other two")
-    rows, masks, left_out = [], defaultdict[str, list[Path]](list), Counter[str]()
-    other = []
-    for path in cases(root, other):
-        parts = path.relative_to(root).parts
-        folders = [part.lower() for part in parts[:-1]]
-        if any(re.fullmatch(MASKS, part) for part in folders):
-            masks[re.sub(r"[_-](mask|seg|gt|label|annotation)$", "", stem(path))].append(path)
-        elif not folders or folders[0] not in SPLITS:
+    return sorted_folders(root, out)
+
+
+def sorted_folders(root: Path, out: Path, patterns: Sequence[str] = KNOWN) -> Prepared:
+    """The cases below a root whose folders are named after splits and classes.
+
+    Args:
+        patterns: regular expressions that find the patient at the start of a file's name.
+    """
+    rows, masks, left_out = [], list[Path](), Counter[str]()
+    other, ids = list[Path](), dict[Path, str]()
+    for path in cases(root, other, ids):
+        folders = folders_of(path, root)
+        if any(is_mask_folder(part) for part in folders) or is_mask_name(stem(path)):
+            masks.append(path)
+        elif not folders or not (split := split_of(folders[0])):
             left_out["files outside of train, val, test and unlabeled"] += 1
-        elif (split := SPLITS[folders[0]]) == "train" and kind_of(folders) not in (None, *NORMAL):
+        elif split == "train" and kind_of(folders) not in (None, *NORMAL):
             left_out["abnormal training images"] += 1
         else:
             kind = kind_of(folders)
             label = (0 if split == "train" else None) if kind is None else int(kind not in NORMAL)
             extra = {"class": "" if split == "unlabeled" else kind or ""}
             label = None if split == "unlabeled" else label
-            rows.append(Row(name_of(parts), "", split, label, (str(path),), extra=extra))
+            patient = by_name(stem(path), split, patterns) or ids.get(path, "")
+            name = name_of(path.relative_to(root).parts)
+            rows.append(Row(name, patient, split, label, (str(path),), extra=extra))
     left_out += count_unread(other)
     if not any(row.split == "train" for row in rows):
         inner = sorted({p.parent.name for name in SPLITS for p in root.glob(f"*/{name}")})
         remedy = f"name a folder inside it: {', '.join(inner)}" if inner else "sort the images into train/good and test"
-        there = f" (left out: {in_words(left_out)})" if left_out else ""
+        left_out["files called like masks"] = len(masks)
+        there = f" (left out: {in_words(left_out)})" if +left_out else ""
         raise InputError(f"{root}: has no images in a folder train{there}: {remedy}")
-    problems: list[str] = []
-    classes = {row.extra["class"] for row in rows} - {""}
-    for kind in sorted(classes - {*NORMAL}):
-        if re.search(r"(?<!ab)(?<!un)(normal|good|healthy|control)|no[_ -]?finding|negative", kind):
-            problems.append(
-                f"{root}: the class {kind!r} would count as abnormal: rename it to normal, or to the finding"
-            )
-    mask = lambda row: mask_of(row, masks, root, classes, problems) if row.label == 1 else None
-    rows = [row._replace(mask=mask(row)) for row in rows]
+    problems = [*questions(rows, root), *named_normal(rows, root)]
+    rows = with_masks(rows, masks, root, out, problems)
     refuse(problems)
-    bare = sum(row.label == 1 and row.mask is None for row in rows)
-    found = f"{len(rows)} cases" + (f", {bare} abnormal ones without a mask" if bare else "")
-    left_out["masks of normal or missing images"] = sum(map(len, masks.values())) - sum(
-        row.mask is not None for row in rows
-    )
-    return Prepared(rows, found, left_out)
+    bare_ones = sum(row.label == 1 and row.mask is None for row in rows)
+    found = f"{len(rows)} cases" + (f", {bare_ones} abnormal ones without a mask" if bare_ones else "")
+    left_out["masks of normal or missing images"] = len(masks) - sum(row.mask is not None for row in rows)
+    return Prepared(told_apart(rows), found, left_out)
+
+
+def split_of(folder: str) -> str | None:
+    """The split that the name of a folder tells: Train, valid, our_test_256_pa, test_label."""
+    name = folder.lower()
+    sized = SIZED.fullmatch(name)
+    first = re.split(r"[_-]", name)[0] if is_mask_folder(name) else name
+    return sized[1] if sized else SPLITS.get(first)
+
+
+def folders_of(path: Path, root: Path) -> list[str]:
+    """The folders from the root to a file, in lower case. Of two folders of one split, only the second stays; a size
+    at the end, as in normal_256, is cut off."""
+    names = [part.lower() for part in path.relative_to(root).parts[:-1]]
+    if len(names) > 1 and split_of(names[0]) and split_of(names[0]) == split_of(names[1]):
+        names = names[1:]
+    return [names[0], *(re.sub(r"_(64|128|224|256|320|512|1024)$", "", name) for name in names[1:])] if names else []
+
+
+def questions(rows: Sequence[Row], root: Path) -> Iterator[str]:
+    """Folders of which one may hold the masks of another: they lie beside each other, with files of the same names."""
+    places: dict[str, dict[Path, set[str]]] = defaultdict(lambda: defaultdict(set))
+    for row in rows:
+        path = Path(row.image[0])
+        places[row.split][path.parent].add(stem(path))
+    for folders in places.values():
+        for folder in folders:
+            beside = [one for one in folders if one.parent == folder.parent] if folder.name.lower() in IMAGES else []
+            for one in (*beside, *(one for one in folders if one.parent == folder)):
+                if one != folder and folders[one] & folders[folder]:
+                    same, names = len(folders[one] & folders[folder]), folder.relative_to(root)
+                    yield (
+                        f"{one}: {same} files have the names of files in {names}: are they masks? Rename the folder to "
+                        "mask, or move it out"
+                    )
+
+
+def named_normal(rows: Sequence[Row], root: Path) -> Iterator[str]:
+    """Classes that would count as abnormal, though their names say the contrary."""
+    for kind in sorted({row.extra["class"] for row in rows} - {"", *NORMAL}):
+        if re.search(r"(?<!ab)(?<!un)(normal|good|healthy|control)|no[_ -]?finding|negative", kind):
+            yield f"{root}: the class {kind!r} would count as abnormal: rename it to normal, or to the finding"
+
+
+def told_apart(rows: list[Row]) -> list[Row]:
+    """The rows, without a patient where the PatientID of all files is the same, as anonymisers write it."""
+    one = len({row.patient for row in rows}) == 1 and len(rows) > 1
+    return [row._replace(patient="") for row in rows] if one else rows
 
 
 def plain(folder: Path, split: str, label: int | None, other: list[Path]) -> Iterator[Row]:
     """A row for each case below a folder, all with the same split and label. Adds files that are no image to `other`.
 
-    Raises InputError where there is no folder or no image.
+    Raises InputError where there is no folder or no image, and where a name says that it is a mask's.
     """
     folder = folder.absolute()
     if not folder.is_dir():
         raise InputError(f"{folder}: not a folder: name a folder with images")
-    unread: list[Path] = []
-    paths = list(cases(folder, unread))
+    unread, ids = list[Path](), dict[Path, str]()
+    paths = list(cases(folder, unread, ids))
     other += unread
     if not paths:
         there = f", but {in_words(count_unread(unread))}" if unread else ""
         raise InputError(f"{folder}: has no image{there}: name a folder with images ({', '.join(ENDS)}) or DICOM")
+    masks = [path for path in paths if is_mask_name(stem(path)) or any(map(is_mask_folder, folders_of(path, folder)))]
+    if masks:
+        raise InputError(
+            f"{masks[0]}: is called like a mask, as {len(masks)} of {len(paths)} files are: move the masks out, or "
+            "rename the images"
+        )
     for path in paths:
-        yield Row(name_of((split, *path.relative_to(folder).parts)), "", split, label, (str(path),))
+        patient = by_name(stem(path), split) or ids.get(path, "")
+        yield Row(name_of((split, *path.relative_to(folder).parts)), patient, split, label, (str(path),))
 
 
-def cases(folder: Path, other: list[Path]) -> Iterator[Path]:
+def cases(folder: Path, other: list[Path], ids: dict[Path, str]) -> Iterator[Path]:
     """The cases below a folder, sorted by path: image files, and folders with one DICOM series.
 
-    Adds other files to `other` and ignores hidden files. Raises InputError where a folder contains several series.
+    Adds other files to `other`, the `hidden` PatientID of a DICOM case to `ids`, and ignores hidden files. Raises
+    InputError where a folder contains several series.
     """
     problems, read, last_line = [], 0, time.monotonic()
-    for place, folders, names in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+    for place, names in walk(folder):
         images, series = list[Path](), dict[Path, str]()  # image files; the series of each DICOM file among them
-        for file in (Path(place, name) for name in sorted(names) if not name.startswith(".") and name != "DICOMDIR"):
+        for file in (place / name for name in names if name != "DICOMDIR"):
             if time.monotonic() - last_line > SECONDS_BETWEEN_LINES:
                 last_line = time.monotonic()
                 log(f"{folder}: {read} files read")
             read += 1
             name = file.name.lower()
             if name.endswith(DICOM) or is_dicom(file):
-                series[file] = series_of(file)
+                series[file], ids[file] = series_of(file)
             (images if file in series or name.endswith(ENDS) else other).append(file)
         found = {*series.values()}
         if len(found) < len(series) and all(found):
             if len(found) > 1:
                 problems.append(f"{place}: contains {len(found)} DICOM series: give each series a folder of its own")
-            yield Path(place)
+            ids[place] = ids[next(iter(series))]
+            yield place
             images = [file for file in images if file not in series]
         yield from images
     refuse(problems)
 
 
-def series_of(file: Path) -> str:
-    """The series UID of a DICOM file that has a position in a volume, else ""."""
+def series_of(file: Path) -> tuple[str, str]:
+    """(The series UID of a DICOM file that has a position in a volume, else ""; its hidden PatientID.)"""
     try:
-        tags = pydicom.dcmread(
-            file, stop_before_pixels=True, specific_tags=["SeriesInstanceUID", "ImagePositionPatient"]
-        )
+        wanted = ["SeriesInstanceUID", "ImagePositionPatient", "PatientID"]
+        tags = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=list(wanted))
     except Exception:  # the error is reported when the pixels are read
-        return ""
-    return str(tags.get("SeriesInstanceUID", "")) if tags.get("ImagePositionPatient") else ""
+        return "", ""
+    series = str(tags.get("SeriesInstanceUID", "")) if tags.get("ImagePositionPatient") else ""
+    return series, hidden(str(tags.get("PatientID") or ""))
 
 
 def kind_of(folders: list[str]) -> str | None:
@@ -161,31 +222,39 @@ def kind_of(folders: list[str]) -> str | None:
     return inner[0] if inner else None
 
 
-def mask_of(row: Row, masks: dict[str, list[Path]], root: Path, classes: set[str], problems: list[str]) -> str | None:
-    """The path of a row's mask, or None.
+def with_masks(rows: list[Row], masks: list[Path], root: Path, out: Path, problems: list[str]) -> list[Row]:
+    """The rows, the abnormal ones with their masks. Adds to `problems` where several masks fit."""
+    same, alike = defaultdict[str, list[Path]](list), defaultdict[str, list[Path]](list)
+    for path in masks:
+        same[re.sub(r"[_-](mask|seg|gt|label|annotation)$", "", stem(path))].append(path)
+        alike[bare(stem(path))].append(path)
+    classes = {row.extra["class"] for row in rows} - {""}
+    found = []
+    for row in rows:
+        name = stem(Path(row.image[0]))
+        fitting = same.get(name) or alike.get(bare(name), []) if row.label == 1 else []
+        place = mask_of(row, fitting, root, classes, problems)
+        found.append(row._replace(mask=sharp(place, out / "masks" / f"{row.id}.png") if place else None))
+    return found
 
-    The mask has the image's name. It lies in a folder of the row's split, if there is one, and of the row's class, else
-    in a folder of no class. Adds to `problems` where several masks fit.
+
+def mask_of(row: Row, found: list[Path], root: Path, classes: set[str], problems: list[str]) -> Path | None:
+    """The mask of a row among those that have its name, or None.
+
+    The mask lies in a folder of the row's split, if there is one, and of the row's class, else in a folder of no class.
     """
-    found = masks.get(stem(Path(row.image[0])), [])
-    parts = lambda path: [part.lower() for part in path.relative_to(root).parts[:-1]]
-    splits = [path for path in found if row.split in {SPLITS.get(part) for part in parts(path)}]
-    found = splits or [path for path in found if not {*parts(path)} & {*SPLITS}]
+    parts = lambda path: folders_of(path, root)
+    splits = [path for path in found if row.split in {split_of(part) for part in parts(path)}]
+    found = splits or [path for path in found if not any(map(split_of, parts(path)))]
     found = [path for path in found if row.extra["class"] in parts(path)] or [
         path for path in found if not {*parts(path)} & {*classes, *NORMAL}
     ]
     if len(found) > 1:
         several = ", ".join(str(path.relative_to(root)) for path in found)
         problems.append(f"{row.image[0]}: several masks match ({several}): keep one")
-    return str(found[0]) if found else None
-
-
-def stem(path: Path) -> str:
-    """The name of a file without the ending of an image."""
-    end = next((end for end in ENDS if path.name.lower().endswith(end)), "")
-    return path.name[: len(path.name) - len(end)]
+    return found[0] if found else None
 
 
 def name_of(parts: tuple[str, ...]) -> str:
     """The id of the case with the path `parts`."""
-    return "_".join([*parts[:-1], stem(Path(parts[-1]))]).replace("\\", "_").replace(";", "_")
+    return "_".join([*parts[:-1], stem(parts[-1])]).replace("\\", "_").replace(";", "_")

@@ -18,6 +18,7 @@ from pathlib import Path
 from jmae.data.files import image_size, read_image
 from jmae.data.manifest import Row
 from jmae.data.prepare import Prepared, refuse, shuffle
+from jmae.data.prepare.tree import walk
 from jmae.data.slices import write_png
 from jmae.errors import InputError
 
@@ -67,8 +68,8 @@ def prepare(root: Path, out: Path, seed: int) -> Prepared:
     counts = Counter(row.extra["class"] for row in normals)
     found = f"{len(normals)} normals ({', '.join(f'{counts[name]} {name}' for name in NORMAL)})"
     found += f", fewer than {TRAIN + TEST}: {train} of them train" if few else ""
-    flags = "--config configs/memmc_mae.py:paper_colour, or :small_colour on a CPU: these keep the colours"
-    return Prepared([*normals, *polyps], f"{found}; {len(polyps)} polyps with a mask", Counter(), flags)
+    found += f"; {len(polyps)} polyps with a mask"
+    return Prepared([*normals, *polyps], found, Counter(), recipe="memmc_mae:paper_colour", licence="CC BY 4.0")
 
 
 def find_folders(root: Path) -> tuple[dict[str, Path | None], Path]:
@@ -77,12 +78,12 @@ def find_folders(root: Path) -> tuple[dict[str, Path | None], Path]:
     Raises InputError where no normal class or no such folder is found, or where several folders of one kind are.
     """
     found: dict[str, list[Path]] = {name: [] for name in (*NORMAL, "segmented-images")}
-    for folder, folders, _ in os.walk(root):
-        name = os.path.basename(folder).lower().removeprefix("normal-")
-        if name in NORMAL and pictures(Path(folder)):  # folders of labeled-videos have the same names but no images
-            found[name].append(Path(folder))
-        if {"images", "masks"} <= set(folders):
-            found["segmented-images"].append(Path(folder))
+    for folder, _ in walk(root):
+        name = folder.name.lower().removeprefix("normal-")
+        if name in NORMAL and pictures(folder):  # folders of labeled-videos have the same names but no images
+            found[name].append(folder)
+        if (folder / "images").is_dir() and (folder / "masks").is_dir():
+            found["segmented-images"].append(folder)
     for name, paths in found.items():
         if len(paths) > 1:
             several = ", ".join(str(path.relative_to(root)) for path in sorted(paths))
@@ -96,7 +97,8 @@ def find_folders(root: Path) -> tuple[dict[str, Path | None], Path]:
 
 def pictures(folder: Path | None) -> dict[str, Path]:
     """The image files of a folder by name without ending, sorted. Raises InputError where two have the same name."""
-    names = sorted(name for name in (os.listdir(folder) if folder else ()) if name.lower().endswith(ENDS))
+    there = sorted(os.listdir(folder)) if folder else []
+    names = [name for name in there if name.lower().endswith(ENDS) and name[0] != "."]
     found: dict[str, Path] = {}
     for name in names:
         if (stem := Path(name).stem) in found:

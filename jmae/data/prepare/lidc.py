@@ -3,7 +3,8 @@
 Folders LIDC-IDRI-xxxx contain DICOM series, one file for each slice. An XML file has the readings of one series:
 `LidcReadMessage / readingSession / unblindedReadNodule / roi / {imageSOP_UID, inclusion, edgeMap / {xCoord, yCoord}}`,
 with pixels counted from 0. A nodule below 3 mm is a single point. SOP instance UIDs link an XML file to its series. In
-a reading without any mark the header's series UID does. A series without a reading is left out.
+a reading without any mark the header's series UID does. A series without a reading is left out. Of two slices at one z
+the one of the lower InstanceNumber stays, with the marks of both.
 
 The slices and splits are those of P-PII. A slice is healthy where it is farther than 5 slices (in the order of z) from
 every mark, a point included. A slice with a contour is abnormal. A slice with only points is left out. The mask is the
@@ -26,6 +27,8 @@ from skimage.draw import polygon
 
 from jmae.data.manifest import Row
 from jmae.data.prepare import Prepared, draw, refuse
+from jmae.data.prepare.tables import parse_xml
+from jmae.data.prepare.tree import walk
 from jmae.data.slices import distance, write_png
 from jmae.errors import InputError
 
@@ -33,7 +36,8 @@ MARGIN = 5  # slices
 TRAIN, VAL = 800, 100  # patients by id
 HEALTHY, ABNORMAL = 500, 478  # slices drawn for val, and again for test
 WINDOW = "--config.data.window=-1024,3071"  # HU
-TAGS = "SOPInstanceUID SeriesInstanceUID Modality ImagePositionPatient Rows Columns".split()
+TAGS = "SOPInstanceUID SeriesInstanceUID Modality ImagePositionPatient InstanceNumber Rows Columns".split()
+SAME_Z = 0.001  # mm
 
 Roi = tuple[bool, np.ndarray]  # (True: adds, False: excludes; contour points (n, 2): x, y)
 
@@ -54,13 +58,6 @@ class Slice(NamedTuple):
     file: Path
     sop: str
     size: tuple[int, int]  # rows, columns
-
-
-class _NoDoctype(ET.TreeBuilder):
-    """Refuses a DOCTYPE, so that no entity is expanded."""
-
-    def doctype(self, name: str, pubid: str | None, system: str | None) -> None:
-        raise ValueError("no file of LIDC-IDRI has a DOCTYPE")
 
 
 def prepare(root: Path, out: Path, seed: int) -> Prepared:
@@ -105,21 +102,18 @@ def prepare(root: Path, out: Path, seed: int) -> Prepared:
         rows += [_row(one, split, None, out) for one in pools[0]]
         rows += [_row(one, split, _mask(one, reading), out) for one in pools[1]]
     found = f"{sum(map(len, scans.values()))} scans with a reading of {len(scans)} patients"
-    return Prepared(rows, found, left_out, WINDOW)
+    return Prepared(rows, found, left_out, WINDOW, recipe="ppii:paper", licence="CC BY 3.0")
 
 
 def _walk(root: Path) -> tuple[dict[str, list[Path]], list[Path]]:
     """(the .dcm files below each folder LIDC-IDRI-xxxx, all .xml files). Raises InputError without either."""
     patients: dict[str, list[Path]] = {}
     messages = []
-    for folder, folders, names in os.walk(root):
-        folders.sort()
+    for folder, names in walk(root):
         patient = re.search(r"LIDC-IDRI-\d{4}(?!\d)", os.path.relpath(folder, root.parent))
         if patient:
-            patients.setdefault(patient[0], []).extend(
-                Path(folder, n) for n in sorted(names) if n.lower().endswith(".dcm")
-            )
-        messages += [Path(folder, name) for name in sorted(names) if name.lower().endswith(".xml")]
+            patients.setdefault(patient[0], []).extend(folder / name for name in names if name.lower().endswith(".dcm"))
+        messages += [folder / name for name in names if name.lower().endswith(".xml")]
     if not patients:
         raise InputError(f"{root}: has no folder LIDC-IDRI-xxxx: name the folder that contains them")
     if not messages:
@@ -151,7 +145,7 @@ def _readings(messages: list[Path], left_out: Counter[str]) -> Reading:
 def read_xml(file: Path) -> Reading | None:
     """The marks of one XML file, or None where it is not a CT reading. Raises InputError for a damaged file."""
     try:
-        top = ET.fromstring(file.read_bytes(), ET.XMLParser(target=_NoDoctype()))
+        top = parse_xml(file.read_bytes())
         if not re.fullmatch(r"(\{.*\})?LidcReadMessage", top.tag):
             return None
         reading = Reading({_text(e) for e in top.iterfind(".//{*}SeriesInstanceUid")}, set(), {}, set())
@@ -189,26 +183,43 @@ def _text(element: ET.Element | None) -> str:
 
 def _scans(patient: str, files: list[Path], reading: Reading, left_out: Counter[str]) -> list[list[Slice]]:
     """The CT series of a patient that have a reading, each sorted by z. Raises InputError with all problems."""
-    series: dict[str, list[tuple[float, str, Path, tuple[int, int]]]] = defaultdict(list)
+    series: dict[str, list[tuple[float, int, str, Path, tuple[int, int]]]] = defaultdict(list)
     problems = []
     for file in files:
         try:
             tags = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=list(TAGS))
             if str(tags.get("Modality")) == "CT":
                 z, size = float(tags.ImagePositionPatient[2]), (int(tags.Rows), int(tags.Columns))
-                series[str(tags.SeriesInstanceUID)].append((z, str(tags.SOPInstanceUID), file, size))
+                number = int(tags.get("InstanceNumber") or 0)
+                series[str(tags.SeriesInstanceUID)].append((z, number, str(tags.SOPInstanceUID), file, size))
         except Exception as error:  # pydicom raises errors of any class on damaged files
             problems.append(f"{file}: not readable ({error}): copy it again".replace("\n", " "))
     refuse(problems)
     scans: list[list[Slice]] = []
     for name in sorted(series):
-        slices = sorted(series[name], key=lambda one: one[:2])
-        if name not in reading.series and not any(sop in reading.marked for _, sop, _, _ in slices):
+        slices = sorted(series[name], key=lambda one: one[:3])
+        if name not in reading.series and not any(sop in reading.marked for _, _, sop, _, _ in slices):
             left_out["CT series without a reading"] += 1
             continue
+        kept = slices[:1]
+        for one in slices[1:]:
+            if one[0] - kept[-1][0] > SAME_Z:
+                kept.append(one)
+            else:
+                _move_marks(reading, one[2], kept[-1][2])
+                left_out["slices at the z of another slice"] += 1
         title = f"{patient}_{len(scans) + 1}"
-        scans.append([Slice(f"{title}_{k:04d}", file, sop, size) for k, (_, sop, file, size) in enumerate(slices)])
+        scans.append([Slice(f"{title}_{k:04d}", file, sop, size) for k, (_, _, sop, file, size) in enumerate(kept)])
     return scans
+
+
+def _move_marks(reading: Reading, sop: str, to: str) -> None:
+    """Gives the marks of one slice to another one."""
+    if sop in reading.contours:
+        reading.contours.setdefault(to, []).extend(reading.contours.pop(sop))
+    if sop in reading.points:
+        reading.points.remove(sop)
+        reading.points.add(to)
 
 
 def _mask(one: Slice, reading: Reading) -> np.ndarray:

@@ -47,14 +47,12 @@ def prepare(root: Path, out: Path, seed: int) -> Prepared:
             rows.append(Row(case, "", split, label, image, str(mask) if label else None))
     refuse(problems)
     names = {name: value for name, value in (about.get("labels") or {}).items() if value not in (0, "0")}
-    flags = f"--config.data.channels={len(channels)}" if len(channels) > 1 else ""
-    if any(row.split == "train" and row.label for row in rows):
-        flags = f"--config.data.normal_crops_only=True {flags}".strip()
     taken = "" if (root / "labelsTr").is_dir() else "; without labelsTr, the training cases are taken as normal"
     classes = ", ".join(map(str, names)) or "dataset.json names no classes"
     caution = f"every class above 0 counts as lesion: {classes}" if any(row.mask for row in rows) else ""
     title = " + ".join(channels) or "channels as they are"
-    return Prepared(rows, f"{len(rows)} cases of {title}{taken}", left_out, flags, caution)
+    licence = str(about.get("licence") or about.get("license") or "")
+    return Prepared(rows, f"{len(rows)} cases of {title}{taken}", left_out, caution=caution, licence=licence)
 
 
 def usual_ending(root: Path) -> str:

@@ -1,0 +1,5 @@
+"""`python -m jmae COMMAND` is `jmae COMMAND`."""
+
+from jmae.cli import run
+
+run()

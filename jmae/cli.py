@@ -1,0 +1,148 @@
+"""jmae COMMAND [ARGUMENT ...]
+jmae COMMAND --help | --help | --version
+
+Each command is a module of its own: `jmae train` is `python -m jmae.train`. A command's flags are those that its help
+names. So help and misspelt flags are answered from the text of the module, before anything slow (JAX) is imported.
+"""
+
+import ast
+import difflib
+import re
+import runpy
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+from jmae import __version__
+from jmae.errors import InputError, exit_code
+
+HERE = Path(__file__).parent
+COMMANDS = {
+    "quickstart": ("quickstart", "from a folder of normal and one of new scans to a report, in one command"),
+    "prepare": ("data.prepare", "write the manifest of folders of scans, or of a public data set"),
+    "check": ("data.check", "open every file of a manifest and list what is wrong"),
+    "slices": ("data.slices", "cut the volumes of a manifest into slices"),
+    "train": ("train", "train a system, go on with an interrupted run, evaluate the test split"),
+    "evaluate": ("evaluate", "score a split with a trained run: figures, maps, report"),
+    "predict": ("predict", "score new scans: map, overlay, score, p-value"),
+    "report": ("report", "compare several runs on one page"),
+    "gallery": ("gallery", "draw the synthetic anomalies on an image"),
+    "weights": ("weights", "convert published weights"),
+    "export": ("export", "write a trained run as StableHLO, to be used without jmae"),
+    "papers": ("papers", "the published tables row by row: prepare, train, evaluate, ours beside the paper's"),
+    "plan": ("plan", "time and memory of a recipe on accelerators that this machine may lack"),
+    "doctor": ("doctor", "versions, devices and memory; what is wrong and how to mend it"),
+}
+"""The module of each command and its sentence in `jmae --help`."""
+OWN = {
+    "systems": "which system takes which data, and its presets",
+    "completion": 'print the shell\'s completion script: eval "$(jmae completion bash)"',
+}
+"""Commands that need no module of their own."""
+BASH = """\
+_jmae() {{
+    local word=${{COMP_WORDS[COMP_CWORD]}} words=""
+    if [ "$COMP_CWORD" = 1 ]; then words="{commands}"
+    elif [ "${{word:0:1}}" = "-" ]; then
+        case ${{COMP_WORDS[1]}} in
+{flags}
+        esac
+    elif [ "${{COMP_WORDS[COMP_CWORD-1]}}" = "--config" ]; then words="{recipes}"
+    fi
+    COMPREPLY=($(compgen -W "$words" -- "$word"))
+}}
+complete -o default -F _jmae jmae"""
+
+
+def run() -> NoReturn:
+    """The console command."""
+    sys.exit(exit_code(main))
+
+
+def main(argv: list[str]) -> int:
+    command, *words = argv or ["--help"]
+    if command in ("--help", "-h"):
+        print(overview())
+    elif command == "--version":
+        print(f"jmae {__version__}")
+    elif command == "systems":
+        print(systems())
+    elif command == "completion":
+        print(completion(words))
+    elif command not in COMMANDS:
+        near = difflib.get_close_matches(command, [*COMMANDS, *OWN], n=1, cutoff=0.0)[0]
+        raise InputError(f"{command!r} is no command: did you mean {near}? jmae --help lists all")
+    elif {"--help", "-h"} & {*words}:
+        print(usage(command))
+    else:
+        check_flags(command, words)
+        sys.argv[1:] = [*words, *["--debug"] * ("--debug" in sys.argv)]
+        runpy.run_module(f"jmae.{COMMANDS[command][0]}", run_name="__main__", alter_sys=True)
+    return 0
+
+
+def overview() -> str:
+    """The list of commands."""
+    lines = {name: sentence for name, (_, sentence) in COMMANDS.items()} | OWN
+    listed = [f"  {name:<12}{sentence}" for name, sentence in lines.items()]
+    head = "jmae: unsupervised anomaly detection in medical images. For research, not for clinical use."
+    return "\n".join([head, "", *listed, "", "jmae COMMAND --help explains a command; jmae --version"])
+
+
+def systems() -> str:
+    """A paragraph of each recipe: its system's name, what it takes, its presets and the paper."""
+    from jmae import recipe  # most commands answer without it
+
+    lines = []
+    for name in recipe.SYSTEMS:
+        names = runpy.run_path(str(recipe.RECIPES / f"{name}.py"))
+        (paper, *_) = re.findall(r"arXiv\s[\d.]+\d", names["__doc__"])
+        title = names["__doc__"].partition("\n")[0].rstrip(".")
+        lines += [f"{name:<11}{names['TAKES']}", f"           {title}", f"           {' '.join(paper.split())}"]
+        lines += [f"           --config {name}:PRESET with {', '.join(names['PRESETS'])}", ""]
+    return "\n".join(
+        [*lines, "small: own data on two CPU cores. paper: the paper's protocol, on a GPU. phantom: built-in."]
+    )
+
+
+def usage(command: str) -> str:
+    """The help of a command: the docstring of its module, read without importing it."""
+    place = HERE / COMMANDS[command][0].replace(".", "/")
+    files = (place.with_suffix(".py"), place / "__main__.py", place / "__init__.py")
+    texts = (ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) for file in files if file.is_file())
+    text = next(filter(None, texts))
+    for name, (module, _) in COMMANDS.items():
+        text = re.sub(rf"python -m jmae\.{re.escape(module)}\b", f"jmae {name}", text)
+    return text
+
+
+def flags(command: str) -> list[str]:
+    """The flags that a command's help names."""
+    return sorted({"debug", "help", *re.findall(r"--([a-z][\w-]*)", usage(command))})
+
+
+def check_flags(command: str, words: list[str]) -> None:
+    """Raises InputError for a flag that the command's help does not name, and for a recipe that is not there."""
+    known = flags(command)
+    for i, word in enumerate(words):
+        name, equals, value = word.removeprefix("--").partition("=")
+        if not word.startswith("--"):
+            continue
+        if name.partition(".")[0] not in known or (name not in known and not name.startswith("config.")):
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+            raise InputError(f"--{name} is unknown: did you mean --{near}? jmae {command} --help lists all")
+        if name == "config" and (value := value if equals else "".join(words[i + 1 : i + 2])):
+            from jmae import recipe
+
+            recipe.find(value)
+
+
+def completion(words: list[str]) -> str:
+    """The completion script of bash, which zsh can read, too."""
+    if words not in (["bash"], ["zsh"]):
+        raise InputError("name the shell: jmae completion bash, or jmae completion zsh")
+    from jmae import recipe
+
+    lines = [f'            {name}) words="{" ".join(f"--{flag}" for flag in flags(name))}";;' for name in COMMANDS]
+    script = BASH.format(commands=" ".join([*COMMANDS, *OWN]), flags="\n".join(lines), recipes=" ".join(recipe.SYSTEMS))
+    return script if words == ["bash"] else f"autoload -U +X bashcompinit && bashcompinit\n{script}"

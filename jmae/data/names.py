@@ -1,0 +1,58 @@
+"""The ids of cases that have none, from the names of their files."""
+
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from jmae.errors import InputError
+
+ENDINGS = ".nii.gz .nii .dcm .dicom .ima .png .jpg .jpeg .tif .tiff .nrrd .npy .npz".split()
+ID_BYTES = 200  # a file name has 255, and "_confidence.nii.gz" is put behind the id
+
+
+def names_of(cases: Sequence[tuple[str, ...]]) -> list[str]:
+    """An id for each case: the name of its first file, without its ending.
+
+    Where two cases would have one id, it takes the ending too, then as many folders as needed.
+
+    Raises:
+      InputError: two cases begin with one file.
+    """
+    paths = [Path(case[0]) for case in cases]
+    if twice := [path for path, n in Counter(paths).items() if n > 1]:
+        raise InputError(f"{twice[0]}: is (the first file of) two cases, whose maps would have one name: name it once")
+    beside = Counter((path.parent, id_of(stem_of(path))) for path in paths)
+    last = [path.name if beside[path.parent, id_of(stem_of(path))] > 1 else stem_of(path) for path in paths]
+    folders = [0] * len(paths)
+    while True:
+        names = [
+            id_of("_".join([*path.parts[-1 - n : -1], name]))
+            for path, name, n in zip(paths, last, folders, strict=True)
+        ]
+        count = Counter(names)
+        deeper = [i for i, name in enumerate(names) if count[name] > 1 and folders[i] < len(paths[i].parts) - 2]
+        if not deeper:
+            if max(count.values()) > 1:
+                raise InputError(f"{count.most_common(1)[0][0]}: would be the id of two cases: rename one of them")
+            return names
+        for i in deeper:
+            folders[i] += 1
+
+
+def stem_of(path: str | Path) -> str:
+    """A file's name without the ending of its format; a folder's whole name."""
+    name = os.path.basename(path)
+    ending = next((ending for ending in ENDINGS if name.lower().endswith(ending)), "")
+    return name if os.path.isdir(path) or len(ending) == len(name) else name[: len(name) - len(ending)]
+
+
+def id_of(name: str) -> str:
+    """A name as an id: without leading dots and unprintable characters, and as short as a file's name must be."""
+    name = "".join(c if c.isprintable() and c not in "/\\" else "_" for c in name).lstrip(".") or "case"
+    if len(name.encode()) > ID_BYTES:
+        name = (
+            name.encode()[: ID_BYTES - 9].decode(errors="ignore") + "-" + hashlib.sha256(name.encode()).hexdigest()[:8]
+        )
+    return name

@@ -1,0 +1,95 @@
+"""The preparation of a stored image as JAX functions of any size, so that an export has it
+(`jmae.data.preparation.prepared_image` is the same in NumPy).
+
+A resize is a matrix along each axis: (new, old). The lengths may be symbols (`jax.export.symbolic_shape`). Positions
+are computed in whole numbers, as float32 has too few digits for them.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+from ml_collections import ConfigDict
+
+HIGHEST = jax.lax.Precision.HIGHEST
+
+
+def smoothing(old: int, new: int) -> Float[Array, "old old"]:
+    """The Gaussian against aliasing, of (old / new - 1) / 2 voxels, cut at 4 deviations, over a mirrored border."""
+    sigma = jnp.maximum(jnp.float32(old - new) / jnp.float32(2 * new), 0)
+    radius = jnp.floor(4 * sigma + 0.5)
+    i, j = jnp.arange(old)[:, None], jnp.arange(old)[None]
+
+    def at(distance: Array) -> Array:
+        value = jnp.exp(-0.5 * (distance / jnp.maximum(sigma, 1e-6)) ** 2)
+        return jnp.where(jnp.abs(distance) <= radius, value, 0)
+
+    weights = at(j - i) + jnp.where(j > 0, at(i + j), 0) + jnp.where(j < old - 1, at(2 * (old - 1) - i - j), 0)
+    return weights / jnp.sum(weights, 1, keepdims=True)
+
+
+def interpolation(old: int, new: int) -> Float[Array, "new old"]:
+    """Linear interpolation between the middles of voxels, over a mirrored border."""
+    place = (2 * jnp.arange(new) + 1) * old - new  # in units of 1 / (2 new) voxels
+    low = jnp.floor_divide(place, 2 * new)
+    share = (place - low * 2 * new).astype(jnp.float32) / jnp.float32(2 * new)
+    mirrored = lambda k: (old - 1) - jnp.abs((old - 1) - jnp.abs(k))
+    at = lambda k: (mirrored(k)[:, None] == jnp.arange(old)[None]).astype(jnp.float32)
+    return (1 - share)[:, None] * at(low) + share[:, None] * at(low + 1)
+
+
+def areas(old: int, new: int) -> Float[Array, "new old"]:
+    """The share of each new voxel that each old voxel covers."""
+    o, j = jnp.arange(new)[:, None], jnp.arange(old)[None]
+    both = jnp.minimum((o + 1) * old, (j + 1) * new) - jnp.maximum(o * old, j * new)
+    return jnp.maximum(both, 0).astype(jnp.float32) / jnp.float32(old)
+
+
+def along_axes(image: Float[Array, "h w c"], rows: Float[Array, "a h"], columns: Float[Array, "b w"]) -> Array:
+    """The matrices' products with an image: (a, b, c)."""
+    return jnp.einsum("ah,hwc,bw->abc", rows, image, columns, precision=HIGHEST)
+
+
+def resize(image: Float[Array, "h w c"], size: tuple[int, int]) -> Float[Array, "a b c"]:
+    """`jmae.data.transforms.resize`: linear interpolation, after a Gaussian on each axis that shrinks."""
+    one = lambda old, new: jnp.matmul(interpolation(old, new), smoothing(old, new), precision=HIGHEST)
+    return along_axes(image, *map(one, image.shape[:2], size))
+
+
+def area_resize(image: Float[Array, "h w c"], size: tuple[int, int]) -> Float[Array, "a b c"]:
+    """`jmae.data.transforms.area_resize`: means over areas on an axis that shrinks, else linear interpolation."""
+    one = lambda old, new: jnp.where(jnp.int32(new) < jnp.int32(old), areas(old, new), interpolation(old, new))
+    return along_axes(image, *map(one, image.shape[:2], size))
+
+
+def to_unit(image: Float[Array, "h w c"], bits: Int[Array, ""]) -> Float[Array, "h w c"]:
+    """`jmae.data.transforms.to_unit` of finite values."""
+    low, high = jnp.where(bits == 8, 0.0, image.min()), jnp.where(bits == 8, 255.0, image.max())
+    return (image - low) / jnp.where(high > low, high - low, 1)
+
+
+def equalise(image: Float[Array, "h w c"], exact: bool) -> Float[Array, "h w c"]:
+    """`jmae.data.transforms.equalise` over all pixels."""
+    image = jnp.clip(image, 0, 1)
+    levels = image if exact else jnp.round(255 * image)
+
+    def one(values: Array) -> Array:
+        ordered = jnp.sort(values.reshape(-1))
+        upto = lambda v: jnp.searchsorted(ordered, v, side="right").astype(jnp.float32)
+        least = upto(ordered[0])
+        share = jnp.maximum(upto(values) - least, 0) / jnp.maximum(ordered.size - least, 1)
+        return share if exact else jnp.round(255 * share) / 255
+
+    return jax.vmap(one, -1, -1)(levels)
+
+
+def prepared(stored: Float[Array, "h w c"], bits: Int[Array, ""], data: ConfigDict) -> Float[Array, "a b c"]:
+    """`jmae.data.preparation.prepared_image` of stored values, which are finite and differ. `bits` is 8 where the
+    values fill unsigned 8 bits: then 0 and 255 are black and white. Else the least and the greatest value are."""
+    size = tuple(data.size)
+    image = area_resize(stored, size) if data.equalise else stored
+    if data.window:
+        low, high = data.window
+        unit = (jnp.clip(image, low, high) - low) / (high - low)
+    else:
+        unit = to_unit(image, bits)
+    return equalise(unit, data.equalise_exact) if data.equalise else resize(unit, size)

@@ -1,0 +1,107 @@
+"""What `prepare` prints: how many cases of each kind there are, and the command that comes next."""
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pydicom
+
+from jmae.data.files import image_size, is_dicom
+from jmae.data.loader import WORKERS
+from jmae.data.manifest import SPLITS, Row
+from jmae.data.slices import in_words
+from jmae.errors import InputError
+from jmae.recipe import suggested
+
+
+def split_table(rows: Sequence[Row]) -> list[str]:
+    """The number of cases of each kind in each split, as lines of a table."""
+    lines = [f"{'split':<10}{'normal':>9}{'abnormal':>10}{'unknown':>9}{'masks':>8}{'patients':>10}"]
+    for split in SPLITS:
+        cases = [row for row in rows if row.split == split]
+        n, masks = Counter(row.label for row in cases), sum(bool(row.mask or row.boxes) for row in cases)
+        patients = len({row.patient for row in cases if row.patient}) or "-"
+        if cases:
+            lines.append(f"{split:<10}{n[0]:>9}{n[1]:>10}{n[None]:>9}{masks:>8}{patients:>10}")
+    sources = Counter((row.split, row.label, row.extra["source"]) for row in rows if row.extra.get("source"))
+    kinds = {0: "normal", 1: "abnormal", None: "unknown"}
+    each = lambda split, label: Counter({s: n for (a, b, s), n in sources.items() if (a, b) == (split, label)})
+    found = [(split, label) for split in SPLITS for label in kinds if each(split, label)]
+    return lines + [f"sources of {split} {kinds[label]}: {in_words(each(split, label))}" for split, label in found]
+
+
+def count_unread(files: Iterable[Path]) -> Counter[str]:
+    """The number of files of each ending that cannot be read as images, in the form of `Prepared.left_out`."""
+    ending = lambda file: f"{file.suffix.lower()} files" if file.suffix else "files without an ending"
+    return Counter(f"{ending(file)} (not images, or of a format that is not read)" for file in files)
+
+
+def next_command(name: str, out: Path, rows: Sequence[Row], recipe: str, flags: str, *, allow_leaks: bool) -> str:
+    """The command line that trains on a manifest, or that scores it where it has nothing to train on."""
+    manifest = out / "manifest.csv"
+    if not any(row.split == "train" for row in rows):
+        return f"next: jmae evaluate --workdir RUN --manifest {manifest} --out RUN/{name}"
+    volumes = is_volume(rows[0])
+    if not recipe:
+        unlabeled = any(row.split == "unlabeled" for row in rows)
+        recipe = f"{suggested('volumes' if volumes else 'unlabelled images' if unlabeled else 'images')[0]}:small"
+    given = [flags] if flags else []
+    if (volumes or len(rows[0].image) > 1) and "data.channels" not in flags:
+        given.append(f"--config.data.channels={len(rows[0].image)}")
+    if any(row.split == "train" and row.label == 1 for row in rows):
+        given.append("--config.data.normal_crops_only=True")
+    given += ["--config.data.allow_leaks=True"] if allow_leaks else []
+    return " ".join(
+        [
+            f"next: jmae train --config {recipe} --config.data.manifest={manifest}",
+            *given,
+            f"--workdir runs/{name}",
+        ]
+    )
+
+
+def is_volume(row: Row) -> bool:
+    """Whether the first image of a row is a volume; False where it cannot be read."""
+    try:
+        return Path(row.image[0]).is_dir() or len(image_size(row.image[0])) == 3
+    except InputError:
+        return False
+
+
+def kinds_of(rows: Sequence[Row]) -> tuple[list[str], str]:
+    """(The number of images of each kind and size, a line a split; a caution where a split mixes kinds.)
+
+    A kind is a number of dimensions, with the modality of DICOM.
+    """
+
+    def kind(row: Row) -> tuple[str, str]:
+        file = Path(row.image[0])
+        dicom = next((one for one in sorted(file.iterdir()) if is_dicom(one)), None) if file.is_dir() else file
+        try:
+            size = () if file.is_dir() else image_size(file)
+            tags = dicom and is_dicom(dicom) and pydicom.dcmread(dicom, specific_tags=["Modality"])
+            modality = str(tags.get("Modality") or "") if tags else ""
+        except Exception:  # whoever reads the manifest is told
+            return "unreadable", ""
+        rank = "volumes" if file.is_dir() or len(size) == 3 else "images"
+        return f"{modality} {rank}".strip(), " x ".join(map(str, size))
+
+    with ThreadPoolExecutor(WORKERS) as pool:
+        found = list(pool.map(kind, rows))
+    kinds, sizes = defaultdict[str, Counter[str]](Counter), defaultdict[str, Counter[str]](Counter)
+    for row, (name, size) in zip(rows, found, strict=True):
+        kinds[row.split][name] += 1
+        sizes[row.split][size] += bool(size)
+    lines, mixed = [], []
+    for split in (split for split in SPLITS if split in kinds):
+        usual = [f"{size} ({n})" for size, n in sizes[split].most_common(3) if n]
+        more = len(+sizes[split]) - len(usual)
+        usual += [f"{more} other sizes"] if more else []
+        lines.append(f"kinds of {split}: {in_words(kinds[split])}" + (f"; {', '.join(usual)}" if usual else ""))
+        if len(kinds[split]) > 1:
+            mixed.append(f"{split} mixes {in_words(kinds[split])}")
+    everywhere = {name for split in kinds for name in kinds[split]}
+    if not mixed and len(everywhere) > 1:
+        mixed = [f"the splits hold {' and '.join(sorted(everywhere))}"]
+    return lines, f"{'; '.join(mixed)}: a recipe takes images of one kind: check that this is meant" if mixed else ""

@@ -1,0 +1,153 @@
+"""Several runs, one answer: scores that are calibrated on the same held-out normals become one score, and one p-value.
+
+The normal score of a run's score s is Phi^-1(F(s)), where F is the distribution of the run's held-out normals: the k-th
+lowest of n normals has F = k / (n + 1), between two of them the normal score is linear, and outside of them it goes on
+with the slope of one per standard deviation. The fused score is the mean of the runs' normal scores. Its p-value is
+that of a conformal test in which the case and the n normals are treated alike: each of the n + 1 takes its rank among
+all of them in every run. So the promise of `scoring.Calibration` holds.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import ndtri
+
+from jmae import metrics, recipe
+from jmae.errors import InputError
+from jmae.report.compare import common_cases, labels_of, read_runs, scores_of
+from jmae.run_folder import log, output_folder, write_csv, write_text
+from jmae.sealed import unseal
+
+Scores = NDArray[np.float64]
+
+
+def normal_scores(normals: Scores, scores: Scores) -> Scores:
+    """The normal score of each of some scores (m,) by the held-out normals (n,) of one run."""
+    known, ordered = np.unique(normals), np.sort(normals)
+    rank = (
+        np.searchsorted(ordered, known, "left") + 1 + np.searchsorted(ordered, known, "right")
+    ) / 2  # ties: their middle
+    level = ndtri(rank / (len(normals) + 1))
+    slope = 1 / max(float(normals.std()), 1e-12)
+    inner = np.interp(scores, known, level)
+    return inner + slope * (np.minimum(scores - known[0], 0) + np.maximum(scores - known[-1], 0))
+
+
+def fused(normals: Scores, cases: Scores) -> tuple[Scores, Scores]:
+    """The fused score and the p-value of each case.
+
+    Args:
+      normals: (r, n) scores of the same n held-out normals by r runs.
+      cases: (r, m) scores of the cases.
+    """
+    from scipy.stats import rankdata  # it takes a second to import, and few commands fuse runs
+
+    score = np.mean([normal_scores(own, of_cases) for own, of_cases in zip(normals, cases, strict=True)], 0)
+    n, p = normals.shape[1], np.empty(cases.shape[1])
+    for j in range(cases.shape[1]):
+        together = np.concatenate([normals, cases[:, [j]]], 1)
+        mean = ndtri(rankdata(together, axis=1) / (n + 2)).mean(0)
+        p[j] = (1 + np.sum(mean[:n] >= mean[n] - 1e-12)) / (n + 1)
+    return score, p
+
+
+def common_normals(calibrations: Mapping[str, Mapping[str, float]]) -> tuple[list[str], Scores]:
+    """(ids, scores (r, n)) of the held-out normals that all runs were calibrated on.
+
+    Args:
+      calibrations: score of each held-out normal by its id, of each run by its name.
+
+    Raises:
+      InputError: a run is not calibrated, or the runs share no held-out normal.
+    """
+    if without := [name for name, scores in calibrations.items() if not scores]:
+        raise InputError(f"{without[0]}: is not calibrated: give its manifest val rows of label 0, and evaluate it")
+    first, *others = calibrations.values()
+    ids = [name for name in first if all(name in scores for scores in others)]
+    if not ids:
+        raise InputError("the runs share no held-out normal: train and evaluate them with one manifest")
+    return ids, np.array([[scores[name] for name in ids] for scores in calibrations.values()])
+
+
+def fused_map(maps: Sequence[np.ndarray], scales: Sequence[tuple[float, float]]) -> np.ndarray:
+    """The mean of the runs' maps, float32, each on its own colour scale: 0 is calm, 1 the high end of normals."""
+    scaled = [(m - low) / (high - low) for m, (low, high) in zip(maps, scales, strict=True)]
+    return np.asarray(np.mean(scaled, 0), np.float32)
+
+
+def scores_of_normals(workdir: Path) -> dict[str, float]:
+    """The score of each held-out normal of a run folder, by id; {} where it is not calibrated."""
+    return {str(name): float(score) for name, score in _calibration(workdir).get("scores", {}).items()}
+
+
+def colours_of_file(workdir: Path) -> tuple[float, float] | None:
+    """The ends of the colour scale of a run folder's maps; None without a scale."""
+    ends = _calibration(workdir).get("colours", {})
+    return None if ends.get("low") is None else (float(ends["low"]), float(ends["high"]))
+
+
+def _calibration(workdir: Path) -> dict[str, Any]:
+    file = workdir / "calibration.json"
+    try:
+        content = unseal(file.read_bytes(), file, None)  # `read_calibration` says where it is unchecked
+        if not all(isinstance(content[key], dict) for key in ("scores", "colours")):
+            raise ValueError("no scores")
+        return content
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{file}: is no calibration ({error!r}): delete it and run jmae.evaluate again") from None
+
+
+def fused_evaluation(workdirs: Sequence[Path], out: Path, *, draws: int = 2000) -> dict[str, Any]:
+    """Fuses the evaluations of several runs on the same cases. Writes scores.csv and metrics.json into `out`.
+
+    The figures are those of the fused score and of each run, and the paired difference of the fused score to each run,
+    with 95 % intervals over patients.
+
+    Raises:
+      InputError: a run is not evaluated or not calibrated, or the runs share no case or no held-out normal.
+    """
+    runs = read_runs(workdirs)
+    ids = common_cases(runs)
+    normals = common_normals({run.name: scores_of_normals(w) for run, w in zip(runs, workdirs, strict=True)})[1]
+    each = np.array([scores_of(run, ids) for run in runs])
+    score, p = fused(normals, each)
+    labels, patients = labels_of(runs[0], ids), [runs[0].patients[name] for name in ids]
+    found: dict[str, Any] = {"runs": [run.name for run in runs], "n": len(ids), "held_out_normals": normals.shape[1]}
+    if labels.any() and not labels.all():
+        figures = {"fused": score} | dict(zip(found["runs"], each, strict=True))
+        found["scores"] = {name: metrics.image_metrics(labels, s, patients, draws=draws) for name, s in figures.items()}
+        found["differences"] = {
+            run: dict(
+                zip(
+                    ("auroc", "auroc_ci"),
+                    metrics.paired_difference(metrics.auroc, labels, score, own, patients, draws=draws),
+                    strict=True,
+                )
+            )
+            for run, own in zip(found["runs"], each, strict=True)
+        }
+    line = lambda k: {"id": ids[k], "label": int(labels[k]), "score": score[k], "p_value": p[k]}
+    own = lambda k: {f"score of {run}": each[r, k] for r, run in enumerate(found["runs"])}
+    write_csv(out / "scores.csv", [line(k) | own(k) for k in range(len(ids))])
+    write_text(out / "metrics.json", json.dumps(found, indent=1))
+    return found
+
+
+def evaluate_several(workdirs: Sequence[Path], argv: Sequence[str]) -> int:
+    """Fuses the evaluations of several runs into --out, and logs the figures."""
+    flags = recipe.arguments(argv, "", ["out"])
+    if "out" not in flags:
+        raise InputError("several runs go with --out=DIR")
+    found = fused_evaluation(workdirs, output_folder(flags["out"]))
+    for name, figures in found.get("scores", {}).items():
+        log(f"  {name:<24} AUROC {figures['auroc']:.3f} [{figures['auroc_ci'][0]:.3f}, {figures['auroc_ci'][1]:.3f}]")
+    for run, one in found.get("differences", {}).items():
+        log(f"  fused less {run}: {one['auroc']:+.3f} [{one['auroc_ci'][0]:+.3f}, {one['auroc_ci'][1]:+.3f}]")
+    log(f"{found['n']} cases, {found['held_out_normals']} held-out normals: {Path(flags['out']) / 'scores.csv'}")
+    return 0

@@ -1,0 +1,127 @@
+"""From a map to a mask of lesions, at a rate of false alarms that held-out normals promise.
+
+The peak of a map is the highest threshold at which a component of the least size is left. Of n held-out normals the
+threshold is the k-th highest peak, k = floor(rate (n + 1)). A normal case of the same kind then has a mask with any
+component with probability at most `rate`, by the argument of conformal p-values (`scoring.Calibration`).
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from jmae.lesions import SIZES, components, thirds
+
+Region = NDArray[np.bool_] | None
+
+
+def least_voxels(least: float, spacing: Sequence[float] | None) -> int:
+    """The number of pixels or voxels of the smallest component that counts, at least 1.
+
+    Args:
+      least: in mm2 or mm3, or in pixels where the file tells no spacing.
+      spacing: mm along each axis.
+    """
+    return max(1, math.ceil(round(least / (math.prod(spacing) if spacing else 1), 6)))
+
+
+def peak(values: NDArray[np.floating], least: int, region: Region = None) -> float:
+    """The highest value v of a map at which the voxels of at least v have a component of `least` voxels, inside a
+    region; -inf where no component is that large at any value."""
+    inside = values if region is None else np.where(region, values, -np.inf)
+    ordered = np.unique(inside[np.isfinite(inside)])
+    if least == 1:
+        return float(ordered[-1]) if len(ordered) else -math.inf
+
+    def large(value: float) -> bool:
+        labels, n = components(inside >= value)
+        return bool(n) and int(np.bincount(labels.ravel())[1:].max()) >= least
+
+    low, high = -1, len(ordered)  # large at ordered[low], not at ordered[high]; neither end is looked at
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if large(ordered[middle]) else (low, middle)
+    return float(ordered[low]) if low >= 0 else -math.inf
+
+
+def outline(values: NDArray[np.floating], threshold: float, least: int, region: Region = None) -> NDArray[np.bool_]:
+    """The components of at least `least` voxels above a threshold, inside a region."""
+    above = values > threshold
+    labels, n = components(above if region is None else above & region)
+    keep = np.bincount(labels.ravel(), minlength=n + 1) >= least
+    keep[0] = False
+    return keep[labels]
+
+
+class MaskFigures:
+    """How well masks of lesions fit the lesions of a split, which is given its cases one by one.
+
+    A lesion is found where a mask covers at least one of its voxels. A component of a mask is false where it covers no
+    voxel of a lesion.
+
+    Args:
+      threshold: of the maps; None gives no figures.
+      least: size of the smallest component, in mm2 or mm3, or in pixels where the file tells no spacing.
+    """
+
+    def __init__(self, threshold: float | None, least: float):
+        self.threshold, self.least = threshold, least
+        self.dice: list[float] = []
+        self.areas: list[NDArray] = []  # of the lesions of each case
+        self.found: list[NDArray[np.bool_]] = []  # which of them are found
+        self.false = self.images = self.normals = self.alarms = 0
+
+    def add(
+        self,
+        values: NDArray[np.floating],
+        lesion: NDArray[np.bool_],
+        region: Region = None,
+        share: float = 1.0,
+        spacing: Sequence[float] | None = None,
+    ) -> None:
+        """Takes the map and the lesions of one labelled case; voxels outside of the region do not count. `share` is the
+        number of its voxels for one of the grid that is scored."""
+        if self.threshold is None:
+            return
+        mask = outline(values, self.threshold, least_voxels(self.least, spacing), region)
+        lesion = lesion if region is None else region & lesion
+        (own, n), (truth, lesions) = components(mask), components(lesion)
+        self.images += 1
+        self.areas.append(np.bincount(truth.ravel(), minlength=lesions + 1)[1:] / share)
+        self.found.append(np.bincount(truth[mask & lesion], minlength=lesions + 1)[1:] > 0)
+        self.false += n - len(np.unique(own[mask & lesion]))
+        if lesions:
+            self.dice.append(2 * float((mask & lesion).sum()) / float(mask.sum() + lesion.sum()))
+        else:
+            self.normals += 1
+            self.alarms += n > 0
+
+    def result(self) -> dict[str, Any] | None:
+        """The mean Dice of cases with a lesion, the share of lesions that are found, false components an image, and the
+        share of cases without a lesion that have a mask; None without a threshold or a lesion.
+
+        "sizes" has the share that is found of small, medium and large lesions, a third each, by their area in voxels of
+        the grid that is scored; it is empty for fewer than three lesions.
+        """
+        areas, found = (np.concatenate([np.empty(0), *each]) for each in (self.areas, self.found))
+        if not areas.size:
+            return None
+        third = thirds(areas)
+        sizes = [
+            {"size": name, "most": float(areas[of].max()), "lesions": int(of.sum()), "recall": float(found[of].mean())}
+            for name, of in zip(SIZES, (third == i for i in range(3)), strict=True)
+            if of.any()
+        ]
+        return {
+            "threshold": self.threshold,
+            "least": self.least,
+            "dice": float(np.mean(self.dice)),
+            "lesion_recall": float(found.mean()),
+            "false_components": self.false / self.images,
+            "false_alarms": self.alarms / self.normals if self.normals else None,
+            "images": self.images,
+            "lesions": areas.size,
+            "sizes": sizes if areas.size >= 3 else [],
+        }

@@ -1,0 +1,57 @@
+"""What a training would do, told from the manifest alone: no image is opened."""
+
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from jmae import recipe
+from jmae.data import phantoms
+from jmae.data.cases import kept_apart
+from jmae.data.manifest import LEAKS, SPLITS, Row, parse_manifest, summary
+from jmae.errors import InputError
+from jmae.system import load_system, rows_read
+
+
+def preview(config: ConfigDict) -> str:
+    """Two tables: the cases of each split, and images, batch and steps of each stage."""
+    system = load_system(config)
+    rows, ignored = listed_rows(config)
+    read = rows_read(system, rows)
+    lines = [f"{config.data.manifest or f'phantoms {config.data.phantom}'}: {summary(rows, ignored)}", ""]
+    lines += [f"{'split':<12}{'normal':>8}{'abnormal':>10}{'unknown':>9}"]
+    for split in SPLITS:
+        counts = [sum(row.split == split and row.label == label for row in rows) for label in (0, 1, None)]
+        if any(counts):
+            lines.append("{:<12}{:>8}{:>10}{:>9}".format(split, *counts))
+    lines += ["", f"{'stage':<12}{'images':>8}{'batch':>10}{'steps':>9}"]
+    for stage in system.stages:
+        try:
+            n = len(stage.rows(read, {}))
+        except KeyError:  # an earlier stage's result chooses among the rows
+            n = sum(row.split in stage.splits for row in rows)
+        if not n:
+            raise InputError(f"stage {stage.name}: no rows to train on: give the manifest {' and '.join(stage.splits)}")
+        lines.append(f"{stage.name:<12}{n:>8}{stage.batch:>10}{max(1, round(stage.steps(n))):>9}")
+    note = "a stage that chooses images by what an earlier one has learnt may take fewer"
+    lines += ["", note, "no image was opened (jmae check MANIFEST.csv opens all), nothing was trained"]
+    return "\n".join(lines)
+
+
+def listed_rows(config: ConfigDict) -> tuple[list[Row], dict[str, int]]:
+    """(rows, what was ignored) of the phantom set or the manifest that `config.data` names, no file opened.
+
+    Raises InputError where there is neither, or where the manifest has problems.
+    """
+    data, volumes = config.data, recipe.is_volume(config)
+    if data.manifest:
+        normal_crops_only = volumes and data.normal_crops_only
+        allow = LEAKS if data.allow_leaks else ()
+        file = Path(data.manifest)
+        rows, ignored, problems = parse_manifest(file, crops=volumes, normal_crops_only=normal_crops_only, allow=allow)
+        if problems:
+            raise InputError("\n".join(problems))
+    elif data.phantom:
+        rows, ignored = phantoms.rows(data.phantom), {}
+    else:
+        raise InputError("no data: set --config.data.manifest=MANIFEST.csv, or data.phantom")
+    return (kept_apart(rows, data.calibration) if data.calibration else rows), ignored

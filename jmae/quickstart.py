@@ -1,0 +1,91 @@
+"""python -m jmae.quickstart NORMALS NEW [--budget 0.25] [--out quickstart] [--config NAME[:PRESET]]
+                         [--config.KEY=VALUE ...] [--debug]
+
+From two folders to a report. NORMALS holds normal scans to train on, NEW the scans to look at: images, or volumes, or
+folders of DICOM series. The command looks whether the scans are images or volumes, chooses a system for them and says
+why; it prints the four commands that it stands for, and runs them. --out gets data/ (the manifest), run/ (the run, with
+evaluation/report.html) and predictions/ (maps and overlays). The same command again goes on where it was interrupted.
+
+--budget  Factor of the steps of the training. 0.25 gives a first impression; 1 is what the recipe was made for.
+--config  Another recipe than the chosen one; --config.KEY=VALUE goes to the training.
+
+Exit codes: 0 done; 1 some new scans could not be read; 2 the input or the environment is wrong; 3, 130 and 143 as of
+`jmae train`.
+"""
+
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+
+from jmae import evaluate, predict, recipe, train
+from jmae.data import prepare
+from jmae.data.manifest import Row, parse_manifest
+from jmae.data.prepare import folders
+from jmae.data.prepare.overview import is_volume
+from jmae.data.slices import command
+from jmae.errors import InputError, exit_code
+from jmae.run_folder import log, output_folder
+
+NORMALS = 20  # held-out normals that p-values of 0.05 need, where there are enough
+RUN = {"prepare": prepare.main, "train": train.main, "evaluate": evaluate.main, "predict": predict.main}
+
+
+def main(argv: list[str]) -> int:
+    names, flags = command(argv, __doc__, ["budget", "out", "config"])
+    if len(names) != 2:
+        raise InputError("name a folder of normal scans and one of new scans: jmae quickstart NORMALS NEW")
+    out, (normals, new) = output_folder(flags.pop("out", "quickstart")), names
+    rows = folders.prepare(None, out, 0, normal=normals, test=new).rows
+    if (made := out / "data" / "manifest.csv").exists() and files(rows) != files(parse_manifest(made)[0]):
+        raise InputError(f"{made}: lists other scans than {normals} and {new} hold: name another --out")
+    kind = "volumes" if is_volume(rows[0]) else "images"
+    name, why = recipe.suggested(kind)
+    chosen = flags.pop("config", "")
+    log(f"{len(rows)} {kind}: {f'{chosen}, as you chose' if chosen else f'{name}:small ({why})'}")
+    share = calibration_share(rows)
+    if not share:
+        log("no p-values: fewer than ten normal patients, so none is kept apart for them")
+    given = {"config": chosen or f"{name}:small", "config.data.manifest": str(made)}
+    given |= {"config.data.calibration": f"{share:g}", "config.budget": flags.pop("budget", "0.25")}
+    given |= {"config.data.channels": "1"} if kind == "volumes" else {}
+    run, predictions = str(out / "run"), out / "predictions"
+    commands = [
+        ["prepare", "folders", "--normal", normals, "--test", new, "--out", str(out / "data")],
+        ["train", *(f"--{flag}={value}" for flag, value in (given | flags).items()), "--workdir", run],
+        ["evaluate", "--workdir", run],
+        ["predict", "--workdir", run, "--out", str(predictions), new],
+    ]
+    log("\n".join(["this stands for four commands:", *(f"  {in_shell(words)}" for words in commands), ""]))
+    for words in commands:
+        if words[0] == "prepare" and made.exists():
+            log(f"{made}: is there already")
+            continue
+        log(f"$ {in_shell(words)}")
+        further = ["--continue"] if words[0] == "predict" and predictions.exists() else []
+        if code := RUN[words[0]]([*words[1:], *further]):
+            return code
+    log(f"{out / 'run' / 'evaluation' / 'report.html'}: the new scans, from the most to the least suspicious")
+    log(f"next: open it; a longer training: jmae quickstart {shlex.join(names)} --budget 1 --out {out}-longer")
+    return 0
+
+
+def files(rows: Sequence[Row]) -> list[tuple[str, ...]]:
+    """The split and the files of each row."""
+    return [(row.split, *map(os.path.abspath, row.image)) for row in rows]
+
+
+def calibration_share(rows: Sequence[Row]) -> float:
+    """Share of the training patients for `data.calibration`: 20 of them, at least a tenth and at most 3 in 10; 0 where
+    there are fewer than ten patients."""
+    patients = len({row.patient or row.id for row in rows if row.split == "train"})
+    return 0.0 if patients < 10 else round(min(0.3, max(0.1, NORMALS / patients)), 2)
+
+
+def in_shell(words: Sequence[str]) -> str:
+    """A command as it is typed."""
+    return f"jmae {shlex.join(words)}"
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main))

@@ -1,0 +1,119 @@
+"""The console command: what it lists, answers and passes on, and what it imports for that."""
+
+import ast
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from jmae import __version__, cli, recipe
+from jmae.errors import exit_code
+
+ROOT = Path(__file__).parents[1]
+HEAVY = "jax flax numpy scipy matplotlib orbax grain nibabel".split()
+ASK = """
+import atexit, sys
+atexit.register(lambda: print("HEAVY", *(name for name in {heavy} if name in sys.modules)))
+sys.argv = ["jmae", *{words}]
+from jmae.cli import run
+run()
+"""
+
+
+def run(*words: str) -> tuple[int, str, str, list[str]]:
+    """(exit code, standard output, standard error, heavy packages that were imported) of `jmae WORDS`."""
+    script = ASK.format(heavy=HEAVY, words=words)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
+    out, _, heavy = done.stdout.rpartition("HEAVY")
+    return done.returncode, out, done.stderr, heavy.split()
+
+
+def test_help_lists_every_command_with_one_line():
+    code, out, err, heavy = run("--help")
+    assert (code, err, heavy) == (0, "", [])
+    lines = [line.split() for line in out.splitlines() if line.startswith("  ")]
+    assert [words[0] for words in lines] == [*cli.COMMANDS, *cli.OWN]
+    assert all(len(words) > 3 for words in lines)
+    assert run("--version")[:2] == (0, f"jmae {__version__}\n")
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["trian"], "'trian' is no command: did you mean train?"),
+        (["train", "--wrkdir=x"], "--wrkdir is unknown: did you mean --workdir?"),
+        (["predict", "image.png", "--config_seed", "3"], "--config_seed is unknown: did you mean --config?"),
+        (["plan", "--target.x=3"], "--target.x is unknown: did you mean --target?"),
+        (["train", "--config", "ameai:small"], "ameai: no recipe: did you mean amae?"),
+        (["train", "--config=configs/ame.py"], "configs/ame.py: no recipe: there are configs/amae.py"),
+        (["completion", "fish"], "name the shell: jmae completion bash"),
+    ],
+)
+def test_what_is_wrong_is_said_before_anything_heavy_is_imported(words, line):
+    code, out, err, heavy = run(*words)
+    assert (code, out, heavy) == (2, "", []) and err.startswith(line) and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_the_help_of_a_command_is_read_without_importing_it(command, capsys):
+    before = set(sys.modules)
+    assert exit_code(cli.main, [command, "--help"]) == 0
+    text = capsys.readouterr().out
+    assert set(sys.modules) == before
+    assert f"jmae {command} " in text and "python -m jmae" not in text
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_the_help_of_a_command_names_all_its_flags(command, monkeypatch):
+    """A flag that the help does not name would be refused as misspelt."""
+    place = ROOT / "jmae" / cli.COMMANDS[command][0].replace(".", "/")
+    file = next(f for f in (place.with_suffix(".py"), place / "__main__.py") if f.is_file())
+    file = file.with_name("__init__.py") if command == "prepare" else file
+    module = ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+    asked: list[str] = []
+
+    def nearest(name: str, known: list[str]) -> str:
+        asked.extend(known)
+        return name
+
+    monkeypatch.setattr(recipe, "nearest", nearest)
+    assert exit_code(__import__(module, fromlist=["main"]).main, ["--nonsense=1"]) == 2
+    written = [node.value for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Constant)]
+    by_hand = [text[2:] for text in written if isinstance(text, str) and text[:2] == "--" and text[2:].isidentifier()]
+    if command == "quickstart":  # its words are those of the commands that it runs
+        by_hand = []
+    assert asked and {*asked, *by_hand} <= {*cli.flags(command)}
+
+
+def test_every_system_is_told_with_its_presets_without_importing_it():
+    code, out, err, heavy = run("systems")
+    assert (code, err, heavy) == (0, "", [])
+    for system in recipe.SYSTEMS:
+        paragraph = out.partition(f"{system} ")[2].partition("\n\n")[0]
+        presets = runpy.run_path(str(ROOT / "configs" / f"{system}.py"))["PRESETS"]
+        assert f"--config {system}:PRESET with {', '.join(presets)}" in paragraph and "arXiv 2" in paragraph
+
+
+def test_a_command_gets_its_words_and_gives_its_exit_code(tmp_path):
+    manifest = tmp_path / "manifest.csv"
+    manifest.write_text("id,patient,split,label,image,mask,region\na,,train,0,nowhere.png,,\n")
+    words = [str(manifest), f"--json={tmp_path / 'found.json'}"]
+    code, out, _, _ = run("check", *words)
+    by_module = subprocess.run([sys.executable, "-m", "jmae.data.check", *words], capture_output=True, text=True)
+    assert code == by_module.returncode == 1 and "nowhere.png" in out
+    assert [line for line in out.splitlines() if "nowhere" in line] == [
+        line for line in by_module.stdout.splitlines() if "nowhere" in line
+    ]
+    code, _, err, _ = run("report", "nowhere", "--debug")
+    assert code == 2 and "Traceback" in err
+
+
+def test_bash_completes_commands_flags_and_recipes():
+    script = subprocess.run([sys.executable, "-m", "jmae", "completion", "bash"], capture_output=True, text=True).stdout
+    ask = 'COMP_WORDS=({words}); COMP_CWORD={last}; _jmae; echo "${{COMPREPLY[@]}}"'
+    typed = ["jmae pr", "jmae train --wo", "jmae train --config m"]
+    lines = [ask.format(words=words, last=words.count(" ")) for words in typed]
+    done = subprocess.run(["bash", "-c", "\n".join([script, *lines])], capture_output=True, text=True)
+    assert done.stdout.splitlines() == ["prepare predict", "--workdir", "maemi memmc_mae"] and not done.stderr

@@ -1,0 +1,67 @@
+"""Scores of several runs as one: normal scores, p-values and their promise, maps, and the commands."""
+
+import numpy as np
+import pytest
+from scipy.stats import norm
+
+from jmae import fusion
+from jmae.errors import InputError
+
+
+def test_a_normal_score_is_the_quantile_of_the_rank():
+    normals = np.array([3.0, 1.0, 2.0, 10.0])
+    expected = norm.ppf([0.2, 0.4, 0.6, 0.8])
+    np.testing.assert_allclose(fusion.normal_scores(normals, np.array([1.0, 2, 3, 10])), expected)
+    middle, low, high = fusion.normal_scores(normals, np.array([6.5, -1.0, 14.0]))
+    assert middle == pytest.approx(expected[2:].mean())
+    assert low == pytest.approx(expected[0] - 2 / normals.std()) and high == pytest.approx(
+        expected[3] + 4 / normals.std()
+    )
+    tied = fusion.normal_scores(np.array([1.0, 1.0, 2.0]), np.array([1.0]))
+    assert tied == pytest.approx(norm.ppf(1.5 / 4))
+
+
+def test_fusing_one_run_keeps_its_order_and_its_p_values():
+    rng = np.random.default_rng(0)
+    normals, cases = rng.normal(size=(1, 30)), rng.normal(size=(1, 50)) * 3
+    score, p = fusion.fused(normals, cases)
+    assert (np.argsort(score) == np.argsort(cases[0])).all() and len(np.unique(score)) == 50
+    np.testing.assert_allclose(p, [(1 + (normals >= s).sum()) / 31 for s in cases[0]])
+
+
+def test_the_promise_holds_for_runs_that_agree_and_that_do_not():
+    rng, p = np.random.default_rng(1), []
+    for _ in range(300):
+        common = rng.normal(size=40)
+        both = np.stack([np.exp(common + 0.3 * rng.normal(size=40)), common + rng.normal(size=40)])
+        p += list(fusion.fused(both[:, :19], both[:, 19:])[1])
+    for rate in (0.05, 0.1, 0.5):
+        assert np.mean(np.array(p) <= rate) == pytest.approx(rate, abs=0.012)  # 300 sets of 19: deviation about 0.003
+
+
+def test_two_noisy_runs_are_better_fused():
+    rng = np.random.default_rng(2)
+    truth = np.repeat([0.0, 1.0], 400)
+    each = np.stack([truth + rng.normal(size=800), 100 * (truth + rng.normal(size=800))])
+    normals = np.stack([rng.normal(size=200), 100 * rng.normal(size=200)])
+    score, _ = fusion.fused(normals, each)
+    auroc = lambda s: np.mean(s[400:][:, None] > s[:400])
+    assert auroc(score) > max(auroc(each[0]), auroc(each[1])) + 0.03
+
+
+def test_maps_are_averaged_on_their_own_scales():
+    a, b = np.array([[0.0, 2.0]]), np.array([[10.0, 30.0]])
+    np.testing.assert_allclose(fusion.fused_map([a, b], [(0, 2), (10, 20)]), [[0, 1.5]])
+
+
+def test_runs_without_common_normals_are_one_line(tmp_path):
+    with pytest.raises(InputError, match="b: is not calibrated"):
+        fusion.common_normals({"a": {"x": 1.0}, "b": {}})
+    with pytest.raises(InputError, match="share no held-out normal"):
+        fusion.common_normals({"a": {"x": 1.0}, "b": {"y": 1.0}})
+    ids, scores = fusion.common_normals({"a": {"x": 1.0, "z": 3.0}, "b": {"z": 5.0, "y": 2.0, "x": 4.0}})
+    assert ids == ["x", "z"] and scores.tolist() == [[1, 3], [4, 5]]
+    assert fusion.scores_of_normals(tmp_path) == {}
+    (tmp_path / "calibration.json").write_text("[]")
+    with pytest.raises(InputError, match="is no calibration"):
+        fusion.scores_of_normals(tmp_path)

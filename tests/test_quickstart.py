@@ -1,0 +1,95 @@
+"""From two folders to a report: what is chosen, what is run, and one run of all of it."""
+
+import csv
+import shlex
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+from conftest import draw
+from PIL import Image
+
+from jmae import quickstart
+from jmae.errors import exit_code
+
+
+def pictures(folder: Path, n: int, seed: int) -> Path:
+    """A folder of n images of 40 x 36 pixels."""
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(seed)
+    for i in range(n):
+        Image.fromarray(draw(rng, (40, 36), False)[0]).save(folder / f"{i}.png")
+    return folder
+
+
+def volumes(folder: Path, n: int, seed: int) -> Path:
+    """A folder of n volumes."""
+    folder.mkdir(parents=True)
+    for i in range(n):
+        noise = np.random.default_rng([seed, i]).integers(0, 255, (12, 10, 8)).astype(np.int16)
+        nib.save(nib.Nifti1Image(noise, np.eye(4)), folder / f"{i}.nii.gz")
+    return folder
+
+
+def started(monkeypatch, *words: str | Path) -> tuple[int, list[list[str]]]:
+    """(Exit code, the commands that would run) of `quickstart`."""
+    ran: list[list[str]] = []
+    stand_in = {name: lambda argv, name=name: ran.append([name, *argv]) or 0 for name in quickstart.RUN}
+    monkeypatch.setattr(quickstart, "RUN", stand_in)
+    return exit_code(quickstart.main, [*map(str, words)]), ran
+
+
+@pytest.mark.parametrize(
+    ("make", "recipe", "more"),
+    [(pictures, "ppii:small", []), (volumes, "maemi:small", ["--config.data.channels=1"])],
+)
+def test_the_kind_of_scan_chooses_the_recipe(make, recipe, more, tmp_path, monkeypatch, capsys):
+    normals, new, out = make(tmp_path / "my normals", 40, 1), make(tmp_path / "new", 2, 2), tmp_path / "out"
+    code, ran = started(monkeypatch, normals, new, f"--out={out}", "--budget", "0.5", "--config.seed=3")
+    manifest, run = f"{out}/data/manifest.csv", f"{out}/run"
+    settings = [f"data.manifest={manifest}", "data.calibration=0.3", "budget=0.5"]
+    train = [f"--config={recipe}", *(f"--config.{one}" for one in settings), *more, "--config.seed=3"]
+    expected = [
+        ["prepare", "folders", "--normal", str(normals), "--test", str(new), "--out", f"{out}/data"],
+        ["train", *train, "--workdir", run],
+        ["evaluate", "--workdir", run],
+        ["predict", "--workdir", run, "--out", f"{out}/predictions", str(new)],
+    ]
+    assert code == 0 and ran == expected
+    said = capsys.readouterr().err
+    assert f"42 {'images' if make is pictures else 'volumes'}: {recipe} (" in said
+    assert [shlex.split(line)[1:] for line in said.splitlines() if line.startswith("  jmae ")] == expected
+
+
+def test_a_twentieth_needs_twenty_normals_where_there_are_enough():
+    rows = lambda n: [quickstart.Row(str(i), "", "train", 0, (str(i),)) for i in range(n)]
+    shares = {n: quickstart.calibration_share(rows(n)) for n in (9, 10, 50, 100, 1000)}
+    assert shares == {9: 0.0, 10: 0.3, 50: 0.3, 100: 0.2, 1000: 0.1}
+
+
+def test_two_folders_become_a_report(tmp_path, capsys, monkeypatch):
+    normals, new, out = pictures(tmp_path / "normals", 20, 1), pictures(tmp_path / "new", 3, 2), tmp_path / "out"
+    small = ["data.allow_leaks=True", "train.validation_samples=8", "train.steps=10", "checkpoint_every=10"]
+    words = [str(normals), str(new), f"--out={out}", "--config=ppii:smoke", *(f"--config.{one}" for one in small)]
+    assert exit_code(quickstart.main, [*words, "--budget=1"]) == 0
+    said = capsys.readouterr().err
+    assert (out / "run" / "evaluation" / "report.html").exists() and said.splitlines()[-1].startswith("next: open it")
+    with (out / "predictions" / "scores.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    assert [line["id"] for line in lines] == ["0", "1", "2"]
+    assert {line["p_value"] for line in lines} <= {str(k / 7) for k in range(1, 8)}  # 6 of 20 normals are kept apart
+    assert len([*(out / "predictions").glob("*_overlay.png")]) == 3
+    pictures(tmp_path / "other", 3, 3)
+    assert exit_code(quickstart.main, [str(normals), str(tmp_path / "other"), f"--out={out}"]) == 2
+    assert f"{out}/data/manifest.csv: lists other scans than" in capsys.readouterr().err
+    code, ran = started(monkeypatch, *words)
+    assert code == 0 and [command[0] for command in ran] == ["train", "evaluate", "predict"]
+    assert ran[-1][-1] == "--continue"
+
+
+def test_what_is_missing_is_one_line(tmp_path, capsys):
+    assert exit_code(quickstart.main, [str(tmp_path)]) == 2
+    assert capsys.readouterr().err.startswith("name a folder of normal scans and one of new scans")
+    assert exit_code(quickstart.main, [str(tmp_path), str(tmp_path), "--bugdet=1"]) == 2
+    assert "did you mean --budget?" in capsys.readouterr().err

@@ -297,8 +297,8 @@ def already(words: Sequence[str], manifest: Path) -> Path | None:
     config, flags = recipe.parse(words[1:], "", ["workdir"])
     workdir = Path(flags["workdir"])
     refuse_other_recipe(config, workdir)
-    found, settings = (workdir / "evaluation" / name for name in ("metrics.json", "config.json"))
-    if not (found.is_file() and settings.is_file()):
+    found, settings, report = (workdir / "evaluation" / name for name in ("metrics.json", "config.json", "report.html"))
+    if not (found.is_file() and settings.is_file() and report.is_file()):  # the report is written last
         return None
     same = unseal(settings.read_bytes(), settings, None) == json.loads(recipe.to_json(config))
     return found if same else None

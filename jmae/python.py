@@ -1,6 +1,7 @@
 """The commands from Python: `jmae.prepare(...)`, `jmae.train(...)` and `jmae.evaluate(...)` need no shell.
 
-`jmae.train` and `jmae.evaluate` are the modules of these commands. Their classes below make the modules callable.
+`jmae.train` and `jmae.evaluate` are the modules of these commands. The classes `Train` and `Evaluate` make the modules
+callable.
 """
 
 import csv

@@ -14,8 +14,9 @@ A run of images has `stored.bin`. It makes score, map and p-value from an image 
 
 The last argument is 8 where the values fill 8 bits; any other number stretches the image from its least to its greatest
 value. Of a DICOM file give the values after its rescale slope, and invert them if the file is MONOCHROME1. Of a colour
-image for a run of one channel give 0.299 R + 0.587 G + 0.114 B. The function does not look for bad values or foreign
-images. The p-value is NaN where the run is not calibrated.
+image for a run of one channel give 0.299 R + 0.587 G + 0.114 B. An image that has a value that is not finite, or one
+value all over (within its window), gets NaN. The function does not tell foreign images. The p-value is NaN where the
+run is not calibrated.
 
 `function.bin` takes what the network sees, and gives all scores and maps: `call(weights, image, case)` has
 {"maps/NAME", "scores/NAME", "reconstruction", "confidence"}. `image` is float32 (batch, *size, channels). Without
@@ -151,7 +152,9 @@ def export(
         ready = on_device.prepared(image, bits, config.data)[None]
         one = score_function(config, system, (), 1)
         found = replicates(one, weights, ready, jnp.zeros((1, 2), jnp.uint32))
-        return of_case(found, system, calibration, image.shape[:2])
+        usable = on_device.usable(image, config.data)  # a network rebuilds one value all over, as if it were normal
+        case = of_case(found, system, calibration, image.shape[:2])
+        return {name: jnp.where(usable, value, jnp.nan) for name, value in case.items()}
 
     lead = () if system.sweep else (batch,) if batch else stablehlo.symbolic_shape("batch")
     shape = (*lead, *(size or config.data.size), config.data.channels)
@@ -288,6 +291,8 @@ def load(folder: str | Path) -> tuple[Callable[[Any, Any], dict[str, np.ndarray]
     try:
         about = unseal((folder / ABOUT).read_bytes(), folder / ABOUT, log)
         files = {FUNCTION, WEIGHTS, *about["sha256"]}
+        if files - {FUNCTION, WEIGHTS, STORED}:
+            raise ValueError(f"{ABOUT} names other files")
         if changed := sorted(name for name in files if sha256(folder / name) != about["sha256"][name]):
             raise ValueError(f"{' and '.join(changed)} changed since")
         exported = stablehlo.deserialize(bytearray((folder / FUNCTION).read_bytes()))

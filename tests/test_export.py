@@ -154,8 +154,8 @@ def test_stored_values_get_the_scores_of_predict_without_jmae(change, tmp_path):
     for film in films:
         with np.load(f"{film}.npz") as file:
             expected, found = predict(film), dict(file)
-        np.testing.assert_allclose(found["score"], expected.score, rtol=1e-5, atol=1e-6)
-        np.testing.assert_allclose(found["map"], expected.map, atol=1e-5)
+        np.testing.assert_allclose(found["score"], expected.score, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(found["map"], expected.map, atol=1e-4)
         if expected.score < middle - 1e-5 or expected.score > middle + 1e-5:
             p = (1 + sum(s >= expected.score for s in known["scores"].values())) / 4
             assert found["p_value"] == pytest.approx(p)

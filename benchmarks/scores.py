@@ -9,7 +9,7 @@
 Each system trains once a seed: `python -m jmae.train --config configs/NAME.py:small`, all steps (`--budget 1`), a fifth
 of the training patients kept apart for expectations and p-values. `normals` is AMAE's Stage 0 on normal images alone.
 Then `python -m jmae.evaluate` scores the test split again in each way of WAYS. Nothing is trained for a way, and none
-is chosen here. The ways were fixed before a test image was scored.
+is chosen here. The ways come from an earlier experiment, which scored test images of cxr_peds, endoscopy and mri3d.
 
 In mri3d one patient (openms_07, the smallest lesion: 0.1 % of the brain) is kept apart as a normal, its lesion left
 out of the region. The expectation comes from this patient, and there are no p-values.

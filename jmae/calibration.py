@@ -139,7 +139,10 @@ def calibrating_rows(
         return [row.kept and free(row) for row in rows]
     if leaking := sum(row.label == 0 and bool(row.leak) for row in rows):
         say(f"{leaking} normals of val are also in another split: they give no p-values")
-    return [row.label == 0 and free(row) for row in rows]
+    used = [row.label == 0 and free(row) for row in rows]
+    if not any(used) and any(row.id in fitted for row in rows):
+        say("the score was fitted to all held-out normals, so there are no p-values: give val normals of more patients")
+    return used
 
 
 def calibrate_run(

@@ -1,8 +1,8 @@
 """jmae COMMAND [ARGUMENT ...]
 jmae COMMAND --help | --help | --version
 
-Each command is a module of its own: `jmae train` is `python -m jmae.train`. A command's flags are those that its help
-names. So help and misspelt flags are answered from the text of the module, before anything slow (JAX) is imported.
+Each command is a module of its own: `jmae train` is `python -m jmae.train`. A command has the flags that its help
+names. So the text of the module answers --help and misspelt flags, before anything slow (JAX) is imported.
 """
 
 import ast
@@ -90,7 +90,7 @@ def overview() -> str:
 
 
 def systems() -> str:
-    """A paragraph of each recipe: its system's name, what it takes, its presets and the paper."""
+    """A paragraph of each recipe: the system's name, its data, its presets and its paper."""
     from jmae import recipe  # most commands answer without it
 
     lines = []

@@ -17,6 +17,7 @@ Exit codes: 0 done; 2 the input or the environment is wrong.
 import contextlib
 import hashlib
 import json
+import shlex
 import sys
 import time
 from collections import deque
@@ -230,7 +231,7 @@ def evaluate(
         write_cards(workdir, config, system, rows)
     log(console_summary(evaluation))
     log(f"report: {out / 'report.html'}")
-    log(f"next: open the report; score new scans: jmae predict --workdir {workdir} --out DIR SCAN")
+    log(f"next: open the report; score new scans: jmae predict --workdir {shlex.quote(str(workdir))} --out DIR SCAN")
     return evaluation
 
 
@@ -331,11 +332,8 @@ def write_evaluation(
 ) -> None:
     """Writes scores.csv, cases.csv, config.json, metrics.json and report.html."""
     write_csv(out / "scores.csv", [{k: "" if v is None else v for k, v in line.items()} for line in table])
-    cases = [
-        {"id": row.id, "patient": row.patient, "image": digest}
-        for row, digest in zip(split.rows, gathered.digests, strict=True)
-    ]
-    write_csv(out / "cases.csv", cases)
+    cases = zip(split.rows, gathered.digests, strict=True)
+    write_csv(out / "cases.csv", [{"id": row.id, "patient": row.patient, "image": digest} for row, digest in cases])
     write_text(out / "config.json", seal(json.loads(recipe.to_json(config))))  # with the settings of this evaluation
     write_text(out / "metrics.json", json.dumps(metrics.json_ready(evaluation), indent=1))
     page, colours = {**evaluation, "table": table}, colours_of(calibration)

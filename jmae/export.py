@@ -4,7 +4,7 @@
 Writes a trained run as StableHLO (of `jax.export`), with its weights (`weights.safetensors`) and a description
 (`export.json`). These files can be used without the recipe and without jmae.
 
-A run of images has `stored.bin`, all the way from an image file's values to score, map and p-value, as `jmae.predict`:
+A run of images has `stored.bin`. It makes score, map and p-value from an image file's values, as `jmae.predict` does:
 
     import jax, numpy, safetensors.numpy, PIL.Image
     call = jax.jit(jax.export.deserialize(bytearray(open("DIR/stored.bin", "rb").read())).call)
@@ -13,16 +13,18 @@ A run of images has `stored.bin`, all the way from an image file's values to sco
     out = call(weights, film, numpy.int32(8))   # {"score", "p_value", "map" (h, w)}
 
 The last argument is 8 where the values fill 8 bits; any other number stretches the image from its least to its greatest
-value. Give a DICOM's values after its rescale slope and inverted where it is MONOCHROME1. Of a colour image for a run
-of one channel give 0.299 R + 0.587 G + 0.114 B. The function has no check of bad values or foreign images. The p-value
-is NaN where the run is not calibrated.
+value. Of a DICOM file give the values after its rescale slope, and invert them if the file is MONOCHROME1. Of a colour
+image for a run of one channel give 0.299 R + 0.587 G + 0.114 B. An image that has a value that is not finite, or one
+value all over (within its window), gets NaN. The function does not tell foreign images. The p-value is NaN where the
+run is not calibrated.
 
 `function.bin` takes what the network sees, and gives all scores and maps: `call(weights, image, case)` has
-{"maps/NAME", "scores/NAME", "reconstruction", "confidence"}. `image` is float32 (batch, *size, channels): any number of
-images, scored one after another, or the --batch, scored together. `case`, uint32 (batch, 2), has no effect but for a
-run with evaluation.masks_of=case, whose masks it seeds: it is what `jmae.export.case_words` makes of the cases' ids. A
-system of volumes takes one prepared volume (*size, channels), of the --size in voxels of the working grid, and `case`
-(2,). The function includes windows, repetitions and averaging, but no midline.
+{"maps/NAME", "scores/NAME", "reconstruction", "confidence"}. `image` is float32 (batch, *size, channels). Without
+--batch it has any number of images, scored one after another; with --batch 8 it has eight, scored together. `case` is
+uint32 (batch, 2). It has an effect only in a run with evaluation.masks_of=case, where it seeds the masks:
+`jmae.export.case_words` makes it from the cases' ids. A system of volumes takes one prepared volume (*size, channels)
+of the --size, in voxels of the working grid, and `case` (2,). The function includes windows, repetitions and
+averaging, but no midline.
 
 `export.json` also holds the settings of the evaluation and, for a calibrated run, "calibration": the scores of the n
 held-out normals, what they depend on ("needs"), and the threshold at the false-alarm rate. The p-value of a score s is
@@ -30,7 +32,7 @@ held-out normals, what they depend on ("needs"), and the threshold at the false-
 its map's highest values in the region; evaluation.top is their share.
 
 `function.bin` gives the results of `jmae.evaluate` to 1e-5, with a leading axis of replicates where the run has
-several; `stored.bin` gives means over them. Both run on the --platforms alone, by default this machine's.
+several; `stored.bin` gives means over them. Both run only on the --platforms, by default that of this machine.
 Exit codes: 0 done; 2 the input or the environment is wrong.
 """
 
@@ -123,9 +125,9 @@ def export(
     """Writes the run in `workdir` into the new folder `out`, whole or not at all.
 
     Args:
-      batch: images a call of `function.bin`, of a system of images; 0: any number, one after another.
+      batch: images of one call of `function.bin`, for a system of images; 0: any number, one after another.
       size: voxels of a volume, of a system of volumes.
-      platforms: names as `jax.export` has them; none is this machine's.
+      platforms: names as `jax.export` has them; () is the platform of this machine.
 
     Raises InputError where a stage has no finished checkpoint, `size` does not fit the system, or writing fails.
     """
@@ -150,7 +152,9 @@ def export(
         ready = on_device.prepared(image, bits, config.data)[None]
         one = score_function(config, system, (), 1)
         found = replicates(one, weights, ready, jnp.zeros((1, 2), jnp.uint32))
-        return of_case(found, system, calibration, image.shape[:2])
+        usable = on_device.usable(image, config.data)  # a network rebuilds one value all over, as if it were normal
+        case = of_case(found, system, calibration, image.shape[:2])
+        return {name: jnp.where(usable, value, jnp.nan) for name, value in case.items()}
 
     lead = () if system.sweep else (batch,) if batch else stablehlo.symbolic_shape("batch")
     shape = (*lead, *(size or config.data.size), config.data.channels)
@@ -287,6 +291,8 @@ def load(folder: str | Path) -> tuple[Callable[[Any, Any], dict[str, np.ndarray]
     try:
         about = unseal((folder / ABOUT).read_bytes(), folder / ABOUT, log)
         files = {FUNCTION, WEIGHTS, *about["sha256"]}
+        if files - {FUNCTION, WEIGHTS, STORED}:
+            raise ValueError(f"{ABOUT} names other files")
         if changed := sorted(name for name in files if sha256(folder / name) != about["sha256"][name]):
             raise ValueError(f"{' and '.join(changed)} changed since")
         exported = stablehlo.deserialize(bytearray((folder / FUNCTION).read_bytes()))

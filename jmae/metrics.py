@@ -392,7 +392,7 @@ def overlap_areas(above: NDArray[Any], reached: NDArray[Any]) -> NDArray[np.floa
 
 
 def _aupro(negatives: NDArray[Any], positives: NDArray[Any], weights: NDArray[Any]) -> float:
-    """The area of `Pooled` from sorted negatives, and positives in any order with their weights."""
+    """The area of `Pooled` from sorted negatives, and positives with their weights."""
     if not (negatives.size and positives.size):
         return math.nan
     area = 0.0
@@ -538,13 +538,16 @@ class Pooled:
         """The figures of `pixel_metrics` over the images so far; above `EXACT` pixels also errors (see above)."""
         if self.counts is None:
             negatives, positives = (np.concatenate(parts) for parts in self.parts)
-            ranked = sort_classes(negatives, positives.copy())
             weights = None if self.weights is None else np.concatenate(self.weights)
+            if weights is not None:
+                order = np.argsort(positives)  # sorted ones are looked up nine times as fast
+                positives, weights = positives[order], weights[order]
+            ranked = sort_classes(negatives, positives)
             found = {
                 "auroc": _auroc(ranked),
                 "ap": _average_precision(ranked),
                 "dice_best": _best_dice(ranked)[0],
-                "aupro": None if weights is None else _aupro(ranked.negatives, positives, weights),
+                "aupro": None if weights is None else _aupro(*ranked, weights),
             }
         else:
             found = _binned(self.counts, self.weight_sums)

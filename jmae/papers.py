@@ -2,22 +2,23 @@
 python -m jmae.papers ROW [--root DATA] [--out papers] [--preset NAME] [--seeds N] [--config.KEY=VALUE ...]
                        [--dry-run] [--debug]
 
-Lists the rows of the five papers' tables, or those whose names begin with NAME: the published figures, the data and its
-files. A ROW with --root or --dry-run is run: its data is prepared, the recipe is trained once a seed and evaluated, and
-our figures are printed beside the paper's, with their difference. What is done is not done again: the same command goes
-on where it was interrupted. Rows named SYSTEM.packs are of the packs of images and have no published figure.
+Lists the rows of the five papers' tables with their published figures, data and files; with NAME only the rows whose
+names begin with it. A ROW with a flag is run: its data is prepared, and the recipe is trained once for each seed and
+evaluated. Our figures are then printed beside the paper's, with their difference. A finished step is not repeated: the
+same command goes on where it was interrupted. The rows SYSTEM.packs are of the packs of images, and have no published
+figure.
 
     python -m jmae.papers amae.table2
     python -m jmae.papers amae.table2.rsna.stage2 --root DATA --out DIR
     python -m jmae.papers amae.packs.cxr_peds --root $JMAE_DATA --seeds 1
 
---root     The folder of the data set, or the folder that holds it under the set's name, such as DATA/rsna. Packs: the
-           folder of the packs, which is JMAE_DATA where this flag is missing.
---out      Gets data/SET (the manifest), a folder a row with a run a seed, and results.json.
---preset   Another preset than the row's. `small` is of a size that a CPU bears; its figures are not the paper's.
+--root     The folder of the data set, or the folder that holds it under the set's name, such as DATA/rsna. For packs it
+           is the folder of the packs; without --root the variable JMAE_DATA names that folder.
+--out      The folder for data/SET (the manifest), for a folder of each row with a run for each seed, and results.json.
+--preset   Another preset than the row's. `small` has a size that suits a CPU; its figures are not the paper's.
 --seeds    Another number of seeds than the paper's.
---dry-run  prints the steps as commands and does nothing.
---config.KEY=VALUE goes to the training, such as --config.model.weights=FILE.
+--dry-run  prints the steps as commands, and runs none of them.
+--config.KEY=VALUE  changes a key of the training, such as --config.model.weights=FILE.
 
 Exit codes: 0 done; 2 the input or the environment is wrong; 3, 130 and 143 as of `jmae train`.
 """
@@ -255,7 +256,7 @@ def about(plan: Plan) -> str:
 
 
 def run(plan: Plan, out: Path) -> int:
-    """Takes the steps that are not done yet, prints the figures and adds them to results.json."""
+    """Runs the steps that are not done yet, prints the figures and adds them to results.json."""
     from jmae import train  # imports JAX
     from jmae.data import prepare
     from jmae.data.manifest import parse_manifest
@@ -285,7 +286,7 @@ def run(plan: Plan, out: Path) -> int:
 
 
 def already(words: Sequence[str], manifest: Path) -> Path | None:
-    """The file that tells that a step is done; None where it is not.
+    """The file that shows that a step is done; None where the step is not done.
 
     Raises InputError where a run folder has a run of another recipe.
     """
@@ -297,8 +298,8 @@ def already(words: Sequence[str], manifest: Path) -> Path | None:
     config, flags = recipe.parse(words[1:], "", ["workdir"])
     workdir = Path(flags["workdir"])
     refuse_other_recipe(config, workdir)
-    found, settings = (workdir / "evaluation" / name for name in ("metrics.json", "config.json"))
-    if not (found.is_file() and settings.is_file()):
+    found, settings, report = (workdir / "evaluation" / name for name in ("metrics.json", "config.json", "report.html"))
+    if not (found.is_file() and settings.is_file() and report.is_file()):  # the report is written last
         return None
     same = unseal(settings.read_bytes(), settings, None) == json.loads(recipe.to_json(config))
     return found if same else None

@@ -1,6 +1,7 @@
 """The commands from Python: `jmae.prepare(...)`, `jmae.train(...)` and `jmae.evaluate(...)` need no shell.
 
-`jmae.train` and `jmae.evaluate` are the modules of these commands. Their classes below make the modules callable.
+`jmae.train` and `jmae.evaluate` are the modules of these commands. The classes `Train` and `Evaluate` make the modules
+callable.
 """
 
 import csv
@@ -48,11 +49,13 @@ class Evaluation:
         """The figures and the highest cases in a notebook."""
         rows = [["score or baseline", "AUROC", "95 % interval", "AP"]]
         for name, one in self.figures().items():
-            low, high = one["auroc_ci"]
-            rows.append([name, f"{one['auroc']:.3f}", f"{low:.3f} to {high:.3f}", f"{one['ap']:.3f}"])
+            low, high = one["auroc_ci"]  # None where no draw of patients has both classes
+            ends = "" if low is None or high is None else f"{low:.3f} to {high:.3f}"
+            rows.append([name, f"{one['auroc']:.3f}", ends, f"{one['ap']:.3f}"])
         cases = [["case", "label", "score", "p-value"]]
         for line in self.cases[:SHOWN]:
-            cases.append([line["id"], line["label"], f"{float(line['score']):.4g}", line["p_value"][:5]])
+            p_value = line["p_value"] and f"{float(line['p_value']):.3g}"
+            cases.append([line["id"], line["label"], f"{float(line['score']):.4g}", p_value])
         tables = [table(rows)] * (len(rows) > 1) + [table(cases)]
         return f"<p>{escape(str(self.folder / 'report.html'))}</p>{''.join(tables)}"
 

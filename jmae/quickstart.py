@@ -1,13 +1,13 @@
 """python -m jmae.quickstart NORMALS NEW [--budget 0.25] [--out quickstart] [--config NAME[:PRESET]]
                          [--config.KEY=VALUE ...] [--debug]
 
-From two folders to a report. NORMALS holds normal scans to train on, NEW the scans to look at: images, or volumes, or
-folders of DICOM series. The command looks whether the scans are images or volumes, chooses a system for them and says
-why; it prints the four commands that it stands for, and runs them. --out gets data/ (the manifest), run/ (the run, with
-evaluation/report.html) and predictions/ (maps and overlays). The same command again goes on where it was interrupted.
+Makes a report from two folders. NORMALS holds normal scans to train on, NEW the scans to look at: images, volumes, or
+folders of DICOM series. The command finds out whether the scans are images or volumes, chooses a system for them and
+says why. It then prints and runs four commands. --out gets data/ (the manifest), run/ (the run, with
+evaluation/report.html) and predictions/ (maps and overlays). The same command goes on where it was interrupted.
 
 --budget  Factor of the steps of the training. 0.25 gives a first impression; 1 is what the recipe was made for.
---config  Another recipe than the chosen one; --config.KEY=VALUE goes to the training.
+--config  Your own choice of a recipe; --config.KEY=VALUE changes a key of the training.
 
 Exit codes: 0 done; 1 some new scans could not be read; 2 the input or the environment is wrong; 3, 130 and 143 as of
 `jmae train`.

@@ -78,7 +78,7 @@ def conditional_mean(
     code = _einsum("mn,bnq->mqb", visible, _einsum("bnv,nvq->bnq", patches - fitted.mean[None], fitted.basis))
     system = _einsum("mn,nqr->mqr", visible, fitted.grams) + jnp.diag(fitted.ridge)[None]
     # One mask after another: on several CPU devices LAPACK's batches wait for each other's threads for ever.
-    z = jax.lax.map(lambda one: jax.scipy.linalg.solve(one[0], one[1], assume_a="pos"), (system, code))
+    z = jax.lax.map(lambda one: jnp.linalg.solve(one[0], one[1]), (system, code))
     return fitted.mean[None, None] + _einsum("mqb,nvq->bmnv", z, fitted.basis)
 
 

@@ -15,6 +15,7 @@ Exit codes: 0 done; 2 the input or the environment is wrong;
 3 a loss was not finite, last good step kept; 143 stopped by SIGTERM after saving, 130 by Ctrl-C.
 """
 
+import shlex
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -126,7 +127,7 @@ def run(config: ConfigDict, workdir: Path) -> int:
         calibrate_run(config, system, rows, workdir, cases)
         write_cards(workdir, config, system, rows)
         new = "--out DIR SCAN" if all(row.split != "test" for row in rows) else ""
-        log(f"next: jmae {'predict' if new else 'evaluate'} --workdir {workdir} {new}".rstrip())
+        log(f"next: jmae {'predict' if new else 'evaluate'} --workdir {shlex.quote(str(workdir))} {new}".rstrip())
     return 0
 
 

@@ -22,6 +22,7 @@ import json
 import math
 import os
 import re
+import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
@@ -729,7 +730,7 @@ def main(argv: list[str]) -> None:
     report = [entry for entry in report if entry.status != "kept"]
     print(tensor_table(report))
     print(f"{out}: {part} of {source}: {summary(report)}")
-    print(f"next: jmae train --config NAME --config.model.weights={out}")
+    print(f"next: jmae train --config NAME --config.model.weights={shlex.quote(str(out))}")
 
 
 if __name__ == "__main__":

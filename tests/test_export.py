@@ -23,6 +23,7 @@ from jmae.fitting import restore_results
 from jmae.inference import Scorer
 from jmae.predict import load
 from jmae.run_folder import describe_run
+from jmae.sealed import KEY, seal
 from jmae.system import load_system, stage_keys
 
 IMAGES = """--config=configs/memmc_mae.py:smoke data.size=16,16 model.patch=8,8 model.width=24 model.depth=2
@@ -98,6 +99,11 @@ numpy.savez("found.npz", **{name.replace("/", "."): value for name, value in out
         with pytest.raises(InputError, match="no whole export"):
             export.load(tmp_path / "out")
         file.write_bytes(whole)
+    del about[KEY]
+    about["sha256"] |= {"../run/calibration.json": export.sha256(tmp_path / "run" / "calibration.json")}
+    (tmp_path / "out" / "export.json").write_text(seal(about))
+    with pytest.raises(InputError, match=r"no whole export \(export\.json names other files\)"):
+        export.load(tmp_path / "out")
 
 
 READERS = """
@@ -114,6 +120,10 @@ for name, reader in read.items():
     values, bits = reader(name)
     out = call(weights, numpy.float32(values)[..., None], numpy.int32(bits))
     numpy.savez(name + ".npz", **out)
+    values = numpy.float32(values)[..., None]
+    for wrong in (numpy.where(values == values.max(), numpy.nan, values), 0 * values + 7, 0 * values + numpy.inf):
+        out = call(weights, wrong, numpy.int32(bits))
+        assert all(numpy.isnan(value).all() for value in out.values())
 assert not any(name.startswith("jmae") for name in sys.modules)
 """
 
@@ -144,8 +154,8 @@ def test_stored_values_get_the_scores_of_predict_without_jmae(change, tmp_path):
     for film in films:
         with np.load(f"{film}.npz") as file:
             expected, found = predict(film), dict(file)
-        np.testing.assert_allclose(found["score"], expected.score, rtol=1e-5, atol=1e-6)
-        np.testing.assert_allclose(found["map"], expected.map, atol=1e-5)
+        np.testing.assert_allclose(found["score"], expected.score, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(found["map"], expected.map, atol=1e-4)
         if expected.score < middle - 1e-5 or expected.score > middle + 1e-5:
             p = (1 + sum(s >= expected.score for s in known["scores"].values())) / 4
             assert found["p_value"] == pytest.approx(p)

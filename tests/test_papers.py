@@ -169,6 +169,7 @@ def test_the_importer_of_a_row_is_run_once(tmp_path, capsys, monkeypatch):
         image = {"auroc": 0.5 + config.seed / 10, "auroc_ci": [0.4, 0.9], "ap": 0.5, "ap_ci": [0.5, 0.5]}
         (folder / "metrics.json").write_text(json.dumps({"image": image, "n_normal": 1, "n_abnormal": 1}))
         (folder / "config.json").write_text(seal(json.loads(recipe.to_json(config))))
+        (folder / "report.html").touch()
         return 0
 
     monkeypatch.setattr(train, "main", trained)

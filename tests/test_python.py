@@ -106,3 +106,12 @@ def test_the_notebooks_are_those_of_the_tutorials():
         code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
         assert sum(cell.startswith("%%bash") and "jmae" in cell for cell in code) >= 3
         assert any("draw(" in cell for cell in code) and not any("```python" in "".join(c["source"]) for c in cells)
+
+
+def test_a_small_p_value_and_a_missing_interval_are_shown(tmp_path):
+    image = {"auroc": 0.75, "auroc_ci": [None, None], "ap": 0.5}
+    (tmp_path / "metrics.json").write_text(json.dumps({"scores": {"ours": {"image": image}}}))
+    (tmp_path / "scores.csv").write_text("id,label,score,p_value\na,1,2.5,4.1e-05\nb,0,3.5,\n")
+    page = jmae.Evaluation(tmp_path)._repr_html_()
+    assert "<td>ours</td><td>0.750</td><td></td><td>0.500</td>" in page
+    assert "<td>3.5</td><td></td>" in page and "<td>2.5</td><td>4.1e-05</td>" in page

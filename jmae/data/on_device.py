@@ -7,10 +7,11 @@ are computed in whole numbers, as float32 has too few digits for them.
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 from ml_collections import ConfigDict
 
 HIGHEST = jax.lax.Precision.HIGHEST
+LEVELS = 255 * 1024  # of exact equalisation; each of the 256 levels is one of them
 
 
 def smoothing(old: int, new: int) -> Float[Array, "old old"]:
@@ -32,7 +33,7 @@ def interpolation(old: int, new: int) -> Float[Array, "new old"]:
     place = (2 * jnp.arange(new) + 1) * old - new  # in units of 1 / (2 new) voxels
     low = jnp.floor_divide(place, 2 * new)
     share = (place - low * 2 * new).astype(jnp.float32) / jnp.float32(2 * new)
-    mirrored = lambda k: (old - 1) - jnp.abs((old - 1) - jnp.abs(k))
+    mirrored = lambda k: jnp.maximum((old - 1) - jnp.abs((old - 1) - jnp.abs(k)), 0)  # an axis of one voxel has only 0
     at = lambda k: (mirrored(k)[:, None] == jnp.arange(old)[None]).astype(jnp.float32)
     return (1 - share)[:, None] * at(low) + share[:, None] * at(low + 1)
 
@@ -68,9 +69,9 @@ def to_unit(image: Float[Array, "h w c"], bits: Int[Array, ""]) -> Float[Array, 
 
 
 def equalise(image: Float[Array, "h w c"], exact: bool) -> Float[Array, "h w c"]:
-    """`jmae.data.transforms.equalise` over all pixels."""
-    image = jnp.clip(image, 0, 1)
-    levels = image if exact else jnp.round(255 * image)
+    """`jmae.data.transforms.equalise` over all pixels. `exact` has `LEVELS`, as float32 splits the ties of an even
+    area."""
+    levels = jnp.round((LEVELS if exact else 255) * jnp.clip(image, 0, 1))
 
     def one(values: Array) -> Array:
         ordered = jnp.sort(values.reshape(-1))
@@ -82,11 +83,18 @@ def equalise(image: Float[Array, "h w c"], exact: bool) -> Float[Array, "h w c"]
     return jax.vmap(one, -1, -1)(levels)
 
 
+def usable(stored: Float[Array, "h w c"], data: ConfigDict) -> Bool[Array, ""]:
+    """Whether all values are finite and those of a channel differ, within the window where there is one."""
+    seen = jnp.clip(stored, *data.window) if data.window else stored
+    return jnp.isfinite(stored).all() & (seen.max((0, 1)) > seen.min((0, 1))).any()
+
+
 def prepared(stored: Float[Array, "h w c"], bits: Int[Array, ""], data: ConfigDict) -> Float[Array, "a b c"]:
-    """`jmae.data.preparation.prepared_image` of stored values, which are finite and differ. `bits` is 8 where the
+    """`jmae.data.preparation.prepared_image` of stored values that are `usable`. `bits` is 8 where the
     values fill unsigned 8 bits: then 0 and 255 are black and white. Else the least and the greatest value are."""
     size = tuple(data.size)
-    image = area_resize(stored, size) if data.equalise else stored
+    least = stored.min()  # its area stays even in float32
+    image = least + area_resize(stored - least, size) if data.equalise else stored
     if data.window:
         low, high = data.window
         unit = (jnp.clip(image, low, high) - low) / (high - low)

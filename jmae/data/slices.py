@@ -29,6 +29,7 @@ import csv
 import io
 import os
 import re
+import shlex
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -99,7 +100,7 @@ def main(argv: list[str]) -> int:
         raise InputError("name one manifest and a new folder: python -m jmae.data.slices MANIFEST.csv --out=DIR")
     print(cut_manifest(Path(names[0]), Path(flags["out"]), read_options(flags)))
     made = Path(flags["out"]) / "manifest.csv"
-    print(f"next: jmae train --config {suggested('images')[0]}:small --config.data.manifest={made}")
+    print(f"next: jmae train --config {suggested('images')[0]}:small --config.data.manifest={shlex.quote(str(made))}")
     return 0
 
 

@@ -1,5 +1,6 @@
 """What `prepare` prints: how many cases of each kind there are, and the command that comes next."""
 
+import shlex
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -39,7 +40,7 @@ def count_unread(files: Iterable[Path]) -> Counter[str]:
 
 def next_command(name: str, out: Path, rows: Sequence[Row], recipe: str, flags: str, *, allow_leaks: bool) -> str:
     """The command line that trains on a manifest, or that scores it where it has nothing to train on."""
-    manifest = out / "manifest.csv"
+    manifest = shlex.quote(str(out / "manifest.csv"))
     if not any(row.split == "train" for row in rows):
         return f"next: jmae evaluate --workdir RUN --manifest {manifest} --out RUN/{name}"
     volumes = is_volume(rows[0])

@@ -77,9 +77,20 @@ def conditional_mean(
     visible = shown(keep, restore)
     code = _einsum("mn,bnq->mqb", visible, _einsum("bnv,nvq->bnq", patches - fitted.mean[None], fitted.basis))
     system = _einsum("mn,nqr->mqr", visible, fitted.grams) + jnp.diag(fitted.ridge)[None]
-    # One mask after another: on several CPU devices LAPACK's batches wait for each other's threads for ever.
-    z = jax.lax.map(lambda one: jnp.linalg.solve(one[0], one[1]), (system, code))
+    z = solved(system, code)
     return fitted.mean[None, None] + _einsum("mqb,nvq->bmnv", z, fitted.basis)
+
+
+def solved(system: Float[Array, "m q q"], right: Float[Array, "m q b"]) -> Float[Array, "m q b"]:
+    """The solutions of symmetric positive definite systems, by Gauss and Jordan's elimination. (LAPACK's kernels wait
+    for each other's threads for ever where a process has several CPU devices.)"""
+
+    def eliminate(i: Array, both: Array) -> Array:
+        row = both[:, i] / both[:, i, i][:, None]
+        return (both - both[:, :, i][:, :, None] * row[:, None]).at[:, i].set(row)
+
+    q = system.shape[-1]
+    return jax.lax.fori_loop(0, q, eliminate, jnp.concatenate([system, right], -1))[..., q:]
 
 
 # --- blur, nearest normals --------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, partial
 from math import prod
 from pathlib import Path
+from threading import Lock
 
 import jax
 import numpy as np
@@ -22,6 +23,7 @@ from jmae.errors import InputError
 from jmae.processes import gather
 from jmae.windows import room
 
+PARSER = Lock()  # np.load parses headers by `ast`, which Python 3.11 cannot do in several threads at once
 SHARE = 0.4  # of a device's memory that a set may take; on the CPU the set is there twice for a moment
 
 # Keys of the recipe's section `data` that a prepared volume and its allowed origins depend on.
@@ -114,7 +116,8 @@ class Volumes:
             parts = cache_volume(row, data, folder, lambda: prepared_volume(row, data))
         except InputError as error:
             return str(error)
-        array, origins = (np.load(part, mmap_mode="r", allow_pickle=False) for part in parts)
+        with PARSER:
+            array, origins = (np.load(part, mmap_mode="r", allow_pickle=False) for part in parts)
         return array, origins if origins.size else None
 
     def origin(self, row: int, step: int, seed: int, number: int = 0) -> tuple[int, ...]:

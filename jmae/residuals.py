@@ -15,9 +15,9 @@ value takes part. `evaluation.residual` names the measure r of a voxel and chann
 
 - position: e = G_1 * (mean of r over the normals) + 0.05 (mean of that), for images that are aligned. Channels are
   averaged first.
-- appearance: the mean of r among the normals' voxels in the same one of 16 x 16 bins of the predicted value and of its
-  local deviation, shrunk to the mean over all bins by 50 voxels. Each channel is divided on its own, then all are
-  averaged.
+- appearance: the mean of r among the normals' voxels of the same bin. There are 16 x 16 bins, of the predicted value
+  and of its local deviation. 50 voxels shrink a bin to the mean over all bins. Each channel is divided on its own,
+  then all are averaged.
 
 A case's score is the mean of the map, the mean of its highest share, or the size of its largest connected part
 (`evaluation.case_score`).

@@ -10,7 +10,7 @@ constant        images, or channels of them, that have one value
 patient         a patient in two splits
 image           a file in two splits
 identical       an image in two splits under two names
-near-identical  the same, resized, saved again as JPEG, or shifted by a few percent
+near-identical  the same, but resized, saved again as JPEG, shifted, cut, mirrored, turned or inverted
 abnormal        abnormal images among the training normals, and abnormal volumes there without a mask or boxes
 
 An abnormal volume with a mask or boxes is a note instead: a recipe can train on its crops outside the lesions

@@ -1,5 +1,7 @@
-"""Copies of an image under another name, also with another size, saved as JPEG, shifted by a few percent, cut by up to
-20 %, mirrored, turned by 90 or a few degrees, or inverted.
+"""Copies of an image under another name.
+
+A copy may have another size, be saved as JPEG, be shifted by a few percent or be cut by up to 20 %. It may also be
+mirrored, turned by 90 or a few degrees, or inverted.
 
 Films of one view look alike, so hashes of their coarse brightness take strangers for copies. Here the fingerprint of an
 image is its detail, brought to even strength everywhere. Two images are copies if their details correlate after the

@@ -73,7 +73,8 @@ assert not any(name.startswith("jmae") for name in sys.modules)
 numpy.savez("found.npz", **{name.replace("/", "."): value for name, value in out.items()})
 """
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
-    found = np.load(tmp_path / "found.npz")
+    with np.load(tmp_path / "found.npz") as kept:
+        found = dict(kept)
     assert {name for name in found if name.startswith(("maps.", "scores."))} == {
         f"maps.{n}" for n in expected[0].maps
     } | {f"scores.{n}" for n in expected[0].scores}

@@ -3,10 +3,15 @@
     python -m benchmarks.coverage                                  # trains configs/memmc_mae.py:smoke first
     python -m benchmarks.coverage --run RUN                        # uses a run on the phantoms `chest`
     python -m benchmarks.coverage --draws 20 --tests 200           # quicker
+    python -m benchmarks.coverage --expect position                # an expectation is fitted anew for each set
 
 1000 normals are judged with 200 calibration sets of 60 normals each. All phantoms are different, and none was used for
-training. `jmae.scoring.Calibration` guarantees that the share b = floor(a (n + 1)) / (n + 1) of normals has a p-value
-of at most a, on average over draws. The Monte-Carlo error of this average over D sets and T test normals is the root of
+training. With --expect the score is `evaluation.residual=smoothed` over what held-out normals have on average
+(`jmae.residuals`). Each calibration set then comes with as many further normals, and the expectation is fitted to
+these: a run fits it to one half of its held-out normals, and the other half calibrates.
+
+`jmae.scoring.Calibration` guarantees that the share b = floor(a (n + 1)) / (n + 1) of normals has a p-value of at most
+a, on average over draws. The Monte-Carlo error of this average over D sets and T test normals is the root of
 b (1 - b) / (n + 2) / D + b (1 - b) / T. The factor of 1 / D is the variance of Beta(k, n + 1 - k) with
 k = floor(a (n + 1)). With the first set, `jmae.predict` must give the same p-values to the last bit.
 
@@ -18,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
 from math import floor, sqrt
 from pathlib import Path
 
@@ -29,38 +34,73 @@ from benchmarks.timing import table, write
 from jmae import predict, recipe
 from jmae.data import phantoms
 from jmae.data.files import Image
-from jmae.inference import lookahead
+from jmae.data.preparation import Prepared
+from jmae.fitting import finished, measuring, placed
+from jmae.inference import Scorer, restore_stages
+from jmae.inputs import row_of
+from jmae.results import Result
 from jmae.scoring import Calibration, p_values
 
 RESULTS = Path(__file__).parent / "results" / "coverage.json"
 RATES = (0.05, 0.1, 0.2)
 
 
-def scores(run: predict.Run, label: int, numbers: range) -> tuple[np.ndarray, list[float | None]]:
-    """(primary scores, p-values of `predict`) of the phantoms of a label with these numbers."""
-    size, lines = run.at_once, []
-
-    def draw(start: int) -> list[tuple]:
-        part = range(start, min(start + size, numbers.stop))
-        rows = [predict.row_of(f"coverage-{label}-{i}", ("phantom",)) for i in part]
-        draws = [phantoms.chest(phantoms.generator("coverage", label, row.id), label) for row in rows]
-        return [(row, run.open(row, Image(d.image, d.spacing, None, 8))) for row, d in zip(rows, draws, strict=True)]
-
-    starts = range(numbers.start, numbers.stop, size)
-    for group in with_progress(lookahead(draw, starts), len(numbers), size):
-        results = run.score(*map(list, zip(*group, strict=True)))
-        lines += [predict.checked_line(run, row, r) for (row, _), r in zip(group, results, strict=True)]
-    return np.array([line["score"] for line in lines]), [line["p_value"] for line in lines]
+def drawn(run: predict.Run, label: int, numbers: range) -> list[Prepared]:
+    """The prepared phantoms of a label with these numbers."""
+    cases = []
+    for i in numbers:
+        row = row_of(f"coverage-{label}-{i}", ("phantom",))
+        phantom = phantoms.chest(phantoms.generator("coverage", label, row.id), label)
+        cases.append(run.scorer.prepare(row, Image(phantom.image, phantom.spacing, None, 8)))
+    return cases
 
 
-def with_progress(groups: Iterator, n: int, size: int) -> Iterator:
-    """Yields the groups, and prints a line every 30 seconds."""
-    last = time.monotonic()
-    for number, group in enumerate(groups):
-        if time.monotonic() - last > 30:
-            last = time.monotonic()
-            print(f"{number * size} of {n} phantoms", file=sys.stderr, flush=True)
-        yield group
+def scored(scorer: Scorer, cases: Sequence[Prepared]) -> list[Result]:
+    """The results of cases, as many at once as the pass takes."""
+    starts = range(0, len(cases), scorer.at_once)
+    return [result for k in starts for result in scorer.score(cases[k : k + scorer.at_once])]
+
+
+def primary(run: predict.Run, results: Sequence[Result]) -> np.ndarray:
+    """The primary scores of results."""
+    return np.array([predict.checked_line(run, result.case.row, result)["score"] for result in results])
+
+
+def fitter(run: predict.Run, workdir: Path) -> Callable[[Sequence[Prepared]], Scorer]:
+    """A function from normals to the run's scorer with its expectation fitted to them."""
+    config, system, stages = run.config, run.system, restore_stages(run.config, run.system, workdir)
+    measure = {fit.name: Scorer(config, measuring(system, fit), stages) for fit in system.fits}
+
+    def fit_to(cases: Sequence[Prepared]) -> Scorer:
+        trees = {fit.name: finished(config, system, fit, scored(measure[fit.name], cases)) for fit in system.fits}
+        return run.scorer.with_results({**stages, **{name: placed(tree) for name, tree in trees.items()}})
+
+    return fit_to
+
+
+def judged(run: predict.Run, workdir: Path, n: int, draws: int, tests: int) -> tuple[list[np.ndarray], ...]:
+    """(p-values of the same `tests` normals, p-values of as many abnormal phantoms) by each of `draws` sets of n."""
+    test, abnormal = drawn(run, 0, range(tests)), drawn(run, 1, range(tests))
+    fit_to, said = fitter(run, workdir), time.monotonic()
+    of_normals, of_abnormal = [], []
+    for number in range(draws):
+        start = tests + number * n
+        if run.system.fits:
+            run = run._replace(scorer=fit_to(drawn(run, 0, range(start + draws * n, start + draws * n + n))))
+        if run.system.fits or not number:
+            results, high = scored(run.scorer, test), primary(run, scored(run.scorer, abnormal))
+            low = primary(run, results)
+        normals = primary(run, scored(run.scorer, drawn(run, 0, range(start, start + n))))
+        of_normals.append(p_values(normals, low))
+        of_abnormal.append(p_values(normals, high))
+        if not number:
+            first = run._replace(calibration=Calibration({f"normal {i}": float(s) for i, s in enumerate(normals)}))
+            if [predict.checked_line(first, r.case.row, r)["p_value"] for r in results] != of_normals[0].tolist():
+                raise SystemExit("jmae.predict and jmae.scoring.p_values give different p-values: one of them is wrong")
+        if time.monotonic() - said > 30:
+            said = time.monotonic()
+            print(f"{number + 1} of {draws} sets", file=sys.stderr, flush=True)
+    return of_normals, of_abnormal
 
 
 def main() -> int:
@@ -69,27 +109,26 @@ def main() -> int:
     parser.add_argument("--draws", type=int, default=200)
     parser.add_argument("--normals", type=int, default=60, help="normals of one calibration set")
     parser.add_argument("--tests", type=int, default=1000)
+    parser.add_argument("--expect", choices=("none", "position", "appearance"), default="none")
     arguments = parser.parse_args()
-    n, draws, tests = arguments.normals, arguments.draws, arguments.tests
+    n, draws, tests, expect = arguments.normals, arguments.draws, arguments.tests, arguments.expect
     with tempfile.TemporaryDirectory() as folder:
         if arguments.run is None:
             words = ["--config=configs/memmc_mae.py:smoke", f"--workdir={folder}/run"]
+            if expect != "none":
+                words += ["--config.evaluation.residual=smoothed", f"--config.evaluation.expect={expect}"]
             subprocess.run([sys.executable, "-m", "jmae.train", *words], check=True)
         workdir = arguments.run or Path(folder) / "run"
-        config = recipe.read(workdir)
-        run = predict.open_run(workdir, config)
-        sets = scores(run, 0, range(tests, tests + n * draws))[0].reshape(draws, n)
-        first = Calibration({f"normal {i}": float(score) for i, score in enumerate(sets[0])})
-        test, judged = scores(run._replace(calibration=first), 0, range(tests))
-        abnormal, _ = scores(run, 1, range(tests))
-    if judged != p_values(sets[0], test).tolist():
-        raise SystemExit("jmae.predict and jmae.scoring.p_values give different p-values: one of them is wrong")
+        run = predict.open_run(workdir, recipe.read(workdir))
+        if (fitted := run.config.evaluation.get("expect", "none")) != expect:
+            raise SystemExit(f"{workdir}: evaluation.expect is {fitted}: name it as --expect")
+        of_normals, of_abnormal = judged(run, workdir, n, draws, tests)
     rows, result, far = [], {}, False
     for rate in RATES:
         k = floor(round(rate * (n + 1), 9))
         promised = k / (n + 1)
-        each = np.array([(p_values(normals, test) <= rate).mean() for normals in sets])
-        power = float(np.mean([(p_values(normals, abnormal) <= rate).mean() for normals in sets]))
+        each = np.array([(p <= rate).mean() for p in of_normals])
+        power = float(np.mean([(p <= rate).mean() for p in of_abnormal]))
         error = sqrt(promised * (1 - promised) * (1 / (n + 2) / draws + 1 / tests))
         got, ends = float(each.mean()), [float(x) for x in np.quantile(each, (0.05, 0.95))]
         known = [float(x) for x in beta.ppf((0.05, 0.95), k, n + 1 - k)]
@@ -104,8 +143,9 @@ def main() -> int:
         }
     names = "level promised found error 5%-set 95%-set beta-5% beta-95% abnormal".split()
     print(table(tuple(names), rows))
-    about = {"system": config.system, "normals": n, "draws": draws, "tests": tests, "rates": result}
-    write(RESULTS, f"{config.system}, {n} normals", about)
+    about = {"system": run.system.name, "expect": expect, "normals": n, "draws": draws, "tests": tests, "rates": result}
+    name = f"{run.system.name}, {n} normals" + (f", expectation by {expect}" if expect != "none" else "")
+    write(RESULTS, name, about)
     return int(far)
 
 

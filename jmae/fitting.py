@@ -90,11 +90,16 @@ def computed(
     """A fit's arrays from these rows, on the host; with replicates they have a leading axis of them."""
     log(f"{fit.name}: fitting it to {len(rows)} cases")
     scorer = Scorer(config, measuring(system, fit), results, cases)
-    parts = [without_lesions(system, fit, result) for result in score_rows(scorer, rows)]
+    return finished(config, system, fit, list(score_rows(scorer, rows)))
+
+
+def finished(config: ConfigDict, system: System, fit: Fit, measured: Sequence[Result]) -> dict[str, Any]:
+    """A fit's arrays from the results of `measuring`, on the host; with replicates they have a leading axis of them."""
     join = np.concatenate if system.sweep else np.stack
-    measured = jax.tree.map(lambda *each: join(each, 1), *parts)
+    parts = [without_lesions(system, fit, result) for result in measured]
+    joined = jax.tree.map(lambda *each: join(each, 1), *parts)
     trees = [
-        jax.device_get(fit.finish(jax.tree.map(lambda x, r=r: x[r], measured), key))
+        jax.device_get(fit.finish(jax.tree.map(lambda x, r=r: x[r], joined), key))
         for r, key in enumerate(seeds_of(config))
     ]
     return trees[0] if len(trees) == 1 else jax.tree.map(lambda *each: np.stack(each), *trees)

@@ -10,13 +10,16 @@ import numpy as np
 import patients
 import pytest
 
+from benchmarks import coverage
 from jmae import calibration as cal
 from jmae import fitting, recipe
+from jmae.data.files import Image
 from jmae.data.manifest import Row
 from jmae.data.preparation import Prepared
 from jmae.data.volumes import Volume
 from jmae.errors import InputError
 from jmae.inference import Scorer
+from jmae.predict import Run
 from jmae.run_folder import write_text
 from jmae.scoring import Calibration
 from jmae.seen import read_seen
@@ -147,6 +150,32 @@ def test_a_fit_belongs_to_its_weights_settings_and_rows(run, monkeypatch):
     config.data.manifest = "another.csv"
     with pytest.raises(InputError, match="belongs to other weights"):  # other rows never make it anew
         fitting.fitted_results(config, system, rows, folder, CASES)
+
+
+def test_each_calibration_set_of_the_coverage_has_an_expectation_of_its_own_normals(run, monkeypatch):
+    """`benchmarks.coverage` against NumPy: none of the normals that an expectation comes from calibrates."""
+    config, folder = run
+    system, n, draws, tests = image_system(), 5, 3, 7
+    image = lambda label, i: np.random.default_rng([label, i]).random((6, 5, 1)).astype(np.float32)
+
+    def drawn(run, label, numbers):
+        rows = {i: Row(f"{label}-{i}", "", "test", None, (f"{i}",)) for i in numbers}
+        of = lambda array: {"array": array, "geometry": None, "digest": "", "stored": Image(array, None, None, None)}
+        return [Prepared(row=row, **of(image(label, i))) for i, row in rows.items()]
+
+    monkeypatch.setattr(coverage, "drawn", drawn)
+    monkeypatch.setattr(coverage, "restore_stages", lambda *_: WEIGHTS)
+    fit = {"level": {"mean": {"image": np.zeros((6, 5, 1), np.float32)}}}
+    one = Run(config, system, Scorer(config, system, {**WEIGHTS, **fit}), None, {}, {}, None)
+    found = coverage.judged(one, folder, n, draws, tests)
+    for number in range(draws):
+        place = lambda first: range(first + number * n, first + number * n + n)  # noqa: B023
+        mean = np.mean([2 * image(0, i) for i in place(tests + draws * n)], 0)
+        far = lambda label, i: ((image(label, i) - mean) ** 2).mean()  # noqa: B023
+        normals = np.array([far(0, i) for i in place(tests)])
+        for label in (0, 1):
+            expected = [(1 + (normals >= far(label, i)).sum()) / (n + 1) for i in range(tests)]
+            np.testing.assert_allclose(found[label][number], expected, rtol=1e-6)
 
 
 def test_too_few_normals_are_one_line(run):

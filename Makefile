@@ -47,12 +47,16 @@ browser: $(VENV)/ready-dev  ## the report's pages in Chromium
 	$(RUN) -m pip install --quiet --editable '.[browser]'
 	$(RUN) -m pytest tests/in_browser.py
 
-.PHONY: demo test faults check audit lock gpu-check docs docs-test browser clean
+.PHONY: demo test test-all faults check audit lock gpu-check docs docs-test browser clean
 demo: $(VENV)/ready  ## AMAE on built-in phantoms: all stages, evaluation, report
 	$(RUN) -m jmae.train --config configs/amae.py --workdir runs/demo
 
-test: $(VENV)/ready-dev
-	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+PYTEST = $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+test: $(VENV)/ready-dev  ## the quick tests, for every commit
+	$(PYTEST) -m "not long"
+
+test-all: $(VENV)/ready-dev  ## all tests, also those that are marked `long`
+	$(PYTEST)
 
 faults: $(VENV)/ready-dev  ## injects 30 classes of faults and writes benchmarks/results/faults.json; 20 minutes
 	$(RUN) tests/faults --out benchmarks/results/faults.json

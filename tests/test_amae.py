@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from drawn import drawn, first_state
 from ml_collections import ConfigDict
 
 from configs import amae as recipe
@@ -206,6 +207,7 @@ def test_equal_modules_have_no_discrepancy(trained):
     assert np.abs(out["maps"]["stage2"]).max() < 1e-6 and np.abs(out["scores"]["stage2"]).max() < 1e-6
 
 
+@pytest.mark.long
 def test_the_score_is_the_mean_absolute_difference_of_mean_reconstructions(trained):
     """Eq. 4 written out: the same four masks for both modules, visible patches pasted."""
 
@@ -305,10 +307,11 @@ def three_channels():
     """(config, system, results) in the paper's preparation: fixed mean and deviation, grey images as three channels."""
     c = config(data__normalise="fixed", model__channels=3, evaluation__masks=2)
     system, results = load_system(c), {}
-    for number, stage in enumerate(system.stages):
-        state = jax.jit(lambda r, stage=stage, number=number: stage.init(jax.random.key(number), r, 16))(results)
+    for stage in system.stages:
+        init = lambda r, stage=stage: stage.init(KEY, r, 16)
+        state = jax.jit(init)(results) if stage.name == "proxy" else first_state(stage, results, 16)
         results[stage.name] = {"params": state.params, "stats": state.stats}
-    results["module_b"] = {"params": system.stages[0].init(jax.random.key(9), {}, 16).params, "stats": {}}
+    results["module_b"] = {"params": drawn(lambda: system.stages[0].init(KEY, {}, 16), seed=9).params, "stats": {}}
     return c, system, results
 
 
@@ -358,7 +361,7 @@ def test_an_adaptation_step_has_the_loss_of_its_masks_on_the_plain_image(masks):
 
     c = config(adapt__masks=masks, adapt__augment=False, adapt__batch=4)
     stages = {stage.name: stage for stage in load_system(c).stages}
-    start = {"pretrain": {"params": stages["pretrain"].init(KEY, {}, 1).params, "stats": {}}}
+    start = {"pretrain": {"params": first_state(stages["pretrain"], {}, 1).params, "stats": {}}}
     data = batch(4)
     loss_of = lambda stage: jax.jit(lambda s, d: stage.step(s, d, KEY, {}, steps=10)[1]["loss"])(
         stage.init(KEY, start, 4), data
@@ -378,7 +381,7 @@ def test_augmentation_mirrors_left_and_right_alone():
     for augment in (False, True):
         c = config(adapt__augment=augment, data__crop_scale=(1.0, 1.0), adapt__batch=4)
         stages = {stage.name: stage for stage in load_system(c).stages}
-        start = {"pretrain": {"params": stages["pretrain"].init(KEY, {}, 1).params, "stats": {}}}
+        start = {"pretrain": {"params": first_state(stages["pretrain"], {}, 1).params, "stats": {}}}
         state, step = stages["module_a"].init(KEY, start, 4), jax.jit(partial(stages["module_a"].step, steps=10))
         for name, fold in (("own mirror", lambda x: x + x[:, :, ::-1]), ("any", lambda x: x)):
             data = batch(4)

@@ -35,6 +35,7 @@ def files_of(rows):
     return {file for row in rows for file in (*row.image, *row.pre, *row.post, row.mask, row.region) if file}
 
 
+@pytest.mark.long
 def test_training_with_evaluation_decodes_each_image_file_once(tmp_path, tools, decoded):
     counts = {("train", 0): 6, ("unlabeled", None): 6, ("val", 0): 3, ("val", 1): 3, ("test", 0): 4, ("test", 1): 4}
     manifest = tools.write_set(tmp_path / "set", counts)
@@ -43,6 +44,7 @@ def test_training_with_evaluation_decodes_each_image_file_once(tmp_path, tools, 
     assert decoded == dict.fromkeys(files_of(parse_manifest(manifest)[0]), 1)
 
 
+@pytest.mark.long
 def test_each_command_decodes_each_volume_file_once(tmp_path, decoded):
     (tmp_path / "set").mkdir()
     manifest, run = write_patients(tmp_path / "set"), tmp_path / "run"

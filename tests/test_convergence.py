@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from drawn import drawn
 from sklearn.metrics import roc_auc_score
 from sweeping import sweeper
 
@@ -31,12 +32,12 @@ def a_recipe(name: str, **changes):
     return config
 
 
-def untrained(system, key):
+def untrained(system):
     """Results of stages that were not trained; of one network each, so that no two are alike."""
-    results = {}
-    for i, stage in enumerate(system.stages):
-        found = stage.result(stage.init(jax.random.fold_in(key, i), results, 1))
-        noise = lambda x, i=i: x + 0.02 * jax.random.normal(jax.random.fold_in(key, 99 + i), x.shape)
+    rng, results = np.random.default_rng(0), {}
+    for stage in system.stages:
+        found = drawn(lambda stage=stage: stage.result(stage.init(jax.random.key(0), results, 1)))
+        noise = lambda x: x + 0.02 * rng.standard_normal(x.shape, np.float32)
         results[stage.name] = found | {"params": jax.tree.map(noise, found["params"])}
     return results
 
@@ -44,7 +45,7 @@ def untrained(system, key):
 def test_scores_that_are_means_over_masks_are_those_that_are_said_to_be():
     of_case = {"evaluation.masks_of": "case"}
     single, many = (load_system(a_recipe("amae", **of_case | {"evaluation.masks": n})) for n in (1, MANY))
-    results = jax.jit(lambda key: untrained(single, key))(jax.random.key(0))
+    results = untrained(single)
     image = jax.random.uniform(jax.random.key(1), (1, 64, 64, 1))
     words = jnp.asarray(np.stack([case_words(str(i)) for i in range(MANY)]))
     score = lambda system: jax.jit(lambda batch: system.score(results, batch, jax.random.key(2))["scores"])

@@ -5,12 +5,14 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import jax
 import nibabel as nib
 import numpy as np
 import pytest
+from drawn import drawn
 from patients import SETTINGS
 from PIL import Image
 from trees import dicom_file
@@ -32,21 +34,22 @@ evaluation.window=3,3 evaluation.scales=0.5,0.5 replicates=2""".split()
 VOLUMES = ["--config=configs/maemi.py:smoke", *SETTINGS]
 
 
-def drawn(arguments: list[str], workdir: Path):
-    """A run whose stages are as drawn, and saved as finished ones."""
+def untrained(arguments: list[str], workdir: Path):
+    """A run whose stages have drawn weights, and are saved as finished ones."""
     config, _ = recipe.parse([arguments[0], *(f"--config.{a}" for a in arguments[1:])], "")
     system, one = load_system(config), config.replicates == 1
     describe_run(config, workdir)
     for number, stage in enumerate(system.stages):
-        init = lambda key, stage=stage: stage.init(key, {}, 4)
-        state = jax.jit(init if one else jax.vmap(init))(stage_keys(config, number))
+        init, keys = lambda key, stage=stage: stage.init(key, {}, 4), stage_keys(config, number)
+        state = drawn(partial(init if one else jax.vmap(init), keys))
         folder = workdir / "checkpoints" / stage.name
         checkpoint.save(folder, 1, state, {"steps": 1}, config={})
     return config, system
 
 
+@pytest.mark.long
 def test_an_exported_function_of_images_gives_the_evaluators_scores_without_jmae(tmp_path, monkeypatch):
-    config, system = drawn(IMAGES, tmp_path / "run")
+    config, system = untrained(IMAGES, tmp_path / "run")
     rows = load_rows(config, str)
     of = score_identity(config, system, restore_results(config, system, tmp_path / "run"))
     known = {"scores": {"a": 1.0, "b": 2.0}, "colours": {"low": 0, "high": 1}, "needs": [], "threshold": 2.0, "of": of}
@@ -142,7 +145,7 @@ def write_films(folder: Path) -> list[Path]:
 
 @pytest.mark.parametrize("change", ["data.equalise=false", "data.equalise=true", "data.window=-90,4000"])
 def test_stored_values_get_the_scores_of_predict_without_jmae(change, tmp_path):
-    config, system = drawn([*IMAGES, change], tmp_path / "run")
+    config, system = untrained([*IMAGES, change], tmp_path / "run")
     of = score_identity(config, system, restore_results(config, system, tmp_path / "run"))
     films = write_films(tmp_path)
     predict = load(tmp_path / "run")
@@ -165,7 +168,7 @@ def test_stored_values_get_the_scores_of_predict_without_jmae(change, tmp_path):
 
 
 def test_an_exported_function_of_volumes_gives_the_evaluators_map(tmp_path, capfd):
-    config, system = drawn(VOLUMES, tmp_path / "run")
+    config, system = untrained(VOLUMES, tmp_path / "run")
     row = next(row for row in load_rows(config, str) if row.split == "test")
     scorer = Scorer(config, system, restore_results(config, system, tmp_path / "run"))
     case = scorer.prepare(row)

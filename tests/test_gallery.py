@@ -27,6 +27,7 @@ def titles(figure):
     return [axes.get_title() for axes in figure.axes]
 
 
+@pytest.mark.long
 def test_every_generator_has_a_row_with_its_draws(files, tmp_path, monkeypatch):
     figures, save = [], gallery.save
     monkeypatch.setattr(gallery, "save", lambda figure, path: figures.append(figure) or save(figure, path))

@@ -77,7 +77,11 @@ def lowered(text):
         return {name: traced.lower(lowering_platforms=("cuda",)).as_text() for name, traced in found.items()}
 
 
-@pytest.mark.parametrize("recipe", networks())
+def tiered(recipe):
+    return pytest.param(recipe, marks=() if recipe.endswith(":smoke") else pytest.mark.long)
+
+
+@pytest.mark.parametrize("recipe", [tiered(recipe) for recipe in networks()])
 def test_every_step_and_score_lowers_for_an_h200_with_flash_attention(recipe):
     """JAX refuses odd lengths of sequences in training, so they are padded to a multiple of 8."""
     found = lowered(recipe)

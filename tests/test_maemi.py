@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import nibabel as nib
 import numpy as np
 import pytest
+from drawn import first_state
 from patients import AFFINE, COLUMNS, arguments, write_patients, write_rows
 from scipy import ndimage
 from sklearn.metrics import average_precision_score, roc_auc_score
@@ -108,9 +109,7 @@ def tiny(**changes):
     small |= {"evaluation.masks_of": "case", "evaluation.error": "all", "evaluation.filter": (3, 3, 2)}
     c = config(**(small | changes))
     system = load_system(c)
-    state = jax.jit(partial(system.stages[0].init, results={}, n=4))(jax.random.key(1))
-    noise = lambda x: x + 0.05 * np.random.default_rng(x.size).normal(size=x.shape).astype(np.float32)
-    return c, system, state.replace(params=jax.tree.map(noise, state.params))
+    return c, system, first_state(system.stages[0], {}, 4)
 
 
 def test_training_images_are_clipped_and_mirrored_on_the_first_two_axes():
@@ -502,6 +501,7 @@ def test_a_resumed_run_ends_as_the_uninterrupted_one(run, patients, tmp_path):
     assert result(tmp_path / "cut")["pixel"] == result(run)["pixel"]
 
 
+@pytest.mark.long
 def test_the_released_masked_autoencoder_is_what_training_starts_from(patients, tmp_path, capfd):
     with np.load(GOLDEN / "mae3d.npz") as gold:
         sizes = {k: gold[k] for k in ("depth", "decoder_depth", "decoder_num_heads", "num_heads")}
@@ -582,6 +582,7 @@ def test_a_fault_in_a_file_is_one_line_and_nothing_is_trained(fault, words, tmp_
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
+@pytest.mark.long
 def test_the_paper_preset_takes_two_steps_on_phantoms(tmp_path):
     """Crops of 240 x 168 x 8 at 0.75 x 0.75 x 1 mm in 2520 patches, each in half a chest, from files of 3 mm phantoms.
 

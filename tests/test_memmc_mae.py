@@ -402,6 +402,7 @@ def test_a_run_writes_maps_and_figures(small_set, tmp_path):
     assert all(len(list(maps.glob(f"{line['id']}_anomaly.*"))) == 1 for line in lines)
 
 
+@pytest.mark.long
 def test_volumes_go_through_the_same_code(tmp_path):
     manifest = write_patients(tmp_path)
     given = arguments(manifest, tmp_path / "run", *VOLUMES, "evaluation.score=mse", preset="small3d")

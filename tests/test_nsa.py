@@ -168,6 +168,7 @@ def simulated(rng, size, count):
     return edges, resized, rng.integers(1, n - resized)
 
 
+@pytest.mark.long
 def test_patches_have_the_stated_distributions():
     size, everywhere = (200, 150), jnp.ones((200, 150))
     draw = jax.jit(lambda keys: jax.lax.map(lambda key: m.draw(key, everywhere, everywhere), keys, batch_size=100))

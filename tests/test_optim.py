@@ -50,7 +50,7 @@ def test_the_masked_loss_ignores_visible_patches():
     assert float(masked_mse(prediction, target, hidden)[0]) == pytest.approx(((1 + 9) / 2 + 4) / 2)
 
 
-@pytest.mark.parametrize("name, samples", [("amae", batch), ("maemi", crops)])
+@pytest.mark.parametrize("name, samples", [pytest.param("amae", batch, marks=pytest.mark.long), ("maemi", crops)])
 def test_a_batch_in_parts_gives_the_step_of_the_whole_batch(name, samples):
     key, found = jax.random.key(1), []
     for parts in (1, 4):

@@ -124,6 +124,7 @@ def test_what_is_wrong_is_one_line(words, line, capsys):
     assert said.startswith(line) and said.count("\n") == 1
 
 
+@pytest.mark.long
 def test_a_row_is_run_and_goes_on_where_it_stopped(tmp_path, capsys):
     write_set(tmp_path / "cxr_peds", COUNTS)
     words = ["amae.packs.cxr_peds.stage1", f"--root={tmp_path}", f"--out={tmp_path}/out", "--preset=smoke"]

@@ -163,6 +163,7 @@ def test_the_mean_of_four_times_as_many_samples_has_half_the_error(tiny):
     assert 0.4 < error(64) / error(16) < 0.6
 
 
+@pytest.mark.long
 def test_training_gives_every_parameter_a_finite_gradient_and_moves_all_statistics():
     x, y, target, keys = sample((8, 8))
     init, bind = small(2)
@@ -185,6 +186,7 @@ def test_training_gives_every_parameter_a_finite_gradient_and_moves_all_statisti
     assert len(compiled) == 1
 
 
+@pytest.mark.long
 def test_bfloat16_and_remat_change_neither_types_nor_much_else():
     x, _, target, keys = sample((8, 8))
     init, bind = small(2)
@@ -199,6 +201,7 @@ def test_bfloat16_and_remat_change_neither_types_nor_much_else():
     assert 1e-5 < max(differences) < 0.3
 
 
+@pytest.mark.long
 def test_the_net_for_a_gpu_is_the_net_for_a_cpu():
     x, _, target, keys = sample((8, 8))
     init, bind = small(2)

@@ -491,6 +491,7 @@ def test_a_plan_for_gpus_is_compiled_by_xla_s_own_compiler(tmp_path):
     assert "on 4 h100 (one host), data 2 x fsdp 2, global batch 8 (--batch)" in said
 
 
+@pytest.mark.long
 def test_a_plan_for_tpus_is_compiled_by_libtpu(tmp_path):
     pytest.importorskip("libtpu")
     found, said = planned(tmp_path, "--target=v5e:2x2")

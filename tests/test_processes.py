@@ -98,6 +98,7 @@ def assert_alike(run: Path, alone: Path) -> None:
         np.testing.assert_allclose(other, one, rtol=1e-3, atol=1e-4 * np.abs(one).max())
 
 
+@pytest.mark.long
 def test_stopped_then_one_killed_then_alone_a_run_of_two_ends_as_one_does(patients, alone, tmp_path):
     run = tmp_path / "run"
     given = arguments(patients, run, *SETTINGS)
@@ -121,6 +122,7 @@ def test_stopped_then_one_killed_then_alone_a_run_of_two_ends_as_one_does(patien
     assert_alike(run, alone)
 
 
+@pytest.mark.long
 def test_what_one_process_has_saved_two_restore_and_finish_with_the_parameters_split_over_both(
     patients, alone, tmp_path
 ):

@@ -68,6 +68,7 @@ def test_a_twentieth_needs_twenty_normals_where_there_are_enough():
     assert shares == {9: 0.0, 10: 0.3, 50: 0.3, 100: 0.2, 1000: 0.1}
 
 
+@pytest.mark.long
 def test_two_folders_become_a_report(tmp_path, capsys, monkeypatch):
     normals, new, out = pictures(tmp_path / "normals", 20, 1), pictures(tmp_path / "new", 3, 2), tmp_path / "out"
     small = ["data.allow_leaks=True", "train.validation_samples=8", "train.steps=10", "checkpoint_every=10"]

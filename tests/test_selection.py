@@ -121,6 +121,7 @@ def test_simsid_chooses_in_the_stage_that_settles_its_score(variant, score, stag
     assert [s.name for s in load_system(c).stages if "unlabeled" in s.splits] == [stage]
 
 
+@pytest.mark.long
 def test_a_system_of_images_from_training_to_metrics(small_set, tmp_path):
     changes = """
     data.phantom= data.size=16,16 model.patch=8,8 model.width=8 model.heads=1 model.depth=1 model.memory=2

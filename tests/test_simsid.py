@@ -117,7 +117,9 @@ def compiled(*changes: str):
 
 @cache
 def trained(*changes: str):
-    """Results of every stage after a step, or a sweep over 8 images, from drawn weights."""
+    """Results of every stage after a step, or a sweep over 8 images, from drawn weights.
+
+    Its programs take half a minute to compile, so a test that needs them is long."""
     system, steps, _ = compiled(*changes)
     results = {}
     for stage in system.stages:
@@ -127,6 +129,16 @@ def trained(*changes: str):
             some = {k: v[4 * (i % 2) : 4 * (i % 2) + 4] for k, v in batch(8, seed=1).items()}
             state, _ = steps[stage.name](state, some, KEY, dict(results))
         results[stage.name] = as_results(state)
+    return results
+
+
+@cache
+def untrained():
+    """Results of every stage with drawn weights. Nothing is compiled."""
+    results = {}
+    for number, stage in enumerate(load_system(config()).stages):
+        swept = stage.name in ("memory", "calibration")
+        results[stage.name] = as_results(stage.init(KEY, results, 8) if swept else fresh(stage, results, seed=number))
     return results
 
 
@@ -186,7 +198,7 @@ def test_the_papers_networks_have_as_many_parameters_and_the_shapes_of_its_listi
 
 
 def test_a_patch_s_features_are_its_own():
-    own, rows = trained()["teacher"], np.arange(16).reshape(4, 4)
+    own, rows = untrained()["teacher"], np.arange(16).reshape(4, 4)
     _, bind = network(lambda rngs: nets.Encoder((4, 4), 1, (3, 4), 8, jnp.float32, rngs=rngs))
     encode = lambda image: bind(own["params"]["encoder"], own["stats"]["encoder"])(image, train=False)
     image = batch(1)["image"]
@@ -488,6 +500,7 @@ def test_the_teacher_trains_its_encoder_or_leaves_it_as_drawn(encoder):
     assert (encoder == "joint") != all(same) and metrics["loss"] > 0
 
 
+@pytest.mark.long
 def test_the_second_pass_writes_less_and_the_last_batch_writes_no_image_a_third_time():
     stage = load_system(config("memory.threshold=0.5")).stages[1]
     state, shares, step = stage.init(KEY, trained(), 6), [], jax.jit(partial(stage.step, steps=4))
@@ -502,6 +515,7 @@ def test_the_second_pass_writes_less_and_the_last_batch_writes_no_image_a_third_
     assert set(metrics) == {f"{what}_level_{i}" for what in ("overwritten", "written") for i in range(3)}
 
 
+@pytest.mark.long
 def test_overwritten_slots_are_those_that_were_full():
     """An image that no slot knows: it fills the empty ones, then overwrites all; the same image again writes none."""
     stage = load_system(config("memory.threshold=1.0", "memory.levels=1", "memory.batch=1")).stages[1]
@@ -513,6 +527,7 @@ def test_overwritten_slots_are_those_that_were_full():
     assert found == [(0, 1), (1, 1), (1, 1)]
 
 
+@pytest.mark.long
 def test_the_student_s_losses_by_hand():
     (system, steps, _), results = compiled(), trained()
     state, image = fresh(system.stages[2], results), batch()["image"]
@@ -531,6 +546,7 @@ def test_the_student_s_losses_by_hand():
     near(metrics["distillation"], 3.0 + 0.25)  # the sum of each layer's mean
 
 
+@pytest.mark.long
 def test_the_adversarial_student_trains_its_discriminator_too():
     results = trained()
     stages = load_system(config("student.adversarial=100.0", "model.inpainting=false")).stages
@@ -552,6 +568,7 @@ def test_the_adversarial_student_trains_its_discriminator_too():
     assert after("discriminator")["adversarial"] > metrics["adversarial"]
 
 
+@pytest.mark.long
 def test_the_student_is_a_function_of_its_key_and_trains_inpainting_and_generator():
     (system, steps, _), results = compiled(), trained()
     state = fresh(system.stages[2], results)
@@ -565,7 +582,7 @@ def test_the_student_is_a_function_of_its_key_and_trains_inpainting_and_generato
 def test_every_option_has_its_shapes():
     changes = "memory.slots=2 memory.restrict=true memory.levels=2 memory.weighted=false"
     changes += " model.centre=mask model.sigmoid=true student.kept=0.5"
-    results, (_, memory, student, *_) = trained(), load_system(config(*changes.split())).stages
+    results, (_, memory, student, *_) = untrained(), load_system(config(*changes.split())).stages
     shape = lambda stage, results: jax.eval_shape(
         lambda state, some: stage.step(state, some, KEY, results, steps=4),
         jax.eval_shape(lambda: stage.init(KEY, results, 8)),
@@ -579,7 +596,7 @@ def test_every_option_has_its_shapes():
 
 
 def test_the_memory_s_options_reach_the_retrieval(monkeypatch):
-    seen, results = [], trained()
+    seen, results = [], untrained()
     monkeypatch.setattr(
         simsid, "recall", lambda *args, **options: seen.append(options) or nets.recall(*args, **options)
     )
@@ -593,7 +610,7 @@ def test_the_memory_s_options_reach_the_retrieval(monkeypatch):
 
 
 def test_a_student_may_start_from_the_teacher():
-    results, stage = trained(), load_system(config("student.from_teacher=true")).stages[2]
+    results, stage = untrained(), load_system(config("student.from_teacher=true")).stages[2]
     own = stage.init(KEY, results, 8)
     jax.tree.map(np.testing.assert_array_equal, own.params["generator"], results["teacher"]["params"]["generator"])
     jax.tree.map(np.testing.assert_array_equal, own.stats["generator"], results["teacher"]["stats"]["generator"])
@@ -606,6 +623,7 @@ def judge_of(params):
     return lambda image: bind(params, stats)(jnp.asarray(image), train=True)
 
 
+@pytest.mark.long
 def test_the_discriminator_takes_given_images_for_real_and_made_ones_for_fake():
     (system, steps, score), results = compiled(), trained()
     student = results["student"]["params"]
@@ -623,6 +641,7 @@ def test_the_discriminator_takes_given_images_for_real_and_made_ones_for_fake():
     near([metrics["real"], metrics["fake"]], [real.mean(), fake.mean()], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.long
 def test_the_best_weights_on_labelled_images_are_those_that_judge():
     system, _, score = compiled()
     stage, some = system.stages[3], batch(8, seed=3)
@@ -655,7 +674,7 @@ def test_held_out_patients_are_checked_and_not_trained_on():
     used, checked = set(stage.rows(rows, {})), set(stage.checks[0].rows(rows))
     assert used | checked == set(range(40)) and not used & checked and len(checked) == 8
     look = jax.jit(stage.checks[0].look)
-    state = fresh(stage, {}).replace(**trained()["teacher"])
+    state = fresh(stage, {})
     state = state.replace(params={**state.params, "generator": zeroed(state.params["generator"])})
     same, found = look(state, batch(), {})
     near(found["check_mse"], np.mean(batch()["image"] ** 2))
@@ -665,6 +684,7 @@ def test_held_out_patients_are_checked_and_not_trained_on():
     jax.tree.map(np.testing.assert_array_equal, same.params, state.params)
 
 
+@pytest.mark.long
 def test_the_official_step_alternates():
     system, steps, _ = compiled("variant=official")
     state = fresh(system.stages[0], {})
@@ -696,6 +716,7 @@ def test_the_official_step_alternates():
     near([half, step(both.replace(step=jnp.int32(6)), batch(), KEY)[1]["lr"]], [5e-4, 1e-3])
 
 
+@pytest.mark.long
 def test_the_official_step_is_two_programs_and_neither_computes_for_the_other():
     system, steps, _ = compiled("variant=official")
     stage = system.stages[0]
@@ -727,6 +748,7 @@ def test_the_official_step_is_two_programs_and_neither_computes_for_the_other():
 # --- calibration and scores -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_calibration_is_the_mean_and_deviation_over_all_training_images():
     (system, steps, score), results = compiled(), trained()
     stage, images = system.stages[-1], batch(6, seed=5)
@@ -1065,6 +1087,7 @@ def test_a_run_scores_and_shows_where(small_set, tmp_path):
     assert "data.size (16, 16) for (128, 128), model.patch (4, 4) for (16, 16)" in page and ", kl " in page
 
 
+@pytest.mark.long
 def test_the_official_variant_runs(small_set, tmp_path):
     assert exit_code(train.main, arguments(small_set, tmp_path, "variant=official", "validation.select_every=0")) == 0
     metrics = json.loads((tmp_path / "evaluation" / "metrics.json").read_text())
@@ -1078,6 +1101,7 @@ def test_the_official_variant_runs(small_set, tmp_path):
     assert [h["step"] for h in history if "check_auroc" in h] == [4, 6]  # an epoch has 4 batches; and the last step
 
 
+@pytest.mark.long
 def test_an_alternating_run_that_is_stopped_within_a_round_goes_on_with_the_other_step(
     small_set, tools, tmp_path, monkeypatch
 ):
@@ -1102,6 +1126,7 @@ def test_an_alternating_run_that_is_stopped_within_a_round_goes_on_with_the_othe
     assert tools.content(runs[1]) == tools.content(runs[0])
 
 
+@pytest.mark.long
 def test_volumes_go_through_the_same_code(tmp_path):
     manifest = write_patients(tmp_path)
     assert exit_code(train.main, arguments(manifest, tmp_path / "run", *VOLUMES, preset="phantom3d")) == 0

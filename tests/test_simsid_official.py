@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from drawn import drawn
 from test_weights import pth, safetensors
 
 from configs import simsid as recipe
@@ -260,14 +261,14 @@ def gradients_kept() -> optax.GradientTransformation:
     return optax.GradientTransformation(lambda p: jax.tree.map(jnp.zeros_like, p), lambda grads, *_: (grads, grads))
 
 
-@pytest.mark.parametrize(("queue", "last"), [(False, "tanh"), (True, "sigmoid")])
+@pytest.mark.parametrize(("queue", "last"), [(False, "tanh"), pytest.param(True, "sigmoid", marks=pytest.mark.long)])
 def test_a_training_step_is_the_released_one(monkeypatch, queue, last):
     monkeypatch.setattr(simsid_published, "decayed_adam", lambda joint: gradients_kept())
     monkeypatch.setattr(simsid_published, "adam", lambda joint: gradients_kept())
     nets = simsid_published.networks(config(*SMALL, f"joint.queue={queue}", f"joint.activation={last}"))
-    drawn = simsid_weights.Weights("", "", *simsid_weights.from_pytorch(small_state()))
+    tensors = simsid_weights.Weights("", "", *simsid_weights.from_pytorch(small_state()))
     shapes = jax.eval_shape(lambda key: simsid_published.joint_init(nets, key, {}, 8), KEY)
-    params, stats = (simsid_weights.load(drawn, part) for part in (shapes.params, shapes.stats))
+    params, stats = (simsid_weights.load(tensors, part) for part in (shapes.params, shapes.stats))
     opt = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes.opt)
     state = shapes.replace(params=params, stats=stats, opt=opt, step=jnp.int32(4))  # two steps of the autoencoder
     image = np.random.default_rng(1).uniform(size=(4, 16, 16, 1)).astype(np.float32)
@@ -323,8 +324,8 @@ def test_weights_of_the_recipe_make_the_official_images(tmp_path, form, capsys):
     given = ("data.size=32,32", "joint.judge=running", "data.normalise=unit", "select=last")
     c = config(*OFFICIAL, *given, f"model.weights={source}")
     stage = load_system(c).stages[0]
-    drawn = jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), jax.eval_shape(lambda: stage.init(KEY, {}, 16)))
-    state = with_pretrained(c, stage, drawn, tmp_path)
+    ones = jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), jax.eval_shape(lambda: stage.init(KEY, {}, 16)))
+    state = with_pretrained(c, stage, ones, tmp_path)
     method = simsid_published.method(c)
     made = jax.jit(method.remake)({"joint": stage.result(state)}, (golden()["image"] + 1) / 2)
     within(2 * made - 1, golden()["eval/student"])
@@ -389,6 +390,7 @@ def test_presets_of_the_published_configurations():
     )
 
 
+@pytest.mark.long
 def test_initial_weights_are_those_of_pytorch():
     nets = simsid_published.networks(config(*SMALL, "joint.widths=8,16,32", "model.discriminator=16,64"))
     params = jax.jit(nets.autoencoder.init)(KEY)[0] | {"d": jax.jit(nets.discriminator.init)(KEY)[0]}
@@ -418,7 +420,7 @@ def test_ablations_leave_out_what_they_say():
     def changed(slots: int = 5, **options) -> tuple[bool, np.ndarray]:
         make = lambda rngs: Bottleneck((2, 2), (2, 2), 16, slots, 2, 2, jnp.float32, **options, rngs=rngs)
         init, bind = network(make)
-        params, stats = jax.jit(init)(KEY)
+        params, stats = drawn(lambda: init(KEY))
         run = jax.jit(lambda x: bind(params, stats)(x, train=False))
         return "memory" in params, np.abs(run(x) - run(other)).max((1, 2, 3)) > 0
 
@@ -455,7 +457,7 @@ def test_the_decoder_s_memories_have_the_masked_shortcut_too():
         (8, 8), 1, (2, 2), (4, 4, 16), 1, 3, 2, 2, 1.0, jnp.float32, decoder_share=1e-9, rngs=rngs
     )
     init, bind = network(make)
-    params, stats = jax.jit(init)(KEY)
+    params, stats = drawn(lambda: init(KEY))
     image = np.random.default_rng(0).uniform(-1, 1, (2, 8, 8, 1)).astype(np.float32)
     run = jax.jit(lambda params, keys: bind(params, stats)(image, keys, train=False)[0])
     other = params | {"memories": jax.tree.map(lambda x: x + 0.5, params["memories"])}

@@ -36,6 +36,7 @@ def test_initial_weights_are_those_of_the_library_s_keys(make):
     assert equal(jax.jit(init)(key)[0], nnx.to_pure_dict(library))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["memmc_mae", "ppii"])
 def test_less_effort_of_the_compiler_gives_the_same_initial_weights(name):
     config, system = small_system(name=name)

@@ -37,7 +37,9 @@ def arguments(name, folder, manifest, *changes):
     return [f"--config=configs/{name}.py:smoke", f"--workdir={folder}", *(f"--config.{one}" for one in every)]
 
 
-@pytest.fixture(scope="module", params=RUNS)
+@pytest.fixture(
+    scope="module", params=[*(pytest.param(n, marks=pytest.mark.long) for n in ("amae", "memmc_mae")), "maemi"]
+)
 def run(request, small_set, tmp_path_factory):
     """(name, folder, recipe) of a finished run."""
     folder = tmp_path_factory.mktemp(request.param) / "run"
@@ -186,6 +188,7 @@ def test_the_paper_s_presets_have_no_such_score(name):
     assert config.evaluation.tokens == "none" and not load_system(config).fits
 
 
+@pytest.mark.long
 def test_published_weights_serve_the_score_without_training(small_set, tmp_path):
     file = Path(__file__).parent / "golden" / "mae2d.npz"
     network = read_weights(file).config()

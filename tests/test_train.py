@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import without_clock
 from rich.console import Console
 
 from jmae import checkpoint, evaluate, programs, progress, recipe, seen, train
@@ -42,6 +43,14 @@ def go(small_set, tools, capfd):
     return run
 
 
+@pytest.fixture
+def unevaluated(monkeypatch) -> list[tuple]:
+    """Leaves out the evaluation after a training: the arguments of each one."""
+    asked: list[tuple] = []
+    monkeypatch.setattr(train, "evaluate", lambda *given, **_: asked.append(given))
+    return asked
+
+
 def count_calls(monkeypatch, module, name, act) -> None:
     """`act(number of the call)` before every call of module.name."""
     real, calls = getattr(module, name), []
@@ -57,6 +66,7 @@ def count_calls(monkeypatch, module, name, act) -> None:
 # --- a run ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_the_smoke_recipe_trains_saves_scores_and_reports(tmp_path):
     run = tmp_path / "smoke"
     assert exit_code(train.main, ["--config=configs/amae.py:smoke", f"--workdir={run}"]) == 0
@@ -84,7 +94,7 @@ def test_a_run_folder_holds_what_the_design_promises(finished):
     assert all(np.isfinite(line["loss"]) for line in lines if line["stage"] != "labels")
 
 
-def test_a_line_is_the_mean_over_its_steps(finished, go, tmp_path):
+def test_a_line_is_the_mean_over_its_steps(finished, go, unevaluated, tmp_path):
     assert go(tmp_path / "run", *ONE_STAGE, "log_every=1")[0] == 0
     loss = {line["step"]: line["loss"] for line in read_history(tmp_path / "run" / "metrics.jsonl")}
     assert sorted(loss) == list(range(1, 21))
@@ -129,6 +139,7 @@ sys.exit(exit_code(train.main, sys.argv[3:]))
 """
 
 
+@pytest.mark.long
 def test_killed_three_times_a_run_ends_as_if_it_never_was(finished, small_set, tools, tmp_path, capfd):
     run = tmp_path / "run"
     arguments = tools.arguments(small_set, run)
@@ -148,6 +159,26 @@ def test_killed_three_times_a_run_ends_as_if_it_never_was(finished, small_set, t
     assert tools.content(run) == tools.content(finished)
 
 
+def test_killed_then_stopped_stage_0_ends_as_if_it_never_was(
+    finished, go, small_set, tools, unevaluated, tmp_path, monkeypatch
+):
+    """The short form of the tests around it: one stage, and no evaluation."""
+    run = tmp_path / "run"
+    killed = [sys.executable, "-c", KILLER, "place", "11", *tools.arguments(small_set, run, *ONE_STAGE)]
+    assert subprocess.run(killed, capture_output=True).returncode == -signal.SIGKILL
+    assert checkpoint.steps(run / "checkpoints" / "pretrain") == [8] and not unevaluated
+    with monkeypatch.context() as patch:
+        count_calls(patch, train, "place_batch", lambda call: call == 5 and os.kill(os.getpid(), signal.SIGTERM))
+        code, said = go(run, *ONE_STAGE)
+    assert code == 143 and said.splitlines()[-1].startswith("stopped by SIGTERM: stage pretrain, step 13 saved in ")
+    assert go(run, *ONE_STAGE)[0] == 0 and len(unevaluated) == 1
+    assert tools.last_states(run)["pretrain"] == tools.last_states(finished)["pretrain"]
+    history = lambda folder: map(without_clock, read_history(folder / "metrics.jsonl"))
+    lines = [[line for line in history(folder) if line["stage"] == "pretrain"] for folder in (run, finished)]
+    assert lines[0] == lines[1]
+
+
+@pytest.mark.long
 def test_sigterm_and_ctrl_c_save_and_exit_143_and_130_and_the_run_goes_on(finished, go, tools, tmp_path, monkeypatch):
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start with it ignored
     # Between two lines of metrics; at the last step of Stage 0, 18 later; in the proxy task.
@@ -185,7 +216,7 @@ def test_a_second_run_on_a_folder_is_refused(finished, go, tmp_path):
     assert f"{tmp_path / 'run'}: in use by process {os.getpid()}" in said
 
 
-def test_another_configuration_is_refused_and_the_folder_stays_as_it_was(finished, go, tmp_path, tools):
+def test_another_configuration_is_refused_and_the_folder_stays_as_it_was(finished, go, unevaluated, tmp_path, tools):
     run = shutil.copytree(finished, tmp_path / "run")
     before = (run / "config.json").read_bytes()
     code, said = go(run, "adapt.mask_ratio=0.6", "model.width=24")
@@ -195,7 +226,7 @@ def test_another_configuration_is_refused_and_the_folder_stays_as_it_was(finishe
     assert (run / "config.json").read_bytes() == before
     # What touches no state may change; a finished run is only evaluated again.
     code, said = go(run, "log_every=7", "evaluation.batch=8")
-    assert code == 0 and said.count("done before") == 5
+    assert code == 0 and said.count("done before") == 5 and len(unevaluated) == 1
     assert json.loads((run / "config.json").read_text())["evaluation"]["batch"] == 8
     again, first = tools.content(run), tools.content(finished)
     assert again["weights"] == first["weights"] and again["history"] == first["history"]
@@ -314,6 +345,7 @@ def same_training(run: Path, other: Path) -> None:
         assert checkpoint.steps(stage) == checkpoint.steps(other / "checkpoints" / stage.name)
 
 
+@pytest.mark.long
 def test_four_steps_a_dispatch_are_the_steps_one_by_one_also_killed_and_stopped_within(
     finished, go, small_set, tools, tmp_path, monkeypatch
 ):
@@ -338,6 +370,7 @@ def test_four_steps_a_dispatch_are_the_steps_one_by_one_also_killed_and_stopped_
     assert tools.content(run) == tools.content(tmp_path / "whole")
 
 
+@pytest.mark.long
 def test_replicates_take_several_steps_a_dispatch_too(go, tmp_path):
     both = (*ONE_STAGE, "replicates=2")
     assert go(tmp_path / "one", *both)[0] == 0 and go(tmp_path / "four", *both, "steps_per_dispatch=4")[0] == 0
@@ -423,7 +456,7 @@ def last_weights(run: Path, stage: str) -> dict[str, np.ndarray]:
     return {name: array for name, array in arrays.items() if name.startswith("params/")}
 
 
-def test_stage_0_is_taken_over_from_another_run(finished, go, tmp_path):
+def test_stage_0_is_taken_over_from_another_run(finished, go, unevaluated, tmp_path):
     run = tmp_path / "run"
     changes = (*ONE_STAGE, f"model.weights={finished}", "replicates=2")
     code, said = go(run, *changes)
@@ -487,7 +520,7 @@ def official(tmp_path) -> tuple[Path, tuple[str, ...], dict[str, np.ndarray]]:
     return tmp_path / "official.npz", tuple(f"model.{k}={v}" for k, v in sizes.items()), state
 
 
-def test_an_official_checkpoint_stands_for_stage_0_and_is_resized_where_asked(official, go, tmp_path):
+def test_an_official_checkpoint_stands_for_stage_0_and_is_resized_where_asked(official, go, unevaluated, tmp_path):
     file, sizes, state = official
     same = (*ONE_STAGE, *sizes, "model.channels=3", "data.size=64,64", "model.patch=16,16")
     assert go(tmp_path / "same", *same)[0] == 0
@@ -505,6 +538,7 @@ def test_an_official_checkpoint_stands_for_stage_0_and_is_resized_where_asked(of
     np.testing.assert_array_equal(adapted["params/decoder_embed/kernel"], state["state/decoder_embed.weight"].T)
 
 
+@pytest.mark.long
 def test_the_blocks_of_a_2d_checkpoint_start_volumes_and_nothing_else_of_it_does(official, tmp_path):
     _, sizes, state = official
     given = [
@@ -535,6 +569,7 @@ def test_weights_that_are_not_there_or_do_not_fit_are_one_line(finished, go, tmp
     assert not checkpoint.steps(tmp_path / "b" / "checkpoints" / "pretrain")
 
 
+@pytest.mark.long
 def test_replicates_are_the_runs_of_their_seeds(finished, go, tmp_path):
     assert go(tmp_path / "both", *ONE_STAGE, "replicates=2")[0] == 0
     assert go(tmp_path / "second", *ONE_STAGE, "seed=1")[0] == 0
@@ -611,7 +646,7 @@ def test_a_first_step_that_is_shown_again_has_no_pace(monkeypatch, capsys):
     assert capsys.readouterr().err == "pretrain 1/1  loss 0.5000\n"
 
 
-def test_tensorboard_files_hold_the_lines_of_metrics_jsonl(go, tmp_path, monkeypatch):
+def test_tensorboard_files_hold_the_lines_of_metrics_jsonl(go, unevaluated, tmp_path, monkeypatch):
     from tensorboardX.proto.event_pb2 import Event
     from tensorboardX.record_writer import RecordWriter  # noqa: F401  (the reader below knows its framing)
 

@@ -27,6 +27,7 @@ from jmae.data.preparation import Prepared
 from jmae.data.transforms import area_resize, central
 from jmae.figures import Part, Split
 from jmae.inference import Scorer
+from jmae.progress import at_work
 from jmae.recipe import is_volume
 from jmae.results import Result
 from jmae.rival_scores import CROPS, RivalScores, fitted_rivals, random_crops, some_images
@@ -358,6 +359,7 @@ class Baselines:
         return predictions.explained(results, some_images(held_out, EXPLAINED))
 
 
+@at_work("reading the training images for the baselines")
 def baselines_of(
     config: ConfigDict, system: System, cases: Cases, rows: Sequence[Row], split: Split, parts: Mapping[str, Part]
 ) -> Baselines:

@@ -22,7 +22,8 @@ from jmae.data.cases import Cases
 from jmae.data.manifest import Row
 from jmae.data.preparation import Prepared
 from jmae.errors import InputError
-from jmae.inference import SECONDS_BETWEEN_LINES, Scorer, prepared_groups
+from jmae.inference import Scorer, prepared_groups
+from jmae.progress import at_work
 from jmae.results import Result
 from jmae.run_folder import log
 from jmae.system import Results, System, drawn, load_system
@@ -149,14 +150,12 @@ def draw_scores(
     system: System, draws: Sequence[Draw], rows: Sequence[Row]
 ) -> dict[int, list[Float[np.ndarray, "r n"]]]:
     """The primary scores of rows in each draw, by the draw's number. Cases are prepared once for all draws."""
-    scorer, parts, done, said = draws[0].scorer, [[] for _ in draws], 0, time.monotonic()  # type: ignore[var-annotated]
-    for cases in prepared_groups(scorer, rows):
-        for part, results in zip(parts, scored_draws(draws, cases), strict=True):
-            part.extend(result.scores[system.primary] for result in results)
-            if time.monotonic() - said > SECONDS_BETWEEN_LINES:
-                said = time.monotonic()
-                log(f"{done} of {len(rows)} cases scored {len(draws)} times")
-        done += len(cases)
+    scorer, parts, done = draws[0].scorer, [[] for _ in draws], 0  # type: ignore[var-annotated]
+    with at_work(lambda: f"{done} of {len(rows)} cases scored {len(draws)} times"):
+        for cases in prepared_groups(scorer, rows):
+            for part, results in zip(parts, scored_draws(draws, cases), strict=True):
+                part.extend(result.scores[system.primary] for result in results)
+            done += len(cases)
     found: dict[int, list[np.ndarray]] = {}
     for draw, part in zip(draws, parts, strict=True):
         found.setdefault(draw.number, []).append(np.stack(part, 1))

@@ -70,6 +70,7 @@ from jmae.fusion import evaluate_several
 from jmae.inference import Scorer, run_of, score_rows
 from jmae.outlines import MaskFigures
 from jmae.processes import join_processes, keep_compiled
+from jmae.progress import at_work
 from jmae.python import Evaluate
 from jmae.report import Case, choose_cases, one_slice, shown_voxel, slice_side, write_report
 from jmae.results import Result, map_name, report_case
@@ -319,6 +320,7 @@ def provenance(config: ConfigDict, system: System, split: Split, gathered: Gathe
     }
 
 
+@at_work("writing the report")
 def write_evaluation(
     config: ConfigDict,
     split: Split,

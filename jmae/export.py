@@ -60,6 +60,7 @@ from jmae.errors import InputError, exit_code
 from jmae.fitting import restore_results
 from jmae.inference import run_of
 from jmae.passes import each_replicate, seeds_of, sweep_volume
+from jmae.progress import at_work
 from jmae.results import map_name
 from jmae.run_folder import log
 from jmae.sealed import seal, unseal
@@ -166,7 +167,7 @@ def export(
     else:
         image = jax.ShapeDtypeStruct((*stablehlo.symbolic_shape("h, w"), config.data.channels), jnp.float32)
         whole[STORED] = stored, (shapes, image, jax.ShapeDtypeStruct((), jnp.int32))
-    with portable():
+    with portable(), at_work(f"exporting {' and '.join(whole)}"):
         platforms = platforms or (target().platform,)
         exported = {
             name: stablehlo.export(jax.jit(one), platforms=platforms)(*given) for name, (one, given) in whole.items()
@@ -299,7 +300,7 @@ def load(folder: str | Path) -> tuple[Callable[[Any, Any], dict[str, np.ndarray]
         weights = jax.device_put(safetensors.numpy.load_file(folder / WEIGHTS))
     except Exception as error:  # the readers of both files raise anything on damage
         why = f"{ABOUT} lacks {error}" if isinstance(error, KeyError) else str(error).split("\n")[0]
-        raise InputError(f"{folder}: no whole export ({why}): run python -m jmae.export again") from None
+        raise InputError(f"{folder}: no whole export ({why}): run jmae export again") from None
     if jax.default_backend() not in exported.platforms:
         raise InputError(f"{folder}: exported for {', '.join(exported.platforms)}, not for {jax.default_backend()}")
     call = jax.jit(exported.call)

@@ -17,6 +17,7 @@ from jmae.data.preparation import Prepared
 from jmae.data.transforms import central
 from jmae.errors import InputError
 from jmae.lesions import SIZES, Froc, Localisation, lesion_sizes, thirds
+from jmae.progress import at_work
 from jmae.results import map_name
 from jmae.run_folder import log
 from jmae.system import System, rows_read
@@ -398,6 +399,7 @@ def decision_figures(
     return {"decision": decision, "chi2": chi2}
 
 
+@at_work("computing the figures and their intervals")
 def split_figures(
     config: ConfigDict,
     system: System,

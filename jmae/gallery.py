@@ -97,7 +97,7 @@ def main(argv: list[str]) -> None:
     paths, words = split(argv)
     flags = arguments(words, __doc__, ["out", "seed", "size", "only", "draws", "config"])
     if not 1 <= len(paths) <= MOST or "out" not in flags:
-        raise InputError(f"name 1 to {MOST} images and the picture: python -m jmae.gallery IMAGE --out=FILE.png")
+        raise InputError(f"name 1 to {MOST} images and the picture: jmae gallery IMAGE --out FILE.png")
     out = Path(flags["out"])
     if out.suffix.lower() != ".png":
         raise InputError(f"--out={out}: write a name that ends in .png")

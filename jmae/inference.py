@@ -25,14 +25,13 @@ from jmae.data.preparation import Prepared, open_case, prepared_case, soft_masks
 from jmae.errors import InputError
 from jmae.passes import BatchPass, Pass, SweepPass, local_mesh
 from jmae.processes import gather
+from jmae.progress import at_work
 from jmae.results import Result
 from jmae.run_folder import log
 from jmae.run_recipe import read_run
 from jmae.scoring import case_score
 from jmae.sharding import device_mesh, replicated
 from jmae.system import Results, System, stage_keys
-
-SECONDS_BETWEEN_LINES = 20  # of progress
 
 
 def run_of(flags: dict[str, str]) -> tuple[Path, ConfigDict]:
@@ -68,7 +67,7 @@ def restore_stages(config: ConfigDict, system: System, workdir: Path) -> Results
         target = jax.tree.map(place, target)
         found = checkpoint.restore(workdir / "checkpoints" / stage.name, target, config=None, log=log)
         if not found:
-            raise InputError(f"{workdir}: stage {stage.name} has no checkpoint: train it first (python -m jmae.train)")
+            raise InputError(f"{workdir}: stage {stage.name} has no checkpoint: train it first (jmae train)")
         checkpoint.refuse_unfinished(workdir / "checkpoints" / stage.name, found[0], found[2])
         results[stage.name] = stage.result(found[1])
     if jax.process_count() == 1:
@@ -209,15 +208,20 @@ def score_rows(scorer: Scorer, rows: Sequence[Row], *, failed: Failed | None = N
     Raises:
       InputError: without `failed`, the error of the first row that cannot be read or scored.
     """
-    said, done, waiting = time.monotonic(), 0, None
-    for cases in prepared_groups(scorer, rows, failed):
-        started = _start(scorer, cases, failed)
-        yield from _finish(scorer, waiting, failed)
-        waiting, done = started, done + len(cases)
-        if time.monotonic() - said > SECONDS_BETWEEN_LINES:
-            said = time.monotonic()
-            log(f"{done} of {len(rows)} cases scored")
-    yield from _finish(scorer, waiting, failed)
+    done, before = 0, None
+
+    def finished(started: Waiting | None) -> Iterator[Result]:
+        nonlocal done
+        for result in _finish(scorer, started, failed):
+            done += 1
+            yield result
+
+    with at_work(lambda: f"{done} of {len(rows)} cases scored{'' if done else ' (compiling first)'}"):
+        for cases in prepared_groups(scorer, rows, failed):
+            started = _start(scorer, cases, failed)
+            yield from finished(before)
+            before = started
+        yield from finished(before)
 
 
 def prepared_groups(scorer: Scorer, rows: Sequence[Row], failed: Failed | None = None) -> Iterator[list[Prepared]]:

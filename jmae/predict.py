@@ -75,6 +75,7 @@ from jmae.inputs import SPLIT, cases_of, image_of_array, row_of, sequences, with
 from jmae.likeness import read_kind, unlike
 from jmae.outlines import least_voxels, outline
 from jmae.processes import keep_compiled
+from jmae.progress import at_work
 from jmae.report import PERCENTILES, Scale, blend
 from jmae.results import Result
 from jmae.run_folder import add_line, log, output_folder, write_bytes, write_csv, write_text
@@ -168,7 +169,8 @@ class Run(NamedTuple):
         if not self.system.sweep and (region is not None or midline or half):
             raise InputError(f"{row.image[0]}: only volumes have a region, a midline and halves: leave them out")
         row, inside = with_region(row, stored, region, self.config.data.mask_threshold)
-        (result,) = self.scorer.score([self.scorer.prepare(row, stored, inside)])
+        with at_work("scoring; the first call compiles"):
+            (result,) = self.scorer.score([self.scorer.prepare(row, stored, inside)])
         line = checked_line(self, row, result)
         found = result.written(self.system, ["anomaly", "confidence"])
         maps = found.get("anomaly"), found.get("confidence")
@@ -194,10 +196,12 @@ def main(argv: list[str]) -> int:
         return predict_with_several([Path(workdir) for workdir in workdirs], rest)
     words = [word for word in argv if word != "--continue"]
     names, flags = command(words, __doc__, ["workdir", "out", "manifest", "continue", "config"])
-    if bool(names) == ("manifest" in flags) or "out" not in flags:
+    if "out" not in flags:
+        raise InputError("no --out: name a folder for maps and scores: jmae predict --workdir DIR --out DIR SCAN")
+    if bool(names) == ("manifest" in flags):
+        wrong = "both scans and --manifest: give one of them" if names else "no scans: name files or folders of scans"
         raise InputError(
-            "name a new folder and either at least one case or --manifest=CASES.csv: "
-            "python -m jmae.predict --workdir=DIR --out=DIR INPUT"
+            f"{wrong}: jmae predict --workdir DIR --out DIR SCAN, or --manifest CASES.csv in place of SCAN"
         )
     out = output_folder(flags["out"])
     workdir, config = run_of(flags)

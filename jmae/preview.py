@@ -32,7 +32,7 @@ def preview(config: ConfigDict) -> str:
         if not n:
             raise InputError(f"stage {stage.name}: no rows to train on: give the manifest {' and '.join(stage.splits)}")
         lines.append(f"{stage.name:<12}{n:>8}{stage.batch:>10}{max(1, round(stage.steps(n))):>9}")
-    note = "a stage that chooses images by what an earlier one has learnt may take fewer"
+    note = "a stage may keep images back to choose its weights, and take fewer where an earlier stage chooses them"
     lines += ["", note, "no image was opened (jmae check MANIFEST.csv opens all), nothing was trained"]
     return "\n".join(lines)
 

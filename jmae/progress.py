@@ -1,23 +1,25 @@
-"""What a training run shows and obeys while it runs: its progress, TensorBoard files, a profile, and signals."""
+"""What a training run shows and obeys while it runs: its progress, a profile, and signals."""
 
 import re
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import jax
 from ml_collections import ConfigDict
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from jmae.errors import InputError
 from jmae.processes import agreement
 from jmae.run_folder import CLOCK, log
 
 SECONDS_BETWEEN_LINES = 10  # where standard error is no terminal
+SILENCE = 10  # seconds after which a step says that it is still at work
 PACE_AFTER = 3  # seconds of steps: the first few tell little, checkpoints count too
 SHOWN = 3  # metrics of a line
 NOT_SHOWN = ("stage", "step", "lr", "grad_norm", *CLOCK)
@@ -58,18 +60,39 @@ def signals() -> Iterator[Callable[[bool], signal.Signals | None]]:
 
 
 @contextmanager
+def at_work(what: str | Callable[[], str]) -> Iterator[Callable[[], None]]:
+    """Says every `SILENCE` seconds what a block is at, and for how long. Gives a function that ends this early."""
+    began, ended = time.monotonic(), threading.Event()
+
+    def speak() -> None:
+        while not ended.wait(SILENCE):
+            log(f"{what() if callable(what) else what}, {time.monotonic() - began:.0f} s so far")
+
+    thread = threading.Thread(target=speak, daemon=True)
+    thread.start()
+    try:
+        yield ended.set
+    finally:
+        ended.set()
+        thread.join()
+
+
+@contextmanager
 def progress(stage: str, start: int, steps: int) -> Iterator[Callable[[Mapping], None]]:
     """Gives a function that shows a line of metrics: a bar on a terminal, else a plain line now and then.
 
-    The pace is measured from the first line on.
+    Until the first line a step is compiled. The pace is measured from that line on.
     """
     console, marks, shown = Console(stderr=True), list[tuple[float, int]](), [-1e9]
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[text]}"))
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    columns += (TextColumn("{task.fields[text]}"),)
     terminal = console.is_terminal and jax.process_index() == 0
-    with Progress(*columns, console=console, disable=not terminal) as bar:
+    compiling = nullcontext(lambda: None) if terminal else at_work(f"{stage}: compiling")
+    with compiling as compiled, Progress(*columns, console=console, disable=not terminal) as bar:
         task = bar.add_task(stage, total=steps, completed=start, text="compiling")
 
         def show(line: Mapping) -> None:
+            compiled()
             step, text = line["step"], metrics_text(line)
             marks.append((time.monotonic(), step))
             seconds, done = marks[-1][0] - marks[0][0], step - marks[0][1]
@@ -88,31 +111,6 @@ def metrics_text(line: Mapping) -> str:
     """The first metrics of a line, the loss before the others."""
     names = sorted((name for name in line if name not in NOT_SHOWN), key=lambda name: name != "loss")
     return "  ".join(f"{name} {line[name]:.4f}" for name in names[:SHOWN])
-
-
-def tensorboard() -> Any:
-    """The module tensorboardX, an optional dependency. Raises InputError where it is not installed."""
-    try:
-        import tensorboardX
-    except ImportError:
-        raise InputError("tensorboard=True needs tensorboardX: pip install 'jmae[tensorboard]'") from None
-    return tensorboardX
-
-
-@contextmanager
-def drawing(config: ConfigDict, workdir: Path, stage: str, start: int) -> Iterator[Callable[[Mapping], None]]:
-    """Gives a function that writes a line of metrics to TensorBoard files, where the recipe asks for them."""
-    if not config.tensorboard or jax.process_index() != 0:
-        yield lambda line: None
-        return
-    # What a killed run wrote beyond its checkpoint is purged: its continuation writes it again.
-    with tensorboard().SummaryWriter(str(workdir / "tensorboard" / stage), purge_step=start + 1) as writer:
-
-        def draw(line: Mapping) -> None:
-            for name in line.keys() - {"stage", "step", "time"}:
-                writer.add_scalar(name, line[name], line["step"])
-
-        yield draw
 
 
 def profiled_steps(config: ConfigDict) -> tuple[int, int] | None:

@@ -22,12 +22,11 @@ from jmae import evaluate, predict, recipe, train
 from jmae.data import prepare
 from jmae.data.manifest import Row, parse_manifest
 from jmae.data.prepare import folders
-from jmae.data.prepare.overview import is_volume
+from jmae.data.prepare.overview import calibration_share, is_volume
 from jmae.data.slices import command
 from jmae.errors import InputError, exit_code
 from jmae.run_folder import log, output_folder
 
-NORMALS = 20  # held-out normals that p-values of 0.05 need, where there are enough
 RUN = {"prepare": prepare.main, "train": train.main, "evaluate": evaluate.main, "predict": predict.main}
 
 
@@ -73,13 +72,6 @@ def main(argv: list[str]) -> int:
 def files(rows: Sequence[Row]) -> list[tuple[str, ...]]:
     """The split and the files of each row."""
     return [(row.split, *map(os.path.abspath, row.image)) for row in rows]
-
-
-def calibration_share(rows: Sequence[Row]) -> float:
-    """Share of the training patients for `data.calibration`: 20 of them, at least a tenth and at most 3 in 10; 0 where
-    there are fewer than ten patients."""
-    patients = len({row.patient or row.id for row in rows if row.split == "train"})
-    return 0.0 if patients < 10 else round(min(0.3, max(0.1, NORMALS / patients)), 2)
 
 
 def in_shell(words: Sequence[str]) -> str:

@@ -30,8 +30,8 @@ RECIPES = HERE / "recipes" if (HERE / "recipes").is_dir() else HERE.parent / "co
 SYSTEMS = ("amae", "maemi", "memmc_mae", "ppii", "simsid")
 """The systems of the library, each a module of `jmae.systems`."""
 
-# Keys that some recipes no longer have; in those recipes they had no effect.
-RETIRED = {"data.normal_crops_only", "evaluation.chunk", "evaluation.filter"}
+# Keys that some recipes no longer have; in those recipes they had no effect on weights or scores.
+RETIRED = {"data.normal_crops_only", "evaluation.chunk", "evaluation.filter", "tensorboard"}
 AXES = -1  # length of a tuple with one number for each axis of `data.size`
 
 
@@ -142,7 +142,13 @@ SHARED = {
     ),
     "checkpoint_every": Key(500, "Steps between two checkpoints.", "steps", least=1),
     "log_every": Key(10, "Steps between two lines of metrics.jsonl.", "steps", least=1),
-    "tensorboard": Key(False, "Whether metrics are written to TensorBoard files, too."),
+    "loggers": Key(
+        (),
+        "Loggers that get the lines of metrics.jsonl, too, in the run folder; each needs its package. The variables "
+        "WANDB_MODE and MLFLOW_TRACKING_URI send them elsewhere.",
+        choices=("tensorboard", "wandb", "mlflow"),
+        holds="",
+    ),
     "profile": Key("", "Steps FROM:TO of each stage to profile, into the run folder's profile/; empty: none."),
     "select": Key(
         "last",
@@ -443,8 +449,9 @@ def split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def nearest(name: str, known: Sequence[str]) -> str:
-    """The most similar of the known names."""
-    return difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+    """The most similar of the known names; one with the same letters before all others."""
+    turned = [one for one in known if sorted(one) == sorted(name)]
+    return turned[0] if turned else difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
 
 
 def parse(
@@ -605,7 +612,7 @@ def read(workdir: Path) -> ConfigDict:
             raise ValueError("it names no system")
         return brought_up(from_json(json.dumps(content)))
     except OSError:
-        raise InputError(f"{workdir}: no config.json: name the folder of a run (python -m jmae.train)") from None
+        raise InputError(f"{workdir}: no config.json: name the folder of a run, as jmae train writes it") from None
     except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
         why = str(error.args[0] if error.args else error).strip("\"'").partition("\\n")[0].partition("\n")[0]
         why = f"it lacks {why}" if isinstance(error, KeyError) else why

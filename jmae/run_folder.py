@@ -22,7 +22,7 @@ from jmae.tables import csv_text
 
 # A checkpoint does not depend on these: they may change between a run and its continuation.
 FREE = (
-    *("log_every", "checkpoint_every", "tensorboard", "profile", "evaluation", "fsdp", "accumulate"),
+    *("log_every", "checkpoint_every", "loggers", "profile", "evaluation", "fsdp", "accumulate"),
     *("steps_per_dispatch", "skip_nonfinite"),
     *("data.manifest", "data.unlabeled_labels", "data.allow_leaks"),
 )

@@ -39,7 +39,7 @@ def read_seen(workdir: Path) -> list[Row]:
     except FileNotFoundError:
         return []
     except (OSError, ValueError, KeyError, TypeError, AttributeError, csv.Error) as error:
-        raise InputError(f"{file}: not readable ({error}): delete it and run jmae.train again") from None
+        raise InputError(f"{file}: not readable ({error}): delete it and run jmae train again") from None
 
 
 class SeenRows:

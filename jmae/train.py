@@ -38,6 +38,7 @@ from jmae.data.loader import Images, Samples, batches
 from jmae.errors import InputError, NonFiniteLoss, Stopped, exit_code
 from jmae.evaluate import evaluate
 from jmae.likeness import write_kind
+from jmae.loggers import lines_to_loggers, package
 from jmae.pretrained import with_pretrained
 from jmae.preview import preview
 from jmae.processes import join_processes, keep_compiled
@@ -51,7 +52,7 @@ from jmae.programs import (
     skipping,
     steps_of_dispatch,
 )
-from jmae.progress import drawing, profiled_steps, profiling, progress, signals, tensorboard
+from jmae.progress import at_work, profiled_steps, profiling, progress, signals
 from jmae.python import Train
 from jmae.run_folder import (
     add_history,
@@ -107,8 +108,8 @@ def run(config: ConfigDict, workdir: Path) -> int:
         steps_of_dispatch(config, stage, stage.batch / devices)
     check_processes(config)
     profiled_steps(config)
-    if config.tensorboard:
-        tensorboard()
+    for name in config.loggers:
+        package(name)
     source = Path(config.get("model", {}).get("weights") or workdir)  # may be another run; its cases then count as seen
     needed = lambda rows: [*rows_read(system, rows), *rows_watched(system, rows)]
     cases = load_cases(config, log, folder=workdir / "cache", trained=needed)
@@ -235,7 +236,8 @@ def train_stage(
         mesh=device_mesh(config.fsdp),
         workdir=workdir,
     )
-    state, start, position = begin_stage(course, first=number == 0)
+    with at_work(f"{stage.name}: making the weights, or reading a checkpoint"):
+        state, start, position = begin_stage(course, first=number == 0)
     cut_history(course.history, stage.name, start)
     if start >= course.steps:
         log(f"{stage.name}: done before, {start} steps")
@@ -333,7 +335,7 @@ def take_steps(
     log(f"{name}: {len(course.tables[0])} images, steps {start} to {steps}, batch {stage.batch}, compiling")
     with (
         progress(name, start, steps) as show,
-        drawing(config, course.workdir, name, start) as draw,
+        lines_to_loggers(config, course.workdir, name, start) as draw,
         profiling(config, course.workdir, name) as profile,
         signals() as stopped,
     ):
@@ -360,8 +362,10 @@ def take_steps(
             for every, look, looked_at in checks:
                 if done % every == 0 or done == steps:
                     record.fetch()
-                    state, metrics = look(state, looked_at, course.results, volumes)
-                    record.add_check(done, jax.device_get(metrics))
+                    with at_work(f"{name}: choosing weights at step {done}"):
+                        state, metrics = look(state, looked_at, course.results, volumes)
+                        found = jax.device_get(metrics)
+                    record.add_check(done, found)
             if done % config.checkpoint_every == 0 or done == steps or stop:
                 record.fetch()  # a state is saved only after its losses and its weights were looked at
                 if not finite((state.params, state.stats)):

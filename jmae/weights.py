@@ -701,7 +701,7 @@ def main(argv: list[str]) -> None:
             sources.append(word)
     flags = arguments(words, __doc__, ["out", "part", "heads", "decoder-heads", "size"])
     if len(sources) != 1 or "out" not in flags:
-        raise InputError("name one checkpoint and its copy: python -m jmae.weights SOURCE --out=FILE.safetensors")
+        raise InputError("name one checkpoint and its copy: jmae weights SOURCE --out FILE.safetensors")
     source, out, part = Path(sources[0]), Path(flags["out"]), flags.get("part", "mae")
     _starts(part)
     if out.suffix != ".safetensors" or out.resolve() == source.resolve():

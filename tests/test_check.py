@@ -167,7 +167,7 @@ def found(cases):
 def test_a_sound_manifest_has_no_findings(cases, capsys):
     assert run(write(cases), "--json", str(cases[0] / "out.json")) == 0
     said = capsys.readouterr().out
-    assert "train 3 normal (3 patients), val 1+0, test 1+1" in said and "nothing found" in said
+    assert "train 3 normal (3 patients), val 1 normal, test 1 normal + 1 abnormal" in said and "nothing found" in said
     assert json.loads((cases[0] / "out.json").read_text())["findings"] == []
 
 

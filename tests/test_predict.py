@@ -493,8 +493,8 @@ def test_what_is_wrong_with_the_command_is_one_line(images_run, tmp_path, capfd)
     image = picture(tmp_path / "a.png")
     copy = picture(tmp_path / "b" / "a.png")
     for words, problem in (
-        ([f"--workdir={images_run}", f"--out={tmp_path / 'out'}"], "at least one case"),
-        ([f"--workdir={images_run}", str(image)], "name a new folder"),
+        ([f"--workdir={images_run}", f"--out={tmp_path / 'out'}"], "no scans: name files or folders"),
+        ([f"--workdir={images_run}", str(image)], "no --out: name a folder"),
         ([f"--out={tmp_path / 'out'}", str(image)], "no run folder"),
         ([f"--workdir={tmp_path / 'none'}", f"--out={tmp_path / 'out'}", str(image)], "no config.json"),
         ([f"--workdir={images_run}", f"--out={tmp_path / 'out'}", "--config.data.size=8,8", str(image)], "is unknown"),

@@ -53,8 +53,9 @@ def test_an_empty_tuple_takes_what_its_declaration_holds():
         ("variant=stage1", "variant", "stage1"),
         ("data.manifest=a b=c:d.csv", "data.manifest", "a b=c:d.csv"),
         ("data.manifest=", "data.manifest", ""),
-        ("tensorboard", "tensorboard", True),
-        ("tensorboard=True", "tensorboard", True),
+        ("loggers=wandb,mlflow", "loggers", ("wandb", "mlflow")),
+        ("data.allow_leaks", "data.allow_leaks", True),
+        ("data.allow_leaks=True", "data.allow_leaks", True),
         ("evaluation.paste=false", "evaluation.paste", False),
         ("evaluation.paste=0", "evaluation.paste", False),
         ("data.size=48,56", "data.size", (48, 56)),
@@ -116,9 +117,11 @@ def test_show_and_dry_run_train_nothing(capsys, tmp_path, monkeypatch):
 
 
 def test_the_value_of_a_key_may_follow_a_space_and_is_true_where_there_is_none():
-    words = "--config.seed -3 --config.tensorboard --config.budget 2 --config.log_every=5 --config.evaluation.paste"
+    words = (
+        "--config.seed -3 --config.data.allow_leaks --config.budget 2 --config.log_every=5 --config.evaluation.paste"
+    )
     config, rest = recipe.parse([AMAE, *words.split(), "--workdir", "x"], "", KNOWN)
-    assert (config.seed, config.tensorboard, config.budget, config.log_every) == (-3, True, 2.0, 5)
+    assert (config.seed, config.data.allow_leaks, config.budget, config.log_every) == (-3, True, 2.0, 5)
     assert config.evaluation.paste is True and rest == {"workdir": "x"}
 
 
@@ -136,7 +139,9 @@ def test_the_value_of_a_key_may_follow_a_space_and_is_true_where_there_is_none()
         (["--config.seed=1.5"], "--config.seed: '1.5' is not a whole number"),
         (["--config.budget=fast"], "--config.budget: 'fast' is not a finite number, as 1.0 is"),
         (["--config.budget=nan"], "--config.budget: 'nan' is not a finite number"),
-        (["--config.tensorboard=maybe"], "--config.tensorboard: 'maybe' is not true or false, as False is"),
+        (["--config.evaluation.paste=maybe"], "--config.evaluation.paste: 'maybe' is not true or false"),
+        (["--config.loggers=wandb,comet"], "loggers is ('wandb', 'comet'): one of 'tensorboard', 'wandb', 'mlflow'"),
+        (["--config.loggers=tensorboard"], "loggers=tensorboard needs tensorboardX: pip install tensorboardX"),
         (["--config.data.size=64,x"], "--config.data.size: 'x' is not a whole number, as 64 is"),
         (["--config.data.size=1.5,2"], "--config.data.size: '1.5' is not a whole number"),
         (["--config.seed"], "--config.seed: 'true' is not a whole number"),

@@ -9,6 +9,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parents[1]
 LOCKS = "requirements.lock", "requirements-dev.lock"
@@ -59,3 +60,27 @@ import jmae, jmae.train, jmae.evaluate, jmae.predict, jmae.export, jmae.plan, jm
 
 def test_importing_jmae_opens_no_connection():
     subprocess.run([sys.executable, "-c", NO_NETWORK], cwd=ROOT, check=True, timeout=120)
+
+
+def test_the_container_and_the_conda_environment_install_by_the_lock_file_a_python_and_extras_that_there_are():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    docker, conda = ((ROOT / name).read_text() for name in ("Dockerfile", "environment.yml"))
+    python = project["project"]["requires-python"]
+    listed = yaml.safe_load(conda)["dependencies"]
+    assert listed[0] == f"python {python}" and listed[2]["pip"] == ["--require-hashes", f"--requirement {LOCKS[0]}"]
+    assert f"--require-hashes --requirement {LOCKS[0]}" in docker
+    low, high = (tuple(map(int, part.split("."))) for part in re.fullmatch(r">=([\d.]+),<([\d.]+)", python).groups())
+    assert low <= tuple(map(int, re.search(r"^FROM python:([\d.]+)-slim AS cpu$", docker, re.M)[1].split("."))) < high
+    extras = set(re.findall(r"\[(\w+)\]'", docker + conda))
+    assert extras == {"cuda"} <= project["project"]["optional-dependencies"].keys()
+
+
+def test_the_image_holds_what_the_wheel_is_built_from_and_no_scan():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    docker, ignored = ((ROOT / name).read_text().splitlines() for name in ("Dockerfile", ".dockerignore"))
+    copied = {name for line in docker if line.startswith("COPY ") for name in line.split()[1:-1]}
+    about = project["project"]
+    needed = {"pyproject.toml", LOCKS[0], about["readme"], *about["license-files"]}
+    assert copied == needed | {*project["tool"]["setuptools"]["package-dir"].values()}
+    assert all((ROOT / name).exists() for name in copied)
+    assert ignored[1] == "*" and {line[1:] for line in ignored if line.startswith("!")} == copied

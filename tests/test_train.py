@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -646,6 +647,24 @@ def test_a_first_step_that_is_shown_again_has_no_pace(monkeypatch, capsys):
     assert capsys.readouterr().err == "pretrain 1/1  loss 0.5000\n"
 
 
+def test_a_long_step_says_every_ten_seconds_that_it_is_still_at_work(monkeypatch, capsys):
+    monkeypatch.setattr(progress, "SILENCE", 0.05)
+    done = []
+    with progress.at_work(lambda: f"{len(done)} of 2 cases read"):
+        while "1 of 2" not in (said := capsys.readouterr().err):
+            done[:] = ["a"]
+            time.sleep(0.02)
+    assert re.fullmatch(r"1 of 2 cases read, \d+ s so far", said.splitlines()[-1])
+    with progress.progress("pretrain", 0, 20) as show:
+        while not (said := capsys.readouterr().err):
+            time.sleep(0.02)
+        show({"step": 1})
+        time.sleep(0.1)
+        capsys.readouterr()
+        time.sleep(0.2)
+    assert re.match(r"pretrain: compiling, \d+ s so far", said) and capsys.readouterr().err == ""
+
+
 def test_tensorboard_files_hold_the_lines_of_metrics_jsonl(go, unevaluated, tmp_path, monkeypatch):
     from tensorboardX.proto.event_pb2 import Event
     from tensorboardX.record_writer import RecordWriter  # noqa: F401  (the reader below knows its framing)
@@ -656,8 +675,8 @@ def test_tensorboard_files_hold_the_lines_of_metrics_jsonl(go, unevaluated, tmp_
 
     with monkeypatch.context() as patch:
         count_calls(patch, train, "place_batch", stop)
-        assert go(tmp_path / "run", *ONE_STAGE, "tensorboard=true")[0] == 143
-    assert go(tmp_path / "run", *ONE_STAGE, "tensorboard=true")[0] == 0
+        assert go(tmp_path / "run", *ONE_STAGE, "loggers=tensorboard")[0] == 143
+    assert go(tmp_path / "run", *ONE_STAGE, "loggers=tensorboard")[0] == 0
     got = {}
     for file in sorted((tmp_path / "run" / "tensorboard" / "pretrain").iterdir()):
         data = file.read_bytes()
@@ -671,9 +690,3 @@ def test_tensorboard_files_hold_the_lines_of_metrics_jsonl(go, unevaluated, tmp_
         (h["step"], k): np.float32(v) for h in history for k, v in h.items() if k not in ("stage", "step", "time")
     }
     assert len(history) == 7 and got == expected
-
-
-def test_tensorboard_without_its_package_is_one_line(go, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "tensorboardX", None)
-    code, said = go(tmp_path / "run", "tensorboard=true")
-    assert code == 2 and said == "tensorboard=True needs tensorboardX: pip install 'jmae[tensorboard]'\n"

@@ -65,7 +65,7 @@ class Checked(NamedTuple):
 def main(argv: list[str]) -> int:
     names, given = command(argv, __doc__, ["json"])
     if len(names) != 1:
-        raise InputError("name one manifest: python -m jmae.data.check MANIFEST.csv [--json FILE]")
+        raise InputError("name one manifest: jmae check MANIFEST.csv [--json FILE]")
     began, manifest = time.monotonic(), Path(names[0])
     checked = check(manifest)
     if "json" in given:

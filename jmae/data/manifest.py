@@ -166,24 +166,19 @@ def leaks(rows: Sequence[Row]) -> list[Finding]:
 
 
 def summary(rows: Sequence[Row], ignored: Mapping[str, int] = MappingProxyType({})) -> str:
-    """What a run would use, in one line: "train 573 normal (432 patients), unlabeled 522, val 61+60, test ...".
+    """What a run would use, in one line: "train 573 normal (432 patients), unlabeled 522, val 61 normal + ...".
 
-    "200+200" is normal + abnormal; `ignored` comes from `parse_manifest`.
+    `ignored` comes from `parse_manifest`.
     """
     parts = []
     for split in SPLITS:
         cases = [row for row in rows if row.split == split]
         n = Counter(row.label for row in cases)
-        if not cases:
-            continue
-        if split == "train":
-            kinds = [f"{n[label]} {kind}" for label, kind in _KINDS.items() if n[label]]
-            patients = len({row.patient for row in cases if row.patient})
-            parts.append(f"train {' + '.join(kinds)}" + (f" ({patients} patients)" if patients else ""))
-        elif split == "unlabeled":
-            parts.append(f"unlabeled {len(cases)}")
-        else:
-            parts.append(f"{split} {n[0]}+{n[1]}" + (f"+{n[None]} of unknown label" if n[None] else ""))
+        kinds = [f"{n[label]} {kind}" for label, kind in _KINDS.items() if n[label]]
+        patients = len({row.patient for row in cases if row.patient}) if split == "train" else 0
+        if cases:
+            text = str(len(cases)) if split == "unlabeled" else " + ".join(kinds)
+            parts.append(f"{split} {text}" + (f" ({patients} patients)" if patients else ""))
     notes = [f"{n} {what} ignored" for what, n in ignored.items()]
     if blank := sum(not row.patient for row in rows):
         notes.append(f"{blank} rows name no patient: not checkable for patients in two splits")
@@ -271,8 +266,11 @@ def _text(path: str | os.PathLike) -> str:
     except UnicodeDecodeError as error:
         text = data.decode("latin-1")
         if any((ord(c) < 32 and c not in "\t\r\n") or 127 <= ord(c) < 160 for c in text):
-            what = f"neither UTF-8 nor Latin-1 (byte {error.start}): save it as CSV UTF-8"
-            raise InputError(f"{os.fspath(path)}: {what}") from None
+            what = f"neither UTF-8 nor Latin-1 (byte {error.start})"
+            raise InputError(f"{os.fspath(path)}: {what}: name a manifest, saved as CSV UTF-8") from None
+    except IsADirectoryError:
+        what = "a folder: name the manifest.csv in it; jmae prepare writes one"
+        raise InputError(f"{os.fspath(path)}: {what}") from None
     except (OSError, ValueError) as error:
         why = getattr(error, "strerror", None) or error
         raise InputError(f"{os.fspath(path)}: not readable ({why}): check the path") from error

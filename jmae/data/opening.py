@@ -11,6 +11,7 @@ from jmae.data.files import OffGrid, ReadFile
 from jmae.data.manifest import PHANTOM, Finding, Row
 from jmae.data.preparation import CaseReader, Marked, Opened, boxes_grid, lesion_mask, region_mask, stored_case
 from jmae.errors import InputError
+from jmae.progress import at_work
 
 UseCase = Callable[[Row, Opened], object]
 
@@ -34,8 +35,9 @@ def open_each(
       data: the recipe's section; without it all files of a case must lie on one grid.
     """
     real = [row for row in rows if row.image and not row.image[0].startswith(PHANTOM)]
-    with ThreadPoolExecutor(max(1, workers)) as pool:
-        found = list(pool.map(lambda row: _open_row(row, use, data), real))
+    found: list[tuple[tuple[int, int] | None, list[tuple[str, str]]]] = []
+    with at_work(lambda: f"{len(found)} of {len(real)} cases read"), ThreadPoolExecutor(max(1, workers)) as pool:
+        found.extend(pool.map(lambda row: _open_row(row, use, data), real))
     usual = Counter(shape for shape, _ in found if shape).most_common(1)
     problems = []
     for row, (shape, lines) in zip(real, found, strict=True):

@@ -22,14 +22,14 @@ def main(argv: list[str]) -> int:
     options = recipe.arguments(flags, __doc__ or "", ["out", "draws"])
     out = Path(options.get("out", ""))
     if not 1 <= len(folders) <= MOST or out.suffix.lower() not in (".html", ".htm"):
-        raise InputError(f"name 1 to {MOST} run folders and the page: python -m jmae.report DIR DIR --out=FILE.html")
+        raise InputError(f"name 1 to {MOST} run folders and the page: jmae report DIR DIR --out FILE.html")
     if not (draws := options.get("draws", "2000")).isdecimal() or not int(draws):
         raise InputError(f"--draws={draws}: give a whole number above 0")
     try:
         print(write_comparison(out, [Path(folder) for folder in folders], draws=int(draws)), file=sys.stderr)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, UndefinedError) as error:  # of a changed file
         where = ", ".join(folders)
-        raise InputError(f"{where}: an evaluation is damaged ({error!r}): run python -m jmae.evaluate again") from error
+        raise InputError(f"{where}: an evaluation is damaged ({error!r}): run jmae evaluate again") from error
     print(f"next: open {out}", file=sys.stderr)
     return 0
 

@@ -76,9 +76,7 @@ def read_run(folder: Path) -> Run:
         environment = next((unseal(file.read_bytes(), file, None) for file in files if file.exists()), {})
     except (OSError, ValueError, KeyError, TypeError, AttributeError, csv.Error, RecursionError) as error:
         why = getattr(error, "strerror", None) or error
-        raise InputError(
-            f"{folder}: no complete evaluation ({why}): run python -m jmae.evaluate --workdir=DIR"
-        ) from None
+        raise InputError(f"{folder}: no complete evaluation ({why}): run jmae evaluate --workdir DIR") from None
     return Run(folder.name or str(folder), figures, cases, patients, images, config, environment)
 
 

@@ -84,12 +84,13 @@ from typing import NamedTuple, TypeVar
 from jmae.data.manifest import Row, summary
 from jmae.data.manifest import leaks as leaks_of
 from jmae.data.prepare.masks import refuse_look_alikes
-from jmae.data.prepare.overview import count_unread, kinds_of, next_command, split_table
+from jmae.data.prepare.overview import LAYOUTS, count_unread, kinds_of, next_command, split_table
 from jmae.data.prepare.patients import by_pattern, kept_apart
 from jmae.data.prepare.tables import text_of
 from jmae.data.prepare.tree import refuse
 from jmae.data.slices import command, in_words, refuse_used, write_manifest
 from jmae.errors import InputError
+from jmae.progress import at_work
 from jmae.recipe import typed
 
 __all__ = ["Prepared", "check_rows", "count_unread", "draw", "main", "prepare", "refuse", "shuffle", "text_of"]
@@ -121,7 +122,6 @@ DATASETS: dict[str, tuple[str, ...]] = {
     "zhanglab": (),
 }
 ALIASES = {"mvtec": "folders", "nnu-net": "nnunet"}
-LAYOUTS = ("bids", "ddad", "folders", "nnunet")  # whose images are of any kind
 SHARED = ("patient", "leaks", "licence")  # flags of every data set
 LEAKS = ("refuse", "drop", "keep")
 
@@ -145,8 +145,8 @@ def main(argv: list[str]) -> int:
     names, flags = command(argv, __doc__, ["root", "out", "seed", *SHARED, *further])
     if len(names) != 1 or "out" not in flags or not {"root", "normal"} & flags.keys():
         raise InputError(
-            "name one data set, its folder and a new folder: python -m jmae.data.prepare NAME --root=DIR --out=DIR; "
-            f"names: {', '.join(DATASETS)}"
+            "name one data set, its folder and a new folder: jmae prepare NAME --root DIR --out DIR, or "
+            f"jmae prepare folders --normal DIR --test DIR --out DIR; names: {', '.join(DATASETS)}"
         )
     name = ALIASES.get(names[0].lower(), names[0].lower())
     if name not in DATASETS:
@@ -156,7 +156,9 @@ def main(argv: list[str]) -> int:
     if wrong := [flag for flag in options if flag not in (*SHARED, *DATASETS[name])]:
         raise InputError(f"--{wrong[0]}: {name} has no such flag: leave it out")
     root, seed = flags.get("root"), typed("seed", flags.get("seed", "0"), 0)
-    print(prepare(name, Path(root) if root else None, Path(flags["out"]), seed, **options))
+    with at_work(f"{name}: reading and listing the files"):
+        said = prepare(name, Path(root) if root else None, Path(flags["out"]), seed, **options)
+    print(said)
     return 0
 
 

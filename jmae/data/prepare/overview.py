@@ -15,6 +15,9 @@ from jmae.data.slices import in_words
 from jmae.errors import InputError
 from jmae.recipe import suggested
 
+LAYOUTS = ("bids", "ddad", "folders", "nnunet")  # whose images are of any kind
+NORMALS = 20  # held-out normals that p-values of 0.05 need, where there are enough
+
 
 def split_table(rows: Sequence[Row]) -> list[str]:
     """The number of cases of each kind in each split, as lines of a table."""
@@ -48,6 +51,9 @@ def next_command(name: str, out: Path, rows: Sequence[Row], recipe: str, flags: 
         unlabeled = any(row.split == "unlabeled" for row in rows)
         recipe = f"{suggested('volumes' if volumes else 'unlabelled images' if unlabeled else 'images')[0]}:small"
     given = [flags] if flags else []
+    if name in LAYOUTS and not any(row.split == "val" and row.label == 0 for row in rows):  # they would give p-values
+        share = calibration_share(rows)
+        given += [f"--config.data.calibration={share:g}"] if share else []
     if (volumes or len(rows[0].image) > 1) and "data.channels" not in flags:
         given.append(f"--config.data.channels={len(rows[0].image)}")
     if any(row.split == "train" and row.label == 1 for row in rows):
@@ -57,9 +63,16 @@ def next_command(name: str, out: Path, rows: Sequence[Row], recipe: str, flags: 
         [
             f"next: jmae train --config {recipe} --config.data.manifest={manifest}",
             *given,
-            f"--workdir runs/{name}",
+            f"--workdir {shlex.quote(f'runs/{out.name}')}",
         ]
     )
+
+
+def calibration_share(rows: Sequence[Row]) -> float:
+    """Share of the training patients for `data.calibration`: 20 of them, at least a tenth and at most 3 in 10; 0 where
+    there are fewer than ten patients."""
+    patients = len({row.patient or row.id for row in rows if row.split == "train"})
+    return 0.0 if patients < 10 else round(min(0.3, max(0.1, NORMALS / patients)), 2)
 
 
 def is_volume(row: Row) -> bool:

@@ -6,7 +6,6 @@ names. So the text of the module answers --help and misspelt flags, before anyth
 """
 
 import ast
-import difflib
 import re
 import runpy
 import sys
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from jmae import __version__
-from jmae.errors import InputError, exit_code
+from jmae.errors import InputError, exit_code, nearest
 
 HERE = Path(__file__).parent
 COMMANDS = {
@@ -70,7 +69,7 @@ def main(argv: list[str]) -> int:
     elif command == "completion":
         print(completion(words))
     elif command not in COMMANDS:
-        near = difflib.get_close_matches(command, [*COMMANDS, *OWN], n=1, cutoff=0.0)[0]
+        near = nearest(command, [*COMMANDS, *OWN])
         raise InputError(f"{command!r} is no command: did you mean {near}? jmae --help lists all")
     elif {"--help", "-h"} & {*words}:
         print(usage(command))
@@ -129,8 +128,9 @@ def check_flags(command: str, words: list[str]) -> None:
         if not word.startswith("--"):
             continue
         if name.partition(".")[0] not in known or (name not in known and not name.startswith("config.")):
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
-            raise InputError(f"--{name} is unknown: did you mean --{near}? jmae {command} --help lists all")
+            raise InputError(
+                f"--{name} is unknown: did you mean --{nearest(name, known)}? jmae {command} --help lists all"
+            )
         if name == "config" and (value := value if equals else "".join(words[i + 1 : i + 2])):
             from jmae import recipe
 

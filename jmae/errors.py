@@ -1,8 +1,9 @@
 """What can go wrong that is not a bug, and the exit code of each; every command ends through `exit_code`."""
 
+import difflib
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 
 class InputError(Exception):
@@ -23,6 +24,12 @@ class Stopped(Exception):
     def __init__(self, message: str, number: int):
         super().__init__(message)
         self.code = 128 + number
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """The most similar of the known names; one with the same letters in another order before all others."""
+    turned = [one for one in known if sorted(one) == sorted(name)]
+    return (turned or difflib.get_close_matches(name, known, n=1, cutoff=0.0))[0]
 
 
 def exit_code(main: Callable[[list[str]], int | None], argv: list[str] | None = None) -> int:

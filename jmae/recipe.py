@@ -4,7 +4,6 @@ A key is declared once, as a `Key` with its default, bounds, unit and one senten
 here, a system's own keys as `KEYS` in its module. A recipe file holds presets, the changes of those defaults.
 """
 
-import difflib
 import functools
 import importlib
 import json
@@ -20,7 +19,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from jmae.errors import InputError
+from jmae.errors import InputError, nearest
 from jmae.sealed import unseal
 
 HERE = Path(__file__).parent
@@ -446,12 +445,6 @@ def split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     flag = [word.startswith("-") or value(i) for i, word in enumerate(argv)]
     names = [word for word, is_flag in zip(argv, flag, strict=True) if not is_flag]
     return names, [word for word, is_flag in zip(argv, flag, strict=True) if is_flag]
-
-
-def nearest(name: str, known: Sequence[str]) -> str:
-    """The most similar of the known names; one with the same letters before all others."""
-    turned = [one for one in known if sorted(one) == sorted(name)]
-    return turned[0] if turned else difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
 
 
 def parse(

@@ -44,6 +44,7 @@ def test_help_lists_every_command_with_one_line():
     [
         (["trian"], "'trian' is no command: did you mean train?"),
         (["train", "--wrkdir=x"], "--wrkdir is unknown: did you mean --workdir?"),
+        (["prepare", "folders", "--tset=x"], "--tset is unknown: did you mean --test?"),
         (["predict", "image.png", "--config_seed", "3"], "--config_seed is unknown: did you mean --config?"),
         (["plan", "--target.x=3"], "--target.x is unknown: did you mean --target?"),
         (["train", "--config", "ameai:small"], "ameai: no recipe: did you mean amae?"),

@@ -279,6 +279,10 @@ def test_files_that_are_no_such_csv_are_refused(tmp_path, data, word):
     assert word in line
 
 
+def test_a_folder_in_place_of_the_manifest_is_told_where_to_look(tmp_path):
+    assert problems(tmp_path) == [f"{tmp_path}: a folder: name the manifest.csv in it; jmae prepare writes one"]
+
+
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "latin-1"])
 @pytest.mark.parametrize("separator", [",", ";", "\t"])
 def test_separators_and_encodings_of_spreadsheets_make_no_difference(tmp_path, separator, encoding):

@@ -155,6 +155,18 @@ def test_two_folders_of_volumes_of_any_kind_are_one_command(tmp_path, capsys):
     assert "did you mean mvtec?" in refused(capsys, "mvtek", "--root=x", out=tmp_path / "x")[0]
 
 
+@pytest.mark.parametrize(("normals", "share"), [(9, ""), (40, "0.3"), (100, "0.2")])
+def test_the_next_command_keeps_normals_back_for_p_values_where_none_are_in_val(normals, share, tmp_path, capsys):
+    for folder, count in (("normals", normals), ("new", 1)):
+        for i in range(count):
+            picture(tmp_path / folder / f"{i}.png")
+    words = [f"--normal={tmp_path / 'normals'}", f"--test={tmp_path / 'new'}"]
+    _, said = prepared(capsys, "folders", *words, out=tmp_path / "my scans")
+    command = next(line for line in said.splitlines() if line.startswith("next: "))
+    assert command.endswith("--workdir 'runs/my scans'")
+    assert f"--config.data.calibration={share} " in command if share else "calibration" not in command
+
+
 def test_files_in_one_place_that_would_have_one_id_are_named(tmp_path, capsys):
     picture(tmp_path / "a" / "x.png"), picture(tmp_path / "a" / "x.jpg")
     (line,) = refused(capsys, "folders", f"--normal={tmp_path / 'a'}", out=tmp_path / "out")

@@ -1,11 +1,12 @@
-"""python -m jmae.data.prepare NAME --root DIR --out DIR [--seed 0] [--patient REGEX] [--leaks drop] [--debug]
+"""python -m jmae.data.prepare folders --normal DIR --test DIR --out DIR [--patient REGEX] [--licence TEXT] [--debug]
+python -m jmae.data.prepare NAME --root DIR --out DIR [--seed 0] [--patient REGEX] [--leaks drop] [--debug]
 
-Writes a manifest, --out/manifest.csv, of the data set below the folder --root, and prints what it found and the command
-that trains on it. NAME is a layout of folders:
+Writes a manifest, --out/manifest.csv, and prints what it found and the command that trains on it. The first form takes
+two folders of your own: --normal holds normal scans to train on, --test the scans to look at. The second form takes the
+data set below the folder --root. NAME is a layout of folders:
 
 folders     The layout of MVTec AD: train/good, test/good and test/DEFECT. Masks may lie in any folder that is called
             after masks, such as anomaly_mask, ground_truth or annotation. Folders val and unlabeled are read too.
-            Instead of --root, two folders of images may be named: --normal DIR and --test DIR.
 nnunet      imagesTr/CASE_0000.nii.gz and further channels, labelsTr, imagesTs, dataset.json. A case with an empty
             segmentation is normal.
 bids        sub-*/[ses-*/]anat/*_T1w.nii.gz; also ATLAS 2.0. --sequences=T1w,FLAIR names the channels. Subjects with a
@@ -73,7 +74,6 @@ the patients of NIH ChestX-ray14 from it; so do rsna and bmad.
 Exit codes: 0 done; 2 the input or the environment is wrong.
 """
 
-import difflib
 import hashlib
 import importlib
 from collections import Counter
@@ -89,7 +89,7 @@ from jmae.data.prepare.patients import by_pattern, kept_apart
 from jmae.data.prepare.tables import text_of
 from jmae.data.prepare.tree import refuse
 from jmae.data.slices import command, in_words, refuse_used, write_manifest
-from jmae.errors import InputError
+from jmae.errors import InputError, nearest
 from jmae.progress import at_work
 from jmae.recipe import typed
 
@@ -150,7 +150,7 @@ def main(argv: list[str]) -> int:
         )
     name = ALIASES.get(names[0].lower(), names[0].lower())
     if name not in DATASETS:
-        near = difflib.get_close_matches(name, [*DATASETS, *ALIASES], n=1, cutoff=0.0)[0]
+        near = nearest(name, [*DATASETS, *ALIASES])
         raise InputError(f"{names[0]}: unknown data set: did you mean {near}? names: {', '.join(DATASETS)}")
     options = {flag: flags[flag] for flag in (*SHARED, *further) if flag in flags}
     if wrong := [flag for flag in options if flag not in (*SHARED, *DATASETS[name])]:

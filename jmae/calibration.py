@@ -103,7 +103,11 @@ def calibrate(
     rate = alarm_rate(config)
     threshold = alarm_threshold(list(scores.values()), rate)
     if threshold is None:
-        log(f"warning: {len(scores)} held-out normals give no p-value up to {rate:g}: {math.ceil(1 / rate) - 1} would")
+        least = math.ceil(1 / rate) - 1
+        remedy = "take more normal scans, or a larger data.calibration"
+        log(
+            f"warning: {len(scores)} held-out normals are too few for a p-value of {rate:g}: it takes {least}: {remedy}"
+        )
     content = {
         "n": len(scores),
         "patients": patients,
@@ -262,8 +266,11 @@ def colours_of(calibration: Calibration | None) -> Scale | None:
     if calibration is None or calibration.low is None or calibration.high is None:
         return None
     low, high = PERCENTILES
-    source = f"median of the {low:g}th and 95th percentile of the {high:g}th percentiles of each map of the "
-    return Scale(calibration.low, calibration.high, f"{source}{len(calibration.scores)} held-out normals")
+    source = (
+        f"usual and the highest values in the maps of the {len(calibration.scores)} held-out normals: the median of "
+    )
+    source += f"their {low:g}th percentiles, and the 95th percentile of their {high:g}th percentiles"
+    return Scale(calibration.low, calibration.high, source)
 
 
 # --- p-values and alarms ----------------------------------------------------------------------------------------------

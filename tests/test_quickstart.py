@@ -65,7 +65,7 @@ def test_the_kind_of_scan_chooses_the_recipe(make, recipe, more, tmp_path, monke
 def test_a_twentieth_needs_twenty_normals_where_there_are_enough():
     rows = lambda n: [quickstart.Row(str(i), "", "train", 0, (str(i),)) for i in range(n)]
     shares = {n: quickstart.calibration_share(rows(n)) for n in (9, 10, 50, 100, 1000)}
-    assert shares == {9: 0.0, 10: 0.3, 50: 0.3, 100: 0.2, 1000: 0.1}
+    assert shares == {9: 0.0, 10: 0.33, 50: 0.33, 100: 0.2, 1000: 0.1}
 
 
 @pytest.mark.long

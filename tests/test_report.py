@@ -165,10 +165,32 @@ def test_choosing_among_the_chosen_changes_nothing(seed):
     groups = choose_cases(labels, scores, n)
     chosen = [i for group in groups.values() for i in group]
     assert len(chosen) == len(set(chosen))
-    assert all(sum(labels[i] == y for i in chosen) == min(3 * n, labels.count(y)) for y in (0, 1, None))
+    most = {0: 3 * n, 1: 3 * n, None: 6 * n}
+    assert all(sum(labels[i] == y for i in chosen) == min(most[y], labels.count(y)) for y in most)
     kept = sorted(chosen)
     again = choose_cases([labels[i] for i in kept], [scores[i] for i in kept], n)
     assert {t: [kept[i] for i in g] for t, g in again.items()} == groups
+
+
+def test_cases_without_labels_come_before_their_scores_with_the_highest_first(tmp_path):
+    page = write(tmp_path / "r.html", unlabelled())
+    groups = choose_cases([None] * 30, range(30), 2)
+    assert groups == {
+        "Highest scores": [29, 28, 27, 26, 25, 24, 23, 22],
+        "Lowest scores": [0, 1],
+        "Scores between": [12, 11],
+    }
+    words = Page(page).text
+    assert (
+        words.index("Highest scores") < words.index("Distribution of the primary score") < words.index("Loss of stage")
+    )
+
+
+def test_each_case_of_the_list_leads_to_its_pictures_and_these_can_be_larger(page):
+    ids = {attrs["id"] for _, attrs in Page(page).tags if "id" in attrs}
+    links = re.findall(r'<th scope="row"><a href="#(case-\d+)">', page)
+    assert len(links) == len(set(links)) == 12 and set(links) <= ids
+    assert page.count('class="larger"') == page.count('class="smaller" href="#cases"') == 12 and "cases" in ids
 
 
 def test_leaks_are_a_warning_above_all_figures_and_without_them_there_is_none(tmp_path):

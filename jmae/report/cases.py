@@ -47,9 +47,9 @@ def choose_cases(labels: Sequence[int | None], scores: Sequence[float], n: int =
     """Choose the cases to show: of each class the `n` cases with the worst, the best and the middle scores.
 
     The worst scores are the highest of the normal cases and the lowest of the abnormal ones. Cases without a label give
-    the highest, the lowest and the middle scores. No case is in two groups. A small class fills the groups in the order
-    worst, best, middle. Choosing again among the chosen cases gives the same groups, so an evaluator can drop all other
-    cases as it goes.
+    the `4 n` highest, the lowest, and the middle of the others: as many pictures as both classes have. No case is in
+    two groups. A small class fills the groups in the order worst, best, middle. Choosing again among the chosen cases
+    gives the same groups, so an evaluator can drop all other cases as it goes.
 
     Args:
       labels, scores: one a case; a label is 0, 1 or None.
@@ -60,12 +60,13 @@ def choose_cases(labels: Sequence[int | None], scores: Sequence[float], n: int =
     for label, titles in (
         (1, ("Abnormal, worst scores", "Abnormal, best scores", "Abnormal, middle scores")),
         (0, ("Normal, worst scores", "Normal, best scores", "Normal, middle scores")),
-        (None, ("Highest scores", "Lowest scores", "Middle scores")),
+        (None, ("Highest scores", "Lowest scores", "Scores between")),
     ):
         sign = 1 if label == 1 else -1
         worst_first = sorted((sign * scores[i], i) for i in range(len(scores)) if labels[i] == label)
         order = [i for _, i in worst_first]
-        worst, rest = order[:n], order[n:]
+        first = 4 * n if label is None else n
+        worst, rest = order[:first], order[first:]
         best = rest[max(0, len(rest) - n) :][::-1]
         between = rest[: len(rest) - len(best)]
         middle = between[(start := (len(between) - n + 1) // 2 if len(between) > n else 0) : start + n]

@@ -120,7 +120,7 @@ def case_values(evaluation: Mapping[str, Any], cases: Sequence[Case], colours: S
     """The scales of maps and spreads, and the groups of cases with their pictures."""
     groups = choose_cases([c.label for c in cases], [c.score for c in cases])
     shown = [i for group in groups.values() for i in group]
-    values: dict[str, Any] = {"scale": None, "spread": None, "groups": [], "slices_most": SLICES}
+    values: dict[str, Any] = {"scale": None, "spread": None, "groups": [], "slices_most": SLICES, "pictured": {}}
     if not shown:
         return values
     labels, scores = labelled_scores(evaluation.get("table") or [])
@@ -149,7 +149,8 @@ def case_values(evaluation: Mapping[str, Any], cases: Sequence[Case], colours: S
         }
 
     entries = [{"title": title, "cases": [entry(i) for i in group]} for title, group in groups.items()]
-    return values | {"scale": scale, "spread": spread, "groups": entries}
+    pictured = {cases[i].id: i for i in shown}
+    return values | {"scale": scale, "spread": spread, "groups": entries, "pictured": pictured}
 
 
 def training_values(evaluation: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

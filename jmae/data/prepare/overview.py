@@ -69,10 +69,10 @@ def next_command(name: str, out: Path, rows: Sequence[Row], recipe: str, flags: 
 
 
 def calibration_share(rows: Sequence[Row]) -> float:
-    """Share of the training patients for `data.calibration`: 20 of them, at least a tenth and at most 3 in 10; 0 where
+    """Share of the training patients for `data.calibration`: 20 of them, at least a tenth and at most a third; 0 where
     there are fewer than ten patients."""
     patients = len({row.patient or row.id for row in rows if row.split == "train"})
-    return 0.0 if patients < 10 else round(min(0.3, max(0.1, NORMALS / patients)), 2)
+    return 0.0 if patients < 10 else round(min(0.33, max(0.1, NORMALS / patients)), 2)
 
 
 def is_volume(row: Row) -> bool:

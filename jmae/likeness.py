@@ -122,5 +122,5 @@ def unlike(stored: Image, kind: Mapping[str, Any]) -> str:
     for name, (low, high) in kind["ranges"].items():
         factor = FACTOR if name in SIZES else 1.0
         if name in numbers and not low / factor <= numbers[name] <= high * factor:
-            found.append(f"{name} {numbers[name]:.3g}, trained on {low:.3g} to {high:.3g}")
+            found.append(f"{name} {numbers[name]:.3g} (training images: {low:.3g} to {high:.3g})")
     return "; ".join(found)

@@ -51,11 +51,11 @@ def test_images_of_the_kind_pass_and_others_are_named(tmp_path):
     assert unlike(np.full((60, 50), 90)) == "all its values are equal"
     assert unlike(255 - film(0)).split(" ")[0] in ("mean", "median", "likeness")
     assert "likeness to the mean image" in unlike(film(0)[:, np.r_[25:50, 0:25]])
-    assert "smallest axis 13, trained on 50 to 50" in unlike(film(0)[::4, ::4])
+    assert "smallest axis 13 (training images: 50 to 50)" in unlike(film(0)[::4, ::4])
     assert "ratio of the axes" in unlike(film(0, (400, 60)))
     assert "roughness" in unlike(np.random.default_rng(0).integers(0, 256, (60, 50)))
     colour = Image(np.repeat(film(0)[..., None], 3, -1).astype(np.float32), None, None, 8)
-    assert likeness.unlike(colour, kind) == "channels 3, trained on 1 to 1"
+    assert likeness.unlike(colour, kind) == "channels 3 (training images: 1 to 1)"
 
 
 def test_a_range_of_few_images_is_wider():

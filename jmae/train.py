@@ -301,8 +301,7 @@ def take_steps(
     )
     if position:
         iterator.set_state(position["data"])
-    resident = samples.resident()
-    volumes = None if resident is None else place_whole(resident, mesh)
+    volumes = None if (resident := samples.resident()) is None else place_whole(resident, mesh)
     del resident
     crop = () if volumes is None else tuple(config.data.size)
     length = steps_of_dispatch(config, stage, stage.batch / mesh.size)
@@ -364,8 +363,7 @@ def take_steps(
                     record.fetch()
                     with at_work(f"{name}: choosing weights at step {done}"):
                         state, metrics = look(state, looked_at, course.results, volumes)
-                        found = jax.device_get(metrics)
-                    record.add_check(done, found)
+                    record.add_check(done, jax.device_get(metrics))
             if done % config.checkpoint_every == 0 or done == steps or stop:
                 record.fetch()  # a state is saved only after its losses and its weights were looked at
                 if not finite((state.params, state.stats)):

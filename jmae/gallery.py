@@ -39,6 +39,7 @@ from jmae.data.manifest import Row
 from jmae.data.preparation import prepared_image, prepared_volume
 from jmae.data.transforms import grey, resize, to_unit
 from jmae.errors import InputError, exit_code
+from jmae.progress import at_work
 from jmae.recipe import arguments, check, is_volume, load, module_of, nearest, override, split, typed
 from jmae.run_folder import log
 
@@ -93,6 +94,7 @@ class Panel(NamedTuple):
     changed: bool  # whether any voxel changed by half a grey level or more
 
 
+@at_work("drawing the anomalies")
 def main(argv: list[str]) -> None:
     paths, words = split(argv)
     flags = arguments(words, __doc__, ["out", "seed", "size", "only", "draws", "config"])

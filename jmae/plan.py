@@ -53,6 +53,7 @@ from jmae.gpus import without_cudnn
 from jmae.hlo import Program, Work
 from jmae.passes import padded_origins, scoring_batch, scoring_program, seeds_of, sweep_program
 from jmae.programs import compiled_step, places, steps_of_dispatch
+from jmae.progress import at_work
 from jmae.reconstruct import fitting
 from jmae.run_folder import log, write_text
 from jmae.sharding import device_mesh, replicated, sharded, split
@@ -66,6 +67,7 @@ PASS = 0.8  # share of what JAX takes that scoring gives the temporary arrays of
 PACKAGES = ("jmae", "jax", "jaxlib", "libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin")
 
 
+@at_work("planning")
 def main(argv: list[str]) -> int:
     wishes = {word for word in argv if word in ("--largest", "--scoring")}
     rest = [word for word in argv if word not in wishes]

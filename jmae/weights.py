@@ -41,6 +41,7 @@ from jmae.errors import InputError, exit_code
 from jmae.nn import simsid_weights
 from jmae.nn.mae import MAE
 from jmae.patches import grid_of, sincos_positions
+from jmae.progress import at_work
 from jmae.recipe import arguments, typed
 from jmae.run_folder import log
 from jmae.tensors import Contents, Refused, digest_of, line, naming, read_tensors
@@ -692,6 +693,7 @@ def save_weights(path: str | os.PathLike, weights: Weights, params: PyTree, part
         raise InputError(line(out, f"cannot be written ({why}): free space or change the folder")) from None
 
 
+@at_work("reading and converting the weights")
 def main(argv: list[str]) -> None:
     sources, words, rest = [], [], iter(argv)
     for word in rest:

@@ -84,8 +84,8 @@ def progress(stage: str, start: int, steps: int) -> Iterator[Callable[[Mapping],
     Until the first line a step is compiled. The pace is measured from that line on.
     """
     console, marks, shown = Console(stderr=True), list[tuple[float, int]](), [-1e9]
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    columns += (TextColumn("{task.fields[text]}"),)
+    texts = [TextColumn(f"{{task.{name}}}") for name in ("description", "fields[text]")]
+    columns = texts[0], BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), texts[1]
     terminal = console.is_terminal and jax.process_index() == 0
     compiling = nullcontext(lambda: None) if terminal else at_work(f"{stage}: compiling")
     with compiling as compiled, Progress(*columns, console=console, disable=not terminal) as bar:

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image as pillow
 
 from jmae.data.files import Image, write_map
-from jmae.data.manifest import COLUMNS, Row, held_out, parse_manifest, read_cases, summary
+from jmae.data.manifest import COLUMNS, Finding, Row, held_out, parse_manifest, read_cases, summary
 from jmae.data.opening import lines_of, open_each
 from jmae.errors import InputError
 from jmae.seen import SeenRows
@@ -349,6 +349,15 @@ def folder(tmp_path):
 
 def checked(folder, *rows, head=HEAD, **options):
     return lines_of(open_each(rows_of(manifest(folder, *rows, head=head)), workers=3, **options))
+
+
+def test_a_line_names_its_case_once():
+    row = Row("a", "", "train", 0, ("a.png",))
+    whats = "a: no crop fits", "a.png: is empty"
+    assert lines_of([Finding("unreadable", (row,), what) for what in whats]) == [
+        "a: no crop fits",
+        "a: a.png: is empty",
+    ]
 
 
 def test_good_files_have_no_problems(folder):

@@ -50,8 +50,8 @@ def open_each(
 
 
 def lines_of(findings: Iterable[Finding]) -> list[str]:
-    """Each finding as "CASE: what"."""
-    return [f"{one.rows[0].id}: {one.what}" for one in findings]
+    """Each finding as "CASE: what"; some begin with their case themselves."""
+    return [f"{one.rows[0].id}: {one.what.removeprefix(f'{one.rows[0].id}: ')}" for one in findings]
 
 
 def _open_row(

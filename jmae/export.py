@@ -101,7 +101,12 @@ def main(argv: list[str]) -> int:
         size=numbers.get("size", ()),
         platforms=platforms,
     )
-    log("next: call it by the five lines that jmae export --help shows")
+    how = (
+        "prepare volumes as the how-to page on export shows"
+        if system.sweep
+        else "call it by the five lines of the help"
+    )
+    log(f"next: {how} (docs/how-to/export.md, jmae export --help)")
     return 0
 
 

@@ -101,12 +101,8 @@ def main(argv: list[str]) -> int:
         size=numbers.get("size", ()),
         platforms=platforms,
     )
-    how = (
-        "prepare volumes as the how-to page on export shows"
-        if system.sweep
-        else "call it by the five lines of the help"
-    )
-    log(f"next: {how} (docs/how-to/export.md, jmae export --help)")
+    how = "docs/how-to/export.md shows" if system.sweep else "the five lines of jmae export --help show"
+    log(f"next: call it as {how}")
     return 0
 
 

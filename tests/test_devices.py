@@ -138,21 +138,21 @@ import sys
 from jmae import sharding, train
 from jmae.errors import exit_code
 sharding.SPLIT_FROM = 256  # numbers: the network is small
-train.evaluate = lambda *_, **__: None
 sys.exit(exit_code(train.main, sys.argv[1:]))
 """
 
 
-def test_one_device_and_two_with_fsdp_train_alike(tmp_path, monkeypatch):
-    """The short form of the tests above."""
+def test_one_device_and_two_with_fsdp_train_alike(tmp_path):
+    """The short form of the tests above: no check and no evaluation."""
     manifest, losses = write_patients(tmp_path), []
-    monkeypatch.setattr(train, "evaluate", lambda *_, **__: None)
+    header, *rows = manifest.read_text().splitlines()
+    manifest.write_text("\n".join([header, *(row for row in rows if ",train," in row)]))
     assert exit_code(train.main, arguments(manifest, tmp_path / "one", *EIGHT)) == 0
     command = [sys.executable, "-c", TRAIN, *arguments(manifest, tmp_path / "two", *EIGHT, "fsdp=2")]
     done = subprocess.run(command, env=os.environ | {"JAX_NUM_CPU_DEVICES": "2"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     for name in ("one", "two"):
-        losses.append([line["loss"] for line in read_history(tmp_path / name / "metrics.jsonl") if "loss" in line])
+        losses.append([line["loss"] for line in read_history(tmp_path / name / "metrics.jsonl")])
     assert losses[0] and losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 

@@ -767,6 +767,7 @@ def test_calibration_is_the_mean_and_deviation_over_all_training_images():
     assert state.stats["count"] == 6 and state.stats["left"] == 0
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("variant", ["report", "official"])
 def test_scores_say_how_unreal_the_made_image_is(variant):
     (_, _, score), results = compiled(f"variant={variant}"), trained(f"variant={variant}")

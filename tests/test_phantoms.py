@@ -9,6 +9,7 @@ from sklearn.metrics import roc_auc_score
 
 from jmae import baselines
 from jmae.data import phantoms
+from jmae.data.preparation import phantom
 from jmae.errors import InputError
 
 COUNTS = {
@@ -190,3 +191,10 @@ def test_a_supervised_linear_probe_stays_below_098(sets, name, count, limit):
 
     probe = LogisticRegression(C=1e-4, max_iter=1000).fit(pixels(fresh), labels(fresh))
     assert roc_auc_score(labels(sets[name][1]), probe.decision_function(pixels(sets[name][1]))) < 0.98
+
+
+@pytest.mark.parametrize("specifier", ["phantom:nonsense", "phantom:chest/test/first", "phantom:chest/test"])
+def test_a_name_of_no_phantom_is_one_line(specifier):
+    with pytest.raises(InputError) as told:
+        phantom(specifier)
+    assert str(told.value).startswith(specifier) and "\n" not in str(told.value)

@@ -71,6 +71,8 @@ PARTS = (
     Part("compile"),
     Part("parity", needs="torch transformers"),
     Part("coverage"),
+    Part("coverage", "--expect position --tests 400"),
+    Part("scoring"),
     Part("accuracy", "cxr_peds", "JMAE_DATA"),
     Part("accuracy", "cxr_nih --subsets matched --only stage2", "JMAE_DATA"),
     *(Part("accuracy", what, "JMAE_DATA") for what in ("cxr_peds baselines", "cxr_nih baselines --subsets matched")),

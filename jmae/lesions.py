@@ -9,8 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from jmae.metrics import CHUNK, bin_edges, check_finite, operating_points, score_bins, sort_classes
+from jmae.growing import Growing, longer
+from jmae.metrics import bin_edges, check_finite, operating_points, score_bins, sort_classes
 
+STACK = 1 << 22  # pixels of maps that a `Froc` takes together: about 200 MB
 FROC_EXACT = 1 << 30  # pixels of all maps of a `Froc` (4 GiB); above, there is no curve
 IOU_EXACT = 1 << 26  # distinct scores in a `Localisation` (768 MiB); above, scores are grouped in bins
 
@@ -33,14 +35,11 @@ class MarkedMap(NamedTuple):
 
 
 def stacked(maps: list[MarkedMap]) -> Iterator[MarkedMap]:
-    """Stack neighbours of one shape while they have up to CHUNK scores.
-
-    An image above CHUNK / 16 stays alone, uncopied.
-    """
+    """Stack neighbours of one shape while they have up to STACK scores."""
     start = 0
     while start < len(maps):
         shape, size = maps[start].scores.shape, maps[start].scores.size
-        part = maps[start : start + (CHUNK // size if 16 * size <= CHUNK else 1)]
+        part = maps[start : start + max(1, STACK // size)]
         part = part[: next((k for k, image in enumerate(part) if image.scores.shape != shape), len(part))]
         start += len(part)
         lesions = np.array([len(image.boxes) for image in part])
@@ -53,6 +52,30 @@ def stacked(maps: list[MarkedMap]) -> Iterator[MarkedMap]:
             np.repeat(np.arange(len(part)), lesions),
             np.concatenate([image.least for image in part]),
         )
+
+
+class Owners:
+    """The lesions of stacked images: for each image up to `most` of them, in their order."""
+
+    def __init__(self, part: MarkedMap):
+        starts = np.searchsorted(part.images, np.arange(len(part.least)))
+        local = np.arange(len(part.images)) - starts[part.images]
+        self.most, self.pixels_of_one = int(local.max(initial=-1)) + 1, part.scores[0].size
+        shape = len(part.least), self.most
+        self.low, self.high = np.full((2, *shape, part.boxes.shape[1]), np.nan)  # outer borders of the pixels
+        self.low[part.images, local], self.high[part.images, local] = part.boxes[..., 0] - 0.5, part.boxes[..., 1] - 0.5
+        self.area = np.zeros(shape, int)
+        np.add.at(self.area, (part.images[part.owners], local[part.owners]), 1)
+        order = np.argsort(part.pixels, kind="stable")
+        self.pixels, self.lesions = part.pixels[order], local[part.owners[order]]
+
+    def of(self, pixels: NDArray[np.int64]) -> tuple[NDArray, NDArray]:
+        """(numbers among the given pixels, their lesions): a pixel of several lesions is there as often, one of none is
+        not."""
+        first, last = (np.searchsorted(self.pixels, pixels, side) for side in ("left", "right"))
+        times = last - first
+        entries = np.arange(times.sum()) + np.repeat(first - np.cumsum(times) + times, times)
+        return np.repeat(np.arange(len(pixels)), times), self.lesions[entries]
 
 
 def components(mask: NDArray[np.bool_]) -> tuple[NDArray[np.int32], int]:
@@ -102,20 +125,6 @@ def lesion_pixels(lesions: Boxes | NDArray, shape: tuple[int, ...]) -> tuple[NDA
     cells = [np.ravel_multi_index(np.ix_(*(np.arange(*ends) for ends in box)), shape).ravel() for box in boxes]
     owners = np.repeat(np.arange(len(boxes)), [cell.size for cell in cells])
     return boxes, np.concatenate([np.empty(0, int), *cells]), owners
-
-
-def highest_pixels(scores: NDArray[np.float32], labels: NDArray[np.int32], n: int) -> NDArray[np.int64]:
-    """For each of n components, the flat index of its highest pixel, of equal ones the first."""
-    best, where = np.full(n, -np.inf, np.float32), np.full(n, -1, np.int64)
-    flat, values = labels.ravel(), scores.ravel()
-    for start in range(0, flat.size, CHUNK):
-        pixels = start + np.flatnonzero(flat[start : start + CHUNK])
-        own, value = flat[pixels] - 1, values[pixels]
-        higher = value > best[own]
-        np.maximum.at(best, own, value)
-        top = higher & (value == best[own])
-        where[own[top][::-1]] = pixels[top][::-1]  # of several places the last one written stays
-    return where
 
 
 def random_map_like(scores: NDArray, inside: NDArray[np.bool_], seed: int) -> NDArray[np.float32]:
@@ -235,46 +244,44 @@ class Froc:
         if self.size > FROC_EXACT:
             self.maps.clear()
 
-    def _count_hits(self, part: MarkedMap, t: np.float32) -> tuple[int, int]:
-        """How many lesions of stacked images are hit at the threshold `t`, and how many components hit none."""
-        within = np.zeros((3,) * part.scores.ndim)
-        within[1] = 1  # pixels are neighbours only within one image
-        labels, n = ndimage.label(part.scores >= t, within)
-        flat, axes = labels.ravel(), part.scores.ndim - 1
-        sizes, images, sums = np.zeros(n, int), np.zeros(n, int), np.zeros((axes, n))
-        for start in range(0, flat.size, CHUNK):
-            pixels = start + np.flatnonzero(flat[start : start + CHUNK])
-            of = flat[pixels] - 1
-            sizes += np.bincount(of, minlength=n)
-            images[of] = pixels // part.scores[0].size
-            if len(part.boxes) and self.rule == "centroid":
-                places = np.unravel_index(pixels, labels.shape)[1:]
-                sums += [np.bincount(of, place, n) for place in places]
-        large = np.flatnonzero(sizes >= part.least[images])
-        if not (len(part.boxes) and large.size):
-            return 0, large.size
-        # Pair every lesion with all components of its image. Components are numbered image by image.
-        ends = np.searchsorted(images[large], np.stack([part.images, part.images + 1]))
-        numbers = ends[1] - ends[0]
-        lesion = np.repeat(np.arange(len(numbers)), numbers)
-        component = np.arange(lesion.size) + np.repeat(ends[0] - np.cumsum(numbers) + numbers, numbers)
-        k = len(part.boxes)
-        wanted = large[component] * k + lesion  # a number for each pair of a component and a lesion
-        found = flat[part.pixels].astype(np.int64) - 1
+    def _counts(self, part: MarkedMap, thresholds: NDArray[np.float32]) -> Iterator[tuple[int, int]]:
+        """How many lesions of stacked images are hit, and how many components hit none, as the threshold falls."""
+        owners = Owners(part)
+        grown = Growing(part.scores, thresholds, owners.most if self.overlap is not None else 0)
+        none, hits = np.zeros(0, bool), np.zeros((0, owners.most), bool)  # of each component: hits none; what it hits
+        false, times = 0, np.zeros((len(part.least), owners.most), int)  # sums over components
+
+        def signed(sign: int, numbers: NDArray[np.int64]) -> int:
+            np.add.at(times, grown.peak[numbers] // owners.pixels_of_one, sign * hits[numbers].astype(int))
+            return sign * int(none[numbers].sum())
+
+        for pieces in grown.fall():
+            for pixels in pieces:
+                changed, gone = grown.add(pixels)
+                if self.overlap is not None:
+                    which, lesions = owners.of(pixels)
+                    grown.own(pixels[which], lesions)
+                none, hits = longer(none, grown.n), longer(hits, grown.n)
+                false += signed(-1, np.concatenate([changed, gone]))
+                large = grown.size[changed] >= part.least[grown.peak[changed] // owners.pixels_of_one]
+                hits[changed] = large[:, None] & self._hit(grown, changed, owners)
+                none[changed] = large & ~hits[changed].any(1)
+                false += signed(1, changed)
+            yield int((times > 0).sum()), false
+
+    def _hit(self, grown: Growing, numbers: NDArray[np.int64], owners: "Owners") -> NDArray[np.bool_]:
+        """Which of the lesions of its image each component hits."""
+        image = grown.peak[numbers] // owners.pixels_of_one
         if self.rule == "centroid":
-            centre = (sums / sizes).T[large]
-            low, high = part.boxes[..., 0] - 0.5, part.boxes[..., 1] - 0.5  # outer borders of the pixels
-            hits = ((low[lesion] <= centre[component]) & (centre[component] <= high[lesion])).all(-1)
+            centre = (grown.place[numbers] / grown.size[numbers, None])[:, None]
+            hit = ((owners.low[image] <= centre) & (centre <= owners.high[image])).all(-1)
         else:
-            peak = highest_pixels(part.scores, labels, n)[found] == part.pixels
-            hits = np.isin(wanted, (found * k + part.owners)[(found >= 0) & peak])
+            hit = np.zeros((len(numbers), owners.most), bool)
+            hit[owners.of(grown.peak[numbers])] = True
         if self.overlap is not None:
-            keys, counts = np.unique((found * k + part.owners)[found >= 0], return_counts=True)
-            at = np.minimum(np.searchsorted(keys, wanted), max(len(keys) - 1, 0))
-            shared = np.where(keys[at] == wanted, counts[at], 0) if len(keys) else np.zeros(len(wanted), int)
-            union = sizes[large][component] + np.bincount(part.owners, minlength=k)[lesion] - shared
-            hits |= shared >= self.overlap * union
-        return np.unique(lesion[hits]).size, large.size - np.unique(component[hits]).size
+            shared, area = grown.owned[numbers], owners.area[image]
+            hit |= (area > 0) & (shared >= self.overlap * (grown.size[numbers, None] + area - shared))
+        return hit
 
     def result(self) -> dict[str, Any] | None:
         """The figures of the images so far; None where no image has a lesion.
@@ -294,13 +301,17 @@ class Froc:
         evenly = np.linspace(0, last, min(values.size, self.thresholds))
         ranks = np.unique(np.concatenate([evenly, values.size - np.geomspace(1, values.size, evenly.size)]).astype(int))
         values.partition(ranks)
-        parts = list(stacked(self.maps))
-        curve = [[0.0, 0.0]]
-        for t in np.unique(values[ranks])[::-1]:
-            hits, false = np.sum([self._count_hits(part, t) for part in parts], 0)
-            curve.append([float(false / self.images), float(hits / self.lesions)])
-            if curve[-1][0] > self.at:
-                break
+        thresholds = np.unique(values[ranks])
+        totals = np.zeros((2, thresholds.size), int)  # lesions that are hit, and components that hit none
+        for part in stacked(self.maps):
+            for k, counts in enumerate(self._counts(part, thresholds)):
+                totals[:, k] += counts
+                if totals[1, k] > self.at * self.images:  # the curve ends here, whatever further images add
+                    totals = totals[:, : k + 1]
+                    break
+                if k + 1 == totals.shape[1]:
+                    break
+        curve = [[0.0, 0.0], *([float(n / self.images), float(hits / self.lesions)] for hits, n in totals.T)]
         points = [[p, sensitivity_at(curve, p)] for p in (*(p for p in POINTS if p < self.at), self.at)]
         mean = float(np.mean([sensitivity for _, sensitivity in points]))
         out: dict[str, Any] = {"sensitivity": points[-1][1], **about, "points": points, "mean": mean, "curve": curve}

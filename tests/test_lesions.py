@@ -94,8 +94,9 @@ def random_lesions(size, rng, as_mask):
 @pytest.mark.parametrize("size", [(30, 24), (12, 11, 10)])
 @pytest.mark.parametrize("as_mask", [False, True])
 @pytest.mark.parametrize("settings", [{}, {"overlap": 0.1, "at": 2.0}, {"at": 0.7, "thresholds": 37, "least": 1}])
-def test_froc_is_the_rule_component_by_component(size, as_mask, settings):
+def test_froc_is_the_rule_component_by_component(size, as_mask, settings, monkeypatch):
     for seed in range(2):
+        monkeypatch.setattr("jmae.lesions.STACK", (1, 3)[seed] * np.prod(size))  # images of a stack
         rng = np.random.default_rng(seed)
         fed, plain = [], []
         for i in range(4):

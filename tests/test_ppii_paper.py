@@ -21,7 +21,7 @@ from jmae.data.preparation import prepared_image
 from jmae.data.transforms import equalise
 from jmae.errors import InputError, exit_code
 from jmae.figures import PixelFigures, Truth, froc_of
-from jmae.lesions import POINTS, Froc, Localisation, highest_pixels, random_map_like, sensitivity_at
+from jmae.lesions import POINTS, Froc, Localisation, random_map_like, sensitivity_at
 from jmae.losses import gaussian_kl, hierarchical_loss
 from jmae.metrics import auroc
 from jmae.nn.phiseg import PHiSeg
@@ -168,15 +168,6 @@ def test_a_map_of_noise_finds_what_the_chance_level_says_and_a_true_map_more():
     assert abs(noise["mean"] - noise["chance"]["mean"]) < 0.15
     assert truth["mean"] > truth["chance"]["mean"] + 0.5
     assert [p for p, _ in truth["chance"]["points"]] == [*POINTS, 10]
-
-
-def test_the_highest_pixel_of_a_component_is_found_across_chunks(monkeypatch):
-    monkeypatch.setattr("jmae.lesions.CHUNK", 7)
-    rng = np.random.default_rng(0)
-    scores = rng.integers(0, 4, (9, 11)).astype(np.float32)
-    labels, n = ndimage.label(scores >= 1)
-    expected = [np.flatnonzero((labels == k + 1) & (scores == scores[labels == k + 1].max()))[0] for k in range(n)]
-    np.testing.assert_array_equal(highest_pixels(scores, labels, n), expected)
 
 
 def test_presets_ask_for_peaks_and_an_earlier_run_keeps_its_rule(tmp_path):

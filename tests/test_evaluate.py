@@ -461,6 +461,7 @@ def test_other_data_go_into_a_folder_of_their_own(finished, tools, tmp_path, mon
     assert before == {path: path.read_bytes() for path in run.rglob("*.json*")}
 
 
+@pytest.mark.long
 def test_no_evaluation_overwrites_the_one_of_the_test_split(finished, small_set, tmp_path, capfd):
     run = shutil.copytree(finished, tmp_path / "run")
     before = (run / "evaluation" / "metrics.json").read_bytes()

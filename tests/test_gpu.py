@@ -100,7 +100,10 @@ def test_without_padding_the_trace_fails(monkeypatch):
 
 
 @pytest.mark.parametrize("memory", [0, 5], ids=["plain", "memory"])
-@pytest.mark.parametrize("long_skips", [False, True], ids=["straight", "skips"])
+@pytest.mark.parametrize(
+    "long_skips",
+    [pytest.param(False, id="straight"), pytest.param(True, id="skips", marks=pytest.mark.long)],
+)
 def test_a_stack_padded_for_a_gpu_gives_its_tokens_the_same_outputs_and_gradients(memory, long_skips):
     make = lambda: Block(24, 3, 2.0, jnp.float32, memory, rngs=rngs)
     rngs = nnx.Rngs(0)

@@ -122,7 +122,7 @@ def test_a_coarse_scale_s_mirrored_map_lies_over_the_pixels_that_make_it(n):
 # --- 2: maps are means over the masks that hide a voxel ---------------------------------------------------------------
 
 
-@pytest.mark.parametrize("paste", [True, False])
+@pytest.mark.parametrize("paste", [pytest.param(True, marks=pytest.mark.long), False])
 def test_a_map_is_the_mean_over_the_masks_that_hide_the_voxel(paste):
     c = config("evaluation.average=hidden", f"evaluation.paste={paste}", "evaluation.masks=4")
     _, _, state = started(c)

@@ -445,6 +445,7 @@ def test_a_batch_that_turns_out_not_to_fit_is_not_the_largest():
     assert none["batch"] == 0
 
 
+@pytest.mark.long
 def test_the_sweep_over_a_volume_is_planned_with_all_its_windows(monkeypatch):
     monkeypatch.setattr(plan, "devices_of", lambda machine: jax.devices()[:1])
     config = recipe.load("configs/maemi.py:smoke")
@@ -463,6 +464,7 @@ def test_the_sweep_over_a_volume_is_planned_with_all_its_windows(monkeypatch):
     assert more > 0 and thrice["traffic_chip"] - twice["traffic_chip"] == pytest.approx(more, rel=1e-3)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("batch", [3])
 def test_the_fused_pass_of_images_is_planned_with_all_masks(monkeypatch, batch):
     monkeypatch.setattr(plan, "devices_of", lambda machine: jax.devices()[:1])

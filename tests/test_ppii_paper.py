@@ -217,6 +217,7 @@ def test_iou_stands_beside_that_of_calling_everything_and_the_shares_called():
 # --- 2: PHiSeg's start ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_phiseg_starts_with_equal_posterior_and_prior_and_learns_a_fixed_set_of_tiles():
     """Of dark and bright squares the bright ones are abnormal. He normal heads start at 128,000 and end at 184, .88."""
     rng = np.random.default_rng(0)

@@ -253,6 +253,7 @@ def test_an_image_is_scored_by_the_division_and_nothing_is_compiled_again(monkey
     np.testing.assert_allclose(stand_in.maps["smoothed"], many[5].maps["smoothed"], rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.long
 def test_a_volume_s_map_is_that_of_its_masks_and_appearance(monkeypatch):
     traced, real = [], residuals.anomaly_map
     monkeypatch.setattr(residuals, "anomaly_map", lambda *a: traced.append(1) or real(*a))

@@ -37,9 +37,7 @@ def arguments(name, folder, manifest, *changes):
     return [f"--config=configs/{name}.py:smoke", f"--workdir={folder}", *(f"--config.{one}" for one in every)]
 
 
-@pytest.fixture(
-    scope="module", params=[*(pytest.param(n, marks=pytest.mark.long) for n in ("amae", "memmc_mae")), "maemi"]
-)
+@pytest.fixture(scope="module", params=[pytest.param(name, marks=pytest.mark.long) for name in RUNS])
 def run(request, small_set, tmp_path_factory):
     """(name, folder, recipe) of a finished run."""
     folder = tmp_path_factory.mktemp(request.param) / "run"

@@ -400,7 +400,7 @@ def test_a_loss_that_is_not_finite_within_a_dispatch_is_told_by_its_step(go, tmp
     assert (f"step {kept} is kept" if kept else "no step was saved yet") in last
 
 
-@pytest.mark.parametrize("replicates", [1, 2])
+@pytest.mark.parametrize("replicates", [1, pytest.param(2, marks=pytest.mark.long)])
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_batch(go, tmp_path, monkeypatch, replicates):
     real = loader.prepared_image
     sick = lambda row, *args: real(row, *args) * (np.nan if row.id == "train-0-3" else 1)

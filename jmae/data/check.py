@@ -35,6 +35,7 @@ from jmae.data.loader import WORKERS
 from jmae.data.manifest import LEAKS, Finding, Row, first, leaks, parse_manifest, summary
 from jmae.data.opening import open_each
 from jmae.data.preparation import Opened
+from jmae.data.prepare.overview import next_command
 from jmae.data.slices import command
 from jmae.errors import InputError, exit_code
 from jmae.run_folder import write_text
@@ -71,8 +72,8 @@ def main(argv: list[str]) -> int:
     if "json" in given:
         write_text(Path(given["json"]), to_json(manifest, checked, time.monotonic() - began))
     print(table(manifest, checked))
-    train = f"jmae train --config NAME:small --config.data.manifest={manifest} (jmae systems lists the names)"
-    print(f"next: {'mend the findings, then check again' if checked.findings else train}")
+    train = next_command("folders", manifest, checked.rows, "", "", allow_leaks=False)
+    print("next: mend the findings, then check again" if checked.findings else train)
     return int(bool(checked.findings))
 
 

@@ -216,7 +216,7 @@ def prepare(
     lines = [
         f"{out / 'manifest.csv'}: {made.found}: {summary(rows)}; left out: {in_words(left_out)}",
         *["", *split_table(rows), *kinds, f"licence: {licence or 'not stated (--licence=TEXT writes it)'}"],
-        *["", next_command(name, out, rows, made.recipe, made.flags, allow_leaks=bool(shared))],
+        *["", next_command(name, out / "manifest.csv", rows, made.recipe, made.flags, allow_leaks=bool(shared))],
     ]
     return "\n".join(lines + [f"caution: {caution}" for caution in cautions])
 

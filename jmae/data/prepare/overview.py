@@ -41,9 +41,10 @@ def count_unread(files: Iterable[Path]) -> Counter[str]:
     return Counter(f"{ending(file)} (not images, or of a format that is not read)" for file in files)
 
 
-def next_command(name: str, out: Path, rows: Sequence[Row], recipe: str, flags: str, *, allow_leaks: bool) -> str:
-    """The command line that trains on a manifest, or that scores it where it has nothing to train on."""
-    manifest = shlex.quote(str(out / "manifest.csv"))
+def next_command(name: str, file: Path, rows: Sequence[Row], recipe: str, flags: str, *, allow_leaks: bool) -> str:
+    """The command line that trains on a manifest, or that scores it where it has nothing to train on. `name` is a data
+    set's, or a layout's, which gets p-values from some training normals where `val` has none."""
+    manifest = shlex.quote(str(file))
     if not any(row.split == "train" for row in rows):
         return f"next: jmae evaluate --workdir RUN --manifest {manifest} --out RUN/{name}"
     volumes = is_volume(rows[0])
@@ -63,7 +64,7 @@ def next_command(name: str, out: Path, rows: Sequence[Row], recipe: str, flags: 
         [
             f"next: jmae train --config {recipe} --config.data.manifest={manifest}",
             *given,
-            f"--workdir {shlex.quote(f'runs/{out.name}')}",
+            f"--workdir {shlex.quote(f'runs/{file.absolute().parent.name}')}",
         ]
     )
 

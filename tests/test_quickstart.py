@@ -48,7 +48,7 @@ def test_the_kind_of_scan_chooses_the_recipe(make, recipe, more, tmp_path, monke
     normals, new, out = make(tmp_path / "my normals", 40, 1), make(tmp_path / "new", 2, 2), tmp_path / "out"
     code, ran = started(monkeypatch, normals, new, f"--out={out}", "--budget", "0.5", "--config.seed=3")
     manifest, run = f"{out}/data/manifest.csv", f"{out}/run"
-    settings = [f"data.manifest={manifest}", "data.calibration=0.3", "budget=0.5"]
+    settings = [f"data.manifest={manifest}", "data.calibration=0.33", "budget=0.5"]
     train = [f"--config={recipe}", *(f"--config.{one}" for one in settings), *more, "--config.seed=3"]
     expected = [
         ["prepare", "folders", "--normal", str(normals), "--test", str(new), "--out", f"{out}/data"],
@@ -79,7 +79,7 @@ def test_two_folders_become_a_report(tmp_path, capsys, monkeypatch):
     with (out / "predictions" / "scores.csv").open() as file:
         lines = list(csv.DictReader(file))
     assert [line["id"] for line in lines] == ["0", "1", "2"]
-    assert {line["p_value"] for line in lines} <= {str(k / 7) for k in range(1, 8)}  # 6 of 20 normals are kept apart
+    assert {line["p_value"] for line in lines} <= {str(k / 8) for k in range(1, 9)}  # 7 of 20 normals are kept apart
     assert len([*(out / "predictions").glob("*_overlay.png")]) == 3
     pictures(tmp_path / "other", 3, 3)
     assert exit_code(quickstart.main, [str(normals), str(tmp_path / "other"), f"--out={out}"]) == 2

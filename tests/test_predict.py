@@ -160,7 +160,7 @@ def test_a_case_unlike_the_training_has_a_warning_and_no_calm_p_value(finished, 
     for name in list(cases)[1:]:
         assert not lines[name]["p_value"] or float(lines[name]["p_value"]) <= 0.05
     one = jmae.load(finished)(tmp_path / "thumbnail.png")
-    assert one.warning == lines["thumbnail"]["warning"] and "axis 8, trained on" in one.warning
+    assert one.warning == lines["thumbnail"]["warning"] and "axis 8 (training images: " in one.warning
     assert "thumbnail: warning: unlike the images" in capfd.readouterr().err
 
 

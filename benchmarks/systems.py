@@ -27,7 +27,7 @@ from benchmarks.timing import table, write
 from jmae import metrics
 from jmae.data.files import read_image
 from jmae.data.transforms import central
-from jmae.recipe import SYSTEMS
+from jmae.recipe import RIVALS, SYSTEMS
 from jmae.report.compare import common_cases, paired_differences, read_run, write_comparison
 
 RESULTS = Path(__file__).parent / "results" / "systems.json"
@@ -110,7 +110,7 @@ def rows_of(name: str, found: dict[str, Any]) -> list[tuple[Any, ...]]:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pack", choices=tuple(PACKS))
-    parser.add_argument("--only", nargs="+", default=SYSTEMS, choices=SYSTEMS)
+    parser.add_argument("--only", nargs="+", default=[name for name in SYSTEMS if name not in RIVALS], choices=SYSTEMS)
     parser.add_argument("--budget", type=float, default=1.0)
     parser.add_argument("--workdir", type=Path, default=Path("runs/systems"))
     options = parser.parse_args(argv)

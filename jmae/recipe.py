@@ -26,8 +26,11 @@ HERE = Path(__file__).parent
 RECIPES = HERE / "recipes" if (HERE / "recipes").is_dir() else HERE.parent / "configs"
 """The folder of the library's recipes: in a wheel inside the package, in a clone configs/."""
 
-SYSTEMS = ("amae", "maemi", "memmc_mae", "ppii", "simsid")
-"""The systems of the library, each a module of `jmae.systems`."""
+RIVALS = ("autoencoder",)
+"""Methods that the five systems are compared with, trained in the same loop."""
+
+SYSTEMS = ("amae", "maemi", "memmc_mae", "ppii", "simsid", *RIVALS)
+"""The systems of the library, each a module of `jmae.systems`; the rivals come last."""
 
 # Keys that some recipes no longer have; in those recipes they had no effect on weights or scores.
 RETIRED = {"data.normal_crops_only", "evaluation.chunk", "evaluation.filter", "tensorboard"}

@@ -28,6 +28,7 @@ PRESETS = {
     "memmc_mae": "phantom smoke small phantom3d small3d paper",
     "ppii": "phantom smoke small phantom3d small3d paper",
     "simsid": "phantom smoke small phantom3d paper",
+    "autoencoder": "smoke small_dae paper",
 }
 RECIPES = [f"{name}:{preset}" for name, presets in PRESETS.items() for preset in presets.split()]
 RECIPES += ["simsid:paper variant=official", "ppii:paper model.backbone=mc_unet", "ppii:paper model.backbone=phiseg"]
@@ -38,7 +39,8 @@ def read(text):
     """The recipe with at most three equal blocks in a stack; on a GPU stacks are unrolled, and each block is traced."""
     name, *changes = text.split()
     config, _ = recipe.parse([f"--config=configs/{name.replace(':', '.py:')}", *(f"--config.{c}" for c in changes)], "")
-    config.model.dtype = "bfloat16"  # what "auto" is on a GPU
+    if "dtype" in config.model:
+        config.model.dtype = "bfloat16"  # what "auto" is on a GPU
     for key in ("depth", "decoder_depth"):
         if key in config.model:
             config.model[key] = min(config.model[key], 3)

@@ -44,7 +44,7 @@ def shown(figure: dict) -> str:
     return short(figure["auroc"]) + (f" [{short(ends[0])}, {short(ends[1])}]" if ends else "")
 
 
-@pytest.mark.parametrize("system", recipe.SYSTEMS)
+@pytest.mark.parametrize("system", [name for name in recipe.SYSTEMS if name not in recipe.RIVALS])
 def test_the_figures_of_the_five_systems_are_those_of_the_result_files(system):
     if system == "maemi":
         case = json.loads((RESULTS / "maemi.json").read_text())["mri3d, FLAIR and T1c"]

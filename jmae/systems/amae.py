@@ -32,7 +32,7 @@ from jmae import recipe, residuals
 from jmae.anomalies.anatpaste import anatpaste, jittered, lung_field
 from jmae.data.manifest import Row
 from jmae.data.transforms import moments_of
-from jmae.data.unlabeled import ratio_note, unlabeled_labels
+from jmae.data.unlabeled import UNLABELED_KEYS, ratio_note, unlabeled_labels
 from jmae.errors import InputError
 from jmae.masked import (
     LEAST_RATE,
@@ -106,13 +106,7 @@ KEYS = {
     "data.crop_scale": recipe.Key(
         (0.5, 1.0), "Share of the image that a random resized crop takes.", above=0, most=1, length=2
     ),
-    "data.anomaly_ratio": recipe.Key(
-        -1.0,
-        "Share of abnormal images in the unlabelled set, by data.unlabeled_labels; below 0, or without that file: as "
-        "it is.",
-        most=1,
-    ),
-    "data.unlabeled_size": recipe.Key(0, "Images of the unlabelled set at that share; 0: all.", least=0),
+    **UNLABELED_KEYS,
     "data.unlabeled_labels": recipe.Key(
         "", "CSV id,label of the unlabelled rows: for that share, and to train the control variant=b_perfect alone."
     ),

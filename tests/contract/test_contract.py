@@ -17,13 +17,14 @@ from jmae.seen import read_seen
 from jmae.system import chosen_on_val, load_system, network, rows_read, splits_read, stats_of
 from jmae.train import main
 
-IMAGE_SYSTEMS = ("amae", "memmc_mae", "ppii", "simsid")
+IMAGE_SYSTEMS = ("amae", "memmc_mae", "ppii", "simsid", "autoencoder")
 READ = {  # the splits that training reads
     "amae": {"train", "unlabeled"},
     "maemi": {"train"},
     "memmc_mae": {"train"},
     "ppii": {"train"},
     "simsid": {"train"},
+    "autoencoder": {"train", "unlabeled"},  # DDAD
 }
 
 

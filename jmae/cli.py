@@ -97,8 +97,8 @@ def systems() -> str:
         names = runpy.run_path(str(recipe.RECIPES / f"{name}.py"))
         (paper, *_) = re.findall(r"arXiv\s[\d.]+\d", names["__doc__"])
         title = names["__doc__"].partition("\n")[0].rstrip(".")
-        lines += [f"{name:<11}{names['TAKES']}", f"           {title}", f"           {' '.join(paper.split())}"]
-        lines += [f"           --config {name}:PRESET with {', '.join(names['PRESETS'])}", ""]
+        facts = [title, " ".join(paper.split()), f"--config {name}:PRESET with {', '.join(names['PRESETS'])}"]
+        lines += [f"{name:<12}{names['TAKES']}", *(f"{'':<12}{fact}" for fact in facts), ""]
     return "\n".join(
         [*lines, "small: own data on two CPU cores. paper: the paper's protocol, on a GPU. phantom: built-in."]
     )

@@ -92,7 +92,7 @@ def test_every_system_is_told_with_its_presets_without_importing_it():
     code, out, err, heavy = run("systems")
     assert (code, err, heavy) == (0, "", [])
     for system in recipe.SYSTEMS:
-        paragraph = out.partition(f"{system} ")[2].partition("\n\n")[0]
+        paragraph = f"\n{out}".partition(f"\n{system} ")[2].partition("\n\n")[0]
         presets = runpy.run_path(str(ROOT / "configs" / f"{system}.py"))["PRESETS"]
         assert f"--config {system}:PRESET with {', '.join(presets)}" in paragraph and "arXiv 2" in paragraph
 

@@ -23,9 +23,9 @@ PAPER_DAE = DAE | {"data.size": (128, 128), "train.batch": 16}
 DDAD = {"variant": "ddad", "model.hidden": 2048, "train.lr": 5e-4, "train.betas": (0.5, 0.999)}
 PAPER_DDAD = DDAD | {"data.anomaly_ratio": 0.6, "data.unlabeled_size": 4000}
 # ours: fixed steps for 2 cores, and a narrower U-Net.
-SMALL = {"train.steps": 2000, "train.epochs": 0}
+SMALL = {"train.steps": 1200, "train.epochs": 0}
 SMALL_DAE = SMALL | DAE | {"dae.widths": (16, 32, 64, 128), "train.batch": 16}
-SMALL_DDAD = SMALL | DDAD | {"train.steps": 500}
+SMALL_DDAD = SMALL | DDAD | {"train.steps": 500, "train.batch": 32}
 PHANTOM = SMALL | {"data.phantom": "chest", "variant": "ae_u"}
 SMOKE = PHANTOM | {
     "variant": "ddad",

@@ -129,6 +129,16 @@ def setup_of(config: ConfigDict) -> Setup:
     return Setup(config=config, count=count, uncertain=uncertain, init=every, bind=bind)
 
 
+def each(function: Callable[[PyTree], PyTree], trees: PyTree, count: int) -> PyTree:
+    """A function of the arrays of one network, for all networks: one after the other, or without a loop for one alone.
+
+    A loop over networks is one program for any number. On a CPU its body is slower than the same code without a loop.
+    """
+    if count > 1:
+        return jax.lax.map(function, trees)
+    return jax.tree.map(lambda x: x[None], function(jax.tree.map(lambda x: x[0], trees)))
+
+
 def centred(image: Float[Array, "*b"]) -> Float[Array, "*b"]:
     """Values from 0 to 1 as the networks see them, from -1 to 1."""
     return 2 * image - 1
@@ -198,7 +208,7 @@ def loss(
         terms = jnp.exp(-log_variance) * squared + log_variance if setup.uncertain else squared
         return jnp.mean(terms), stats_of(net), jnp.mean(squared)
 
-    values, stats, squared = jax.lax.map(one, (params, stats, given, image))
+    values, stats, squared = each(one, (params, stats, given, image), setup.count)
     return jnp.sum(values), (stats, {"loss": jnp.mean(values), "squared": jnp.mean(squared)})
 
 
@@ -220,7 +230,7 @@ def step(
 def restored(setup: Setup, result: PyTree, image: Float[Array, "b *size c"]) -> Float[Array, "n b *size k"]:
     """What the networks of a stage make of images."""
     net = lambda weights: setup.bind(weights["params"], weights["stats"])(centred(image), train=False)
-    return jax.lax.map(net, {name: result[name] for name in ("params", "stats")})
+    return each(net, {name: result[name] for name in ("params", "stats")}, setup.count)
 
 
 def median(x: Float[Array, "b h w"]) -> Float[Array, "b h w"]:

@@ -1,4 +1,4 @@
-"""MAEMI: a 3D masked autoencoder trained on healthy breasts; anomalies are what it reconstructs badly.
+"""MAEMI: a 3D masked autoencoder trained on normal volumes; anomalies are what it reconstructs badly.
 
 Daniel M. Lang, Eli Schwartz, Cosmin I. Bercea, Raja Giryes, Julia A. Schnabel, "Multispectral 3D Masked Autoencoders
 for Anomaly Detection in Non-Contrast Enhanced Breast MRI", CaPTion 2023, arXiv 2303.05861. Consulted: LangDaniel/MAEMI

@@ -88,7 +88,7 @@ def computed(
     config: ConfigDict, system: System, fit: Fit, results: Results, rows: Sequence[Row], cases: Cases | None = None
 ) -> dict[str, Any]:
     """A fit's arrays from these rows, on the host; with replicates they have a leading axis of them."""
-    log(f"score {fit.name}: learning it from {len(rows)} cases")
+    log(f"{fit.name}: learning from {len(rows)} cases")
     scorer = Scorer(config, measuring(system, fit), results, cases)
     return finished(config, system, fit, list(score_rows(scorer, rows)))
 

@@ -174,7 +174,7 @@ def test_what_is_wrong_is_one_line_and_exit_code_2(arguments, line, capsys, tmp_
 def test_a_command_without_its_recipe_or_run_is_one_line(capsys, tmp_path):
     assert exit_code(train.main, []) == 2
     assert capsys.readouterr().err == (
-        "no recipe: write --config=NAME[:PRESET]; NAME: amae, maemi, memmc_mae, ppii, simsid, or a FILE.py\n"
+        f"no recipe: write --config=NAME[:PRESET]; NAME: {', '.join(recipe.SYSTEMS)}, or a FILE.py\n"
     )
     assert exit_code(evaluate.main, []) == 2
     assert capsys.readouterr().err == "no run folder: write --workdir=DIR\n"

@@ -1,7 +1,7 @@
 """Connected components of {score >= t} while the threshold t falls; NumPy, on the host.
 
-Each pixel is added once, with the links to those of its neighbours that are there. So all thresholds together take
-about as long as to label a few of the masks {score >= t}.
+Each pixel is added once, with its links to the neighbours that were added before or with it. So all thresholds together
+take about as long as to label a few of the masks {score >= t}.
 """
 
 from collections.abc import Iterator
@@ -24,22 +24,23 @@ class Growing:
         size: (n,) pixels of each component.
         place: (n, axes) sums of the places of these pixels.
         peak: (n,) flat index of the highest pixel, of equal ones the first.
-        owned: (n, k) how many of these pixels lie in each of k lesions of the map; for `own` to count.
+        owned: (n, k) how many of these pixels lie in each of k lesions of the map; `own` counts them.
     """
 
     def __init__(self, scores: NDArray[np.float32], thresholds: NDArray[np.float32], lesions: int = 0):
         """Takes maps (images, *axes), -inf where a pixel never counts, and ascending thresholds above -inf."""
         self.shape, self.values, axes = scores.shape, scores.ravel(), scores.ndim - 1
-        levels = np.searchsorted(thresholds, self.values, "right")
-        self.order = np.argsort(levels.astype(np.min_scalar_type(len(thresholds))), kind="stable")
-        self.ends = np.searchsorted(levels[self.order], np.arange(len(thresholds) + 2))
-        places = np.arange(len(scores) * np.prod([n + 2 for n in scores.shape[1:]]))  # with a border around each map
-        places = places.reshape(len(scores), *(n + 2 for n in scores.shape[1:]))
+        levels = np.searchsorted(thresholds, self.values, "right").astype(np.min_scalar_type(len(thresholds)))
+        size = np.add(scores.shape, [0, *[2] * axes])  # with a border around each map
+        number = np.int32 if (count := int(size.prod())) < 2**31 else np.int64  # a pixel takes half as much memory
+        self.order = np.argsort(levels, kind="stable").astype(number)
+        self.ends = np.cumsum([0, *np.bincount(levels, minlength=len(thresholds) + 1)])
+        places = np.arange(count, dtype=number).reshape(size)
         steps = np.array(places.strides[1:]) // places.itemsize
         self.around = [int(np.dot(move, steps)) for move in product((-1, 0, 1), repeat=axes) if any(move)]
-        self.number = np.full(places.size, -1, np.int32)  # of a pixel's component when it came; -1 it is not there
-        self.row = np.zeros(places.size, np.int32)  # of a pixel among those that come now
         self.at = places[(slice(None), *[slice(1, -1)] * axes)].ravel()  # of a pixel among `places`
+        self.number = np.full(count, -1, np.int32)  # the component's number when the pixel was added; -1: not added yet
+        self.row = np.zeros(count, np.int32)  # of a pixel among those that are being added
         self.n, self.joined = 0, np.zeros(0, np.int32)  # the number that took a number's place, or itself
         self.size, self.place = np.zeros(0, np.int64), np.zeros((0, axes))
         self.peak, self.owned = np.zeros(0, np.int64), np.zeros((0, lesions), np.int64)
@@ -48,10 +49,10 @@ class Growing:
         """For each threshold, from the highest to the lowest, the pixels from it to the one above, in pieces."""
         for level in range(len(self.ends) - 2, 0, -1):
             pixels = self.order[self.ends[level] : self.ends[level + 1]]
-            yield (pixels[start : start + PIECE] for start in range(0, pixels.size, PIECE))
+            yield (pixels[start : start + PIECE].astype(np.int64) for start in range(0, pixels.size, PIECE))
 
     def add(self, pixels: NDArray[np.int64]) -> tuple[NDArray, NDArray]:
-        """Adds pixels, all at least as high as those that come later.
+        """Adds pixels. Those of higher thresholds come before; those of one threshold come in any order.
 
         Returns (the numbers of components that are new or have changed, the numbers that are gone).
         """

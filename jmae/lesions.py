@@ -12,7 +12,7 @@ from scipy import ndimage
 from jmae.growing import Growing, longer
 from jmae.metrics import bin_edges, check_finite, operating_points, score_bins, sort_classes
 
-STACK = 1 << 22  # pixels of maps that a `Froc` takes together: about 200 MB
+STACK = 1 << 22  # pixels of maps that a `Froc` takes together; a pixel takes about 30 bytes while the curve is made
 FROC_EXACT = 1 << 30  # pixels of all maps of a `Froc` (4 GiB); above, there is no curve
 IOU_EXACT = 1 << 26  # distinct scores in a `Localisation` (768 MiB); above, scores are grouped in bins
 
@@ -70,8 +70,8 @@ class Owners:
         self.pixels, self.lesions = part.pixels[order], local[part.owners[order]]
 
     def of(self, pixels: NDArray[np.int64]) -> tuple[NDArray, NDArray]:
-        """(numbers among the given pixels, their lesions): a pixel of several lesions is there as often, one of none is
-        not."""
+        """(numbers among the given pixels, their lesions). A pixel in several lesions appears once for each; a pixel in
+        none does not appear."""
         first, last = (np.searchsorted(self.pixels, pixels, side) for side in ("left", "right"))
         times = last - first
         entries = np.arange(times.sum()) + np.repeat(first - np.cumsum(times) + times, times)
@@ -263,10 +263,11 @@ class Froc:
                     grown.own(pixels[which], lesions)
                 none, hits = longer(none, grown.n), longer(hits, grown.n)
                 false += signed(-1, np.concatenate([changed, gone]))
-                large = grown.size[changed] >= part.least[grown.peak[changed] // owners.pixels_of_one]
-                hits[changed] = large[:, None] & self._hit(grown, changed, owners)
-                none[changed] = large & ~hits[changed].any(1)
-                false += signed(1, changed)
+                hits[changed], none[changed] = False, False
+                large = changed[grown.size[changed] >= part.least[grown.peak[changed] // owners.pixels_of_one]]
+                hits[large] = self._hit(grown, large, owners)
+                none[large] = ~hits[large].any(1)
+                false += signed(1, large)
             yield int((times > 0).sum()), false
 
     def _hit(self, grown: Growing, numbers: NDArray[np.int64], owners: "Owners") -> NDArray[np.bool_]:
@@ -306,7 +307,7 @@ class Froc:
         for part in stacked(self.maps):
             for k, counts in enumerate(self._counts(part, thresholds)):
                 totals[:, k] += counts
-                if totals[1, k] > self.at * self.images:  # the curve ends here, whatever further images add
+                if totals[1, k] / self.images > self.at:  # the curve ends here, whatever further images add
                     totals = totals[:, : k + 1]
                     break
                 if k + 1 == totals.shape[1]:

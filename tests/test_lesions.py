@@ -130,6 +130,14 @@ def test_the_best_sensitivity_before_the_limit_counts_where_merged_components_lo
     assert got["curve"][:3] == [[0, 0], [0, 1], [1, 0]] and got["sensitivity"] == 1
 
 
+def test_a_curve_goes_on_where_its_false_positives_are_just_the_limit():
+    """29 false positives of 100 images are 0.29 an image, though 0.29 * 100 is a little less than 29."""
+    one = lambda score: np.pad([[np.float32(score)]], 2)
+    images = [([[(2, 3), (2, 3)]], one(0.7)), *[([], one(0.8))] * 29, *[([], one(0))] * 70]
+    got = frocs(*images, at=0.29, least=1).result()
+    assert got["curve"][:3] == [[0, 0], [0.29, 0], [0.29, 1]] and got["sensitivity"] == 1
+
+
 def test_froc_takes_only_what_lies_in_the_region():
     mask = np.zeros((48, 48), bool)
     mask[10:20, 10:20] = mask[30:40, 30:40] = True

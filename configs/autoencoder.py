@@ -8,7 +8,7 @@ Cai, Zhang, Chen, Cheng, "MedIAnomaly", arXiv 2404.04518: AE, AE-U, a denoising 
   small_dae, paper_dae: the denoising autoencoder; small_ddad, paper_ddad: DDAD, with DDAD's own settings
 
 Variants (`--config.variant=`): ae, ae_u, dae, ddad, ddad_intra (needs no unlabelled image): see
-jmae/systems/autoencoder.py. `dae` in another preset has the noise of Kascenas et al., on the foreground alone.
+jmae/systems/autoencoder.py. `dae` in another preset has the noise and the mask of Kascenas et al. (`dae.foreground`).
 """
 
 from ml_collections import ConfigDict

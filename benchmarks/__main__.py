@@ -71,7 +71,7 @@ PARTS = (
     Part("compile"),
     Part("parity", needs="torch transformers"),
     Part("coverage"),
-    Part("coverage", "--expect position --tests 400"),
+    Part("coverage", "--expect position --draws 100 --tests 40"),
     Part("scoring"),
     Part("accuracy", "cxr_peds", "JMAE_DATA"),
     Part("accuracy", "cxr_nih --subsets matched --only stage2", "JMAE_DATA"),

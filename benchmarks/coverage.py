@@ -3,15 +3,16 @@
     python -m benchmarks.coverage                                  # trains configs/memmc_mae.py:smoke first
     python -m benchmarks.coverage --run RUN                        # uses a run on the phantoms `chest`
     python -m benchmarks.coverage --draws 20 --tests 200           # quicker
-    python -m benchmarks.coverage --expect position                # an expectation is fitted anew for each set
+    python -m benchmarks.coverage --expect position --draws 100 --tests 40   # an expectation is fitted for each set
 
 1000 normals are judged with 200 calibration sets of 60 normals each. All phantoms are different, and none was used for
 training. With --expect the score is `evaluation.residual=smoothed` over what held-out normals have on average
 (`jmae.residuals`). Each calibration set then comes with as many further normals, and the expectation is fitted to
-these: a run fits it to one half of its held-out normals, and the other half calibrates.
+these: a run fits it to one half of its held-out normals, and the other half calibrates. Each set then judges normals of
+its own.
 
 `jmae.scoring.Calibration` guarantees that the share b = floor(a (n + 1)) / (n + 1) of normals has a p-value of at most
-a, on average over draws. The Monte-Carlo error of this average over D sets and T test normals is the root of
+a, on average over draws. With D sets, and T test normals in all, the Monte-Carlo error of this average is the root of
 b (1 - b) / (n + 2) / D + b (1 - b) / T. The factor of 1 / D is the variance of Beta(k, n + 1 - k) with
 k = floor(a (n + 1)). With the first set, `jmae.predict` must give the same p-values to the last bit.
 
@@ -23,7 +24,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from itertools import count
 from math import floor, sqrt
 from pathlib import Path
 
@@ -45,7 +47,7 @@ RESULTS = Path(__file__).parent / "results" / "coverage.json"
 RATES = (0.05, 0.1, 0.2)
 
 
-def drawn(run: predict.Run, label: int, numbers: range) -> list[Prepared]:
+def drawn(run: predict.Run, label: int, numbers: Iterable[int]) -> list[Prepared]:
     """The prepared phantoms of a label with these numbers."""
     cases = []
     for i in numbers:
@@ -79,18 +81,26 @@ def fitter(run: predict.Run, workdir: Path) -> Callable[[Sequence[Prepared]], Sc
 
 
 def judged(run: predict.Run, workdir: Path, n: int, draws: int, tests: int) -> tuple[list[np.ndarray], ...]:
-    """(p-values of the same `tests` normals, p-values of as many abnormal phantoms) by each of `draws` sets of n."""
-    test, abnormal = drawn(run, 0, range(tests)), drawn(run, 1, range(tests))
-    fit_to, said = fitter(run, workdir), time.monotonic()
+    """(p-values of `tests` normals, p-values of as many abnormal phantoms) by each of `draws` sets of n normals.
+
+    Where an expectation is fitted, each set has its own normals and abnormal phantoms to judge, else all have the same.
+    """
+    fit_to, said, numbers = fitter(run, workdir), time.monotonic(), count()
+    take = lambda k: [next(numbers) for _ in range(k)]
     of_normals, of_abnormal = [], []
     for number in range(draws):
-        start = tests + number * n
-        if run.system.fits:
-            run = run._replace(scorer=fit_to(drawn(run, 0, range(start + draws * n, start + draws * n + n))))
         if run.system.fits or not number:
-            results, high = scored(run.scorer, test), primary(run, scored(run.scorer, abnormal))
+            test = take(tests)
+        own = take(n)
+        if run.system.fits:
+            run = run._replace(scorer=fit_to(drawn(run, 0, take(n))))
+        if run.system.fits or not number:
+            results, high = (
+                scored(run.scorer, drawn(run, 0, test)),
+                primary(run, scored(run.scorer, drawn(run, 1, test))),
+            )
             low = primary(run, results)
-        normals = primary(run, scored(run.scorer, drawn(run, 0, range(start, start + n))))
+        normals = primary(run, scored(run.scorer, drawn(run, 0, own)))
         of_normals.append(p_values(normals, low))
         of_abnormal.append(p_values(normals, high))
         if not number:
@@ -123,13 +133,14 @@ def main() -> int:
         if (fitted := run.config.evaluation.get("expect", "none")) != expect:
             raise SystemExit(f"{workdir}: evaluation.expect is {fitted}: name it as --expect")
         of_normals, of_abnormal = judged(run, workdir, n, draws, tests)
+    judgements = tests * draws if run.system.fits else tests  # of different normals
     rows, result, far = [], {}, False
     for rate in RATES:
         k = floor(round(rate * (n + 1), 9))
         promised = k / (n + 1)
         each = np.array([(p <= rate).mean() for p in of_normals])
         power = float(np.mean([(p <= rate).mean() for p in of_abnormal]))
-        error = sqrt(promised * (1 - promised) * (1 / (n + 2) / draws + 1 / tests))
+        error = sqrt(promised * (1 - promised) * (1 / (n + 2) / draws + 1 / judgements))
         got, ends = float(each.mean()), [float(x) for x in np.quantile(each, (0.05, 0.95))]
         known = [float(x) for x in beta.ppf((0.05, 0.95), k, n + 1 - k)]
         far |= abs(got - promised) > 3 * error

@@ -169,12 +169,13 @@ def test_each_calibration_set_of_the_coverage_has_an_expectation_of_its_own_norm
     one = Run(config, system, Scorer(config, system, {**WEIGHTS, **fit}), None, {}, {}, None)
     found = coverage.judged(one, folder, n, draws, tests)
     for number in range(draws):
-        place = lambda first: range(first + number * n, first + number * n + n)  # noqa: B023
-        mean = np.mean([2 * image(0, i) for i in place(tests + draws * n)], 0)
+        start = number * (tests + 2 * n)
+        test, own, fitted = np.split(np.arange(start, start + tests + 2 * n), [tests, tests + n])
+        mean = np.mean([2 * image(0, i) for i in fitted], 0)
         far = lambda label, i: ((image(label, i) - mean) ** 2).mean()  # noqa: B023
-        normals = np.array([far(0, i) for i in place(tests)])
+        normals = np.array([far(0, i) for i in own])
         for label in (0, 1):
-            expected = [(1 + (normals >= far(label, i)).sum()) / (n + 1) for i in range(tests)]
+            expected = [(1 + (normals >= far(label, i)).sum()) / (n + 1) for i in test]
             np.testing.assert_allclose(found[label][number], expected, rtol=1e-6)
 
 

@@ -1,13 +1,16 @@
 """Loggers beside metrics.jsonl: TensorBoard, Weights & Biases and MLflow get the same lines, through their packages.
 
-Without further settings every logger writes below the run folder and sends nothing. Whoever sets WANDB_MODE or
-MLFLOW_TRACKING_URI decides otherwise.
+Without further settings every logger writes below the run folder and sends nothing. WANDB_MODE and MLFLOW_TRACKING_URI
+change that. MLflow's own usage data are off, unless MLFLOW_DISABLE_TELEMETRY says otherwise.
 """
 
 import importlib
 import os
+import shlex
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +18,20 @@ import jax
 from ml_collections import ConfigDict
 
 from jmae import recipe
-from jmae.errors import InputError
+from jmae.errors import InputError, Stopped
 from jmae.run_folder import log
 
 Write = Callable[[Mapping[str, float], int], None]
 """Writes metrics {name: value} of a step."""
 
 PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb", "mlflow": "mlflow"}
+PARAMS = 100  # most that MLflow takes at once
 
 
 def package(name: str) -> Any:
     """The package of a logger, an optional dependency. Raises InputError where it is not installed."""
+    if name == "mlflow":
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # read at its import
     try:
         return importlib.import_module(PACKAGES[name])
     except ImportError:
@@ -36,26 +42,48 @@ def package(name: str) -> Any:
 def lines_to_loggers(config: ConfigDict, workdir: Path, stage: str, start: int) -> Iterator[Callable[[Mapping], None]]:
     """Gives a function that writes a line of metrics to the recipe's `loggers`.
 
-    Raises InputError where a logger does not start.
+    Raises InputError where a logger does not start. One that fails later is dropped with a warning: no training ends
+    by it.
     """
     names = config.loggers if jax.process_index() == 0 else ()
     with ExitStack() as stack:
-        writers = list[Write]()
+        writers = dict[str, Write]()
         for name in names:
+            logger = LOGGERS[name](config, workdir, stage, start)
             try:
-                writers.append(stack.enter_context(LOGGERS[name](config, workdir, stage, start)))
+                writers[name] = logger.__enter__()
             except InputError:
                 raise
             except Exception as error:
-                why = str(error).strip().partition("\n")[0] or type(error).__name__
-                raise InputError(f"loggers={name} does not start ({why}): correct that, or leave it out") from error
+                raise InputError(
+                    f"loggers={name} does not start ({why(error)}): correct that, or leave it out"
+                ) from error
+            stack.push(partial(leave, name, logger))
 
         def write(line: Mapping) -> None:
             values = {name: value for name, value in line.items() if name not in ("stage", "step", "time")}
-            for writer in writers:
-                writer(values, line["step"])
+            for name, writer in list(writers.items()):
+                try:
+                    writer(values, line["step"])
+                except Exception as error:
+                    del writers[name]
+                    what = f"loggers={name} failed at step {line['step']} ({why(error)})"
+                    log(f"warning: {what}: it gets no further lines; metrics.jsonl has all")
 
         yield write
+
+
+def leave(name: str, logger: AbstractContextManager[Write], *error: Any) -> None:
+    """Ends a logger, with the error that ends its block. What the logger itself raises is a line."""
+    try:
+        logger.__exit__(*error)
+    except Exception as failure:
+        log(f"warning: loggers={name} failed at its end ({why(failure)}); metrics.jsonl has all")
+
+
+def why(error: Exception) -> str:
+    """The first line of an error."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 @contextmanager
@@ -83,10 +111,13 @@ def wandb(config: ConfigDict, workdir: Path, stage: str, start: int) -> Iterator
         dir=str(workdir),
         config=config.to_dict(),
         mode=mode,
+        reinit="create_new",  # leaves a run of the caller alone
         settings=api.Settings(silent=True, console="off"),
     )
     if mode == "offline":
-        log(f"wandb: kept in {workdir / 'wandb'}, nothing is sent; to send: wandb sync, or WANDB_MODE=online before")
+        folder = workdir / "wandb"
+        how = f"To send it: `wandb sync {shlex.quote(str(folder))}/offline-run-*`; to send at once, set"
+        log(f"wandb: kept in {folder}; nothing is sent. {how} WANDB_MODE=online before the training")
     with run:  # ends as failed where an error leaves the block
         yield lambda values, step: run.log(dict(values), step=step)
 
@@ -94,26 +125,30 @@ def wandb(config: ConfigDict, workdir: Path, stage: str, start: int) -> Iterator
 @contextmanager
 def mlflow(config: ConfigDict, workdir: Path, stage: str, start: int) -> Iterator[Write]:
     """A run of MLflow for each stage, and for each continuation of one, in the experiment `jmae`."""
-    folder, status = (workdir / "mlflow").absolute(), "FAILED"
-    uri = os.environ.get("MLFLOW_TRACKING_URI", "")
+    api, folder, status = package("mlflow"), (workdir / "mlflow").absolute(), "FAILED"
+    uri, store = os.environ.get("MLFLOW_TRACKING_URI", ""), f"sqlite:///{folder}/mlflow.db"
     if not uri:
         folder.mkdir(parents=True, exist_ok=True)
-        log(f"mlflow: kept in {folder}; to look: mlflow ui --backend-store-uri sqlite:///{folder}/mlflow.db")
-    client = package("mlflow").MlflowClient(uri or f"sqlite:///{folder}/mlflow.db")
+        log(f"mlflow: kept in {folder}; to look: mlflow ui --backend-store-uri {shlex.quote(store)}")
+    client = api.MlflowClient(uri or store)
     found = client.get_experiment_by_name("jmae")
     place = None if uri else folder.as_uri()
     experiment = found.experiment_id if found else client.create_experiment("jmae", place)
     run = client.create_run(experiment, run_name=f"{workdir.absolute().name}, {stage} from step {start}").info.run_id
 
     def write(values: Mapping[str, float], step: int) -> None:
-        for name, value in values.items():
-            client.log_metric(run, name, value, step=step)
+        now = int(1000 * time.time())
+        client.log_batch(run, metrics=[api.entities.Metric(name, value, now, step) for name, value in values.items()])
 
     try:
-        for key, value in recipe.keys_of(config):
-            client.log_param(run, key, value)
+        params = [api.entities.Param(key, str(value)) for key, value in recipe.keys_of(config)]
+        for i in range(0, len(params), PARAMS):
+            client.log_batch(run, params=params[i : i + PARAMS])
         yield write
         status = "FINISHED"
+    except (Stopped, KeyboardInterrupt):
+        status = "KILLED"
+        raise
     finally:
         client.set_terminated(run, status)
 

@@ -1,5 +1,6 @@
 """Weights & Biases and MLflow get the lines of metrics.jsonl. Modules of this file stand in for both packages."""
 
+import signal
 import sys
 from types import SimpleNamespace
 
@@ -7,8 +8,8 @@ import pytest
 from ml_collections import ConfigDict
 
 from jmae import train
-from jmae.errors import InputError, exit_code
-from jmae.loggers import lines_to_loggers
+from jmae.errors import InputError, Stopped, exit_code
+from jmae.loggers import lines_to_loggers, package
 
 LINES = [
     {"stage": "fit", "step": 5, "loss": 0.5, "lr": 0.1, "time": 1.0},
@@ -27,6 +28,7 @@ class Wandb(SimpleNamespace):
     Settings = staticmethod(dict)
 
     def init(self, **given):
+        assert given["reinit"] == "create_new"  # else a run of the caller is ended
         self.given.append(given)
         return self
 
@@ -43,8 +45,12 @@ class Wandb(SimpleNamespace):
 class Mlflow(SimpleNamespace):
     """Stands in for the package mlflow and its MlflowClient."""
 
+    entities = SimpleNamespace(
+        Metric=lambda key, value, timestamp, step: (step, key, value), Param=lambda key, value: (key, value)
+    )
+
     def __init__(self):
-        super().__init__(uri=None, experiments={}, names=[], params={}, logged=[], ended=[])
+        super().__init__(uri=None, experiments={}, names=[], params={}, batches=[], logged=[], ended=[])
 
     def MlflowClient(self, uri):
         self.uri = uri
@@ -62,11 +68,11 @@ class Mlflow(SimpleNamespace):
         self.names.append(run_name)
         return SimpleNamespace(info=SimpleNamespace(run_id="r"))
 
-    def log_param(self, run, key, value):
-        self.params[key] = value
-
-    def log_metric(self, run, key, value, step):
-        self.logged.append((step, key, value))
+    def log_batch(self, run, metrics=(), params=()):
+        assert run == "r" and 0 < len(metrics) + len(params) <= 100
+        self.params |= dict(params)
+        self.logged += metrics
+        self.batches.append((len(metrics), len(params)))
 
     def set_terminated(self, run, status):
         self.ended.append(status)
@@ -99,10 +105,11 @@ def test_both_get_every_line_in_the_run_folder_and_send_nothing(packages, tmp_pa
     assert [one["name"] for one in wandb.given] == ["fit from step 0", "fit from step 5"] and wandb.ended == [None] * 2
     assert mlflow.uri == f"sqlite:///{tmp_path}/mlflow/mlflow.db" and (tmp_path / "mlflow").is_dir()
     assert mlflow.experiments["jmae"].place == f"file://{tmp_path}/mlflow" and mlflow.ended == ["FINISHED"] * 2
-    assert mlflow.params == {"loggers": ("wandb", "mlflow"), "seed": 3, "data.size": (4, 4)}
+    assert mlflow.params == {"loggers": "('wandb', 'mlflow')", "seed": "3", "data.size": "(4, 4)"}
+    assert mlflow.batches == [(0, 3), (2, 0), (2, 0)] * 2  # one call a line
     assert mlflow.names[1] == f"{tmp_path.name}, fit from step 5"
     said = capsys.readouterr().err
-    assert f"wandb: kept in {tmp_path}/wandb, nothing is sent" in said and f"mlflow: kept in {tmp_path}/mlflow" in said
+    assert f"wandb: kept in {tmp_path}/wandb; nothing is sent." in said and f"mlflow: kept in {tmp_path}/mlflow" in said
 
 
 def test_their_own_variables_send_the_lines_elsewhere(packages, tmp_path, monkeypatch, capsys):
@@ -120,6 +127,102 @@ def test_a_stage_that_fails_ends_as_failed(packages, tmp_path):
     with pytest.raises(ValueError), lines_to_loggers(config("wandb", "mlflow"), tmp_path, "fit", 0):
         raise ValueError
     assert packages[0].ended == [ValueError] and packages[1].ended == ["FAILED"]
+
+
+def test_a_stage_that_was_stopped_ends_as_killed(packages, tmp_path):
+    with pytest.raises(Stopped), lines_to_loggers(config("mlflow"), tmp_path, "fit", 0):
+        raise Stopped("stopped by SIGTERM", signal.SIGTERM)
+    assert packages[1].ended == ["KILLED"]
+
+
+def fail(*_, **__):
+    raise RuntimeError("no space left\non the device")
+
+
+def test_a_logger_that_fails_later_is_dropped_with_a_line(packages, tmp_path, monkeypatch, capsys):
+    wandb, mlflow = packages
+    with lines_to_loggers(config("mlflow", "wandb"), tmp_path, "fit", 0) as write:
+        write(LINES[0])
+        with monkeypatch.context() as patch:
+            patch.setattr(Mlflow, "log_batch", fail)
+            write(LINES[1])
+        write(LINES[1] | {"step": 15})
+    assert mlflow.logged == EXPECTED[:2] and mlflow.ended == ["FINISHED"]
+    assert [step for step, *_ in wandb.logged] == [5, 5, 10, 10, 15, 15]
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
+    line = "warning: loggers=mlflow failed at step 10 (no space left): it gets no further lines; metrics.jsonl has all"
+    assert said == [line]
+
+
+@pytest.mark.parametrize("error", [None, ValueError, Stopped("stopped", signal.SIGINT)])
+def test_a_logger_that_fails_at_its_end_hides_no_error_and_ends_the_others(
+    error, packages, tmp_path, monkeypatch, capsys
+):
+    def block():
+        with lines_to_loggers(config("wandb", "mlflow"), tmp_path, "fit", 0):
+            if error:
+                raise error
+
+    monkeypatch.setattr(Mlflow, "set_terminated", fail)
+    if error:
+        with pytest.raises(error if isinstance(error, type) else Stopped):
+            block()
+    else:
+        block()
+    assert len(packages[0].ended) == 1
+    said = "warning: loggers=mlflow failed at its end (no space left); metrics.jsonl has all\n"
+    assert capsys.readouterr().err.endswith(said)
+
+
+def test_long_recipes_reach_mlflow_in_batches_of_100(packages, tmp_path):
+    long = config("mlflow")
+    long.more = {f"key{i}": i for i in range(250)}
+    with lines_to_loggers(long, tmp_path, "fit", 0):
+        pass
+    assert packages[1].batches == [(0, 100), (0, 100), (0, 53)] and packages[1].params["more.key249"] == "249"
+
+
+@pytest.mark.parametrize(("given", "seen"), [(None, "true"), ("false", "false")])
+def test_usage_data_of_mlflow_are_off_before_its_import(given, seen, tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", given or "")
+    if given is None:
+        monkeypatch.delenv("MLFLOW_DISABLE_TELEMETRY")
+    (tmp_path / "mlflow.py").write_text("import os\nseen = os.environ.get('MLFLOW_DISABLE_TELEMETRY')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(sys.modules, "mlflow", None)
+    monkeypatch.delitem(sys.modules, "mlflow")
+    assert package("mlflow").seen == seen
+
+
+def test_lines_name_commands_that_a_shell_takes(packages, tmp_path, capsys):
+    folder = tmp_path / "my runs"
+    with lines_to_loggers(config("wandb", "mlflow"), folder, "fit", 0):
+        pass
+    said = capsys.readouterr().err
+    assert f"`wandb sync '{folder}/wandb'/offline-run-*`" in said
+    assert f"--backend-store-uri 'sqlite:///{folder}/mlflow/mlflow.db'" in said
+
+
+def events_of(file):
+    """The events of a file of TensorBoard. Each is a TFRecord: its length (8), a checksum (4), itself, a checksum (4)."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    data, events = file.read_bytes(), []
+    while data:
+        n = int.from_bytes(data[:8], "little")
+        events.append(Event.FromString(data[12 : 12 + n]))
+        data = data[16 + n :]
+    return events
+
+
+def test_tensorboard_hides_what_a_killed_run_wrote_beyond_its_checkpoint(tmp_path):
+    with lines_to_loggers(config("tensorboard"), tmp_path, "fit", 3) as write:  # goes on from the checkpoint of step 3
+        for step in (4, 5):
+            write({"stage": "fit", "step": step, "loss": 1.0})
+    (file,) = (tmp_path / "tensorboard" / "fit").iterdir()
+    told = [(one.step, one.session_log.status, len(one.summary.value)) for one in events_of(file)]
+    start, no_log = 1, 0  # SessionLog.START makes TensorBoard drop the events from its step on, in all files before
+    assert (4, start, 0) in told and told[-3:] == [(4, start, 0), (4, no_log, 1), (5, no_log, 1)]
 
 
 def test_a_logger_that_does_not_start_is_one_line(packages, tmp_path, monkeypatch):

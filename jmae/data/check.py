@@ -72,7 +72,8 @@ def main(argv: list[str]) -> int:
     if "json" in given:
         write_text(Path(given["json"]), to_json(manifest, checked, time.monotonic() - began))
     print(table(manifest, checked))
-    train = next_command("folders", manifest, checked.rows, "", "", allow_leaks=False)
+    own = next_command("folders", manifest, checked.rows, "", "", allow_leaks=False).removeprefix("next: ")
+    train = f"next: the command that `jmae prepare` printed, or for a manifest of your own: {own}"
     print("next: mend the findings, then check again" if checked.findings else train)
     return int(bool(checked.findings))
 

@@ -61,7 +61,10 @@ def signals() -> Iterator[Callable[[bool], signal.Signals | None]]:
 
 @contextmanager
 def at_work(what: str | Callable[[], str]) -> Iterator[Callable[[], None]]:
-    """Says every `SILENCE` seconds what a block is at, and for how long. Gives a function that ends this early."""
+    """Logs every `SILENCE` seconds what the block is doing and for how long.
+
+    Yields a function that ends these lines early.
+    """
     began, ended = time.monotonic(), threading.Event()
 
     def speak() -> None:
@@ -81,7 +84,7 @@ def at_work(what: str | Callable[[], str]) -> Iterator[Callable[[], None]]:
 def progress(stage: str, start: int, steps: int) -> Iterator[Callable[[Mapping], None]]:
     """Gives a function that shows a line of metrics: a bar on a terminal, else a plain line now and then.
 
-    Until the first line a step is compiled. The pace is measured from that line on.
+    A step is compiled before the first line. The pace is measured from that line on.
     """
     console, marks, shown = Console(stderr=True), list[tuple[float, int]](), [-1e9]
     texts = [TextColumn(f"{{task.{name}}}") for name in ("description", "fields[text]")]

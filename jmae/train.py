@@ -361,9 +361,9 @@ def take_steps(
             for every, look, looked_at in checks:
                 if done % every == 0 or done == steps:
                     record.fetch()
-                    with at_work(f"{name}: choosing weights at step {done}"):
+                    with at_work(f"{name}: looking at held-out images at step {done}"):
                         state, metrics = look(state, looked_at, course.results, volumes)
-                    record.add_check(done, jax.device_get(metrics))
+                        record.add_check(done, jax.device_get(metrics))
             if done % config.checkpoint_every == 0 or done == steps or stop:
                 record.fetch()  # a state is saved only after its losses and its weights were looked at
                 if not finite((state.params, state.stats)):

@@ -48,7 +48,6 @@ from jmae.data.names import ID_BYTES
 from jmae.data.opening import lines_of, open_each
 from jmae.data.preparation import Opened, open_case, stored_image
 from jmae.errors import InputError, exit_code
-from jmae.progress import at_work
 from jmae.recipe import arguments, suggested, typed
 from jmae.run_folder import write_text
 
@@ -99,9 +98,7 @@ def main(argv: list[str]) -> int:
     names, flags = command(argv, __doc__, ["out", "axis", "margin", "least", "every"])
     if len(names) != 1 or "out" not in flags:
         raise InputError("name one manifest and a new folder: jmae slices MANIFEST.csv --out DIR")
-    with at_work("cutting the volumes"):
-        said = cut_manifest(Path(names[0]), Path(flags["out"]), read_options(flags))
-    print(said)
+    print(cut_manifest(Path(names[0]), Path(flags["out"]), read_options(flags)))
     made = Path(flags["out"]) / "manifest.csv"
     print(f"next: jmae train --config {suggested('images')[0]}:small --config.data.manifest={shlex.quote(str(made))}")
     return 0

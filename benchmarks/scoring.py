@@ -4,9 +4,9 @@
     python -m benchmarks.scoring --only memmc_mae       # one system
 
 Networks have their initial weights, images are noise, and an expectation has the size that 64 normals give it. A run is
-the whole score of a batch of images, or of one volume, as `jmae.evaluate` computes it, with its way to the device and
-back. Ways are timed in turn, each in a process of its own. The table gives the ratio to the plain score in the same
-round, and the memory that the compiled pass needs beside its arguments.
+the whole score of a batch of images, or of one volume, as `jmae.evaluate` computes it, transfers included. Scores are
+timed in turn, each in a process of its own. The table gives the ratio to the plain score in the same round,
+and the memory that the compiled pass needs beside its arguments.
 
 Writes benchmarks/results/scoring.json.
 """

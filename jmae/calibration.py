@@ -106,7 +106,8 @@ def calibrate(
         least = math.ceil(1 / rate) - 1
         remedy = "take more normal scans, or a larger data.calibration"
         log(
-            f"warning: {len(scores)} held-out normals are too few for a p-value of {rate:g}: it takes {least}: {remedy}"
+            f"warning: {len(scores)} held-out normals are too few for a p-value of {rate:g}: "
+            f"at least {least} are needed: {remedy}"
         )
     content = {
         "n": len(scores),
@@ -267,9 +268,9 @@ def colours_of(calibration: Calibration | None) -> Scale | None:
         return None
     low, high = PERCENTILES
     source = (
-        f"usual and the highest values in the maps of the {len(calibration.scores)} held-out normals: the median of "
+        f"median of the {low:g}th percentiles (low end) and the 95th percentile of the {high:g}th percentiles (high"
     )
-    source += f"their {low:g}th percentiles, and the 95th percentile of their {high:g}th percentiles"
+    source += f" end) of the maps of {len(calibration.scores)} held-out normals"
     return Scale(calibration.low, calibration.high, source)
 
 

@@ -190,7 +190,10 @@ def test_a_run_without_labels_to_test_is_calibrated_too_and_few_normals_are_said
     strict = c.copy_and_resolve_references()
     strict.evaluation.alarm_rate = 0.01
     cal.calibrate_run(strict, SYSTEM, rows, tmp_path)
-    assert "12 held-out normals are too few for a p-value of 0.01: it takes 99: take more" in capfd.readouterr().err
+    assert (
+        "12 held-out normals are too few for a p-value of 0.01: at least 99 are needed: take more"
+        in capfd.readouterr().err
+    )
     assert json.loads((tmp_path / "calibration.json").read_text())["threshold"] is None
     (tmp_path / "calibration.json").unlink()
     cal.calibrate_run(c, SYSTEM, [r for r in rows if r.split != "val"], tmp_path)

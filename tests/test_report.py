@@ -357,7 +357,7 @@ def test_what_was_promised_stands_beside_what_came_of_it():
     unknown = " ".join(p_value_sentences(calibrated([None] * 4, [0.01, 1, 1, 1], 99)))
     assert "here for 1 of 4 unlabelled cases" in unknown
     few = p_value_sentences(calibrated([0, 1], [0.5, 0.5], 9, threshold=None))
-    assert few[-1] == "9 normal cases are too few for such a p-value: it takes 19."
+    assert few[-1] == "9 normal cases are too few for such a p-value: at least 19 are needed."
     assert p_value_sentences({"alarms": None, "uncalibrated": "give it normals"}) == ["Give it normals."]
 
 

@@ -249,7 +249,10 @@ def p_value_sentences(evaluation: Mapping[str, Any]) -> list[str]:
         "less, on average."
     ]
     if threshold is None:
-        return [*sentences, f"{n} normal cases are too few for such a p-value: it takes {math.ceil(1 / rate) - 1}."]
+        return [
+            *sentences,
+            f"{n} normal cases are too few for such a p-value: at least {math.ceil(1 / rate) - 1} are needed.",
+        ]
     counts, surprise = [], []
     for label, kind in ((0, "normal"), (1, "abnormal"), (None, "unlabelled")):
         p_values = [row["p_value"] for row in table if row["label"] == label and row.get("p_value") is not None]

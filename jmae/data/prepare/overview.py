@@ -70,8 +70,8 @@ def next_command(name: str, file: Path, rows: Sequence[Row], recipe: str, flags:
 
 
 def calibration_share(rows: Sequence[Row]) -> float:
-    """Share of the training patients for `data.calibration`: 20 of them, at least a tenth and at most a third; 0 where
-    there are fewer than ten patients."""
+    """Share of the training patients for `data.calibration`: 20 of them, at least a tenth and at most a third, rounded
+    up; 0 where there are fewer than ten patients."""
     patients = len({row.patient or row.id for row in rows if row.split == "train"})
     return 0.0 if patients < 10 else round(min(0.33, max(0.1, NORMALS / patients)), 2)
 

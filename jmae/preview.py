@@ -32,11 +32,10 @@ def preview(config: ConfigDict) -> str:
         if not n:
             raise InputError(f"stage {stage.name}: no rows to train on: give the manifest {' and '.join(stage.splits)}")
         lines.append(f"{stage.name:<12}{n:>8}{stage.batch:>10}{max(1, round(stage.steps(n))):>9}")
-    lines += ["", "A stage may keep images back to choose its weights."]
-    lines += [
-        "It takes fewer images where an earlier stage selects them.",
-        "no image was opened (jmae check MANIFEST.csv opens all), nothing was trained",
-    ]
+    note = (
+        "A stage may keep images back to choose its weights. It takes fewer images where an earlier stage selects them."
+    )
+    lines += ["", note, "No image was opened (jmae check MANIFEST.csv opens all), nothing was trained."]
     return "\n".join(lines)
 
 

@@ -204,7 +204,7 @@ def test_lines_name_commands_that_a_shell_takes(packages, tmp_path, capsys):
 
 
 def events_of(file):
-    """The events of a file of TensorBoard. Each is a TFRecord: its length (8), a checksum (4), itself, a checksum (4)."""
+    """The events of a file of TensorBoard. Each follows its length (8) and a checksum (4), a checksum (4) ends it."""
     from tensorboardX.proto.event_pb2 import Event
 
     data, events = file.read_bytes(), []

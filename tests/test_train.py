@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 from conftest import without_clock
 from rich.console import Console
+from test_loggers import events_of
 
 from jmae import checkpoint, evaluate, programs, progress, recipe, seen, train
 from jmae.data import loader, phantoms
@@ -666,9 +667,6 @@ def test_a_long_step_says_every_ten_seconds_that_it_is_still_at_work(monkeypatch
 
 
 def test_tensorboard_files_hold_the_lines_of_metrics_jsonl(go, unevaluated, tmp_path, monkeypatch):
-    from tensorboardX.proto.event_pb2 import Event
-    from tensorboardX.record_writer import RecordWriter  # noqa: F401  (the reader below knows its framing)
-
     def stop(call):
         if call == 11:
             os.kill(os.getpid(), signal.SIGTERM)
@@ -679,12 +677,8 @@ def test_tensorboard_files_hold_the_lines_of_metrics_jsonl(go, unevaluated, tmp_
     assert go(tmp_path / "run", *ONE_STAGE, "loggers=tensorboard")[0] == 0
     got = {}
     for file in sorted((tmp_path / "run" / "tensorboard" / "pretrain").iterdir()):
-        data = file.read_bytes()
-        while data:  # TFRecord: length (8), its checksum (4), the event, its checksum (4)
-            n = int.from_bytes(data[:8], "little")
-            event = Event.FromString(data[12 : 12 + n])
+        for event in events_of(file):
             got |= {(event.step, value.tag): value.simple_value for value in event.summary.value}
-            data = data[16 + n :]
     history = read_history(tmp_path / "run" / "metrics.jsonl")
     expected = {
         (h["step"], k): np.float32(v) for h in history for k, v in h.items() if k not in ("stage", "step", "time")

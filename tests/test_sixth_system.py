@@ -164,7 +164,7 @@ def test_a_module_that_is_no_system_is_refused_in_one_line(folder, capsys, monke
     (folder / "lacking.py").write_text("import a_package_that_is_not_there")
     (folder / "config.json").write_text(recipe.to_json(recipe.load("denoising_recipe.py")))
     for system, line in (
-        ("nothing.here", "system 'nothing.here' is unknown: one of amae, maemi, memmc_mae, ppii, simsid, or a module"),
+        ("nothing.here", f"system 'nothing.here' is unknown: one of {', '.join(recipe.SYSTEMS)}, or a module"),
         ("../denoising", "system '../denoising' is unknown"),
         ("lacking", "system 'lacking' imports a_package_that_is_not_there: install that"),
         ("json", "system 'json': json has no KEYS: see the contract in jmae.system"),

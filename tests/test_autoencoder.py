@@ -8,8 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
-import torch.nn.functional as F
 from conftest import write_set
 from drawn import drawn
 from flax import nnx
@@ -41,14 +39,24 @@ def images(n: int, size: tuple[int, ...] = (16, 16), channels: int = 1) -> np.nd
     return np.random.default_rng(n).random((n, *size, channels)).astype(np.float32)
 
 
-def torched(x) -> torch.Tensor:
+@pytest.fixture
+def torch():
+    return pytest.importorskip("torch", reason="PyTorch is in the extra 'bench'")
+
+
+def tensor(x):
+    """An array as a tensor of PyTorch."""
+    return pytest.importorskip("torch").from_numpy(np.array(x))
+
+
+def channels_first(x):
     """(b, h, w, c) as PyTorch has it."""
-    return torch.from_numpy(np.array(x)).movedim(-1, 1)
+    return tensor(x).movedim(-1, 1)
 
 
-def kernel_of(conv) -> torch.Tensor:
+def kernel_of(conv):
     """(h, w, c, d) as PyTorch's (d, c, h, w)."""
-    return torch.from_numpy(np.array(conv["kernel"])).permute(3, 2, 0, 1)
+    return tensor(conv["kernel"]).permute(3, 2, 0, 1)
 
 
 # --- networks ---------------------------------------------------------------------------------------------------------
@@ -81,35 +89,43 @@ def test_the_groups_of_a_norm_are_the_middle_divisor():
     assert [groups_of(n) for n in (64, 128, 256, 512, 1024, 6, 1)] == [8, 16, 16, 32, 32, 3, 1]
 
 
-def test_convolutions_are_those_of_pytorch():
-    rng = np.random.default_rng(0)
+def test_convolutions_are_those_of_pytorch(torch):
+    F, rng = torch.nn.functional, np.random.default_rng(0)
     x, kernel = images(2, (8, 12), 3), rng.normal(size=(4, 4, 3, 5)).astype(np.float32)
-    weight = torch.from_numpy(kernel).permute(3, 2, 0, 1)
-    near(shrunk(jnp.asarray(x), jnp.asarray(kernel)), F.conv2d(torched(x), weight, stride=2, padding=1).movedim(1, -1))
+    weight = tensor(kernel).permute(3, 2, 0, 1)
+    near(
+        shrunk(jnp.asarray(x), jnp.asarray(kernel)),
+        F.conv2d(channels_first(x), weight, stride=2, padding=1).movedim(1, -1),
+    )
     kernel = rng.normal(size=(2, 2, 3, 5)).astype(np.float32)
-    weight = torch.from_numpy(kernel).permute(2, 3, 0, 1)  # transposed ones have (c, d, h, w)
-    near(expanded(jnp.asarray(x), jnp.asarray(kernel)), F.conv_transpose2d(torched(x), weight, stride=2).movedim(1, -1))
+    weight = tensor(kernel).permute(2, 3, 0, 1)  # transposed ones have (c, d, h, w)
+    near(
+        expanded(jnp.asarray(x), jnp.asarray(kernel)),
+        F.conv_transpose2d(channels_first(x), weight, stride=2).movedim(1, -1),
+    )
 
 
-def test_a_block_of_the_u_net_is_that_of_pytorch():
+def test_a_block_of_the_u_net_is_that_of_pytorch(torch):
+    F = torch.nn.functional
     graph, params = nnx.split(nnx.eval_shape(lambda: Block(2, 3, 6, rngs=nnx.Rngs(0))))
     params = drawn(lambda: params)
     x, tree = images(2, (7, 9), 3), nnx.to_pure_dict(params)
-    y = torched(x)
+    y = channels_first(x)
     for conv, norm in zip(tree["convs"].values(), tree["norms"].values(), strict=True):
         weight = kernel_of(conv)
         weight = weight - weight.mean((1, 2, 3), keepdim=True)
         weight = weight / (weight.flatten(1).std(1).reshape(-1, 1, 1, 1) + 1e-5)
-        y = F.silu(F.conv2d(F.pad(y, (1, 1, 1, 1), mode="reflect"), weight, torch.from_numpy(np.array(conv["bias"]))))
-        y = F.group_norm(y, 3, *(torch.from_numpy(np.array(norm[k])) for k in ("scale", "bias")))
+        y = F.silu(F.conv2d(F.pad(y, (1, 1, 1, 1), mode="reflect"), weight, tensor(conv["bias"])))
+        y = F.group_norm(y, 3, *(tensor(norm[k]) for k in ("scale", "bias")))
     near(jax.jit(lambda params, x: nnx.merge(graph, params)(x))(params, x), y.movedim(1, -1))
 
 
 @pytest.mark.parametrize("train", [True, False])
-def test_the_autoencoder_is_that_of_pytorch(train):
+def test_the_autoencoder_is_that_of_pytorch(torch, train):
+    F = torch.nn.functional
     one, params, stats = setup("variant=ae")
     params, stats = (jax.tree.map(lambda x: x[0], tree) for tree in (params, stats))
-    x, tensor = images(4), lambda x: torch.from_numpy(np.array(x))
+    x = images(4)
 
     def normed(y, of, moments):
         mean, var, scale, bias = map(tensor, (moments["mean"], moments["var"], of["scale"], of["bias"]))
@@ -117,7 +133,7 @@ def test_the_autoencoder_is_that_of_pytorch(train):
 
     dense = lambda y, name: y @ tensor(params[name]["kernel"]) + tensor(params[name]["bias"])
     flipped = lambda conv: torch.from_numpy(np.array(conv["kernel"])).flip(0, 1).permute(2, 3, 0, 1)
-    y = torched(x)
+    y = channels_first(x)
     for layer, moments in zip(params["encoder"].values(), stats["encoder"].values(), strict=True):
         y = normed(F.conv2d(y, kernel_of(layer["conv"]), stride=2, padding=1), layer["norm"], moments["norm"])
     y = y.movedim(1, -1).flatten(1)  # the order of the code's numbers is no part of the method
@@ -187,8 +203,10 @@ def test_a_step_deals_the_batch_among_the_networks():
     before, moved = (tree["encoder"][0]["norm"] for tree in (stats, after.stats))
     for i in range(2):  # the running moments move a tenth of the way to those of the network's own images
         kernel = jax.tree.map(lambda leaf, i=i: leaf[i], params["encoder"][0]["conv"])
-        seen = F.conv2d(torched(2 * x[i::2] - 1), kernel_of(kernel), stride=2, padding=1).numpy()
-        for name, expected in (("mean", seen.mean((0, 2, 3))), ("var", seen.var((0, 2, 3)))):
+        padded = np.pad(2 * x[i::2] - 1, ((0, 0), (1, 1), (1, 1), (0, 0)))
+        windows = np.lib.stride_tricks.sliding_window_view(padded, (4, 4), (1, 2))[:, ::2, ::2]
+        seen = np.einsum("nhwcij,ijcd->nhwd", windows, np.asarray(kernel["kernel"]))
+        for name, expected in (("mean", seen.mean((0, 1, 2))), ("var", seen.var((0, 1, 2)))):
             near(10 * np.asarray(moved[name][i]) - 9 * np.asarray(before[name][i]), expected)  # ours: n, not n - 1
     assert after.step == 1 and np.isfinite(metrics["loss"])
 
@@ -227,10 +245,10 @@ def test_the_maps_of_the_denoising_autoencoder_are_those_of_scipy():
 # --- noise ------------------------------------------------------------------------------------------------------------
 
 
-def test_the_noise_is_resized_as_by_pytorch():
+def test_the_noise_is_resized_between_corners_as_by_scipy():
     coarse = np.random.default_rng(5).normal(size=(16, 16, 2)).astype(np.float32)
-    expected = F.interpolate(torched(coarse[None]), size=(64, 48), mode="bilinear", align_corners=True)
-    near(autoencoder.stretched(jnp.asarray(coarse), (64, 48)), expected[0].movedim(0, -1))
+    expected = ndimage.zoom(coarse, (4, 3, 1), order=1)  # the first and last values stay at the corners
+    near(autoencoder.stretched(jnp.asarray(coarse), (64, 48)), expected)
 
 
 def test_the_noise_has_its_deviation_and_lies_on_the_foreground_alone():

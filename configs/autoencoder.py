@@ -17,7 +17,7 @@ from jmae import recipe
 
 TAKES = "images: normal ones (variant=ddad: unlabelled ones too); a rival, none of the five systems"
 
-# MedIAnomaly's denoising autoencoder on chest X-rays: noise everywhere, whose mean its code sets to -0.5.
+# MedIAnomaly's denoising autoencoder on chest X-rays: noise everywhere. Its code sets the noise's mean to -0.5.
 DAE = {"variant": "dae", "dae.mean": -0.5, "dae.foreground": False}
 PAPER_DAE = DAE | {"data.size": (128, 128), "train.batch": 16}
 DDAD = {"variant": "ddad", "model.hidden": 2048, "train.lr": 5e-4, "train.betas": (0.5, 0.999)}

@@ -18,10 +18,10 @@ from jmae import recipe
 TAKES = "volumes: normal ones, or abnormal ones with a mask or boxes of the lesions"
 SUGGESTED = {"volumes": "made for volumes, MRI above all; its map is the error of hidden voxels"}
 
-# ours: a small network trained from nothing on 2 cores, so fixed steps, small crops and patches and a higher rate;
-# standardised over the region, as the air around it differs in size; errors of hidden tokens alone; for voxels of 2
-# to 3 mm (`data.spacing`), of which the paper's filter of 2 mm is one: below 1 mm set evaluation.filter=3,3,2.
-# Figures: benchmarks/results/maemi.json.
+# ours: a small network, trained from nothing on 2 cores, with fixed steps, small crops and patches and a higher rate.
+# Volumes are standardised over the region, as the air around it differs in size. Only errors of hidden tokens count.
+# Voxels are 2 to 3 mm (`data.spacing`), and the paper's filter of 2 mm is one voxel; below 1 mm set
+# evaluation.filter=3,3,2. Figures: benchmarks/results/maemi.json.
 SMALL = {
     "data.size": (32, 32, 8),
     "data.spacing": (),

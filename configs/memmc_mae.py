@@ -20,12 +20,12 @@ from jmae import recipe
 
 TAKES = "images or volumes (small3d): normal ones"
 
-# A voxel's map is the mean over the masks that hide it, as a pasted patch is its own reconstruction. The smallest crop,
-# 0.2 of the area of 512 x 512 pixels, still has `data.size`.
+# A voxel's map is the mean over the masks that hide it: other masks paste the voxel, which then has no error. The
+# smallest crop, 0.2 of the area of 512 x 512 pixels, still has `data.size`.
 PAPER = {"evaluation.average": "hidden", "data.crop_from": (512, 512)}
 COLOUR = {"data.channels": 3, "model.channels": 3}
-# ours: a small network on small images and fixed steps for 2 cores; images standardised one by one, since exposure
-# differs within a set; no crops and a window of 7 over three scales (of what was tried on the phantoms' `val`).
+# ours: a small network on small images and fixed steps for 2 cores. Images are standardised one by one, since exposure
+# differs within a set. No crops, and a window of 7 over three scales: the best on the phantoms' `val`.
 SMALL = {
     "data.size": (96, 96),
     "data.normalise": "image",

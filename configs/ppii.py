@@ -22,10 +22,10 @@ from jmae import recipe
 TAKES = "images or volumes (small3d): normal ones"
 SUGGESTED = {"images": "the best of those that need normal images alone, on children's pneumonia: AUROC .894"}
 
-# FROC by the peaks of components, as noise finds many boxes by centroids. The paper names no rule.
+# FROC by the peaks of components: by their centroids, a map of noise finds many boxes. The paper names no rule.
 FROC = {"evaluation.froc_rule": "peak", "evaluation.froc_overlap": 0.1}
 # ours: a narrow network on small images and fixed steps for 2 cores. Patches are fewer, larger and of lower strength
-# than the paper's: 5 % of a small side is no lesion, and steep gradients are told without looking at anatomy.
+# than the paper's: 5 % of a small side is no lesion, and steep gradients show a patch without any anatomy.
 SMALL = FROC | {
     "data.size": (64, 64),
     "model.widths": (8, 16, 32, 32),

@@ -22,7 +22,7 @@ TAKES = "images: normal ones; labelled val images choose its weights (3D: phanto
 
 
 def fixed_steps(**steps: int) -> dict[str, int]:
-    """Changes by which stages have steps instead of epochs."""
+    """The keys of a recipe that give its stages steps instead of epochs."""
     changes = {f"{stage}.steps": number for stage, number in steps.items()}
     return changes | {f"{stage}.epochs": 0 for stage in steps}
 

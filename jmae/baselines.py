@@ -1,8 +1,8 @@
 """Baselines, printed beside every system: what brightness and linear statistics alone already tell.
 
-Cheap baselines have scores of their own. They are computed on images shrunk to 64 x 64 (volumes: at most 32 a side)
-and, brightness and contrast apart, standardised per image. A system that does not beat them has not read the anatomy.
-Where there are unlabelled images, one more baseline uses them, without a label. Rivals (`jmae.rivals`) stand in for a
+Cheap baselines have scores of their own. Their images are shrunk to 64 x 64 (volumes: at most 32 a side) and, except
+for brightness and contrast, standardised one by one. A system that does not beat them has not read the anatomy. Where
+there are unlabelled images, one more baseline uses them, without a label. Rivals (`jmae.rivals`) stand in for a
 system's network and have the system's own scores.
 """
 
@@ -70,10 +70,10 @@ def _principal(train: NDArray[np.float64]) -> tuple[NDArray, NDArray, NDArray]:
 
 
 def image_scores(train: NDArray, test: NDArray) -> dict[str, NDArray[np.float64]]:
-    """One score an image (m,), higher is more abnormal, of every cheap baseline.
+    """The scores (m,) of each cheap baseline, one an image. Higher is more abnormal.
 
-    - `mean intensity` and `low mean intensity`: the mean over pixels and channels, and its negative. Which of
-      the two is the better takes labels, so both are given.
+    - `mean intensity` and `low mean intensity`: the mean over pixels and channels, and its negative. Only labels tell
+      which of the two is better, so both are given.
     - `standard deviation` and `low standard deviation`: the same of the standard deviation, which is contrast.
     - `PCA-30 error`: mean squared residual outside the span of 30 principal components of the normals.
     - `Mahalanobis`: squared distance to the normals' mean within that span, each component divided by its
@@ -107,7 +107,7 @@ def ridge_scores(normals: NDArray, unlabelled: NDArray, test: NDArray, penalty: 
     """Ridge regression of training normals (-1) against all unlabelled images (+1): its value for new images (m,).
 
     Images are shrunk to 32 x 32 and standardised per image. The solution is closed, with an intercept that has no
-    penalty. No label is used: the unlabelled images are those among which some are abnormal.
+    penalty. No label is used: some unlabelled images are abnormal, and that suffices.
 
     Args:
         normals: (n, *size, c) at the system's working size.
@@ -195,7 +195,7 @@ class ImageBaselines:
 
     Args:
         normals: images of the normals.
-        shares: of each axis, in the middle, for which scores are wanted.
+        shares: central shares of each axis for which scores are wanted.
         pixels: whether maps are wanted.
         unlabelled: images of the split `unlabeled`, for the ridge regression; None leaves it out.
     """
@@ -363,7 +363,7 @@ class Baselines:
 def baselines_of(
     config: ConfigDict, system: System, cases: Cases, rows: Sequence[Row], split: Split, parts: Mapping[str, Part]
 ) -> Baselines:
-    """The baselines of an evaluation, of the first process alone."""
+    """The baselines of an evaluation. Only the first process has some."""
     train = [row for row in rows if row.split == "train"]
     if split.labelled.any() and not train:
         log("the manifest has no train rows, so there are no baselines fitted to them")

@@ -153,8 +153,7 @@ def calibrating_rows(
 def calibrate_run(
     config: ConfigDict, system: System, rows: Sequence[Row], workdir: Path, cases: Cases | None = None
 ) -> None:
-    """Calibrates a run that is not evaluated, where its data have held-out normals. `cases` is that argument of
-    `Scorer`."""
+    """Calibrates a run that is not evaluated, where its data have held-out normals. `cases` is passed to `Scorer`."""
     val, fitted = [row for row in rows if row.split == "val"], fitted_rows(system, rows)
     used = calibrating_rows(config, system, val, fitted=fitted)
     normals = [row for row, use in zip(val, used, strict=True) if use]
@@ -219,7 +218,7 @@ def read_calibration(
 
 
 def settings_before(config: ConfigDict) -> dict[str, Any]:
-    """The settings that change a score as runs had them before a key was declared: `Key.before`."""
+    """The settings that change a score, in a run that is older than their keys (`Key.before`)."""
     declared = recipe.declarations(config.system, volumes=recipe.is_volume(config))
     values = {
         name.removeprefix("evaluation."): key.default if key.before is None else key.before
@@ -284,7 +283,7 @@ def score_line(
     calibration: Calibration | None,
     score_error: np.ndarray | None = None,
 ) -> dict[str, Any]:
-    """A line of scores.csv: the mean over replicates of each score (r,), and of the primary one the p-value and the
+    """A line of scores.csv: each score (r,), mean over replicates. The primary score has its p-value and its
     Monte-Carlo error.
 
     Replicates have masks of their own. So the error of their mean is the root of the sum of the squared errors
@@ -320,7 +319,7 @@ def alarm_rate(config: ConfigDict) -> float:
 def alarms(
     labels: np.ndarray, p_values: Sequence[float | None], calibration: Calibration | None, rate: float
 ) -> dict[str, Any] | None:
-    """Of the cases with a p-value, the shares of normal and of abnormal ones whose p-value is at most `rate`.
+    """The shares of normal and of abnormal cases with a p-value of at most `rate`, among those that have one.
 
     Args:
       labels: (n,), -1 unknown.

@@ -39,7 +39,7 @@ from jmae.sharding import device_mesh, replicated
 
 FORMAT = 1  # format of a step folder; another number is refused
 DIGESTS, ABOUT, STATE, LOCK = "digests.json", "step.json", "state", ".lock"
-LARGEST_DIGESTS_BYTES = 2**26  # the digests are read before anything is verified
+LARGEST_DIGESTS_BYTES = 2**26  # a limit, as the digests are read before anything is verified
 REPLY_BYTES = 2**14  # longest reply of process 0 to the others
 
 

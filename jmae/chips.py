@@ -25,7 +25,7 @@ class Chip(NamedTuple):
 
     platform: str  # platform that programs are compiled for, "tpu" or "cuda"
     flops: float  # FLOP/s of dense bfloat16 products
-    float32: float  # share of `flops` of float32 products in JAX's default precision (TPU: bfloat16; GPU: TF32)
+    float32: float  # rate of float32 products, as a share of `flops` (JAX's default. TPU: bfloat16; GPU: TF32)
     memory: float  # bytes
     bandwidth: float  # bytes a second of the memory
     ports: int  # TPU: links to neighbours in the torus; GPU: 1 link to all GPUs of its host

@@ -30,7 +30,7 @@ def lesion_words(pixel: Mapping[str, Any]) -> str:
 
 
 def overlap_words(pixel: Mapping[str, Any]) -> str:
-    """The IoU of maps and masks, where it was asked for, with the shares of pixels called."""
+    """The IoU of maps and masks, where it was asked for, with the shares of pixels that count as lesion."""
     found = pixel.get("localisation")
     if not found:
         return ""

@@ -1,10 +1,9 @@
 """How many random masks, samples or sweeps a score needs: its AUROC against their number, with its standard error.
 
 `evaluation.convergence=R` scores the labelled cases R more times with each number 1, 2, 4, ... up to the recipe's, each
-time with other masks. A score of images that is a mean over its masks is computed once a mask and averaged here, by one
-program. Of another score of images, as AMAE's Eq. 4, every number has a program. The number of sweeps over volumes is
-an argument of one program. Cost, in scorings of the split: R times the recipe's number of single masks in the first
-case, up to 2 R scorings in the others.
+time with other masks. Where the score of an image is a mean over masks, one program scores single masks, and the means
+are taken here. For another score of images, such as AMAE's Eq. 4, each number has its program. The number of sweeps
+over volumes is an argument of one program. The cost is R scorings of the split in the first case, else up to 2 R.
 """
 
 import math
@@ -28,7 +27,7 @@ from jmae.results import Result
 from jmae.run_folder import log
 from jmae.system import Results, System, drawn, load_system
 
-CLOSE = 0.01  # of AUROC: what one evaluation may differ by
+CLOSE = 0.01  # how far the AUROC of one evaluation may be off
 
 Draws = Mapping[
     int, Sequence[Float[np.ndarray, "r n"]]
@@ -39,7 +38,7 @@ class Draw(NamedTuple):
     """One scoring of all cases with masks of its own."""
 
     number: int  # of masks, samples or sweeps
-    name: str  # by which its masks differ from those of other draws
+    name: str  # seeds the masks, so each draw has its own
     scorer: Scorer
     repeats: int | None = None  # sweeps over a volume
 
@@ -64,9 +63,9 @@ def convergence(
       cases: as of `Scorer`.
 
     Returns:
-      {"what", "draws", "steps", "enough", "close", "rising", "seconds"}: "what" is counted; "steps" as `summary` gives
-      them; "enough" as `enough` gives it. "rising" is whether the AUROC rose by more than two standard errors from the
-      last number but one to the last.
+      {"what", "draws", "steps", "enough", "close", "rising", "seconds"}: "what" is what is counted; "steps" and
+      "enough" come from `summary` and `enough`. "rising" is whether the AUROC rose by more than two standard errors
+      from the last number but one to the last.
     """
     labels = np.array([row.label for row in rows])
     if set(labels) != {0, 1}:
@@ -109,7 +108,8 @@ def summary(labels: np.ndarray, draws: Draws) -> list[dict[str, Any]]:
 def enough(steps: Sequence[Mapping[str, Any]]) -> int | None:
     """The least number from which on one evaluation lies within `CLOSE` of the mean at the last number.
 
-    The distance is the difference of the means and two deviations of a draw. None where the last number's is too large.
+    The distance is the difference of the means and two deviations of a draw. None where it is too large even for the
+    last number.
     """
     found = None
     for step in reversed(steps):
@@ -175,7 +175,8 @@ def scored_draws(draws: Sequence[Draw], cases: Sequence[Prepared]) -> Iterator[l
 
 
 def averaged(draws: Draws, numbers: Sequence[int]) -> Draws:
-    """The draws of each number; where single masks alone were drawn, their means, each mask used once a number."""
+    """The draws of each number. Single masks become means over that number of masks; no mask is in two of these
+    means."""
     if set(draws) != {1}:
         return draws
     each = np.stack(draws[1])

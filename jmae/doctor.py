@@ -179,7 +179,7 @@ def ask_jax() -> Answer:
 
 
 def answer_of(out: Any) -> Answer:
-    """What the process of `ASK` said; None is one without an answer in time."""
+    """What the process of `ASK` said. `out` is None where it gave no answer in time."""
     if out is None:
         return Answer("", [], f"no answer within {SECONDS} s")
     try:

@@ -6,7 +6,7 @@ Scores a split with a trained run. Writes metrics.json, scores.csv, report.html 
 Without --out the folder is DIR/evaluation for the split `test`, and DIR/evaluation-SPLIT for another. Another manifest
 or other settings need --out. No case of another manifest may share its patient or its image with the data that the run
 was trained or calibrated on. With data.allow_leaks such cases are scored: they are named, have no p-value, and mark the
-report. An image counts as known where all its values are equal. The splits `train` and `unlabeled` get no p-values.
+report. Images are compared by all their values. The splits `train` and `unlabeled` get no p-values.
 
 Several runs that are evaluated on the same cases give one answer: --workdir A --workdir B --out DIR writes scores.csv
 and metrics.json of their fused score (jmae.fusion).

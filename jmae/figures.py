@@ -93,9 +93,9 @@ class PixelFigures:
 
     Args:
       rows: the rows of the part.
-      share: of each axis, in the middle, that is used.
-      froc: makes the free-response curve of a map, whose chance level it is told to add or not; None leaves it out.
-      chance: name of the map whose chance level is given.
+      share: central share of each axis that is used.
+      froc: (chance) -> a new free-response curve, with or without its chance level; None leaves it out.
+      chance: name of the map whose curve has its chance level.
       overlap: whether the overlap of masks and maps is given, image by image.
 
     `froc` and `overlap` need a share of 1.
@@ -186,7 +186,7 @@ class PixelFigures:
     def per_patient(self, map_name: str, scores: Sequence[str]) -> list[dict[str, Any]]:
         """A line {patient, auroc, ap, prevalence, baselines} of each patient, for one map.
 
-        Baselines are all maps but those of the system's `scores`, with either end of a brightness.
+        Baselines are all maps but those of the system's `scores`. A brightness counts with either end.
         """
         keys = ("auroc", "ap", "prevalence")
         return [
@@ -370,7 +370,7 @@ def named_figures(
 
 
 def better_ends(baselines: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Of a baseline "NAME" and its "low NAME" the better one."""
+    """The baselines, with the better one of each pair "NAME" and "low NAME"."""
     worth = lambda entry: (entry["image"] or entry["pixel"] or {}).get("auroc", 0)
     lows = [name for name in baselines if name.startswith("low ") and name.removeprefix("low ") in baselines]
     dropped = {min((name, name.removeprefix("low ")), key=lambda n: worth(baselines[n])) for name in lows}
@@ -557,8 +557,8 @@ def beside_published(
 
     Returns:
       {"stage", "metric", "epoch", "printed", "ours", "otherwise"}: "ours" is the mean over that epoch, None where the
-      run ended before it. "otherwise" says which settings the run has not as the paper. Empty where other rows are
-      scored than trained on.
+      run ended before it. "otherwise" lists the settings in which the run differs from the paper. Empty where the
+      scored rows come from another manifest than the run's.
     """
     stages = [stage for stage in system.stages if stage.published]
     if not stages or recipe.read(workdir).data.manifest != config.data.manifest:

@@ -87,14 +87,14 @@ def own_rows(config: ConfigDict, system: System, rows: Sequence[Row], workdir: P
 def computed(
     config: ConfigDict, system: System, fit: Fit, results: Results, rows: Sequence[Row], cases: Cases | None = None
 ) -> dict[str, Any]:
-    """A fit's arrays from these rows, on the host; with replicates they have a leading axis of them."""
+    """A fit's arrays from these rows, on the host; several replicates are a leading axis."""
     log(f"{fit.name}: learning from {len(rows)} cases")
     scorer = Scorer(config, measuring(system, fit), results, cases)
     return finished(config, system, fit, list(score_rows(scorer, rows)))
 
 
 def finished(config: ConfigDict, system: System, fit: Fit, measured: Sequence[Result]) -> dict[str, Any]:
-    """A fit's arrays from the results of `measuring`, on the host; with replicates they have a leading axis of them."""
+    """A fit's arrays from the results of `measuring`, on the host; several replicates are a leading axis."""
     join = np.concatenate if system.sweep else np.stack
     parts = [without_lesions(system, fit, result) for result in measured]
     joined = jax.tree.map(lambda *each: join(each, 1), *parts)

@@ -1,10 +1,10 @@
 """Several runs, one answer: scores that are calibrated on the same held-out normals become one score, and one p-value.
 
 The normal score of a run's score s is Phi^-1(F(s)), where F is the distribution of the run's held-out normals. The k-th
-lowest of n normals has F = k / (n + 1). Between two of them the normal score is linear. Outside of them it goes on with
-the slope of one per standard deviation. The fused score is the mean of the runs' normal scores. Its p-value is
-that of a conformal test in which the case and the n normals are treated alike: each of the n + 1 takes its rank among
-all of them in every run. So the promise of `scoring.Calibration` holds.
+lowest of n normals has F = k / (n + 1). Between two of them the normal score is linear. Below the lowest and above the
+highest, it goes on with the slope of one per standard deviation. The fused score is the mean of the runs' normal
+scores. Its p-value is that of a conformal test in which the case and the n normals are treated alike: each of the n + 1
+takes its rank among all of them in every run. So the promise of `scoring.Calibration` holds.
 """
 
 import json

@@ -43,7 +43,7 @@ from jmae.progress import at_work
 from jmae.recipe import arguments, check, is_volume, load, module_of, nearest, override, split, typed
 from jmae.run_folder import log
 
-SIDE, VOLUME_SIDE = 256, 96  # voxels of an axis: of an image; of a volume at most
+SIDE, VOLUME_SIDE = 256, 96  # voxels along each axis of an image, and at most of a volume
 MOST = 20  # draws and images; a PNG of matplotlib has at most 65536 pixels along an axis
 VISIBLE = 0.5 / 255  # half a grey level
 INCHES = 1.7  # width of one panel

@@ -41,12 +41,12 @@ class Growing:
         self.at = places[(slice(None), *[slice(1, -1)] * axes)].ravel()  # of a pixel among `places`
         self.number = np.full(count, -1, np.int32)  # the component's number when the pixel was added; -1: not added yet
         self.row = np.zeros(count, np.int32)  # of a pixel among those that are being added
-        self.n, self.joined = 0, np.zeros(0, np.int32)  # the number that took a number's place, or itself
+        self.n, self.joined = 0, np.zeros(0, np.int32)  # the number that has replaced each number, or itself
         self.size, self.place = np.zeros(0, np.int64), np.zeros((0, axes))
         self.peak, self.owned = np.zeros(0, np.int64), np.zeros((0, lesions), np.int64)
 
     def fall(self) -> Iterator[Iterator[NDArray[np.int64]]]:
-        """For each threshold, from the highest to the lowest, the pixels from it to the one above, in pieces."""
+        """For each threshold, the highest first, the pixels from it up to the threshold above it, in pieces."""
         for level in range(len(self.ends) - 2, 0, -1):
             pixels = self.order[self.ends[level] : self.ends[level + 1]]
             yield (pixels[start : start + PIECE].astype(np.int64) for start in range(0, pixels.size, PIECE))
@@ -84,7 +84,7 @@ class Growing:
         return stays, met[gone]
 
     def own(self, pixels: NDArray[np.int64], lesion: NDArray[np.int64]) -> None:
-        """Counts pixels that have come as those of a lesion of their map."""
+        """Counts pixels that were added as pixels of the given lesions of their maps."""
         np.add.at(self.owned, (self.root(self.number[self.at[pixels]]), lesion), 1)
 
     def root(self, numbers: NDArray) -> NDArray[np.int64]:

@@ -306,7 +306,7 @@ class Program:
         return reads + min(size(op.type, main=True), self._written(inner))
 
     def _read(self, part: str, name: str) -> float:
-        """Bytes of a value that a fused operation reads: of a value that is only sliced, the slices."""
+        """Bytes of a value that a fused operation reads; only the slices count where the value is only sliced."""
         most, total = size(self.ops[part][name].type), 0.0
         for user in self.users[part].get(name, []):
             if user.kind in ("dynamic-slice", "gather") and user.operands[0] == name:
@@ -328,7 +328,7 @@ class Program:
         return min(most, total)
 
     def _written(self, part: str, name: str = "") -> float:
-        """Bytes that a fused operation writes: of an array that is updated in place, the slice."""
+        """Bytes that a fused operation writes; only the slice counts where an array is updated in place."""
         op = self.ops[part][name] if name else next(op for op in self.parts[part] if op.root)
         if op.kind == "tuple":
             return sum(self._written(part, each) for each in op.operands)

@@ -159,9 +159,9 @@ class Scorer:
     def result(self, case: Prepared, arrays: Mapping[str, Any], seconds: float = 0.0) -> Result:
         """A case's result from the arrays of a pass.
 
-        ours: a map of a volume has the score `evaluation.case_score`, "top" where the recipe has no such key: the mean
-        of the highest values in the region, a share `evaluation.top` of them. (The papers score voxels only.) A map of
-        an image for which the pass gives no score has one, too, where the recipe has that key.
+        ours: the score of a volume's map follows `evaluation.case_score`, where the papers score voxels only. Without
+        that key it is "top": the mean of the highest values in the region, a share `evaluation.top` of them. Where the
+        recipe has the key, a map of an image gets such a score, too, if the pass gives none.
         """
         evaluation, region = self.config.evaluation, case.volume and case.volume.region
         rule, above = evaluation.get("case_score", "top"), evaluation.get("part_above", 0.0)

@@ -79,7 +79,7 @@ def image_of_array(
         raise InputError(
             f"{name}: is {array.dtype}{list(array.shape)}: give real values {shape} with {rank} axes of space"
         )
-    with np.errstate(over="ignore"):  # what becomes infinite is refused as such
+    with np.errstate(over="ignore"):  # a value that becomes infinite is refused later
         values = np.ascontiguousarray(array if array.ndim > rank else array[..., None], np.float32)
     bits = {"u1": 8, "u2": 16}.get(array.dtype.str[1:])
     if affine is not None:

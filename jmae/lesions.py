@@ -170,8 +170,8 @@ class Froc:
 
     Müller et al. 2023 (probabilistic Poisson image interpolation) report the sensitivity at 10 and give no rule, so
     both rules are ours. By the centroid's rule noise finds .57 to .77 of the lesions of real sets at 10 false
-    positives: the centroid of a large, ragged component lies in many boxes. The peak's rule has not that weakness, and
-    `chance` tells what is left: the figures of random maps with each map's values and smoothness.
+    positives: the centroid of a large, ragged component lies in many boxes. The peak's rule lacks this weakness.
+    `chance` tells what chance finds: the figures of random maps with each map's values and smoothness.
 
     ours: As many thresholds again lie in geometric progression from the highest score down. The highest 1/200 of a
     large, rough map can hold far more than `at` components. With quantiles alone the curve then passes `at` in its
@@ -322,8 +322,8 @@ class Froc:
 
 
 def thinned(values: NDArray[np.float32], ious: NDArray[np.float64], called: NDArray[np.float32]) -> tuple:
-    """Of ascending scores, and the IoU and the share of pixels called at each score, keep the lowest score of each bin,
-    moved to the edge of the bin."""
+    """The lowest score of each bin, moved to the edge of the bin, with the IoU and the share of pixels called at that
+    score. `values` are ascending scores."""
     bins, first = np.unique(score_bins(values), return_index=True)
     return bin_edges(bins), ious[first], called[first]
 
@@ -334,8 +334,8 @@ class Localisation:
     Tian et al. 2022 (memory-augmented masked autoencoder) report the mean over five random groups of 100 abnormal
     images, and name no rule for the threshold t. ours: "oracle" uses the one threshold that is best on the images of
     the groups, so it is an upper bound; "normals" uses a threshold from held-out normal images, an argument of
-    `result`. Beside them stand the IoU of a map that calls every pixel, which is the share of the lesion, and the share
-    of pixels that each threshold calls: where lesions are large, to call everything is a good score.
+    `result`. Where lesions are large, a map that calls every pixel scores well. So its IoU, the share of the lesion,
+    stands beside them, and the share of pixels that each threshold calls.
 
     The oracle is exact. The IoU of an image is a step function of t, so the mean over images is found from all steps,
     sorted by score. An image needs 16 bytes for each of its distinct scores, and `result` about 40 more. Above

@@ -20,10 +20,10 @@ from jmae.sealed import seal, unseal
 
 TRAINED_ON = "trained_on.json"
 LIKENESS = "likeness to the mean image"
-VALUES = 2**16  # of an image, evenly spaced, that the traits of grey values are computed of
+VALUES = 2**16  # values of an image, evenly spaced, from which the traits of grey values are computed
 FACTOR = 2.0  # a size may be so many times smaller or larger than those of the training
-WIDENING = 0.25  # of a range of grey values, on either side; more where few images were trained on
-FEW = 20  # images, below which the range is widened more
+WIDENING = 0.25  # share of a range of grey values that is added on either side; more for few training images
+FEW = 20  # training images below which the range is widened more
 LEAST = 0.05  # least width of a range of grey values
 SIDE = 16  # of the small images whose mean is the layout of the training
 SIZES = ("smallest axis", "largest axis", "ratio of the axes", "millimetres along the largest axis")
@@ -52,7 +52,7 @@ def traits_of(stored: Image) -> Traits:
     else:
         low, high = np.percentile(thin, (1, 99))
         values = np.clip((thin - low) / ((high - low) or 1), 0, 1)
-    deviation = float(values.std()) if np.ptp(values) else 0.0  # rounding leaves a constant image some
+    deviation = float(values.std()) if np.ptp(values) else 0.0  # rounding gives a constant image a deviation
     numbers = {
         "channels": float(array.shape[-1]),
         "smallest axis": float(min(size)),
@@ -73,7 +73,7 @@ def traits_of(stored: Image) -> Traits:
 
 def kind_of(traits: Sequence[Traits]) -> dict[str, Any]:
     """What images have in common: {"images": their number, "ranges": {trait: (least, greatest)}, "layout": their mean,
-    of norm 1}. The trait "likeness to the mean image" is the product of both layouts."""
+    of norm 1}. The trait "likeness to the mean image" is the product of an image's layout and that mean."""
     layout = np.mean([one.layout for one in traits], 0)
     layout /= max(float(np.linalg.norm(layout)), 1e-6)
     each = [one.numbers | {LIKENESS: float((one.layout * layout).sum())} for one in traits]
@@ -112,7 +112,7 @@ def read_kind(workdir: Path) -> dict[str, Any] | None:
 
 
 def unlike(stored: Image, kind: Mapping[str, Any]) -> str:
-    """What of an image is unlike the images of a kind, in words; "" where nothing is."""
+    """In what an image is unlike the images of a kind, in words; "" where in nothing."""
     numbers, layout = traits_of(stored)
     if numbers["deviation"] == 0:
         return "all its values are equal"

@@ -74,7 +74,7 @@ def lines_to_loggers(config: ConfigDict, workdir: Path, stage: str, start: int) 
 
 
 def leave(name: str, logger: AbstractContextManager[Write], *error: Any) -> None:
-    """Ends a logger, with the error that ends its block. What the logger itself raises is a line."""
+    """Ends a logger, with the error that ends its block. What the logger itself raises is logged as one line."""
     try:
         logger.__exit__(*error)
     except Exception as failure:

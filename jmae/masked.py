@@ -110,9 +110,8 @@ class Training:
 
 
 def training(section: ConfigDict, lr: float | None = None, **fields: Any) -> Training:
-    """The training that a section of a recipe describes by `TRAINING_KEYS`; `fields` are those it does not have.
-
-    `lr` stands for the section's own learning rate where the latter has another meaning.
+    """The training that a section of a recipe describes by `TRAINING_KEYS`; `fields` are the others of `Training`. `lr`
+    is the learning rate, where the section's `lr` has another meaning.
     """
     fields = {"optimiser": adamw(betas=tuple(section.betas), decay=section.decay)} | fields
     return Training(
@@ -202,7 +201,7 @@ def crop_and_flip(
     axes: tuple[int, ...],
     size: tuple[int, ...] | None = None,
 ) -> Float[Array, "b *new c"]:
-    """A random resized crop of a share `scale` of each image, none where it is (), then random flips of `axes`.
+    """A random resized crop of a share `scale` of each image (for (), no crop), then random flips of `axes`.
 
     A crop has `size`, or else that of the image."""
     crops, flips = split_keys(keys)
@@ -216,8 +215,8 @@ def standardised(
 ) -> Float[Array, "b *size channels"]:
     """Images of [0, 1] less their mean, by their deviation; one channel is repeated to `model.channels`.
 
-    A crop has the moments of its `whole` image where each image has its own. Crop before this function repeats a
-    channel: the order changes rounding alone, as a crop's weights add up to 1.
+    A crop has the moments of its `whole` image where each image has its own. The crop comes before this function
+    repeats a channel. That order changes rounding alone, as a crop's weights add up to 1.
     """
     mean, std = moments_of(image if whole is None else whole, config.data)
     return jnp.broadcast_to((image - mean) / std, (*image.shape[:-1], config.model.channels))

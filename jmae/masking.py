@@ -58,9 +58,9 @@ def run_masks(
 ) -> tuple[Int[Array, "m k"], Int[Array, "m n"]]:
     """The masks of these numbers, which all images of a run share: (keep, restore) as `order_of` gives them.
 
-    Masks 0 to G - 1, with G = `groups_of`, are the first round, and so on. Each round is a random partition of the
-    tokens of its own, and each of its masks shows another group. Where `visible` divides `tokens`, a round hides every
-    token G - 1 times.
+    Masks 0 to G - 1, with G = `groups_of`, are the first round, and so on. Each round has its own random partition of
+    the tokens, and each of its masks shows another group. Where `visible` divides `tokens`, a round hides every token
+    G - 1 times.
     """
     rounds, groups = jnp.divmod(numbers, groups_of(tokens, visible))
     return group_mask(jax.vmap(lambda j: jax.random.fold_in(key, j))(rounds), groups, tokens, visible)

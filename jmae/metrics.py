@@ -382,10 +382,9 @@ def bin_edges(bins: NDArray[Any]) -> NDArray[np.float32]:
 
 
 def overlap_areas(above: NDArray[Any], reached: NDArray[Any]) -> NDArray[np.float64]:
-    """What each positive adds to the area under its lesion's overlap up to `PRO_LIMIT`, in units of its share.
-
-    The overlap rises by that share between the false-positive rates `above`, of higher scores, and `reached`, of scores
-    that are at least as high: on a straight line where negatives tie with it.
+    """What each positive adds to the area under its lesion's overlap up to `PRO_LIMIT`, in units of its share of the
+    lesion. At a positive the overlap rises by that share, from the false-positive rate `above` (scores that are higher)
+    to `reached` (scores that are at least as high). Where negatives tie with the positive, it rises on a straight line.
     """
     slope = (PRO_LIMIT - above) ** 2 / (2 * np.maximum(reached - above, 1e-300))
     return np.where(reached <= PRO_LIMIT, PRO_LIMIT - (above + reached) / 2, np.where(above < PRO_LIMIT, slope, 0.0))
@@ -455,7 +454,7 @@ class Pooled:
         Lowest: they are below its negatives and have no ties. With T = TP_b - p_b + FP_b, this is
           1/P sum_b sum_{j=1..p_b} (1 - FP_b / (T + j)) >= 1/P sum_b (p_b - FP_b log(1 + p_b / (T + 1/2))).
           1/x is convex, so 1/(T + j) is at most the mean of 1/x from T + j - 1/2 to T + j + 1/2.
-      aupro_error: a positive rises between the false-positive rates at the two edges of its bin, wherever in the bin.
+      aupro_error: the overlap rises for a positive anywhere between the false-positive rates at its bin's edges.
 
     The best Dice and its IoU are then the best at edges of bins, so at most the exact ones.
     """

@@ -82,7 +82,7 @@ class MaskFigures:
         spacing: Sequence[float] | None = None,
     ) -> None:
         """Takes the map and the lesions of one labelled case; voxels outside of the region do not count. `share` is the
-        number of its voxels for one of the grid that is scored."""
+        number of the map's voxels for one voxel of the grid that is scored."""
         if self.threshold is None:
             return
         mask = outline(values, self.threshold, least_voxels(self.least, spacing), region)
@@ -99,11 +99,10 @@ class MaskFigures:
             self.alarms += n > 0
 
     def result(self) -> dict[str, Any] | None:
-        """The mean Dice of cases with a lesion, the share of lesions that are found, false components an image, and the
-        share of cases without a lesion that have a mask; None without a threshold or a lesion.
-
-        "sizes" has the share that is found of small, medium and large lesions, a third each, by their area in voxels of
-        the grid that is scored; it is empty for fewer than three lesions.
+        """The mean Dice of cases with a lesion, the share of lesions that are found, the false components an image, and
+        the share of cases without a lesion that have a mask. None without a threshold or a lesion. "sizes" has the
+        share of lesions found among small, medium and large ones, a third each, by area on the grid that is scored. It
+        is empty for fewer than three lesions.
         """
         areas, found = (np.concatenate([np.empty(0), *each]) for each in (self.areas, self.found))
         if not areas.size:

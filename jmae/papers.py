@@ -222,7 +222,7 @@ def chosen_recipe(row: Row, preset: str) -> str:
 
 
 def run_name(row: Row, chosen: str) -> str:
-    """The folder of a row's runs. Rows that train the same have one."""
+    """The folder of a row's runs. Rows with the same training share one folder."""
     whole = chosen == row.recipe
     what = lambda one: (one.recipe, one.keys) if whole else (one.small, one.small_keys)
     run = lambda one: (one.data, one.needs_weights, *what(one))

@@ -154,7 +154,8 @@ class SweepPass:
         return [self._finish(*one) for one in started]
 
     def example(self, case: Prepared, point: tuple[int, ...]) -> tuple[np.ndarray, ...]:
-        """One window around a voxel of a case under its mask of the first sweep, in the slice of that voxel.
+        """A slice through a voxel of a case: of one window around the voxel, under that window's mask of the first
+        sweep.
 
         Returns (the window (h, w, c), the same with 0 where it was hidden, the prediction), by the first replicate.
         """

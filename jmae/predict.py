@@ -17,13 +17,13 @@ volumes are scored within a region or in two pieces. These columns are as in a m
 
 --out gets, for each case, ID_anomaly.nii.gz (for images .tif, 32 bits), ID_mask (8 bits) where the run is calibrated,
 ID_confidence where the system has one, ID_recon where the recipe has evaluation.reconstruction, and ID_overlay.png. The
-mask holds what of the map lies above a threshold. Of normal cases at most a share evaluation.alarm_rate has a mask
-with anything in it (jmae.outlines). The overlay of a volume shows the axial slice with the highest value. At the end
---out gets scores.csv: id,label,score,p_value,score_error, further scores, and warning. The p-value is the share of
-held-out normals that score as high (jmae.scoring.Calibration). It is empty in three cases: the run is not calibrated;
-the run was trained or calibrated on the image; or the case has another set of region, midline and half than the normals
-had. The column score_error has the Monte-Carlo error of a score that is a mean over masks or samples. The column
-warning says what of a case is unlike the images that the run was trained on: its size, channels, grey values or layout
+mask marks where the map lies above a threshold. At most a share evaluation.alarm_rate of normal cases has a mask with
+anything in it (jmae.outlines). The overlay of a volume shows the axial slice with the highest value. At the end --out
+gets scores.csv: id,label,score,p_value,score_error, further scores, and warning. The p-value is the share, of the
+held-out normals and the case itself, that scores as high (jmae.scoring.Calibration). It is empty in three cases: the
+run is not calibrated; the run was trained or calibrated on the image; or the case has another set of region, midline
+and half than the normals had. The column score_error has the Monte-Carlo error of a score that is a mean over masks or
+samples. The column warning says in what a case is unlike the training images: size, channels, grey values or layout
 (jmae.likeness). Such a case has no p-value above the alarm rate. A case that fails is listed in failed.csv, and the
 others go on.
 
@@ -96,7 +96,7 @@ class Prediction(NamedTuple):
     score: float
     p_value: float | None  # None where the run is not calibrated for the case
     confidence: np.ndarray | None  # float32, deviation of the map over the system's samples; None where it has none
-    warning: str = ""  # what of the case is unlike the images that the run was trained on
+    warning: str = ""  # in what the case is unlike the training images
     mask: np.ndarray | None = None  # bool, the lesions; None where the run gives no threshold
     image: Image | None = None  # the stored values
     colours: Scale | None = None  # of maps; None where the run gives none
@@ -323,7 +323,7 @@ def checked_line(run: Run, row: Row, result: Result) -> dict[str, Any]:
     if line["p_value"] is not None:
         if why := why_no_p_value(run, row, result):
             log(f"{row.id}: no p-value: {why}")
-        if why or (line["warning"] and line["p_value"] > alarm_rate(run.config)):  # it would calm for no reason
+        if why or (line["warning"] and line["p_value"] > alarm_rate(run.config)):  # a high one would calm for no reason
             line["p_value"] = None
     return line
 
@@ -398,7 +398,7 @@ def why_failed(row: Row, error: Exception) -> str:
 
 
 def printable(text: str) -> str:
-    """The text with its control characters written out: a terminal obeys those of a file's name or header."""
+    """The text with its control characters written out. A terminal would obey those of a file's name or header."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 

@@ -40,7 +40,7 @@ def with_pretrained(config: ConfigDict, stage: Stage, state: State, workdir: Pat
     if source.is_file():
         weights, model = read_weights(source), config.model
         part = model.get("weights_part", "mae")
-        if weights.size is None and part != "blocks":  # which file this is for nothing else tells
+        if weights.size is None and part != "blocks":  # the file does not tell the size
             weights = read_weights(source, size=tuple(config.data.size))
         drawn, form = on_host(state.params), stage.pretrained
         single = lambda r: drawn if n == 1 else jax.tree.map(lambda x: x[r], drawn)

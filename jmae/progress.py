@@ -20,7 +20,7 @@ from jmae.run_folder import CLOCK, log
 
 SECONDS_BETWEEN_LINES = 10  # where standard error is no terminal
 SILENCE = 10  # seconds after which a step says that it is still at work
-PACE_AFTER = 3  # seconds of steps: the first few tell little, checkpoints count too
+PACE_AFTER = 3  # seconds of steps before a pace is shown, checkpoints included; the first steps tell little
 SHOWN = 3  # metrics of a line
 NOT_SHOWN = ("stage", "step", "lr", "grad_norm", *CLOCK)
 
@@ -32,8 +32,8 @@ def signals() -> Iterator[Callable[[bool], signal.Signals | None]]:
     The second Ctrl-C interrupts at once. Outside this context either signal ends the process at once, which a shell
     sees as 143 or 130, too. Nothing but the steps since the last checkpoint is lost with it.
 
-    Several processes learn at the same call what one of them has got. The last call, which its argument tells, knows
-    all; an earlier call knows what came before the call before it.
+    Several processes learn at the same call that one of them has got a signal. A call knows the signals from before the
+    previous call. The last call, which its argument names, knows all.
     """
     arrived: list[signal.Signals] = []
     numbers = (signal.SIGTERM, signal.SIGINT)

@@ -170,7 +170,7 @@ SHARED = {
         0.5, "Probability above which a mask with fractional values marks a voxel.", least=0, below=1, before=0.0
     ),
     "data.allow_leaks": Key(
-        False, "Whether patients and images in two splits are not refused, but named, in the report too."
+        False, "Whether patients and images in two splits are named in the log and the report, not refused."
     ),
     "data.size": Key(
         (224, 224), "Size of an image, or of a crop of a volume, as the network sees it.", "pixels", least=1
@@ -178,8 +178,8 @@ SHARED = {
     "data.channels": Key(1, "Channels of an image as it is read.", least=1),
     "data.nonfinite": Key(
         "refuse",
-        'Images with NaN or Inf: "refuse" them, or count such values as "zero", in an image as its lowest value. Maps '
-        "are NaN there, and no metric counts them.",
+        'Images with NaN or Inf: "refuse" them, or take such values as "zero" (in an image: its lowest value). Maps are'
+        " NaN there, and no metric counts them.",
         choices=("refuse", "zero"),
     ),
     "data.window": Key(
@@ -199,8 +199,8 @@ SHARED = {
     ),
     "evaluation.froc_least": Key(
         5,
-        "Pixels of the smallest component that counts: of the grid that is scored, or with froc_rule=centroid of the "
-        "file's.",
+        "Pixels of the smallest component that counts, on the grid that is scored; with froc_rule=centroid, on the "
+        "file's grid.",
         "pixels",
         least=1,
     ),
@@ -223,8 +223,8 @@ SHARED = {
     ),
     "evaluation.rivals": Key(
         ("components", "blur", "nearest", "untrained", "raw"),
-        'Rivals scored beside a network: where it predicts hidden patches "components", "blur" and "nearest"; of the '
-        'score of tokens an "untrained" encoder and "raw" patches; (): none.',
+        'Rivals that are scored beside a network. For hidden patches: "components", "blur", "nearest". For the score'
+        ' of tokens: an "untrained" encoder, "raw" patches. (): none.',
         choices=("components", "blur", "nearest", "untrained", "raw"),
         before=(),
     ),
@@ -246,8 +246,8 @@ SHARED = {
 MASKS_OF = {
     "evaluation.masks_of": Key(
         "run",
-        'What random masks or samples of a test case are drawn by: "run", the seed and their own number alone, the '
-        'same for every case, and every token is hidden as often; or "case", the case\'s id too.',
+        'What random masks or samples of a test case depend on: "run", the seed and their number alone, so that all '
+        'cases have the same and every token is hidden as often; "case", the case\'s id too.',
         choices=("run", "case"),
         before="case",
     ),

@@ -26,8 +26,8 @@ class Reconstruction(NamedTuple):
     measured: PyTree  # mean over the masks of the results of `measure`
     first: Float[Array, "b *size c"]  # reconstruction under the first mask
     first_hidden: Bool[Array, " b *size"]  # what the first mask hides
-    # Means over voxels of `error` and of `measured` in each round of masks, where there are several whole rounds, and
-    # else under each mask: independent values, or nearly so, whose spread tells the Monte-Carlo error of their mean.
+    # Means over voxels of `error` and of `measured`, one of each round of masks where there are several whole rounds,
+    # else one of each mask. They are independent, or nearly so. Their spread tells the Monte-Carlo error of their mean.
     errors: Float[Array, "b r"]
     measures: PyTree
 

@@ -43,8 +43,8 @@ NAMES = ("smoothed", "ssim", "mahalanobis", "feature")
 KEYS = {
     "evaluation.residual": Key(
         "none",
-        'The primary score is a further one of the reconstruction (ours, `jmae.residuals`): "smoothed", "ssim", '
-        '"mahalanobis" or "feature"; "none": the system\'s own.',
+        'The primary score: "none", the system\'s own; ours, of the reconstruction (`jmae.residuals`): "smoothed", '
+        '"ssim", "mahalanobis" or "feature".',
         choices=("none", *NAMES),
     ),
     "evaluation.smooth": Key(
@@ -52,8 +52,8 @@ KEYS = {
     ),
     "evaluation.expect": Key(
         "none",
-        'What evaluation.residual is divided by: what held-out normals have at the same "position", where images are '
-        'aligned, or where a reconstruction has the same "appearance"; "none": nothing.',
+        'What divides evaluation.residual: its mean in held-out normals at the same "position", for aligned images, or '
+        'where the reconstruction has the same "appearance"; "none": nothing.',
         choices=("none", "position", "appearance"),
     ),
     "evaluation.case_score": Key(
@@ -77,11 +77,11 @@ VOLUME_KEYS = {
         choices=("mean", "top", "part"),
     ),
 }
-SETTINGS = ("residual", "smooth", "expect", "masks_of")  # that a fit depends on, with a system's own
+SETTINGS = ("residual", "smooth", "expect", "masks_of")  # that a fit depends on; a system adds its own
 
 FIT = "expected"
 BINS = 16  # of the predicted value, and of its local deviation
-PSEUDO = 50  # voxels with the mean over all bins that each bin has beside its own
+PSEUDO = 50  # voxels with the mean over all bins that are added to each bin
 FLOOR = 0.05  # share of the mean that is added to an expectation or a variance
 WINDOWS = (1.5, 3.0, 6.0)  # deviations of SSIM's windows, voxels
 TINY = 1e-12
@@ -155,7 +155,7 @@ def moments(share: Array, residual: Array, square: Array) -> tuple[Array, Array]
 
 
 def window_values(image: Float[Array, "b *size c"], found: Mapping[str, Array]) -> Float[Array, "b *size k"]:
-    """What the windows of a volume are averaged for: the parts of `volume_evidence`."""
+    """The values that are averaged over the windows of a volume: the parts of `volume_evidence`."""
     prediction = found["residual"] + found["share"] * image
     return jnp.concatenate([found["share"], found["residual"], found["square"], prediction], -1)
 
@@ -227,7 +227,7 @@ def sigma_of(config: ConfigDict) -> tuple[float, ...]:
 
 
 def over_voxels(values: Float[Array, " b *c"], like: Array) -> Array:
-    """Values of images, or of their channels, with the axes of voxels of `like` between."""
+    """Values of images, or of their channels, with an axis of length 1 for each axis of voxels of `like`."""
     return values.reshape(len(values), *[1] * (like.ndim - 2), -1)
 
 
@@ -313,8 +313,8 @@ def anomaly_map(config: ConfigDict, of: Evidence, results: Results) -> Float[Arr
 
 
 def fits(config: ConfigDict, evidence_of: Callable[[Results, Any, Array], Evidence], *further: str) -> tuple[Fit, ...]:
-    """The fits that the recipe asks for. `evidence_of` is that of a batch of `Fit.measure`; `further` are settings of a
-    system's own that it depends on."""
+    """The fits that the recipe asks for. `evidence_of` gives the evidence of a batch of `Fit.measure`. `further` are
+    the settings of the system that it depends on."""
     if config.evaluation.expect == "none":
         return ()
     measure = lambda results, batch, key: sums_of(config, evidence_of(results, batch, key), batch.get("inside"))

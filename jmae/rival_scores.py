@@ -35,7 +35,8 @@ Learn = Callable[[System, Any], Any]  # (system, a rival's results) -> the resul
 
 
 class RivalScores:
-    """The rivals of a system's network, each with a scorer: under the system's own score and masks, or of `rivals`.
+    """The rivals of a system's network, each with a scorer. A predictor scores under the system's own score and masks;
+    a rival of `System.rivals` has a system of its own.
 
     Args:
         config: the recipe.
@@ -80,7 +81,7 @@ class RivalScores:
         return [{name: results[i] for name, results in each.items()} for i in range(len(cases))]
 
     def maps(self, results: Mapping[str, Result]) -> dict[str, np.ndarray]:
-        """The rivals' maps of a case on its own grid: of the system's scores the primary one."""
+        """The rivals' maps of a case, on the case's own grid: those of their primary scores."""
         shown = {name: map_name(self.scorers[name].system) for name in results}
         return {f"{name}: {m}": results[name].own_maps()[m][0] for name, m in shown.items() if m in results[name].maps}
 
@@ -150,7 +151,7 @@ def fitted_rivals(
 ) -> RivalScores | None:
     """The rivals of a system's network, fitted to its training normals; None where it has none.
 
-    What the score learns from images (`System.fits`) each rival learns from the same rows, of `rows`.
+    Each rival's score learns from images (`System.fits`), from the same rows among `rows` as the system's own score.
     """
     kinds, prediction = config.evaluation.rivals, system.prediction
     others = [rival for kind, rival in system.rivals.items() if kind in kinds]

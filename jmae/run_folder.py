@@ -69,7 +69,7 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def fixed(config: ConfigDict) -> dict:
-    """The part of a recipe that a checkpoint depends on; with `select=aucp` the evaluation too, whose score chooses."""
+    """The part of a recipe that a checkpoint depends on; with `select=aucp` also the evaluation."""
     out = json.loads(recipe.to_json(config))
     for path in FREE if config.get("select") != "aucp" else set(FREE) - {"evaluation"}:
         *parents, last = path.split(".")
@@ -122,8 +122,8 @@ def read_environment(workdir: Path) -> dict[str, Any]:
 
 
 def read_history(file: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl. One torn by a kill is left out, as its step comes again; others that cannot be read
-    are left out and said."""
+    """The lines of metrics.jsonl. A line that was torn by a kill is left out, as its step comes again. Any other line
+    that cannot be read is left out with a warning."""
     found = _history(file)
     if damaged := [number for number, (_, line) in enumerate(found, 1) if line is None]:
         more = f" and {len(damaged) - 3} more" if len(damaged) > 3 else ""

@@ -5,7 +5,7 @@ Validation Data in Abnormality Detection", IEEE TMI 2026, arXiv 2606.08742: the 
 known normals. Let p be the share of abnormal images among the unlabelled ones. Where their normals score as the known
 ones do, the pseudo-AUC is p AUROC + (1 - p) / 2. Both then have their best step in common.
 
-Known normals that are trained on score lower than new ones of an overfit network; then the pseudo-AUC rises with
+An overfit network gives the normals that it was trained on lower scores than new ones. The pseudo-AUC then rises with
 overfitting. Recipes that hold normals out (`held_out`) compare with those.
 """
 
@@ -36,7 +36,8 @@ def by_pseudo_auc(config: ConfigDict, system: System) -> System:
     The stage `system.choice` names, or the last one that the score reads, looks at its pseudo-AUC every `select_every`
     steps and after the last.
 
-    Raises InputError where weights stand for that stage. `Check.rows` raises it where no row is unlabelled.
+    Raises InputError where `model.weights` takes the place of that stage. `Check.rows` raises it where no row is
+    unlabelled.
     """
     name = system.choice.stage if system.choice else system.uses[-1]
     number = [stage.name for stage in system.stages].index(name)

@@ -149,7 +149,7 @@ class Stage:
         result: (state) -> {"params", "stats"} for later stages and the score.
         published: values of the stage's metrics that the paper prints, {metric: {epoch, counted from 1: value}}. The
             evaluation lists them beside the run's own.
-        published_with: recipe values that those are of. The evaluation says which ones the run has otherwise.
+        published_with: the paper's recipe values for them. The evaluation lists those in which the run differs.
     """
 
     name: str
@@ -290,7 +290,7 @@ class Prediction:
 
 
 class Rival(NamedTuple):
-    """What stands in for a system's network where that is no prediction of hidden patches.
+    """What stands in for a system's network where the network does not predict hidden patches.
 
     Attributes:
         name: what it is, in words.
@@ -337,8 +337,8 @@ class System:
             of its network are then scored beside it (`jmae.rivals`).
         rivals: further rivals, by their name in `evaluation.rivals`.
         best: rules of `select` that the system has beside "last" and "aucp".
-        notes: sentences, without the full stop, on how a run of this recipe differs from the paper's in a way that no
-            reader of its figures may miss. The log, metrics.json, the report and the model card say them.
+        notes: sentences without the full stop. They say how a run of this recipe differs from the paper's, where every
+            reader of its figures must know. The log, metrics.json, the report and the model card say them.
     """
 
     name: str
@@ -429,7 +429,7 @@ def fitting_normals(rows: Sequence[Row]) -> np.ndarray:
     """Numbers of one half of the held-out normals: the usual `Fit.rows` of an expectation. The other half calibrates.
 
     Whole patients go into a half, in an order that depends on their names alone. An odd patient calibrates. A single
-    patient is fitted to, and none calibrates then.
+    patient serves the fit, and none calibrates then.
     """
     numbers, patient = held_out_normals(rows), lambda i: rows[i].patient or rows[i].id
     order = sorted({patient(i) for i in numbers}, key=lambda name: hashlib.sha256(name.encode()).digest())

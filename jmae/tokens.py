@@ -46,12 +46,14 @@ TOKEN_KEYS = {
         "position and one covariance.",
         choices=("none", *WAYS),
     ),
-    "ring": recipe.Key(1, "Outermost rows of tokens that this score leaves out; 0 keeps all.", "tokens", least=0),
-    "layer": recipe.Key(0, "Block of the encoder whose tokens it compares, counted from 1; 0: the middle.", least=0),
+    "ring": recipe.Key(1, "Outermost rows of tokens left out of the score of tokens; 0: none.", "tokens", least=0),
+    "layer": recipe.Key(
+        0, "Block of the encoder whose tokens give the score of tokens, from 1; 0: the middle.", least=0
+    ),
     "bank_size": recipe.Key(1500, "Tokens of normal images that a bank keeps.", "tokens", least=1),
     "bank_choice": recipe.Key(
         "random",
-        'Which tokens those are: "random", or "coreset", each the farthest from those before it.',
+        'Tokens that a bank keeps: "random" ones, or "coreset", each the farthest from those before it.',
         choices=("random", "coreset"),
     ),
 }
@@ -185,7 +187,7 @@ def coresets(
 
 
 def k_centers(tokens: Float[Array, "m d"], valid: Array, first: Int[Array, ""], size: int) -> Float[Array, "size d"]:
-    """`size` of the valid tokens, each the farthest from those before it, the nearest of them counting."""
+    """`size` of the valid tokens, each the farthest from the nearest of those before it."""
 
     def step(state: tuple[Array, Array], _: None) -> tuple[tuple[Array, Array], Array]:
         newest, apart = state

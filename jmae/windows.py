@@ -55,8 +55,8 @@ def released_room(
 ) -> tuple[list[tuple[int, int]], int | None]:
     """`room` as the released code of MAEMI has it, which knows one midline, the middle of the volume.
 
-    It pads to one voxel more than a window, along `side` to one more than two, with the odd voxel below. Then it halves
-    what it has padded: a last voxel of an odd number belongs to neither half.
+    It pads an axis to one voxel more than a window, and the axis `side` to one more than two windows; an odd voxel goes
+    below. Then it halves the padded volume. The last voxel of an odd number belongs to neither half.
 
     Raises InputError for a midline that is not the middle.
     """
@@ -149,7 +149,7 @@ def average(
         coverage: number of windows over each index of an axis (`Tiling`); voxels without a window give 0.
         batch: number of windows in a batch.
         weighted: whether the mean is weighted; voxels without weight give 0.
-        released: for so many of the first values, the released code of MAEMI replaces the mean. Its counters start at
+        released: number of the first values that are averaged as in the released code of MAEMI. Its counters start at
             1. So it divides each sweep's sum by c + 1, where c windows cover the voxel, and the sum over the sweeps
             again by 1 + repeats * (c + 1).
         place: function that distributes windows over the devices.

@@ -293,7 +293,7 @@ def test_a_run_trains_on_larger_images(small_set, tmp_path):
 
 
 def test_a_size_of_crops_without_crops_is_refused():
-    with pytest.raises(InputError, match=r"data.crop_from is of random crops"):
+    with pytest.raises(InputError, match=r"data.crop_from goes with random crops"):
         load_system(config("data.crop_scale=", "data.crop_from=48,32"))
 
 

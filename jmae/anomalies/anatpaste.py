@@ -37,7 +37,7 @@ from jmae.data.transforms import LUMA, grey, resize, resize_mask
 
 REFERENCE = 256  # side of the image, in pixels, to which the paper's lengths refer
 COMPONENT_PX = 400  # smaller components of the lung field are erased
-FIELD_SHARE = (0.025, 0.45)  # plausible shares of a lung field in the image's area; small ones show both lungs too
+FIELD_SHARE = (0.025, 0.45)  # plausible shares of a lung field in the image's area; small fields show both lungs too
 CANDIDATES = 16  # draws for each paste; the first that changes the image is taken
 FACTORS = ("brightness", "contrast", "saturation", "hue")  # factors of the colour jitter
 VISIBLE = 0.5 / 255  # the smallest change that survives rounding to 8 bits
@@ -51,7 +51,8 @@ def lung_field(image: Float[np.ndarray, "h w c"], share: tuple[float, float] = F
 
     The lungs are found at 256 x 256, as in the paper's code, and the mask is resized to the image's size. At 96 x 96
     more lungs touch the border and are lost. The steps are CLAHE, Otsu's threshold, selection of the dark side without
-    the value 0, and opening. Removal of components that touch the border, dilation and removal of small ones follow.
+    the value 0, and opening. Then components that touch the border are removed, the rest is dilated, and small
+    components are removed.
 
     A mask whose share of the image lies outside `share`, or with an empty left or right half, is no lung field. Then
     all pixels are True; the code does this for an empty mask.

@@ -51,9 +51,9 @@ PRESETS = {
     # The paper gives no strength: 2 to 5 is ours.
     "paper": Preset((1, 10), (1, 9), (2, 5), False, 1.0, True, False),
     "released": Preset((10, 19), (1, 9), (10, 19), False, 10.0, False, True),
-    # ours: the average of the released file, at any place, with a strength and a gain for 1 to 10 anomalies. The
-    # average dilutes an anomaly that R of N images show to R / N. So strength / anomalies stays in the released range
-    # of 0.53 to 1.9.
+    # ours: the average of the released file, at any place, with a strength and a gain for 1 to 10 anomalies. If R of N
+    # images show an anomaly, the average has R / N of it. So strength / anomalies stays in the released range of 0.53
+    # to 1.9.
     "jmae": Preset((1, 10), (1, 9), (0.53, 1.9), True, 10.0, False, False),
 }
 
@@ -397,8 +397,8 @@ def ppii(
         image_number: number of the image itself among the sources. No patch comes from it.
         anomalies, raters, strength, gain: values that replace those of the preset.
         deviation: whether the extras contain the deviation (*size) over raters' images.
-        rater: whether the extras contain what one rater of each patch gives: a drawn one, or with `rater_number` that
-            one, or the last one where a patch has fewer.
+        rater: whether the extras contain what one rater of each patch gives. That rater is drawn, or is number
+            `rater_number` (the last one where a patch has fewer).
     """
     base = PRESETS[preset]
     chosen = base._replace(

@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Int
 
 
 def sine_basis(n: int, edge: Int[Array, ""]) -> Float[Array, "n n"]:
-    """S_jk = sin(pi j k / (edge - 1)) for j, k = 1 ... edge - 2, else 0: the DST-I of the inner ones of `edge` points.
+    """S_jk = sin(pi j k / (edge - 1)) for j, k = 1 ... edge - 2, else 0: the DST-I of the inner points.
 
     On the inner points, S S is (edge - 1) / 2 times the identity.
     """

@@ -127,7 +127,7 @@ def notes(rows: list[Row], volumes: Collection[str]) -> list[str]:
 
 
 def table(manifest: Path, checked: Checked) -> str:
-    """The summary, how often each kind was found, and what was, of a kind at most 20."""
+    """The summary, the number of findings of each kind, and at most 20 findings of a kind."""
     counts = Counter(one.kind for one in checked.findings)
     lines = [f"{manifest}: {checked.summary}", ""]
     lines += [f"{counts[kind]:6}  {kind:<15} {what}" for kind, what in KINDS.items()]
@@ -139,7 +139,7 @@ def table(manifest: Path, checked: Checked) -> str:
 
 
 def of_case(finding: Finding) -> str:
-    """The line, with the case before it where it does not name one."""
+    """The line of a finding, which begins with the case."""
     name = finding.rows[0].id
     return finding.what if len(finding.rows) > 1 or finding.what.startswith(name) else f"{name}: {finding.what}"
 

@@ -130,7 +130,7 @@ class Volumes:
         return tuple(int(i) for i in np.unravel_index(number if some is None else int(some[number]), places))
 
     def samples(self, rows: np.ndarray, numbers: np.ndarray, step: int, seed: int) -> dict[str, np.ndarray]:
-        """Of each row its crop at `step`: "image" (n, *crop, c); or "row" and "origin", for `cut`."""
+        """The crop of each row at `step`: "image" (n, *crop, c); or "row" and "origin", for `cut`."""
         origins = np.array([self.origin(row, step, seed, k) for row, k in zip(rows, numbers, strict=True)], np.int32)
         if self.largest:
             return {"row": rows.astype(np.int32), "origin": origins}
@@ -183,8 +183,8 @@ def cache_volume(row: Row, data: ConfigDict, folder: Path, make: Callable[[], Vo
 
 
 def padded(row: Row, volume: Volume, data: ConfigDict) -> tuple[np.ndarray, np.ndarray]:
-    """A prepared volume with room for crops of `data.size`, and the flat numbers of their allowed origins; none of them
-    where all are. Raises InputError where no crop fits."""
+    """A prepared volume with room for crops of `data.size`, and the flat numbers of their allowed origins; an empty
+    array allows all. Raises InputError where no crop fits."""
     crop = tuple(data.size)
     if data.least_region > 0 and volume.region is None:
         raise InputError(f"{row.id}: names no region for data.least_region: fill it, or data.region=nonzero")
@@ -209,7 +209,7 @@ def padded(row: Row, volume: Volume, data: ConfigDict) -> tuple[np.ndarray, np.n
 
 
 def cut(volumes: Float[Array, "n *size c"], batch: dict[str, Array], crop: tuple[int, ...]) -> dict[str, Array]:
-    """The batch with the crops that its "row" and "origin" name as "image"."""
+    """The batch with "image", the crops, in place of "row" and "origin", which name them."""
     one = lambda row, origin: jax.lax.dynamic_slice(volumes, (row, *origin, 0), (1, *crop, volumes.shape[-1]))[0]
     image = jax.vmap(one)(batch["row"], batch["origin"])
     return {name: batch[name] for name in batch.keys() - {"row", "origin"}} | {"image": image}

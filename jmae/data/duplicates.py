@@ -30,11 +30,11 @@ FINE, COARSE, AROUND = 1.0, 3.0, 6.0  # sigmas in its pixels: detail lies betwee
 EVEN = 0.3  # of the greatest strength: weaker detail is not amplified to even strength
 SHIFT = 0.07  # of the side, tried on every axis
 # (zoom, degrees) in which one of two images is tried: a cut image is the middle of the other. Each is tried in the
-# eight ways to turn and mirror it; what shifts and stretches cover lies between.
+# eight ways to turn and mirror it. Shifts and stretches cover the poses between.
 POSES = ((1.0, 0), (1.055, 0), (1.11, 0), (1.18, 0), (1.25, 0), (1.0, 3), (1.0, -3))
 STRETCH = (0.98, 1.0, 1.02)  # of either axis, tried on near copies: a cropped image fills the fingerprint
-# Correlations from which two images are copies, by their number of axes: of spectra, for candidates, which are then
-# shifted; and of details at the best shift. Measured on three public packs (pairs of one patient in brackets):
+# Least correlations of copies, by the number of axes. `CANDIDATE` is that of spectra, whose pairs are then shifted;
+# `ALIKE` is that of details at the best shift. Measured on three public packs (pairs of one patient in brackets):
 #   1,616 chest films of children     strangers up to 0.73 (0.71), copies from 0.92
 #   629 chest films of adults         strangers up to 0.78 (0.88), copies from 0.92
 #   1,510 endoscopic frames           strangers up to 0.75, copies from 0.91, but 8 % of those shifted into black
@@ -168,8 +168,8 @@ def spectra(details: np.ndarray) -> np.ndarray:
 
 
 def registered(first: np.ndarray, second: np.ndarray) -> Float[np.ndarray, " m"]:
-    """The correlation of details (m, *side), pair by pair, at the best of all shifts up to `SHIFT`, whatever its sign;
-    for images also of all stretches, and of a half turn, which spectra do not tell."""
+    """The size of the correlation of details (m, *side), pair by pair, at the best of all shifts up to `SHIFT`. Images
+    are also stretched, and turned by 180 degrees, which spectra do not tell."""
     if first.ndim != 3:
         return shifted(first, second)
     turned = first[:, ::-1, ::-1]
@@ -182,8 +182,8 @@ def registered(first: np.ndarray, second: np.ndarray) -> Float[np.ndarray, " m"]
 
 
 def shifted(first: np.ndarray, second: np.ndarray) -> Float[np.ndarray, " m"]:
-    """The size of the correlation of details (m, *side), pair by pair, at the best of all shifts up to `SHIFT`: an
-    inverted image has a negative one."""
+    """The size of the correlation of details (m, *side), pair by pair, at the best of all shifts up to `SHIFT`.
+    Inverted images correlate negatively."""
     axes, side = tuple(range(1, first.ndim)), first.shape[1:]
     reach = math.ceil(SHIFT * side[0])
     of = lambda part: fft.rfftn(part.astype(np.float32), axes=axes)

@@ -4,8 +4,9 @@ Columns: `id,patient,split,label,image,mask,region`, of which `split` and `image
 the name of the image's file. Columns are separated by commas, semicolons or tabs. Further columns: `boxes`; `boxes_on`,
 the file whose voxels the boxes count (1, 2, ... of `image`, `region` or `pre`; empty is 1); `pre` and `post` (DCE-MRI:
 the series before contrast, and the phases after it); `midline` and `half` (volumes of two pieces, such as left and
-right). The label is that of the half; mask and boxes are those of the whole. All others are carried along. `image` may
-join channels and `post` phases by ";", in quotes where columns are separated by it. Paths are relative to the file.
+right). The label is that of the half; mask and boxes are those of the whole. All other columns are carried along.
+`image` may join channels and `post` phases by ";", in quotes where columns are separated by it. Paths are relative to
+the file.
 """
 
 import csv
@@ -222,7 +223,7 @@ def _cells(
     id is the name of the image's file then."""
     text = _text(path)
     header = text.partition("\n")[0]
-    separator = max(SEPARATORS, key=header.count)  # a comma where there is none
+    separator = max(SEPARATORS, key=header.count)  # a comma where no separator is there
     # A quote that is never closed would swallow the rows behind it, unless strict.
     reader = csv.reader(io.StringIO(text, newline=""), strict=True, delimiter=separator)
     lines: list[tuple[int, list[str]]] = []
@@ -281,7 +282,7 @@ def _check_columns(path: str | os.PathLike, columns: list[str], needed: Collecti
     lines = [f"column {name!r} is there {n} times: keep one" for name, n in Counter(columns).items() if n > 1]
     further = {column.lower(): column for column in columns if column not in COLUMNS}
     for name in (*COLUMNS, *FURTHER, "midline", "half"):
-        unsure = name in ("mask", "region", "pre", "post", "half")  # other words are near: only plurals and capitals
+        unsure = name in ("mask", "region", "pre", "post", "half")  # other words are near these: a strict cutoff
         near = difflib.get_close_matches(name, further, n=1, cutoff=0.85 if unsure else 0.7)
         if name not in columns and (near or name in needed):
             hint = f"rename {further[near[0]]!r}" if near else "add it"

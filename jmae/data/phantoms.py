@@ -269,7 +269,7 @@ def _mass(rng: Generator, p: Field, lr: Field, s: Field, parenchyma: Field) -> F
 
 class _Set(NamedTuple):
     sample: Callable[[Generator, int], Phantom]
-    edition: int  # of 24 cases an AUROC scatters by 0.12: an edition whose cheap baselines lie between 0.5 and 0.8
+    edition: int  # of the seed, so that cheap baselines lie in 0.5 to 0.8 (of 24 cases an AUROC scatters by 0.12)
     splits: dict[str, tuple[int, int]]  # normal, abnormal
     extra: dict[str, str]
 

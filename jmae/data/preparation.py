@@ -162,9 +162,8 @@ def _marked(file: str, like: Image | None, data: ConfigDict | None, read: ReadFi
 
 
 def _placed(file: str, image: Image, like: Image, data: ConfigDict | None, soft: bool = False) -> Marked:
-    """A mask that was read as an image, on the grid of its case's image, too.
-
-    Raises `OffGrid` where it lies on another grid and no affines, or not `data.join`, put it there.
+    """A mask that was read as an image, on the grid of its case's image. Raises `OffGrid` for a mask on another grid,
+    unless `data.join` is "resample" and both have an affine.
     """
     image = turned(image, like)
     join = data.get("join", "same") if data else "same"
@@ -179,13 +178,14 @@ def usable(row: Row, stored: Image, data: ConfigDict) -> np.ndarray:
     values that are not finite are 0 in a volume, and the lowest value of an image.
 
     Raises InputError that names the file where the array has another number of channels or axes, values that are not
-    finite, or one value all over: a network rebuilds that without an error, so that its score would say "normal".
+    finite, or one value all over. A network rebuilds one value without an error: its score would say "normal".
     """
     array, size, channels = stored.array, tuple(data.size), data.channels
     if array.ndim - 1 != len(size):
         preset = "small3d or phantom3d" if array.ndim == 4 else "small"
         raise InputError(
-            f"{row.image[0]}: {array.ndim - 1} axes where data.size has {len(size)}: train one for it, as :{preset}"
+            f"{row.image[0]}: {array.ndim - 1} axes where data.size has {len(size)}:"
+            f" train a run for it, such as preset {preset}"
         )
     if array.shape[-1] == 3 and channels == 1 and len(row.image) == 1:
         array = grey(array)

@@ -34,7 +34,7 @@ def labels_given(config: ConfigDict) -> bool:
 
 
 def ratio_note(config: ConfigDict) -> str:
-    """What a run says whose recipe asks for an anomaly ratio and that has no hidden labels; empty for another run."""
+    """The note of a run whose recipe asks for an anomaly ratio without hidden labels; empty for any other run."""
     if config.data.anomaly_ratio < 0 or labels_given(config):
         return ""
     wanted = f"{config.data.anomaly_ratio:.0%} of {config.data.unlabeled_size or 'all'} images"

@@ -71,7 +71,7 @@ class Grid(NamedTuple):
         """
         oriented = self._oriented(array)
         inside = []
-        for axis in sorted(range(len(self.size)), key=lambda axis: -self.step[axis]):  # what shrinks most first
+        for axis in sorted(range(len(self.size)), key=lambda axis: -self.step[axis]):  # most shrunk axis first
             low, high = self._filled(axis)
             inside.append((axis, slice(low, high)))
             start = low + self.origin[axis]
@@ -439,7 +439,7 @@ def _side(stored: Image, data: ConfigDict, grid: Grid) -> int | None:
     if stored.affine is None:
         return None
     own = _nearest(stored.affine)[0]
-    return grid.own_axes.index(own) if own in grid.own_axes else None  # a 2D slice may not have it
+    return grid.own_axes.index(own) if own in grid.own_axes else None  # a 2D slice may lack it
 
 
 def _midline(grid: Grid, side: int | None, midline: str, name: str) -> int | None:

@@ -2,7 +2,7 @@
 
 `Autoencoder` is the network of MedIAnomaly (`networks/ae.py`) and of DDAD (`models/autoencoder.py`), which differ in
 the width of the dense layers alone. `Denoiser` is the U-Net of Kascenas et al. (`src/unet.py`), which MedIAnomaly has
-too. Images have any number of axes. All arithmetic is float32, as there.
+too. Images have any number of axes. All arithmetic is float32, as in these codes.
 """
 
 from collections.abc import Callable
@@ -131,7 +131,7 @@ def expanded(
 
 
 def groups_of(channels: int) -> int:
-    """The groups of a group norm: of the divisors of `channels`, in order, the one in the middle; of two the larger."""
+    """The groups of a group norm: the median divisor of `channels`, or the larger of the two in the middle."""
     divisors = [n for n in range(1, channels + 1) if channels % n == 0]
     return divisors[len(divisors) // 2]
 

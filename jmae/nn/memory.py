@@ -35,7 +35,7 @@ class Gates(nnx.Module):
         self.width, self.dtype = width, dtype
 
     def parts(self) -> tuple[Array, Array, Array]:
-        """(what meets S, what meets C_l, bias), each by level."""
+        """(weights of S, weights of C_l, bias), each by level."""
         kernel, bias = self.kernel[...].astype(self.dtype), self.bias[...].astype(self.dtype)
         return kernel[:, : self.width], kernel[:, self.width :], bias
 
@@ -48,7 +48,7 @@ class MultiLevelBlock(nnx.Module):
     C_l is the cross-attention of norm S to the normed output X_l of encoder block l. All levels share its projections
     and its norm.
     The gate alpha_l = sigmoid(W_l [S; C_l] + b_l) is a vector for each token (`gate="channel"`, Cornia et al.) or a
-    number for each token (`gate="token"`). `normed=False` leaves out the root, which is Cornia et al.'s.
+    number for each token (`gate="token"`). The root is from Cornia et al.; `normed=False` leaves it out.
 
     ours: the paper's Eq. 3 takes the gate from Y', which needs the gate. Here the gate depends on C_l, as in Cornia et
     al. With a number for each token the output projection comes after the sum, and the gate's weights contain it: the
@@ -119,7 +119,8 @@ def _attention_to_levels(
 
 
 def _rowwise(layer: Callable[[Array], Array], x: Float[Array, "levels b k e"]) -> Float[Array, "levels b k o"]:
-    """A layer on the rows of all levels, as one matrix, which suits a CPU, unless devices share the samples."""
+    """A layer on the rows of all levels. They form one matrix, which suits a CPU, unless several devices split the
+    samples."""
     if divides(x, 1):
         return layer(x)
     return layer(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)

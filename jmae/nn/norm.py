@@ -21,7 +21,7 @@ from jmae.sharding import on_each_device
 from jmae.target import target
 
 ROWS = 4  # rows that a kernel's program reads at a time
-PROGRAMS = 1024  # at most, of the backward kernel; each sums the parameters' gradients over its own rows
+PROGRAMS = 1024  # most programs of the backward kernel; each sums the parameters' gradients over its rows
 
 Rows = Float[Array, "*n d"]
 Vector = Float[Array, " d"]

@@ -135,8 +135,8 @@ class Layer(nnx.Module):
     def trained(self, x: Float[Array, "b *size c"]) -> Float[Array, "b *_ d"]:
         """The layer in training, in fewer kernels.
 
-        A bias before batch norm has no gradient, whatever rounding makes of it, so that its sums are left out. The
-        variance is E[y^2] - E[y]^2, as in Flax; with a shift, `y` went to memory.
+        The gradient of a bias before batch norm is 0 up to rounding, so its sums are left out. The variance is E[y^2] -
+        E[y]^2, as in Flax; a shift would write `y` to memory.
         """
         y = self.form(x.astype(self.dtype), self.conv.kernel[...].astype(self.dtype))
         if self.conv.bias is not None:
@@ -196,9 +196,9 @@ def write(
     A slot stays as it is if the cosine between one of its rows and its value is at least `threshold`. Otherwise the
     value replaces the oldest row. An empty slot always takes its value.
 
-    With one row a slot, the rule keeps no record of the images before the last writer. A second pass over the same
-    images in the same order then meets the same rows from its first write on, and writes as many. Only several rows a
-    slot, a lower threshold or `ema` can settle.
+    With one row, a slot remembers its last writer alone. So a second pass over the same images in the same order meets
+    the same rows as the first, from its first write on, and writes as many. The writing ends only with several rows a
+    slot, a lower threshold or `ema`.
 
     With `ema` (ours), the first visit writes the value. Every further visit moves the only row by that share of the way
     to the value.

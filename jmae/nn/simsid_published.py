@@ -81,9 +81,9 @@ class Bottleneck(nnx.Module):
     """SimSID's inpaint block.
 
     The features of each window, as one vector, read the window's memory; without `slots` they stand for what they read.
-    The vector then queries the reads of the windows around. Norm, the window's own read, ReLU, feed-forward, norm, the
-    same again, and ReLU follow; without `inpainting` the own read goes on as it is. The window's number in binary comes
-    as further channels. Convolutions of kernel 1 stand before and after.
+    The vector then queries the reads of the windows around: attention, norm, sum with the window's own read, ReLU. A
+    feed-forward part with norm, sum and ReLU follows. Without `inpainting` the own read goes on as it is. The window's
+    number in binary comes as further channels. Convolutions of kernel 1 stand before and after.
 
     Norms are on the branch, as released. With `norms="sum"` they take the sum with the read, as earlier versions did.
 
@@ -282,8 +282,8 @@ class Windows(nnx.Module):
 
 
 def pytorch_autoencoder(params: dict[Any, Any], key: Key[Array, ""]) -> dict[Any, Any]:
-    """`pytorch_weights` of `Windows`, whose attention has other ones: queries, keys and values Xavier uniform (of their
-    joint matrix), and no bias."""
+    """`pytorch_weights` of `Windows`. Its attention starts otherwise: queries, keys and values are Xavier uniform (of
+    their joint matrix), and no bias."""
     params = pytorch_weights(params, key)
     block = params["inpaint"]
     scale = 1.5**0.5  # 1 / sqrt(d) becomes sqrt(6 / (d + 3 d))

@@ -93,7 +93,7 @@ RECONSTRUCTION_KEYS = (
     TRAINING_KEYS
     | LEAST_RATE
     | {
-        "lr_is_base": recipe.Key(False, "Whether `lr` is times batch / 256."),
+        "lr_is_base": recipe.Key(False, "Whether the learning rate is `lr` times batch / 256."),
         "masks": recipe.Key(1, "Masks of an image and step.", least=1),
         "augment": recipe.Key(True, "Whether images are cropped and flipped at random."),
     }
@@ -142,7 +142,7 @@ KEYS = {
     **declared("adapt", RECONSTRUCTION_KEYS, epochs=150, batch=16, masks=2, lr=2.5e-4, warmup=20 / 150),
     "adapt.equal": recipe.Key(
         "steps",
-        'What modules A and B have equal where `steps` counts: "steps", or "epochs", and `steps` is their mean then.',
+        'What is equal for modules A and B where `steps` counts: "steps"; or "epochs", where `steps` is the mean.',
         choices=("steps", "epochs"),
     ),
     "adapt.percentile": recipe.Key(
@@ -157,9 +157,9 @@ KEYS = {
     **residuals.IMAGE_KEYS,
     "evaluation.discrepancy": recipe.Key(
         "reconstruction",
-        'The primary score: "reconstruction", Eq. 4; "nearer" (ours), its half where module B is nearer the image; '
-        'or "error" (ours), the error of A less that of B; "tokens" (ours), of every variant, the score of the tokens '
-        "of Stage 0's encoder.",
+        'The primary score: "reconstruction", Eq. 4. Ours: "nearer", the part of Eq. 4 where module B is nearer the '
+        'image; "error", the error of A less that of B; "tokens", in every variant, the score of the tokens of '
+        "Stage 0's encoder.",
         choices=(*DISCREPANCIES, "tokens"),
     ),
     **declared("evaluation", TOKEN_KEYS),
@@ -472,10 +472,10 @@ def pseudo_labels(margin: np.ndarray, percentile: float, over: str = "class") ->
     Args:
         margin: logit abnormal less logit normal of Stage 1 (n,).
         percentile: of the confidence.
-        over: how the paper's "top K-th percentile" is read. "class" takes, of the images predicted as a class, those
-            whose confidence reaches the class's percentile (50: the more confident half, ties included), and all of a
-            class predicted less than twice. "all" takes images whose probability of the class reaches the percentile
-            over all images, but no image of both classes: at 50 these are the two halves, whatever the anomaly ratio.
+        over: how the paper's "top K-th percentile" is read. "class" looks at the images predicted as a class, and takes
+            those whose confidence reaches the percentile over them (50: the more confident half, ties included). A
+            single image is taken. "all" takes images whose probability of a class reaches the percentile over all
+            images, but no image of both classes. At 50 these are the two halves, whatever the anomaly ratio.
 
     Returns:
         (pseudo-labels, 0 or 1 (n,); True for a confident image (n,)).

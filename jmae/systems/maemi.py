@@ -252,7 +252,7 @@ def check(config: ConfigDict) -> None:
     check_settings(config.data)
     residuals.check(config, config.evaluation.repeats)
     if config.compat.averaging and config.evaluation.error == "hidden":
-        raise InputError("compat.averaging is of evaluation.error='all', as the released code: set that")
+        raise InputError("compat.averaging goes with evaluation.error='all', as in the released code: set that")
     tokens = prod(grid_of(tuple(config.data.size), tuple(config.model.patch)))
     for ratio in (config.train.mask_ratio, config.evaluation.mask_ratio):
         visible_tokens(tokens, ratio)

@@ -62,14 +62,14 @@ from jmae.tokens import NAME, TOKEN_KEYS, check_tokens, sweeping, token_fits, to
 from jmae.windows import average
 
 LUMINANCES = ("standardised", "unit", "none")
-VISIBLE = 1e-6  # weight of a mask that does not hide a voxel: only a voxel that no mask hides has those masks' mean
+VISIBLE = 1e-6  # weight of a mask that does not hide a voxel: it counts only where no mask hides the voxel
 SCORES = ("ms_ssim", "ms_ssim_patches", "mse", "ms_ssim_product")  # the last one is of whole images, without a map
 FITTED_BY = ("masks", "mask_ratio", "paste", "average")  # settings that change a fit
 MEANS = {
     "ms_ssim": "map",
     "mse": "error",
     "ms_ssim_product": "product",
-}  # the measure whose mean over voxels a score is
+}  # a score is the mean of this measure over voxels
 
 KEYS = {
     "checkpoint_every": recipe.Key(5000, "Steps between two checkpoints.", "steps", least=1),
@@ -119,7 +119,7 @@ KEYS = {
     "evaluation.luminance": recipe.Key(
         "standardised",
         'Values that SSIM\'s luminance compares: "standardised", IGD\'s, where the mean counts as black; ours: "unit", '
-        'those of [0, 1], for which it is meant; "none", none.',
+        'from 0 to 1, for which the luminance is meant; "none", no luminance.',
         choices=LUMINANCES,
     ),
     "evaluation.border": recipe.Key(
@@ -382,7 +382,7 @@ def fuse(
 
 
 def batch_evidence(networks: Networks, results: Results, batch: PyTree, key: Key[Array, ""]) -> residuals.Evidence:
-    """What reconstructions say of a batch of a fit: of images, or of a volume by its averages."""
+    """The evidence of a fit's batch: of images, from their reconstructions; of a volume, from its averages."""
     config = networks.config
     if recipe.is_volume(config):
         behind = 3 + config.data.channels
@@ -415,7 +415,7 @@ def check(config: ConfigDict) -> None:
     if not volumes and data.normalise == "fixed" and any(n not in (1, model.channels) for n in moments):
         raise InputError(f"data.mean and data.std: one value, or one for each of {model.channels} model.channels")
     if not volumes and data.crop_from and not data.crop_scale:
-        raise InputError("data.crop_from is of random crops: set data.crop_scale, or data.crop_from=()")
+        raise InputError("data.crop_from goes with random crops: set data.crop_scale, or data.crop_from=()")
     if model.weights and not Path(model.weights).is_dir() and model.long_skips:
         raise InputError("model.weights: no published network has long skips: set --config.model.long_skips=false")
     residuals.check(config, evaluation.masks)

@@ -123,7 +123,7 @@ KEYS = {
     "anomaly.shape": Key("circular", "Shape of an anomaly of P-PII.", choices=SHAPES),
     "anomaly.source": Key(
         "other",
-        'Image that patches come of: "other", another one of the batch, or "self", the image itself.',
+        'Image that patches come from: "other", another one of the batch, or "self", the image itself.',
         choices=("other", "self"),
     ),
     **_generator_keys("paper"),
@@ -207,13 +207,13 @@ def check(config: ConfigDict) -> None:
     if train.batch < 2 and anomaly.source == "other":
         raise InputError("train.batch=1: anomaly.source=other takes another image of the batch: set it to self")
     if train.variance_weight and config.variant not in PRESETS:
-        raise InputError(f"train.variance_weight is of variants {', '.join(PRESETS)}, which have raters")
+        raise InputError(f"train.variance_weight goes with variants {', '.join(PRESETS)}, which have raters")
     if train.target == "rater" and config.variant not in PRESETS:
-        raise InputError(f"train.target=rater is of variants {', '.join(PRESETS)}, which have raters")
+        raise InputError(f"train.target=rater goes with variants {', '.join(PRESETS)}, which have raters")
     if model.backbone == "phiseg" and train.loss == "mse":
-        raise InputError("train.loss=mse is of the U-Nets: PHiSeg's loss is a likelihood")
+        raise InputError("train.loss=mse goes with the U-Nets: PHiSeg's loss is a likelihood")
     if model.backbone == "phiseg" and train.variance_weight:
-        raise InputError("train.variance_weight is of the U-Nets: PHiSeg's loss is a likelihood")
+        raise InputError("train.variance_weight goes with the U-Nets: PHiSeg's loss is a likelihood")
 
 
 # --- system -----------------------------------------------------------------------------------------------------------
@@ -570,7 +570,7 @@ def mean_and_variance(
         sums = sums[0] + jnp.tensordot(used, rest, 1), sums[1] + jnp.tensordot(used, rest**2, 1)
         return sums, over_pixels(rest + first)
 
-    numbers = 1 + jnp.arange(-(-(samples - 1) // count) * count).reshape(-1, count)  # the first is there
+    numbers = 1 + jnp.arange(-(-(samples - 1) // count) * count).reshape(-1, count)  # after the first sample
     (total, squares), each = jax.lax.scan(add, (jnp.zeros_like(first), jnp.zeros_like(first)), numbers)
     each = jnp.concatenate([over_pixels(first[None]), each.reshape(-1, len(image))])[:samples]
     return first + total / samples, jnp.maximum(squares / samples - (total / samples) ** 2, 0), each.T

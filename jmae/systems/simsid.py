@@ -93,7 +93,7 @@ PUBLISHED_WITH: dict[str, Any] = {
     "model.patch": (16, 16),
     "model.widths": (32, 64, 128, 256),
 }
-"""Sizes and units that the report's values are of."""
+"""The recipe values for which the report's training values hold."""
 
 # --- keys of the recipe -----------------------------------------------------------------------------------------------
 
@@ -116,7 +116,7 @@ KEYS = {
     ),
     "model.encoder": Key(
         "joint",
-        'The encoder: "joint" is trained with the teacher; "frozen_random" stays as drawn, as the listing has it.',
+        'The encoder: "joint" is trained with the teacher; "frozen_random", as in the listing, stays random.',
         choices=("joint", "frozen_random"),
     ),
     "model.inpainting": Key(True, "Whether features are inpainted; false gives the student the encoder's features."),
@@ -316,7 +316,8 @@ def pictures(nets: Networks, results: Results, image: Array) -> dict[str, Array]
 
 
 def mosaic(f: Float[Array, "b n d"], grid: tuple[int, ...]) -> Float[Array, "b h w"]:
-    """Each patch's features as a tile at the patch's place (Fig. 5.4 to 5.6), as near to a square as they fill it."""
+    """Each patch's features as a tile at the patch's place (Fig. 5.4 to 5.6), in the most square shape that they
+    fill."""
     d = f.shape[-1]
     tall = max(k for k in range(1, d + 1) if d % k == 0 and k * k <= d)
     tile = (tall, d // tall)
@@ -328,14 +329,14 @@ def mosaic(f: Float[Array, "b n d"], grid: tuple[int, ...]) -> Float[Array, "b h
 
 
 def drawn_networks(makers: dict[str, Network], key: Array) -> tuple[dict[str, PyTree], dict[str, PyTree]]:
-    """(parameters, statistics) of networks as drawn, the i-th network by the i-th key."""
+    """(parameters, statistics) of networks with random weights; the i-th network has the i-th key."""
     parts = {name: net.init(jax.random.fold_in(key, i)) for i, (name, net) in enumerate(makers.items())}
     params, stats = ({name: part[i] for name, part in parts.items()} for i in range(2))
     return params, stats
 
 
 def teacher_init(nets: Networks, key: Array, results: Results, n: int) -> State:
-    """Encoder and generator as drawn."""
+    """Encoder and generator with random weights."""
     params, stats = drawn_networks({"encoder": nets.encoder, "generator": nets.generator}, key)
     return begin(params, adam(nets.config.teacher), stats)
 
@@ -345,7 +346,7 @@ def teacher_loss(nets: Networks, stats: PyTree, params: PyTree, image: Array) ->
     together = nets.config.model.encoder == "joint"
     encoder = nets.encoder.bind(params["encoder"], stats["encoder"])
     f = encoder(image, train=together)
-    f = f if together else jax.lax.stop_gradient(f)  # without gradient Adam leaves the encoder as drawn
+    f = f if together else jax.lax.stop_gradient(f)  # without gradient Adam leaves the encoder as it is
     generator = nets.generator.bind(params["generator"], stats["generator"])
     made = generator(f, train=True)[-1]
     return jnp.mean((image - made) ** 2), ({"encoder": stats_of(encoder), "generator": stats_of(generator)}, {})
@@ -383,7 +384,7 @@ def memory_step(
 ) -> tuple[State, dict[str, Array]]:
     """Writes a batch into the memory, image by image.
 
-    Metrics by level: the shares of the slots whose oldest row an image overwrote, and of those that it wrote at all.
+    Metrics by level, of an image: the share of slots that it wrote, and the share where it overwrote the oldest row.
     """
     memory = nets.config.memory
     values = device_gather(summaries(features(nets, results["teacher"], batch["image"]), nets.slots))
@@ -405,7 +406,7 @@ def memory_step(
 
 
 def student_init(nets: Networks, key: Array, results: Results, n: int) -> State:
-    """Generator as drawn or the teacher's; inpainting and discriminator as drawn, where the recipe has them."""
+    """The generator is random or the teacher's; inpainting and discriminator are random, where the recipe has them."""
     config = nets.config
     parts = {"generator": nets.generator.init(jax.random.fold_in(key, 0))}
     if config.model.inpainting:
@@ -423,8 +424,8 @@ def student_loss(
 ) -> tuple[Array, tuple[dict, dict]]:
     """MSE and distillation, and with `student.adversarial` the adversarial losses; a loss as `descend` takes it.
 
-    The metric "loss" is the student's alone. The adversarial losses are ours: the discriminator learns beside the
-    student, each by its own terms, and the student's terms have a discriminator without gradient.
+    The metric "loss" is the student's alone. The adversarial losses are ours. The discriminator learns beside the
+    student, from its own loss. In the student's loss it has no gradient.
     """
     section = nets.config.student
     f = features(nets, results["teacher"], image)
@@ -460,7 +461,7 @@ def student_step(
 
 
 def discriminator_init(nets: Networks, key: Array, results: Results, n: int) -> State:
-    """The discriminator as drawn, or as the student left it."""
+    """The discriminator with random weights, or as the stage `student` left it."""
     params, stats = nets.discriminator.init(key)
     if nets.config.student.adversarial:
         params, stats = (results["student"][what]["discriminator"] for what in ("params", "stats"))

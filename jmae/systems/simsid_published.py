@@ -9,8 +9,8 @@ The discriminator learns at every step, the autoencoder at every `joint.critic`-
 where that is a queue. Calibration and scores are those of jmae/systems/simsid_score.py.
 
 ours: the running variances of norms are those of the batch, where PyTorch's are n / (n - 1) of it; an epoch has whole
-batches alone; the learning rate changes at every step instead of every epoch; SQUID makes the images of a
-discriminator's step and of an autoencoder's anew.
+batches alone; the learning rate changes at every step instead of every epoch; discriminator and autoencoder learn from
+the same images of the student, which SQUID makes anew for each.
 """
 
 from collections.abc import Callable
@@ -173,7 +173,7 @@ def networks(config: ConfigDict) -> Networks:
 
 
 def drawn_as(draw: Callable[[PyTree, Array], PyTree], net: Network) -> Network:
-    """A network whose parameters `draw` draws anew."""
+    """A network whose first parameters come from `draw`."""
 
     def init(key: Array) -> tuple[PyTree, PyTree]:
         params, stats = net.init(key)
@@ -301,7 +301,7 @@ def decayed_adam(joint: ConfigDict) -> optax.GradientTransformation:
 
 
 def joint_init(nets: Networks, key: Array, results: Results, n: int) -> State:
-    """Autoencoder and discriminator as drawn."""
+    """Autoencoder and discriminator with random weights."""
     config = nets.config
     parts = {
         "network": nets.autoencoder.init(jax.random.fold_in(key, 0)),
@@ -328,7 +328,7 @@ def judge_loss(nets: Networks, stats: PyTree, params: PyTree, x: Array, made: Ar
 def autoencoder_loss(
     nets: Networks, judge: State, x: Array, outs: tuple[Array, ...]
 ) -> tuple[Array, tuple[dict[str, Array], PyTree]]:
-    """(loss, (its parts without their weights, statistics of D)) of what the autoencoder gives of the images `x`."""
+    """(loss, (its parts without their weights, statistics of D)) of the autoencoder's results `outs` for images `x`."""
     made, taught, distillation = outs
     d = nets.discriminator.bind(judge.params, judge.stats["discriminator"])
     parts = {

@@ -309,7 +309,7 @@ def normalised(config: ConfigDict, image: Float[Array, "b *size c"]) -> tuple[Ar
     """(images as the networks see them, function that takes such images back into [0, 1]).
 
     With `data.normalise=image` each image gets mean 0.5 and deviation 0.2. That is ours: exposure differs more between
-    scans than a finding changes it. It takes an image's contrast away, which a finding may change.
+    scans than a finding changes it. It removes the contrast of an image, although a finding may change it.
     """
     if not each_normalised(config):
         return image, lambda made: jnp.clip(made, 0, 1)
@@ -339,7 +339,7 @@ def normalising(config: ConfigDict, stage: Stage) -> Stage:
 
 
 def selecting_splits(config: ConfigDict) -> tuple[str, ...]:
-    """The splits that the stage reads whose weights `select=auroc` chooses."""
+    """The splits of the stage whose weights `select=auroc` chooses."""
     return ("train", "val") if config.select == RULE else ("train",)
 
 

@@ -27,12 +27,13 @@ from jmae.data.files.pictures import one_grey
 from jmae.errors import InputError
 
 UNEVEN = 0.01  # share of the slice distance by which the slices of a series may lie unevenly
-ROUNDING_MM = 0.02  # or this, where it is more: scanners write positions with two decimals
+ROUNDING_MM = 0.02  # allowed where it is more than `UNEVEN`: scanners write positions with two decimals
 DOUBLED_MM = 0.001  # slices closer than this are one slice twice
 
 
 def begins_as_dicom(head: bytes) -> bool:
-    """Before all other formats: the preamble may hold anything, and is never looked at; or there is none."""
+    """Whether a file begins as DICOM does, with or without a preamble. The preamble may hold anything, even the first
+    bytes of another format, so this is asked first."""
     return head[128:132] == b"DICM" or (head[:2] in (b"\x02\0", b"\x08\0") and head[3:4] == b"\0")
 
 
@@ -107,7 +108,7 @@ def _dicom_values(dataset: pydicom.Dataset) -> np.ndarray:
         if signed and array.min() >= 0 and array.max() < 2**bits:
             array = np.where(array > highest, array - 2**bits, array)  # the bits above may lack the sign
         if array.min() < lowest or array.max() > highest:
-            raise Refused(f"has values beyond its {bits} stored bits, as an overlay inside them: export it again")
+            raise Refused(f"has values beyond its {bits} stored bits, such as an overlay: export it again")
         if colours == "MONOCHROME1":
             array = lowest + highest - array
     elif colours == "MONOCHROME1":
@@ -153,9 +154,9 @@ class _Slice(NamedTuple):
 def read_series(folder: str) -> Header:
     """The single-frame DICOM files of one series, alone in a folder, as a volume (columns, rows, slices).
 
-    Slices are ordered by their position along the normal, row direction x column direction, along which k grows; never
-    by name or InstanceNumber. The affine is that of the positions: sheared where the gantry was tilted. DICOMDIR and
-    hidden files are passed over.
+    Slices are ordered by their position along the normal (row direction x column direction), never by name or
+    InstanceNumber; k grows along it. The affine is that of the positions: sheared where the gantry was tilted. DICOMDIR
+    and hidden files are passed over.
     """
     slices, others = [], []
     for name in sorted(os.listdir(folder)):
@@ -258,7 +259,7 @@ def _stacked(slices: list[_Slice]) -> tuple[list[_Slice], np.ndarray]:
         if gap < DOUBLED_MM:
             problem = f"lies at {mm:.2f} mm as {os.path.basename(before.file)} does: give each phase its own folder"
             raise InputError(one_line(after.file, problem))
-    usual = float(np.sort(gaps)[(len(gaps) - 1) // 2])  # of two distances the smaller: the other misses a slice
+    usual = float(np.sort(gaps)[(len(gaps) - 1) // 2])  # of two, the smaller: a slice is missing in the larger
     worst = int(np.argmax(np.abs(gaps - usual)))
     if abs(gaps[worst] - usual) > min(max(UNEVEN * usual, ROUNDING_MM), OFF_GRID_VOXELS * usual):
         what = "a slice is missing" if gaps[worst] > usual else "its slices lie unevenly"

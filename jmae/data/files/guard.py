@@ -72,7 +72,7 @@ def named_errors(path: str | os.PathLike, head: bytearray | None = None) -> Iter
     except FileNotFoundError as error:
         raise InputError(one_line(path, "not found: check the path")) from error
     except PermissionError as error:
-        where = error.filename or path  # of a folder this is the file
+        where = error.filename or path  # the file in a folder of a series
         raise InputError(one_line(where, "may not be read: check its permissions")) from error
     except Exception as error:  # decoders raise anything on damaged files
         why = str(error).strip().split("\n")[0] or type(error).__name__
@@ -113,15 +113,15 @@ _readers: list[Any] = []
 def _quiet() -> Iterator[None]:
     """Silences the warnings of the decoders while at least one thread reads; the readers check what matters of them.
 
-    `catch_warnings` restores a global list. Several threads that enter it would leave the filters of one to the others.
-    So the first thread enters, and the last one leaves.
+    `catch_warnings` restores a global list. If each thread entered it, one could restore the filters of another. So
+    only the first thread enters it, and the last one leaves.
     """
     with _reading:
         if not _readers:
             filters = warnings.catch_warnings()
             filters.__enter__()
             warnings.filterwarnings("ignore", module=r"(pydicom|PIL|tifffile|nibabel|nrrd|openjpeg|libjpeg)\b")
-            logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # it reports what is raised as well
+            logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # what it logs is raised, too
             _readers.append(filters)
         else:
             _readers.append(_readers[0])

@@ -10,8 +10,8 @@ The folder of the archive (Brain_AD) or a folder in it (BraTS2021_slice) may be 
 set; --set=brain, liver, resc, oct, chest or histopathology does so elsewhere.
 
 Patients come from file names: 00124_60 (brain), 4_487 (liver), 9_28 (RESC), CNV-6294785-1 (OCT2017). The training
-volumes of the liver are of another source than the others, so that their numbers count for themselves; RESC's numbers
-are taken to begin anew in each split. The chest films have RSNA's ids (`patients.nih_of_rsna`).
+volumes of the liver are of another source than the other volumes, so equal numbers are different patients. RESC's
+numbers are taken to begin anew in each split. The chest films have RSNA's ids (`patients.nih_of_rsna`).
 """
 
 import re

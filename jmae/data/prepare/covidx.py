@@ -1,8 +1,8 @@
 """COVIDx, chest radiographs with and without COVID-19 (Wang et al., COVID-Net, Scientific Reports 2020).
 
 A list has one line for each image, `patient filename label source`. The id of a patient may contain spaces, so a line
-is split from the right. The lists 2 have no source. Labels are positive and negative, or, in the lists 1 to 5, 7A, 8A
-and 9A, COVID-19, pneumonia and normal. Images are train/FILENAME, val/FILENAME and test/FILENAME.
+is split from the right. The lists of version 2 have no source. Labels are positive and negative, or, in the lists 1 to
+5, 7A, 8A and 9A, COVID-19, pneumonia and normal. Images are train/FILENAME, val/FILENAME and test/FILENAME.
 
 The splits are those of MemMC-MAE (Tian et al. 2022). The negatives (normals) of the training list train; its other
 images are not used. The test list is the test, and val.txt is val where it exists. train_COVIDx8B.txt and

@@ -5,8 +5,9 @@ Folders Breast_MRI_xxx hold DICOM series, in TCIA's descriptive or classic folde
 contrast. A second series of a kind is left out aloud. A case needs both sequences and the phases 1 and 2.
 
 Annotation_Boxes.xlsx has a box a patient, in rows, columns and slices that are counted from 1, inclusive. Slices count
-files (InstanceNumber); where z falls with it, the box is mirrored in z. Clinical_and_Other_Features.xlsx tells the
-side of the tumour and bilateral cases, which are left out. Both may be CSV files.
+files (InstanceNumber); where z falls as InstanceNumber grows, the box is mirrored in z.
+Clinical_and_Other_Features.xlsx tells the side of the tumour and bilateral cases, which are left out. Both may be CSV
+files.
 
 The lists are MAEMI's train.csv, valid.csv and test.csv (data/labels/anomaly_no_bilateral): 744, 50 and 100 patients.
 The healthy halves train and are val; both breasts are tested. Breast masks are PATIENT.nii.gz (of MAEMI's folder SEG,

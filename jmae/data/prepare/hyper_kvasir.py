@@ -6,8 +6,8 @@ compression makes rings around edges; a pixel above 127 counts as polyp. The sam
 too, so that class is not used. Patients are unknown.
 
 The sizes of the splits are those of MemMC-MAE (Tian et al. 2022). Of cecum, ileum and bbps-2-3, 1,600 images train. 500
-further images and the polyps are the test. Its list is not public. ours: a seeded draw chooses the images; the normals
-beyond these 2,100 are val, for a threshold; with fewer than 2,100 normals, 16 of 21 train.
+further images and the polyps are the test. The paper's list is not public. ours: a seeded draw chooses the images; the
+normals beyond these 2,100 are val, for a threshold; with fewer than 2,100 normals, 16 of 21 train.
 """
 
 import os

@@ -61,7 +61,7 @@ def _looks_like_mask(path: str) -> bool:
         return False
     try:
         array = read_image(path).array
-    except InputError:  # whoever reads the manifest is told
+    except InputError:  # reported when the manifest is read
         return False
     if array.shape[-1] > 1 or not array.min() == 0 < array.max():
         return False

@@ -1,9 +1,9 @@
 """NIH ChestX-ray14 (Wang et al., CVPR 2017) by the curated lists of adult PA views, or by the official lists.
 
-The curated lists are those of NSA (Schlueter et al. 2022, self_sup_data/chest_xray_lists), as AMAE's Table 2 has them,
-one file name a line: norm_MaleAdultPA_train_curated_list.txt, and so on for Female, for the test, and for the abnormal
-of the test. A name that begins with "norm" lists normal images. The paper trains one model for both sexes: 3,614
-normals train, 543 normals and 262 abnormal images are the test.
+The curated lists are those of NSA (Schlueter et al. 2022, self_sup_data/chest_xray_lists), which AMAE's Table 2 uses. A
+list has one file name a line. The first is norm_MaleAdultPA_train_curated_list.txt; the others are those of women, of
+the test, and of its abnormal images. A name that begins with "norm" lists normal images. The paper trains one model for
+both sexes: 3,614 normals train, 543 normals and 262 abnormal images are the test.
 
 The official lists are train_val_list.txt and test_list.txt. With Data_Entry_2017.csv or its v2020, the images of the
 first list with No Finding train, and all of the second are the test. --views=PA or AP takes one view.

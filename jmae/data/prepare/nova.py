@@ -40,7 +40,7 @@ def prepare(root: Path, out: Path, seed: int) -> Prepared:
             case = str(line["case_id"])
             rows.append(Row(found.stem, case, "test", 1, (str(found),), boxes=boxes_of(corners), extra={"case": case}))
     refuse(images.problems)
-    caution = "no normal image: only where lesions are found counts, no figure of images"
+    caution = "no normal image: only figures of where lesions lie count, none of whole images"
     return Prepared(rows, f"{len(rows)} images with boxes", left_out, caution=caution, licence="CC BY-NC-SA 4.0")
 
 

@@ -42,8 +42,8 @@ def count_unread(files: Iterable[Path]) -> Counter[str]:
 
 
 def next_command(name: str, file: Path, rows: Sequence[Row], recipe: str, flags: str, *, allow_leaks: bool) -> str:
-    """The command line that trains on a manifest, or that scores it where it has nothing to train on. `name` is a data
-    set's, or a layout's, which gets p-values from some training normals where `val` has none."""
+    """The command line that trains on a manifest, or that scores it where it has nothing to train on. `name` is that of
+    the data set or layout. For a layout without normals of `val`, some training normals give p-values."""
     manifest = shlex.quote(str(file))
     if not any(row.split == "train" for row in rows):
         return f"next: jmae evaluate --workdir RUN --manifest {manifest} --out RUN/{name}"
@@ -97,7 +97,7 @@ def kinds_of(rows: Sequence[Row]) -> tuple[list[str], str]:
             size = () if file.is_dir() else image_size(file)
             tags = dicom and is_dicom(dicom) and pydicom.dcmread(dicom, specific_tags=["Modality"])
             modality = str(tags.get("Modality") or "") if tags else ""
-        except Exception:  # whoever reads the manifest is told
+        except Exception:  # reported when the manifest is read
             return "unreadable", ""
         rank = "volumes" if file.is_dir() or len(size) == 3 else "images"
         return f"{modality} {rank}".strip(), " x ".join(map(str, size))

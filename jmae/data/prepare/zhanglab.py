@@ -2,7 +2,7 @@
 
 chest_xray/{train,val,test}/{NORMAL,PNEUMONIA}/*.jpeg, as Kaggle (val has 16 images) and Mendeley (no val) have it; the
 folders normal_256 and pneumonia_256 of SQUID and SimSID; or train/img/NORMAL-0001-1.jpeg, where the name tells the
-class. The normals of train train.
+class. The normals in the folder train are trained on.
 
 The patient is person12 of person12_virus_3.jpeg, IM-0115 of IM-0115-0001.jpeg, or the middle number of
 BACTERIA-1008087-0001.jpeg. Kaggle's numbers begin anew in the test, so the patient's name has the split before it.

@@ -1,5 +1,5 @@
-"""python -m jmae.export --workdir DIR --out DIR [--batch 8] [--size 64,64,16] [--platforms cpu,cuda,tpu]
-                       [--config.evaluation.KEY=VALUE ...] [--debug]
+"""python -m jmae.export --workdir DIR --out DIR [--batch 8] [--like SCAN.nii.gz] [--size 64,64,16]
+                       [--platforms cpu,cuda,tpu] [--config.evaluation.KEY=VALUE ...] [--debug]
 
 Writes a trained run as StableHLO (of `jax.export`), with its weights (`weights.safetensors`) and a description
 (`export.json`). These files can be used without the recipe and without jmae.
@@ -18,13 +18,18 @@ image for a run of one channel give 0.299 R + 0.587 G + 0.114 B. An image that h
 value all over (within its window), gets NaN. The function does not tell foreign images. The p-value is NaN where the
 run is not calibrated.
 
+A run of volumes has `stored.bin` where --like names a scan; several sequences are "A;B". Volumes must have that scan's
+size, spacing and directions; others get NaN, or an error for their size. The call is
+`call(weights, volume, affine, region)`: float32 (x, y, z, channels), the scan's affine float32 (4, 4), and bool
+(x, y, z), True where metrics count. A region without True is none. There is no midline.
+
 `function.bin` takes what the network sees, and gives all scores and maps: `call(weights, image, case)` has
 {"maps/NAME", "scores/NAME", "reconstruction", "confidence"}. `image` is float32 (batch, *size, channels). Without
 --batch it has any number of images, scored one after another; with --batch 8 it has eight, scored together. `case` is
 uint32 (batch, 2). It has an effect only in a run with evaluation.masks_of=case, where it seeds the masks:
 `jmae.export.case_words` makes it from the cases' ids. A system of volumes takes one prepared volume (*size, channels)
-of the --size, in voxels of the working grid, and `case` (2,). The function includes windows, repetitions and
-averaging, but no midline.
+of the --size, in voxels of the working grid, and `case` (2,). Without --size it is the size of the --like scan there,
+or of its largest crop. The function includes windows, repetitions and averaging, but no midline.
 
 `export.json` also holds the settings of the evaluation and, for a calibrated run, "calibration": the scores of the n
 held-out normals, what they depend on ("needs"), and the threshold at the false-alarm rate. The p-value of a score s is
@@ -54,11 +59,13 @@ from ml_collections import ConfigDict
 
 from jmae import recipe
 from jmae.calibration import CALIBRATION, Calibration, read_calibration
-from jmae.data import on_device
-from jmae.data.preparation import case_words
+from jmae.data import on_device, volumes_on_device
+from jmae.data.preparation import case_words, usable
+from jmae.data.volumes import Grid, read_volume, whole_grid
 from jmae.errors import InputError, exit_code
 from jmae.fitting import restore_results
 from jmae.inference import run_of
+from jmae.inputs import row_of, sequences
 from jmae.passes import each_replicate, seeds_of, sweep_volume
 from jmae.progress import at_work
 from jmae.results import map_name
@@ -66,6 +73,7 @@ from jmae.run_folder import log
 from jmae.sealed import seal, unseal
 from jmae.system import Results, System, load_system
 from jmae.target import portable, target
+from jmae.windows import places, tile
 
 __all__ = ["case_words", "export", "load"]
 STORED, FUNCTION, WEIGHTS, ABOUT = "stored.bin", "function.bin", "weights.safetensors", "export.json"
@@ -74,7 +82,7 @@ HALF = ".part"  # folder inside of the one that is written
 
 
 def main(argv: list[str]) -> int:
-    given = recipe.arguments(argv, __doc__, ["workdir", "out", "batch", "size", "platforms", "config"])
+    given = recipe.arguments(argv, __doc__, ["workdir", "out", "batch", "like", "size", "platforms", "config"])
     if missing := [name for name in ("workdir", "out") if name not in given]:
         raise InputError(f"no --{missing[0]}: write --workdir=DIR --out=DIR")
     workdir, config = run_of(given)
@@ -92,6 +100,8 @@ def main(argv: list[str]) -> int:
         raise InputError(
             f"--batch is for images: {system.name} takes one volume; --config.evaluation.batch: its windows"
         )
+    if "like" in given and not system.sweep:
+        raise InputError(f"--like is for volumes: {system.name} takes images of any size")
     export(
         config,
         system,
@@ -99,6 +109,7 @@ def main(argv: list[str]) -> int:
         out,
         batch=sum(numbers.get("batch", ())),
         size=numbers.get("size", ()),
+        like=sequences(given["like"]) if "like" in given else (),
         platforms=platforms,
     )
     how = "docs/how-to/export.md shows" if system.sweep else "the five lines of jmae export --help show"
@@ -122,17 +133,22 @@ def export(
     *,
     batch: int = 0,
     size: tuple[int, ...] = (),
+    like: tuple[str, ...] = (),
     platforms: Sequence[str] = (),
 ) -> None:
     """Writes the run in `workdir` into the new folder `out`, whole or not at all.
 
     Args:
       batch: images of one call of `function.bin`, for a system of images; 0: any number, one after another.
-      size: voxels of a volume, of a system of volumes.
+      size: voxels of a prepared volume, of a system of volumes; () is the largest of scans `like` one.
+      like: the files of a scan, whose grid all scans of `stored.bin` have, of a system of volumes.
       platforms: names as `jax.export` has them; () is the platform of this machine.
 
-    Raises InputError where a stage has no finished checkpoint, `size` does not fit the system, or writing fails.
+    Raises InputError where a stage has no finished checkpoint, `size` does not fit the system, the scan `like` cannot
+    be read or its sequences have several grids, or writing fails.
     """
+    grid = grid_of(like, config) if like else None
+    size = volumes_on_device.room(grid, config.data) if grid and not size else size
     results = jax.device_get(restore_results(config, system, workdir))
     calibration = read_calibration(config, system, results, workdir)
     leaves, nesting = jax.tree_util.tree_flatten_with_path(results)
@@ -155,16 +171,33 @@ def export(
         one = score_function(config, system, (), 1)
         found = replicates(one, weights, ready, jnp.zeros((1, 2), jnp.uint32))
         usable = on_device.usable(image, config.data)  # a network rebuilds one value all over, as if it were normal
-        case = of_case(found, system, calibration, image.shape[:2])
-        return {name: jnp.where(usable, value, jnp.nan) for name, value in case.items()}
+        size = image.shape[:2]
+        back = lambda picture: on_device.resize(picture[0][..., None], size)[..., 0]
+        scores = found["scores"][system.primary][:, 0]
+        return of_case(scores, found["maps"].get(map_name(system)), back, calibration, usable)
+
+    def stored_volume(weights: dict[str, Any], image: Any, affine: Any, region: Any) -> dict[str, Any]:
+        assert grid
+        ready = volumes_on_device.prepared(image, region, grid, config.data)
+        score = lambda results, volume, words, key: sweep_ready(config, system, results, volume, words, key)
+        found = replicates(score, weights, ready, jnp.zeros(2, jnp.uint32))
+        usable = ready.usable & volumes_on_device.same_grid(affine, grid, config.data)
+        back = lambda picture: volumes_on_device.back(picture, grid, ready.origin, ready.size)
+        share = 1.0 if config.evaluation.get("case_score", "top") == "mean" else config.evaluation.top
+        scores = jax.vmap(lambda m: top_mean(m, ready.region, share))(found["maps"][system.primary])
+        return of_case(scores, found["maps"][map_name(system)], back, calibration, usable)
 
     lead = () if system.sweep else (batch,) if batch else stablehlo.symbolic_shape("batch")
     shape = (*lead, *(size or config.data.size), config.data.channels)
     shapes = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in weights.items()}
     given = shapes, jax.ShapeDtypeStruct(shape, jnp.float32), jax.ShapeDtypeStruct((*lead, 2), jnp.uint32)
     whole: dict[str, tuple[Callable[..., dict[str, Any]], tuple[Any, ...]]] = {FUNCTION: (function, given)}
-    if why := why_not_stored(config, system):
+    if why := why_not_stored(config, system, like):
         log(f"no {STORED}: {why}")
+    elif grid:
+        scan = (*grid.own_size, config.data.channels)
+        shaped = (scan, jnp.float32), ((4, 4), jnp.float32), (scan[:-1], bool)
+        whole[STORED] = stored_volume, (shapes, *(jax.ShapeDtypeStruct(*one) for one in shaped))
     else:
         image = jax.ShapeDtypeStruct((*stablehlo.symbolic_shape("h, w"), config.data.channels), jnp.float32)
         whole[STORED] = stored, (shapes, image, jax.ShapeDtypeStruct((), jnp.int32))
@@ -206,28 +239,79 @@ def export(
     log(f"{out}: {system.name}, {sum(w.size for w in weights.values()):,} numbers, for {', '.join(platforms)}")
 
 
-def why_not_stored(config: ConfigDict, system: System) -> str:
+def grid_of(like: tuple[str, ...], config: ConfigDict) -> Grid:
+    """The grids of a scan of these files: its own and, before a crop, the working grid.
+
+    Raises InputError where it cannot be read, or its sequences have several grids.
+    """
+    stored = read_volume(like, config.data)
+    if stored.sequences:
+        raise InputError(f"--like {like[0]}: its sequences have several grids: export from sequences of one grid")
+    usable(row_of("like", like), stored, config.data)
+    return whole_grid(stored, config.data, like[0])
+
+
+def why_not_stored(config: ConfigDict, system: System, like: tuple[str, ...]) -> str:
     """Why there is no function from stored values to a score; "" where there is one."""
-    if system.sweep:
-        return f"{system.name} takes volumes, whose way to the working grid is not exported"
+    if system.sweep and not like:
+        return "it depends on the grid of the scans: name one of them by --like"
+    if system.sweep and system.sweep.tile is not tile:
+        return f"{system.name} places its windows as released (compat.averaging), which is not exported"
     if config.evaluation.get("masks_of", "run") == "case":
         return "evaluation.masks_of=case draws masks by the cases' ids: export with --config.evaluation.masks_of=run"
-    if config.evaluation.get("residual", "none") != "none" and config.evaluation.case_score == "part":
+    if config.evaluation.get("case_score", "top") == "part" and (
+        system.sweep or config.evaluation.get("residual", "none") != "none"
+    ):
         return "evaluation.case_score=part looks for parts on the host: export with mean or top"
     return ""
 
 
-def of_case(found: Any, system: System, calibration: Calibration | None, size: tuple[int, int]) -> dict[str, Any]:
-    """Score, p-value and map of one image, means over replicates, from the outputs for a batch of one."""
-    score, p_value = jnp.mean(found["scores"][system.primary][:, 0]), jnp.float32(jnp.nan)
+def of_case(
+    scores: Any, maps: Any, back: Callable[[Any], Any], calibration: Calibration | None, usable: Any
+) -> dict[str, Any]:
+    """Score, p-value and map of one case, means over replicates; NaN where it is not `usable`.
+
+    Args:
+      scores, maps: with a leading axis of replicates; `maps` is None for a system without.
+      back: puts a map on the stored grid.
+    """
+    score, p_value = jnp.mean(scores), jnp.float32(jnp.nan)
     if calibration:
         others = jnp.asarray(list(calibration.scores.values()), jnp.float32)
         p_value = (1 + jnp.sum(others >= score)) / jnp.float32(len(others) + 1)
     case = {"score": score, "p_value": p_value}
-    if map_name(system) in found["maps"]:
-        picture = jnp.mean(found["maps"][map_name(system)][:, 0], 0)
-        case["map"] = on_device.resize(picture[..., None], size)[..., 0]
-    return case
+    if maps is not None:
+        case["map"] = back(jnp.mean(maps, 0))
+    return {name: jnp.where(usable, value, jnp.nan) for name, value in case.items()}
+
+
+def top_mean(values: Any, region: Any, share: float) -> Any:
+    """`jmae.scoring.top_mean` on the device; `region` marks one voxel at least."""
+    ordered = jnp.sort(jnp.where(region, values, -jnp.inf).reshape(-1), descending=True)
+    k = jnp.maximum(1, jnp.round(share * jnp.sum(region)).astype(jnp.int32))
+    return jnp.sum(ordered, where=jnp.arange(len(ordered)) < k) / k
+
+
+def sweep_ready(
+    config: ConfigDict, system: System, results: Results, ready: volumes_on_device.Ready, words: Any, key: Any
+) -> dict[str, Any]:
+    """The system's outputs for a volume whose size is data, (*most)."""
+    sweep, most = system.sweep, ready.region.shape
+    assert sweep
+    low, origins, number, coverage = places(ready.size, most, sweep.window, sweep.stride)
+    full = tuple(max(m, w) for m, w in zip(most, sweep.window, strict=True))
+    wide = jnp.zeros([n + w for n, w in zip(full, sweep.window, strict=True)] + [ready.array.shape[-1]])
+    wide = jax.lax.dynamic_update_slice(wide, ready.array, (*low, 0))
+    volume, size = wide[tuple(map(slice, full))], jnp.maximum(ready.size, np.array(sweep.window))
+    options = {"repeats": sweep.repeats, "batch": config.evaluation.batch}
+    found = sweep_volume(sweep, results, volume, size, (origins, number, coverage), words, key, **options)
+
+    def own(x: Any) -> Any:
+        rest = x.ndim - len(most)
+        wide = jnp.pad(x, [(0, w) for w in sweep.window] + [(0, 0)] * rest)
+        return jax.lax.dynamic_slice(wide, (*low, *[0] * rest), (*most, *x.shape[len(most) :]))
+
+    return jax.tree.map(own, found)
 
 
 def outputs(exported: stablehlo.Exported) -> tuple[list[str], list[jax.ShapeDtypeStruct]]:

@@ -6,6 +6,7 @@ volumes of one bucket share a program. A bucket is a size to which volumes are p
 
 from collections.abc import Callable
 from functools import reduce
+from math import prod
 from typing import NamedTuple
 
 import jax
@@ -112,6 +113,29 @@ def tile(
         np.concatenate(origins).astype(np.int32),
         tuple(coverage),
     )
+
+
+def places(
+    size: Int[Array, " rank"], most: tuple[int, ...], window: tuple[int, ...], stride: tuple[int, ...]
+) -> tuple[Int[Array, " rank"], Int[Array, "w rank"], Int[Array, ""], tuple[Float[Array, " _"], ...]]:
+    """`tile` on the device, for a volume of one piece whose size is data and at most `most`.
+
+    Returns (zeros below each axis, origins, how many of them count, coverage). The padded volume has the size
+    max(most, window).
+    """
+    full = jnp.maximum(size, np.array(window))
+    count = -(-(full - np.array(window)) // np.array(stride)) + 1
+    most = tuple(max(m, w) for m, w in zip(most, window, strict=True))
+    ways = [-(-(m - w) // s) + 1 for m, w, s in zip(most, window, stride, strict=True)]
+    rank, coverage = len(window), []
+    for axis in range(rank):
+        start = jnp.minimum(jnp.arange(ways[axis]) * stride[axis], full[axis] - window[axis])
+        behind = jnp.arange(most[axis])[None] - start[:, None]
+        over = (behind >= 0) & (behind < window[axis])
+        coverage.append(jnp.sum(over, 0, where=(jnp.arange(ways[axis]) < count[axis])[:, None]).astype(jnp.float32))
+    numbers = jnp.unravel_index(jnp.arange(prod(ways)), tuple(count))
+    at = [jnp.minimum(k * s, n - w) for k, s, n, w in zip(numbers, stride, full, window, strict=True)]
+    return (full - size) // 2, jnp.stack(at, -1).astype(jnp.int32), jnp.prod(count), tuple(coverage)
 
 
 def cut_windows(volume: Float[Array, "*size c"], origins: Int[Array, "b rank"], window: tuple[int, ...]) -> Array:

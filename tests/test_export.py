@@ -13,7 +13,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 from drawn import drawn
-from patients import SETTINGS
+from patients import AFFINE, SETTINGS
 from PIL import Image
 from trees import dicom_file
 
@@ -189,6 +189,72 @@ def test_an_exported_function_of_volumes_gives_the_evaluators_map(tmp_path, capf
     assert "is there already and not an empty folder" in capfd.readouterr().err
 
 
+SCANS = """
+import sys, jax, numpy, safetensors.numpy, nibabel
+call = jax.jit(jax.export.deserialize(bytearray(open("out/stored.bin", "rb").read())).call)
+weights = safetensors.numpy.load_file("out/weights.safetensors")
+for name in sys.argv[1:]:
+    scan = nibabel.load(name + ".nii")
+    values, affine = numpy.float32(scan.dataobj)[..., None], numpy.float32(scan.affine)
+    region = numpy.asarray(nibabel.load(name + "-region.nii").dataobj) > 0
+    numpy.savez(name + ".npz", **call(weights, values, affine, region))
+    for wrong in (call(weights, 0 * values, affine, region), call(weights, values, affine * 1.1, region)):
+        assert all(numpy.isnan(value).all() for value in wrong.values())
+assert not any(name.startswith("jmae") for name in sys.modules)
+"""
+
+
+def write_scans(folder: Path) -> list[str]:
+    """Three scans on one grid with a region each, the third of which marks nothing."""
+    rng, names, size = np.random.default_rng(6), ["first", "second", "third"], (21, 9, 16)
+    for i, name in enumerate(names):
+        region = np.zeros(size, np.uint8)
+        region[2 + i : 15 + i, 1:8, 3 : 12 - i] = i < 2
+        moved = AFFINE.copy()
+        moved[:3, 3] += 7 * i
+        values = rng.gamma(2, 40, size).astype(np.float32)
+        nib.save(nib.Nifti1Image(values, moved), folder / f"{name}.nii")
+        nib.save(nib.Nifti1Image(region, moved), folder / f"{name}-region.nii")
+    return names
+
+
+@pytest.mark.parametrize("crop", ["none", "region"])
+def test_stored_volumes_get_the_scores_of_predict_without_jmae(crop, tmp_path, capfd):
+    changes = ["data.channels=1", "data.axes=PLS", "data.spacing=2.5,4,3", f"data.crop={crop}", "data.region=nonzero"]
+    ends = ["data.crop_least=20,30,24", "data.crop_most=40,48,30", "data.normalise=region", "evaluation.top=0.03"]
+    untrained([*VOLUMES, *changes, *ends], tmp_path / "run")
+    names = write_scans(tmp_path)
+    arguments = [f"--workdir={tmp_path / 'run'}", f"--out={tmp_path / 'out'}", f"--like={tmp_path / 'first.nii'}"]
+    assert exit_code(export.main, arguments) == 0, capfd.readouterr().err
+    subprocess.run([sys.executable, "-c", SCANS, *names], cwd=tmp_path, check=True)
+    predict = load(tmp_path / "run")
+    for name in names:
+        expected = predict(
+            tmp_path / f"{name}.nii", region=None if name == "third" else tmp_path / f"{name}-region.nii"
+        )
+        with np.load(tmp_path / f"{name}.npz") as found:
+            np.testing.assert_allclose(found["score"], expected.score, rtol=1e-4)
+            np.testing.assert_allclose(found["map"], expected.map, atol=1e-4)
+            assert np.isnan(found["p_value"]) and np.std(found["map"]) > 0
+
+
+def test_a_scan_that_no_export_can_be_like_is_refused_in_one_line(tmp_path, capfd):
+    untrained([*VOLUMES, "data.join=resample"], tmp_path / "run")
+    arguments = [f"--workdir={tmp_path / 'run'}", f"--out={tmp_path / 'out'}"]
+    for name, size in (("a", (12, 9, 8)), ("b", (12, 9, 9))):
+        values = np.random.default_rng(1).random(size).astype(np.float32)
+        nib.save(nib.Nifti1Image(values, AFFINE), tmp_path / f"{name}.nii")
+    for like, message in (
+        ("a.nii;b.nii", "its sequences have several grids"),
+        ("a.nii", "channels: 1 where the recipe has 2"),
+        ("c.nii", "c.nii: "),
+    ):
+        word = ";".join(str(tmp_path / part) for part in like.split(";"))
+        assert exit_code(export.main, [*arguments, f"--like={word}"]) == 2
+        said = capfd.readouterr().err
+        assert message in said and said.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -197,6 +263,7 @@ def test_an_exported_function_of_volumes_gives_the_evaluators_map(tmp_path, capf
         (["--workdir=w", "--out=o", "--batch=1,2"], "--batch=1,2: one number"),
         (["--workdir=w", "--out=o", "--platforms=cpu,abacus"], "--platforms: 'abacus' is none of cpu, cuda"),
         (["--workdir=w", "--out=o", "--size=8,x"], "--size=8,x: whole numbers"),
+        (["--workdir=w", "--out=o", "--like=film.png"], "--like is for volumes"),
         (["--workdir=w", "--out=o", "--config.seed=3"], "--config.seed is unknown"),
     ],
 )

@@ -68,16 +68,19 @@ def to_unit(image: Float[Array, "h w c"], bits: Int[Array, ""]) -> Float[Array, 
     return (image - low) / jnp.where(high > low, high - low, 1)
 
 
-def equalise(image: Float[Array, "h w c"], exact: bool) -> Float[Array, "h w c"]:
-    """`jmae.data.transforms.equalise` over all pixels. `exact` has `LEVELS`, as float32 splits the ties of an even
-    area."""
+def equalise(
+    image: Float[Array, "*size c"], exact: bool, inside: Bool[Array, "*size"] | None = None
+) -> Float[Array, "*size c"]:
+    """`jmae.data.transforms.equalise` over all pixels or those `inside`, one at least. `exact` has `LEVELS`, as float32
+    splits the ties of an even area."""
     levels = jnp.round((LEVELS if exact else 255) * jnp.clip(image, 0, 1))
 
     def one(values: Array) -> Array:
-        ordered = jnp.sort(values.reshape(-1))
+        counted = values if inside is None else jnp.where(inside, values, jnp.inf)  # infinite ones lie above each value
+        ordered, n = jnp.sort(counted.reshape(-1)), counted.size if inside is None else jnp.sum(inside)
         upto = lambda v: jnp.searchsorted(ordered, v, side="right").astype(jnp.float32)
         least = upto(ordered[0])
-        share = jnp.maximum(upto(values) - least, 0) / jnp.maximum(ordered.size - least, 1)
+        share = jnp.maximum(upto(values) - least, 0) / jnp.maximum(n - least, 1)
         return share if exact else jnp.round(255 * share) / 255
 
     return jax.vmap(one, -1, -1)(levels)

@@ -54,7 +54,7 @@ class Grid(NamedTuple):
             return None
         to_own = np.diag([0.0] * len(self.size) + [1.0] * (4 - len(self.size)))
         for axis, (own, flipped) in enumerate(zip(self.own_axes, self.flipped, strict=True)):
-            first = self._own(axis, 0)
+            first = self.own(axis, 0)
             to_own[own, axis] = -self.step[axis] if flipped else self.step[axis]
             to_own[own, 3] = self.own_size[own] - 1 - first if flipped else first
         return self.own_affine @ to_own
@@ -69,7 +69,7 @@ class Grid(NamedTuple):
         Beyond the centre of the outermost voxel its value goes on (mode "nearest"). Where the spacing stays, values are
         copied. Values must be finite: one NaN would spread. `order` 0 keeps the dtype; others give float32.
         """
-        oriented = self._oriented(array)
+        oriented = self.oriented(array)
         inside = []
         for axis in sorted(range(len(self.size)), key=lambda axis: -self.step[axis]):  # most shrunk axis first
             low, high = self._filled(axis)
@@ -78,12 +78,12 @@ class Grid(NamedTuple):
             if self.step[axis] == 1:
                 oriented = oriented[(slice(None),) * axis + (slice(start, start + high - low),)]
                 continue
-            at = self._own(axis, np.arange(low, high))
+            at = self.own(axis, np.arange(low, high))
             if order == 0:
                 nearest = np.clip(np.floor(at + 0.5).astype(int), 0, oriented.shape[axis] - 1)
                 oriented = oriented.take(nearest, axis)
             else:
-                weights = _weights(oriented.shape[axis], tuple(at.tolist()), order)
+                weights = spline_weights(oriented.shape[axis], tuple(at.tolist()), order)
                 oriented = np.moveaxis(np.tensordot(weights, np.asarray(oriented, np.float32), (1, axis)), 0, axis)
         dtype = array.dtype if order == 0 else np.dtype(np.float32)
         working = np.zeros((*self.size, *array.shape[len(self.size) :]), dtype)
@@ -95,7 +95,7 @@ class Grid(NamedTuple):
         the spacing stays, values are copied."""
         array = np.asarray(array, np.float32)
         own = np.zeros((*self.own_size, *array.shape[len(self.size) :]), np.float32)
-        oriented = self._oriented(own)  # a view: what is written to it is written to `own`
+        oriented = self.oriented(own)  # a view: what is written to it is written to `own`
         block = []
         for axis in sorted(range(len(self.size)), key=lambda axis: -self.step[axis]):
             low, high = self._covered(axis)
@@ -120,16 +120,16 @@ class Grid(NamedTuple):
         own voxel, and leave none out.
         """
         own = np.zeros(self.own_size, bool)
-        self._oriented(own)[tuple(slice(*self._covered(axis)) for axis in range(len(self.size)))] = True
+        self.oriented(own)[tuple(slice(*self._covered(axis)) for axis in range(len(self.size)))] = True
         return own
 
-    def _oriented(self, array: np.ndarray) -> np.ndarray:
+    def oriented(self, array: Any) -> Any:
         """A view of own (*own_size[, c]) with the axes and directions of the working grid."""
         rank = len(self.size)
         array = array.transpose(*self.own_axes, *range(rank, array.ndim))
         return array[tuple(slice(None, None, -1 if flipped else 1) for flipped in self.flipped)]
 
-    def _own(self, axis: int, w: Any) -> Any:
+    def own(self, axis: int, w: Any) -> Any:
         """The mirrored own coordinate of working coordinates `w`."""
         own = self.own_size[self.own_axes[axis]]
         return (w + self.origin[axis] - (self.full[axis] - 1) / 2) * self.step[axis] + (own - 1) / 2
@@ -142,13 +142,13 @@ class Grid(NamedTuple):
     def _covered(self, axis: int) -> tuple[int, int]:
         """The mirrored own indices of an axis, from and to, that lie in the working grid."""
         own, origin, size = self.own_size[self.own_axes[axis]], self.origin[axis], self.size[axis]
-        low = 0 if origin <= 0 else int(np.ceil(self._own(axis, -0.5)))
-        high = own if origin + size >= self.full[axis] else int(np.ceil(self._own(axis, size - 0.5)))
+        low = 0 if origin <= 0 else int(np.ceil(self.own(axis, -0.5)))
+        high = own if origin + size >= self.full[axis] else int(np.ceil(self.own(axis, size - 0.5)))
         return min(low, own), max(min(low, own), high)
 
 
 @lru_cache(maxsize=64)
-def _weights(n: int, at: tuple[float, ...], order: int) -> np.ndarray:
+def spline_weights(n: int, at: tuple[float, ...], order: int) -> np.ndarray:
     """(len(at), n) float32: the weight of each of n samples in the spline through them, at the coordinates `at`."""
     unit = np.eye(n)
     each = [ndimage.map_coordinates(unit[i], [at], order=order, mode="nearest") for i in range(n)]
@@ -274,7 +274,7 @@ def prepare(
     _choice(data, "crop", ("none", "region"))
     _choice(data, "region", ("", "nonzero"))
     _choice(data, "normalise", ("crop", "region"))
-    grid = _whole(stored, data, name)
+    grid = whole_grid(stored, data, name)
     if region is None and data.region == "nonzero":
         region = np.any(stored.array != 0, axis=-1)
     if region is None and "region" in (data.crop, data.normalise):
@@ -392,7 +392,7 @@ def _check_region(region: np.ndarray | None, name: str, where: str) -> None:
         raise InputError(f"{name}: its region marks nothing {where}: repair it or leave the case out")
 
 
-def _whole(stored: Image, data: ConfigDict, name: str) -> Grid:
+def whole_grid(stored: Image, data: ConfigDict, name: str) -> Grid:
     """The working grid before the crop. Its size is the own size times own spacing / new spacing, rounded."""
     own_size = stored.array.shape[:-1]
     rank = len(own_size)
@@ -405,7 +405,7 @@ def _whole(stored: Image, data: ConfigDict, name: str) -> Grid:
                 f"{name}: is no volume with a position, so that data.axes={data.axes} would be guessed: save it as "
                 "NIfTI or DICOM series, or keep the file's own axes by --config.data.axes="
             )
-        nearest = _nearest(stored.affine)
+        nearest = nearest_axes(stored.affine)
         own_axes = tuple(nearest[WORLD[letter][0]] for letter in data.axes)
         towards = zip(own_axes, (WORLD[letter] for letter in data.axes), strict=True)
         flipped = tuple(bool(stored.affine[world, own] * sign < 0) for own, (world, sign) in towards)
@@ -428,7 +428,7 @@ def _whole(stored: Image, data: ConfigDict, name: str) -> Grid:
     return Grid(own_size, own_axes, flipped, full, step, (0,) * rank, full, spacing, stored.affine)
 
 
-def _nearest(affine: np.ndarray) -> tuple[int, ...]:
+def nearest_axes(affine: np.ndarray) -> tuple[int, ...]:
     """The own axis nearest to each axis of RAS: the assignment, of six, with the largest sum of cosines."""
     cosines = np.abs(affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0))
     return max(itertools.permutations(range(3)), key=lambda own: sum(cosines[world, own[world]] for world in range(3)))
@@ -438,7 +438,7 @@ def _side(stored: Image, data: ConfigDict, grid: Grid) -> int | None:
     """The working axis nearest to left-right."""
     if stored.affine is None:
         return None
-    own = _nearest(stored.affine)[0]
+    own = nearest_axes(stored.affine)[0]
     return grid.own_axes.index(own) if own in grid.own_axes else None  # a 2D slice may lack it
 
 

@@ -299,7 +299,7 @@ def build(config: ConfigDict) -> System:
         average=partial(
             average, weighted=evaluation.error == "hidden", released=data.channels if compat.averaging else 0
         ),
-        tile=partial(tile, released=compat.averaging),
+        tile=partial(tile, released=True) if compat.averaging else tile,
     )
     system = System(
         name="maemi",

@@ -132,8 +132,8 @@ def calibrating_rows(
     config: ConfigDict, system: System, rows: Sequence[Row], say: Say = log, fitted: Collection[str] = ()
 ) -> list[bool]:
     """Which rows of `val` may calibrate: the normals, unless labels of `val` chose the weights. In that case only
-    normals that were kept apart from `train` may calibrate. A row that leaks (`Row.leak`) never may, nor one of those
-    that the score was `fitted` to: the run has seen it."""
+    normals that were kept apart from `train` may calibrate. A row that leaks (`Row.leak`) or that the score was
+    `fitted` to never may: the run has seen it."""
     free = lambda row: not row.leak and row.id not in fitted
     labels = {row.label for row in rows if row.split == "val" and not row.kept}
     if chosen_on_val(system) and {0, 1} <= labels:

@@ -26,7 +26,7 @@ Scores = NDArray[np.float64]
 
 
 def normal_scores(normals: Scores, scores: Scores) -> Scores:
-    """The normal score of each of some scores (m,) by the held-out normals (n,) of one run."""
+    """The normal scores of scores (m,), by the held-out normals (n,) of one run."""
     known, ordered = np.unique(normals), np.sort(normals)
     rank = (
         np.searchsorted(ordered, known, "left") + 1 + np.searchsorted(ordered, known, "right")

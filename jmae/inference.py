@@ -187,7 +187,7 @@ class Scorer:
         return {f"{name}{of(c)}": array[..., [c]] for c in channels for name, array in zip(names, arrays, strict=True)}
 
     def score(self, cases: Sequence[Prepared], draw: str = "", repeats: int | None = None) -> list[Result]:
-        """The result of each of some prepared cases. Arguments and errors are those of `dispatch`."""
+        """The results of prepared cases. Arguments and errors are those of `dispatch`."""
         return self.fetch(self.dispatch(cases, draw, repeats))
 
 

@@ -19,8 +19,8 @@ volumes are scored within a region or in two pieces. These columns are as in a m
 ID_confidence where the system has one, ID_recon where the recipe has evaluation.reconstruction, and ID_overlay.png. The
 mask marks where the map lies above a threshold. At most a share evaluation.alarm_rate of normal cases has a mask with
 anything in it (jmae.outlines). The overlay of a volume shows the axial slice with the highest value. At the end --out
-gets scores.csv: id,label,score,p_value,score_error, further scores, and warning. The p-value is the share, of the
-held-out normals and the case itself, that scores as high (jmae.scoring.Calibration). It is empty in three cases: the
+gets scores.csv: id,label,score,p_value,score_error, further scores, and warning. Among the held-out normals and the
+case itself, the p-value is the share that scores as high (jmae.scoring.Calibration). It is empty in three cases: the
 run is not calibrated; the run was trained or calibrated on the image; or the case has another set of region, midline
 and half than the normals had. The column score_error has the Monte-Carlo error of a score that is a mean over masks or
 samples. The column warning says in what a case is unlike the training images: size, channels, grey values or layout

@@ -246,8 +246,8 @@ SHARED = {
 MASKS_OF = {
     "evaluation.masks_of": Key(
         "run",
-        'What random masks or samples of a test case depend on: "run", the seed and their number alone, so that all '
-        'cases have the same and every token is hidden as often; "case", the case\'s id too.',
+        'What random masks or samples of a test case depend on: "run", the seed and their number alone: they are '
+        'the same for all cases and hide every token as often; "case", the case\'s id too.',
         choices=("run", "case"),
         before="case",
     ),

@@ -76,7 +76,7 @@ class RivalScores:
         return max((scorer.at_once for scorer in self.scorers.values()), default=1)
 
     def score(self, cases: Sequence[Prepared]) -> list[dict[str, Result]]:
-        """The result of each rival, by its name, for each of some cases."""
+        """For each case, the result of each rival by its name."""
         each = {name: scorer.score(cases) for name, scorer in self.scorers.items()}
         return [{name: results[i] for name, results in each.items()} for i in range(len(cases))]
 

@@ -81,17 +81,17 @@ def fixed(config: ConfigDict) -> dict:
 
 
 def digest(rows: Sequence[Row]) -> str:
-    """Which rows are trained on, in their order."""
+    """The digest of the rows that are trained on, in their order."""
     return hashlib.sha256("\n".join(f"{row.split}\t{row.id}" for row in rows).encode()).hexdigest()[:16]
 
 
 def images_digest(rows: Sequence[Row]) -> str:
-    """Which images are trained on, by their values: the same ids may come with other images."""
+    """The digest of the values of the images that are trained on: the same ids may come with other images."""
     return hashlib.sha256("\n".join(row.content for row in rows).encode()).hexdigest()[:16]
 
 
 def recipe_digest(config: ConfigDict) -> str:
-    """Which recipe a checkpoint is of: equal where `fixed` is."""
+    """The digest of the recipe of a checkpoint; equal where `fixed` is equal."""
     return hashlib.sha256(json.dumps(fixed(config), sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -82,8 +82,8 @@ def inner(grid: tuple[int, ...], ring: int) -> Int[np.ndarray, " k"]:
 def neighbours(
     grid: tuple[int, ...], positions: Int[np.ndarray, " k"], tolerance: int = TOLERANCE
 ) -> Int[np.ndarray, "k m"]:
-    """For each position the places, in `positions`, of those that are at most `tolerance` away along every axis; -1
-    fills up the rows of positions that have fewer. The position itself is among them."""
+    """For each position the places, in `positions`, of the positions at most `tolerance` away along every axis; -1
+    fills up shorter rows. The position itself is among them."""
     place = np.full(grid, -1)
     place.reshape(-1)[positions] = np.arange(len(positions))
     offsets = np.array(list(product(range(-tolerance, tolerance + 1), repeat=len(grid))))

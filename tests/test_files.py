@@ -1004,5 +1004,5 @@ def test_an_interlaced_png_is_read_and_one_of_other_rows_refused(tmp_path):
 
     np.testing.assert_array_equal(read_image(write(7)).array[..., 0], array)
     for height in (6, 8, 70):
-        with pytest.raises(InputError, match="which its data are not"):
+        with pytest.raises(InputError, match="which does not fit its data"):
             read_image(write(height))

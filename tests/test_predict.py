@@ -454,7 +454,7 @@ def test_damaged_images_are_refused_each_in_a_line_and_the_others_go_on(images_r
     cases = {line["id"]: line["reason"] for line in table(tmp_path / "out" / "failed.csv").values()}
     assert "not found" in cases["gone"] and "is empty" in cases["empty dcm"]
     assert "is beyond the limit" in cases["lying dcm"] and "more pixels" in cases["flipped dcm"]
-    assert "claims the size (40, 30), which its data are not" in cases["lying png"]
+    assert "claims the size (40, 30), which does not fit its data" in cases["lying png"]
 
 
 def test_damaged_volumes_are_refused_each_in_a_line_and_the_others_go_on(tmp_path, monkeypatch, capfd):

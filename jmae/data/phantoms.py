@@ -1,9 +1,9 @@
 """Built-in phantoms, drawn on the fly: chest radiographs (`chest`) and two-channel breast MRI (`breast`).
 
-They let every command run without data. Each image is a function of (name, split, index) alone: a Philox
-generator keyed by their SHA-256, of which only `Generator.random` is used, since NumPy promises no stable
-stream for normal variates. Images are quantised as an 8-bit or 12-bit acquisition, so that the last bit of a
-float, which differs between platforms, cannot change them. They are frozen: a test pins their digest.
+They let every command run without data. Each image is a function of (name, split, index) alone: their SHA-256 is the
+key of a Philox generator. Only `Generator.random` is used, since NumPy promises no stable stream for normal variates.
+Images are quantised as an 8-bit or 12-bit acquisition, so that the last bit of a float, which differs between
+platforms, cannot change them. They are frozen: a test pins their digest.
 
 What varies in healthy images (exposure, film curve, contrast, pose, habitus, rib contrast, noise; coil
 sensitivity, glandular density) is larger than what a lesion changes in any global statistic. A lesion stands

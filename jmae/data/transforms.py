@@ -230,8 +230,8 @@ def random_warp(
     """Rotation, a crop stretched back and an elastic deformation, in this order, each with probability `p`.
 
     The augmentations of P-PII's Table 2 (Müller et al. 2023) as PHiSeg's code has them (Baumgartner et al. 2019), in
-    shares of the image's own edges n, so that they mean the same at any size. What is 0 is left out; all 0 is exactly
-    the identity.
+    shares of the image's own edges n, so that they mean the same at any size. A strength of 0 leaves its step out; with
+    all at 0 the result is exactly the image.
     - degrees: the angle ~ U(-degrees, degrees), about the centre, in the plane of the first two axes (a volume is
       turned about its third), in voxels of equal edges.
     - offset: a box of edges s n, s ~ U(1 - offset, 1) for all axes alike, at a uniform position; PHiSeg's 30 of 128

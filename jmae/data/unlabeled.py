@@ -1,5 +1,5 @@
-"""An unlabelled set with a given share of abnormal images: the options `data.anomaly_ratio`, `unlabeled_size` and
-`unlabeled_labels`, which any recipe of a system that trains on the split `unlabeled` may declare.
+"""An unlabelled set with a known share of abnormal images. The options are `data.anomaly_ratio`, `unlabeled_size` and
+`unlabeled_labels`. Any system that trains on the split `unlabeled` may declare them.
 
 Without hidden labels the share is unknown and the set stays as it is; `ratio_note` says so.
 """

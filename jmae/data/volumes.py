@@ -367,7 +367,7 @@ def _forward_all(mask: np.ndarray, grid: Grid) -> np.ndarray:
 
 
 def check_settings(data: ConfigDict) -> None:
-    """Raises InputError for values of a recipe by which no volume can be prepared: one message, not one a case."""
+    """Raises InputError for values of a recipe that can prepare no volume: one message, not one a case."""
     for key, allowed in (
         ("join", ("same", "resample")),
         ("crop", ("none", "region")),

@@ -87,7 +87,7 @@ def max_pool(x: Float[Array, "b *size c"]) -> Float[Array, "b *half c"]:
     """The largest value of each block of 2 along every axis.
 
     It is taken by pairs. Forward and backward of 256x16x16x16 took 11.7 ms instead of 19.3 ms on one core. The gradient
-    of `max` would also divide by the number of values equal to the largest, of which rounding may leave none.
+    of `max` would also divide by the number of values equal to the largest, and rounding may leave none.
     """
     size = x.shape[1:-1]
     split = x.reshape(len(x), *[length for n in size for length in (n // 2, 2)], x.shape[-1])

@@ -5,7 +5,8 @@ Images" (SimSID), TPAMI 2024, arXiv 2403.08689; consulted: MrGiovanni/SimSID and
 discriminator is in jmae/nn/simsid.py, as the report has it too.
 
 Differences: the code loops over windows, here they are an axis. Keys and values of the attention have no bias: a
-softmax ignores that of the keys, and the bias of the output takes that of the values. Vectors have the channels last.
+softmax ignores a bias of the keys, and the bias of the output contains that of the values. Vectors have the channels
+last.
 """
 
 from collections.abc import Callable
@@ -80,10 +81,10 @@ class Slots(nnx.Module):
 class Bottleneck(nnx.Module):
     """SimSID's inpaint block.
 
-    The features of each window, as one vector, read the window's memory; without `slots` they stand for what they read.
-    The vector then queries the reads of the windows around: attention, norm, sum with the window's own read, ReLU. A
-    feed-forward part with norm, sum and ReLU follows. Without `inpainting` the own read goes on as it is. The window's
-    number in binary comes as further channels. Convolutions of kernel 1 stand before and after.
+    The features of each window, as one vector, read the window's memory; without `slots` the features themselves are
+    the read. The vector then queries the reads of the windows around: attention, norm, sum with the window's own read,
+    ReLU. A feed-forward part with norm, sum and ReLU follows. Without `inpainting` the own read goes on as it is. The
+    window's number in binary comes as further channels. Convolutions of kernel 1 stand before and after.
 
     Norms are on the branch, as released. With `norms="sum"` they take the sum with the read, as earlier versions did.
 

@@ -8,9 +8,9 @@ The variant "official" of jmae/systems/simsid.py. Its one stage, `joint`, trains
 The discriminator learns at every step, the autoencoder at every `joint.critic`-th one, which also fills the memory
 where that is a queue. Calibration and scores are those of jmae/systems/simsid_score.py.
 
-ours: the running variances of norms are those of the batch, where PyTorch's are n / (n - 1) of it; an epoch has whole
-batches alone; the learning rate changes at every step instead of every epoch; discriminator and autoencoder learn from
-the same images of the student, which SQUID makes anew for each.
+ours: The running variances of norms are those of the batch, where PyTorch's are n / (n - 1) of it. An epoch has whole
+batches alone. The learning rate changes at every step instead of every epoch. Discriminator and autoencoder learn from
+the same images of the student; SQUID makes them anew for each.
 """
 
 from collections.abc import Callable

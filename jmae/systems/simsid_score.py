@@ -350,7 +350,7 @@ def training_rows(config: ConfigDict, rows: Sequence[Row], results: Results | No
 
 
 def checked_rows(config: ConfigDict, rows: Sequence[Row]) -> np.ndarray:
-    """`validation.samples` of the held-out training rows; of those trained on where none is held out."""
+    """`validation.samples` of the held-out training rows, or of all training rows where none is held out."""
     numbers = np.flatnonzero(held_out(rows, config.validation.held_out))
     if not numbers.size:
         log("check: on training images, as none is held out (of ten patients or more)")

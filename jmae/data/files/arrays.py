@@ -60,7 +60,9 @@ def read_nifti(file: IO[bytes], length: int) -> Header:
     if not (540 if second else 348) <= offset <= RATIO * length:
         raise Refused(f"its header puts the data at byte {offset}: copy or export it again")
     if not packed and int(offset) + math.prod(shape) * channels * dtype.itemsize != length:
-        raise Refused(f"its header claims the size {tuple(shape)}, which its {length} bytes are not: copy it again")
+        raise Refused(
+            f"its header claims the size {tuple(shape)}, which does not fit its {length} bytes: copy it again"
+        )
     slope, intercept = float(header["scl_slope"]), float(header["scl_inter"])
     if not math.isfinite(slope) or (slope and not math.isfinite(intercept)):
         raise Refused(f"has the scale slope {slope} and intercept {intercept}: repair the header")
@@ -158,7 +160,9 @@ def read_nrrd(file: IO[bytes], length: int) -> Header:
     check_claim(shape, dtype.itemsize, length)
     start = file.tell()
     if encoding == "raw" and start + math.prod(shape) * dtype.itemsize != length:
-        raise Refused(f"its header claims the size {tuple(shape)}, which its {length} bytes are not: copy it again")
+        raise Refused(
+            f"its header claims the size {tuple(shape)}, which does not fit its {length} bytes: copy it again"
+        )
 
     units = header.get("space units") or header.get("units") or []
     if any(unit.lower() not in ("mm", "", "???") for unit in units):

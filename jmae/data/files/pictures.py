@@ -57,7 +57,7 @@ def read_png(file: IO[bytes], length: int) -> Header:
 
 
 def _check_rows(file: IO[bytes], width: int, height: int, pixel_bits: int, *, interlaced: bool) -> None:
-    """Refuses a PNG whose data are not those of its header's size: decoders fill up what is missing in silence."""
+    """Refuses a PNG whose data do not fit the size in its header: decoders fill up what is missing in silence."""
     adam7 = ((0, 8, 0, 8), (4, 8, 0, 8), (0, 4, 4, 8), (2, 4, 0, 4), (0, 2, 2, 4), (1, 2, 0, 2), (0, 1, 1, 2))
     passes = [(-(-(width - x) // dx), -(-(height - y) // dy)) for x, dx, y, dy in adam7 if x < width and y < height]
     claim = sum(h * (1 + -(-w * pixel_bits // 8)) for w, h in (passes if interlaced else [(width, height)]))
@@ -70,7 +70,9 @@ def _check_rows(file: IO[bytes], width: int, height: int, pixel_bits: int, *, in
             found += len(unpack.decompress(data, BLOCK))
             data = unpack.unconsumed_tail
     if found != claim:
-        raise Refused(f"its header claims the size {(height, width)}, which its data are not: copy or export it again")
+        raise Refused(
+            f"its header claims the size {(height, width)}, which does not fit its data: copy or export it again"
+        )
 
 
 def read_jpeg(file: IO[bytes], length: int) -> Header:

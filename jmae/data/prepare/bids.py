@@ -15,9 +15,9 @@ participants.tsv may tell the group of each subject. Then only controls train; -
 groups where the names do not tell.
 
 Subjects with a lesion are in the test, with as many subjects without a lesion (a seeded draw of at most half of the
-latter). Other sessions of a subject with a lesion are in the test without a label. So are all sessions of a subject
-whose mask matches no case, of patients without a mask, and of a folder called Testing. All other sessions train and are
-taken as normal.
+latter). These sessions are in the test without a label: the other sessions of a subject with a lesion, and all sessions
+of a subject whose mask matches no case, of a patient without a mask, and of a folder called Testing. All other sessions
+train and are taken as normal.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""One of the six sets of BMAD (Bao et al., CVPR workshops 2024), in any of the forms in which they are passed on.
+"""One of the six sets of BMAD (Bao et al., CVPR workshops 2024), in any form in which they are distributed.
 
     README, MVFA-AD   {train,valid,test}/{good,Ungood}/{img,anomaly_mask}/*.png
     brain             train/good ; {valid,test}/{good,Ungood}/{img,label}

@@ -121,7 +121,8 @@ def folders_of(path: Path, root: Path) -> list[str]:
 
 
 def questions(rows: Sequence[Row], root: Path) -> Iterator[str]:
-    """Folders of which one may hold the masks of another: they lie beside each other, with files of the same names."""
+    """A question for each pair of neighbouring folders with files of the same names: one may hold the masks of the
+    other."""
     places: dict[str, dict[Path, set[str]]] = defaultdict(lambda: defaultdict(set))
     for row in rows:
         path = Path(row.image[0])

@@ -4,7 +4,7 @@ Folders LIDC-IDRI-xxxx contain DICOM series, one file for each slice. An XML fil
 `LidcReadMessage / readingSession / unblindedReadNodule / roi / {imageSOP_UID, inclusion, edgeMap / {xCoord, yCoord}}`,
 with pixels counted from 0. A nodule below 3 mm is a single point. SOP instance UIDs link an XML file to its series. In
 a reading without any mark the header's series UID does so. A series without a reading is left out. Of two slices at one
-z the one of the lower InstanceNumber stays, with the marks of both.
+z, the slice with the lower InstanceNumber stays, with the marks of both.
 
 The slices and splits are those of P-PII. A slice is healthy where it is farther than 5 slices (in the order of z) from
 every mark, a point included. A slice with a contour is abnormal. A slice with only points is left out. The mask is the

@@ -18,7 +18,7 @@ SEQUENCES = ("flair", "t1", "t1ce", "t2", "t1n", "t1c", "t2w", "t2f")  # BraTS h
 ABOVE = 127  # the pixels of a JPEG mask above this value are lesion
 SAMPLES = 32  # images that are opened at most to see whether they look like masks
 DARK = 0.03  # values up to this share of the largest one are background; a JPEG has some
-BRIGHT_SHARE = 0.8  # of what is not background in a mask, at least this share has nearly the largest value
+BRIGHT_SHARE = 0.8  # at least this share of a mask's foreground has nearly the largest value
 LABEL_VALUES = 8  # a volume of at most so many values, all whole, looks like a segmentation
 
 

@@ -86,7 +86,7 @@ def hidden(patient_id: str) -> str:
 
 
 def kept_apart(rows: Sequence[Row]) -> tuple[list[Row], Counter[str]]:
-    """The rows without those whose patient is in a split that comes first in `ORDER`; how many rows are left out."""
+    """(the rows, without those whose patient is also in an earlier split of `ORDER`; how many rows are left out)."""
     rank, first = {split: i for i, split in enumerate(ORDER)}, dict[str, int]()
     for row in rows:
         if row.patient:

@@ -135,7 +135,8 @@ def some_windows(
     window: tuple[int, ...],
     **other: Any,
 ) -> PyTree:
-    """`Sweep.average` of a fit to crops: what it measures in `fit.crops` windows, spread evenly over the volume."""
+    """`Sweep.average` for a fit to crops: what the fit measures in `fit.crops` windows, spread evenly over the
+    volume."""
     chosen = origins[jnp.arange(fit.crops) * number // fit.crops]
     return fit.measure(score.args[-1], {"image": cut_windows(volume, chosen, window)}, key)  # type: ignore[attr-defined]
 

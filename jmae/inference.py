@@ -106,7 +106,7 @@ class Scorer:
         return self.passes.at_once
 
     def with_results(self, results: Results) -> "Scorer":
-        """A scorer by the same programs from other results, whose arrays have the same shapes and places."""
+        """A scorer with the same programs and with other results, whose arrays have the same shapes and places."""
         other = copy(self)
         other.passes = copy(self.passes)
         other.passes.results = results

@@ -11,7 +11,7 @@ value takes part. `evaluation.residual` names the measure r of a voxel and chann
 - feature: the mean over encoder blocks at a quarter, half and three quarters of the depth of the distance between the
   tokens of the image and of image + d. In volumes the prediction under each mask takes the place of image + d.
 
-`evaluation.expect` divides r by what it is in normals that were not trained on, half of those of `val` (`FIT`):
+`evaluation.expect` divides r by its mean in normals that were not trained on, half of those of `val` (`FIT`):
 
 - position: e = G_1 * (mean of r over the normals) + 0.05 (mean of that), for images that are aligned. Channels are
   averaged first.

@@ -273,7 +273,7 @@ def nearest(
 
 
 def score_of(distances: Float[Array, "b k"], share: float = 1.0) -> Float[Array, " b"]:
-    """The mean of the highest distances of each image, a share of all, but at least one."""
+    """The mean of the highest distances of each image: a share of all its distances, at least one."""
     k = distances.shape[1]
     return jnp.mean(jax.lax.top_k(distances, max(1, min(k, round(share * k))))[0], -1)
 

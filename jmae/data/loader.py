@@ -58,8 +58,8 @@ class Samples(Protocol):
 class ImageStore:
     """Images as the networks see them, each decoded once where all fit in a quarter of the memory.
 
-    Where not all fit, whole splits are kept in the order of `SPLITS`, as training reads its images most often. Several
-    processes share that quarter, as if all were on one host.
+    Where not all fit, whole splits are kept in the order of `SPLITS`, training first: its images are read most often.
+    Several processes share that quarter, as if all were on one host.
     """
 
     def __init__(self, rows: Sequence[Row], data: ConfigDict):

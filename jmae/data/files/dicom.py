@@ -127,7 +127,7 @@ def _check_codestream(frame: bytes, shape: tuple[int, int, int]) -> None:
     if frame.startswith(b"\xff\x4f\xff\x51"):  # JPEG 2000: extent and offset of its reference grid
         right, bottom, left, top = np.frombuffer(frame[8:24], ">u4").tolist()
         if (bottom - top, right - left) != shape[:2]:
-            raise Refused(f"its header says {shape[:2]}, its JPEG 2000 otherwise: export it again")
+            raise Refused(f"its header says {shape[:2]} but its JPEG 2000 data say another size: export it again")
     at = 2
     while frame.startswith(b"\xff\xd8") and at + 9 < len(frame) and frame[at] == 0xFF:
         marker, step = frame[at + 1], int.from_bytes(frame[at + 2 : at + 4], "big")

@@ -147,7 +147,15 @@ LONGEST = "devices simsid ppii train maemi memmc_mae amae evaluate phiseg checkp
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The files that take longest come first, so that no worker is left with one of them at the end."""
+    """Of a test that is `long_but_first`, all parameters but the first are `long`. The files that take longest come
+    first, so that no worker is left with one of them at the end."""
+    begun = set[str]()
+    for item in items:
+        if item.get_closest_marker("long_but_first"):
+            name = item.nodeid.split("[")[0]
+            if name in begun:
+                item.add_marker("long")
+            begun.add(name)
     order = {f"test_{name}.py": i for i, name in enumerate(LONGEST)}
     items.sort(key=lambda item: order.get(item.path.name, len(order)))
 

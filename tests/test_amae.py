@@ -128,6 +128,7 @@ def test_very_confident_images_are_still_ranked():
     assert kept.tolist() == [False, False, True, True] * 2
 
 
+@pytest.mark.long
 def test_a_class_that_hardly_any_image_is_predicted_as_is_said_aloud(trained, capsys):
     stages, results = trained
     rows = [row for row in phantoms.rows("chest") if row.split == "unlabeled"][:4]
@@ -282,6 +283,7 @@ def test_a_setting_that_means_nothing_is_refused(setting, value, words):
         load_system(config(**{setting: value}))
 
 
+@pytest.mark.long
 def test_the_proxy_task_learns_to_call_pasted_images_abnormal():
     """Polarity decides which images module B sees: after training on one batch, p(abnormal) is high where pasted."""
     c = config(variant="stage1", proxy__lr=1e-2, proxy__steps=60)
@@ -315,6 +317,7 @@ def three_channels():
     return c, system, results
 
 
+@pytest.mark.long
 def test_fixed_preparation_and_three_equal_channels_reach_the_score(three_channels):
 
     c, _, results = three_channels
@@ -357,6 +360,7 @@ def test_stage_1_classifies_the_mean_of_the_patch_tokens_without_the_class_token
 
 
 @pytest.mark.parametrize("masks", [1, 2])
+@pytest.mark.long_but_first
 def test_an_adaptation_step_has_the_loss_of_its_masks_on_the_plain_image(masks):
 
     c = config(adapt__masks=masks, adapt__augment=False, adapt__batch=4)
@@ -375,6 +379,7 @@ def test_an_adaptation_step_has_the_loss_of_its_masks_on_the_plain_image(masks):
     assert float(loss_of(stages["module_a"])) == pytest.approx(float(loss), rel=1e-5)
 
 
+@pytest.mark.long
 def test_augmentation_mirrors_left_and_right_alone():
     """Crops of the whole image leave only the flip: an image that is its own mirror keeps its loss."""
     losses = {}

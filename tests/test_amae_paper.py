@@ -59,6 +59,7 @@ def with_hidden(small_set: Path, folder: Path) -> str:
     return str(folder / "hidden.csv")
 
 
+@pytest.mark.long
 def test_the_paper_preset_has_the_papers_unlabelled_set_and_four_seeds(small_set, tmp_path):
     c = config("paper")
     assert (c.data.anomaly_ratio, c.data.unlabeled_size, c.replicates) == (0.6, 4000, 4)
@@ -114,6 +115,7 @@ def mae_of(c: ConfigDict, params) -> MAE:
     return network(make)[1](params)
 
 
+@pytest.mark.long
 def test_stage2_nearer_is_the_part_of_eq_4_where_module_b_is_nearer_the_image():
     c = config(variant="no_pseudo", evaluation__masks=2, evaluation__discrepancy="nearer")
     system = load_system(c)
@@ -239,7 +241,8 @@ def test_a_whole_image_is_jittered_as_torchvision_does_it():
     assert np.abs(out - x).max() > 1e-3
 
 
-@pytest.mark.parametrize("jitter", [0.0, 0.1])
+@pytest.mark.parametrize("jitter", [0.1, 0.0])
+@pytest.mark.long_but_first
 def test_normal_and_pasted_images_are_jittered_alike(jitter, monkeypatch):
     c = config(variant="stage1", proxy__jitter_image=jitter)
     proxy, seen = stages_of(c)["proxy"], []

@@ -173,6 +173,7 @@ def test_pastes_equal_a_pixel_by_pixel_reference(pastes):
     assert_equals_reference(image, image, lungs, out, soft, extras["parameters"])
 
 
+@pytest.mark.long
 def test_colour_pastes_on_oblong_images_equal_a_pixel_by_pixel_reference():
     image, lungs = jnp.asarray(textured((80, 56), 3)), jnp.asarray(half_field((80, 56)))
     keys = jax.random.split(jax.random.key(1), 12)
@@ -200,6 +201,7 @@ def pillow_anatpaste(image, lungs, p):
     return np.asarray(picture) / 255, np.asarray(mask) / 255
 
 
+@pytest.mark.long
 def test_pastes_follow_the_papers_code_at_its_own_size():
     image, lungs = textured((256, 256), 1), half_field((256, 256))
     keys = jax.random.split(jax.random.key(2), 24)
@@ -306,6 +308,7 @@ def test_shape_fill_blur_and_jitter_have_their_distributions(draws):
     assert np.abs(correlation).max() < 0.06
 
 
+@pytest.mark.long
 def test_a_paste_does_not_depend_on_its_batch_nor_on_compilation(pastes):
     image, lungs, keys, batch, _ = pastes
     close = lambda a, b: np.testing.assert_allclose(a, b[7], atol=1e-6)
@@ -328,6 +331,7 @@ def test_a_patch_of_another_image_equals_the_reference():
     assert_equals_reference(image, source, everywhere, out, soft, extras["parameters"])
 
 
+@pytest.mark.long
 def test_volumes_are_pasted_by_the_same_code():
     rng = np.random.default_rng(0)
     volume = jnp.asarray(scipy.ndimage.gaussian_filter(rng.normal(0.5, 1, (24, 20, 16, 1)), (2, 2, 2, 0)).clip(0, 1))

@@ -184,6 +184,7 @@ def test_the_loss_and_the_score_of_ae_u_are_their_formulas():
     near(found["reconstruction"], (mean + 1) / 2)
 
 
+@pytest.mark.long
 def test_networks_of_a_module_learn_as_if_alone():
     one, params, stats = setup("variant=ddad_intra")
     x = images(8).reshape(2, 4, 16, 16, 1)
@@ -194,6 +195,7 @@ def test_networks_of_a_module_learn_as_if_alone():
         jax.tree.map(near, part(whole), alone(part(params), part(stats), x[i]))
 
 
+@pytest.mark.long
 def test_a_step_deals_the_batch_among_the_networks():
     one, params, stats = setup("variant=ddad_intra")
     x = images(8)
@@ -305,6 +307,7 @@ def test_the_share_of_abnormal_images_that_is_not_known_is_told():
     assert not load_system(config(*changes, "variant=ddad_intra", preset="paper_ddad")).notes
 
 
+@pytest.mark.long
 def test_the_denoising_autoencoder_trains_goes_on_evaluates_predicts_and_is_exported(tmp_path):
     counts = {("train", 0): 10, ("val", 0): 4, ("test", 0): 4, ("test", 1): 4}
     manifest, run = write_set(tmp_path / "set", counts), tmp_path / "run"

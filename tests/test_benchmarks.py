@@ -181,6 +181,7 @@ def test_the_script_for_a_gpu_runs_its_parts_in_order(tmp_path, limit, some):
         assert "infer: FAILED, exit code 1" in ran.stdout and "plans: done" in ran.stdout and ran.returncode == 1
 
 
+@pytest.mark.long
 def test_the_paper_s_table_and_figure_say_their_hours_and_stop_without_a_gpu(tmp_path, monkeypatch, capsys):
     manifest = tmp_path / "m.csv"
     rows = ["id,patient,split,label,image,mask,region", *(f"t{i},p{i},train,0,t{i}.nii.gz,," for i in range(744))]

@@ -59,10 +59,12 @@ NEAR = {  # of an image of 128 x 128: shifts are 2 %
 }
 
 
+@pytest.mark.long
 def test_of_all_pairs_of_strangers_none_is_a_copy(prints):
     assert duplicates.copies(prints, range(CHESTS)) == []
 
 
+@pytest.mark.long
 def test_every_exact_and_near_copy_is_found_and_nothing_else(chests, prints):
     own = [i % CHESTS for i in range(0, 7 * 60, 7)]  # ten of each kind would do; these are six
     kinds = [list(NEAR)[i % len(NEAR)] for i in range(len(own))]

@@ -388,6 +388,7 @@ assert t.restored(folder) == (2, [])
 """
 
 
+@pytest.mark.long
 def test_a_write_that_fails_midway_is_one_line_and_leaves_the_older_steps(tmp_path):
     done = run(DISK_FULL, tmp_path)
     assert done.returncode == 0, done.stderr
@@ -493,11 +494,13 @@ def check_saves_killed_at(tmp_path: Path, step: int, moments: list[int]) -> list
 
 
 @pytest.mark.parametrize("step", [2, 3])
+@pytest.mark.long_but_first
 def test_a_save_killed_at_any_use_of_its_folder_leaves_a_complete_step(step, tmp_path):
     codes = check_saves_killed_at(tmp_path, step, [5, 90, 104, 1000])
     assert codes[0] != 0 and codes[-1] == 0
 
 
+@pytest.mark.long
 def test_a_save_killed_at_any_moment_leaves_a_complete_step(tmp_path):
     done = run(KILLED, tmp_path, 2, 0)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -523,6 +526,7 @@ checkpoint.save(Path(sys.argv[2]), 5, jax.tree.map(lambda x: x + 1, state), {}, 
 """
 
 
+@pytest.mark.long
 def test_a_step_of_one_device_is_read_on_eight_and_back(tmp_path):
     state = {"w": jnp.arange(24.0).reshape(8, 3) / 7, "b": jnp.arange(3.0)}
     checkpoint.save(tmp_path / "one", 1, state, {}, config={})
@@ -557,6 +561,7 @@ print("pairs", len(forms) ** 2)
 """
 
 
+@pytest.mark.long
 def test_every_pair_of_1_2_4_and_8_devices_restores_the_same_bits(tmp_path):
     """Whole on every device, and split over them."""
     done = run(ALL_PAIRS, tmp_path)

@@ -55,6 +55,7 @@ def a_run(folder: Path, noise: float, *, ids=IDS, labels=LABELS, patients=None, 
     return folder
 
 
+@pytest.mark.long
 def test_a_difference_is_that_of_the_metrics_and_its_interval_that_of_common_draws():
     rng = np.random.default_rng(0)
     labels, patients = np.arange(60) % 2, rng.integers(0, 25, 60)

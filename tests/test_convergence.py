@@ -42,6 +42,7 @@ def untrained(system):
     return results
 
 
+@pytest.mark.long
 def test_scores_that_are_means_over_masks_are_those_that_are_said_to_be():
     of_case = {"evaluation.masks_of": "case"}
     single, many = (load_system(a_recipe("amae", **of_case | {"evaluation.masks": n})) for n in (1, MANY))

@@ -54,6 +54,7 @@ def all_of(p, i):
         pytest.param((20, 16, 12), 2, {"width": (20, 60), "length": (60, 160)}, id="volume"),
     ],
 )
+@pytest.mark.long_but_first
 def test_pastes_equal_a_pixel_by_pixel_reference(size, channels, lengths):
     image, source = jnp.asarray(textured(size, channels)), jnp.asarray(textured(size, channels, seed=1))
     keys = jax.random.split(jax.random.key(0), 10)

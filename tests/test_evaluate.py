@@ -361,6 +361,7 @@ def scorers(finished):
     return [made[1].prepare(row) for row in rows], made
 
 
+@pytest.mark.long
 def test_a_case_scores_the_same_alone_in_a_batch_and_in_another_order(scorers):
     cases, made = scorers
     whole = made[16].score(cases)
@@ -375,6 +376,7 @@ def test_a_case_scores_the_same_alone_in_a_batch_and_in_another_order(scorers):
                     np.testing.assert_allclose(getattr(found, kind)[name], values, rtol=1e-5, atol=3e-6)
 
 
+@pytest.mark.long
 def test_an_evaluation_afterwards_repeats_the_one_after_training(finished, tmp_path):
     out = tmp_path / "again"
     assert exit_code(ev.main, [f"--workdir={finished}", f"--out={out}"]) == 0
@@ -447,6 +449,7 @@ def test_a_subset_that_the_manifest_does_not_know_is_said(tools, tmp_path, capfd
     assert "warning: no column 'ward' in the manifest" in capfd.readouterr().err
 
 
+@pytest.mark.long
 def test_other_data_go_into_a_folder_of_their_own(finished, tools, tmp_path, monkeypatch):
     manifest = tools.write_set(tmp_path / "set", {("val", 0): 1, ("new", 1): 1, ("test", 0): 2, ("test", 1): 2}, seed=7)
     run = shutil.copytree(finished, tmp_path / "run")

@@ -144,6 +144,7 @@ def write_films(folder: Path) -> list[Path]:
 
 
 @pytest.mark.parametrize("change", ["data.equalise=false", "data.equalise=true", "data.window=-90,4000"])
+@pytest.mark.long_but_first
 def test_stored_values_get_the_scores_of_predict_without_jmae(change, tmp_path):
     config, system = untrained([*IMAGES, change], tmp_path / "run")
     of = score_identity(config, system, restore_results(config, system, tmp_path / "run"))
@@ -219,6 +220,7 @@ def write_scans(folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("crop", ["none", "region"])
+@pytest.mark.long_but_first
 def test_stored_volumes_get_the_scores_of_predict_without_jmae(crop, tmp_path, capfd):
     changes = ["data.channels=1", "data.axes=PLS", "data.spacing=2.5,4,3", f"data.crop={crop}", "data.region=nonzero"]
     ends = ["data.crop_least=20,30,24", "data.crop_most=40,48,30", "data.normalise=region", "evaluation.top=0.03"]

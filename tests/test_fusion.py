@@ -29,6 +29,7 @@ def test_fusing_one_run_keeps_its_order_and_its_p_values():
     np.testing.assert_allclose(p, [(1 + (normals >= s).sum()) / 31 for s in cases[0]])
 
 
+@pytest.mark.long
 def test_the_promise_holds_for_runs_that_agree_and_that_do_not():
     rng, p = np.random.default_rng(1), []
     for _ in range(300):

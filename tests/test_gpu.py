@@ -101,7 +101,7 @@ def test_without_padding_the_trace_fails(monkeypatch):
         lowered("amae:smoke")
 
 
-@pytest.mark.parametrize("memory", [0, 5], ids=["plain", "memory"])
+@pytest.mark.parametrize("memory", [pytest.param(0, id="plain", marks=pytest.mark.long), pytest.param(5, id="memory")])
 @pytest.mark.parametrize(
     "long_skips",
     [pytest.param(False, id="straight"), pytest.param(True, id="skips", marks=pytest.mark.long)],
@@ -135,6 +135,7 @@ def test_a_stack_is_unrolled_and_its_matrices_are_cast_once_for_a_gpu():
     assert len(casts) == 4  # qkv, out, fc1, fc2; norms' parameters stay in float32
 
 
+@pytest.mark.long
 def test_gradients_that_eight_devices_add_in_bfloat16_are_within_one_percent():
     """Matrices are cast before the stack, so devices add gradients in bfloat16 and send half the bytes of float32.
 

@@ -109,6 +109,7 @@ def composed(image, sources, p, preset, size):
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("preset", own.PRESETS)
+@pytest.mark.long_but_first
 def test_ppii_agrees_with_numpy(size, preset):
     pool = images(size, 3)
     some = {"preset": preset, "anomalies": (2, 3), "raters": (1, 3), "patch": PATCH}
@@ -190,6 +191,7 @@ def test_squares_follow_the_docstring():
 
 @pytest.mark.parametrize("shape", own.SHAPES)
 @pytest.mark.parametrize("size", SIZES)
+@pytest.mark.long_but_first
 def test_discs_lie_in_their_patches_and_touch_the_edge_at_most(shape, size):
     n = tuple(int(m) for m in edges_of(size, (0.2, 0.5))[1])
     chosen = own.PRESETS["paper"]
@@ -205,6 +207,7 @@ def test_discs_lie_in_their_patches_and_touch_the_edge_at_most(shape, size):
         assert radius is None or radius.max() <= (np.asarray(p.radius).min(-1).max() + 0.6)
 
 
+@pytest.mark.long
 def test_batches_equal_single_images_and_share_one_compilation():
     pool = images((32, 32), 4)
     keys = jax.random.split(jax.random.key(3), 4)
@@ -217,6 +220,7 @@ def test_batches_equal_single_images_and_share_one_compilation():
     assert run._cache_size() == 1
 
 
+@pytest.mark.long
 def test_channels_share_place_and_mask():
     pool = jnp.asarray(images((32, 32), 2, 3))
     out, target, extras = own.ppii(pool[0], pool[1], jax.random.key(0))

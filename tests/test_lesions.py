@@ -93,7 +93,8 @@ def random_lesions(size, rng, as_mask):
 
 @pytest.mark.parametrize("size", [(30, 24), (12, 11, 10)])
 @pytest.mark.parametrize("as_mask", [False, True])
-@pytest.mark.parametrize("settings", [{}, {"overlap": 0.1, "at": 2.0}, {"at": 0.7, "thresholds": 37, "least": 1}])
+@pytest.mark.parametrize("settings", [{"at": 0.7, "thresholds": 37, "least": 1}, {"overlap": 0.1, "at": 2.0}, {}])
+@pytest.mark.long_but_first
 def test_froc_is_the_rule_component_by_component(size, as_mask, settings, monkeypatch):
     for seed in range(2):
         monkeypatch.setattr("jmae.lesions.STACK", (1, 3)[seed] * np.prod(size))  # images of a stack

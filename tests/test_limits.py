@@ -59,6 +59,7 @@ def deflated(path, *, preamble: bool, inflated: int):
 
 
 @pytest.mark.parametrize("preamble", [True, False])
+@pytest.mark.long_but_first
 def test_a_deflated_dicom_is_refused_before_it_is_inflated(tmp_path, preamble):
     file = deflated(tmp_path / "a.dcm", preamble=preamble, inflated=2**29)
     assert file.stat().st_size < 2**20
@@ -67,6 +68,7 @@ def test_a_deflated_dicom_is_refused_before_it_is_inflated(tmp_path, preamble):
 
 
 @pytest.mark.parametrize("kind", ["RGB", "RGBA", "L", "P", "jpg"])
+@pytest.mark.long_but_first
 def test_a_picture_takes_little_more_memory_than_its_float32_array(tmp_path, kind):
     """Half of the largest picture, so that half of 300 MB is the bound."""
     picture = Image.new("RGB" if kind == "jpg" else kind, (4096, 4096), 77 if kind in "LP" else (1, 2, 3))

@@ -112,6 +112,7 @@ def assert_trees_close(found, expected):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), found, expected)
 
 
+@pytest.mark.long_but_first
 def test_hidden_patches_do_not_reach_the_encoder(small):
     _, _, params, (_, keep, restore), run = small
     size = np.abs(run(params)[1][1]).sum(-1)
@@ -124,6 +125,7 @@ def test_jit_equals_no_jit(small):
     np.testing.assert_allclose(run(params)[0][1], predictor(graph, given)(params, given[0]), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.long_but_first
 def test_recomputing_blocks_changes_no_gradient(small):
     rank, _, params, given, run = small
     graph, _ = structure(**sizes(rank, remat=True))
@@ -140,6 +142,7 @@ def test_gradient_is_the_slope_of_the_loss(small):
     assert (ahead - behind) / (2 * scale) == pytest.approx(square, rel=1e-2)
 
 
+@pytest.mark.long_but_first
 def test_models_under_vmap_equal_single_ones(small):
     _, graph, params, given, run = small
     both = jax.tree.map(lambda x: np.stack([0.5 * x, x]), params)

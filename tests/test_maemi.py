@@ -112,6 +112,7 @@ def tiny(**changes):
     return c, system, first_state(system.stages[0], {}, 4)
 
 
+@pytest.mark.long
 def test_training_images_are_clipped_and_mirrored_on_the_first_two_axes():
     c, system, state = tiny(**{"data.clip": (0.25, 0.75)})
     step = jax.jit(partial(system.stages[0].step, steps=10))
@@ -382,6 +383,7 @@ def test_the_prepared_case_and_the_sweep_make_the_written_map_and_reconstruction
         np.testing.assert_allclose((found - stored.mean()) / stored.std() * 0.25 + 0.5, normal, atol=1e-4)
 
 
+@pytest.mark.long
 def test_an_evaluation_may_have_other_settings_than_the_run_s(run, tmp_path, capfd):
     given = [f"--workdir={run}", f"--out={tmp_path}", "--config.evaluation.repeats=1"]
     assert exit_code(evaluate.main, given) == 0
@@ -484,6 +486,7 @@ def test_what_is_wrong_with_a_test_case_is_said_before_training(patients, tmp_pa
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
+@pytest.mark.long
 def test_a_resumed_run_ends_as_the_uninterrupted_one(run, patients, tmp_path):
     first = arguments(patients, tmp_path / "cut", "data.crops_on=host")
     with pytest.MonkeyPatch.context() as patch:

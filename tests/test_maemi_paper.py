@@ -71,7 +71,8 @@ def released_map(img, window, stride, repeat, anomaly):
     return diff / count, img.shape[1:]
 
 
-@pytest.mark.parametrize("shape", [(13, 27, 7), (9, 19, 3), (8, 26, 5)])
+@pytest.mark.parametrize("shape", [(8, 26, 5), (9, 19, 3), (13, 27, 7)])
+@pytest.mark.long_but_first
 def test_the_released_averaging_is_that_of_the_released_code(shape):
     c, system, state = tiny(**{f"compat.{name}": True for name in ("averaging", "clip", "position")})
     _, mae_of = masked_autoencoder(c, c.data.channels, positions=released_positions)
@@ -110,6 +111,7 @@ def test_the_released_padding_is_one_voxel_more_than_a_window_and_the_odd_one_co
 # --- the error --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_a_hidden_voxel_s_error_is_the_smallest_of_the_hidden_ones_in_its_box():
     _, system, state = tiny(**{"evaluation.error": "hidden"})
     image = np.random.default_rng(0).uniform(0.1, 1.4, (3, 8, 12, 4, 2)).astype(np.float32)
@@ -127,6 +129,7 @@ def test_a_hidden_voxel_s_error_is_the_smallest_of_the_hidden_ones_in_its_box():
     assert np.isfinite(values).all()
 
 
+@pytest.mark.long
 def test_predictions_are_summed_in_float32_whatever_the_arithmetic():
     c, _, state = tiny(**{"model.dtype": "bfloat16"})
     _, mae_of = masked_autoencoder(c, 2)
@@ -153,6 +156,7 @@ def test_only_the_result_of_the_last_product_is_wider():
         np.testing.assert_array_equal(np.asarray(got, np.float32), np.asarray(want, np.float32))
 
 
+@pytest.mark.long
 def test_the_explained_variance_is_that_of_the_hidden_voxels():
     c, system, state = tiny()
     _, mae_of = masked_autoencoder(c, 2)

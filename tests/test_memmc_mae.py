@@ -173,6 +173,7 @@ def loss_of(c, image):
     ],
     ids=["token, no root", "long skips, half", "memory alone", "plain"],
 )
+@pytest.mark.long_but_first
 def test_the_loss_is_that_of_the_hidden_patches_of_the_network_that_the_recipe_names(changes, make, options, visible):
     c = config(*changes)
     image = batch()["image"]
@@ -182,6 +183,7 @@ def test_the_loss_is_that_of_the_hidden_patches_of_the_network_that_the_recipe_n
     np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
+@pytest.mark.long
 def test_images_are_cropped_and_mirrored_by_keys_of_their_own():
     fixed, image = ["data.normalise=fixed", "data.mean=0.5", "data.std=0.25"], batch()["image"]
 
@@ -207,6 +209,7 @@ def stepping():
     return c, state, jax.jit(partial(stage.step, steps=50))
 
 
+@pytest.mark.long
 def test_a_step_is_adamw_s_with_its_decay_clipping_and_schedule(stepping):
     """Adam's first step is the learning rate in the direction of each gradient's sign, whatever the gradient."""
     _, state, step = stepping
@@ -286,6 +289,7 @@ near = partial(np.testing.assert_allclose, rtol=2e-4, atol=2e-5)
     ],
     ids=["image, pasted", "ImageNet, raw"],
 )
+@pytest.mark.long_but_first
 def test_the_maps_are_the_mean_over_masks_of_the_dissimilarity(changes, paste):
     c = config(*changes, f"evaluation.paste={paste}")
     _, _, state = started(c)
@@ -315,6 +319,7 @@ def test_the_maps_are_the_mean_over_masks_of_the_dissimilarity(changes, paste):
     near(patches[:, 0, 2:4].mean(1), (cells[:, 0, 0] * 3 + cells[:, 0, 1]) / 4)  # 1/8 and 3/8 of the way to the next
 
 
+@pytest.mark.long
 def test_windows_of_volumes_have_their_maps_by_name_in_the_span_of_the_clipping():
     c = config(*VOLUMES, "evaluation.scales=0.5,0.5", "data.clip=0.2,0.9", preset="small3d")
     system, _, state = started(c)
@@ -341,6 +346,7 @@ def test_windows_of_volumes_have_their_maps_by_name_in_the_span_of_the_clipping(
         near(out["reconstruction"], picture[i])
 
 
+@pytest.mark.long
 def test_chunks_of_masks_and_the_batch_do_not_change_a_case():
     c = config()
     _, _, state = started(c)
@@ -370,6 +376,7 @@ def test_a_pasted_square_raises_the_score_where_it_lies():
         assert rise[8:16, 4:12].mean() > 1.5 * rise.mean(), name
 
 
+@pytest.mark.long
 def test_a_share_of_the_absolute_error_goes_into_the_map():
     c = config("data.normalise=fixed", "data.mean=0.5", "data.std=0.25")
     _, _, state = started(c)

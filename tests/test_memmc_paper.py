@@ -60,6 +60,7 @@ def test_luminance_is_that_of_the_values_above_black(grey):
 
 
 @pytest.mark.parametrize("changes", [[], [*IMAGENET]], ids=["own moments", "ImageNet"])
+@pytest.mark.long_but_first
 def test_the_recipe_names_the_values_that_the_luminance_compares(changes):
     """The network returns 0, the mean, so that the map of a constant image is that of two constant images."""
     c = config("evaluation.scales=1.0", "evaluation.paste=false", *changes)
@@ -86,6 +87,7 @@ def test_the_recipe_names_the_values_that_the_luminance_compares(changes):
     np.testing.assert_allclose(found["none"], 0, atol=1e-4)
 
 
+@pytest.mark.long
 def test_a_mirrored_border_keeps_a_defect_in_its_place_and_a_stretched_one_moves_it():
     """The middle of a defect's map: the mirrored windows' SSIM by SciPy, and the distance between both borders."""
     rng = np.random.default_rng(0)
@@ -106,6 +108,7 @@ def test_a_mirrored_border_keeps_a_defect_in_its_place_and_a_stretched_one_moves
 
 
 @pytest.mark.parametrize("n", [32, 37])
+@pytest.mark.long_but_first
 def test_a_coarse_scale_s_mirrored_map_lies_over_the_pixels_that_make_it(n):
     """One pixel differs; at the second scale, with a window of one pixel, exactly the pixels beside it are marked."""
     x = np.random.default_rng(0).uniform(size=(1, n, n, 1)).astype(np.float32)
@@ -123,6 +126,7 @@ def test_a_coarse_scale_s_mirrored_map_lies_over_the_pixels_that_make_it(n):
 
 
 @pytest.mark.parametrize("paste", [pytest.param(True, marks=pytest.mark.long), False])
+@pytest.mark.long
 def test_a_map_is_the_mean_over_the_masks_that_hide_the_voxel(paste):
     c = config("evaluation.average=hidden", f"evaluation.paste={paste}", "evaluation.masks=4")
     _, _, state = started(c)
@@ -163,6 +167,7 @@ def test_a_map_is_the_mean_over_the_masks_that_hide_the_voxel(paste):
     assert not load_system(c).averaged and load_system(config()).averaged
 
 
+@pytest.mark.long
 def test_windows_of_volumes_weigh_by_what_is_hidden():
     c = config(*VOLUMES, "evaluation.average=hidden", preset="small3d")
     system, _, state = started(c)
@@ -226,6 +231,7 @@ def filled(c, file, tmp_path):
 
 
 @pytest.mark.parametrize("gate", ["token", "channel"])
+@pytest.mark.long_but_first
 def test_published_weights_make_the_network_the_plain_mae(published, tmp_path, gate):
     mae, file = published
     c = config("model.memory=0", f"model.gate={gate}")
@@ -260,6 +266,7 @@ def test_long_skips_and_published_weights_exclude_each_other(published):
 # --- 6: random crops --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_random_crops_come_from_the_larger_image(tmp_path):
     """A stripe of one pixel in two of the larger image is grey in an image of half the size, and not in a crop."""
     stripes = np.tile(np.array([0, 255], np.uint8), (96, 32))
@@ -329,6 +336,7 @@ def test_the_count_of_products_is_that_by_hand_at_the_paper_s_size():
 # --- 9: pictures ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_pictures_are_those_of_one_mask():
     c = config("evaluation.average=hidden")
     _, _, state = started(c)

@@ -120,6 +120,7 @@ def test_long_skips_join_the_blocks_that_the_rule_names(depth):
     np.testing.assert_allclose(jitted(blocks, x, method="outputs"), outputs, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.long
 def test_the_network_has_long_skips_in_both_stacks():
     sizes = TINY | dict(depth=3, decoder_depth=3, memory=2, long_skips=True)
     mae = randomised(lambda: MultiLevelMAE(**sizes, rngs=nnx.Rngs(0)))
@@ -171,6 +172,7 @@ def test_an_unknown_gate_is_refused():
         MultiLevelBlock(WIDTH, HEADS, 2.0, jnp.float32, levels=3, level_width=10, gate="row", rngs=nnx.Rngs(0))
 
 
+@pytest.mark.long
 def test_the_network_decodes_from_the_outputs_of_all_encoder_blocks():
     size, patch = (8, 8, 4), (4, 4, 2)
     mae = randomised(lambda: MultiLevelMAE(**TINY | dict(size=size, patch=patch, memory=4), rngs=nnx.Rngs(0)))

@@ -95,6 +95,7 @@ def clones():
     return image, source, keys, jax.tree.map(np.asarray, run(image, source, keys)), (run, traces)
 
 
+@pytest.mark.long
 def test_clones_equal_a_sparse_direct_solve(clones):
     image, source, _, (out, target, extras), _ = clones
     objects, source_objects = (np.asarray(m.foreground(jnp.asarray(x), (0, 20))) for x in (image, source))
@@ -108,6 +109,7 @@ def test_clones_equal_a_sparse_direct_solve(clones):
     ("size", "channels", "labels", "medians"),
     [((40, 32), 3, "logistic-intensity", (5, 5)), ((16, 14, 12), 1, "intensity", (3, 1))],
 )
+@pytest.mark.long_but_first
 def test_colours_volumes_and_graded_labels_equal_the_reference(size, channels, labels, medians):
     image, source = textured(size, channels), textured(size, channels, seed=1)
     options = {"gradients": "normal", "labels": labels, "medians": medians, "background": None, "half": (0.1, 0.5)}

@@ -51,6 +51,7 @@ def test_the_masked_loss_ignores_visible_patches():
 
 
 @pytest.mark.parametrize("name, samples", [pytest.param("amae", batch, marks=pytest.mark.long), ("maemi", crops)])
+@pytest.mark.long
 def test_a_batch_in_parts_gives_the_step_of_the_whole_batch(name, samples):
     key, found = jax.random.key(1), []
     for parts in (1, 4):

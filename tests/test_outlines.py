@@ -31,6 +31,7 @@ def test_a_peak_counts_inside_the_region_alone():
 
 
 @pytest.mark.parametrize("least", [1, 6])
+@pytest.mark.long_but_first
 def test_of_normal_cases_at_most_the_promised_share_has_a_mask(least):
     """Over many sets of normals: 200 draws of 19 normals and 20 further cases each."""
     rate, alarms = 0.1, []

@@ -168,6 +168,7 @@ def test_every_cheap_baseline_lies_between_chance_and_080(sets, name):
     assert all(0.5 <= value <= 0.8 for value in auroc.values()), auroc
 
 
+@pytest.mark.long
 def test_breast_baseline_maps_lie_between_chance_and_080(sets):
     train, test = sets["breast"]
     for key, maps in baselines.pixel_maps(baselines.span_of(stack(train)), stack(test)).items():
@@ -181,6 +182,7 @@ def test_breast_baseline_maps_lie_between_chance_and_080(sets):
 
 
 @pytest.mark.parametrize(("name", "count", "limit"), [("chest", 256, 64), ("breast", 40, 32)])
+@pytest.mark.long_but_first
 def test_a_supervised_linear_probe_stays_below_098(sets, name, count, limit):
     draw = {"chest": phantoms.chest, "breast": phantoms.breast}[name]
     fresh = [draw(Generator(Philox(key=10**6 + i)), i % 2) for i in range(count)]

@@ -50,6 +50,7 @@ def tiny():
     return run, draw, x, target, keys
 
 
+@pytest.mark.long
 def test_the_published_net_has_as_many_parameters_and_levels_less_the_layers_that_nothing_reads():
     # By hand from PHiSeg's code: encoder (input 1 or 3), 4 pairs of lifts, 4 of joins, heads; the likelihood likewise.
     net = nnx.eval_shape(lambda: PHiSeg(rank=2, channels=1, rngs=nnx.Rngs(0)))
@@ -66,6 +67,7 @@ def test_the_published_net_has_as_many_parameters_and_levels_less_the_layers_tha
 
 
 @pytest.mark.parametrize(("size", "latent_levels"), [((16, 24), 1), ((8, 4, 12), 2), ((8, 8, 2), 3)])
+@pytest.mark.long_but_first
 def test_paths_through_posterior_and_prior_have_equal_shapes(size, latent_levels):
     init, bind = small(len(size), latent_levels=latent_levels)
 
@@ -135,6 +137,7 @@ def test_loss_is_the_sum_over_pixels_and_cells_with_weights_4_to_the_level():
     near(hierarchical_loss(*jax.tree.map(jnp.float32, (list(logits), *normals, y))), expected)
 
 
+@pytest.mark.long
 def test_the_posteriors_samples_drive_the_prior_and_the_likelihood(tiny):
     run, _, x, target, keys = tiny
     (logits, q, p), (logits2, q2, p2) = run(x, target, keys), run(x, 1 - target, keys)  # the same noise, another target
@@ -144,6 +147,7 @@ def test_the_posteriors_samples_drive_the_prior_and_the_likelihood(tiny):
     assert all(np.all(deviation > 0) for _, deviation in [*q, *p])
 
 
+@pytest.mark.long
 def test_a_sample_follows_from_its_key_alone(tiny):
     _, draw, x, _, keys = tiny
     drawn = draw(x, keys)
@@ -153,6 +157,7 @@ def test_a_sample_follows_from_its_key_alone(tiny):
     assert np.abs(draw(x, keys[::-1])[0] - drawn[0]).max() > 1e-3
 
 
+@pytest.mark.long
 def test_the_mean_of_four_times_as_many_samples_has_half_the_error(tiny):
     _, draw, x, _, _ = tiny
     keys = jax.random.split(jax.random.key(5), 2048)

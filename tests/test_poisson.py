@@ -73,6 +73,7 @@ def blended(target: np.ndarray, source: np.ndarray, mask: np.ndarray, n: tuple[i
 solve = jax.jit(poisson.blend)
 
 
+@pytest.mark.long
 def test_200_windows_of_any_size_agree_with_a_sparse_solve_in_one_compilation():
     before = solve._cache_size()
     for _ in range(200):
@@ -85,6 +86,7 @@ def test_200_windows_of_any_size_agree_with_a_sparse_solve_in_one_compilation():
     assert solve._cache_size() == before + 1
 
 
+@pytest.mark.long
 def test_windows_agree_with_pie_torch():
     pietorch = pytest.importorskip("pietorch", reason="pie-torch is in the extra 'bench'")
     for _ in range(200):
@@ -108,6 +110,7 @@ def test_equal_and_constant_sources_return_the_target(size):
         np.testing.assert_array_equal(blended(target, source, mask, size), target.astype(np.float32))
 
 
+@pytest.mark.long
 def test_the_laplacian_of_a_solution_is_the_divergence_and_the_ring_is_zero():
     edges, n = jnp.array([7, 11]), (12, 12)
     fields = [jnp.asarray(rng.normal(size=(*n, 2)), jnp.float32) for _ in range(2)]

@@ -136,7 +136,9 @@ NETWORKS = {b: (f"model.backbone={b}", "evaluation.samples=5") for b in BACKBONE
 NETWORKS["phiseg"] += ("model.widths=3",)  # and two more levels
 
 
-@pytest.mark.parametrize("backbone", ["unet", "mc_unet", pytest.param("phiseg", marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "backbone", ["unet", *(pytest.param(name, marks=pytest.mark.long) for name in ("mc_unet", "phiseg"))]
+)
 def test_every_backbone_trains_under_jit_without_compiling_again(backbone):
     _, _, state, step = started(*NETWORKS[backbone])
     before = state
@@ -155,6 +157,7 @@ TASKS += [pytest.param("pii", "self", marks=pytest.mark.long)]
 
 
 @pytest.mark.parametrize(("variant", "source"), TASKS)
+@pytest.mark.long_but_first
 def test_every_task_gives_targets_and_depends_on_the_key(variant, source):
     _, stage, state, _ = started(f"variant={variant}", f"anomaly.source={source}")
     # Of the program for the target alone, the network is no part.
@@ -173,6 +176,7 @@ def test_the_variance_of_the_raters_weighs_the_loss():
     assert 0 < losses[1] < losses[0]
 
 
+@pytest.mark.long
 def test_training_learns_its_anomalies():
     _, _, state, step = started("train.lr=0.01", "model.widths=8,8", "train.batch=8")
     smooth = np.stack(
@@ -288,6 +292,7 @@ def test_a_run_writes_maps_confidence_and_figures(run):
     assert [h["step"] for h in history if "dice" in h] == [2, 4, 6]
 
 
+@pytest.mark.long
 def test_an_interrupted_run_ends_equal(run, small_set, tools, tmp_path, monkeypatch):
     real, saved = train.checkpoint.save, []
 

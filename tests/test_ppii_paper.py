@@ -186,6 +186,7 @@ def test_presets_ask_for_peaks_and_an_earlier_run_keeps_its_rule(tmp_path):
     assert (made.rule, made.overlap, made.least, made.at) == ("centroid", None, 5, 10)
 
 
+@pytest.mark.long
 def test_the_figures_have_the_chance_level_of_the_map_that_stands_for_the_system():
     scores = ndimage.gaussian_filter(np.random.default_rng(0).normal(size=(24, 24)), 1).astype(np.float32)
     row = Row("a", "", "test", 1, ("a.png",), "m.png")
@@ -274,6 +275,7 @@ def test_a_deviation_over_raters_never_exceeds_one_half(preset):
     assert 0.2 < found.max() <= 0.5 + 1e-6
 
 
+@pytest.mark.long
 def test_one_rater_s_target_is_that_of_the_anomaly_which_the_rater_alone_draws():
     pool = images((24, 20), 3)
     p = own.draw_patches(KEY, (24, 20), 3, 0, own.PRESETS["paper"]._replace(**CHOICE), patch=(0.3, 0.6), core=0.8)
@@ -305,6 +307,7 @@ def test_the_mean_over_raters_of_one_rater_s_image_is_the_composite(preset):
     np.testing.assert_allclose(each, out, atol=1e-5)
 
 
+@pytest.mark.long
 def test_the_network_learns_one_rater_s_label_where_the_recipe_says_so():
     from jmae.systems import ppii as system
 
@@ -324,6 +327,7 @@ def test_the_network_learns_one_rater_s_label_where_the_recipe_says_so():
 # --- 7: gallery -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_the_gallery_shows_what_a_recipe_trains_on(tmp_path, monkeypatch, capfd):
     rng = np.random.default_rng(0)
     noise = ndimage.gaussian_filter(rng.normal(size=(40, 36)), 3)

@@ -118,6 +118,7 @@ def left(out: Path) -> set[str]:
 # --- what is written --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_predict_repeats_evaluate(finished, small_set, tmp_path):
     """To the bit, in the same batches, in others and alone."""
     before = finished / "evaluation"
@@ -164,6 +165,7 @@ def test_a_case_unlike_the_training_has_a_warning_and_no_calm_p_value(finished, 
     assert "thumbnail: warning: unlike the images" in capfd.readouterr().err
 
 
+@pytest.mark.long
 def test_a_calibrated_run_gives_a_mask_at_the_alarm_rate(finished, small_set, tmp_path, capfd):
     content = json.loads((finished / "calibration.json").read_text())
     threshold = sorted(content["peaks"])[-2]  # of 3 normals, half of 4
@@ -186,6 +188,7 @@ def test_a_calibrated_run_gives_a_mask_at_the_alarm_rate(finished, small_set, tm
     assert "As a mask" in page and "at most 50 in 100" in page
 
 
+@pytest.mark.long
 def test_two_runs_give_one_answer(finished, small_set, tmp_path, capfd):
     """A run and its copy: the p-values stay, the map is the run's own on its colour scale."""
     copy = tmp_path / "copy"
@@ -243,6 +246,7 @@ def test_images_of_any_name_from_folders_keep_their_grid(images_run, tmp_path, c
     assert "not calibrated" in capfd.readouterr().err
 
 
+@pytest.mark.long
 def test_volumes_of_several_sequences_and_series_keep_their_grid(tmp_path, monkeypatch):
     workdir = write_run(tmp_path / "run", VOLUMES, monkeypatch)
     pair = [volume(tmp_path / "in" / f"p1-{part}.nii.gz", i) for i, part in enumerate("ab")]
@@ -272,6 +276,7 @@ def test_volumes_of_several_sequences_and_series_keep_their_grid(tmp_path, monke
     assert nib.load(tmp_path / "out2" / "T1_anomaly.nii.gz").shape == (5, 7, 6)
 
 
+@pytest.mark.long
 def test_regions_and_midlines_are_taken_and_give_the_p_values_of_evaluate(tmp_path, monkeypatch, capfd):
     """Of a run that crops to the region, as MAEMI's paper does: from a list of cases, and from Python."""
     crop = {"data.crop": "region", "data.crop_least": (9.0, 9.0, 9.0), "data.crop_most": (40.0, 40.0, 40.0)}
@@ -514,6 +519,7 @@ def test_what_is_wrong_with_the_command_is_one_line(images_run, tmp_path, capfd)
 # --- interruptions, memory --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_an_interrupted_prediction_goes_on_where_it_stopped(images_run, tmp_path, monkeypatch, capfd):
     files, out, whole = [picture(tmp_path / f"{i}.png", i) for i in range(7)], tmp_path / "out", tmp_path / "whole"
     assert run(images_run, whole, *files) == 0
@@ -575,6 +581,7 @@ class Full:
 
 
 @pytest.mark.parametrize("volumes", [False, True])
+@pytest.mark.long_but_first
 def test_a_device_that_is_full_gets_less_at_a_time_with_the_same_map(tmp_path, monkeypatch, volumes, capfd):
     key = "evaluation.batch" if volumes else "evaluation.chunk"
     workdir = write_run(tmp_path / "run", VOLUMES if volumes else IMAGES, monkeypatch, **{key: 2})

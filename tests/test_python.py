@@ -37,6 +37,7 @@ def test_the_import_is_quick_and_commands_are_functions_and_modules():
         _ = jmae.trian
 
 
+@pytest.mark.long
 def test_train_is_the_command_with_the_same_recipe(finished, small_set, tools, tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(train, "run", lambda config, workdir: asked.append((config, workdir)) or 0)
@@ -67,6 +68,7 @@ def test_evaluate_gives_figures_and_cases(finished, tmp_path):
         jmae.Evaluation(finished)
 
 
+@pytest.mark.long
 def test_a_prediction_draws_itself(finished, small_set):
     file = next(small_set.parent.glob("test-1-0.png"))
     run = jmae.load(finished)

@@ -59,6 +59,7 @@ def by_hand(mae, image, keys, patch, masks, ratio, paste):
 
 
 @pytest.mark.parametrize("paste", [True, False])
+@pytest.mark.long_but_first
 def test_the_fused_pass_equals_one_call_a_mask(case, paste):
     mae, image, patch = case
     keys = jax.random.split(jax.random.key(1), 3)
@@ -68,6 +69,7 @@ def test_the_fused_pass_equals_one_call_a_mask(case, paste):
 
 
 @pytest.mark.parametrize("chunk", [1, 3])
+@pytest.mark.long_but_first
 def test_chunks_of_masks_give_the_same_result(case, chunk):
     mae, image, patch = case
     keys = jax.random.split(jax.random.key(1), 3)
@@ -77,6 +79,7 @@ def test_chunks_of_masks_give_the_same_result(case, chunk):
 
 
 @pytest.mark.parametrize(("masks", "chunk"), [(8, None), (8, 3), (4, 4)])
+@pytest.mark.long_but_first
 def test_images_that_share_their_masks_are_reconstructed_under_each(case, masks, chunk):
     """With a ratio of 0.7 a round has four masks. The spread is that of rounds where there are two whole ones."""
     mae, image, patch = case
@@ -111,6 +114,7 @@ def test_visible_patches_are_pasted_exactly(case):
     assert (np.asarray(patchify(one.error, patch))[~visible] > 0).any(axis=1).all()
 
 
+@pytest.mark.long_but_first
 def test_a_case_scores_the_same_alone_and_in_a_batch(case):
     mae, image, patch = case
     keys = jax.random.split(jax.random.key(1), 3)

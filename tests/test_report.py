@@ -186,6 +186,7 @@ def test_cases_without_labels_come_before_their_scores_with_the_highest_first(tm
     )
 
 
+@pytest.mark.long
 def test_each_case_of_the_list_leads_to_its_pictures_and_these_can_be_larger(page):
     ids = {attrs["id"] for _, attrs in Page(page).tags if "id" in attrs}
     links = re.findall(r'<th scope="row"><a href="#(case-\d+)">', page)
@@ -325,6 +326,7 @@ def test_the_headline_says_what_the_interval_allows(auroc, ci, expected):
         (0.2, [None, None], "stage2 is not better than “edges”, the best of 7 baselines and rivals: +0.200"),
     ],
 )
+@pytest.mark.long_but_first
 def test_the_first_sentence_compares_with_the_best_of_all_baselines(difference, ci, expected, tmp_path):
     best = {"name": "edges", "of": 7, "auroc": difference, "auroc_ci": ci, "ap": 0.0, "ap_ci": ci}
     e = an_evaluation(best_rival={"image": best, "pixel": None}, explained={"the network": 0.77, "80 components": 0.84})
@@ -361,6 +363,7 @@ def test_what_was_promised_stands_beside_what_came_of_it():
     assert p_value_sentences({"alarms": None, "uncalibrated": "give it normals"}) == ["Give it normals."]
 
 
+@pytest.mark.long
 def test_the_surprise_at_normal_alarms_is_that_of_drawing_both_sets_alike():
     rng, n, m, rate, seen = np.random.default_rng(0), 19, 40, 0.1, 0
     for _ in range(4000):
@@ -370,6 +373,7 @@ def test_the_surprise_at_normal_alarms_is_that_of_drawing_both_sets_alike():
     assert 0 < seen / 4000 < 0.01 + 3 * 0.1 / 4000**0.5
 
 
+@pytest.mark.long
 def test_cases_by_score_have_their_p_values(tmp_path):
     e = an_evaluation()
     e |= calibrated([0, 1, 1], [0.5, 0.024, None], 99)
@@ -417,6 +421,7 @@ def test_volumes_that_are_all_abnormal_still_have_their_voxel_figures(tmp_path):
     assert ">none<" not in text
 
 
+@pytest.mark.long
 def test_the_sizes_of_lesions_and_their_overlap_are_shown_where_they_are_known(tmp_path):
     pixel = {"auroc": 0.9, "ap": 0.3, "prevalence": 0.02, "dice_best": 0.4, "iou": 0.25, "aupro": 0.4321, "froc": None}
     image = {"auroc": 0.8123, "auroc_ci": [0.7, 0.9], "ap": 0.5, "ap_ci": [0.4, 0.6], "n_normal": 9, "n_abnormal": 7}
@@ -480,6 +485,7 @@ def decode(uri):
     return np.asarray(picture(uri), int)
 
 
+@pytest.mark.long
 def test_a_volume_can_be_paged_through_from_the_slice_that_is_shown(tmp_path):
     e = an_evaluation()
     cases = cases_of(e, size=(20, 16, 40))
@@ -525,6 +531,7 @@ def test_the_overlay_of_a_slice_is_that_slice_s_map():
     assert halves[3, 0] > 100 and np.delete(halves.ravel(), 6).max() < 10
 
 
+@pytest.mark.long
 def test_slices_of_large_noisy_volumes_keep_the_page_bounded(tmp_path, monkeypatch):
     monkeypatch.setattr("jmae.report.pictures.SLIDE_BYTES", 300_000)
     e = an_evaluation()
@@ -599,6 +606,7 @@ def with_froc(**changes):
     return e
 
 
+@pytest.mark.long
 def test_sensitivity_at_ten_false_positives_stands_for_every_score_and_the_curve_for_the_primary(tmp_path):
     parsed = Page(write(tmp_path / "r.html", with_froc()))
     words = " ".join(parsed.text.split())
@@ -630,6 +638,7 @@ def test_short_froc_curves_are_drawn(curve):
     ElementTree.fromstring(froc_chart(froc_of(0.4, curve)))
 
 
+@pytest.mark.long
 def test_spreads_share_one_grey_scale_and_stand_with_their_words(tmp_path):
     flat = lambda v: np.full((10, 10), v, np.float32)
     case = a_case("a", 1, 1.0, (10, 10))

@@ -58,7 +58,8 @@ def test_a_filled_up_image_is_smoothed_as_scipy_does_within_its_true_size(size, 
 
 
 @pytest.mark.parametrize("kind", SIZES)
-@pytest.mark.parametrize("paste", [True, False])
+@pytest.mark.parametrize("paste", [False, True])
+@pytest.mark.long_but_first
 def test_the_evidence_is_that_of_the_masks_that_hide_a_voxel(kind, paste):
     size, patch, channels = SIZES[kind]
     sizes = {"width": 24, "depth": 1, "heads": 2, "decoder_width": 12, "decoder_depth": 1, "decoder_heads": 2}
@@ -82,6 +83,7 @@ def test_the_evidence_is_that_of_the_masks_that_hide_a_voxel(kind, paste):
 
 
 @pytest.mark.parametrize(("patch", "size", "channels"), [((4, 5), (12, 20), 1), ((2, 3, 2), (8, 6, 4), 2)])
+@pytest.mark.long_but_first
 def test_the_measures_are_their_equations(patch, size, channels):
     of = evidence(0, size, channels)
     x, d, v = (np.asarray(a, np.float64) for a in (of.image, of.residual, of.variance))
@@ -105,6 +107,7 @@ def test_the_measures_are_their_equations(patch, size, channels):
     assert np.array_equal(residuals.measured(config_of(patch, channels, residual="feature"), of)[..., 0], features)
 
 
+@pytest.mark.long
 def test_an_image_that_is_reconstructed_exactly_has_no_anomaly():
     of = evidence()._replace(residual=jnp.zeros((3, 12, 20, 1)))
     for name in ("smoothed", "ssim", "mahalanobis"):
@@ -123,6 +126,7 @@ def test_a_map_is_divided_by_what_normals_have_at_its_position():
 
 
 @pytest.mark.parametrize(("patch", "size"), [((4, 5), (12, 20)), ((2, 3, 2), (8, 6, 4))])
+@pytest.mark.long_but_first
 def test_a_map_is_divided_by_what_normals_have_in_the_bin_of_its_appearance(patch, size):
     config = config_of(patch, 2, expect="appearance")
     normals, new = evidence(1, size, 2, 5), evidence(2, size, 2)
@@ -231,6 +235,7 @@ def new(name):
     return Row(name, "", "test", None, (name,))
 
 
+@pytest.mark.long
 def test_an_image_is_scored_by_the_division_and_nothing_is_compiled_again(monkeypatch):
     traced, real = [], residuals.anomaly_map
     monkeypatch.setattr(residuals, "anomaly_map", lambda *a: traced.append(1) or real(*a))
@@ -291,6 +296,7 @@ def test_a_volume_s_map_is_that_of_its_masks_and_appearance(monkeypatch):
 
 
 @pytest.mark.parametrize("system", ["amae", "maemi"])
+@pytest.mark.long_but_first
 def test_features_are_compared_in_the_encoder(system):
     config, method, results, _ = run_of(system, residual="feature", **({"masks": 4} if system == "amae" else {}))
     case = (image_case if system == "amae" else volume_case)(new("new 0"))

@@ -59,7 +59,7 @@ def batch_score(config, system, results, image):
     return {name: found[name] for name in ("maps", "scores")}
 
 
-@pytest.mark.parametrize("masks", ["run", "case"])
+@pytest.mark.parametrize("masks", ["run", pytest.param("case", marks=pytest.mark.long)])
 @pytest.mark.parametrize("name", SIZES)
 def test_a_stand_in_that_is_the_network_has_the_systems_own_score(name, masks):
     config, system, results = made(name, f"evaluation.masks_of={masks}")
@@ -80,6 +80,7 @@ def test_a_stand_in_that_is_the_network_has_the_systems_own_score(name, masks):
 # --- in an evaluation -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_the_rivals_of_amae_have_its_error_under_its_masks(finished):
     """The figures of a run, against the closed forms, mask by mask."""
     found = json.loads((finished / "evaluation" / "metrics.json").read_text())
@@ -158,6 +159,7 @@ def test_a_difference_is_a_mean_over_replicates_and_that_of_maps_over_patients()
     assert pixel_difference({"baselines": {}, "patient_means": None}, 9) is None
 
 
+@pytest.mark.long
 def test_one_program_scores_with_all_rivals_and_too_few_normals_have_none(small_set, capfd):
     config, system, _ = made("amae", f"data.manifest={small_set}", "data.phantom=", "variant=mae")
     cases = load_cases(config, lambda line: None)

@@ -110,6 +110,7 @@ def test_fewer_normals_than_neighbours_all_count():
 
 
 @SHAPES
+@pytest.mark.long_but_first
 def test_one_predictor_holds_all_rivals_with_masks_shared_or_of_each_image(size, patch, channels):
     known, new, keep, restore, _ = case_of(size, patch, channels, images=3)
     found = rivals.rivals_of(rivals.KINDS, known, size, patch)

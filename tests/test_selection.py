@@ -56,6 +56,7 @@ def run(c, workdir, system):
 
 
 @pytest.mark.parametrize("replicates", [1, 2])
+@pytest.mark.long_but_first
 def test_the_best_step_is_kept_scored_and_found_again_after_an_interruption(
     small_set, tmp_path, monkeypatch, replicates
 ):
@@ -138,6 +139,7 @@ def test_a_system_of_images_from_training_to_metrics(small_set, tmp_path):
     assert json.loads((tmp_path / "evaluation" / "metrics.json").read_text())["image"]["auroc"] is not None
 
 
+@pytest.mark.long
 def test_a_crop_s_score_is_the_mean_of_its_primary_map():
     c = config("", "evaluation.batch=4")
     score = lambda results, image, keys, groups: (image * results["factor"], jnp.ones((*image.shape[:-1], 1)))

@@ -197,6 +197,7 @@ def test_the_papers_networks_have_as_many_parameters_and_the_shapes_of_its_listi
     assert run(1_093_953, image).shape == (2,)
 
 
+@pytest.mark.long
 def test_a_patch_s_features_are_its_own():
     own, rows = untrained()["teacher"], np.arange(16).reshape(4, 4)
     _, bind = network(lambda rngs: nets.Encoder((4, 4), 1, (3, 4), 8, jnp.float32, rngs=rngs))
@@ -417,6 +418,7 @@ def test_the_discriminator_s_loss_is_the_binary_cross_entropy():
     assert np.isfinite(discriminator_loss(jnp.asarray([-1e4]), jnp.asarray([1e4])))
 
 
+@pytest.mark.long
 def test_both_divergences_by_scipy():
     p, q = (np.random.default_rng(i).uniform(0.3, 0.95, (3, 20, 20, 1)).astype(np.float32) for i in range(2))
     q = p + 0.05 * (q - 0.65)
@@ -439,6 +441,7 @@ def test_both_divergences_by_scipy():
 # --- the recipe -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_every_preset_is_a_system():
     for preset in recipe.PRESETS:
         c = recipe.get_config(preset)
@@ -491,6 +494,7 @@ def moved(before, after) -> dict[str, bool]:
 
 
 @pytest.mark.parametrize("encoder", ["joint", "frozen_random"])
+@pytest.mark.long_but_first
 def test_the_teacher_trains_its_encoder_or_leaves_it_as_drawn(encoder):
     stage = load_system(config(f"model.encoder={encoder}")).stages[0]
     state = fresh(stage, {})
@@ -609,6 +613,7 @@ def test_the_memory_s_options_reach_the_retrieval(monkeypatch):
     assert seen[0]["keys"] is not None  # Gumbel noise in training
 
 
+@pytest.mark.long
 def test_a_student_may_start_from_the_teacher():
     results, stage = untrained(), load_system(config("student.from_teacher=true")).stages[2]
     own = stage.init(KEY, results, 8)
@@ -813,6 +818,7 @@ def test_scores_say_how_unreal_the_made_image_is(variant):
     assert (far["A"] == 1).all() and len(np.unique(far["simsid"])) == 4  # A ties in float32, its log odds do not
 
 
+@pytest.mark.long
 def test_the_masked_shortcut_passes_the_encoder_s_features_on_in_training_alone():
     make = lambda rngs: published_nets.Windows((8, 8), 1, (2, 2), (4, 4, 16), 1, 3, 2, 2, 1e-9, jnp.float32, rngs=rngs)
     init, bind = network(make)

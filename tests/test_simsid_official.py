@@ -69,6 +69,7 @@ def within(found, expected):
 
 
 @pytest.mark.parametrize("mode", ["eval", "train"])
+@pytest.mark.long_but_first
 def test_the_official_generator_is_reproduced(mode, released):
     nets, params, stats = loaded(released, "32,32", "network")
     run = jax.jit(lambda params, stats, image: nets.autoencoder.bind(params, stats)(image, train=mode == "train"))
@@ -79,6 +80,7 @@ def test_the_official_generator_is_reproduced(mode, released):
 
 
 @pytest.mark.parametrize("mode", ["eval", "train", "released"])
+@pytest.mark.long_but_first
 def test_the_official_discriminator_is_reproduced(mode, released):
     running, params, stats = loaded(released, "64,64", "discriminator")
     nets = simsid_published.networks(config(*OFFICIAL, "data.size=64,64"))
@@ -262,6 +264,7 @@ def gradients_kept() -> optax.GradientTransformation:
 
 
 @pytest.mark.parametrize(("queue", "last"), [(False, "tanh"), pytest.param(True, "sigmoid", marks=pytest.mark.long)])
+@pytest.mark.long
 def test_a_training_step_is_the_released_one(monkeypatch, queue, last):
     monkeypatch.setattr(simsid_published, "decayed_adam", lambda joint: gradients_kept())
     monkeypatch.setattr(simsid_published, "adam", lambda joint: gradients_kept())
@@ -310,6 +313,7 @@ def cut_to_32(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("form", ["pth", "safetensors", "converted"])
+@pytest.mark.long_but_first
 def test_weights_of_the_recipe_make_the_official_images(tmp_path, form, capsys):
     source, write = tmp_path / "released", {"pth": pth, "safetensors": safetensors}.get(form, pth)
     source.mkdir()
@@ -452,6 +456,7 @@ def test_a_run_of_an_earlier_version_keeps_its_norms_and_its_judge():
     assert (c.joint.queue, c.joint.activation, c.joint.decoder_kept, c.joint.inpainting) == (False, "tanh", 1.0, True)
 
 
+@pytest.mark.long
 def test_the_decoder_s_memories_have_the_masked_shortcut_too():
     make = lambda rngs: Windows(
         (8, 8), 1, (2, 2), (4, 4, 16), 1, 3, 2, 2, 1.0, jnp.float32, decoder_share=1e-9, rngs=rngs

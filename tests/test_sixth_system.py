@@ -79,6 +79,7 @@ def test_the_files_are_as_short_as_promised():
 
 
 @pytest.mark.parametrize("kind", ["denoising", pytest.param("volumes", marks=pytest.mark.long)])
+@pytest.mark.long
 def test_the_page_runs_from_training_to_report(kind, folder, tools, monkeypatch):
     phantoms, size, new, more = KINDS[kind]
     number = int(new.split("/")[-1])

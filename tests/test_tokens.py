@@ -68,6 +68,7 @@ def one_by_one(mae, patches, positions, layer):
 @pytest.mark.parametrize(
     "make, other", [(MAE, {}), (MAE, {"long_skips": True, "memory": 3}), (MultiLevelMAE, {"long_skips": True})]
 )
+@pytest.mark.long_but_first
 def test_features_are_the_output_of_the_block_for_the_inner_tokens(rank, make, other):
     mae, patches = network(rank, make=make, **other)
     positions = inner(GRIDS[rank], 1)
@@ -76,6 +77,7 @@ def test_features_are_the_output_of_the_block_for_the_inner_tokens(rank, make, o
         np.testing.assert_allclose(found, one_by_one(mae, patches, positions, number), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.long
 def test_the_last_block_of_all_tokens_is_the_encoder_before_its_norm():
     mae, patches = network("2D")
     found = mae.encoder_norm(token_features(mae, patches, inner(GRIDS["2D"], 0), 5))

@@ -96,6 +96,7 @@ def test_a_run_folder_holds_what_the_design_promises(finished):
     assert all(np.isfinite(line["loss"]) for line in lines if line["stage"] != "labels")
 
 
+@pytest.mark.long
 def test_a_line_is_the_mean_over_its_steps(finished, go, unevaluated, tmp_path):
     assert go(tmp_path / "run", *ONE_STAGE, "log_every=1")[0] == 0
     loss = {line["step"]: line["loss"] for line in read_history(tmp_path / "run" / "metrics.jsonl")}
@@ -106,6 +107,7 @@ def test_a_line_is_the_mean_over_its_steps(finished, go, unevaluated, tmp_path):
         assert line["step"] == last and line["loss"] == np.mean([loss[k] for k in range(first, last + 1)])
 
 
+@pytest.mark.long
 def test_a_test_split_without_labels_is_not_evaluated(tools, tmp_path, capfd):
     manifest = tools.write_set(tmp_path / "set", {("train", 0): 4, ("test", None): 2})
     assert exit_code(train.main, tools.arguments(manifest, tmp_path / "run", *ONE_STAGE)) == 0
@@ -242,6 +244,7 @@ def test_other_rows_are_refused(finished, tools, tmp_path, capfd):
     assert "rows: checkpoint" in capfd.readouterr().err
 
 
+@pytest.mark.long
 def test_a_flipped_bit_is_named_and_the_step_before_it_used(finished, go, tools, tmp_path):
     run = shutil.copytree(finished, tmp_path / "run")
     newest = run / "checkpoints" / "module_b" / "10"
@@ -382,6 +385,7 @@ def test_replicates_take_several_steps_a_dispatch_too(go, tmp_path):
 # --- losses that are not finite ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_a_loss_that_is_not_finite_within_a_dispatch_is_told_by_its_step(go, tmp_path, monkeypatch):
     real, seen, at = loader.prepared_image, [], train.place_batch
     sick = lambda row, *args: real(row, *args) * (np.nan if row.id == "train-0-3" else 1)
@@ -423,6 +427,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_batch(go, tmp_pat
     assert (f"step {first - 1} is kept" if kept else "no step was saved yet") in last
 
 
+@pytest.mark.long
 def test_weights_that_are_not_finite_are_never_saved(go, tmp_path, monkeypatch):
     real = train.compiled_step
 
@@ -458,6 +463,7 @@ def last_weights(run: Path, stage: str) -> dict[str, np.ndarray]:
     return {name: array for name, array in arrays.items() if name.startswith("params/")}
 
 
+@pytest.mark.long
 def test_stage_0_is_taken_over_from_another_run(finished, go, unevaluated, tmp_path):
     run = tmp_path / "run"
     changes = (*ONE_STAGE, f"model.weights={finished}", "replicates=2")
@@ -522,6 +528,7 @@ def official(tmp_path) -> tuple[Path, tuple[str, ...], dict[str, np.ndarray]]:
     return tmp_path / "official.npz", tuple(f"model.{k}={v}" for k, v in sizes.items()), state
 
 
+@pytest.mark.long
 def test_an_official_checkpoint_stands_for_stage_0_and_is_resized_where_asked(official, go, unevaluated, tmp_path):
     file, sizes, state = official
     same = (*ONE_STAGE, *sizes, "model.channels=3", "data.size=64,64", "model.patch=16,16")
@@ -561,6 +568,7 @@ def test_the_blocks_of_a_2d_checkpoint_start_volumes_and_nothing_else_of_it_does
     assert not np.allclose(weights["params/class_token"], state["state/cls_token"])
 
 
+@pytest.mark.long
 def test_weights_that_are_not_there_or_do_not_fit_are_one_line(finished, go, tmp_path):
     code, said = go(tmp_path / "a", f"model.weights={tmp_path / 'nothing'}")
     assert code == 2 and f"model.weights: {tmp_path / 'nothing'} not found" in said
@@ -594,6 +602,7 @@ def test_a_stage_is_one_program_for_all_its_batches(programs):
     assert programs == [[0, 1], [1, 1], [2, 1], [3, 2]]  # modules A and B share the last, with other earlier results
 
 
+@pytest.mark.long
 def test_compiled_programs_are_kept_where_jax_was_told_nothing(tmp_path):
     environment = {k: v for k, v in os.environ.items() if not k.startswith("JAX_")}
     code = (
@@ -666,6 +675,7 @@ def test_a_long_step_says_every_ten_seconds_that_it_is_still_at_work(monkeypatch
     assert re.match(r"pretrain: compiling, \d+ s so far", said) and capsys.readouterr().err == ""
 
 
+@pytest.mark.long
 def test_tensorboard_files_hold_the_lines_of_metrics_jsonl(go, unevaluated, tmp_path, monkeypatch):
     def stop(call):
         if call == 11:

@@ -264,6 +264,7 @@ def test_one_key_moves_an_image_and_its_companion_alike_and_batches_change_nothi
         np.testing.assert_allclose(out[..., 1:], move(image, key), atol=1e-5)
 
 
+@pytest.mark.long
 def test_compiled_crops_equal_plain_ones_and_another_box_does_not_compile_again():
     traces = []
 
@@ -367,6 +368,7 @@ def test_angles_shares_and_places_are_uniform():
 
 
 @pytest.mark.parametrize("size", [(45, 27), (15, 9, 27)])
+@pytest.mark.long_but_first
 def test_displacements_are_normal_in_shares_of_each_edge_and_smooth(size):
     keys = 2000 if len(size) == 2 else 500
     shifts = warped(size, keys, elastic=0.05) - ramps(size)
@@ -379,6 +381,7 @@ def test_displacements_are_normal_in_shares_of_each_edge_and_smooth(size):
         assert np.abs(np.diff(inner, axis=axis)[..., axis - 1]).mean() < 3 * 0.05 * n / (n / 3)
 
 
+@pytest.mark.long
 def test_compiled_and_batched_warps_equal_plain_ones_and_compile_once():
     traces = []
     warp = lambda image, key: tf.random_warp(image, key, offset=0.3, degrees=10, elastic=0.02)

@@ -216,6 +216,7 @@ def test_every_level_drops_once_with_a_mask_of_its_own(monkeypatch):
 
 
 @pytest.mark.parametrize("size", [(8, 8), (8, 4, 2)])
+@pytest.mark.long_but_first
 def test_a_samples_dropout_follows_from_its_key_alone(size):
     init, bind = small(len(size), dropout=0.5)
     params, stats = arrays(init)
@@ -234,6 +235,7 @@ def test_a_samples_dropout_follows_from_its_key_alone(size):
     near(net(x), jax.jit(lambda: certain(params, stats)(x, train=False, keys=keys))())
 
 
+@pytest.mark.long
 def test_training_gives_every_parameter_a_finite_gradient_with_and_without_remat():
     x, target = images((8, 8)), jnp.linspace(0, 1, 3 * 64).reshape(3, 8, 8)
     found = []
@@ -266,6 +268,7 @@ def test_bfloat16_reaches_the_convolutions_but_not_norms_and_logits():
 
 
 @pytest.mark.parametrize("size", [(8, 8), (8, 4, 2)])
+@pytest.mark.long_but_first
 def test_the_net_for_a_gpu_is_the_net_for_a_cpu(size):
     init, bind = small(len(size), outputs=2)
     params, stats = arrays(init)

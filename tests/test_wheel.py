@@ -30,6 +30,7 @@ def wheel(tmp_path_factory) -> Path:
     return file
 
 
+@pytest.mark.long
 def test_the_wheel_holds_every_module_recipe_and_template(wheel):
     there = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     files = {str(file.relative_to(ROOT)) for file in (ROOT / "jmae").rglob("*") if file.is_file()}

@@ -47,6 +47,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -156,36 +157,15 @@ def export(
     weights = {name: np.ascontiguousarray(leaf) for name, (_, leaf) in zip(names, leaves, strict=True)}
     seeds = [int(seed) for seed in range(config.seed, config.seed + config.replicates)]
 
-    def replicates(score: Any, weights: dict[str, Any], image: Any, case: Any) -> dict[str, Any]:
+    def replicates(weights: dict[str, Any], score: Any, image: Any, case: Any) -> dict[str, Any]:
         results = jax.tree.unflatten(nesting, [weights[name] for name in names])
         return each_replicate(lambda result, key: score(result, image, case, key), results, seeds_of(config))
 
     def function(weights: dict[str, Any], image: Any, case: Any) -> dict[str, Any]:
-        found = replicates(score_function(config, system, size, batch), weights, image, case)
+        found = replicates(weights, score_function(config, system, size, batch), image, case)
         found = found if len(seeds) > 1 else jax.tree.map(lambda x: x[0], found)
         flat, _ = jax.tree_util.tree_flatten_with_path(found)
         return {"/".join(str(key.key) for key in path): leaf for path, leaf in flat}
-
-    def stored(weights: dict[str, Any], image: Any, bits: Any) -> dict[str, Any]:
-        ready = on_device.prepared(image, bits, config.data)[None]
-        one = score_function(config, system, (), 1)
-        found = replicates(one, weights, ready, jnp.zeros((1, 2), jnp.uint32))
-        usable = on_device.usable(image, config.data)  # a network rebuilds one value all over, as if it were normal
-        size = image.shape[:2]
-        back = lambda picture: on_device.resize(picture[0][..., None], size)[..., 0]
-        scores = found["scores"][system.primary][:, 0]
-        return of_case(scores, found["maps"].get(map_name(system)), back, calibration, usable)
-
-    def stored_volume(weights: dict[str, Any], image: Any, affine: Any, region: Any) -> dict[str, Any]:
-        assert grid
-        ready = volumes_on_device.prepared(image, region, grid, config.data)
-        score = lambda results, volume, words, key: sweep_ready(config, system, results, volume, words, key)
-        found = replicates(score, weights, ready, jnp.zeros(2, jnp.uint32))
-        usable = ready.usable & volumes_on_device.same_grid(affine, grid, config.data)
-        back = lambda picture: volumes_on_device.back(picture, grid, ready.origin, ready.size)
-        share = 1.0 if config.evaluation.get("case_score", "top") == "mean" else config.evaluation.top
-        scores = jax.vmap(lambda m: top_mean(m, ready.region, share))(found["maps"][system.primary])
-        return of_case(scores, found["maps"][map_name(system)], back, calibration, usable)
 
     lead = () if system.sweep else (batch,) if batch else stablehlo.symbolic_shape("batch")
     shape = (*lead, *(size or config.data.size), config.data.channels)
@@ -194,13 +174,12 @@ def export(
     whole: dict[str, tuple[Callable[..., dict[str, Any]], tuple[Any, ...]]] = {FUNCTION: (function, given)}
     if why := why_not_stored(config, system, like):
         log(f"no {STORED}: {why}")
-    elif grid:
-        scan = (*grid.own_size, config.data.channels)
-        shaped = (scan, jnp.float32), ((4, 4), jnp.float32), (scan[:-1], bool)
-        whole[STORED] = stored_volume, (shapes, *(jax.ShapeDtypeStruct(*one) for one in shaped))
     else:
-        image = jax.ShapeDtypeStruct((*stablehlo.symbolic_shape("h, w"), config.data.channels), jnp.float32)
-        whole[STORED] = stored, (shapes, image, jax.ShapeDtypeStruct((), jnp.int32))
+        stored, case = stored_volume(config, system, grid) if grid else stored_image(config, system)
+        whole[STORED] = (
+            (lambda weights, *case: stored(partial(replicates, weights), calibration, *case)),
+            (shapes, *case),
+        )
     with portable(), at_work(f"exporting {' and '.join(whole)}"):
         platforms = platforms or (target().platform,)
         exported = {
@@ -221,22 +200,69 @@ def export(
         "jax": jax.__version__,
         "use": "for research, not for clinical use",
     }
+    write(out, {name: one.serialize() for name, one in exported.items()}, weights, about)
+    log(f"{out}: {system.name}, {sum(w.size for w in weights.values()):,} numbers, for {', '.join(platforms)}")
+
+
+def write(out: Path, programs: dict[str, bytearray], weights: dict[str, np.ndarray], about: dict[str, Any]) -> None:
+    """The files of an export in the folder `out`, all or none. Raises InputError where writing fails."""
     new, half = not out.exists(), out / HALF
     try:
         shutil.rmtree(half, ignore_errors=True)
         half.mkdir(parents=True)
-        for name, one in exported.items():
-            (half / name).write_bytes(one.serialize())
+        for name, program in programs.items():
+            (half / name).write_bytes(program)
         safetensors.numpy.save_file(weights, half / WEIGHTS)
-        about["sha256"] = {name: sha256(half / name) for name in (*exported, WEIGHTS)}
+        about["sha256"] = {name: sha256(half / name) for name in (*programs, WEIGHTS)}
         (half / ABOUT).write_text(seal(about))
-        for name in (*exported, WEIGHTS, ABOUT):  # the last file makes the folder an export
+        for name in (*programs, WEIGHTS, ABOUT):  # the last file makes the folder an export
             os.replace(half / name, out / name)
         half.rmdir()
     except OSError as error:
         shutil.rmtree(out if new else half, ignore_errors=True)
         raise InputError(f"{out}: not written ({error.strerror or error}): free space or change the folder") from None
-    log(f"{out}: {system.name}, {sum(w.size for w in weights.values()):,} numbers, for {', '.join(platforms)}")
+
+
+Stored = tuple[Callable[..., dict[str, Any]], tuple[jax.ShapeDtypeStruct, ...]]
+
+
+def stored_image(config: ConfigDict, system: System) -> Stored:
+    """(function from an image's stored values to its score, shapes of what it takes behind the first two arguments).
+
+    Those are (score, image, words) -> the system's outputs with an axis of replicates, and the calibration.
+    """
+
+    def function(replicates: Any, calibration: Calibration | None, image: Any, bits: Any) -> dict[str, Any]:
+        ready, words = on_device.prepared(image, bits, config.data)[None], jnp.zeros((1, 2), jnp.uint32)
+        found = replicates(score_function(config, system, (), 1), ready, words)
+        usable = on_device.usable(image, config.data)  # a network rebuilds one value all over, as if it were normal
+        size = image.shape[:2]
+        back = lambda picture: on_device.resize(picture[0][..., None], size)[..., 0]
+        scores = found["scores"][system.primary][:, 0]
+        return of_case(scores, found["maps"].get(map_name(system)), back, calibration, usable)
+
+    image = jax.ShapeDtypeStruct((*stablehlo.symbolic_shape("h, w"), config.data.channels), jnp.float32)
+    return function, (image, jax.ShapeDtypeStruct((), jnp.int32))
+
+
+def stored_volume(config: ConfigDict, system: System, grid: Grid) -> Stored:
+    """As `stored_image`, for volumes of one grid."""
+    share = 1.0 if config.evaluation.get("case_score", "top") == "mean" else config.evaluation.top
+    score = lambda results, ready, words, key: sweep_ready(config, system, results, ready, words, key)
+
+    def function(
+        replicates: Any, calibration: Calibration | None, volume: Any, affine: Any, region: Any
+    ) -> dict[str, Any]:
+        ready = volumes_on_device.prepared(volume, region, grid, config.data)
+        maps = replicates(score, ready, jnp.zeros(2, jnp.uint32))["maps"]
+        usable = ready.usable & volumes_on_device.same_grid(affine, grid, config.data)
+        back = lambda heat: volumes_on_device.back(heat, grid, ready.origin, ready.size)
+        scores = jax.vmap(lambda heat: top_mean(heat, ready.region, share))(maps[system.primary])
+        return of_case(scores, maps[map_name(system)], back, calibration, usable)
+
+    size = (*grid.own_size, config.data.channels)
+    shaped = (size, jnp.float32), ((4, 4), jnp.float32), (grid.own_size, bool)
+    return function, tuple(jax.ShapeDtypeStruct(*one) for one in shaped)
 
 
 def grid_of(like: tuple[str, ...], config: ConfigDict) -> Grid:

@@ -219,7 +219,7 @@ def write_scans(folder: Path) -> list[str]:
     return names
 
 
-@pytest.mark.parametrize("crop", ["none", "region"])
+@pytest.mark.parametrize("crop", ["region", "none"])
 @pytest.mark.long_but_first
 def test_stored_volumes_get_the_scores_of_predict_without_jmae(crop, tmp_path, capfd):
     changes = ["data.channels=1", "data.axes=PLS", "data.spacing=2.5,4,3", f"data.crop={crop}", "data.region=nonzero"]

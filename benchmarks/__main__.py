@@ -96,6 +96,7 @@ PARTS = (
     *(Part("ppii", what, "JMAE_DATA") for what in ("generators", "strength", "table1", "table2", "volumes", "tables")),
     *(Part("simsid", what) for what in ("phantoms", "volumes")),
     Part("simsid", "cxr_peds", "JMAE_DATA"),
+    *(Part("packs", f"{pack} --runs papers", "JMAE_DATA") for pack in ("cxr_peds", "cxr_nih", "endoscopy")),
     Part("systems", "cxr_peds --budget 0.5", "JMAE_DATA"),
     Part("systems", "endoscopy --budget 0.25", "JMAE_DATA"),
     Part("scaling", needs="libtpu"),

@@ -261,12 +261,15 @@ def paired_difference(
 ) -> tuple[float, tuple[float, float]]:
     """(measure(labels, scores) - measure(labels, others), its percentile interval), for two scores of the same cases.
 
-    Both scores have the same draws of patients, see `bootstrap_interval`.
+    Scores of several seeds, (seeds, cases), have the mean of their measures. Both sides have the same draws of
+    patients, see `bootstrap_interval`.
     """
-    (labels, scores), (_, others) = _checked(labels, scores), _checked(labels, others)
-    a, b = (_over_draws(measure, labels, values) for values in (scores, others))
-    each = [a(counts) - b(counts) for counts in _drawn(labels, patients, draws, seed)]
-    return measure(labels, scores) - measure(labels, others), _percentiles(each, level)
+    sides = [[_checked(labels, one) for one in np.atleast_2d(side)] for side in (scores, others)]
+    each = [[_over_draws(measure, *one) for one in side] for side in sides]
+    drawn = list(_drawn(sides[0][0][0], patients, draws, seed))
+    first, second = ([np.mean([one(counts) for one in side], 0) for counts in drawn] for side in each)
+    ours, theirs = (float(np.mean([measure(*one) for one in side])) for side in sides)
+    return ours - theirs, _percentiles([a - b for a, b in zip(first, second, strict=True)], level)
 
 
 def _drawn(labels: NDArray[np.bool_], patients: Sequence[Any], draws: int, seed: int) -> Iterator[NDArray[np.int64]]:

@@ -4,12 +4,14 @@ import csv
 import html
 import json
 import re
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 
+from benchmarks import packs
 from jmae import metrics
 from jmae.errors import exit_code
 from jmae.report import compare
@@ -71,6 +73,17 @@ def test_a_difference_is_that_of_the_metrics_and_its_interval_that_of_common_dra
             each.append(roc_auc_score(labels[cases], a[cases]) - roc_auc_score(labels[cases], b[cases]))
     assert (low, high) == pytest.approx(tuple(np.percentile(each, [2.5, 97.5])))
     assert metrics.paired_difference(metrics.auroc, labels, a, a, patients, draws=50) == (0, (0, 0))
+
+
+def test_scores_of_several_seeds_have_the_mean_of_their_differences():
+    rng = np.random.default_rng(1)
+    labels = np.arange(30) % 2
+    a, b, c = (labels + rng.normal(0, 1, 30) for _ in range(3))
+    one = partial(metrics.paired_difference, metrics.auroc, labels, patients=range(30), draws=100)
+    (first, _), (second, _) = one(a, c), one(b, c)
+    assert one(np.stack([a, b]), c)[0] == pytest.approx((first + second) / 2)
+    same, (low, high) = one(np.stack([a, a]), np.stack([c, c, c]))
+    assert same == pytest.approx(first) and (low, high) == pytest.approx(one(a, c)[1])
 
 
 def test_the_page_shows_the_runs_their_differences_and_what_differs(tmp_path, capfd):
@@ -171,3 +184,24 @@ def test_runs_that_do_not_belong_together_are_refused_in_one_line(tmp_path, capf
     assert exit_code(main, [str(good), "--out=page.txt"]) == 2
     assert exit_code(main, [str(good), out, "--draws=0"]) == 2
     assert not (tmp_path / "page.html").exists()
+
+
+def test_methods_of_a_pack_stand_beside_the_best_closed_form_of_normals_alone(tmp_path):
+    """A method's figure is the mean over its seeds. A closed form that learns from unlabelled images is no rival."""
+    for row, seeds in (("amae.packs.cxr_peds", 2), ("rivals.packs.cxr_peds.ae", 1), ("amae.packs.cxr_nih", 1)):
+        for seed in range(seeds):
+            a_run(tmp_path / row / f"seed-{seed}", 0.5 + seed)
+    (tmp_path / "ppii.packs.cxr_peds" / "seed-0").mkdir(parents=True)  # not finished
+    runs = packs.methods(tmp_path, "cxr_peds")
+    assert {name: len(each) for name, each in runs.items()} == {"amae": 2, "rivals.ae": 1}
+    rng = np.random.default_rng(0)
+    forms = {"5-NN": LABELS + rng.normal(0, 1, 24), "brightness": rng.normal(0, 1, 24), packs.MIXED: LABELS + 0.0}
+    found = packs.compared(runs, forms, IDS)
+    each = [roc_auc_score(LABELS, compare.scores_of(run, IDS)) for run in runs["amae"]]
+    known = roc_auc_score(LABELS, forms["5-NN"])
+    one = found["methods"]["amae"]
+    assert found["best_closed_form"] == "5-NN" and (one["seeds"], one["trained"]) == (2, True)
+    assert one["auroc"] == pytest.approx(np.mean(each)) and one["difference"] == pytest.approx(np.mean(each) - known)
+    assert one["auroc_ci"][0] <= one["auroc"] <= one["auroc_ci"][1]
+    assert found["methods"]["5-NN"]["difference_ci"] == (0, 0)
+    assert next(packs.rows_of(found))[0] == packs.MIXED

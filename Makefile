@@ -40,7 +40,7 @@ $(DOCS)/ready: pyproject.toml
 docs: $(DOCS)/ready  ## builds the site into build/site; a dead link or anchor fails
 	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/python -m mkdocs build --strict --quiet
 
-docs-test: $(DOCS)/ready  ## runs the code of the tutorials, the how-to pages, the README and the notebooks; ten minutes
+docs-test: $(DOCS)/ready  ## runs the code of the README, the pages of the site and the notebooks; ten minutes
 	$(DOCS)/bin/python -m pytest -n 2 --durations=0 tests/on_docs.py
 
 browser: $(VENV)/ready-dev  ## the report's pages in Chromium

@@ -21,7 +21,7 @@ from jmae.inputs import row_of
 
 PAGE = (Path(__file__).parents[1] / "docs" / "tutorials" / "sixth_system.md").read_text(encoding="utf-8")
 FILES = {name: text for name, text in re.findall(r'```\w+ title="([^"]+)"\n(.*?)```', PAGE, re.S)}
-COMMANDS = [line.split() for block in re.findall(r"```bash\n(.*?)```", PAGE, re.S) for line in block.splitlines()]
+COMMANDS = [line.split() for block in re.findall(r"```sh\n(.*?)```", PAGE, re.S) for line in block.splitlines()]
 KINDS = {  # of a run: phantoms, size of an image or a window, phantom to predict, what the run needs to be small
     "denoising": ("chest", "32,32", "chest/test/150", ()),
     "volumes": ("breast", "32,24,8", "breast/test/20", ("data.least_region=0", "evaluation.stride=32,24,8")),

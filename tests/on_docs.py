@@ -11,8 +11,8 @@ blocks run from top to bottom:
 
 For what only the test needs there are three comments:
 
-- <!-- test: after PAGE --> (several are allowed): the page starts in a copy of the folder that PAGE, such as README.md, has
-  left: with its scans, its manifest and its trained run. Without this comment it starts in an empty folder.
+- <!-- test: after PAGE --> (several are allowed): the page starts in a copy of the folder that PAGE, such as README.md,
+  has left. There are scans, a manifest and a trained run. Without this comment the page starts in an empty folder.
 - <!-- test: OLD -> NEW --> above a block (several are allowed) replaces OLD, which must be there, by NEW: fewer steps.
 - A whole block inside of <!-- ... --> runs and is not shown: data that a how-to needs, or a check of its result.
 

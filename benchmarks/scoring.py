@@ -29,7 +29,8 @@ IMAGES = RESIDUALS | {"smoothed, position": SMOOTHED | {"evaluation.expect": "po
 WAYS: dict[str, dict[str, dict[str, Any]]] = {
     "memmc_mae": {"plain": {}} | IMAGES | {"tokens": {"evaluation.score": "tokens"}},
     "amae": {"plain": {}} | IMAGES | {"tokens": {"evaluation.discrepancy": "tokens"}},
-    "maemi": {"plain": {}} | RESIDUALS | APPEARANCE,
+    # mahalanobis needs four sweeps, and the preset `small` has two
+    "maemi": {"plain": {}} | {name: way for name, way in RESIDUALS.items() if name != "mahalanobis"} | APPEARANCE,
 }
 VOLUME = (96, 96, 40)  # voxels of 1 mm
 

@@ -38,7 +38,7 @@ LOCATING_COLUMNS = ("region", "midline", "half")  # of the manifest, on which th
 # Settings of the section `evaluation` that change no score: of memory, of the files written, of the figures.
 SETTINGS_WITHOUT_EFFECT = (
     "batch chunk subsets maps reconstruction draws froc froc_rule froc_least froc_overlap iou alarm_rate convergence "
-    "decision mask_least rivals"
+    "decision mask_least rivals pictures"
 ).split()
 LOWEST = float(np.finfo(np.float32).min)  # stands for the peak of a map without any component of the least size
 Say = Callable[[str], None]

@@ -72,7 +72,7 @@ from jmae.outlines import MaskFigures
 from jmae.processes import join_processes, keep_compiled
 from jmae.progress import at_work
 from jmae.python import Evaluate
-from jmae.report import Case, choose_cases, one_slice, shown_voxel, slice_side, write_report
+from jmae.report import Case, one_slice, shown_voxel, slice_side, worth_showing, write_report
 from jmae.results import Result, map_name, report_case
 from jmae.run_folder import log, output_folder, read_environment, read_history, recipe_digest, write_csv, write_text
 from jmae.scoring import Calibration
@@ -302,9 +302,7 @@ def gather_results(
         window = scorer.example(case, shown_voxel(shown)) if system.sweep else {}
         shown = one_slice(shown, slice_side(len(split.rows)))
         gathered.cases.append(shown._replace(pictures={**shown.pictures, **window}))
-    if not system.sweep and gathered.cases:
-        groups = choose_cases([case.label for case in gathered.cases], [case.score for case in gathered.cases])
-        gathered.cases = [gathered.cases[i] for i in sorted(i for group in groups.values() for i in group)]
+        gathered.cases = worth_showing(gathered.cases, config.evaluation.pictures)
     return gathered
 
 

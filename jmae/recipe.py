@@ -229,6 +229,9 @@ SHARED = {
         before=(),
     ),
     "evaluation.maps": Key(True, "Whether the maps of the split are written."),
+    "evaluation.pictures": Key(
+        200, "Cases without a label that have pictures in the report; the highest scores first.", least=1
+    ),
     "evaluation.draws": Key(2000, "Draws of patients for the confidence intervals.", least=1),
     "evaluation.alarm_rate": Key(0.05, "Rate of false alarms at the threshold in calibration.json.", above=0, below=1),
     "evaluation.mask_least": Key(

@@ -92,4 +92,5 @@ def report_case(
         pictures=pictures,
         region=case.volume.region if case.volume else None,
         called=shown >= np.mean(own) if own else None,
+        film=case.film() if case.film else b"",
     )

@@ -87,7 +87,9 @@ def test_kept_images_equal_those_that_are_prepared_anew(small_set):
     config, _ = parse(["--config=configs/amae.py:smoke", f"--config.data.manifest={small_set}"], "")
     cases = load_cases(config, str)
     for row in [row for row in cases.rows if row.split == "test"]:
-        check_equal(cases.case(row), prepared_case(row, config.data, open_case(row, config.data)))
+        kept, fresh = cases.case(row), prepared_case(row, config.data, open_case(row, config.data))
+        check_equal(kept, fresh)
+        assert kept.stored is None and kept.film() == fresh.film()
 
 
 def test_a_kept_case_takes_the_leak_of_its_row(small_set):

@@ -1,7 +1,9 @@
 """What an evaluation writes: against scikit-learn on the written files, for images and volumes, for every kind of
 split. Most use a system of one line instead of a trained one: the evaluator knows only its functions."""
 
+import base64
 import csv
+import io
 import json
 import os
 import re
@@ -13,11 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
+from PIL import Image as PIL
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from jmae import evaluate as ev
 from jmae import inference, recipe
-from jmae.data.cases import load_rows
+from jmae.data.cases import load_cases, load_rows
 from jmae.data.files import read_image, read_mask
 from jmae.data.loader import Images
 from jmae.data.manifest import Row
@@ -280,6 +283,26 @@ def test_the_report_is_one_page_with_the_figures(evaluated):
     _, folder, result = evaluated
     page = (folder / "report.html").read_text()
     assert f"{result['image']['auroc']:.3f}" in page and "5-NN" in page and "matched" in page
+
+
+def test_the_report_of_scans_without_labels_shows_every_film_as_its_file_has_it(tools, tmp_path):
+    counts = {("train", 0): 4, ("test", None): 13}
+    c = config(tools.write_set(tmp_path / "set", counts), (16, 16), 1)
+    cases = load_cases(c, str, folder=tmp_path / "cache")
+    more = {"split": "test", "out": tmp_path / "out", "cases": cases}
+    result = ev.evaluate(c, SYSTEM, cases.rows, tmp_path, **more)
+    assert result["n"] == 13
+    page = (tmp_path / "out" / "report.html").read_text()
+    found = re.findall(r'base64,([^"]*)" style="aspect-ratio: 36 / 40" alt="Image of case ([^"]*)"', page)
+    assert len(found) == 13
+    drawn = {name: np.asarray(PIL.open(io.BytesIO(base64.b64decode(data))), float) for data, name in found}
+    for row in [row for row in cases.rows if row.split == "test"]:
+        values = read_image(row.image[0]).array[..., 0]
+        assert np.corrcoef(drawn[row.id].ravel(), values.ravel())[0, 1] > 0.98
+    c.evaluation.pictures = 5
+    ev.evaluate(c, SYSTEM, cases.rows, tmp_path, **more)
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert page.count('alt="Image of case') == 5 and "The 5 highest scores of 13 cases" in page
 
 
 # --- overlap of maps and masks ----------------------------------------------------------------------------------------

@@ -20,26 +20,27 @@ VARIABLES = ("WANDB_MODE", "WANDB_PROJECT", "MLFLOW_TRACKING_URI")
 
 
 class Wandb(SimpleNamespace):
-    """Stands in for the package wandb: `init`, `Settings`, and a run with `log` that is a context."""
+    """Stands in for the package wandb: `init`, `Settings`, and a run with `id`, `log`, `mark_preempting`, `finish`."""
 
     def __init__(self):
-        super().__init__(given=[], logged=[], ended=[])
+        super().__init__(given=[], logged=[], ended=[], id="", preempting=False)
 
     Settings = staticmethod(dict)
 
     def init(self, **given):
         assert given["reinit"] == "create_new"  # else a run of the caller is ended
         self.given.append(given)
+        self.id, self.preempting = given["id"] or f"run{len(self.given)}", False
         return self
 
     def log(self, values, step):
         self.logged += [(step, name, value) for name, value in values.items()]
 
-    def __enter__(self):
-        return self
+    def mark_preempting(self):
+        self.preempting = True
 
-    def __exit__(self, kind, *_):
-        self.ended.append(kind)
+    def finish(self, exit_code):
+        self.ended.append(("preempting" if self.preempting else "", exit_code))
 
 
 class Mlflow(SimpleNamespace):
@@ -50,7 +51,7 @@ class Mlflow(SimpleNamespace):
     )
 
     def __init__(self):
-        super().__init__(uri=None, experiments={}, names=[], params={}, batches=[], logged=[], ended=[])
+        super().__init__(uri=None, experiments={}, names=[], params={}, batches=[], logged=[], ended=[], resumed=[])
 
     def MlflowClient(self, uri):
         self.uri = uri
@@ -66,10 +67,14 @@ class Mlflow(SimpleNamespace):
     def create_run(self, experiment, run_name):
         assert experiment == "7"
         self.names.append(run_name)
-        return SimpleNamespace(info=SimpleNamespace(run_id="r"))
+        return SimpleNamespace(info=SimpleNamespace(run_id=f"r{len(self.names)}"))
+
+    def update_run(self, run, status):
+        assert run in [f"r{i + 1}" for i in range(len(self.names))], "no such run"
+        self.resumed.append((run, status))
 
     def log_batch(self, run, metrics=(), params=()):
-        assert run == "r" and 0 < len(metrics) + len(params) <= 100
+        assert run.startswith("r") and 0 < len(metrics) + len(params) <= 100
         self.params |= dict(params)
         self.logged += metrics
         self.batches.append((len(metrics), len(params)))
@@ -102,12 +107,13 @@ def test_both_get_every_line_in_the_run_folder_and_send_nothing(packages, tmp_pa
     assert wandb.logged == mlflow.logged == EXPECTED * 2
     given = wandb.given[0]
     assert given["mode"] == "offline" and given["dir"] == str(tmp_path) and given["config"]["seed"] == 3
-    assert [one["name"] for one in wandb.given] == ["fit from step 0", "fit from step 5"] and wandb.ended == [None] * 2
+    assert [one["name"] for one in wandb.given] == ["fit from step 0", "fit from step 5"]
+    assert wandb.ended == [("", 0)] * 2 and not any(one["id"] or one["resume"] for one in wandb.given)  # offline
     assert mlflow.uri == f"sqlite:///{tmp_path}/mlflow/mlflow.db" and (tmp_path / "mlflow").is_dir()
     assert mlflow.experiments["jmae"].place == f"file://{tmp_path}/mlflow" and mlflow.ended == ["FINISHED"] * 2
     assert mlflow.params == {"loggers": "('wandb', 'mlflow')", "seed": "3", "data.size": "(4, 4)"}
-    assert mlflow.batches == [(0, 3), (2, 0), (2, 0)] * 2  # one call a line
-    assert mlflow.names[1] == f"{tmp_path.name}, fit from step 5"
+    assert mlflow.batches == [(0, 3), (2, 0), (2, 0), (2, 0), (2, 0)]  # one call a line
+    assert mlflow.names == [f"{tmp_path.name}, fit from step 0"] and mlflow.resumed == [("r1", "RUNNING")]
     said = capsys.readouterr().err
     assert f"wandb: kept in {tmp_path}/wandb; nothing is sent." in said and f"mlflow: kept in {tmp_path}/mlflow" in said
 
@@ -126,13 +132,53 @@ def test_their_own_variables_send_the_lines_elsewhere(packages, tmp_path, monkey
 def test_a_stage_that_fails_ends_as_failed(packages, tmp_path):
     with pytest.raises(ValueError), lines_to_loggers(config("wandb", "mlflow"), tmp_path, "fit", 0):
         raise ValueError
-    assert packages[0].ended == [ValueError] and packages[1].ended == ["FAILED"]
+    assert packages[0].ended == [("", 1)] and packages[1].ended == ["FAILED"]
 
 
-def test_a_stage_that_was_stopped_ends_as_killed(packages, tmp_path):
-    with pytest.raises(Stopped), lines_to_loggers(config("mlflow"), tmp_path, "fit", 0):
-        raise Stopped("stopped by SIGTERM", signal.SIGTERM)
-    assert packages[1].ended == ["KILLED"]
+@pytest.mark.parametrize(
+    ("stop", "code"),
+    [(Stopped("stopped", signal.SIGTERM), 143), (Stopped("stopped", signal.SIGINT), 130), (KeyboardInterrupt(), 130)],
+)
+def test_a_stage_that_was_stopped_is_not_one_that_failed(stop, code, packages, tmp_path):
+    with pytest.raises(type(stop)), lines_to_loggers(config("wandb", "mlflow"), tmp_path, "fit", 0):
+        raise stop
+    assert packages[0].ended == [("preempting", code)] and packages[1].ended == ["KILLED"]
+
+
+def test_a_continuation_goes_on_in_the_run_of_its_stage(packages, tmp_path, monkeypatch):
+    wandb, mlflow = packages
+    monkeypatch.setenv("WANDB_MODE", "online")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://name:secret@tracker:5000")
+    for stage, start in (("fit", 0), ("adapt", 0), ("fit", 5), ("adapt", 2), ("fit", 0), ("fit", 5)):
+        with lines_to_loggers(config("wandb", "mlflow"), tmp_path, stage, start):
+            pass
+    assert [(one["id"], one["resume"]) for one in wandb.given] == [
+        (None, None), (None, None), ("run1", "allow"), ("run2", "allow"), (None, None), ("run5", "allow")
+    ]  # fmt: skip
+    assert [one["name"] for one in wandb.given][1:3] == ["adapt from step 0", None]  # a name would rename the run
+    assert mlflow.resumed == [("r1", "RUNNING"), ("r2", "RUNNING"), ("r3", "RUNNING")] and len(mlflow.names) == 3
+    assert mlflow.ended == ["FINISHED"] * 6 and "secret" not in (tmp_path / "loggers.json").read_text()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://other:5000")
+    with lines_to_loggers(config("mlflow"), tmp_path, "fit", 5):
+        pass
+    assert len(mlflow.names) == 4  # another server has no such run
+
+
+def test_a_run_of_mlflow_that_is_gone_begins_anew_with_a_line(packages, tmp_path, monkeypatch, capsys):
+    with lines_to_loggers(config("mlflow"), tmp_path, "fit", 0):
+        pass
+    monkeypatch.setattr(Mlflow, "update_run", fail)
+    with lines_to_loggers(config("mlflow"), tmp_path, "fit", 5):
+        pass
+    assert len(packages[1].names) == 2
+    assert "mlflow: its run r1 cannot go on (no space left): a new one begins" in capsys.readouterr().err
+
+
+def test_a_damaged_list_of_runs_is_one_line(packages, tmp_path):
+    (tmp_path / "loggers.json").write_text("{")
+    line = r"loggers.json: not read \(.*\): delete it, then loggers begin new runs$"
+    with pytest.raises(InputError, match=line), lines_to_loggers(config("mlflow"), tmp_path, "fit", 5):
+        pass
 
 
 def fail(*_, **__):

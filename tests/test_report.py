@@ -15,6 +15,8 @@ import pytest
 from PIL import Image
 
 from jmae import metrics
+from jmae.data import files
+from jmae.data.films import film_of
 from jmae.report.cases import (
     SLICE_BYTES,
     SLICES,
@@ -25,6 +27,7 @@ from jmae.report.cases import (
     outline,
     shown_voxel,
     slice_side,
+    worth_showing,
 )
 from jmae.report.charts import froc_chart
 from jmae.report.page import write_report
@@ -92,7 +95,7 @@ def unlabelled(n=8):
 
 def cases_of(evaluation, **kwargs):
     table = evaluation["table"]
-    groups = choose_cases([r["label"] for r in table], [r["score"] for r in table])
+    groups = choose_cases([r["label"] for r in table], [r["score"] for r in table], len(table))
     kept = [table[i] for i in sorted(i for g in groups.values() for i in g)]
     return [a_case(r["id"], r["label"], r["score"], seed=i, **kwargs) for i, r in enumerate(kept)]
 
@@ -145,7 +148,7 @@ def page(tmp_path_factory):
 def test_worst_cases_are_the_most_wrongly_scored_and_no_case_comes_twice():
     labels = [0] * 10 + [1] * 10
     scores = [*range(10), *range(10)]
-    groups = choose_cases(labels, scores, 2)
+    groups = choose_cases(labels, scores, 1, 2)
     assert groups == {
         "Abnormal, worst scores": [10, 11],
         "Abnormal, best scores": [19, 18],
@@ -161,29 +164,126 @@ def test_choosing_among_the_chosen_changes_nothing(seed):
     rng = np.random.default_rng(seed)
     labels = rng.choice([0, 1, None], int(rng.integers(0, 30))).tolist()
     scores = np.round(rng.normal(size=len(labels)), 1).tolist()
-    n = int(rng.integers(1, 4))
-    groups = choose_cases(labels, scores, n)
+    n, unlabelled = (int(value) for value in rng.integers(1, 6, 2))
+    groups = choose_cases(labels, scores, unlabelled, n)
     chosen = [i for group in groups.values() for i in group]
     assert len(chosen) == len(set(chosen))
-    most = {0: 3 * n, 1: 3 * n, None: 6 * n}
+    most = {0: 3 * n, 1: 3 * n, None: unlabelled}
     assert all(sum(labels[i] == y for i in chosen) == min(most[y], labels.count(y)) for y in most)
     kept = sorted(chosen)
-    again = choose_cases([labels[i] for i in kept], [scores[i] for i in kept], n)
+    again = choose_cases([labels[i] for i in kept], [scores[i] for i in kept], unlabelled, n)
     assert {t: [kept[i] for i in g] for t, g in again.items()} == groups
 
 
 def test_cases_without_labels_come_before_their_scores_with_the_highest_first(tmp_path):
-    page = write(tmp_path / "r.html", unlabelled())
-    groups = choose_cases([None] * 30, range(30), 2)
-    assert groups == {
-        "Highest scores": [29, 28, 27, 26, 25, 24, 23, 22],
-        "Lowest scores": [0, 1],
-        "Scores between": [12, 11],
-    }
-    words = Page(page).text
-    assert (
-        words.index("Highest scores") < words.index("Distribution of the primary score") < words.index("Loss of stage")
-    )
+    words = Page(write(tmp_path / "r.html", unlabelled(30))).text
+    places = [words.index(f"scan{i} score") for i in range(29, -1, -1)]  # all have pictures
+    assert places == sorted(places) and words.index("the highest scores first") < places[0]
+    assert places[-1] < words.index("Distribution of the primary score") < words.index("Loss of stage")
+    assert "cases without a label have pictures" not in words
+
+
+def test_a_page_says_how_many_cases_have_pictures_and_how_more_get_them(tmp_path):
+    e = unlabelled(30)
+    text = write(tmp_path / "r.html", e, config={"evaluation": {"pictures": 7}})
+    shown = re.findall(r'<figure id="case-(\d+)">', text)
+    assert len(shown) == 7 and set(shown) == {str(i) for i in range(23, 30)}
+    words = " ".join(Page(text).text.split())
+    assert "The 7 highest scores of 30 cases without a label have pictures" in words
+    assert words.count("--config.evaluation.pictures=30") == 1
+
+
+def test_the_first_screen_has_the_worst_cases_before_any_sentence(page, tmp_path):
+    e = an_evaluation()
+    labels, scores = (np.array([row[key] for row in e["table"]]) for key in ("label", "score"))
+    order = np.argsort(scores)
+    worst = [*order[labels[order] == 1][:2], *order[labels[order] == 0][:-3:-1]]
+    ids = lambda text: re.findall(r"<li><a [^>]*><img [^>]*><b>([^<]*)</b>", text)
+    assert ids(page) == [f"case{i}" for i in worst]
+    text = write(tmp_path / "r.html", unlabelled())
+    assert ids(text) == [f"scan{i}" for i in (7, 6, 5, 4, 3, 2)]
+    for each in (page, text):
+        assert each.index('<div class="first">') < each.index('<p class="lead">')
+        assert set(re.findall(r'<li><a href="#(case-\d+)">', each)) <= set(re.findall(r'<figure id="([^"]*)">', each))
+
+
+def a_film(size=(700, 560)):
+    """A film of stored values with a bright square, and its pixels as they are drawn."""
+    array = np.random.default_rng(0).integers(100, 300, size).astype(np.float32)
+    array[: size[0] // 4, : size[1] // 4] = 4000
+    return film_of(stored(array[..., None]))
+
+
+def stored(array):
+    return files.Image(np.float32(array), None, None, 16)
+
+
+def test_a_film_is_the_stored_image_with_square_pixels_and_a_bounded_edge():
+    rng = np.random.default_rng(0)
+    blocks = rng.integers(0, 1000, (32, 24))
+    fine = np.kron(blocks, np.ones((32, 32)))[..., None]  # 1024 x 768
+    small = fine[::2, ::2, 0]  # the means of 2 x 2 equal pixels
+    dark, bright = np.percentile(small, (1, 99))
+    expected = 255 * np.clip((small - dark) / (bright - dark), 0, 1)
+    drawn = np.asarray(Image.open(io.BytesIO(film_of(stored(fine)))), float)
+    assert drawn.shape == (512, 384) and abs(drawn - expected).mean() < 3
+    assert Image.open(io.BytesIO(film_of(stored(blocks[..., None])))).size == (24, 32)  # never enlarged
+    colours = np.stack([small, small[::-1], small[:, ::-1]], -1)
+    drawn = np.asarray(Image.open(io.BytesIO(film_of(stored(colours)))), float)
+    assert drawn.shape == (512, 384, 3) and np.corrcoef(drawn.ravel(), colours.ravel())[0, 1] > 0.95
+    fine[:40] = 1e6  # a marker outside of the window
+    clipped = np.asarray(Image.open(io.BytesIO(film_of(stored(fine), (0, 1000)))), float)
+    assert np.ptp(clipped[40:]) > 200
+    assert film_of(stored(np.full((9, 9, 1), np.nan)))  # one value, none finite
+
+
+def test_a_case_with_a_film_shows_the_film_and_the_map_over_it(tmp_path):
+    e = unlabelled(3)
+    heat = np.zeros((16, 16), np.float32)
+    heat[8:, 8:] = 1  # opposite to the film's bright square
+    cases = [a_case(f"scan{i}", None, float(i), (16, 16))._replace(map=heat, film=a_film()) for i in range(3)]
+    text = write(tmp_path / "r.html", e, cases, [])
+    panels = re.findall(r'<img src="([^"]*)" style="aspect-ratio: 410 / 512" alt="(\w+)', text)
+    assert [name for _, name in panels] == ["Image", "Anomaly", "Map"] * 3
+    film, network, overlay = (picture(uri) for uri, _ in panels[:3])
+    assert film.size == overlay.size == (410, 512) and network.size == (16, 16)
+    film, overlay = np.asarray(film, float), np.asarray(overlay.convert("RGB"), float)
+    assert film[:120, :90].min() > 240 and film[140:, 120:].mean() < 200
+    colour = np.ptp(overlay, axis=-1)  # grey has none
+    assert colour[:240, :190].mean() < 12 and colour[280:, 230:].mean() > 60
+    assert "at most 512 pixels along its longer edge" in text and "network’s 16 by 16 pixels" in text
+    assert "What the network sees" not in text
+    cases[0] = cases[0]._replace(reconstruction=cases[0].image)
+    assert write(tmp_path / "r.html", e, cases, []).count('alt="What the network sees of case scan0') == 1
+
+
+def test_films_shrink_until_a_page_with_many_cases_is_small(tmp_path, monkeypatch):
+    monkeypatch.setattr("jmae.report.page.PICTURE_BYTES", 60_000)
+    noise = film_of(stored(np.random.default_rng(0).random((512, 512, 1))))
+    e = unlabelled(12)
+    cases = [case._replace(film=noise) for case in cases_of(e, size=(16, 16))]
+    text = write(tmp_path / "r.html", e, cases, [])
+    sizes = {picture(uri).size for uri in re.findall(r'src="([^"]*)" style="aspect', text) if "jpeg" in uri}
+    assert sizes == {(96, 96)} and "at most 96 pixels" in text
+
+
+def test_an_evaluator_keeps_some_hundred_cases_with_all_that_the_page_shows():
+    rng = np.random.default_rng(0)
+    blank = a_case("", None, 0.0, (2, 2))
+    labels, scores = rng.choice([0, 1, None], 4000), rng.normal(size=4000)
+    cases = []
+    for i, (label, score) in enumerate(zip(labels, scores, strict=True)):
+        cases = worth_showing([*cases, blank._replace(id=str(i), label=label, score=float(score))], 30)
+        assert len(cases) <= 530
+    groups = choose_cases([c.label for c in cases], [c.score for c in cases], 30)
+    whole = choose_cases(list(labels), scores.tolist(), 30)
+    for title, group in groups.items():
+        found = [int(cases[i].id) for i in group]
+        if "middle" in title:
+            share = [(scores[labels == labels[i]] < scores[i]).mean() for i in found]
+            assert max(abs(np.array(share) - 0.5)) < 0.1
+        else:
+            assert found == whole[title]
 
 
 @pytest.mark.long
@@ -241,7 +341,7 @@ def test_ids_are_unique_and_every_reference_resolves(page):
 
 def test_every_picture_has_words_and_every_chart_is_well_formed(page):
     parsed = Page(page)
-    assert len(parsed.of("img")) == 3 * 12 and all(a["alt"] for a in parsed.of("img"))
+    assert len(parsed.of("img")) == 3 * 12 + 4 and all(a["alt"] for a in parsed.of("img"))  # 4 on the first screen
     for svg in re.findall(r"<svg.*?</svg>", page, re.S):
         root = ElementTree.fromstring(svg)
         assert root.get("aria-hidden") == "true" or root.get("aria-label")

@@ -1,8 +1,8 @@
 """The cases of a command. Each file that its rows name is opened once, checked, and prepared.
 
 `load_cases` opens every file of a manifest. What the command needs later is kept from that one decoding. Images are
-kept as the networks see them, and masks as packed bits. Training volumes go into the cache of the run folder, volumes
-to score into a temporary file.
+kept as the networks see them, and masks as packed bits. Training volumes go into the cache of the run folder. Volumes
+to score go into a temporary file, and so do the films that the report draws.
 """
 
 import os
@@ -175,10 +175,11 @@ class Cases:
         if self.store:
             self.store.put(row, case.image)
             if row.split in self.scored:
-                array = self._image(row, case.image)
-                self._kept[row.id] = KeptCase.of(
-                    prepared_case(row, data, case, array=array), {"array": partial(self._image, row)}
-                )
+                one = prepared_case(row, data, case, array=self._image(row, case.image))
+                assert one.film
+                film = self._array_file().add(np.frombuffer(one.film(), np.uint8))
+                one = replace(one, film=lambda: np.asarray(film()).tobytes())
+                self._kept[row.id] = KeptCase.of(one, {"array": partial(self._image, row)})
             return
         volume = cache(lambda: prepared_volume(row, data, case))
         if row.id in self.trained and self.folder:

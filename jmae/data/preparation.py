@@ -5,9 +5,9 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from jmae.data import phantoms
 from jmae.data.files import Geometry, Image, ReadFile, off_grid, on_grid, read_file, read_image, read_marks, turned
+from jmae.data.films import film_of
 from jmae.data.manifest import PHANTOM, Row, boxes_file
 from jmae.data.transforms import area_resize, equalise, grey, resize, to_unit
 from jmae.data.volumes import Mask, Volume, boxes_mask, in_window, prepare, read_subtraction, read_volume
@@ -278,6 +279,7 @@ class Prepared:
       subtraction: subtraction image of a volume with series before and after contrast, on the working grid
         (`read_subtraction`).
       moments: (mean, standard deviation) to which the recipe normalises volumes.
+      film: gives the stored image as a JPEG (`films.film_of`); None for a volume.
     """
 
     row: Row
@@ -291,6 +293,7 @@ class Prepared:
     volume: Volume | None = None
     subtraction: np.ndarray | None = None
     moments: tuple[float, float] = (0.0, 1.0)
+    film: Callable[[], bytes] | None = None
 
     def on_own_grid(self, array: np.ndarray) -> np.ndarray:
         """A map (*size), or a picture (*size, channels), on the case's own grid."""
@@ -352,6 +355,7 @@ def prepared_case(
         volume=volume,
         subtraction=subtraction,
         moments=moments,
+        film=None if volume else partial(film_of, stored, data.window),
     )
 
 

@@ -5,7 +5,7 @@ looks the same on a cluster's file share, on a phone, and in ten years. Its slid
 Ids, names and configuration come from data: Jinja escapes them, and they are never part of a chart.
 """
 
-from jmae.report.cases import Case, choose_cases, one_slice, shown_voxel, slice_side
+from jmae.report.cases import Case, choose_cases, one_slice, shown_voxel, slice_side, worth_showing
 from jmae.report.page import write_report
 from jmae.report.pictures import PERCENTILES, Scale, blend, colour_scale
 from jmae.report.words import flat_settings, no_curves_reason, result_sentences, system_description
@@ -24,5 +24,6 @@ __all__ = [
     "shown_voxel",
     "slice_side",
     "system_description",
+    "worth_showing",
     "write_report",
 ]

@@ -7,9 +7,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
-PER_GROUP = 2  # cases shown of each of the six groups
+from jmae.data.films import shrink
+
+PER_GROUP = 2  # cases shown of each of the six groups of labelled cases
+RANKED = "Without a label, the highest scores first"  # title of the group of cases without a label
+WORST = ("Abnormal, worst scores", "Normal, worst scores", RANKED)  # groups that the first screen shows
+SPARE = 500  # cases that wait in memory until it is known which are shown, beside those without a label
 SLICES = 24  # slices of a volume that can be paged through, at most
 SLIDE_SIDES = (192, 160, 128, 96, 64)  # pixels of a slice: the page uses the largest at which all slices fit into it
 SLICE_BYTES = 500_000_000  # memory for the slices of all cases of a split, until the evaluator knows which are shown
@@ -41,15 +45,17 @@ class Case(NamedTuple):
     slices: Slices | None = None  # slices of the volume from which `one_slice` took one
     region: NDArray[np.bool_] | None = None  # size, where the map counts; None is everywhere
     called: NDArray[np.bool_] | None = None  # size, True where the map exceeds the threshold of held-out normals
+    film: bytes = b""  # the image as stored, a JPEG (`films.film_of`); b"" shows `image` in its place
 
 
-def choose_cases(labels: Sequence[int | None], scores: Sequence[float], n: int = PER_GROUP) -> dict[str, list[int]]:
+def choose_cases(
+    labels: Sequence[int | None], scores: Sequence[float], most: int, n: int = PER_GROUP
+) -> dict[str, list[int]]:
     """Choose the cases to show: of each class the `n` cases with the worst, the best and the middle scores.
 
-    The worst scores are the highest of the normal cases and the lowest of the abnormal ones. Cases without a label give
-    the `4 n` highest, the lowest, and the middle of the others: as many pictures as both classes have. No case is in
-    two groups. A small class fills the groups in the order worst, best, middle. Choosing again among the chosen cases
-    gives the same groups, so an evaluator can drop all other cases as it goes.
+    The worst scores are the highest of the normal cases and the lowest of the abnormal ones. Of the cases without a
+    label the `most` highest scores are one group. No case is in two groups. A small class fills the groups in the order
+    worst, best, middle. Choosing again among the chosen cases gives the same groups.
 
     Args:
       labels, scores: one a case; a label is 0, 1 or None.
@@ -57,21 +63,26 @@ def choose_cases(labels: Sequence[int | None], scores: Sequence[float], n: int =
     Returns: {title of a group: indices of its cases}.
     """
     groups: dict[str, list[int]] = {}
-    for label, titles in (
-        (1, ("Abnormal, worst scores", "Abnormal, best scores", "Abnormal, middle scores")),
-        (0, ("Normal, worst scores", "Normal, best scores", "Normal, middle scores")),
-        (None, ("Highest scores", "Lowest scores", "Scores between")),
-    ):
-        sign = 1 if label == 1 else -1
-        worst_first = sorted((sign * scores[i], i) for i in range(len(scores)) if labels[i] == label)
-        order = [i for _, i in worst_first]
-        first = 4 * n if label is None else n
-        worst, rest = order[:first], order[first:]
+    for label, sign in ((1, 1), (0, -1), (None, -1)):
+        order = [i for _, i in sorted((sign * scores[i], i) for i in range(len(scores)) if labels[i] == label)]
+        if label is None:
+            groups[RANKED] = order[:most]
+            continue
+        worst, rest = order[:n], order[n:]
         best = rest[max(0, len(rest) - n) :][::-1]
         between = rest[: len(rest) - len(best)]
         middle = between[(start := (len(between) - n + 1) // 2 if len(between) > n else 0) : start + n]
-        groups.update({t: g for t, g in zip(titles, (worst, best, middle), strict=True) if g})
-    return groups
+        name = "Abnormal" if label else "Normal"
+        groups |= {f"{name}, {k} scores": g for k, g in (("worst", worst), ("best", best), ("middle", middle))}
+    return {title: group for title, group in groups.items() if group}
+
+
+def worth_showing(cases: list[Case], most: int) -> list[Case]:
+    """The cases that an evaluator keeps as it goes: all of some hundred, then 50 of each group of labelled cases."""
+    if len(cases) <= most + SPARE:
+        return cases
+    groups = choose_cases([case.label for case in cases], [case.score for case in cases], most, n=50)
+    return [cases[i] for i in sorted(i for group in groups.values() for i in group)]
 
 
 def one_slice(case: Case, side: int = SLIDE_SIDES[0]) -> Case:
@@ -122,15 +133,6 @@ def some_slices(image: NDArray, heat: NDArray, mask: NDArray | None, k: int, sid
 def slice_side(n: int) -> int:
     """The side in pixels at which the slices of `n` volumes take at most `SLICE_BYTES` together (5 bytes a pixel)."""
     return min(SLIDE_SIDES[0], math.isqrt(SLICE_BYTES // (5 * SLICES * max(1, n))))
-
-
-def shrink(array: NDArray, side: int) -> NDArray:
-    """Reduce a picture (h, w) to at most `side` pixels along the longer axis, by area means. Never enlarges."""
-    h, w = array.shape
-    factor = min(1, side / max(h, w))
-    size = max(1, round(w * factor)), max(1, round(h * factor))
-    floats = Image.fromarray(np.ascontiguousarray(array, np.float32))
-    return np.asarray(floats if factor == 1 else floats.resize(size, Image.Resampling.BOX))
 
 
 def outline(mask: NDArray, side: int) -> str:

@@ -16,11 +16,23 @@ from numpy.typing import NDArray
 import jmae.report.charts as charts
 import jmae.report.words as words
 from jmae import metrics
-from jmae.report.cases import SLICES, Case, choose_cases, one_slice
-from jmae.report.pictures import MAX_SIDE, Scale, case_pictures, colour_scale, palette, slides, spread_scale
+from jmae.report.cases import SLICES, WORST, Case, choose_cases, one_slice
+from jmae.report.pictures import (
+    MAX_SIDE,
+    Scale,
+    case_pictures,
+    colour_scale,
+    film_pictures,
+    films,
+    palette,
+    slides,
+    spread_scale,
+)
 
-RANKED = 100  # cases in the list of scores, at most
-PICTURE_BYTES = 1_800_000  # for all pictures of a page, before base64 adds a third
+LISTED = 100  # cases in the list of scores, at most
+PICTURE_BYTES = 1_800_000  # for all pictures of up to 16 cases, before base64 adds a third; as much again for films
+PAGED = 24  # volumes that can be paged through, at most
+FIRST, FIRST_SIDE = 6, 192  # pictures on the first screen, and their pixels
 
 
 def write_report(
@@ -56,7 +68,7 @@ def write_report(
         "environment": words.flat_settings(environment),
         **table_values(evaluation),
         **score_values(evaluation),
-        **case_values(evaluation, cases, colours),
+        **case_values(evaluation, cases, colours, config.get("evaluation") or {}),
         **training_values(evaluation, history),
     }
     write_page(Path(path), templates().get_template("report.html.j2").render(values))
@@ -105,7 +117,7 @@ def score_values(evaluation: Mapping[str, Any]) -> dict[str, Any]:
         "pr": charts.pr_chart(labels, scores, threshold) if both_classes else None,
         "froc": charts.froc_chart(froc) if froc and froc["curve"] else None,
         "histogram": histogram,
-        "ranked": by_score[:RANKED],
+        "ranked": by_score[:LISTED],
         "calibrated": any(row.get("p_value") is not None for row in table),
     }
 
@@ -116,41 +128,66 @@ def labelled_scores(table: Sequence[Mapping[str, Any]]) -> tuple[NDArray[np.bool
     return np.array([row["label"] for row in rows], bool), np.array([row["score"] for row in rows], float)
 
 
-def case_values(evaluation: Mapping[str, Any], cases: Sequence[Case], colours: Scale | None) -> dict[str, Any]:
+def case_values(
+    evaluation: Mapping[str, Any], cases: Sequence[Case], colours: Scale | None, settings: Mapping[str, Any]
+) -> dict[str, Any]:
     """The scales of maps and spreads, and the groups of cases with their pictures."""
-    groups = choose_cases([c.label for c in cases], [c.score for c in cases])
+    groups = choose_cases([c.label for c in cases], [c.score for c in cases], settings.get("pictures", len(cases)))
     shown = [i for group in groups.values() for i in group]
+    table = evaluation.get("table") or []
     values: dict[str, Any] = {"scale": None, "spread": None, "groups": [], "slices_most": SLICES, "pictured": {}}
+    values |= {"first": [], "film_side": None, "paged": PAGED, "unlabelled": sum(row["label"] is None for row in table)}
     if not shown:
         return values
-    labels, scores = labelled_scores(evaluation.get("table") or [])
+    labels, scores = labelled_scores(table)
     normals = scores[~labels]
-    p_values = {row["id"]: row.get("p_value") for row in evaluation.get("table") or []}
+    p_values = {row["id"]: row.get("p_value") for row in table}
     own = ("id", "label", "score", "p_value", "score_error")
-    others = {row["id"]: {k: v for k, v in row.items() if k not in own} for row in evaluation.get("table") or []}
+    others = {row["id"]: {k: v for k, v in row.items() if k not in own} for row in table}
     scale, spread = colours or colour_scale([cases[i] for i in shown]), spread_scale([cases[i] for i in shown])
-    n_pictures = sum(4 + (spread is not None) + (cases[i].region is not None) + len(cases[i].pictures) for i in shown)
-    side = min(MAX_SIDE, int(math.sqrt(PICTURE_BYTES / n_pictures)))  # a PNG with a palette: at most a byte a pixel
-    flat = {i: one_slice(cases[i]) for i in shown}
-    slides_of = dict(zip(shown, slides([flat[i] for i in shown], scale), strict=True))
+    flat = [one_slice(cases[i]) for i in shown]
+    flat[PAGED:] = [case._replace(pictures={}, slices=None) for case in flat[PAGED:]]
+    n_pictures = sum(
+        (3 if case.film else 4) + (spread is not None) + (case.region is not None) + len(case.pictures) for case in flat
+    )
+    factor = max(1.0, len(flat) / 16)
+    # A PNG with a palette has at most a byte a pixel.
+    side = min(MAX_SIDE, int(math.sqrt(PICTURE_BYTES * min(4, factor) / n_pictures)))
+    film_side, film_views = films(flat, scale, PICTURE_BYTES * min(8, factor))
+    paged = slides(flat, scale)
 
-    def entry(i: int) -> dict[str, Any]:
-        case = flat[i]
+    def entry(k: int) -> dict[str, Any]:
+        case = flat[k]
         below = f"above {np.sum(normals < case.score)} of {normals.size} normal cases" if normals.size else ""
+        pictures = case_pictures(case, scale, side, spread)
         return {
-            **case_pictures(case, scale, side, spread),
+            "seen": pictures["image"] if case.film else None,
+            "aspect": None,
+            **pictures,
+            **film_views[k],
             "case": case,
             "below": below,
             "p": p_values.get(case.id),
-            "others": {k: v for k, v in others.get(case.id, {}).items() if isinstance(v, float)},
-            "slides": slides_of[i],
-            "number": i,
+            "others": {name: v for name, v in others.get(case.id, {}).items() if isinstance(v, float)},
+            "slides": paged[k],
+            "number": shown[k],
             "depth": case.slices.depth if case.slices else None,
         }
 
-    entries = [{"title": title, "cases": [entry(i) for i in group]} for title, group in groups.items()]
-    pictured = {cases[i].id: i for i in shown}
-    return values | {"scale": scale, "spread": spread, "groups": entries, "pictured": pictured}
+    place = {i: k for k, i in enumerate(shown)}
+    entries: list[dict[str, Any]] = [
+        {"title": title, "cases": [entry(place[i]) for i in group]} for title, group in groups.items()
+    ]
+    worst = [one for group in entries if group["title"] in WORST for one in group["cases"]][:FIRST]
+    small = lambda one: film_pictures(one["case"], scale, FIRST_SIDE) if one["case"].film else {}
+    return values | {
+        "scale": scale,
+        "spread": spread,
+        "groups": entries,
+        "first": [one | small(one) for one in worst],
+        "film_side": film_side if any(film_views) else None,
+        "pictured": {cases[i].id: i for i in shown},
+    }
 
 
 def training_values(evaluation: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -10,10 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from jmae.report.cases import SLIDE_SIDES, Case, Slices, one_slice, outline, shrink
+from jmae.data.films import FILM_SIDE, shrink
+from jmae.report.cases import SLIDE_SIDES, Case, Slices, one_slice, outline
 
 PERCENTILES = (50.0, 99.9)  # of the map values of normal cases: the two ends of the colour scale
 MAX_SIDE = 256  # pixels of a picture
+FILM_SIDES = (FILM_SIDE, 384, 256, 192, 128, 96)  # pixels of a film: the page uses the largest at which all films fit
 SLIDE_BYTES = 3_000_000  # for all slices of a page, before base64 adds a third
 
 
@@ -59,6 +61,32 @@ def slides(cases: Sequence[Case], scale: Scale) -> list[list[dict[str, Any]]]:
         if sum(len(s["image"]) + len(s["overlay"]) for each in slides_of_cases for s in each) <= SLIDE_BYTES * 4 / 3:
             break
     return slides_of_cases
+
+
+def films(cases: Sequence[Case], scale: Scale, most: float) -> tuple[int, list[dict[str, Any]]]:
+    """(the side in pixels, the `film_pictures` of each case; {} of a case without a film).
+
+    All films have the largest of `FILM_SIDES` at which they take about `most` bytes or less, or else the smallest. Some
+    of the cases stand for all.
+    """
+    n = sum(bool(case.film) for case in cases)
+    some = [case for case in cases if case.film][:: max(1, n // 16)]
+    side = FILM_SIDES[0]
+    for side in FILM_SIDES:
+        drawn = [film_pictures(case, scale, side) for case in some]
+        if sum(len(one["image"]) + len(one["overlay"]) for one in drawn) * n <= most * 4 / 3 * len(some):
+            break
+    return side, [film_pictures(case, scale, side) if case.film else {} for case in cases]
+
+
+def film_pictures(case: Case, scale: Scale, side: int) -> dict[str, Any]:
+    """The film of a case, and the film under its map, at most `side` pixels wide and high: data URIs "image" and
+    "overlay", and "aspect", width by height."""
+    film = Image.open(io.BytesIO(case.film))
+    film.thumbnail((side, side))
+    heat = Image.fromarray(np.ascontiguousarray(case.map, np.float32)).resize(film.size, Image.Resampling.BILINEAR)
+    overlay = Image.fromarray(blend(np.asarray(film) / 255, np.asarray(heat), scale))
+    return {"image": _jpeg(film), "overlay": _jpeg(overlay), "aspect": "{} / {}".format(*film.size)}
 
 
 def case_slides(slices: Slices, scale: Scale, side: int) -> list[dict[str, Any]]:
@@ -156,7 +184,8 @@ def case_pictures(case: Case, scale: Scale, side: int = MAX_SIDE, spreads: Scale
 
     Returns: data URIs "image", "reconstruction", "map", "inside" (the map within the region), "overlay" and "spread"
     (None where the case has none); "further", {name: data URI}; "outline" of the mask; "called", the outline of what
-    the map calls abnormal; "width" and "height" of the map in pixels; "slice".
+    the map calls abnormal; "width" and "height" of the map in pixels; "slice". With a film the "overlay" is None, and
+    so is the "image" without a reconstruction: see `film_pictures`.
     """
     case = one_slice(case)
     heat = shrink(case.map, side)
@@ -170,13 +199,14 @@ def case_pictures(case: Case, scale: Scale, side: int = MAX_SIDE, spreads: Scale
     inside = None
     if case.region is not None and not case.region.all():
         inside = _coloured(heat * (shrink(case.region, side) > 0.5), scale)
+    overlay = Image.fromarray(blend(picture, heat, scale))
     h, w = case.map.shape[:2]
     return {
-        "image": _plain(picture),
+        "image": _plain(picture) if reconstruction or not case.film else None,
         "reconstruction": reconstruction,
         "map": _coloured(heat, scale),
         "inside": inside,
-        "overlay": _png(Image.fromarray(blend(picture, heat, scale)).quantize(256, Image.Quantize.FASTOCTREE)),
+        "overlay": None if case.film else _png(overlay.quantize(256, Image.Quantize.FASTOCTREE)),
         "spread": spread,
         "further": further_pictures(case, side, dark, bright),
         "outline": "" if case.mask is None else outline(case.mask, side),

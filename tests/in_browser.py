@@ -9,7 +9,7 @@ import shutil
 import pytest
 from playwright.sync_api import sync_playwright
 from test_comparison import a_run
-from test_report import an_evaluation, calibrated, cases_of, unlabelled, write
+from test_report import a_film, an_evaluation, calibrated, cases_of, unlabelled, write
 
 from jmae.errors import exit_code
 from jmae.report.__main__ import main
@@ -51,12 +51,14 @@ def pages(tmp_path_factory):
     evil["table"][0]["id"] = long
     write(folder / "long.html", evil, [c._replace(id=long) for c in cases_of(evil)], config={"k" * 80: "v" * 300})
     write(folder / "unlabelled.html", unlabelled(), history=[])
+    films = [case._replace(film=a_film(), reconstruction=case.image) for case in cases_of(unlabelled(20))]
+    write(folder / "films.html", unlabelled(20), films)
     runs = [a_run(folder / ("a-run-with-a-long-name-" * 2 + str(i)), 0.5 + i, memory=i) for i in range(4)]
     assert exit_code(main, [*map(str, runs), f"--out={folder / 'comparison.html'}", "--draws=50"]) == 0
     return {file.stem: file for file in folder.glob("*.html")}
 
 
-NAMES = ("images", "volumes", "long", "unlabelled", "comparison")
+NAMES = ("images", "volumes", "long", "unlabelled", "films", "comparison")
 
 
 def opened(browser, file, size):
@@ -137,6 +139,24 @@ def test_what_opens_is_opened_by_keys(browser, pages):
     page.locator("summary", has_text="Cases by score").focus()
     page.keyboard.press("Enter")
     assert page.locator("details", has_text="Cases by score").locator("table").is_visible()
+    page.close()
+
+
+@pytest.mark.parametrize(("size", "first"), [(PHONE, 1), (DESKTOP, 6)], ids=["phone", "desktop"])
+def test_a_click_makes_pictures_larger_and_they_keep_the_shape_of_the_film(browser, pages, size, first):
+    page, found = opened(browser, pages["films"], size)
+    bottoms = [picture.bounding_box() for picture in page.locator(".first img").all()]
+    assert len(bottoms) == 6 and sum(box["y"] + box["height"] < size["height"] for box in bottoms) >= first
+    figure = page.locator("#case-19")
+    widths = lambda: [image.bounding_box()["width"] for image in figure.locator("img").all()]
+    before = widths()
+    figure.locator("img").first.click()
+    assert page.url.endswith("#case-19") and min(widths()) > 2 * max(before)
+    for image in figure.locator("img").all():
+        box = image.bounding_box()
+        assert abs(box["width"] / box["height"] - 410 / 512) < 0.01
+    figure.locator("a", has_text="smaller").click()
+    assert widths() == before and not found
     page.close()
 
 

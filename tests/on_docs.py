@@ -1,7 +1,7 @@
 """Runs the code of the pages: `make docs-test`, or python -m pytest tests/on_docs.py; no part of `make test`.
 
-Each page with code of README.md, docs/tutorials, docs/how-to, docs/explanation and docs/reference is one test. Its
-blocks run from top to bottom:
+README.md and each page with code of docs/tutorials, docs/how-to, docs/explanation, docs/results and docs/reference is
+one test. Its blocks run from top to bottom:
 
 - ```python title="NAME" (or ```csv, ```text, any language): the text is written to the file NAME. It is not run.
 - ```sh: runs in bash and stops at the first command that fails. `jmae` and `python` are those of the test.
@@ -67,7 +67,7 @@ def complaint(language: str, title: str, text: str) -> str:
     return f"a block of {language or 'no language'}: it is neither run nor marked as shown"
 
 
-SECTIONS = ("tutorials", "how-to", "explanation", "reference")
+SECTIONS = ("tutorials", "how-to", "explanation", "results", "reference")
 PAGES = [TOP / "README.md", *(page for section in SECTIONS for page in sorted((DOCS / section).glob("*.md")))]
 NOTEBOOKS = sorted(DOCS.glob("notebooks/*.ipynb"))
 RUN = [

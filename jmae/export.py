@@ -21,7 +21,8 @@ run is not calibrated.
 A run of volumes has `stored.bin` where --like names a scan; several sequences are "A;B". Volumes must have that scan's
 size, spacing and directions; others get NaN, or an error for their size. The call is
 `call(weights, volume, affine, region)`: float32 (x, y, z, channels), the scan's affine float32 (4, 4), and bool
-(x, y, z), True where metrics count. A region without True is none. There is no midline.
+(x, y, z), True where metrics count. A region without True is none. There is no midline. The p-value is NaN where the
+held-out normals had a midline or half, and where only they or only the volume had a region.
 
 `function.bin` takes what the network sees, and gives all scores and maps: `call(weights, image, case)` has
 {"maps/NAME", "scores/NAME", "reconstruction", "confidence"}. `image` is float32 (batch, *size, channels). Without
@@ -258,23 +259,33 @@ def stored_volume(config: ConfigDict, system: System, grid: Grid) -> Stored:
         usable = ready.usable & volumes_on_device.same_grid(affine, grid, config.data)
         back = lambda heat: volumes_on_device.back(heat, grid, ready.origin, ready.size)
         scores = jax.vmap(lambda heat: top_mean(heat, ready.region, share))(maps[system.primary])
-        return of_case(scores, maps[map_name(system)], back, calibration, usable)
+        out = of_case(scores, maps[map_name(system)], back, calibration, usable)
+        return out | {"p_value": jnp.where(like_normals(calibration, region), out["p_value"], jnp.nan)}
 
     size = (*grid.own_size, config.data.channels)
     shaped = (size, jnp.float32), ((4, 4), jnp.float32), (grid.own_size, bool)
     return function, tuple(jax.ShapeDtypeStruct(*one) for one in shaped)
 
 
+def like_normals(calibration: Calibration | None, region: Any) -> Any:
+    """Whether the held-out normals had a region where a volume has one, and neither midline nor half."""
+    needs = calibration.needs if calibration else ()
+    return (region.any() == ("region" in needs)) & (not {"midline", "half"} & {*needs})
+
+
 def grid_of(like: tuple[str, ...], config: ConfigDict) -> Grid:
     """The grids of a scan of these files: its own and, before a crop, the working grid.
 
-    Raises InputError where it cannot be read, or its sequences have several grids.
+    Raises InputError where it cannot be read, its sequences have several grids, or a crop lacks its spacing.
     """
     stored = read_volume(like, config.data)
     if stored.sequences:
         raise InputError(f"--like {like[0]}: its sequences have several grids: export from sequences of one grid")
     usable(row_of("like", like), stored, config.data)
-    return whole_grid(stored, config.data, like[0])
+    grid = whole_grid(stored, config.data, like[0])
+    if grid.spacing is None and config.data.crop == "region":
+        raise InputError(f"--like {like[0]}: tells no spacing for a crop in mm: save it as NIfTI")
+    return grid
 
 
 def why_not_stored(config: ConfigDict, system: System, like: tuple[str, ...]) -> str:

@@ -265,11 +265,11 @@ def paired_difference(
     patients, see `bootstrap_interval`.
     """
     sides = [[_checked(labels, one) for one in np.atleast_2d(side)] for side in (scores, others)]
-    each = [[_over_draws(measure, *one) for one in side] for side in sides]
-    drawn = list(_drawn(sides[0][0][0], patients, draws, seed))
-    first, second = ([np.mean([one(counts) for one in side], 0) for counts in drawn] for side in each)
+    first, second = ([_over_draws(measure, *one) for one in side] for side in sides)
+    mean = lambda side, counts: np.mean([one(counts) for one in side], 0)
+    each = [mean(first, counts) - mean(second, counts) for counts in _drawn(sides[0][0][0], patients, draws, seed)]
     ours, theirs = (float(np.mean([measure(*one) for one in side])) for side in sides)
-    return ours - theirs, _percentiles([a - b for a, b in zip(first, second, strict=True)], level)
+    return ours - theirs, _percentiles(each, level)
 
 
 def _drawn(labels: NDArray[np.bool_], patients: Sequence[Any], draws: int, seed: int) -> Iterator[NDArray[np.int64]]:

@@ -25,6 +25,7 @@ from jmae.fitting import restore_results
 from jmae.inference import Scorer
 from jmae.predict import load
 from jmae.run_folder import describe_run
+from jmae.scoring import Calibration
 from jmae.sealed import KEY, seal
 from jmae.system import load_system, stage_keys
 
@@ -224,7 +225,17 @@ def write_scans(folder: Path) -> list[str]:
 def test_stored_volumes_get_the_scores_of_predict_without_jmae(crop, tmp_path, capfd):
     changes = ["data.channels=1", "data.axes=PLS", "data.spacing=2.5,4,3", f"data.crop={crop}", "data.region=nonzero"]
     ends = ["data.crop_least=20,30,24", "data.crop_most=40,48,30", "data.normalise=region", "evaluation.top=0.03"]
-    untrained([*VOLUMES, *changes, *ends], tmp_path / "run")
+    config, system = untrained([*VOLUMES, *changes, *ends], tmp_path / "run")
+    of = score_identity(config, system, restore_results(config, system, tmp_path / "run"))
+    needs = ["region"] if crop == "region" else []
+    known = {
+        "scores": {"a": 0.0, "b": 9.0},
+        "colours": {"low": 0, "high": 1},
+        "needs": needs,
+        "threshold": 9.0,
+        "of": of,
+    }
+    (tmp_path / "run" / "calibration.json").write_text(json.dumps(known))
     names = write_scans(tmp_path)
     arguments = [f"--workdir={tmp_path / 'run'}", f"--out={tmp_path / 'out'}", f"--like={tmp_path / 'first.nii'}"]
     assert exit_code(export.main, arguments) == 0, capfd.readouterr().err
@@ -237,7 +248,16 @@ def test_stored_volumes_get_the_scores_of_predict_without_jmae(crop, tmp_path, c
         with np.load(tmp_path / f"{name}.npz") as found:
             np.testing.assert_allclose(found["score"], expected.score, rtol=1e-4)
             np.testing.assert_allclose(found["map"], expected.map, atol=1e-4)
-            assert np.isnan(found["p_value"]) and np.std(found["map"]) > 0
+            assert (expected.p_value is None) == ((name == "third") == bool(needs))  # unlike the held-out normals
+            np.testing.assert_allclose(found["p_value"], expected.p_value or np.nan)
+            assert np.std(found["map"]) > 0
+
+
+def test_volumes_are_compared_with_normals_of_the_same_region_alone():
+    some, none = np.ones((2, 2, 2), bool), np.zeros((2, 2, 2), bool)
+    for needs, expected in (((), (False, True)), (("region",), (True, False)), (("region", "half"), (False, False))):
+        calibration = Calibration({"a": 0.0}, needs=needs)
+        assert tuple(bool(export.like_normals(calibration, region)) for region in (some, none)) == expected
 
 
 def test_a_scan_that_no_export_can_be_like_is_refused_in_one_line(tmp_path, capfd):

@@ -86,6 +86,23 @@ def test_what_the_host_refuses_is_not_usable(wrong):
     assert not ready.usable
 
 
+def test_a_channel_that_is_constant_in_the_window_is_used_as_on_the_host():
+    settings, stored = data(window=(10.0, 120.0)), scan()
+    stored.array[..., 1] += 500
+    expected = prepare(stored, settings, name="scan")
+    ready = on_device.prepared(
+        jnp.asarray(stored.array), jnp.zeros(SIZE, bool), whole_grid(stored, settings, "scan"), settings
+    )
+    within = tuple(map(slice, expected.grid.size))
+    assert ready.usable and (expected.array[..., 1] == 1).all()
+    np.testing.assert_allclose(ready.array[within], expected.array, atol=1e-4)
+    stored.array[..., 0] += 500
+    ready = on_device.prepared(
+        jnp.asarray(stored.array), jnp.zeros(SIZE, bool), whole_grid(stored, settings, "scan"), settings
+    )
+    assert not ready.usable
+
+
 def test_only_scans_of_the_grid_are_known():
     settings = data()
     grid = whole_grid(scan(), settings, "scan")

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 from ml_collections import ConfigDict
 
 from jmae.data.on_device import HIGHEST, equalise
@@ -93,6 +93,15 @@ def box(region: Bool[Array, "*full"], grid: Grid, data: ConfigDict) -> tuple[Int
     return jnp.stack(origin).astype(jnp.int32), jnp.stack(size).astype(jnp.int32)
 
 
+def cut(array: Shaped[Array, "*full"], origin: Int[Array, " rank"], size: tuple[int, ...]) -> Shaped[Array, "*size"]:
+    """The box of `size` voxels at `origin`, with 0 outside the array."""
+    for axis, n in enumerate(size):
+        at = origin[axis] + jnp.arange(n)
+        outside = array.shape[axis]  # as a negative index counts from the end
+        array = array.take(jnp.where(at < 0, outside, at), axis, mode="fill", fill_value=0)
+    return array
+
+
 def prepared(stored: Float[Array, "*own c"], region: Bool[Array, "*own"], grid: Grid, data: ConfigDict) -> Ready:
     """`jmae.data.volumes.prepare` of stored values. A `region` that marks nothing is none."""
     most, rank = room(grid, data), len(grid.size)
@@ -104,13 +113,14 @@ def prepared(stored: Float[Array, "*own c"], region: Bool[Array, "*own"], grid: 
     origin, size = jnp.zeros(rank, jnp.int32), jnp.array(grid.size, jnp.int32)
     if data.crop == "region":
         origin, size = box(region, grid, data)
-        wide, start = [(n, n) for n in most], tuple(origin + np.array(most))
-        array = jax.lax.dynamic_slice(jnp.pad(array, [*wide, (0, 0)]), (*start, 0), (*most, array.shape[-1]))
-        region = jax.lax.dynamic_slice(jnp.pad(region, wide), start, most)
+        array, region = cut(array, origin, most), cut(region, origin, most)
     own = inside(most, size)
     region &= own
     usable = finite & (region.any() if "region" in (data.crop, data.normalise) else region.any() | ~given)
     counted = region if data.normalise == "region" else own
+    if data.window:
+        seen, here = jnp.clip(array, *data.window), own[..., None]
+        usable &= jnp.max(seen, where=here, initial=-jnp.inf) > jnp.min(seen, where=here, initial=jnp.inf)
     array, varies = jax.vmap(lambda channel: normalised(channel, own, counted, data), -1, (-1, 0))(array)
     return Ready(array, jnp.where(given, region, own), origin, size, usable & varies.all())
 
@@ -130,7 +140,6 @@ def normalised(
         ends = lambda: (channel.min(where=own, initial=jnp.inf), channel.max(where=own, initial=-jnp.inf))
         low, high = data.window or ends()
         out = (jnp.clip(channel, low, high) - low) / (high - low)
-        varies &= jnp.max(out, where=own, initial=0) > jnp.min(out, where=own, initial=1)
     if data.equalise:
         out = equalise(out[..., None], data.equalise_exact, counted)[..., 0]
     return jnp.where(own, out, 0), varies

@@ -25,7 +25,8 @@ TAKES = "images or volumes (small3d): normal ones"
 PAPER = {"evaluation.average": "hidden", "data.crop_from": (512, 512)}
 COLOUR = {"data.channels": 3, "model.channels": 3}
 # ours: a small network on small images and fixed steps for 2 cores. Images are standardised one by one, since exposure
-# differs within a set. No crops, and a window of 7 over three scales: the best on the phantoms' `val`.
+# differs within a set. No crops, and a window of 7 over three scales: the best of what was tried on the
+# phantoms' `val`.
 SMALL = {
     "data.size": (96, 96),
     "data.normalise": "image",

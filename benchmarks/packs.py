@@ -4,11 +4,12 @@
     jmae papers rivals.packs.PACK.ae_u --root data --preset small --seeds 3
     python -m benchmarks.packs cxr_peds --runs papers
 
-It reads the finished runs of `jmae papers` in the folder --runs, all of the pack, and trains nothing. Each method has
-its primary score, which its recipe fixed before the run, and all steps of the preset `small`. Figures are means over
-the method's seeds, with 95 % intervals over patients. A difference is the distance to the best closed form that learns
-from normal images alone, over the same draws of patients. The closed forms (jmae.baselines) see the images at the size
-of the recipe `autoencoder:small`. "ridge, unlabelled" learns from unlabelled images too, as AMAE does.
+It reads the finished runs of `jmae papers` in the folder --runs, all of the pack, and trains nothing. Runs of another
+budget than 1 are left out. Each method has its primary score, which its recipe fixed before the run. Figures are means
+over the method's seeds, with 95 % intervals over patients. A difference is the distance to the best closed form that
+learns from normal images alone, over the same draws of patients. The best is chosen on the same cases, which favours
+it. The closed forms (jmae.baselines) see the images at the size of the recipe `autoencoder:small`. "ridge, unlabelled"
+learns from unlabelled images too, as AMAE does.
 
 benchmarks/results/packs.json keeps the table.
 """
@@ -38,8 +39,9 @@ def methods(folder: Path, pack: str) -> dict[str, list[Run]]:
     for row in sorted(folder.glob(f"*.packs.{pack}*")):
         name = ".".join(part for part in row.name.split(".") if part not in ("packs", pack))
         seeds = [seed for seed in sorted(row.glob("seed-*")) if (seed / "evaluation" / "metrics.json").exists()]
-        if seeds and row.name.split(".")[2] == pack:
-            found[name] = [read_run(seed) for seed in seeds]
+        runs = [run for seed in seeds if (run := read_run(seed)).config.get("budget", 1) == 1]
+        if runs and row.name.split(".")[2] == pack:
+            found[name] = runs
     return found
 
 

@@ -38,7 +38,8 @@ held-out normals, what they depend on ("needs"), and the threshold at the false-
 its map's highest values in the region; evaluation.top is their share.
 
 `function.bin` gives the results of `jmae.evaluate` to 1e-5, with a leading axis of replicates where the run has
-several; `stored.bin` gives means over them. Both run only on the --platforms, by default that of this machine.
+several; `stored.bin` gives means over them. The functions run on the --platforms alone, by default
+that of this machine.
 Exit codes: 0 done; 2 the input or the environment is wrong.
 """
 
@@ -142,7 +143,7 @@ def export(
 
     Args:
       batch: images of one call of `function.bin`, for a system of images; 0: any number, one after another.
-      size: voxels of a prepared volume, of a system of volumes; () is the largest of scans `like` one.
+      size: voxels of a prepared volume, of a system of volumes; (): the largest that scans like `like` can have.
       like: the files of a scan, whose grid all scans of `stored.bin` have, of a system of volumes.
       platforms: names as `jax.export` has them; () is the platform of this machine.
 

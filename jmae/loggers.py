@@ -127,15 +127,17 @@ def tensorboard(config: ConfigDict, workdir: Path, stage: str, start: int) -> It
 
 @contextmanager
 def wandb(config: ConfigDict, workdir: Path, stage: str, start: int) -> Iterator[Write]:
-    """A run of Weights & Biases for each stage, grouped by the run folder. Sent at once, a continuation goes on in it;
-    offline it is a run of its own, as the package cannot resume there.
+    """A run of Weights & Biases for each stage, grouped by the run folder. With WANDB_MODE=online a continuation goes
+    on in that run. Offline it is a run of its own, as the package cannot resume there.
 
     Its exit code is that of the command. A stage that was stopped counts as preempted: it is about to go on.
     """
     api, mode = package("wandb"), os.environ.get("WANDB_MODE", "offline")
-    earlier = known_run(workdir, f"wandb {stage}", start) if mode == "online" else None
+    project = os.environ.get("WANDB_PROJECT", "jmae")
+    key = f"wandb {project} {stage}"
+    earlier = known_run(workdir, key, start) if mode == "online" else None
     run = api.init(
-        project=os.environ.get("WANDB_PROJECT", "jmae"),
+        project=project,
         group=workdir.absolute().name,
         name=None if earlier else f"{stage} from step {start}",
         id=earlier,
@@ -147,7 +149,7 @@ def wandb(config: ConfigDict, workdir: Path, stage: str, start: int) -> Iterator
         settings=api.Settings(silent=True, console="off"),
     )
     if mode == "online":
-        remember(workdir, f"wandb {stage}", run.id)
+        remember(workdir, key, run.id)
     if mode == "offline":
         folder = workdir / "wandb"
         how = f"To send it: `wandb sync {shlex.quote(str(folder))}/offline-run-*`; to send at once, set"

@@ -39,7 +39,7 @@ BLOCK = re.compile(
 CHANGE = re.compile(r"<!-- test: (.*?) -> (.*?) -->")
 AFTER = re.compile(r"<!-- test: after (\S+) -->")
 # What no laptop has at hand: an index of packages, a container, a cluster, a compiler for a GPU.
-SHOWN = re.compile(r"\b(pip install|docker|conda|sbatch|kubectl|plan .*--target)\b")
+SHOWN = re.compile(r"^(?!#).*\b(pip install|docker|conda|sbatch|kubectl|plan .*--target)\b", re.M)
 COMMAND = re.compile(r"^\s*(\$ |jmae |python |pip )", re.M)
 
 

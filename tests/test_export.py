@@ -260,6 +260,24 @@ def test_volumes_are_compared_with_normals_of_the_same_region_alone():
         assert tuple(bool(export.like_normals(calibration, region)) for region in (some, none)) == expected
 
 
+@pytest.mark.parametrize(
+    ("arguments", "like", "why"),
+    [
+        (VOLUMES, (), "name one of them by --like"),
+        ([*VOLUMES, "compat.averaging=true"], ("a.nii",), "compat.averaging"),
+        ([*VOLUMES, "evaluation.masks_of=case"], ("a.nii",), "evaluation.masks_of=run"),
+        ([*VOLUMES, "evaluation.residual=smoothed", "evaluation.case_score=part"], ("a.nii",), "case_score=part"),
+        (IMAGES, (), ""),
+        ([*IMAGES, "evaluation.masks_of=case"], (), "evaluation.masks_of=run"),
+        ([*IMAGES, "evaluation.residual=smoothed", "evaluation.case_score=part"], (), "case_score=part"),
+    ],
+)
+def test_a_way_that_cannot_be_exported_is_said(arguments, like, why):
+    config, _ = recipe.parse([arguments[0], *(f"--config.{a}" for a in arguments[1:])], "")
+    found = export.why_not_stored(config, load_system(config), like)
+    assert (why in found) if why else (found == "")
+
+
 def test_a_scan_that_no_export_can_be_like_is_refused_in_one_line(tmp_path, capfd):
     untrained([*VOLUMES, "data.join=resample"], tmp_path / "run")
     arguments = [f"--workdir={tmp_path / 'run'}", f"--out={tmp_path / 'out'}"]

@@ -8,9 +8,12 @@ from ml_collections import ConfigDict
 
 from jmae.data import volumes_on_device as on_device
 from jmae.data.files import Image
+from jmae.data.manifest import Row
 from jmae.data.on_device import equalise as equalise_on_device
+from jmae.data.preparation import usable
 from jmae.data.transforms import equalise
 from jmae.data.volumes import prepare, whole_grid
+from jmae.errors import InputError
 from jmae.windows import places, tile
 
 AFFINE = np.array([[-3, 0.1, 0.1, 60], [0.1, 0.2, 3, -20], [0, 3.5, -0.2, 5], [0, 0, 0, 1]], float)
@@ -81,9 +84,12 @@ def test_what_the_host_refuses_is_not_usable(wrong):
         array[:] = 7
     elif wrong == "a constant channel":
         array[..., 1] = 3
-    grid = whole_grid(scan(), settings, "scan")
+    grid, stored = whole_grid(scan(), settings, "scan"), scan()._replace(array=array)
     ready = on_device.prepared(jnp.asarray(array), jnp.zeros(SIZE, bool), grid, settings)
     assert not ready.usable
+    row = Row("scan", "", "test", None, ("scan", "scan"))
+    with pytest.raises(InputError):
+        prepare(stored._replace(array=usable(row, stored, settings)), settings, name="scan")
 
 
 def test_a_channel_that_is_constant_in_the_window_is_used_as_on_the_host():

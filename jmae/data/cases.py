@@ -176,9 +176,10 @@ class Cases:
             self.store.put(row, case.image)
             if row.split in self.scored:
                 one = prepared_case(row, data, case, array=self._image(row, case.image))
-                assert one.film
-                film = self._array_file().add(np.frombuffer(one.film(), np.uint8))
-                one = replace(one, film=lambda: np.asarray(film()).tobytes())
+                shown = row.split != "val" or set(self.scored) == {"val"}  # else `val` only calibrates
+                drawn = one.film() if one.film and shown else b""
+                film = self._array_file().add(np.frombuffer(drawn, np.uint8)) if drawn else None
+                one = replace(one, film=film and (lambda: np.asarray(film()).tobytes()))
                 self._kept[row.id] = KeptCase.of(one, {"array": partial(self._image, row)})
             return
         volume = cache(lambda: prepared_volume(row, data, case))

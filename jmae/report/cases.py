@@ -78,7 +78,7 @@ def choose_cases(
 
 
 def worth_showing(cases: list[Case], most: int) -> list[Case]:
-    """The cases that an evaluator keeps as it goes: all of some hundred, then 50 of each group of labelled cases."""
+    """The cases that an evaluator keeps as it goes: up to `most + SPARE` all, of more 50 of each labelled group."""
     if len(cases) <= most + SPARE:
         return cases
     groups = choose_cases([case.label for case in cases], [case.score for case in cases], most, n=50)

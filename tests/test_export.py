@@ -264,7 +264,7 @@ def test_volumes_are_compared_with_normals_of_the_same_region_alone():
     ("arguments", "like", "why"),
     [
         (VOLUMES, (), "name one of them by --like"),
-        ([*VOLUMES, "compat.averaging=true"], ("a.nii",), "compat.averaging"),
+        ([*VOLUMES, "compat.averaging=true", "evaluation.error=all"], ("a.nii",), "compat.averaging"),
         ([*VOLUMES, "evaluation.masks_of=case"], ("a.nii",), "evaluation.masks_of=run"),
         ([*VOLUMES, "evaluation.residual=smoothed", "evaluation.case_score=part"], ("a.nii",), "case_score=part"),
         (IMAGES, (), ""),

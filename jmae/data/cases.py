@@ -177,9 +177,8 @@ class Cases:
             if row.split in self.scored:
                 one = prepared_case(row, data, case, array=self._image(row, case.image))
                 shown = row.split != "val" or set(self.scored) == {"val"}  # else `val` only calibrates
-                drawn = one.film() if one.film and shown else b""
-                film = self._array_file().add(np.frombuffer(drawn, np.uint8)) if drawn else None
-                one = replace(one, film=film and (lambda: np.asarray(film()).tobytes()))
+                film = self._kept_bytes(one.film()) if one.film and shown else None
+                one = replace(one, film=film)
                 self._kept[row.id] = KeptCase.of(one, {"array": partial(self._image, row)})
             return
         volume = cache(lambda: prepared_volume(row, data, case))
@@ -194,6 +193,10 @@ class Cases:
             }
             file = self._array_file()
             self._kept[row.id] = KeptCase.of(one, {name: file.add(array) for name, array in arrays.items()})
+
+    def _kept_bytes(self, content: bytes) -> Callable[[], bytes]:
+        kept = self._array_file().add(np.frombuffer(content, np.uint8))
+        return lambda: np.asarray(kept()).tobytes()
 
     def _array_file(self) -> ArrayFile:
         with self._lock:

@@ -205,3 +205,8 @@ def test_methods_of_a_pack_stand_beside_the_best_closed_form_of_normals_alone(tm
     assert one["auroc_ci"][0] <= one["auroc"] <= one["auroc_ci"][1]
     assert found["methods"]["5-NN"]["difference_ci"] == (0, 0)
     assert next(packs.rows_of(found))[0] == packs.MIXED
+
+    figures = {"5 nearest normals: score": 0.7, "blur: score": 0.6, "blur: other": 0.9}
+    rivals = {name: {"image": {"auroc": auroc}} for name, auroc in figures.items()}
+    run = runs["amae"][0]._replace(metrics={"primary": "score", "baselines": rivals | {"5-NN": {"image": None}}})
+    assert packs.same_score([run]) == ("5 nearest normals", 0.7) and packs.same_score([]) is None

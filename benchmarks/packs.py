@@ -4,20 +4,25 @@
     jmae papers rivals.packs.PACK.ae_u --root data --preset small --seeds 3
     python -m benchmarks.packs cxr_peds --runs papers
 
-It reads the finished runs of `jmae papers` in the folder --runs, all of the pack, and trains nothing. Runs of another
-budget than 1 are left out. Each method has its primary score, which its recipe fixed before the run. Figures are means
-over the method's seeds, with 95 % intervals over patients. A difference is the distance to the best closed form that
-learns from normal images alone, over the same draws of patients. The best is chosen on the same cases, which favours
-it. These closed forms (jmae.baselines) see the images at the size of the recipe `autoencoder:small`. "ridge,
-unlabelled" learns from unlabelled images too, as AMAE does. Where an evaluation has closed forms under the method's own
-score and masks (jmae.rivals), the best of them stands beside the method.
+It trains nothing. It reads the finished runs of the pack in the folder --runs, which `jmae papers` made. Runs of
+another budget than 1 are left out. benchmarks/results/packs/PACK.jsonl keeps the scores of each run, in the order of
+the manifest's test rows. So runs of several machines and days come into one table.
+
+Each method has its primary score, which its recipe fixed before the run. Figures are means over the method's seeds,
+with 95 % intervals over patients. A difference is the distance to the best closed form that learns from normal images
+alone, over the same draws of patients. The best is chosen on the same cases, which favours it. These closed forms
+(jmae.baselines) see the images at the size of the recipe `autoencoder:small`. "ridge, unlabelled" learns from
+unlabelled images too, as AMAE does. Where an evaluation has closed forms under the method's own score and masks
+(jmae.rivals), the best of them stands beside the method.
 
 benchmarks/results/packs.json keeps the table.
 """
 
 import argparse
+import hashlib
+import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,69 +31,145 @@ import numpy as np
 
 from benchmarks.timing import table, write
 from jmae import baselines, metrics, recipe
-from jmae.data.cases import load_rows
+from jmae.data.cases import Row, load_rows
 from jmae.data.preparation import prepared_image
-from jmae.report.compare import Run, common_cases, labels_of, read_run, scores_of
+from jmae.errors import InputError, exit_code
+from jmae.report.compare import read_run
 
 RESULTS = Path(__file__).parent / "results" / "packs.json"
+KEPT = RESULTS.with_suffix("")
 MIXED = "ridge, unlabelled"  # a closed form that learns from more than normal images
+Entry = Mapping[str, Any]
+"""A run: its method and seed, and what `entry_of` gives."""
 
 
-def methods(folder: Path, pack: str) -> dict[str, list[Run]]:
-    """The runs of each method, one a seed, by the name of its row without the pack."""
-    found: dict[str, list[Run]] = {}
+def test_rows(manifest: str) -> tuple[Any, list[Row], list[Row]]:
+    """(the config that reads the manifest, all its rows, its labelled test rows)"""
+    config, _ = recipe.parse(["--config=autoencoder:small", f"--config.data.manifest={manifest}"], "")
+    rows = load_rows(config)
+    return config, rows, [row for row in rows if row.split == "test" and row.label is not None]
+
+
+def cases_digest(rows: Sequence[Row]) -> str:
+    """16 hexadecimal digits of the ids and labels of the cases, in their order."""
+    return hashlib.sha256("\n".join(f"{row.id},{row.label}" for row in rows).encode()).hexdigest()[:16]
+
+
+def finished(folder: Path, pack: str) -> Iterator[tuple[str, int, Path]]:
+    """(method, seed, folder) of each finished run of the pack; a method is the name of a row without the pack."""
     for row in sorted(folder.glob(f"*.packs.{pack}*")):
-        name = ".".join(part for part in row.name.split(".") if part not in ("packs", pack))
-        seeds = [seed for seed in sorted(row.glob("seed-*")) if (seed / "evaluation" / "metrics.json").exists()]
-        runs = [run for seed in seeds if (run := read_run(seed)).config.get("budget", 1) == 1]
-        if runs and row.name.split(".")[2] == pack:
-            found[name] = runs
+        if row.name.split(".")[2] == pack:
+            name = ".".join(part for part in row.name.split(".") if part not in ("packs", pack))
+            for run in sorted(row.glob("seed-*")):
+                if (run / "evaluation" / "metrics.json").exists():
+                    yield name, int(run.name.removeprefix("seed-")), run
+
+
+def entry_of(folder: Path, rows: Sequence[Row]) -> dict[str, Any] | None:
+    """What is kept of a run; None of a run of another budget than 1.
+
+    Raises InputError where the run has no score of one of the cases.
+    """
+    run = read_run(folder)
+    if run.config.get("budget", 1) != 1:
+        return None
+    if missing := [row.id for row in rows if run.cases.get(row.id, (None,))[0] != row.label]:
+        raise InputError(
+            f"{folder}: no score of {len(missing)} cases, such as {missing[0]}: evaluate it on the manifest"
+        )
+    primary = run.metrics["primary"]
+    rivals = {
+        name.split(":")[0]: entry["image"]["auroc"]
+        for name, entry in run.metrics["baselines"].items()
+        if name.endswith(f": {primary}") and entry["image"]
+    }
+    return {
+        "primary": primary,
+        "settings": settings(run.config),
+        "cases": cases_digest(rows),
+        "rivals": rivals,
+        "scores": [float(f"{run.cases[row.id][1]:.6g}") for row in rows],
+    }
+
+
+def settings(config: Mapping[str, Any]) -> str:
+    """16 hexadecimal digits of a recipe without its seed and the place of its manifest."""
+    data = {name: value for name, value in config["data"].items() if name != "manifest"}
+    rest = {name: value for name, value in config.items() if name != "seed"} | {"data": data}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def read_kept(pack: str) -> dict[tuple[str, int], Entry]:
+    """The kept runs of a pack by method and seed."""
+    file = KEPT / f"{pack}.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    return {(line["method"], line["seed"]): line for line in lines}
+
+
+def keep(pack: str, entries: Mapping[tuple[str, int], Entry]) -> None:
+    """Writes the runs of a pack, a line each."""
+    KEPT.mkdir(exist_ok=True)
+    text = "".join(json.dumps(entries[key]) + "\n" for key in sorted(entries))
+    (KEPT / f"{pack}.jsonl").write_text(text)
+
+
+def methods(entries: Iterable[Entry], cases: str) -> dict[str, list[Entry]]:
+    """The runs of each method.
+
+    Raises InputError where runs do not belong together.
+    """
+    found: dict[str, list[Entry]] = {}
+    for entry in entries:
+        where = f"the kept run {entry['method']}, seed {entry['seed']}"
+        if entry["cases"] != cases:
+            raise InputError(f"{where} has other test cases than the manifest: delete its line, and run it again")
+        each = found.setdefault(entry["method"], [])
+        if each and each[0]["settings"] != entry["settings"]:
+            raise InputError(f"{where} has another recipe than seed {each[0]['seed']}: run both with the same version")
+        each.append(entry)
     return found
 
 
-def closed_forms(manifest: str, ids: Sequence[str]) -> dict[str, np.ndarray]:
-    """The score of each case by each closed form."""
-    config, _ = recipe.parse(["--config=autoencoder:small", f"--config.data.manifest={manifest}"], "")
-    rows = load_rows(config)
+def closed_forms(config: Any, rows: Sequence[Row], tested: Sequence[Row]) -> dict[str, np.ndarray]:
+    """The score of each tested case by each closed form."""
     images = lambda chosen: np.stack([prepared_image(row, config.data) for row in chosen])
-    of = {row.id: row for row in rows if row.split == "test"}
     normals = images([row for row in rows if row.split == "train" and row.label == 0])
-    cases = images([of[name] for name in ids])
+    cases = images(tested)
     found = baselines.image_scores(normals, cases)
     if unlabelled := [row for row in rows if row.split == "unlabeled"]:
         found[MIXED] = baselines.ridge_scores(normals, images(unlabelled), cases)
     return found
 
 
-def same_score(runs: Sequence[Run]) -> tuple[str, float] | None:
+def same_score(runs: Sequence[Entry]) -> tuple[str, float] | None:
     """(name, mean AUROC over the seeds) of the best closed form under a method's own score; None without any."""
     found: dict[str, list[float]] = {}
     for run in runs:
-        for name, entry in run.metrics["baselines"].items():
-            if name.endswith(f": {run.metrics['primary']}") and entry["image"]:
-                found.setdefault(name.split(":")[0], []).append(entry["image"]["auroc"])
+        for name, auroc in run["rivals"].items():
+            found.setdefault(name, []).append(auroc)
     means = {name: float(np.mean(values)) for name, values in found.items()}
     return max(means.items(), key=lambda item: item[1]) if means else None
 
 
-def compared(runs: dict[str, list[Run]], forms: dict[str, np.ndarray], ids: Sequence[str]) -> dict[str, Any]:
+def compared(
+    runs: Mapping[str, Sequence[Entry]], forms: Mapping[str, np.ndarray], rows: Sequence[Row]
+) -> dict[str, Any]:
     """The figures of each method and closed form, and their differences to the best closed form of normals alone."""
-    first = next(iter(runs.values()))[0]
-    labels, patients = labels_of(first, ids), [first.patients[name] for name in ids]
-    scores = {name: np.stack([scores_of(run, ids) for run in each]) for name, each in runs.items()}
+    labels, patients = np.array([row.label for row in rows], bool), [row.patient for row in rows]
+    scores = {name: np.array([run["scores"] for run in each]) for name, each in runs.items()}
     scores |= {name: values[None] for name, values in forms.items()}
-    auroc = {name: float(np.mean([metrics.auroc(labels, row) for row in rows])) for name, rows in scores.items()}
+    auroc = {name: float(np.mean([metrics.auroc(labels, one) for one in seeds])) for name, seeds in scores.items()}
     best = max((name for name in forms if name != MIXED), key=lambda name: auroc[name])
-    chance = np.zeros(len(ids))  # a constant score has an AUROC of 1/2 in each draw, so a difference to it is a figure
+    chance = np.zeros(len(rows))  # a constant score has an AUROC of 1/2 in each draw, so a difference to it is a figure
     paired = partial(metrics.paired_difference, labels=labels, patients=patients)
     out: dict[str, Any] = {}
-    for name, rows in scores.items():
-        above, (low, high) = paired(metrics.auroc, scores=rows, others=chance)
-        difference, interval = paired(metrics.auroc, scores=rows, others=scores[best])
-        each = [metrics.average_precision(labels, row) for row in rows]
+    for name, seeds in scores.items():
+        above, (low, high) = paired(metrics.auroc, scores=seeds, others=chance)
+        difference, interval = paired(metrics.auroc, scores=seeds, others=scores[best])
+        each = [metrics.average_precision(labels, one) for one in seeds]
         out[name] = {
             "trained": name in runs,
-            "seeds": len(rows) if name in runs else None,
+            "seeds": len(seeds) if name in runs else None,
             "auroc": above + 0.5,
             "auroc_ci": (low + 0.5, high + 0.5),
             "ap": float(np.mean(each)),
@@ -96,7 +177,7 @@ def compared(runs: dict[str, list[Run]], forms: dict[str, np.ndarray], ids: Sequ
             "difference_ci": interval,
             "same_score": same_score(runs.get(name, [])),
         }
-    return {"best_closed_form": best, "n": len(ids), "n_abnormal": int(labels.sum()), "methods": out}
+    return {"best_closed_form": best, "n": len(rows), "n_abnormal": int(labels.sum()), "methods": out}
 
 
 def rows_of(found: dict[str, Any]) -> Iterator[tuple[Any, ...]]:
@@ -109,18 +190,23 @@ def rows_of(found: dict[str, Any]) -> Iterator[tuple[Any, ...]]:
         yield name, one["seeds"] or "", *figures, f"{one['difference']:+.3f}", ends(one["difference_ci"]), rival
 
 
-def main(argv: Sequence[str]) -> int:
+def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pack")
     parser.add_argument("--runs", type=Path, default=Path("papers"), help="folder of the runs of `jmae papers`")
+    parser.add_argument("--root", type=Path, default=Path("data"), help="folder of the packs")
     options = parser.parse_args(argv)
-    runs = methods(options.runs, options.pack)
-    if not runs:
+    config, rows, tested = test_rows(str(options.root / options.pack / "manifest.csv"))
+    entries = read_kept(options.pack)
+    for method, seed, folder in finished(options.runs, options.pack):
+        if entry := entry_of(folder, tested):
+            entries[method, seed] = {"method": method, "seed": seed} | entry
+    if not entries:
         print(f"not run: {options.runs} has no finished run of {options.pack}: train one by jmae papers")
-        return 0
-    every = [run for each in runs.values() for run in each]
-    ids = common_cases(every)
-    found = compared(runs, closed_forms(every[0].config["data"]["manifest"], ids), ids)
+        return
+    runs = methods(entries.values(), cases_digest(tested))
+    keep(options.pack, entries)
+    found = compared(runs, closed_forms(config, rows, tested), tested)
     head = (
         "method",
         "seeds",
@@ -133,8 +219,7 @@ def main(argv: Sequence[str]) -> int:
     )
     write(RESULTS, options.pack, found | {"table": [head, (lines := list(rows_of(found)))]})
     print(table(head, lines))
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(exit_code(main, sys.argv[1:]))

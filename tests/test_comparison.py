@@ -6,6 +6,7 @@ import json
 import re
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from sklearn.metrics import roc_auc_score
 
 from benchmarks import packs
 from jmae import metrics
-from jmae.errors import exit_code
+from jmae.errors import InputError, exit_code
 from jmae.report import compare
 from jmae.report.__main__ import main
 
@@ -186,18 +187,38 @@ def test_runs_that_do_not_belong_together_are_refused_in_one_line(tmp_path, capf
     assert not (tmp_path / "page.html").exists()
 
 
-def test_methods_of_a_pack_stand_beside_the_best_closed_form_of_normals_alone(tmp_path):
-    """A method's figure is the mean over its seeds. A closed form that learns from unlabelled images is no rival."""
+@pytest.fixture
+def pack(tmp_path, monkeypatch):
+    """Runs of a pack, its test rows, and a folder for what is kept."""
     for row, seeds in (("amae.packs.cxr_peds", 2), ("rivals.packs.cxr_peds.ae", 1), ("amae.packs.cxr_nih", 1)):
         for seed in range(seeds):
             a_run(tmp_path / row / f"seed-{seed}", 0.5 + seed)
     (tmp_path / "ppii.packs.cxr_peds" / "seed-0").mkdir(parents=True)  # not finished
-    runs = packs.methods(tmp_path, "cxr_peds")
+    monkeypatch.setattr(packs, "KEPT", tmp_path / "kept")
+    rows = [SimpleNamespace(id=name, label=int(label), patient="") for name, label in zip(IDS, LABELS, strict=True)]
+    return SimpleNamespace(folder=tmp_path, rows=rows, cases=packs.cases_digest(rows))
+
+
+def kept_runs(pack):
+    """The runs of `pack` as they come back from the kept file."""
+    found = {
+        (method, seed): {"method": method, "seed": seed} | packs.entry_of(folder, pack.rows)
+        for method, seed, folder in packs.finished(pack.folder, "cxr_peds")
+    }
+    packs.keep("cxr_peds", found)
+    assert packs.read_kept("cxr_peds") == found and packs.read_kept("cxr_nih") == {}
+    return packs.methods(packs.read_kept("cxr_peds").values(), pack.cases)
+
+
+def test_methods_of_a_pack_stand_beside_the_best_closed_form_of_normals_alone(pack):
+    """A method's figure is the mean over its seeds. A closed form that learns from unlabelled images is no rival."""
+    runs = kept_runs(pack)
     assert {name: len(each) for name, each in runs.items()} == {"amae": 2, "rivals.ae": 1}
     rng = np.random.default_rng(0)
     forms = {"5-NN": LABELS + rng.normal(0, 1, 24), "brightness": rng.normal(0, 1, 24), packs.MIXED: LABELS + 0.0}
-    found = packs.compared(runs, forms, IDS)
-    each = [roc_auc_score(LABELS, compare.scores_of(run, IDS)) for run in runs["amae"]]
+    found = packs.compared(runs, forms, pack.rows)
+    stored = [compare.read_run(pack.folder / "amae.packs.cxr_peds" / f"seed-{seed}") for seed in (0, 1)]
+    each = [roc_auc_score(LABELS, compare.scores_of(run, IDS)) for run in stored]
     known = roc_auc_score(LABELS, forms["5-NN"])
     one = found["methods"]["amae"]
     assert found["best_closed_form"] == "5-NN" and (one["seeds"], one["trained"]) == (2, True)
@@ -206,7 +227,38 @@ def test_methods_of_a_pack_stand_beside_the_best_closed_form_of_normals_alone(tm
     assert found["methods"]["5-NN"]["difference_ci"] == (0, 0)
     assert next(packs.rows_of(found))[0] == packs.MIXED
 
-    figures = {"5 nearest normals: score": 0.7, "blur: score": 0.6, "blur: other": 0.9}
+
+def test_the_best_closed_form_under_a_methods_own_score_is_the_best_mean_over_its_seeds(pack):
+    file = pack.folder / "amae.packs.cxr_peds" / "seed-0" / "evaluation" / "metrics.json"
+    figures = {"5 nearest normals: ms_ssim": 0.7, "blur: ms_ssim": 0.6, "blur: other": 0.9}
     rivals = {name: {"image": {"auroc": auroc}} for name, auroc in figures.items()}
-    run = runs["amae"][0]._replace(metrics={"primary": "score", "baselines": rivals | {"5-NN": {"image": None}}})
-    assert packs.same_score([run]) == ("5 nearest normals", 0.7) and packs.same_score([]) is None
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"baselines": rivals | {"5-NN": {"image": None}}}))
+    first = packs.entry_of(file.parents[1], pack.rows)
+    assert first["rivals"] == {"5 nearest normals": 0.7, "blur": 0.6}
+    assert packs.same_score([first]) == ("5 nearest normals", 0.7) and packs.same_score([]) is None
+    assert packs.same_score([first, first | {"rivals": {"blur": 0.9, "5 nearest normals": 0.7}}])[0] == "blur"
+
+
+def test_kept_runs_of_other_cases_or_another_recipe_are_refused(pack):
+    runs = kept_runs(pack)
+    one = runs["amae"][1]
+    with pytest.raises(InputError, match="amae, seed 1 has other test cases"):
+        packs.methods([one | {"cases": "others"}], pack.cases)
+    with pytest.raises(InputError, match="amae, seed 1 has another recipe than seed 0"):
+        packs.methods([runs["amae"][0], one | {"settings": "others"}], pack.cases)
+    with pytest.raises(InputError, match="no score of 1 cases, such as case0"):
+        packs.entry_of(
+            pack.folder / "amae.packs.cxr_peds" / "seed-0",
+            [SimpleNamespace(id="case0", label=1, patient=""), *pack.rows[1:]],
+        )
+    config = {"seed": 1, "data": {"manifest": "a.csv", "size": 8}, "steps": 5}
+    same = config | {"seed": 2, "data": {"manifest": "b.csv", "size": 8}}
+    assert packs.settings(config) == packs.settings(same) != packs.settings(config | {"steps": 6})
+
+
+def test_runs_of_a_part_of_the_steps_are_left_out(pack):
+    run = pack.folder / "amae.packs.cxr_peds" / "seed-0"
+    config = json.loads((run / "evaluation" / "config.json").read_text())
+    for budget, kept in ((1.0, True), (0.1, False)):
+        (run / "evaluation" / "config.json").write_text(json.dumps(config | {"budget": budget}))
+        assert bool(packs.entry_of(run, pack.rows)) == kept

@@ -96,17 +96,21 @@ def with_others(result: dict[str, Any], file: Path) -> dict[str, Any]:
 def page(result: dict[str, Any]) -> str:
     """docs/faults.md."""
     head = (
-        f"# Faults\n\nWritten by `make faults` from benchmarks/results/faults.json: {result['passed']} of "
-        f"{result['classes']} classes pass, {result['injected']} faults were injected (seed {result['seed']}), "
-        f"{result['silent']} gave a wrong result without a word, {result['tracebacks']} ended in a traceback or failed "
-        "otherwise.\nA fault is caught where it is refused in one line, or where it changes no result. A test counts "
-        "as one fault a case, however many it injects.\n"
+        f"# Faults\n\nThe command `make faults` injects faults into jmae, in {result['classes']} classes. It writes this "
+        "page and `benchmarks/results/faults.json`.\nIn the last whole run it injected "
+        f"{result['injected']} faults (seed {result['seed']}), and {result['passed']} of the {result['classes']} "
+        f"classes pass.\nOf these faults {result['silent']} gave a wrong result without a message, and "
+        f"{result['tracebacks']} ended in a traceback or failed in another way.\n\nA fault counts as *caught* if jmae "
+        "refuses the input in one line, or if the fault changes no result.\nFor some classes tests inject the faults. "
+        "Then each case of a test counts as one fault, however many faults the case injects.\n"
     )
-    table = ["| class | | injected | caught | silent | tracebacks | not run |", "|---|---|---|---|---|---|---|"]
+    columns = ["class", "what goes wrong", "injected", "caught", "wrong without a message", "tracebacks", "not run"]
+    table = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for line in result["lines"]:
         counts = [line["injected"], line["caught"], len(line["silent"]), len(line["tracebacks"])]
-        name = line["name"] + ("" if line["passed"] else " **fails**")
-        table.append(f"| {line['class']} | {name} | {' | '.join(map(str, counts))} | {line['not run']} |")
+        one = CLASSES[line["class"]]
+        name = one.name + ("" if line["passed"] else " **fails**")
+        table.append(f"| {line['class']} | {name} | {' | '.join(map(str, counts))} | {one.needs} |")
     absent = [str(n) for n in CLASSES if n not in {line["class"] for line in result["lines"]}]
     rest = f"\nNot run in this table: classes {', '.join(absent)}.\n" if absent else ""
     return "\n".join([head, *table]) + "\n" + rest

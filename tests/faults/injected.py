@@ -479,12 +479,12 @@ def _of(file: str, *tests: str) -> tuple[str, ...]:
 
 CLASSES = {
     1: FaultClass(
-        "kill -9 in training",
+        "the training process is killed (kill -9)",
         tests=_of("train", "test_killed_three_times_a_run_ends_as_if_it_never_was"),
-        needs="the comparison on a GPU needs one",
+        needs="the comparison on a GPU needs a GPU",
     ),
     2: FaultClass(
-        "kill -9 inside a save",
+        "the process is killed while it saves (kill -9)",
         tests=_of(
             "checkpoint",
             "test_a_save_killed_at_any_use_of_its_folder_leaves_a_complete_step",
@@ -493,7 +493,7 @@ CLASSES = {
         ),
     ),
     3: FaultClass(
-        "SIGTERM and Ctrl-C",
+        "SIGTERM and Ctrl-C in training",
         tests=_of("train", "test_sigterm_and_ctrl_c_save_and_exit_143_and_130_and_the_run_goes_on"),
     ),
     4: FaultClass("a flipped bit in a checkpoint or a record", ((500, flipped_checkpoints), (400, flipped_records))),
@@ -514,7 +514,7 @@ CLASSES = {
         ),
     ),
     7: FaultClass(
-        "other numbers of devices and processes at restore",
+        "a run goes on with another number of devices or processes",
         tests=(
             *_of(
                 "checkpoint",
@@ -536,15 +536,15 @@ CLASSES = {
             "test_a_lost_process_is_named_with_the_first_line_of_the_error",
         ),
     ),
-    9: FaultClass("a NIfTI file that is cut, or none", ((200, cut_nifti),)),
+    9: FaultClass("a NIfTI file that ends too early, or a file of another kind", ((200, cut_nifti),)),
     10: FaultClass("a flipped bit in a gzipped volume", ((200, flip_gzip),)),
     11: FaultClass(
-        "NIfTI headers that lie",
+        "NIfTI headers with false values",
         ((100, lying_nifti),),
         _of("limits", "test_a_lying_spacing_is_refused_before_memory_is_taken"),
     ),
     12: FaultClass(
-        "bombs",
+        "small files that claim to be very large",
         ((6, bombs),),
         _of(
             "limits",
@@ -553,32 +553,36 @@ CLASSES = {
             "test_an_nrrd_header_of_a_million_lines_is_refused_at_once",
         ),
     ),
-    13: FaultClass("DICOM", ((100, odd_dicom),), _of("series", "test_a_series_that_makes_no_volume_is_one_line")),
+    13: FaultClass(
+        "damaged and unusual DICOM files",
+        ((100, odd_dicom),),
+        _of("series", "test_a_series_that_makes_no_volume_is_one_line"),
+    ),
     14: FaultClass(
-        "pictures",
+        "damaged and unusual picture files (PNG, JPEG, TIFF)",
         ((200, odd_pictures),),
         _of("files", "test_exif_and_tiff_orientation_are_undone", "test_jpeg_grey_colour_and_cmyk"),
     ),
     15: FaultClass(
-        "NaN and Inf voxels",
+        "NaN and Inf among the voxels",
         ((100, not_finite),),
         _of("trust", "test_values_that_are_not_finite_are_refused_or_stay_nan_in_the_map"),
     ),
     16: FaultClass(
-        "a loss that is not finite",
+        "a loss that is NaN or Inf",
         ((50, bad_steps),),
         (
             *_of("trust", "test_as_many_steps_are_skipped_as_the_recipe_says_then_training_ends_with_3"),
             *_of("train", "test_weights_that_are_not_finite_are_never_saved"),
         ),
     ),
-    17: FaultClass("any size and spacing", ((100, grids),)),
+    17: FaultClass("volumes of any size and spacing", ((100, grids),)),
     18: FaultClass(
-        "a missing or misaligned sequence",
+        "a sequence that is missing, or on another grid",
         tests=_of("files", "test_channels_and_masks_on_another_grid_are_refused")
         + _of("manifest", "test_series_before_and_after_contrast_come_together"),
     ),
-    19: FaultClass("copies and patients in two splits", ((60, planted_copies), (15, odd_rows))),
+    19: FaultClass("copies of an image, or one patient, in two splits", ((60, planted_copies), (15, odd_rows))),
     20: FaultClass(
         "a full disk",
         tests=(
@@ -591,7 +595,7 @@ CLASSES = {
         ),
     ),
     21: FaultClass(
-        "files that vanish or may not be read",
+        "files that vanish, or that may not be read",
         tests=_of(
             "loader",
             "test_a_file_that_turns_bad_in_mid_training_is_tried_three_times_then_quarantined",
@@ -599,24 +603,24 @@ CLASSES = {
         ),
     ),
     22: FaultClass(
-        "a worker of the loader fails",
+        "a worker of the data loader fails",
         tests=_of("loader", "test_a_file_that_vanishes_after_the_start_is_named"),
-        needs="workers are threads: none can end alone",
+        needs="workers are threads: no thread can end alone",
     ),
     23: FaultClass(
-        "out of the device's memory",
+        "the device has too little memory",
         tests=_of("predict", "test_a_device_that_is_full_gets_less_at_a_time_with_the_same_map"),
-        needs="a GPU's own allocator needs one",
+        needs="the memory allocator of a GPU needs a GPU",
     ),
     24: FaultClass(
-        "two commands on one folder",
+        "two commands write into one folder",
         tests=(
             *_of("checkpoint", "test_a_second_run_is_refused_until_the_first_ends_even_by_kill"),
             *_of("trust", "test_a_second_predict_or_evaluate_into_a_folder_is_refused"),
         ),
     ),
     25: FaultClass(
-        "hostile recipes, checkpoints and weights",
+        "malicious recipes, checkpoints and weights",
         ((6, hostile_json),),
         (
             *_of("checkpoint", "test_a_crafted_step_runs_no_code"),
@@ -637,21 +641,26 @@ CLASSES = {
         ),
     ),
     27: FaultClass(
-        "the same seed twice, other batches and devices",
+        "the same cases with other batches and devices",
         tests=(
             *_of("evaluate", "test_a_case_scores_the_same_alone_in_a_batch_and_in_another_order"),
             *_of("devices", "test_one_device_and_eight_give_the_same_maps_and_scores"),
         ),
     ),
     28: FaultClass(
-        "a prediction that is interrupted",
+        "a prediction is interrupted and goes on",
         tests=(
             *_of("predict", "test_an_interrupted_prediction_goes_on_where_it_stopped"),
             *_of("trust", "test_a_damaged_line_of_a_prediction_is_predicted_again"),
         ),
     ),
-    29: FaultClass("names and paths", ((7, names),), _of("manifest", "test_ten_thousand_rows_keep_their_order")),
-    30: FaultClass("the supply chain", tests=_of("supply", "test_every_package_of_the_lock_files_has_hashes")),
+    29: FaultClass(
+        "unusual file names and long paths", ((7, names),), _of("manifest", "test_ten_thousand_rows_keep_their_order")
+    ),
+    30: FaultClass(
+        "packages of the lock files without a hash",
+        tests=_of("supply", "test_every_package_of_the_lock_files_has_hashes"),
+    ),
 }
 
 

@@ -96,8 +96,8 @@ def with_others(result: dict[str, Any], file: Path) -> dict[str, Any]:
 def page(result: dict[str, Any]) -> str:
     """docs/faults.md."""
     head = (
-        f"# Faults\n\nThe command `make faults` injects faults into jmae, in {result['classes']} classes. It writes this "
-        "page and `benchmarks/results/faults.json`.\nIn the last whole run it injected "
+        f"# Faults\n\nThe command `make faults` injects faults into jmae, in {result['classes']} classes. It writes "
+        "this page and `benchmarks/results/faults.json`.\nIn the last whole run it injected "
         f"{result['injected']} faults (seed {result['seed']}), and {result['passed']} of the {result['classes']} "
         f"classes pass.\nOf these faults {result['silent']} gave a wrong result without a message, and "
         f"{result['tracebacks']} ended in a traceback or failed in another way.\n\nA fault counts as *caught* if jmae "

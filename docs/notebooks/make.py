@@ -1,7 +1,7 @@
-"""python docs/notebooks/make.py: writes the notebooks beside this file from the tutorials of their names.
+"""python docs/notebooks/make.py: writes the notebooks in this folder, each from the tutorial of the same name.
 
-Text stays text. A `python` block is a cell, and so is a `sh` block, which bash runs; other blocks are shown.
-Comments are dropped.
+Text stays text. A `python` block becomes a cell. A `sh` block becomes a cell that bash runs. Other blocks stay in the
+text. Comments are left out.
 """
 
 import json

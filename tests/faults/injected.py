@@ -641,7 +641,7 @@ CLASSES = {
         ),
     ),
     27: FaultClass(
-        "the same cases with other batches and devices",
+        "the same cases, scored with other batches and devices",
         tests=(
             *_of("evaluate", "test_a_case_scores_the_same_alone_in_a_batch_and_in_another_order"),
             *_of("devices", "test_one_device_and_eight_give_the_same_maps_and_scores"),

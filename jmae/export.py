@@ -21,8 +21,9 @@ run is not calibrated.
 A run of volumes has `stored.bin` where --like names a scan; several sequences are "A;B". Volumes must have that scan's
 size, spacing and directions; others get NaN, or an error for their size. The call is
 `call(weights, volume, affine, region)`: float32 (x, y, z, channels), the scan's affine float32 (4, 4), and bool
-(x, y, z), True where metrics count. A region without True is none. There is no midline. The p-value is NaN where the
-held-out normals had a midline or half, and where only they or only the volume had a region.
+(x, y, z), True where metrics count. A scan without an affine, such as a .npy file, has numpy.eye(4). A region without
+True is none. There is no midline. The p-value is NaN where the held-out normals had a midline or half, and where only
+they or only the volume had a region.
 
 `function.bin` takes what the network sees, and gives all scores and maps: `call(weights, image, case)` has
 {"maps/NAME", "scores/NAME", "reconstruction", "confidence"}. `image` is float32 (batch, *size, channels). Without

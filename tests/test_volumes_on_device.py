@@ -124,6 +124,13 @@ def test_only_scans_of_the_grid_are_known():
     assert not same(AFFINE @ np.diag([1.01, 1, 1, 1.0])) and not same(AFFINE[:, [0, 2, 1, 3]])
 
 
+def test_a_scan_with_an_affine_is_not_of_a_grid_without_one():
+    settings = data(axes="", spacing=())
+    grid = whole_grid(scan()._replace(affine=None, spacing=None), settings, "scan")
+    same = lambda affine: bool(on_device.same_grid(jnp.asarray(affine, jnp.float32), grid, settings))
+    assert same(np.eye(4)) and not same(AFFINE) and not same(np.diag([1, 1, 2, 1.0]))
+
+
 @pytest.mark.parametrize("exact", [False, True])
 def test_an_equalised_area_is_that_of_the_host(exact):
     rng = np.random.default_rng(3)

@@ -38,9 +38,12 @@ def room(grid: Grid, data: ConfigDict) -> tuple[int, ...]:
 
 
 def same_grid(affine: Float[Array, "4 4"], grid: Grid, data: ConfigDict) -> Bool[Array, ""]:
-    """Whether a volume has the export's spacing and, where `data.axes` turns volumes, its axes and directions."""
+    """Whether a volume has the export's spacing and, where `data.axes` turns volumes, its axes and directions.
+
+    Where the export's scan had no affine, the volume has none either: its affine is the identity.
+    """
     if grid.own_affine is None:
-        return jnp.bool_(True)
+        return (affine == jnp.eye(4)).all()
     spacing, known = jnp.linalg.norm(affine[:3, :3], axis=0), np.linalg.norm(grid.own_affine[:3, :3], axis=0)
     same = (jnp.abs(spacing / known - 1) * np.array(grid.own_size) / 2 <= KEPT_VOXELS).all()
     if not data.axes:

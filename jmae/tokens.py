@@ -330,11 +330,7 @@ def token_fits(
     evaluation, volumes = config.evaluation, recipe.is_volume(config)
     if evaluation.tokens == "none":
         return ()
-    grid, coreset = grid_of(tuple(config.data.size), tuple(config.model.patch)), evaluation.bank_choice == "coreset"
-    near = neighbours(grid, inner(grid, evaluation.ring))
-    keep = partial(
-        learned, near=near, way=evaluation.tokens, size=evaluation.bank_size, coreset=coreset, seed=config.seed
-    )
+    keep = partial(learned_by, config)
 
     def rows(rows: Sequence[Row]) -> np.ndarray:
         known = lambda row: volumes and (row.mask or row.boxes)
@@ -357,6 +353,13 @@ def token_fits(
     )
 
 
+def learned_by(config: ConfigDict, features: Float[np.ndarray, "n k d"]) -> dict[str, np.ndarray]:
+    """`learned` of the inner tokens of n images by a recipe's settings."""
+    evaluation, grid = config.evaluation, grid_of(tuple(config.data.size), tuple(config.model.patch))
+    near, coreset = neighbours(grid, inner(grid, evaluation.ring)), evaluation.bank_choice == "coreset"
+    return learned(features, near, evaluation.tokens, size=evaluation.bank_size, coreset=coreset, seed=config.seed)
+
+
 def tokens_of(config: ConfigDict, mae: MAE | None, image: Float[Array, "b *size c"]) -> Float[Array, "b k d"]:
     """The inner tokens of images that are in the network's range; without a network the inner patches themselves."""
     patch, evaluation = tuple(config.model.patch), config.evaluation
@@ -371,6 +374,22 @@ def token_score(
     size, found = image.shape[1:-1], distances(tokens_of(config, mae, image), learned)
     grid = grid_of(size, tuple(config.model.patch))
     return map_of(found, grid, config.evaluation.ring, size), score_of(found)
+
+
+def signed_token_score(
+    config: ConfigDict,
+    mae: MAE,
+    image: Float[Array, "b *size c"],
+    normal: Mapping[str, Array],
+    abnormal: Mapping[str, Array],
+) -> tuple[Float[Array, " b *size"], Float[Array, " b"]]:
+    """(maps, scores) of (d - e) / (d + e), from -1 to 1: d is the distance to the tokens of normal images, e to those
+    of images that are taken as abnormal. The score has the means of d and of e over the tokens (ours)."""
+    size, tokens = image.shape[1:-1], tokens_of(config, mae, image)
+    d, e = distances(tokens, normal), distances(tokens, abnormal)
+    between = lambda d, e: (d - e) / jnp.maximum(d + e, jnp.finfo(jnp.float32).tiny)
+    grid = grid_of(size, tuple(config.model.patch))
+    return map_of(between(d, e), grid, config.evaluation.ring, size), between(score_of(d), score_of(e))
 
 
 def sweeping(

@@ -246,6 +246,52 @@ def test_the_map_and_the_score_agree_and_every_score_is_given(trained):
     assert ((np.asarray(out["scores"]["stage1"]) > 0) & (np.asarray(out["scores"]["stage1"]) < 1)).all()
 
 
+def test_tokens_are_signed_by_their_distances_to_normal_images_and_to_module_b_s_own(trained):
+    """(d - e) / (d + e) of module B's inner tokens, at the same place, against NumPy; its own images are those that
+    the training took."""
+    _, results = trained
+    c = config(**{"evaluation.tokens": "position", "evaluation.bank_size": 200})
+    system, images, cases = load_system(c), batch(12), 12
+    fits = {fit.name: fit for fit in system.fits}
+    measured = fits["own_tokens"].measure(results, images, None)
+    margin = np.asarray(measured["margin"]).copy()
+    order = np.argsort(margin)
+    margin[order] = np.linspace(-1, 1, cases)  # the trained head may call all of them one class
+    label, confident = pseudo_labels(margin, c.adapt.percentile, c.adapt.percentile_over)
+    own = confident & (label == 1)
+    assert 0 < own.sum() < cases
+    bank = fits["own_tokens"].finish({"tokens": measured["tokens"], "margin": margin}, None)
+    normal = fits["tokens"].measure(results, images, None)
+    kept = {"tokens": fits["tokens"].finish(normal, None), "own_tokens": bank}
+    new = batch(3, seed=100)
+    out = system.score(results | jax.tree.map(jnp.asarray, kept), new, jax.random.key(0))
+    tokens = np.asarray(fits["own_tokens"].measure(results, new, None)["tokens"])
+    grid = (2, 2)  # of inner tokens: all are near each other
+    assert tokens.shape[1] == np.prod(grid)
+    apart = lambda bank: np.array(
+        [
+            [np.linalg.norm(bank.reshape(-1, bank.shape[-1]) - token, axis=-1).min() for token in image]
+            for image in tokens
+        ]
+    )
+    d, e = apart(np.asarray(normal["module_b"])), apart(np.asarray(measured["tokens"])[own])
+    expected = (d.mean(1) - e.mean(1)) / (d.mean(1) + e.mean(1))
+    np.testing.assert_allclose(out["scores"]["tokens_signed"], expected, rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(
+        np.asarray(out["maps"]["tokens_signed"])[:, [0, 0, -1, -1], [0, -1, 0, -1]], (d - e) / (d + e), atol=1e-4
+    )
+
+
+@pytest.mark.parametrize(
+    "changes", [{"variant": "no_pseudo", "evaluation.tokens": "position"}, {"evaluation.tokens": "gaussian"}]
+)
+def test_signed_tokens_need_pseudo_labels_and_banks(changes):
+    with pytest.raises(InputError, match="tokens_signed needs variant=stage2"):
+        load_system(config(**{"evaluation.discrepancy": "tokens_signed"} | changes))
+    with pytest.raises(InputError, match="set evaluation"):
+        load_system(config(**{"evaluation.discrepancy": "tokens_signed"}))
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_variant_scores_what_it_trained(variant, trained):
     _, results = trained

@@ -57,6 +57,7 @@ from jmae.reconstruct import Reconstruction, reconstruct
 from jmae.run_folder import log
 from jmae.sharding import device_gather, device_mean
 from jmae.system import (
+    Fit,
     Prediction,
     Pretrained,
     Results,
@@ -69,7 +70,17 @@ from jmae.system import (
     stats_of,
     steps_of,
 )
-from jmae.tokens import NAME, TOKEN_KEYS, check_tokens, token_fits, token_rivals, token_score
+from jmae.tokens import (
+    NAME,
+    TOKEN_KEYS,
+    check_tokens,
+    learned_by,
+    signed_token_score,
+    token_fits,
+    token_rivals,
+    token_score,
+    tokens_of,
+)
 
 VARIANTS = {
     "stage2": ("pretrain", "proxy", "labels", "module_a", "module_b"),
@@ -82,7 +93,13 @@ VARIANTS = {
     "b_normals": ("pretrain", "proxy", "labels", "module_a", "module_b"),
 }
 NORMALS_ALONE = ("stage1", "mae", "one_class")  # variants that need no unlabelled image
-DISCREPANCIES = {"reconstruction": "stage2", "nearer": "stage2_nearer", "error": "stage2_error"}
+SIGNED, OWN = "tokens_signed", "own_tokens"  # a score, and what it keeps of module B's images
+DISCREPANCIES = {
+    "reconstruction": "stage2",
+    "nearer": "stage2_nearer",
+    "error": "stage2_error",
+    SIGNED: SIGNED,
+}
 MEANS = ("mae", "mask_rec", "one_class", "stage2_error")  # primary scores that are means over masks
 TOKEN_SCORES = {"pretrain": "tokens", "module_a": "tokens_a", "module_b": "tokens_b"}  # by the encoder's stage
 HOME_MADE = (
@@ -158,8 +175,9 @@ KEYS = {
     "evaluation.discrepancy": recipe.Key(
         "reconstruction",
         'The primary score: "reconstruction", Eq. 4. Ours: "nearer", the part of Eq. 4 where module B is nearer the '
-        'image; "error", the error of A less that of B; "tokens", in every variant, the score of the tokens of '
-        "Stage 0's encoder.",
+        'image; "error", the error of A less that of B; "tokens_signed", how much nearer the tokens of module B lie to '
+        'those of its own training images than to those of normal images; "tokens", in every variant, the score of '
+        "the tokens of Stage 0's encoder.",
         choices=(*DISCREPANCIES, "tokens"),
     ),
     **declared("evaluation", TOKEN_KEYS),
@@ -372,6 +390,10 @@ def score(
         for name, learned in results[NAME].items():
             mae = networks.mae_of(results[name]["params"])
             maps[TOKEN_SCORES[name]], scores[TOKEN_SCORES[name]] = token_score(config, mae, image, learned)
+    if OWN in results:
+        banks = results[NAME]["module_b"], results[OWN]
+        mae = networks.mae_of(results["module_b"]["params"])
+        maps[SIGNED], scores[SIGNED] = signed_token_score(config, mae, image, *banks)
     if "proxy" in names:
         scores["stage1"] = jax.nn.sigmoid(margin_of(networks, results, raw))
     primary, more = primary_of(config), {}
@@ -424,6 +446,44 @@ def error_score(
         maps[primary_of(config)] = residuals.anomaly_map(config, of, results)
         scores |= residuals.device_score(config, maps[primary_of(config)])
     return {"maps": maps, "scores": scores}
+
+
+def own_tokens(networks: Networks) -> tuple[Fit, ...]:
+    """The bank of module B's own training images, for the score `tokens_signed`; nothing where there is no such score.
+
+    They are the unlabelled images that Stage 1 predicts abnormal with confidence, as in the training.
+    """
+    config = networks.config
+    if config.variant != "stage2" or config.evaluation.tokens not in ("position", "global"):
+        return ()
+
+    def measure(results: Results, batch: PyTree, key: Key[Array, ""]) -> dict[str, Array]:
+        image, mae = batch["image"], networks.mae_of(results["module_b"]["params"])
+        return {
+            "tokens": tokens_of(config, mae, standardised(image, config)),
+            "margin": margin_of(networks, results, image),
+        }
+
+    def finish(arrays: PyTree, key: Key[Array, ""]) -> dict[str, np.ndarray]:
+        label, confident = pseudo_labels(
+            np.asarray(arrays["margin"]), config.adapt.percentile, config.adapt.percentile_over
+        )
+        own = np.flatnonzero(confident & (label == 1))
+        own = own if len(own) else np.arange(1)  # a plan asks for shapes, with margins of 0
+        bank = learned_by(config, np.asarray(arrays["tokens"])[own])["bank"]
+        repeated = np.resize(np.arange(bank.shape[1]), config.evaluation.bank_size)  # replicates have one shape
+        return {"bank": bank[:, repeated]}
+
+    return (
+        Fit(
+            name=OWN,
+            rows=lambda rows: unlabelled(config, rows, {}),
+            measure=measure,
+            finish=finish,
+            settings=tuple(TOKEN_KEYS),
+            needs="give the manifest rows of split unlabeled",
+        ),
+    )
 
 
 # --- pseudo-labels: one sweep over the unlabelled images --------------------------------------------------------------
@@ -683,7 +743,12 @@ def build(config: ConfigDict) -> System:
     if config.variant == "b_perfect":
         notes.append("variant b_perfect was trained on the hidden labels: it is a control, no method")
     primary = primary_of(config)
-    check_tokens(config, primary)
+    check_tokens(config, NAME if primary == SIGNED else primary)
+    own = own_tokens(networks)
+    if primary == SIGNED and not own:
+        raise InputError(
+            f"evaluation.discrepancy={SIGNED} needs variant=stage2 and evaluation.tokens=position or global"
+        )
     fits_of = lambda predict: residuals.fits(config, partial(batch_evidence, networks, predict), "masks", "paste")
     system = System(
         name="amae",
@@ -693,14 +758,14 @@ def build(config: ConfigDict) -> System:
         score=partial(score, networks),
         masks=config.evaluation.masks,
         repetitions="masks",
-        averaged=primary not in ("stage2", "stage2_nearer", NAME, *residuals.NAMES),  # no means over masks
+        averaged=primary not in ("stage2", "stage2_nearer", NAME, SIGNED, *residuals.NAMES),  # no means over masks
         fits=fits_of(partial(predicted, networks)),
         notes=tuple(notes),
     )
     encoders = {name: networks.mae_of for name in names if name in TOKEN_SCORES}
     tokens = token_fits(config, encoders, partial(standardised, config=config))
     rivals = token_rivals(config, system, partial(standardised, config=config), networks.mae_init, networks.mae_of)
-    whole = replace(system, fits=(*system.fits, *tokens), rivals=rivals)
+    whole = replace(system, fits=(*system.fits, *tokens, *own), rivals=rivals)
     if config.evaluation.residual == "feature":  # only the network has features
         return whole
     name = primary if residuals.wanted(config) else normal_error(config)[1]

@@ -92,6 +92,7 @@ class Runs:
         """The result of one run, trained where it is not there; None where it failed."""
         options, key = self.options, ", ".join([self.name, setting, *self.overrides, f"seed {seed}"])
         arguments = [f"--config=configs/amae.py:{options.preset}", f"--config.budget={options.budget}"]
+        arguments += ["--config.evaluation.discrepancy=error"]  # b_perfect has no score of signed tokens
         arguments += [f"--config.{k}={v}" for k, v in changes.items()]
         arguments += [f"--config.seed={seed}", "--config.evaluation.maps=False", *self.overrides]
         if options.subsets:

@@ -26,7 +26,8 @@ SUGGESTED = {"unlabelled images": "the only system that learns from them; AUROC 
 # ours: a small network, trained from nothing on 2 cores, in fixed steps and at higher rates. The rates were chosen on
 # phantoms of another seed; the setting `paper_rate` of benchmarks.accuracy adapts at the paper's rate. Images are
 # standardised one by one, since exposure differs within a set. The mask ratio is 0.75 before adaptation too, since 0.9
-# leaves 6 of 64 patches. The discrepancy is signed (jmae/systems/amae.py, `score`). Module B takes as many steps as
+# leaves 6 of 64 patches. The discrepancy is signed (jmae/systems/amae.py, `score`); of tokens it has the higher AUROC
+# on `val` of both sets of X-rays, .977 for .934 (children) and .655 for .600 (adults). Module B takes as many steps as
 # module A: its stage2_error on phantoms is .911, and with as many epochs .847 [.790, .901].
 SMALL = {
     "data.normalise": "image",
@@ -52,12 +53,13 @@ SMALL = {
     "adapt.steps": 800,
     "adapt.epochs": 0,
     "adapt.lr": 1e-3,
-    "evaluation.discrepancy": "error",
+    "evaluation.discrepancy": "tokens_signed",
     "evaluation.tokens": "position",
     "evaluation.masks": 32,  # less noise in the score
 }
 PHANTOM = SMALL | {
     "data.phantom": "chest",
+    "evaluation.discrepancy": "error",
     "data.size": (64, 64),
     "model.patch": (8, 8),
     "model.width": 128,

@@ -283,13 +283,24 @@ def test_tokens_are_signed_by_their_distances_to_normal_images_and_to_module_b_s
 
 
 @pytest.mark.parametrize(
-    "changes", [{"variant": "no_pseudo", "evaluation.tokens": "position"}, {"evaluation.tokens": "gaussian"}]
+    "changes", [{"variant": "b_perfect", "evaluation.tokens": "position"}, {"evaluation.tokens": "gaussian"}]
 )
-def test_signed_tokens_need_pseudo_labels_and_banks(changes):
-    with pytest.raises(InputError, match="tokens_signed needs variant=stage2"):
+def test_signed_tokens_need_banks_and_images_that_are_known_without_labels(changes):
+    with pytest.raises(InputError, match="tokens_signed needs evaluation"):
         load_system(config(**{"evaluation.discrepancy": "tokens_signed"} | changes))
     with pytest.raises(InputError, match="set evaluation"):
         load_system(config(**{"evaluation.discrepancy": "tokens_signed"}))
+
+
+def test_without_pseudo_labels_the_own_images_are_all_of_module_b():
+    rows = [row for row in phantoms.rows("chest") if row.split in ("train", "unlabeled")]
+    for variant, split in (("no_pseudo", "unlabeled"), ("b_normals", "train")):
+        c = config(**{"variant": variant, "evaluation.tokens": "global", "evaluation.discrepancy": "tokens_signed"})
+        (fit,) = (fit for fit in load_system(c).fits if fit.name == "own_tokens")
+        assert {rows[i].split for i in fit.rows(rows)} == {split}
+        tokens = np.random.default_rng(0).normal(size=(5, 4, 3)).astype(np.float32)
+        bank = fit.finish({"tokens": tokens}, None)["bank"]
+        assert {tuple(token) for token in bank.reshape(-1, 3)} == {tuple(token) for token in tokens.reshape(-1, 3)}
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

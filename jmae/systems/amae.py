@@ -451,33 +451,35 @@ def error_score(
 def own_tokens(networks: Networks) -> tuple[Fit, ...]:
     """The bank of module B's own training images, for the score `tokens_signed`; nothing where there is no such score.
 
-    They are the unlabelled images that Stage 1 predicts abnormal with confidence, as in the training.
+    With pseudo-labels these are the unlabelled images that Stage 1 predicts abnormal with confidence, as in the
+    training. The control b_perfect has no such score, as its images come from hidden labels.
     """
     config = networks.config
-    if config.variant != "stage2" or config.evaluation.tokens not in ("position", "global"):
+    none = "module_b" not in VARIANTS[config.variant] or config.variant == "b_perfect"
+    if none or config.evaluation.tokens not in ("position", "global"):
         return ()
+    predicted = config.variant == "stage2"
+    rows = (lambda rows: unlabelled(config, rows, {})) if predicted else (lambda rows: rows_b(config, rows, {}))
 
     def measure(results: Results, batch: PyTree, key: Key[Array, ""]) -> dict[str, Array]:
         image, mae = batch["image"], networks.mae_of(results["module_b"]["params"])
-        return {
-            "tokens": tokens_of(config, mae, standardised(image, config)),
-            "margin": margin_of(networks, results, image),
-        }
+        margin = {"margin": margin_of(networks, results, image)} if predicted else {}
+        return {"tokens": tokens_of(config, mae, standardised(image, config))} | margin
 
     def finish(arrays: PyTree, key: Key[Array, ""]) -> dict[str, np.ndarray]:
-        label, confident = pseudo_labels(
-            np.asarray(arrays["margin"]), config.adapt.percentile, config.adapt.percentile_over
-        )
-        own = np.flatnonzero(confident & (label == 1))
-        own = own if len(own) else np.arange(1)  # a plan asks for shapes, with margins of 0
-        bank = learned_by(config, np.asarray(arrays["tokens"])[own])["bank"]
+        tokens, adapt = np.asarray(arrays["tokens"]), config.adapt
+        if predicted:
+            label, confident = pseudo_labels(np.asarray(arrays["margin"]), adapt.percentile, adapt.percentile_over)
+            own = np.flatnonzero(confident & (label == 1))
+            tokens = tokens[own if len(own) else [0]]  # a plan asks for shapes, with margins of 0
+        bank = learned_by(config, tokens)["bank"]
         repeated = np.resize(np.arange(bank.shape[1]), config.evaluation.bank_size)  # replicates have one shape
         return {"bank": bank[:, repeated]}
 
     return (
         Fit(
             name=OWN,
-            rows=lambda rows: unlabelled(config, rows, {}),
+            rows=rows,
             measure=measure,
             finish=finish,
             settings=tuple(TOKEN_KEYS),
@@ -747,7 +749,8 @@ def build(config: ConfigDict) -> System:
     own = own_tokens(networks)
     if primary == SIGNED and not own:
         raise InputError(
-            f"evaluation.discrepancy={SIGNED} needs variant=stage2 and evaluation.tokens=position or global"
+            f"evaluation.discrepancy={SIGNED} needs evaluation.tokens=position or global, and no variant=b_perfect: "
+            "change one of them, or take evaluation.discrepancy=error"
         )
     fits_of = lambda predict: residuals.fits(config, partial(batch_evidence, networks, predict), "masks", "paste")
     system = System(

@@ -47,7 +47,7 @@ SMALL3D = SMALL | {"data.size": (32, 32, 8), "anomaly.patch": (0.2, 0.6)}
 
 PRESETS = {
     "paper": FROC,
-    "small": SMALL,
+    "small": SMALL | {"model.prior": 0.02},  # the share of anomalous pixels in its targets: see docs/results/ppii.md
     "phantom": PHANTOM,
     "smoke": PHANTOM
     | {

@@ -57,6 +57,14 @@ def test_the_published_nets_have_as_many_parameters():
     assert (count(net.encoder), count(net)) == (2_363_232, 5_670_370)
 
 
+@pytest.mark.parametrize("train", [False, True])
+def test_with_a_prior_the_untrained_net_predicts_it_everywhere(train):
+    init, bind = small(2, prior=0.02)
+    logits = bind(*init(jax.random.key(1)))(images((8, 8)), train=train)
+    np.testing.assert_allclose(jax.nn.softmax(logits)[..., 1], 0.02, rtol=1e-5)
+    assert np.asarray(small(2)[0](jax.random.key(1))[0]["out"]["kernel"]).any()  # as published
+
+
 @pytest.mark.parametrize("size", SIZES)
 def test_logits_have_the_images_size(size):
     init, bind = small(len(size), widths=(4, 5, 6, 7), outputs=3)

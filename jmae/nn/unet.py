@@ -117,7 +117,8 @@ class UNet(nnx.Module):
     """Encoder, decoder with skips, three 1x1 convolutions of `head` channels, logits in float32.
 
     `widths` are the channels of the levels. `check_size` says which sizes fit. `dropout` is a rate; it is in use where
-    a call has keys.
+    a call has keys. `prior` is the probability of the last of two outputs that the untrained network gives everywhere:
+    the last layer starts at 0 with that bias (ours). With 0 the last layer starts He normal, as published.
     """
 
     def __init__(
@@ -129,6 +130,7 @@ class UNet(nnx.Module):
         widths: tuple[int, ...] = (32, 64, 128, 192, 192),
         head: int = 32,
         dropout: float = 0.0,
+        prior: float = 0.0,
         dtype: DTypeLike = jnp.float32,
         remat: bool = False,
         rngs: nnx.Rngs,
@@ -138,7 +140,9 @@ class UNet(nnx.Module):
         triples = zip(widths[:-1], below[1:], widths[1:], strict=True)
         self.decoder = nnx.List([Convs(rank, a + b, (c,) * 3, dtype, remat, rngs=rngs) for a, b, c in triples])
         self.head = Convs(rank, below[0], (head,) * 3, dtype, remat, length=1, rngs=rngs)
-        self.out = conv(rank, head, outputs, 1, jnp.float32, rngs, bias=True)
+        self.out = conv(rank, head, outputs, 1, jnp.float32, rngs, bias=True, zeros=prior > 0)
+        if prior:
+            self.out.bias = nnx.Param(jnp.log(jnp.array([1 - prior, prior], jnp.float32)))
         self.dropout = dropout
 
     def __call__(

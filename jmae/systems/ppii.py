@@ -95,6 +95,13 @@ KEYS = {
         (32, 64, 128, 192, 192), "Channels of each level; phiseg has two more levels of the last width.", least=1
     ),
     "model.base": Key(32, "Channels of the last layers.", least=1),
+    "model.prior": Key(
+        0.0,
+        "Ours: the probability of an anomaly that a U-Net predicts everywhere before the training; 0: its last layer "
+        "starts He normal, and chance decides.",
+        least=0,
+        below=1,
+    ),
     "model.dropout": Key(
         0.1, "Dropout rate of mc_unet, after the last convolution of each level. Ours: not stated.", least=0, below=1
     ),
@@ -301,7 +308,8 @@ def make(config: ConfigDict, rngs: Any) -> UNet | PHiSeg:
     common |= dict(widths=widths_of(config), dtype=compute_type(config), remat=model.remat, rngs=rngs)
     if model.backbone == "phiseg":
         return PHiSeg(**common, latent_levels=model.latent_levels, latent=model.latent, base=model.base)
-    return UNet(**common, head=model.base, dropout=model.dropout if model.backbone == "mc_unet" else 0.0)
+    rate = model.dropout if model.backbone == "mc_unet" else 0.0
+    return UNet(**common, head=model.base, dropout=rate, prior=model.prior)
 
 
 # --- anomalies --------------------------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
     jmae papers SYSTEM.packs.PACK --root data --preset small --seeds 3      # each row trains first
     jmae papers rivals.packs.PACK.ae_u --root data --preset small --seeds 3
-    python -m benchmarks.packs cxr_peds --runs papers
+    JMAE_DATA=data python -m benchmarks.packs cxr_peds --runs papers
 
 It trains nothing. It reads the finished runs of the pack in the folder --runs, which `jmae papers` made. Runs of
 another budget than 1 are left out. benchmarks/results/packs/PACK.jsonl keeps the scores of each run, in the order of
@@ -29,12 +29,14 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.runs import pack
 from benchmarks.timing import table, write
 from jmae import baselines, metrics, recipe
 from jmae.data.cases import Row, load_rows
 from jmae.data.preparation import prepared_image
 from jmae.errors import InputError, exit_code
 from jmae.report.compare import read_run
+from jmae.run_folder import write_text
 
 RESULTS = Path(__file__).parent / "results" / "packs.json"
 KEPT = RESULTS.with_suffix("")
@@ -43,7 +45,7 @@ Entry = Mapping[str, Any]
 """A run: its method and seed, and what `entry_of` gives."""
 
 
-def test_rows(manifest: str) -> tuple[Any, list[Row], list[Row]]:
+def rows_of_manifest(manifest: str) -> tuple[Any, list[Row], list[Row]]:
     """(the config that reads the manifest, all its rows, its labelled test rows)"""
     config, _ = recipe.parse(["--config=autoencoder:small", f"--config.data.manifest={manifest}"], "")
     rows = load_rows(config)
@@ -109,8 +111,7 @@ def read_kept(pack: str) -> dict[tuple[str, int], Entry]:
 def keep(pack: str, entries: Mapping[tuple[str, int], Entry]) -> None:
     """Writes the runs of a pack, a line each."""
     KEPT.mkdir(exist_ok=True)
-    text = "".join(json.dumps(entries[key]) + "\n" for key in sorted(entries))
-    (KEPT / f"{pack}.jsonl").write_text(text)
+    write_text(KEPT / f"{pack}.jsonl", "".join(json.dumps(entries[key]) + "\n" for key in sorted(entries)))
 
 
 def methods(entries: Iterable[Entry], cases: str) -> dict[str, list[Entry]]:
@@ -194,12 +195,13 @@ def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pack")
     parser.add_argument("--runs", type=Path, default=Path("papers"), help="folder of the runs of `jmae papers`")
-    parser.add_argument("--root", type=Path, default=Path("data"), help="folder of the packs")
     options = parser.parse_args(argv)
-    config, rows, tested = test_rows(str(options.root / options.pack / "manifest.csv"))
+    if not (folder := pack(options.pack)):
+        return
+    config, rows, tested = rows_of_manifest(str(folder / "manifest.csv"))
     entries = read_kept(options.pack)
-    for method, seed, folder in finished(options.runs, options.pack):
-        if entry := entry_of(folder, tested):
+    for method, seed, run in finished(options.runs, options.pack):
+        if entry := entry_of(run, tested):
             entries[method, seed] = {"method": method, "seed": seed} | entry
     if not entries:
         print(f"not run: {options.runs} has no finished run of {options.pack}: train one by jmae papers")

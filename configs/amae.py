@@ -26,9 +26,9 @@ SUGGESTED = {"unlabelled images": "the only system that learns from them; AUROC 
 # ours: a small network, trained from nothing on 2 cores, in fixed steps and at higher rates. The rates were chosen on
 # phantoms of another seed; the setting `paper_rate` of benchmarks.accuracy adapts at the paper's rate. Images are
 # standardised one by one, since exposure differs within a set. The mask ratio is 0.75 before adaptation too, since 0.9
-# leaves 6 of 64 patches. The discrepancy is signed (jmae/systems/amae.py, `score`); of tokens it has the higher AUROC
-# on `val` of both sets of X-rays, .977 for .934 (children) and .655 for .600 (adults). Module B takes as many steps as
-# module A: its stage2_error on phantoms is .911, and with as many epochs .847 [.790, .901].
+# leaves 6 of 64 patches. The primary score is signed (jmae/systems/amae.py, `score`). It compares tokens: on `val` this
+# has a higher AUROC than stage2_error, .977 against .934 (children) and .655 against .600 (adults). Module B takes as
+# many steps as module A: its stage2_error on phantoms is .911, and with as many epochs .847 [.790, .901].
 SMALL = {
     "data.normalise": "image",
     "data.size": (96, 96),

@@ -2,7 +2,8 @@
 
 A page has a line `<!-- generated: NAME ARGUMENT ... -->` where the function `NAME` of `PARTS` puts its text: commands
 from the help texts, recipe keys from their declarations, figures from benchmarks/results. Nothing of that is typed.
-README.md, CONTRIBUTING.md and CHANGELOG.md become pages, too, with their links turned.
+A line `> `make docs` completes this page. ...` is for readers of the file, and the site leaves it out. README.md,
+CONTRIBUTING.md and CHANGELOG.md become pages, too, with their links turned.
 """
 
 import re
@@ -49,12 +50,13 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Fills the generated parts of a page."""
+    """Fills the generated parts of a page, and drops the line that tells where they are without the site."""
 
     def part(match: re.Match) -> str:
         name, *arguments = match[1].split()
         return "\n".join(PARTS[name](*arguments))
 
+    markdown = re.sub(r"^> `make docs` completes this page\. .*\n", "", markdown, flags=re.M)
     return re.sub(r"^<!-- generated: (.*?) -->$", part, markdown, flags=re.M)
 
 

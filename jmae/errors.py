@@ -1,6 +1,7 @@
 """What can go wrong that is not a bug, and the exit code of each; every command ends through `exit_code`."""
 
 import difflib
+import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -40,7 +41,12 @@ def exit_code(main: Callable[[list[str]], int | None], argv: list[str] | None = 
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     try:
-        return main([a for a in arguments if a != "--debug"]) or 0
+        code = main([a for a in arguments if a != "--debug"]) or 0
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # who read the output has ended, such as `jmae systems | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what Python flushes at its end
+        return 1
     except KeyboardInterrupt:
         if debug:
             traceback.print_exc()

@@ -8,6 +8,13 @@ labels. The run folder is runs/SYSTEM where none is named. NAME is a recipe of t
     python -m jmae.train --config amae:small --config.data.manifest=MANIFEST.csv --workdir runs/mine
     python -m jmae.train --config amae:small --show evaluation                     the keys evaluation.*
 
+--config.KEY=VALUE changes a key of the recipe. The keys that users change most:
+
+    --config.budget=0.25             factor of all steps: a first impression; 4 trains longer
+    --config.data.calibration=0.5    share of the normal training patients that is kept apart for p-values
+    --config.data.channels=1         colours of the images (1 or 3), or sequences of the volumes
+    --config.seed=1                  another random start
+
 --dry-run  shows the data, and images, batch and steps of each stage. It opens no image and trains nothing.
 --show     shows the recipe's keys: value, type, bounds, default, meaning. KEY is a key or a section.
 

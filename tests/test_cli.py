@@ -111,6 +111,14 @@ def test_a_command_gets_its_words_and_gives_its_exit_code(tmp_path):
     assert code == 2 and "Traceback" in err
 
 
+def test_a_reader_that_ends_early_gets_no_traceback():
+    words = [sys.executable, "-m", "jmae", "train", "--config", "amae", "--show"]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()  # before the command writes
+        assert process.stderr.read() == ""
+    assert process.returncode == 1
+
+
 def test_bash_completes_commands_flags_and_recipes():
     script = subprocess.run([sys.executable, "-m", "jmae", "completion", "bash"], capture_output=True, text=True).stdout
     ask = 'COMP_WORDS=({words}); COMP_CWORD={last}; _jmae; echo "${{COMPREPLY[@]}}"'

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +23,7 @@ from jmae.outlines import least_voxels, peak
 from jmae.report import PERCENTILES, Scale
 from jmae.results import Result, map_name
 from jmae.run_folder import log, write_text
-from jmae.scoring import Calibration, alarm_threshold, colour_ends
+from jmae.scoring import Calibration, alarm_threshold, colour_ends, too_few_normals
 from jmae.sealed import seal, unseal
 from jmae.seen import write_seen
 from jmae.system import Results, System, chosen_on_val, compute_type, fitted_rows, rows_read
@@ -102,13 +101,7 @@ def calibrate(
     peaks = [] if np.isnan(reference.peaks[used]).any() else np.maximum(reference.peaks[used], LOWEST).tolist()
     rate = alarm_rate(config)
     threshold = alarm_threshold(list(scores.values()), rate)
-    if threshold is None:
-        least = math.ceil(1 / rate) - 1
-        remedy = "take more normal scans, or a larger data.calibration"
-        log(
-            f"warning: {len(scores)} held-out normals are too few for a p-value of {rate:g}: "
-            f"at least {least} are needed: {remedy}"
-        )
+    warn_of_few(len(scores), rate)
     content = {
         "n": len(scores),
         "patients": patients,
@@ -148,6 +141,22 @@ def calibrating_rows(
     if not any(used) and any(row.id in fitted for row in rows):
         say("the score was fitted to all held-out normals, so there are no p-values: give val normals of more patients")
     return used
+
+
+def warn_of_few(n: int, rate: float) -> None:
+    """Logs that n held-out normals give no p-value as low as the alarm rate, where that is so."""
+    if few := too_few_normals(n, rate):
+        log(f"warning: {few}: take more normal scans, or a larger data.calibration")
+
+
+def tell_p_values(config: ConfigDict, system: System, rows: Sequence[Row]) -> None:
+    """Logs before a training that its run will have no p-values, or none as low as the alarm rate."""
+    val = [row for row in rows if row.split == "val"]
+    n = sum(calibrating_rows(config, system, val, fitted=fitted_rows(system, rows)))
+    if n:
+        warn_of_few(n, alarm_rate(config))
+    else:
+        log(NOT_CALIBRATED)
 
 
 def calibrate_run(

@@ -22,7 +22,7 @@ from jmae import evaluate, predict, recipe, train
 from jmae.data import prepare
 from jmae.data.manifest import Row, parse_manifest
 from jmae.data.prepare import folders
-from jmae.data.prepare.overview import calibration_share, is_volume
+from jmae.data.prepare.overview import calibration_share, is_volume, p_value_line
 from jmae.data.slices import command
 from jmae.errors import InputError, exit_code
 from jmae.run_folder import log, output_folder
@@ -42,9 +42,8 @@ def main(argv: list[str]) -> int:
     name, why = recipe.suggested(kind)
     chosen = flags.pop("config", "")
     log(f"{len(rows)} {kind}: {f'{chosen}, as you chose' if chosen else f'{name}:small ({why})'}")
+    log(p_value_line(rows))
     share = calibration_share(rows)
-    if not share:
-        log("no p-values: fewer than ten normal patients, so none is kept apart for them")
     given = {"config": chosen or f"{name}:small", "config.data.manifest": str(made)}
     given |= {"config.data.calibration": f"{share:g}", "config.budget": flags.pop("budget", "0.25")}
     given |= {"config.data.channels": "1"} if kind == "volumes" else {}

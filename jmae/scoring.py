@@ -1,7 +1,7 @@
 """From error maps to anomaly maps and scores, on the device."""
 
 from collections.abc import Collection, Mapping, Sequence
-from math import floor
+from math import ceil, floor
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -116,6 +116,15 @@ def alarm_threshold(normals: Sequence[float], rate: float) -> float | None:
     """The score above which a case has a p-value of at most `rate`; None where the normals are too few for that."""
     k = floor(round(rate * (len(normals) + 1), 9))  # 0.29 * 100 is 28.999... in floats
     return float(np.sort(np.asarray(normals, np.float64))[-k]) if 0 < k <= len(normals) else None
+
+
+def too_few_normals(n: int, rate: float) -> str:
+    """Why n held-out normals give no p-value as low as `rate`; "" where they are enough."""
+    if floor(round(rate * (n + 1), 9)) > 0:  # as in `alarm_threshold`
+        return ""
+    smallest, least = 1 / (n + 1), ceil(1 / rate) - 1
+    what = f"{n} held-out normals are too few for a p-value of {rate:g}"
+    return f"{what} (the smallest is {smallest:.2g}): at least {least} are needed"
 
 
 def colour_ends(lows: Sequence[float], highs: Sequence[float]) -> tuple[float, float]:

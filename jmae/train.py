@@ -37,7 +37,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from jmae import checkpoint, recipe
-from jmae.calibration import calibrate_run
+from jmae.calibration import calibrate_run, tell_p_values
 from jmae.cards import write_cards
 from jmae.convergence import check_processes
 from jmae.data.cases import load_cases
@@ -124,6 +124,7 @@ def run(config: ConfigDict, workdir: Path) -> int:
     images, watched = cases.samples(rows_read(system, rows)), rows_watched(system, rows)
     for note in system.notes:
         log(f"warning: {note}")
+    tell_p_values(config, system, rows)
     train(config, system, images, workdir, cases.samples(watched, crops_on="host") if watched else None)
     write_kind(workdir, [cases.traits[row.id] for row in images.rows if row.id in cases.traits])
     write_seen(workdir, [*(read_seen(source) if source.is_dir() else ()), *images.rows])

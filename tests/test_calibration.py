@@ -189,9 +189,11 @@ def test_a_run_without_labels_to_test_is_calibrated_too_and_few_normals_are_said
     assert one == two
     strict = c.copy_and_resolve_references()
     strict.evaluation.alarm_rate = 0.01
+    cal.tell_p_values(strict, SYSTEM, rows)  # before the training
+    assert "warning: 12 held-out normals are too few for a p-value of 0.01" in capfd.readouterr().err
     cal.calibrate_run(strict, SYSTEM, rows, tmp_path)
     assert (
-        "12 held-out normals are too few for a p-value of 0.01: at least 99 are needed: take more"
+        "12 held-out normals are too few for a p-value of 0.01 (the smallest is 0.077): at least 99 are needed: take"
         in capfd.readouterr().err
     )
     assert json.loads((tmp_path / "calibration.json").read_text())["threshold"] is None

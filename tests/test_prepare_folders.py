@@ -155,7 +155,7 @@ def test_two_folders_of_volumes_of_any_kind_are_one_command(tmp_path, capsys):
     assert "did you mean mvtec?" in refused(capsys, "mvtek", "--root=x", out=tmp_path / "x")[0]
 
 
-@pytest.mark.parametrize(("normals", "share"), [(9, ""), (40, "0.33"), (100, "0.2")])
+@pytest.mark.parametrize(("normals", "share"), [(9, ""), (40, "0.5"), (100, "0.2")])
 def test_the_next_command_keeps_normals_back_for_p_values_where_none_are_in_val(normals, share, tmp_path, capsys):
     for folder, count in (("normals", normals), ("new", 1)):
         for i in range(count):
@@ -165,6 +165,8 @@ def test_the_next_command_keeps_normals_back_for_p_values_where_none_are_in_val(
     command = next(line for line in said.splitlines() if line.startswith("next: "))
     assert command.endswith("--workdir 'runs/my scans'")
     assert f"--config.data.calibration={share} " in command if share else "calibration" not in command
+    line = "from 20 normals that data.calibration keeps" if share else "none, as fewer than ten normal patients"
+    assert f"p-values: {line}" in said
 
 
 def test_files_in_one_place_that_would_have_one_id_are_named(tmp_path, capsys):

@@ -11,6 +11,9 @@ from conftest import draw
 from PIL import Image
 
 from jmae import quickstart
+from jmae.data.cases import kept_apart
+from jmae.data.manifest import Row
+from jmae.data.prepare.overview import calibration_share, p_value_line
 from jmae.errors import exit_code
 
 
@@ -48,7 +51,7 @@ def test_the_kind_of_scan_chooses_the_recipe(make, recipe, more, tmp_path, monke
     normals, new, out = make(tmp_path / "my normals", 40, 1), make(tmp_path / "new", 2, 2), tmp_path / "out"
     code, ran = started(monkeypatch, normals, new, f"--out={out}", "--budget", "0.5", "--config.seed=3")
     manifest, run = f"{out}/data/manifest.csv", f"{out}/run"
-    settings = [f"data.manifest={manifest}", "data.calibration=0.33", "budget=0.5"]
+    settings = [f"data.manifest={manifest}", "data.calibration=0.5", "budget=0.5"]
     train = [f"--config={recipe}", *(f"--config.{one}" for one in settings), *more, "--config.seed=3"]
     expected = [
         ["prepare", "folders", "--normal", str(normals), "--test", str(new), "--out", f"{out}/data"],
@@ -62,10 +65,31 @@ def test_the_kind_of_scan_chooses_the_recipe(make, recipe, more, tmp_path, monke
     assert [shlex.split(line)[1:] for line in said.splitlines() if line.startswith("  jmae ")] == expected
 
 
-def test_a_twentieth_needs_twenty_normals_where_there_are_enough():
-    rows = lambda n: [quickstart.Row(str(i), "", "train", 0, (str(i),)) for i in range(n)]
-    shares = {n: quickstart.calibration_share(rows(n)) for n in (9, 10, 50, 100, 1000)}
-    assert shares == {9: 0.0, 10: 0.33, 50: 0.33, 100: 0.2, 1000: 0.1}
+def normals(patients: int, scans: int = 1) -> list[Row]:
+    """The rows of some normal patients with as many scans each."""
+    numbers = [(i, k) for i in range(patients) for k in range(scans)]
+    return [Row(f"{i}-{k}", f"p{i}", "train", 0, (f"{i}-{k}",)) for i, k in numbers]
+
+
+def test_a_twentieth_needs_nineteen_normals_where_there_are_enough():
+    shares = {n: calibration_share(normals(n)) for n in (9, 10, 36, 38, 40, 50, 60, 100, 1000)}
+    assert shares == {9: 0.0, 10: 0.33, 36: 0.33, 38: 0.5, 40: 0.5, 50: 0.4, 60: 0.33, 100: 0.2, 1000: 0.1}
+    for n in range(38, 300):  # the share is rounded, and the split rounds up
+        held = sum(row.kept for row in kept_apart(normals(n), calibration_share(normals(n))))
+        assert 19 <= held <= max(21, n / 2 + 1), n
+    assert calibration_share(normals(20, 3)) == 0.33 and calibration_share(normals(12, 4)) == 0.5
+    sick = [Row(f"s{i}", f"s{i}", "train", 1, (f"s{i}",)) for i in range(100)]
+    assert calibration_share([*normals(40), *sick]) == 0.5  # only normals are held out
+
+
+def test_which_p_value_is_the_smallest_is_said_before_the_training():
+    few = "p-values: 10 held-out normals are too few for a p-value of 0.05 (the smallest is 0.091): at least 19 are needed"
+    assert p_value_line(normals(30)) == f"{few}: give 38 normals or more"
+    assert p_value_line(normals(40)) == "p-values: from 20 normals that data.calibration keeps from the training"
+    assert p_value_line(normals(9)).startswith("p-values: none, as fewer than ten normal patients")
+    val = [row._replace(split="val") for row in normals(19)]
+    assert p_value_line([*normals(9), *val]) == "p-values: from 19 normals of val"
+    assert p_value_line([*normals(9), *val[:10]]) == f"{few}: give val more normals"
 
 
 @pytest.mark.long

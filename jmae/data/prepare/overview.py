@@ -8,15 +8,18 @@ from pathlib import Path
 
 import pydicom
 
+from jmae.data.cases import kept_apart
 from jmae.data.files import image_size, is_dicom
 from jmae.data.loader import WORKERS
 from jmae.data.manifest import SPLITS, Row
 from jmae.data.slices import in_words
 from jmae.errors import InputError
 from jmae.recipe import suggested
+from jmae.scoring import too_few_normals
 
 LAYOUTS = ("bids", "ddad", "folders", "nnunet")  # whose images are of any kind
-NORMALS = 20  # held-out normals that p-values of 0.05 need, where there are enough
+NORMALS = 20  # normal patients to hold out; rounding of the share may leave 19
+RATE = 0.05  # p-value that the held-out normals should reach
 
 
 def split_table(rows: Sequence[Row]) -> list[str]:
@@ -52,7 +55,7 @@ def next_command(name: str, file: Path, rows: Sequence[Row], recipe: str, flags:
         unlabeled = any(row.split == "unlabeled" for row in rows)
         recipe = f"{suggested('volumes' if volumes else 'unlabelled images' if unlabeled else 'images')[0]}:small"
     given = [flags] if flags else []
-    if name in LAYOUTS and not any(row.split == "val" and row.label == 0 for row in rows):  # they would give p-values
+    if name in LAYOUTS and not normals_of_val(rows):  # they would give p-values
         share = calibration_share(rows)
         given += [f"--config.data.calibration={share:g}"] if share else []
     if (volumes or len(rows[0].image) > 1) and "data.channels" not in flags:
@@ -70,10 +73,39 @@ def next_command(name: str, file: Path, rows: Sequence[Row], recipe: str, flags:
 
 
 def calibration_share(rows: Sequence[Row]) -> float:
-    """Share of the training patients for `data.calibration`: 20 of them, at least a tenth and at most a third, rounded
-    up; 0 where there are fewer than ten patients."""
-    patients = len({row.patient or row.id for row in rows if row.split == "train"})
-    return 0.0 if patients < 10 else round(min(0.33, max(0.1, NORMALS / patients)), 2)
+    """Share of the normal training patients for `data.calibration`; 0 where there are fewer than ten.
+
+    It holds out 20 patients, at least a tenth and at most a third. Where a third has too few scans for a p-value of
+    0.05, it is at most a half. Where a half has too few as well, it is a third.
+    """
+    lesions = {row.patient or row.id for row in rows if row.split == "train" and row.label == 1}
+    patients = len({row.patient or row.id for row in rows if row.split == "train"} - lesions)
+    if patients < 10:
+        return 0.0
+    shares = [round(min(most, max(0.1, NORMALS / patients)), 2) for most in (0.33, 0.5)]
+    return next((share for share in shares if not too_few_normals(held_out_by(rows, share), RATE)), shares[0])
+
+
+def held_out_by(rows: Sequence[Row], share: float) -> int:
+    """The number of training scans that `data.calibration` holds out."""
+    return sum(row.kept for row in kept_apart(rows, share)) if share else 0
+
+
+def normals_of_val(rows: Sequence[Row]) -> int:
+    """The number of normals that the manifest itself holds out."""
+    return sum(row.split == "val" and row.label == 0 for row in rows)
+
+
+def p_value_line(rows: Sequence[Row]) -> str:
+    """Which p-values a run of these rows can give, in a line, with the share that `calibration_share` proposes."""
+    if n := normals_of_val(rows):
+        source, remedy = "of val", "give val more normals"
+    elif n := held_out_by(rows, calibration_share(rows)):
+        source, remedy = "that data.calibration keeps from the training", f"give {2 * (NORMALS - 1)} normals or more"
+    else:
+        return "p-values: none, as fewer than ten normal patients leave none to hold out: give more normal scans"
+    few = too_few_normals(n, RATE)
+    return f"p-values: {few}: {remedy}" if few else f"p-values: from {n} normals {source}"
 
 
 def is_volume(row: Row) -> bool:

@@ -83,7 +83,8 @@ def test_a_twentieth_needs_nineteen_normals_where_there_are_enough():
 
 
 def test_which_p_value_is_the_smallest_is_said_before_the_training():
-    few = "p-values: 10 held-out normals are too few for a p-value of 0.05 (the smallest is 0.091): at least 19 are needed"
+    few = "p-values: 10 held-out normals are too few for a p-value of 0.05 (the smallest is 0.091)"
+    few += ": at least 19 are needed"
     assert p_value_line(normals(30)) == f"{few}: give 38 normals or more"
     assert p_value_line(normals(40)) == "p-values: from 20 normals that data.calibration keeps from the training"
     assert p_value_line(normals(9)).startswith("p-values: none, as fewer than ten normal patients")

@@ -22,7 +22,7 @@ from jmae import evaluate, predict, recipe, train
 from jmae.data import prepare
 from jmae.data.manifest import Row, parse_manifest
 from jmae.data.prepare import folders
-from jmae.data.prepare.overview import calibration_share, is_volume, p_value_line
+from jmae.data.prepare.overview import calibration_share, one_rank, p_value_line
 from jmae.data.slices import command
 from jmae.errors import InputError, exit_code
 from jmae.run_folder import log, output_folder
@@ -38,7 +38,7 @@ def main(argv: list[str]) -> int:
     rows = folders.prepare(None, out, 0, normal=normals, test=new).rows
     if (made := out / "data" / "manifest.csv").exists() and files(rows) != files(parse_manifest(made)[0]):
         raise InputError(f"{made}: lists other scans than {normals} and {new} hold: name another --out")
-    kind = "volumes" if is_volume(rows[0]) else "images"
+    kind = one_rank(rows)
     name, why = recipe.suggested(kind)
     chosen = flags.pop("config", "")
     log(f"{len(rows)} {kind}: {f'{chosen}, as you chose' if chosen else f'{name}:small ({why})'}")
@@ -61,7 +61,11 @@ def main(argv: list[str]) -> int:
             continue
         log(f"$ {in_shell(words)}")
         further = ["--continue"] if words[0] == "predict" and predictions.exists() else []
-        if code := RUN[words[0]]([*words[1:], *further]):
+        try:
+            code = RUN[words[0]]([*words[1:], *further])
+        except InputError as error:  # quickstart's --out has the run folder
+            raise InputError(str(error).replace("another --workdir", "another --out")) from error
+        if code:
             return code
     log(f"{out / 'run' / 'evaluation' / 'report.html'}: the new scans, from the most to the least suspicious")
     log(f"next: open it; a longer training: jmae quickstart {shlex.join(names)} --budget 1 --out {out}-longer")

@@ -130,6 +130,20 @@ def series(folder, n, series_uid):
         one.save_as(folder / f"IM{k:04d}", enforce_file_format=True)
 
 
+def test_files_that_cannot_be_read_are_named_and_no_manifest_is_written(tmp_path, capsys):
+    folder = tmp_path / "normals"
+    picture(folder / "a.png"), picture(folder / "b.png")
+    (folder / "b.png").write_bytes(b""), (folder / "d.png").write_text("no picture"), (folder / "e.txt").write_text("e")
+    flags = ["folders", f"--normal={folder}"]
+    empty, other = refused(capsys, *flags, out=tmp_path / "out")
+    assert empty == f"{folder / 'b.png'}: is empty: copy or export it again" and other.startswith(
+        f"{folder / 'd.png'}:"
+    )
+    picture(folder / "b.png"), picture(folder / "d.png")
+    _, said = prepared(capsys, *flags, out=tmp_path / "out")
+    assert f"1 .txt files (not images, or of a format that is not read), such as {folder / 'e.txt'}" in said
+
+
 def test_two_folders_of_volumes_of_any_kind_are_one_command(tmp_path, capsys):
     healthy, new = tmp_path / "healthy", tmp_path / "new; scans"
     volume(healthy / "a.nii.gz"), series(healthy / "b", 3, "1.2.3"), (healthy / "README").write_text("scans")

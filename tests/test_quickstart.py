@@ -14,7 +14,7 @@ from jmae import quickstart
 from jmae.data.cases import kept_apart
 from jmae.data.manifest import Row
 from jmae.data.prepare.overview import calibration_share, p_value_line
-from jmae.errors import exit_code
+from jmae.errors import InputError, exit_code
 
 
 def pictures(folder: Path, n: int, seed: int) -> Path:
@@ -112,6 +112,28 @@ def test_two_folders_become_a_report(tmp_path, capsys, monkeypatch):
     code, ran = started(monkeypatch, *words)
     assert code == 0 and [command[0] for command in ran] == ["train", "evaluate", "predict"]
     assert ran[-1][-1] == "--continue"
+
+
+def test_a_volume_among_images_and_a_damaged_file_are_named_before_anything_runs(tmp_path, monkeypatch, capsys):
+    normals, new = pictures(tmp_path / "normals", 12, 1), pictures(tmp_path / "new", 2, 2)
+    odd = volumes(tmp_path / "other", 1, 3) / "0.nii.gz"
+    odd.rename(normals / "a.nii.gz")
+    code, ran = started(monkeypatch, normals, new, f"--out={tmp_path / 'out'}")
+    line = "is a volume, where 14 of 15 scans are images: move it to a folder of its own kind"
+    assert code == 2 and not ran and capsys.readouterr().err == f"{normals / 'a.nii.gz'}: {line}\n"
+    (normals / "a.nii.gz").unlink(), (new / "z.png").write_bytes(b"")
+    code, ran = started(monkeypatch, normals, new, f"--out={tmp_path / 'out'}")
+    assert code == 2 and not ran and capsys.readouterr().err.startswith(f"{new / 'z.png'}: is empty")
+
+
+def test_the_remedy_of_a_training_names_a_flag_of_quickstart(tmp_path, monkeypatch, capsys):
+    def refuse(argv: list[str]) -> int:
+        raise InputError("another recipe: remedy: another --workdir or the same settings")
+
+    normals, new = pictures(tmp_path / "normals", 12, 1), pictures(tmp_path / "new", 2, 2)
+    monkeypatch.setattr(quickstart, "RUN", {"prepare": lambda argv: 0, "train": refuse})
+    assert exit_code(quickstart.main, [str(normals), str(new), f"--out={tmp_path / 'out'}"]) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == "another recipe: remedy: another --out or the same settings"
 
 
 def test_what_is_missing_is_one_line(tmp_path, capsys):

@@ -210,8 +210,8 @@ def prepare(
     refuse_look_alikes(rows, lambda row: f"{row.split} {row.label} {Path(row.image[0]).parent.name}")
     licence = licence or made.licence
     rows = [row._replace(extra={**row.extra, "licence": licence}) for row in rows] if licence else rows
-    write_manifest(out, rows)
     kinds, mixed = kinds_of(rows) if name in LAYOUTS else ([], "")
+    write_manifest(out, rows)
     cautions += [mixed] if mixed else []
     trains = name in LAYOUTS and any(row.split == "train" for row in rows)
     lines = [

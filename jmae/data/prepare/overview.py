@@ -1,5 +1,6 @@
 """What `prepare` prints: how many cases of each kind there are, and the command that comes next."""
 
+import os
 import shlex
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
@@ -12,6 +13,7 @@ from jmae.data.cases import kept_apart
 from jmae.data.files import image_size, is_dicom
 from jmae.data.loader import WORKERS
 from jmae.data.manifest import SPLITS, Row
+from jmae.data.prepare.tree import refuse
 from jmae.data.slices import in_words
 from jmae.errors import InputError
 from jmae.recipe import suggested
@@ -39,9 +41,13 @@ def split_table(rows: Sequence[Row]) -> list[str]:
 
 
 def count_unread(files: Iterable[Path]) -> Counter[str]:
-    """The number of files of each ending that cannot be read as images, in the form of `Prepared.left_out`."""
-    ending = lambda file: f"{file.suffix.lower()} files" if file.suffix else "files without an ending"
-    return Counter(f"{ending(file)} (not images, or of a format that is not read)" for file in files)
+    """The number of files of each ending that cannot be read as images, with the name of one, in the form of
+    `Prepared.left_out`."""
+    kinds = defaultdict[str, list[Path]](list)
+    for file in files:
+        kinds[f"{file.suffix.lower()} files" if file.suffix else "files without an ending"].append(file)
+    why = "not images, or of a format that is not read"
+    return Counter({f"{kind} ({why}), such as {named[0]}": len(named) for kind, named in kinds.items()})
 
 
 def next_command(name: str, file: Path, rows: Sequence[Row], recipe: str, flags: str, *, allow_leaks: bool) -> str:
@@ -116,26 +122,50 @@ def is_volume(row: Row) -> bool:
         return False
 
 
-def kinds_of(rows: Sequence[Row]) -> tuple[list[str], str]:
-    """(The number of images of each kind and size, a line a split; a caution where a split mixes kinds.)
+def read_kinds(rows: Sequence[Row]) -> list[tuple[str, str]]:
+    """(Kind, size) of each row's image, from the headers of its files. A kind is "images" or "volumes", behind the
+    modality of DICOM.
 
-    A kind is a number of dimensions, with the modality of DICOM.
+    Raises InputError with a line for each file whose header cannot be read.
     """
 
-    def kind(row: Row) -> tuple[str, str]:
-        file = Path(row.image[0])
-        dicom = next((one for one in sorted(file.iterdir()) if is_dicom(one)), None) if file.is_dir() else file
+    def kind(row: Row) -> tuple[str, str, str]:
+        """The kind, the size, and what is wrong with the files."""
+        file, is_folder = Path(row.image[0]), os.path.isdir(row.image[0])
         try:
-            size = () if file.is_dir() else image_size(file)
-            tags = dicom and is_dicom(dicom) and pydicom.dcmread(dicom, specific_tags=["Modality"])
-            modality = str(tags.get("Modality") or "") if tags else ""
-        except Exception:  # reported when the manifest is read
-            return "unreadable", ""
-        rank = "volumes" if file.is_dir() or len(size) == 3 else "images"
-        return f"{modality} {rank}".strip(), " x ".join(map(str, size))
+            sizes = [() if is_folder else image_size(one) for one in row.image]
+        except InputError as error:
+            return "", "", str(error)
+        dicom = next((one for one in sorted(file.iterdir()) if is_dicom(one)), None) if is_folder else file
+        tags = dicom and is_dicom(dicom) and pydicom.dcmread(dicom, specific_tags=["Modality"])
+        modality = str(tags.get("Modality") or "") if tags else ""
+        rank = "volumes" if is_folder or len(sizes[0]) == 3 else "images"
+        return f"{modality} {rank}".strip(), " x ".join(map(str, sizes[0])), ""
 
     with ThreadPoolExecutor(WORKERS) as pool:
         found = list(pool.map(kind, rows))
+    refuse([problem for _, _, problem in found if problem])
+    return [(name, size) for name, size, _ in found]
+
+
+def one_rank(rows: Sequence[Row]) -> str:
+    """ "images" or "volumes", which all rows are. Raises InputError with a line for each row of the rarer rank."""
+    ranks = [name.split()[-1] for name, _ in read_kinds(rows)]
+    (usual, n), *_ = Counter(ranks).most_common()
+    what = f"where {n} of {len(rows)} scans are {usual}: move it to a folder of its own kind"
+    kinds = {"images": "an image", "volumes": "a volume"}
+    refuse(
+        [f"{row.image[0]}: is {kinds[rank]}, {what}" for row, rank in zip(rows, ranks, strict=True) if rank != usual]
+    )
+    return usual
+
+
+def kinds_of(rows: Sequence[Row]) -> tuple[list[str], str]:
+    """(The number of images of each kind and size, a line a split; a caution where a split mixes kinds.)
+
+    Raises InputError as `read_kinds` does.
+    """
+    found = read_kinds(rows)
     kinds, sizes = defaultdict[str, Counter[str]](Counter), defaultdict[str, Counter[str]](Counter)
     for row, (name, size) in zip(rows, found, strict=True):
         kinds[row.split][name] += 1
@@ -149,6 +179,10 @@ def kinds_of(rows: Sequence[Row]) -> tuple[list[str], str]:
         if len(kinds[split]) > 1:
             mixed.append(f"{split} mixes {in_words(kinds[split])}")
     everywhere = {name for split in kinds for name in kinds[split]}
+    if mixed:
+        rarest = min(everywhere, key=lambda name: sum(one[name] for one in kinds.values()))
+        file = next(row.image[0] for row, (name, _) in zip(rows, found, strict=True) if name == rarest)
+        mixed[-1] += f" (one of the {rarest}: {file})"
     if not mixed and len(everywhere) > 1:
         mixed = [f"the splits hold {' and '.join(sorted(everywhere))}"]
     return lines, f"{'; '.join(mixed)}: a recipe takes images of one kind: check that this is meant" if mixed else ""

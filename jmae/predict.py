@@ -15,19 +15,20 @@ mean of their maps and of their normal scores, and one p-value (jmae.fusion). Th
 CASES.csv lists cases instead. It has the column image; id may be missing, and region, midline and half are needed where
 volumes are scored within a region or in two pieces. These columns are as in a manifest; its other columns are not read.
 
---out gets, for each case, ID_anomaly.nii.gz (for images .tif, 32 bits), ID_mask (8 bits) where the run is calibrated,
-ID_confidence where the system has one, ID_recon where the recipe has evaluation.reconstruction, and ID_overlay.png. The
-mask marks where the map lies above a threshold. At most a share evaluation.alarm_rate of normal cases has a mask with
-anything in it (jmae.outlines). The overlay of a volume shows the axial slice with the highest value. At the end --out
-gets scores.csv: id,label,score,p_value,score_error, further scores, and warning. Among the held-out normals and the
-case itself, the p-value is the share that scores as high (jmae.scoring.Calibration). It is empty in three cases: the
-run is not calibrated; the run was trained or calibrated on the image; or the case has another set of region, midline
-and half than the normals had. The column score_error has the Monte-Carlo error of a score that is a mean over masks or
-samples. The column warning says in what a case is unlike the training images: size, channels, grey values or layout
-(jmae.likeness). Such a case has no p-value above the alarm rate. A case that fails is listed in failed.csv, and the
+--out gets, for each case, ID_anomaly.nii.gz (for images .tif, 32 bits), ID_mask (8 bits) where the run has enough
+held-out normals, ID_confidence where the system has one, ID_recon where the recipe has evaluation.reconstruction, and
+ID_overlay.png. The mask marks where the map lies above a threshold. At most a share evaluation.alarm_rate of normal
+cases has a mask with anything in it (jmae.outlines). The rate 0.05 needs 19 held-out normals. The overlay of a volume
+shows the axial slice with the highest value. At the end --out gets scores.csv: id,label,score,p_value,score_error,
+further scores, and warning. Among the held-out normals and the case itself, the p-value is the share that scores as
+high (jmae.scoring.Calibration). It is empty in five cases: the run is not calibrated; the run was trained or calibrated
+on the image; the case has the name of a held-out normal; the case has another set of region, midline and half than the
+normals had; or the case has a warning and a p-value above the alarm rate. The column warning says in what a case is
+unlike the training images: size, channels, grey values or layout (jmae.likeness). The column score_error has the
+Monte-Carlo error of a score that is a mean over masks or samples. A case that fails is listed in failed.csv, and the
 others go on.
 
---continue  finishes what is missing in --out: after an interruption, or after failed files have been mended.
+--continue  adds to what is in --out: further scans, the rest after an interruption, or failed files once mended.
 
 Exit codes: 0 done; 1 some cases failed; 2 the input or the environment is wrong.
 """
@@ -355,7 +356,11 @@ def predict_rows(run: Run, rows: Sequence[Row], out: Path, *, further: bool) -> 
       InputError: `out` holds predictions and `further` is False, or it holds those of another run, or cannot be
         written.
     """
-    done = begin(run, out, further)
+    if not further and holds_predictions(out):
+        gone = [file for row in rows for file in row.image if not os.path.exists(file)]
+        remedy = "add --continue to finish them or to add scans, or name another --out"
+        raise InputError(f"{gone[0]}: not found: check the path" if gone else f"{out}: holds predictions: {remedy}")
+    done = begin(run, out)
     for row in rows:
         if row.id in done and done[row.id]["image"] != list(row.image):
             raise InputError(f"{row.id}: {out} has another case of that name: name another --out")
@@ -416,15 +421,18 @@ def stamps(row: Row) -> list[list]:
         return []
 
 
-def begin(run: Run, out: Path, further: bool) -> dict[str, dict[str, Any]]:
+def holds_predictions(out: Path) -> bool:
+    """Whether a folder has predictions, finished or not."""
+    return (out / DONE).exists() or (out / "scores.csv").exists()
+
+
+def begin(run: Run, out: Path) -> dict[str, dict[str, Any]]:
     """The lines of the cases that are done in `out`, by id; makes the folder ready for more."""
     calibration = sorted(run.calibration.scores.items()) if run.calibration else None
     head = json.loads(
         json.dumps({**run.identity, "calibration": hashlib.sha256(repr(calibration).encode()).hexdigest()})
     )
     lines = read_done(out / DONE)
-    if not further and ((out / DONE).exists() or (out / "scores.csv").exists()):
-        raise InputError(f"{out}: holds predictions: add --continue to finish them, or name another --out")
     if lines and lines[0] != head:
         raise InputError(f"{out}: holds predictions of another run, calibration or settings: name another --out")
     if not lines and (out / "scores.csv").exists():

@@ -541,7 +541,9 @@ def test_an_interrupted_prediction_goes_on_where_it_stopped(images_run, tmp_path
         torn.write('{"id": "4", "im')  # as a kill may leave it
     (out / "1_anomaly.tif").unlink()
     monkeypatch.setattr(predict, "write_case", counted)
-    assert run(images_run, out, *files) == 2 and "add --continue" in capfd.readouterr().err
+    assert run(images_run, out, *files) == 2 and "add --continue to finish them or to add" in capfd.readouterr().err
+    assert run(images_run, out, out / "gone.png") == 2
+    assert capfd.readouterr().err.splitlines()[-1] == f"{out / 'gone.png'}: not found: check the path"
     assert run(images_run, out, "--continue", *files) == 0
     assert written == ["0", "1", "2", "3", "1", "4", "5", "6"]
     assert (out / "scores.csv").read_text() == (whole / "scores.csv").read_text()

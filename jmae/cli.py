@@ -72,7 +72,7 @@ def main(argv: list[str]) -> int:
         near = nearest(command, [*COMMANDS, *OWN])
         raise InputError(f"{command!r} is no command: did you mean {near}? jmae --help lists all")
     elif {"--help", "-h"} & {*words}:
-        print(usage(command))
+        print((command == "prepare" and usage_of_set(words[0])) or usage(command))
     else:
         check_flags(command, words)
         sys.argv[1:] = [*words, *["--debug"] * ("--debug" in sys.argv)]
@@ -113,6 +113,26 @@ def usage(command: str) -> str:
     for name, (module, _) in COMMANDS.items():
         text = re.sub(rf"python -m jmae\.{re.escape(module)}\b", f"jmae {name}", text)
     return text
+
+
+def usage_of_set(name: str) -> str:
+    """The help of `jmae prepare NAME`: the docstring of the module that reads the set; "" for another name."""
+    package = HERE / "data" / "prepare"
+    body = ast.parse((package / "__init__.py").read_text(encoding="utf-8")).body
+    tables = {ast.unparse(one.target): one.value for one in body if isinstance(one, ast.AnnAssign) and one.value}
+    own_flags, aliases = (ast.literal_eval(tables[name]) for name in ("DATASETS", "ALIASES"))
+    if (name := aliases.get(name.lower(), name.lower())) not in own_flags:
+        return ""
+    text = ast.get_docstring(ast.parse((package / f"{name}.py").read_text(encoding="utf-8")))
+    optional = [f"[--{flag} VALUE]" for flag in own_flags[name] if flag not in ("normal", "test")]
+    lines = [" ".join([f"jmae prepare {name} --root DIR --out DIR", *optional])]
+    example = f"jmae prepare {name} --root downloads/{name} --out data/{name}"
+    if name == "folders":
+        lines = [f"jmae prepare {name} --normal DIR --test DIR --out DIR", *lines]
+        example = f"jmae prepare {name} --normal normals --test new --out data/mine"
+    shared = re.findall(r"^--patient .*?(?=\n\n)", usage("prepare"), re.MULTILINE | re.DOTALL)
+    more = "jmae prepare --help lists the other layouts and data sets."
+    return "\n\n".join(["\n".join(lines), f"{text}", f"For example: {example}", *shared, more])
 
 
 def flags(command: str) -> list[str]:

@@ -66,6 +66,23 @@ def test_the_help_of_a_command_is_read_without_importing_it(command, capsys):
     assert f"jmae {command} " in text and "python -m jmae" not in text
 
 
+def test_each_layout_and_data_set_has_a_help_of_its_own(capsys):
+    from jmae.data.prepare import ALIASES, DATASETS
+
+    code, out, err, heavy = run("prepare", "Folders", "--help")
+    assert (code, err, heavy) == (0, "", []) and out.startswith(
+        "jmae prepare folders --normal DIR --test DIR --out DIR\n"
+    )
+    assert "For example: jmae prepare folders --normal normals --test new --out data/mine" in out
+    assert "--patient" in out and "CheXpert" not in out
+    for name, own in DATASETS.items():
+        text = cli.usage_of_set(name)
+        assert f"jmae prepare {name} --root DIR --out DIR" in text and all(f"--{flag}" in text for flag in own)
+        assert max(map(len, text.splitlines())) <= 120
+    assert [cli.usage_of_set(name) for name in ALIASES] == [cli.usage_of_set(name) for name in ALIASES.values()]
+    assert cli.usage_of_set("nothing") == "" and "chexpert " in cli.usage("prepare")
+
+
 @pytest.mark.parametrize("command", cli.COMMANDS)
 def test_the_help_of_a_command_names_all_its_flags(command, monkeypatch):
     """A flag that the help does not name would be refused as misspelt."""

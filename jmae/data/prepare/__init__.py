@@ -65,11 +65,14 @@ draws depend on --seed alone. An image that stays where it is has an absolute pa
             patient comes from the data set's tables, its file names or DICOM's PatientID (hashed), or is unknown.
 --leaks     What becomes of a patient in two splits: `refuse` (the default of layouts), `drop` leaves out the images of
             train (and unlabeled), aloud (the default of public sets), `keep` has the list as published; the run is
-            marked then. A file in two splits is always refused.
+            marked then. A file that is in two splits is always refused. This compares paths; `jmae check` and the
+            training also find copies under other names.
 --licence   The licence of your own images, for the column `licence`.
 
 RSNA's ids are of images. Where pneumonia-challenge-dataset-mappings_2018.json lies below --root, covidx and ddad take
 the patients of NIH ChestX-ray14 from it; so do rsna and bmad.
+
+`jmae prepare NAME --help` has more about one layout or data set.
 
 Exit codes: 0 done; 2 the input or the environment is wrong.
 """
@@ -121,7 +124,7 @@ DATASETS: dict[str, tuple[str, ...]] = {
     "vindr": (),
     "zhanglab": (),
 }
-ALIASES = {"mvtec": "folders", "nnu-net": "nnunet"}
+ALIASES: dict[str, str] = {"mvtec": "folders", "nnu-net": "nnunet"}
 SHARED = ("patient", "leaks", "licence")  # flags of every data set
 LEAKS = ("refuse", "drop", "keep")
 

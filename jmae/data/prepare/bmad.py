@@ -11,7 +11,7 @@ set; --set=brain, liver, resc, oct, chest or histopathology does so elsewhere.
 
 Patients come from file names: 00124_60 (brain), 4_487 (liver), 9_28 (RESC), CNV-6294785-1 (OCT2017). The training
 volumes of the liver are of another source than the other volumes, so equal numbers are different patients. RESC's
-numbers are taken to begin anew in each split. The chest films have RSNA's ids (`patients.nih_of_rsna`).
+numbers are taken to begin anew in each split. The chest films have RSNA's ids.
 """
 
 import re

@@ -5,8 +5,8 @@ or knee_file_list.csv, without a header, names the files that were read; a file 
 FILE.h5 of fastMRI holds the images, `reconstruction_rss`; boxes refer to the images upside down, with slices from 0.
 --part=brain or knee. Each slice is written as a 32-bit TIFF.
 
-ours: the labels of `HARMLESS` are no lesions. A file without a lesion is normal: four fifths of these files train and
-the others are tested (a seeded draw). They give the middle half of their slices, as outer slices show little. Each
+ours: normal variants and artifacts are no lesions. A file without a lesion is normal: four fifths of these files train
+and the others are tested (a seeded draw). They give the middle half of their slices, as outer slices show little. Each
 slice with a box is an abnormal test image. Labels of a whole study have no box; a file with such a lesion and no other
 box is left out. One reader marked the findings, and patients are not named.
 """

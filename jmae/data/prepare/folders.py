@@ -14,8 +14,8 @@ place of flair. JPEG masks are cut at 127 and written as PNG.
 Instead, --normal DIR and --test DIR name two folders: normal images to train on, and test images without labels.
 
 A case is an image file or a folder with one DICOM series. DICOM files may have any name. The id of a case is its path
-below the root. The patient is a hash of DICOM's PatientID. Some public sets tell it in their file names
-(`patients.KNOWN`). Files of other kinds are counted and reported.
+below the root. The patient is a hash of DICOM's PatientID. Some public sets tell it in their file names. Files of other
+kinds are counted and reported. A file whose header cannot be read is refused by its name.
 """
 
 import re

@@ -5,7 +5,7 @@ for each box, and rsna_data.json is DDAD's list (`ddad`). stage_2_detailed_class
 folders. The list takes the class Normal as normal and Lung Opacity as abnormal; "No Lung Opacity / Not Normal" is not
 used. Boxes count the pixels of the original images of 1024 x 1024 pixels; on smaller images they are scaled.
 
-RSNA's ids are of images. With RSNA's mapping to NIH the patients are known (`patients.nih_of_rsna`).
+RSNA's ids are of images. Where pneumonia-challenge-dataset-mappings_2018.json lies below --root, patients are known.
 """
 
 from collections import defaultdict

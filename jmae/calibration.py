@@ -30,7 +30,8 @@ from jmae.system import Results, System, chosen_on_val, compute_type, fitted_row
 
 CALIBRATION = "calibration.json"
 NOT_CALIBRATED = (
-    "not calibrated, so no p-values: give the manifest val rows of label 0, or train with --config.data.calibration=0.1"
+    "not calibrated, so no p-values: give the manifest val rows of label 0, or, with ten or more train patients, set "
+    "data.calibration as jmae check proposes"
 )
 ONLY_NORMALS = "This split contains only the normals used for calibration, so it has no p-values"
 LOCATING_COLUMNS = ("region", "midline", "half")  # of the manifest, on which the score of a volume depends
@@ -132,7 +133,7 @@ def calibrating_rows(
     if chosen_on_val(system) and {0, 1} <= labels:
         say(
             f"select={config.select}: val's labels chose the weights, so only train rows kept apart give p-values "
-            "(--config.data.calibration=0.1)"
+            "(data.calibration, with ten or more train patients)"
         )
         return [row.kept and free(row) for row in rows]
     if leaking := sum(row.label == 0 and bool(row.leak) for row in rows):

@@ -292,9 +292,10 @@ def score_line(
     system: System,
     calibration: Calibration | None,
     score_error: np.ndarray | None = None,
+    warning: str = "",
 ) -> dict[str, Any]:
     """A line of scores.csv: each score (r,), mean over replicates. The primary score has its p-value and its
-    Monte-Carlo error.
+    Monte-Carlo error. `warning` says in what the case is unlike the training images (`likeness.unlike`).
 
     Replicates have masks of their own. So the error of their mean is the root of the sum of the squared errors
     `score_error` (r,), divided by r.
@@ -304,10 +305,15 @@ def score_line(
     p_value = None
     if calibration and not row.leak and all(has_column(row, name) for name in calibration.needs):
         p_value = calibration.p_value(primary, row.id)
+        further = [name for name in LOCATING_COLUMNS if has_column(row, name) and name not in calibration.needs]
         if p_value is None and row.split != "val":
             log(f"{row.id}: no p-value: it has the name of a held-out normal")
+        elif p_value is not None and system.sweep and further:
+            p_value = None
+            log(f"{row.id}: no p-value: it has a {further[0]}, which the held-out normals did not have")
     error = None if score_error is None else float(np.linalg.norm(score_error)) / len(score_error)
-    return {"id": row.id, "label": row.label, "score": primary, "p_value": p_value, "score_error": error} | mean
+    line = {"id": row.id, "label": row.label, "score": primary, "p_value": p_value, "score_error": error}
+    return line | mean | {"warning": warning}
 
 
 def why_no_p_values(calibration: Calibration | None) -> str:
@@ -333,16 +339,20 @@ def alarms(
 
     Args:
       labels: (n,), -1 unknown.
-      p_values: of each case; None where a case has none.
+      p_values: of each case; None where a case has none. Those that a warning withholds (`likeness`) are among them. So
+        they count as no alarm, and the shares are those that the promise is about.
 
     Returns:
-      {"n": held-out normals, "rate", "threshold", "normal", "abnormal"}; None where no case has a p-value.
+      {"n": held-out normals, "rate", "threshold", "normal", "abnormal", "counts": {"normal": [alarms, cases], ...}};
+      None where no case has a p-value. "counts" has the cases without a label as "unlabelled".
     """
     p = np.array([np.nan if value is None else value for value in p_values])
     if not calibration or np.isnan(p).all():
         return None
-    members = lambda label: (labels == label) & ~np.isnan(p)
-    share = lambda label: float((p[members(label)] <= rate).mean()) if members(label).any() else None
+    of = lambda label: p[(labels == label) & ~np.isnan(p)]
+    kinds = {"normal": of(0), "abnormal": of(1), "unlabelled": of(-1)}
+    counts = {kind: [int((own <= rate).sum()), len(own)] for kind, own in kinds.items()}
+    share = lambda kind: counts[kind][0] / counts[kind][1] if counts[kind][1] else None
     threshold = alarm_threshold(list(calibration.scores.values()), rate)
-    found = {"n": len(calibration.scores), "rate": rate, "threshold": threshold}
-    return found | {"normal": share(0), "abnormal": share(1)}
+    found = {"n": len(calibration.scores), "rate": rate, "threshold": threshold, "counts": counts}
+    return found | {"normal": share("normal"), "abnormal": share("abnormal")}

@@ -6,7 +6,8 @@ Scores a split with a trained run. Writes metrics.json, scores.csv, report.html 
 Without --out the folder is DIR/evaluation for the split `test`, and DIR/evaluation-SPLIT for another. Another manifest
 or other settings need --out. No case of another manifest may share its patient or its image with the data that the run
 was trained or calibrated on. With data.allow_leaks such cases are scored: they are named, have no p-value, and mark the
-report. Images are compared by all their values. The splits `train` and `unlabeled` get no p-values.
+report. Images are compared by all their values. The splits `train` and `unlabeled` get no p-values. A case
+that is unlike the training images has a warning, and no p-value above the alarm rate, as in `jmae predict`.
 
 Several runs that are evaluated on the same cases give one answer: --workdir A --workdir B --out DIR writes scores.csv
 and metrics.json of their fused score (jmae.fusion).
@@ -68,6 +69,7 @@ from jmae.figures import (
 from jmae.fitting import fitted_results
 from jmae.fusion import evaluate_several
 from jmae.inference import Scorer, run_of, score_rows
+from jmae.likeness import read_kind, unlike, without_calm_p_value
 from jmae.outlines import MaskFigures
 from jmae.processes import join_processes, keep_compiled
 from jmae.progress import at_work
@@ -136,6 +138,7 @@ class Gathered:
     cases: list[Case] = field(default_factory=list)  # that the report may show
     digests: list[str] = field(default_factory=list)  # of the stored values of each row
     errors: list[np.ndarray | None] = field(default_factory=list)  # Monte-Carlo errors of each row's primary score
+    warnings: list[str] = field(default_factory=list)  # in what each row is unlike the training images
     seconds: float = 0.0  # of scoring
 
 
@@ -195,7 +198,8 @@ def evaluate(
         deque(score_rows(scorer, chosen.rows), maxlen=0)
         return {}
     masks = MaskFigures(mask_threshold(config, calibration), config.evaluation.mask_least)
-    gathered = gather_results(scorer, chosen, baselines, parts, thresholds, out, masks)
+    kind = read_kind(workdir)
+    gathered = gather_results(scorer, chosen, baselines, parts, thresholds, out, masks, kind)
     evaluation = split_figures(
         config, system, chosen, parts, gathered.scores, baselines.scores, thresholds, reference and reference.scores
     )
@@ -213,12 +217,10 @@ def evaluate(
         labelled = [row for row in chosen.rows if row.label is not None]
         if numbers := convergence(config, system, results, labelled, cases):
             evaluation["convergence"] = numbers
-    whole = gathered.scores.of(1)
-    table = [
-        score_line(row, {k: v[:, i] for k, v in whole.items()}, system, None if no_p_values else calibration, error)
-        for i, (row, error) in enumerate(zip(chosen.rows, gathered.errors, strict=True))
-    ]
-    evaluation["alarms"] = alarms(chosen.labels, [line["p_value"] for line in table], calibration, rate)
+    lines = case_lines(system, chosen, gathered, None if no_p_values else calibration)
+    evaluation["alarms"] = alarms(chosen.labels, [line["p_value"] for line in lines], calibration, rate)
+    table = [without_calm_p_value(line, rate) for line in lines]
+    evaluation["unlike"] = unlike_counts(lines, table) if kind else None
     if not evaluation["alarms"]:
         evaluation["uncalibrated"] = reasons[0] if reasons else why_no_p_values(calibration)
     history = read_history(workdir / "metrics.jsonl")
@@ -272,8 +274,12 @@ def gather_results(
     thresholds: Thresholds,
     out: Path,
     masks: MaskFigures,
+    kind: Mapping[str, Any] | None = None,
 ) -> Gathered:
-    """Scores the split; counts pixels and masks, writes maps, keeps scores and what the report may show."""
+    """Scores the split; counts pixels and masks, writes maps, keeps scores and what the report may show.
+
+    `kind` is what the training images have in common (`likeness.read_kind`).
+    """
     gathered, config, system = Gathered(), scorer.config, scorer.system
     files = {"anomaly": "maps", "confidence": "maps", "recon": "reconstruction"}  # the settings that ask for them
     names = [name for name, setting in files.items() if config.evaluation.get(setting)]
@@ -283,6 +289,7 @@ def gather_results(
         gathered.seconds += result.seconds
         gathered.digests.append(case.digest)
         gathered.errors.append(result.score_error)
+        gathered.warnings.append(unlike(case.traits, kind))
         gathered.scores.add(result.scores, result.maps)
         truth = truth_of(case) if split.marked and result.maps else None
         maps = all_maps(result, baseline_maps) if truth else {}
@@ -304,6 +311,30 @@ def gather_results(
         gathered.cases.append(shown._replace(pictures={**shown.pictures, **window}))
         gathered.cases = worth_showing(gathered.cases, config.evaluation.pictures)
     return gathered
+
+
+def case_lines(
+    system: System, split: Split, gathered: Gathered, calibration: Calibration | None
+) -> list[dict[str, Any]]:
+    """The lines of scores.csv, with all p-values."""
+    whole = gathered.scores.of(1)
+    each = zip(split.rows, gathered.errors, gathered.warnings, strict=True)
+    return [
+        score_line(row, {k: v[:, i] for k, v in whole.items()}, system, calibration, error, warning)
+        for i, (row, error, warning) in enumerate(each)
+    ]
+
+
+def unlike_counts(lines: Sequence[Mapping[str, Any]], table: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """How many cases are unlike the training images, and how many p-values `table` withholds; logs it."""
+    warned = [line["label"] for line in lines if line["warning"]]
+    withheld = sum(a["p_value"] != b["p_value"] for a, b in zip(lines, table, strict=True))
+    if warned:
+        log(
+            f"warning: {len(warned)} of {len(lines)} cases are unlike the images that the run was trained on, and "
+            f"{withheld} of them have no p-value for that: see the column warning of scores.csv"
+        )
+    return {"n": len(warned), "normal": warned.count(0), "abnormal": warned.count(1), "withheld": withheld}
 
 
 def provenance(config: ConfigDict, system: System, split: Split, gathered: Gathered, workdir: Path) -> dict[str, Any]:

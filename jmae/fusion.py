@@ -18,6 +18,7 @@ from scipy.special import ndtri
 
 from jmae import metrics, recipe
 from jmae.errors import InputError
+from jmae.likeness import without_calm_p_value
 from jmae.report.compare import common_cases, labels_of, read_runs, scores_of
 from jmae.run_folder import log, output_folder, write_csv, write_text
 from jmae.sealed import unseal
@@ -71,6 +72,22 @@ def common_normals(calibrations: Mapping[str, Mapping[str, float]]) -> tuple[lis
     if not ids:
         raise InputError("the runs share no held-out normal: train and evaluate them with one manifest")
     return ids, np.array([[scores[name] for name in ids] for scores in calibrations.values()])
+
+
+def fused_line(line: Mapping[str, Any], of_runs: Sequence[Mapping[str, str]], rate: float) -> dict[str, Any]:
+    """A line of the fused scores.csv, with the warnings of the runs.
+
+    It has no p-value where a run gives the case none, or where `likeness.without_calm_p_value` withholds it.
+
+    Args:
+      line: {"p_value", ...}, of a case.
+      of_runs: its line in the scores.csv of each run.
+      rate: the alarm rate.
+    """
+    warning = "; ".join(dict.fromkeys(filter(None, (own.get("warning") for own in of_runs))))
+    p_value = line["p_value"] if all(own.get("p_value") for own in of_runs) else None
+    found = without_calm_p_value({**line, "p_value": p_value, "warning": warning}, rate)
+    return {key: "" if value is None else value for key, value in found.items()}
 
 
 def fused_map(maps: Sequence[np.ndarray], scales: Sequence[tuple[float, float]]) -> np.ndarray:
@@ -134,7 +151,10 @@ def fused_evaluation(workdirs: Sequence[Path], out: Path, *, draws: int = 2000) 
         }
     line = lambda k: {"id": ids[k], "label": int(labels[k]), "score": score[k], "p_value": p[k]}
     own = lambda k: {f"score of {run}": each[r, k] for r, run in enumerate(found["runs"])}
-    write_csv(out / "scores.csv", [line(k) | own(k) for k in range(len(ids))])
+    rate = min(run.config["evaluation"].get("alarm_rate", 0.05) for run in runs)
+    lines = [fused_line(line(k) | own(k), [run.table[ids[k]] for run in runs], rate) for k in range(len(ids))]
+    found["unlike"] = {"n": sum(bool(one["warning"]) for one in lines)}
+    write_csv(out / "scores.csv", lines)
     write_text(out / "metrics.json", json.dumps(found, indent=1))
     return found
 

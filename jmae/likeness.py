@@ -2,7 +2,8 @@
 
 A score ranks cases of one kind. A blank film, a CT slice in a run of chest X-rays or a thumbnail can score low, and its
 p-value then calms for no reason. trained_on.json of a run folder has the range of each trait over the images that the
-run was trained on. A case outside a range gets a warning, and no p-value above the alarm rate (`jmae.predict`).
+run was trained on. A case outside a range gets a warning, and no p-value above the alarm rate (`without_calm_p_value`).
+`jmae.predict` and `jmae.evaluate` share this rule.
 """
 
 import math
@@ -111,9 +112,19 @@ def read_kind(workdir: Path) -> dict[str, Any] | None:
         raise InputError(f"{file}: is damaged ({error!r}): delete it; cases then get no warnings") from None
 
 
-def unlike(stored: Image, kind: Mapping[str, Any]) -> str:
-    """In what an image is unlike the images of a kind, in words; "" where in nothing."""
-    numbers, layout = traits_of(stored)
+def without_calm_p_value(line: Mapping[str, Any], rate: float) -> dict[str, Any]:
+    """A line of scores.csv, {"p_value", "warning", ...}. Where it has a warning, a p-value above the alarm rate `rate`
+    becomes None, as it would calm for no reason."""
+    calm = line["warning"] and line["p_value"] is not None and line["p_value"] > rate
+    return {**line, "p_value": None} if calm else dict(line)
+
+
+def unlike(traits: Traits | None, kind: Mapping[str, Any] | None) -> str:
+    """In what an image is unlike the images of a kind, in words; "" where in nothing, or where one of the two is not
+    known."""
+    if not traits or not kind:
+        return ""
+    numbers, layout = dict(traits.numbers), traits.layout
     if numbers["deviation"] == 0:
         return "all its values are equal"
     if layout.shape == kind["layout"].shape:

@@ -53,10 +53,8 @@ from PIL import Image as pillow
 
 from jmae import checkpoint, recipe
 from jmae.calibration import (
-    LOCATING_COLUMNS,
     alarm_rate,
     colours_of,
-    has_column,
     mask_threshold,
     read_calibration,
     score_identity,
@@ -70,10 +68,10 @@ from jmae.data.preparation import stored_case
 from jmae.data.slices import command, lie
 from jmae.errors import InputError, exit_code
 from jmae.fitting import restore_results
-from jmae.fusion import colours_of_file, common_normals, fused, fused_map, scores_of_normals
+from jmae.fusion import colours_of_file, common_normals, fused, fused_line, fused_map, scores_of_normals
 from jmae.inference import Scorer, run_of, score_rows
 from jmae.inputs import SPLIT, cases_of, image_of_array, row_of, sequences, with_spacing
-from jmae.likeness import read_kind, unlike
+from jmae.likeness import read_kind, unlike, without_calm_p_value
 from jmae.outlines import least_voxels, outline
 from jmae.processes import keep_compiled
 from jmae.progress import at_work
@@ -87,6 +85,7 @@ from jmae.seen import read_seen
 from jmae.system import System, load_system
 from jmae.tables import plain
 
+FLAGS = ["workdir", "out", "manifest", "continue", "config"]
 DONE = ".scores.jsonl"  # in --out: first the run and its settings, then a line for each case that is done
 
 
@@ -95,7 +94,7 @@ class Prediction(NamedTuple):
 
     map: np.ndarray | None  # float32, the input's spatial shape; None where the score has no map
     score: float
-    p_value: float | None  # None where the run is not calibrated for the case
+    p_value: float | None  # None where the run is not calibrated for the case, or for a warning
     confidence: np.ndarray | None  # float32, deviation of the map over the system's samples; None where it has none
     warning: str = ""  # in what the case is unlike the training images
     mask: np.ndarray | None = None  # bool, the lesions; None where the run gives no threshold
@@ -196,7 +195,7 @@ def main(argv: list[str]) -> int:
     if len(workdirs) > 1:
         return predict_with_several([Path(workdir) for workdir in workdirs], rest)
     words = [word for word in argv if word != "--continue"]
-    names, flags = command(words, __doc__, ["workdir", "out", "manifest", "continue", "config"])
+    names, flags = command(words, __doc__, FLAGS)
     if "out" not in flags:
         raise InputError("no --out: name a folder for maps and scores: jmae predict --workdir DIR --out DIR SCAN")
     if bool(names) == ("manifest" in flags):
@@ -228,6 +227,9 @@ def predict_with_several(workdirs: Sequence[Path], argv: Sequence[str]) -> int:
         raise InputError("name a folder: --out=DIR")
     out = output_folder(values[-1])
     normals = common_normals({str(workdir): scores_of_normals(workdir) for workdir in workdirs})[1]
+    flags = command([word for word in rest if word != "--continue"], __doc__, FLAGS)[1]
+    changed = {key: value for key, value in flags.items() if key.startswith("config")}
+    rate = min(alarm_rate(run_of({"workdir": str(workdir), **changed})[1]) for workdir in workdirs)
     folders = [out / str(k + 1) for k in range(len(workdirs))]
     codes = [main([f"--workdir={w}", f"--out={f}", *rest]) for w, f in zip(workdirs, folders, strict=True)]
     runs = [scores_in(folder) for folder in folders]
@@ -239,10 +241,8 @@ def predict_with_several(workdirs: Sequence[Path], argv: Sequence[str]) -> int:
     lines = list[dict[str, Any]]()
     for k, name in enumerate(ids):
         own = {f"score of {workdir.name}": run[name]["score"] for workdir, run in zip(workdirs, runs, strict=True)}
-        known = all(run[name]["p_value"] for run in runs)
-        warning = "; ".join(dict.fromkeys(run[name]["warning"] for run in runs if run[name]["warning"]))
-        line = {"id": name, "label": "", "score": float(score[k]), "p_value": float(p[k]) if known else ""}
-        lines.append(line | own | {"warning": warning})
+        line = {"id": name, "label": "", "score": float(score[k]), "p_value": float(p[k])}
+        lines.append(fused_line(line | own, [run[name] for run in runs], rate))
         files = [next(iter(sorted(folder.glob(f"{glob.escape(name)}_anomaly.*"))), None) for folder in folders]
         if all(files) and all(scales):
             images = [read_image([str(file)]) for file in files]
@@ -317,25 +317,15 @@ def checked_line(run: Run, row: Row, result: Result) -> dict[str, Any]:
     if bad := [name for name, values in result.scores.items() if not np.isfinite(values).all()]:
         raise InputError(f"{row.image[0]}: its score {bad[0]} is not finite: look at its values, or leave it out")
     assert result.case.stored
-    line = score_line(row, result.scores, run.system, run.calibration, result.score_error)
-    line["warning"] = unlike(result.case.stored, run.kind) if run.kind else ""
-    if line["warning"]:
-        log(f"{row.id}: warning: unlike the images that the run was trained on: {line['warning']}")
-    if line["p_value"] is not None:
-        if why := why_no_p_value(run, row, result):
-            log(f"{row.id}: no p-value: {why}")
-        if why or (line["warning"] and line["p_value"] > alarm_rate(run.config)):  # a high one would calm for no reason
-            line["p_value"] = None
-    return line
-
-
-def why_no_p_value(run: Run, row: Row, result: Result) -> str:
-    """Why a calibrated run gives a case no p-value; "" where it gives one."""
-    assert result.case.stored and run.calibration
-    if row_seen := run.seen.get(content(result.case.stored.array)):
-        return f"it is the image of {row_seen.id} in {row_seen.split}, which the run was trained or calibrated on"
-    further = [name for name in LOCATING_COLUMNS if has_column(row, name) and name not in run.calibration.needs]
-    return f"it has a {further[0]}, which the held-out normals did not have" if run.system.sweep and further else ""
+    warning = unlike(result.case.traits, run.kind)
+    line = score_line(row, result.scores, run.system, run.calibration, result.score_error, warning)
+    if warning:
+        log(f"{row.id}: warning: unlike the images that the run was trained on: {warning}")
+    if line["p_value"] is not None and (seen := run.seen.get(content(result.case.stored.array))):
+        why = f"it is the image of {seen.id} in {seen.split}, which the run was trained or calibrated on"
+        log(f"{row.id}: no p-value: {why}")
+        line["p_value"] = None
+    return without_calm_p_value(line, alarm_rate(run.config))
 
 
 def scores_in(folder: Path) -> dict[str, dict[str, str]]:

@@ -226,6 +226,7 @@ def test_alarms_leave_out_cases_without_a_p_value_and_needed_columns_are_asked_f
     calibration = Calibration({"a": 1.0, "n": 2.0, "m": 3.0})
     found = cal.alarms(labels, [None, 0.5, 0.25, 1.0], calibration, 0.25)
     assert (found["normal"], found["abnormal"]) == (0, 0.5)
+    assert found["counts"] == {"normal": [0, 1], "abnormal": [1, 2], "unlabelled": [0, 0]}
     assert cal.alarms(labels, [None] * 4, calibration, 0.25) is None
     system = System(name="toy", stages=(), uses=(), primary="bright")
     line = lambda row, c: cal.score_line(row, {"bright": np.array([2.5])}, system, c)["p_value"]
@@ -233,4 +234,8 @@ def test_alarms_leave_out_cases_without_a_p_value_and_needed_columns_are_asked_f
     assert line(rows[0], calibration) is None and "a: no p-value: it has the name" in capfd.readouterr().err
     within = calibration._replace(needs=("region", "midline"))
     assert line(rows[1], within) is None
-    assert line(rows[1]._replace(region="r.nii", extra={"midline": "middle"}), within) == 0.5
+    located = rows[1]._replace(region="r.nii", extra={"midline": "middle"})
+    assert line(located, within) == 0.5
+    system = replace(system, sweep=SimpleNamespace())
+    assert line(located, calibration) is None and line(located, within) == 0.5
+    assert "b: no p-value: it has a region, which the held-out normals did not have" in capfd.readouterr().err

@@ -35,7 +35,7 @@ from jmae.system import System, load_system
 
 KEYS = """
 system split n n_normal n_abnormal primary image pixel scores subsets per_patient patient_means best_rival baselines
-decision chi2 alarms digests mask explained sizes
+decision chi2 alarms digests mask explained sizes unlike
 """.split()
 IMAGE = {"auroc", "auroc_ci", "ap", "ap_ci", "n_normal", "n_abnormal"}
 PIXEL = {"auroc", "ap", "prevalence", "dice_best", "iou", "aupro", "froc"}

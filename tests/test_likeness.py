@@ -46,8 +46,8 @@ def test_images_of_the_kind_pass_and_others_are_named(tmp_path):
     likeness.write_kind(tmp_path, [likeness.traits_of(image(film(seed))) for seed in range(40)])
     kind = likeness.read_kind(tmp_path)
     assert kind["images"] == 40
-    assert sum(bool(likeness.unlike(image(film(seed)), kind)) for seed in range(100, 200)) <= 2
-    unlike = lambda array: likeness.unlike(image(array), kind)
+    assert sum(bool(likeness.unlike(likeness.traits_of(image(film(seed))), kind)) for seed in range(100, 200)) <= 2
+    unlike = lambda array: likeness.unlike(likeness.traits_of(image(array)), kind)
     assert unlike(np.full((60, 50), 90)) == "all its values are equal"
     assert unlike(255 - film(0)).split(" ")[0] in ("mean", "median", "likeness")
     assert "likeness to the mean image" in unlike(film(0)[:, np.r_[25:50, 0:25]])
@@ -55,7 +55,7 @@ def test_images_of_the_kind_pass_and_others_are_named(tmp_path):
     assert "ratio of the axes" in unlike(film(0, (400, 60)))
     assert "roughness" in unlike(np.random.default_rng(0).integers(0, 256, (60, 50)))
     colour = Image(np.repeat(film(0)[..., None], 3, -1).astype(np.float32), None, None, 8)
-    assert likeness.unlike(colour, kind) == "channels 3 (training images: 1 to 1)"
+    assert likeness.unlike(likeness.traits_of(colour), kind) == "channels 3 (training images: 1 to 1)"
 
 
 def test_a_range_of_few_images_is_wider():
@@ -73,3 +73,10 @@ def test_a_run_without_the_file_has_no_kind_and_a_damaged_file_is_one_line(tmp_p
         (tmp_path / likeness.TRAINED_ON).write_text(text)
         with pytest.raises(InputError, match="is damaged"):
             likeness.read_kind(tmp_path)
+
+
+def test_a_warning_withholds_a_p_value_above_the_alarm_rate_alone():
+    line = lambda p, warning: likeness.without_calm_p_value({"p_value": p, "warning": warning}, 0.05)["p_value"]
+    assert [line(p, "") for p in (None, 0.05, 0.9)] == [None, 0.05, 0.9]
+    assert [line(p, "mean 2") for p in (None, 0.05, 0.9)] == [None, 0.05, None]
+    assert likeness.unlike(likeness.traits_of(image(film(0))), None) == "" == likeness.unlike(None, {})

@@ -128,7 +128,7 @@ def test_predict_repeats_evaluate(finished, small_set, tmp_path):
     file = {name: next(f for f in small_set.parent.glob(f"{name}.*")) for name in evaluated}
     assert run(finished, tmp_path / "all", *file.values()) == 0
     predicted = table(tmp_path / "all" / "scores.csv")
-    assert predicted == {name: line | {"label": "", "warning": ""} for name, line in evaluated.items()}
+    assert predicted == {name: line | {"label": ""} for name, line in evaluated.items()}
     assert list(predicted) == list(evaluated) and all(0 < float(line["p_value"]) <= 1 for line in predicted.values())
     for written in (before / "maps").iterdir():
         assert written.read_bytes() == (tmp_path / "all" / written.name).read_bytes()
@@ -163,6 +163,27 @@ def test_a_case_unlike_the_training_has_a_warning_and_no_calm_p_value(finished, 
     one = jmae.load(finished)(tmp_path / "thumbnail.png")
     assert one.warning == lines["thumbnail"]["warning"] and "axis 8 (training images: " in one.warning
     assert "thumbnail: warning: unlike the images" in capfd.readouterr().err
+
+    # `jmae evaluate` gives the same, and counts a p-value that is left out as no alarm.
+    rows = [{"id": name, "image": f"{name}.png", "split": "test", "label": int(name == "noise")} for name in cases]
+    write_csv(tmp_path / "cases.csv", rows)
+    out = tmp_path / "evaluated"
+    words = [f"--workdir={finished}", f"--manifest={tmp_path / 'cases.csv'}", f"--out={out}"]
+    assert exit_code(evaluate.main, words) == 0
+    evaluated = table(out / "scores.csv")
+    assert {name: line | {"label": ""} for name, line in evaluated.items()} == lines
+    withheld = sum(not line["p_value"] for line in lines.values())
+    found = json.loads((out / "metrics.json").read_text())
+    assert found["unlike"] == {"n": 2, "normal": 1, "abnormal": 1, "withheld": withheld}
+    high = [name for name, line in lines.items() if line["p_value"] and float(line["p_value"]) <= 0.05]
+    counts = {"normal": [len({"usual", "thumbnail"} & set(high)), 2], "abnormal": [int("noise" in high), 1]}
+    assert found["alarms"]["counts"] == counts | {"unlabelled": [0, 0]}
+    page = (out / "report.html").read_text()
+    assert "2 of 3 cases are unlike the training images (1 normal, 1 abnormal)." in page
+    assert "Unlike the training images:</strong> smallest axis" in page
+    assert f"warning: 2 of 3 cases are unlike the images that the run was trained on, and {withheld} of them" in (
+        capfd.readouterr().err
+    )
 
 
 @pytest.mark.long
@@ -212,6 +233,9 @@ def test_two_runs_give_one_answer(finished, small_set, tmp_path, capfd):
     found = json.loads((tmp_path / "evaluated" / "metrics.json").read_text())
     assert found["scores"]["fused"]["auroc"] == found["scores"][finished.name]["auroc"]
     assert all(one["auroc"] == 0 for one in found["differences"].values()) and len(found["differences"]) == 2
+    together = table(tmp_path / "evaluated" / "scores.csv")
+    assert {together[name]["p_value"] for name in both} == {line["p_value"] for line in both.values()}
+    assert found["unlike"] == {"n": 0} and all(line["warning"] == "" for line in together.values())
     (copy / "calibration.json").unlink()
     assert exit_code(predict.main, words) == 2
     assert f"{copy}: is not calibrated" in capfd.readouterr().err
@@ -295,7 +319,7 @@ def test_regions_and_midlines_are_taken_and_give_the_p_values_of_evaluate(tmp_pa
     )
     assert run(workdir, tmp_path / "out", f"--manifest={tmp_path / 'cases.csv'}") == 0
     predicted = table(tmp_path / "out" / "scores.csv")
-    assert predicted == {name: line | {"label": "", "warning": ""} for name, line in evaluated.items()}
+    assert predicted == {name: line | {"label": ""} for name, line in evaluated.items()}
     assert "only cases with a region and a midline get p-values" in capfd.readouterr().err
     of, row = jmae.load(workdir), asked[0]
     inside, middle = nib.load(row.region).get_fdata(), row.extra["midline"]

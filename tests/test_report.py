@@ -32,7 +32,14 @@ from jmae.report.cases import (
 from jmae.report.charts import froc_chart
 from jmae.report.page import write_report
 from jmae.report.pictures import Scale, case_pictures, colour_scale, slides, spread_scale
-from jmae.report.words import comparison_rows, p_value_sentences, patient_rows, result_sentences, stage_losses
+from jmae.report.words import (
+    comparison_rows,
+    p_value_sentences,
+    patient_rows,
+    result_sentences,
+    stage_losses,
+    unlike_sentences,
+)
 
 EVIL = "<script>alert('x')</script>\" onload=\"a()"
 
@@ -441,7 +448,10 @@ def test_the_first_sentence_compares_with_the_best_of_all_baselines(difference, 
 def calibrated(labels, p, n, rate=0.05, threshold=0.7):
     rows = enumerate(zip(labels, p, strict=False))  # as many as the shorter
     table = [{"id": f"c{i}", "label": y, "score": 1.0, "p_value": value} for i, (y, value) in rows]
-    return {"table": table, "alarms": {"n": n, "rate": rate, "threshold": threshold, "normal": 0, "abnormal": 0}}
+    own = lambda label: [row["p_value"] for row in table if row["label"] == label and row["p_value"] is not None]
+    kinds = {"normal": own(0), "abnormal": own(1), "unlabelled": own(None)}
+    counts = {kind: [sum(value <= rate for value in values), len(values)] for kind, values in kinds.items()}
+    return {"table": table, "alarms": {"n": n, "rate": rate, "threshold": threshold, "counts": counts}}
 
 
 def test_what_was_promised_stands_beside_what_came_of_it():
@@ -461,6 +471,15 @@ def test_what_was_promised_stands_beside_what_came_of_it():
     few = p_value_sentences(calibrated([0, 1], [0.5, 0.5], 9, threshold=None))
     assert few[-1] == "9 normal cases are too few for such a p-value: at least 19 are needed."
     assert p_value_sentences({"alarms": None, "uncalibrated": "give it normals"}) == ["Give it normals."]
+
+
+def test_cases_unlike_the_training_are_counted_at_the_top_and_named_at_the_case(tmp_path):
+    evaluation = an_evaluation(unlike={"n": 2, "normal": 2, "abnormal": 0, "withheld": 1}) | calibrated([0], [0.5], 99)
+    assert "left out for a warning counts as no alarm" in " ".join(p_value_sentences(evaluation))
+    said = unlike_sentences(evaluation)
+    assert said[0].endswith("cases are unlike the training images (2 normal).")
+    assert said[-1].startswith("Such a case has no p-value above 0.05")
+    assert unlike_sentences(an_evaluation(unlike={"n": 0})) == unlike_sentences(an_evaluation()) == []
 
 
 @pytest.mark.long

@@ -21,6 +21,7 @@ from jmae.data.manifest import PHANTOM, Row, boxes_file
 from jmae.data.transforms import area_resize, equalise, grey, resize, to_unit
 from jmae.data.volumes import Mask, Volume, boxes_mask, in_window, prepare, read_subtraction, read_volume
 from jmae.errors import InputError
+from jmae.likeness import Traits, traits_of
 
 PLS = np.array([[0, -1, 0, 0], [-1, 0, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1.0]])  # axes to posterior, left, superior
 
@@ -280,6 +281,7 @@ class Prepared:
         (`read_subtraction`).
       moments: (mean, standard deviation) to which the recipe normalises volumes.
       film: gives the stored image as a JPEG (`films.film_of`); None for a volume.
+      traits: of the stored image, which are compared with those of the training images.
     """
 
     row: Row
@@ -294,6 +296,7 @@ class Prepared:
     subtraction: np.ndarray | None = None
     moments: tuple[float, float] = (0.0, 1.0)
     film: Callable[[], bytes] | None = None
+    traits: Traits | None = None
 
     def on_own_grid(self, array: np.ndarray) -> np.ndarray:
         """A map (*size), or a picture (*size, channels), on the case's own grid."""
@@ -356,6 +359,7 @@ def prepared_case(
         subtraction=subtraction,
         moments=moments,
         film=None if volume else partial(film_of, stored, data.window),
+        traits=traits_of(case.image),
     )
 
 

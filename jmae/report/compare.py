@@ -40,6 +40,7 @@ class Run(NamedTuple):
     images: Mapping[str, str]  # id -> digest of the image
     config: Mapping[str, Any]
     environment: Mapping[str, Any]
+    table: Mapping[str, Mapping[str, str]]  # id -> line of scores.csv
 
 
 class Pair(NamedTuple):
@@ -62,11 +63,8 @@ def read_run(folder: Path) -> Run:
     try:
         figures = json.loads((inner / "metrics.json").read_text())
         with open(inner / "scores.csv", newline="") as file:
-            cases = {
-                plain(row["id"]): (int(row["label"]), float(row["score"]))
-                for row in csv.DictReader(file)
-                if row["label"]
-            }
+            table = {plain(row["id"]): row for row in csv.DictReader(file)}
+        cases = {name: (int(row["label"]), float(row["score"])) for name, row in table.items() if row["label"]}
         with open(inner / "cases.csv", newline="") as file:
             case_rows = list(csv.DictReader(file))
         patients = {plain(row["id"]): plain(row["patient"]) for row in case_rows}
@@ -77,7 +75,7 @@ def read_run(folder: Path) -> Run:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, csv.Error, RecursionError) as error:
         why = getattr(error, "strerror", None) or error
         raise InputError(f"{folder}: no complete evaluation ({why}): run jmae evaluate --workdir DIR") from None
-    return Run(folder.name or str(folder), figures, cases, patients, images, config, environment)
+    return Run(folder.name or str(folder), figures, cases, patients, images, config, environment, table)
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:

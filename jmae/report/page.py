@@ -62,6 +62,7 @@ def write_report(
         "about": words.system_description(evaluation["system"])[0],
         "results": words.result_sentences(evaluation),
         "promise": words.p_value_sentences(evaluation),
+        "unlike": words.unlike_sentences(evaluation),
         "reason": words.no_curves_reason(evaluation),
         "digests": {**evaluation.get("digests", {}), "environment": settings_digest(environment)},
         "config": words.flat_settings(config),
@@ -141,7 +142,7 @@ def case_values(
         return values
     labels, scores = labelled_scores(table)
     normals = scores[~labels]
-    p_values = {row["id"]: row.get("p_value") for row in table}
+    lines = {row["id"]: row for row in table}
     own = ("id", "label", "score", "p_value", "score_error")
     others = {row["id"]: {k: v for k, v in row.items() if k not in own} for row in table}
     scale, spread = colours or colour_scale([cases[i] for i in shown]), spread_scale([cases[i] for i in shown])
@@ -167,7 +168,8 @@ def case_values(
             **film_views[k],
             "case": case,
             "below": below,
-            "p": p_values.get(case.id),
+            "p": lines.get(case.id, {}).get("p_value"),
+            "warning": lines.get(case.id, {}).get("warning"),
             "others": {name: v for name, v in others.get(case.id, {}).items() if isinstance(v, float)},
             "slides": paged[k],
             "number": shown[k],

@@ -236,9 +236,9 @@ def convergence_sentences(study: Mapping[str, Any]) -> list[str]:
 def p_value_sentences(evaluation: Mapping[str, Any]) -> list[str]:
     """What a p-value is, and how many cases of each label raised an alarm; or why there are no p-values.
 
-    Reads `alarms`, `uncalibrated` and `table`.
+    Reads `alarms` and `uncalibrated`.
     """
-    alarms, table = evaluation.get("alarms"), evaluation.get("table") or []
+    alarms = evaluation.get("alarms")
     if not alarms:
         why = evaluation.get("uncalibrated")
         return [f"{why[0].upper()}{why[1:]}."] if why else []
@@ -253,21 +253,39 @@ def p_value_sentences(evaluation: Mapping[str, Any]) -> list[str]:
             *sentences,
             f"{n} normal cases are too few for such a p-value: at least {math.ceil(1 / rate) - 1} are needed.",
         ]
-    counts, surprise = [], []
-    for label, kind in ((0, "normal"), (1, "abnormal"), (None, "unlabelled")):
-        p_values = [row["p_value"] for row in table if row["label"] == label and row.get("p_value") is not None]
-        n_alarms = sum(value <= rate for value in p_values)
-        counts += [f"{n_alarms} of {len(p_values)} {kind} cases"] if p_values else []
-        if label == 0 and p_values and alarms_chance(n_alarms, len(p_values), n, rate) < 0.01:
-            surprise = [
-                "So many alarms among normal cases have a chance below 1 in 100 if these cases are like the held-out "
-                "ones. Take the p-values as too low, and calibrate on normal cases of this kind."
-            ]
-    return [
-        *sentences,
-        f"An alarm at scores above {threshold:.4g} is raised here for {' and '.join(counts)}.",
-        *surprise,
+    counts = [f"{k} of {of} {kind} cases" for kind, (k, of) in alarms["counts"].items() if of]
+    sentences.append(f"An alarm at scores above {threshold:.4g} is raised here for {' and '.join(counts)}.")
+    if (evaluation.get("unlike") or {}).get("withheld"):
+        sentences.append("A case whose p-value is left out for a warning counts as no alarm here.")
+    n_alarms, n_normal = alarms["counts"]["normal"]
+    if n_normal and alarms_chance(n_alarms, n_normal, n, rate) < 0.01:
+        sentences.append(
+            "So many alarms among normal cases have a chance below 1 in 100 if these cases are like the held-out "
+            "ones. Take the p-values as too low, and calibrate on normal cases of this kind."
+        )
+    return sentences
+
+
+def unlike_sentences(evaluation: Mapping[str, Any]) -> list[str]:
+    """How many cases are unlike the training images, and what that means; none where no case is.
+
+    Reads `unlike`, `alarms` and `n`.
+    """
+    unlike, alarms = evaluation.get("unlike") or {}, evaluation.get("alarms")
+    if not unlike.get("n"):
+        return []
+    labels = [f"{unlike[kind]} {kind}" for kind in ("normal", "abnormal") if unlike[kind]]
+    sentences = [
+        f"{unlike['n']} of {evaluation['n']} cases are unlike the training images{' (' if labels else ''}"
+        f"{', '.join(labels)}{')' if labels else ''}.",
+        "The run did not learn what normal scans of such a kind look like, so their scores say little. The warning at "
+        "each case says what differs.",
     ]
+    if alarms:
+        sentences.append(
+            f"Such a case has no p-value above {alarms['rate']:g}: a high one would reassure for no reason."
+        )
+    return sentences
 
 
 def alarms_chance(n_alarms: int, n_cases: int, n_held_out: int, rate: float) -> float:

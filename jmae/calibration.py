@@ -27,6 +27,7 @@ from jmae.scoring import Calibration, alarm_threshold, colour_ends, too_few_norm
 from jmae.sealed import seal, unseal
 from jmae.seen import write_seen
 from jmae.system import Results, System, chosen_on_val, compute_type, fitted_rows, rows_read
+from jmae.tables import counted
 
 CALIBRATION = "calibration.json"
 NOT_CALIBRATED = (
@@ -95,7 +96,8 @@ def calibrate(
     scores = {row.id: float(s) for row, s in zip(normals, reference.scores[:, used].mean(0), strict=True)}
     patients = len({patient_key(row) for row in normals})
     if patients < len(normals):
-        log(f"warning: {len(normals)} held-out normals of {patients} patients: the promise of p-values is weaker")
+        of = counted(patients, "patients")
+        log(f"warning: {len(normals)} held-out normals of {of}: the promise of p-values is weaker")
     needs = [name for name in LOCATING_COLUMNS if system.sweep and any(has_column(row, name) for row in normals)]
     ends = reference.ends[used]
     low, high = colour_ends(*ends.T) if np.isfinite(ends).all() else (None, None)
@@ -118,7 +120,7 @@ def calibrate(
     }
     write_text(workdir / CALIBRATION, seal(content))
     write_seen(workdir, normals)
-    log(f"calibrated on {len(scores)} held-out normals: {workdir / CALIBRATION}")
+    log(f"calibrated on {counted(len(scores), 'held-out normals')}: {workdir / CALIBRATION}")
     return Calibration(scores, low, high, tuple(needs), peaks, config.evaluation.mask_least, fitted)
 
 
@@ -137,7 +139,7 @@ def calibrating_rows(
         )
         return [row.kept and free(row) for row in rows]
     if leaking := sum(row.label == 0 and bool(row.leak) for row in rows):
-        say(f"{leaking} normals of val are also in another split: they give no p-values")
+        say(f"{counted(leaking, 'normals')} of val in another split, too: no p-values from them")
     used = [row.label == 0 and free(row) for row in rows]
     if not any(used) and any(row.id in fitted for row in rows):
         say("the score was fitted to all held-out normals, so there are no p-values: give val normals of more patients")
@@ -279,7 +281,7 @@ def colours_of(calibration: Calibration | None) -> Scale | None:
     source = (
         f"median of the {low:g}th percentiles (low end) and the 95th percentile of the {high:g}th percentiles (high"
     )
-    source += f" end) of the maps of {len(calibration.scores)} held-out normals"
+    source += f" end) of the maps of {counted(len(calibration.scores), 'held-out normals')}"
     return Scale(calibration.low, calibration.high, source)
 
 

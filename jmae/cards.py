@@ -19,6 +19,7 @@ from jmae.errors import InputError
 from jmae.report import flat_settings, no_curves_reason, result_sentences, system_description
 from jmae.run_folder import digest, images_digest, read_environment, recipe_digest, write_text
 from jmae.system import System
+from jmae.tables import counted
 
 RESEARCH = "For research, not for clinical use."
 LABELS = {0: "normal", 1: "abnormal", None: "unknown"}
@@ -130,7 +131,8 @@ def figures_text(evaluation: Mapping[str, Any]) -> str:
         number(of.get(name))
         + (f" ({number(ci[0])} to {number(ci[1])})" if None not in (ci := of.get(f"{name}_ci") or [None]) else "")
     )
-    lines = [f"{e['folder']}: split {e['split']}, {e['n']} cases, {e['n_normal']} normal, {e['n_abnormal']} abnormal."]
+    counts = f"{counted(e['n'], 'cases')}, {e['n_normal']} normal, {e['n_abnormal']} abnormal"
+    lines = [f"{e['folder']}: split {e['split']}, {counts}."]
     if reason := no_curves_reason(e):
         lines.append(reason)
     each = [(f"{name}{' (primary)' * (name == e['primary'])}", of) for name, of in e["scores"].items()]
@@ -203,7 +205,7 @@ def licences(rows: Sequence[Row]) -> str:
     if not columns:
         return "unknown: the manifest has no column `licence`"
     licence = Counter(row.extra.get(name, "").strip() or "not stated" for row in rows for name in columns)
-    return ", ".join(f"{text} ({n} cases)" for text, n in licence.most_common())
+    return ", ".join(f"{text} ({counted(n, 'cases')})" for text, n in licence.most_common())
 
 
 def image_kinds(rows: Sequence[Row]) -> str:

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 from jmae import recipe
 from jmae.errors import exit_code
+from jmae.tables import counted
 
 PACKAGES = "jmae jax jaxlib flax optax orbax-checkpoint grain numpy scipy scikit-image nibabel pydicom".split()
 PLUGINS = "jax-cuda12-plugin jax-cuda13-plugin libtpu".split()
@@ -33,6 +34,7 @@ TPUS = "0x0027 0x0056 0x005e 0x0062 0x0063 0x006f 0x0076".split()  # PCI ids of 
 # The oldest driver and compute capability that JAX's wheels run on (JAX's installation guide), newest CUDA first.
 CUDA = {"cuda13": ((580,), 7.5), "cuda12": ((525, 60, 13), 5.2)}
 SECONDS = 120  # for JAX to find its devices, at most
+NEXT = "next: jmae quickstart NORMALS NEW, with a folder of normal scans and one of new scans"
 LEAST_GIB = 4.0  # GiB of free host memory, at least; the demo needs less
 
 # Imports each package before JAX starts, as a damaged one may only fail there; numpy comes first, as others import it.
@@ -90,8 +92,8 @@ def main(argv: list[str]) -> int:
     problems = findings(facts)
     lines = fact_lines(facts)
     print("\n".join([*lines, "", *(f"finding: {problem}" for problem in problems)] if problems else lines))
-    print(f"{len(problems)} findings" if problems else "no problem was found")
-    print("next: correct the findings" if problems else "next: jmae systems, then jmae train --config NAME")
+    print(counted(len(problems), "findings") if problems else "no problem was found")
+    print("next: correct the findings" if problems else NEXT)
     return int(bool(problems))
 
 

@@ -32,6 +32,7 @@ from jmae.run_folder import digest, log, write_bytes
 from jmae.seen import write_seen
 from jmae.sharding import replicated
 from jmae.system import Fit, Results, System, rows_read
+from jmae.tables import counted
 from jmae.windows import cut_windows
 
 FOLDER, ABOUT = "fitted", "about"
@@ -88,7 +89,7 @@ def computed(
     config: ConfigDict, system: System, fit: Fit, results: Results, rows: Sequence[Row], cases: Cases | None = None
 ) -> dict[str, Any]:
     """A fit's arrays from these rows, on the host; several replicates are a leading axis."""
-    log(f"{fit.name}: learning from {len(rows)} cases")
+    log(f"{fit.name}: learning from {counted(len(rows), 'cases')}")
     scorer = Scorer(config, measuring(system, fit), results, cases)
     return finished(config, system, fit, list(score_rows(scorer, rows)))
 

@@ -83,7 +83,7 @@ from jmae.scoring import Calibration
 from jmae.sealed import seal_line, unseal
 from jmae.seen import read_seen
 from jmae.system import System, load_system
-from jmae.tables import plain
+from jmae.tables import counted, plain
 
 FLAGS = ["workdir", "out", "manifest", "continue", "config"]
 DONE = ".scores.jsonl"  # in --out: first the run and its settings, then a line for each case that is done
@@ -249,7 +249,7 @@ def predict_with_several(workdirs: Sequence[Path], argv: Sequence[str]) -> int:
             heat = fused_map([image.array[..., 0] for image in images], [scale for scale in scales if scale])
             write_map(out / f"{name}_anomaly", heat, images[0])
     write_csv(out / "scores.csv", lines)
-    log(f"{len(lines)} cases of {len(workdirs)} runs: {out / 'scores.csv'}")
+    log(f"{counted(len(lines), 'cases')} of {len(workdirs)} runs: {out / 'scores.csv'}")
     return max(codes)
 
 
@@ -520,7 +520,7 @@ def finish(rows: Sequence[Row], done: Mapping[str, Mapping], failed: Sequence[Ma
         write_csv(out / "failed.csv", failed)
     else:
         (out / "failed.csv").unlink(missing_ok=True)
-    log(f"{len(lines)} cases: {out / 'scores.csv'}" if lines else "no case was predicted")
+    log(f"{counted(len(lines), 'cases')}: {out / 'scores.csv'}" if lines else "no case was predicted")
     if failed:
         log(f"{len(failed)} of {len(failed) + len(lines)} cases failed: {out / 'failed.csv'}")
         log("next: mend them, then the same command with --continue")

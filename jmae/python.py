@@ -14,7 +14,7 @@ from types import ModuleType
 from typing import Any
 
 from jmae.errors import InputError
-from jmae.tables import plain
+from jmae.tables import counted, plain
 
 SHOWN = 10  # cases of an evaluation in a notebook
 
@@ -61,7 +61,7 @@ class Evaluation:
 
     def __repr__(self) -> str:
         found = ", ".join(f"{name} AUROC {one['auroc']:.3f}" for name, one in self.figures().items())
-        return f"<{len(self.cases)} cases in {self.folder}{f': {found}' if found else ''}>"
+        return f"<{counted(len(self.cases), 'cases')} in {self.folder}{f': {found}' if found else ''}>"
 
 
 def table(rows: list[list[str]]) -> str:

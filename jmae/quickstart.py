@@ -26,8 +26,17 @@ from jmae.data.prepare.overview import calibration_share, one_rank, p_value_line
 from jmae.data.slices import command
 from jmae.errors import InputError, exit_code
 from jmae.run_folder import log, output_folder
+from jmae.tables import counted
 
-RUN = {"prepare": prepare.main, "train": train.main, "evaluate": evaluate.main, "predict": predict.main}
+
+def prepare_data(argv: list[str]) -> int:
+    """`jmae prepare` without the lines that quickstart has itself."""
+    lines = prepare.written(argv).splitlines()
+    print("\n".join(line for line in lines if not line.startswith(("next: ", "p-values: "))))
+    return 0
+
+
+RUN = {"prepare": prepare_data, "train": train.main, "evaluate": evaluate.main, "predict": predict.main}
 
 
 def main(argv: list[str]) -> int:
@@ -41,7 +50,7 @@ def main(argv: list[str]) -> int:
     kind = one_rank(rows)
     name, why = recipe.suggested(kind)
     chosen = flags.pop("config", "")
-    log(f"{len(rows)} {kind}: {f'{chosen}, as you chose' if chosen else f'{name}:small ({why})'}")
+    log(f"{counted(len(rows), kind)}: {f'{chosen}, as you chose' if chosen else f'{name}:small ({why})'}")
     log(p_value_line(rows))
     share = calibration_share(rows)
     given = {"config": chosen or f"{name}:small", "config.data.manifest": str(made)}

@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 from scipy import ndimage
 
 from jmae.errors import InputError
+from jmae.tables import counted
 
 
 def minimum_filter(image: Float[Array, "b *size c"], size: tuple[int, ...]) -> Float[Array, "b *size c"]:
@@ -123,7 +124,7 @@ def too_few_normals(n: int, rate: float) -> str:
     if floor(round(rate * (n + 1), 9)) > 0:  # as in `alarm_threshold`
         return ""
     smallest, least = 1 / (n + 1), ceil(1 / rate) - 1
-    what = f"{n} held-out normals are too few for a p-value of {rate:g}"
+    what = f"{counted(n, 'held-out normals')} cannot give a p-value of {rate:g}"
     return f"{what} (the smallest is {smallest:.2g}): at least {least} are needed"
 
 

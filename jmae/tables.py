@@ -1,4 +1,4 @@
-"""CSV text whose cells no spreadsheet runs as formulas."""
+"""CSV text whose cells no spreadsheet runs as formulas; counts in words."""
 
 import csv
 import io
@@ -22,6 +22,16 @@ FORMULA = re.compile(r"'*[=+\-@\t\r]")
 def harmless(cell: Any) -> Any:
     """A cell of text with an apostrophe before what would begin a formula; numbers as they are."""
     return f"'{cell}" if isinstance(cell, str) and FORMULA.match(cell) else cell
+
+
+NOUN = re.compile(r"\b(case|file|finding|image|label|mask|normal|patient|row|run|scan|session|slice|subject|volume)s\b")
+
+
+def counted(n: int, what: str) -> str:
+    """A number with its noun, which is given in the plural: "2 cases of it", "1 case of it"."""
+    noun, of, rest = what.partition(" of ")
+    noun = NOUN.sub(r"\1", noun, count=1) if n == 1 else noun
+    return f"{n} {noun}{of}{rest}"
 
 
 def plain(cell: str) -> str:

@@ -86,6 +86,7 @@ from jmae.system import (
     split_replicates,
     stage_keys,
 )
+from jmae.tables import counted
 
 CHECK_STEP = 2**40  # a stage's checks take the crops of this step, which no training reaches
 
@@ -298,7 +299,7 @@ def take_steps(
     config, stage, mesh, steps = course.config, course.stage, course.mesh, course.steps
     n, name = config.replicates, stage.name
     if (least := min(len(table) for table in course.tables)) < stage.batch:
-        log(f"warning: {name}: {least} images are fewer than a batch of {stage.batch}: they repeat within it")
+        log(f"warning: {name}: {counted(least, 'images')} for a batch of {stage.batch}: images repeat within it")
     seeds = [config.seed + r for r in range(n)]
     samples = course.samples
     if stage.size:
@@ -339,7 +340,9 @@ def take_steps(
     elif stage.watch:
         log(f"{name}: no held-out normals (val rows of label 0, or data.calibration), so no figures of them")
     halts = [config.checkpoint_every, *(every for every, *_ in checks)]
-    log(f"{name}: {len(course.tables[0])} images, steps {start} to {steps}, batch {stage.batch}, compiling")
+    checking = len({*np.concatenate([[], *course.checked_rows]).tolist()} - {*course.tables[0].tolist()})
+    images = counted(len(course.tables[0]), "images") + f" ({checking} more only check the training)" * bool(checking)
+    log(f"{name}: {images}, steps {start} to {steps}, batch {stage.batch}, compiling")
     with (
         progress(name, start, steps) as show,
         lines_to_loggers(config, course.workdir, name, start) as draw,

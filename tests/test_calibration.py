@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from dataclasses import replace
 from math import floor
 from pathlib import Path
@@ -99,6 +100,10 @@ def test_a_recipe_keeps_train_patients_apart(tools, tmp_path):
     assert sum(r.split == "val" for r in rows) == 6 and sum(r.split == "train" for r in rows) == 18
     assert said[-1] == "data.calibration: 6 train rows kept apart, as normals of val"
     assert sum(r.split == "val" for r in load_rows(config(manifest, (16, 16), 1), said.append)) == 0
+    held, trained = (next(r for r in rows if r.kept is kept and r.label == 0) for kept in (True, False))
+    shutil.copy(held.image[0], trained.image[0])  # no user wrote the split val, so the message names the setting
+    with pytest.raises(InputError, match=r"are identical, and data\.calibration holds out one: leave one out"):
+        load_rows(c, said.append)
 
 
 # --- in a run ---------------------------------------------------------------------------------------------------------
@@ -190,10 +195,10 @@ def test_a_run_without_labels_to_test_is_calibrated_too_and_few_normals_are_said
     strict = c.copy_and_resolve_references()
     strict.evaluation.alarm_rate = 0.01
     cal.tell_p_values(strict, SYSTEM, rows)  # before the training
-    assert "warning: 12 held-out normals are too few for a p-value of 0.01" in capfd.readouterr().err
+    assert "warning: 12 held-out normals cannot give a p-value of 0.01" in capfd.readouterr().err
     cal.calibrate_run(strict, SYSTEM, rows, tmp_path)
     assert (
-        "12 held-out normals are too few for a p-value of 0.01 (the smallest is 0.077): at least 99 are needed: take"
+        "12 held-out normals cannot give a p-value of 0.01 (the smallest is 0.077): at least 99 are needed: take"
         in capfd.readouterr().err
     )
     assert json.loads((tmp_path / "calibration.json").read_text())["threshold"] is None
@@ -215,7 +220,7 @@ def test_only_normals_that_nothing_was_chosen_by_calibrate(capfd):
     assert "only train rows kept apart give p-values" in capfd.readouterr().err
     leaking = [rows[0]._replace(leak="patient 'p' is in train and val"), row("d", 0), rows[2]]
     assert cal.calibrating_rows(c, plain, leaking) == [False, True, True], "the run has seen that row"
-    assert "1 normals of val are also in another split" in capfd.readouterr().err
+    assert "1 normal of val in another split, too" in capfd.readouterr().err
     # Without an abnormal row of val nothing was chosen.
     assert cal.calibrating_rows(c, chosen, rows[::2]) == [True, True]
 

@@ -170,10 +170,11 @@ def test_a_sound_manifest_has_no_findings(cases, capsys):
     assert run(write(cases), "--json", str(cases[0] / "out.json")) == 0
     said = capsys.readouterr().out
     assert "train 3 normal (3 patients), val 1 normal, test 1 normal + 1 abnormal" in said and "nothing found" in said
-    assert "p-values: 1 held-out normals are too few" in said
+    assert "p-values: 1 held-out normal cannot give a p-value of 0.05 (the smallest is 0.5)" in said
     own = "next: the command that `jmae prepare` printed, or for a manifest of your own: jmae train --config ppii:small"
     assert said.splitlines()[-1].startswith(f"{own} --config.data.manifest=")
     assert json.loads((cases[0] / "out.json").read_text())["findings"] == []
+    assert run(f"--manifest={write(cases)}") == 0 and capsys.readouterr().out == said
 
 
 def test_every_kind_of_finding_is_told_with_its_cases(cases, chests, capsys):

@@ -246,11 +246,12 @@ def test_the_command_says_what_it_found_and_ends_with_it(monkeypatch, capsys):
     assert exit_code(doctor.main, []) == 1
     said = capsys.readouterr().out
     assert "gpu        NVIDIA H100, driver 580.65.06, 80.0 GiB, compute capability 9" in said
-    assert "set        XLA_FLAGS=--xla_x=1" in said and "1 findings" in said
+    assert "set        XLA_FLAGS=--xla_x=1" in said and "\n1 finding\n" in said
     assert "finding: NVIDIA H100 is not used: jaxlib 0.10.2 has no CUDA plugin" in said
     monkeypatch.setattr(doctor, "probe", lambda: facts(ON_GPU, [H100], jax_cuda13_plugin="0.10.2", jmae=""))
     assert exit_code(doctor.main, []) == 0
     said = capsys.readouterr().out
+    assert said.splitlines()[-1].startswith("next: jmae quickstart NORMALS NEW")
     assert "device   NVIDIA H100, 64.0 GiB for JAX, 0.5 GiB in use" in said and "jmae MISSING" in said
     assert "XLA_CLIENT_MEM_FRACTION=.9" in said and "no problem was found" in said
     assert exit_code(doctor.main, ["--fix"]) == 2

@@ -363,7 +363,7 @@ def test_rows_of_other_splits_are_counted_aloud(tmp_path, small_set):
             (tmp_path / file.name).symlink_to(file)
     said = []
     load_rows(config(manifest=str(odd)), said.append)
-    assert "1 rows of other splits ('holdout') ignored" in said[0]
+    assert "1 row of other splits ('holdout') ignored" in said[0]
 
 
 def test_no_data_at_all_is_one_line():

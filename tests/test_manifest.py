@@ -320,9 +320,9 @@ def test_the_summary_counts_every_row_used_or_ignored(tmp_path):
         *("i,,extra,1,i.png,,", "j,,extra,1,j.png,,", "k,,unlabelled,1,k.png,,"),
     ]
     assert summary(*parse_manifest(manifest(tmp_path, *rows))[:2]) == (
-        "train 3 normal (1 patients), unlabeled 1, val 1 normal + 1 abnormal, test 1 abnormal + 1 of unknown label; "
+        "train 3 normal (1 patient), unlabeled 1, val 1 normal + 1 abnormal, test 1 abnormal + 1 of unknown label; "
         "3 rows of other splits ('extra', 'unlabelled', meant 'unlabeled'?) ignored; "
-        "6 rows name no patient: not checkable for patients in two splits"
+        "6 rows without a patient: not checkable for patients in two splits"
     )
 
 

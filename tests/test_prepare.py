@@ -233,7 +233,7 @@ def test_lidc_keeps_slices_in_place_and_unites_contours(scans, tmp_path, capsys)
     assert found(4, 0) == [*range(7), 19] and found(4, 1) == [12, 13]  # a point at 25; the second scan is near a mark
     assert {r.split for r in rows.values() if r.patient == "LIDC-IDRI-0003"} == {"val"}
     assert "5 scans with a reading of 4 patients" in said and "--config.data.window=-1024,3071 --workdir" in said
-    assert "1 CT series without a reading" in said and "1 XML files without a CT reading" in said
+    assert "1 CT series without a reading" in said and "1 XML file without a CT reading" in said
     assert "3 slices with only a point mark" in said and "2 lesion slices of training patients" in said
 
     lesion = rows["LIDC-IDRI-0004_1_0012"]

@@ -61,7 +61,7 @@ def test_only_controls_of_participants_tsv_train(tmp_path, capsys):
     rows, said = prepared(capsys, "bids", f"--root={root}", out=tmp_path / "out")
     assert rows["sub-00002"].split == "test" and rows["sub-00002"].label is None  # a patient without a mask
     assert {row.id for row in rows.values() if row.split == "train"} < {f"sub-{i:05d}" for i in range(3, 7)}
-    assert "1 patients without one (no label, not in train)" in said and "licence: CC0" in said
+    assert "1 patient without one (no label, not in train)" in said and "licence: CC0" in said
     text(
         root / "participants.tsv",
         "participant_id\tgroup\nsub-00001\ta\n" + "\n".join(f"sub-{i:05d}\tb" for i in range(2, 7)),

@@ -45,7 +45,7 @@ def test_a_folder_of_any_name_whose_files_have_the_images_names_is_a_question(tm
     root = tmp_path / "Brain"
     picture(root / "train/good/1.png"), picture(root / "test/Ungood/img/1.png"), picture(root / "test/Ungood/foo/1.png")
     line = refused_in_one_line(capsys, "folders", f"--root={root}", out=tmp_path / "out")
-    assert "foo: 1 files have the names of files in test/Ungood/img: are they masks?" in line
+    assert "foo: 1 file with the names of files in test/Ungood/img: are they masks?" in line
     (root / "test/Ungood/img").rename(root / "test/Ungood/a"), picture(root / "test/bar/9.png", mask=True)
     (root / "test/Ungood/foo").rename(root / "test/Ungood/b")
     line = refused_in_one_line(capsys, "folders", f"--root={root}", out=tmp_path / "out")
@@ -154,9 +154,9 @@ def test_patients_come_from_names_from_dicom_and_from_a_pattern(tmp_path, capsys
     line = refused_in_one_line(capsys, "folders", f"--root={root}", flag, out=tmp_path / "two")
     assert "patient 'person1' is in train and test: keep it in one split, or add --leaks=drop" in line
     rows, said = prepared(capsys, "folders", f"--root={root}", flag, "--leaks=drop", out=tmp_path / "three")
-    assert len(rows) == 4 and "1 train images of patients of test" in said and "not the published list" in said
+    assert len(rows) == 4 and "1 train image of patients of test" in said and "not the published list" in said
     rows, said = prepared(capsys, "folders", f"--root={root}", flag, "--leaks=keep", out=tmp_path / "four")
-    assert len(rows) == 5 and "--config.data.allow_leaks=True" in said and "1 patients are in two splits" in said
+    assert len(rows) == 5 and "--config.data.allow_leaks=True" in said and "1 patient in two splits" in said
     assert "does not fit" in refused_in_one_line(
         capsys, "folders", f"--root={root}", "--patient=x+y", out=tmp_path / "x"
     )
@@ -170,8 +170,8 @@ def test_the_patients_of_dicom_files_are_hashed_and_kinds_are_counted(tmp_path, 
     patients = [row.patient for row in rows.values()]
     assert patients[0] == patients[2] != patients[1] and len(patients[0]) == 13
     assert "Smith" not in (tmp_path / "out" / "manifest.csv").read_text()
-    assert "kinds of train: 2 CT images, 1 MR images; 5 x 6 (3)" in said
-    assert f"caution: train mixes 2 CT images, 1 MR images (one of the MR images: {folder / '1.dcm'}): a recipe" in said
+    assert "kinds of train: 2 CT images, 1 MR image; 5 x 6 (3)" in said
+    assert f"caution: train mixes 2 CT images, 1 MR image (one of the MR images: {folder / '1.dcm'}): a recipe" in said
     for file in folder.iterdir():
         file.unlink()
     for i in range(2):
@@ -263,7 +263,7 @@ def test_bmads_numbers_of_other_sources_are_other_patients_and_a_shared_one_is_d
     names = (("NORMAL-5171640-1", "CNV-6294785-1"), ("NORMAL-5171641-1", "DME-6294786-2"))
     root = bmad(tmp_path / "OCT2017", "plain", names, normal="NORMAL-6294786-9", end="jpeg")
     rows, said = prepared(capsys, "bmad", f"--root={root}", "--leaks=keep", out=tmp_path / "oct")
-    assert len(rows) == 5 and "1 patients are in two splits" in said
+    assert len(rows) == 5 and "1 patient in two splits" in said
     names = (("Normal_ff8d7572-1", "Lung_Opacity_000fe35a-2"), ("Normal_ab-3", "No-Not-Normal_f05468f3-4"))
     root = bmad(tmp_path / "Chest_AD", "plain", names, "Chest-RSNA", normal="Normal_aa-9")
     rows, said = prepared(capsys, "bmad", f"--root={root}", out=tmp_path / "chest")
@@ -324,7 +324,7 @@ def test_the_moles_of_isic_train(tmp_path, capsys):
         rows, said = prepared(capsys, command, f"--root={root}", out=tmp_path / command)
         assert kinds(rows) == {("train", 0, False): 2, ("test", 0, False): 1, ("test", 1, False): 1}
         assert rows["ISIC_Tr00000"].patient == "HAM_1" and rows["ISIC_Te00001"].extra["class"] == "MEL"
-        assert "1 training images that are no moles" in said and "--config memmc_mae:paper_colour" in said
+        assert "1 training image of other lesions than moles" in said and "--config memmc_mae:paper_colour" in said
     picture(root / "other" / "ISIC_Te00000.jpg", mask=True, size=(24, 24))
     assert "ISIC_Te00000: lies in" in refused_in_one_line(capsys, "isic2018", f"--root={root}", out=tmp_path / "x")
 

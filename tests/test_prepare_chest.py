@@ -49,7 +49,7 @@ def test_covidx_knows_nih_patients_by_rsnas_mapping(tmp_path, capsys):
     text(root / "maps" / "pneumonia-challenge-dataset-mappings_2018.json", json.dumps(entries))
     rows, said = prepared(capsys, "covidx", f"--root={root}", out=tmp_path / "out")
     assert {row.id: row.patient for row in rows.values()} == {"r2.png": "00000002", "r3.png": "00000001", "e.png": "9"}
-    assert "1 train images of patients of test" in said and "RSNA's ids" not in said
+    assert "1 train image of patients of test" in said and "RSNA's ids" not in said
 
 
 # CheXpert
@@ -181,14 +181,14 @@ def test_rsna_joins_repeated_rows_lists_of_png_names_and_the_mapping_to_patients
     assert rows["e"].boxes == ((264, 152, 477, 531), (562, 152, 818, 605)) and not rows["c"].boxes
     assert rows["e"].image == (f"{root}/stage_2_train_images/e.dcm",) and rows["c"].extra["class"] == ""
     assert (out / "unlabeled_labels.csv").read_text().splitlines() == ["id,label", "b,0", "c,1"]
-    assert "6 images in the table, 2 of them with boxes; 5 in the list" in said and "1 images in no list" in said
+    assert "6 images in the table, 2 of them with boxes; 5 in the list" in said and "1 image in no list" in said
     assert "--config amae:paper" in said and "RSNA's ids are of images" in said
     entries = [
         {"subset_img_id": one, "img_id": f"{n:08d}_000.png"} for one, n in zip("abcde", (1, 2, 3, 1, 4), strict=True)
     ]
     text(root / "pneumonia-challenge-dataset-mappings_2018.json", json.dumps(entries))
     rows, said = prepared(capsys, "rsna", f"--root={root}", out=tmp_path / "two")
-    assert "a" not in rows and rows["d"].patient == "00000001" and "1 train images of patients of test" in said
+    assert "a" not in rows and rows["d"].patient == "00000001" and "1 train image of patients of test" in said
     rows, said = prepared(capsys, "rsna", f"--root={root}", "--leaks=keep", out=tmp_path / "three")
     assert len(rows) == 5 and "--config.data.allow_leaks=True" in said
 
@@ -234,7 +234,7 @@ def test_a_normal_film_of_vindr_has_three_rows_and_boxes_need_the_original_pixel
     assert "5 images in the table, 2 of them with boxes; 5 in the list" in said and "names no patients" in said
     (root / "train" / "e.dicom").unlink(), picture(root / "train_png_512" / "e.png")
     rows, said = prepared(capsys, "vindr", f"--root={root}", out=tmp_path / "two")
-    assert not rows["e"].boxes and "1 images without boxes, as they are no DICOM files" in said
+    assert not rows["e"].boxes and "1 image without boxes, which need DICOM files" in said
     ddad_list(root / "vin_data.json", "a", "b", "c", "e", "d")
     lines = refused(capsys, "vindr", f"--root={root}", out=tmp_path / "three")
     assert "e has Cardiomegaly, Nodule/Mass, but is normal in the list" in lines[0]
@@ -279,7 +279,7 @@ def test_the_official_lists_of_nih_and_headers_with_commas(tmp_path, capsys):
     assert "2 images with a finding in train_val_list.txt" in said and "--config amae:paper" in said
     assert "1 training images with No Finding are of patients with a finding in another image" in said
     rows, said = prepared(capsys, "nih", f"--root={root}", "--views=PA", out=tmp_path / "two")
-    assert "00000001_000" not in rows and "1 images of other views" in said
+    assert "00000001_000" not in rows and "1 image of other views" in said
     text(root / "norm_MaleAdultPA_train_curated_list.txt", "00000001_000.png\n")
     text(root / "anomaly_MaleAdultPA_test_curated_list.txt", "00000002_000.png\n")
     line = refused_in_one_line(capsys, "nih", f"--root={root}", out=tmp_path / "three")
@@ -314,7 +314,7 @@ def test_zhanglab_of_kaggle_mendeley_and_datasetninja(tmp_path, capsys):
         **{("test", 0, False): 1, ("test", 1, False): 1},
     }
     assert {row.patient for row in rows.values() if row.label} == {"trainval_person1946", "test_person1"}
-    assert "1 abnormal training images" in said and "--config simsid:zhanglab" in said and "CC BY 4.0" in said
+    assert "1 abnormal training image" in said and "--config simsid:zhanglab" in said and "CC BY 4.0" in said
     mendeley = tmp_path / "CellData"
     for name in ("OCT/train/CNV/CNV-1-1", "OCT/train/NORMAL/NORMAL-1-1", "OCT/test/CNV/CNV-2-1"):
         picture(mendeley / f"{name}.jpeg", size=(24, 24))
@@ -338,7 +338,7 @@ def test_zhanglab_of_kaggle_mendeley_and_datasetninja(tmp_path, capsys):
     (ninja / "test/NORMAL/person7_virus_2.jpeg").unlink(), picture(ninja / "test/img/mask/NORMAL-0004-1.png", mask=True)
     picture(ninja / "test/img/other/NORMAL-0004-1.jpeg", size=(24, 24))
     line = refused_in_one_line(capsys, "zhanglab", f"--root={ninja}", out=tmp_path / "three")
-    assert "other: 1 files have the names of files in test/img: are they masks?" in line
+    assert "other: 1 file with the names of files in test/img: are they masks?" in line
 
 
 # A mask under the name of an image

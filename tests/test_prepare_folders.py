@@ -98,7 +98,7 @@ def test_masks_beside_the_images_of_a_class_and_a_validation_set_are_found(tmp_p
     }
     assert rows["valid_Ungood_img_7"].mask == str(root / "valid/Ungood/label/7.png")
     assert rows["test_Ungood_img_7"].mask == str(root / "test/Ungood/label/7.png")
-    assert "1 abnormal training images" in said and "1 files outside of train" in said
+    assert "1 abnormal training image," in said and "1 file outside of train" in said
 
 
 def test_one_folder_of_masks_for_all_and_an_image_with_two_masks(tmp_path, capsys):
@@ -141,7 +141,7 @@ def test_files_that_cannot_be_read_are_named_and_no_manifest_is_written(tmp_path
     )
     picture(folder / "b.png"), picture(folder / "d.png")
     _, said = prepared(capsys, *flags, out=tmp_path / "out")
-    assert f"1 .txt files (not images, or of a format that is not read), such as {folder / 'e.txt'}" in said
+    assert f"1 .txt file (not images, or of a format that is not read), such as {folder / 'e.txt'}" in said
 
 
 def test_two_folders_of_volumes_of_any_kind_are_one_command(tmp_path, capsys):
@@ -250,7 +250,7 @@ def test_nnunet_without_dataset_json_takes_the_usual_ending_and_says_what_lesion
     (root / "imagesTr" / "notes.txt").write_text("")
     rows, said = prepared(capsys, "nnunet", f"--root={root}", out=tmp_path / "out", crops=True, normal_crops_only=True)
     assert kinds(rows) == {("train", 1, True): 3}
-    assert "1 files that are not CASE_0000.png (.txt)" in said
+    assert "1 file not called CASE_0000.png (.txt)" in said
     assert "every class above 0 counts as lesion: dataset.json names no classes" in said
     for file in (root / "imagesTr").iterdir():
         file.rename(file.with_name(f"x{file.name.replace('_0000', '')}"))
@@ -325,7 +325,7 @@ def test_dicom_of_any_name_is_found_and_files_that_are_not_read_are_counted(tmp_
     assert {row.image[0].rsplit("/", 1)[1] for row in rows.values()} == {
         *("1.2.840.113619.2.5", "plain", "old.IMA", "odd.name", "x.dcm", "a.png")
     }
-    for count in ("2 .bmp files", "1 .gif files", "1 files without an ending", "1 .db files"):
+    for count in ("2 .bmp files", "1 .gif file", "1 file without an ending", "1 .db file"):
         assert f"{count} (not images, or of a format that is not read)" in said
     for path in list(folder.iterdir()):
         if path.suffix not in (".bmp", ".gif"):
@@ -362,7 +362,7 @@ def test_bids_joins_the_chosen_sequences_and_knows_patients(bids, tmp_path, caps
     held = {row.patient for row in rows.values() if row.split == "test"}
     assert len(held) == 2 and held < {"sub-01", "sub-02", "sub-03"}  # one with a lesion, one without
     assert all(row.label == 0 and not row.mask for row in rows.values() if row.id != "sub-02")
-    assert "1 sessions without FLAIR" in said and "--config.data.channels=2" in said
+    assert "1 session without FLAIR" in said and "--config.data.channels=2" in said
 
 
 def test_bids_asks_for_sequences_where_there_are_several(bids, tmp_path, capsys):
@@ -370,7 +370,7 @@ def test_bids_asks_for_sequences_where_there_are_several(bids, tmp_path, capsys)
     assert "has T1w (5), FLAIR (4): choose the channels in their order: --sequences=" in line
     volume(bids / "sub-02" / "anat" / "sub-02_acq-fast_T1w.nii.gz")
     _, said = prepared(capsys, "bids", f"--root={bids}", "--sequences=T1w", out=tmp_path / "out")
-    assert "1 sessions with several T1w" in said
+    assert "1 session with several T1w" in said
     rows, _ = prepared(capsys, "bids", f"--root={bids}", "--sequences=acq-fast_T1w", out=tmp_path / "two")
     assert list(rows) == ["sub-02"]
     volume(bids / "derivatives/other/sub-02_label-L_mask.nii.gz", np.ones((4, 5, 7)))
@@ -396,7 +396,7 @@ def test_bids_keeps_subjects_with_a_mask_of_no_one_session_out_of_train(bids, tm
     }
     assert all(row.split == "test" for row in rows.values() if row.patient > "sub-03")
     assert rows["sub-06_ses-a"].mask.endswith("dseg.nii.gz") and {row.split for row in rows.values()} > {"test"}
-    assert "2 lesion masks that match no single case (their subjects do not train)" in said
+    assert "2 lesion masks without a single case that fits (their subjects do not train)" in said
     volume(masks / "sub-06_ses-b_label-lesion_mask.nii.gz", lesion(False))
     rows, _ = prepared(capsys, "bids", f"--root={bids}", "--sequences=T1w", out=tmp_path / "two")
     assert (rows["sub-06_ses-b"].split, rows["sub-06_ses-b"].label) == ("test", 0)
@@ -442,12 +442,12 @@ def test_chexpert_draws_one_pa_film_a_patient_and_keeps_uncertain_ones_out(radio
     one = next(row for row in rows.values() if row.patient == "patient00003" or row.patient == "patient00004")
     assert one.id == f"{one.patient}_study1_view1" and one.extra["view"] == "PA" and one.extra["sex"] == "Female"
     assert "6 patients with No Finding, 3 with Pneumonia (PA views)" in said
-    assert "1 normal images of patients with Pneumonia" in said and "2 images of other views" in said
+    assert "1 normal image of patients with Pneumonia" in said and "2 images of other views" in said
     again, _ = prepared(capsys, "chexpert", f"--root={radiographs.parent}", out=tmp_path / "again")
     other, _ = prepared(capsys, "chexpert", f"--root={radiographs}", "--seed=1", out=tmp_path / "other")
     assert again.keys() == rows.keys() != other.keys()
     _, said = prepared(capsys, "chexpert", f"--root={radiographs}", "--views=frontal", out=tmp_path / "frontal")
-    assert "7 patients with No Finding" in said and "1 images of other views" in said
+    assert "7 patients with No Finding" in said and "1 image of other views" in said
 
 
 def test_a_film_of_another_view_or_an_uncertain_pneumonia_keeps_a_patient_from_the_normals(radiographs, tmp_path):
@@ -503,9 +503,9 @@ def test_lists_of_two_versions_of_covidx_and_a_patient_in_both_are_noticed(tmp_p
     assert "train_COVIDx7B.txt and test_COVIDx8B.txt are of two versions" in line
     (root / "train_COVIDx7B.txt").rename(root / "train_COVIDx8B.txt")
     rows, said = prepared(capsys, "covidx", f"--root={root}", out=tmp_path / "dropped")
-    assert rows.keys() == {"a.png", "c.png"} and "1 train images of patients of test" in said
+    assert rows.keys() == {"a.png", "c.png"} and "1 train image of patients of test" in said
     rows, said = prepared(capsys, "covidx", f"--root={root}", "--leaks=keep", out=tmp_path / "kept")
-    assert len(rows) == 3 and "1 patients are in two splits: say so with every figure" in said
+    assert len(rows) == 3 and "1 patient in two splits: say so with every figure" in said
     (root / "test_COVIDx8B.txt").write_text("3 a.png positive ricord\n")
     (line,) = refused(capsys, "covidx", f"--root={root}", out=out)
     assert "a.png: listed in both splits" in line

@@ -91,7 +91,7 @@ def test_duke_chooses_series_by_description_halves_by_side_and_boxes_by_the_dire
     assert names(two.image) == ["ax t1  c", "ax 3d dyn"] and names(two.pre) == ["ax 3d dyn"]
     assert names(two.post) == ["Ph1ax 3d dyn", "Ph2ax 3d dyn", "Ph3ax 3d dyn"]
     assert "1 second series of a kind" in said and "1 series of another kind" in said
-    assert "1 bilateral cases" in said and "1 cases without phase 2" in said
+    assert "1 bilateral case," in said and "1 case without phase 2" in said
     assert "--config maemi:paper" in said and "--config.data.region=nonzero" in said
     # Columns 5 to 8, rows 2 to 3 and file 2, which is the second from below, or from above where z falls.
     assert rows["Breast_MRI_001"].boxes == ((4, 1, 1, 8, 3, 2),) and two.boxes == ((4, 1, 3, 8, 3, 4),)
@@ -202,7 +202,7 @@ def test_brats_of_three_years_keeps_patients_together_and_finds_the_segmentation
     assert {row.patient for row in points} == {"BraTS-GLI-00008"} and len({row.split for row in points}) == 1
     patients = {split: {row.patient for row in rows.values() if row.split == split} for split in ("val", "test")}
     assert (len(patients["val"]), len(patients["test"])) == (1, 2)
-    assert "1 cases without a segmentation" in said
+    assert "1 case without a segmentation" in said
     assert "--config.data.channels=4 --config.data.normal_crops_only=True" in said
     rows, said = prepared(capsys, "brats", f"--root={root}", "--sequences=flair", out=tmp_path / "two")
     assert rows["BraTS-GLI-00008-100"].image == (str(root / "BraTS-GLI-00008-100/BraTS-GLI-00008-100-t2f.nii.gz"),)
@@ -278,7 +278,7 @@ def test_the_boxes_of_fastmri_count_flipped_slices_and_harmless_labels_are_no_le
     normal = {row.patient: row.split for row in rows.values() if row.label == 0}
     assert normal.keys() == {names[1], names[2], names[4], names[5]} and list(normal.values()).count("train") == 3
     assert {row.extra["slice"] for row in rows.values() if row.label == 0} == {"2", "3", "4", "5"}
-    assert sum(row.label == 1 for row in rows.values()) == 1 and "1 files with a finding of the whole study" in said
+    assert sum(row.label == 1 for row in rows.values()) == 1 and "1 file with a finding of the whole study" in said
     volumes[f"{names[0]}.h5"] = np.ones((2, 5, 6))
     assert "has no slice 3" in refused_in_one_line(capsys, "fastmri_plus", f"--root={root}", out=tmp_path / "x")
     text(root / "masks_of" / "other" / f"{names[0]}.h5", ""), text(root / "copy" / f"{names[4]}.h5", "")

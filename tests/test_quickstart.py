@@ -15,6 +15,7 @@ from jmae.data.cases import kept_apart
 from jmae.data.manifest import Row
 from jmae.data.prepare.overview import calibration_share, p_value_line
 from jmae.errors import InputError, exit_code
+from jmae.tables import counted
 
 
 def pictures(folder: Path, n: int, seed: int) -> Path:
@@ -83,7 +84,7 @@ def test_a_twentieth_needs_nineteen_normals_where_there_are_enough():
 
 
 def test_which_p_value_is_the_smallest_is_said_before_the_training():
-    few = "p-values: 10 held-out normals are too few for a p-value of 0.05 (the smallest is 0.091)"
+    few = "p-values: 10 held-out normals cannot give a p-value of 0.05 (the smallest is 0.091)"
     few += ": at least 19 are needed"
     assert p_value_line(normals(30)) == f"{few}: give 38 normals or more"
     assert p_value_line(normals(40)) == "p-values: from 20 normals that data.calibration keeps from the training"
@@ -100,6 +101,7 @@ def test_two_folders_become_a_report(tmp_path, capsys, monkeypatch):
     words = [str(normals), str(new), f"--out={out}", "--config=ppii:smoke", *(f"--config.{one}" for one in small)]
     assert exit_code(quickstart.main, [*words, "--budget=1"]) == 0
     said = capsys.readouterr().err
+    assert "train: 11 images (2 more only check the training), steps 0 to" in said
     assert (out / "run" / "evaluation" / "report.html").exists() and said.splitlines()[-1].startswith("next: open it")
     with (out / "predictions" / "scores.csv").open() as file:
         lines = list(csv.DictReader(file))
@@ -124,6 +126,21 @@ def test_a_volume_among_images_and_a_damaged_file_are_named_before_anything_runs
     (normals / "a.nii.gz").unlink(), (new / "z.png").write_bytes(b"")
     code, ran = started(monkeypatch, normals, new, f"--out={tmp_path / 'out'}")
     assert code == 2 and not ran and capsys.readouterr().err.startswith(f"{new / 'z.png'}: is empty")
+
+
+def test_a_count_of_one_has_no_plural():
+    assert [counted(n, "held-out normals") for n in (0, 1, 2)] == [
+        *("0 held-out normals", "1 held-out normal", "2 held-out normals")
+    ]
+    assert counted(1, "masks of normal images") == "1 mask of normal images"
+    assert counted(1, "further series of patients") == "1 further series of patients"
+
+
+def test_prepare_proposes_no_command_within_quickstart(tmp_path, capsys):
+    words = ["folders", "--normal", str(pictures(tmp_path / "normals", 1, 1)), "--out", str(tmp_path / "data")]
+    assert quickstart.prepare_data(words) == 0
+    said = capsys.readouterr().out
+    assert "train 1 normal" in said and "1 case;" in said and "next:" not in said and "p-values" not in said
 
 
 def test_the_remedy_of_a_training_names_a_flag_of_quickstart(tmp_path, monkeypatch, capsys):

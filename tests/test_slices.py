@@ -111,7 +111,7 @@ def test_labels_follow_what_is_known_and_only_train_loses_its_lesions(forty):
     assert labels == {"a": {0}, "b": {None}, "c": {None}, "d": {0, 1}, "e": {0, 1}}
     assert [len(numbers(rows, case)) for case in "abc"] == [40, 40, 40]
     assert {r.patient for r in rows if r.extra["case"] == "a"} == {"a"}
-    assert all(r.mask is None for r in rows if r.split == "unlabeled") and "masks of unlabeled rows" in said
+    assert all(r.mask is None for r in rows if r.split == "unlabeled") and "1 mask of unlabeled rows" in said
     boxed = {int(r.extra["slice"]): r.boxes for r in rows if r.extra["case"] == "e" and r.label == 1}
     assert boxed.keys() == {20, 21, 33} and len(boxed[33]) == 1
     assert numbers(rows, "e", 0) == [*range(15), 27, 39]
@@ -273,7 +273,7 @@ def test_a_manifest_is_never_written_over(forty, capsys):
     (line,) = refused(capsys, path, "--out", forty)
     assert "exists already" in line and path.read_bytes() == before
     assert exit_code(slices.main, [str(path), f"--out={forty / 'out'}"]) == 0
-    assert "40 slices of 1 volumes" in capsys.readouterr().out
+    assert "40 slices of 1 volume:" in capsys.readouterr().out
     assert "exists already" in refused(capsys, path, "--out", forty / "out")[0]
 
 

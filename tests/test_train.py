@@ -113,7 +113,7 @@ def test_a_test_split_without_labels_is_not_evaluated(tools, tmp_path, capfd):
     assert exit_code(train.main, tools.arguments(manifest, tmp_path / "run", *ONE_STAGE)) == 0
     said = capfd.readouterr().err
     assert "no test row has a label: not evaluated" in said
-    assert "warning: pretrain: 4 images are fewer than a batch of 32: they repeat within it" in said
+    assert "warning: pretrain: 4 images for a batch of 32: images repeat within it" in said
     assert said.index("not calibrated, so no p-values") < said.index("pretrain: 4 images")
     assert not (tmp_path / "run" / "evaluation").exists()
 

@@ -40,6 +40,7 @@ from jmae.data.preparation import (
 from jmae.data.unlabeled import labels_given, unlabeled_labels, with_anomaly_ratio
 from jmae.errors import InputError
 from jmae.likeness import Traits, traits_of
+from jmae.tables import counted
 
 
 class Bits(NamedTuple):
@@ -283,7 +284,8 @@ def load_cases(
     else:
         raise InputError("no data: set --config.data.manifest=MANIFEST.csv, or data.phantom")
     if data.calibration:
-        log(f"data.calibration: {sum(row.kept for row in cases.rows)} train rows kept apart, as normals of val")
+        kept = counted(sum(row.kept for row in cases.rows), "train rows")
+        log(f"data.calibration: {kept} kept apart, as normals of val")
     if data.get("unlabeled_labels"):
         unlabeled_labels(config, cases.rows)  # an error in that file is told now, not when the labels are used
     if data.get("anomaly_ratio", -1) >= 0 and labels_given(config):

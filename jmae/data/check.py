@@ -1,4 +1,5 @@
 """python -m jmae.data.check MANIFEST.csv [--json FILE] [--debug]
+python -m jmae.data.check --manifest MANIFEST.csv [--json FILE] [--debug]
 
 Opens every file that a manifest names and prints a table of what is wrong, kind by kind:
 
@@ -39,6 +40,7 @@ from jmae.data.prepare.overview import next_command, p_value_line
 from jmae.data.slices import command
 from jmae.errors import InputError, exit_code
 from jmae.run_folder import write_text
+from jmae.tables import counted
 
 KINDS = {
     "unreadable": "files that cannot be read",
@@ -64,7 +66,8 @@ class Checked(NamedTuple):
 
 
 def main(argv: list[str]) -> int:
-    names, given = command(argv, __doc__, ["json"])
+    names, given = command(argv, __doc__, ["json", "manifest"])
+    names += [given["manifest"]] if "manifest" in given else []
     if len(names) != 1:
         raise InputError("name one manifest: jmae check MANIFEST.csv [--json FILE]")
     began, manifest = time.monotonic(), Path(names[0])
@@ -137,7 +140,7 @@ def table(manifest: Path, checked: Checked) -> str:
         lines += ["", f"{kind}:"]
         lines += [f"  {line}" for line in first([of_case(one) for one in checked.findings if one.kind == kind])]
     lines += ["", *(f"note: {line}" for line in checked.notes)] if checked.notes else []
-    return "\n".join([*lines, "", f"{len(checked.findings)} findings" if checked.findings else "nothing found"])
+    return "\n".join([*lines, "", counted(len(checked.findings), "findings") if checked.findings else "nothing found"])
 
 
 def of_case(finding: Finding) -> str:

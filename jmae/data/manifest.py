@@ -27,6 +27,7 @@ from jaxtyping import Bool
 
 from jmae.data.names import ID_BYTES, names_of
 from jmae.errors import InputError
+from jmae.tables import counted
 
 COLUMNS = ("id", "patient", "split", "label", "image", "mask", "region")
 NEEDED = ("split", "image")
@@ -179,10 +180,10 @@ def summary(rows: Sequence[Row], ignored: Mapping[str, int] = MappingProxyType({
         patients = len({row.patient for row in cases if row.patient}) if split == "train" else 0
         if cases:
             text = str(len(cases)) if split == "unlabeled" else " + ".join(kinds)
-            parts.append(f"{split} {text}" + (f" ({patients} patients)" if patients else ""))
-    notes = [f"{n} {what} ignored" for what, n in ignored.items()]
+            parts.append(f"{split} {text}" + (f" ({counted(patients, 'patients')})" if patients else ""))
+    notes = [f"{counted(n, what)} ignored" for what, n in ignored.items()]
     if blank := sum(not row.patient for row in rows):
-        notes.append(f"{blank} rows name no patient: not checkable for patients in two splits")
+        notes.append(f"{counted(blank, 'rows')} without a patient: not checkable for patients in two splits")
     return "; ".join([", ".join(parts), *notes])
 
 

@@ -50,6 +50,7 @@ from jmae.data.preparation import Opened, open_case, stored_image
 from jmae.errors import InputError, exit_code
 from jmae.recipe import arguments, suggested, typed
 from jmae.run_folder import write_text
+from jmae.tables import counted
 
 ACROSS = {"sagittal": 0, "coronal": 1, "axial": 2}  # axis of RAS across the slices
 ROWS_COLUMNS = {
@@ -152,9 +153,9 @@ def cut_manifest(manifest: Path, out: Path, options: Options = Options()) -> str
         raise InputError(f"{manifest}: no slice is left ({in_words(left_out)}): lower --margin or --least")
     write_manifest(out, slices)
     empty = sum(not found[row.id][0] for row in rows)
-    return (
-        f"{out / 'manifest.csv'}: {len(slices)} slices of {len(rows) - empty} volumes: {summary(slices, ignored)}; "
-        f"left out: {in_words(left_out)}" + (f"; {empty} volumes give no slice" if empty else "")
+    made = f"{counted(len(slices), 'slices')} of {counted(len(rows) - empty, 'volumes')}"
+    return f"{out / 'manifest.csv'}: {made}: {summary(slices, ignored)}; left out: {in_words(left_out)}" + (
+        f"; {empty} volumes give no slice" if empty else ""
     )
 
 
@@ -342,7 +343,7 @@ def write_manifest(out: Path, rows: Sequence[Row]) -> None:
 
 def in_words(left_out: Counter[str]) -> str:
     """The counts as text: "12 images of other views, 3 pdf files"."""
-    return ", ".join(f"{n} {what}" for what, n in sorted(left_out.items()) if n) or "nothing"
+    return ", ".join(counted(n, what) for what, n in sorted(left_out.items()) if n) or "nothing"
 
 
 def _folder(path: Path) -> None:

@@ -95,6 +95,7 @@ from jmae.data.slices import command, in_words, refuse_used, write_manifest
 from jmae.errors import InputError, nearest
 from jmae.progress import at_work
 from jmae.recipe import typed
+from jmae.tables import counted
 
 __all__ = ["Prepared", "check_rows", "count_unread", "draw", "main", "prepare", "refuse", "shuffle", "text_of"]
 
@@ -144,6 +145,12 @@ class Prepared(NamedTuple):
 
 
 def main(argv: list[str]) -> int:
+    print(written(argv))
+    return 0
+
+
+def written(argv: list[str]) -> str:
+    """Does what the command line says, and returns what it prints."""
     further = sorted({flag for own_flags in DATASETS.values() for flag in own_flags})
     names, flags = command(argv, __doc__, ["root", "out", "seed", *SHARED, *further])
     if len(names) != 1 or "out" not in flags or not {"root", "normal"} & flags.keys():
@@ -160,9 +167,7 @@ def main(argv: list[str]) -> int:
         raise InputError(f"--{wrong[0]}: {name} has no such flag: leave it out")
     root, seed = flags.get("root"), typed("seed", flags.get("seed", "0"), 0)
     with at_work(f"{name}: reading and listing the files"):
-        said = prepare(name, Path(root) if root else None, Path(flags["out"]), seed, **options)
-    print(said)
-    return 0
+        return prepare(name, Path(root) if root else None, Path(flags["out"]), seed, **options)
 
 
 def prepare(
@@ -209,7 +214,7 @@ def prepare(
         cautions += [f"not the published list: without {in_words(dropped)} (--leaks=keep has them)"] if dropped else []
     check_rows(rows, patients=leaks != "keep")
     shared = sum(one.kind == "patient" for one in leaks_of(rows))
-    cautions += [f"{shared} patients are in two splits: say so with every figure"] if shared else []
+    cautions += [f"{counted(shared, 'patients')} in two splits: say so with every figure"] if shared else []
     refuse_look_alikes(rows, lambda row: f"{row.split} {row.label} {Path(row.image[0]).parent.name}")
     licence = licence or made.licence
     rows = [row._replace(extra={**row.extra, "licence": licence}) for row in rows] if licence else rows

@@ -36,6 +36,7 @@ from jmae.data.prepare.patients import compiled
 from jmae.data.prepare.tables import table_of
 from jmae.data.prepare.tree import files_below
 from jmae.errors import InputError
+from jmae.tables import counted
 
 PLACE = r"sub-[A-Za-z0-9]+(?:_ses-[A-Za-z0-9]+)?"  # start of a file's name: subject and session
 END = r"\.nii(?:\.gz)?"
@@ -84,7 +85,7 @@ def prepare(root: Path, out: Path, seed: int, sequences: str = "", lesions: str 
     patients = patients_of(trees, root, {*of_subject}, control)
     sick = {row.patient for row in rows if row.label}
     excluded = sick | {subject_of(place) for place in found_masks} | patients | hidden
-    left_out["lesion masks that match no single case (their subjects do not train)"] = sum(
+    left_out["lesion masks without a single case that fits (their subjects do not train)"] = sum(
         map(len, found_masks.values())
     )
     well = sorted({row.patient for row in rows} - excluded)
@@ -94,7 +95,7 @@ def prepare(root: Path, out: Path, seed: int, sequences: str = "", lesions: str 
     found = f"{len(sessions)} sessions of {len(of_subject)} subjects, {len(sick)} of them with a lesion mask"
     found += f" ({united} of several united)" if united else ""
     without = {row.patient for row in rows} & (patients | hidden) - sick
-    found += f", {len(without)} patients without one (no label, not in train)" if without else ""
+    found += f", {counted(len(without), 'patients')} without one (no label, not in train)" if without else ""
     return Prepared(rows, f"{found}; all others are taken as normal", left_out, licence=licence_of(trees[0]))
 
 

@@ -35,6 +35,7 @@ from jmae.data.prepare.tree import DICOM, ENDS, stem, walk
 from jmae.data.slices import in_words
 from jmae.errors import InputError
 from jmae.run_folder import log
+from jmae.tables import counted
 
 SPLITS = {
     **dict.fromkeys(("train", "training"), "train"),
@@ -56,7 +57,7 @@ def prepare(root: Path | None, out: Path, seed: int, normal: str = "", test: str
         other: list[Path] = []
         rows = [*plain(Path(normal), "train", 0, other), *(plain(Path(test), "test", None, other) if test else [])]
         sources = f"{normal} and {test}" if test else normal
-        found = f"{sources}: {len(rows)} cases; the training cases are taken as normal"
+        found = f"{sources}: {counted(len(rows), 'cases')}; the training cases are taken as normal"
         return Prepared(told_apart(rows), found, count_unread(other))
     if normal or test:
         raise InputError("--root excludes --normal and --test: write either --root or the other two")
@@ -98,7 +99,7 @@ def sorted_folders(root: Path, out: Path, patterns: Sequence[str] = KNOWN) -> Pr
     rows = with_masks(rows, masks, root, out, problems)
     refuse(problems)
     bare_ones = sum(row.label == 1 and row.mask is None for row in rows)
-    found = f"{len(rows)} cases" + (f", {bare_ones} abnormal ones without a mask" if bare_ones else "")
+    found = counted(len(rows), "cases") + (f", {bare_ones} abnormal ones without a mask" if bare_ones else "")
     left_out["masks of normal or missing images"] = len(masks) - sum(row.mask is not None for row in rows)
     return Prepared(told_apart(rows), found, left_out)
 
@@ -133,10 +134,8 @@ def questions(rows: Sequence[Row], root: Path) -> Iterator[str]:
             for one in (*beside, *(one for one in folders if one.parent == folder)):
                 if one != folder and folders[one] & folders[folder]:
                     same, names = len(folders[one] & folders[folder]), folder.relative_to(root)
-                    yield (
-                        f"{one}: {same} files have the names of files in {names}: are they masks? Rename the folder to "
-                        "mask, or move it out"
-                    )
+                    what = f"{counted(same, 'files')} with the names of files in {names}"
+                    yield f"{one}: {what}: are they masks? Rename the folder to mask, or move it out"
 
 
 def named_normal(rows: Sequence[Row], root: Path) -> Iterator[str]:

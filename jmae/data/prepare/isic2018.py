@@ -37,7 +37,7 @@ def prepare(root: Path, out: Path, seed: int) -> Prepared:
             if not kind:
                 problems.append(f"{tables[0]}: {line['image']} has no diagnosis: copy the table again")
             elif split == "train" and kind != "NV":
-                left_out["training images that are no moles"] += 1
+                left_out["training images of other lesions than moles"] += 1
             elif found := images.find(line["image"], f"of {tables[0].name}"):
                 patient, label = lesions.get(line["image"], ""), int(kind != "NV")
                 rows.append(Row(line["image"], patient, split, label, (str(found),), extra={"class": kind}))

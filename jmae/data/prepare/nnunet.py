@@ -16,6 +16,7 @@ from jmae.data.files import read_mask
 from jmae.data.manifest import Row
 from jmae.data.prepare import Prepared, refuse
 from jmae.errors import InputError
+from jmae.tables import counted
 
 
 def prepare(root: Path, out: Path, seed: int) -> Prepared:
@@ -27,7 +28,7 @@ def prepare(root: Path, out: Path, seed: int) -> Prepared:
         images, labels = root / f"images{part}", root / f"labels{part}"
         cases, other = channel_files(images, ending)
         for name in other:
-            left_out[f"files that are not CASE_0000{ending} ({Path(name).suffix or 'without an ending'})"] += 1
+            left_out[f"files not called CASE_0000{ending} ({Path(name).suffix or 'without an ending'})"] += 1
         for case, files in cases.items():
             if sorted(files) != list(range(len(channels) or len(files))):
                 there, wanted = ", ".join(f"{k:04d}" for k in sorted(files)), len(channels) or len(files)
@@ -52,7 +53,9 @@ def prepare(root: Path, out: Path, seed: int) -> Prepared:
     caution = f"every class above 0 counts as lesion: {classes}" if any(row.mask for row in rows) else ""
     title = " + ".join(channels) or "channels as they are"
     licence = str(about.get("licence") or about.get("license") or "")
-    return Prepared(rows, f"{len(rows)} cases of {title}{taken}", left_out, caution=caution, licence=licence)
+    return Prepared(
+        rows, f"{counted(len(rows), 'cases')} of {title}{taken}", left_out, caution=caution, licence=licence
+    )
 
 
 def usual_ending(root: Path) -> str:

@@ -18,6 +18,7 @@ from jmae.data.slices import in_words
 from jmae.errors import InputError
 from jmae.recipe import suggested
 from jmae.scoring import too_few_normals
+from jmae.tables import counted
 
 LAYOUTS = ("bids", "ddad", "folders", "nnunet")  # whose images are of any kind
 NORMALS = 20  # normal patients to hold out; rounding of the share may leave 19
@@ -111,7 +112,7 @@ def p_value_line(rows: Sequence[Row]) -> str:
     else:
         return "p-values: none, as fewer than ten normal patients leave none to hold out: give more normal scans"
     few = too_few_normals(n, RATE)
-    return f"p-values: {few}: {remedy}" if few else f"p-values: from {n} normals {source}"
+    return f"p-values: {few}: {remedy}" if few else f"p-values: from {counted(n, 'normals')} {source}"
 
 
 def is_volume(row: Row) -> bool:

@@ -40,7 +40,7 @@ def prepare(root: Path, out: Path, seed: int) -> Prepared:
         if row.label and Path(row.image[0]).suffix.lower() in DICOM:
             row = row._replace(boxes=boxes_of(boxes[image]))
         elif row.label:
-            left_out["images without boxes, as they are no DICOM files"] += 1
+            left_out["images without boxes, which need DICOM files"] += 1
         rows.append((name, row, label))
     refuse(problems)
     found = f"{len(findings)} images in the table, {len(boxes)} of them with boxes; {len(rows)} in the list"

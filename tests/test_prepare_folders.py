@@ -152,7 +152,7 @@ def test_two_folders_of_volumes_of_any_kind_are_one_command(tmp_path, capsys):
     rows, said = prepared(capsys, *flags, out=tmp_path / "out")
     assert {(row.id, row.split, row.label) for row in rows.values()} == {
         *(("train_a", "train", 0), ("train_b", "train", 0)),
-        *(("test_c", "test", None), ("test_d.v2", "test", None)),
+        *(("c", "test", None), ("d.v2", "test", None)),
     }
     assert rows["train_b"].image == (str(healthy / "b"),) and "taken as normal" in said
     alone, _ = prepared(capsys, "folders", f"--normal={healthy}", out=tmp_path / "alone")

@@ -13,8 +13,11 @@ from PIL import Image
 from jmae import quickstart
 from jmae.data.cases import kept_apart
 from jmae.data.manifest import Row
+from jmae.data.names import names_of
+from jmae.data.prepare import folders
 from jmae.data.prepare.overview import calibration_share, p_value_line
 from jmae.errors import InputError, exit_code
+from jmae.inputs import cases_of
 from jmae.tables import counted
 
 
@@ -106,6 +109,8 @@ def test_two_folders_become_a_report(tmp_path, capsys, monkeypatch):
     with (out / "predictions" / "scores.csv").open() as file:
         lines = list(csv.DictReader(file))
     assert [line["id"] for line in lines] == ["0", "1", "2"]
+    with (out / "run" / "evaluation" / "scores.csv").open() as file:
+        assert {line["id"] for line in csv.DictReader(file)} >= {"0", "1", "2"}
     assert {line["p_value"] for line in lines} <= {str(k / 8) for k in range(1, 9)}  # 7 of 20 normals are kept apart
     assert len([*(out / "predictions").glob("*_overlay.png")]) == 3
     pictures(tmp_path / "other", 3, 3)
@@ -126,6 +131,17 @@ def test_a_volume_among_images_and_a_damaged_file_are_named_before_anything_runs
     (normals / "a.nii.gz").unlink(), (new / "z.png").write_bytes(b"")
     code, ran = started(monkeypatch, normals, new, f"--out={tmp_path / 'out'}")
     assert code == 2 and not ran and capsys.readouterr().err.startswith(f"{new / 'z.png'}: is empty")
+
+
+def test_the_report_and_the_predictions_have_the_same_ids(tmp_path):
+    normals, new = pictures(tmp_path / "normals", 2, 1), tmp_path / "new"
+    pictures(new / "a", 2, 2), pictures(new / "b", 1, 3)
+    rows = folders.prepare(None, tmp_path, normal=str(normals), test=str(new), seed=0).rows
+    ids = [row.id for row in rows if row.split == "test"]
+    assert ids == names_of(cases_of(str(new), volumes=False)) == ["a_0", "1", "b_0"]
+    Image.open(new / "b" / "0.png").save(new / "train_1.png")  # the id of a training case
+    rows = folders.prepare(None, tmp_path, normal=str(normals), test=str(new), seed=0).rows
+    assert [row.id for row in rows][2:] == ["test_train_1", "test_a_0", "test_a_1", "test_b_0"]
 
 
 def test_a_count_of_one_has_no_plural():

@@ -14,8 +14,9 @@ place of flair. JPEG masks are cut at 127 and written as PNG.
 Instead, --normal DIR and --test DIR name two folders: normal images to train on, and test images without labels.
 
 A case is an image file or a folder with one DICOM series. DICOM files may have any name. The id of a case is its path
-below the root. The patient is a hash of DICOM's PatientID. Some public sets tell it in their file names. Files of other
-kinds are counted and reported. A file whose header cannot be read is refused by its name.
+below the root, but --test names its cases as `jmae predict` does, by their files. The patient is a hash of DICOM's
+PatientID. Some public sets tell it in their file names. Files of other kinds are counted and reported. A file whose
+header cannot be read is refused by its name.
 """
 
 import re
@@ -28,6 +29,7 @@ import pydicom
 
 from jmae.data.files import is_dicom
 from jmae.data.manifest import Row
+from jmae.data.names import names_of
 from jmae.data.prepare import Prepared, count_unread, refuse
 from jmae.data.prepare.masks import bare, is_mask_folder, is_mask_name, sharp
 from jmae.data.prepare.patients import KNOWN, by_name, hidden
@@ -55,7 +57,8 @@ def prepare(root: Path | None, out: Path, seed: int, normal: str = "", test: str
         if not normal:
             raise InputError("name the folder: --root=DIR, or --normal=DIR and --test=DIR")
         other: list[Path] = []
-        rows = [*plain(Path(normal), "train", 0, other), *(plain(Path(test), "test", None, other) if test else [])]
+        rows = list(plain(Path(normal), "train", 0, other))
+        rows += named_by_predict(list(plain(Path(test), "test", None, other)), rows) if test else []
         sources = f"{normal} and {test}" if test else normal
         found = f"{sources}: {counted(len(rows), 'cases')}; the training cases are taken as normal"
         return Prepared(told_apart(rows), found, count_unread(other))
@@ -174,6 +177,13 @@ def plain(folder: Path, split: str, label: int | None, other: list[Path]) -> Ite
     for path in paths:
         patient = by_name(stem(path), split) or ids.get(path, "")
         yield Row(name_of((split, *path.relative_to(folder).parts)), patient, split, label, (str(path),))
+
+
+def named_by_predict(tests: list[Row], others: Sequence[Row]) -> list[Row]:
+    """The test rows with the ids that `jmae predict` gives to these scans, unless another row has one of these ids."""
+    names = [name.replace(";", "_") for name in names_of([row.image for row in tests])]
+    taken = {*names} & {row.id for row in others}
+    return tests if taken else [row._replace(id=name) for row, name in zip(tests, names, strict=True)]
 
 
 def cases(folder: Path, other: list[Path], ids: dict[Path, str]) -> Iterator[Path]:

@@ -87,7 +87,15 @@ from typing import NamedTuple, TypeVar
 from jmae.data.manifest import Row, summary
 from jmae.data.manifest import leaks as leaks_of
 from jmae.data.prepare.masks import refuse_look_alikes
-from jmae.data.prepare.overview import LAYOUTS, count_unread, kinds_of, next_command, p_value_line, split_table
+from jmae.data.prepare.overview import (
+    LAYOUTS,
+    count_unread,
+    kinds_of,
+    next_command,
+    p_value_line,
+    recipe_line,
+    split_table,
+)
 from jmae.data.prepare.patients import by_pattern, kept_apart
 from jmae.data.prepare.tables import text_of
 from jmae.data.prepare.tree import refuse
@@ -221,11 +229,12 @@ def prepare(
     kinds, mixed = kinds_of(rows) if name in LAYOUTS else ([], "")
     write_manifest(out, rows)
     cautions += [mixed] if mixed else []
-    trains = name in LAYOUTS and any(row.split == "train" for row in rows)
+    trains = any(row.split == "train" for row in rows)
     lines = [
         f"{out / 'manifest.csv'}: {made.found}: {summary(rows)}; left out: {in_words(left_out)}",
         *["", *split_table(rows), *kinds, f"licence: {licence or 'not stated (--licence=TEXT writes it)'}"],
-        *([p_value_line(rows)] if trains else []),
+        *([recipe_line(rows)] if trains and not made.recipe else []),
+        *([p_value_line(rows)] if trains and name in LAYOUTS else []),
         *["", next_command(name, out / "manifest.csv", rows, made.recipe, made.flags, allow_leaks=bool(shared))],
     ]
     return "\n".join(lines + [f"caution: {caution}" for caution in cautions])

@@ -21,6 +21,7 @@ from jmae.scoring import too_few_normals
 from jmae.tables import counted
 
 LAYOUTS = ("bids", "ddad", "folders", "nnunet")  # whose images are of any kind
+CHOOSE = "docs/how-to/choose.md compares the systems"
 NORMALS = 20  # normal patients to hold out; rounding of the share may leave 19
 RATE = 0.05  # p-value that the held-out normals should reach
 
@@ -58,9 +59,7 @@ def next_command(name: str, file: Path, rows: Sequence[Row], recipe: str, flags:
     if not any(row.split == "train" for row in rows):
         return f"next: jmae evaluate --workdir RUN --manifest {manifest} --out RUN/{name}"
     volumes = is_volume(rows[0])
-    if not recipe:
-        unlabeled = any(row.split == "unlabeled" for row in rows)
-        recipe = f"{suggested('volumes' if volumes else 'unlabelled images' if unlabeled else 'images')[0]}:small"
+    recipe = recipe or f"{suggested(kind_of_data(rows))[0]}:small"
     given = [flags] if flags else []
     if name in LAYOUTS and not normals_of_val(rows):  # they would give p-values
         share = calibration_share(rows)
@@ -77,6 +76,18 @@ def next_command(name: str, file: Path, rows: Sequence[Row], recipe: str, flags:
             f"--workdir {shlex.quote(f'runs/{file.absolute().parent.name}')}",
         ]
     )
+
+
+def kind_of_data(rows: Sequence[Row]) -> str:
+    """The kind of data for which `recipe.suggested` has a recipe."""
+    images = "unlabelled images" if any(row.split == "unlabeled" for row in rows) else "images"
+    return "volumes" if is_volume(rows[0]) else images
+
+
+def recipe_line(rows: Sequence[Row]) -> str:
+    """The recipe that `next_command` proposes, and why."""
+    name, why = suggested(kind_of_data(rows))
+    return f"recipe: {name}:small ({why}; {CHOOSE})"
 
 
 def calibration_share(rows: Sequence[Row]) -> float:

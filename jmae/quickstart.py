@@ -22,7 +22,7 @@ from jmae import evaluate, predict, recipe, train
 from jmae.data import prepare
 from jmae.data.manifest import Row, parse_manifest
 from jmae.data.prepare import folders
-from jmae.data.prepare.overview import calibration_share, one_rank, p_value_line
+from jmae.data.prepare.overview import CHOOSE, calibration_share, one_rank, p_value_line
 from jmae.data.slices import command
 from jmae.errors import InputError, exit_code
 from jmae.run_folder import log, output_folder
@@ -32,7 +32,7 @@ from jmae.tables import counted
 def prepare_data(argv: list[str]) -> int:
     """`jmae prepare` without the lines that quickstart has itself."""
     lines = prepare.written(argv).splitlines()
-    print("\n".join(line for line in lines if not line.startswith(("next: ", "p-values: "))))
+    print("\n".join(line for line in lines if not line.startswith(("next: ", "p-values: ", "recipe: "))))
     return 0
 
 
@@ -50,7 +50,7 @@ def main(argv: list[str]) -> int:
     kind = one_rank(rows)
     name, why = recipe.suggested(kind)
     chosen = flags.pop("config", "")
-    log(f"{counted(len(rows), kind)}: {f'{chosen}, as you chose' if chosen else f'{name}:small ({why})'}")
+    log(f"{counted(len(rows), kind)}: {f'{chosen}, as you chose' if chosen else f'{name}:small ({why}; {CHOOSE})'}")
     log(p_value_line(rows))
     share = calibration_share(rows)
     given = {"config": chosen or f"{name}:small", "config.data.manifest": str(made)}

@@ -12,6 +12,7 @@ from PIL import Image
 from pydicom import uid
 from test_files import dicom
 
+from jmae import recipe
 from jmae.data import prepare
 from jmae.data.manifest import parse_manifest
 from jmae.data.opening import open_each
@@ -181,6 +182,9 @@ def test_the_next_command_keeps_normals_back_for_p_values_where_none_are_in_val(
     assert f"--config.data.calibration={share} " in command if share else "calibration" not in command
     line = "from 20 normals that data.calibration keeps" if share else "none, as fewer than ten normal patients"
     assert f"p-values: {line}" in said
+    name, why = recipe.suggested("images")
+    assert f"recipe: {name}:small ({why}; docs/how-to/choose.md compares the systems)" in said
+    assert f"jmae train --config {name}:small " in command
 
 
 def test_files_in_one_place_that_would_have_one_id_are_named(tmp_path, capsys):

@@ -69,7 +69,7 @@ from jmae.figures import (
 from jmae.fitting import fitted_results
 from jmae.fusion import evaluate_several
 from jmae.inference import Scorer, run_of, score_rows
-from jmae.likeness import read_kind, unlike, without_calm_p_value
+from jmae.likeness import REMEDY, read_kind, unlike, without_calm_p_value
 from jmae.outlines import MaskFigures
 from jmae.processes import join_processes, keep_compiled
 from jmae.progress import at_work
@@ -332,7 +332,7 @@ def unlike_counts(lines: Sequence[Mapping[str, Any]], table: Sequence[Mapping[st
     if warned:
         log(
             f"warning: {len(warned)} of {len(lines)} cases are unlike the images that the run was trained on, and "
-            f"{withheld} of them have no p-value for that: see the column warning of scores.csv"
+            f"{withheld} of them have no p-value for that (column warning of scores.csv): {REMEDY}"
         )
     return {"n": len(warned), "normal": warned.count(0), "abnormal": warned.count(1), "withheld": withheld}
 

@@ -7,11 +7,12 @@ run was trained on. A case outside a range gets a warning, and no p-value above 
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from scipy.special import stdtrit
 
 from jmae.data.files import Image
 from jmae.data.transforms import resize, to_unit
@@ -23,12 +24,47 @@ TRAINED_ON = "trained_on.json"
 LIKENESS = "likeness to the mean image"
 VALUES = 2**16  # values of an image, evenly spaced, from which the traits of grey values are computed
 FACTOR = 2.0  # a size may be so many times smaller or larger than those of the training
-WIDENING = 0.25  # share of a range of grey values that is added on either side; more for few training images
-FEW = 20  # training images below which the range is widened more
-LEAST = 0.05  # least width of a range of grey values
+CHANCE = 0.001  # that a further image of a kind lies outside a range of grey values or layout, if these were Gaussian
+WIDENING = 0.25  # share of the training images' range of grey values that is added on either side, at least
+LEAST = 0.01  # least standard deviation of a trait on its Gaussian scale
 SIDE = 16  # of the small images whose mean is the layout of the training
 SIZES = ("smallest axis", "largest axis", "ratio of the axes", "millimetres along the largest axis")
-"""Traits that are compared by a factor; all others but the channels are compared by a distance."""
+"""Traits that are compared by a factor."""
+REMEDY = "if such scans are normal, put some of them into the training set"
+
+
+class Scale(NamedTuple):
+    """A scale on which a trait is about Gaussian. Its ends are those of what is possible."""
+
+    of: Callable[[Any], Any]
+    back: Callable[[Any], Any]
+    ends: tuple[float, float]
+
+
+SHARE = Scale(lambda x: np.arcsin(np.sqrt(np.clip(x, 0, 1))), lambda y: np.sin(y) ** 2, (0, math.pi / 2))
+RATIO = Scale(lambda x: np.log(np.maximum(x, 1e-4)), np.exp, (-10, 10))
+COSINE = Scale(lambda x: np.arctanh(np.clip(x, -0.999, 0.999)), np.tanh, (-math.inf, math.inf))
+SCALES = {"mean": SHARE, "median": SHARE, "share of black": SHARE}
+SCALES |= {"deviation": RATIO, "roughness": RATIO, LIKENESS: COSINE}
+WORDS = {
+    "channels": ("fewer channels", "more channels"),
+    "smallest axis": ("fewer pixels along the shortest side", "more pixels along the shortest side"),
+    "largest axis": ("fewer pixels along the longest side", "more pixels along the longest side"),
+    "ratio of the axes": ("sides of more equal length", "longer and narrower"),
+    "millimetres along the largest axis": ("covers fewer millimetres", "covers more millimetres"),
+    "mean": ("darker on the whole", "brighter on the whole"),
+    "deviation": ("less contrast", "more contrast"),
+    "median": ("a darker middle grey", "a brighter middle grey"),
+    "share of black": ("less black", "more black"),
+    "roughness": (
+        "grey values change more slowly from pixel to pixel",
+        "grey values change faster from pixel to pixel",
+    ),
+    LIKENESS: ("light and dark lie in other places", "hardly differs from the mean image"),
+}
+"""What it means that a trait lies below or above its range."""
+POSSIBLE = dict.fromkeys(("mean", "median", "share of black"), (0, 1)) | {LIKENESS: (-1, 1), SIZES[2]: (1, math.inf)}
+"""The least and the greatest value that a trait can have, where these are not 0 and infinity."""
 
 
 class Traits(NamedTuple):
@@ -68,24 +104,44 @@ def traits_of(stored: Image) -> Traits:
     if len(size) == 3 and stored.spacing:
         numbers[SIZES[-1]] = max(n * mm for n, mm in zip(size, stored.spacing, strict=True))
     small = resize(values.mean(-1, keepdims=True), (SIDE,) * len(size))[..., 0]
-    small = small - small.mean()
-    return Traits(numbers, small / max(float(np.linalg.norm(small)), 1e-6))
+    return Traits(numbers, _of_norm_1(small - small.mean()))
 
 
 def kind_of(traits: Sequence[Traits]) -> dict[str, Any]:
     """What images have in common: {"images": their number, "ranges": {trait: (least, greatest)}, "layout": their mean,
-    of norm 1}. The trait "likeness to the mean image" is the product of an image's layout and that mean."""
-    layout = np.mean([one.layout for one in traits], 0)
-    layout /= max(float(np.linalg.norm(layout)), 1e-6)
-    each = [one.numbers | {LIKENESS: float((one.layout * layout).sum())} for one in traits]
+    of norm 1}. The trait "likeness to the mean image" is the product of an image's layout and that mean. For the range
+    of that trait, each image is compared with the mean of the others."""
+    layouts = np.stack([one.layout for one in traits])
+    total = layouts.sum(0)
+    each = [one.numbers | {LIKENESS: float((one.layout * _of_norm_1(total - one.layout)).sum())} for one in traits]
     names = [name for name in each[0] if all(name in one for one in each)]
-    ranges = {}
-    for name in names:
-        low, high = min(one[name] for one in each), max(one[name] for one in each)
-        widened = name not in (*SIZES, "channels")
-        more = WIDENING * max(1, FEW / len(each)) * max(LEAST, high - low) if widened else 0.0
-        ranges[name] = (low - more, high + more)
-    return {"images": len(each), "ranges": ranges, "layout": layout}
+    ranges = {name: range_of(name, np.array([one[name] for one in each])) for name in names}
+    return {"images": len(each), "ranges": ranges, "layout": _of_norm_1(total)}
+
+
+def range_of(name: str, values: np.ndarray) -> tuple[float, float]:
+    """The range of a trait, from its values (n,) in training images.
+
+    Of sizes and channels the range is that of the values. Else it is wider, on the trait's `Scale`: it holds Student's
+    prediction interval for one more value, where `CHANCE` is divided by the number of such traits. So few images give a
+    wide range, and one image gives all that is possible. For many images the `WIDENING` of the values' own range is
+    wider, as traits have longer tails than a Gaussian.
+    """
+    low, high = float(values.min()), float(values.max())
+    if name not in SCALES:
+        return low, high
+    scale, n = SCALES[name], len(values)
+    on_scale = scale.of(values)
+    factor = float(stdtrit(n - 1, 1 - CHANCE / len(SCALES) / 2)) if n > 1 else math.inf
+    reach = factor * math.sqrt(1 + 1 / n) * max(LEAST, float(on_scale.std(ddof=1)) if n > 1 else 0)
+    more, mean = WIDENING * np.ptp(on_scale), on_scale.mean()
+    ends = np.clip([min(on_scale.min() - more, mean - reach), max(on_scale.max() + more, mean + reach)], *scale.ends)
+    low, high = min(low, float(scale.back(ends[0]))), max(high, float(scale.back(ends[1])))
+    return low, 1.0 if name == LIKENESS else high  # nothing is too alike
+
+
+def _of_norm_1(layout: np.ndarray) -> np.ndarray:
+    return layout / max(float(np.linalg.norm(layout)), 1e-6)
 
 
 def write_kind(workdir: Path, traits: Sequence[Traits]) -> None:
@@ -131,7 +187,12 @@ def unlike(traits: Traits | None, kind: Mapping[str, Any] | None) -> str:
         numbers[LIKENESS] = float((layout * kind["layout"]).sum())
     found = []
     for name, (low, high) in kind["ranges"].items():
-        factor = FACTOR if name in SIZES else 1.0
-        if name in numbers and not low / factor <= numbers[name] <= high * factor:
-            found.append(f"{name} {numbers[name]:.3g} (training images: {low:.3g} to {high:.3g})")
+        if name in SIZES:
+            low, high = low / FACTOR, high * FACTOR
+        if name in numbers and not low <= numbers[name] <= high:
+            words, (least, greatest) = WORDS[name][numbers[name] > high], POSSIBLE.get(name, (0, math.inf))
+            value, low, high = (
+                f"{x:.3g}" if x < 100 else f"{x:.0f}" for x in (numbers[name], max(least, low), min(greatest, high))
+            )
+            found.append(f"{words} ({name} {value}, expected {low} to {high})")
     return "; ".join(found)

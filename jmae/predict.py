@@ -71,7 +71,7 @@ from jmae.fitting import restore_results
 from jmae.fusion import colours_of_file, common_normals, fused, fused_line, fused_map, scores_of_normals
 from jmae.inference import Scorer, run_of, score_rows
 from jmae.inputs import SPLIT, cases_of, image_of_array, row_of, sequences, with_spacing
-from jmae.likeness import read_kind, unlike, without_calm_p_value
+from jmae.likeness import REMEDY, read_kind, unlike, without_calm_p_value
 from jmae.outlines import least_voxels, outline
 from jmae.processes import keep_compiled
 from jmae.progress import at_work
@@ -521,6 +521,8 @@ def finish(rows: Sequence[Row], done: Mapping[str, Mapping], failed: Sequence[Ma
     else:
         (out / "failed.csv").unlink(missing_ok=True)
     log(f"{counted(len(lines), 'cases')}: {out / 'scores.csv'}" if lines else "no case was predicted")
+    if warned := sum(bool(line["warning"]) for line in lines):
+        log(f"{warned} of {len(lines)} cases are unlike the training images (column warning): {REMEDY}")
     if failed:
         log(f"{len(failed)} of {len(failed) + len(lines)} cases failed: {out / 'failed.csv'}")
         log("next: mend them, then the same command with --continue")

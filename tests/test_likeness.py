@@ -1,9 +1,11 @@
 """Traits of images, their ranges over a training set, and what lies outside."""
 
 import json
+import math
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from jmae import likeness
 from jmae.data.files import Image
@@ -49,20 +51,56 @@ def test_images_of_the_kind_pass_and_others_are_named(tmp_path):
     assert sum(bool(likeness.unlike(likeness.traits_of(image(film(seed))), kind)) for seed in range(100, 200)) <= 2
     unlike = lambda array: likeness.unlike(likeness.traits_of(image(array)), kind)
     assert unlike(np.full((60, 50), 90)) == "all its values are equal"
-    assert unlike(255 - film(0)).split(" ")[0] in ("mean", "median", "likeness")
+    assert "light and dark lie in other places (likeness to the mean image -" in unlike(255 - film(0))
     assert "likeness to the mean image" in unlike(film(0)[:, np.r_[25:50, 0:25]])
-    assert "smallest axis 13 (training images: 50 to 50)" in unlike(film(0)[::4, ::4])
+    assert "fewer pixels along the shortest side (smallest axis 13, expected 25 to 100)" in unlike(film(0)[::4, ::4])
     assert "ratio of the axes" in unlike(film(0, (400, 60)))
-    assert "roughness" in unlike(np.random.default_rng(0).integers(0, 256, (60, 50)))
+    assert "grey values change faster from pixel to pixel (roughness" in unlike(
+        np.random.default_rng(0).integers(0, 256, (60, 50))
+    )
     colour = Image(np.repeat(film(0)[..., None], 3, -1).astype(np.float32), None, None, 8)
-    assert likeness.unlike(likeness.traits_of(colour), kind) == "channels 3 (training images: 1 to 1)"
+    assert likeness.unlike(likeness.traits_of(colour), kind) == "more channels (channels 3, expected 1 to 1)"
 
 
-def test_a_range_of_few_images_is_wider():
-    numbers = lambda value: likeness.Traits({"mean": value}, np.zeros((16, 16), np.float32))
-    wide = likeness.kind_of([numbers(0.2), numbers(0.6)])["ranges"]["mean"]
-    narrow = likeness.kind_of([numbers(v) for v in np.linspace(0.2, 0.6, 40)])["ranges"]["mean"]
-    assert narrow == pytest.approx((0.1, 0.7)) and wide == pytest.approx((0.2 - 1.0, 0.6 + 1.0))
+def test_a_range_is_students_prediction_interval_and_holds_all_training_images():
+    rng, name = np.random.default_rng(0), "roughness"
+    scale = likeness.SCALES[name]
+    for n in (2, 12, 26, 400):
+        values = np.exp(rng.normal(0, 0.2, n))
+        low, high = likeness.range_of(name, values)
+        assert low <= values.min() and values.max() <= high
+        logs = np.log(values)
+        t = stats.t.ppf(1 - likeness.CHANCE / len(likeness.SCALES) / 2, n - 1)
+        reach = t * logs.std(ddof=1) * (1 + 1 / n) ** 0.5
+        more = likeness.WIDENING * np.ptp(logs)
+        expected = [min(logs.mean() - reach, logs.min() - more), max(logs.mean() + reach, logs.max() + more)]
+        expected = np.clip(expected, *scale.ends)
+        np.testing.assert_allclose(np.log([low, high]), expected, rtol=1e-6)
+    for name in likeness.SCALES:
+        low, high = likeness.range_of(name, np.array([0.3]))
+        least, greatest = likeness.POSSIBLE.get(name, (0, math.inf))
+        assert least <= low < 0.01 and 0.5 < high <= greatest, "one image says nothing of the others"
+    low, high = likeness.range_of("share of black", np.array([0, 0, 0.01, 0.02] * 5))
+    assert low == 0 and 0.02 < high < 0.5
+    assert likeness.range_of("largest axis", np.array([50.0, 60.0])) == (50, 60)
+
+
+@pytest.mark.parametrize("n", [12, 16, 26, 50])
+def test_few_images_of_a_kind_seldom_turn_down_others_of_the_kind(n):
+    """At most about 1 in 100 on average over sets of n images; other kinds are still found."""
+    traits = [likeness.traits_of(image(film(seed, (40, 30)))) for seed in range(400)]
+    foreign = [
+        255 - film(0, (40, 30)),
+        film(0, (40, 30))[::4, ::4],
+        np.random.default_rng(0).integers(0, 256, (40, 30)),
+    ]
+    turned_down, found = [], []
+    for k in range(10):
+        kind = likeness.kind_of(traits[n * k : n * (k + 1)] if n * (k + 1) <= 300 else traits[:n])
+        turned_down.append(np.mean([bool(likeness.unlike(one, kind)) for one in traits[300:]]))
+        found.append([bool(likeness.unlike(likeness.traits_of(image(array)), kind)) for array in foreign])
+    assert np.mean(turned_down) <= 0.01
+    assert np.all(found)
 
 
 def test_a_run_without_the_file_has_no_kind_and_a_damaged_file_is_one_line(tmp_path):

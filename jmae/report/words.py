@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from jmae.likeness import REMEDY
+
 SYSTEM_FILES = Path(__file__).parents[1] / "systems"
 
 # --- rows of tables ---------------------------------------------------------------------------------------------------
@@ -279,7 +281,7 @@ def unlike_sentences(evaluation: Mapping[str, Any]) -> list[str]:
         f"{unlike['n']} of {evaluation['n']} cases are unlike the training images{' (' if labels else ''}"
         f"{', '.join(labels)}{')' if labels else ''}.",
         "The run did not learn what normal scans of such a kind look like, so their scores say little. The warning at "
-        "each case says what differs.",
+        f"each case says what differs. Remedy: {REMEDY}.",
     ]
     if alarms:
         sentences.append(

@@ -5,6 +5,7 @@ import os
 from types import ModuleType
 from typing import TYPE_CHECKING
 
+from jmae.errors import shortly
 from jmae.python import Evaluate, Evaluation, Train, prepare
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ __all__ = ["Evaluation", "evaluate", "load", "prepare", "train"]
 __version__ = "0.1.0"
 
 
+@shortly
 def load(workdir: str | os.PathLike) -> "Run":
     """A trained run, ready to score: `run = jmae.load("runs/mine")`, then `run("film.png")`; see `jmae.predict.Run`.
 

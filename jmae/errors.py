@@ -1,10 +1,14 @@
 """What can go wrong that is not a bug, and the exit code of each; every command ends through `exit_code`."""
 
 import difflib
+import functools
 import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from typing import ParamSpec, TypeVar
+
+P, T = ParamSpec("P"), TypeVar("T")
 
 
 class InputError(Exception):
@@ -25,6 +29,19 @@ class Stopped(Exception):
     def __init__(self, message: str, number: int):
         super().__init__(message)
         self.code = 128 + number
+
+
+def shortly(function: Callable[P, T]) -> Callable[P, T]:
+    """A function that users call: what it raises on purpose has a traceback without the library's inner calls."""
+
+    @functools.wraps(function)
+    def called(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return function(*args, **kwargs)
+        except (InputError, NonFiniteLoss, Stopped) as error:
+            raise error.with_traceback(None) from None
+
+    return called
 
 
 def nearest(name: str, known: Sequence[str]) -> str:

@@ -66,7 +66,7 @@ from jmae.data.manifest import Row, read_cases, wrong_pieces
 from jmae.data.names import id_of, names_of, stem_of
 from jmae.data.preparation import stored_case
 from jmae.data.slices import command, lie
-from jmae.errors import InputError, exit_code
+from jmae.errors import InputError, exit_code, shortly
 from jmae.fitting import restore_results
 from jmae.fusion import colours_of_file, common_normals, fused, fused_line, fused_map, scores_of_normals
 from jmae.inference import Scorer, run_of, score_rows
@@ -134,6 +134,7 @@ class Run(NamedTuple):
     seen: dict[str, Row]  # what the run was trained or calibrated on, by `Row.content`
     kind: dict[str, Any] | None  # what these images have in common (`likeness.read_kind`)
 
+    @shortly
     def __call__(
         self,
         image: Any,

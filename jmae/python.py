@@ -13,7 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from jmae.errors import InputError
+from jmae.errors import InputError, shortly
 from jmae.tables import counted, plain
 
 SHOWN = 10  # cases of an evaluation in a notebook
@@ -28,6 +28,7 @@ class Evaluation:
         cases: the lines of scores.csv, the highest score first.
     """
 
+    @shortly
     def __init__(self, folder: str | os.PathLike):
         """Raises InputError where the folder holds no evaluation."""
         self.folder = Path(folder)
@@ -81,6 +82,7 @@ def flags(changes: Mapping[str, Any] | None = None, **values: Any) -> list[str]:
 class Train(ModuleType):
     """The module `jmae.train`, which can be called."""
 
+    @shortly
     def __call__(
         self,
         recipe: str,
@@ -110,6 +112,7 @@ class Train(ModuleType):
 class Evaluate(ModuleType):
     """The module `jmae.evaluate`, which can be called."""
 
+    @shortly
     def __call__(
         self,
         workdir: str | os.PathLike,
@@ -138,6 +141,7 @@ class Evaluate(ModuleType):
         return Evaluation(os.fspath(out) or Path(workdir) / own)
 
 
+@shortly
 def prepare(layout: str, out: str | os.PathLike, **values: Any) -> Path:
     """Writes the manifest of a folder of scans or of a public data set: the command `jmae prepare`.
 

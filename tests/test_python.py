@@ -37,6 +37,23 @@ def test_the_import_is_quick_and_commands_are_functions_and_modules():
         _ = jmae.trian
 
 
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda folder: jmae.train("ameai:small", folder),
+        lambda folder: jmae.evaluate(folder),
+        lambda folder: jmae.load(folder),
+        lambda folder: jmae.Evaluation(folder),
+        lambda folder: jmae.prepare("folders", folder / "out", normal=folder),
+    ],
+)
+def test_an_error_has_a_short_traceback(call, tmp_path):
+    with pytest.raises(InputError) as raised:
+        call(tmp_path)
+    assert len(raised.traceback) <= 4  # the test, the lambda, and the public function
+    assert raised.value.__cause__ is None and raised.value.__suppress_context__
+
+
 @pytest.mark.long
 def test_train_is_the_command_with_the_same_recipe(finished, small_set, tools, tmp_path, monkeypatch):
     asked = []

@@ -6,9 +6,9 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from typing import ParamSpec, TypeVar
+from typing import Any, TypeVar, cast
 
-P, T = ParamSpec("P"), TypeVar("T")
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 class InputError(Exception):
@@ -31,17 +31,17 @@ class Stopped(Exception):
         self.code = 128 + number
 
 
-def shortly(function: Callable[P, T]) -> Callable[P, T]:
+def shortly(function: Function) -> Function:
     """A function that users call: what it raises on purpose has a traceback without the library's inner calls."""
 
     @functools.wraps(function)
-    def called(*args: P.args, **kwargs: P.kwargs) -> T:
+    def called(*args: Any, **kwargs: Any) -> Any:
         try:
             return function(*args, **kwargs)
         except (InputError, NonFiniteLoss, Stopped) as error:
             raise error.with_traceback(None) from None
 
-    return called
+    return cast(Function, called)
 
 
 def nearest(name: str, known: Sequence[str]) -> str:

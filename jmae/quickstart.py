@@ -77,7 +77,9 @@ def main(argv: list[str]) -> int:
         if code:
             return code
     log(f"{out / 'run' / 'evaluation' / 'report.html'}: the new scans, from the most to the least suspicious")
-    log(f"next: open it; a longer training: jmae quickstart {shlex.join(names)} --budget 1 --out {out}-longer")
+    more = [f"--config={chosen}"] * bool(chosen) + [f"--{flag}={value}" for flag, value in flags.items()]
+    longer = in_shell(["quickstart", *names, *more, "--budget", "1", "--out", f"{out}-longer"])
+    log(f"next: open it; a longer training: {longer}")
     return 0
 
 

@@ -65,6 +65,7 @@ def test_the_kind_of_scan_chooses_the_recipe(make, recipe, more, tmp_path, monke
     ]
     assert code == 0 and ran == expected
     said = capsys.readouterr().err
+    assert said.splitlines()[-1].endswith(f"--config.seed=3 --budget 1 --out {out}-longer")
     assert f"42 {'images' if make is pictures else 'volumes'}: {recipe} (" in said
     assert [shlex.split(line)[1:] for line in said.splitlines() if line.startswith("  jmae ")] == expected
 

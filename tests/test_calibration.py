@@ -16,7 +16,7 @@ from test_evaluate import SYSTEM, config
 from jmae import calibration as cal
 from jmae import evaluate as ev
 from jmae.data.cases import kept_apart, load_rows
-from jmae.data.manifest import Row
+from jmae.data.manifest import Row, leaks
 from jmae.errors import InputError
 from jmae.inference import Scorer, score_rows
 from jmae.scoring import Calibration, alarm_threshold, colour_ends, p_values
@@ -104,6 +104,15 @@ def test_a_recipe_keeps_train_patients_apart(tools, tmp_path):
     shutil.copy(held.image[0], trained.image[0])  # no user wrote the split val, so the message names the setting
     with pytest.raises(InputError, match=r"are identical, and data\.calibration holds out one: leave one out"):
         load_rows(c, said.append)
+
+
+def test_a_leak_names_the_splits_of_the_manifest():
+    apart, other, test = row("a")._replace(split="val", kept=True), row("b"), row("t", split="test", label=1)
+    same = {"image": ("/one.png",), "patient": ""}
+    (one,) = leaks([apart._replace(**same), other._replace(**same)])
+    assert one.what.startswith("image '/one.png' is twice in train, and data.calibration holds out one: list it once")
+    (one,) = leaks([apart._replace(**same), test._replace(**same)])
+    assert one.what == "image '/one.png' is in train and test: keep it in one split"
 
 
 # --- in a run ---------------------------------------------------------------------------------------------------------

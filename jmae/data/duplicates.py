@@ -102,8 +102,8 @@ def in_two_splits(rows: Sequence[Row], prints: Mapping[str, Fingerprint]) -> lis
         further = ", or share a hard edge of air and little else" if prints[a.id].detail.ndim == 3 else ""
         near = f"are one image, or two of one patient{further} (correlation {copy.correlation:.2f})"
         alike = "are identical" if copy.correlation == 1 else near
-        what = f"{a.id} in {a.split} and {b.id} in {b.split} {alike}: keep both in one split, or leave one out"
-        if a.kept or b.kept:
+        what = f"{a.id} in {a.listed} and {b.id} in {b.listed} {alike}: keep both in one split, or leave one out"
+        if a.listed == b.listed:
             what = f"{a.id} and {b.id} {alike}, and data.calibration holds out one: leave one out, or name one patient"
         found.append(Finding("identical" if copy.correlation == 1 else "near-identical", (a, b), what))
     return found

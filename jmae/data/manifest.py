@@ -61,6 +61,11 @@ class Row(NamedTuple):
     kept: bool = False  # a train row that `data.calibration` made a normal of `val`
     content: str = ""  # `duplicates.content` of its image, where that has been opened
 
+    @property
+    def listed(self) -> str:
+        """The split that the manifest names."""
+        return "train" if self.kept else self.split
+
 
 class Finding(NamedTuple):
     """One problem of some rows, in a line."""
@@ -159,10 +164,13 @@ def leaks(rows: Sequence[Row]) -> list[Finding]:
         for name, row in pairs:
             sharing[name].append(row)
         for name, own in sharing.items():
-            splits = [split for split in SPLITS if split in {row.split for row in own}]
-            if len(splits) > 1:
+            if len({row.split for row in own}) > 1:
+                splits = [split for split in SPLITS if split in {row.listed for row in own}]
                 spellings = dict.fromkeys(row.patient for row in own) if kind == "patient" else (name,)
-                what = f"{kind} {' or '.join(map(repr, spellings))} is in {' and '.join(splits)}: keep it in one split"
+                where = f"in {' and '.join(splits)}: keep it in one split"
+                if len(splits) == 1:
+                    where = "twice in train, and data.calibration holds out one: list it once, or name one patient"
+                what = f"{kind} {' or '.join(map(repr, spellings))} is {where}"
                 found.append(Finding(kind, tuple(own), what))
     return found
 

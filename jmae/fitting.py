@@ -89,7 +89,7 @@ def computed(
     config: ConfigDict, system: System, fit: Fit, results: Results, rows: Sequence[Row], cases: Cases | None = None
 ) -> dict[str, Any]:
     """A fit's arrays from these rows, on the host; several replicates are a leading axis."""
-    log(f"{fit.name}: learning from {counted(len(rows), 'cases')}")
+    log(f"{fit.name}: after the training, the score learns from {counted(len(rows), 'cases')} what is usual")
     scorer = Scorer(config, measuring(system, fit), results, cases)
     return finished(config, system, fit, list(score_rows(scorer, rows)))
 

@@ -23,6 +23,12 @@ SILENCE = 10  # seconds after which a step says that it is still at work
 PACE_AFTER = 3  # seconds of steps before a pace is shown, checkpoints included; the first steps tell little
 SHOWN = 3  # metrics of a line
 NOT_SHOWN = ("stage", "step", "lr", "grad_norm", *CLOCK)
+PLAIN_NAMES = {
+    "target": "share of pixels made anomalous",
+    "dice": "Dice of drawn anomalies (1 is perfect)",
+    "best_dice": "best Dice so far",
+    "explained_variance": "variance of hidden voxels explained (1 is perfect)",
+}
 
 
 @contextmanager
@@ -111,9 +117,17 @@ def progress(stage: str, start: int, steps: int) -> Iterator[Callable[[Mapping],
 
 
 def metrics_text(line: Mapping) -> str:
-    """The first metrics of a line, the loss before the others."""
-    names = sorted((name for name in line if name not in NOT_SHOWN), key=lambda name: name != "loss")
-    return "  ".join(f"{name} {line[name]:.4f}" for name in names[:SHOWN])
+    """The first metrics of a line in plain words, the loss before the others and what is best so far behind them."""
+    names = sorted((name for name in line if name not in NOT_SHOWN), key=lambda name: (name != "loss", "best" in name))
+    return "  ".join(f"{plain_name(name)} {line[name]:.4f}" for name in names[:SHOWN])
+
+
+def plain_name(name: str) -> str:
+    """What a metric of the training is, in plain words where its name does not say it."""
+    stem, _, channel = name.rpartition("_")
+    if channel.isdecimal() and stem in PLAIN_NAMES:
+        return f"channel {channel}: {PLAIN_NAMES[stem]}"
+    return PLAIN_NAMES.get(name, name)
 
 
 def profiled_steps(config: ConfigDict) -> tuple[int, int] | None:

@@ -323,7 +323,7 @@ def test_the_variance_explained_of_held_out_normals_is_logged_and_they_still_cal
 
 def test_the_report_shows_all_channels_a_masked_window_the_subtraction_and_the_map_within_the_region(run):
     page = (run / "evaluation" / "report.html").read_text()
-    names = "channel 1", "the reconstruction of channel 1", "the subtraction image", "Map within the region"
+    names = "channel 1", "the reconstruction of channel 1", "the subtraction image", "Map where it counts"
     for name in (
         *names,
         *(f"{n} window of channel {c}" for n in ("a", "the masked", "the reconstructed") for c in (0, 1)),

@@ -37,6 +37,7 @@ from jmae.report.words import (
     p_value_sentences,
     patient_rows,
     result_sentences,
+    score_meanings,
     stage_losses,
     unlike_sentences,
 )
@@ -471,6 +472,21 @@ def test_what_was_promised_stands_beside_what_came_of_it():
     few = p_value_sentences(calibrated([0, 1], [0.5, 0.5], 9, threshold=None))
     assert few[-1] == "9 normal cases are too few for such a p-value: at least 19 are needed."
     assert p_value_sentences({"alarms": None, "uncalibrated": "give it normals"}) == ["Give it normals."]
+
+
+def test_a_short_training_is_said_at_the_top_and_names_of_scores_and_pictures_are_explained(tmp_path):
+    evaluation = an_evaluation()
+    shown = lambda config: write(tmp_path / "r.html", evaluation, cases_of(evaluation), config=config)
+    page = shown({"budget": 0.25})
+    assert "<b>Short training.</b> The training took 25 % of the recipe" in page and "--config.budget=1" in page
+    assert page.index("Short training") < page.index("AUROC of the primary score")
+    assert "<b>stage2</b> (the primary score): difference of the reconstructions" in page
+    for name in ("Image", "Anomaly map", "Map over image"):
+        assert f"</i><small>{name}</small></span>" in page
+    for config in ({"budget": 1.0}, {"budget": 4.0}, {}):
+        assert "Short training" not in shown(config)
+    named = {"primary": "ppii", "scores": {"ppii": {}, "own": {}}, "table": [{"id": "a", "ppii_highest": 1.0}]}
+    assert [name for name, _ in score_meanings(named)] == ["ppii", "ppii_highest"]
 
 
 def test_cases_unlike_the_training_are_counted_at_the_top_and_named_at_the_case(tmp_path):

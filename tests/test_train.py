@@ -650,6 +650,17 @@ def test_elsewhere_plain_lines_come_now_and_then_and_at_the_end(monkeypatch, cap
     assert said[1].startswith("pretrain 20/20  loss 0.2500  accuracy 0.7500  ") and "steps/s  0 s left" in said[1]
 
 
+def test_a_line_names_its_figures_in_plain_words():
+    line = {"step": 1, "best_dice": 0.25, "dice": 0.125, "loss": 0.5, "lr": 1}
+    assert progress.metrics_text(line) == (
+        "loss 0.5000  Dice of drawn anomalies (1 is perfect) 0.1250  best Dice so far 0.2500"
+    )
+    assert progress.plain_name("explained_variance_1") == (
+        "channel 1: variance of hidden voxels explained (1 is perfect)"
+    )
+    assert progress.plain_name("target") == "share of pixels made anomalous" and progress.plain_name("own_1") == "own_1"
+
+
 def test_a_first_step_that_is_shown_again_has_no_pace(monkeypatch, capsys):
     monkeypatch.setattr(progress, "PACE_AFTER", 0)
     with progress.progress("pretrain", 0, 1) as show:

@@ -63,6 +63,8 @@ def write_report(
         "results": words.result_sentences(evaluation),
         "promise": words.p_value_sentences(evaluation),
         "unlike": words.unlike_sentences(evaluation),
+        "short": words.short_training(config),
+        "meanings": words.score_meanings(evaluation),
         "reason": words.no_curves_reason(evaluation),
         "digests": {**evaluation.get("digests", {}), "environment": settings_digest(environment)},
         "config": words.flat_settings(config),

@@ -318,6 +318,20 @@ def score_line(
     return line | mean | {"warning": warning}
 
 
+def score_lines(
+    rows: Sequence[Row],
+    scores: Mapping[str, np.ndarray],
+    system: System,
+    calibration: Calibration | None,
+    notes: Iterable[tuple[np.ndarray | None, str]],
+) -> list[dict[str, Any]]:
+    """The `score_line` of each row. `scores` are (r, n), and `notes` are its Monte-Carlo error and its warning."""
+    return [
+        score_line(row, {name: values[:, i] for name, values in scores.items()}, system, calibration, *note)
+        for i, (row, note) in enumerate(zip(rows, notes, strict=True))
+    ]
+
+
 def why_no_p_values(calibration: Calibration | None) -> str:
     """Why no case of a calibrated run has a p-value."""
     if not calibration or not calibration.needs:

@@ -44,7 +44,7 @@ from jmae.calibration import (
     read_calibration,
     reference_scores,
     rows_changed,
-    score_line,
+    score_lines,
     why_no_p_values,
 )
 from jmae.cards import rows_digest, write_cards
@@ -69,7 +69,7 @@ from jmae.figures import (
 from jmae.fitting import fitted_results
 from jmae.fusion import evaluate_several
 from jmae.inference import Scorer, run_of, score_rows
-from jmae.likeness import REMEDY, read_kind, unlike, without_calm_p_value
+from jmae.likeness import read_kind, unlike, unlike_counts, without_calm_p_value
 from jmae.outlines import MaskFigures
 from jmae.processes import join_processes, keep_compiled
 from jmae.progress import at_work
@@ -137,8 +137,7 @@ class Gathered:
     scores: SplitScores = field(default_factory=SplitScores)
     cases: list[Case] = field(default_factory=list)  # that the report may show
     digests: list[str] = field(default_factory=list)  # of the stored values of each row
-    errors: list[np.ndarray | None] = field(default_factory=list)  # Monte-Carlo errors of each row's primary score
-    warnings: list[str] = field(default_factory=list)  # in what each row is unlike the training images
+    notes: list[tuple[np.ndarray | None, str]] = field(default_factory=list)  # (score_error, warning) of each row
     seconds: float = 0.0  # of scoring
 
 
@@ -217,7 +216,8 @@ def evaluate(
         labelled = [row for row in chosen.rows if row.label is not None]
         if numbers := convergence(config, system, results, labelled, cases):
             evaluation["convergence"] = numbers
-    lines = case_lines(system, chosen, gathered, None if no_p_values else calibration)
+    known = None if no_p_values else calibration
+    lines = score_lines(chosen.rows, gathered.scores.of(1), system, known, gathered.notes)
     evaluation["alarms"] = alarms(chosen.labels, [line["p_value"] for line in lines], calibration, rate)
     table = [without_calm_p_value(line, rate) for line in lines]
     evaluation["unlike"] = unlike_counts(lines, table) if kind else None
@@ -227,8 +227,7 @@ def evaluate(
     if published := beside_published(config, system, rows, workdir, history):
         evaluation["printed"] = published
     evaluation |= provenance(config, system, chosen, gathered, workdir)
-    evaluation["seconds"] = time.monotonic() - began
-    evaluation["seconds_per_case"] = gathered.seconds / len(chosen.rows)
+    evaluation |= {"seconds": time.monotonic() - began, "seconds_per_case": gathered.seconds / len(chosen.rows)}
     write_evaluation(config, chosen, evaluation, table, gathered, calibration, history, workdir, out)
     if of_run:
         write_cards(workdir, config, system, rows)
@@ -274,12 +273,9 @@ def gather_results(
     thresholds: Thresholds,
     out: Path,
     masks: MaskFigures,
-    kind: Mapping[str, Any] | None = None,
+    kind: Mapping[str, Any] | None,  # `likeness.kind_of` the training images
 ) -> Gathered:
-    """Scores the split; counts pixels and masks, writes maps, keeps scores and what the report may show.
-
-    `kind` is what the training images have in common (`likeness.read_kind`).
-    """
+    """Scores the split; counts pixels and masks, writes maps, keeps scores and what the report may show."""
     gathered, config, system = Gathered(), scorer.config, scorer.system
     files = {"anomaly": "maps", "confidence": "maps", "recon": "reconstruction"}  # the settings that ask for them
     names = [name for name, setting in files.items() if config.evaluation.get(setting)]
@@ -288,8 +284,7 @@ def gather_results(
         case = result.case
         gathered.seconds += result.seconds
         gathered.digests.append(case.digest)
-        gathered.errors.append(result.score_error)
-        gathered.warnings.append(unlike(case.traits, kind))
+        gathered.notes.append((result.score_error, unlike(case.traits, kind)))
         gathered.scores.add(result.scores, result.maps)
         truth = truth_of(case) if split.marked and result.maps else None
         maps = all_maps(result, baseline_maps) if truth else {}
@@ -311,30 +306,6 @@ def gather_results(
         gathered.cases.append(shown._replace(pictures={**shown.pictures, **window}))
         gathered.cases = worth_showing(gathered.cases, config.evaluation.pictures)
     return gathered
-
-
-def case_lines(
-    system: System, split: Split, gathered: Gathered, calibration: Calibration | None
-) -> list[dict[str, Any]]:
-    """The lines of scores.csv, with all p-values."""
-    whole = gathered.scores.of(1)
-    each = zip(split.rows, gathered.errors, gathered.warnings, strict=True)
-    return [
-        score_line(row, {k: v[:, i] for k, v in whole.items()}, system, calibration, error, warning)
-        for i, (row, error, warning) in enumerate(each)
-    ]
-
-
-def unlike_counts(lines: Sequence[Mapping[str, Any]], table: Sequence[Mapping[str, Any]]) -> dict[str, int]:
-    """How many cases are unlike the training images, and how many p-values `table` withholds; logs it."""
-    warned = [line["label"] for line in lines if line["warning"]]
-    withheld = sum(a["p_value"] != b["p_value"] for a, b in zip(lines, table, strict=True))
-    if warned:
-        log(
-            f"warning: {len(warned)} of {len(lines)} cases are unlike the images that the run was trained on, and "
-            f"{withheld} of them have no p-value for that (column warning of scores.csv): {REMEDY}"
-        )
-    return {"n": len(warned), "normal": warned.count(0), "abnormal": warned.count(1), "withheld": withheld}
 
 
 def provenance(config: ConfigDict, system: System, split: Split, gathered: Gathered, workdir: Path) -> dict[str, Any]:

@@ -175,6 +175,18 @@ def without_calm_p_value(line: Mapping[str, Any], rate: float) -> dict[str, Any]
     return {**line, "p_value": None} if calm else dict(line)
 
 
+def unlike_counts(lines: Sequence[Mapping[str, Any]], table: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """How many lines of scores.csv have a warning, and how many p-values `table` withholds of them; logs both."""
+    warned = [line["label"] for line in lines if line["warning"]]
+    withheld = sum(a["p_value"] != b["p_value"] for a, b in zip(lines, table, strict=True))
+    if warned:
+        log(
+            f"warning: {len(warned)} of {len(lines)} cases are unlike the images that the run was trained on, and "
+            f"{withheld} of them have no p-value for that (column warning of scores.csv): {REMEDY}"
+        )
+    return {"n": len(warned), "normal": warned.count(0), "abnormal": warned.count(1), "withheld": withheld}
+
+
 def unlike(traits: Traits | None, kind: Mapping[str, Any] | None) -> str:
     """In what an image is unlike the images of a kind, in words; "" where in nothing, or where one of the two is not
     known."""

@@ -25,7 +25,7 @@ from jmae.results import Result, map_name
 from jmae.run_folder import log, write_text
 from jmae.scoring import Calibration, alarm_threshold, colour_ends, too_few_normals
 from jmae.sealed import seal, unseal
-from jmae.seen import write_seen
+from jmae.seen import read_seen, write_seen
 from jmae.system import Results, System, chosen_on_val, compute_type, fitted_rows, rows_read
 from jmae.tables import counted
 
@@ -227,6 +227,15 @@ def read_calibration(
         say(f"warning: {file} belongs to another evaluation.{other[0]}: no p-values")
         return None
     return Calibration(scores, low, high, needs, peaks, least, fitted)
+
+
+def calibrated_on(config: ConfigDict, system: System, results: Results, workdir: Path, rows: Sequence[Row]) -> bool:
+    """Whether the run's calibration holds the scores of all these rows and images, with these weights and settings."""
+    contents = {row.id: row.content for row in read_seen(workdir)}
+    if not (workdir / CALIBRATION).exists() or not rows or any(row.content != contents.get(row.id) for row in rows):
+        return False
+    known = read_calibration(config, system, results, workdir, lambda _: None)  # what differs is said where it is used
+    return known is not None and all(row.id in known.scores or row.id in known.fitted for row in rows)
 
 
 def settings_before(config: ConfigDict) -> dict[str, Any]:

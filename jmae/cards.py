@@ -56,6 +56,21 @@ def last_steps(system: System, workdir: Path) -> dict[str, tuple[int, Mapping[st
     return steps_of_stages
 
 
+def provenance(
+    config: ConfigDict, system: System, rows: Sequence[Row], digests: Sequence[str], workdir: Path
+) -> dict[str, Any]:
+    """What was resampled for the intervals of an evaluation, and digests of the recipe, the rows trained on and the
+    images. `digests` are those of the stored values of each row."""
+    return {
+        "resampled": "patients" if any(row.patient for row in rows) else "cases",
+        "digests": {
+            "recipe": recipe_digest(config),
+            "rows trained on": rows_digest(system, workdir) or "unknown",
+            "images evaluated": hashlib.sha256("\n".join(digests).encode()).hexdigest()[:16],
+        },
+    }
+
+
 def rows_digest(system: System, workdir: Path) -> str | None:
     """The digest of the rows that the run was trained on; None where its checkpoint has none.
 

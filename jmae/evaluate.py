@@ -16,7 +16,6 @@ Exit codes: 0 done; 2 the input or the environment is wrong.
 """
 
 import contextlib
-import hashlib
 import json
 import shlex
 import sys
@@ -39,6 +38,7 @@ from jmae.calibration import (
     alarm_rate,
     alarms,
     calibrate,
+    calibrated_on,
     colours_of,
     mask_threshold,
     read_calibration,
@@ -47,7 +47,7 @@ from jmae.calibration import (
     score_lines,
     why_no_p_values,
 )
-from jmae.cards import rows_digest, write_cards
+from jmae.cards import provenance, write_cards
 from jmae.console import console_summary
 from jmae.convergence import check_processes, convergence
 from jmae.data.cases import Cases, load_cases
@@ -76,7 +76,7 @@ from jmae.progress import at_work
 from jmae.python import Evaluate
 from jmae.report import Case, one_slice, shown_voxel, slice_side, worth_showing, write_report
 from jmae.results import Result, map_name, report_case
-from jmae.run_folder import log, output_folder, read_environment, read_history, recipe_digest, write_csv, write_text
+from jmae.run_folder import log, output_folder, read_environment, read_history, write_csv, write_text
 from jmae.scoring import Calibration
 from jmae.sealed import seal
 from jmae.seen import ALLOW, check_unseen, check_unseen_since
@@ -186,7 +186,8 @@ def evaluate(
     scorer = Scorer(config, system, results, cases)
     log(f"{split}: scoring {len(chosen.rows)} cases")
     baselines = baselines_of(config, system, cases, rows, chosen, parts)
-    reference, thresholds = score_reference(scorer, chosen, baselines)
+    known = of_run and not chosen.val and calibrated_on(config, system, results, workdir, chosen.normals)
+    reference, thresholds = score_reference(scorer, chosen, baselines, known)
     if of_run and chosen.normals and reference and not rows_changed(system, rows, workdir):
         calibration = calibrate(config, system, results, reference, workdir, say, fitted_rows(system, rows))
     else:
@@ -216,8 +217,8 @@ def evaluate(
         labelled = [row for row in chosen.rows if row.label is not None]
         if numbers := convergence(config, system, results, labelled, cases):
             evaluation["convergence"] = numbers
-    known = None if no_p_values else calibration
-    lines = score_lines(chosen.rows, gathered.scores.of(1), system, known, gathered.notes)
+    scores, used = gathered.scores.of(1), None if no_p_values else calibration
+    lines = score_lines(chosen.rows, scores, system, used, gathered.notes)
     evaluation["alarms"] = alarms(chosen.labels, [line["p_value"] for line in lines], calibration, rate)
     table = [without_calm_p_value(line, rate) for line in lines]
     evaluation["unlike"] = unlike_counts(lines, table) if kind else None
@@ -226,7 +227,7 @@ def evaluate(
     history = read_history(workdir / "metrics.jsonl")
     if published := beside_published(config, system, rows, workdir, history):
         evaluation["printed"] = published
-    evaluation |= provenance(config, system, chosen, gathered, workdir)
+    evaluation |= provenance(config, system, chosen.rows, gathered.digests, workdir)
     evaluation |= {"seconds": time.monotonic() - began, "seconds_per_case": gathered.seconds / len(chosen.rows)}
     write_evaluation(config, chosen, evaluation, table, gathered, calibration, history, workdir, out)
     if of_run:
@@ -237,9 +238,11 @@ def evaluate(
     return evaluation
 
 
-def score_reference(scorer: Scorer, split: Split, baselines: Baselines) -> tuple[ReferenceScores | None, Thresholds]:
-    """(the scores of the rows of `val`, where they serve the split; the normals' thresholds of maps, where
-    `evaluation.iou` asks for them)."""
+def score_reference(
+    scorer: Scorer, split: Split, baselines: Baselines, known: bool
+) -> tuple[ReferenceScores | None, Thresholds]:
+    """(the scores of the rows of `val`, where they serve the split and are not `known`; the normals' thresholds of
+    maps, where `evaluation.iou` asks for them)."""
     config, thresholds = scorer.config, None
     if (percentile := config.evaluation.iou) and split.marked:
         if split.normals:
@@ -247,7 +250,9 @@ def score_reference(scorer: Scorer, split: Split, baselines: Baselines) -> tuple
         else:
             remedy = "these are the val rows" if split.name == "val" else "give the manifest val rows of label 0"
             log(f"no held-out normals: IoU at the oracle threshold alone; {remedy}")
-    if not split.reference:
+    if known and thresholds is None:
+        log(f"the {len(split.reference)} held-out normals have been scored before: calibration.json")
+    if not split.reference or (known and thresholds is None):
         return None, {}
 
     def counted(results: Iterator[Result]) -> Iterator[Result]:
@@ -306,18 +311,6 @@ def gather_results(
         gathered.cases.append(shown._replace(pictures={**shown.pictures, **window}))
         gathered.cases = worth_showing(gathered.cases, config.evaluation.pictures)
     return gathered
-
-
-def provenance(config: ConfigDict, system: System, split: Split, gathered: Gathered, workdir: Path) -> dict[str, Any]:
-    """What was resampled for the intervals, and digests of the recipe, the rows trained on and the images."""
-    return {
-        "resampled": "patients" if any(row.patient for row in split.rows) else "cases",
-        "digests": {
-            "recipe": recipe_digest(config),
-            "rows trained on": rows_digest(system, workdir) or "unknown",
-            "images evaluated": hashlib.sha256("\n".join(gathered.digests).encode()).hexdigest()[:16],
-        },
-    }
 
 
 @at_work("writing the report")

@@ -150,6 +150,31 @@ def test_an_evaluation_calibrates_on_the_normals_of_val(calibrated):
     assert "held-out normals" in (folder / "evaluation" / "report.html").read_text()
 
 
+def test_normals_that_calibrated_the_run_are_scored_again_only_where_something_changed(
+    calibrated, tmp_path, monkeypatch
+):
+    c, rows, before = calibrated
+    folder = tmp_path / "run"
+    shutil.copytree(before, folder)
+    scored = list[str]()
+
+    def counted(scorer, chosen, **further):
+        scored.extend(row.split for row in chosen)
+        return score_rows(scorer, chosen, **further)
+
+    monkeypatch.setattr(ev, "score_rows", counted)
+    again = lambda c=c, rows=rows: ev.evaluate(c, SYSTEM, rows, folder, split="test", out=folder / "evaluation")
+    again()
+    assert set(scored) == {"test"} and len(scored) == 8
+    for name in ("calibration.json", "evaluation/scores.csv"):
+        assert (folder / name).read_text() == (before / name).read_text()
+    first = next(row for row in rows if row.split == "val")
+    again(rows=[row._replace(content="another") if row.id == first.id else row for row in rows])
+    (folder / "calibration.json").unlink()
+    again()
+    assert scored.count("val") == 24 and (folder / "calibration.json").exists()
+
+
 def test_the_normals_themselves_and_other_settings_or_weights_have_no_p_value(calibrated, tmp_path, capfd):
     c, rows, folder = calibrated
     p = lambda name: [line["p_value"] for line in lines(tmp_path / name / "scores.csv")]

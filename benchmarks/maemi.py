@@ -20,6 +20,7 @@ import argparse
 import csv
 import json
 import os
+from collections.abc import Sequence
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -110,6 +111,15 @@ def write_manifest(rows: list[dict[str, str]], folder: Path) -> Path:
     return folder / "manifest.csv"
 
 
+def blob(
+    rng: np.random.Generator, shape: Sequence[int], seat: Sequence[float], radii: tuple[float, float]
+) -> np.ndarray:
+    """How much of each voxel lies in a lobulated blob around `seat`, from 0 to 1; its radius is U(*radii) voxels."""
+    distance = np.sqrt(sum((x - s) ** 2 for x, s in zip(np.indices(shape), seat, strict=True)))
+    noise = gaussian_filter(rng.normal(size=shape), 2)
+    return 1 / (1 + np.exp(distance - rng.uniform(*radii) * (1 + 0.25 * noise / noise.std())))
+
+
 def plant_lesions(manifest: Path, folder: Path) -> Path:
     """Writes a copy of a manifest in which every second test volume has one planted lesion.
 
@@ -126,10 +136,7 @@ def plant_lesions(manifest: Path, folder: Path) -> Path:
         rng = np.random.default_rng(list(row["id"].encode()))
         image = nib.load(row["image"])
         array = image.get_fdata().astype(np.float32)
-        seat = [rng.uniform(0.25, 0.75) * n for n in array.shape]
-        distance = np.sqrt(sum((x - s) ** 2 for x, s in zip(np.indices(array.shape), seat, strict=True)))
-        noise = gaussian_filter(rng.normal(size=array.shape), 2)
-        inside = 1 / (1 + np.exp(distance - rng.uniform(3.5, 6) * (1 + 0.25 * noise / noise.std())))
+        inside = blob(rng, array.shape, [rng.uniform(0.25, 0.75) * n for n in array.shape], (3.5, 6))
         low, high = np.percentile(array, (25, 75))
         sign = rng.choice([-1, 1])
         speckle = gaussian_filter(rng.normal(size=array.shape), 0.7)

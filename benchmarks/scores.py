@@ -5,6 +5,7 @@
     JMAE_DATA=FOLDER python -m benchmarks.scores endoscopy --seeds 0 1 2        # crops
     JMAE_DATA=FOLDER python -m benchmarks.scores mri3d --seeds 0 1 2            # FLAIR and T1c
     JMAE_DATA=FOLDER python -m benchmarks.scores mri3d_hippo --seeds 0 1 2      # planted lesions
+    JMAE_DATA=FOLDER python -m benchmarks.scores mri3d --seeds 0 1 2 --planted  # for the choice of a way
 
 Each system trains once a seed: `python -m jmae.train --config configs/NAME.py:small`, all steps (`--budget 1`), a fifth
 of the training patients kept apart for expectations and p-values. `normals` is AMAE's Stage 0 on normal images alone.
@@ -13,6 +14,11 @@ is chosen here. The ways come from an earlier experiment, which scored test imag
 
 In mri3d one patient (openms_07, the smallest lesion: 0.1 % of the brain) is kept apart as a normal, its lesion left
 out of the region. The expectation comes from this patient, and there are no p-values.
+
+`--planted` takes the runs of mri3d, and another test: six copies of the one volume of `val`, each with three planted
+lesions. So a way can be chosen without a test image. Each lesion has a radius of 4 to 10 mm. In each sequence the
+lesion is brighter or darker than the brain around it, by 0.5 to 1.5 interquartile ranges of the brain. The volume has a
+metastasis of its own, which counts as normal.
 
 benchmarks/results/scores.json keeps for each pack, system, seed and way: AUROC and AP of cases and voxels with 95 %
 intervals over patients, means over patients, the rivals, and the paired difference to the best of all rivals. What has
@@ -28,7 +34,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.maemi import plant_lesions, sequences, write_manifest
+from benchmarks.maemi import blob, plant_lesions, sequences, write_manifest
 from benchmarks.runs import add_options, key_of, over_seeds, pack
 from benchmarks.steps import train_run, without_curves
 from benchmarks.timing import table, write
@@ -92,6 +98,40 @@ def with_normal(manifest: Path, place: Path) -> Path:
     return write_manifest(rows, place)
 
 
+def planted(manifest: Path, place: Path, copies: int = 6, lesions: int = 3) -> Path:
+    """Writes the manifest of the experiment with copies of the volume of `val` as its test, with planted lesions."""
+    import nibabel as nib
+    import numpy as np
+    from scipy.ndimage import binary_erosion
+
+    with open(sequences(manifest, ["FLAIR", "T1c"], place), newline="") as file:
+        (row,) = [row for row in csv.DictReader(file) if row["split"] == "val"]
+    brain = np.asarray(nib.load(row["region"]).dataobj) > 0
+    seats = np.argwhere(binary_erosion(brain, iterations=12))
+    with open(manifest_of("mri3d", manifest.parent, place / "others"), newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["split"] != "test"]
+    for copy in range(copies):
+        rng = np.random.default_rng(copy)
+        inside = [blob(rng, brain.shape, seats[rng.integers(len(seats))], (4, 10)) for _ in range(lesions)]
+        volumes = dict[str, tuple[Any, np.ndarray]]()
+        for name, file in zip(("FLAIR", "T1c"), row["image"].split(";"), strict=True):
+            image = nib.load(file)
+            array = image.get_fdata().astype(np.float32)
+            low, high = np.percentile(array[brain], (25, 75))
+            changes = [rng.choice([-1, 1]) * rng.uniform(0.5, 1.5) * part for part in inside]
+            volumes[name] = image, np.where(brain, np.maximum(array + (high - low) * sum(changes), 1), 0)
+        volumes["mask"] = image, (np.max(inside, 0) > 0.5) & brain
+        files = {name: str((place / f"planted_{copy}_{name}.nii.gz").resolve()) for name in volumes}
+        for name, (image, array) in volumes.items():
+            nib.save(nib.Nifti1Image(array.astype(np.float32), image.affine), files[name])
+        images = f"{files['FLAIR']};{files['T1c']}"
+        rows.append(
+            {name: row[name] for name in rows[0]}
+            | {"id": f"planted_{copy}", "split": "test", "image": images, "mask": files["mask"]}
+        )
+    return write_manifest(rows, place)
+
+
 def arguments(changes: dict[str, Any]) -> list[str]:
     """Changes of a recipe on the command line."""
     return [f"--config.{key}={value}" for key, value in changes.items()]
@@ -138,6 +178,28 @@ def measure(name: str, options: argparse.Namespace) -> None:
     show(name, options)
 
 
+def measure_planted(options: argparse.Namespace) -> None:
+    """Scores the planted lesions with the runs of mri3d, in each way."""
+    folder = pack("mri3d")
+    if folder is None:
+        return
+    manifest = planted(folder / "manifest.csv", options.workdir / "planted")
+    for seed in options.seeds:
+        run = options.workdir / "mri3d" / f"maemi-{options.budget:g}-{seed}"
+        if not (run / "evaluation" / "metrics.json").is_file():
+            print(f"not run: {run} is not there; run this command without --planted first")
+            continue
+        for way, change in ({"published": {}} | WAYS["volumes"]).items():
+            key = key_of("mri3d planted, maemi", way, options.budget, seed)
+            if key in results() and not options.again:
+                continue
+            out = run / f"planted-{way.replace(', ', '-')}"
+            command = ["-m", "jmae.evaluate", f"--workdir={run}", f"--manifest={manifest}", f"--out={out}"]
+            subprocess.run([sys.executable, *command, *arguments(change)], check=True)
+            write(RESULTS, key, found_in(out) | {"arguments": arguments(change)})
+    show("mri3d planted", options)
+
+
 def results() -> dict[str, Any]:
     """What benchmarks/results/scores.json has."""
     return json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
@@ -168,8 +230,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("pack", choices=tuple(SYSTEMS))
     parser.add_argument("--workdir", type=Path, default=Path("runs/scores"))
     add_options(parser)
+    parser.add_argument("--planted", action="store_true", help="score planted lesions with the runs of mri3d")
     options = parser.parse_args(argv)
-    measure(options.pack, options)
+    if options.planted and options.pack != "mri3d":
+        parser.error("--planted goes with mri3d")
+    measure_planted(options) if options.planted else measure(options.pack, options)
 
 
 if __name__ == "__main__":

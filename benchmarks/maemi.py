@@ -90,7 +90,7 @@ def sequences(manifest: Path, chosen: list[str], folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for row in rows:
         files = dict(zip(row["channels"].split(";"), row["image"].split(";"), strict=True))
-        place = lambda name: str(manifest.parent / name) if name else ""
+        place = lambda name: str((manifest.parent / name).resolve()) if name else ""
         row["image"] = ";".join(place(files[name]) for name in chosen)
         row["mask"], row["region"] = place(row["mask"]), place(row["region"])
         if not row["region"]:

@@ -72,6 +72,7 @@ PARTS = (
     Part("parity", needs="torch transformers"),
     Part("coverage"),
     Part("coverage", "--expect position --draws 100 --tests 40"),
+    Part("likeness", needs="JMAE_DATA"),
     Part("scoring"),
     Part("accuracy", "cxr_peds", "JMAE_DATA"),
     Part("accuracy", "cxr_nih --subsets matched --only stage2", "JMAE_DATA"),

@@ -1,0 +1,80 @@
+"""How often scans get the warning that they are unlike the training images (`jmae.likeness`).
+
+    JMAE_DATA=FOLDER python -m benchmarks.likeness
+
+Of each pack, `DRAWS` subsets of its normal training images stand for a training. The table has the share of the pack's
+own test normals and abnormal scans with a warning, and that of foreign scans: the test images of the other packs, and
+the pack's own test normals inverted, made 8 times smaller, or replaced by noise. A share is a mean over subsets.
+
+Writes benchmarks/results/likeness.json.
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.runs import pack
+from benchmarks.timing import table, write
+from jmae.data.files import Image, read_image
+from jmae.data.manifest import parse_manifest
+from jmae.likeness import Traits, kind_of, traits_of, unlike
+
+RESULTS = Path(__file__).parent / "results" / "likeness.json"
+PACKS = ("cxr_nih", "endoscopy", "mri3d_hippo", "cxr_peds")
+SIZES = (12, 16, 26, 50, 100)  # training images, and then all of a pack
+DRAWS = 20
+
+
+def read(folder: Path) -> dict[tuple[str, int], list[Image]]:
+    """The images of a pack by split and label."""
+    found: dict[tuple[str, int], list[Image]] = {}
+    for row in parse_manifest(folder / "manifest.csv")[0]:
+        if row.label is not None and (row.split == "test" or (row.split == "train" and row.label == 0)):
+            found.setdefault((row.split, row.label), []).append(read_image(row.image))
+    return found
+
+
+def changed(images: list[Image]) -> dict[str, list[Traits]]:
+    """The traits of images that are no scans of their kind any more."""
+    rng = np.random.default_rng(0)
+    forms = {
+        "inverted": lambda a: a.max() + a.min() - a,
+        "8 times smaller": lambda a: a[(slice(None, None, 8),) * (a.ndim - 1)],
+        "noise": lambda a: rng.uniform(a.min(), a.max(), a.shape).astype(np.float32),
+    }
+    return {
+        name: [traits_of(one._replace(array=np.ascontiguousarray(form(one.array)))) for one in images]
+        for name, form in forms.items()
+    }
+
+
+def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    folders = {name: folder for name in PACKS if (folder := pack(name))}
+    images = {name: read(folder) for name, folder in folders.items()}
+    traits = {
+        name: {key: [traits_of(one) for one in each] for key, each in own.items()} for name, own in images.items()
+    }
+    for name, own in traits.items():
+        train, rng = own["train", 0], np.random.default_rng(0)
+        groups = {"normal": own["test", 0], "abnormal": own.get(("test", 1), [])}
+        groups |= {f"of {other}": each["test", 0] for other, each in traits.items() if other != name}
+        groups |= changed(images[name]["test", 0])
+        shares: dict[str, Any] = {}
+        for n in (*(n for n in SIZES if n < len(train)), len(train)):
+            draws = DRAWS if n < len(train) else 1
+            kinds = [kind_of([train[i] for i in rng.choice(len(train), n, replace=False)]) for _ in range(draws)]
+            shares[f"{n} training images"] = {
+                group: float(np.mean([bool(unlike(one, kind)) for kind in kinds for one in each]))
+                for group, each in groups.items()
+                if each
+            }
+        write(RESULTS, name, {"draws": DRAWS, "shares": shares})
+        heads = tuple(next(iter(shares.values())))
+        print(table((name, *heads), [(n, *(share[group] for group in heads)) for n, share in shares.items()]), "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -288,6 +288,12 @@ def saved_identity(course: Course, saved: Mapping[str, Any]) -> dict[str, Any]:
     return found | ({"recipe": saved_recipe(saved["recipe"], course.config)} if same else {})
 
 
+def images_read(course: Course) -> str:
+    """How many images a stage learns from, and how many more only check it, in words."""
+    checking = len({*np.concatenate([[], *course.checked_rows]).tolist()} - {*course.tables[0].tolist()})
+    return counted(len(course.tables[0]), "images") + f" ({checking} more only check the training)" * bool(checking)
+
+
 def take_steps(
     course: Course, programs: dict[Any, Callable], state: State, start: int, position: dict[str, Any]
 ) -> State:
@@ -340,9 +346,7 @@ def take_steps(
     elif stage.watch:
         log(f"{name}: no held-out normals (val rows of label 0, or data.calibration), so no figures of them")
     halts = [config.checkpoint_every, *(every for every, *_ in checks)]
-    checking = len({*np.concatenate([[], *course.checked_rows]).tolist()} - {*course.tables[0].tolist()})
-    images = counted(len(course.tables[0]), "images") + f" ({checking} more only check the training)" * bool(checking)
-    log(f"{name}: {images}, steps {start} to {steps}, batch {stage.batch}, compiling")
+    log(f"{name}: {images_read(course)}, steps {start} to {steps}, batch {stage.batch}, compiling")
     with (
         progress(name, start, steps) as show,
         lines_to_loggers(config, course.workdir, name, start) as draw,

@@ -188,7 +188,7 @@ def hidden_sentences(evaluation: Mapping[str, Any]) -> list[str]:
     if not shares:
         return []
     each = ", ".join(f"{name} {100 * value:.0f} %" for name, value in shares.items() if value is not None)
-    return [f"Explained variance of hidden patches of held-out normals: {each}."]
+    return [f"Explained variance (100 % is a perfect guess) of hidden patches of held-out normals: {each}."]
 
 
 def pixel_sentences(evaluation: Mapping[str, Any]) -> list[str]:

@@ -522,7 +522,7 @@ def finish(rows: Sequence[Row], done: Mapping[str, Mapping], failed: Sequence[Ma
     else:
         (out / "failed.csv").unlink(missing_ok=True)
     log(f"{counted(len(lines), 'cases')}: {out / 'scores.csv'}" if lines else "no case was predicted")
-    if warned := sum(bool(line["warning"]) for line in lines):
+    if warned := sum(bool(line.get("warning")) for line in lines):
         log(f"{warned} of {len(lines)} cases are unlike the training images (column warning): {REMEDY}")
     if failed:
         log(f"{len(failed)} of {len(failed) + len(lines)} cases failed: {out / 'failed.csv'}")

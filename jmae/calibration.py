@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from itertools import compress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,10 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from jmae import recipe
+from jmae import __version__, recipe
 from jmae.cards import trained_on
 from jmae.data.cases import Cases
 from jmae.data.manifest import Row
+from jmae.data.preparation import Prepared
 from jmae.errors import InputError
 from jmae.figures import patient_key
 from jmae.fitting import fitted_results
@@ -25,7 +27,7 @@ from jmae.results import Result, map_name
 from jmae.run_folder import log, write_text
 from jmae.scoring import Calibration, alarm_threshold, colour_ends, too_few_normals
 from jmae.sealed import seal, unseal
-from jmae.seen import read_seen, write_seen
+from jmae.seen import write_seen
 from jmae.system import Results, System, chosen_on_val, compute_type, fitted_rows, rows_read
 from jmae.tables import counted
 
@@ -52,14 +54,16 @@ class ReferenceScores(NamedTuple):
     scores: np.ndarray  # (r, m), the primary scores
     ends: np.ndarray  # (m, 2): the percentiles `PERCENTILES` of each row's map, nan without a map
     peaks: np.ndarray  # (m,): `outlines.peak` of each row's map on its own grid, nan without a map
+    inputs: Sequence[str] = ()  # (m,): `inputs_digest` of each row's case
 
 
 def reference_scores(config: ConfigDict, system: System, results: Iterable[Result]) -> ReferenceScores:
     """The scores of rows of `val`, from their results."""
-    rows, scores, ends, peaks = [], [], [], []
+    rows, scores, ends, peaks, inputs = [], [], [], [], []
     for result in results:
         maps = result.maps.get(map_name(system))
         rows.append(result.case.row)
+        inputs.append(inputs_digest(result.case))
         scores.append(result.scores[system.primary])
         ends.append(np.full(2, np.nan) if maps is None else np.percentile(maps.mean(0), PERCENTILES))
         peaks.append(np.nan)
@@ -68,7 +72,24 @@ def reference_scores(config: ConfigDict, system: System, results: Iterable[Resul
             own = result.written(system, ["anomaly"])["anomaly"]
             own = np.nan_to_num(own, nan=np.nanmin(own))  # where the image has no value
             peaks[-1] = peak(own, least, result.case.counted_voxels())
-    return ReferenceScores(rows, np.stack(scores, 1), np.array(ends), np.array(peaks))
+    return ReferenceScores(rows, np.stack(scores, 1), np.array(ends), np.array(peaks), inputs)
+
+
+def inputs_digest(case: Prepared) -> str:
+    """The digest of a case's id and of all that its score and the peak of its map depend on."""
+    affine = None if case.geometry.affine is None else case.geometry.affine.tolist()
+    columns = [case.row.extra.get(name, "") for name in LOCATING_COLUMNS]
+    hashed = hashlib.sha256(repr((case.row.id, case.digest, columns, case.geometry.spacing, affine)).encode())
+    for array in (case.array, case.region):
+        hashed.update(b"none" if array is None else np.ascontiguousarray(array).data)
+    return hashed.hexdigest()[:16]
+
+
+def digest_of_normals(config: ConfigDict, inputs: Iterable[str]) -> str:
+    """The digest of the `inputs_digest` of the normals that calibrate a run, of the settings in calibration.json that
+    change no score, and of this version of jmae."""
+    settings = [__version__, repr(alarm_rate(config)), repr(float(config.evaluation.mask_least))]
+    return hashlib.sha256("\n".join([*settings, *inputs]).encode()).hexdigest()[:16]
 
 
 # --- calibrating a run ------------------------------------------------------------------------------------------------
@@ -94,6 +115,7 @@ def calibrate(
         return None
     normals = [row for row, use in zip(reference.rows, used, strict=True) if use]
     scores = {row.id: float(s) for row, s in zip(normals, reference.scores[:, used].mean(0), strict=True)}
+    inputs = digest_of_normals(config, compress(reference.inputs, used))
     patients = len({patient_key(row) for row in normals})
     if patients < len(normals):
         of = counted(patients, "patients")
@@ -117,11 +139,12 @@ def calibrate(
         "mask_least": config.evaluation.mask_least,
         "peaks": peaks,
         "fitted": sorted(fitted),
+        "inputs": inputs,
     }
     write_text(workdir / CALIBRATION, seal(content))
     write_seen(workdir, normals)
     log(f"calibrated on {counted(len(scores), 'held-out normals')}: {workdir / CALIBRATION}")
-    return Calibration(scores, low, high, tuple(needs), peaks, config.evaluation.mask_least, fitted)
+    return Calibration(scores, low, high, tuple(needs), peaks, config.evaluation.mask_least, fitted, inputs)
 
 
 def calibrating_rows(
@@ -208,7 +231,7 @@ def read_calibration(
         needs = tuple(str(name) for name in content["needs"])
         peaks = [float(value) for value in content.get("peaks", ())]  # runs before there were masks have none
         least = float(content.get("mask_least", 0))
-        fitted = {str(name) for name in content.get("fitted", ())}
+        fitted, inputs = {str(name) for name in content.get("fitted", ())}, str(content.get("inputs", ""))
         if not scores or not np.isfinite([*scores.values(), low or 0, high or 0, *peaks, least]).all():
             raise ValueError("no scores, or not finite ones")
     except FileNotFoundError:
@@ -226,16 +249,20 @@ def read_calibration(
     if other := sorted(k for k in compared if settings.get(k) != now["settings"].get(k)):
         say(f"warning: {file} belongs to another evaluation.{other[0]}: no p-values")
         return None
-    return Calibration(scores, low, high, needs, peaks, least, fitted)
+    return Calibration(scores, low, high, needs, peaks, least, fitted, inputs)
 
 
-def calibrated_on(config: ConfigDict, system: System, results: Results, workdir: Path, rows: Sequence[Row]) -> bool:
-    """Whether the run's calibration holds the scores of all these rows and images, with these weights and settings."""
-    contents = {row.id: row.content for row in read_seen(workdir)}
-    if not (workdir / CALIBRATION).exists() or not rows or any(row.content != contents.get(row.id) for row in rows):
+def calibrated_on(scorer: Scorer, results: Results, workdir: Path, normals: Sequence[Row], fitted: set[str]) -> bool:
+    """Whether scoring these normals of `val` again would give the run's calibration again: calibration.json has these
+    weights and settings, exactly the normals that may calibrate, and their images and regions as they are now."""
+    config, system = scorer.config, scorer.system
+    silent: Say = lambda line: None  # the line is logged where the calibration is used
+    used = list(compress(normals, calibrating_rows(config, system, normals, silent, fitted)))
+    if not used or not (workdir / CALIBRATION).exists():
         return False
-    known = read_calibration(config, system, results, workdir, lambda _: None)  # what differs is said where it is used
-    return known is not None and all(row.id in known.scores or row.id in known.fitted for row in rows)
+    known = read_calibration(config, system, results, workdir, silent)
+    now = lambda: digest_of_normals(config, (inputs_digest(scorer.prepare(row)) for row in used))
+    return known is not None and bool(known.inputs) and known.inputs == now()
 
 
 def settings_before(config: ConfigDict) -> dict[str, Any]:

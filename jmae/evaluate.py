@@ -186,10 +186,11 @@ def evaluate(
     scorer = Scorer(config, system, results, cases)
     log(f"{split}: scoring {len(chosen.rows)} cases")
     baselines = baselines_of(config, system, cases, rows, chosen, parts)
-    known = of_run and not chosen.val and calibrated_on(config, system, results, workdir, chosen.normals)
+    fitted = fitted_rows(system, rows)
+    known = of_run and not chosen.val and calibrated_on(scorer, results, workdir, chosen.normals, fitted)
     reference, thresholds = score_reference(scorer, chosen, baselines, known)
     if of_run and chosen.normals and reference and not rows_changed(system, rows, workdir):
-        calibration = calibrate(config, system, results, reference, workdir, say, fitted_rows(system, rows))
+        calibration = calibrate(config, system, results, reference, workdir, say, fitted)
     else:
         calibration = read_calibration(config, system, results, workdir, say)
     if no_p_values := split in ("train", "unlabeled"):
@@ -251,7 +252,7 @@ def score_reference(
             remedy = "these are the val rows" if split.name == "val" else "give the manifest val rows of label 0"
             log(f"no held-out normals: IoU at the oracle threshold alone; {remedy}")
     if known and thresholds is None:
-        log(f"the {len(split.reference)} held-out normals have been scored before: calibration.json")
+        log("held-out normals: calibration.json has their scores, and nothing has changed since")
     if not split.reference or (known and thresholds is None):
         return None, {}
 

@@ -99,6 +99,7 @@ class Calibration(NamedTuple):
     peaks: Sequence[float] = ()  # of the map of each held-out normal (`outlines.peak`); empty without maps
     least: float = 0.0  # smallest component that counts in a peak, mm2, mm3 or pixels
     fitted: Collection[str] = ()  # ids of further held-out normals, which the score was fitted to
+    inputs: str = ""  # `calibration.digest_of_normals`; "" in files of earlier versions
 
     def p_value(self, score: float, case: str = "") -> float | None:
         """The p-value of a case; None for the held-out normals themselves."""

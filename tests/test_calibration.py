@@ -16,7 +16,9 @@ from test_evaluate import SYSTEM, config
 from jmae import calibration as cal
 from jmae import evaluate as ev
 from jmae.data.cases import kept_apart, load_rows
+from jmae.data.files.grids import Geometry
 from jmae.data.manifest import Row, leaks
+from jmae.data.preparation import Prepared
 from jmae.errors import InputError
 from jmae.inference import Scorer, score_rows
 from jmae.scoring import Calibration, alarm_threshold, colour_ends, p_values
@@ -163,16 +165,54 @@ def test_normals_that_calibrated_the_run_are_scored_again_only_where_something_c
         return score_rows(scorer, chosen, **further)
 
     monkeypatch.setattr(ev, "score_rows", counted)
-    again = lambda c=c, rows=rows: ev.evaluate(c, SYSTEM, rows, folder, split="test", out=folder / "evaluation")
-    again()
-    assert set(scored) == {"test"} and len(scored) == 8
-    for name in ("calibration.json", "evaluation/scores.csv"):
-        assert (folder / name).read_text() == (before / name).read_text()
-    first = next(row for row in rows if row.split == "val")
-    again(rows=[row._replace(content="another") if row.id == first.id else row for row in rows])
+
+    def again(rows=rows, **settings):
+        """The numbers of test rows and of normals that an evaluation scores, and what it leaves in calibration.json."""
+        scored.clear()
+        changed = c.copy_and_resolve_references()
+        changed.evaluation.update(settings)
+        ev.evaluate(changed, SYSTEM, rows, folder, split="test", out=folder / "evaluation")
+        return scored.count("test"), scored.count("val"), json.loads((folder / "calibration.json").read_text())
+
+    about = json.loads((before / "calibration.json").read_text())
+    assert again() == (8, 0, about)
+    assert (folder / "evaluation/scores.csv").read_text() == (before / "evaluation/scores.csv").read_text()
+    first, second, *_ = (row for row in rows if row.split == "val")
+    without = [row for row in rows if row != first]
+    assert again(without)[1:] == (11, again(without)[2]) and first.id not in again(without)[2]["scores"]
+    assert again()[1:] == (12, about)
+    leaking = [row._replace(leak="seen") if row == first else row for row in rows]
+    assert again(leaking)[1] == 12 and again(leaking)[2]["n"] == 11
+    assert again()[1:] == (12, about)
+    other = [row._replace(image=second.image) if row == first else row for row in rows]
+    assert again(other)[1] == 12 and again(other)[2]["scores"][first.id] != about["scores"][first.id]
+    assert again(alarm_rate=0.5)[2]["threshold"] < about["threshold"] == again()[2]["threshold"]
+    assert again(mask_least=3.0)[1] == 12, "a training that goes on may change it"
+    assert again()[1:] == (12, about) and again()[1] == 0
+    older = {key: value for key, value in about.items() if key not in ("inputs", "content_sha256")}
+    (folder / "calibration.json").write_text(json.dumps(older))
+    assert again()[1:] == (12, about)
     (folder / "calibration.json").unlink()
-    again()
-    assert scored.count("val") == 24 and (folder / "calibration.json").exists()
+    assert again()[1:] == (12, about)
+
+
+def test_whatever_changes_the_score_of_a_normal_changes_its_digest():
+    values = np.zeros((4, 4, 1), np.float32)
+    case = Prepared(row=row("a"), array=values, geometry=Geometry((4, 4), (1.0, 1.0), np.eye(4)), digest="stored")
+    others = [
+        {"row": row("b")},
+        {"row": row("a")._replace(extra={"midline": "2"})},
+        {"array": values + 1},
+        {"digest": "other"},
+        {"region": np.ones((4, 4), bool)},
+        {"region": np.zeros((4, 4), bool)},
+        {"geometry": Geometry((4, 4), (1.0, 2.0), np.eye(4))},
+        {"geometry": Geometry((4, 4), (1.0, 1.0), 2 * np.eye(4))},
+        {"geometry": Geometry((4, 4))},
+    ]
+    assert len({cal.inputs_digest(one) for one in [case, *(replace(case, **other) for other in others)]}) == 10
+    renamed = replace(case, row=row("a", patient="p", label=None)._replace(image=("/moved.png",)))
+    assert cal.inputs_digest(renamed) == cal.inputs_digest(case)
 
 
 def test_the_normals_themselves_and_other_settings_or_weights_have_no_p_value(calibrated, tmp_path, capfd):

@@ -3,6 +3,7 @@
 import difflib
 import functools
 import os
+import select
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -32,7 +33,10 @@ class Stopped(Exception):
 
 
 def shortly(function: Function) -> Function:
-    """A function that users call: what it raises on purpose has a traceback without the library's inner calls."""
+    """A function that users call: what it raises on purpose has a traceback without the library's inner calls.
+
+    Python does not print the exception behind it either; `error.__context__` keeps that one, with its traceback.
+    """
 
     @functools.wraps(function)
     def called(*args: Any, **kwargs: Any) -> Any:
@@ -42,6 +46,13 @@ def shortly(function: Function) -> Function:
             raise error.with_traceback(None) from None
 
     return cast(Function, called)
+
+
+def has_no_reader(stream: int) -> bool:
+    """Whether a file descriptor is a pipe that no process reads any more, as in `jmae systems | head -1`."""
+    poll = select.poll()
+    poll.register(stream, 0)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
 
 
 def nearest(name: str, known: Sequence[str]) -> str:
@@ -59,11 +70,15 @@ def exit_code(main: Callable[[list[str]], int | None], argv: list[str] | None = 
     debug = "--debug" in arguments
     try:
         code = main([a for a in arguments if a != "--debug"]) or 0
-        sys.stdout.flush()
+        if sys.stdout:  # None where the shell has closed it
+            sys.stdout.flush()
         return code
-    except BrokenPipeError:  # who read the output has ended, such as `jmae systems | head -1`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what Python flushes at its end
-        return 1
+    except BrokenPipeError:
+        if not (ended := [stream for stream in (1, 2) if has_no_reader(stream)]):
+            raise  # another pipe or connection has failed
+        for stream in ended:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream)  # for what Python flushes at its end
+        return 141  # 128 + SIGPIPE, as of other programs
     except KeyboardInterrupt:
         if debug:
             traceback.print_exc()

@@ -133,7 +133,20 @@ def test_a_reader_that_ends_early_gets_no_traceback():
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         process.stdout.close()  # before the command writes
         assert process.stderr.read() == ""
-    assert process.returncode == 1
+    assert process.returncode == 141
+
+
+def test_another_broken_pipe_than_that_of_the_output_is_not_silent():
+    def main(argv: list[str]) -> int:
+        raise BrokenPipeError("of a connection")
+
+    with pytest.raises(BrokenPipeError, match="of a connection"):
+        exit_code(main, [])
+
+
+def test_a_command_without_standard_output_ends_well(monkeypatch):
+    monkeypatch.setattr("sys.stdout", None)
+    assert exit_code(lambda argv: 0, []) == 0
 
 
 def test_bash_completes_commands_flags_and_recipes():

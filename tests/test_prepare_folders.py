@@ -145,6 +145,14 @@ def test_files_that_cannot_be_read_are_named_and_no_manifest_is_written(tmp_path
     assert f"1 .txt file (not images, or of a format that is not read), such as {folder / 'e.txt'}" in said
 
 
+def test_dicom_files_without_a_preamble_are_read_like_others(tmp_path, capsys):
+    (tmp_path / "films").mkdir()
+    for k in range(3):
+        dicom(tmp_path / "films" / f"{k}.dcm", meta=False, PatientID=f"p{k}", Modality="DX")
+    rows, said = prepared(capsys, "folders", "--normal", tmp_path / "films", out=tmp_path / "out")
+    assert "3 DX images" in said and len({row.patient for row in rows.values()} - {""}) == 3
+
+
 def test_two_folders_of_volumes_of_any_kind_are_one_command(tmp_path, capsys):
     healthy, new = tmp_path / "healthy", tmp_path / "new; scans"
     volume(healthy / "a.nii.gz"), series(healthy / "b", 3, "1.2.3"), (healthy / "README").write_text("scans")

@@ -219,7 +219,7 @@ def series_of(file: Path) -> tuple[str, str]:
     """(The series UID of a DICOM file that has a position in a volume, else ""; its hidden PatientID.)"""
     try:
         wanted = ["SeriesInstanceUID", "ImagePositionPatient", "PatientID"]
-        tags = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=list(wanted))
+        tags = pydicom.dcmread(file, force=True, stop_before_pixels=True, specific_tags=list(wanted))
     except Exception:  # the error is reported when the pixels are read
         return "", ""
     series = str(tags.get("SeriesInstanceUID", "")) if tags.get("ImagePositionPatient") else ""

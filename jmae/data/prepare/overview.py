@@ -11,6 +11,7 @@ import pydicom
 
 from jmae.data.cases import kept_apart
 from jmae.data.files import image_size, is_dicom
+from jmae.data.files.guard import named_errors
 from jmae.data.loader import WORKERS
 from jmae.data.manifest import SPLITS, Row
 from jmae.data.prepare.tree import refuse
@@ -146,11 +147,10 @@ def read_kinds(rows: Sequence[Row]) -> list[tuple[str, str]]:
         file, is_folder = Path(row.image[0]), os.path.isdir(row.image[0])
         try:
             sizes = [() if is_folder else image_size(one) for one in row.image]
+            with named_errors(file):
+                modality = modality_of(sorted(file.iterdir()) if is_folder else [file])
         except InputError as error:
             return "", "", str(error)
-        dicom = next((one for one in sorted(file.iterdir()) if is_dicom(one)), None) if is_folder else file
-        tags = dicom and is_dicom(dicom) and pydicom.dcmread(dicom, specific_tags=["Modality"])
-        modality = str(tags.get("Modality") or "") if tags else ""
         rank = "volumes" if is_folder or len(sizes[0]) == 3 else "images"
         return f"{modality} {rank}".strip(), " x ".join(map(str, sizes[0])), ""
 
@@ -158,6 +158,13 @@ def read_kinds(rows: Sequence[Row]) -> list[tuple[str, str]]:
         found = list(pool.map(kind, rows))
     refuse([problem for _, _, problem in found if problem])
     return [(name, size) for name, size, _ in found]
+
+
+def modality_of(files: Iterable[Path]) -> str:
+    """The modality of the first DICOM file, with or without a preamble; "" where no file is one or names its own."""
+    dicom = next(filter(is_dicom, files), None)
+    tags = pydicom.dcmread(dicom, force=True, specific_tags=["Modality"]) if dicom else {}
+    return str(tags.get("Modality") or "")
 
 
 def one_rank(rows: Sequence[Row]) -> str:

@@ -162,9 +162,9 @@ def read_kinds(rows: Sequence[Row]) -> list[tuple[str, str]]:
 
 def modality_of(files: Iterable[Path]) -> str:
     """The modality of the first DICOM file, with or without a preamble; "" where no file is one or names its own."""
-    dicom = next(filter(is_dicom, files), None)
-    tags = pydicom.dcmread(dicom, force=True, specific_tags=["Modality"]) if dicom else {}
-    return str(tags.get("Modality") or "")
+    for file in filter(is_dicom, files):
+        return str(pydicom.dcmread(file, force=True, specific_tags=["Modality"]).get("Modality") or "")
+    return ""
 
 
 def one_rank(rows: Sequence[Row]) -> str:

@@ -196,7 +196,7 @@ def unlike(traits: Traits | None, kind: Mapping[str, Any] | None) -> str:
     if numbers["deviation"] == 0:
         return "all its values are equal"
     if layout.shape == kind["layout"].shape:
-        numbers[LIKENESS] = float((layout * kind["layout"]).sum())
+        numbers[LIKENESS] = min(1.0, float((layout * kind["layout"]).sum()))  # rounding may exceed 1
     found = []
     for name, (low, high) in kind["ranges"].items():
         if name in SIZES:

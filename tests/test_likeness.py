@@ -85,6 +85,12 @@ def test_a_range_is_students_prediction_interval_and_holds_all_training_images()
     assert likeness.range_of("largest axis", np.array([50.0, 60.0])) == (50, 60)
 
 
+def test_an_image_that_is_the_mean_of_the_training_has_no_warning():
+    for seed in range(40):
+        one = likeness.traits_of(image(film(seed, (40, 30))))
+        assert likeness.unlike(one, likeness.kind_of([one] * 3)) == ""
+
+
 @pytest.mark.parametrize("n", [12, 16, 26, 50])
 def test_few_images_of_a_kind_seldom_turn_down_others_of_the_kind(n):
     """At most about 1 in 100 on average over sets of n images; other kinds are still found."""

@@ -182,7 +182,7 @@ def unlike_counts(lines: Sequence[Mapping[str, Any]], table: Sequence[Mapping[st
     if warned:
         log(
             f"warning: {len(warned)} of {len(lines)} cases are unlike the images that the run was trained on, and "
-            f"{withheld} of them have no p-value for that (column warning of scores.csv): {REMEDY}"
+            f"{withheld} of them have no p-value for this reason (column warning of scores.csv): {REMEDY}"
         )
     return {"n": len(warned), "normal": warned.count(0), "abnormal": warned.count(1), "withheld": withheld}
 

@@ -140,9 +140,9 @@ def test_the_report_and_the_predictions_have_the_same_ids(tmp_path):
     rows = folders.prepare(None, tmp_path, normal=str(normals), test=str(new), seed=0).rows
     ids = [row.id for row in rows if row.split == "test"]
     assert ids == names_of(cases_of(str(new), volumes=False)) == ["a_0", "1", "b_0"]
-    Image.open(new / "b" / "0.png").save(new / "train_1.png")  # the id of a training case
+    Image.open(new / "b" / "0.png").save(new / "Train_1.png")  # the id of a training case, but for its letters
     rows = folders.prepare(None, tmp_path, normal=str(normals), test=str(new), seed=0).rows
-    assert [row.id for row in rows][2:] == ["test_train_1", "test_a_0", "test_a_1", "test_b_0"]
+    assert [row.id for row in rows][2:] == ["test_Train_1", "test_a_0", "test_a_1", "test_b_0"]
 
 
 def test_a_count_of_one_has_no_plural():

@@ -104,7 +104,8 @@ def in_two_splits(rows: Sequence[Row], prints: Mapping[str, Fingerprint]) -> lis
         alike = "are identical" if copy.correlation == 1 else near
         what = f"{a.id} in {a.listed} and {b.id} in {b.listed} {alike}: keep both in one split, or leave one out"
         if a.listed == b.listed:
-            what = f"{a.id} and {b.id} {alike}, and data.calibration holds out one: leave one out, or name one patient"
+            remedy = "leave one out, or give both one patient"
+            what = f"{a.id} and {b.id} {alike}, and data.calibration holds out one: {remedy}"
         found.append(Finding("identical" if copy.correlation == 1 else "near-identical", (a, b), what))
     return found
 

@@ -169,7 +169,9 @@ def leaks(rows: Sequence[Row]) -> list[Finding]:
                 spellings = dict.fromkeys(row.patient for row in own) if kind == "patient" else (name,)
                 where = f"in {' and '.join(splits)}: keep it in one split"
                 if len(splits) == 1:
-                    where = "twice in train, and data.calibration holds out one: list it once, or name one patient"
+                    where = (
+                        "twice in train, and data.calibration holds out one: list it once, or give its rows one patient"
+                    )
                 what = f"{kind} {' or '.join(map(repr, spellings))} is {where}"
                 found.append(Finding(kind, tuple(own), what))
     return found

@@ -28,7 +28,7 @@ from pathlib import Path
 import pydicom
 
 from jmae.data.files import is_dicom
-from jmae.data.manifest import Row
+from jmae.data.manifest import Row, same_name
 from jmae.data.names import names_of
 from jmae.data.prepare import Prepared, count_unread, refuse
 from jmae.data.prepare.masks import bare, is_mask_folder, is_mask_name, sharp
@@ -182,7 +182,7 @@ def plain(folder: Path, split: str, label: int | None, other: list[Path]) -> Ite
 def named_by_predict(tests: list[Row], others: Sequence[Row]) -> list[Row]:
     """The test rows with the ids that `jmae predict` gives to these scans, unless another row has one of these ids."""
     names = [name.replace(";", "_") for name in names_of([row.image for row in tests])]
-    taken = {*names} & {row.id for row in others}
+    taken = {*map(same_name, names)} & {same_name(row.id) for row in others}
     return tests if taken else [row._replace(id=name) for row, name in zip(tests, names, strict=True)]
 
 

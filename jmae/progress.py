@@ -24,7 +24,7 @@ PACE_AFTER = 3  # seconds of steps before a pace is shown, checkpoints included;
 SHOWN = 3  # metrics of a line
 NOT_SHOWN = ("stage", "step", "lr", "grad_norm", *CLOCK)
 PLAIN_NAMES = {
-    "target": "share of pixels made anomalous",
+    "target": "mean label of a pixel (0 normal, 1 anomalous)",
     "dice": "Dice of drawn anomalies (1 is perfect)",
     "best_dice": "best Dice so far",
     "explained_variance": "variance of hidden voxels explained (1 is perfect)",

@@ -24,7 +24,9 @@ def harmless(cell: Any) -> Any:
     return f"'{cell}" if isinstance(cell, str) and FORMULA.match(cell) else cell
 
 
-NOUN = re.compile(r"\b(case|file|finding|image|label|mask|normal|patient|row|run|scan|session|slice|subject|volume)s\b")
+NOUN = re.compile(
+    r"\b(case|file|finding|image|label|mask|normal|patient|positive|row|run|scan|session|slice|subject|volume)s\b"
+)
 
 
 def counted(n: int, what: str) -> str:

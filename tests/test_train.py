@@ -658,7 +658,10 @@ def test_a_line_names_its_figures_in_plain_words():
     assert progress.plain_name("explained_variance_1") == (
         "channel 1: variance of hidden voxels explained (1 is perfect)"
     )
-    assert progress.plain_name("target") == "share of pixels made anomalous" and progress.plain_name("own_1") == "own_1"
+    assert (
+        progress.plain_name("target") == "mean label of a pixel (0 normal, 1 anomalous)"
+        and progress.plain_name("own_1") == "own_1"
+    )
 
 
 def test_a_first_step_that_is_shown_again_has_no_pace(monkeypatch, capsys):

@@ -23,9 +23,10 @@ SCORES = {
     "mse": "mean squared error of the reconstruction",
     "l1": "mean absolute error of the reconstruction",
     "patches": "reconstruction error of the worst tenth of the patches",
-    "simsid": "log odds, by the discriminator, that the reconstruction is no real image",
-    "A": "simsid as a probability",
-    "difference": "difference of the discriminator's log odds between the image and its reconstruction",
+    "simsid": "by how many standard deviations the discriminator finds the reconstruction less real than those of the "
+    "training images",
+    "A": "simsid on a scale from 0 to 1",
+    "difference": "as simsid, for how much less real the reconstruction is than the image itself",
     "kl": "Kullback-Leibler divergence between the image and the student's reconstruction",
     "kl_teacher": "Kullback-Leibler divergence between the image and the teacher's reconstruction",
 }

@@ -26,7 +26,7 @@ SCORES = {
     "simsid": "by how many standard deviations the discriminator finds the reconstruction less real than those of the "
     "training images",
     "A": "simsid on a scale from 0 to 1",
-    "difference": "as simsid, for how much less real the reconstruction is than the image itself",
+    "difference": "as simsid, for how much less real the image is than its reconstruction",
     "kl": "Kullback-Leibler divergence between the image and the student's reconstruction",
     "kl_teacher": "Kullback-Leibler divergence between the image and the teacher's reconstruction",
 }

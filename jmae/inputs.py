@@ -10,39 +10,45 @@ from ml_collections import ConfigDict
 
 from jmae.data.files import Image, is_dicom
 from jmae.data.manifest import Row
+from jmae.data.names import ENDINGS
 from jmae.data.volumes import WORLD
 from jmae.errors import InputError
 
 SPLIT = "predict"  # of the rows, which are in no split
 
 
-def cases_of(word: str, *, volumes: bool) -> list[tuple[str, ...]]:
+def cases_of(word: str, other: list[Path], *, volumes: bool) -> list[tuple[str, ...]]:
     """The cases that an argument of the command names, each as the absolute paths of its sequences.
 
-    A path that cannot be read is a case too: it is refused later, by its name.
+    A path that cannot be read is a case too: it is refused later, by its name. Adds the files of a folder that are no
+    images to `other`.
     """
     paths = sequences(word)
     if len(paths) > 1 or not os.path.isdir(paths[0]):
         return [paths]
-    return list(in_folder(Path(paths[0]), volumes)) or [paths]
+    return list(in_folder(Path(paths[0]), other, volumes)) or [paths]
 
 
-def in_folder(folder: Path, volumes: bool) -> Iterator[tuple[str, ...]]:
-    """The cases in a folder and below it, in the order of their names. Links to folders are not followed."""
+def in_folder(folder: Path, other: list[Path], volumes: bool) -> Iterator[tuple[str, ...]]:
+    """The cases in a folder and below it, in the order of their names, by the rule of `jmae prepare folders`: a file is
+    an image by the ending of its name, or by its content where that is DICOM. Links to folders are not followed."""
+    hidden = lambda name: name[0] == "." or name in ("DICOMDIR", "__MACOSX")
     try:
-        there = sorted(path for path in folder.iterdir() if path.name[0] != "." and path.name != "DICOMDIR")
+        there = sorted(path for path in folder.iterdir() if not hidden(path.name))
     except OSError:
         yield (str(folder),)
         return
-    below = [path.is_dir() and not path.is_symlink() for path in there]
-    if volumes and any(is_dicom(path) for path, is_folder in zip(there, below, strict=True) if not is_folder):
+    files = [path for path in there if not path.is_dir()]
+    series = volumes and any(map(is_dicom, files))
+    if series:
         yield (str(folder),)
-        there, below = [path for path in there if path.is_dir()], [True] * sum(below)
-    for path, is_folder in zip(there, below, strict=True):
-        if is_folder:
-            yield from in_folder(path, volumes)
-        else:
+    for path in there:
+        if path.is_dir() and not path.is_symlink():
+            yield from in_folder(path, other, volumes)
+        elif path.is_dir() or (not series and (path.name.lower().endswith(tuple(ENDINGS)) or is_dicom(path))):
             yield (str(path),)
+        elif not series:
+            other.append(path)
 
 
 def sequences(word: str) -> tuple[str, ...]:

@@ -5,9 +5,10 @@ Scores new cases with a trained run. Each case gets a map on its own grid, a sco
 
 INPUT is one case or a folder of cases. A case is an image file of any name: its content tells the format. The
 sequences of one case are joined by ";", in the order of the run's channels. For a run of volumes, a folder of one DICOM
-series is a case too. In a folder of cases, every file at any depth is a case; for a run of volumes, so is every series.
-Hidden files and DICOMDIR are passed over. A case's id is the name of its (first) file without the format's ending.
-Where two cases have one name, folders are added to the ids.
+series is a case too. In a folder of cases, every image file at any depth is a case; for a run of volumes, so is every
+series. Files of other kinds are counted and left out, as by `jmae prepare folders`: an image has the ending of one, or
+is DICOM. A case's id is the name of its (first) file without the format's ending. Where two cases have one name,
+folders are added to the ids.
 
 Several runs give one answer: --workdir A --workdir B. Each run's predictions are in OUT/1, OUT/2, ... OUT then has the
 mean of their maps and of their normal scores, and one p-value (jmae.fusion). The runs need common held-out normals.
@@ -63,9 +64,9 @@ from jmae.calibration import (
 from jmae.data.duplicates import content
 from jmae.data.files import Image, marks_of, read_image, write_map
 from jmae.data.manifest import Row, read_cases, wrong_pieces
-from jmae.data.names import id_of, names_of, stem_of
+from jmae.data.names import count_unread, id_of, names_of, stem_of
 from jmae.data.preparation import stored_case
-from jmae.data.slices import command, lie
+from jmae.data.slices import command, in_words, lie
 from jmae.errors import InputError, exit_code, shortly
 from jmae.fitting import restore_results
 from jmae.fusion import colours_of_file, common_normals, fused, fused_line, fused_map, scores_of_normals
@@ -207,7 +208,10 @@ def main(argv: list[str]) -> int:
     out = output_folder(flags["out"])
     workdir, config = run_of(flags)
     if names:
-        cases = [case for name in names for case in cases_of(name, volumes=len(config.data.size) == 3)]
+        other = list[Path]()
+        cases = [case for name in names for case in cases_of(name, other, volumes=recipe.is_volume(config))]
+        if other:
+            log(f"left out: {in_words(count_unread(other))}")
         rows = [row_of(name, case) for name, case in zip(names_of(cases), cases, strict=True)]
     else:
         rows = read_cases(flags["manifest"], SPLIT)

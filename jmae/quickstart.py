@@ -74,13 +74,15 @@ def main(argv: list[str]) -> int:
             code = RUN[words[0]]([*words[1:], *further])
         except InputError as error:  # quickstart's --out has the run folder
             raise InputError(str(error).replace("another --workdir", "another --out")) from error
-        if code:
+        if code and (words[0], code) != ("predict", 1):  # some scans failed, the report is there
             return code
     log(f"{out / 'run' / 'evaluation' / 'report.html'}: the new scans, from the most to the least suspicious")
+    if code:
+        log(f"some scans failed: mend those of {predictions / 'failed.csv'}, then the same jmae quickstart")
     more = [f"--config={chosen}"] * bool(chosen) + [f"--{flag}={value}" for flag, value in flags.items()]
     longer = in_shell(["quickstart", *names, *more, "--budget", "1", "--out", f"{out}-longer"])
     log(f"next: open it; a longer training: {longer}")
-    return 0
+    return code
 
 
 def files(rows: Sequence[Row]) -> list[tuple[str, ...]]:

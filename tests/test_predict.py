@@ -244,11 +244,17 @@ def test_two_runs_give_one_answer(finished, small_set, tmp_path, capfd):
 
 def test_images_of_any_name_from_folders_keep_their_grid(images_run, tmp_path, capfd):
     folder, out = tmp_path / "cases", tmp_path / "out"
-    words = ["a b.PNG", "Zürich 影像.png", "1.2.840", ".hidden.png", "sub/a b.png", "sub/x;y.png", "x" * 240]
+    words = ["a b.PNG", "Zürich 影像.png", "../1.2.840", ".hidden.png", "sub/a b.png", "sub/x;y.png", "../" + "x" * 240]
     for i, name in enumerate(words):
         picture(folder / name, i)
+    for name in ("notes.txt", "sub/more.TXT", "__MACOSX/a.png"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("Dr. X found nothing of note")
     dicom(folder / "sub" / "plain.dcm", np.arange(30 * 20, dtype=np.uint16).reshape(20, 30))
-    assert run(images_run, out, folder, picture(tmp_path / "one.png", 9)) == 0
+    named = [tmp_path / "1.2.840", tmp_path / ("x" * 240), picture(tmp_path / "one.png", 9)]
+    assert run(images_run, out, folder, *named) == 0
+    why = "not images, or of a format that is not read"
+    assert f"left out: 2 .txt files ({why}), such as {folder / 'notes.txt'}" in capfd.readouterr().err.splitlines()
     ids = set(table(out / "scores.csv"))
     long = names.id_of("x" * 240)
     assert ids == {"cases_a b", "sub_a b", "Zürich 影像", "1.2.840", "x;y", long, "plain", "one"}
@@ -268,7 +274,9 @@ def test_images_of_any_name_from_folders_keep_their_grid(images_run, tmp_path, c
     expected = resize(to_unit(array[..., None], 8), SIZE)
     assert abs(one.score - float(lines["one"]["score"])) == 0 and abs(one.score - expected.mean() - 0.05) < 0.02
     np.testing.assert_array_equal(one.confidence, read_image(out / "one_confidence.tif").array[..., 0])
-    assert "not calibrated" in capfd.readouterr().err
+    assert run(images_run, out, "--continue", folder / "notes.txt") == 1  # the user names it, so it is tried
+    said = capfd.readouterr().err
+    assert f"failed: notes.txt: {folder / 'notes.txt'}: " in said and "not calibrated" in said
 
 
 @pytest.mark.long

@@ -139,10 +139,23 @@ def test_the_report_and_the_predictions_have_the_same_ids(tmp_path):
     pictures(new / "a", 2, 2), pictures(new / "b", 1, 3)
     rows = folders.prepare(None, tmp_path, normal=str(normals), test=str(new), seed=0).rows
     ids = [row.id for row in rows if row.split == "test"]
-    assert ids == names_of(cases_of(str(new), volumes=False)) == ["a_0", "1", "b_0"]
+    assert ids == names_of(cases_of(str(new), [], volumes=False)) == ["a_0", "1", "b_0"]
     Image.open(new / "b" / "0.png").save(new / "Train_1.png")  # the id of a training case, but for its letters
     rows = folders.prepare(None, tmp_path, normal=str(normals), test=str(new), seed=0).rows
     assert [row.id for row in rows][2:] == ["test_Train_1", "test_a_0", "test_a_1", "test_b_0"]
+
+
+def test_the_report_is_named_where_some_scans_failed_too(tmp_path, monkeypatch, capsys):
+    normals, new, out = pictures(tmp_path / "normals", 12, 1), pictures(tmp_path / "new", 2, 2), tmp_path / "out"
+    done = dict.fromkeys(quickstart.RUN, lambda argv: 0)
+    monkeypatch.setattr(quickstart, "RUN", done | {"predict": lambda argv: 1})
+    assert exit_code(quickstart.main, [str(normals), str(new), f"--out={out}"]) == 1
+    *_, report, mend, longer = capsys.readouterr().err.splitlines()
+    assert report.startswith(f"{out}/run/evaluation/report.html: ") and longer.startswith("next: open it; a longer")
+    assert mend == f"some scans failed: mend those of {out}/predictions/failed.csv, then the same jmae quickstart"
+    monkeypatch.setattr(quickstart, "RUN", done | {"train": lambda argv: 130})
+    assert exit_code(quickstart.main, [str(normals), str(new), f"--out={out}"]) == 130
+    assert "report.html" not in capsys.readouterr().err
 
 
 def test_a_count_of_one_has_no_plural():

@@ -1,9 +1,9 @@
-"""The ids of cases that have none, from the names of their files."""
+"""The ids of cases that have none, from the names of their files; and files that are no case."""
 
 import hashlib
 import os
-from collections import Counter
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from jmae.errors import InputError
@@ -56,3 +56,13 @@ def id_of(name: str) -> str:
             name.encode()[: ID_BYTES - 9].decode(errors="ignore") + "-" + hashlib.sha256(name.encode()).hexdigest()[:8]
         )
     return name
+
+
+def count_unread(files: Iterable[Path]) -> Counter[str]:
+    """The number of files of each ending that cannot be read as images, with the name of one, in the form of
+    `Prepared.left_out`."""
+    kinds = defaultdict[str, list[Path]](list)
+    for file in files:
+        kinds[f"{file.suffix.lower()} files" if file.suffix else "files without an ending"].append(file)
+    why = "not images, or of a format that is not read"
+    return Counter({f"{kind} ({why}), such as {named[0]}": len(named) for kind, named in kinds.items()})

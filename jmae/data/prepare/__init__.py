@@ -89,7 +89,6 @@ from jmae.data.manifest import leaks as leaks_of
 from jmae.data.prepare.masks import refuse_look_alikes
 from jmae.data.prepare.overview import (
     LAYOUTS,
-    count_unread,
     kinds_of,
     next_command,
     p_value_line,
@@ -105,7 +104,7 @@ from jmae.progress import at_work
 from jmae.recipe import typed
 from jmae.tables import counted
 
-__all__ = ["Prepared", "check_rows", "count_unread", "draw", "main", "prepare", "refuse", "shuffle", "text_of"]
+__all__ = ["Prepared", "check_rows", "draw", "main", "prepare", "refuse", "shuffle", "text_of"]
 
 # The flags of each data set. Its module has the function `prepare(root, out, seed, **flags) -> Prepared`.
 DATASETS: dict[str, tuple[str, ...]] = {

@@ -29,8 +29,8 @@ import pydicom
 
 from jmae.data.files import is_dicom
 from jmae.data.manifest import Row, same_name
-from jmae.data.names import names_of
-from jmae.data.prepare import Prepared, count_unread, refuse
+from jmae.data.names import count_unread, names_of
+from jmae.data.prepare import Prepared, refuse
 from jmae.data.prepare.masks import bare, is_mask_folder, is_mask_name, sharp
 from jmae.data.prepare.patients import KNOWN, by_name, hidden
 from jmae.data.prepare.tree import DICOM, ENDS, stem, walk

@@ -43,16 +43,6 @@ def split_table(rows: Sequence[Row]) -> list[str]:
     return lines + [f"sources of {split} {kinds[label]}: {in_words(each(split, label))}" for split, label in found]
 
 
-def count_unread(files: Iterable[Path]) -> Counter[str]:
-    """The number of files of each ending that cannot be read as images, with the name of one, in the form of
-    `Prepared.left_out`."""
-    kinds = defaultdict[str, list[Path]](list)
-    for file in files:
-        kinds[f"{file.suffix.lower()} files" if file.suffix else "files without an ending"].append(file)
-    why = "not images, or of a format that is not read"
-    return Counter({f"{kind} ({why}), such as {named[0]}": len(named) for kind, named in kinds.items()})
-
-
 def next_command(name: str, file: Path, rows: Sequence[Row], recipe: str, flags: str, *, allow_leaks: bool) -> str:
     """The command line that trains on a manifest, or that scores it where it has nothing to train on. `name` is that of
     the data set or layout. For a layout without normals of `val`, some training normals give p-values."""

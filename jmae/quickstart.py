@@ -17,6 +17,7 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from jmae import evaluate, predict, recipe, train
 from jmae.data import prepare
@@ -45,9 +46,8 @@ def main(argv: list[str]) -> int:
         raise InputError("name a folder of normal scans and one of new scans: jmae quickstart NORMALS NEW")
     out, (normals, new) = output_folder(flags.pop("out", "quickstart")), names
     rows = folders.prepare(None, out, 0, normal=normals, test=new).rows
-    if (made := out / "data" / "manifest.csv").exists() and files(rows) != files(parse_manifest(made)[0]):
-        raise InputError(f"{made}: lists other scans than {normals} and {new} hold: name another --out")
     kind = one_rank(rows)
+    made = manifest_of(out, rows, f"{normals} and {new}")
     name, why = recipe.suggested(kind)
     chosen = flags.pop("config", "")
     log(f"{counted(len(rows), kind)}: {f'{chosen}, as you chose' if chosen else f'{name}:small ({why}; {CHOOSE})'}")
@@ -83,6 +83,20 @@ def main(argv: list[str]) -> int:
     longer = in_shell(["quickstart", *names, *more, "--budget", "1", "--out", f"{out}-longer"])
     log(f"next: open it; a longer training: {longer}")
     return code
+
+
+def manifest_of(out: Path, rows: Sequence[Row], sources: str) -> Path:
+    """The place of the manifest. One that lists other scans is renamed while nothing is trained, so that it is written
+    anew; afterwards it raises InputError."""
+    made = out / "data" / "manifest.csv"
+    if made.exists() and files(rows) != files(parse_manifest(made)[0]):
+        if any((out / "run" / "checkpoints").glob("*/*")):
+            further = f"jmae predict --workdir {shlex.quote(str(out / 'run'))} --out DIR SCAN"
+            what = f"lists other scans than {sources} hold: name another --out"
+            raise InputError(f"{made}: {what}, or score further scans: {further}")
+        before = made.replace(made.with_name("manifest.before.csv"))
+        log(f"{made}: listed other scans and is written anew; the old one is {before}")
+    return made
 
 
 def files(rows: Sequence[Row]) -> list[tuple[str, ...]]:

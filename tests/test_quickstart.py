@@ -145,6 +145,23 @@ def test_the_report_and_the_predictions_have_the_same_ids(tmp_path):
     assert [row.id for row in rows][2:] == ["test_Train_1", "test_a_0", "test_a_1", "test_b_0"]
 
 
+def test_a_manifest_of_other_scans_is_written_anew_until_something_is_trained(tmp_path, monkeypatch, capsys):
+    normals, new, out = pictures(tmp_path / "normals", 12, 1), pictures(tmp_path / "new", 3, 2), tmp_path / "my out"
+    words, made = [str(normals), str(new), f"--out={out}"], out / "data" / "manifest.csv"
+    done = dict.fromkeys(quickstart.RUN, lambda argv: 0) | {"prepare": quickstart.prepare_data}
+    monkeypatch.setattr(quickstart, "RUN", done)
+    assert exit_code(quickstart.main, words) == 0 and "2.png" in made.read_text()
+    (new / "2.png").unlink()
+    assert exit_code(quickstart.main, words) == 0 and f"{new}/2.png" not in made.read_text()
+    (out / "run" / "checkpoints" / "train" / "10").mkdir(parents=True)
+    pictures(tmp_path / "one", 1, 3).joinpath("0.png").rename(new / "3.png")
+    capsys.readouterr()
+    assert exit_code(quickstart.main, words) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    what = f"{made}: lists other scans than {normals} and {new} hold: name another --out, or score further scans"
+    assert line == f"{what}: jmae predict --workdir '{out}/run' --out DIR SCAN"
+
+
 def test_the_report_is_named_where_some_scans_failed_too(tmp_path, monkeypatch, capsys):
     normals, new, out = pictures(tmp_path / "normals", 12, 1), pictures(tmp_path / "new", 2, 2), tmp_path / "out"
     done = dict.fromkeys(quickstart.RUN, lambda argv: 0)

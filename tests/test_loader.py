@@ -318,6 +318,7 @@ def test_a_leak_is_refused_and_where_it_is_allowed_told_and_marked(tmp_path, nam
         "other": "patient 'P0' is in train and test",
     }
     assert what[name] in line and line.endswith("or --config.data.allow_leaks=True")
+    assert name == "other" or (f"({tmp_path}/a.png)" in line and f"({tmp_path}/{name}.png)" in line)
     said: list[str] = []
     marked = load_rows(config(manifest=str(tmp_path / "m.csv"), allow_leaks=True), said.append)
     assert said[0].startswith("warning: ") and what[name] in said[0]

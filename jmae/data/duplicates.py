@@ -102,10 +102,11 @@ def in_two_splits(rows: Sequence[Row], prints: Mapping[str, Fingerprint]) -> lis
         further = ", or share a hard edge of air and little else" if prints[a.id].detail.ndim == 3 else ""
         near = f"are one image, or two of one patient{further} (correlation {copy.correlation:.2f})"
         alike = "are identical" if copy.correlation == 1 else near
-        what = f"{a.id} in {a.listed} and {b.id} in {b.listed} {alike}: keep both in one split, or leave one out"
+        first, second = (f"{row.id} in {row.listed} ({row.image[0]})" for row in (a, b))
+        what = f"{first} and {second} {alike}: keep both in one split, or leave one out"
         if a.listed == b.listed:
             remedy = "leave one out, or give both one patient"
-            what = f"{a.id} and {b.id} {alike}, and data.calibration holds out one: {remedy}"
+            what = f"{first} and {second} {alike}, and data.calibration holds out one: {remedy}"
         found.append(Finding("identical" if copy.correlation == 1 else "near-identical", (a, b), what))
     return found
 

@@ -23,7 +23,7 @@ from jmae import evaluate, predict, recipe, train
 from jmae.data import prepare
 from jmae.data.manifest import Row, parse_manifest
 from jmae.data.prepare import folders
-from jmae.data.prepare.overview import CHOOSE, calibration_share, one_rank, p_value_line
+from jmae.data.prepare.overview import CHOOSE, calibration_share, one_rank, p_value_line, read_kinds
 from jmae.data.slices import command
 from jmae.errors import InputError, exit_code
 from jmae.run_folder import log, output_folder
@@ -46,7 +46,7 @@ def main(argv: list[str]) -> int:
         raise InputError("name a folder of normal scans and one of new scans: jmae quickstart NORMALS NEW")
     out, (normals, new) = output_folder(flags.pop("out", "quickstart")), names
     rows = folders.prepare(None, out, 0, normal=normals, test=new).rows
-    kind = one_rank(rows)
+    kind = one_rank(rows, read_kinds(rows))
     made = manifest_of(out, rows, f"{normals} and {new}")
     name, why = recipe.suggested(kind)
     chosen = flags.pop("config", "")

@@ -11,6 +11,7 @@ from conftest import draw
 from PIL import Image
 
 from jmae import quickstart
+from jmae.data import prepare
 from jmae.data.cases import kept_apart
 from jmae.data.manifest import Row
 from jmae.data.names import names_of
@@ -129,6 +130,9 @@ def test_a_volume_among_images_and_a_damaged_file_are_named_before_anything_runs
     code, ran = started(monkeypatch, normals, new, f"--out={tmp_path / 'out'}")
     line = "is a volume, where 14 of 15 scans are images: move it to a folder of its own kind"
     assert code == 2 and not ran and capsys.readouterr().err == f"{normals / 'a.nii.gz'}: {line}\n"
+    words = ["folders", f"--normal={normals}", f"--test={new}", f"--out={tmp_path / 'data'}"]
+    assert exit_code(prepare.main, words) == 2 and not (tmp_path / "data" / "manifest.csv").exists()
+    assert capsys.readouterr().err == f"{normals / 'a.nii.gz'}: {line}\n"
     (normals / "a.nii.gz").unlink(), (new / "z.png").write_bytes(b"")
     code, ran = started(monkeypatch, normals, new, f"--out={tmp_path / 'out'}")
     assert code == 2 and not ran and capsys.readouterr().err.startswith(f"{new / 'z.png'}: is empty")

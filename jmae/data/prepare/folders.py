@@ -16,7 +16,7 @@ Instead, --normal DIR and --test DIR name two folders: normal images to train on
 A case is an image file or a folder with one DICOM series. DICOM files may have any name. The id of a case is its path
 below the root, but --test names its cases as `jmae predict` does, by their files. The patient is a hash of DICOM's
 PatientID. Some public sets tell it in their file names. Files of other kinds are counted and reported. A file whose
-header cannot be read is refused by its name.
+header cannot be read is refused by its name, and so is a volume among images.
 """
 
 import re

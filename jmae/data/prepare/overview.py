@@ -157,24 +157,24 @@ def modality_of(files: Iterable[Path]) -> str:
     return ""
 
 
-def one_rank(rows: Sequence[Row]) -> str:
-    """ "images" or "volumes", which all rows are. Raises InputError with a line for each row of the rarer rank."""
-    ranks = [name.split()[-1] for name, _ in read_kinds(rows)]
+def one_rank(rows: Sequence[Row], kinds: Sequence[tuple[str, str]]) -> str:
+    """ "images" or "volumes", which all rows are by what `read_kinds` found. Raises InputError with a line for each row
+    of the rarer rank."""
+    ranks = [name.split()[-1] for name, _ in kinds]
     (usual, n), *_ = Counter(ranks).most_common()
     what = f"where {n} of {len(rows)} scans are {usual}: move it to a folder of its own kind"
-    kinds = {"images": "an image", "volumes": "a volume"}
-    refuse(
-        [f"{row.image[0]}: is {kinds[rank]}, {what}" for row, rank in zip(rows, ranks, strict=True) if rank != usual]
-    )
+    one = {"images": "an image", "volumes": "a volume"}
+    refuse([f"{row.image[0]}: is {one[rank]}, {what}" for row, rank in zip(rows, ranks, strict=True) if rank != usual])
     return usual
 
 
 def kinds_of(rows: Sequence[Row]) -> tuple[list[str], str]:
     """(The number of images of each kind and size, a line a split; a caution where a split mixes kinds.)
 
-    Raises InputError as `read_kinds` does.
+    Raises InputError as `read_kinds` and `one_rank` do.
     """
     found = read_kinds(rows)
+    one_rank(rows, found)
     kinds, sizes = defaultdict[str, Counter[str]](Counter), defaultdict[str, Counter[str]](Counter)
     for row, (name, size) in zip(rows, found, strict=True):
         kinds[row.split][name] += 1

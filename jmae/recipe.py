@@ -542,6 +542,7 @@ def find(recipe: str) -> tuple[Path, str]:
     return file, preset
 
 
+@functools.cache
 def suggested(kind: str) -> tuple[str, str]:
     """(Name, reason) of the recipe that is suggested for "images", "unlabelled images" or "volumes": the recipe files
     tell. Its preset is `small`."""

@@ -16,7 +16,7 @@ from jmae.data import loader
 from jmae.data.cases import folded, load_rows
 from jmae.data.loader import Images, batches
 from jmae.data.manifest import Row
-from jmae.data.preparation import case_words, open_case, stored_image
+from jmae.data.preparation import case_words, open_case, stored_image, usable
 from jmae.data.unlabeled import unlabeled_labels, with_anomaly_ratio
 from jmae.errors import InputError
 from jmae.recipe import SHARED
@@ -176,7 +176,14 @@ def test_all_unusable_images_are_named_at_once(tmp_path):
     assert len(lines) == 3
     assert "nan.npy: 12 values are not finite" in lines[0]
     assert "colour.npy: channels: 4 where the recipe has 1: give 1, or train with --config.data.channels=4" in lines[1]
-    assert "volume.npy: 3 axes where data.size has 2" in lines[2]
+    what = (
+        "is a volume, where the recipe takes images (data.size has 2 axes): for volumes train one such as maemi:small"
+    )
+    assert lines[2].endswith(f"volume.npy: {what}")
+    with pytest.raises(
+        InputError, match=r"is an image, where the recipe takes volumes .*: for images train one such as p"
+    ):
+        usable(rows[0], stored_image(rows[0]), config(size=(4, 4, 4)).data)
 
 
 def test_problems_of_one_kind_are_folded_and_counted():

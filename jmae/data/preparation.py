@@ -22,6 +22,7 @@ from jmae.data.transforms import area_resize, equalise, grey, resize, to_unit
 from jmae.data.volumes import Mask, Volume, boxes_mask, in_window, prepare, read_subtraction, read_volume
 from jmae.errors import InputError
 from jmae.likeness import Traits, traits_of
+from jmae.recipe import suggested
 
 PLS = np.array([[0, -1, 0, 0], [-1, 0, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1.0]])  # axes to posterior, left, superior
 
@@ -184,11 +185,9 @@ def usable(row: Row, stored: Image, data: ConfigDict) -> np.ndarray:
     """
     array, size, channels = stored.array, tuple(data.size), data.channels
     if array.ndim - 1 != len(size):
-        preset = "small3d or phantom3d" if array.ndim == 4 else "small"
-        raise InputError(
-            f"{row.image[0]}: {array.ndim - 1} axes where data.size has {len(size)}:"
-            f" train a run for it, such as preset {preset}"
-        )
+        one, usual, kind = ("an image", "volumes", "images") if array.ndim == 3 else ("a volume", "images", "volumes")
+        what = f"is {one}, where the recipe takes {usual} (data.size has {len(size)} axes)"
+        raise InputError(f"{row.image[0]}: {what}: for {kind} train one such as {suggested(kind)[0]}:small")
     if array.shape[-1] == 3 and channels == 1 and len(row.image) == 1:
         array = grey(array)
     if array.shape[-1] != channels:

@@ -35,7 +35,7 @@ COMMANDS = {
 """The module of each command and its sentence in `jmae --help`."""
 OWN = {
     "systems": "which system takes which data, and its presets",
-    "completion": 'print the shell\'s completion script: eval "$(jmae completion bash)"',
+    "completion": 'print the completion script of bash or zsh: eval "$(jmae completion bash)"',
 }
 """Commands that need no module of their own."""
 BASH = """\
@@ -64,6 +64,8 @@ def main(argv: list[str]) -> int:
         print(overview())
     elif command == "--version":
         print(f"jmae {__version__}")
+    elif command in OWN and {"--help", "-h"} & {*words}:
+        print(f"jmae {command}: {OWN[command]}")
     elif command == "systems":
         print(systems())
     elif command == "completion":
@@ -148,13 +150,22 @@ def check_flags(command: str, words: list[str]) -> None:
         if not word.startswith("--"):
             continue
         if name.partition(".")[0] not in known or (name not in known and not name.startswith("config.")):
-            raise InputError(
-                f"--{name} is unknown: did you mean --{nearest(name, known)}? jmae {command} --help lists all"
-            )
+            near = f"config.{name}" if is_key(command, name) else nearest(name, known)
+            raise InputError(f"--{name} is unknown: did you mean --{near}? jmae {command} --help lists all")
         if name == "config" and (value := value if equals else "".join(words[i + 1 : i + 2])):
             from jmae import recipe
 
             recipe.find(value)
+
+
+def is_key(command: str, name: str) -> bool:
+    """Whether `--config.NAME` is a flag of a command: `name` is a key that all systems share. The keys of one system
+    stand in a module that imports JAX."""
+    from jmae import recipe
+
+    shared = name in {**recipe.SHARED, **recipe.IMAGES, **recipe.VOLUMES}
+    written = ("KEY", f"{name.partition('.')[0]}.KEY", name)
+    return shared and any(f"--config.{one}" in usage(command) for one in written)
 
 
 def completion(words: list[str]) -> str:

@@ -44,6 +44,9 @@ def main(argv: list[str]) -> int:
     names, flags = command(argv, __doc__, ["budget", "out", "config"])
     if len(names) != 2:
         raise InputError("name a folder of normal scans and one of new scans: jmae quickstart NORMALS NEW")
+    budget = flags.pop("budget", "0.25")
+    if wrong := recipe.SHARED["budget"].wrong(recipe.typed("budget", budget, 0.25), 2):
+        raise InputError(f"--budget={budget} is not {wrong}: write 0.25 for a first impression, 1 for a whole training")
     out, (normals, new) = output_folder(flags.pop("out", "quickstart")), names
     rows = folders.prepare(None, out, 0, normal=normals, test=new).rows
     kind = one_rank(rows, read_kinds(rows))
@@ -54,7 +57,7 @@ def main(argv: list[str]) -> int:
     log(p_value_line(rows))
     share = calibration_share(rows)
     given = {"config": chosen or f"{name}:small", "config.data.manifest": str(made)}
-    given |= {"config.data.calibration": f"{share:g}", "config.budget": flags.pop("budget", "0.25")}
+    given |= {"config.data.calibration": f"{share:g}", "config.budget": budget}
     given |= {"config.data.channels": "1"} if kind == "volumes" else {}
     run, predictions = str(out / "run"), out / "predictions"
     commands = [

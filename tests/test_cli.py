@@ -46,6 +46,10 @@ def test_help_lists_every_command_with_one_line():
         (["train", "--wrkdir=x"], "--wrkdir is unknown: did you mean --workdir?"),
         (["prepare", "folders", "--tset=x"], "--tset is unknown: did you mean --test?"),
         (["predict", "image.png", "--config_seed", "3"], "--config_seed is unknown: did you mean --config?"),
+        (["train", "--budget", "0.1"], "--budget is unknown: did you mean --config.budget?"),
+        (["train", "--data.size=64,64"], "--data.size is unknown: did you mean --config.data.size?"),
+        (["predict", "a.png", "--evaluation.batch=8"], "--evaluation.batch is unknown: did you mean --config.evaluat"),
+        (["predict", "a.png", "--budget=1"], "--budget is unknown: did you mean --debug?"),
         (["plan", "--target.x=3"], "--target.x is unknown: did you mean --target?"),
         (["train", "--config", "ameai:small"], "ameai: no recipe: did you mean amae?"),
         (["train", "--config=configs/ame.py"], "configs/ame.py: no recipe: there are configs/amae.py"),
@@ -103,6 +107,12 @@ def test_the_help_of_a_command_names_all_its_flags(command, monkeypatch):
     if command == "quickstart":  # its words are those of the commands that it runs
         by_hand = []
     assert asked and {*asked, *by_hand} <= {*cli.flags(command)}
+
+
+def test_commands_of_a_few_words_have_a_help_too():
+    code, out, err, heavy = run("completion", "--help")
+    assert (code, err, heavy) == (0, "", []) and out.startswith("jmae completion: print the completion script of bash")
+    assert run("systems", "-h")[:2] == (0, "jmae systems: which system takes which data, and its presets\n")
 
 
 def test_every_system_is_told_with_its_presets_without_importing_it():

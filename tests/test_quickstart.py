@@ -209,3 +209,9 @@ def test_what_is_missing_is_one_line(tmp_path, capsys):
     assert capsys.readouterr().err.startswith("name a folder of normal scans and one of new scans")
     assert exit_code(quickstart.main, [str(tmp_path), str(tmp_path), "--bugdet=1"]) == 2
     assert "did you mean --budget?" in capsys.readouterr().err
+    for budget, line in (
+        ("zero", "--budget: 'zero' is not a finite number"),
+        ("-1", "--budget=-1 is not above 0: write 0.25"),
+    ):
+        assert exit_code(quickstart.main, [str(tmp_path), str(tmp_path), f"--budget={budget}"]) == 2
+        assert capsys.readouterr().err.startswith(line)

@@ -23,8 +23,10 @@ from jmae.tables import counted
 
 LAYOUTS = ("bids", "ddad", "folders", "nnunet")  # whose images are of any kind
 CHOOSE = "docs/how-to/choose.md compares the systems"
-NORMALS = 20  # normal patients to hold out; rounding of the share may leave 19
+NORMALS = 19  # normal patients to hold out: as many as `RATE` needs
 RATE = 0.05  # p-value that the held-out normals should reach
+A_THIRD = 0.35
+SHARES = (0.1, 0.15, 0.2, 0.25, 0.3, A_THIRD, 0.4, 0.5)  # that are proposed
 
 
 def split_table(rows: Sequence[Row]) -> list[str]:
@@ -84,15 +86,20 @@ def recipe_line(rows: Sequence[Row]) -> str:
 def calibration_share(rows: Sequence[Row]) -> float:
     """Share of the normal training patients for `data.calibration`; 0 where there are fewer than ten.
 
-    It holds out 20 patients, at least a tenth and at most a third. Where a third has too few scans for a p-value of
-    0.05, it is at most a half. Where a half has too few as well, it is a third.
+    It is the smallest of `SHARES` that holds out `NORMALS` patients. A third needs only as many scans, and so do larger
+    shares. Where a half has too few scans as well, it is a third.
     """
     lesions = {row.patient or row.id for row in rows if row.split == "train" and row.label == 1}
-    patients = len({row.patient or row.id for row in rows if row.split == "train"} - lesions)
-    if patients < 10:
+    if len({row.patient or row.id for row in rows if row.split == "train"} - lesions) < 10:
         return 0.0
-    shares = [round(min(most, max(0.1, NORMALS / patients)), 2) for most in (0.33, 0.5)]
-    return next((share for share in shares if not too_few_normals(held_out_by(rows, share), RATE)), shares[0])
+    return next((share for share in SHARES if is_enough(rows, share)), A_THIRD)
+
+
+def is_enough(rows: Sequence[Row], share: float) -> bool:
+    """Whether the scans that a share holds out give a p-value of `RATE`, and are of enough patients."""
+    held = [row for row in kept_apart(rows, share) if row.kept]
+    patients = {row.patient or row.id for row in held}
+    return not too_few_normals(len(held), RATE) and (len(patients) >= NORMALS or share >= A_THIRD)
 
 
 def held_out_by(rows: Sequence[Row], share: float) -> int:
@@ -110,7 +117,8 @@ def p_value_line(rows: Sequence[Row]) -> str:
     if n := normals_of_val(rows):
         source, remedy = "of val", "give val more normals"
     elif n := held_out_by(rows, calibration_share(rows)):
-        source, remedy = "that data.calibration keeps from the training", f"give {2 * (NORMALS - 1)} normals or more"
+        source = f"that data.calibration keeps from the training (any share that keeps {NORMALS} apart will do)"
+        remedy = f"give {2 * NORMALS} normals or more"
     else:
         return "p-values: none, as fewer than ten normal patients leave none to hold out: give more normal scans"
     few = too_few_normals(n, RATE)

@@ -25,7 +25,7 @@ from jmae.outlines import least_voxels, peak
 from jmae.report import PERCENTILES, Scale
 from jmae.results import Result, map_name
 from jmae.run_folder import log, write_text
-from jmae.scoring import Calibration, alarm_threshold, colour_ends, too_few_normals
+from jmae.scoring import Calibration, alarm_threshold, colour_ends, normals_needed, saturated, too_few_normals
 from jmae.sealed import seal, unseal
 from jmae.seen import write_seen
 from jmae.system import Results, System, chosen_on_val, compute_type, fitted_rows, rows_read
@@ -144,7 +144,10 @@ def calibrate(
     write_text(workdir / CALIBRATION, seal(content))
     write_seen(workdir, normals)
     log(f"calibrated on {counted(len(scores), 'held-out normals')}: {workdir / CALIBRATION}")
-    return Calibration(scores, low, high, tuple(needs), peaks, config.evaluation.mask_least, fitted, inputs)
+    calibration = Calibration(scores, low, high, tuple(needs), peaks, config.evaluation.mask_least, fitted, inputs)
+    if saturated(peaks, rate):
+        log(f"warning: {why_no_masks(calibration, rate)}")
+    return calibration
 
 
 def calibrating_rows(
@@ -302,6 +305,19 @@ def mask_threshold(config: ConfigDict, calibration: Calibration | None) -> float
             "train or evaluate it with that value"
         )
     return alarm_threshold(calibration.peaks, alarm_rate(config))
+
+
+def why_no_masks(calibration: Calibration | None, rate: float) -> str:
+    """Why cases get no mask, or empty masks; "" where nothing prevents masks or the run has no maps."""
+    if not calibration or not calibration.peaks:
+        return ""
+    normals, needed = counted(len(calibration.peaks), "held-out normals"), normals_needed(rate)
+    if len(calibration.peaks) < needed:
+        return f"no masks: {normals}, {needed} are needed"
+    if saturated(calibration.peaks, rate):
+        top = f"the highest values of several maps of {normals} are equal ({max(calibration.peaks):.4g})"
+        return f"{top}, so masks of new cases stay empty: train longer"
+    return ""
 
 
 def has_column(row: Row, name: str) -> bool:

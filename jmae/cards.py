@@ -161,6 +161,9 @@ def figures_text(evaluation: Mapping[str, Any]) -> str:
         lines.append("\n".join(table))
     if alarms := e.get("alarms"):
         share = ", ".join(f"{alarms[k]:.1%} of {k} cases" for k in ("normal", "abnormal") if alarms[k] is not None)
+        if not share:
+            number, of = alarms["counts"]["unlabelled"]
+            share = f"{number} of {counted(of, 'cases')} without a label"
         lines.append(f"Alarm at a p-value up to {alarms['rate']:g}, from {alarms['n']} held-out normal cases: {share}.")
     return "\n\n".join(lines)
 

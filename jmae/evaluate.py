@@ -45,6 +45,7 @@ from jmae.calibration import (
     reference_scores,
     rows_changed,
     score_lines,
+    why_no_masks,
     why_no_p_values,
 )
 from jmae.cards import provenance, write_cards
@@ -212,6 +213,8 @@ def evaluate(
     if unchecked:
         evaluation["unchecked"] = unchecked
     evaluation["mask"] = masks.result()
+    if reason := why_no_masks(calibration, rate):
+        evaluation["maskless"] = reason
     if system.notes:
         evaluation["notes"] = list(system.notes)
     if config.evaluation.convergence:

@@ -19,6 +19,7 @@ from jmae.data.transforms import resize, to_unit
 from jmae.errors import InputError
 from jmae.run_folder import log, write_text
 from jmae.sealed import seal, unseal
+from jmae.tables import counted
 
 TRAINED_ON = "trained_on.json"
 LIKENESS = "likeness to the mean image"
@@ -181,10 +182,15 @@ def unlike_counts(lines: Sequence[Mapping[str, Any]], table: Sequence[Mapping[st
     withheld = sum(a["p_value"] != b["p_value"] for a, b in zip(lines, table, strict=True))
     if warned:
         log(
-            f"warning: {len(warned)} of {len(lines)} cases are unlike the images that the run was trained on, and "
-            f"{withheld} of them have no p-value for this reason (column warning of scores.csv): {REMEDY}"
+            f"warning: {unlike_text(len(warned), len(lines))} the images that the run was trained on; p-values left "
+            f"out for this reason: {withheld} (column warning of scores.csv): {REMEDY}"
         )
     return {"n": len(warned), "normal": warned.count(0), "abnormal": warned.count(1), "withheld": withheld}
+
+
+def unlike_text(n: int, of: int) -> str:
+    """ "1 of 20 cases is unlike", or "2 of 20 cases are unlike"."""
+    return f"{n} of {counted(of, 'cases')} {'is' if n == 1 else 'are'} unlike"
 
 
 def unlike(traits: Traits | None, kind: Mapping[str, Any] | None) -> str:
@@ -206,5 +212,5 @@ def unlike(traits: Traits | None, kind: Mapping[str, Any] | None) -> str:
             value, low, high = (
                 f"{x:.3g}" if x < 100 else f"{x:.0f}" for x in (numbers[name], max(least, low), min(greatest, high))
             )
-            found.append(f"{words} ({name} {value}, expected {low} to {high})")
+            found.append(f"{words} ({name} {value}, expected {low if low == high else f'{low} to {high}'})")
     return "; ".join(found)

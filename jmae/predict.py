@@ -60,6 +60,7 @@ from jmae.calibration import (
     read_calibration,
     score_identity,
     score_line,
+    why_no_masks,
 )
 from jmae.data.duplicates import content
 from jmae.data.files import Image, marks_of, read_image, write_map
@@ -72,7 +73,7 @@ from jmae.fitting import restore_results
 from jmae.fusion import colours_of_file, common_normals, fused, fused_line, fused_map, scores_of_normals
 from jmae.inference import Scorer, run_of, score_rows
 from jmae.inputs import SPLIT, cases_of, image_of_array, row_of, sequences, with_spacing
-from jmae.likeness import REMEDY, read_kind, unlike, without_calm_p_value
+from jmae.likeness import REMEDY, read_kind, unlike, unlike_text, without_calm_p_value
 from jmae.outlines import least_voxels, outline
 from jmae.processes import keep_compiled
 from jmae.progress import at_work
@@ -281,6 +282,10 @@ def case_of(
             raise InputError(f"{row.image[0]}: affine goes with an array, a file has its own: leave it out")
         return row, stored
     row = Row(id, "", SPLIT, None, (f"array {id}".strip(),))
+    if np.asarray(image).dtype == object:
+        raise InputError(
+            f"{row.image[0]}: {type(image).__name__} is no image: give a path, a list of paths, or an array of numbers"
+        )
     return row, image_of_array(image, run.config.data, spacing, affine, row.image[0])
 
 
@@ -367,6 +372,8 @@ def predict_rows(run: Run, rows: Sequence[Row], out: Path, *, further: bool) -> 
     colours = colours_of(run.calibration)
     if missing and colours is None:
         log("warning: each overlay has its own colour scale, as no held-out normals give one: do not compare them")
+    if missing and (reason := why_no_masks(run.calibration, alarm_rate(run.config))):
+        log(reason)
     failed: list[dict[str, str]] = []
 
     def fail(row: Row, error: Exception) -> None:
@@ -527,7 +534,7 @@ def finish(rows: Sequence[Row], done: Mapping[str, Mapping], failed: Sequence[Ma
         (out / "failed.csv").unlink(missing_ok=True)
     log(f"{counted(len(lines), 'cases')}: {out / 'scores.csv'}" if lines else "no case was predicted")
     if warned := sum(bool(line.get("warning")) for line in lines):
-        log(f"{warned} of {len(lines)} cases are unlike the training images (column warning): {REMEDY}")
+        log(f"{unlike_text(warned, len(lines))} the training images (column warning): {REMEDY}")
     if failed:
         log(f"{len(failed)} of {len(failed) + len(lines)} cases failed: {out / 'failed.csv'}")
         log("next: mend them, then the same command with --continue")

@@ -4,7 +4,7 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from jmae.errors import InputError
 from jmae.processes import agreement
@@ -22,6 +22,8 @@ SECONDS_BETWEEN_LINES = 10  # where standard error is no terminal
 SILENCE = 10  # seconds after which a step says that it is still at work
 PACE_AFTER = 3  # seconds of steps before a pace is shown, checkpoints included; the first steps tell little
 SHOWN = 3  # metrics of a line
+BAR = 10  # characters of the bar on a terminal
+BESIDE = BAR + len("0:00:00") + 3  # characters of the bar, the time so far and the spaces
 NOT_SHOWN = ("stage", "step", "lr", "grad_norm", *CLOCK)
 PLAIN_NAMES = {
     "target": "mean label of a pixel (0 normal, 1 anomalous)",
@@ -94,32 +96,45 @@ def progress(stage: str, start: int, steps: int) -> Iterator[Callable[[Mapping],
     """
     console, marks, shown = Console(stderr=True), list[tuple[float, int]](), [-1e9]
     texts = [TextColumn(f"{{task.{name}}}") for name in ("description", "fields[text]")]
-    columns = texts[0], BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), texts[1]
+    columns = texts[0], BarColumn(BAR), TimeElapsedColumn(), texts[1]
     terminal = console.is_terminal and jax.process_index() == 0
     compiling = nullcontext(lambda: None) if terminal else at_work(f"{stage}: compiling")
     with compiling as compiled, Progress(*columns, console=console, disable=not terminal) as bar:
-        task = bar.add_task(stage, total=steps, completed=start, text="compiling")
+        task = bar.add_task(f"{stage} {start}/{steps}", total=steps, completed=start, text="compiling")
 
         def show(line: Mapping) -> None:
             compiled()
-            step, text = line["step"], metrics_text(line)
+            step, figures, pace, left = line["step"], metrics_texts(line), "", ""
             marks.append((time.monotonic(), step))
             seconds, done = marks[-1][0] - marks[0][0], step - marks[0][1]
             if done and seconds > PACE_AFTER:
-                text += f"  {done / seconds:.2f} steps/s  {(steps - step) * seconds / done:.0f} s left"
+                pace, left = f"{done / seconds:.2f} steps/s", f"{(steps - step) * seconds / done:.0f} s left"
             if terminal:
-                bar.update(task, completed=step, text=text)
-            elif metrics_text(line) and (marks[-1][0] - shown[0] > SECONDS_BETWEEN_LINES or step == steps):
+                head = "  ".join(filter(None, (f"{stage} {step}/{steps}", left)))
+                text = fitting(filter(None, (*figures[:1], pace, *figures[1:])), console.width - len(head) - BESIDE)
+                bar.update(task, completed=step, description=head, text=text)
+            elif figures and (marks[-1][0] - shown[0] > SECONDS_BETWEEN_LINES or step == steps):
                 shown[0] = marks[-1][0]
-                log(f"{stage} {step}/{steps}  {text}")
+                log("  ".join(filter(None, (f"{stage} {step}/{steps}", *figures, pace, left))))
 
         yield show
 
 
-def metrics_text(line: Mapping) -> str:
+def fitting(texts: Iterable[str], room: int) -> str:
+    """As many of the texts, from the first on, as fit whole into `room` characters."""
+    line = ""
+    for text in texts:
+        longer = f"{line}  {text}" if line else text
+        if len(longer) > room:
+            break
+        line = longer
+    return line
+
+
+def metrics_texts(line: Mapping) -> list[str]:
     """The first metrics of a line in plain words, the loss before the others and what is best so far behind them."""
     names = sorted((name for name in line if name not in NOT_SHOWN), key=lambda name: (name != "loss", "best" in name))
-    return "  ".join(f"{plain_name(name)} {line[name]:.4f}" for name in names[:SHOWN])
+    return [f"{plain_name(name)} {line[name]:.4f}" for name in names[:SHOWN]]
 
 
 def plain_name(name: str) -> str:

@@ -120,11 +120,32 @@ def alarm_threshold(normals: Sequence[float], rate: float) -> float | None:
     return float(np.sort(np.asarray(normals, np.float64))[-k]) if 0 < k <= len(normals) else None
 
 
+TIE = 1e-4  # relative: peaks of maps that differ by less tie
+
+
+def saturated(peaks: Sequence[float], rate: float) -> bool:
+    """Whether the highest peaks of normal maps tie, so many that the mask threshold at `rate` is one of them.
+
+    The map then has reached its ceiling, and hardly any map can lie above the threshold.
+    """
+    least = max(2, floor(round(rate * (len(peaks) + 1), 9)))
+    if len(peaks) < max(least, normals_needed(rate)):
+        return False
+    ordered = np.sort(np.asarray(peaks, np.float64))
+    top = ordered[-1]
+    return bool(top > np.finfo(np.float32).min and ordered[-least] >= top - TIE * abs(top))
+
+
+def normals_needed(rate: float) -> int:
+    """The fewest held-out normals that give a p-value as low as `rate`, and masks at that rate."""
+    return ceil(1 / rate) - 1
+
+
 def too_few_normals(n: int, rate: float) -> str:
     """Why n held-out normals give no p-value as low as `rate`; "" where they are enough."""
     if floor(round(rate * (n + 1), 9)) > 0:  # as in `alarm_threshold`
         return ""
-    smallest, least = 1 / (n + 1), ceil(1 / rate) - 1
+    smallest, least = 1 / (n + 1), normals_needed(rate)
     what = f"{counted(n, 'held-out normals')} cannot give a p-value of {rate:g}"
     return f"{what} (the smallest is {smallest:.2g}): at least {least} are needed"
 

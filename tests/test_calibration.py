@@ -283,6 +283,18 @@ def test_a_run_without_labels_to_test_is_calibrated_too_and_few_normals_are_said
     assert not (tmp_path / "calibration.json").exists()
 
 
+def test_equal_highest_values_of_the_normals_and_too_few_normals_are_said():
+    of = lambda peaks: cal.why_no_masks(Calibration({}, peaks=peaks), 0.05)
+    spread = [0.5 + k / 100 for k in range(21)]
+    assert of([*spread, 0.99998, 1.0]) == (
+        "the highest values of several maps of 23 held-out normals are equal (1), so masks of new cases stay empty: "
+        "train longer"
+    )
+    assert of(spread) == "" == of([]) == cal.why_no_masks(None, 0.05)
+    assert of([cal.LOWEST] * 30) == "", "these maps have no component of the least size"
+    assert of([1.0] * 8) == "no masks: 8 held-out normals, 19 are needed"
+
+
 def test_only_normals_that_nothing_was_chosen_by_calibrate(capfd):
     row = lambda name, label, kept=False: Row(name, "", "val", label, ("x.png",), kept=kept)
     rows = [row("a", 0), row("b", 1), row("c", 0, kept=True)]

@@ -123,3 +123,11 @@ def test_the_model_card_has_figures_with_intervals_once_there_are_any(rows, tmp_
     assert "from 40 held-out normal cases: 25.0% of normal cases." in card and "Not evaluated" not in card
     assert "not an independent test: 1 patients or images are in two splits" in card and "jax 0.10.1" in card
     assert "digest of the images of evaluation: abc" in (tmp_path / "DATA_CARD.md").read_text()
+
+
+def test_alarms_of_cases_without_a_label_are_counted():
+    counts = {"normal": [0, 0], "abnormal": [0, 0], "unlabelled": [1, 20]}
+    alarms = {"rate": 0.05, "n": 23, "normal": None, "abnormal": None, "counts": counts}
+    found = {"folder": "evaluation", "split": "test", "n": 20, "n_normal": 0, "n_abnormal": 0, "scores": {}}
+    text = cards.figures_text({**found, "baselines": {}, "alarms": alarms})
+    assert "from 23 held-out normal cases: 1 of 20 cases without a label." in text

@@ -59,7 +59,14 @@ def test_images_of_the_kind_pass_and_others_are_named(tmp_path):
         np.random.default_rng(0).integers(0, 256, (60, 50))
     )
     colour = Image(np.repeat(film(0)[..., None], 3, -1).astype(np.float32), None, None, 8)
-    assert likeness.unlike(likeness.traits_of(colour), kind) == "more channels (channels 3, expected 1 to 1)"
+    assert likeness.unlike(likeness.traits_of(colour), kind) == "more channels (channels 3, expected 1)"
+
+
+def test_a_count_of_one_is_in_the_singular():
+    assert likeness.unlike_text(1, 20) == "1 of 20 cases is unlike"
+    assert likeness.unlike_text(2, 20) == "2 of 20 cases are unlike" and likeness.unlike_text(1, 1).startswith(
+        "1 of 1 case"
+    )
 
 
 def test_a_range_is_students_prediction_interval_and_holds_all_training_images():

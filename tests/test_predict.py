@@ -119,7 +119,7 @@ def left(out: Path) -> set[str]:
 
 
 @pytest.mark.long
-def test_predict_repeats_evaluate(finished, small_set, tmp_path):
+def test_predict_repeats_evaluate(finished, small_set, tmp_path, capfd):
     """To the bit, in the same batches, in others and alone."""
     before = finished / "evaluation"
     seen = [(row.split, bool(row.content)) for row in read_seen(finished)]
@@ -127,6 +127,7 @@ def test_predict_repeats_evaluate(finished, small_set, tmp_path):
     evaluated = table(before / "scores.csv")
     file = {name: next(f for f in small_set.parent.glob(f"{name}.*")) for name in evaluated}
     assert run(finished, tmp_path / "all", *file.values()) == 0
+    assert "no masks: 3 held-out normals, 19 are needed" in capfd.readouterr().err
     predicted = table(tmp_path / "all" / "scores.csv")
     assert predicted == {name: line | {"label": ""} for name, line in evaluated.items()}
     assert list(predicted) == list(evaluated) and all(0 < float(line["p_value"]) <= 1 for line in predicted.values())
@@ -182,9 +183,9 @@ def test_a_case_unlike_the_training_has_a_warning_and_no_calm_p_value(finished, 
     page = (out / "report.html").read_text()
     assert "2 of 3 cases are unlike the training images (1 normal, 1 abnormal)." in page
     assert "Unlike the training images:</strong> fewer pixels along" in page
-    assert f"warning: 2 of 3 cases are unlike the images that the run was trained on, and {withheld} of them" in (
-        capfd.readouterr().err
-    )
+    said = capfd.readouterr().err
+    assert "warning: 2 of 3 cases are unlike the images that the run was trained on; p-values left out" in said
+    assert f"for this reason: {withheld} (column warning" in said
 
 
 @pytest.mark.long
@@ -389,6 +390,7 @@ def test_arrays_that_cannot_be_used_are_refused_in_one_line(images_run, tmp_path
     for array, words, problem in (
         (good[None, None], {}, "give real values"),
         (np.zeros((0, 4)), {}, "give real values"),
+        (None, {}, "array: NoneType is no image: give a path, a list of paths, or an array of numbers"),
         (good.astype(complex), {}, "give real values"),
         (np.array([["a"]]), {}, "give real values"),
         (good[..., None].repeat(2, -1), {}, "channels: 2 where the recipe has 1"),

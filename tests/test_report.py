@@ -474,6 +474,12 @@ def test_what_was_promised_stands_beside_what_came_of_it():
     assert p_value_sentences({"alarms": None, "uncalibrated": "give it normals"}) == ["Give it normals."]
 
 
+def test_masks_that_stay_empty_are_said_beside_the_alarms():
+    found = an_evaluation(maskless="no masks: 8 held-out normals, 19 are needed")
+    found["alarms"] = {"n": 23, "rate": 0.05, "threshold": 0.7, "counts": {"normal": [0, 3]}}
+    assert p_value_sentences(found)[-1] == "No masks: 8 held-out normals, 19 are needed."
+
+
 def test_a_short_training_is_said_at_the_top_and_names_of_scores_and_pictures_are_explained(tmp_path):
     evaluation = an_evaluation()
     shown = lambda config: write(tmp_path / "r.html", evaluation, cases_of(evaluation), config=config)

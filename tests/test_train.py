@@ -634,8 +634,20 @@ def test_a_terminal_shows_a_bar_with_pace_loss_and_time_left(monkeypatch):
             time.sleep(0.12)  # the bar is drawn ten times a second
             show(line)
     shown = screen.getvalue()
-    assert "pretrain" in shown and "20/40" in shown and "loss 0.2500  accuracy 0.7500" in shown
+    assert "pretrain" in shown and "20/40" in shown and "loss 0.2500" in shown and "accuracy 0.7500" in shown
     assert "steps/s" in shown and "s left" in shown and "lr" not in shown
+
+
+def test_a_narrow_terminal_shows_step_and_time_and_no_cut_figure(monkeypatch):
+    screen = io.StringIO()
+    monkeypatch.setattr(progress, "PACE_AFTER", 0)
+    monkeypatch.setattr(progress, "Console", lambda **_: Console(file=screen, force_terminal=True, width=80))
+    with progress.progress("train", 0, 3000) as show:
+        for step in (1, 10, 20):
+            time.sleep(0.12)
+            show({"step": step, "loss": 0.5, "dice": 0.4399, "best_dice": 0.44, "target": 0.1})
+    last = re.sub(r"\x1b\[[^A-Za-z]*[A-Za-z]", "", screen.getvalue()).strip().splitlines()[-1]
+    assert re.match(r"train 20/3000  \d+ s left .* loss 0\.5000  [\d.]+ steps/s\s*$", last) and "…" not in last
 
 
 def test_elsewhere_plain_lines_come_now_and_then_and_at_the_end(monkeypatch, capsys):
@@ -652,9 +664,11 @@ def test_elsewhere_plain_lines_come_now_and_then_and_at_the_end(monkeypatch, cap
 
 def test_a_line_names_its_figures_in_plain_words():
     line = {"step": 1, "best_dice": 0.25, "dice": 0.125, "loss": 0.5, "lr": 1}
-    assert progress.metrics_text(line) == (
-        "loss 0.5000  Dice of drawn anomalies (1 is perfect) 0.1250  best Dice so far 0.2500"
-    )
+    assert progress.metrics_texts(line) == [
+        "loss 0.5000",
+        "Dice of drawn anomalies (1 is perfect) 0.1250",
+        "best Dice so far 0.2500",
+    ]
     assert progress.plain_name("explained_variance_1") == (
         "channel 1: variance of hidden voxels explained (1 is perfect)"
     )

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from jmae.likeness import REMEDY
+from jmae.likeness import REMEDY, unlike_text
 from jmae.systems.scores import SCORES
 
 SYSTEM_FILES = Path(__file__).parents[1] / "systems"
@@ -239,13 +239,14 @@ def convergence_sentences(study: Mapping[str, Any]) -> list[str]:
 def p_value_sentences(evaluation: Mapping[str, Any]) -> list[str]:
     """What a p-value is, and how many cases of each label raised an alarm; or why there are no p-values.
 
-    Reads `alarms` and `uncalibrated`.
+    Reads `alarms`, `uncalibrated` and `maskless`.
     """
     alarms = evaluation.get("alarms")
     if not alarms:
         why = evaluation.get("uncalibrated")
         return [f"{why[0].upper()}{why[1:]}."] if why else []
     n, rate, threshold = alarms["n"], alarms["rate"], alarms.get("threshold")
+    maskless = [f"{text[0].upper()}{text[1:]}." for text in [evaluation.get("maskless")] if text]
     sentences = [
         f"The p-value of a case is a share: of {n} held-out normal cases and the case itself, how many have a score "
         f"at least as high. Of normal cases of the same kind, at most {100 * rate:g} % have a p-value of {rate:g} or "
@@ -255,6 +256,7 @@ def p_value_sentences(evaluation: Mapping[str, Any]) -> list[str]:
         return [
             *sentences,
             f"{n} normal cases are too few for such a p-value: at least {math.ceil(1 / rate) - 1} are needed.",
+            *maskless,
         ]
     counts = [f"{k} of {of} {kind} cases" for kind, (k, of) in alarms["counts"].items() if of]
     sentences.append(f"An alarm at scores above {threshold:.4g} is raised here for {' and '.join(counts)}.")
@@ -266,7 +268,7 @@ def p_value_sentences(evaluation: Mapping[str, Any]) -> list[str]:
             "So many alarms among normal cases have a chance below 1 in 100 if these cases are like the held-out "
             "ones. Take the p-values as too low, and calibrate on normal cases of this kind."
         )
-    return sentences
+    return [*sentences, *maskless]
 
 
 def score_meanings(evaluation: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -298,7 +300,7 @@ def unlike_sentences(evaluation: Mapping[str, Any]) -> list[str]:
         return []
     labels = [f"{unlike[kind]} {kind}" for kind in ("normal", "abnormal") if unlike[kind]]
     sentences = [
-        f"{unlike['n']} of {evaluation['n']} cases are unlike the training images{' (' if labels else ''}"
+        f"{unlike_text(unlike['n'], evaluation['n'])} the training images{' (' if labels else ''}"
         f"{', '.join(labels)}{')' if labels else ''}.",
         "The run did not learn what normal scans of such a kind look like, so their scores say little. The warning at "
         f"each case says what differs. Remedy: {REMEDY}.",

@@ -338,7 +338,10 @@ def test_what_comes_from_data_is_harmless(tmp_path):
     assert "<script" not in text and not parsed.of("script")
     assert not [a for _, a in parsed.tags if "onload" in a]
     assert EVIL in parsed.text
-    assert f"{EVIL} on the test split" in Page(write(tmp_path / "u.html", unlabelled() | {"system": EVIL}, [], [])).text
+    assert (
+        f"{EVIL}: 8 cases of the split test, most suspicious first"
+        in Page(write(tmp_path / "u.html", unlabelled() | {"system": EVIL}, [], [])).text
+    )
 
 
 def test_ids_are_unique_and_every_reference_resolves(page):
@@ -492,7 +495,7 @@ def test_a_short_training_is_said_at_the_top_and_names_of_scores_and_pictures_ar
     for config in ({"budget": 1.0}, {"budget": 4.0}, {}):
         assert "Short training" not in shown(config)
     named = {"primary": "ppii", "scores": {"ppii": {}, "own": {}}, "table": [{"id": "a", "ppii_highest": 1.0}]}
-    assert [name for name, _ in score_meanings(named)] == ["ppii", "ppii_highest"]
+    assert [name for name, _ in score_meanings(named, {})] == ["ppii", "ppii_highest"]
 
 
 def test_cases_unlike_the_training_are_counted_at_the_top_and_named_at_the_case(tmp_path):
@@ -514,6 +517,20 @@ def test_the_surprise_at_normal_alarms_is_that_of_drawing_both_sets_alike():
     assert 0 < seen / 4000 < 0.01 + 3 * 0.1 / 4000**0.5
 
 
+def test_the_first_screen_marks_alarms_and_maps_and_scores_are_named_for_what_they_are(tmp_path):
+    e = unlabelled() | {"primary": "ppii", "alarms": {"n": 23, "rate": 0.05, "counts": {}}}
+    for row in e["table"]:
+        row["p_value"] = 0.042 if row["id"] == "scan7" else 0.5
+    text = write(tmp_path / "r.html", e)
+    first = text[text.index('<div class="first">') : text.index('<p class="lead">')]
+    said = re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", first))
+    assert "scan7 7, p-value 0.042 alarm" in said and "scan6 6, p-value 0.5" in said and said.count("alarm") == 1
+    assert "one colour scale (probability of an anomaly, from 0 to 1)" in text and text.count("alarm</strong>") == 3
+    meaning = lambda **settings: dict(score_meanings(e | {"primary": "maemi"}, settings))["maemi"]
+    assert meaning(top=0.01).startswith("mean of the highest 1 % of the map's values; the map is the squared")
+    assert meaning(top=0.01, case_score="part", part_above=2.0).startswith("number of voxels of the largest connected")
+
+
 @pytest.mark.long
 def test_cases_by_score_have_their_p_values(tmp_path):
     e = an_evaluation()
@@ -521,7 +538,7 @@ def test_cases_by_score_have_their_p_values(tmp_path):
     text = write(tmp_path / "r.html", e, [], [])
     rows = [re.sub(r"<[^>]*>", " ", row).split() for row in re.findall(r"<tr>.*?</tr>", text, re.S)]
     assert "score 1, p-value 0.024" in write(tmp_path / "shown.html", e, [a_case("c1", 1, 1.0)], [])
-    assert ["c1", "abnormal", "1", "0.024"] in rows and ["c2", "abnormal", "1", "–"] in rows
+    assert ["c1", "abnormal", "1", "0.024", "alarm"] in rows and ["c2", "abnormal", "1", "–"] in rows
     assert "p-value</th>" not in write(tmp_path / "plain.html", an_evaluation(), [], [])
 
 

@@ -16,7 +16,7 @@ SCORES = {
     "stage2_nearer": "difference of the reconstructions where module B is nearer to the image",
     "mae": "reconstruction error of the first network",
     "module_a": "reconstruction error of module A, which learned from normal images",
-    "maemi": "reconstruction error of hidden voxels",
+    "maemi": "squared reconstruction error",
     "ms_ssim": "how much the reconstruction differs in structure from the image",
     "ms_ssim_patches": "ms_ssim as a mean over each patch",
     "ms_ssim_product": "ms_ssim as a product over scales",
@@ -30,3 +30,15 @@ SCORES = {
     "kl": "Kullback-Leibler divergence between the image and the student's reconstruction",
     "kl_teacher": "Kullback-Leibler divergence between the image and the teacher's reconstruction",
 }
+FROM_MAP = ("maemi",)  # of `SCORES`: what the map shows; the setting `evaluation.case_score` makes a score of it
+MAPS = {  # what the values of a map are, by the primary score
+    **dict.fromkeys(("ppii", "ppii_top_quarter", "ppii_highest"), "probability of an anomaly, from 0 to 1"),
+    "maemi": "squared reconstruction error, in the unit of the prepared image",
+}
+
+
+def from_map(rule: str, share: float, above: float) -> str:
+    """How a case's score comes from its map, in words (`scoring.case_score`)."""
+    if rule == "part":
+        return f"number of voxels of the largest connected part of the map above {above:g}"
+    return "mean of the map" if rule == "mean" else f"mean of the highest {100 * share:.3g} % of the map's values"

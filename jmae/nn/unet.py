@@ -21,6 +21,8 @@ from jaxtyping import Array, Float, Key
 from jmae.errors import InputError
 from jmae.nn.conv import batch_norm_in_training, conv, dropout, normalised, pool, upsample
 
+START = 0.15  # size of each weight of the last layer at the start, where there is a prior; He normal has about 0.5
+
 
 def check_size(size: tuple[int, ...], levels: int) -> list[tuple[int, ...]]:
     """The size of the map at each level. Each axis halves from level to level until it is 1.
@@ -117,8 +119,11 @@ class UNet(nnx.Module):
     """Encoder, decoder with skips, three 1x1 convolutions of `head` channels, logits in float32.
 
     `widths` are the channels of the levels. `check_size` says which sizes fit. `dropout` is a rate; it is in use where
-    a call has keys. `prior` is the probability of the last of two outputs that the untrained network gives everywhere:
-    the last layer starts at 0 with that bias (ours). With 0 the last layer starts He normal, as published.
+    a call has keys. `prior` is about the probability of the last of two outputs that the untrained network gives: ours.
+    The last layer then starts with that bias, and with weights of the size `START`, whose signs alternate over the
+    channels. So no seed decides how the last layer starts. After a start at 0 its weights often became equal in sign.
+    Their inputs are 0 or more, so the probability had a ceiling, which many maps reached. With a prior of 0 the last
+    layer starts He normal, as published.
     """
 
     def __init__(
@@ -140,8 +145,10 @@ class UNet(nnx.Module):
         triples = zip(widths[:-1], below[1:], widths[1:], strict=True)
         self.decoder = nnx.List([Convs(rank, a + b, (c,) * 3, dtype, remat, rngs=rngs) for a, b, c in triples])
         self.head = Convs(rank, below[0], (head,) * 3, dtype, remat, length=1, rngs=rngs)
-        self.out = conv(rank, head, outputs, 1, jnp.float32, rngs, bias=True, zeros=prior > 0)
+        self.out = conv(rank, head, outputs, 1, jnp.float32, rngs, bias=True)
         if prior:
+            signs = (-1.0) ** jnp.add.outer(jnp.arange(head), jnp.arange(outputs))
+            self.out.kernel = nnx.Param(jnp.broadcast_to(START * signs, self.out.kernel.shape))
             self.out.bias = nnx.Param(jnp.log(jnp.array([1 - prior, prior], jnp.float32)))
         self.dropout = dropout
 

@@ -97,7 +97,7 @@ KEYS = {
     "model.base": Key(32, "Channels of the last layers.", least=1),
     "model.prior": Key(
         0.0,
-        "Ours: the probability of an anomaly that a U-Net predicts everywhere before the training; 0: its last layer "
+        "Ours: about the probability of an anomaly that a U-Net predicts before the training; 0: its last layer "
         "starts He normal, and chance decides.",
         least=0,
         below=1,

@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 from jmae import recipe
 
 TAKES = "images or volumes (small3d): normal ones"
-SUGGESTED = {"images": "it learns from normal images alone, and a short training does most for it"}
+SUGGESTED = {"images": "it learns from normal images alone, and trains fastest"}
 
 # FROC by the peaks of components: by their centroids, a map of noise finds many boxes. The paper names no rule.
 FROC = {"evaluation.froc_rule": "peak", "evaluation.froc_overlap": 0.1}

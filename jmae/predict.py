@@ -16,18 +16,25 @@ mean of their maps and of their normal scores, and one p-value (jmae.fusion). Th
 CASES.csv lists cases instead. It has the column image; id may be missing, and region, midline and half are needed where
 volumes are scored within a region or in two pieces. These columns are as in a manifest; its other columns are not read.
 
---out gets, for each case, ID_anomaly.nii.gz (for images .tif, 32 bits), ID_mask (8 bits) where the run has enough
-held-out normals, ID_confidence where the system has one, ID_recon where the recipe has evaluation.reconstruction, and
-ID_overlay.png. The mask marks where the map lies above a threshold. At most a share evaluation.alarm_rate of normal
-cases has a mask with anything in it (jmae.outlines). The rate 0.05 needs 19 held-out normals. The overlay of a volume
-shows the axial slice with the highest value. At the end --out gets scores.csv: id,label,score,p_value,score_error,
-further scores, and warning. Among the held-out normals and the case itself, the p-value is the share that scores as
-high (jmae.scoring.Calibration). It is empty in five cases: the run is not calibrated; the run was trained or calibrated
-on the image; the case has the name of a held-out normal; the case has another set of region, midline and half than the
-normals had; or the case has a warning and a p-value above the alarm rate. The column warning says in what a case is
-unlike the training images: size, channels, grey values or layout (jmae.likeness). The column score_error has the
-Monte-Carlo error of a score that is a mean over masks or samples. A case that fails is listed in failed.csv, and the
-others go on.
+--out gets for each case ID_anomaly.nii.gz (for images .tif, 32 bits) and ID_overlay.png. It also gets ID_mask (8 bits)
+where the run has enough held-out normals, and ID_confidence where the system has one. ID_recon is there where the
+recipe has evaluation.reconstruction. The mask marks where the map lies above a threshold. At most a share
+evaluation.alarm_rate of normal cases has a mask with anything in it (jmae.outlines). The rate 0.05 needs 19 held-out
+normals. The overlay of a volume shows the axial slice with the highest value.
+
+At the end --out gets scores.csv: id,label,score,p_value,score_error, further scores, and warning. Among the held-out
+normals and the case itself, the p-value is the share that scores as high (jmae.scoring.Calibration). It is empty in
+five cases:
+
+- The run is not calibrated.
+- The run was trained or calibrated on the image.
+- The case has the name of a held-out normal.
+- The case has another set of region, midline and half than the normals had.
+- The case has a warning and a p-value above the alarm rate.
+
+The column warning says in what a case is unlike the training images: size, channels, grey values or layout
+(jmae.likeness). The column score_error has the Monte-Carlo error of a score that is a mean over masks or samples. A
+case that fails is listed in failed.csv, and the others go on.
 
 --continue  adds to what is in --out: further scans, the rest after an interruption, or failed files once mended.
 

@@ -3,8 +3,10 @@
     JMAE_DATA=FOLDER python -m benchmarks.likeness
 
 Of each pack, `DRAWS` subsets of its normal training images stand for a training. The table has the share of the pack's
-own test normals and abnormal scans with a warning, and that of foreign scans: the test images of the other packs, and
-the pack's own test normals inverted, made 8 times smaller, or replaced by noise. A share is a mean over subsets.
+own test normals and abnormal scans with a warning, and that of foreign scans. These are the test images of the other
+packs, and the pack's own test normals inverted, made 8 times smaller, or replaced by noise. "disguised" are images of
+another pack in the size and channels of the own ones, which only their grey values tell apart. Of a foreign volume the
+middle slice is taken. A share is a mean over subsets.
 
 Writes benchmarks/results/likeness.json.
 """
@@ -19,6 +21,7 @@ from benchmarks.runs import pack
 from benchmarks.timing import table, write
 from jmae.data.files import Image, read_image
 from jmae.data.manifest import parse_manifest
+from jmae.data.transforms import resize, to_unit
 from jmae.likeness import Traits, kind_of, traits_of, unlike
 
 RESULTS = Path(__file__).parent / "results" / "likeness.json"
@@ -50,6 +53,17 @@ def changed(images: list[Image]) -> dict[str, list[Traits]]:
     }
 
 
+def disguised(images: list[Image], own: Image) -> list[Traits]:
+    """The traits of foreign images in the size and channels of the pack's own image; volumes are not disguised."""
+    found = []
+    for one in images if len(own.size) == 2 else ():
+        flat = one if len(one.size) == 2 else one._replace(array=one.array[one.size[0] // 2], spacing=None)
+        unit = to_unit(flat.array, flat.bits or 0).mean(-1, keepdims=True)
+        array = np.repeat(resize(255 * unit, own.size), own.array.shape[-1], -1)
+        found.append(traits_of(flat._replace(array=array, bits=8)))
+    return found
+
+
 def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     folders = {name: folder for name in PACKS if (folder := pack(name))}
@@ -61,6 +75,11 @@ def main() -> None:
         train, rng = own["train", 0], np.random.default_rng(0)
         groups = {"normal": own["test", 0], "abnormal": own.get(("test", 1), [])}
         groups |= {f"of {other}": each["test", 0] for other, each in traits.items() if other != name}
+        groups |= {
+            f"of {other}, disguised": disguised(each["test", 0], images[name]["test", 0][0])
+            for other, each in images.items()
+            if other != name
+        }
         groups |= changed(images[name]["test", 0])
         shares: dict[str, Any] = {}
         for n in (*(n for n in SIZES if n < len(train)), len(train)):

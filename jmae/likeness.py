@@ -6,12 +6,14 @@ run was trained on. A case outside a range gets a warning, and no p-value above 
 `jmae.predict` and `jmae.evaluate` share this rule.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from scipy.ndimage import gaussian_filter
 from scipy.special import stdtrit
 
 from jmae.data.files import Image
@@ -25,10 +27,11 @@ TRAINED_ON = "trained_on.json"
 LIKENESS = "likeness to the mean image"
 VALUES = 2**16  # values of an image, evenly spaced, from which the traits of grey values are computed
 FACTOR = 2.0  # a size may be so many times smaller or larger than those of the training
-CHANCE = 0.001  # that a further image of a kind lies outside a range of grey values or layout, if these were Gaussian
-WIDENING = 0.25  # share of the training images' range of grey values that is added on either side, at least
+CHANCE = 0.01  # that a further image of a kind lies outside a range of grey values or layout, if these were Gaussian
 LEAST = 0.01  # least standard deviation of a trait on its Gaussian scale
 SIDE = 16  # of the small images whose mean is the layout of the training
+DETAIL_SIDES = {2: 64, 3: 32}  # of the small images and volumes whose detail is compared
+DETAIL = ("fine detail", "middle detail", "coarse detail")
 SIZES = ("smallest axis", "largest axis", "ratio of the axes", "millimetres along the largest axis")
 """Traits that are compared by a factor."""
 REMEDY = "if such scans are normal, put some of them into the training set"
@@ -46,7 +49,7 @@ SHARE = Scale(lambda x: np.arcsin(np.sqrt(np.clip(x, 0, 1))), lambda y: np.sin(y
 RATIO = Scale(lambda x: np.log(np.maximum(x, 1e-4)), np.exp, (-10, 10))
 COSINE = Scale(lambda x: np.arctanh(np.clip(x, -0.999, 0.999)), np.tanh, (-math.inf, math.inf))
 SCALES = {"mean": SHARE, "median": SHARE, "share of black": SHARE}
-SCALES |= {"deviation": RATIO, "roughness": RATIO, LIKENESS: COSINE}
+SCALES |= dict.fromkeys(("deviation", "roughness", *DETAIL), RATIO) | {LIKENESS: COSINE}
 WORDS = {
     "channels": ("fewer channels", "more channels"),
     "smallest axis": ("fewer pixels along the shortest side", "more pixels along the shortest side"),
@@ -61,6 +64,7 @@ WORDS = {
         "grey values change more slowly from pixel to pixel",
         "grey values change faster from pixel to pixel",
     ),
+    **{name: (f"less {name}", f"more {name}") for name in DETAIL},
     LIKENESS: ("light and dark lie in other places", "hardly differs from the mean image"),
 }
 """What it means that a trait lies below or above its range."""
@@ -80,6 +84,7 @@ def traits_of(stored: Image) -> Traits:
 
     The grey values of an image go from 0 to 1 first. Those of a volume go from its 1st to its 99th percentile, as
     scanners differ in scale. "roughness" is the mean difference of neighbours along the first axis, in deviations.
+    `details_of` gives three more traits.
     """
     array, size = stored.array, stored.size
     step = max(1, math.ceil((array.size / VALUES) ** (1 / len(size))))
@@ -104,8 +109,21 @@ def traits_of(stored: Image) -> Traits:
     }
     if len(size) == 3 and stored.spacing:
         numbers[SIZES[-1]] = max(n * mm for n, mm in zip(size, stored.spacing, strict=True))
-    small = resize(values.mean(-1, keepdims=True), (SIDE,) * len(size))[..., 0]
+    grey = values.mean(-1, keepdims=True)
+    numbers |= details_of(resize(grey, (DETAIL_SIDES[len(size)],) * len(size))[..., 0])
+    small = resize(grey, (SIDE,) * len(size))[..., 0]
     return Traits(numbers, _of_norm_1(small - small.mean()))
+
+
+def details_of(small: np.ndarray) -> dict[str, float]:
+    """How strong fine, middle and coarse detail are in a small image (side, side, ...), each beside the next coarser.
+
+    A detail is the difference of the image after two Gaussian filters, whose widths differ by a factor of 2. Its
+    strength is its deviation.
+    """
+    blurred = [small, *(gaussian_filter(small, width) for width in (1, 2, 4, 8))]
+    strength = [max(float((a - b).std()), 1e-5) for a, b in itertools.pairwise(blurred)]
+    return {name: fine / coarse for name, (fine, coarse) in zip(DETAIL, itertools.pairwise(strength), strict=True)}
 
 
 def kind_of(traits: Sequence[Traits]) -> dict[str, Any]:
@@ -123,10 +141,9 @@ def kind_of(traits: Sequence[Traits]) -> dict[str, Any]:
 def range_of(name: str, values: np.ndarray) -> tuple[float, float]:
     """The range of a trait, from its values (n,) in training images.
 
-    Of sizes and channels the range is that of the values. Else it is wider, on the trait's `Scale`: it holds Student's
-    prediction interval for one more value, where `CHANCE` is divided by the number of such traits. So few images give a
-    wide range, and one image gives all that is possible. For many images the `WIDENING` of the values' own range is
-    wider, as traits have longer tails than a Gaussian.
+    Of sizes and channels the range is that of the values. Else it also holds Student's prediction interval for one more
+    value, on the trait's `Scale`. `CHANCE` is divided by the number of such traits. So few images give a wide range,
+    and one image gives all that is possible.
     """
     low, high = float(values.min()), float(values.max())
     if name not in SCALES:
@@ -135,9 +152,8 @@ def range_of(name: str, values: np.ndarray) -> tuple[float, float]:
     on_scale = scale.of(values)
     factor = float(stdtrit(n - 1, 1 - CHANCE / len(SCALES) / 2)) if n > 1 else math.inf
     reach = factor * math.sqrt(1 + 1 / n) * max(LEAST, float(on_scale.std(ddof=1)) if n > 1 else 0)
-    more, mean = WIDENING * np.ptp(on_scale), on_scale.mean()
-    ends = np.clip([min(on_scale.min() - more, mean - reach), max(on_scale.max() + more, mean + reach)], *scale.ends)
-    low, high = min(low, float(scale.back(ends[0]))), max(high, float(scale.back(ends[1])))
+    ends = scale.back(np.clip(on_scale.mean() + np.array([-reach, reach]), *scale.ends))
+    low, high = min(low, float(ends[0])), max(high, float(ends[1]))
     return low, 1.0 if name == LIKENESS else high  # nothing is too alike
 
 

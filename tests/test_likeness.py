@@ -1,11 +1,12 @@
 """Traits of images, their ranges over a training set, and what lies outside."""
 
+import itertools
 import json
 import math
 
 import numpy as np
 import pytest
-from scipy import stats
+from scipy import ndimage, stats
 
 from jmae import likeness
 from jmae.data.files import Image
@@ -79,9 +80,8 @@ def test_a_range_is_students_prediction_interval_and_holds_all_training_images()
         logs = np.log(values)
         t = stats.t.ppf(1 - likeness.CHANCE / len(likeness.SCALES) / 2, n - 1)
         reach = t * logs.std(ddof=1) * (1 + 1 / n) ** 0.5
-        more = likeness.WIDENING * np.ptp(logs)
-        expected = [min(logs.mean() - reach, logs.min() - more), max(logs.mean() + reach, logs.max() + more)]
-        expected = np.clip(expected, *scale.ends)
+        expected = np.clip([logs.mean() - reach, logs.mean() + reach], *scale.ends)
+        expected = [min(expected[0], logs.min()), max(expected[1], logs.max())]
         np.testing.assert_allclose(np.log([low, high]), expected, rtol=1e-6)
     for name in likeness.SCALES:
         low, high = likeness.range_of(name, np.array([0.3]))
@@ -92,6 +92,22 @@ def test_a_range_is_students_prediction_interval_and_holds_all_training_images()
     assert likeness.range_of("largest axis", np.array([50.0, 60.0])) == (50, 60)
 
 
+def test_detail_is_the_ratio_of_the_deviations_of_octaves():
+    small = np.random.default_rng(0).uniform(0, 1, (64, 64)).astype(np.float32)
+    blurred = [small, *(ndimage.gaussian_filter(small, width) for width in (1, 2, 4, 8))]
+    octaves = [np.std(a - b) for a, b in itertools.pairwise(blurred)]
+    expected = [octaves[i] / octaves[i + 1] for i in range(3)]
+    np.testing.assert_allclose(list(likeness.details_of(small).values()), expected, rtol=1e-5)
+
+
+def test_images_of_the_same_size_brightness_and_layout_but_other_detail_are_found():
+    """Blurred along the columns alone, so that the differences along the rows, "roughness", stay."""
+    kind = likeness.kind_of([likeness.traits_of(image(film(seed))) for seed in range(40)])
+    blurred = [ndimage.gaussian_filter1d(film(seed), 2, axis=1) for seed in range(40, 60)]
+    found = [likeness.unlike(likeness.traits_of(image(one)), kind) for one in blurred]
+    assert sum("detail" in one for one in found) >= 18
+
+
 def test_an_image_that_is_the_mean_of_the_training_has_no_warning():
     for seed in range(40):
         one = likeness.traits_of(image(film(seed, (40, 30))))
@@ -100,7 +116,7 @@ def test_an_image_that_is_the_mean_of_the_training_has_no_warning():
 
 @pytest.mark.parametrize("n", [12, 16, 26, 50])
 def test_few_images_of_a_kind_seldom_turn_down_others_of_the_kind(n):
-    """At most about 1 in 100 on average over sets of n images; other kinds are still found."""
+    """At most about 1 in 50 on average over sets of n images; other kinds are still found."""
     traits = [likeness.traits_of(image(film(seed, (40, 30)))) for seed in range(400)]
     foreign = [
         255 - film(0, (40, 30)),
@@ -112,7 +128,7 @@ def test_few_images_of_a_kind_seldom_turn_down_others_of_the_kind(n):
         kind = likeness.kind_of(traits[n * k : n * (k + 1)] if n * (k + 1) <= 300 else traits[:n])
         turned_down.append(np.mean([bool(likeness.unlike(one, kind)) for one in traits[300:]]))
         found.append([bool(likeness.unlike(likeness.traits_of(image(array)), kind)) for array in foreign])
-    assert np.mean(turned_down) <= 0.01
+    assert np.mean(turned_down) <= 0.02
     assert np.all(found)
 
 

@@ -20,7 +20,13 @@ __version__ = "0.1.0"
 
 @shortly
 def load(workdir: str | os.PathLike) -> "Run":
-    """A trained run, ready to score: `run = jmae.load("runs/mine")`, then `run("film.png")`; see `jmae.predict.Run`.
+    """Opens a trained run. The run scores one case a call:
+
+        run = jmae.load("runs/mine")
+        one = run("film.png")  # a file, or an array
+        one.score, one.p_value, one.warning, one.map, one.mask
+
+    `help(run)` tells what a call takes, and `help(one)` what it gives.
 
     Raises InputError where the folder holds no finished run.
     """

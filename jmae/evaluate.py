@@ -82,6 +82,7 @@ from jmae.scoring import Calibration
 from jmae.sealed import seal
 from jmae.seen import ALLOW, check_unseen, check_unseen_since
 from jmae.system import System, fitted_rows, load_system, split_replicates
+from jmae.tables import counted
 
 
 def main(argv: list[str]) -> int:
@@ -185,7 +186,7 @@ def evaluate(
     parts = parts_of(config, chosen, volumes=system.sweep is not None, shown=map_name(system))
     results = fitted_results(config, system, rows, workdir, cases)
     scorer = Scorer(config, system, results, cases)
-    log(f"{split}: scoring {len(chosen.rows)} cases")
+    log(f"{split}: scoring {counted(len(chosen.rows), 'cases')}")
     baselines = baselines_of(config, system, cases, rows, chosen, parts)
     fitted = fitted_rows(system, rows)
     known = of_run and not chosen.val and calibrated_on(scorer, results, workdir, chosen.normals, fitted)
@@ -226,6 +227,9 @@ def evaluate(
     evaluation["alarms"] = alarms(chosen.labels, [line["p_value"] for line in lines], calibration, rate)
     table = [without_calm_p_value(line, rate) for line in lines]
     evaluation["unlike"] = unlike_counts(lines, table) if kind else None
+    calm = {line["id"]: line["p_value"] for line, shown in zip(lines, table, strict=True) if line != shown}
+    if calm:
+        evaluation["withheld"] = calm  # `fusion.fused_evaluation` reads them
     if not evaluation["alarms"]:
         evaluation["uncalibrated"] = reasons[0] if reasons else why_no_p_values(calibration)
     history = read_history(workdir / "metrics.jsonl")

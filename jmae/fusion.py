@@ -5,6 +5,9 @@ lowest of n normals has F = k / (n + 1). Between two of them the normal score is
 highest, it goes on with the slope of one per standard deviation. The fused score is the mean of the runs' normal
 scores. Its p-value is that of a conformal test in which the case and the n normals are treated alike: each of the n + 1
 takes its rank among all of them in every run. So the promise of `scoring.Calibration` holds.
+
+A warning of one run withholds a fused p-value above the alarm rate, as it does for a single run. No alarm is lost by
+this, and the promise stays: fewer p-values are given, and none becomes smaller.
 """
 
 import json
@@ -19,9 +22,10 @@ from scipy.special import ndtri
 from jmae import metrics, recipe
 from jmae.errors import InputError
 from jmae.likeness import without_calm_p_value
-from jmae.report.compare import common_cases, labels_of, read_runs, scores_of
+from jmae.report.compare import Run, common_cases, labels_of, read_runs, scores_of
 from jmae.run_folder import log, output_folder, write_csv, write_text
 from jmae.sealed import unseal
+from jmae.tables import counted
 
 Scores = NDArray[np.float64]
 
@@ -74,20 +78,27 @@ def common_normals(calibrations: Mapping[str, Mapping[str, float]]) -> tuple[lis
     return ids, np.array([[scores[name] for name in ids] for scores in calibrations.values()])
 
 
-def fused_line(line: Mapping[str, Any], of_runs: Sequence[Mapping[str, str]], rate: float) -> dict[str, Any]:
+def fused_line(line: Mapping[str, Any], of_runs: Sequence[Mapping[str, Any]], rate: float) -> dict[str, Any]:
     """A line of the fused scores.csv, with the warnings of the runs.
 
-    It has no p-value where a run gives the case none, or where `likeness.without_calm_p_value` withholds it.
+    It has no p-value where a run has none for the case, or where `likeness.without_calm_p_value` withholds it.
 
     Args:
       line: {"p_value", ...}, of a case.
-      of_runs: its line in the scores.csv of each run.
+      of_runs: its line in the scores.csv of each run, with the p-value that the run's warning withholds there.
       rate: the alarm rate.
     """
     warning = "; ".join(dict.fromkeys(filter(None, (own.get("warning") for own in of_runs))))
     p_value = line["p_value"] if all(own.get("p_value") for own in of_runs) else None
     found = without_calm_p_value({**line, "p_value": p_value, "warning": warning}, rate)
     return {key: "" if value is None else value for key, value in found.items()}
+
+
+def whole_line(run: Run, name: str) -> dict[str, Any]:
+    """A line of a run's scores.csv, with the p-value that the run's warning withholds there. An evaluation of an
+    earlier version has not kept it."""
+    line = run.table[name]
+    return {**line, "p_value": line["p_value"] or run.metrics.get("withheld", {}).get(name)}
 
 
 def fused_map(maps: Sequence[np.ndarray], scales: Sequence[tuple[float, float]]) -> np.ndarray:
@@ -152,7 +163,7 @@ def fused_evaluation(workdirs: Sequence[Path], out: Path, *, draws: int = 2000) 
     line = lambda k: {"id": ids[k], "label": int(labels[k]), "score": score[k], "p_value": p[k]}
     own = lambda k: {f"score of {run}": each[r, k] for r, run in enumerate(found["runs"])}
     rate = min(run.config["evaluation"].get("alarm_rate", 0.05) for run in runs)
-    lines = [fused_line(line(k) | own(k), [run.table[ids[k]] for run in runs], rate) for k in range(len(ids))]
+    lines = [fused_line(line(k) | own(k), [whole_line(run, ids[k]) for run in runs], rate) for k in range(len(ids))]
     found["unlike"] = {"n": sum(bool(one["warning"]) for one in lines)}
     write_csv(out / "scores.csv", lines)
     write_text(out / "metrics.json", json.dumps(found, indent=1))
@@ -169,5 +180,6 @@ def evaluate_several(workdirs: Sequence[Path], argv: Sequence[str]) -> int:
         log(f"  {name:<24} AUROC {figures['auroc']:.3f} [{figures['auroc_ci'][0]:.3f}, {figures['auroc_ci'][1]:.3f}]")
     for run, one in found.get("differences", {}).items():
         log(f"  fused less {run}: {one['auroc']:+.3f} [{one['auroc_ci'][0]:+.3f}, {one['auroc_ci'][1]:+.3f}]")
-    log(f"{found['n']} cases, {found['held_out_normals']} held-out normals: {Path(flags['out']) / 'scores.csv'}")
+    of = counted(found["n"], "cases"), counted(found["held_out_normals"], "held-out normals")
+    log(f"{', '.join(of)}: {Path(flags['out']) / 'scores.csv'}")
     return 0

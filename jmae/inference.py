@@ -32,6 +32,7 @@ from jmae.run_recipe import read_run
 from jmae.scoring import case_score
 from jmae.sharding import device_mesh, replicated
 from jmae.system import Results, System, stage_keys
+from jmae.tables import counted
 
 
 def run_of(flags: dict[str, str]) -> tuple[Path, ConfigDict]:
@@ -105,6 +106,10 @@ class Scorer:
         """Cases that one pass takes."""
         return self.passes.at_once
 
+    def progress(self, what: str) -> str:
+        """What is done, for a line of the log, which says so while a program is compiled."""
+        return f"{what} (compiling)" if self.passes.compiling else what
+
     def with_results(self, results: Results) -> "Scorer":
         """A scorer with the same programs and with other results, whose arrays have the same shapes and places."""
         other = copy(self)
@@ -129,7 +134,7 @@ class Scorer:
         case = open_case(row, data, stored, region)
         if case.soft and not self.said_soft:
             self.said_soft = True
-            log(f"{row.id}: {soft_masks(1, data.mask_threshold)}")
+            log(f"{row.id or row.image[0]}: {soft_masks(1, data.mask_threshold)}")
         return prepared_case(row, data, case)
 
     def dispatch(self, cases: Sequence[Prepared], draw: str = "", repeats: int | None = None) -> Started:
@@ -196,7 +201,13 @@ class Scorer:
 Failed = Callable[[Row, Exception], None]
 
 
-def score_rows(scorer: Scorer, rows: Sequence[Row], *, failed: Failed | None = None) -> Iterator[Result]:
+def score_rows(
+    scorer: Scorer,
+    rows: Sequence[Row],
+    *,
+    failed: Failed | None = None,
+    ready: Callable[[Prepared], None] = lambda case: None,
+) -> Iterator[Result]:
     """The results of rows in their order.
 
     Threads prepare the next group of rows while one is scored, and each group is dispatched before the previous one is
@@ -204,6 +215,7 @@ def score_rows(scorer: Scorer, rows: Sequence[Row], *, failed: Failed | None = N
 
     Args:
       failed: called with a row that cannot be read or scored, which is then left out; None raises its error.
+      ready: called with each prepared case before its scoring starts.
 
     Raises:
       InputError: without `failed`, the error of the first row that cannot be read or scored.
@@ -216,8 +228,10 @@ def score_rows(scorer: Scorer, rows: Sequence[Row], *, failed: Failed | None = N
             done += 1
             yield result
 
-    with at_work(lambda: f"{done} of {len(rows)} cases scored{'' if done else ' (compiling first)'}"):
+    with at_work(lambda: scorer.progress(f"{done} of {counted(len(rows), 'cases')} scored")):
         for cases in prepared_groups(scorer, rows, failed):
+            for case in cases:
+                ready(case)
             started = _start(scorer, cases, failed)
             yield from finished(before)
             before = started

@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from jmae.data.files import Image, is_dicom
+from jmae.data.files import Image, is_dicom, one_grey
 from jmae.data.manifest import Row
 from jmae.data.names import ENDINGS
 from jmae.data.volumes import WORLD
 from jmae.errors import InputError
+from jmae.tables import counted
 
 SPLIT = "predict"  # of the rows, which are in no split
 
@@ -64,10 +65,26 @@ def row_of(name: str, case: tuple[str, ...]) -> Row:
     return Row(name, "", SPLIT, None, case)
 
 
+def is_image(part: Any, data: ConfigDict) -> bool:
+    """Whether a part of a list is an array with at least as many axes as the images of the recipe's section `data`."""
+    return not isinstance(part, list | tuple) and np.ndim(part) >= len(data.size)
+
+
+def several_cases(parts: Sequence[Any], what: str, data: ConfigDict) -> InputError:
+    """The error where a list can be no case of the recipe's section `data`: it has too many paths, or has arrays."""
+    takes = counted(data.channels, "sequences")
+    join = f"; np.stack(LIST, -1) joins the {takes} of one case" if what == "arrays" and data.channels > 1 else ""
+    return InputError(
+        f"a list of {len(parts)} {what}: a list has the paths of one case's sequences, and the run takes {takes}: "
+        f"score several cases one by one, [run(case) for case in LIST]{join}"
+    )
+
+
 def image_of_array(
     image: Any, data: ConfigDict, spacing: Sequence[float] | None, affine: np.ndarray | None, name: str
 ) -> Image:
-    """An array (*size) or (*size, channels) as an image on its own grid.
+    """An array (*size) or (*size, channels) as an image on its own grid. For a run of grey images, equal channels of a
+    picture become one, as when a file is read.
 
     Args:
       image: the array, of real numbers.
@@ -87,6 +104,7 @@ def image_of_array(
         )
     with np.errstate(over="ignore"):  # a value that becomes infinite is refused later
         values = np.ascontiguousarray(array if array.ndim > rank else array[..., None], np.float32)
+    values = one_grey(values) if rank == 2 and data.channels == 1 else values
     bits = {"u1": 8, "u2": 16}.get(array.dtype.str[1:])
     if affine is not None:
         affine = np.asarray(affine, np.float64)

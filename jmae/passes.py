@@ -48,6 +48,7 @@ class Pass(Protocol):
     """A compiled pass over cases. Where a device runs out of memory, a smaller pass takes its place."""
 
     results: Any  # what the score reads
+    compiling: bool  # whether a program is compiled at this moment
 
     @property
     def at_once(self) -> int:
@@ -62,6 +63,8 @@ class Pass(Protocol):
 
 class BatchPass:
     """Images in equal batches. Where memory ends, fewer masks at a time are tried, then fewer images."""
+
+    compiling: bool = False
 
     def __init__(self, config: ConfigDict, system: System, results: Results):
         self.config, self.system, self.results = config, system, results
@@ -138,6 +141,7 @@ class SweepPass:
     """
 
     at_once: int = 1
+    compiling: bool = False
 
     def __init__(self, config: ConfigDict, sweep: Sweep, results: Any):
         self.config, self.sweep, self.results = config, sweep, results
@@ -205,7 +209,11 @@ class SweepPass:
     def _fit(self, inputs: tuple[Any, ...], windows: int) -> None:
         what = f"a volume of {inputs[0].shape[:-1]}"
         lower = lambda batch: self.program.lower(self.results, *inputs, batch)
-        compiled, batch = fitting(lower, windows, what=what)
+        self.compiling = True
+        try:
+            compiled, batch = fitting(lower, windows, what=what)
+        finally:
+            self.compiling = False
         self.programs[(*inputs[0].shape, len(inputs[2]))] = compiled, batch
         if batch < self.config.evaluation.batch:
             log(f"{what}: scoring {batch} windows at a time")

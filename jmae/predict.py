@@ -34,9 +34,11 @@ five cases:
 
 The column warning says in what a case is unlike the training images: size, channels, grey values or layout
 (jmae.likeness). The column score_error has the Monte-Carlo error of a score that is a mean over masks or samples. A
-case that fails is listed in failed.csv, and the others go on.
+case that fails is listed in failed.csv, and the others go on. A path that is not there is refused before anything is
+written.
 
 --continue  adds to what is in --out: further scans, the rest after an interruption, or failed files once mended.
+            failed.csv then lists the failures of this command alone.
 
 Exit codes: 0 done; 1 some cases failed; 2 the input or the environment is wrong.
 """
@@ -51,7 +53,9 @@ import io
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -73,13 +77,13 @@ from jmae.data.duplicates import content
 from jmae.data.files import Image, marks_of, read_image, write_map
 from jmae.data.manifest import Row, read_cases, wrong_pieces
 from jmae.data.names import count_unread, id_of, names_of, stem_of
-from jmae.data.preparation import stored_case
+from jmae.data.preparation import Prepared, stored_case
 from jmae.data.slices import command, in_words, lie
 from jmae.errors import InputError, exit_code, shortly
 from jmae.fitting import restore_results
 from jmae.fusion import colours_of_file, common_normals, fused, fused_line, fused_map, scores_of_normals
 from jmae.inference import Scorer, run_of, score_rows
-from jmae.inputs import SPLIT, cases_of, image_of_array, row_of, sequences, with_spacing
+from jmae.inputs import SPLIT, cases_of, image_of_array, is_image, row_of, sequences, several_cases, with_spacing
 from jmae.likeness import REMEDY, read_kind, unlike, unlike_text, without_calm_p_value
 from jmae.outlines import least_voxels, outline
 from jmae.processes import keep_compiled
@@ -99,16 +103,28 @@ DONE = ".scores.jsonl"  # in --out: first the run and its settings, then a line 
 
 
 class Prediction(NamedTuple):
-    """What a run says of one case. Higher is more abnormal."""
+    """What a run says of one case. Higher is more abnormal.
 
-    map: np.ndarray | None  # float32, the input's spatial shape; None where the score has no map
+    Attributes:
+      map: float32, with the spatial shape of the input; None where the score has no map.
+      score: of the case.
+      p_value: None where the run is not calibrated for the case. None also where the case has a warning and the p-value
+        is above the alarm rate.
+      confidence: float32, standard deviation of the map over the system's samples; None where it has none.
+      warning: in what the case is unlike the training images; "" where in nothing.
+      mask: bool, the lesions; None where the run gives no threshold.
+      image: the stored values and their grid.
+      colours: colour scale of maps; None where the run gives none.
+    """
+
+    map: np.ndarray | None
     score: float
-    p_value: float | None  # None where the run is not calibrated for the case, or for a warning
-    confidence: np.ndarray | None  # float32, deviation of the map over the system's samples; None where it has none
-    warning: str = ""  # in what the case is unlike the training images
-    mask: np.ndarray | None = None  # bool, the lesions; None where the run gives no threshold
-    image: Image | None = None  # the stored values
-    colours: Scale | None = None  # of maps; None where the run gives none
+    p_value: float | None
+    confidence: np.ndarray | None
+    warning: str = ""
+    mask: np.ndarray | None = None
+    image: Image | None = None
+    colours: Scale | None = None
 
     def picture(self) -> np.ndarray:
         """The image beside the image under its map: uint8 (rows, columns, 3). A volume has one slice, as `overlay`."""
@@ -133,7 +149,7 @@ class Prediction(NamedTuple):
 
 
 class Run(NamedTuple):
-    """A trained run, ready to score."""
+    """A trained run, ready to score. Call it with an image: `__call__` below says how."""
 
     config: ConfigDict
     system: System
@@ -142,6 +158,7 @@ class Run(NamedTuple):
     identity: dict[str, Any]  # as `score_identity` gives it
     seen: dict[str, Row]  # what the run was trained or calibrated on, by `Row.content`
     kind: dict[str, Any] | None  # what these images have in common (`likeness.read_kind`)
+    unnamed: Iterator[int]  # numbers the arrays that come without an id, for messages
 
     @shortly
     def __call__(
@@ -157,17 +174,21 @@ class Run(NamedTuple):
         """Scores one case.
 
         Args:
-          image: a path; or the paths of a case's sequences; or an array (*size) or (*size, channels), a 2D image as
-            rows and columns. An array of unsigned 8-bit numbers spans 0 to 255, all others are stretched.
+          image: a path; or a list of the paths of a case's sequences; or an array (*size) or (*size, channels), a 2D
+            image as rows and columns. An array of unsigned 8-bit numbers spans 0 to 255, all others are stretched. Of
+            three equal channels, a run of grey images takes one.
           spacing: mm along each axis, where the input does not tell it.
           affine: (4, 4), voxel -> RAS mm, of an array. A volume with a spacing and without an affine is taken to have
             the axes of the run (`data.axes`, as PLS: indices grow to posterior, left and superior).
-          id: name of the case in messages; without it, the file's name without its ending. The score does not depend
-            on it, but for a run whose masks come from ids (evaluation.masks_of=case): then give the manifest's id.
+          id: name of the case in messages; without it, the file's name without its ending, or "array 0" for the first
+            array, "array 1" for the second. The score does not depend on it, but for a run whose masks come from ids
+            (evaluation.masks_of=case): then give the manifest's id.
           region: part of a volume that its score covers: a path, or an array (*size) on the volume's own grid, above 0
             inside, or above `data.mask_threshold` where it holds probabilities. A volume is cropped to the region, or
             normalised by it, where the run's training volumes were.
           midline, half: for a volume of two pieces, as in a manifest: "middle" or an index; "first" or "second".
+
+        Returns: score, p-value, map and more: see `help` of what is returned.
 
         Raises:
           InputError: the case cannot be used; one line says why.
@@ -179,9 +200,11 @@ class Run(NamedTuple):
         if not self.system.sweep and (region is not None or midline or half):
             raise InputError(f"{row.image[0]}: only volumes have a region, a midline and halves: leave them out")
         row, inside = with_region(row, stored, region, self.config.data.mask_threshold)
-        with at_work("scoring; the first call compiles"):
-            (result,) = self.scorer.score([self.scorer.prepare(row, stored, inside)])
-        line = checked_line(self, row, result)
+        with at_work(lambda: self.scorer.progress("scoring")):
+            case = self.scorer.prepare(row, stored, inside)
+            tell_unlike(self, case)
+            (result,) = self.scorer.score([case])
+        line = without_calm_p_value(checked_line(self, row, result), alarm_rate(self.config))
         found = result.written(self.system, ["anomaly", "confidence"])
         maps = found.get("anomaly"), found.get("confidence")
         return Prediction(
@@ -216,6 +239,7 @@ def main(argv: list[str]) -> int:
     out = output_folder(flags["out"])
     workdir, config = run_of(flags)
     if names:
+        refuse_missing([path for name in names for path in sequences(name)])
         other = list[Path]()
         cases = [case for name in names for case in cases_of(name, other, volumes=recipe.is_volume(config))]
         if other:
@@ -223,6 +247,7 @@ def main(argv: list[str]) -> int:
         rows = [row_of(name, case) for name, case in zip(names_of(cases), cases, strict=True)]
     else:
         rows = read_cases(flags["manifest"], SPLIT)
+        refuse_missing([path for row in rows for path in (*row.image, row.region) if path])
     keep_compiled()
     try:
         run = open_run(workdir, config)
@@ -231,6 +256,13 @@ def main(argv: list[str]) -> int:
     except KeyboardInterrupt:
         log("interrupted: the same command with --continue finishes what is missing")
         return 130
+
+
+def refuse_missing(paths: Sequence[str]) -> None:
+    """Raises InputError where a path is not there, before anything is written."""
+    if gone := [path for path in paths if not os.path.exists(path)]:
+        more = f" (and {len(gone) - 1} more)" if len(gone) > 1 else ""
+        raise InputError(f"{gone[0]}: not found{more}: check the path")
 
 
 def predict_with_several(workdirs: Sequence[Path], argv: Sequence[str]) -> int:
@@ -282,13 +314,17 @@ def case_of(
     if is_path(image) or (isinstance(image, list | tuple) and all(map(is_path, image))):
         parts = [image] if is_path(image) else list(image)
         case = tuple(part for word in parts for part in sequences(os.fspath(word)))
+        if not is_path(image) and len(case) > run.config.data.channels:
+            raise several_cases(case, "paths", run.config.data)
         row = row_of(id or id_of(stem_of(case[0])), case)
         stored = stored_case(row, run.config.data)
         stored = with_spacing(stored, spacing, row.image[0])
         if affine is not None:
             raise InputError(f"{row.image[0]}: affine goes with an array, a file has its own: leave it out")
         return row, stored
-    row = Row(id, "", SPLIT, None, (f"array {id}".strip(),))
+    if isinstance(image, list | tuple) and any(is_image(part, run.config.data) for part in image):
+        raise several_cases(image, "arrays", run.config.data)
+    row = Row(id, "", SPLIT, None, (f"array {id or next(run.unnamed)}",))
     if np.asarray(image).dtype == object:
         raise InputError(
             f"{row.image[0]}: {type(image).__name__} is no image: give a path, a list of paths, or an array of numbers"
@@ -326,31 +362,39 @@ def open_run(workdir: Path, config: ConfigDict) -> Run:
             "them: name them in columns of --manifest=CASES.csv, or from Python by keyword"
         )
     scorer = Scorer(config, system, results)
-    return Run(config, system, scorer, calibration, score_identity(config, system, results), seen, read_kind(workdir))
+    identity = score_identity(config, system, results)
+    return Run(config, system, scorer, calibration, identity, seen, read_kind(workdir), count())
+
+
+def tell_unlike(run: Run, case: Prepared) -> None:
+    """Logs in what a case is unlike the training images, before it is scored: to score a huge volume takes long."""
+    if warning := unlike(case.traits, run.kind):
+        name = case.row.id or case.row.image[0]
+        log(f"{name}: warning: unlike the images that the run was trained on: {warning}")
 
 
 def checked_line(run: Run, row: Row, result: Result) -> dict[str, Any]:
-    """A line of scores.csv; raises InputError where a score is not finite."""
+    """A line of scores.csv, before a warning withholds its p-value; raises InputError where a score is not finite."""
     if bad := [name for name, values in result.scores.items() if not np.isfinite(values).all()]:
         raise InputError(f"{row.image[0]}: its score {bad[0]} is not finite: look at its values, or leave it out")
     assert result.case.stored
     warning = unlike(result.case.traits, run.kind)
     line = score_line(row, result.scores, run.system, run.calibration, result.score_error, warning)
-    if warning:
-        log(f"{row.id}: warning: unlike the images that the run was trained on: {warning}")
     if line["p_value"] is not None and (seen := run.seen.get(content(result.case.stored.array))):
         why = f"it is the image of {seen.id} in {seen.split}, which the run was trained or calibrated on"
-        log(f"{row.id}: no p-value: {why}")
+        log(f"{row.id or row.image[0]}: no p-value: {why}")
         line["p_value"] = None
-    return without_calm_p_value(line, alarm_rate(run.config))
+    return line
 
 
-def scores_in(folder: Path) -> dict[str, dict[str, str]]:
-    """The lines of a folder's scores.csv, by id; {} where no case was predicted."""
+def scores_in(folder: Path) -> dict[str, dict[str, Any]]:
+    """The lines of a folder's scores.csv, by id, with the p-values that a warning withholds; {} where no case was
+    predicted."""
     if not (folder / "scores.csv").exists():
         return {}
+    whole = {line["id"]: {"p_value": line["p_value"]} for line in read_done(folder / DONE)[1:] if "p_value" in line}
     with open(folder / "scores.csv", newline="", encoding="utf-8") as file:
-        return {plain(line["id"]): line for line in csv.DictReader(file)}
+        return {name: line | whole.get(name, {}) for line in csv.DictReader(file) for name in [plain(line["id"])]}
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
@@ -364,9 +408,9 @@ def predict_rows(run: Run, rows: Sequence[Row], out: Path, *, further: bool) -> 
         written.
     """
     if not further and holds_predictions(out):
-        gone = [file for row in rows for file in row.image if not os.path.exists(file)]
-        remedy = "add --continue to finish them or to add scans, or name another --out"
-        raise InputError(f"{gone[0]}: not found: check the path" if gone else f"{out}: holds predictions: {remedy}")
+        raise InputError(
+            f"{out}: holds predictions: add --continue to finish them or to add scans, or name another --out"
+        )
     done = begin(run, out)
     for row in rows:
         if row.id in done and done[row.id]["image"] != list(row.image):
@@ -375,7 +419,7 @@ def predict_rows(run: Run, rows: Sequence[Row], out: Path, *, further: bool) -> 
     for row in missing:
         done.pop(row.id, None)  # of other files: if the case fails now, its old score must not stay
     if len(missing) < len(rows):
-        log(f"{len(rows) - len(missing)} of {len(rows)} cases are done")
+        log(f"done before: {len(rows) - len(missing)} of {counted(len(rows), 'cases')}")
     colours = colours_of(run.calibration)
     if missing and colours is None:
         log("warning: each overlay has its own colour scale, as no held-out normals give one: do not compare them")
@@ -389,15 +433,23 @@ def predict_rows(run: Run, rows: Sequence[Row], out: Path, *, further: bool) -> 
         texts = {"id": row.id, "image": ";".join(row.image), "reason": reason}
         failed.append({k: text.encode(errors="backslashreplace").decode() for k, text in texts.items()})
 
-    for result in score_rows(run.scorer, missing, failed=fail):
+    for result in score_rows(run.scorer, missing, failed=fail, ready=partial(tell_unlike, run)):
         row = result.case.row
         try:
             line = checked_line(run, row, result)
         except InputError as error:
             fail(row, error)
             continue
-        files = write_case(run, result, out, colours)
-        done[row.id] = {"id": row.id, "image": list(row.image), "of": stamps(row), "files": files, "line": line}
+        files, whole = write_case(run, result, out, colours), {"p_value": line["p_value"]}
+        line = without_calm_p_value(line, alarm_rate(run.config))
+        done[row.id] = {
+            "id": row.id,
+            "image": list(row.image),
+            "of": stamps(row),
+            "files": files,
+            "line": line,
+            **whole,
+        }
         add_line(out / DONE, seal_line(done[row.id]))
     return finish(rows, done, failed, out)
 
@@ -526,9 +578,9 @@ def views(stored: Image, heat: np.ndarray, colours: Scale | None) -> tuple[np.nd
 
 
 def finish(rows: Sequence[Row], done: Mapping[str, Mapping], failed: Sequence[Mapping[str, str]], out: Path) -> int:
-    """Writes scores.csv of all cases that are done, and failed.csv; logs the counts and returns the exit code."""
+    """Writes scores.csv of all cases that are done, and failed.csv of the rows that failed now; logs the counts and
+    returns the exit code."""
     now = {row.id for row in rows}
-    failed = [*failed, *(line for line in read_failed(out) if line["id"] not in now and line["id"] not in done)]
     lines = [done[name]["line"] for name in done if name not in now]
     lines += [done[row.id]["line"] for row in rows if row.id in done and done[row.id]["image"] == list(row.image)]
     if lines:
@@ -543,20 +595,11 @@ def finish(rows: Sequence[Row], done: Mapping[str, Mapping], failed: Sequence[Ma
     if warned := sum(bool(line.get("warning")) for line in lines):
         log(f"{unlike_text(warned, len(lines))} the training images (column warning): {REMEDY}")
     if failed:
-        log(f"{len(failed)} of {len(failed) + len(lines)} cases failed: {out / 'failed.csv'}")
+        log(f"{len(failed)} of {counted(len(failed) + len(lines), 'cases')} failed: {out / 'failed.csv'}")
         log("next: mend them, then the same command with --continue")
     else:
         log("next: look at the overlays of the highest scores: ID_overlay.png")
     return 1 if failed else 0
-
-
-def read_failed(out: Path) -> list[dict[str, str]]:
-    """The lines of failed.csv; empty where there is none."""
-    try:
-        text = (out / "failed.csv").read_text(encoding="utf-8")
-        return [{k: plain(cell) for k, cell in line.items()} for line in csv.DictReader(io.StringIO(text), strict=True)]
-    except (OSError, ValueError, AttributeError, csv.Error):
-        return []
 
 
 if __name__ == "__main__":

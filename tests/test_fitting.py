@@ -2,6 +2,7 @@
 
 import sys
 from dataclasses import replace
+from itertools import count
 from types import SimpleNamespace
 
 import jax
@@ -166,7 +167,7 @@ def test_each_calibration_set_of_the_coverage_has_an_expectation_of_its_own_norm
     monkeypatch.setattr(coverage, "drawn", drawn)
     monkeypatch.setattr(coverage, "restore_stages", lambda *_: WEIGHTS)
     fit = {"level": {"mean": {"image": np.zeros((6, 5, 1), np.float32)}}}
-    one = Run(config, system, Scorer(config, system, {**WEIGHTS, **fit}), None, {}, {}, None)
+    one = Run(config, system, Scorer(config, system, {**WEIGHTS, **fit}), None, {}, {}, None, count())
     found = coverage.judged(one, folder, n, draws, tests)
     for number in range(draws):
         start = number * (tests + 2 * n)

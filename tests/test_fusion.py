@@ -1,11 +1,16 @@
 """Scores of several runs as one: normal scores, p-values and their promise, maps, and the commands."""
 
+import csv
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 from scipy.stats import norm
 
 from jmae import fusion
 from jmae.errors import InputError
+from jmae.run_folder import write_csv
 
 
 def test_a_normal_score_is_the_quantile_of_the_rank():
@@ -76,4 +81,39 @@ def test_a_fused_line_has_the_warnings_of_the_runs_and_no_calm_p_value_beside_on
     assert line(0.3, ("0.2", ""), ("", ""))["p_value"] == ""
     assert line(0.3, ("0.01", "mean 2"), ("0.4", "")) == {"id": "a", "p_value": "", "warning": "mean 2"}
     assert line(0.02, ("0.01", "mean 2"), ("0.03", "mean 2")) == {"id": "a", "p_value": 0.02, "warning": "mean 2"}
+    assert line(0.02, (0.1, "mean 2"), (0.01, ""))["p_value"] == 0.02, "an alarm, though one run's own is none"
     assert fusion.fused_line({"p_value": 0.3}, [{"p_value": "0.2"}], 0.05)["warning"] == "", "an older evaluation"
+
+
+def evaluated(folder: Path, normals: np.ndarray, score: float, p_value: float, warning: str, kept: bool) -> Path:
+    """A run folder with an evaluation of two cases: "odd" has the score, and "usual" that of the lowest normal. A
+    p-value that a warning withholds is `kept` in metrics.json, or not, as earlier versions did."""
+    (folder / "evaluation").mkdir(parents=True)
+    calibration = {"scores": {f"n{i}": float(s) for i, s in enumerate(normals)}, "colours": {}}
+    (folder / "calibration.json").write_text(json.dumps(calibration))
+    withheld = warning and p_value > 0.05
+    lines = [
+        {"id": "odd", "label": 1, "score": score, "p_value": "" if withheld else p_value, "warning": warning},
+        {"id": "usual", "label": 0, "score": float(normals.min()), "p_value": 1.0, "warning": ""},
+    ]
+    write_csv(folder / "evaluation" / "scores.csv", lines)
+    write_csv(folder / "evaluation" / "cases.csv", [{"id": i, "patient": "", "image": i} for i in ("odd", "usual")])
+    (folder / "evaluation" / "config.json").write_text(json.dumps({"evaluation": {"alarm_rate": 0.05}}))
+    metrics = {"withheld": {"odd": p_value}} if withheld and kept else {}
+    (folder / "evaluation" / "metrics.json").write_text(json.dumps(metrics))
+    return folder
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_warning_of_one_run_costs_no_alarm_of_all_runs(tmp_path, kept):
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(2, 99))
+    runs = [
+        evaluated(tmp_path / "a", a, float(np.sort(a)[-7]), 0.08, "more pixels", kept),
+        evaluated(tmp_path / "b", b, float(b.max() + 1), 0.01, "", kept),
+    ]
+    fusion.fused_evaluation(runs, tmp_path / "out", draws=10)
+    with open(tmp_path / "out" / "scores.csv", newline="") as file:
+        odd, usual = csv.DictReader(file)
+    assert odd["warning"] == "more pixels" and float(usual["p_value"]) > 0.9
+    assert (float(odd["p_value"]) <= 0.05) if kept else odd["p_value"] == ""

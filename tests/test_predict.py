@@ -28,9 +28,10 @@ from jmae.data.cases import load_rows
 from jmae.data.files import read_image
 from jmae.data.transforms import resize, to_unit
 from jmae.errors import InputError, exit_code
+from jmae.likeness import traits_of, write_kind
 from jmae.masking import case_keys
 from jmae.report import Scale
-from jmae.run_folder import write_csv
+from jmae.run_folder import log, write_csv
 from jmae.seen import read_seen, write_seen
 from jmae.system import Sweep, System
 
@@ -176,6 +177,8 @@ def test_a_case_unlike_the_training_has_a_warning_and_no_calm_p_value(finished, 
     assert {name: line | {"label": ""} for name, line in evaluated.items()} == lines
     withheld = sum(not line["p_value"] for line in lines.values())
     found = json.loads((out / "metrics.json").read_text())
+    whole = {name: line["p_value"] for name, line in predict.scores_in(tmp_path / "out").items()}
+    assert all(whole.values()) and found["withheld"] == {n: whole[n] for n in lines if not lines[n]["p_value"]}
     assert found["unlike"] == {"n": 2, "normal": 1, "abnormal": 1, "withheld": withheld}
     high = [name for name, line in lines.items() if line["p_value"] and float(line["p_value"]) <= 0.05]
     counts = {"normal": [len({"usual", "thumbnail"} & set(high)), 2], "abnormal": [int("noise" in high), 1]}
@@ -390,7 +393,7 @@ def test_arrays_that_cannot_be_used_are_refused_in_one_line(images_run, tmp_path
     for array, words, problem in (
         (good[None, None], {}, "give real values"),
         (np.zeros((0, 4)), {}, "give real values"),
-        (None, {}, "array: NoneType is no image: give a path, a list of paths, or an array of numbers"),
+        (None, {}, "array [0-9]: NoneType is no image: give a path, a list of paths, or an array of numbers"),
         (good.astype(complex), {}, "give real values"),
         (np.array([["a"]]), {}, "give real values"),
         (good[..., None].repeat(2, -1), {}, "channels: 2 where the recipe has 1"),
@@ -405,6 +408,44 @@ def test_arrays_that_cannot_be_used_are_refused_in_one_line(images_run, tmp_path
         with pytest.raises(InputError, match=problem) as error:
             of(array, **words)
         assert "\n" not in str(error.value)
+
+
+def test_an_array_of_equal_channels_is_taken_as_the_file_is(finished, small_set, tmp_path, capfd):
+    file = next(small_set.parent.glob("test-0-0.*"))
+    grey = read_image(file).array.astype(np.uint8)
+    Image.fromarray(grey.repeat(3, -1)).save(tmp_path / "rgb.png")
+    of = jmae.load(finished)
+    as_file, as_array = of(tmp_path / "rgb.png"), of(grey.repeat(3, -1))
+    assert (as_array.score, as_array.p_value, as_array.warning) == (as_file.score, as_file.p_value, as_file.warning)
+    assert as_array.p_value is not None and as_array.warning == ""
+    capfd.readouterr()
+    of(grey[::5, ::5])
+    of(grey[::5, ::5], id="mine")
+    of(grey[::5, ::5])
+    names = [line.split(": warning: ")[0] for line in capfd.readouterr().err.splitlines()]
+    assert names == ["array 1", "mine", "array 2"]
+
+
+def test_a_list_is_the_sequences_of_one_case(images_run, tmp_path):
+    array, file = np.zeros((9, 8)), picture(tmp_path / "a.png")
+    one = "a list has the paths of one case's sequences, and the run takes 1 sequence: score several cases one by one, "
+    for images, what in (([array, array], "arrays"), ([array, array[1:]], "arrays"), ([file, file], "paths")):
+        with pytest.raises(InputError) as error:
+            jmae.load(images_run)(images)
+        assert str(error.value) == f"a list of 2 {what}: {one}[run(case) for case in LIST]"
+
+
+def test_the_help_of_load_names_what_works_after_it(images_run, tmp_path, capsys):
+    text = jmae.load.__doc__
+    assert "`help(run)`" in text and "`help(one)`" in text
+    run = jmae.load(images_run)
+    one = run(picture(tmp_path / "film.png"))
+    for shown, said in ((run, "image: a path; or a list of the paths"), (one, "p_value: None where the run")):
+        capsys.readouterr()
+        help(shown)
+        assert said in capsys.readouterr().out
+    (fields,) = (line for line in text.splitlines() if "one.score" in line)
+    assert all(hasattr(one, word.removeprefix("one.")) for word in fields.strip().split(", "))
 
 
 def test_a_calm_map_stays_dark_on_the_scale_of_normals():
@@ -489,10 +530,10 @@ def check_damaged(workdir: Path, out: Path, good: Path, bad: list[Path], said) -
 
 
 def test_damaged_images_are_refused_each_in_a_line_and_the_others_go_on(images_run, tmp_path, capfd):
-    bad = [*damaged_images(tmp_path / "bad"), tmp_path / "gone.png"]
+    bad = damaged_images(tmp_path / "bad")
     check_damaged(images_run, tmp_path / "out", picture(tmp_path / "good.png"), bad, capfd.readouterr)
     cases = {line["id"]: line["reason"] for line in table(tmp_path / "out" / "failed.csv").values()}
-    assert "not found" in cases["gone"] and "is empty" in cases["empty dcm"]
+    assert "is empty" in cases["empty dcm"]
     assert "is beyond the limit" in cases["lying dcm"] and "more pixels" in cases["flipped dcm"]
     assert "claims the size (40, 30), which does not fit its data" in cases["lying png"]
 
@@ -530,7 +571,8 @@ def test_damaged_volumes_are_refused_each_in_a_line_and_the_others_go_on(tmp_pat
 
 
 def test_what_is_wrong_with_the_command_is_one_line(images_run, tmp_path, capfd):
-    image = picture(tmp_path / "a.png")
+    image, gone, cases = picture(tmp_path / "a.png"), tmp_path / "gone.png", tmp_path / "cases.csv"
+    cases.write_text("image\na.png\ngone.png\n")
     copy = picture(tmp_path / "b" / "a.png")
     for words, problem in (
         ([f"--workdir={images_run}", f"--out={tmp_path / 'out'}"], "no scans: name files or folders"),
@@ -541,6 +583,9 @@ def test_what_is_wrong_with_the_command_is_one_line(images_run, tmp_path, capfd)
         ([f"--workdir={images_run}", f"--out={tmp_path / 'out'}", "--continu=1", str(image)], "--continue"),
         ([f"--workdir={images_run}", f"--out={tmp_path / 'out'}", str(image), str(image)], "name it once"),
         ([f"--workdir={images_run}", f"--out={tmp_path / 'out'}", f"{image};"], "empty name"),
+        ([f"--workdir={images_run}", f"--out={tmp_path / 'out'}", str(image), str(gone)], f"{gone}: not found: check"),
+        ([f"--workdir={images_run}", f"--out={tmp_path / 'out'}", f"{gone};{gone}"], "not found (and 1 more): check"),
+        ([f"--workdir={images_run}", f"--out={tmp_path / 'out'}", f"--manifest={cases}"], f"{gone}: not found: check"),
         ([f"--workdir={images_run}", f"--out={image}", str(image), str(copy)], "is a file: name a folder"),
     ):
         assert exit_code(predict.main, words) == 2
@@ -577,8 +622,6 @@ def test_an_interrupted_prediction_goes_on_where_it_stopped(images_run, tmp_path
     (out / "1_anomaly.tif").unlink()
     monkeypatch.setattr(predict, "write_case", counted)
     assert run(images_run, out, *files) == 2 and "add --continue to finish them or to add" in capfd.readouterr().err
-    assert run(images_run, out, out / "gone.png") == 2
-    assert capfd.readouterr().err.splitlines()[-1] == f"{out / 'gone.png'}: not found: check the path"
     assert run(images_run, out, "--continue", *files) == 0
     assert written == ["0", "1", "2", "3", "1", "4", "5", "6"]
     assert (out / "scores.csv").read_text() == (whole / "scores.csv").read_text()
@@ -600,6 +643,42 @@ def test_what_failed_is_done_once_it_is_mended(images_run, tmp_path):
     bad.write_bytes(b"damaged again")
     assert run(images_run, tmp_path / "out", "--continue", good, bad) == 1
     assert list(table(tmp_path / "out" / "scores.csv")) == ["good"], "the score of the earlier file does not stay"
+    assert run(images_run, tmp_path / "out", "--continue", good) == 0, "a failure of another file does not count"
+    assert "failed.csv" not in left(tmp_path / "out")
+
+
+def test_a_volume_of_another_size_is_named_before_it_is_scored(volumes_run, tmp_path, monkeypatch, capfd):
+    usual = [volume(tmp_path / f"{part}.nii.gz", i) for i, part in enumerate("ab")]
+    huge = [volume(tmp_path / f"huge {part}.nii.gz", i, size=(31, 29, 7)) for i, part in enumerate("ab")]
+    write_kind(volumes_run, [traits_of(read_image(usual))])
+    real = passes.SweepPass.dispatch
+
+    def dispatch(self, cases, *rest):
+        log(f"scoring {cases[0].row.image[0]}")
+        return real(self, cases, *rest)
+
+    monkeypatch.setattr(passes.SweepPass, "dispatch", dispatch)
+    words = [f"{files[0]};{files[1]}" for files in (usual, huge)]
+    assert run(volumes_run, tmp_path / "out", *words) == 0
+    jmae.load(volumes_run)([str(file) for file in huge])
+    said = [line for line in capfd.readouterr().err.splitlines() if "huge a: warning:" in line or "scoring /" in line]
+    assert [line.split(" (")[0].removeprefix("huge a: warning: unlike the images that ") for line in said] == [
+        f"scoring {usual[0]}",
+        *["the run was trained on: more pixels along the longest side", f"scoring {huge[0]}"] * 2,
+    ]
+
+
+@pytest.mark.parametrize("volumes", [False, True])
+def test_progress_says_that_a_program_is_compiled_only_while_it_is(tmp_path, monkeypatch, volumes):
+    workdir = write_run(tmp_path / "run", VOLUMES if volumes else IMAGES, monkeypatch)
+    said, real = list[str](), passes.fitting
+    case = [str(volume(tmp_path / f"{part}.nii.gz", i)) for i, part in enumerate("ab")] if volumes else np.eye(9)
+    monkeypatch.setattr(passes, "fitting", lambda *args, **words: said.append(of()) or real(*args, **words))
+    of = lambda: run.scorer.progress("0 of 1 case scored") if run else ""
+    run = None
+    run = jmae.load(workdir)
+    run(case)
+    assert said == (["0 of 1 case scored (compiling)"] if volumes else [""]) and of() == "0 of 1 case scored"
 
 
 class Full:

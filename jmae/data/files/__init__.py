@@ -15,6 +15,7 @@ compared. Whatever is wrong becomes one `InputError` of the form "PATH: what: re
 from jmae.data.files.dicom import is_dicom
 from jmae.data.files.grids import Geometry, Image, OffGrid, off_grid, turned
 from jmae.data.files.guard import MAX_VOXELS
+from jmae.data.files.pictures import one_grey
 from jmae.data.files.reading import (
     ReadFile,
     image_size,
@@ -38,6 +39,7 @@ __all__ = [
     "marks_of",
     "off_grid",
     "on_grid",
+    "one_grey",
     "read_file",
     "read_image",
     "read_marks",

@@ -35,9 +35,20 @@ COMMANDS = {
 """The module of each command and its sentence in `jmae --help`."""
 OWN = {
     "systems": "which system takes which data, and its presets",
-    "completion": 'print the completion script of bash or zsh: eval "$(jmae completion bash)"',
+    "completion": "print the completion script of bash or zsh; jmae completion --help says where to keep it",
 }
 """Commands that need no module of their own."""
+KEEP = """jmae completion bash|zsh: print the script with which a shell completes commands, flags and recipes
+
+Give these two lines once. The next shell that you open completes jmae.
+
+bash    jmae completion bash > ~/.jmae-completion.bash
+        echo '. ~/.jmae-completion.bash' >> ~/.bashrc
+
+zsh     jmae completion zsh > ~/.jmae-completion.zsh
+        echo '. ~/.jmae-completion.zsh' >> ~/.zshrc
+
+For the present shell alone: eval "$(jmae completion bash)". Fish has no script."""
 BASH = """\
 _jmae() {{
     local word=${{COMP_WORDS[COMP_CWORD]}} words=""
@@ -51,6 +62,7 @@ _jmae() {{
     COMPREPLY=($(compgen -W "$words" -- "$word"))
 }}
 complete -o default -F _jmae jmae"""
+ZSH = "autoload -U +X compinit bashcompinit && compinit && bashcompinit"
 
 
 def run() -> NoReturn:
@@ -65,7 +77,7 @@ def main(argv: list[str]) -> int:
     elif command == "--version":
         print(f"jmae {__version__}")
     elif command in OWN and {"--help", "-h"} & {*words}:
-        print(f"jmae {command}: {OWN[command]}")
+        print(KEEP if command == "completion" else f"jmae {command}: {OWN[command]}")
     elif command == "systems":
         print(systems())
     elif command == "completion":
@@ -176,4 +188,4 @@ def completion(words: list[str]) -> str:
 
     lines = [f'            {name}) words="{" ".join(f"--{flag}" for flag in flags(name))}";;' for name in COMMANDS]
     script = BASH.format(commands=" ".join([*COMMANDS, *OWN]), flags="\n".join(lines), recipes=" ".join(recipe.SYSTEMS))
-    return script if words == ["bash"] else f"autoload -U +X bashcompinit && bashcompinit\n{script}"
+    return script if words == ["bash"] else f"{ZSH}\n{script}"

@@ -111,7 +111,8 @@ def test_the_help_of_a_command_names_all_its_flags(command, monkeypatch):
 
 def test_commands_of_a_few_words_have_a_help_too():
     code, out, err, heavy = run("completion", "--help")
-    assert (code, err, heavy) == (0, "", []) and out.startswith("jmae completion: print the completion script of bash")
+    assert (code, err, heavy) == (0, "", []) and out.startswith("jmae completion bash|zsh: print the script")
+    assert "echo '. ~/.jmae-completion.bash' >> ~/.bashrc" in out and ">> ~/.zshrc" in out and "Fish has no" in out
     assert run("systems", "-h")[:2] == (0, "jmae systems: which system takes which data, and its presets\n")
 
 
@@ -160,6 +161,7 @@ def test_a_command_without_standard_output_ends_well(monkeypatch):
 
 
 def test_bash_completes_commands_flags_and_recipes():
+    assert cli.completion(["zsh"]).startswith("autoload -U +X compinit bashcompinit && compinit && ")  # for compdef
     script = subprocess.run([sys.executable, "-m", "jmae", "completion", "bash"], capture_output=True, text=True).stdout
     ask = 'COMP_WORDS=({words}); COMP_CWORD={last}; _jmae; echo "${{COMPREPLY[@]}}"'
     typed = ["jmae pr", "jmae train --wo", "jmae train --config m"]

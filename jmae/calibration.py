@@ -25,17 +25,21 @@ from jmae.outlines import least_voxels, peak
 from jmae.report import PERCENTILES, Scale
 from jmae.results import Result, map_name
 from jmae.run_folder import log, write_text
-from jmae.scoring import Calibration, alarm_threshold, colour_ends, normals_needed, saturated, too_few_normals
+from jmae.scoring import (
+    Calibration,
+    alarm_threshold,
+    colour_ends,
+    more_normals,
+    normals_needed,
+    saturated,
+    too_few_normals,
+)
 from jmae.sealed import seal, unseal
 from jmae.seen import write_seen
 from jmae.system import Results, System, chosen_on_val, compute_type, fitted_rows, rows_read
 from jmae.tables import counted
 
 CALIBRATION = "calibration.json"
-NOT_CALIBRATED = (
-    "not calibrated, so no p-values: give the manifest val rows of label 0, or, with ten or more train patients, set "
-    "data.calibration as jmae check proposes"
-)
 ONLY_NORMALS = "This split contains only the normals used for calibration, so it has no p-values"
 LOCATING_COLUMNS = ("region", "midline", "half")  # of the manifest, on which the score of a volume depends
 # Settings of the section `evaluation` that change no score: of memory, of the files written, of the figures.
@@ -99,7 +103,7 @@ def calibrate(
     config: ConfigDict,
     system: System,
     results: Results,
-    reference: ReferenceScores,
+    reference: ReferenceScores | None,
     workdir: Path,
     say: Say = log,
     fitted: Collection[str] = (),
@@ -107,11 +111,14 @@ def calibrate(
     """Calibrates a run on the normals of `val` that are not `fitted` (`system.fitted_rows`); writes calibration.json.
 
     The file holds the score of each normal, the threshold at the false-alarm rate `evaluation.alarm_rate`, the colour
-    scale of maps, and the weights and settings that these numbers belong to. None where labels of `val` chose the
-    weights and no other normals are there.
+    scale of maps, and the weights and settings that these numbers belong to. Where no normal may calibrate, an older
+    file is removed, and there is no calibration.
     """
-    used = np.array(calibrating_rows(config, system, reference.rows, say, fitted))
-    if not used.any():
+    used = np.array(calibrating_rows(config, system, reference.rows if reference else (), say, fitted), bool)
+    if reference is None or not used.any():
+        remove_calibration(workdir)
+        if reference is None:
+            say(too_few_normals(0, alarm_rate(config)))
         return None
     normals = [row for row, use in zip(reference.rows, used, strict=True) if use]
     scores = {row.id: float(s) for row, s in zip(normals, reference.scores[:, used].mean(0), strict=True)}
@@ -172,20 +179,23 @@ def calibrating_rows(
     return used
 
 
+def remove_calibration(workdir: Path) -> None:
+    """Removes the calibration of a run that has no held-out normals any more, and says so."""
+    if (workdir / CALIBRATION).exists():
+        (workdir / CALIBRATION).unlink(missing_ok=True)
+        log(f"warning: {workdir / CALIBRATION}: removed, as none of its normals is kept from the training any more")
+
+
 def warn_of_few(n: int, rate: float) -> None:
     """Logs that n held-out normals give no p-value as low as the alarm rate, where that is so."""
     if few := too_few_normals(n, rate):
-        log(f"warning: {few}: take more normal scans, or a larger data.calibration")
+        log(f"warning: {few}")
 
 
 def tell_p_values(config: ConfigDict, system: System, rows: Sequence[Row]) -> None:
     """Logs before a training that its run will have no p-values, or none as low as the alarm rate."""
     val = [row for row in rows if row.split == "val"]
-    n = sum(calibrating_rows(config, system, val, fitted=fitted_rows(system, rows)))
-    if n:
-        warn_of_few(n, alarm_rate(config))
-    else:
-        log(NOT_CALIBRATED)
+    warn_of_few(sum(calibrating_rows(config, system, val, fitted=fitted_rows(system, rows))), alarm_rate(config))
 
 
 def calibrate_run(
@@ -196,7 +206,8 @@ def calibrate_run(
     used = calibrating_rows(config, system, val, fitted=fitted)
     normals = [row for row, use in zip(val, used, strict=True) if use]
     if not normals:
-        log(NOT_CALIBRATED)
+        remove_calibration(workdir)
+        warn_of_few(0, alarm_rate(config))
         return
     results = fitted_results(config, system, rows, workdir, cases)
     reference = reference_scores(config, system, score_rows(Scorer(config, system, results, cases), normals))
@@ -238,7 +249,7 @@ def read_calibration(
         if not scores or not np.isfinite([*scores.values(), low or 0, high or 0, *peaks, least]).all():
             raise ValueError("no scores, or not finite ones")
     except FileNotFoundError:
-        say(NOT_CALIBRATED)
+        say(too_few_normals(0, alarm_rate(config)))
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{file}: is no calibration ({error!r}): delete it and run jmae.evaluate again") from None
@@ -313,7 +324,7 @@ def why_no_masks(calibration: Calibration | None, rate: float) -> str:
         return ""
     normals, needed = counted(len(calibration.peaks), "held-out normals"), normals_needed(rate)
     if len(calibration.peaks) < needed:
-        return f"no masks: {normals}, {needed} are needed"
+        return f"no masks: {normals}, {needed} are needed: {more_normals(rate)}"
     if saturated(calibration.peaks, rate):
         top = f"the highest values of several maps of {normals} are equal ({max(calibration.peaks):.4g})"
         return f"{top}, so masks of new cases stay empty: train longer"

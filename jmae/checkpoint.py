@@ -353,7 +353,7 @@ def refuse_difference(
         more = f"; and {len(keys) - 3} more" if len(keys) > 3 else ""
         raise InputError(
             f"{path}: saved by another configuration: {'; '.join(shown)}{more}; "
-            f"remedy: {remedy or 'another --workdir or the same settings'}"
+            f"remedy: {remedy or 'another --workdir (of quickstart another --out) or the same settings'}"
         )
 
 

@@ -191,7 +191,7 @@ def evaluate(
     fitted = fitted_rows(system, rows)
     known = of_run and not chosen.val and calibrated_on(scorer, results, workdir, chosen.normals, fitted)
     reference, thresholds = score_reference(scorer, chosen, baselines, known)
-    if of_run and chosen.normals and reference and not rows_changed(system, rows, workdir):
+    if of_run and split != "val" and not known and not rows_changed(system, rows, workdir):
         calibration = calibrate(config, system, results, reference, workdir, say, fitted)
     else:
         calibration = read_calibration(config, system, results, workdir, say)

@@ -3,14 +3,13 @@
 
 Makes a report from two folders. NORMALS holds normal scans to train on, NEW the scans to look at: images, volumes, or
 folders of DICOM series. The command finds out whether the scans are images or volumes, chooses a system for them and
-says why. It then prints and runs four commands. --out gets data/ (the manifest), run/ (the run, with
-evaluation/report.html) and predictions/ (maps and overlays). The same command goes on where it was interrupted.
+says why. It then prints and runs three commands. --out gets data/ (the manifest) and run/ (the run). The folder
+run/evaluation gets report.html, scores.csv and the maps. The same command goes on where it was interrupted.
 
 --budget  Factor of the steps of the training. 0.25 gives a first impression; 1 is what the recipe was made for.
 --config  Your own choice of a recipe; --config.KEY=VALUE changes a key of the training.
 
-Exit codes: 0 done; 1 some new scans could not be read; 2 the input or the environment is wrong; 3, 130 and 143 as of
-`jmae train`.
+Exit codes: 0 done; 2 the input or the environment is wrong; 3, 130 and 143 as of `jmae train`.
 """
 
 import os
@@ -19,11 +18,18 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from jmae import evaluate, predict, recipe, train
+from jmae import evaluate, recipe, train
 from jmae.data import prepare
 from jmae.data.manifest import Row, parse_manifest
 from jmae.data.prepare import folders
-from jmae.data.prepare.overview import CHOOSE, calibration_share, one_rank, p_value_line, read_kinds
+from jmae.data.prepare.overview import (
+    CHOOSE,
+    calibration_share,
+    one_rank,
+    p_value_line,
+    read_kinds,
+    too_few_to_learn,
+)
 from jmae.data.slices import command
 from jmae.errors import InputError, exit_code
 from jmae.run_folder import log, output_folder
@@ -31,13 +37,13 @@ from jmae.tables import counted
 
 
 def prepare_data(argv: list[str]) -> int:
-    """`jmae prepare` without the lines that quickstart has itself."""
-    lines = prepare.written(argv).splitlines()
-    print("\n".join(line for line in lines if not line.startswith(("next: ", "p-values: ", "recipe: "))))
+    """`jmae prepare` without its advice, which quickstart follows."""
+    found, _ = prepare.written(argv)
+    print(found)
     return 0
 
 
-RUN = {"prepare": prepare_data, "train": train.main, "evaluate": evaluate.main, "predict": predict.main}
+RUN = {"prepare": prepare_data, "train": train.main, "evaluate": evaluate.main}
 
 
 def main(argv: list[str]) -> int:
@@ -54,38 +60,31 @@ def main(argv: list[str]) -> int:
     name, why = recipe.suggested(kind)
     chosen = flags.pop("config", "")
     log(f"{counted(len(rows), kind)}: {f'{chosen}, as you chose' if chosen else f'{name}:small ({why}; {CHOOSE})'}")
-    log(p_value_line(rows))
-    share = calibration_share(rows)
+    share = f"{calibration_share(rows):g}"
     given = {"config": chosen or f"{name}:small", "config.data.manifest": str(made)}
-    given |= {"config.data.calibration": f"{share:g}", "config.budget": budget}
+    given |= {"config.data.calibration": share, "config.budget": budget}
     given |= {"config.data.channels": "1"} if kind == "volumes" else {}
-    run, predictions = str(out / "run"), out / "predictions"
+    kept = recipe.typed("config.data.calibration", (given | flags)["config.data.calibration"], 0.0)
+    log("\n".join(filter(None, [p_value_line(rows, kept), too_few_to_learn(rows)])))
+    run = out / "run"
     commands = [
         ["prepare", "folders", "--normal", normals, "--test", new, "--out", str(out / "data")],
-        ["train", *(f"--{flag}={value}" for flag, value in (given | flags).items()), "--workdir", run],
-        ["evaluate", "--workdir", run],
-        ["predict", "--workdir", run, "--out", str(predictions), new],
+        ["train", *(f"--{flag}={value}" for flag, value in (given | flags).items()), "--workdir", str(run)],
+        ["evaluate", "--workdir", str(run)],
     ]
-    log("\n".join(["this stands for four commands:", *(f"  {in_shell(words)}" for words in commands), ""]))
+    log("\n".join(["this stands for three commands:", *(f"  {in_shell(words)}" for words in commands), ""]))
     for words in commands:
         if words[0] == "prepare" and made.exists():
             log(f"{made}: is there already")
             continue
         log(f"$ {in_shell(words)}")
-        further = ["--continue"] if words[0] == "predict" and predictions.exists() else []
-        try:
-            code = RUN[words[0]]([*words[1:], *further])
-        except InputError as error:  # quickstart's --out has the run folder
-            raise InputError(str(error).replace("another --workdir", "another --out")) from error
-        if code and (words[0], code) != ("predict", 1):  # some scans failed, the report is there
+        if code := RUN[words[0]](words[1:]):
             return code
-    log(f"{out / 'run' / 'evaluation' / 'report.html'}: the new scans, from the most to the least suspicious")
-    if code:
-        log(f"some scans failed: mend those of {predictions / 'failed.csv'}, then the same jmae quickstart")
+    log(f"{run / 'evaluation' / 'report.html'}: the new scans, from the most to the least suspicious")
     more = [f"--config={chosen}"] * bool(chosen) + [f"--{flag}={value}" for flag, value in flags.items()]
     longer = in_shell(["quickstart", *names, *more, "--budget", "1", "--out", f"{out}-longer"])
     log(f"next: open it; a longer training: {longer}")
-    return code
+    return 0
 
 
 def manifest_of(out: Path, rows: Sequence[Row], sources: str) -> Path:

@@ -120,6 +120,7 @@ def alarm_threshold(normals: Sequence[float], rate: float) -> float | None:
     return float(np.sort(np.asarray(normals, np.float64))[-k]) if 0 < k <= len(normals) else None
 
 
+RATE = 0.05  # p-value that held-out normals should reach
 TIE = 1e-4  # relative: peaks of maps that differ by less tie
 
 
@@ -141,13 +142,22 @@ def normals_needed(rate: float) -> int:
     return ceil(1 / rate) - 1
 
 
+def more_normals(rate: float = RATE) -> str:
+    """The remedy for too few held-out normals. Of fewer than ten scans, `data.calibration` keeps none apart."""
+    least = normals_needed(rate)
+    scans = f"{max(10, 2 * least)} normal scans or more, or {least} in the split val"
+    return f"give {scans}; jmae check then prints the command"
+
+
 def too_few_normals(n: int, rate: float) -> str:
-    """Why n held-out normals give no p-value as low as `rate`; "" where they are enough."""
+    """Why n held-out normals give no p-value as low as `rate`, and the remedy; "" where they are enough."""
     if floor(round(rate * (n + 1), 9)) > 0:  # as in `alarm_threshold`
         return ""
-    smallest, least = 1 / (n + 1), normals_needed(rate)
-    what = f"{counted(n, 'held-out normals')} cannot give a p-value of {rate:g}"
-    return f"{what} (the smallest is {smallest:.2g}): at least {least} are needed"
+    what = "no normal scan is kept from the training to give p-values"
+    if n:
+        kept = f"{counted(n, 'normal scans')} kept from the training"
+        what = f"{kept} cannot give a p-value of {rate:g} (the smallest is {1 / (n + 1):.2g})"
+    return f"{what}: {more_normals(rate)}"
 
 
 def colour_ends(lows: Sequence[float], highs: Sequence[float]) -> tuple[float, float]:

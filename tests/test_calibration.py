@@ -21,7 +21,7 @@ from jmae.data.manifest import Row, leaks
 from jmae.data.preparation import Prepared
 from jmae.errors import InputError
 from jmae.inference import Scorer, score_rows
-from jmae.scoring import Calibration, alarm_threshold, colour_ends, p_values
+from jmae.scoring import Calibration, alarm_threshold, colour_ends, more_normals, p_values
 from jmae.system import System
 
 # --- the guarantee ----------------------------------------------------------------------------------------------------
@@ -196,6 +196,23 @@ def test_normals_that_calibrated_the_run_are_scored_again_only_where_something_c
     assert again()[1:] == (12, about)
 
 
+def test_a_run_whose_normals_have_all_left_val_keeps_no_old_p_values(calibrated, tmp_path, capfd):
+    c, rows, before = calibrated
+    folder, file = tmp_path / "run", tmp_path / "run" / "calibration.json"
+    shutil.copytree(before, folder)
+    evaluate = lambda rows: ev.evaluate(c, SYSTEM, rows, folder, split="test", out=folder / "evaluation")
+    without = [r for r in rows if r.split != "val"]
+    assert "uncalibrated" in evaluate(without) and not file.exists()
+    said = capfd.readouterr().err
+    assert f"warning: {file}: removed, as none of its normals is kept from the training any more\n" in said
+    assert {line["p_value"] for line in lines(folder / "evaluation" / "scores.csv")} == {""}
+    assert evaluate(rows)["alarms"]["n"] == 12 and file.exists(), "the normals are back"
+    ev.evaluate(c, SYSTEM, rows, folder, split="val", out=tmp_path / "val")
+    assert file.exists(), "the split val calibrates nothing"
+    cal.calibrate_run(c, SYSTEM, without, folder)  # a training that goes on
+    assert not file.exists() and "removed, as none" in capfd.readouterr().err
+
+
 def test_whatever_changes_the_score_of_a_normal_changes_its_digest():
     values = np.zeros((4, 4, 1), np.float32)
     case = Prepared(row=row("a"), array=values, geometry=Geometry((4, 4), (1.0, 1.0), np.eye(4)), digest="stored")
@@ -219,7 +236,7 @@ def test_the_normals_themselves_and_other_settings_or_weights_have_no_p_value(ca
     c, rows, folder = calibrated
     p = lambda name: [line["p_value"] for line in lines(tmp_path / name / "scores.csv")]
     ev.evaluate(c, SYSTEM, rows, folder, split="val", out=tmp_path / "val")
-    assert set(p("val")) == {""} and "not calibrated" not in capfd.readouterr().err
+    assert set(p("val")) == {""} and "kept from the training to give" not in capfd.readouterr().err
     ev.evaluate(c, SYSTEM, rows, folder, split="test", out=tmp_path / "other", of_run=False)
     assert p("other") == [line["p_value"] for line in lines(folder / "evaluation" / "scores.csv")]
     changed = c.copy_and_resolve_references()
@@ -269,18 +286,19 @@ def test_a_run_without_labels_to_test_is_calibrated_too_and_few_normals_are_said
     strict = c.copy_and_resolve_references()
     strict.evaluation.alarm_rate = 0.01
     cal.tell_p_values(strict, SYSTEM, rows)  # before the training
-    assert "warning: 12 held-out normals cannot give a p-value of 0.01" in capfd.readouterr().err
+    assert "warning: 12 normal scans kept from the training cannot give a p-value of 0.01" in capfd.readouterr().err
     cal.calibrate_run(strict, SYSTEM, rows, tmp_path)
-    assert (
-        "12 held-out normals cannot give a p-value of 0.01 (the smallest is 0.077): at least 99 are needed: take"
-        in capfd.readouterr().err
-    )
+    remedy = "give 198 normal scans or more, or 99 in the split val; jmae check then prints the command"
+    assert f"cannot give a p-value of 0.01 (the smallest is 0.077): {remedy}\n" in capfd.readouterr().err
     assert json.loads((tmp_path / "calibration.json").read_text())["threshold"] is None
     (tmp_path / "calibration.json").unlink()
     cal.calibrate_run(c, SYSTEM, [r for r in rows if r.split != "val"], tmp_path)
-    said = capfd.readouterr().err  # a share is refused with fewer than ten patients, so the remedy names that number
-    assert "not calibrated" in said and "or, with ten or more train patients, set data.calibration" in said
-    assert not (tmp_path / "calibration.json").exists()
+    none = "no normal scan is kept from the training to give p-values: give 10 normal scans or more, or 4 in the split"
+    assert none in capfd.readouterr().err and not (tmp_path / "calibration.json").exists()
+    told: list[str] = []
+    assert cal.read_calibration(c, SYSTEM, {}, tmp_path, told.append) is None and told[0].startswith(none)
+    cal.tell_p_values(c, SYSTEM, [r for r in rows if r.split != "val"])
+    assert f"warning: {none}" in capfd.readouterr().err
 
 
 def test_equal_highest_values_of_the_normals_and_too_few_normals_are_said():
@@ -292,7 +310,7 @@ def test_equal_highest_values_of_the_normals_and_too_few_normals_are_said():
     )
     assert of(spread) == "" == of([]) == cal.why_no_masks(None, 0.05)
     assert of([cal.LOWEST] * 30) == "", "these maps have no component of the least size"
-    assert of([1.0] * 8) == "no masks: 8 held-out normals, 19 are needed"
+    assert of([1.0] * 8) == f"no masks: 8 held-out normals, 19 are needed: {more_normals(0.05)}"
 
 
 def test_only_normals_that_nothing_was_chosen_by_calibrate(capfd):

@@ -192,6 +192,9 @@ def test_problems_of_one_kind_are_folded_and_counted():
     assert lines[:3] == ["case0: file0.nii: channels: 1", "case1: file1.nii: channels: 1", lines[2]]
     assert lines[2] == "case2: file2.nii: channels: 1 (and 2 more like it)"
     assert lines[3:] == [*kind(3, "is empty"), "case9: file9.nii: is cut off"]
+    volumes = kind(5, "is an image, where the recipe takes volumes")
+    assert folded(volumes, cases=5) == [f"{volumes[0]} (and 4 more like it)"]
+    assert folded(volumes, cases=6)[1] == volumes[1] and folded(volumes[:1], cases=1) == volumes[:1]
 
 
 def test_a_colour_image_becomes_grey_where_one_channel_is_asked_for(tmp_path):

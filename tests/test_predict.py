@@ -280,7 +280,7 @@ def test_images_of_any_name_from_folders_keep_their_grid(images_run, tmp_path, c
     np.testing.assert_array_equal(one.confidence, read_image(out / "one_confidence.tif").array[..., 0])
     assert run(images_run, out, "--continue", folder / "notes.txt") == 1  # the user names it, so it is tried
     said = capfd.readouterr().err
-    assert f"failed: notes.txt: {folder / 'notes.txt'}: " in said and "not calibrated" in said
+    assert f"failed: notes.txt: {folder / 'notes.txt'}: " in said and "no normal scan is kept from the training" in said
 
 
 @pytest.mark.long

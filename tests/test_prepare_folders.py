@@ -188,8 +188,11 @@ def test_the_next_command_keeps_normals_back_for_p_values_where_none_are_in_val(
     command = next(line for line in said.splitlines() if line.startswith("next: "))
     assert command.endswith("--workdir 'runs/my scans'")
     assert f"--config.data.calibration={share} " in command if share else "calibration" not in command
-    line = "from 20 normals that data.calibration keeps" if share else "none, as fewer than ten normal patients"
+    line = "from 20 normals that data.calibration keeps" if share else "no normal scan is kept from the training"
     assert f"p-values: {line}" in said
+    assert ("warning: only 9 normal scans to learn from: " in said) == (normals == 9)
+    check = f"first, to find damaged files and copies: jmae check '{tmp_path / 'my scans' / 'manifest.csv'}'"
+    assert said.splitlines()[-2:] == [check, command]
     name, why = recipe.suggested("images")
     assert f"recipe: {name}:small ({why}; docs/how-to/choose.md compares the systems)" in said
     assert f"jmae train --config {name}:small " in command

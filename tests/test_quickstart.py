@@ -10,7 +10,9 @@ import pytest
 from conftest import draw
 from PIL import Image
 
-from jmae import quickstart
+from jmae import quickstart, recipe
+from jmae.calibration import tell_p_values
+from jmae.checkpoint import refuse_difference
 from jmae.data import prepare
 from jmae.data.cases import kept_apart
 from jmae.data.manifest import Row
@@ -19,6 +21,7 @@ from jmae.data.prepare import folders
 from jmae.data.prepare.overview import calibration_share, p_value_line
 from jmae.errors import InputError, exit_code
 from jmae.inputs import cases_of
+from jmae.system import load_system
 from jmae.tables import counted
 
 
@@ -62,7 +65,6 @@ def test_the_kind_of_scan_chooses_the_recipe(make, recipe, more, tmp_path, monke
         ["prepare", "folders", "--normal", str(normals), "--test", str(new), "--out", f"{out}/data"],
         ["train", *train, "--workdir", run],
         ["evaluate", "--workdir", run],
-        ["predict", "--workdir", run, "--out", f"{out}/predictions", str(new)],
     ]
     assert code == 0 and ran == expected
     said = capsys.readouterr().err
@@ -91,15 +93,34 @@ def test_a_twentieth_needs_nineteen_normals_where_there_are_enough():
 
 
 def test_which_p_value_is_the_smallest_is_said_before_the_training():
-    few = "p-values: 11 held-out normals cannot give a p-value of 0.05 (the smallest is 0.083)"
-    few += ": at least 19 are needed"
-    assert p_value_line(normals(30)) == f"{few}: give 38 normals or more"
+    few = "p-values: 11 normal scans kept from the training cannot give a p-value of 0.05 (the smallest is 0.083)"
+    few += ": give 38 normal scans or more, or 19 in the split val; jmae check then prints the command"
+    assert p_value_line(normals(30), 0.35) == few
     enough = "keeps from the training (any share that keeps 19 apart will do)"
-    assert p_value_line(normals(40)) == f"p-values: from 20 normals that data.calibration {enough}"
-    assert p_value_line(normals(9)).startswith("p-values: none, as fewer than ten normal patients")
+    assert p_value_line(normals(40), 0.5) == f"p-values: from 20 normals that data.calibration {enough}"
+    assert p_value_line(normals(9), 0).startswith("p-values: no normal scan is kept from the training")
     val = [row._replace(split="val") for row in normals(19)]
-    assert p_value_line([*normals(9), *val]) == "p-values: from 19 normals of val"
-    assert p_value_line([*normals(9), *val[:11]]) == f"{few}: give val more normals"
+    assert p_value_line([*normals(9), *val], 0) == "p-values: from 19 normals of val"
+    assert p_value_line([*normals(9), *val[:11]], 0) == few
+
+
+@pytest.mark.parametrize("kind", ["images", "unlabelled images", "volumes"])
+def test_the_training_counts_the_normals_that_prepare_promises(kind, capfd):
+    config = recipe.parse([f"--config={recipe.suggested(kind)[0]}:small"], "", [])[0]
+    unlabeled = [Row("u", "u", "unlabeled", None, ("u",))]
+    for n in (9, 22, 40):
+        rows = normals(n)
+        share = config.data.calibration = calibration_share(rows)
+        tell_p_values(config, load_system(config), (kept_apart(rows, share) if share else rows) + unlabeled)
+        promised, said = p_value_line(rows, share).removeprefix("p-values: "), capfd.readouterr().err
+        assert said == f"warning: {promised}\n" if n < 38 else said == ""
+
+
+def test_the_share_of_the_user_is_the_one_whose_p_values_are_told(tmp_path, monkeypatch, capsys):
+    scans, new = pictures(tmp_path / "normals", 14, 1), pictures(tmp_path / "new", 1, 2)
+    started(monkeypatch, scans, new, f"--out={tmp_path / 'out'}", "--config.data.calibration=0.5")
+    said = capsys.readouterr().err
+    assert "p-values: 7 normal scans kept from" in said and "warning: only 14 normal scans to learn from: " in said
 
 
 @pytest.mark.long
@@ -111,19 +132,16 @@ def test_two_folders_become_a_report(tmp_path, capsys, monkeypatch):
     said = capsys.readouterr().err
     assert "train: 11 images (2 more only check the training), steps 0 to" in said
     assert (out / "run" / "evaluation" / "report.html").exists() and said.splitlines()[-1].startswith("next: open it")
-    with (out / "predictions" / "scores.csv").open() as file:
+    with (out / "run" / "evaluation" / "scores.csv").open() as file:
         lines = list(csv.DictReader(file))
     assert [line["id"] for line in lines] == ["0", "1", "2"]
-    with (out / "run" / "evaluation" / "scores.csv").open() as file:
-        assert {line["id"] for line in csv.DictReader(file)} >= {"0", "1", "2"}
     assert {line["p_value"] for line in lines} <= {str(k / 8) for k in range(1, 9)}  # 7 of 20 normals are kept apart
-    assert len([*(out / "predictions").glob("*_overlay.png")]) == 3
+    assert len([*(out / "run" / "evaluation" / "maps").glob("*_anomaly.tif")]) == 3
     pictures(tmp_path / "other", 3, 3)
     assert exit_code(quickstart.main, [str(normals), str(tmp_path / "other"), f"--out={out}"]) == 2
     assert f"{out}/data/manifest.csv: lists other scans than" in capsys.readouterr().err
     code, ran = started(monkeypatch, *words)
-    assert code == 0 and [command[0] for command in ran] == ["train", "evaluate", "predict"]
-    assert ran[-1][-1] == "--continue"
+    assert code == 0 and [command[0] for command in ran] == ["train", "evaluate"]
 
 
 def test_a_volume_among_images_and_a_damaged_file_are_named_before_anything_runs(tmp_path, monkeypatch, capsys):
@@ -169,14 +187,13 @@ def test_a_manifest_of_other_scans_is_written_anew_until_something_is_trained(tm
     assert line == f"{what}: jmae predict --workdir '{out}/run' --out DIR SCAN"
 
 
-def test_the_report_is_named_where_some_scans_failed_too(tmp_path, monkeypatch, capsys):
+def test_the_report_is_named_unless_the_training_stopped(tmp_path, monkeypatch, capsys):
     normals, new, out = pictures(tmp_path / "normals", 12, 1), pictures(tmp_path / "new", 2, 2), tmp_path / "out"
     done = dict.fromkeys(quickstart.RUN, lambda argv: 0)
-    monkeypatch.setattr(quickstart, "RUN", done | {"predict": lambda argv: 1})
-    assert exit_code(quickstart.main, [str(normals), str(new), f"--out={out}"]) == 1
-    *_, report, mend, longer = capsys.readouterr().err.splitlines()
+    monkeypatch.setattr(quickstart, "RUN", done)
+    assert exit_code(quickstart.main, [str(normals), str(new), f"--out={out}"]) == 0
+    *_, report, longer = capsys.readouterr().err.splitlines()
     assert report.startswith(f"{out}/run/evaluation/report.html: ") and longer.startswith("next: open it; a longer")
-    assert mend == f"some scans failed: mend those of {out}/predictions/failed.csv, then the same jmae quickstart"
     monkeypatch.setattr(quickstart, "RUN", done | {"train": lambda argv: 130})
     assert exit_code(quickstart.main, [str(normals), str(new), f"--out={out}"]) == 130
     assert "report.html" not in capsys.readouterr().err
@@ -195,16 +212,12 @@ def test_prepare_proposes_no_command_within_quickstart(tmp_path, capsys):
     assert quickstart.prepare_data(words) == 0
     said = capsys.readouterr().out
     assert "train 1 normal" in said and "1 case;" in said and not {"next:", "p-values:", "recipe:"} & {*said.split()}
+    assert "jmae" not in said.replace(str(tmp_path), "") and "only 1 normal scan" not in said
 
 
-def test_the_remedy_of_a_training_names_a_flag_of_quickstart(tmp_path, monkeypatch, capsys):
-    def refuse(argv: list[str]) -> int:
-        raise InputError("another recipe: remedy: another --workdir or the same settings")
-
-    normals, new = pictures(tmp_path / "normals", 12, 1), pictures(tmp_path / "new", 2, 2)
-    monkeypatch.setattr(quickstart, "RUN", {"prepare": lambda argv: 0, "train": refuse})
-    assert exit_code(quickstart.main, [str(normals), str(new), f"--out={tmp_path / 'out'}"]) == 2
-    assert capsys.readouterr().err.splitlines()[-1] == "another recipe: remedy: another --out or the same settings"
+def test_the_remedy_for_another_recipe_names_the_flag_of_quickstart():
+    with pytest.raises(InputError, match=r"remedy: another --workdir \(of quickstart another --out\) or the same"):
+        refuse_difference(Path("10"), {"a": "1"}, {"a": "2"})
 
 
 def test_what_is_missing_is_one_line(tmp_path, capsys):

@@ -114,7 +114,7 @@ def test_a_test_split_without_labels_is_not_evaluated(tools, tmp_path, capfd):
     said = capfd.readouterr().err
     assert "no test row has a label: not evaluated" in said
     assert "warning: pretrain: 4 images for a batch of 32: images repeat within it" in said
-    assert said.index("not calibrated, so no p-values") < said.index("pretrain: 4 images")
+    assert said.index("no normal scan is kept from the training to give p-values") < said.index("pretrain: 4 images")
     assert not (tmp_path / "run" / "evaluation").exists()
 
 

@@ -40,6 +40,7 @@ from jmae.data.preparation import (
 from jmae.data.unlabeled import labels_given, unlabeled_labels, with_anomaly_ratio
 from jmae.errors import InputError
 from jmae.likeness import Traits, traits_of
+from jmae.scoring import more_normals
 from jmae.tables import counted
 
 
@@ -327,7 +328,7 @@ def _from_manifest(
     leaking = [*leaks(rows), *duplicates.in_two_splits(rows, prints)]
     if leaking and not data.allow_leaks:
         problems += first([f"{data.manifest}: {one.what}, or --config.data.allow_leaks=True" for one in leaking])
-    if problems := [*problems, *folded(of_files)]:
+    if problems := [*problems, *folded(of_files, len(written))]:
         raise InputError("\n".join(problems))
     rows = [row._replace(content=prints[row.id].digest.hex()[:16]) if row.id in prints else row for row in rows]
     if colour:
@@ -341,16 +342,18 @@ def _from_manifest(
     return cases
 
 
-def folded(problems: Sequence[str], most: int = 3) -> list[str]:
-    """Problems "CASE: FILE: WHAT", at most `most` of each WHAT; the last of these says how many more there are."""
+def folded(problems: Sequence[str], cases: int = 0, most: int = 3) -> list[str]:
+    """Problems "CASE: FILE: WHAT" of some of the `cases`. At most `most` lines are kept of each WHAT, and one line
+    where all cases have it. The last line of a WHAT says how many more there are."""
     kinds = [problem.split(": ", 2)[-1] for problem in problems]
     total, shown, lines = Counter(kinds), Counter[str](), []
     for problem, kind in zip(problems, kinds, strict=True):
         shown[kind] += 1
-        if shown[kind] < most or total[kind] <= most:
+        keep = 1 if total[kind] == cases else most
+        if shown[kind] < keep or total[kind] <= keep:
             lines.append(problem)
-        elif shown[kind] == most:
-            lines.append(f"{problem} (and {total[kind] - most} more like it)")
+        elif shown[kind] == keep:
+            lines.append(f"{problem} (and {total[kind] - keep} more like it)")
     return lines
 
 
@@ -379,7 +382,7 @@ def kept_apart(rows: Sequence[Row], share: float) -> list[Row]:
     apart = {row.id for row, moved in zip(candidates, held_out(candidates, share), strict=True) if moved}
     if not apart:
         raise InputError(
-            f"data.calibration={share}: of fewer than ten train patients none is kept apart: set it to 0 (no p-values"
-            " then), or give val rows of label 0"
+            f"data.calibration={share}: of fewer than ten normal patients none is kept from the training: set it to 0 "
+            f"(no p-values then), or {more_normals()}"
         )
     return [row._replace(split="val", label=0, kept=True) if row.id in apart else row for row in rows]

@@ -36,7 +36,7 @@ from jmae.data.loader import WORKERS
 from jmae.data.manifest import LEAKS, Finding, Row, first, leaks, parse_manifest, summary
 from jmae.data.opening import open_each
 from jmae.data.preparation import Opened
-from jmae.data.prepare.overview import next_command, p_value_line, recipe_line
+from jmae.data.prepare.overview import advice, next_command
 from jmae.data.slices import command
 from jmae.errors import InputError, exit_code
 from jmae.run_folder import write_text
@@ -77,9 +77,11 @@ def main(argv: list[str]) -> int:
     print(table(manifest, checked))
     own = next_command("folders", manifest, checked.rows, "", "", allow_leaks=False).removeprefix("next: ")
     train = f"next: the command that `jmae prepare` printed, or for a manifest of your own: {own}"
-    if any(row.split == "train" for row in checked.rows):
-        print(f"{recipe_line(checked.rows)}\n{p_value_line(checked.rows)}")
-    print("next: mend the findings, then check again" if checked.findings else train)
+    told = [
+        *advice("folders", checked.rows),
+        "next: mend the findings, then check again" if checked.findings else train,
+    ]
+    print("\n".join(told))
     return int(bool(checked.findings))
 
 

@@ -79,6 +79,7 @@ Exit codes: 0 done; 2 the input or the environment is wrong.
 
 import hashlib
 import importlib
+import shlex
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -89,10 +90,9 @@ from jmae.data.manifest import leaks as leaks_of
 from jmae.data.prepare.masks import refuse_look_alikes
 from jmae.data.prepare.overview import (
     LAYOUTS,
+    advice,
     kinds_of,
     next_command,
-    p_value_line,
-    recipe_line,
     split_table,
 )
 from jmae.data.prepare.patients import by_pattern, kept_apart
@@ -152,12 +152,12 @@ class Prepared(NamedTuple):
 
 
 def main(argv: list[str]) -> int:
-    print(written(argv))
+    print("\n".join(written(argv)))
     return 0
 
 
-def written(argv: list[str]) -> str:
-    """Does what the command line says, and returns what it prints."""
+def written(argv: list[str]) -> tuple[str, str]:
+    """Does what the command line says, and returns what it prints, as `prepare` does."""
     further = sorted({flag for own_flags in DATASETS.values() for flag in own_flags})
     names, flags = command(argv, __doc__, ["root", "out", "seed", *SHARED, *further])
     if len(names) != 1 or "out" not in flags or not {"root", "normal"} & flags.keys():
@@ -187,11 +187,12 @@ def prepare(
     leaks: str = "",
     licence: str = "",
     **options: str,
-) -> str:
-    """Writes the manifest of a data set and returns a summary as text.
+) -> tuple[str, str]:
+    """Writes the manifest of a data set; returns two texts.
 
-    The summary says what was found, what was left out, how to train, and what to say with each figure. The manifest is
-    written last. On a problem no manifest is written, and InputError has one line for each problem.
+    The first says what was found, what was left out, and what to say with each figure. The second says what to do with
+    it: the recipe, the check and the training. The manifest is written last. On a problem no manifest is written, and
+    InputError has one line for each problem.
 
     Args:
         root: folder of the data set; may be None where `options` name its folders.
@@ -228,15 +229,18 @@ def prepare(
     kinds, mixed = kinds_of(rows) if name in LAYOUTS else ([], "")
     write_manifest(out, rows)
     cautions += [mixed] if mixed else []
-    trains = any(row.split == "train" for row in rows)
-    lines = [
-        f"{out / 'manifest.csv'}: {made.found}: {summary(rows)}; left out: {in_words(left_out)}",
+    manifest = out / "manifest.csv"
+    found = [
+        f"{manifest}: {made.found}: {summary(rows)}; left out: {in_words(left_out)}",
         *["", *split_table(rows), *kinds, f"licence: {licence or 'not stated (--licence=TEXT writes it)'}"],
-        *([recipe_line(rows)] if trains and not made.recipe else []),
-        *([p_value_line(rows)] if trains and name in LAYOUTS else []),
-        *["", next_command(name, out / "manifest.csv", rows, made.recipe, made.flags, allow_leaks=bool(shared))],
+        *(f"caution: {caution}" for caution in cautions),
     ]
-    return "\n".join(lines + [f"caution: {caution}" for caution in cautions])
+    further = [
+        *[*advice(name, rows, made.recipe), ""],
+        f"first, to find damaged files and copies: jmae check {shlex.quote(str(manifest))}",
+        next_command(name, manifest, rows, made.recipe, made.flags, allow_leaks=bool(shared)),
+    ]
+    return "\n".join(found), "\n".join(further)
 
 
 def check_rows(rows: Sequence[Row], *, patients: bool = True) -> None:

@@ -18,13 +18,13 @@ from jmae.data.prepare.tree import refuse
 from jmae.data.slices import in_words
 from jmae.errors import InputError
 from jmae.recipe import suggested
-from jmae.scoring import too_few_normals
+from jmae.scoring import RATE, normals_needed, too_few_normals
 from jmae.tables import counted
 
 LAYOUTS = ("bids", "ddad", "folders", "nnunet")  # whose images are of any kind
 CHOOSE = "docs/how-to/choose.md compares the systems"
-NORMALS = 19  # normal patients to hold out: as many as `RATE` needs
-RATE = 0.05  # p-value that the held-out normals should reach
+NORMALS = normals_needed(RATE)  # normal patients to hold out
+LEARN = 20  # normal scans; fewer get a warning
 A_THIRD = 0.35
 SHARES = (0.1, 0.15, 0.2, 0.25, 0.3, A_THIRD, 0.4, 0.5)  # that are proposed
 
@@ -43,6 +43,15 @@ def split_table(rows: Sequence[Row]) -> list[str]:
     each = lambda split, label: Counter({s: n for (a, b, s), n in sources.items() if (a, b) == (split, label)})
     found = [(split, label) for split in SPLITS for label in kinds if each(split, label)]
     return lines + [f"sources of {split} {kinds[label]}: {in_words(each(split, label))}" for split, label in found]
+
+
+def advice(name: str, rows: Sequence[Row], recipe: str = "") -> list[str]:
+    """The recipe for rows to train on and what to expect of it, a line each. `recipe` is that of a public data set."""
+    if not any(row.split == "train" for row in rows):
+        return []
+    lines = [] if recipe else [recipe_line(rows)]
+    lines += [p_value_line(rows, calibration_share(rows))] if name in LAYOUTS else []
+    return lines + list(filter(None, [too_few_to_learn(rows)]))
 
 
 def next_command(name: str, file: Path, rows: Sequence[Row], recipe: str, flags: str, *, allow_leaks: bool) -> str:
@@ -112,17 +121,22 @@ def normals_of_val(rows: Sequence[Row]) -> int:
     return sum(row.split == "val" and row.label == 0 for row in rows)
 
 
-def p_value_line(rows: Sequence[Row]) -> str:
-    """Which p-values a run of these rows can give, in a line, with the share that `calibration_share` proposes."""
-    if n := normals_of_val(rows):
-        source, remedy = "of val", "give val more normals"
-    elif n := held_out_by(rows, calibration_share(rows)):
-        source = f"that data.calibration keeps from the training (any share that keeps {NORMALS} apart will do)"
-        remedy = f"give {2 * NORMALS} normals or more"
-    else:
-        return "p-values: none, as fewer than ten normal patients leave none to hold out: give more normal scans"
-    few = too_few_normals(n, RATE)
-    return f"p-values: {few}: {remedy}" if few else f"p-values: from {counted(n, 'normals')} {source}"
+def p_value_line(rows: Sequence[Row], share: float) -> str:
+    """Which p-values a run of these rows can give, in a line; `share` is its `data.calibration`."""
+    kept = f"that data.calibration keeps from the training (any share that keeps {NORMALS} apart will do)"
+    n, source = normals_of_val(rows), "of val"
+    if not n:
+        n, source = held_out_by(rows, share), kept
+    return f"p-values: {too_few_normals(n, RATE) or 'from ' + counted(n, 'normals') + ' ' + source}"
+
+
+def too_few_to_learn(rows: Sequence[Row]) -> str:
+    """A warning where fewer than `LEARN` normal scans are there to learn from, else ""."""
+    n = sum(row.split == "train" and row.label != 1 for row in rows)
+    if not 0 < n < LEARN:
+        return ""
+    why = "so few hardly show how much normal scans differ, and a new normal one may score high"
+    return f"warning: only {counted(n, 'normal scans')} to learn from: {why}: give {LEARN} or more"
 
 
 def is_volume(row: Row) -> bool:

@@ -20,6 +20,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
 import socket
 import time
@@ -150,8 +151,13 @@ def refuse_unfinished(folder: Path, step: int, position: dict) -> None:
     """Raises InputError where a step is not the last of its stage, which has `position["steps"]` steps."""
     if step < position.get("steps", step):
         raise InputError(
-            f"{folder}: stopped at step {step} of {position['steps']}: run its training command again to finish it"
+            f"{folder}: stopped at step {step} of {position['steps']}: finish it: {resuming(folder.parents[1])}"
         )
+
+
+def resuming(workdir: Path) -> str:
+    """The command that goes on with the training of a run folder, which has config.json."""
+    return f"jmae train --workdir {shlex.quote(str(workdir))}"
 
 
 def steps(folder: Path) -> list[int]:
@@ -161,18 +167,33 @@ def steps(folder: Path) -> list[int]:
 
 @contextlib.contextmanager
 def workdir_lock(workdir: Path, flag: str = "--workdir") -> Iterator[None]:
-    """Locks a folder, which `flag` names, for this run. The lock ends with the process, however the process ends.
+    """Locks a folder, which `flag` names, for this run. The lock ends with the process, however the process ends. A
+    folder that was made for the lock and has no file at the end is removed.
 
     Raises InputError where another run has the lock; the message names its host and process.
     """
     files: list[TextIO] = []  # empty in all processes but the first
-    _on_first(lambda: files.append(_lock(Path(workdir), flag)))
+    workdir = Path(workdir)
+    new = [folder for folder in (workdir, *workdir.parents) if not folder.exists()]
+    _on_first(lambda: files.append(_lock(workdir, flag)))
     try:
         yield
     finally:
         for file in files:
+            if new:
+                _remove_empty(workdir, new)
             file.truncate(0)
             file.close()
+
+
+def _remove_empty(workdir: Path, new: Sequence[Path]) -> None:
+    """Removes a folder with a lock and no other file, and the folders `new` around it that then hold nothing."""
+    inside = list(os.walk(workdir, topdown=False))
+    if [name for _, _, names in inside for name in names] == [LOCK]:
+        with contextlib.suppress(OSError):  # another process may write there by now
+            (workdir / LOCK).unlink()
+            for folder in (*(Path(base) for base, _, _ in inside[:-1]), *new):
+                os.rmdir(folder)
 
 
 # --- writing, on process 0 ---

@@ -171,13 +171,15 @@ def check_flags(command: str, words: list[str]) -> None:
 
 
 def is_key(command: str, name: str) -> bool:
-    """Whether `--config.NAME` is a flag of a command: `name` is a key that all systems share. The keys of one system
-    stand in a module that imports JAX."""
+    """Whether `--config.NAME` is a flag of a command. Keys of one system stand in a module that imports JAX: its text
+    tells those without a point, and a name with a point is taken for a key, unless it begins with another flag."""
     from jmae import recipe
 
-    shared = name in {**recipe.SHARED, **recipe.IMAGES, **recipe.VOLUMES}
-    written = ("KEY", f"{name.partition('.')[0]}.KEY", name)
-    return shared and any(f"--config.{one}" in usage(command) for one in written)
+    section, point, _ = name.partition(".")
+    texts = (file.read_text(encoding="utf-8") for file in (HERE / "systems").glob("*.py"))
+    own = (key for text in texts for key in re.findall(r'^    "(\w+)": (?:recipe\.)?Key\(', text, re.MULTILINE))
+    of_recipe = section not in flags(command) if point else name in {**recipe.SHARED, **dict.fromkeys(own)}
+    return of_recipe and any(f"--config.{one}" in usage(command) for one in ("KEY", f"{section}.KEY", name))
 
 
 def completion(words: list[str]) -> str:

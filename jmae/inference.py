@@ -58,7 +58,7 @@ def restore_stages(config: ConfigDict, system: System, workdir: Path) -> Results
     Raises:
       InputError: a stage has no checkpoint, or has not finished.
     """
-    results: dict[str, Any] = {}
+    results, resume = dict[str, Any](), checkpoint.resuming(workdir)
     place = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated(device_mesh()))
     for number, stage in enumerate(system.stages):
         if stage.name not in system.uses:
@@ -68,7 +68,7 @@ def restore_stages(config: ConfigDict, system: System, workdir: Path) -> Results
         target = jax.tree.map(place, target)
         found = checkpoint.restore(workdir / "checkpoints" / stage.name, target, config=None, log=log)
         if not found:
-            raise InputError(f"{workdir}: stage {stage.name} has no checkpoint: train it first (jmae train)")
+            raise InputError(f"{workdir}: stage {stage.name} has no checkpoint: train it: {resume}")
         checkpoint.refuse_unfinished(workdir / "checkpoints" / stage.name, found[0], found[2])
         results[stage.name] = stage.result(found[1])
     if jax.process_count() == 1:

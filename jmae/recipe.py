@@ -457,15 +457,18 @@ def parse(
     argv: Sequence[str], usage: str, known: Sequence[str] = (), optional: Sequence[str] = ()
 ) -> tuple[ConfigDict, dict[str, str]]:
     """The recipe that `--config` names with its overrides, and the other flags, `known` and `optional` ones as of
-    `arguments`.
+    `arguments`. Without `--config` the recipe is that of the run folder `--workdir`.
 
     Raises InputError for an unknown flag or recipe key (naming the nearest), a value of another type, a missing file or
     preset.
     """
     given = arguments(argv, usage, ["config", *known], optional)
-    if "config" not in given:
+    if "config" in given:
+        config = load(given.pop("config"))
+    elif "workdir" in given and (Path(given["workdir"]) / "config.json").exists():
+        config = read(Path(given["workdir"]))
+    else:
         raise InputError(f"no recipe: write --config=NAME[:PRESET]; NAME: {', '.join(SYSTEMS)}, or a FILE.py")
-    config = load(given.pop("config"))
     override(config, given)
     return config, given
 

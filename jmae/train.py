@@ -1,8 +1,10 @@
 """python -m jmae.train --config NAME[:PRESET] [--workdir DIR] [--config.KEY=VALUE ...] [--debug]
 python -m jmae.train --config NAME[:PRESET] [--config.KEY=VALUE ...] --dry-run | --show [KEY]
+python -m jmae.train --workdir DIR
 
 Trains every stage of a system, picks up where an interrupted run stopped, and evaluates the test split where it has
-labels. The run folder is runs/SYSTEM where none is named. NAME is a recipe of the library or a FILE.py.
+labels. The run folder is runs/SYSTEM where none is named. NAME is a recipe of the library or a FILE.py. Without
+--config, an interrupted run goes on with the recipe that its folder has.
 
     python -m jmae.train --config amae                                             built-in phantoms
     python -m jmae.train --config amae:small --config.data.manifest=MANIFEST.csv --workdir runs/mine
@@ -391,7 +393,7 @@ def take_steps(
                 record.fetch_old(done)
             if stop:
                 where = f"stage {name}, step {done} saved in {course.folder}"
-                raise Stopped(f"stopped by {stop.name}: {where}: run again to go on", stop)
+                raise Stopped(f"stopped by {stop.name}: {where}: to go on: {checkpoint.resuming(course.workdir)}", stop)
         profile(done, state)
     return state
 

@@ -614,3 +614,13 @@ def test_where_locks_are_not_supported_the_name_in_the_file_decides(tmp_path, mo
     with pytest.raises(InputError, match="another-host"):
         with checkpoint.workdir_lock(tmp_path):
             pass
+
+
+def test_a_lock_removes_the_folder_that_it_made_where_no_file_was_written(tmp_path):
+    for inside, stays in (("", False), ("cache/", False), ("cache/a", True), ("a", True)):
+        with checkpoint.workdir_lock(tmp_path / "runs" / "mine"):
+            file = tmp_path / "runs" / "mine" / inside
+            file.parent.mkdir(exist_ok=True)
+            file.write_text("") if stays else file.mkdir(exist_ok=True)
+        assert (tmp_path / "runs").exists() == stays
+        shutil.rmtree(tmp_path / "runs", ignore_errors=True)

@@ -510,7 +510,7 @@ def test_what_is_missing_is_one_line(finished, small_set, tmp_path, capfd):
     run = tmp_path / "run"
     shutil.copytree(finished, run, ignore=shutil.ignore_patterns("module_b", "evaluation"))
     assert exit_code(ev.main, [f"--workdir={run}"]) == 2
-    assert f"{run}: stage module_b has no checkpoint: train it first" in capfd.readouterr().err
+    assert f"{run}: stage module_b has no checkpoint: train it: jmae train --workdir {run}" in capfd.readouterr().err
     c = config(small_set, (16, 16), 1)
     with pytest.raises(InputError, match="split 'test' has no rows: one of"):
         ev.evaluate(c, SYSTEM, [], tmp_path, split="test", out=tmp_path / "out")

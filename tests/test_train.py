@@ -176,7 +176,11 @@ def test_killed_then_stopped_stage_0_ends_as_if_it_never_was(
         count_calls(patch, train, "place_batch", lambda call: call == 5 and os.kill(os.getpid(), signal.SIGTERM))
         code, said = go(run, *ONE_STAGE)
     assert code == 143 and said.splitlines()[-1].startswith("stopped by SIGTERM: stage pretrain, step 13 saved in ")
-    assert go(run, *ONE_STAGE)[0] == 0 and len(unevaluated) == 1
+    resume = f"jmae train --workdir {run}"
+    assert said.splitlines()[-1].endswith(f": to go on: {resume}")
+    with pytest.raises(InputError, match=f"pretrain: stopped at step 13 of 20: finish it: {resume}$"):
+        evaluate.main([f"--workdir={run}"])
+    assert exit_code(train.main, resume.split()[2:]) == 0 and len(unevaluated) == 1
     assert tools.last_states(run)["pretrain"] == tools.last_states(finished)["pretrain"]
     history = lambda folder: map(without_clock, read_history(folder / "metrics.jsonl"))
     lines = [[line for line in history(folder) if line["stage"] == "pretrain"] for folder in (run, finished)]
@@ -207,11 +211,22 @@ def test_sigterm_and_ctrl_c_save_and_exit_143_and_130_and_the_run_goes_on(finish
         assert signal.getsignal(number) == before
         if step == 2:  # half a Stage 0 is no start for another run
             code, said = go(tmp_path / "other", f"model.weights={tmp_path / 'run'}")
-            assert code == 2 and "stopped at step 2 of 20: run its training command again" in said
-    with pytest.raises(InputError, match=r"proxy: stopped at step 3 of 10: run its training command again"):
+            assert code == 2 and f"stopped at step 2 of 20: finish it: jmae train --workdir {tmp_path / 'run'}" in said
+    with pytest.raises(InputError, match=r"proxy: stopped at step 3 of 10: finish it: jmae train --workdir "):
         evaluate.main([f"--workdir={tmp_path / 'run'}"])
     assert go(tmp_path / "run")[0] == 0
     assert tools.content(tmp_path / "run") == tools.content(finished)
+
+
+def test_a_refused_training_leaves_no_folder_that_it_made(tmp_path, capfd):
+    (tmp_path / "there").mkdir()
+    manifest = tmp_path / "manifest.csv"
+    manifest.write_text("id,split,image\na,train,nowhere.png\n")
+    for file, said in ((manifest, "nowhere.png"), (tmp_path / "none.csv", "none.csv")):
+        for run in ("runs/mine", "there"):
+            words = ["--config=amae:smoke", f"--workdir={tmp_path / run}", f"--config.data.manifest={file}"]
+            assert exit_code(train.main, words) == 2 and said in capfd.readouterr().err
+        assert {path.name for path in tmp_path.iterdir()} == {"there", "manifest.csv"}
 
 
 def test_a_second_run_on_a_folder_is_refused(finished, go, tmp_path):

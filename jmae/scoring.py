@@ -146,7 +146,7 @@ def more_normals(rate: float = RATE) -> str:
     """The remedy for too few held-out normals. Of fewer than ten scans, `data.calibration` keeps none apart."""
     least = normals_needed(rate)
     scans = f"{max(10, 2 * least)} normal scans or more, or {least} in the split val"
-    return f"give {scans}; jmae check then prints the command"
+    return f"give {scans}, and train as jmae check proposes"
 
 
 def too_few_normals(n: int, rate: float) -> str:

@@ -25,7 +25,7 @@ def harmless(cell: Any) -> Any:
 
 
 NOUN = re.compile(
-    r"\b(case|file|finding|image|label|mask|normal|patient|positive|row|run|scan|sequence|session|slice|subject|volume)s\b"
+    r"\b(case|cell|file|finding|image|label|mask|normal|patient|positive|row|run|scan|sequence|session|slice|subject|volume)s\b"
 )
 
 

@@ -288,7 +288,7 @@ def test_a_run_without_labels_to_test_is_calibrated_too_and_few_normals_are_said
     cal.tell_p_values(strict, SYSTEM, rows)  # before the training
     assert "warning: 12 normal scans kept from the training cannot give a p-value of 0.01" in capfd.readouterr().err
     cal.calibrate_run(strict, SYSTEM, rows, tmp_path)
-    remedy = "give 198 normal scans or more, or 99 in the split val; jmae check then prints the command"
+    remedy = "give 198 normal scans or more, or 99 in the split val, and train as jmae check proposes"
     assert f"cannot give a p-value of 0.01 (the smallest is 0.077): {remedy}\n" in capfd.readouterr().err
     assert json.loads((tmp_path / "calibration.json").read_text())["threshold"] is None
     (tmp_path / "calibration.json").unlink()

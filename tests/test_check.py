@@ -227,7 +227,7 @@ def test_abnormal_training_volumes_with_a_mask_are_a_note_and_images_a_finding(c
     volumes = tmp_path, [["v", "", "train", 1, "v.nii.gz", "m.nii.gz", ""]]
     assert run(write(volumes), "--json", str(tmp_path / "out.json")) == 0
     said = capsys.readouterr().out
-    assert "note: 1 abnormal volumes in train have a mask or boxes: set --config.data.normal_crops_only=True" in said
+    assert "note: 1 abnormal volume in train with a mask or boxes: set --config.data.normal_crops_only=True" in said
     content = json.loads((tmp_path / "out.json").read_text())
     assert len(content["notes"]) == 1 and content["findings"] == []
 

@@ -287,7 +287,7 @@ def test_that_masks_are_probabilities_is_said_once(duke, tmp_path):
     said = []
     load_cases(paper(**{"data.manifest": str(manifest)}), said.append)
     assert sum("data.mask_threshold=0.5" in line for line in said) == 1
-    assert "3 cases have masks of probabilities" in " ".join(said)
+    assert "masks of probabilities in 3 cases" in " ".join(said)
 
 
 def test_a_run_from_before_the_threshold_reads_masks_as_it_did(tmp_path):

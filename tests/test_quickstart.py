@@ -17,6 +17,7 @@ from jmae.data import prepare
 from jmae.data.cases import kept_apart
 from jmae.data.manifest import Row
 from jmae.data.names import names_of
+from jmae.data.preparation import soft_masks
 from jmae.data.prepare import folders
 from jmae.data.prepare.overview import calibration_share, p_value_line
 from jmae.errors import InputError, exit_code
@@ -94,7 +95,7 @@ def test_a_twentieth_needs_nineteen_normals_where_there_are_enough():
 
 def test_which_p_value_is_the_smallest_is_said_before_the_training():
     few = "p-values: 11 normal scans kept from the training cannot give a p-value of 0.05 (the smallest is 0.083)"
-    few += ": give 38 normal scans or more, or 19 in the split val; jmae check then prints the command"
+    few += ": give 38 normal scans or more, or 19 in the split val, and train as jmae check proposes"
     assert p_value_line(normals(30), 0.35) == few
     enough = "keeps from the training (any share that keeps 19 apart will do)"
     assert p_value_line(normals(40), 0.5) == f"p-values: from 20 normals that data.calibration {enough}"
@@ -205,6 +206,7 @@ def test_a_count_of_one_has_no_plural():
     ]
     assert counted(1, "masks of normal images") == "1 mask of normal images"
     assert counted(1, "further series of patients") == "1 further series of patients"
+    assert counted(1, "cells") == "1 cell" and soft_masks(1, 0.5).startswith("masks of probabilities in 1 case: ")
 
 
 def test_prepare_proposes_no_command_within_quickstart(tmp_path, capsys):

@@ -332,7 +332,8 @@ def _from_manifest(
         raise InputError("\n".join(problems))
     rows = [row._replace(content=prints[row.id].digest.hex()[:16]) if row.id in prints else row for row in rows]
     if colour:
-        log(f"{len(colour)} colour images are made grey: --config.data.channels=3 keeps colour where a recipe can")
+        what = f"made grey: {counted(len(colour), 'colour images')}"
+        log(f"{what}: --config.data.channels=3 keeps colour where a recipe can")
     if soft:
         log(soft_masks(len(soft), data.mask_threshold))
     for line in first([f"warning: {one.what}" for one in leaking]):

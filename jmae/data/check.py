@@ -129,8 +129,8 @@ def notes(rows: list[Row], volumes: Collection[str]) -> list[str]:
     """Settings that a recipe needs for these rows, a line each."""
     marked = [row for row in rows if row.id in volumes and (row.mask or row.boxes)]
     n = sum(row.split == "train" and row.label == 1 for row in marked)
-    what = f"{n} abnormal volumes in train have a mask or boxes: set --config.data.normal_crops_only=True, or move them"
-    return [what] if n else []
+    what = f"{counted(n, 'abnormal volumes')} in train with a mask or boxes"
+    return [f"{what}: set --config.data.normal_crops_only=True, or move them"] if n else []
 
 
 def table(manifest: Path, checked: Checked) -> str:

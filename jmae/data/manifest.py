@@ -250,7 +250,7 @@ def _cells(
     _check_columns(path, columns, needed)
     for line, cells in body:
         if len(cells) != len(columns):
-            what, mark = f"{len(cells)} cells for {len(columns)} columns", _MARKS[separator]
+            what, mark = f"{counted(len(cells), 'cells')} for {len(columns)} columns", _MARKS[separator]
             problems["cells"].append(f"line {line}: {what}: put a cell that holds a {mark} in quotes")
     empty = dict.fromkeys(COLUMNS, "")
     named = [

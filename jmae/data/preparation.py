@@ -23,6 +23,7 @@ from jmae.data.volumes import Mask, Volume, boxes_mask, in_window, prepare, read
 from jmae.errors import InputError
 from jmae.likeness import Traits, traits_of
 from jmae.recipe import suggested
+from jmae.tables import counted
 
 PLS = np.array([[0, -1, 0, 0], [-1, 0, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1.0]])  # axes to posterior, left, superior
 
@@ -155,7 +156,7 @@ def boxes_grid(row: Row, like: Image, read: ReadFile) -> Geometry:
 
 def soft_masks(n: int, threshold: float) -> str:
     """The line that tells how masks of probabilities are read."""
-    return f"{n} cases have masks of probabilities: voxels above data.mask_threshold={threshold:g} are marked"
+    return f"masks of probabilities in {counted(n, 'cases')}: voxels above data.mask_threshold={threshold:g} are marked"
 
 
 def _marked(file: str, like: Image | None, data: ConfigDict | None, read: ReadFile) -> Marked:

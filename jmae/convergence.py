@@ -26,6 +26,7 @@ from jmae.progress import at_work
 from jmae.results import Result
 from jmae.run_folder import log
 from jmae.system import Results, System, drawn, load_system
+from jmae.tables import counted
 
 CLOSE = 0.01  # how far the AUROC of one evaluation may be off
 
@@ -74,7 +75,8 @@ def convergence(
     began = time.monotonic()
     what, most = system.repetitions, drawn(config, system)
     numbers = [*(2**i for i in range((most - 1).bit_length())), most]
-    log(f"convergence: {len(rows)} cases, {', '.join(map(str, numbers))} {what}, {config.evaluation.convergence} times")
+    sizes, of = ", ".join(map(str, numbers)), counted(len(rows), "cases")
+    log(f"convergence: {of}, {sizes} {what}, {config.evaluation.convergence} times")
     draws = planned_draws(config, system, results, what, numbers, cases)
     steps = summary(labels, averaged(draw_scores(system, draws, rows), numbers))
     last, before = steps[-1], steps[-2]
@@ -151,7 +153,7 @@ def draw_scores(
 ) -> dict[int, list[Float[np.ndarray, "r n"]]]:
     """The primary scores of rows in each draw, by the draw's number. Cases are prepared once for all draws."""
     scorer, parts, done = draws[0].scorer, [[] for _ in draws], 0  # type: ignore[var-annotated]
-    with at_work(lambda: f"{done} of {len(rows)} cases scored {len(draws)} times"):
+    with at_work(lambda: f"{done} of {counted(len(rows), 'cases')} scored {len(draws)} times"):
         for cases in prepared_groups(scorer, rows):
             for part, results in zip(parts, scored_draws(draws, cases), strict=True):
                 part.extend(result.scores[system.primary] for result in results)

@@ -22,6 +22,7 @@ from jmae.reconstruct import fitting, out_of_memory, too_large
 from jmae.run_folder import log
 from jmae.sharding import device_mesh, inside_mesh, replicated, split
 from jmae.system import Results, Sweep, System
+from jmae.tables import counted
 from jmae.windows import average, inside
 
 
@@ -86,7 +87,7 @@ class BatchPass:
             log(f"scoring {self.chunk} of {self.system.masks} masks at a time")
 
     def _what(self, batch: int) -> str:
-        return f"scoring {batch} images of {tuple(self.config.data.size)}"
+        return f"scoring {counted(batch, 'images')} of {tuple(self.config.data.size)}"
 
     def dispatch(self, cases: Sequence[Prepared], repeats: int | None = None, draw: str = "") -> Any:
         assert repeats is None  # the number of masks is part of the program
@@ -129,7 +130,7 @@ class BatchPass:
         devices = self.mesh.size
         if self.chunk == 1 and self.batch == devices:
             raise too_large(self._what(self.batch), self.compiled)
-        log(f"out of memory at {self.batch} images, {self.chunk} masks at a time: trying fewer")
+        log(f"out of memory at {counted(self.batch, 'images')}, {self.chunk} masks at a time: trying fewer")
         batch = self.batch if self.chunk > 1 else -(-self.batch // 2 // devices) * devices
         self._fit(batch, max(1, self.chunk // 2))
 

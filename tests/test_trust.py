@@ -19,7 +19,7 @@ from jmae.cards import trained_on
 from jmae.data.cases import KeptCase
 from jmae.data.files import Image
 from jmae.data.manifest import Row
-from jmae.data.preparation import PLS, Opened, prepared_case, prepared_image, stored_image
+from jmae.data.preparation import PLS, Opened, prepared_case, prepared_image, soft_masks, stored_image
 from jmae.errors import InputError, NonFiniteLoss, exit_code
 from jmae.programs import skipping
 from jmae.results import Result
@@ -28,7 +28,7 @@ from jmae.run_recipe import read_run, refuse_other_recipe
 from jmae.sealed import seal, seal_line, seal_table, unseal, unseal_table
 from jmae.seen import read_seen, write_seen
 from jmae.system import State
-from jmae.tables import csv_text, harmless, plain
+from jmae.tables import counted, csv_text, harmless, plain
 
 ROWS = [Row(f"case {i}", "p", "train", 0, (f"{i}.png",), content=f"{i:016x}") for i in range(40)]
 
@@ -560,3 +560,8 @@ def test_values_that_are_not_finite_are_refused_or_stay_nan_in_the_map(rank):
     written = result.written(system, ["anomaly"])["anomaly"]
     np.testing.assert_array_equal(np.isnan(written), hole)
     assert predict.overlay(image, written, None).dtype == np.uint8
+
+
+def test_one_case_is_told_in_the_singular():
+    assert "in 1 case:" in soft_masks(1, 0.5) and "in 2 cases:" in soft_masks(2, 0.5)
+    assert counted(1, "sequences") == "1 sequence" and counted(1, "colour images") == "1 colour image"

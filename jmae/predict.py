@@ -483,8 +483,8 @@ def stamps(row: Row) -> list[list]:
 
 
 def holds_predictions(out: Path) -> bool:
-    """Whether a folder has predictions, finished or not."""
-    return (out / DONE).exists() or (out / "scores.csv").exists()
+    """Whether a folder has predictions, finished or not. Failures alone are none."""
+    return len(read_done(out / DONE)) > 1 or (out / "scores.csv").exists()
 
 
 def begin(run: Run, out: Path) -> dict[str, dict[str, Any]]:
@@ -494,7 +494,7 @@ def begin(run: Run, out: Path) -> dict[str, dict[str, Any]]:
         json.dumps({**run.identity, "calibration": hashlib.sha256(repr(calibration).encode()).hexdigest()})
     )
     lines = read_done(out / DONE)
-    if lines and lines[0] != head:
+    if lines and lines[0] != head and holds_predictions(out):
         raise InputError(f"{out}: holds predictions of another run, calibration or settings: name another --out")
     if not lines and (out / "scores.csv").exists():
         raise InputError(f"{out}: holds a scores.csv that nothing can be added to: name another --out")

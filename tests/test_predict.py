@@ -634,6 +634,9 @@ def test_an_interrupted_prediction_goes_on_where_it_stopped(images_run, tmp_path
 def test_what_failed_is_done_once_it_is_mended(images_run, tmp_path):
     good, bad = picture(tmp_path / "good.png"), tmp_path / "bad.png"
     bad.write_bytes(b"")
+    assert run(images_run, tmp_path / "alone", bad) == 1 and left(tmp_path / "alone") == {"failed.csv"}
+    assert run(images_run, tmp_path / "alone", good, "--config.evaluation.masks=9") == 0, "needs no --continue"
+    assert run(images_run, tmp_path / "alone", good) == 2 and "failed.csv" not in left(tmp_path / "alone")
     assert run(images_run, tmp_path / "out", good, bad) == 1
     assert set(table(tmp_path / "out" / "scores.csv")) == {"good"}
     picture(bad, 3)

@@ -232,6 +232,7 @@ def evaluate(
         evaluation["withheld"] = calm  # `fusion.fused_evaluation` reads them
     if not evaluation["alarms"]:
         evaluation["uncalibrated"] = reasons[0] if reasons else why_no_p_values(calibration)
+    evaluation |= {"words": dict(system.words), "map_words": system.map_words}
     history = read_history(workdir / "metrics.jsonl")
     if published := beside_published(config, system, rows, workdir, history):
         evaluation["printed"] = published

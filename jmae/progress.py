@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -25,12 +26,6 @@ SHOWN = 3  # metrics of a line
 BAR = 10  # characters of the bar on a terminal
 BESIDE = BAR + len("0:00:00") + 3  # characters of the bar, the time so far and the spaces
 NOT_SHOWN = ("stage", "step", "lr", "grad_norm", *CLOCK)
-PLAIN_NAMES = {
-    "target": "mean label of a pixel (0 normal, 1 anomalous)",
-    "dice": "Dice of drawn anomalies (1 is perfect)",
-    "best_dice": "best Dice so far",
-    "explained_variance": "variance of hidden voxels explained (1 is perfect)",
-}
 
 
 @contextmanager
@@ -89,10 +84,12 @@ def at_work(what: str | Callable[[], str]) -> Iterator[Callable[[], None]]:
 
 
 @contextmanager
-def progress(stage: str, start: int, steps: int) -> Iterator[Callable[[Mapping], None]]:
+def progress(
+    stage: str, start: int, steps: int, words: Mapping[str, str] = MappingProxyType({})
+) -> Iterator[Callable[[Mapping], None]]:
     """Gives a function that shows a line of metrics: a bar on a terminal, else a plain line now and then.
 
-    A step is compiled before the first line. The pace is measured from that line on.
+    `words` are `Stage.words`. A step is compiled before the first line. The pace is measured from that line on.
     """
     console, marks, shown = Console(stderr=True), list[tuple[float, int]](), [-1e9]
     texts = [TextColumn(f"{{task.{name}}}") for name in ("description", "fields[text]")]
@@ -104,7 +101,7 @@ def progress(stage: str, start: int, steps: int) -> Iterator[Callable[[Mapping],
 
         def show(line: Mapping) -> None:
             compiled()
-            step, figures, pace, left = line["step"], metrics_texts(line), "", ""
+            step, figures, pace, left = line["step"], metrics_texts(line, words), "", ""
             marks.append((time.monotonic(), step))
             seconds, done = marks[-1][0] - marks[0][0], step - marks[0][1]
             if done and seconds > PACE_AFTER:
@@ -131,18 +128,18 @@ def fitting(texts: Iterable[str], room: int) -> str:
     return line
 
 
-def metrics_texts(line: Mapping) -> list[str]:
+def metrics_texts(line: Mapping, words: Mapping[str, str]) -> list[str]:
     """The first metrics of a line in plain words, the loss before the others and what is best so far behind them."""
     names = sorted((name for name in line if name not in NOT_SHOWN), key=lambda name: (name != "loss", "best" in name))
-    return [f"{plain_name(name)} {line[name]:.4f}" for name in names[:SHOWN]]
+    return [f"{plain_name(name, words)} {line[name]:.4f}" for name in names[:SHOWN]]
 
 
-def plain_name(name: str) -> str:
-    """What a metric of the training is, in plain words where its name does not say it."""
+def plain_name(name: str, words: Mapping[str, str]) -> str:
+    """What a metric of the training is, in the words of its stage; without words its name."""
     stem, _, channel = name.rpartition("_")
-    if channel.isdecimal() and stem in PLAIN_NAMES:
-        return f"channel {channel}: {PLAIN_NAMES[stem]}"
-    return PLAIN_NAMES.get(name, name)
+    if channel.isdecimal() and stem in words:
+        return f"channel {channel}: {words[stem]}"
+    return words.get(name, name)
 
 
 def profiled_steps(config: ConfigDict) -> tuple[int, int] | None:

@@ -59,6 +59,13 @@ def case_score(rule: str, values: np.ndarray, region: np.ndarray | None, *, shar
     return top_mean(values, region, 1.0 if rule == "mean" else share)
 
 
+def case_score_words(rule: str, *, share: float, above: float = 0.0) -> str:
+    """How `case_score` makes a case's score from its map, in words."""
+    if rule == "part":
+        return f"number of voxels of the largest connected part of the map above {above:g}"
+    return "mean of the map" if rule == "mean" else f"mean of the highest {100 * share:.3g} % of the map's values"
+
+
 def auroc(scores: Float[Array, " n"], labels: Int[Array, " n"] | Bool[Array, " n"]) -> Float[Array, ""]:
     """`metrics.auroc` on the device: the probability that a positive (label 1) has a higher score than a negative (0).
 

@@ -150,6 +150,8 @@ class Stage:
         published: values of the stage's metrics that the paper prints, {metric: {epoch, counted from 1: value}}. The
             evaluation lists them beside the run's own.
         published_with: the paper's recipe values for them. The evaluation lists those in which the run differs.
+        words: {metric: what it is, in plain words} for the lines of a training. A metric without words has its name.
+            The words of "NAME" hold for "NAME_0", "NAME_1", ... too, one a channel.
     """
 
     name: str
@@ -172,6 +174,7 @@ class Stage:
     result: Callable[[State], dict[str, PyTree]] = final
     published: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
     published_with: Mapping[str, Any] = field(default_factory=dict)
+    words: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -339,6 +342,8 @@ class System:
         best: rules of `select` that the system has beside "last" and "aucp".
         notes: sentences without the full stop. They say how a run of this recipe differs from the paper's, where every
             reader of its figures must know. The log, metrics.json, the report and the model card say them.
+        words: {score: what it is, in plain words} for the report. A score without words has its name alone.
+        map_words: what the values of the map are, in plain words.
     """
 
     name: str
@@ -358,6 +363,8 @@ class System:
     rivals: Mapping[str, Rival] = field(default_factory=dict)
     best: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    words: Mapping[str, str] = field(default_factory=dict)
+    map_words: str = "values of the map, without a unit"
 
 
 def with_best(state: State, rule: str) -> State:

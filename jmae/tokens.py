@@ -31,6 +31,8 @@ from jmae.patches import grid_of, patchify
 from jmae.system import Fit, Results, Rival, System
 from jmae.windows import average
 
+DISTANCE = "distance of the image's tokens from those of normal training images"
+WORDS = {"tokens": f"{DISTANCE}; a token is what the network makes of one patch (a small square or block)"}
 NAME = "tokens"  # of the score, of its map, and of what it learns from normal images
 
 WAYS = ("position", "global", "gaussian", "mahalanobis")

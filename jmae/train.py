@@ -350,7 +350,7 @@ def take_steps(
     halts = [config.checkpoint_every, *(every for every, *_ in checks)]
     log(f"{name}: {images_read(course)}, steps {start} to {steps}, batch {stage.batch}, compiling")
     with (
-        progress(name, start, steps) as show,
+        progress(name, start, steps, stage.words) as show,
         lines_to_loggers(config, course.workdir, name, start) as draw,
         profiling(config, course.workdir, name) as profile,
         signals() as stopped,

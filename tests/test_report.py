@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jmae import metrics
+from jmae import metrics, recipe
 from jmae.data import files
 from jmae.data.films import film_of
 from jmae.report.cases import (
@@ -41,6 +41,8 @@ from jmae.report.words import (
     stage_losses,
     unlike_sentences,
 )
+from jmae.scoring import case_score_words
+from jmae.system import load_system
 
 EVIL = "<script>alert('x')</script>\" onload=\"a()"
 
@@ -484,18 +486,28 @@ def test_masks_that_stay_empty_are_said_beside_the_alarms():
 
 
 def test_a_short_training_is_said_at_the_top_and_names_of_scores_and_pictures_are_explained(tmp_path):
-    evaluation = an_evaluation()
+    evaluation = an_evaluation(words={"stage2": "difference of two reconstructions"})
     shown = lambda config: write(tmp_path / "r.html", evaluation, cases_of(evaluation), config=config)
     page = shown({"budget": 0.25})
     assert "<b>Short training.</b> The training took 25 % of the recipe" in page and "--config.budget=1" in page
     assert page.index("Short training") < page.index("AUROC of the primary score")
-    assert "<b>stage2</b> (the primary score): difference of the reconstructions" in page
+    assert "<b>stage2</b> (the primary score): difference of two reconstructions" in page
     for name in ("Image", "Anomaly map", "Map over image"):
         assert f"</i><small>{name}</small></span>" in page
     for config in ({"budget": 1.0}, {"budget": 4.0}, {}):
         assert "Short training" not in shown(config)
-    named = {"primary": "ppii", "scores": {"ppii": {}, "own": {}}, "table": [{"id": "a", "ppii_highest": 1.0}]}
-    assert [name for name, _ in score_meanings(named, {})] == ["ppii", "ppii_highest"]
+    named = {"primary": "b", "scores": {"b": {}, "own": {}}, "table": [{"id": "a", "c": 1.0}]}
+    named["words"] = {"a": "not here", "b": "the second", "c": "the third"}
+    assert score_meanings(named) == [("b", "the second"), ("c", "the third")]
+
+
+def test_a_score_made_of_its_map_says_how():
+    assert case_score_words("top", share=0.01) == "mean of the highest 1 % of the map's values"
+    assert case_score_words("mean", share=0.01) == "mean of the map"
+    assert case_score_words("part", share=1, above=2.0).endswith("largest connected part of the map above 2")
+    words = lambda name: load_system(recipe.parse([f"--config={name}:smoke"], "")[0]).words
+    assert words("maemi")["maemi"].startswith("mean of the highest 1 % of the map's values; the map is the squared")
+    assert words("ppii")["ppii"] == "mean of the map"
 
 
 def test_cases_unlike_the_training_are_counted_at_the_top_and_named_at_the_case(tmp_path):
@@ -518,7 +530,10 @@ def test_the_surprise_at_normal_alarms_is_that_of_drawing_both_sets_alike():
 
 
 def test_the_first_screen_marks_alarms_and_maps_and_scores_are_named_for_what_they_are(tmp_path):
-    e = unlabelled() | {"primary": "ppii", "alarms": {"n": 23, "rate": 0.05, "counts": {}}}
+    e = unlabelled() | {
+        "map_words": "probability of an anomaly, from 0 to 1",
+        "alarms": {"n": 23, "rate": 0.05, "counts": {}},
+    }
     for row in e["table"]:
         row["p_value"] = 0.042 if row["id"] == "scan7" else 0.5
     text = write(tmp_path / "r.html", e)
@@ -526,9 +541,6 @@ def test_the_first_screen_marks_alarms_and_maps_and_scores_are_named_for_what_th
     said = re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", first))
     assert "scan7 7, p-value 0.042 alarm" in said and "scan6 6, p-value 0.5" in said and said.count("alarm") == 1
     assert "one colour scale (probability of an anomaly, from 0 to 1)" in text and text.count("alarm</strong>") == 3
-    meaning = lambda **settings: dict(score_meanings(e | {"primary": "maemi"}, settings))["maemi"]
-    assert meaning(top=0.01).startswith("mean of the highest 1 % of the map's values; the map is the squared")
-    assert meaning(top=0.01, case_score="part", part_above=2.0).startswith("number of voxels of the largest connected")
 
 
 @pytest.mark.long

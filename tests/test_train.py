@@ -677,20 +677,20 @@ def test_elsewhere_plain_lines_come_now_and_then_and_at_the_end(monkeypatch, cap
     assert said[1].startswith("pretrain 20/20  loss 0.2500  accuracy 0.7500  ") and "steps/s  0 s left" in said[1]
 
 
-def test_a_line_names_its_figures_in_plain_words():
+def test_a_line_names_its_figures_in_the_words_of_its_stage_or_else_by_their_names():
+    words = {"dice": "Dice of drawn anomalies", "best_dice": "best Dice so far", "share": "share of pixels"}
     line = {"step": 1, "best_dice": 0.25, "dice": 0.125, "loss": 0.5, "lr": 1}
-    assert progress.metrics_texts(line) == [
-        "loss 0.5000",
-        "Dice of drawn anomalies (1 is perfect) 0.1250",
-        "best Dice so far 0.2500",
-    ]
-    assert progress.plain_name("explained_variance_1") == (
-        "channel 1: variance of hidden voxels explained (1 is perfect)"
-    )
-    assert (
-        progress.plain_name("target") == "mean label of a pixel (0 normal, 1 anomalous)"
-        and progress.plain_name("own_1") == "own_1"
-    )
+    said = ["loss 0.5000", "Dice of drawn anomalies 0.1250", "best Dice so far 0.2500"]
+    assert progress.metrics_texts(line, words) == said
+    assert progress.metrics_texts(line, {}) == ["loss 0.5000", "dice 0.1250", "best_dice 0.2500"]
+    assert progress.plain_name("share_1", words) == "channel 1: share of pixels"
+    assert progress.plain_name("own_1", words) == "own_1"
+
+
+def test_the_systems_say_what_their_figures_are():
+    stage = lambda name: load_system(recipe.parse([f"--config={name}:smoke"], "")[0]).stages[-1]
+    assert stage("ppii").words.keys() == {"target", "dice", "best_dice"}
+    assert stage("maemi").words.keys() == {"explained_variance"}
 
 
 def test_a_first_step_that_is_shown_again_has_no_pace(monkeypatch, capsys):

@@ -28,7 +28,6 @@ from jmae.report.pictures import (
     slides,
     spread_scale,
 )
-from jmae.systems.scores import MAPS
 
 LISTED = 100  # cases in the list of scores, at most
 PICTURE_BYTES = 1_800_000  # for all pictures of up to 16 cases, before base64 adds a third; as much again for films
@@ -65,8 +64,8 @@ def write_report(
         "promise": words.p_value_sentences(evaluation),
         "unlike": words.unlike_sentences(evaluation),
         "short": words.short_training(config),
-        "meanings": words.score_meanings(evaluation, config.get("evaluation") or {}),
-        "map_values": MAPS.get(evaluation["primary"], "values of the map, without a unit"),
+        "meanings": words.score_meanings(evaluation),
+        "map_values": evaluation.get("map_words") or "values of the map, without a unit",
         "reason": words.no_curves_reason(evaluation),
         "digests": {**evaluation.get("digests", {}), "environment": settings_digest(environment)},
         "config": words.flat_settings(config),

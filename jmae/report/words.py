@@ -16,7 +16,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jmae.likeness import REMEDY, unlike_text
-from jmae.systems.scores import FROM_MAP, SCORES, from_map
 
 SYSTEM_FILES = Path(__file__).parents[1] / "systems"
 
@@ -271,18 +270,11 @@ def p_value_sentences(evaluation: Mapping[str, Any]) -> list[str]:
     return [*sentences, *maskless]
 
 
-def score_meanings(evaluation: Mapping[str, Any], settings: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """(name, what it is) of the evaluation's scores, the primary one first; those that `SCORES` knows.
-
-    `settings` is the recipe's section `evaluation`.
-    """
-    names = dict.fromkeys([str(evaluation["primary"]), *(evaluation.get("scores") or {})])
-    names |= dict.fromkeys(name for row in (evaluation.get("table") or ())[:1] for name in row)
-    meanings = {name: SCORES[name] for name in names if name in SCORES}
-    for name in meanings.keys() & FROM_MAP if "top" in settings else ():
-        how = from_map(settings.get("case_score", "top"), settings["top"], settings.get("part_above", 0.0))
-        meanings[name] = f"{how}; the map is the {meanings[name]}"
-    return list(meanings.items())
+def score_meanings(evaluation: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """(name, what it is) of the evaluation's scores, the primary one first; those that have `words`."""
+    names, words = [str(evaluation["primary"]), *(evaluation.get("scores") or {})], evaluation.get("words") or {}
+    names += [name for row in (evaluation.get("table") or ())[:1] for name in row]
+    return [(name, words[name]) for name in dict.fromkeys(names) if name in words]
 
 
 def short_training(config: Mapping[str, Any]) -> str:

@@ -71,6 +71,7 @@ from jmae.system import (
     steps_of,
 )
 from jmae.tokens import (
+    DISTANCE,
     NAME,
     TOKEN_KEYS,
     check_tokens,
@@ -81,6 +82,7 @@ from jmae.tokens import (
     token_score,
     tokens_of,
 )
+from jmae.tokens import WORDS as TOKEN_WORDS
 
 VARIANTS = {
     "stage2": ("pretrain", "proxy", "labels", "module_a", "module_b"),
@@ -94,6 +96,18 @@ VARIANTS = {
 }
 NORMALS_ALONE = ("stage1", "mae", "one_class")  # variants that need no unlabelled image
 SIGNED, OWN = "tokens_signed", "own_tokens"  # a score, and what it keeps of module B's images
+WORDS = TOKEN_WORDS | {
+    "tokens_a": f"{DISTANCE}, by the encoder of module A",
+    "tokens_b": f"{DISTANCE}, by the encoder of module B",
+    "tokens_signed": "whether the image's tokens are nearer to those of normal images or to those of the unlabelled "
+    "images that look abnormal; a token is what the network makes of one patch (a small square)",
+    "stage1": "probability of an anomaly, by a classifier of normal images and images with drawn anomalies",
+    "stage2": "difference of the reconstructions of the two modules",
+    "stage2_error": "reconstruction error of module A less that of module B",
+    "stage2_nearer": "difference of the reconstructions where module B is nearer to the image",
+    "mae": "reconstruction error of the first network",
+    "module_a": "reconstruction error of module A, which learned from normal images",
+}
 DISCREPANCIES = {
     "reconstruction": "stage2",
     "nearer": "stage2_nearer",
@@ -764,6 +778,7 @@ def build(config: ConfigDict) -> System:
         averaged=primary not in ("stage2", "stage2_nearer", NAME, SIGNED, *residuals.NAMES),  # no means over masks
         fits=fits_of(partial(predicted, networks)),
         notes=tuple(notes),
+        words=WORDS,
     )
     encoders = {name: networks.mae_of for name in names if name in TOKEN_SCORES}
     tokens = token_fits(config, encoders, partial(standardised, config=config))

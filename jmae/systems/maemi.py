@@ -37,7 +37,7 @@ from jmae.masked import (
 from jmae.masking import group_mask, groups_of, hidden, visible_tokens
 from jmae.nn.mae import MAE
 from jmae.patches import grid_of, patchify, sincos_positions, unpatchify
-from jmae.scoring import minimum_filter
+from jmae.scoring import case_score_words, minimum_filter
 from jmae.system import (
     Check,
     Prediction,
@@ -52,6 +52,7 @@ from jmae.system import (
     steps_of,
 )
 from jmae.tokens import TOKEN_KEYS, check_tokens, sweeping, token_fits, token_rivals
+from jmae.tokens import WORDS as TOKEN_WORDS
 from jmae.windows import average, tile
 
 KEYS = {
@@ -285,6 +286,7 @@ def build(config: ConfigDict) -> System:
             samples=WATCHED,
         ),
         parts=config.accumulate,
+        words={"explained_variance": "variance of hidden voxels explained (1 is perfect)"},
     )
     number, by_case = prod(grid_of(tuple(data.size), patch)), evaluation.masks_of == "case"
     sweep = Sweep(
@@ -301,6 +303,7 @@ def build(config: ConfigDict) -> System:
         ),
         tile=partial(tile, released=True) if compat.averaging else tile,
     )
+    how = case_score_words(evaluation.case_score, share=evaluation.top, above=evaluation.part_above)
     system = System(
         name="maemi",
         stages=(stage,),
@@ -309,6 +312,10 @@ def build(config: ConfigDict) -> System:
         sweep=sweep,
         repetitions="repeats",
         fits=residuals.fits(config, partial(batch_evidence, config), "repeats", "mask_ratio", "error", "stride"),
+        words=TOKEN_WORDS | {"maemi": f"{how}; the map is the squared reconstruction error"},
+        map_words="values of the map, without a unit"
+        if residuals.wanted(config)
+        else "squared reconstruction error, in the unit of the prepared image",
     )
 
     def beside(predict: Callable[..., Array]) -> System:

@@ -59,11 +59,18 @@ from jmae.system import (
     steps_of,
 )
 from jmae.tokens import NAME, TOKEN_KEYS, check_tokens, sweeping, token_fits, token_rivals, token_score
+from jmae.tokens import WORDS as TOKEN_WORDS
 from jmae.windows import average
 
 LUMINANCES = ("standardised", "unit", "none")
 VISIBLE = 1e-6  # weight of a mask that does not hide a voxel: it counts only where no mask hides the voxel
 SCORES = ("ms_ssim", "ms_ssim_patches", "mse", "ms_ssim_product")  # the last one is of whole images, without a map
+WORDS = TOKEN_WORDS | {
+    "ms_ssim": "how much the reconstruction differs in structure from the image",
+    "ms_ssim_patches": "ms_ssim as a mean over each patch",
+    "ms_ssim_product": "ms_ssim as a product over scales",
+    "mse": "mean squared error of the reconstruction",
+}
 FITTED_BY = ("masks", "mask_ratio", "paste", "average")  # settings that change a fit
 MEANS = {
     "ms_ssim": "map",
@@ -463,6 +470,7 @@ def build(config: ConfigDict) -> System:
         repetitions="masks",
         averaged=not residuals.wanted(config)
         and (evaluation.average == "all" or evaluation.score == "ms_ssim_product"),
+        words=WORDS,
         **scoring(networks),
     )
     seen = partial(clean, config)

@@ -36,6 +36,7 @@ from jmae.nn.unet import UNet, check_size
 from jmae.optim import adam, begin, descend
 from jmae.recipe import MASKS_OF, SHARED, Key, is_volume
 from jmae.run_folder import log
+from jmae.scoring import case_score_words
 from jmae.sharding import device_gather, device_number
 from jmae.system import (
     Check,
@@ -57,6 +58,16 @@ BACKBONES = ("unet", "mc_unet", "phiseg")
 OTHERS: dict[str, Callable] = {"pii": pii, "fpi": fpi, "cutpaste": cutpaste, "nsa": nsa}
 
 RULE = "dice"
+WORDS = {
+    "ppii": "mean of the map",
+    "ppii_top_quarter": "mean of the highest quarter of the map's values",
+    "ppii_highest": "highest value of the map",
+}
+LOG_WORDS = {
+    "target": "mean label of a pixel (0 normal, 1 anomalous)",
+    "dice": "Dice of drawn anomalies (0 none is found, 1 is perfect)",
+    "best_dice": "best Dice so far",
+}
 
 # --- recipe -----------------------------------------------------------------------------------------------------------
 
@@ -262,9 +273,9 @@ def build(config: ConfigDict) -> System:
     init, bind = network(partial(make, config))
     setup = Setup(config=config, init=init, bind=bind, task=task_of(config))
     about: dict[str, Any] = dict(name="ppii", stages=(stage_of(setup),), uses=("train",), primary="ppii", best=(RULE,))
-    about["repetitions"] = "samples"
+    about |= {"repetitions": "samples", "map_words": "probability of an anomaly, from 0 to 1"}
     if not is_volume(config):
-        return System(**about, score=partial(score, setup), masks=setup.samples)
+        return System(**about, score=partial(score, setup), masks=setup.samples, words=WORDS)
     window, stride = tuple(config.data.size), tuple(config.evaluation.stride)
     sweep = Sweep(
         window=window,
@@ -273,7 +284,7 @@ def build(config: ConfigDict) -> System:
         score=partial(score_window, setup),
         fuse=partial(fuse, setup),
     )
-    return System(**about, sweep=sweep)
+    return System(**about, sweep=sweep, words={"ppii": case_score_words("top", share=config.evaluation.top)})
 
 
 def stage_of(setup: Setup) -> Stage:
@@ -293,6 +304,7 @@ def stage_of(setup: Setup) -> Stage:
         init=partial(first_state, setup),
         step=partial(step, setup),
         checks=(looks,) if setup.config.select == RULE else (),
+        words=LOG_WORDS,
     )
 
 

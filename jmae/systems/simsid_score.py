@@ -32,6 +32,17 @@ from jmae.system import Check, Choice, Results, Stage, State, Sweep, System, com
 
 SCORES = ("simsid", "difference", "l1", "mse", "patches")
 MAPS = ("l1", "mse", "patches")
+WORDS = {
+    "simsid": "by how many standard deviations the discriminator finds the reconstruction less real than those of the "
+    "training images",
+    "A": "simsid on a scale from 0 to 1",
+    "difference": "as simsid, for how much less real the image is than its reconstruction",
+    "l1": "mean absolute error of the reconstruction",
+    "mse": "mean squared error of the reconstruction",
+    "patches": "reconstruction error of the worst tenth of the patches",
+    "kl": "Kullback-Leibler divergence between the image and the student's reconstruction",
+    "kl_teacher": "Kullback-Leibler divergence between the image and the teacher's reconstruction",
+}
 DEVIATION = 0.2  # deviation of each image with data.normalise=image; the mean is 0.5
 TEACHER = "reconstruction by the teacher"  # the picture of both methods
 RULE = "auroc"  # the rule of `select` that both methods have
@@ -162,6 +173,7 @@ def system(config: ConfigDict, method: Method) -> System:
         primary_uses=tuple(names[: names.index(choice) + 1]) if primary in MAPS else (),
         best=(RULE,),
         choice=Choice(stage=choice, stand_ins=partial(stand_ins, config)),
+        words=WORDS,
         **scoring,
     )
 

@@ -320,7 +320,9 @@ def mask_threshold(config: ConfigDict, calibration: Calibration | None) -> float
 
 def why_no_masks(calibration: Calibration | None, rate: float) -> str:
     """Why cases get no mask, or empty masks; "" where nothing prevents masks or the run has no maps."""
-    if not calibration or not calibration.peaks:
+    if not calibration:
+        return "no masks: without a calibration there is no threshold for them"
+    if not calibration.peaks:
         return ""
     normals, needed = counted(len(calibration.peaks), "held-out normals"), normals_needed(rate)
     if len(calibration.peaks) < needed:
@@ -340,11 +342,11 @@ def colours_of(calibration: Calibration | None) -> Scale | None:
     """The colour scale of all maps of a run; None without a calibration, or where the normals have no maps."""
     if calibration is None or calibration.low is None or calibration.high is None:
         return None
-    low, high = PERCENTILES
+    rare, normals = round(1000 - 10 * PERCENTILES[1]), counted(len(calibration.scores), "held-out normals")
     source = (
-        f"median of the {low:g}th percentiles (low end) and the 95th percentile of the {high:g}th percentiles (high"
+        f"In 19 of 20 maps of {normals}, at most {rare} of 1,000 values is higher than the bright end. The dark end is "
+        "the middle value of such a map. So a bright place is rare in normal scans, but its value may be small."
     )
-    source += f" end) of the maps of {counted(len(calibration.scores), 'held-out normals')}"
     return Scale(calibration.low, calibration.high, source)
 
 

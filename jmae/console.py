@@ -5,7 +5,9 @@ from typing import Any
 
 from jmae import metrics
 from jmae.report import no_curves_reason
-from jmae.report.words import hidden_sentences, rival_sentences
+from jmae.report.words import dice_of_everything, hidden_sentences, mask_sentences, rival_sentences
+from jmae.scoring import too_few_normals
+from jmae.tables import counted
 
 
 def region_words(pixel: Mapping[str, Any]) -> str:
@@ -62,17 +64,22 @@ def console_summary(evaluation: Mapping[str, Any]) -> str:
         lines += ["baselines and rivals:", *rated] if rated else []
     if found := evaluation["alarms"]:
         shares = ", ".join(f"{found[word]:.1%} of {word}" for word in ("normal", "abnormal") if found[word] is not None)
-        if shares:
-            lines.append(f"p-value up to {found['rate']:g} (of {found['n']} held-out normals): {shares}")
+        if few := too_few_normals(found["n"], found["rate"]):
+            lines.append(f"no alarm is possible: {few}")
+        elif shares:
+            lines.append(f"p-value up to {found['rate']:g} (of {counted(found['n'], 'held-out normals')}): {shares}")
+    lines += mask_sentences(evaluation)[:1]
     if mask := evaluation.get("mask"):
         lines.append(
-            f"masks above {mask['threshold']:.4g}: Dice {mask['dice']:.3f}, {mask['lesion_recall']:.1%} of lesions "
+            f"masks above {mask['threshold']:.4g}: Dice {mask['dice']:.3f} (of all voxels: "
+            f"{mask['dice_of_everything']:.3f}), {mask['lesion_recall']:.1%} of lesions "
             f"found, {mask['false_components']:.2g} false components an image"
         )
     if evaluation.get("sizes"):
         lines.append(size_words(evaluation["sizes"]))
     if evaluation["pixel"]:
-        lines.append(f"pixels, of which {evaluation['pixel']['prevalence']:.4f} are lesion:")
+        share, everything = evaluation["pixel"]["prevalence"], dice_of_everything(evaluation["pixel"])
+        lines.append(f"pixels, of which {share:.4f} are lesion (calling all of them gives a Dice of {everything:.3f}):")
         named = [(name + " *" * (name == primary), s) for name, s in [*scores.items(), *cheap.items()]]
         lines += [
             f"  {name:<24} AUROC {s['pixel']['auroc']:.3f}  AP {s['pixel']['ap']:.3f}{region_words(s['pixel'])}"
@@ -81,5 +88,5 @@ def console_summary(evaluation: Mapping[str, Any]) -> str:
             if s["pixel"]
         ]
         mean = metrics.patient_mean(evaluation["per_patient"])
-        lines.append(f"  mean of {mean['n']} patients      AUROC {mean['auroc']:.3f}  AP {mean['ap']:.3f}")
+        lines.append(f"  mean of {counted(mean['n'], 'patients'):<16} AUROC {mean['auroc']:.3f}  AP {mean['ap']:.3f}")
     return "\n".join(lines)

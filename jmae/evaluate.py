@@ -75,7 +75,7 @@ from jmae.outlines import MaskFigures
 from jmae.processes import join_processes, keep_compiled
 from jmae.progress import at_work
 from jmae.python import Evaluate
-from jmae.report import Case, one_slice, shown_voxel, slice_side, worth_showing, write_report
+from jmae.report import Case, one_slice, short_training, shown_voxel, slice_side, worth_showing, write_report
 from jmae.results import Result, map_name, report_case
 from jmae.run_folder import log, output_folder, read_environment, read_history, write_csv, write_text
 from jmae.scoring import Calibration
@@ -202,7 +202,7 @@ def evaluate(
         return {}
     masks = MaskFigures(mask_threshold(config, calibration), config.evaluation.mask_least)
     kind = read_kind(workdir)
-    gathered = gather_results(scorer, chosen, baselines, parts, thresholds, out, masks, kind)
+    gathered = gather_results(scorer, chosen, baselines, parts, out, masks, kind)
     evaluation = split_figures(
         config, system, chosen, parts, gathered.scores, baselines.scores, thresholds, reference and reference.scores
     )
@@ -213,7 +213,7 @@ def evaluate(
         evaluation["leaks"] = leaking
     if unchecked:
         evaluation["unchecked"] = unchecked
-    evaluation["mask"] = masks.result()
+    evaluation |= {"mask": masks.result(), "masked": masks.counts()}
     if reason := why_no_masks(calibration, rate):
         evaluation["maskless"] = reason
     if system.notes:
@@ -242,6 +242,8 @@ def evaluate(
     if of_run:
         write_cards(workdir, config, system, rows)
     log(console_summary(evaluation))
+    if short := short_training(config):
+        log(short)
     log(f"report: {out / 'report.html'}")
     log(f"next: open the report; score new scans: jmae predict --workdir {shlex.quote(str(workdir))} --out DIR SCAN")
     return evaluation
@@ -264,13 +266,13 @@ def score_reference(
     if not split.reference or (known and thresholds is None):
         return None, {}
 
-    def counted(results: Iterator[Result]) -> Iterator[Result]:
+    def seen(results: Iterator[Result]) -> Iterator[Result]:
         for result, baseline_maps in baselines.beside(results, count=False) if thresholds else zip(results, repeat({})):
             if thresholds and result.case.row.label == 0 and (truth := truth_of(result.case)):
                 thresholds.add(truth, all_maps(result, baseline_maps))
             yield result
 
-    reference = reference_scores(config, scorer.system, counted(score_rows(scorer, split.reference)))
+    reference = reference_scores(config, scorer.system, seen(score_rows(scorer, split.reference)))
     return reference, thresholds.result() if thresholds else {}
 
 
@@ -284,7 +286,6 @@ def gather_results(
     split: Split,
     baselines: Baselines,
     parts: Mapping[str, Part],
-    thresholds: Thresholds,
     out: Path,
     masks: MaskFigures,
     kind: Mapping[str, Any] | None,  # `likeness.kind_of` the training images
@@ -309,12 +310,17 @@ def gather_results(
                 part.pixels.close(row)
         if map_name(system) not in result.maps:
             continue
-        if truth:
-            masks.add(np.mean(maps[map_name(system)], 0), *truth, case.geometry.spacing)
-        for name, array in result.written(system, names).items():
+        made = result.written(system, names if masks.threshold is None else [*names, "anomaly"])
+        mask = (
+            masks.mask_of(made["anomaly"], case.counted_voxels(), case.geometry.spacing) if "anomaly" in made else None
+        )
+        if truth and mask is not None:
+            masks.add(mask, *truth)
+        for name in made.keys() & names:
             (out / "maps").mkdir(parents=True, exist_ok=True)
-            write_map(out / "maps" / f"{row.id}_{name}", array, case.geometry)
-        shown = report_case(result, system, truth and truth.lesion, baseline_maps, thresholds)
+            write_map(out / "maps" / f"{row.id}_{name}", made[name], case.geometry)
+        threshold = masks.threshold if mask is not None and mask.any() else None
+        shown = report_case(result, system, truth and truth.lesion, baseline_maps, threshold)
         window = scorer.example(case, shown_voxel(shown)) if system.sweep else {}
         shown = one_slice(shown, slice_side(len(split.rows)))
         gathered.cases.append(shown._replace(pictures={**shown.pictures, **window}))

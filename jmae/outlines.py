@@ -69,23 +69,27 @@ class MaskFigures:
     def __init__(self, threshold: float | None, least: float):
         self.threshold, self.least = threshold, least
         self.dice: list[float] = []
+        self.everything: list[float] = []  # the Dice of each case with a lesion if every voxel were in its mask
         self.areas: list[NDArray] = []  # of the lesions of each case
         self.found: list[NDArray[np.bool_]] = []  # which of them are found
         self.false = self.images = self.normals = self.alarms = 0
+        self.cases = self.masked = 0
+
+    def mask_of(
+        self, values: NDArray[np.floating], region: Region = None, spacing: Sequence[float] | None = None
+    ) -> Region:
+        """The mask of one case, which counts as masked where the mask is not empty; None without a threshold."""
+        if self.threshold is None:
+            return None
+        mask = outline(values, self.threshold, least_voxels(self.least, spacing), region)
+        self.cases, self.masked = self.cases + 1, self.masked + bool(mask.any())
+        return mask
 
     def add(
-        self,
-        values: NDArray[np.floating],
-        lesion: NDArray[np.bool_],
-        region: Region = None,
-        share: float = 1.0,
-        spacing: Sequence[float] | None = None,
+        self, mask: NDArray[np.bool_], lesion: NDArray[np.bool_], region: Region = None, share: float = 1.0
     ) -> None:
-        """Takes the map and the lesions of one labelled case; voxels outside of the region do not count. `share` is the
-        number of the map's voxels for one voxel of the grid that is scored."""
-        if self.threshold is None:
-            return
-        mask = outline(values, self.threshold, least_voxels(self.least, spacing), region)
+        """Takes the mask and the lesions of one labelled case; voxels outside of the region do not count. `share` is
+        the number of the map's voxels for one voxel of the grid that is scored."""
         lesion = lesion if region is None else region & lesion
         (own, n), (truth, lesions) = components(mask), components(lesion)
         self.images += 1
@@ -93,16 +97,26 @@ class MaskFigures:
         self.found.append(np.bincount(truth[mask & lesion], minlength=lesions + 1)[1:] > 0)
         self.false += n - len(np.unique(own[mask & lesion]))
         if lesions:
-            self.dice.append(2 * float((mask & lesion).sum()) / float(mask.sum() + lesion.sum()))
+            size, n_counted = float(lesion.sum()), mask.size if region is None else int(region.sum())
+            self.dice.append(2 * float((mask & lesion).sum()) / (float(mask.sum()) + size))
+            self.everything.append(2 * size / (n_counted + size))
         else:
             self.normals += 1
             self.alarms += n > 0
 
+    def counts(self) -> dict[str, Any] | None:
+        """How many cases have a mask that is not empty; None without a threshold."""
+        if self.threshold is None:
+            return None
+        return {"n": self.masked, "of": self.cases, "threshold": self.threshold}
+
     def result(self) -> dict[str, Any] | None:
-        """The mean Dice of cases with a lesion, the share of lesions that are found, the false components an image, and
-        the share of cases without a lesion that have a mask. None without a threshold or a lesion. "sizes" has the
-        share of lesions found among small, medium and large ones, a third each, by area on the grid that is scored. It
-        is empty for fewer than three lesions.
+        """The figures of the masks; None without a threshold or a lesion.
+
+        "dice" is the mean of the cases with a lesion, and "dice_of_everything" what it would be if every voxel were in
+        the masks. "lesion_recall" is the share of lesions that are found, "false_alarms" the share of cases without a
+        lesion that have a mask. "sizes" has the share of lesions found among small, medium and large ones, a third
+        each, by area on the grid that is scored. It is empty for fewer than three lesions.
         """
         areas, found = (np.concatenate([np.empty(0), *each]) for each in (self.areas, self.found))
         if not areas.size:
@@ -117,6 +131,7 @@ class MaskFigures:
             "threshold": self.threshold,
             "least": self.least,
             "dice": float(np.mean(self.dice)),
+            "dice_of_everything": float(np.mean(self.everything)),
             "lesion_recall": float(found.mean()),
             "false_components": self.false / self.images,
             "false_alarms": self.alarms / self.normals if self.normals else None,

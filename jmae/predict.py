@@ -88,7 +88,7 @@ from jmae.likeness import REMEDY, read_kind, unlike, unlike_text, without_calm_p
 from jmae.outlines import least_voxels, outline
 from jmae.processes import keep_compiled
 from jmae.progress import at_work
-from jmae.report import PERCENTILES, Scale, blend
+from jmae.report import PERCENTILES, Scale, blend, short_training
 from jmae.results import Result
 from jmae.run_folder import add_line, log, output_folder, write_bytes, write_csv, write_text
 from jmae.run_recipe import read_run
@@ -425,6 +425,8 @@ def predict_rows(run: Run, rows: Sequence[Row], out: Path, *, further: bool) -> 
         log("warning: each overlay has its own colour scale, as no held-out normals give one: do not compare them")
     if missing and (reason := why_no_masks(run.calibration, alarm_rate(run.config))):
         log(reason)
+    if missing and (short := short_training(run.config)):
+        log(short)
     failed: list[dict[str, str]] = []
 
     def fail(row: Row, error: Exception) -> None:

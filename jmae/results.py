@@ -63,12 +63,12 @@ def report_case(
     system: System,
     lesion: np.ndarray | None,
     baseline_maps: Mapping[str, np.ndarray],
-    thresholds: Mapping[str, Sequence[float]],
+    threshold: float | None,
 ) -> Case:
     """A result as the report shows it, means over replicates.
 
     Of a volume, further channels, their reconstructions and the subtraction image are further pictures. `lesion` and
-    `baseline_maps` lie on the case's own grid. `thresholds` are those of the held-out normals, by the map's name.
+    `baseline_maps` lie on the case's own grid. `threshold` is that of its mask; None without a mask.
     """
     case, pictures = result.case, {name: each.mean(0) for name, each in result.pictures.items()}
     if case.volume:
@@ -79,7 +79,8 @@ def report_case(
         if "subtraction" in baseline_maps:
             pictures["the subtraction image"] = case.volume.grid.forward(baseline_maps["subtraction"], 1)
     mean = lambda values: None if values is None else values.mean(0)
-    shown, own = result.maps[map_name(system)].mean(0), thresholds.get(map_name(system), ())
+    shown, region = result.maps[map_name(system)].mean(0), case.volume.region if case.volume else None
+    above = None if threshold is None else shown > threshold
     return Case(
         case.row.id,
         case.row.label,
@@ -90,7 +91,7 @@ def report_case(
         mean(result.reconstruction),
         confidence=mean(result.confidence),
         pictures=pictures,
-        region=case.volume.region if case.volume else None,
-        called=shown >= np.mean(own) if own else None,
+        region=region,
+        called=above if above is None or region is None else above & region,
         film=case.film() if case.film else b"",
     )

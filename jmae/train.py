@@ -63,6 +63,7 @@ from jmae.programs import (
 )
 from jmae.progress import at_work, profiled_steps, profiling, progress, signals
 from jmae.python import Train
+from jmae.report import short_training
 from jmae.run_folder import (
     add_history,
     cut_history,
@@ -138,6 +139,8 @@ def run(config: ConfigDict, workdir: Path) -> int:
         log("no test row has a label: not evaluated")
         calibrate_run(config, system, rows, workdir, cases)
         write_cards(workdir, config, system, rows)
+        if short := short_training(config):
+            log(short)
         new = "--out DIR SCAN" if all(row.split != "test" for row in rows) else ""
         log(f"next: jmae {'predict' if new else 'evaluate'} --workdir {shlex.quote(str(workdir))} {new}".rstrip())
     return 0

@@ -308,7 +308,8 @@ def test_equal_highest_values_of_the_normals_and_too_few_normals_are_said():
         "the highest values of several maps of 23 held-out normals are equal (1), so masks of new cases stay empty: "
         "train longer"
     )
-    assert of(spread) == "" == of([]) == cal.why_no_masks(None, 0.05)
+    assert of(spread) == "" == of([])
+    assert cal.why_no_masks(None, 0.05).startswith("no masks: without a calibration")
     assert of([cal.LOWEST] * 30) == "", "these maps have no component of the least size"
     assert of([1.0] * 8) == f"no masks: 8 held-out normals, 19 are needed: {more_normals(0.05)}"
 

@@ -174,9 +174,16 @@ def test_a_trained_and_evaluated_run_has_both_cards(finished):
 
 def test_metrics_json_has_the_keys_of_the_design(finished):
     metrics = json.loads((finished / "evaluation" / "metrics.json").read_text())
-    assert set(KEYS) | {"maskless", "notes", "seconds", "seconds_per_case", "resampled", "words", "map_words"} == set(
-        metrics
-    )
+    assert set(KEYS) | {
+        "maskless",
+        "notes",
+        "seconds",
+        "seconds_per_case",
+        "resampled",
+        "words",
+        "map_words",
+        "masked",
+    } == set(metrics)
     assert [metrics[k] for k in KEYS[:6]] == ["amae", "test", 12, 6, 6, load_system(recipe.read(finished)).primary]
     assert set(metrics["image"]) == IMAGE and set(metrics["pixel"]) == PIXEL
     assert set(metrics["scores"]) >= {"stage2", "stage1", "mae"}

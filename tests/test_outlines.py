@@ -66,16 +66,23 @@ def test_figures_of_masks_are_those_by_hand():
     mask[1:3, 0:2] = mask[5, 7:9] = True  # finds one of two lesions, one component is false
     mask[0, 8] = True  # one voxel is too small
     nothing, values = np.zeros((6, 9), bool), mask.astype(float)
-    figures.add(values, lesion)
-    figures.add(nothing * 1.0, nothing)
-    figures.add(values, nothing, region=np.broadcast_to(np.arange(9) < 5, (6, 9)))  # its second component lies outside
-    expected = {"dice": 2 * 2 / (6 + 5), "lesion_recall": 0.5, "false_components": 2 / 3, "false_alarms": 0.5}
+    part = np.broadcast_to(np.arange(9) < 5, (6, 9))  # its second component lies outside
+    figures.add(figures.mask_of(values), lesion)
+    figures.add(figures.mask_of(nothing * 1.0), nothing)
+    figures.add(figures.mask_of(values, part), nothing, part)
+    assert figures.counts() == {"n": 2, "of": 3, "threshold": 0.5}
+    expected = {
+        "dice": 2 * 2 / (6 + 5),
+        "dice_of_everything": 2 * 5 / (54 + 5),
+        "lesion_recall": 0.5,
+        "false_components": 2 / 3,
+        "false_alarms": 0.5,
+    }
     found = figures.result()
     assert found.pop("sizes") == []  # of two lesions
     assert found == pytest.approx(expected | {"images": 3, "lesions": 2, "threshold": 0.5, "least": 2})
     figures = outlines.MaskFigures(None, 0)
-    figures.add(values, lesion)
-    assert figures.result() is None
+    assert figures.mask_of(values) is None and figures.result() is None and figures.counts() is None
 
 
 def test_lesions_of_each_size_are_found_apart():
@@ -84,7 +91,7 @@ def test_lesions_of_each_size_are_found_apart():
     for n in range(1, 7):
         lesion = np.zeros((3, 20), bool)
         lesion[1, :n] = lesion[1, 10 : 10 + n] = True
-        figures.add((lesion & (n in (2, 5, 6))) * 1.0, lesion, None, 0.5)  # two pixels of the scored grid each
+        figures.add(lesion & (n in (2, 5, 6)), lesion, None, 0.5)  # two pixels of the scored grid each
     expected = [("small", 4.0, 4, 0.5), ("medium", 8.0, 4, 0.0), ("large", 12.0, 4, 1.0)]
     keys = ("size", "most", "lesions", "recall")
     assert figures.result()["sizes"] == [dict(zip(keys, one, strict=True)) for one in expected]

@@ -15,6 +15,8 @@ import pytest
 from PIL import Image
 
 from jmae import metrics, recipe
+from jmae.calibration import colours_of
+from jmae.console import console_summary
 from jmae.data import files
 from jmae.data.films import film_of
 from jmae.report.cases import (
@@ -34,14 +36,16 @@ from jmae.report.page import write_report
 from jmae.report.pictures import Scale, case_pictures, colour_scale, slides, spread_scale
 from jmae.report.words import (
     comparison_rows,
+    mask_sentences,
     p_value_sentences,
     patient_rows,
     result_sentences,
     score_meanings,
+    short_training,
     stage_losses,
     unlike_sentences,
 )
-from jmae.scoring import case_score_words
+from jmae.scoring import Calibration, case_score_words
 from jmae.system import load_system
 
 EVIL = "<script>alert('x')</script>\" onload=\"a()"
@@ -190,7 +194,7 @@ def test_cases_without_labels_come_before_their_scores_with_the_highest_first(tm
     places = [words.index(f"scan{i} score") for i in range(29, -1, -1)]  # all have pictures
     assert places == sorted(places) and words.index("the highest scores first") < places[0]
     assert places[-1] < words.index("Distribution of the primary score") < words.index("Loss of stage")
-    assert "cases without a label have pictures" not in words
+    assert "of 30 cases without a label" not in words
 
 
 def test_a_page_says_how_many_cases_have_pictures_and_how_more_get_them(tmp_path):
@@ -199,7 +203,7 @@ def test_a_page_says_how_many_cases_have_pictures_and_how_more_get_them(tmp_path
     shown = re.findall(r'<figure id="case-(\d+)">', text)
     assert len(shown) == 7 and set(shown) == {str(i) for i in range(23, 30)}
     words = " ".join(Page(text).text.split())
-    assert "The 7 highest scores of 30 cases without a label have pictures" in words
+    assert "Pictures show the 7 highest scores of 30 cases without a label" in words
     assert words.count("--config.evaluation.pictures=30") == 1
 
 
@@ -386,8 +390,8 @@ def test_the_table_comes_first_and_everything_has_its_place(page):
         "Environment",
     ):
         place = words.index(part, place)
-    assert "percentile of the values of the 6 normal maps" in words
-    assert "mean over patients" in words and "1 patients without a lesion are left out" in words
+    assert "Of the values of 6 normal maps shown here" in words
+    assert "mean over patients" in words and "1 patient without a lesion is left out" in words
 
 
 def test_the_numbers_are_those_of_the_evaluation(page):
@@ -474,22 +478,88 @@ def test_what_was_promised_stands_beside_what_came_of_it():
     assert len(p_value_sentences(calibrated([0], [0.01], 99))) == 2
     unknown = " ".join(p_value_sentences(calibrated([None] * 4, [0.01, 1, 1, 1], 99)))
     assert "here for 1 of 4 unlabelled cases" in unknown
-    few = p_value_sentences(calibrated([0, 1], [0.5, 0.5], 9, threshold=None))
-    assert few[-1] == "9 normal cases are too few for such a p-value: at least 19 are needed."
     assert p_value_sentences({"alarms": None, "uncalibrated": "give it normals"}) == ["Give it normals."]
 
 
-def test_masks_that_stay_empty_are_said_beside_the_alarms():
-    found = an_evaluation(maskless="no masks: 8 held-out normals, 19 are needed")
-    found["alarms"] = {"n": 23, "rate": 0.05, "threshold": 0.7, "counts": {"normal": [0, 3]}}
-    assert p_value_sentences(found)[-1] == "No masks: 8 held-out normals, 19 are needed."
+def test_too_few_normals_for_an_alarm_are_said_on_the_first_screen(tmp_path):
+    few = an_evaluation(**calibrated([0, 1], [0.5, 0.5], 8, threshold=None))
+    few["alarms"] |= {"normal": 0.0, "abnormal": 0.0}
+    text = write(tmp_path / "r.html", few)
+    said = (
+        "With 8 held-out normals, the smallest p-value is 1/9 = 0.11. The alarm rate is 0.05. Remedy: keep 19 or more"
+    )
+    assert f"<b>No alarm is possible.</b> {said}" in text
+    assert text.index(said) < text.index("AUROC of the primary score") < text.index('<div class="first">')
+    assert "no alarm is possible: 8 held-out normals cannot give a p-value of 0.05" in console_summary(on_console(few))
+    enough = an_evaluation(**calibrated([0, 1], [0.5, 0.5], 19))
+    assert "No alarm is possible" not in write(tmp_path / "enough.html", enough)
+
+
+def on_console(evaluation):
+    """An evaluation without what made-up figures lack."""
+    return evaluation | {"pixel": None, "image": None, "n_normal": 0, "scores": {}, "baselines": {}}
+
+
+def test_how_many_cases_have_a_mask_is_said_or_why_none_has_one(tmp_path):
+    masked = lambda n, of: an_evaluation(masked={"n": n, "of": of, "threshold": 0.01234567})
+    three, one, none = (" ".join(mask_sentences(masked(n, 20))) for n in (3, 1, 0))
+    assert three.startswith("3 of 20 cases have a mask: a mask is where the map lies above 0.01235.")
+    assert one.startswith("1 of 20 cases has a mask: ") and none.startswith("None of 20 cases has a mask: ")
+    assert "dashed orange line" in three and "dashed orange line" not in none
+    assert all("jmae predict writes them as files, ID_mask." in said for said in (three, one, none))
+    assert mask_sentences({"maskless": "no masks: 8 held-out normals, 19 are needed"}) == [
+        "No masks: 8 held-out normals, 19 are needed."
+    ]
+    assert html.escape(three) in write(tmp_path / "r.html", masked(3, 20), [], [])
+    assert "3 of 20 cases have a mask: a mask" in console_summary(on_console(masked(3, 20) | {"alarms": None}))
+    assert mask_sentences({"maskless": None, "masked": None}) == []
+
+
+def test_the_legend_names_what_the_pictures_have(tmp_path):
+    e = an_evaluation(masked={"n": 1, "of": 40, "threshold": 0.5})
+    plain = [case._replace(mask=None) for case in cases_of(e)]
+    legend = lambda cases: re.search(
+        r"Pictures of a case, from left to right:.*?</p>", write(tmp_path / "r", e, cases)
+    )[0]
+    words = ("cyan line", "dashed orange line", "reconstruction", "spread", "where it counts")
+    assert [word for word in words if word in legend(plain)] == []
+    mask = np.zeros(plain[3].map.shape, bool)
+    mask[4:9, 4:9] = True
+    changes = {
+        "mask": mask,
+        "called": mask,
+        "reconstruction": plain[3].image,
+        "confidence": plain[3].map,
+        "region": mask,
+    }
+    for word, (name, value) in zip(words, changes.items(), strict=True):
+        changed = [*plain[:3], plain[3]._replace(**{name: value}), *plain[4:]]
+        assert [each for each in words if each in legend(changed)] == [word]
+
+
+def test_the_colours_are_explained_beside_the_first_pictures(tmp_path):
+    e = an_evaluation(map_words="a probability")
+    text = write(tmp_path / "r.html", e)
+    first = text[text.index('<div class="first">') : text.index('<p class="lead">')]
+    assert "Values are a probability. Of the values of 6 normal maps shown here, 1 of 1,000 is higher" in first
+    assert first.count('class="scale"') == 1
+    said = colours_of(Calibration(dict.fromkeys("abc", 1.0), 0.1, 0.7)).source
+    assert said.startswith(
+        "In 19 of 20 maps of 3 held-out normals, at most 1 of 1,000 values is higher than the bright"
+    )
 
 
 def test_a_short_training_is_said_at_the_top_and_names_of_scores_and_pictures_are_explained(tmp_path):
     evaluation = an_evaluation(words={"stage2": "difference of two reconstructions"})
     shown = lambda config: write(tmp_path / "r.html", evaluation, cases_of(evaluation), config=config)
     page = shown({"budget": 0.25})
-    assert "<b>Short training.</b> The training took 25 % of the recipe" in page and "--config.budget=1" in page
+    assert "<b>Short training.</b> 25 % of the recipe" in page and "--config.budget=1" in page
+    assert short_training({"budget": 0.25}).startswith("short training: 25 % of the recipe's steps, so scores and maps")
+    best, share = evaluation["pixel"]["dice_best"], evaluation["pixel"]["prevalence"]
+    assert (
+        f"best Dice of the map is {best:.3f} here. Calling every pixel a lesion gives {2 * share / (1 + share):.3f}."
+        in page
+    )
     assert page.index("Short training") < page.index("AUROC of the primary score")
     assert "<b>stage2</b> (the primary score): difference of two reconstructions" in page
     for name in ("Image", "Anomaly map", "Map over image"):
@@ -516,6 +586,17 @@ def test_cases_unlike_the_training_are_counted_at_the_top_and_named_at_the_case(
     said = unlike_sentences(evaluation)
     assert said[0].endswith("cases are unlike the training images (2 normal).")
     assert said[-1].startswith("Such a case has no p-value above 0.05")
+    evaluation = an_evaluation(unlike={"n": 12, "normal": 12, "abnormal": 0, "withheld": 0})
+    names = [row["id"] for row in evaluation["table"] if row["label"] == 0][:12]
+    for row in evaluation["table"]:
+        row["warning"] = "darker" * (row["id"] in names)
+    text = write(tmp_path / "r.html", evaluation, config={"budget": 0.1})
+    (notice,) = re.findall(r'<p class="notice"><b>12 of 40 cases are unlike.*?</p>', text)
+    links = dict(re.findall(r'<a href="#([^"]+)">([^<]+)</a>', notice))
+    assert len(links) == 10 and set(links.values()) <= set(names) and "and 2 more (column warning of" in notice
+    assert all(re.search(rf'id="{place}">.*?{name}', text, re.S) for place, name in links.items())
+    assert {place.split("-")[0] for place in links} == {"case", "score"}
+    assert text.count('class="notice"') == 2 and 'class="leaks"' not in text  # equally loud
     assert unlike_sentences(an_evaluation(unlike={"n": 0})) == unlike_sentences(an_evaluation()) == []
 
 

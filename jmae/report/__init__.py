@@ -8,7 +8,7 @@ Ids, names and configuration come from data: Jinja escapes them, and they are ne
 from jmae.report.cases import Case, choose_cases, one_slice, shown_voxel, slice_side, worth_showing
 from jmae.report.page import write_report
 from jmae.report.pictures import PERCENTILES, Scale, blend, colour_scale
-from jmae.report.words import flat_settings, no_curves_reason, result_sentences, system_description
+from jmae.report.words import flat_settings, no_curves_reason, result_sentences, short_training, system_description
 
 __all__ = [
     "PERCENTILES",
@@ -21,6 +21,7 @@ __all__ = [
     "no_curves_reason",
     "one_slice",
     "result_sentences",
+    "short_training",
     "shown_voxel",
     "slice_side",
     "system_description",

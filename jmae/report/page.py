@@ -28,8 +28,10 @@ from jmae.report.pictures import (
     slides,
     spread_scale,
 )
+from jmae.tables import counted
 
 LISTED = 100  # cases in the list of scores, at most
+NAMED = 10  # cases that a notice names, at most
 PICTURE_BYTES = 1_800_000  # for all pictures of up to 16 cases, before base64 adds a third; as much again for films
 PAGED = 24  # volumes that can be paged through, at most
 FIRST, FIRST_SIDE = 6, 192  # pictures on the first screen, and their pixels
@@ -62,8 +64,10 @@ def write_report(
         "about": words.system_description(evaluation["system"])[0],
         "results": words.result_sentences(evaluation),
         "promise": words.p_value_sentences(evaluation),
-        "unlike": words.unlike_sentences(evaluation),
-        "short": words.short_training(config),
+        "masks": words.mask_sentences(evaluation),
+        "notices": words.notices(evaluation, config),
+        "named": NAMED,
+        "dice_of_everything": words.dice_of_everything(evaluation.get("pixel") or {}),
         "meanings": words.score_meanings(evaluation),
         "map_values": evaluation.get("map_words") or "values of the map, without a unit",
         "reason": words.no_curves_reason(evaluation),
@@ -122,6 +126,7 @@ def score_values(evaluation: Mapping[str, Any]) -> dict[str, Any]:
         "froc": charts.froc_chart(froc) if froc and froc["curve"] else None,
         "histogram": histogram,
         "ranked": by_score[:LISTED],
+        "listed": {row["id"]: place for place, row in enumerate(by_score[:LISTED], 1)},
         "calibrated": any(row.get("p_value") is not None for row in table),
         "alarm_rate": (evaluation.get("alarms") or {}).get("rate", 0),
     }
@@ -141,7 +146,13 @@ def case_values(
     shown = [i for group in groups.values() for i in group]
     table = evaluation.get("table") or []
     values: dict[str, Any] = {"scale": None, "spread": None, "groups": [], "slices_most": SLICES, "pictured": {}}
-    values |= {"first": [], "film_side": None, "paged": PAGED, "unlabelled": sum(row["label"] is None for row in table)}
+    values |= {
+        "drawn": set(),
+        "first": [],
+        "film_side": None,
+        "paged": PAGED,
+        "unlabelled": sum(row["label"] is None for row in table),
+    }
     if not shown:
         return values
     labels, scores = labelled_scores(table)
@@ -163,7 +174,8 @@ def case_values(
 
     def entry(k: int) -> dict[str, Any]:
         case = flat[k]
-        below = f"above {np.sum(normals < case.score)} of {normals.size} normal cases" if normals.size else ""
+        of = counted(normals.size, "normal cases")
+        below = f"above {np.sum(normals < case.score)} of {of}" if normals.size else ""
         pictures = case_pictures(case, scale, side, spread)
         return {
             "seen": pictures["image"] if case.film else None,
@@ -190,6 +202,7 @@ def case_values(
         "scale": scale,
         "spread": spread,
         "groups": entries,
+        "drawn": {name for group in entries for one in group["cases"] for name, what in one.items() if what},
         "first": [one | small(one) for one in worst],
         "film_side": film_side if any(film_views) else None,
         "pictured": {cases[i].id: i for i in shown},
@@ -228,7 +241,7 @@ def templates() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": words.number_text, "interval": words.interval_text}
+    environment.filters |= {"number": words.number_text, "interval": words.interval_text, "counted": counted}
     colours = palette()[np.linspace(0, 255, 9).round().astype(int)]
     gradient = ", ".join(f"rgb({r} {g} {b})" for r, g, b in colours)
     environment.globals |= {"normal": charts.NORMAL, "abnormal": charts.ABNORMAL, "gradient": gradient}

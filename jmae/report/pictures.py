@@ -12,6 +12,7 @@ from PIL import Image
 
 from jmae.data.films import FILM_SIDE, shrink
 from jmae.report.cases import SLIDE_SIDES, Case, Slices, one_slice, outline
+from jmae.tables import counted
 
 PERCENTILES = (50.0, 99.9)  # of the map values of normal cases: the two ends of the colour scale
 MAX_SIDE = 256  # pixels of a picture
@@ -27,7 +28,7 @@ class Scale(NamedTuple):
 
     low: float
     high: float
-    source: str  # where the two values come from, in words that follow "The ends are the"
+    source: str  # where the two values come from, in sentences
 
 
 def colour_scale(cases: Sequence[Case]) -> Scale:
@@ -35,9 +36,13 @@ def colour_scale(cases: Sequence[Case]) -> Scale:
     normals = [case for case in cases if case.label == 0]
     values = np.concatenate([np.ravel(case.map) for case in normals or cases])
     low, high = (float(v) for v in np.percentile(values, PERCENTILES))
-    maps = f"the {len(normals)} normal maps" if normals else f"all {len(cases)} maps (no case is labelled normal)"
-    ends = " and ".join(f"{p:g}th" for p in PERCENTILES)
-    return Scale(low, high if high > low else low + 1, f"{ends} percentile of the values of {maps} shown here")
+    of = counted(len(normals or cases), "normal maps" if normals else "maps")
+    source = (
+        f"Of the values of {of} shown here{'' if normals else ' (no case is labelled normal)'}, "
+        f"{round(1000 - 10 * PERCENTILES[1])} of 1,000 is higher than the bright end. The dark end is their middle "
+        "value."
+    )
+    return Scale(low, high if high > low else low + 1, source)
 
 
 def spread_scale(cases: Sequence[Case]) -> Scale | None:
@@ -46,7 +51,7 @@ def spread_scale(cases: Sequence[Case]) -> Scale | None:
     if not maps:
         return None
     low, high = (float(v) for v in np.percentile(np.concatenate(maps), (0, PERCENTILES[1])))
-    source = f"the smallest value and the {PERCENTILES[1]:g}th percentile of the spreads shown here"
+    source = f"These are the smallest value and the {PERCENTILES[1]:g}th percentile of the spreads shown here."
     return Scale(low, high if high > low else low + 1, source)
 
 

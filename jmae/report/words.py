@@ -16,6 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jmae.likeness import REMEDY, unlike_text
+from jmae.scoring import normals_needed, too_few_normals
+from jmae.tables import counted
 
 SYSTEM_FILES = Path(__file__).parents[1] / "systems"
 
@@ -152,7 +154,7 @@ def result_sentences(evaluation: Mapping[str, Any]) -> list[str]:
         f"{100 * auroc:.0f} times in 100{interval}. Chance gives 50."
     ]
     if lo <= 0.5 <= hi:
-        sentences.append(f"These {n} cases cannot tell this result from chance.")
+        sentences.append(f"{counted(n, 'cases')} cannot tell this result from chance.")
     elif auroc < 0.5:
         sentences.append("That is worse than chance: the scores point the wrong way.")
     return [*first, *sentences, *pixel_sentences(evaluation)]
@@ -238,26 +240,21 @@ def convergence_sentences(study: Mapping[str, Any]) -> list[str]:
 def p_value_sentences(evaluation: Mapping[str, Any]) -> list[str]:
     """What a p-value is, and how many cases of each label raised an alarm; or why there are no p-values.
 
-    Reads `alarms`, `uncalibrated` and `maskless`.
+    Reads `alarms` and `uncalibrated`.
     """
     alarms = evaluation.get("alarms")
     if not alarms:
         why = evaluation.get("uncalibrated")
         return [f"{why[0].upper()}{why[1:]}."] if why else []
     n, rate, threshold = alarms["n"], alarms["rate"], alarms.get("threshold")
-    maskless = [f"{text[0].upper()}{text[1:]}." for text in [evaluation.get("maskless")] if text]
     sentences = [
-        f"The p-value of a case is a share: of {n} held-out normal cases and the case itself, how many have a score "
-        f"at least as high. Of normal cases of the same kind, at most {100 * rate:g} % have a p-value of {rate:g} or "
-        "less, on average."
+        f"The p-value of a case is a share: of {counted(n, 'held-out normal cases')} and the case itself, how many "
+        f"have a score at least as high. Of normal cases of the same kind, at most {100 * rate:g} % have a p-value of "
+        f"{rate:g} or less, on average."
     ]
     if threshold is None:
-        return [
-            *sentences,
-            f"{n} normal cases are too few for such a p-value: at least {math.ceil(1 / rate) - 1} are needed.",
-            *maskless,
-        ]
-    counts = [f"{k} of {of} {kind} cases" for kind, (k, of) in alarms["counts"].items() if of]
+        return sentences
+    counts = [f"{k} of {counted(of, f'{kind} cases')}" for kind, (k, of) in alarms["counts"].items() if of]
     sentences.append(f"An alarm at scores above {threshold:.4g} is raised here for {' and '.join(counts)}.")
     if (evaluation.get("unlike") or {}).get("withheld"):
         sentences.append("A case whose p-value is left out for a warning counts as no alarm here.")
@@ -267,7 +264,7 @@ def p_value_sentences(evaluation: Mapping[str, Any]) -> list[str]:
             "So many alarms among normal cases have a chance below 1 in 100 if these cases are like the held-out "
             "ones. Take the p-values as too low, and calibrate on normal cases of this kind."
         )
-    return [*sentences, *maskless]
+    return sentences
 
 
 def score_meanings(evaluation: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -278,15 +275,81 @@ def score_meanings(evaluation: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def short_training(config: Mapping[str, Any]) -> str:
-    """What a training with fewer steps than the recipe's means, in one line; "" where it had all of them."""
+    """That a training had fewer steps than its recipe, in one line for report and terminal; "" where it had all."""
     budget = config.get("budget", 1)
     if budget >= 1:
         return ""
     return (
-        f"The training took {100 * budget:.3g} % of the recipe's steps, so this report gives a first impression. For "
-        "all steps give the training command with --config.budget=1 and a new --workdir, or jmae quickstart with "
-        "--budget 1 and a new --out."
+        f"short training: {100 * budget:.3g} % of the recipe's steps, so scores and maps are a first impression; for "
+        "all steps: --config.budget=1 and a new --workdir (jmae quickstart: --budget 1 and a new --out)"
     )
+
+
+def dice_of_everything(pixel: Mapping[str, Any]) -> float | None:
+    """The Dice of calling every pixel a lesion, from the share of lesion pixels; None where it is not known."""
+    share = pixel.get("prevalence")
+    return None if share is None else 2 * share / (1 + share)
+
+
+class Notice(NamedTuple):
+    """What a reader of a page must know first."""
+
+    title: str
+    text: str
+    ids: Sequence[str] = ()  # of the cases that it is about
+
+
+def notices(evaluation: Mapping[str, Any], config: Mapping[str, Any]) -> list[Notice]:
+    """The notices at the top of a page: a short training, cases unlike the training images, too few normals."""
+    found = []
+    if short := short_training(config):
+        title, _, text = short.partition(": ")
+        found.append(Notice(f"{title.capitalize()}.", f"{text}. {low_dice_sentence(evaluation)}".rstrip()))
+    if sentences := unlike_sentences(evaluation):
+        warned = [row for row in evaluation.get("table") or () if row.get("warning")]
+        warned.sort(key=lambda row: -math.inf if row["score"] is None else -row["score"])
+        found.append(Notice(sentences[0], " ".join(sentences[1:]), [row["id"] for row in warned]))
+    if text := no_alarm_sentence(evaluation):
+        found.append(Notice("No alarm is possible.", text))
+    return found
+
+
+def low_dice_sentence(evaluation: Mapping[str, Any]) -> str:
+    """What the best Dice is beside that of calling every pixel a lesion; "" without figures of pixels."""
+    pixel = evaluation.get("pixel") or {}
+    best, everything = pixel.get("dice_best"), dice_of_everything(pixel)
+    if best is None or everything is None:
+        return ""
+    return f"The best Dice of the map is {best:.3f} here. Calling every pixel a lesion gives {everything:.3f}."
+
+
+def no_alarm_sentence(evaluation: Mapping[str, Any]) -> str:
+    """Why no case can have an alarm, and the remedy; "" where the held-out normals are enough or there are none."""
+    alarms = evaluation.get("alarms")
+    if not alarms or not too_few_normals(alarms["n"], alarms["rate"]):
+        return ""
+    n, rate = alarms["n"], alarms["rate"]
+    return (
+        f"With {counted(n, 'held-out normals')}, the smallest p-value is 1/{n + 1} = {1 / (n + 1):.2g}. The alarm rate "
+        f"is {rate:g}. Remedy: keep {normals_needed(rate)} or more normal scans out of the training, with a larger "
+        "data.calibration or as rows of the split val."
+    )
+
+
+def mask_sentences(evaluation: Mapping[str, Any]) -> list[str]:
+    """How many cases have a mask, or why none has one. Reads `maskless`, `masked` and `alarms`."""
+    if why := evaluation.get("maskless"):
+        return [f"{why[0].upper()}{why[1:]}."]
+    found = evaluation.get("masked")
+    if not found:
+        return []
+    n, of = found["n"], counted(found["of"], "cases")
+    have = f"{n} of {of} {'has' if n == 1 else 'have'} a mask" if n else f"None of {of} has a mask"
+    return [
+        f"{have}: a mask is where the map lies above {found['threshold']:.4g}.",
+        *["Pictures show a mask as a dashed orange line."] * bool(n),
+        "The evaluation writes no masks; jmae predict writes them as files, ID_mask.",
+    ]
 
 
 def unlike_sentences(evaluation: Mapping[str, Any]) -> list[str]:

@@ -503,15 +503,15 @@ def on_console(evaluation):
 def test_how_many_cases_have_a_mask_is_said_or_why_none_has_one(tmp_path):
     masked = lambda n, of: an_evaluation(masked={"n": n, "of": of, "threshold": 0.01234567})
     three, one, none = (" ".join(mask_sentences(masked(n, 20))) for n in (3, 1, 0))
-    assert three.startswith("3 of 20 cases have a mask: a mask is where the map lies above 0.01235.")
-    assert one.startswith("1 of 20 cases has a mask: ") and none.startswith("None of 20 cases has a mask: ")
+    assert three.startswith("3 of 20 cases have a mask. A mask marks where the map lies above 0.01235.")
+    assert one.startswith("1 of 20 cases has a mask. ") and none.startswith("None of 20 cases has a mask. ")
     assert "dashed orange line" in three and "dashed orange line" not in none
     assert all("jmae predict writes them as files, ID_mask." in said for said in (three, one, none))
     assert mask_sentences({"maskless": "no masks: 8 held-out normals, 19 are needed"}) == [
         "No masks: 8 held-out normals, 19 are needed."
     ]
     assert html.escape(three) in write(tmp_path / "r.html", masked(3, 20), [], [])
-    assert "3 of 20 cases have a mask: a mask" in console_summary(on_console(masked(3, 20) | {"alarms": None}))
+    assert "3 of 20 cases have a mask." in console_summary(on_console(masked(3, 20) | {"alarms": None}))
     assert mask_sentences({"maskless": None, "masked": None}) == []
 
 
@@ -541,11 +541,11 @@ def test_the_colours_are_explained_beside_the_first_pictures(tmp_path):
     e = an_evaluation(map_words="a probability")
     text = write(tmp_path / "r.html", e)
     first = text[text.index('<div class="first">') : text.index('<p class="lead">')]
-    assert "Values are a probability. Of the values of 6 normal maps shown here, 1 of 1,000 is higher" in first
+    assert "Their values: a probability. Of the values of 6 normal maps shown here, 1 of 1,000 is higher" in first
     assert first.count('class="scale"') == 1
     said = colours_of(Calibration(dict.fromkeys("abc", 1.0), 0.1, 0.7)).source
     assert said.startswith(
-        "In 19 of 20 maps of 3 held-out normals, at most 1 of 1,000 values is higher than the bright"
+        "In 19 of 20 maps of 3 held-out normals, at most 1 of 1,000 values is higher than 0.7, the bright"
     )
 
 

@@ -39,8 +39,8 @@ def colour_scale(cases: Sequence[Case]) -> Scale:
     of = counted(len(normals or cases), "normal maps" if normals else "maps")
     source = (
         f"Of the values of {of} shown here{'' if normals else ' (no case is labelled normal)'}, "
-        f"{round(1000 - 10 * PERCENTILES[1])} of 1,000 is higher than the bright end. The dark end is their middle "
-        "value."
+        f"{round(1000 - 10 * PERCENTILES[1])} of 1,000 is higher than {high:.3g}, the bright end. The dark end "
+        "is their middle value."
     )
     return Scale(low, high if high > low else low + 1, source)
 

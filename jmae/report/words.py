@@ -344,10 +344,10 @@ def mask_sentences(evaluation: Mapping[str, Any]) -> list[str]:
     if not found:
         return []
     n, of = found["n"], counted(found["of"], "cases")
-    have = f"{n} of {of} {'has' if n == 1 else 'have'} a mask" if n else f"None of {of} has a mask"
     return [
-        f"{have}: a mask is where the map lies above {found['threshold']:.4g}.",
-        *["Pictures show a mask as a dashed orange line."] * bool(n),
+        f"{n} of {of} {'has' if n == 1 else 'have'} a mask." if n else f"None of {of} has a mask.",
+        f"A mask marks where the map lies above {found['threshold']:.4g}.",
+        *["The pictures of the cases show a mask as a dashed orange line."] * bool(n),
         "The evaluation writes no masks; jmae predict writes them as files, ID_mask.",
     ]
 

@@ -319,8 +319,7 @@ def gather_results(
         for name in made.keys() & names:
             (out / "maps").mkdir(parents=True, exist_ok=True)
             write_map(out / "maps" / f"{row.id}_{name}", made[name], case.geometry)
-        threshold = masks.threshold if mask is not None and mask.any() else None
-        shown = report_case(result, system, truth and truth.lesion, baseline_maps, threshold)
+        shown = report_case(result, system, truth and truth.lesion, baseline_maps, mask)
         window = scorer.example(case, shown_voxel(shown)) if system.sweep else {}
         shown = one_slice(shown, slice_side(len(split.rows)))
         gathered.cases.append(shown._replace(pictures={**shown.pictures, **window}))

@@ -63,12 +63,12 @@ def report_case(
     system: System,
     lesion: np.ndarray | None,
     baseline_maps: Mapping[str, np.ndarray],
-    threshold: float | None,
+    mask: np.ndarray | None,
 ) -> Case:
     """A result as the report shows it, means over replicates.
 
-    Of a volume, further channels, their reconstructions and the subtraction image are further pictures. `lesion` and
-    `baseline_maps` lie on the case's own grid. `threshold` is that of its mask; None without a mask.
+    Of a volume, further channels, their reconstructions and the subtraction image are further pictures. `lesion`,
+    `baseline_maps` and `mask`, of what the map calls abnormal, lie on the case's own grid.
     """
     case, pictures = result.case, {name: each.mean(0) for name, each in result.pictures.items()}
     if case.volume:
@@ -79,19 +79,17 @@ def report_case(
         if "subtraction" in baseline_maps:
             pictures["the subtraction image"] = case.volume.grid.forward(baseline_maps["subtraction"], 1)
     mean = lambda values: None if values is None else values.mean(0)
-    shown, region = result.maps[map_name(system)].mean(0), case.volume.region if case.volume else None
-    above = None if threshold is None else shown > threshold
     return Case(
         case.row.id,
         case.row.label,
         float(result.scores[system.primary].mean()),
         case.array,
-        shown,
+        result.maps[map_name(system)].mean(0),
         None if lesion is None else case.on_scored_grid(lesion),
         mean(result.reconstruction),
         confidence=mean(result.confidence),
         pictures=pictures,
-        region=region,
-        called=above if above is None or region is None else above & region,
+        region=case.volume.region if case.volume else None,
+        called=None if mask is None else case.on_scored_grid(mask, share=0.0),  # no small mask vanishes
         film=case.film() if case.film else b"",
     )

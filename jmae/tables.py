@@ -25,7 +25,7 @@ def harmless(cell: Any) -> Any:
 
 
 NOUN = re.compile(
-    r"\b(case|cell|file|finding|group|image|label|lesion|map|mask|normal|patient|positive|row|run|scan|sequence|session|slice|"
+    r"\b(case|cell|file|finding|group|image|label|lesion|map|mask|normal|patient|positive|row|run|scan|score|sequence|session|slice|"
     r"subject|volume)s\b"
 )
 

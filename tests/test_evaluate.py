@@ -311,7 +311,7 @@ def test_the_report_of_scans_without_labels_shows_every_film_as_its_file_has_it(
     c.evaluation.pictures = 5
     ev.evaluate(c, SYSTEM, cases.rows, tmp_path, **more)
     page = (tmp_path / "out" / "report.html").read_text()
-    assert page.count('alt="Image of case') == 5 and "The 5 highest scores of 13 cases" in page
+    assert page.count('alt="Image of case') == 5 and "the 5 highest scores of 13 cases" in page
 
 
 # --- overlap of maps and masks ----------------------------------------------------------------------------------------
@@ -351,6 +351,21 @@ def test_overlap_uses_the_percentile_of_the_normals_of_val(tools, tmp_path, capf
     page = (tmp_path / "test" / "report.html").read_text()
     assert "IoU, mean over 5 images" in page and "between groups" not in page
     json.loads((tmp_path / "test" / "metrics.json").read_text(), parse_constant=pytest.fail)
+
+
+def test_the_masks_of_the_report_are_counted_and_drawn(tools, tmp_path, capfd):
+    """By the written maps: a case has a mask where its map rises above the threshold of 20 held-out normals."""
+    counts = {("train", 0): 4, ("val", 0): 20, ("test", 0): 3, ("test", 1): 8}
+    c = config(tools.write_set(tmp_path / "set", counts), (16, 16), 1, **{"evaluation.alarm_rate": 0.5})
+    rows = load_rows(c, lambda line: None)
+    found = ev.evaluate(c, SYSTEM, rows, tmp_path, split="test", out=tmp_path / "test")
+    maps = [read_image(written_map(tmp_path / "test", row.id)).array for row in rows if row.split == "test"]
+    n = sum(bool((values > found["masked"]["threshold"]).any()) for values in maps)
+    assert found["masked"] == {"n": n, "of": 11, "threshold": found["mask"]["threshold"]} and 0 < n < 11
+    assert f"{n} of 11 cases ha" in capfd.readouterr().err
+    page = (tmp_path / "test" / "report.html").read_text()
+    assert f"{n} of 11 cases ha" in page and 0 < page.count('class="called"') <= n
+    assert found["mask"]["dice_of_everything"] > 0
 
 
 def test_overlap_is_averaged_over_replicates_and_has_an_oracle_alone_without_normals(tools, tmp_path, capfd):

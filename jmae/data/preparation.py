@@ -305,11 +305,12 @@ class Prepared:
         size = self.geometry.size
         return resize(array, size) if array.ndim > len(size) else resize(array[..., None], size)[..., 0]
 
-    def on_scored_grid(self, mask: np.ndarray) -> np.ndarray:
-        """A mask on the case's own grid, bool on the grid that is scored."""
+    def on_scored_grid(self, mask: np.ndarray, share: float = 0.5) -> np.ndarray:
+        """A mask on the case's own grid, bool on the grid that is scored. A pixel of an image is True where more than
+        this share of it lies in the mask."""
         if self.volume:
             return self.volume.grid.forward(mask, order=0)
-        return resize(mask[..., None].astype(np.float32), self.array.shape[:-1])[..., 0] > 0.5
+        return resize(mask[..., None].astype(np.float32), self.array.shape[:-1])[..., 0] > share
 
     def in_stored_values(self, picture: np.ndarray) -> np.ndarray:
         """A picture (*size, channels) of a volume in the values of its stored image; an image's picture as it is."""

@@ -44,7 +44,7 @@ class Case(NamedTuple):
     pictures: Mapping[str, NDArray[Any]] = MappingProxyType({})  # (*size, c) in the image's unit, or size in another
     slices: Slices | None = None  # slices of the volume from which `one_slice` took one
     region: NDArray[np.bool_] | None = None  # size, where the map counts; None is everywhere
-    called: NDArray[np.bool_] | None = None  # size, True where the map lies above the threshold of masks
+    called: NDArray[np.bool_] | None = None  # size, True in the mask that the run makes of the map
     film: bytes = b""  # the image as stored, a JPEG (`films.film_of`); b"" shows `image` in its place
 
 

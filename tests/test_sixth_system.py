@@ -110,6 +110,8 @@ def test_the_page_runs_from_training_to_report(kind, folder, tools, monkeypatch)
     assert metrics["system"] == "denoising" and metrics["primary"] == "residual" and metrics["pixel"]
     for page in (workdir / "evaluation" / "report.html", workdir / "MODEL_CARD.md"):
         assert "a U-Net learns to take coarse noise off normal images" in page.read_text()
+    words = "<b>residual</b> (the primary score): squared difference between the image and the restored image"
+    assert words in (workdir / "evaluation" / "report.html").read_text()
     assert "residual" in (folder / f"{kind}.html").read_text()
     check_outputs(kind, new, workdir, folder)
 

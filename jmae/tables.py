@@ -25,8 +25,8 @@ def harmless(cell: Any) -> Any:
 
 
 NOUN = re.compile(
-    r"\b(case|cell|file|finding|group|image|label|lesion|map|mask|normal|patient|positive|row|run|scan|score|sequence|session|slice|"
-    r"subject|volume)s\b"
+    r"\b(case|cell|file|finding|group|image|label|lesion|map|mask|normal|patient|positive|row|run|scan|score|"
+    r"sequence|session|slice|subject|volume)s\b"
 )
 
 

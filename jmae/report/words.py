@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jmae.likeness import REMEDY, unlike_text
-from jmae.scoring import normals_needed, too_few_normals
+from jmae.scoring import more_normals, normals_needed, too_few_normals
 from jmae.tables import counted
 
 SYSTEM_FILES = Path(__file__).parents[1] / "systems"
@@ -328,11 +328,10 @@ def no_alarm_sentence(evaluation: Mapping[str, Any]) -> str:
     alarms = evaluation.get("alarms")
     if not alarms or not too_few_normals(alarms["n"], alarms["rate"]):
         return ""
-    n, rate = alarms["n"], alarms["rate"]
+    n, rate, least = alarms["n"], alarms["rate"], normals_needed(alarms["rate"])
     return (
         f"With {counted(n, 'held-out normals')}, the smallest p-value is 1/{n + 1} = {1 / (n + 1):.2g}. The alarm rate "
-        f"is {rate:g}. Remedy: keep {normals_needed(rate)} or more normal scans out of the training, with a larger "
-        "data.calibration or as rows of the split val."
+        f"is {rate:g}. Remedy: keep {least} or more normal scans from the training: {more_normals(rate)}."
     )
 
 

@@ -171,14 +171,12 @@ def check_flags(command: str, words: list[str]) -> None:
 
 
 def is_key(command: str, name: str) -> bool:
-    """Whether `--config.NAME` is a flag of a command. Keys of one system stand in a module that imports JAX: its text
-    tells those without a point, and a name with a point is taken for a key, unless it begins with another flag."""
+    """Whether `--config.NAME` is a flag of a command. The keys of single systems stand in modules that import JAX: so a
+    name with a point is taken for a key, unless it begins with another flag."""
     from jmae import recipe
 
     section, point, _ = name.partition(".")
-    texts = (file.read_text(encoding="utf-8") for file in (HERE / "systems").glob("*.py"))
-    own = (key for text in texts for key in re.findall(r'^    "(\w+)": (?:recipe\.)?Key\(', text, re.MULTILINE))
-    of_recipe = section not in flags(command) if point else name in {**recipe.SHARED, **dict.fromkeys(own)}
+    of_recipe = section not in flags(command) if point else name in {*recipe.SHARED, "variant"}
     return of_recipe and any(f"--config.{one}" in usage(command) for one in ("KEY", f"{section}.KEY", name))
 
 

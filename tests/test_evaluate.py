@@ -356,13 +356,14 @@ def test_overlap_uses_the_percentile_of_the_normals_of_val(tools, tmp_path, capf
 def test_the_masks_of_the_report_are_counted_and_drawn(tools, tmp_path, capfd):
     """By the written maps: a case has a mask where its map rises above the threshold of 20 held-out normals."""
     counts = {("train", 0): 4, ("val", 0): 20, ("test", 0): 3, ("test", 1): 8}
-    c = config(tools.write_set(tmp_path / "set", counts), (16, 16), 1, **{"evaluation.alarm_rate": 0.5})
+    c = config(tools.write_set(tmp_path / "set", counts), (16, 16), 1, budget=0.25, **{"evaluation.alarm_rate": 0.5})
     rows = load_rows(c, lambda line: None)
     found = ev.evaluate(c, SYSTEM, rows, tmp_path, split="test", out=tmp_path / "test")
     maps = [read_image(written_map(tmp_path / "test", row.id)).array for row in rows if row.split == "test"]
     n = sum(bool((values > found["masked"]["threshold"]).any()) for values in maps)
     assert found["masked"] == {"n": n, "of": 11, "threshold": found["mask"]["threshold"]} and 0 < n < 11
-    assert f"{n} of 11 cases ha" in capfd.readouterr().err
+    said = capfd.readouterr().err
+    assert f"{n} of 11 cases ha" in said and said.count("short training: 25 % of the recipe's steps") == 1
     page = (tmp_path / "test" / "report.html").read_text()
     assert f"{n} of 11 cases ha" in page and 0 < page.count('class="called"') <= n
     assert found["mask"]["dice_of_everything"] > 0

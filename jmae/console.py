@@ -71,7 +71,7 @@ def console_summary(evaluation: Mapping[str, Any]) -> str:
     lines += mask_sentences(evaluation)[:1]
     if mask := evaluation.get("mask"):
         lines.append(
-            f"masks above {mask['threshold']:.4g}: Dice {mask['dice']:.3f} (of all voxels: "
+            f"masks above {mask['threshold']:.4g}: Dice {mask['dice']:.3f} (calling all voxels gives "
             f"{mask['dice_of_everything']:.3f}), {mask['lesion_recall']:.1%} of lesions "
             f"found, {mask['false_components']:.2g} false components an image"
         )

@@ -541,7 +541,10 @@ def test_the_colours_are_explained_beside_the_first_pictures(tmp_path):
     e = an_evaluation(map_words="a probability")
     text = write(tmp_path / "r.html", e)
     first = text[text.index('<div class="first">') : text.index('<p class="lead">')]
-    assert "Their values: a probability. Of the values of 6 normal maps shown here, 1 of 1,000 is higher" in first
+    assert (
+        "All maps share these colours (a probability). Of the values of 6 normal maps shown here, 1 of 1,000 is higher"
+        in first
+    )
     assert first.count('class="scale"') == 1
     said = colours_of(Calibration(dict.fromkeys("abc", 1.0), 0.1, 0.7)).source
     assert said.startswith(

@@ -632,7 +632,7 @@ def test_cases_by_score_have_their_p_values(tmp_path):
     e = an_evaluation()
     e |= calibrated([0, 1, 1], [0.5, 0.024, None], 99)
     text = write(tmp_path / "r.html", e, [], [])
-    rows = [re.sub(r"<[^>]*>", " ", row).split() for row in re.findall(r"<tr>.*?</tr>", text, re.S)]
+    rows = [re.sub(r"<[^>]*>", " ", row).split() for row in re.findall(r"<tr[^>]*>.*?</tr>", text, re.S)]
     assert "score 1, p-value 0.024" in write(tmp_path / "shown.html", e, [a_case("c1", 1, 1.0)], [])
     assert ["c1", "abnormal", "1", "0.024", "alarm"] in rows and ["c2", "abnormal", "1", "–"] in rows
     assert "p-value</th>" not in write(tmp_path / "plain.html", an_evaluation(), [], [])

@@ -453,6 +453,8 @@ def test_the_first_sentence_compares_with_the_best_of_all_baselines(difference, 
     assert html.escape(expected[:30]) in write(tmp_path / "r.html", e, [])
     e = an_evaluation(best_rival={"image": None, "pixel": best | {"n": 3}}, image=None, n_normal=0)
     assert "(pixel AUROC, mean over 3 patients, 95 % interval)" in result_sentences(e)[0]
+    e["best_rival"]["pixel"]["n"] = 1
+    assert "(pixel AUROC, mean over 1 patient, 95 % interval)" in result_sentences(e)[0]
 
 
 def calibrated(labels, p, n, rate=0.05, threshold=0.7):

@@ -170,7 +170,7 @@ def rival_sentences(evaluation: Mapping[str, Any]) -> list[str]:
     if image and image["auroc"] is not None:
         sentences.append(f"{evaluation['primary']} is {against(image)} (AUROC, 95 % interval).")
     if pixel and pixel["auroc"] is not None:
-        of = f"pixel AUROC, mean over {pixel['n']} {evaluation.get('resampled', 'patients')}, 95 % interval"
+        of = f"pixel AUROC, mean over {counted(pixel['n'], evaluation.get('resampled', 'patients'))}, 95 % interval"
         sentences.append(f"Its map is {against(pixel)} ({of}).")
     return sentences
 

@@ -75,7 +75,7 @@ from jmae.calibration import (
 )
 from jmae.data.duplicates import content
 from jmae.data.files import Image, marks_of, read_image, write_map
-from jmae.data.manifest import Row, read_cases, wrong_pieces
+from jmae.data.manifest import PHANTOM, Row, read_cases, wrong_pieces
 from jmae.data.names import count_unread, id_of, names_of, stem_of
 from jmae.data.preparation import Prepared, stored_case
 from jmae.data.slices import command, in_words, lie
@@ -259,8 +259,8 @@ def main(argv: list[str]) -> int:
 
 
 def refuse_missing(paths: Sequence[str]) -> None:
-    """Raises InputError where a path is not there, before anything is written."""
-    if gone := [path for path in paths if not os.path.exists(path)]:
+    """Raises InputError where the path of a file is not there, before anything is written."""
+    if gone := [path for path in paths if not path.startswith(PHANTOM) and not os.path.exists(path)]:
         more = f" (and {len(gone) - 1} more)" if len(gone) > 1 else ""
         raise InputError(f"{gone[0]}: not found{more}: check the path")
 

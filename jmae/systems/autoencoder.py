@@ -64,6 +64,16 @@ VARIANTS = {
     "ddad_intra": ("module_b",),
 }
 PRIMARY = {"ddad": "ddad_inter"}
+WORDS = {
+    "ae": "mean squared error of the reconstruction",
+    "ae_u": "mean squared error of the reconstruction over its predicted variance",
+    "squared_error": "mean squared error of the reconstruction",
+    "dae": "mean squared error of the reconstruction",
+    "dae_median": "mean absolute error of the reconstruction, after a median filter",
+    "ddad_intra": "how much the reconstructions by module B's networks differ",
+    "ddad_inter": "how much the mean reconstructions by modules A and B differ",
+    "ddad_error": "mean squared error of module B's mean reconstruction",
+}
 FOREGROUND = 0.01  # sum over channels above which a pixel belongs to the foreground (Kascenas et al.)
 
 KEYS = {
@@ -346,5 +356,6 @@ def build(config: ConfigDict) -> System:
         uses=names,
         primary=PRIMARY.get(config.variant, config.variant),
         score=partial(score, setup),
+        words=WORDS,
         notes=(note,) if note else (),
     )

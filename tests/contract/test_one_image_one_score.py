@@ -68,3 +68,4 @@ def test_the_score_of_a_file_depends_on_its_image_alone(name, tmp_path):
         for kind, values in one.maps.items():
             np.testing.assert_allclose(values, other.maps[kind], rtol=1e-4, atol=1e-6, err_msg=kind)
     assert any(np.any(first[0].scores[score] != first[1].scores[score]) for score in first[0].scores)
+    assert set(first[0].scores) <= set(scorer.system.words), "each score has words for the report"

@@ -23,7 +23,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 from ml_collections import ConfigDict
 
 from jmae.data.volumes import check_settings
@@ -97,6 +97,13 @@ PUBLISHED_WITH: dict[str, Any] = {
 
 # --- keys of the recipe -----------------------------------------------------------------------------------------------
 
+
+def section_keys(name: str, epochs: int) -> dict[str, Key]:
+    """The keys of a stage that gradients train; see `rate`."""
+    falls = "ours: share of the steps, the last, in which the learning rate falls to 0."
+    return {**stage_keys(name, epochs), f"{name}.cooldown": Key(0.0, falls, least=0, most=1)}
+
+
 KEYS = {
     "variant": Key(
         "report",
@@ -149,13 +156,13 @@ KEYS = {
     "memory.temperature": Key(1.0, "Temperature of the retrieval's softmax.", above=0),
     "memory.weighted": Key(True, "Whether the rows are summed by their weights; false: their plain sum."),
     "memory.restrict": Key(False, "Whether a patch retrieves from the rows of its own place alone."),
-    **stage_keys("teacher", 1000),
-    **stage_keys("student", 251),  # the report's last epoch has the number 250, its first one 0
+    **section_keys("teacher", 1000),
+    **section_keys("student", 251),  # the report's last epoch has the number 250, its first one 0
     "student.distillation": Key(0.1, "Weight of the distillation beside the MSE.", least=0),
     "student.adversarial": Key(0.0, "Weight of the adversarial loss beside the MSE.", least=0),
     "student.kept": Key(1.0, "Share of the patches that are inpainted in training; SQUID has 0.95.", above=0, most=1),
     "student.from_teacher": Key(False, "Whether the student's generator starts as the teacher's."),
-    **stage_keys("discriminator", 100),
+    **section_keys("discriminator", 100),
     **simsid_published.KEYS,
 }
 IMAGE_KEYS, VOLUME_KEYS = simsid_score.IMAGE_KEYS, simsid_score.VOLUME_KEYS
@@ -325,6 +332,12 @@ def mosaic(f: Float[Array, "b n d"], grid: tuple[int, ...]) -> Float[Array, "b h
     return unpatchify(f, size, tile)[..., 0]
 
 
+def rate(section: ConfigDict, step: Int[Array, ""], steps: int) -> Float[Array, ""]:
+    """The learning rate of a step: `lr`, and in the share `cooldown` of the steps, the last, a line from `lr` to 0."""
+    left = (steps - step) / max(section.cooldown * steps, 1)
+    return section.lr * jnp.minimum(left, 1.0)
+
+
 # --- teacher (Eq. 5.3) ------------------------------------------------------------------------------------------------
 
 
@@ -357,7 +370,7 @@ def teacher_step(
 ) -> tuple[State, dict[str, Array]]:
     """A step of the teacher."""
     section, loss = nets.config.teacher, partial(teacher_loss, nets, state.stats)
-    return descend(state, loss, adam(section), section.lr, batch["image"])
+    return descend(state, loss, adam(section), rate(section, state.step, steps), batch["image"])
 
 
 # --- memory (Alg. 4.4 and 4.5) ----------------------------------------------------------------------------------------
@@ -454,7 +467,9 @@ def student_step(
 ) -> tuple[State, dict[str, Array]]:
     """A step of the student."""
     section, loss = nets.config.student, partial(student_loss, nets, results, state.stats)
-    return descend(state, loss, adam(section), section.lr, batch["image"], sample_keys(key, batch["index"]))
+    return descend(
+        state, loss, adam(section), rate(section, state.step, steps), batch["image"], sample_keys(key, batch["index"])
+    )
 
 
 # --- discriminator (Alg. 4.11) ----------------------------------------------------------------------------------------
@@ -484,7 +499,7 @@ def discriminator_step(
     """A step of the discriminator."""
     section, loss = nets.config.discriminator, partial(judge_loss, nets, state.stats)
     made = jax.lax.stop_gradient(remake(nets, results, batch["image"]))
-    return descend(state, loss, adam(section), section.lr, batch["image"], made)
+    return descend(state, loss, adam(section), rate(section, state.step, steps), batch["image"], made)
 
 
 def discriminator_look(nets: Networks, state: State, batch: PyTree, results: Results) -> tuple[State, dict[str, Array]]:

@@ -16,6 +16,7 @@ from jmae.errors import InputError
 from jmae.tables import counted
 
 SPLIT = "predict"  # of the rows, which are in no split
+MOST_CHANNELS = 4  # an array with a longer last axis has no channels there, unless the run takes as many
 
 
 def cases_of(word: str, other: list[Path], *, volumes: bool) -> list[tuple[str, ...]]:
@@ -80,6 +81,21 @@ def several_cases(parts: Sequence[Any], what: str, data: ConfigDict) -> InputErr
     )
 
 
+def wrong_array(array: np.ndarray, data: ConfigDict) -> str:
+    """Why an array can be no image of the recipe's section `data`, and the remedy; "" where it can be one."""
+    rank, most = len(data.size), max(MOST_CHANNELS, data.channels)
+    axes = "rows, columns" if rank == 2 else "i, j, k"
+    if array.dtype.kind not in "biuf":
+        return f"holds values of the type {array.dtype}: give real numbers"
+    if not array.size:
+        return f"has the shape {array.shape} and no values: give the values of one case"
+    if array.ndim == rank or (array.ndim == rank + 1 and array.shape[-1] <= most):
+        return ""
+    alone = f"({axes}) or " if data.channels == 1 else ""
+    takes = f"the run takes {data.channels} channel{'s' * (data.channels > 1)}"
+    return f"has the shape {array.shape}: give {alone}({axes}, channels); one case a call; {takes}"
+
+
 def image_of_array(
     image: Any, data: ConfigDict, spacing: Sequence[float] | None, affine: np.ndarray | None, name: str
 ) -> Image:
@@ -97,11 +113,8 @@ def image_of_array(
       InputError: the array is no image of the recipe's rank, or its spacing or affine is wrong.
     """
     rank, array = len(data.size), np.asarray(image)
-    if array.dtype.kind not in "biuf" or array.ndim not in (rank, rank + 1) or not array.size:
-        shape = "(*size)" if data.channels == 1 else f"(*size, {data.channels})"
-        raise InputError(
-            f"{name}: is {array.dtype}{list(array.shape)}: give real values {shape} with {rank} axes of space"
-        )
+    if wrong := wrong_array(array, data):
+        raise InputError(f"{name}: {wrong}")
     with np.errstate(over="ignore"):  # a value that becomes infinite is refused later
         values = np.ascontiguousarray(array if array.ndim > rank else array[..., None], np.float32)
     values = one_grey(values) if rank == 2 and data.channels == 1 else values

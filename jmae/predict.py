@@ -98,6 +98,7 @@ from jmae.seen import read_seen
 from jmae.system import System, load_system
 from jmae.tables import counted, plain
 
+GIVE = "give a path, a list of paths, or an array of numbers"
 FLAGS = ["workdir", "out", "manifest", "continue", "config"]
 DONE = ".scores.jsonl"  # in --out: first the run and its settings, then a line for each case that is done
 
@@ -311,6 +312,8 @@ def case_of(
 ) -> tuple[Row, Image]:
     """The row and the stored image of a case that Python gives: a path, several, or an array."""
     is_path = lambda part: isinstance(part, str | os.PathLike)
+    if isinstance(image, list | tuple) and not image:
+        raise InputError(f"an empty {type(image).__name__} is no case: {GIVE}")
     if is_path(image) or (isinstance(image, list | tuple) and all(map(is_path, image))):
         parts = [image] if is_path(image) else list(image)
         case = tuple(part for word in parts for part in sequences(os.fspath(word)))
@@ -325,11 +328,13 @@ def case_of(
     if isinstance(image, list | tuple) and any(is_image(part, run.config.data) for part in image):
         raise several_cases(image, "arrays", run.config.data)
     row = Row(id, "", SPLIT, None, (f"array {id or next(run.unnamed)}",))
-    if np.asarray(image).dtype == object:
-        raise InputError(
-            f"{row.image[0]}: {type(image).__name__} is no image: give a path, a list of paths, or an array of numbers"
-        )
-    return row, image_of_array(image, run.config.data, spacing, affine, row.image[0])
+    try:
+        array = np.asarray(image)
+    except ValueError:  # lists of unequal lengths
+        array = np.array(None)
+    if array.dtype == object:
+        raise InputError(f"{row.image[0]}: {type(image).__name__} is no image: {GIVE}")
+    return row, image_of_array(array, run.config.data, spacing, affine, row.image[0])
 
 
 def with_region(row: Row, stored: Image, region: Any, threshold: float) -> tuple[Row, np.ndarray | None]:

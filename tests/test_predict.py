@@ -391,11 +391,20 @@ def test_arrays_that_cannot_be_used_are_refused_in_one_line(images_run, tmp_path
     bad = good.copy()
     bad[2, 3] = np.nan
     for array, words, problem in (
-        (good[None, None], {}, "give real values"),
-        (np.zeros((0, 4)), {}, "give real values"),
-        (None, {}, "array [0-9]: NoneType is no image: give a path, a list of paths, or an array of numbers"),
-        (good.astype(complex), {}, "give real values"),
-        (np.array([["a"]]), {}, "give real values"),
+        (good[None, None], {}, r"array 0: has the shape \(1, 1, 9, 8\): give \(rows, columns\) or \(rows, columns, "),
+        (good[None], {}, r"shape \(1, 9, 8\): give .*, channels\); one case a call; the run takes 1 channel$"),
+        (np.zeros((30, 30, 30)), {}, r"shape \(30, 30, 30\): give \(rows, columns\) or"),
+        (good[0], {}, r"shape \(8,\): give \(rows, columns\) or"),
+        (np.zeros((0, 4)), {}, r"has the shape \(0, 4\) and no values: give"),
+        (np.array([]), {}, r"has the shape \(0,\) and no values: give"),
+        ([[]], {}, r"has the shape \(1, 0\) and no values: give"),
+        ([], {}, "^an empty list is no case: give a path, a list of paths, or an array of numbers$"),
+        ((), {}, "^an empty tuple is no case: give a path"),
+        ({}, {}, "array [0-9]+: dict is no image: give a path"),
+        ([[1, 2], [3]], {}, "array [0-9]+: list is no image: give a path"),
+        (None, {}, "array [0-9]+: NoneType is no image: give a path, a list of paths, or an array of numbers"),
+        (good.astype(complex), {}, "array [0-9]+: holds values of the type complex128: give real numbers"),
+        (np.array([["a"]]), {}, "array [0-9]+: holds values of the type <U1: give real numbers"),
         (good[..., None].repeat(2, -1), {}, "channels: 2 where the recipe has 1"),
         (bad, {}, "1 values are not finite"),
         (good * 1e300, {}, "not finite"),
@@ -408,6 +417,13 @@ def test_arrays_that_cannot_be_used_are_refused_in_one_line(images_run, tmp_path
         with pytest.raises(InputError, match=problem) as error:
             of(array, **words)
         assert "\n" not in str(error.value)
+
+
+def test_an_array_of_a_run_of_volumes_has_three_axes_and_its_channels(volumes_run):
+    of, volume = jmae.load(volumes_run), np.random.default_rng(0).random((11, 9, 7, 2))
+    for array in (volume[None], volume[0, ..., 0], volume.transpose(3, 0, 1, 2)):
+        with pytest.raises(InputError, match=r"give \(i, j, k, channels\); one case a call; the run takes 2 channels$"):
+            of(array)
 
 
 def test_an_array_of_equal_channels_is_taken_as_the_file_is(finished, small_set, tmp_path, capfd):

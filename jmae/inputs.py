@@ -10,7 +10,8 @@ from ml_collections import ConfigDict
 
 from jmae.data.files import Image, is_dicom, one_grey
 from jmae.data.manifest import Row
-from jmae.data.names import ENDINGS
+from jmae.data.names import ENDINGS, count_unread
+from jmae.data.slices import in_words
 from jmae.data.volumes import WORLD
 from jmae.errors import InputError
 from jmae.tables import counted
@@ -23,12 +24,17 @@ def cases_of(word: str, other: list[Path], *, volumes: bool) -> list[tuple[str, 
     """The cases that an argument of the command names, each as the absolute paths of its sequences.
 
     A path that cannot be read is a case too: it is refused later, by its name. Adds the files of a folder that are no
-    images to `other`.
+    images to `other`. Raises InputError where a folder has no image.
     """
     paths = sequences(word)
     if len(paths) > 1 or not os.path.isdir(paths[0]):
         return [paths]
-    return list(in_folder(Path(paths[0]), other, volumes)) or [paths]
+    unread = list[Path]()
+    if not (cases := list(in_folder(Path(paths[0]), unread, volumes))):
+        there = f", but with {in_words(count_unread(unread))}" if unread else ""
+        raise InputError(f"{word}: is a folder without an image{there}: name files, or a folder of scans")
+    other += unread
+    return cases
 
 
 def in_folder(folder: Path, other: list[Path], volumes: bool) -> Iterator[tuple[str, ...]]:

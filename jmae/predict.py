@@ -77,7 +77,7 @@ from jmae.data.duplicates import content
 from jmae.data.files import Image, marks_of, read_image, write_map
 from jmae.data.manifest import PHANTOM, Row, read_cases, wrong_pieces
 from jmae.data.names import count_unread, id_of, names_of, stem_of
-from jmae.data.preparation import Prepared, stored_case
+from jmae.data.preparation import OtherRank, Prepared, stored_case
 from jmae.data.slices import command, in_words, lie
 from jmae.errors import InputError, exit_code, shortly
 from jmae.fitting import restore_results
@@ -432,13 +432,14 @@ def predict_rows(run: Run, rows: Sequence[Row], out: Path, *, further: bool) -> 
         log(reason)
     if missing and (short := short_training(run.config)):
         log(short)
-    failed: list[dict[str, str]] = []
+    failed: dict[str, list[Failure]] = {}  # by what is wrong
 
     def fail(row: Row, error: Exception) -> None:
         reason = printable(why_failed(row, error))
-        log(f"failed: {printable(row.id)}: {reason}")
-        texts = {"id": row.id, "image": ";".join(row.image), "reason": reason}
-        failed.append({k: text.encode(errors="backslashreplace").decode() for k, text in texts.items()})
+        alike = failed.setdefault(reason.split(": ", 1)[-1], [])
+        if not alike:
+            log(f"failed: {printable(row.id)}: {reason}")
+        alike.append(Failure(row, reason, isinstance(error, OtherRank)))
 
     for result in score_rows(run.scorer, missing, failed=fail, ready=partial(tell_unlike, run)):
         row = result.case.row
@@ -458,7 +459,23 @@ def predict_rows(run: Run, rows: Sequence[Row], out: Path, *, further: bool) -> 
             **whole,
         }
         add_line(out / DONE, seal_line(done[row.id]))
-    return finish(rows, done, failed, out)
+    for alike in failed.values():
+        if len(alike) > 1:
+            log(f"failed: {printable(alike[0].row.id)} (and {len(alike) - 1} more like it)")
+    return finish(rows, done, [one for alike in failed.values() for one in alike], out)
+
+
+class Failure(NamedTuple):
+    """A case without a score."""
+
+    row: Row
+    reason: str
+    final: bool  # whether another try cannot succeed
+
+    def line(self) -> dict[str, str]:
+        """The case's line of failed.csv."""
+        texts = {"id": self.row.id, "image": ";".join(self.row.image), "reason": self.reason}
+        return {k: text.encode(errors="backslashreplace").decode() for k, text in texts.items()}
 
 
 def why_failed(row: Row, error: Exception) -> str:
@@ -584,7 +601,7 @@ def views(stored: Image, heat: np.ndarray, colours: Scale | None) -> tuple[np.nd
     return plain, blend(unit, heat, colours)
 
 
-def finish(rows: Sequence[Row], done: Mapping[str, Mapping], failed: Sequence[Mapping[str, str]], out: Path) -> int:
+def finish(rows: Sequence[Row], done: Mapping[str, Mapping], failed: Sequence[Failure], out: Path) -> int:
     """Writes scores.csv of all cases that are done, and failed.csv of the rows that failed now; logs the counts and
     returns the exit code."""
     now = {row.id for row in rows}
@@ -595,7 +612,7 @@ def finish(rows: Sequence[Row], done: Mapping[str, Mapping], failed: Sequence[Ma
         cell = lambda value: "" if value is None else value
         write_csv(out / "scores.csv", [{name: cell(line.get(name)) for name in names} for line in lines])
     if failed:
-        write_csv(out / "failed.csv", failed)
+        write_csv(out / "failed.csv", [one.line() for one in failed])
     else:
         (out / "failed.csv").unlink(missing_ok=True)
     log(f"{counted(len(lines), 'cases')}: {out / 'scores.csv'}" if lines else "no case was predicted")
@@ -603,8 +620,9 @@ def finish(rows: Sequence[Row], done: Mapping[str, Mapping], failed: Sequence[Ma
         log(f"{unlike_text(warned, len(lines))} the training images (column warning): {REMEDY}")
     if failed:
         log(f"{len(failed)} of {counted(len(failed) + len(lines), 'cases')} failed: {out / 'failed.csv'}")
+    if not all(one.final for one in failed):
         log("next: mend them, then the same command with --continue")
-    else:
+    elif lines:
         log("next: look at the overlays of the highest scores: ID_overlay.png")
     return 1 if failed else 0
 

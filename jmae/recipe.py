@@ -349,7 +349,8 @@ def preset(system: str, presets: Mapping[str, Mapping[str, Any]], name: str) -> 
     Raises ValueError for an unknown preset, or a change of a key that is not declared.
     """
     if name not in presets:
-        raise ValueError(f"preset {name!r} is unknown: one of {', '.join(presets)}")
+        near = nearest(name, list(presets))
+        raise ValueError(f"preset {name!r} is unknown: did you mean {near}? One of {', '.join(presets)}")
     changes = presets[name]
     size = changes.get("data.size", declarations(system, volumes=False)["data.size"].default)
     declared = declarations(system, volumes=len(size) == 3)

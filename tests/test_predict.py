@@ -5,6 +5,7 @@ import csv
 import gzip
 import json
 import os
+import re
 import shutil
 import struct
 import zlib
@@ -538,12 +539,18 @@ def damaged_images(folder: Path) -> list[Path]:
     return made
 
 
+def named(lines: list[str]) -> int:
+    """The number of cases that lines "failed: ..." stand for."""
+    more = [re.fullmatch(r"failed: .* \(and (\d+) more like it\)", line) for line in lines]
+    return sum(int(found[1]) if found else 1 for found in more)
+
+
 def check_damaged(workdir: Path, out: Path, good: Path, bad: list[Path], said) -> None:
     """Each bad file is refused in one line by its path, the good one is done, nothing else is left."""
     assert run(workdir, out, *bad[: len(bad) // 2], good, *bad[len(bad) // 2 :]) == 1
     lines = [line for line in said().err.splitlines() if line.startswith("failed: ")]
     failed = table(out / "failed.csv")
-    assert len(lines) == len(bad) == len(failed) and "Traceback" not in "".join(lines)
+    assert named(lines) == len(bad) == len(failed) and "Traceback" not in "".join(lines)
     for path in bad:
         (line,) = (line for line in failed.values() if line["image"] == str(path))
         assert line["reason"].startswith(str(path)) and "\n" not in line["reason"]
@@ -588,8 +595,37 @@ def test_damaged_volumes_are_refused_each_in_a_line_and_the_others_go_on(tmp_pat
     failed = {line["image"]: line["reason"] for line in table(out / "failed.csv").values()}
     assert set(failed) == set(map(str, bad)) and all("\n" not in reason for reason in failed.values())
     assert all(reason.startswith(path) for path, reason in failed.items())
-    assert sum(line.startswith("failed: ") for line in capfd.readouterr().err.splitlines()) == len(bad)
+    said = capfd.readouterr().err.splitlines()
+    assert named([line for line in said if line.startswith("failed: ")]) == len(bad)
+    assert said[-1] == "next: mend them, then the same command with --continue"
     assert left(out) == {"good_anomaly.nii.gz", "good_recon.nii.gz", "good_overlay.png", "scores.csv", "failed.csv"}
+
+
+def test_films_for_a_run_of_volumes_fail_in_a_line_and_no_other_try_is_proposed(volumes_run, tmp_path, capfd):
+    folder, out = tmp_path / "films", tmp_path / "out"
+    files = [picture(folder / f"{i}.png", i) for i in range(6)]
+    assert run(volumes_run, out, folder) == 1
+    said = capfd.readouterr().err.splitlines()
+    what = "is an image, where the recipe takes volumes (data.size has 3 axes): for images train one such as"
+    assert said[-4].startswith(f"failed: 0: {files[0]}: {what}")
+    assert said[-3:] == [
+        "failed: 0 (and 5 more like it)",
+        "no case was predicted",
+        f"6 of 6 cases failed: {out / 'failed.csv'}",
+    ]
+    assert list(table(out / "failed.csv")) == list("012345")
+
+
+def test_a_folder_without_an_image_is_refused_by_what_it_holds(images_run, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "new").mkdir()
+    assert run(images_run, tmp_path / "out", "new") == 2
+    assert "new: is a folder without an image: name files, or a folder of scans\n" in capfd.readouterr().err
+    (tmp_path / "new" / "notes.txt").write_text("Dr. X found nothing of note")
+    assert run(images_run, tmp_path / "out", "new") == 2
+    said = capfd.readouterr().err
+    assert "new: is a folder without an image, but with 1 .txt file (not images, or of a format" in said
+    assert said.endswith("notes.txt: name files, or a folder of scans\n") and not (tmp_path / "out").exists()
 
 
 def test_what_is_wrong_with_the_command_is_one_line(images_run, tmp_path, capfd):

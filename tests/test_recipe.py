@@ -81,8 +81,8 @@ def test_a_recipe_of_the_library_is_known_by_its_name_in_every_folder(tmp_path, 
     (tmp_path / "amae").mkdir()  # a run folder, not a recipe
     assert recipe.load("amae:small").to_dict() == there
     assert recipe.load("amae").to_dict() == recipe.load("amae:phantom").to_dict()
-    with pytest.raises(InputError, match=r"^amae: preset 'huge' is unknown: one of paper, small"):
-        recipe.load("amae:huge")
+    with pytest.raises(InputError, match=r"^ppii: preset 'smal' is unknown: did you mean small\? One of paper, "):
+        recipe.load("ppii:smal")
     with pytest.raises(InputError, match=r"^simsd: no recipe: did you mean simsid\?"):
         recipe.load("simsd:small")
     (tmp_path / "amae.py").write_text("def get_config(preset): return preset")
@@ -149,8 +149,8 @@ def test_the_value_of_a_key_may_follow_a_space_and_is_true_where_there_is_none()
         (["--workdir"], "--workdir has no value: write --workdir=VALUE"),
         (["--workdir", "--debug2"], "--workdir has no value"),
         (
-            ["--config=configs/amae.py:huge"],
-            "configs/amae.py: preset 'huge' is unknown: one of paper, small, phantom, smoke",
+            ["--config=configs/amae.py:smole"],
+            "configs/amae.py: preset 'smole' is unknown: did you mean smoke? One of paper, small, phantom, smoke",
         ),
         (["--config=configs/mae.py"], "configs/mae.py: no recipe: there are configs/amae.py"),
         (["--config=configs"], "configs: no recipe: there are configs/amae.py"),

@@ -177,6 +177,10 @@ def _placed(file: str, image: Image, like: Image, data: ConfigDict | None, soft:
     return Marked(on_grid(file, image, like), soft=soft)
 
 
+class OtherRank(InputError):
+    """A volume for a run of images, or an image for a run of volumes: no repair of the file helps."""
+
+
 def usable(row: Row, stored: Image, data: ConfigDict) -> np.ndarray:
     """A row's array as stored; a colour image becomes grey where one channel is asked for. With data.nonfinite="zero",
     values that are not finite are 0 in a volume, and the lowest value of an image.
@@ -188,7 +192,7 @@ def usable(row: Row, stored: Image, data: ConfigDict) -> np.ndarray:
     if array.ndim - 1 != len(size):
         one, usual, kind = ("an image", "volumes", "images") if array.ndim == 3 else ("a volume", "images", "volumes")
         what = f"is {one}, where the recipe takes {usual} (data.size has {len(size)} axes)"
-        raise InputError(f"{row.image[0]}: {what}: for {kind} train one such as {suggested(kind)[0]}:small")
+        raise OtherRank(f"{row.image[0]}: {what}: for {kind} train one such as {suggested(kind)[0]}:small")
     if array.shape[-1] == 3 and channels == 1 and len(row.image) == 1:
         array = grey(array)
     if array.shape[-1] != channels:

@@ -54,6 +54,7 @@ from jmae.convergence import check_processes, convergence
 from jmae.data.cases import Cases, load_cases
 from jmae.data.files import write_map
 from jmae.data.manifest import Row
+from jmae.doubts import doubts, doubts_line
 from jmae.errors import InputError, exit_code
 from jmae.figures import (
     NormalThresholds,
@@ -234,6 +235,7 @@ def evaluate(
         evaluation["uncalibrated"] = reasons[0] if reasons else why_no_p_values(calibration)
     evaluation |= {"words": dict(system.words), "map_words": system.map_words}
     history = read_history(workdir / "metrics.jsonl")
+    evaluation["doubts"] = doubts(history, system.stages)
     if published := beside_published(config, system, rows, workdir, history):
         evaluation["printed"] = published
     evaluation |= provenance(config, system, chosen.rows, gathered.digests, workdir)
@@ -242,8 +244,8 @@ def evaluate(
     if of_run:
         write_cards(workdir, config, system, rows)
     log(console_summary(evaluation))
-    if short := short_training(config):
-        log(short)
+    for text in filter(None, (short_training(config), doubts_line(evaluation["doubts"]))):
+        log(text)
     log(f"report: {out / 'report.html'}")
     log(f"next: open the report; score new scans: jmae predict --workdir {shlex.quote(str(workdir))} --out DIR SCAN")
     return evaluation

@@ -79,6 +79,7 @@ from jmae.data.manifest import PHANTOM, Row, read_cases, wrong_pieces
 from jmae.data.names import count_unread, id_of, names_of, stem_of
 from jmae.data.preparation import OtherRank, Prepared, stored_case
 from jmae.data.slices import command, in_words, lie
+from jmae.doubts import doubts, doubts_line
 from jmae.errors import InputError, exit_code, shortly
 from jmae.fitting import restore_results
 from jmae.fusion import colours_of_file, common_normals, fused, fused_line, fused_map, scores_of_normals
@@ -90,7 +91,7 @@ from jmae.processes import keep_compiled
 from jmae.progress import at_work
 from jmae.report import PERCENTILES, Scale, blend, short_training
 from jmae.results import Result
-from jmae.run_folder import add_line, log, output_folder, write_bytes, write_csv, write_text
+from jmae.run_folder import add_line, log, output_folder, read_history, write_bytes, write_csv, write_text
 from jmae.run_recipe import read_run
 from jmae.scoring import Calibration
 from jmae.sealed import seal_line, unseal
@@ -366,6 +367,8 @@ def open_run(workdir: Path, config: ConfigDict) -> Run:
             f"only cases with a {' and a '.join(calibration.needs)} get p-values, as the held-out normals have "
             "them: name them in columns of --manifest=CASES.csv, or from Python by keyword"
         )
+    if line := doubts_line(doubts(read_history(workdir / "metrics.jsonl"), system.stages)):
+        log(line)
     scorer = Scorer(config, system, results)
     identity = score_identity(config, system, results)
     return Run(config, system, scorer, calibration, identity, seen, read_kind(workdir), count())

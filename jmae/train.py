@@ -44,6 +44,7 @@ from jmae.cards import write_cards
 from jmae.convergence import check_processes
 from jmae.data.cases import load_cases
 from jmae.data.loader import Images, Samples, batches
+from jmae.doubts import doubts, doubts_line
 from jmae.errors import InputError, NonFiniteLoss, Stopped, exit_code
 from jmae.evaluate import evaluate
 from jmae.likeness import write_kind
@@ -72,6 +73,7 @@ from jmae.run_folder import (
     fixed,
     images_digest,
     log,
+    read_history,
     write_csv,
 )
 from jmae.run_recipe import refuse_other_recipe, saved_recipe
@@ -139,8 +141,10 @@ def run(config: ConfigDict, workdir: Path) -> int:
         log("no test row has a label: not evaluated")
         calibrate_run(config, system, rows, workdir, cases)
         write_cards(workdir, config, system, rows)
-        if short := short_training(config):
-            log(short)
+        for text in filter(
+            None, (short_training(config), doubts_line(doubts(read_history(workdir / "metrics.jsonl"), system.stages)))
+        ):
+            log(text)
         new = "--out DIR SCAN" if all(row.split != "test" for row in rows) else ""
         log(f"next: jmae {'predict' if new else 'evaluate'} --workdir {shlex.quote(str(workdir))} {new}".rstrip())
     return 0

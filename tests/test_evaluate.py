@@ -183,6 +183,7 @@ def test_metrics_json_has_the_keys_of_the_design(finished):
         "words",
         "map_words",
         "masked",
+        "doubts",
     } == set(metrics)
     assert [metrics[k] for k in KEYS[:6]] == ["amae", "test", 12, 6, 6, load_system(recipe.read(finished)).primary]
     assert set(metrics["image"]) == IMAGE and set(metrics["pixel"]) == PIXEL
@@ -363,7 +364,7 @@ def test_the_masks_of_the_report_are_counted_and_drawn(tools, tmp_path, capfd):
     n = sum(bool((values > found["masked"]["threshold"]).any()) for values in maps)
     assert found["masked"] == {"n": n, "of": 11, "threshold": found["mask"]["threshold"]} and 0 < n < 11
     said = capfd.readouterr().err
-    assert f"{n} of 11 cases ha" in said and said.count("short training: 25 % of the recipe's steps") == 1
+    assert f"{n} of 11 cases ha" in said and said.count("short training: 0.3 % of the steps of") == 1
     page = (tmp_path / "test" / "report.html").read_text()
     assert f"{n} of 11 cases ha" in page and 0 < page.count('class="called"') <= n
     assert found["mask"]["dice_of_everything"] > 0

@@ -559,6 +559,8 @@ def test_a_short_training_is_said_at_the_top_and_names_of_scores_and_pictures_ar
     shown = lambda config: write(tmp_path / "r.html", evaluation, cases_of(evaluation), config=config)
     page = shown({"budget": 0.25})
     assert "<b>Short training.</b> 25 % of the recipe" in page and "--config.budget=1" in page
+    evaluation["doubts"] = ["stage a ended with a rise of its loss, from 1 to 2"]
+    assert "<b>The training may have failed.</b> Stage a ended with a rise of its loss" in shown({})
     assert short_training({"budget": 0.25}).startswith("short training: 25 % of the recipe's steps, so scores and maps")
     best, share = evaluation["pixel"]["dice_best"], evaluation["pixel"]["prevalence"]
     assert (

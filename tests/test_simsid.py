@@ -1140,3 +1140,11 @@ def test_volumes_go_through_the_same_code(tmp_path):
     metrics = json.loads((tmp_path / "run" / "evaluation" / "metrics.json").read_text())
     assert metrics["primary"] == "simsid" and set(metrics["scores"]) == {*simsid_score.SCORES}
     assert metrics["pixel"]["auroc"] == pytest.approx(voxel_auroc(manifest, tmp_path / "run"))
+
+
+def test_the_rate_falls_to_0_in_the_last_share_of_the_steps():
+    section = recipe.get_config("small").student
+    rates = [float(simsid.rate(section, jnp.int32(k), 1500)) for k in (0, 1199, 1200, 1350, 1499)]
+    np.testing.assert_allclose(rates, np.array([1, 1, 1, 0.5, 1 / 300]) * section.lr, rtol=1e-5)
+    section.cooldown = 0.0  # as in the report
+    assert {float(simsid.rate(section, jnp.int32(k), 1500)) for k in (0, 700, 1499)} == {float(np.float32(section.lr))}

@@ -13,12 +13,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from ml_collections import ConfigDict
 from numpy.typing import NDArray
 
+from jmae import recipe
 from jmae.likeness import REMEDY, unlike_text
 from jmae.scoring import more_normals, normals_needed, too_few_normals
 from jmae.tables import counted
 
+LEAST_SHARE = 0.1  # of the steps of `small`, below which a training is called short
 SYSTEM_FILES = Path(__file__).parents[1] / "systems"
 
 # --- rows of tables ---------------------------------------------------------------------------------------------------
@@ -275,14 +278,31 @@ def score_meanings(evaluation: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def short_training(config: Mapping[str, Any]) -> str:
-    """That a training had fewer steps than its recipe, in one line for report and terminal; "" where it had all."""
+    """That a training had fewer steps than its recipe, or far fewer than the preset `small`, in one line for report and
+    terminal; "" where it had enough."""
     budget = config.get("budget", 1)
+    share, small = share_of_small(config), f"{config.get('system')}:small"
+    if share < LEAST_SHARE:
+        what = f"{100 * share:.1g} % of the steps of {small}, so scores and maps mean little"
+        return f"short training: {what}; for all steps: --config={small} and a new --workdir"
     if budget >= 1:
         return ""
     return (
         f"short training: {100 * budget:.3g} % of the recipe's steps, so scores and maps are a first impression; for "
         "all steps: --config.budget=1 and a new --workdir (jmae quickstart: --budget 1 and a new --out)"
     )
+
+
+def share_of_small(config: Mapping[str, Any]) -> float:
+    """The steps of a training over those of its system's preset `small`; 1 where the recipe counts epochs or is not
+    known."""
+    if not config.get("system"):
+        return 1.0
+    small = dict(recipe.keys_of(recipe.parse([f"--config={config['system']}:small"], "")[0]))
+    own = dict(recipe.keys_of(ConfigDict(config)))
+    counted_by = [key for key, steps in small.items() if key.endswith(".steps") and steps and own.get(key)]
+    whole = sum(small[key] for key in counted_by)
+    return config.get("budget", 1) * sum(own[key] for key in counted_by) / whole if whole else 1.0
 
 
 def dice_of_everything(pixel: Mapping[str, Any]) -> float | None:
@@ -305,6 +325,9 @@ def notices(evaluation: Mapping[str, Any], config: Mapping[str, Any]) -> list[No
     if short := short_training(config):
         title, _, text = short.partition(": ")
         found.append(Notice(f"{title.capitalize()}.", f"{text}. {low_dice_sentence(evaluation)}".rstrip()))
+    if why := evaluation.get("doubts"):
+        text = f"{'; '.join(why)}. Train longer, or with another --config.seed."
+        found.append(Notice("The training may have failed.", text[0].upper() + text[1:]))
     if sentences := unlike_sentences(evaluation):
         warned = [row for row in evaluation.get("table") or () if row.get("warning")]
         warned.sort(key=lambda row: -math.inf if row["score"] is None else -row["score"])

@@ -287,6 +287,7 @@ def build(config: ConfigDict) -> System:
         ),
         parts=config.accumulate,
         words={"explained_variance": "variance of hidden voxels explained (1 is perfect)"},
+        nothing={"explained_variance": 0.0},
     )
     number, by_case = prod(grid_of(tuple(data.size), patch)), evaluation.masks_of == "case"
     sweep = Sweep(

@@ -305,6 +305,7 @@ def stage_of(setup: Setup) -> Stage:
         step=partial(step, setup),
         checks=(looks,) if setup.config.select == RULE else (),
         words=LOG_WORDS,
+        nothing={"dice": 0.1},
     )
 
 

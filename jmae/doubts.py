@@ -1,0 +1,47 @@
+"""What in a training gives reason to doubt its result, from the lines of metrics.jsonl."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from jmae.system import Stage
+
+LINES = 20  # the last lines of a stage are compared with so many lines before
+RISE, SPREADS = 0.25, 5.0  # a loss has risen by a quarter of their median and by 5 of their interquartile ranges
+
+
+def doubts(history: Sequence[Mapping[str, Any]], stages: Sequence[Stage]) -> list[str]:
+    """A sentence for each stage that learnt nothing (`Stage.nothing`), or whose loss rose in its last steps."""
+    found = []
+    for stage in stages:
+        lines = [line for line in history if line.get("stage") == stage.name]
+        for metric, value in stage.nothing.items():
+            named = [line for line in lines if any(key.startswith(metric) for key in line)]
+            last = [x for key, x in (named[-1] if named else {}).items() if key.startswith(metric)]
+            if last and max(last) <= value:
+                found.append(f"the network has learnt little: {stage.words.get(metric, metric)}: {max(last):.2g}")
+        losses = [line["loss"] for line in lines if isinstance(line.get("loss"), float)]
+        if spiked(losses):
+            found.append(
+                f"stage {stage.name} ended with a rise of its loss, from {np.median(losses[-LINES:-1]):.2g} to "
+                f"{losses[-1]:.2g}"
+            )
+    return found
+
+
+def spiked(losses: Sequence[float]) -> bool:
+    """Whether the last loss is far above the `LINES` before it. Then the last weights may be bad ones, as where Adam
+    takes a step that is too long."""
+    if len(losses) <= LINES:
+        return False
+    before = np.array(losses[-LINES - 1 : -1])
+    low, median, high = np.percentile(before, (25, 50, 75))
+    return bool(losses[-1] - median > max(RISE * abs(median), SPREADS * (high - low)))
+
+
+def doubts_line(found: Sequence[str]) -> str:
+    """The doubts in one line with the remedy, for a terminal; "" without doubts."""
+    if not found:
+        return ""
+    return f"warning: the training may have failed: {'; '.join(found)}: train longer, or with another --config.seed"

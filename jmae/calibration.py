@@ -26,12 +26,13 @@ from jmae.report import PERCENTILES, Scale
 from jmae.results import Result, map_name
 from jmae.run_folder import log, write_text
 from jmae.scoring import (
+    NO_NORMALS,
     Calibration,
     alarm_threshold,
     colour_ends,
-    more_normals,
     normals_needed,
     saturated,
+    smallest_p_value,
     too_few_normals,
 )
 from jmae.sealed import seal, unseal
@@ -118,7 +119,7 @@ def calibrate(
     if reference is None or not used.any():
         remove_calibration(workdir)
         if reference is None:
-            say(too_few_normals(0, alarm_rate(config)))
+            say(NO_NORMALS)
         return None
     normals = [row for row, use in zip(reference.rows, used, strict=True) if use]
     scores = {row.id: float(s) for row, s in zip(normals, reference.scores[:, used].mean(0), strict=True)}
@@ -133,7 +134,6 @@ def calibrate(
     peaks = [] if np.isnan(reference.peaks[used]).any() else np.maximum(reference.peaks[used], LOWEST).tolist()
     rate = alarm_rate(config)
     threshold = alarm_threshold(list(scores.values()), rate)
-    warn_of_few(len(scores), rate)
     content = {
         "n": len(scores),
         "patients": patients,
@@ -150,7 +150,8 @@ def calibrate(
     }
     write_text(workdir / CALIBRATION, seal(content))
     write_seen(workdir, normals)
-    log(f"calibrated on {counted(len(scores), 'held-out normals')}: {workdir / CALIBRATION}")
+    normals_said = f"{counted(len(scores), 'held-out normals')} ({smallest_p_value(len(scores))})"
+    log(f"calibrated on {normals_said}: {workdir / CALIBRATION}")
     calibration = Calibration(scores, low, high, tuple(needs), peaks, config.evaluation.mask_least, fitted, inputs)
     if saturated(peaks, rate):
         log(f"warning: {why_no_masks(calibration, rate)}")
@@ -186,16 +187,12 @@ def remove_calibration(workdir: Path) -> None:
         log(f"warning: {workdir / CALIBRATION}: removed, as none of its normals is kept from the training any more")
 
 
-def warn_of_few(n: int, rate: float) -> None:
-    """Logs that n held-out normals give no p-value as low as the alarm rate, where that is so."""
-    if few := too_few_normals(n, rate):
-        log(f"warning: {few}")
-
-
 def tell_p_values(config: ConfigDict, system: System, rows: Sequence[Row]) -> None:
     """Logs before a training that its run will have no p-values, or none as low as the alarm rate."""
     val = [row for row in rows if row.split == "val"]
-    warn_of_few(sum(calibrating_rows(config, system, val, fitted=fitted_rows(system, rows))), alarm_rate(config))
+    n = sum(calibrating_rows(config, system, val, fitted=fitted_rows(system, rows)))
+    if few := too_few_normals(n, alarm_rate(config)):
+        log(f"warning: {few}")
 
 
 def calibrate_run(
@@ -207,7 +204,7 @@ def calibrate_run(
     normals = [row for row, use in zip(val, used, strict=True) if use]
     if not normals:
         remove_calibration(workdir)
-        warn_of_few(0, alarm_rate(config))
+        log(NO_NORMALS)
         return
     results = fitted_results(config, system, rows, workdir, cases)
     reference = reference_scores(config, system, score_rows(Scorer(config, system, results, cases), normals))
@@ -326,7 +323,7 @@ def why_no_masks(calibration: Calibration | None, rate: float) -> str:
         return ""
     normals, needed = counted(len(calibration.peaks), "held-out normals"), normals_needed(rate)
     if len(calibration.peaks) < needed:
-        return f"no masks: {normals}, {needed} are needed: {more_normals(rate)}"
+        return f"no masks: {normals}, {needed} are needed"
     if saturated(calibration.peaks, rate):
         top = f"the highest values of several maps of {normals} are equal ({max(calibration.peaks):.4g})"
         return f"{top}, so masks of new cases stay empty: train longer"

@@ -6,7 +6,7 @@ from typing import Any
 from jmae import metrics
 from jmae.report import no_curves_reason
 from jmae.report.words import dice_of_everything, hidden_sentences, mask_sentences, rival_sentences
-from jmae.scoring import too_few_normals
+from jmae.scoring import smallest_p_value, too_few_normals
 from jmae.tables import counted
 
 
@@ -64,8 +64,9 @@ def console_summary(evaluation: Mapping[str, Any]) -> str:
         lines += ["baselines and rivals:", *rated] if rated else []
     if found := evaluation["alarms"]:
         shares = ", ".join(f"{found[word]:.1%} of {word}" for word in ("normal", "abnormal") if found[word] is not None)
-        if few := too_few_normals(found["n"], found["rate"]):
-            lines.append(f"no alarm is possible: {few}")
+        if too_few_normals(found["n"], found["rate"]):
+            few = f"{smallest_p_value(found['n'])}, of {counted(found['n'], 'held-out normals')}"
+            lines.append(f"no alarm is possible at {found['rate']:g}: {few}")
         elif shares:
             lines.append(f"p-value up to {found['rate']:g} (of {counted(found['n'], 'held-out normals')}): {shares}")
     lines += mask_sentences(evaluation)[:1]

@@ -79,7 +79,7 @@ from jmae.python import Evaluate
 from jmae.report import Case, one_slice, short_training, shown_voxel, slice_side, worth_showing, write_report
 from jmae.results import Result, map_name, report_case
 from jmae.run_folder import log, output_folder, read_environment, read_history, write_csv, write_text
-from jmae.scoring import Calibration
+from jmae.scoring import NO_NORMALS, Calibration, more_normals
 from jmae.sealed import seal
 from jmae.seen import ALLOW, check_unseen, check_unseen_since
 from jmae.system import System, fitted_rows, load_system, split_replicates
@@ -232,7 +232,8 @@ def evaluate(
     if calm:
         evaluation["withheld"] = calm  # `fusion.fused_evaluation` reads them
     if not evaluation["alarms"]:
-        evaluation["uncalibrated"] = reasons[0] if reasons else why_no_p_values(calibration)
+        why = reasons[0] if reasons else why_no_p_values(calibration)
+        evaluation["uncalibrated"] = f"{why}: {more_normals(rate)}" if why == NO_NORMALS else why
     evaluation |= {"words": dict(system.words), "map_words": system.map_words}
     history = read_history(workdir / "metrics.jsonl")
     evaluation["doubts"] = doubts(history, system.stages)

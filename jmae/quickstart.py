@@ -26,7 +26,6 @@ from jmae.data.prepare.overview import (
     CHOOSE,
     calibration_share,
     one_rank,
-    p_value_line,
     read_kinds,
     too_few_to_learn,
 )
@@ -64,8 +63,8 @@ def main(argv: list[str]) -> int:
     given = {"config": chosen or f"{name}:small", "config.data.manifest": str(made)}
     given |= {"config.data.calibration": share, "config.budget": budget}
     given |= {"config.data.channels": "1"} if kind == "volumes" else {}
-    kept = recipe.typed("config.data.calibration", (given | flags)["config.data.calibration"], 0.0)
-    log("\n".join(filter(None, [p_value_line(rows, kept), too_few_to_learn(rows)])))
+    if few := too_few_to_learn(rows):
+        log(few)
     run = out / "run"
     commands = [
         ["prepare", "folders", "--normal", normals, "--test", new, "--out", str(out / "data")],

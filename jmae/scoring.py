@@ -128,6 +128,7 @@ def alarm_threshold(normals: Sequence[float], rate: float) -> float | None:
 
 
 RATE = 0.05  # p-value that held-out normals should reach
+NO_NORMALS = "no normal scan is kept from the training to give p-values"
 TIE = 1e-4  # relative: peaks of maps that differ by less tie
 
 
@@ -151,19 +152,21 @@ def normals_needed(rate: float) -> int:
 
 def more_normals(rate: float = RATE) -> str:
     """The remedy for too few held-out normals. Of fewer than ten scans, `data.calibration` keeps none apart."""
-    least = normals_needed(rate)
-    scans = f"{max(10, 2 * least)} normal scans or more, or {least} in the split val"
-    return f"give {scans}, and train as jmae check proposes"
+    scans = f"{max(10, 2 * normals_needed(rate))} normal scans or more"
+    return f"give {scans}, and keep half of them from the training (data.calibration=0.5)"
+
+
+def smallest_p_value(n: int) -> str:
+    """The smallest p-value that n held-out normals can give, in words."""
+    return f"smallest possible p-value {1 / (n + 1):.2g}"
 
 
 def too_few_normals(n: int, rate: float) -> str:
     """Why n held-out normals give no p-value as low as `rate`, and the remedy; "" where they are enough."""
     if floor(round(rate * (n + 1), 9)) > 0:  # as in `alarm_threshold`
         return ""
-    what = "no normal scan is kept from the training to give p-values"
-    if n:
-        kept = f"{counted(n, 'normal scans')} kept from the training"
-        what = f"{kept} cannot give a p-value of {rate:g} (the smallest is {1 / (n + 1):.2g})"
+    kept = f"{counted(n, 'normal scans')} kept from the training"
+    what = f"{kept} cannot give a p-value of {rate:g} ({smallest_p_value(n)})" if n else NO_NORMALS
     return f"{what}: {more_normals(rate)}"
 
 

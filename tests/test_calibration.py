@@ -286,19 +286,23 @@ def test_a_run_without_labels_to_test_is_calibrated_too_and_few_normals_are_said
     strict = c.copy_and_resolve_references()
     strict.evaluation.alarm_rate = 0.01
     cal.tell_p_values(strict, SYSTEM, rows)  # before the training
-    assert "warning: 12 normal scans kept from the training cannot give a p-value of 0.01" in capfd.readouterr().err
-    cal.calibrate_run(strict, SYSTEM, rows, tmp_path)
-    remedy = "give 198 normal scans or more, or 99 in the split val, and train as jmae check proposes"
-    assert f"cannot give a p-value of 0.01 (the smallest is 0.077): {remedy}\n" in capfd.readouterr().err
+    remedy = "give 198 normal scans or more, and keep half of them from the training (data.calibration=0.5)"
+    why = "12 normal scans kept from the training cannot give a p-value of 0.01 (smallest possible p-value 0.077)"
+    assert f"warning: {why}: {remedy}\n" in capfd.readouterr().err
+    cal.calibrate_run(strict, SYSTEM, rows, tmp_path)  # after the training
+    said = capfd.readouterr().err
+    assert "calibrated on 12 held-out normals (smallest possible p-value 0.077): " in said and "give " not in said
     assert json.loads((tmp_path / "calibration.json").read_text())["threshold"] is None
     (tmp_path / "calibration.json").unlink()
     cal.calibrate_run(c, SYSTEM, [r for r in rows if r.split != "val"], tmp_path)
-    none = "no normal scan is kept from the training to give p-values: give 10 normal scans or more, or 4 in the split"
-    assert none in capfd.readouterr().err and not (tmp_path / "calibration.json").exists()
+    none = "no normal scan is kept from the training to give p-values"
+    assert f"{none}\n" in capfd.readouterr().err and not (tmp_path / "calibration.json").exists()
     told: list[str] = []
-    assert cal.read_calibration(c, SYSTEM, {}, tmp_path, told.append) is None and told[0].startswith(none)
+    assert (
+        cal.read_calibration(c, SYSTEM, {}, tmp_path, told.append) is None and told[0] == f"{none}: {more_normals(0.2)}"
+    )
     cal.tell_p_values(c, SYSTEM, [r for r in rows if r.split != "val"])
-    assert f"warning: {none}" in capfd.readouterr().err
+    assert f"warning: {none}: give 10 normal scans or more" in capfd.readouterr().err
 
 
 def test_equal_highest_values_of_the_normals_and_too_few_normals_are_said():
@@ -311,7 +315,7 @@ def test_equal_highest_values_of_the_normals_and_too_few_normals_are_said():
     assert of(spread) == "" == of([])
     assert cal.why_no_masks(None, 0.05).startswith("no masks: without a calibration")
     assert of([cal.LOWEST] * 30) == "", "these maps have no component of the least size"
-    assert of([1.0] * 8) == f"no masks: 8 held-out normals, 19 are needed: {more_normals(0.05)}"
+    assert of([1.0] * 8) == "no masks: 8 held-out normals, 19 are needed"
 
 
 def test_only_normals_that_nothing_was_chosen_by_calibrate(capfd):

@@ -170,7 +170,10 @@ def test_a_sound_manifest_has_no_findings(cases, capsys):
     assert run(write(cases), "--json", str(cases[0] / "out.json")) == 0
     said = capsys.readouterr().out
     assert "train 3 normal (3 patients), val 1 normal, test 1 normal + 1 abnormal" in said and "nothing found" in said
-    assert "p-values: 1 normal scan kept from the training cannot give a p-value of 0.05 (the smallest is 0.5)" in said
+    assert (
+        "p-values: 1 normal scan kept from the training cannot give a p-value of 0.05 (smallest possible p-value 0.5)"
+        in said
+    )
     assert "warning: only 3 normal scans to learn from: " in said and "give 20 or more" in said
     own = "next: the command that `jmae prepare` printed, or for a manifest of your own: jmae train --config ppii:small"
     assert said.splitlines()[-1].startswith(f"{own} --config.data.manifest=")

@@ -94,8 +94,9 @@ def test_a_twentieth_needs_nineteen_normals_where_there_are_enough():
 
 
 def test_which_p_value_is_the_smallest_is_said_before_the_training():
-    few = "p-values: 11 normal scans kept from the training cannot give a p-value of 0.05 (the smallest is 0.083)"
-    few += ": give 38 normal scans or more, or 19 in the split val, and train as jmae check proposes"
+    few = "p-values: 11 normal scans kept from the training cannot give a p-value of 0.05 (smallest possible "
+    few += "p-value 0.083): give 38 normal scans or more, and keep half of them from the training "
+    few += "(data.calibration=0.5)"
     assert p_value_line(normals(30), 0.35) == few
     enough = "keeps from the training (any share that keeps 19 apart will do)"
     assert p_value_line(normals(40), 0.5) == f"p-values: from 20 normals that data.calibration {enough}"
@@ -117,11 +118,13 @@ def test_the_training_counts_the_normals_that_prepare_promises(kind, capfd):
         assert said == f"warning: {promised}\n" if n < 38 else said == ""
 
 
-def test_the_share_of_the_user_is_the_one_whose_p_values_are_told(tmp_path, monkeypatch, capsys):
+def test_too_few_scans_to_learn_from_are_said_at_once_and_the_p_values_by_the_training_alone(
+    tmp_path, monkeypatch, capsys
+):
     scans, new = pictures(tmp_path / "normals", 14, 1), pictures(tmp_path / "new", 1, 2)
-    started(monkeypatch, scans, new, f"--out={tmp_path / 'out'}", "--config.data.calibration=0.5")
+    started(monkeypatch, scans, new, f"--out={tmp_path / 'out'}")
     said = capsys.readouterr().err
-    assert "p-values: 7 normal scans kept from" in said and "warning: only 14 normal scans to learn from: " in said
+    assert "warning: only 14 normal scans to learn from: " in said and "kept from the training" not in said
 
 
 @pytest.mark.long
@@ -132,6 +135,11 @@ def test_two_folders_become_a_report(tmp_path, capsys, monkeypatch):
     assert exit_code(quickstart.main, [*words, "--budget=1"]) == 0
     said = capsys.readouterr().err
     assert "train: 11 images (2 more only check the training), steps 0 to" in said
+    warned = "warning: 7 normal scans kept from the training cannot give a p-value of 0.05 (smallest possible p-value"
+    assert said.count(warned) == said.count("normal scans or more") == said.count("data.calibration=0.5") == 1
+    assert "calibrated on 7 held-out normals (smallest possible p-value 0.12): " in said
+    page = (out / "run" / "evaluation" / "report.html").read_text()
+    assert page.count("normal scans or more") == 1
     assert (out / "run" / "evaluation" / "report.html").exists() and said.splitlines()[-1].startswith("next: open it")
     with (out / "run" / "evaluation" / "scores.csv").open() as file:
         lines = list(csv.DictReader(file))

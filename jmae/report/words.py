@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from jmae import recipe
 from jmae.likeness import REMEDY, unlike_text
-from jmae.scoring import more_normals, normals_needed, too_few_normals
+from jmae.scoring import more_normals, too_few_normals
 from jmae.tables import counted
 
 LEAST_SHARE = 0.1  # of the steps of `small`, below which a training is called short
@@ -351,10 +351,10 @@ def no_alarm_sentence(evaluation: Mapping[str, Any]) -> str:
     alarms = evaluation.get("alarms")
     if not alarms or not too_few_normals(alarms["n"], alarms["rate"]):
         return ""
-    n, rate, least = alarms["n"], alarms["rate"], normals_needed(alarms["rate"])
+    n, rate = alarms["n"], alarms["rate"]
     return (
         f"With {counted(n, 'held-out normals')}, the smallest p-value is 1/{n + 1} = {1 / (n + 1):.2g}. The alarm rate "
-        f"is {rate:g}. Remedy: keep {least} or more normal scans from the training: {more_normals(rate)}."
+        f"is {rate:g}. Remedy: {more_normals(rate)}."
     )
 
 

@@ -36,10 +36,11 @@ from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 
 from jmae.errors import InputError
+from jmae.outputs import LOCK
 from jmae.sharding import device_mesh, replicated
 
 FORMAT = 1  # format of a step folder; another number is refused
-DIGESTS, ABOUT, STATE, LOCK = "digests.json", "step.json", "state", ".lock"
+DIGESTS, ABOUT, STATE = "digests.json", "step.json", "state"
 LARGEST_DIGESTS_BYTES = 2**26  # a limit, as the digests are read before anything is verified
 REPLY_BYTES = 2**14  # longest reply of process 0 to the others
 

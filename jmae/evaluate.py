@@ -106,7 +106,8 @@ def main(argv: list[str]) -> int:
         neutral = {"anomaly_ratio": -1.0, "unlabeled_size": 0, "unlabeled_labels": "", "calibration": 0.0}
         neutral["allow_leaks"] = allow
         config.data.update({key: value for key, value in neutral.items() if key in config.data})
-    out = output_folder(flags.get("out", workdir / ("evaluation" if split == "test" else f"evaluation-{split}")))
+    out = workdir / ("evaluation" if split == "test" else f"evaluation-{split}")
+    out = output_folder(flags.get("out", out), "evaluation")
     with join_processes():
         keep_compiled()
         system = load_system(config)

@@ -175,7 +175,7 @@ def evaluate_several(workdirs: Sequence[Path], argv: Sequence[str]) -> int:
     flags = recipe.arguments(argv, "", ["out"])
     if "out" not in flags:
         raise InputError("several runs go with --out=DIR")
-    found = fused_evaluation(workdirs, output_folder(flags["out"]))
+    found = fused_evaluation(workdirs, output_folder(flags["out"], "evaluation"))
     for name, figures in found.get("scores", {}).items():
         log(f"  {name:<24} AUROC {figures['auroc']:.3f} [{figures['auroc_ci'][0]:.3f}, {figures['auroc_ci'][1]:.3f}]")
     for run, one in found.get("differences", {}).items():

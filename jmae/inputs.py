@@ -14,6 +14,7 @@ from jmae.data.names import ENDINGS, count_unread
 from jmae.data.slices import in_words
 from jmae.data.volumes import WORLD
 from jmae.errors import InputError
+from jmae.outputs import names_of_outputs
 from jmae.tables import counted
 
 SPLIT = "predict"  # of the rows, which are in no split
@@ -39,19 +40,23 @@ def cases_of(word: str, other: list[Path], *, volumes: bool) -> list[tuple[str, 
 
 def in_folder(folder: Path, other: list[Path], volumes: bool) -> Iterator[tuple[str, ...]]:
     """The cases in a folder and below it, in the order of their names, by the rule of `jmae prepare folders`: a file is
-    an image by the ending of its name, or by its content where that is DICOM. Links to folders are not followed."""
+    an image by the ending of its name, or by its content where that is DICOM. Links to folders are not followed.
+    What jmae wrote is no image."""
     hidden = lambda name: name[0] == "." or name in ("DICOMDIR", "__MACOSX")
+    written = names_of_outputs(folder)
     try:
         there = sorted(path for path in folder.iterdir() if not hidden(path.name))
     except OSError:
         yield (str(folder),)
         return
-    files = [path for path in there if not path.is_dir()]
+    files = [path for path in there if not path.is_dir() and path.name not in written]
     series = volumes and any(map(is_dicom, files))
     if series:
         yield (str(folder),)
     for path in there:
-        if path.is_dir() and not path.is_symlink():
+        if path.name in written:
+            other.append(path)
+        elif path.is_dir() and not path.is_symlink():
             yield from in_folder(path, other, volumes)
         elif path.is_dir() or (not series and (path.name.lower().endswith(tuple(ENDINGS)) or is_dicom(path))):
             yield (str(path),)

@@ -44,7 +44,6 @@ Exit codes: 0 done; 1 some cases failed; 2 the input or the environment is wrong
 """
 
 import base64
-import contextlib
 import csv
 import glob
 import hashlib
@@ -87,6 +86,7 @@ from jmae.inference import Scorer, run_of, score_rows
 from jmae.inputs import SPLIT, cases_of, image_of_array, is_image, row_of, sequences, several_cases, with_spacing
 from jmae.likeness import REMEDY, read_kind, unlike, unlike_text, without_calm_p_value
 from jmae.outlines import least_voxels, outline
+from jmae.outputs import DONE, read_done
 from jmae.processes import keep_compiled
 from jmae.progress import at_work
 from jmae.report import PERCENTILES, Scale, blend, short_training
@@ -94,14 +94,13 @@ from jmae.results import Result
 from jmae.run_folder import add_line, log, output_folder, read_history, write_bytes, write_csv, write_text
 from jmae.run_recipe import read_run
 from jmae.scoring import Calibration
-from jmae.sealed import seal_line, unseal
+from jmae.sealed import seal_line
 from jmae.seen import read_seen
 from jmae.system import System, load_system
 from jmae.tables import counted, plain
 
 GIVE = "give a path, a list of paths, or an array of numbers"
 FLAGS = ["workdir", "out", "manifest", "continue", "config"]
-DONE = ".scores.jsonl"  # in --out: first the run and its settings, then a line for each case that is done
 
 
 class Prediction(NamedTuple):
@@ -238,7 +237,7 @@ def main(argv: list[str]) -> int:
         raise InputError(
             f"{wrong}: jmae predict --workdir DIR --out DIR SCAN, or --manifest CASES.csv in place of SCAN"
         )
-    out = output_folder(flags["out"])
+    out = output_folder(flags["out"], "predictions")
     workdir, config = run_of(flags)
     if names:
         refuse_missing([path for name in names for path in sequences(name)])
@@ -272,7 +271,7 @@ def predict_with_several(workdirs: Sequence[Path], argv: Sequence[str]) -> int:
     values, rest = recipe.values_of(argv, "out")
     if not values:
         raise InputError("name a folder: --out=DIR")
-    out = output_folder(values[-1])
+    out = output_folder(values[-1], "predictions")
     normals = common_normals({str(workdir): scores_of_normals(workdir) for workdir in workdirs})[1]
     flags = command([word for word in rest if word != "--continue"], __doc__, FLAGS)[1]
     changed = {key: value for key, value in flags.items() if key.startswith("config")}
@@ -529,20 +528,6 @@ def begin(run: Run, out: Path) -> dict[str, dict[str, Any]]:
     done = {line["id"]: line for line in whole}
     write_text(out / DONE, "".join(f"{seal_line(line)}\n" for line in [head, *done.values()]))
     return done
-
-
-def read_done(file: Path) -> list[dict[str, Any]]:
-    """The lines of `DONE`. A line that is torn or damaged is left out, so that its case is predicted again."""
-    lines = []
-    try:
-        for text in file.read_bytes().splitlines():
-            with contextlib.suppress(ValueError):
-                lines.append(unseal(text, file, None))
-    except FileNotFoundError:
-        pass
-    except OSError as error:
-        raise InputError(f"{file}: cannot be read ({error.strerror}): check its rights") from None
-    return lines[:1] + [line for line in lines[1:] if {"id", "image", "of", "files", "line"} <= line.keys()]
 
 
 def write_case(run: Run, result: Result, out: Path, colours: Scale | None) -> list[str]:

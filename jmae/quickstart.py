@@ -52,7 +52,7 @@ def main(argv: list[str]) -> int:
     budget = flags.pop("budget", "0.25")
     if wrong := recipe.SHARED["budget"].wrong(recipe.typed("budget", budget, 0.25), 2):
         raise InputError(f"--budget={budget} is not {wrong}: write 0.25 for a first impression, 1 for a whole training")
-    out, (normals, new) = output_folder(flags.pop("out", "quickstart")), names
+    out, (normals, new) = output_folder(flags.pop("out", "quickstart"), "quickstart"), names
     rows = folders.prepare(None, out, 0, normal=normals, test=new).rows
     kind = one_rank(rows, read_kinds(rows))
     made = manifest_of(out, rows, f"{normals} and {new}")

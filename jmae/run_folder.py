@@ -6,7 +6,7 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,11 @@ import jax
 from ml_collections import ConfigDict
 
 from jmae import recipe
+from jmae.data.files import is_dicom
 from jmae.data.manifest import Row
+from jmae.data.names import ENDINGS
 from jmae.errors import InputError
+from jmae.outputs import outputs_in
 from jmae.sealed import seal, unseal
 from jmae.tables import csv_text
 
@@ -35,11 +38,23 @@ def log(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
 
-def output_folder(text: str | Path) -> Path:
-    """The folder that --out names; raises InputError where it is a file."""
-    if (folder := Path(text)).is_file():
-        raise InputError(f"--out={text} is a file: name a folder")
+def output_folder(text: str | Path, kind: str) -> Path:
+    """The folder that --out names, or --workdir for the kind "run". Raises InputError where it is a file, or where it
+    holds scans and is not yet of this kind, one of `outputs_in`."""
+    folder, flag = Path(text), "--workdir" if kind == "run" else "--out"
+    if folder.is_file():
+        raise InputError(f"{flag}={text} is a file: name a folder")
+    written = outputs_in(folder)
+    if kind not in written and (scan := first_scan(folder, set[str]().union(*written.values()))):
+        raise InputError(f"{folder}: holds scans, such as {scan}: name another {flag}")
     return folder
+
+
+def first_scan(folder: Path, without: Collection[str]) -> str:
+    """The name of the first image file in a folder, or ""; names of `without` do not count."""
+    names = sorted(name for name in (os.listdir(folder) if folder.is_dir() else ()) if name[0] != ".")
+    is_scan = lambda name: name not in without and (name.lower().endswith(tuple(ENDINGS)) or is_dicom(folder / name))
+    return next((name for name in names if is_scan(name)), "")
 
 
 def write_text(path: Path, text: str) -> None:

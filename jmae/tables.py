@@ -25,7 +25,7 @@ def harmless(cell: Any) -> Any:
 
 
 NOUN = re.compile(
-    r"\b(case|cell|file|finding|group|image|label|lesion|map|mask|normal|patient|positive|row|run|scan|score|"
+    r"\b(case|cell|file|finding|group|image|label|lesion|map|mask|normal|patient|positive|result|row|run|scan|score|"
     r"sequence|session|slice|subject|volume)s\b"
 )
 

@@ -73,6 +73,7 @@ from jmae.run_folder import (
     fixed,
     images_digest,
     log,
+    output_folder,
     read_history,
     write_csv,
 )
@@ -104,7 +105,7 @@ def main(argv: list[str]) -> int:
     if recipe.typed("dry-run", flags.get("dry-run", "false"), False):
         print(preview(config))
         return 0
-    workdir = Path(flags.get("workdir", f"runs/{config.system}"))
+    workdir = output_folder(flags.get("workdir", f"runs/{config.system}"), "run")
     with join_processes():
         keep_compiled()
         with checkpoint.workdir_lock(workdir):

@@ -3,6 +3,7 @@
 import json
 import time
 from collections import Counter
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
@@ -12,12 +13,14 @@ from PIL import Image
 from pydicom import uid
 from test_files import dicom
 
-from jmae import recipe
+from jmae import predict, quickstart, recipe, train
 from jmae.data import prepare
 from jmae.data.manifest import parse_manifest
 from jmae.data.opening import open_each
 from jmae.data.prepare import chexpert, folders
 from jmae.errors import InputError, exit_code
+from jmae.inputs import cases_of
+from jmae.run_folder import output_folder
 
 RNG = np.random.default_rng(0)
 
@@ -277,7 +280,7 @@ def test_nnunet_without_dataset_json_takes_the_usual_ending_and_says_what_lesion
 
 def test_a_folder_of_many_files_takes_time_in_proportion(tmp_path, monkeypatch, capfd):
     names = [f"{i}.{'png' if i % 2 else 'txt'}" for i in range(20_000)]
-    monkeypatch.setattr(folders, "walk", lambda folder: [(folder, names)])
+    monkeypatch.setattr(folders, "walk", lambda folder, other: [(folder, names)])
     monkeypatch.setattr(folders, "is_dicom", lambda file: False)
     began, other = time.process_time(), []
     assert len(list(folders.cases(tmp_path, other, {}))) == len(other) == 10_000
@@ -545,3 +548,59 @@ def test_no_image_gets_the_mask_of_another_class_and_normals_of_another_name_are
     (tmp_path / "test" / "crack").rename(tmp_path / "test" / "no_finding")
     with pytest.raises(InputError, match="the class 'no_finding' would count as abnormal"):
         folders.prepare(tmp_path, tmp_path / "out", 0)
+
+
+# What jmae wrote
+
+
+def lines_of_done(folder, *files):
+    """The list that `predict` keeps in its folder, of one case a file."""
+    lines = [{"weights": ""}, *({"id": file, "image": [], "of": [], "files": [file], "line": {}} for file in files)]
+    (folder / ".scores.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_maps_and_overlays_of_jmae_are_no_scans(tmp_path, capsys):
+    normals = tmp_path / "normals"
+    picture(normals / "a.png"), picture(normals / "b.png")
+    picture(normals / "a_anomaly.tif"), picture(normals / "a_overlay.png")  # predictions beside the scans
+    lines_of_done(normals, "a_anomaly.tif", "a_overlay.png")
+    picture(normals / "p" / "1" / "n_anomaly.tif"), picture(normals / "p" / "n_anomaly.tif")  # those of two runs
+    lines_of_done(normals / "p" / "1", "n_anomaly.tif"), (normals / "p" / "scores.csv").write_text("id\n")
+    for name in ("evaluation", "evaluation-val"):  # a run in the folder of the scans
+        picture(normals / name / "maps" / "a_anomaly.tif")
+    (normals / "config.json").write_text("{}"), (normals / "environment.json").write_text("{}")
+    picture(normals / "e" / "maps" / "a_anomaly.tif"), (normals / "e" / ".lock").touch()  # an evaluation cut short
+    rows, said = prepared(capsys, "folders", f"--normal={normals}", out=tmp_path / "out")
+    assert list(rows) == ["train_a", "train_b"]
+    assert f"7 results of jmae (of runs, evaluations, predictions), such as {normals}/a_anomaly.tif" in said
+    other = []
+    assert [Path(case[0]).name for case in cases_of(str(normals), other, volumes=False)] == ["a.png", "b.png"]
+    (line,) = refused(capsys, "folders", f"--normal={normals}/e", out=tmp_path / "other")
+    assert f"{normals}/e: has no image, but 1 result of jmae (" in line
+
+
+@pytest.mark.parametrize(
+    ("main", "words"),
+    [
+        (prepare.main, ["folders", "--normal=DIR", "--out=DIR"]),
+        (quickstart.main, ["DIR", "DIR", "--out=DIR"]),
+        (predict.main, ["--workdir=none", "--out=DIR", "DIR"]),
+        (train.main, ["--config=ppii:smoke", "--config.data.phantom=lesions", "--workdir=DIR"]),
+    ],
+)
+def test_a_folder_of_scans_is_no_place_for_results(main, words, tmp_path, capsys):
+    picture(tmp_path / "a.png")
+    assert exit_code(main, [word.replace("DIR", str(tmp_path)) for word in words]) == 2
+    flag = "--workdir" if main is train.main else "--out"
+    assert capsys.readouterr().err == f"{tmp_path}: holds scans, such as a.png: name another {flag}\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
+
+
+def test_a_folder_that_has_results_beside_scans_takes_more_of_their_kind(tmp_path):
+    picture(tmp_path / "a_anomaly.tif")
+    lines_of_done(tmp_path, "a_anomaly.tif")
+    assert output_folder(tmp_path, "run") == tmp_path  # holds no scan
+    picture(tmp_path / "a.png")
+    assert output_folder(tmp_path, "predictions") == tmp_path
+    with pytest.raises(InputError, match=r"holds scans, such as a\.png: name another --workdir"):
+        output_folder(tmp_path, "run")

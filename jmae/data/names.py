@@ -4,9 +4,11 @@ import hashlib
 import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
+from functools import cache
 from pathlib import Path
 
 from jmae.errors import InputError
+from jmae.outputs import names_of_outputs
 
 ENDINGS = ".nii.gz .nii .dcm .dicom .ima .png .jpg .jpeg .tif .tiff .nrrd .npy .npz".split()
 ID_BYTES = 200  # a file name has 255, and "_confidence.nii.gz" is put behind the id
@@ -59,10 +61,13 @@ def id_of(name: str) -> str:
 
 
 def count_unread(files: Iterable[Path]) -> Counter[str]:
-    """The number of files of each ending that cannot be read as images, with the name of one, in the form of
-    `Prepared.left_out`."""
+    """The number of files of each ending that cannot be read as images, and of results of jmae, with the name of one,
+    in the form of `Prepared.left_out`."""
     kinds = defaultdict[str, list[Path]](list)
-    for file in files:
-        kinds[f"{file.suffix.lower()} files" if file.suffix else "files without an ending"].append(file)
+    written = cache(names_of_outputs)
     why = "not images, or of a format that is not read"
-    return Counter({f"{kind} ({why}), such as {named[0]}": len(named) for kind, named in kinds.items()})
+    for file in files:
+        kind = f"{file.suffix.lower()} files" if file.suffix else "files without an ending"
+        of_jmae = file.name in written(file.parent)
+        kinds["results of jmae (of runs, evaluations, predictions)" if of_jmae else f"{kind} ({why})"].append(file)
+    return Counter({f"{kind}, such as {named[0]}": len(named) for kind, named in kinds.items()})

@@ -102,6 +102,7 @@ from jmae.data.slices import command, in_words, refuse_used, write_manifest
 from jmae.errors import InputError, nearest
 from jmae.progress import at_work
 from jmae.recipe import typed
+from jmae.run_folder import output_folder
 from jmae.tables import counted
 
 __all__ = ["Prepared", "check_rows", "draw", "main", "prepare", "refuse", "shuffle", "text_of"]
@@ -207,7 +208,7 @@ def prepare(
         raise InputError(f"{root}: not a folder: name the folder with the files of {name}")
     if leaks not in ("", *LEAKS):
         raise InputError(f"--leaks={leaks}: unknown choice: write one of {', '.join(LEAKS)}")
-    refuse_used(out)
+    refuse_used(output_folder(out, ""))
     made: Prepared = importlib.import_module(f"jmae.data.prepare.{name}").prepare(root, out, seed, **options)
     rows, left_out, cautions = made.rows, Counter(made.left_out), [made.caution] if made.caution else []
     if not rows:

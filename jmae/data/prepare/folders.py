@@ -193,7 +193,7 @@ def cases(folder: Path, other: list[Path], ids: dict[Path, str]) -> Iterator[Pat
     InputError where a folder contains several series.
     """
     problems, read, last_line = [], 0, time.monotonic()
-    for place, names in walk(folder):
+    for place, names in walk(folder, other):
         images, series = list[Path](), dict[Path, str]()  # image files; the series of each DICOM file among them
         for file in (place / name for name in names if name != "DICOMDIR"):
             if time.monotonic() - last_line > SECONDS_BETWEEN_LINES:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from jmae.data.prepare.masks import is_mask_folder
 from jmae.errors import InputError
+from jmae.outputs import names_of_outputs
 
 PICTURES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
 DICOM = (".dcm", ".dicom", ".ima")
@@ -14,14 +15,18 @@ ENDS = (*VOLUMES, *DICOM, *PICTURES)
 MOST_PROBLEMS = 20  # lines of a message
 
 
-def walk(folder: Path) -> Iterator[tuple[Path, list[str]]]:
+def walk(folder: Path, other: list[Path] | None = None) -> Iterator[tuple[Path, list[str]]]:
     """(a folder, the names of its files), sorted, for `folder` and all folders below it.
 
-    Hidden files and folders are passed over, and so is `__MACOSX`, which macOS adds to its archives.
+    Hidden files and folders are passed over, and so is `__MACOSX`, which macOS adds to its archives. What jmae wrote is
+    passed over, too, and added to `other`.
     """
     for place, folders, names in os.walk(folder):
-        folders[:] = sorted(name for name in folders if name[0] != "." and name != "__MACOSX")
-        yield Path(place), sorted(name for name in names if name[0] != ".")
+        written = names_of_outputs(Path(place))
+        if other is not None:
+            other += [Path(place, name) for name in sorted(written & {*folders, *names})]
+        folders[:] = sorted(name for name in folders if name[0] != "." and name not in {"__MACOSX", *written})
+        yield Path(place), sorted(name for name in names if name[0] != "." and name not in written)
 
 
 def stem(path: Path | str) -> str:

@@ -1,13 +1,51 @@
-"""The figures of an evaluation as the lines that the command prints at its end."""
+"""The lines that `jmae evaluate` and `jmae predict` print at their end: figures and scores."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from rich.cells import cell_len, set_cell_size
 
 from jmae import metrics
 from jmae.report import no_curves_reason
 from jmae.report.words import dice_of_everything, hidden_sentences, mask_sentences, rival_sentences
 from jmae.scoring import smallest_p_value, too_few_normals
 from jmae.tables import counted
+
+MOST = 10  # cases in a terminal
+NAME = 32  # columns of a terminal for an id
+
+
+def highest(lines: Sequence[Mapping[str, Any]], rate: float) -> list[str]:
+    """The cases with the highest scores as a table of at most 80 columns.
+
+    Args:
+      lines: those of scores.csv.
+      rate: the alarm rate. A case with a p-value up to the rate is marked.
+    """
+    shown = sorted(lines, key=lambda line: -line["score"])[:MOST]
+    marks = [marks_of(line, rate) for line in shown]
+    key = f"alarm: p-value up to {rate:g}" if any("alarm" in mark for mark in marks) else ""
+    rows = [("case" if len(lines) <= MOST else f"{MOST} highest of {len(lines)}", "score", "p-value", key)]
+    for line, mark in zip(shown, marks, strict=True):
+        p = "none" if line["p_value"] in (None, "") else f"{line['p_value']:.3g}"
+        rows.append((shortened(line["id"]), f"{line['score']:.4g}", p, mark))
+    width = max(cell_len(name) for name, *_ in rows)
+    return [f"{set_cell_size(name, width)} {score:>10} {p:>8}  {mark}".rstrip() for name, score, p, mark in rows]
+
+
+def marks_of(line: Mapping[str, Any], rate: float) -> str:
+    """What the terminal says beside a case: an alarm, and that it is unlike the training images."""
+    alarm = line["p_value"] not in (None, "") and line["p_value"] <= rate
+    return ", ".join(["alarm"] * alarm + ["unlike"] * bool(line.get("warning")))
+
+
+def shortened(name: str) -> str:
+    """An id as a terminal shows it. Of a long one the middle is left out."""
+    name = "".join(c if c.isprintable() else "?" for c in name)
+    if cell_len(name) <= NAME:
+        return name
+    start, end = set_cell_size(name, NAME // 2 - 2), set_cell_size(name[::-1], NAME // 2 - 1)[::-1]
+    return f"{start.rstrip()}...{end.lstrip()}"
 
 
 def region_words(pixel: Mapping[str, Any]) -> str:

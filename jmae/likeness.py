@@ -199,7 +199,7 @@ def unlike_counts(lines: Sequence[Mapping[str, Any]], table: Sequence[Mapping[st
     if warned:
         log(
             f"warning: {unlike_text(len(warned), len(lines))} the images that the run was trained on; p-values left "
-            f"out for this reason: {withheld} (column warning of scores.csv): {REMEDY}"
+            f"out for this reason: {withheld} (column warning of scores.csv): {remedy(len(warned), len(lines))}"
         )
     return {"n": len(warned), "normal": warned.count(0), "abnormal": warned.count(1), "withheld": withheld}
 
@@ -207,6 +207,13 @@ def unlike_counts(lines: Sequence[Mapping[str, Any]], table: Sequence[Mapping[st
 def unlike_text(n: int, of: int) -> str:
     """ "1 of 20 cases is unlike", or "2 of 20 cases are unlike"."""
     return f"{n} of {counted(of, 'cases')} {'is' if n == 1 else 'are'} unlike"
+
+
+def remedy(n: int, of: int) -> str:
+    """What to do where `n` cases of so many have a warning."""
+    if 2 * n >= of:
+        return f"is it the right run for {'this case' if n == 1 else 'them'}?"
+    return REMEDY
 
 
 def unlike(traits: Traits | None, kind: Mapping[str, Any] | None) -> str:

@@ -22,9 +22,9 @@ recipe has evaluation.reconstruction. The mask marks where the map lies above a 
 evaluation.alarm_rate of normal cases has a mask with anything in it (jmae.outlines). The rate 0.05 needs 19 held-out
 normals. The overlay of a volume shows the axial slice with the highest value.
 
-At the end --out gets scores.csv: id,label,score,p_value,score_error, further scores, and warning. Among the held-out
-normals and the case itself, the p-value is the share that scores as high (jmae.scoring.Calibration). It is empty in
-five cases:
+At the end the terminal shows the highest scores, and --out gets scores.csv: id,label,score,p_value,score_error, further
+scores, and warning. Among the held-out normals and the case itself, the p-value is the share that scores as high
+(jmae.scoring.Calibration). It is empty in five cases:
 
 - The run is not calibrated.
 - The run was trained or calibrated on the image.
@@ -72,6 +72,7 @@ from jmae.calibration import (
     score_line,
     why_no_masks,
 )
+from jmae.console import highest
 from jmae.data.duplicates import content
 from jmae.data.files import Image, marks_of, read_image, write_map
 from jmae.data.manifest import PHANTOM, Row, read_cases, wrong_pieces
@@ -84,7 +85,7 @@ from jmae.fitting import restore_results
 from jmae.fusion import colours_of_file, common_normals, fused, fused_line, fused_map, scores_of_normals
 from jmae.inference import Scorer, run_of, score_rows
 from jmae.inputs import SPLIT, cases_of, image_of_array, is_image, row_of, sequences, several_cases, with_spacing
-from jmae.likeness import REMEDY, read_kind, unlike, unlike_text, without_calm_p_value
+from jmae.likeness import read_kind, remedy, unlike, unlike_text, without_calm_p_value
 from jmae.outlines import least_voxels, outline
 from jmae.outputs import DONE, read_done
 from jmae.processes import keep_compiled
@@ -296,6 +297,7 @@ def predict_with_several(workdirs: Sequence[Path], argv: Sequence[str]) -> int:
             write_map(out / f"{name}_anomaly", heat, images[0])
     write_csv(out / "scores.csv", lines)
     log(f"{counted(len(lines), 'cases')} of {len(workdirs)} runs: {out / 'scores.csv'}")
+    log("\n".join(highest(lines, rate)))
     return max(codes)
 
 
@@ -464,7 +466,7 @@ def predict_rows(run: Run, rows: Sequence[Row], out: Path, *, further: bool) -> 
     for alike in failed.values():
         if len(alike) > 1:
             log(f"failed: {printable(alike[0].row.id)} (and {len(alike) - 1} more like it)")
-    return finish(rows, done, [one for alike in failed.values() for one in alike], out)
+    return finish(rows, done, [one for alike in failed.values() for one in alike], out, alarm_rate(run.config))
 
 
 class Failure(NamedTuple):
@@ -589,9 +591,9 @@ def views(stored: Image, heat: np.ndarray, colours: Scale | None) -> tuple[np.nd
     return plain, blend(unit, heat, colours)
 
 
-def finish(rows: Sequence[Row], done: Mapping[str, Mapping], failed: Sequence[Failure], out: Path) -> int:
-    """Writes scores.csv of all cases that are done, and failed.csv of the rows that failed now; logs the counts and
-    returns the exit code."""
+def finish(rows: Sequence[Row], done: Mapping[str, Mapping], failed: Sequence[Failure], out: Path, rate: float) -> int:
+    """Writes scores.csv of all cases that are done, and failed.csv of the rows that failed now; logs the counts and the
+    highest scores, marked by the alarm rate `rate`, and returns the exit code."""
     now = {row.id for row in rows}
     lines = [done[name]["line"] for name in done if name not in now]
     lines += [done[row.id]["line"] for row in rows if row.id in done and done[row.id]["image"] == list(row.image)]
@@ -605,7 +607,10 @@ def finish(rows: Sequence[Row], done: Mapping[str, Mapping], failed: Sequence[Fa
         (out / "failed.csv").unlink(missing_ok=True)
     log(f"{counted(len(lines), 'cases')}: {out / 'scores.csv'}" if lines else "no case was predicted")
     if warned := sum(bool(line.get("warning")) for line in lines):
-        log(f"{unlike_text(warned, len(lines))} the training images (column warning): {REMEDY}")
+        what = f"{unlike_text(warned, len(lines))} the images that the run was trained on"
+        log(f"{what}: {remedy(warned, len(lines))}")
+    if lines:
+        log("\n".join(highest(lines, rate)))
     if failed:
         log(f"{len(failed)} of {counted(len(failed) + len(lines), 'cases')} failed: {out / 'failed.csv'}")
     if not all(one.final for one in failed):

@@ -19,17 +19,19 @@ import numpy as np
 import patients
 import pytest
 from PIL import Image
+from rich.cells import cell_len
 from test_files import dicom
 from test_series import series
 
 import jmae
 from jmae import evaluate, fusion, inputs, passes, predict, recipe
+from jmae.console import highest
 from jmae.data import names
 from jmae.data.cases import load_rows
 from jmae.data.files import read_image
 from jmae.data.transforms import resize, to_unit
 from jmae.errors import InputError, exit_code
-from jmae.likeness import traits_of, write_kind
+from jmae.likeness import remedy, traits_of, write_kind
 from jmae.masking import case_keys
 from jmae.report import Scale
 from jmae.run_folder import log, write_csv
@@ -166,7 +168,19 @@ def test_a_case_unlike_the_training_has_a_warning_and_no_calm_p_value(finished, 
         assert not lines[name]["p_value"] or float(lines[name]["p_value"]) <= 0.05
     one = jmae.load(finished)(tmp_path / "thumbnail.png")
     assert one.warning == lines["thumbnail"]["warning"] and "(smallest axis 8, expected " in one.warning
-    assert "thumbnail: warning: unlike the images" in capfd.readouterr().err
+    said = capfd.readouterr().err
+    assert "thumbnail: warning: unlike the images" in said
+    asked = "2 of 3 cases are unlike the images that the run was trained on: is it the right run for them?\ncase "
+    assert asked in said and "put some of them" not in said
+    shown = {words[0]: words[1:] for line in said.splitlines() if (words := line.split()) and words[0] in cases}
+    assert list(shown) == sorted(cases, key=lambda name: -float(lines[name]["score"]))
+    for name, (score, p, *mark) in shown.items():
+        line, alarm = lines[name], float(lines[name]["p_value"] or 1) <= 0.05
+        assert (
+            score == f"{float(line['score']):.4g}"
+            and p == (f"{float(line['p_value'] or 2):.3g}", "none")[not line["p_value"]]
+        )
+        assert " ".join(mark) == ", ".join(["alarm"] * alarm + ["unlike"] * bool(line["warning"]))
 
     # `jmae evaluate` gives the same, and counts a p-value that is left out as no alarm.
     rows = [{"id": name, "image": f"{name}.png", "split": "test", "label": int(name == "noise")} for name in cases]
@@ -469,6 +483,26 @@ def test_the_help_of_load_names_what_works_after_it(images_run, tmp_path, capsys
         assert said in capsys.readouterr().out
     (fields,) = (line for line in text.splitlines() if "one.score" in line)
     assert all(hasattr(one, word.removeprefix("one.")) for word in fields.strip().split(", "))
+
+
+def test_the_terminal_shows_the_highest_scores_in_80_columns():
+    line = lambda name, score, p, warning="": {"id": name, "score": score, "p_value": p, "warning": warning}
+    few = [line("a", 1.5, 0.4), line("影像", 12345.678, 0.05, "darker"), line("b", -2.0, None, "darker")]
+    assert highest(few, 0.05) == [
+        "case      score  p-value  alarm: p-value up to 0.05",
+        "影像  1.235e+04     0.05  alarm, unlike",
+        "a           1.5      0.4",
+        "b            -2     none  unlike",
+    ]
+    many = [line(f"sub-{i:02d}{'_影' * 50}_ses-{i:02d}\n", i, 0.001, "x") for i in range(12)]
+    shown = highest(many, 0.05)
+    assert len(shown) == 11 and max(map(cell_len, shown)) <= 80 and len(set(map(cell_len, shown[1:]))) == 1
+    assert shown[0].startswith("10 highest of 12 ") and shown[1].startswith("sub-11_影") and "ses-11?  " in shown[1]
+
+
+def test_few_cases_unlike_the_training_have_the_remedy_of_training_with_them():
+    assert remedy(1, 1) == "is it the right run for this case?" and "right run for them" in remedy(2, 4)
+    assert remedy(2, 5).endswith("put some of them into the training set")
 
 
 def test_a_calm_map_stays_dark_on_the_scale_of_normals():

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from jmae import cli, recipe
+from jmae.data.manifest import Row
+from jmae.data.prepare.overview import calibration_share
 
 TOP = Path(__file__).parents[1]
 README = (TOP / "README.md").read_text(encoding="utf-8")
@@ -17,6 +19,13 @@ RESULTS = TOP / "benchmarks" / "results"
 def test_the_readme_is_one_screen():
     assert len(README.splitlines()) <= 80
     assert "For research, not for clinical use." in README
+
+
+def test_the_training_command_is_the_one_that_prepare_prints_for_as_many_scans():
+    n = int(re.search(r"# so it looks for (\d+) normal images", README)[1])
+    proposed = calibration_share([Row(f"{i}", f"{i}", "train", 0, (f"{i}",)) for i in range(n)])
+    assert f"--config.data.calibration={proposed:g} " in README
+    assert "# prints your training command: take that one" in README
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(TOP)))

@@ -604,3 +604,26 @@ def test_a_folder_that_has_results_beside_scans_takes_more_of_their_kind(tmp_pat
     assert output_folder(tmp_path, "predictions") == tmp_path
     with pytest.raises(InputError, match=r"holds scans, such as a\.png: name another --workdir"):
         output_folder(tmp_path, "run")
+
+
+def test_subfolders_are_named_and_those_called_after_lesions_get_a_caution(tmp_path, capsys):
+    normals, new = tmp_path / "normals of abnormal", tmp_path / "new"
+    picture(normals / "a.png"), picture(normals / "nest" / "sub" / "Abnormal-1" / "b.png")
+    picture(normals / "no_tumor" / "c.png"), picture(new / "lesion" / "d.png")
+    _, said = prepared(capsys, "folders", f"--normal={normals}", f"--test={new}", out=tmp_path / "out")
+    place = normals / "nest" / "sub" / "Abnormal-1"
+    assert f": 4 cases, of them 1 in {place}, 1 in {normals}/no_tumor, 1 in {new}/lesion; the training" in said
+    what = f"1 scan taken as normal, in {place}: the name of the folder says abnormal"
+    remedy = "move the scans to the folder of --test, or rename the folder"
+    assert [line for line in said.splitlines() if line.startswith("caution")] == [f"caution: {what}: {remedy}"]
+    for i in range(6):
+        picture(new / "lesion" / f"p{i}" / "d.png"), picture(normals / "tumours" / f"p{i}" / "d.png")
+    _, said = prepared(capsys, "folders", f"--normal={normals}", f"--test={new}", out=tmp_path / "second")
+    assert said.count(f" 1 in {tmp_path}") == 5 and " and 10 in 10 more subfolders; the training cases" in said
+    assert f"caution: 7 scans taken as normal, in {place} (and 6 more such folders): " in said
+
+
+def test_a_series_in_a_folder_called_after_lesions_gets_a_caution(tmp_path, capsys):
+    series(tmp_path / "normals" / "a", 3, "1.2"), series(tmp_path / "normals" / "positive", 3, "1.3")
+    _, said = prepared(capsys, "folders", f"--normal={tmp_path}/normals", out=tmp_path / "out", crops=True)
+    assert ": 2 cases; the" in said and f"caution: 1 scan taken as normal, in {tmp_path}/normals/positive: " in said

@@ -31,7 +31,7 @@ from jmae.data.files import is_dicom
 from jmae.data.manifest import Row, same_name
 from jmae.data.names import count_unread, names_of
 from jmae.data.prepare import Prepared, refuse
-from jmae.data.prepare.masks import bare, is_mask_folder, is_mask_name, sharp
+from jmae.data.prepare.masks import bare, is_mask_folder, is_mask_name, sharp, words
 from jmae.data.prepare.patients import KNOWN, by_name, hidden
 from jmae.data.prepare.tree import DICOM, ENDS, stem, walk
 from jmae.data.slices import in_words
@@ -47,6 +47,10 @@ SPLITS = {
 }
 SIZED = re.compile(r"(?:our_)?(train|val|test)_\d{2,4}(?:_[a-z]+)?")  # our_test_256_pa
 NORMAL = ("good", "normal", "healthy", "negative", "0")
+_KINDS = "abnormal lesion lesions tumour tumours tumor tumors disease diseases diseased positive positives pathological"
+ABNORMAL = {*_KINDS.split()}  # words in the name of a folder
+WITHOUT = {"no", "non", "not", "without", "free"}  # words that turn their meaning round
+NAMED = 5  # subfolders that are named
 IMAGES = ("img", "imgs", "image", "images")  # folders of images inside the folder of a class
 SECONDS_BETWEEN_LINES = 10  # interval of progress lines while files are read
 
@@ -60,8 +64,9 @@ def prepare(root: Path | None, out: Path, seed: int, normal: str = "", test: str
         rows = list(plain(Path(normal), "train", 0, other))
         rows += named_by_predict(list(plain(Path(test), "test", None, other)), rows) if test else []
         sources = f"{normal} and {test}" if test else normal
-        found = f"{sources}: {counted(len(rows), 'cases')}; the training cases are taken as normal"
-        return Prepared(told_apart(rows), found, count_unread(other))
+        inner = in_words_of(subfolders(rows, "train", normal) + subfolders(rows, "test", test))
+        found = f"{sources}: {counted(len(rows), 'cases')}{inner}; the training cases are taken as normal"
+        return Prepared(told_apart(rows), found, count_unread(other), caution=called_abnormal(rows, normal))
     if normal or test:
         raise InputError("--root excludes --normal and --test: write either --root or the other two")
     return sorted_folders(root, out)
@@ -177,6 +182,35 @@ def plain(folder: Path, split: str, label: int | None, other: list[Path]) -> Ite
     for path in paths:
         patient = by_name(stem(path), split) or ids.get(path, "")
         yield Row(name_of((split, *path.relative_to(folder).parts)), patient, split, label, (str(path),))
+
+
+def subfolders(rows: Sequence[Row], split: str, folder: str) -> Counter[str]:
+    """The number of cases of a split in each folder below that of the split."""
+    top = Path(folder).absolute()
+    places = [Path(row.image[0]).parent for row in rows if row.split == split]
+    return Counter(str(Path(folder) / place.relative_to(top)) for place in places if place != top)
+
+
+def in_words_of(folders: Counter[str]) -> str:
+    """The largest subfolders with their counts: ", of them 5 in a/b and 4 in 2 more subfolders"; "" without any."""
+    named = [f"{n} in {place}" for place, n in folders.most_common(NAMED)]
+    further = folders.total() - sum(n for _, n in folders.most_common(NAMED))
+    more = f" and {further} in {len(folders) - NAMED} more subfolders" if further else ""
+    return f", of them {', '.join(named)}{more}" if named else ""
+
+
+def called_abnormal(rows: Sequence[Row], normal: str) -> str:
+    """A caution where folders below that of the normal cases are called after lesions; "" without any."""
+    top, found = Path(normal).absolute(), Counter[Path]()
+    for path in (Path(row.image[0]) for row in rows if row.split == "train"):
+        place = path if path.is_dir() else path.parent
+        names = [set(words(part)) for part in place.relative_to(top).parts]
+        found[place] += any(name & ABNORMAL and not name & WITHOUT for name in names)
+    if not (places := +found):
+        return ""
+    first, more = next(iter(places)), f" (and {len(places) - 1} more such folders)" if len(places) > 1 else ""
+    what = f"{counted(places.total(), 'scans')} taken as normal, in {first}{more}"
+    return f"{what}: the name of the folder says abnormal: move the scans to the folder of --test, or rename the folder"
 
 
 def named_by_predict(tests: list[Row], others: Sequence[Row]) -> list[Row]:

@@ -9,7 +9,7 @@ from jmae.data import phantoms
 from jmae.data.cases import kept_apart
 from jmae.data.manifest import LEAKS, SPLITS, Row, parse_manifest, summary
 from jmae.errors import InputError
-from jmae.system import load_system, rows_read
+from jmae.system import load_system, nothing_to_train_on, rows_read
 
 
 def preview(config: ConfigDict) -> str:
@@ -30,7 +30,7 @@ def preview(config: ConfigDict) -> str:
         except KeyError:  # an earlier stage's result chooses among the rows
             n = sum(row.split in stage.splits for row in rows)
         if not n:
-            raise InputError(f"stage {stage.name}: no rows to train on: give the manifest {' and '.join(stage.splits)}")
+            raise nothing_to_train_on(stage, config)
         lines.append(f"{stage.name:<12}{n:>8}{stage.batch:>10}{max(1, round(stage.steps(n))):>9}")
     note = (
         "A stage may keep images back to choose its weights. It takes fewer images where an earlier stage selects them."

@@ -418,6 +418,15 @@ def rows_read(system: System, rows: Sequence[Row]) -> list[Row]:
     return [row for row in rows if row.split in splits]
 
 
+def nothing_to_train_on(stage: Stage, config: ConfigDict) -> InputError:
+    """The error of a stage without rows; it names `data.calibration` where that has moved normals out of `train`."""
+    manifest, share = f"give the manifest rows of {' and '.join(stage.splits)}", config.data.calibration
+    if share and "train" in stage.splits:  # `kept_apart` moves some normals or raises
+        remedy = f"data.calibration={share:g} keeps the normal scans of train for p-values: set it lower, or {manifest}"
+        return InputError(f"stage {stage.name}: no rows left to train on: {remedy}")
+    return InputError(f"stage {stage.name}: no rows to train on: {manifest}")
+
+
 def rows_watched(system: System, rows: Sequence[Row]) -> list[Row]:
     """The rows that training only watches (`Stage.watch`)."""
     looks = [stage.watch for stage in system.stages if stage.watch]

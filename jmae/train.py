@@ -87,6 +87,7 @@ from jmae.system import (
     State,
     System,
     load_system,
+    nothing_to_train_on,
     rows_read,
     rows_watched,
     split_replicates,
@@ -237,9 +238,7 @@ def train_stage(
     parts = split_replicates(results, config.replicates)
     tables = [stage.rows(samples.rows, part) for part in parts]
     if not min(len(table) for table in tables):
-        raise InputError(
-            f"stage {stage.name}: no rows to train on: give the manifest rows of {' and '.join(stage.splits)}"
-        )
+        raise nothing_to_train_on(stage, config)
     paces = [stage.pace(samples.rows, part) if stage.pace else 1 for part in parts]
     course = Course(
         config=config,

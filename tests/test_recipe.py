@@ -113,6 +113,9 @@ def test_show_and_dry_run_train_nothing(capsys, tmp_path, monkeypatch):
     assert ["pretrain", "512", "8", "20"] in lines and ["proxy", "256", "32", "10"] in lines
     given = ["--config=amae:smoke", "--dry-run", "--config.data.manifest=nowhere.csv"]
     assert exit_code(train.main, given) == 2 and "nowhere.csv: not readable" in capsys.readouterr().err
+    assert exit_code(train.main, ["--config=ppii:smoke", "--dry-run", "--config.data.calibration=0.998"]) == 2
+    why = "data.calibration=0.998 keeps the normal scans of train for p-values: set it lower"
+    assert f"stage train: no rows left to train on: {why}" in capsys.readouterr().err
     assert not [*tmp_path.iterdir()]
 
 

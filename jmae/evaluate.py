@@ -238,6 +238,8 @@ def evaluate(
     evaluation |= {"words": dict(system.words), "map_words": system.map_words}
     history = read_history(workdir / "metrics.jsonl")
     evaluation["doubts"] = doubts(history, system.stages)
+    if of_run:  # those that are kept from the training count as well, as in `jmae prepare`
+        evaluation["training_normals"] = sum(row.kept or (row.split == "train" and row.label != 1) for row in rows)
     if published := beside_published(config, system, rows, workdir, history):
         evaluation["printed"] = published
     evaluation |= provenance(config, system, chosen.rows, gathered.digests, workdir)

@@ -128,6 +128,7 @@ def alarm_threshold(normals: Sequence[float], rate: float) -> float | None:
 
 
 RATE = 0.05  # p-value that held-out normals should reach
+LEARN = 20  # normal scans to learn from; fewer get a warning
 NO_NORMALS = "no normal scan is kept from the training to give p-values"
 TIE = 1e-4  # relative: peaks of maps that differ by less tie
 
@@ -154,6 +155,14 @@ def more_normals(rate: float = RATE) -> str:
     """The remedy for too few held-out normals. Of fewer than ten scans, `data.calibration` keeps none apart."""
     scans = f"{max(10, 2 * normals_needed(rate))} normal scans or more"
     return f"give {scans}, and keep half of them from the training (data.calibration=0.5)"
+
+
+def few_to_learn(n: int) -> str:
+    """A warning where fewer than `LEARN` normal scans are there to learn from, else ""."""
+    if not 0 < n < LEARN:
+        return ""
+    why = "so few hardly show how much normal scans differ, and a new normal one may score high"
+    return f"only {counted(n, 'normal scans')} to learn from: {why}: give {LEARN} or more"
 
 
 def smallest_p_value(n: int) -> str:

@@ -1,6 +1,7 @@
 """From two folders to a report: what is chosen, what is run, and one run of all of it."""
 
 import csv
+import json
 import shlex
 from pathlib import Path
 
@@ -139,7 +140,9 @@ def test_two_folders_become_a_report(tmp_path, capsys, monkeypatch):
     assert said.count(warned) == said.count("normal scans or more") == said.count("data.calibration=0.5") == 1
     assert "calibrated on 7 held-out normals (smallest possible p-value 0.12): " in said
     page = (out / "run" / "evaluation" / "report.html").read_text()
-    assert page.count("normal scans or more") == 1
+    assert page.count("normal scans or more") == 1 and "to learn from" not in page
+    found = json.loads((out / "run" / "evaluation" / "metrics.json").read_text())
+    assert found["training_normals"] == 20  # 7 of them are kept apart
     assert (out / "run" / "evaluation" / "report.html").exists() and said.splitlines()[-1].startswith("next: open it")
     with (out / "run" / "evaluation" / "scores.csv").open() as file:
         lines = list(csv.DictReader(file))

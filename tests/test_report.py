@@ -19,6 +19,8 @@ from jmae.calibration import colours_of
 from jmae.console import console_summary
 from jmae.data import files
 from jmae.data.films import film_of
+from jmae.data.manifest import Row
+from jmae.data.prepare.overview import too_few_to_learn
 from jmae.report.cases import (
     SLICE_BYTES,
     SLICES,
@@ -578,6 +580,19 @@ def test_a_short_training_is_said_at_the_top_and_names_of_scores_and_pictures_ar
     named = {"primary": "b", "scores": {"b": {}, "own": {}}, "table": [{"id": "a", "c": 1.0}]}
     named["words"] = {"a": "not here", "b": "the second", "c": "the third"}
     assert score_meanings(named) == [("b", "the second"), ("c", "the third")]
+
+
+def test_few_scans_to_learn_from_are_said_on_the_first_screen_as_prepare_says_it(tmp_path):
+    prepared = too_few_to_learn([Row(f"{i}", "", "train", 0, ("x",)) for i in range(5)])
+    assert prepared.startswith("warning: only 5 normal scans to learn from: so few hardly show ")
+    text = write(tmp_path / "r.html", an_evaluation(training_normals=5))
+    notice = (
+        "<b>Only 5 normal scans to learn from.</b> So few hardly show how much normal scans differ, and a new normal"
+    )
+    assert notice in text and " one may score high. Remedy: give 20 or more.</p>" in text
+    assert text.index(notice) < text.index('<div class="first">')
+    for enough in ({"training_normals": 20}, {"training_normals": 0}, {}):
+        assert "to learn from" not in write(tmp_path / "r.html", an_evaluation(**enough))
 
 
 def test_a_score_made_of_its_map_says_how():

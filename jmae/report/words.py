@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from jmae import recipe
 from jmae.likeness import REMEDY, unlike_text
-from jmae.scoring import more_normals, too_few_normals
+from jmae.scoring import few_to_learn, more_normals, too_few_normals
 from jmae.tables import counted
 
 LEAST_SHARE = 0.1  # of the steps of `small`, below which a training is called short
@@ -320,7 +320,8 @@ class Notice(NamedTuple):
 
 
 def notices(evaluation: Mapping[str, Any], config: Mapping[str, Any]) -> list[Notice]:
-    """The notices at the top of a page: a short training, cases unlike the training images, too few normals."""
+    """The notices at the top of a page: a short or a doubtful training, few normals to learn from, cases unlike the
+    training images, few held-out normals."""
     found = []
     if short := short_training(config):
         title, _, text = short.partition(": ")
@@ -328,6 +329,9 @@ def notices(evaluation: Mapping[str, Any], config: Mapping[str, Any]) -> list[No
     if why := evaluation.get("doubts"):
         text = f"{'; '.join(why)}. Train longer, or with another --config.seed."
         found.append(Notice("The training may have failed.", text[0].upper() + text[1:]))
+    if few := few_to_learn(evaluation.get("training_normals") or 0):
+        title, why, remedy = few.split(": ")
+        found.append(Notice(f"{title.capitalize()}.", f"{why.capitalize()}. Remedy: {remedy}."))
     if sentences := unlike_sentences(evaluation):
         warned = [row for row in evaluation.get("table") or () if row.get("warning")]
         warned.sort(key=lambda row: -math.inf if row["score"] is None else -row["score"])

@@ -18,13 +18,12 @@ from jmae.data.prepare.tree import refuse
 from jmae.data.slices import in_words
 from jmae.errors import InputError
 from jmae.recipe import suggested
-from jmae.scoring import RATE, normals_needed, too_few_normals
+from jmae.scoring import RATE, few_to_learn, normals_needed, too_few_normals
 from jmae.tables import counted
 
 LAYOUTS = ("bids", "ddad", "folders", "nnunet")  # whose images are of any kind
 CHOOSE = "docs/how-to/choose.md compares the systems"
 NORMALS = normals_needed(RATE)  # normal patients to hold out
-LEARN = 20  # normal scans; fewer get a warning
 A_THIRD = 0.35
 SHARES = (0.1, 0.15, 0.2, 0.25, 0.3, A_THIRD, 0.4, 0.5)  # that are proposed
 
@@ -131,12 +130,9 @@ def p_value_line(rows: Sequence[Row], share: float) -> str:
 
 
 def too_few_to_learn(rows: Sequence[Row]) -> str:
-    """A warning where fewer than `LEARN` normal scans are there to learn from, else ""."""
-    n = sum(row.split == "train" and row.label != 1 for row in rows)
-    if not 0 < n < LEARN:
-        return ""
-    why = "so few hardly show how much normal scans differ, and a new normal one may score high"
-    return f"warning: only {counted(n, 'normal scans')} to learn from: {why}: give {LEARN} or more"
+    """A warning where the rows have too few normal scans to learn from, else ""."""
+    few = few_to_learn(sum(row.split == "train" and row.label != 1 for row in rows))
+    return few and f"warning: {few}"
 
 
 def is_volume(row: Row) -> bool:

@@ -3,6 +3,7 @@
 import csv
 import json
 import shlex
+import shutil
 from pathlib import Path
 
 import nibabel as nib
@@ -166,7 +167,15 @@ def test_a_volume_among_images_and_a_damaged_file_are_named_before_anything_runs
     words = ["folders", f"--normal={normals}", f"--test={new}", f"--out={tmp_path / 'data'}"]
     assert exit_code(prepare.main, words) == 2 and not (tmp_path / "data" / "manifest.csv").exists()
     assert capsys.readouterr().err == f"{normals / 'a.nii.gz'}: {line}\n"
-    (normals / "a.nii.gz").unlink(), (new / "z.png").write_bytes(b"")
+    volumes(normals / "more", 2, 4)
+    assert exit_code(prepare.main, words) == 2
+    line = "is a volume, where 14 of 17 scans are images: move it to a folder of its own kind (and 2 more like it)"
+    assert capsys.readouterr().err == f"{normals / 'a.nii.gz'}: {line}\n"
+    shutil.rmtree(normals / "more"), (normals / "a.nii.gz").unlink()
+    assert exit_code(prepare.main, [*words[:2], f"--test={normals}", words[3]]) == 2
+    what = f"image '{normals}/0.png' is in train and test: keep it in one split (and 11 more like it)"
+    assert capsys.readouterr().err == f"{what}\n"
+    (new / "z.png").write_bytes(b"")
     code, ran = started(monkeypatch, normals, new, f"--out={tmp_path / 'out'}")
     assert code == 2 and not ran and capsys.readouterr().err.startswith(f"{new / 'z.png'}: is empty")
 

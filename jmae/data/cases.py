@@ -344,8 +344,8 @@ def _from_manifest(
 
 
 def folded(problems: Sequence[str], cases: int = 0, most: int = 3) -> list[str]:
-    """Problems "CASE: FILE: WHAT" of some of the `cases`. At most `most` lines are kept of each WHAT, and one line
-    where all cases have it. The last line of a WHAT says how many more there are."""
+    """Problems "CASE: FILE: WHAT" or "WHERE: WHAT" of some of the `cases`. At most `most` lines are kept of each WHAT,
+    and one line where all cases have it. The last line of a WHAT says how many more there are."""
     kinds = [problem.split(": ", 2)[-1] for problem in problems]
     total, shown, lines = Counter(kinds), Counter[str](), []
     for problem, kind in zip(problems, kinds, strict=True):

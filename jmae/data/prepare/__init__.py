@@ -85,6 +85,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
+from jmae.data.cases import folded
 from jmae.data.manifest import Row, summary
 from jmae.data.manifest import leaks as leaks_of
 from jmae.data.prepare.masks import refuse_look_alikes
@@ -256,7 +257,8 @@ def check_rows(rows: Sequence[Row], *, patients: bool = True) -> None:
     semicolons = sorted({file for row in rows for file in (*row.image, row.mask or "") if ";" in file})
     problems += [f"{file}: a manifest cannot hold a name with a semicolon: rename the file" for file in semicolons]
     found = [one for one in leaks_of(rows) if patients or one.kind != "patient"]
-    refuse(problems + [f"{one.what}{', or add --leaks=drop' * (one.kind == 'patient')}" for one in found])
+    leaking = [f"{one.what}{', or add --leaks=drop' * (one.kind == 'patient')}" for one in found]
+    refuse(problems + folded(leaking, most=1))
 
 
 def draw(items: Iterable[T], n: int, seed: int, name: Callable[[T], str]) -> list[T]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pydicom
 
-from jmae.data.cases import kept_apart
+from jmae.data.cases import folded, kept_apart
 from jmae.data.files import image_size, is_dicom
 from jmae.data.files.guard import named_errors
 from jmae.data.loader import WORKERS
@@ -176,13 +176,14 @@ def modality_of(files: Iterable[Path]) -> str:
 
 
 def one_rank(rows: Sequence[Row], kinds: Sequence[tuple[str, str]]) -> str:
-    """ "images" or "volumes", which all rows are by what `read_kinds` found. Raises InputError with a line for each row
-    of the rarer rank."""
+    """ "images" or "volumes", which all rows are by what `read_kinds` found. Raises InputError with one line where some
+    rows are of the rarer rank."""
     ranks = [name.split()[-1] for name, _ in kinds]
     (usual, n), *_ = Counter(ranks).most_common()
     what = f"where {n} of {len(rows)} scans are {usual}: move it to a folder of its own kind"
     one = {"images": "an image", "volumes": "a volume"}
-    refuse([f"{row.image[0]}: is {one[rank]}, {what}" for row, rank in zip(rows, ranks, strict=True) if rank != usual])
+    odd = [f"{row.image[0]}: is {one[rank]}, {what}" for row, rank in zip(rows, ranks, strict=True) if rank != usual]
+    refuse(folded(odd, most=1))
     return usual
 
 

@@ -460,7 +460,7 @@ def test_an_array_of_equal_channels_is_taken_as_the_file_is(finished, small_set,
 def test_a_short_training_is_said_once(tmp_path, monkeypatch, capfd):
     workdir = write_run(tmp_path / "run", IMAGES, monkeypatch, budget=0.1)
     assert run(workdir, tmp_path / "out", *(picture(tmp_path / f"{i}.png", i) for i in range(2))) == 0
-    assert capfd.readouterr().err.count("short training: 10 % of the recipe's steps") == 1
+    assert capfd.readouterr().err.count("short training: ") == 1
 
 
 def test_a_list_is_the_sequences_of_one_case(images_run, tmp_path):

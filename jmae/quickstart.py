@@ -5,6 +5,7 @@ Makes a report from two folders. NORMALS holds normal scans to train on, NEW the
 folders of DICOM series. The command finds out whether the scans are images or volumes, chooses a system for them and
 says why. It then prints and runs three commands. --out gets data/ (the manifest) and run/ (the run). The folder
 run/evaluation gets report.html, scores.csv and the maps. The same command goes on where it was interrupted.
+Before the training it says how long all this may take.
 
 --budget  Factor of the steps of the training. 0.25 gives a first impression; 1 is what the recipe was made for.
 --config  Your own choice of a recipe; --config.KEY=VALUE changes a key of the training.
@@ -12,6 +13,7 @@ run/evaluation gets report.html, scores.csv and the maps. The same command goes 
 Exit codes: 0 done; 2 the input or the environment is wrong; 3, 130 and 143 as of `jmae train`.
 """
 
+import math
 import os
 import shlex
 import sys
@@ -44,6 +46,9 @@ def prepare_data(argv: list[str]) -> int:
 
 RUN = {"prepare": prepare_data, "train": train.main, "evaluate": evaluate.main}
 
+MINUTES = 15  # the longest training of a preset `small` with all steps, on two cores
+MINUTES_BESIDE = {"images": 2, "volumes": 5}  # for compilation and scoring, by docs/results/speed.md
+
 
 def main(argv: list[str]) -> int:
     names, flags = command(argv, __doc__, ["budget", "out", "config"])
@@ -66,6 +71,7 @@ def main(argv: list[str]) -> int:
     if few := too_few_to_learn(rows):
         log(few)
     run = out / "run"
+    log(time_line(run, given["config"], kind, recipe.typed("config.budget", (given | flags)["config.budget"], 0.25)))
     commands = [
         ["prepare", "folders", "--normal", normals, "--test", new, "--out", str(out / "data")],
         ["train", *(f"--{flag}={value}" for flag, value in (given | flags).items()), "--workdir", str(run)],
@@ -84,6 +90,17 @@ def main(argv: list[str]) -> int:
     longer = in_shell(["quickstart", *names, *more, "--budget", "1", "--out", f"{out}-longer"])
     log(f"next: open it; a longer training: {longer}")
     return 0
+
+
+def time_line(run: Path, config: str, kind: str, budget: float) -> str:
+    """How long the commands take, or that there is nothing left to train. `config` is SYSTEM:PRESET; `kind` is "images"
+    or "volumes"."""
+    if (run / "evaluation" / "report.html").exists():
+        return f"{run}: was finished before: nothing is trained, the new scans are scored again"
+    if not config.endswith(":small"):
+        return "time: the log of the training says how much is left"
+    minutes = math.ceil(MINUTES * budget) + MINUTES_BESIDE[kind]
+    return f"time: up to about {minutes} minutes on two CPU cores; longer if other programs use them"
 
 
 def manifest_of(out: Path, rows: Sequence[Row], sources: str) -> Path:

@@ -74,6 +74,8 @@ def test_the_kind_of_scan_chooses_the_recipe(make, recipe, more, tmp_path, monke
     assert said.splitlines()[-1].endswith(f"--config.seed=3 --budget 1 --out {out}-longer")
     assert f"42 {'images' if make is pictures else 'volumes'}: {recipe} (" in said
     assert [shlex.split(line)[1:] for line in said.splitlines() if line.startswith("  jmae ")] == expected
+    minutes = 10 if make is pictures else 13
+    assert f"time: up to about {minutes} minutes on two CPU cores; longer if other programs use them\n" in said
 
 
 def normals(patients: int, scans: int = 1) -> list[Row]:
@@ -215,6 +217,12 @@ def test_the_report_is_named_unless_the_training_stopped(tmp_path, monkeypatch, 
     assert exit_code(quickstart.main, [str(normals), str(new), f"--out={out}"]) == 0
     *_, report, longer = capsys.readouterr().err.splitlines()
     assert report.startswith(f"{out}/run/evaluation/report.html: ") and longer.startswith("next: open it; a longer")
+    (out / "run" / "evaluation").mkdir(parents=True), (out / "run" / "evaluation" / "report.html").touch()
+    assert exit_code(quickstart.main, [str(normals), str(new), f"--out={out}"]) == 0
+    finished = f"{out}/run: was finished before: nothing is trained, the new scans are scored again"
+    said = capsys.readouterr().err
+    assert said.index(finished) < said.index("this stands for") and "time: " not in said
+    (out / "run" / "evaluation" / "report.html").unlink()
     monkeypatch.setattr(quickstart, "RUN", done | {"train": lambda argv: 130})
     assert exit_code(quickstart.main, [str(normals), str(new), f"--out={out}"]) == 130
     assert "report.html" not in capsys.readouterr().err

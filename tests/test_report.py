@@ -648,6 +648,35 @@ def test_the_first_screen_marks_alarms_and_maps_and_scores_are_named_for_what_th
     assert "one colour scale (probability of an anomaly, from 0 to 1)" in text and text.count("alarm</strong>") == 3
 
 
+def test_the_smallest_possible_p_value_is_marked_and_a_missing_one_has_its_reason(tmp_path):
+    e = unlabelled() | {"alarms": {"n": 11, "rate": 0.05, "counts": {}, "threshold": None}}
+    for row, (p, warning) in zip(e["table"][::-1], [(1 / 12, ""), (None, "darker"), (2 / 12, "")], strict=False):
+        row |= {"p_value": p, "warning": warning}
+    plain = lambda text: re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", text))
+    text = write(tmp_path / "r.html", e)
+    first = plain(text[text.index('<div class="first">') : text.index('<p class="lead">')])
+    assert "scan7 7, p-value 0.083, the smallest possible here scan6 6, no p-value: unlike the training scans" in first
+    assert "scan5 5, p-value 0.17 scan4 4 scan3" in first
+    assert "score 7, p-value 0.083, the smallest possible here" in plain(text)
+    assert "scan7 – 7 0.083, the smallest possible here scan6" in plain(text), "list"
+    e["table"][-1]["p_value"], e["alarms"]["n"] = 0.01, 99
+    assert "p-value 0.01 alarm , the smallest possible here" in plain(write(tmp_path / "r.html", e))
+    del e["alarms"], e["table"][-1]["p_value"], e["table"][-3]["p_value"]
+    assert "no p-value" not in write(tmp_path / "r.html", e), "the reason stands below"
+
+
+def test_how_good_the_training_was_stands_on_the_first_screen_in_one_line(tmp_path):
+    look = lambda **figures: [*HISTORY, {"stage": "train", "step": 9, **figures}]
+    said = lambda history: write(tmp_path / "r.html", an_evaluation(), history=history).split('<div class="first">')[0]
+    dice = "The training: on drawn anomalies the network reaches a Dice of 0.54 (0: it finds none, 1: it marks them "
+    assert f"<p>{dice}exactly).</p>" in said([*look(best_dice=0.1, dice=0.1), *look(best_dice=0.54, dice=0.5)])
+    shares = "the network explains 2 % of the variance of hidden voxels of held-out normals (0 %: no better than their "
+    assert f"<p>The training: {shares}mean, 100 %: perfect).</p>" in said(look(explained_variance_0=0.0244))
+    two = said(look(explained_variance_0=0.5, explained_variance_1=-2.0))
+    assert "explains 50 % and -200 % (in the order of the channels) of the variance" in two
+    assert "The training:" not in said(HISTORY)
+
+
 @pytest.mark.long
 def test_cases_by_score_have_their_p_values(tmp_path):
     e = an_evaluation()

@@ -108,7 +108,7 @@ def auroc_axis_start(figures: Sequence[Mapping[str, Any]]) -> float:
 
 def score_values(evaluation: Mapping[str, Any]) -> dict[str, Any]:
     """The curves, the histogram, and the list of cases by score."""
-    table = evaluation.get("table") or []
+    table, alarms = evaluation.get("table") or [], evaluation.get("alarms") or {}
     labels, scores = labelled_scores(table)
     both_classes = labels.any() and not labels.all()
     all_scores = np.array([row["score"] for row in table if row.get("score") is not None], float)
@@ -128,7 +128,8 @@ def score_values(evaluation: Mapping[str, Any]) -> dict[str, Any]:
         "ranked": by_score[:LISTED],
         "listed": {row["id"]: place for place, row in enumerate(by_score[:LISTED], 1)},
         "calibrated": any(row.get("p_value") is not None for row in table),
-        "alarm_rate": (evaluation.get("alarms") or {}).get("rate", 0),
+        "alarm_rate": alarms.get("rate", 0),
+        "smallest": 1 / (alarms["n"] + 1) if alarms else 0,
     }
 
 
@@ -216,6 +217,7 @@ def training_values(evaluation: Mapping[str, Any], history: Sequence[Mapping[str
         "losses": [
             (stage, charts.loss_chart(i, *xy)) for i, (stage, xy) in enumerate(words.stage_losses(history).items())
         ],
+        "learnt": words.learnt_sentence(history),
         "explained": words.explained_sentences(history),
         "printed": evaluation.get("printed") or [],
         "convergence": words.convergence_sentences(study) if study else [],

@@ -88,17 +88,33 @@ def stage_losses(history: Sequence[Mapping[str, Any]]) -> dict[str, tuple[NDArra
 
 def explained_sentences(history: Sequence[Mapping[str, Any]]) -> list[str]:
     """How much of the variance of hidden voxels the last look at held-out normals explained; none without a look."""
-    looks = [line for line in history if any(key.startswith("explained_variance") for key in line)]
+    looks = [line for line in history if explained_shares(line)]
     if not looks:
         return []
-    shares = [f"{100 * value:.0f} %" for key, value in looks[-1].items() if key.startswith("explained_variance")]
-    of = " (in the order of the channels)" if len(shares) > 1 else ""
     return [
-        f"Of held-out normals, the network explained {' and '.join(shares)} of the variance of hidden voxels{of}, at "
-        f"step {looks[-1]['step']}.",
+        f"Of held-out normals, the network explained {explained_shares(looks[-1])} of the variance of hidden voxels, "
+        f"at step {looks[-1]['step']}.",
         "At 0 % or below it predicts no better than their mean: a map is then little more than the squared distance to "
         "the mean, and 100 % would be perfect.",
     ]
+
+
+def learnt_sentence(history: Sequence[Mapping[str, Any]]) -> str:
+    """How well the network has learnt its task, beside nothing and all; "" where the training did not look."""
+    for line in reversed(history):
+        if "best_dice" in line:
+            reached = f"on drawn anomalies the network reaches a Dice of {line['best_dice']:.2f}"
+            return f"The training: {reached} (0: it finds none, 1: it marks them exactly)."
+        if shares := explained_shares(line):
+            reached = f"the network explains {shares} of the variance of hidden voxels of held-out normals"
+            return f"The training: {reached} (0 %: no better than their mean, 100 %: perfect)."
+    return ""
+
+
+def explained_shares(line: Mapping[str, Any]) -> str:
+    """The shares of the variance of hidden voxels in a line of `metrics.jsonl`, one a channel; "" without them."""
+    shares = [f"{100 * value:.0f} %" for key, value in line.items() if key.startswith("explained_variance")]
+    return " and ".join(shares) + (" (in the order of the channels)" if len(shares) > 1 else "")
 
 
 def number_text(value: float | None, digits: int = 3) -> str:

@@ -572,7 +572,9 @@ def test_maps_and_overlays_of_jmae_are_no_scans(tmp_path, capsys):
     picture(normals / "e" / "maps" / "a_anomaly.tif"), (normals / "e" / ".lock").touch()  # an evaluation cut short
     rows, said = prepared(capsys, "folders", f"--normal={normals}", out=tmp_path / "out")
     assert list(rows) == ["train_a", "train_b"]
-    assert f"7 results of jmae (of runs, evaluations, predictions), such as {normals}/a_anomaly.tif" in said
+    assert (
+        f"left out: 10 results of jmae (of runs, evaluations, predictions), such as {normals}/a_anomaly.tif\n" in said
+    )
     other = []
     assert [Path(case[0]).name for case in cases_of(str(normals), other, volumes=False)] == ["a.png", "b.png"]
     (line,) = refused(capsys, "folders", f"--normal={normals}/e", out=tmp_path / "other")

@@ -11,6 +11,7 @@ from jmae.errors import InputError
 from jmae.outputs import names_of_outputs
 
 ENDINGS = ".nii.gz .nii .dcm .dicom .ima .png .jpg .jpeg .tif .tiff .nrrd .npy .npz".split()
+TEXTS = (".csv", ".html", ".json", ".jsonl", ".md")  # of the files that jmae writes beside its arrays and maps
 ID_BYTES = 200  # a file name has 255, and "_confidence.nii.gz" is put behind the id
 
 
@@ -68,6 +69,7 @@ def count_unread(files: Iterable[Path]) -> Counter[str]:
     why = "not images, or of a format that is not read"
     for file in files:
         kind = f"{file.suffix.lower()} files" if file.suffix else "files without an ending"
-        of_jmae = file.name in written(file.parent)
+        names = written(file.parent)
+        of_jmae = file.name in names or (names and file.suffix in TEXTS)
         kinds["results of jmae (of runs, evaluations, predictions)" if of_jmae else f"{kind} ({why})"].append(file)
     return Counter({f"{kind}, such as {named[0]}": len(named) for kind, named in kinds.items()})

@@ -669,7 +669,9 @@ def test_how_good_the_training_was_stands_on_the_first_screen_in_one_line(tmp_pa
     look = lambda **figures: [*HISTORY, {"stage": "train", "step": 9, **figures}]
     said = lambda history: write(tmp_path / "r.html", an_evaluation(), history=history).split('<div class="first">')[0]
     dice = "The training: on drawn anomalies the network reaches a Dice of 0.54 (0: it finds none, 1: it marks them "
-    assert f"<p>{dice}exactly).</p>" in said([*look(best_dice=0.1, dice=0.1), *look(best_dice=0.54, dice=0.5)])
+    assert f"<p>{dice}exactly). Real ones look different.</p>" in said(
+        [*look(best_dice=0.1, dice=0.1), *look(best_dice=0.54, dice=0.5)]
+    )
     shares = "the network explains 2 % of the variance of hidden voxels of held-out normals (0 %: no better than their "
     assert f"<p>The training: {shares}mean, 100 %: perfect).</p>" in said(look(explained_variance_0=0.0244))
     two = said(look(explained_variance_0=0.5, explained_variance_1=-2.0))

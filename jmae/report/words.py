@@ -104,7 +104,7 @@ def learnt_sentence(history: Sequence[Mapping[str, Any]]) -> str:
     for line in reversed(history):
         if "best_dice" in line:
             reached = f"on drawn anomalies the network reaches a Dice of {line['best_dice']:.2f}"
-            return f"The training: {reached} (0: it finds none, 1: it marks them exactly)."
+            return f"The training: {reached} (0: it finds none, 1: it marks them exactly). Real ones look different."
         if shares := explained_shares(line):
             reached = f"the network explains {shares} of the variance of hidden voxels of held-out normals"
             return f"The training: {reached} (0 %: no better than their mean, 100 %: perfect)."

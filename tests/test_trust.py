@@ -360,12 +360,12 @@ def test_a_lock_that_is_no_text_is_no_traceback(tmp_path):
 
 
 def test_failed_cases_of_an_earlier_command_are_not_listed(tmp_path):
-    row = Row("b", "", "test", None, ("b.png",))
-    first = [{"id": "=a", "image": "a.png", "reason": "bad"}, {"id": "b", "image": "b.png", "reason": "bad"}]
-    assert predict.finish([Row("=a", "", "test", None, ("a.png",)), row], {}, first, tmp_path) == 1
+    rows = [Row("=a", "", "test", None, ("a.png",)), Row("b", "", "test", None, ("b.png",))]
+    first = [predict.Failure(row, "bad", final=False) for row in rows]
+    assert predict.finish(rows, {}, first, tmp_path, 0.05) == 1
     done = {"b": {"image": ["b.png"], "line": {"id": "b", "label": None, "score": 1.0, "p_value": None}}}
     assert (tmp_path / "failed.csv").read_text().startswith("id,image,reason\n'=a,")
-    assert predict.finish([row], done, [], tmp_path) == 0 and not (tmp_path / "failed.csv").exists()
+    assert predict.finish(rows[1:], done, [], tmp_path, 0.05) == 0 and not (tmp_path / "failed.csv").exists()
     assert (tmp_path / "scores.csv").read_text() == "id,label,score,p_value\nb,,1.0,\n"
 
 

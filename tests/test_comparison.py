@@ -225,6 +225,7 @@ def test_methods_of_a_pack_stand_beside_the_best_closed_form_of_normals_alone(pa
     assert one["auroc"] == pytest.approx(np.mean(each)) and one["difference"] == pytest.approx(np.mean(each) - known)
     assert one["auroc_ci"][0] <= one["auroc"] <= one["auroc_ci"][1]
     assert found["methods"]["5-NN"]["difference_ci"] == (0, 0)
+    assert one["to_mixed"][0] == pytest.approx(np.mean(each) - 1) and one["to_mixed"][1] <= one["to_mixed"][0]
     assert next(packs.rows_of(found))[0] == packs.MIXED
 
 

@@ -191,7 +191,15 @@ def rows_of(found: dict[str, Any]) -> Iterator[tuple[Any, ...]]:
         name = f"**{name}**" if one["trained"] else name
         figures = (f"{one['auroc']:.3f}", ends(one["auroc_ci"]), f"{one['ap']:.3f}")
         rival = "{}: {:.3f}".format(*one["same_score"]) if one["same_score"] else ""
-        yield name, one["seeds"] or "", *figures, f"{one['difference']:+.3f}", ends(one["difference_ci"]), mixed(one), rival
+        yield (
+            name,
+            one["seeds"] or "",
+            *figures,
+            f"{one['difference']:+.3f}",
+            ends(one["difference_ci"]),
+            mixed(one),
+            rival,
+        )
 
 
 def main(argv: Sequence[str]) -> None:

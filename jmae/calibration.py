@@ -30,6 +30,7 @@ from jmae.scoring import (
     Calibration,
     alarm_threshold,
     colour_ends,
+    more_normals,
     normals_needed,
     saturated,
     smallest_p_value,
@@ -393,6 +394,32 @@ def score_lines(
         score_line(row, {name: values[:, i] for name, values in scores.items()}, system, calibration, *note)
         for i, (row, note) in enumerate(zip(rows, notes, strict=True))
     ]
+
+
+def p_value_figures(
+    labels: np.ndarray,
+    lines: Sequence[Mapping[str, Any]],
+    table: Sequence[Mapping[str, Any]],
+    calibration: Calibration | None,
+    rate: float,
+    reasons: Sequence[str],
+) -> dict[str, Any]:
+    """What metrics.json says of p-values: `alarms`; the "withheld" ones by id; "uncalibrated", why there are none.
+
+    Args:
+      labels: (n,), -1 unknown.
+      lines: `score_lines`.
+      table: the same as the user sees them, without the p-values that a warning withholds.
+      reasons: why there are no p-values, as far as it was said before.
+    """
+    found: dict[str, Any] = {"alarms": alarms(labels, [line["p_value"] for line in lines], calibration, rate)}
+    calm = {line["id"]: line["p_value"] for line, shown in zip(lines, table, strict=True) if line != shown}
+    if calm:
+        found["withheld"] = calm  # `fusion.fused_evaluation` reads them
+    if not found["alarms"]:
+        why = reasons[0] if reasons else why_no_p_values(calibration)
+        found["uncalibrated"] = f"{why}: {more_normals(rate)}" if why == NO_NORMALS else why
+    return found
 
 
 def why_no_p_values(calibration: Calibration | None) -> str:

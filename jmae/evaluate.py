@@ -36,24 +36,23 @@ from jmae.baselines import Baselines, baselines_of
 from jmae.calibration import (
     ReferenceScores,
     alarm_rate,
-    alarms,
     calibrate,
     calibrated_on,
     colours_of,
     mask_threshold,
+    p_value_figures,
     read_calibration,
     reference_scores,
     rows_changed,
     score_lines,
     why_no_masks,
-    why_no_p_values,
 )
 from jmae.cards import provenance, write_cards
 from jmae.console import console_summary
 from jmae.convergence import check_processes, convergence
 from jmae.data.cases import Cases, load_cases
 from jmae.data.files import write_map
-from jmae.data.manifest import Row
+from jmae.data.manifest import Row, learnable
 from jmae.doubts import doubts, doubts_line
 from jmae.errors import InputError, exit_code
 from jmae.figures import (
@@ -79,7 +78,7 @@ from jmae.python import Evaluate
 from jmae.report import Case, one_slice, short_training, shown_voxel, slice_side, worth_showing, write_report
 from jmae.results import Result, map_name, report_case
 from jmae.run_folder import log, output_folder, read_environment, read_history, write_csv, write_text
-from jmae.scoring import NO_NORMALS, Calibration, more_normals
+from jmae.scoring import Calibration
 from jmae.sealed import seal
 from jmae.seen import ALLOW, check_unseen, check_unseen_since
 from jmae.system import System, fitted_rows, load_system, split_replicates
@@ -208,40 +207,28 @@ def evaluate(
     evaluation = split_figures(
         config, system, chosen, parts, gathered.scores, baselines.scores, thresholds, reference and reference.scores
     )
-    first = split_replicates(results, config.replicates)[0]
-    if explained := baselines.explained(first, cases, chosen.normals):
-        evaluation["explained"] = explained
-    if leaking := sorted({row.leak for row in rows if row.leak}):
-        evaluation["leaks"] = leaking
-    if unchecked:
-        evaluation["unchecked"] = unchecked
+    history = read_history(workdir / "metrics.jsonl")
+    optional = {
+        "explained": baselines.explained(split_replicates(results, config.replicates)[0], cases, chosen.normals),
+        "leaks": sorted({row.leak for row in rows if row.leak}),
+        "unchecked": unchecked,
+        "maskless": why_no_masks(calibration, rate),
+        "notes": list(system.notes),
+        "printed": beside_published(config, system, rows, workdir, history),
+    }
+    evaluation |= {name: value for name, value in optional.items() if value}
     evaluation |= {"mask": masks.result(), "masked": masks.counts()}
-    if reason := why_no_masks(calibration, rate):
-        evaluation["maskless"] = reason
-    if system.notes:
-        evaluation["notes"] = list(system.notes)
     if config.evaluation.convergence:
         labelled = [row for row in chosen.rows if row.label is not None]
         if numbers := convergence(config, system, results, labelled, cases):
             evaluation["convergence"] = numbers
     scores, used = gathered.scores.of(1), None if no_p_values else calibration
     lines = score_lines(chosen.rows, scores, system, used, gathered.notes)
-    evaluation["alarms"] = alarms(chosen.labels, [line["p_value"] for line in lines], calibration, rate)
     table = [without_calm_p_value(line, rate) for line in lines]
     evaluation["unlike"] = unlike_counts(lines, table) if kind else None
-    calm = {line["id"]: line["p_value"] for line, shown in zip(lines, table, strict=True) if line != shown}
-    if calm:
-        evaluation["withheld"] = calm  # `fusion.fused_evaluation` reads them
-    if not evaluation["alarms"]:
-        why = reasons[0] if reasons else why_no_p_values(calibration)
-        evaluation["uncalibrated"] = f"{why}: {more_normals(rate)}" if why == NO_NORMALS else why
+    evaluation |= p_value_figures(chosen.labels, lines, table, calibration, rate, reasons)
     evaluation |= {"words": dict(system.words), "map_words": system.map_words}
-    history = read_history(workdir / "metrics.jsonl")
-    evaluation["doubts"] = doubts(history, system.stages)
-    if of_run:  # those that are kept from the training count as well, as in `jmae prepare`
-        evaluation["training_normals"] = sum(row.kept or (row.split == "train" and row.label != 1) for row in rows)
-    if published := beside_published(config, system, rows, workdir, history):
-        evaluation["printed"] = published
+    evaluation |= {"doubts": doubts(history, system.stages), "training_normals": learnable(rows) if of_run else None}
     evaluation |= provenance(config, system, chosen.rows, gathered.digests, workdir)
     evaluation |= {"seconds": time.monotonic() - began, "seconds_per_case": gathered.seconds / len(chosen.rows)}
     write_evaluation(config, chosen, evaluation, table, gathered, calibration, history, workdir, out)

@@ -184,6 +184,7 @@ def test_metrics_json_has_the_keys_of_the_design(finished):
         "map_words",
         "masked",
         "doubts",
+        "training_normals",
     } == set(metrics)
     assert [metrics[k] for k in KEYS[:6]] == ["amae", "test", 12, 6, 6, load_system(recipe.read(finished)).primary]
     assert set(metrics["image"]) == IMAGE and set(metrics["pixel"]) == PIXEL

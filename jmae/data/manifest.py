@@ -209,6 +209,11 @@ def held_out(rows: Sequence[Row], share: float) -> Bool[np.ndarray, " n"]:
     return np.array([row.split == "train" and same_name(row.patient or row.id) in held for row in rows], bool)
 
 
+def learnable(rows: Sequence[Row]) -> int:
+    """The number of normal scans to learn from, with those that `data.calibration` keeps from the training."""
+    return sum(row.kept or (row.split == "train" and row.label != 1) for row in rows)
+
+
 def same_name(name: str) -> str:
     """The name without what people vary by mistake: case, the Unicode form of a letter, the number of spaces."""
     return " ".join(unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", name).casefold()).split())

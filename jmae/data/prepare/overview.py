@@ -13,7 +13,7 @@ from jmae.data.cases import folded, kept_apart
 from jmae.data.files import image_size, is_dicom
 from jmae.data.files.guard import named_errors
 from jmae.data.loader import WORKERS
-from jmae.data.manifest import SPLITS, Row
+from jmae.data.manifest import SPLITS, Row, learnable
 from jmae.data.prepare.tree import refuse
 from jmae.data.slices import in_words
 from jmae.errors import InputError
@@ -131,7 +131,7 @@ def p_value_line(rows: Sequence[Row], share: float) -> str:
 
 def too_few_to_learn(rows: Sequence[Row]) -> str:
     """A warning where the rows have too few normal scans to learn from, else ""."""
-    few = few_to_learn(sum(row.split == "train" and row.label != 1 for row in rows))
+    few = few_to_learn(learnable(rows))
     return few and f"warning: {few}"
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shlex
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from itertools import compress
 from pathlib import Path
@@ -247,7 +248,9 @@ def read_calibration(
         if not scores or not np.isfinite([*scores.values(), low or 0, high or 0, *peaks, least]).all():
             raise ValueError("no scores, or not finite ones")
     except FileNotFoundError:
-        say(too_few_normals(0, alarm_rate(config)))
+        command = f"jmae evaluate --workdir {shlex.quote(str(workdir))}"
+        why = "no normal scan is kept from the training, or the evaluation did not finish"
+        say(f"no p-values: {why}: {command} tells which, and makes them where it can")
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{file}: is no calibration ({error!r}): delete it and run jmae.evaluate again") from None

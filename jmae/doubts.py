@@ -23,10 +23,8 @@ def doubts(history: Sequence[Mapping[str, Any]], stages: Sequence[Stage]) -> lis
                 found.append(f"the network has learnt little: {stage.words.get(metric, metric)}: {max(last):.2g}")
         losses = [line["loss"] for line in lines if isinstance(line.get("loss"), float)]
         if spiked(losses):
-            found.append(
-                f"stage {stage.name} ended with a rise of its loss, from {np.median(losses[-LINES:-1]):.2g} to "
-                f"{losses[-1]:.2g}"
-            )
+            usual = np.median(losses[-LINES - 1 : -1])
+            found.append(f"stage {stage.name} ended with a rise of its loss, from {usual:.2g} to {losses[-1]:.2g}")
     return found
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from jmae.sealed import unseal
 
 LOCK = ".lock"  # in each folder of a run, an evaluation or predictions
 DONE = ".scores.jsonl"  # of predict: first the run and its settings, then a line for each case that is done
+WRITTEN = re.compile(r"_(anomaly|confidence|mask|overlay)\.[^_]+$")  # what predict appends to an id
 OF_RUN = ("cache", "checkpoints", "evaluation", "fitted")  # folders
 
 
@@ -28,6 +30,8 @@ def outputs_in(folder: Path) -> dict[str, set[str]]:
     if has(DONE) or has("scores.csv", f"1/{DONE}"):  # several runs have a folder each
         lines = [line for file in (folder / DONE, folder / "1" / DONE) for line in read_done(file)[1:]]
         found["predictions"] = {name for line in lines for name in line["files"]}
+        # A command that was killed has files that its list does not name.
+        found["predictions"] |= {path.name for path in folder.iterdir() if WRITTEN.search(path.name)}
     if has("data/manifest.csv", "run"):
         found["quickstart"] = set()
     return found

@@ -90,6 +90,6 @@ def report_case(
         confidence=mean(result.confidence),
         pictures=pictures,
         region=case.volume.region if case.volume else None,
-        called=None if mask is None else case.on_scored_grid(mask, share=0.0),  # no small mask vanishes
+        called=None if mask is None else case.on_scored_grid(mask, share=0.0),  # no small mask of an image vanishes
         film=case.film() if case.film else b"",
     )

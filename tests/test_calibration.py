@@ -21,7 +21,7 @@ from jmae.data.manifest import Row, leaks
 from jmae.data.preparation import Prepared
 from jmae.errors import InputError
 from jmae.inference import Scorer, score_rows
-from jmae.scoring import Calibration, alarm_threshold, colour_ends, more_normals, p_values
+from jmae.scoring import Calibration, alarm_threshold, colour_ends, p_values
 from jmae.system import System
 
 # --- the guarantee ----------------------------------------------------------------------------------------------------
@@ -298,9 +298,8 @@ def test_a_run_without_labels_to_test_is_calibrated_too_and_few_normals_are_said
     none = "no normal scan is kept from the training to give p-values"
     assert f"{none}\n" in capfd.readouterr().err and not (tmp_path / "calibration.json").exists()
     told: list[str] = []
-    assert (
-        cal.read_calibration(c, SYSTEM, {}, tmp_path, told.append) is None and told[0] == f"{none}: {more_normals(0.2)}"
-    )
+    assert cal.read_calibration(c, SYSTEM, {}, tmp_path, told.append) is None
+    assert "the evaluation did not finish: jmae evaluate --workdir" in told[0]  # it cannot tell which
     cal.tell_p_values(c, SYSTEM, [r for r in rows if r.split != "val"])
     assert f"warning: {none}: give 10 normal scans or more" in capfd.readouterr().err
 

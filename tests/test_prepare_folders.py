@@ -564,6 +564,7 @@ def test_maps_and_overlays_of_jmae_are_no_scans(tmp_path, capsys):
     picture(normals / "a.png"), picture(normals / "b.png")
     picture(normals / "a_anomaly.tif"), picture(normals / "a_overlay.png")  # predictions beside the scans
     lines_of_done(normals, "a_anomaly.tif", "a_overlay.png")
+    picture(normals / "b_anomaly.tif")  # of a case whose line was not written
     picture(normals / "p" / "1" / "n_anomaly.tif"), picture(normals / "p" / "n_anomaly.tif")  # those of two runs
     lines_of_done(normals / "p" / "1", "n_anomaly.tif"), (normals / "p" / "scores.csv").write_text("id\n")
     for name in ("evaluation", "evaluation-val"):  # a run in the folder of the scans
@@ -573,7 +574,7 @@ def test_maps_and_overlays_of_jmae_are_no_scans(tmp_path, capsys):
     rows, said = prepared(capsys, "folders", f"--normal={normals}", out=tmp_path / "out")
     assert list(rows) == ["train_a", "train_b"]
     assert (
-        f"left out: 10 results of jmae (of runs, evaluations, predictions), such as {normals}/a_anomaly.tif\n" in said
+        f"left out: 11 results of jmae (of runs, evaluations, predictions), such as {normals}/a_anomaly.tif\n" in said
     )
     other = []
     assert [Path(case[0]).name for case in cases_of(str(normals), other, volumes=False)] == ["a.png", "b.png"]

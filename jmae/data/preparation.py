@@ -314,7 +314,7 @@ class Prepared:
         this share of it lies in the mask."""
         if self.volume:
             return self.volume.grid.forward(mask, order=0)
-        return resize(mask[..., None].astype(np.float32), self.array.shape[:-1])[..., 0] > share
+        return area_resize(mask[..., None].astype(np.float32), self.array.shape[:-1])[..., 0] > share
 
     def in_stored_values(self, picture: np.ndarray) -> np.ndarray:
         """A picture (*size, channels) of a volume in the values of its stored image; an image's picture as it is."""

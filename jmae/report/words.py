@@ -312,7 +312,7 @@ def short_training(config: Mapping[str, Any]) -> str:
 def share_of_small(config: Mapping[str, Any]) -> float:
     """The steps of a training over those of its system's preset `small`; 1 where the recipe counts epochs or is not
     known."""
-    if not config.get("system"):
+    if config.get("system") not in recipe.SYSTEMS:
         return 1.0
     small = dict(recipe.keys_of(recipe.parse([f"--config={config['system']}:small"], "")[0]))
     own = dict(recipe.keys_of(ConfigDict(config)))

@@ -100,7 +100,7 @@ PUBLISHED_WITH: dict[str, Any] = {
 
 def section_keys(name: str, epochs: int) -> dict[str, Key]:
     """The keys of a stage that gradients train; see `rate`."""
-    falls = "ours: share of the steps, the last, in which the learning rate falls to 0."
+    falls = "ours: last share of the steps, in which the learning rate falls to 0."
     return {**stage_keys(name, epochs), f"{name}.cooldown": Key(0.0, falls, least=0, most=1)}
 
 
@@ -333,7 +333,7 @@ def mosaic(f: Float[Array, "b n d"], grid: tuple[int, ...]) -> Float[Array, "b h
 
 
 def rate(section: ConfigDict, step: Int[Array, ""], steps: int) -> Float[Array, ""]:
-    """The learning rate of a step: `lr`, and in the share `cooldown` of the steps, the last, a line from `lr` to 0."""
+    """The learning rate of a step: `lr`. In the last share `cooldown` of the steps it falls on a line to 0."""
     left = (steps - step) / max(section.cooldown * steps, 1)
     return section.lr * jnp.minimum(left, 1.0)
 
@@ -549,7 +549,7 @@ def teacher_stage(nets: Networks) -> Stage:
         step=partial(teacher_step, nets),
         checks=(reconstruction_check(config, make),),
         published=PUBLISHED["teacher"],
-        published_with=PUBLISHED_WITH | {"teacher.lr": 1e-4, "teacher.batch": 16},
+        published_with=PUBLISHED_WITH | {"teacher.lr": 1e-4, "teacher.batch": 16, "teacher.cooldown": 0.0},
     )
 
 
@@ -580,7 +580,8 @@ def student_stage(nets: Networks) -> Stage:
         step=partial(student_step, nets),
         checks=(reconstruction_check(config, make),),
         published=PUBLISHED["student"],
-        published_with=PUBLISHED_WITH | {"student.lr": 1e-4, "student.batch": 16, "student.from_teacher": False},
+        published_with=PUBLISHED_WITH
+        | {"student.lr": 1e-4, "student.cooldown": 0.0, "student.batch": 16, "student.from_teacher": False},
     )
 
 

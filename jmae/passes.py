@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 
 from jmae.data.preparation import Prepared, case_words
 from jmae.masking import case_keys
+from jmae.progress import at_work
 from jmae.reconstruct import fitting, out_of_memory, too_large
 from jmae.run_folder import log
 from jmae.sharding import device_mesh, inside_mesh, replicated, split
@@ -72,7 +73,8 @@ class BatchPass:
         self.mesh, self.keys = local_mesh(), seeds_of(config)
         self.program = scoring_program(system, self.mesh)
         devices = self.mesh.size
-        self._fit(-(-config.evaluation.batch // devices) * devices, config.evaluation.chunk or system.masks)
+        with at_work("scoring (compiling)"):
+            self._fit(-(-config.evaluation.batch // devices) * devices, config.evaluation.chunk or system.masks)
 
     @property
     def at_once(self) -> int:

@@ -100,7 +100,7 @@ def time_line(run: Path, config: str, kind: str, budget: float) -> str:
     if not config.endswith(":small"):
         return "time: the log of the training says how much is left"
     minutes = math.ceil(MINUTES * budget) + MINUTES_BESIDE[kind]
-    return f"time: up to about {minutes} minutes on two CPU cores; longer if other programs use them"
+    return f"time: up to about {minutes} minutes on two CPU cores for 100 scans; longer if other programs use them"
 
 
 def manifest_of(out: Path, rows: Sequence[Row], sources: str) -> Path:

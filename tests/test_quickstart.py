@@ -75,7 +75,10 @@ def test_the_kind_of_scan_chooses_the_recipe(make, recipe, more, tmp_path, monke
     assert f"42 {'images' if make is pictures else 'volumes'}: {recipe} (" in said
     assert [shlex.split(line)[1:] for line in said.splitlines() if line.startswith("  jmae ")] == expected
     minutes = 10 if make is pictures else 13
-    assert f"time: up to about {minutes} minutes on two CPU cores; longer if other programs use them\n" in said
+    assert (
+        f"time: up to about {minutes} minutes on two CPU cores for 100 scans; longer if other programs use them\n"
+        in said
+    )
 
 
 def normals(patients: int, scans: int = 1) -> list[Row]:

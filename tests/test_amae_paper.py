@@ -313,7 +313,7 @@ def test_the_curated_nih_lists_become_one_manifest_of_both_sexes(tmp_path):
         "norm_FemaleAdultPA_test": ["00000003_000.png"],
         "anomaly_MaleAdultPA_test": ["00000004_010.png"],
     }
-    said = prepare("nih", nih(tmp_path / "nih", lists), tmp_path / "out")
+    said, _ = prepare("nih", nih(tmp_path / "nih", lists), tmp_path / "out")
     with open(tmp_path / "out" / "manifest.csv", newline="") as file:
         rows = [(r["id"], r["patient"], r["split"], r["label"], r["sex"]) for r in csv.DictReader(file)]
     assert sorted(rows) == [

@@ -616,7 +616,9 @@ def read(workdir: Path) -> ConfigDict:
             raise ValueError("it names no system")
         return brought_up(from_json(json.dumps(content)))
     except OSError:
-        raise InputError(f"{workdir}: no config.json: name the folder of a run, as jmae train writes it") from None
+        inside = workdir / "run"  # of quickstart
+        remedy = f"name {inside}" if (inside / "config.json").is_file() else "name the folder of a run"
+        raise InputError(f"{workdir}: no config.json: {remedy}, as jmae train writes it") from None
     except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
         why = str(error.args[0] if error.args else error).strip("\"'").partition("\\n")[0].partition("\n")[0]
         why = f"it lacks {why}" if isinstance(error, KeyError) else why

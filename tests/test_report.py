@@ -644,7 +644,7 @@ def test_the_first_screen_marks_alarms_and_maps_and_scores_are_named_for_what_th
     text = write(tmp_path / "r.html", e)
     first = text[text.index('<div class="first">') : text.index('<p class="lead">')]
     said = re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", first))
-    assert "scan7 7, p-value 0.042 alarm" in said and "scan6 6, p-value 0.5" in said and said.count("alarm") == 1
+    assert "scan7 7, p-value 0.042 alarm" in said and "scan6 6, p-value 0.5" in said and said.count("alarm") == 2
     assert "one colour scale (probability of an anomaly, from 0 to 1)" in text and text.count("alarm</strong>") == 3
 
 
@@ -656,7 +656,7 @@ def test_the_smallest_possible_p_value_is_marked_and_a_missing_one_has_its_reaso
     text = write(tmp_path / "r.html", e)
     first = plain(text[text.index('<div class="first">') : text.index('<p class="lead">')])
     assert "scan7 7, p-value 0.083, the smallest possible here scan6 6, no p-value: unlike the training scans" in first
-    assert "scan5 5, p-value 0.17 scan4 4 scan3" in first
+    assert "scan5 5, p-value 0.17 scan4 4 scan3" in first and "alarm : a p-value of 0.05 or less." in first
     assert "score 7, p-value 0.083, the smallest possible here" in plain(text)
     assert "scan7 – 7 0.083, the smallest possible here scan6" in plain(text), "list"
     e["table"][-1]["p_value"], e["alarms"]["n"] = 0.01, 99
@@ -692,6 +692,7 @@ def test_cases_by_score_have_their_p_values(tmp_path):
 
 def test_unlabelled_data_get_their_scores_and_the_reason(tmp_path):
     parsed = Page(write(tmp_path / "r.html", unlabelled(), history=[]))
+    assert "Nothing here shows that this order is better than chance" in parsed.text
     assert "No case of this split has a label" in parsed.text and "no ROC or precision-recall" in parsed.text
     assert parsed.text.index("scan7") < parsed.text.index("scan6") < parsed.text.index("scan0")
     assert "no case is labelled normal" in parsed.text and "AUROC of the primary" not in parsed.text

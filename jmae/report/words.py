@@ -162,8 +162,12 @@ def result_sentences(evaluation: Mapping[str, Any]) -> list[str]:
     """What the result means, for a reader who knows radiology better than statistics."""
     first = [*rival_sentences(evaluation), *hidden_sentences(evaluation)]
     if reason := no_curves_reason(evaluation):
-        ranks = "The scores below only rank the cases: the model finds a case with a higher score more abnormal."
-        return [*first, reason, *(pixel_sentences(evaluation) or [ranks])]
+        ranks = [
+            "The scores below only rank the cases: the model finds a case with a higher score more abnormal.",
+            "Nothing here shows that this order is better than chance: labelled scans would show it. A second training "
+            "with another --config.seed shows which alarms stay.",
+        ]
+        return [*first, reason, *(pixel_sentences(evaluation) or ranks)]
     image, n = evaluation["image"], evaluation["n_normal"] + evaluation["n_abnormal"]
     auroc, ci = image["auroc"], image.get("auroc_ci")
     lo, hi = ci if ci and None not in ci else (math.nan, math.nan)

@@ -479,7 +479,7 @@ def test_what_was_promised_stands_beside_what_came_of_it():
         "calibrate on normal cases of this kind"
         in p_value_sentences(calibrated([0] * 50, [0.01] * 30 + [1] * 20, 99))[-1]
     )
-    assert len(p_value_sentences(calibrated([0], [0.01], 99))) == 2
+    assert len(p_value_sentences(calibrated([0], [0.01], 99))) == 3
     unknown = " ".join(p_value_sentences(calibrated([None] * 4, [0.01, 1, 1, 1], 99)))
     assert "here for 1 of 4 unlabelled cases" in unknown
     assert p_value_sentences({"alarms": None, "uncalibrated": "give it normals"}) == ["Give it normals."]
@@ -489,6 +489,7 @@ def test_too_few_normals_for_an_alarm_are_said_on_the_first_screen(tmp_path):
     few = an_evaluation(**calibrated([0, 1], [0.5, 0.5], 8, threshold=None))
     few["alarms"] |= {"normal": 0.0, "abnormal": 0.0}
     text = write(tmp_path / "r.html", few)
+    assert "at most 5 % have a p-value" not in text, "here no case can have one"
     said = (
         "With 8 held-out normals, the smallest p-value is 1/9 = 0.11. The alarm rate is 0.05. Remedy: give 38 normal "
         "scans or more, and keep half of them from the training (data.calibration=0.5)."

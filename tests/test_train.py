@@ -122,7 +122,7 @@ def test_a_test_split_without_labels_is_not_evaluated(tools, tmp_path, capfd):
 def test_rows_that_a_stage_lacks_are_an_error(tools, tmp_path, capfd):
     manifest = tools.write_set(tmp_path / "set", {("test", 0): 2, ("test", 1): 2})
     assert exit_code(train.main, tools.arguments(manifest, tmp_path / "run")) == 2
-    assert "variant stage2 needs rows of split 'unlabeled': or take variant=stage1" in capfd.readouterr().err
+    assert "add some, or take --config.variant=stage1" in capfd.readouterr().err
 
 
 # --- interruptions ----------------------------------------------------------------------------------------------------

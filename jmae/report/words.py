@@ -272,11 +272,12 @@ def p_value_sentences(evaluation: Mapping[str, Any]) -> list[str]:
     n, rate, threshold = alarms["n"], alarms["rate"], alarms.get("threshold")
     sentences = [
         f"The p-value of a case is a share: of {counted(n, 'held-out normal cases')} and the case itself, how many "
-        f"have a score at least as high. Of normal cases of the same kind, at most {100 * rate:g} % have a p-value of "
-        f"{rate:g} or less, on average."
+        "have a score at least as high."
     ]
     if threshold is None:
         return sentences
+    of = "Of normal cases of the same kind"
+    sentences.append(f"{of}, at most {100 * rate:g} % have a p-value of {rate:g} or less, on average.")
     counts = [f"{k} of {counted(of, f'{kind} cases')}" for kind, (k, of) in alarms["counts"].items() if of]
     sentences.append(f"An alarm at scores above {threshold:.4g} is raised here for {' and '.join(counts)}.")
     if (evaluation.get("unlike") or {}).get("withheld"):

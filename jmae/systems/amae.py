@@ -577,7 +577,8 @@ def unlabelled(config: ConfigDict, rows: Sequence[Row], results: Results) -> np.
     """Numbers of the unlabelled rows. Raises InputError where there is none and the variant needs some."""
     numbers = rows_of(rows, results, splits=("unlabeled",))
     if not len(numbers) and config.variant not in NORMALS_ALONE:
-        raise InputError(f"variant {config.variant} needs rows of split 'unlabeled': or take variant=stage1")
+        need = "needs unlabelled images (rows of split 'unlabeled'): add some"
+        raise InputError(f"variant {config.variant} {need}, or take --config.variant=stage1")
     return numbers
 
 

@@ -320,7 +320,8 @@ def score(
 def rows_a(rows: Sequence[Row], results: Results) -> np.ndarray:
     """Numbers of module A's rows: normals and unlabelled images. Raises InputError where none is unlabelled."""
     if not len(rows_of(rows, results, splits=("unlabeled",))):
-        raise InputError("variant ddad needs rows of split 'unlabeled': or take variant=ddad_intra")
+        need = "needs unlabelled images (rows of split 'unlabeled'): add some"
+        raise InputError(f"variant ddad {need}, or take --config.variant=ddad_intra")
     return rows_of(rows, results, splits=("train", "unlabeled"))
 
 

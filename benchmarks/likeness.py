@@ -90,9 +90,10 @@ def main() -> None:
                 for group, each in groups.items()
                 if each
             }
-        write(RESULTS, name, {"draws": DRAWS, "shares": shares})
-        heads = tuple(next(iter(shares.values())))
-        print(table((name, *heads), [(n, *(share[group] for group in heads)) for n, share in shares.items()]), "\n")
+        head = (name, *next(iter(shares.values())))
+        lines = [(n, *(f"{share[group]:.3g}" for group in head[1:])) for n, share in shares.items()]
+        write(RESULTS, name, {"draws": DRAWS, "table": [head, lines]})
+        print(table(head, lines), "\n")
 
 
 if __name__ == "__main__":

@@ -477,10 +477,21 @@ def _lock(workdir: Path, flag: str) -> TextIO:
     if locked:
         file.close()
         raise InputError(f"{workdir}: in use by {holder or 'another process'}: {remedy}")
+    if not _is_at(workdir / LOCK, file):  # the process before removed its empty folder meanwhile
+        file.close()
+        return _lock(workdir, flag)
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}")
     file.flush()
     return file
+
+
+def _is_at(path: Path, file: TextIO) -> bool:
+    """Whether an open file is the one that has this path now."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(file.fileno()))
+    except FileNotFoundError:
+        return False
 
 
 def _gone(holder: str) -> bool:

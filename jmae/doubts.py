@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from jmae.report.words import short_training
 from jmae.system import Stage
 
 LINES = 20  # the last lines of a stage are compared with so many lines before
@@ -43,3 +44,9 @@ def doubts_line(found: Sequence[str]) -> str:
     if not found:
         return ""
     return f"warning: the training may have failed: {'; '.join(found)}: train longer, or with another --config.seed"
+
+
+def caveats(config: Mapping[str, Any], found: Sequence[str]) -> list[str]:
+    """What a terminal says of a training that was short, or that gives the doubts `found`."""
+    short = short_training(config)
+    return [*filter(None, (short and f"short training: {short}", doubts_line(found)))]

@@ -53,7 +53,7 @@ from jmae.convergence import check_processes, convergence
 from jmae.data.cases import Cases, load_cases
 from jmae.data.files import write_map
 from jmae.data.manifest import Row, learnable
-from jmae.doubts import doubts, doubts_line
+from jmae.doubts import caveats, doubts
 from jmae.errors import InputError, exit_code
 from jmae.figures import (
     NormalThresholds,
@@ -75,7 +75,7 @@ from jmae.outlines import MaskFigures
 from jmae.processes import join_processes, keep_compiled
 from jmae.progress import at_work
 from jmae.python import Evaluate
-from jmae.report import Case, one_slice, short_training, shown_voxel, slice_side, worth_showing, write_report
+from jmae.report import Case, one_slice, shown_voxel, slice_side, worth_showing, write_report
 from jmae.results import Result, map_name, report_case
 from jmae.run_folder import log, output_folder, read_environment, read_history, write_csv, write_text
 from jmae.scoring import Calibration
@@ -235,7 +235,7 @@ def evaluate(
     if of_run:
         write_cards(workdir, config, system, rows)
     log(console_summary(evaluation))
-    for text in filter(None, (short_training(config), doubts_line(evaluation["doubts"]))):
+    for text in caveats(config, evaluation["doubts"]):
         log(text)
     log(f"report: {out / 'report.html'}")
     log(f"next: open the report; score new scans: jmae predict --workdir {shlex.quote(str(workdir))} --out DIR SCAN")

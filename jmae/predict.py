@@ -435,7 +435,7 @@ def predict_rows(run: Run, rows: Sequence[Row], out: Path, *, further: bool) -> 
     if missing and (reason := why_no_masks(run.calibration, alarm_rate(run.config))):
         log(reason)
     if missing and (short := short_training(run.config)):
-        log(short)
+        log(f"short training: {short}")
     failed: dict[str, list[Failure]] = {}  # by what is wrong
 
     def fail(row: Row, error: Exception) -> None:

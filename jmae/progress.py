@@ -138,7 +138,7 @@ def plain_name(name: str, words: Mapping[str, str]) -> str:
     """What a metric of the training is, in the words of its stage; without words its name."""
     stem, _, channel = name.rpartition("_")
     if channel.isdecimal() and stem in words:
-        return f"channel {channel}: {words[stem]}"
+        return f"{words[stem]}, channel {channel}"
     return words.get(name, name)
 
 

@@ -47,7 +47,8 @@ def prepare_data(argv: list[str]) -> int:
 RUN = {"prepare": prepare_data, "train": train.main, "evaluate": evaluate.main}
 
 MINUTES = 15  # the longest training of a preset `small` with all steps, on two cores
-MINUTES_BESIDE = {"images": 2, "volumes": 5}  # for compilation and scoring, by docs/results/speed.md
+MINUTES_BESIDE = {"images": 2, "volumes": 5}  # mostly for compilation, by docs/results/speed.md
+A_MINUTE = {"images": 300, "volumes": 20}  # scans that are read and scored in a minute, or more
 
 
 def main(argv: list[str]) -> int:
@@ -58,7 +59,8 @@ def main(argv: list[str]) -> int:
     if wrong := recipe.SHARED["budget"].wrong(recipe.typed("budget", budget, 0.25), 2):
         raise InputError(f"--budget={budget} is not {wrong}: write 0.25 for a first impression, 1 for a whole training")
     out, (normals, new) = output_folder(flags.pop("out", "quickstart"), "quickstart"), names
-    rows = folders.prepare(None, out, 0, normal=normals, test=new).rows
+    found = folders.prepare(None, out, 0, normal=normals, test=new)
+    rows, damaged = found.rows, found.left_out[folders.DAMAGED]
     kind = one_rank(rows, read_kinds(rows))
     made = manifest_of(out, rows, f"{normals} and {new}")
     name, why = recipe.suggested(kind)
@@ -71,7 +73,8 @@ def main(argv: list[str]) -> int:
     if few := too_few_to_learn(rows):
         log(few)
     run = out / "run"
-    log(time_line(run, given["config"], kind, recipe.typed("config.budget", (given | flags)["config.budget"], 0.25)))
+    whole = recipe.typed("config.budget", (given | flags)["config.budget"], 0.25)
+    log(time_line(run, given["config"], kind, whole, len(rows)))
     commands = [
         ["prepare", "folders", "--normal", normals, "--test", new, "--out", str(out / "data")],
         ["train", *(f"--{flag}={value}" for flag, value in (given | flags).items()), "--workdir", str(run)],
@@ -85,22 +88,23 @@ def main(argv: list[str]) -> int:
         log(f"$ {in_shell(words)}")
         if code := RUN[words[0]](words[1:]):
             return code
-    log(f"{run / 'evaluation' / 'report.html'}: the new scans, from the most to the least suspicious")
+    but = f", without {counted(damaged, 'scans')} that cannot be read" if damaged else ""
+    log(f"{run / 'evaluation' / 'report.html'}: the new scans, from the most to the least suspicious{but}")
     more = [f"--config={chosen}"] * bool(chosen) + [f"--{flag}={value}" for flag, value in flags.items()]
     longer = in_shell(["quickstart", *names, *more, "--budget", "1", "--out", f"{out}-longer"])
     log(f"next: open it; a longer training: {longer}")
     return 0
 
 
-def time_line(run: Path, config: str, kind: str, budget: float) -> str:
+def time_line(run: Path, config: str, kind: str, budget: float, scans: int) -> str:
     """How long the commands take, or that there is nothing left to train. `config` is SYSTEM:PRESET; `kind` is "images"
     or "volumes"."""
     if (run / "evaluation" / "report.html").exists():
-        return f"{run}: was finished before: nothing is trained, the new scans are scored again"
+        return f"{run}: has a report: a finished training is not repeated, and the new scans are scored again"
     if not config.endswith(":small"):
         return "time: the log of the training says how much is left"
-    minutes = math.ceil(MINUTES * budget) + MINUTES_BESIDE[kind]
-    return f"time: up to about {minutes} minutes on two CPU cores for 100 scans; longer if other programs use them"
+    minutes = math.ceil(MINUTES * budget + MINUTES_BESIDE[kind] + scans / A_MINUTE[kind])
+    return f"time: up to about {minutes} minutes on two CPU cores; longer if other programs use them"
 
 
 def manifest_of(out: Path, rows: Sequence[Row], sources: str) -> Path:

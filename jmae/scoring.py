@@ -157,12 +157,12 @@ def more_normals(rate: float = RATE) -> str:
     return f"give {scans}, and keep half of them from the training (data.calibration=0.5)"
 
 
-def few_to_learn(n: int) -> str:
-    """A warning where fewer than `LEARN` normal scans are there to learn from, else ""."""
+def few_to_learn(n: int) -> tuple[str, ...]:
+    """(what, why, remedy) where fewer than `LEARN` normal scans are there to learn from, else ()."""
     if not 0 < n < LEARN:
-        return ""
+        return ()
     why = "so few hardly show how much normal scans differ, and a new normal one may score high"
-    return f"only {counted(n, 'normal scans')} to learn from: {why}: give {LEARN} or more"
+    return f"only {counted(n, 'normal scans')} to learn from", why, f"give {LEARN} or more"
 
 
 def smallest_p_value(n: int) -> str:

@@ -44,7 +44,7 @@ from jmae.cards import write_cards
 from jmae.convergence import check_processes
 from jmae.data.cases import load_cases
 from jmae.data.loader import Images, Samples, batches
-from jmae.doubts import doubts, doubts_line
+from jmae.doubts import caveats, doubts
 from jmae.errors import InputError, NonFiniteLoss, Stopped, exit_code
 from jmae.evaluate import evaluate
 from jmae.likeness import write_kind
@@ -64,7 +64,6 @@ from jmae.programs import (
 )
 from jmae.progress import at_work, profiled_steps, profiling, progress, signals
 from jmae.python import Train
-from jmae.report import short_training
 from jmae.run_folder import (
     add_history,
     cut_history,
@@ -143,9 +142,7 @@ def run(config: ConfigDict, workdir: Path) -> int:
         log("no test row has a label: not evaluated")
         calibrate_run(config, system, rows, workdir, cases)
         write_cards(workdir, config, system, rows)
-        for text in filter(
-            None, (short_training(config), doubts_line(doubts(read_history(workdir / "metrics.jsonl"), system.stages)))
-        ):
+        for text in caveats(config, doubts(read_history(workdir / "metrics.jsonl"), system.stages)):
             log(text)
         new = "--out DIR SCAN" if all(row.split != "test" for row in rows) else ""
         log(f"next: jmae {'predict' if new else 'evaluate'} --workdir {shlex.quote(str(workdir))} {new}".rstrip())

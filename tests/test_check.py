@@ -235,6 +235,13 @@ def test_abnormal_training_volumes_with_a_mask_are_a_note_and_images_a_finding(c
     assert len(content["notes"]) == 1 and content["findings"] == []
 
 
+def test_copies_within_a_split_are_a_note(cases, capsys):
+    cases[1].extend([f"again{i}", "", "train", 0, "0.png", "", ""] for i in range(2))
+    assert run(write(cases)) == 0
+    note = "note: 2 images of train are there before, as again0 is c0: each counts twice"
+    assert note in capsys.readouterr().out
+
+
 def test_sequences_of_volumes_on_other_grids_are_findings(tmp_path, capsys):
     rng, rows = np.random.default_rng(0), []
     for i, shift in enumerate((0, 5)):

@@ -616,6 +616,23 @@ def test_where_locks_are_not_supported_the_name_in_the_file_decides(tmp_path, mo
             pass
 
 
+def test_a_lock_on_a_file_that_was_removed_meanwhile_is_taken_anew(tmp_path, monkeypatch):
+    folder, real, tries = tmp_path / "run", checkpoint.fcntl.flock, []
+
+    def after_the_other_ended(file, how):
+        if not tries:
+            shutil.rmtree(folder)
+        tries.append(file)
+        real(file, how)
+
+    monkeypatch.setattr(checkpoint.fcntl, "flock", after_the_other_ended)
+    with checkpoint.workdir_lock(folder):
+        assert len(tries) == 2 and f"process {os.getpid()}" in (folder / ".lock").read_text()
+        with pytest.raises(InputError, match="in use by process"):
+            with checkpoint.workdir_lock(folder):
+                pass
+
+
 def test_a_lock_removes_the_folder_that_it_made_where_no_file_was_written(tmp_path):
     for inside, stays in (("", False), ("cache/", False), ("cache/a", True), ("a", True)):
         with checkpoint.workdir_lock(tmp_path / "runs" / "mine"):

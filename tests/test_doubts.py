@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jmae import recipe
-from jmae.doubts import LINES, doubts, doubts_line, spiked
+from jmae.doubts import LINES, caveats, doubts, doubts_line, spiked
 from jmae.report import short_training
 from jmae.system import load_system
 
@@ -30,7 +30,7 @@ def test_a_network_that_learnt_nothing_is_named():
     (stage,) = load_system(config("maemi:smoke")).stages
     line = lambda step, value: {"stage": "train", "step": step, "explained_variance_0": value}
     (found,) = doubts([line(10, 0.3), line(20, -2.0464)], [stage])
-    assert found == "the network has learnt little: variance of hidden voxels explained (1 is perfect): -2"
+    assert found == "the network has learnt little: explained share of the variance of hidden voxels (1 is perfect): -2"
     assert doubts_line([found]).startswith("warning: the training may have failed: the network has learnt little")
     both = {**line(20, -1.0), "explained_variance_1": 0.2}
     assert doubts([both], [stage]) == doubts([{**line(20, -1.0), "stage": "other"}], [stage]) == []
@@ -49,7 +49,11 @@ def test_few_steps_are_a_short_training():
         assert f"of the steps of {name}:small" in short_training(config(f"{name}:smoke"))
         for whole in set(runpy.run_path(f"configs/{name}.py")["PRESETS"]) - {"smoke", "smoke_ddad"}:
             assert short_training(config(f"{name}:{whole}")) == ""
-    assert short_training(config("maemi:small", "train.steps=100")).startswith(
-        "short training: 2 % of the steps of maemi"
-    )
+    assert short_training(config("maemi:small", "train.steps=100")).startswith("2 % of the steps of maemi")
     assert "25 % of the recipe's steps" in short_training(config("ppii:small", "budget=0.25"))
+
+
+def test_a_terminal_says_that_a_training_was_short_and_then_its_doubts():
+    short, doubtful = caveats(config("ppii:small", "budget=0.25"), ["stage a ended badly"])
+    assert short.startswith("short training: 25 % of") and "stage a ended badly" in doubtful
+    assert caveats(config("ppii:small"), []) == []

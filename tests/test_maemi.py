@@ -317,8 +317,8 @@ def test_the_variance_explained_of_held_out_normals_is_logged_and_they_still_cal
     assert [line["step"] for line in lines] == [4, 6] and all("explained_variance_1" in line for line in lines)
     assert json.loads((run / "calibration.json").read_text())["n"] == 2
     page = (run / "evaluation" / "report.html").read_text()
-    shares = " and ".join(f"{100 * lines[-1][f'explained_variance_{c}']:.0f} %" for c in (0, 1))
-    assert f"the network explained {shares} (in the order of the channels) of the variance of hidden voxels" in page
+    shares = " and ".join(f"{lines[-1][f'explained_variance_{c}']:.2f}" for c in (0, 1))
+    assert f"of the variance of hidden voxels at step 6: {shares} (in the order of the channels)." in page
 
 
 def test_the_report_shows_all_channels_a_masked_window_the_subtraction_and_the_map_within_the_region(run):

@@ -25,7 +25,7 @@ import json
 import sys
 import time
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -102,7 +102,7 @@ def check(manifest: Path) -> Checked:
     found += [*values, *leaks(rows), *duplicates.in_two_splits(rows, prints), *abnormal(rows, volumes)]
     order = {row.id: i for i, row in enumerate(rows)}
     found.sort(key=lambda one: (list(KINDS).index(one.kind), order[one.rows[0].id], one.what))
-    return Checked(rows, summary(rows, ignored), found, notes(rows, volumes))
+    return Checked(rows, summary(rows, ignored), found, [*notes(rows, volumes), *copied(rows, prints)])
 
 
 def of_values(row: Row, array: np.ndarray) -> Iterator[Finding]:
@@ -131,6 +131,19 @@ def notes(rows: list[Row], volumes: Collection[str]) -> list[str]:
     n = sum(row.split == "train" and row.label == 1 for row in marked)
     what = f"{counted(n, 'abnormal volumes')} in train with a mask or boxes"
     return [f"{what}: set --config.data.normal_crops_only=True, or move them"] if n else []
+
+
+def copied(rows: list[Row], prints: Mapping[str, duplicates.Fingerprint]) -> Iterator[str]:
+    """A line for each split that has an image more than once."""
+    groups: dict[tuple[str, bytes], list[Row]] = {}
+    for row in rows:
+        if row.id in prints:
+            groups.setdefault((row.split, prints[row.id].digest), []).append(row)
+    for split in dict.fromkeys(row.split for row in rows):
+        same = [own for (name, _), own in groups.items() if name == split and len(own) > 1]
+        if same:
+            n, first, second = sum(map(len, same)) - len(same), *(row.id for row in same[0][:2])
+            yield f"{counted(n, 'images')} of {split} are there before, as {second} is {first}: each counts twice"
 
 
 def table(manifest: Path, checked: Checked) -> str:

@@ -92,10 +92,10 @@ def explained_sentences(history: Sequence[Mapping[str, Any]]) -> list[str]:
     if not looks:
         return []
     return [
-        f"Of held-out normals, the network explained {explained_shares(looks[-1])} of the variance of hidden voxels, "
-        f"at step {looks[-1]['step']}.",
-        "At 0 % or below it predicts no better than their mean: a map is then little more than the squared distance to "
-        "the mean, and 100 % would be perfect.",
+        f"Of held-out normals, the network explained this share of the variance of hidden voxels at step "
+        f"{looks[-1]['step']}: {explained_shares(looks[-1])}.",
+        "A share of 1 would be perfect. At 0 or below the network predicts no better than their mean: a map is then "
+        "little more than the squared distance to the mean.",
     ]
 
 
@@ -104,16 +104,19 @@ def learnt_sentence(history: Sequence[Mapping[str, Any]]) -> str:
     for line in reversed(history):
         if "best_dice" in line:
             reached = f"on drawn anomalies the network reaches a Dice of {line['best_dice']:.2f}"
-            return f"The training: {reached} (0: it finds none, 1: it marks them exactly). Real ones look different."
+            return (
+                f"The training: {reached} (0: it finds none, 1: it marks them exactly; on chest X-rays and colonoscopy "
+                "whole trainings reached 0.55 to 0.75). Real ones look different."
+            )
         if shares := explained_shares(line):
-            reached = f"the network explains {shares} of the variance of hidden voxels of held-out normals"
-            return f"The training: {reached} (0 %: no better than their mean, 100 %: perfect)."
+            reached = f"of held-out normals, the network explains this share of the variance of hidden voxels: {shares}"
+            return f"The training: {reached} (0: no better than their mean, 1: perfect)."
     return ""
 
 
 def explained_shares(line: Mapping[str, Any]) -> str:
     """The shares of the variance of hidden voxels in a line of `metrics.jsonl`, one a channel; "" without them."""
-    shares = [f"{100 * value:.0f} %" for key, value in line.items() if key.startswith("explained_variance")]
+    shares = [f"{value:.2f}" for key, value in line.items() if key.startswith("explained_variance")]
     return " and ".join(shares) + (" (in the order of the channels)" if len(shares) > 1 else "")
 
 
@@ -211,8 +214,8 @@ def hidden_sentences(evaluation: Mapping[str, Any]) -> list[str]:
     shares = evaluation.get("explained") or {}
     if not shares:
         return []
-    each = ", ".join(f"{name} {100 * value:.0f} %" for name, value in shares.items() if value is not None)
-    return [f"Explained variance (100 % is a perfect guess) of hidden patches of held-out normals: {each}."]
+    each = ", ".join(f"{name} {value:.2f}" for name, value in shares.items() if value is not None)
+    return [f"Share of the variance of hidden patches that is explained (1 is perfect), of held-out normals: {each}."]
 
 
 def pixel_sentences(evaluation: Mapping[str, Any]) -> list[str]:
@@ -299,17 +302,17 @@ def score_meanings(evaluation: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def short_training(config: Mapping[str, Any]) -> str:
-    """That a training had fewer steps than its recipe, or far fewer than the preset `small`, in one line for report and
-    terminal; "" where it had enough."""
+    """That a training had fewer steps than its recipe, or far fewer than the preset `small`, with the remedy; "" where
+    it had enough."""
     budget = config.get("budget", 1)
     share, small = share_of_small(config), f"{config.get('system')}:small"
     if share < LEAST_SHARE:
         what = f"{100 * share:.1g} % of the steps of {small}, so scores and maps mean little"
-        return f"short training: {what}; for all steps: --config={small} and a new --workdir"
+        return f"{what}; for all steps: --config={small} and a new --workdir"
     if budget >= 1:
         return ""
     return (
-        f"short training: {100 * budget:.3g} % of the recipe's steps, so scores and maps are a first impression; for "
+        f"{100 * budget:.3g} % of the recipe's steps, so scores and maps are a first impression; for "
         "all steps: --config.budget=1 and a new --workdir (jmae quickstart: --budget 1 and a new --out)"
     )
 
@@ -345,13 +348,12 @@ def notices(evaluation: Mapping[str, Any], config: Mapping[str, Any]) -> list[No
     training images, few held-out normals."""
     found = []
     if short := short_training(config):
-        title, _, text = short.partition(": ")
-        found.append(Notice(f"{title.capitalize()}.", f"{text}. {low_dice_sentence(evaluation)}".rstrip()))
+        found.append(Notice("Short training.", f"{short}. {low_dice_sentence(evaluation)}".rstrip()))
     if why := evaluation.get("doubts"):
         text = f"{'; '.join(why)}. Train longer, or with another --config.seed."
         found.append(Notice("The training may have failed.", text[0].upper() + text[1:]))
     if few := few_to_learn(evaluation.get("training_normals") or 0):
-        title, why, remedy = few.split(": ")
+        title, why, remedy = few
         found.append(Notice(f"{title.capitalize()}.", f"{why.capitalize()}. Remedy: {remedy}."))
     if sentences := unlike_sentences(evaluation):
         warned = [row for row in evaluation.get("table") or () if row.get("warning")]

@@ -286,7 +286,7 @@ def build(config: ConfigDict) -> System:
             samples=WATCHED,
         ),
         parts=config.accumulate,
-        words={"explained_variance": "variance of hidden voxels explained (1 is perfect)"},
+        words={"explained_variance": "explained share of the variance of hidden voxels (1 is perfect)"},
         nothing={"explained_variance": 0.0},
     )
     number, by_case = prod(grid_of(tuple(data.size), patch)), evaluation.masks_of == "case"

@@ -132,7 +132,7 @@ def p_value_line(rows: Sequence[Row], share: float) -> str:
 def too_few_to_learn(rows: Sequence[Row]) -> str:
     """A warning where the rows have too few normal scans to learn from, else ""."""
     few = few_to_learn(learnable(rows))
-    return few and f"warning: {few}"
+    return f"warning: {': '.join(few)}" if few else ""
 
 
 def is_volume(row: Row) -> bool:

@@ -4,9 +4,9 @@
 
 Of each pack, `DRAWS` subsets of its normal training images stand for a training. The table has the share of the pack's
 own test normals and abnormal scans with a warning, and that of foreign scans. These are the test images of the other
-packs, and the pack's own test normals inverted, made 8 times smaller, or replaced by noise. "disguised" are images of
-another pack in the size and channels of the own ones, which only their grey values tell apart. Of a foreign volume the
-middle slice is taken. A share is a mean over subsets.
+packs, and the pack's own test normals inverted, turned, mirrored, made 8 times smaller, or replaced by noise.
+"disguised" are images of another pack in the size and channels of the own ones, which only their grey values tell
+apart. Of a foreign volume the middle slice is taken. A share is a mean over subsets.
 
 Writes benchmarks/results/likeness.json.
 """
@@ -44,6 +44,9 @@ def changed(images: list[Image]) -> dict[str, list[Traits]]:
     rng = np.random.default_rng(0)
     forms = {
         "inverted": lambda a: a.max() + a.min() - a,
+        "upside down": lambda a: a[::-1],
+        "turned by 90 degrees": lambda a: np.swapaxes(a, 0, 1)[::-1],
+        "mirrored": lambda a: a[:, ::-1],
         "8 times smaller": lambda a: a[(slice(None, None, 8),) * (a.ndim - 1)],
         "noise": lambda a: rng.uniform(a.min(), a.max(), a.shape).astype(np.float32),
     }

@@ -25,6 +25,7 @@ from jmae.tables import counted
 
 TRAINED_ON = "trained_on.json"
 LIKENESS = "likeness to the mean image"
+TURNED = "gain by turning"
 VALUES = 2**16  # values of an image, evenly spaced, from which the traits of grey values are computed
 FACTOR = 2.0  # a size may be so many times smaller or larger than those of the training
 CHANCE = 0.01  # that a further image of a kind lies outside a range of grey values or layout, if these were Gaussian
@@ -48,8 +49,9 @@ class Scale(NamedTuple):
 SHARE = Scale(lambda x: np.arcsin(np.sqrt(np.clip(x, 0, 1))), lambda y: np.sin(y) ** 2, (0, math.pi / 2))
 RATIO = Scale(lambda x: np.log(np.maximum(x, 1e-4)), np.exp, (-10, 10))
 COSINE = Scale(lambda x: np.arctanh(np.clip(x, -0.999, 0.999)), np.tanh, (-math.inf, math.inf))
+PLAIN = Scale(lambda x: x, lambda y: y, (-2, 2))
 SCALES = {"mean": SHARE, "median": SHARE, "share of black": SHARE}
-SCALES |= dict.fromkeys(("deviation", "roughness", *DETAIL), RATIO) | {LIKENESS: COSINE}
+SCALES |= dict.fromkeys(("deviation", "roughness", *DETAIL), RATIO) | {LIKENESS: COSINE, TURNED: PLAIN}
 WORDS = {
     "channels": ("fewer channels", "more channels"),
     "smallest axis": ("fewer pixels along the shortest side", "more pixels along the shortest side"),
@@ -66,9 +68,11 @@ WORDS = {
     ),
     **{name: (f"less {name}", f"more {name}") for name in DETAIL},
     LIKENESS: ("light and dark lie in other places", "hardly differs from the mean image"),
+    TURNED: ("", "would be more like the training images if it were turned or mirrored"),
 }
 """What it means that a trait lies below or above its range."""
-POSSIBLE = dict.fromkeys(("mean", "median", "share of black"), (0, 1)) | {LIKENESS: (-1, 1), SIZES[2]: (1, math.inf)}
+POSSIBLE = dict.fromkeys(("mean", "median", "share of black"), (0, 1)) | {SIZES[2]: (1, math.inf)}
+POSSIBLE |= {LIKENESS: (-1, 1), TURNED: (-2, 2)}
 """The least and the greatest value that a trait can have, where these are not 0 and infinity."""
 
 
@@ -128,14 +132,27 @@ def details_of(small: np.ndarray) -> dict[str, float]:
 
 def kind_of(traits: Sequence[Traits]) -> dict[str, Any]:
     """What images have in common: {"images": their number, "ranges": {trait: (least, greatest)}, "layout": their mean,
-    of norm 1}. The trait "likeness to the mean image" is the product of an image's layout and that mean. For the range
-    of that trait, each image is compared with the mean of the others."""
-    layouts = np.stack([one.layout for one in traits])
-    total = layouts.sum(0)
-    each = [one.numbers | {LIKENESS: float((one.layout * _of_norm_1(total - one.layout)).sum())} for one in traits]
+    of norm 1}. For the ranges of the traits of `placed`, each image is compared with the mean of the others."""
+    total = np.stack([one.layout for one in traits]).sum(0)
+    each = [one.numbers | placed(one.layout, _of_norm_1(total - one.layout)) for one in traits]
     names = [name for name in each[0] if all(name in one for one in each)]
     ranges = {name: range_of(name, np.array([one[name] for one in each])) for name in names}
     return {"images": len(each), "ranges": ranges, "layout": _of_norm_1(total)}
+
+
+def placed(layout: np.ndarray, mean: np.ndarray) -> dict[str, float]:
+    """Two traits of an image by its layout and the mean one. "likeness to the mean image" is their product. "gain by
+    turning" is how much larger the product becomes at best if the image is turned or mirrored. It is below 0 where an
+    image lies as the others do, about 0 where these lie in many ways, and above 0 for an image upside down."""
+    axes = range(layout.ndim)
+    turned = [
+        np.flip(layout.transpose(order), flips)
+        for order in itertools.permutations(axes)
+        for n in range(layout.ndim + 1)
+        for flips in itertools.combinations(axes, n)
+    ]
+    own, *others = ((one * mean).sum() for one in turned)
+    return {LIKENESS: min(1.0, float(own)), TURNED: float(max(others) - own)}  # rounding may exceed 1
 
 
 def range_of(name: str, values: np.ndarray) -> tuple[float, float]:
@@ -154,6 +171,8 @@ def range_of(name: str, values: np.ndarray) -> tuple[float, float]:
     reach = factor * math.sqrt(1 + 1 / n) * max(LEAST, float(on_scale.std(ddof=1)) if n > 1 else 0)
     ends = scale.back(np.clip(on_scale.mean() + np.array([-reach, reach]), *scale.ends))
     low, high = min(low, float(ends[0])), max(high, float(ends[1]))
+    if name == TURNED:
+        return -2.0, high  # and nothing is too upright
     return low, 1.0 if name == LIKENESS else high  # nothing is too alike
 
 
@@ -225,7 +244,7 @@ def unlike(traits: Traits | None, kind: Mapping[str, Any] | None) -> str:
     if numbers["deviation"] == 0:
         return "all its values are equal"
     if layout.shape == kind["layout"].shape:
-        numbers[LIKENESS] = min(1.0, float((layout * kind["layout"]).sum()))  # rounding may exceed 1
+        numbers |= placed(layout, kind["layout"])
     found = []
     for name, (low, high) in kind["ranges"].items():
         if name in SIZES:

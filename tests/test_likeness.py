@@ -45,6 +45,27 @@ def test_a_volume_does_not_depend_on_the_scale_of_its_scanner():
     np.testing.assert_allclose(one.layout, other.layout, atol=1e-5)
 
 
+@pytest.mark.parametrize("shape", [(60, 50), (30, 20, 25)])
+def test_an_image_that_is_turned_or_mirrored_is_named(shape):
+    rng = np.random.default_rng(0)
+    shade = sum((k + 1) * axis for k, axis in enumerate(np.meshgrid(*(np.linspace(0, 30, n) for n in shape))))
+    shade = shade.swapaxes(0, 1)
+    scan = lambda: image(np.clip(shade + rng.normal(0, 10, shape), 0, 255))
+    kind = likeness.kind_of([likeness.traits_of(scan()) for _ in range(30)])
+    what = "would be more like the training images if it were turned or mirrored (gain by turning"
+    changed = lambda change: likeness.unlike(likeness.traits_of(scan()._replace(array=change(scan().array))), kind)
+    assert changed(lambda array: array) == ""
+    for axis in range(len(shape)):
+        assert what in changed(lambda array, axis=axis: np.flip(array, axis))
+
+
+def test_no_way_to_lie_is_wrong_where_the_training_images_have_none():
+    rng = np.random.default_rng(0)
+    scan = lambda: image(ndimage.gaussian_filter(rng.normal(0, 1, (40, 40)), 4) * 400 + 120)
+    kind = likeness.kind_of([likeness.traits_of(scan()) for _ in range(30)])
+    assert not any("turned" in likeness.unlike(likeness.traits_of(scan()), kind) for _ in range(50))
+
+
 def test_images_of_the_kind_pass_and_others_are_named(tmp_path):
     likeness.write_kind(tmp_path, [likeness.traits_of(image(film(seed))) for seed in range(40)])
     kind = likeness.read_kind(tmp_path)

@@ -684,14 +684,18 @@ def test_a_line_names_its_figures_in_the_words_of_its_stage_or_else_by_their_nam
     said = ["loss 0.5000", "Dice of drawn anomalies 0.1250", "best Dice so far 0.2500"]
     assert progress.metrics_texts(line, words) == said
     assert progress.metrics_texts(line, {}) == ["loss 0.5000", "dice 0.1250", "best_dice 0.2500"]
-    assert progress.plain_name("share_1", words) == "channel 1: share of pixels"
+    assert progress.plain_name("share_1", words) == "share of pixels, channel 1"
     assert progress.plain_name("own_1", words) == "own_1"
 
 
 def test_the_systems_say_what_their_figures_are():
-    stage = lambda name: load_system(recipe.parse([f"--config={name}:smoke"], "")[0]).stages[-1]
+    stages = lambda name: load_system(recipe.parse([f"--config={name}:smoke"], "")[0]).stages
+    stage = lambda name: stages(name)[-1]
     assert stage("ppii").words.keys() == {"target", "dice", "best_dice"}
     assert stage("maemi").words.keys() == {"explained_variance"}
+    assert all(
+        {"accuracy", "fake", "check_mse"} <= one.words.keys() for one in stages("simsid") if one.name != "calibration"
+    )
 
 
 def test_a_first_step_that_is_shown_again_has_no_pace(monkeypatch, capsys):

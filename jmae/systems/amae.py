@@ -700,6 +700,10 @@ def stages(networks: Networks) -> tuple[Stage, ...]:
             init=partial(proxy_init, networks),
             step=partial(proxy_step, networks),
             host_arrays={"lungs": lung_field},
+            words={
+                "accuracy": "share of images told from those with a drawn anomaly (0.5 is chance)",
+                "lung_fields_found": "share of images with a lung field",
+            },
         ),
         Stage(
             name="labels",
@@ -710,6 +714,7 @@ def stages(networks: Networks) -> tuple[Stage, ...]:
             init=labels_init,
             step=partial(labels_step, networks),
             shuffle=False,
+            words={"abnormal_share": "share of unlabelled images taken as abnormal"},
             table=partial(labels_table, config),
         ),
         module(

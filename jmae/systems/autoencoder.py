@@ -347,6 +347,7 @@ def build(config: ConfigDict) -> System:
             steps=steps_of(config.train, config.budget),
             init=first,
             step=one,
+            words={"squared": "mean squared error"},
         )
         for name in names
     )

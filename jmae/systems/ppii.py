@@ -64,7 +64,7 @@ WORDS = {
     "ppii_highest": "highest value of the map",
 }
 LOG_WORDS = {
-    "target": "mean target of a pixel (0 normal, 1 anomalous)",
+    "target": "share of the image in drawn anomalies",
     "dice": "Dice of drawn anomalies (0 none is found, 1 is perfect)",
     "best_dice": "best Dice so far",
 }

@@ -53,6 +53,7 @@ from jmae.system import (
 )
 from jmae.systems import simsid_published, simsid_score
 from jmae.systems.simsid_score import (
+    LOG_WORDS,
     RULE,
     TEACHER,
     Method,
@@ -547,6 +548,7 @@ def teacher_stage(nets: Networks) -> Stage:
         steps=steps_of(config.teacher, config.budget),
         init=partial(teacher_init, nets),
         step=partial(teacher_step, nets),
+        words=LOG_WORDS,
         checks=(reconstruction_check(config, make),),
         published=PUBLISHED["teacher"],
         published_with=PUBLISHED_WITH | {"teacher.lr": 1e-4, "teacher.batch": 16, "teacher.cooldown": 0.0},
@@ -563,6 +565,7 @@ def memory_stage(nets: Networks) -> Stage:
         steps=lambda n: -(-memory.passes * n // memory.batch),
         init=partial(memory_init, nets),
         step=partial(memory_step, nets),
+        words=LOG_WORDS,
         shuffle=False,
     )
 
@@ -578,6 +581,7 @@ def student_stage(nets: Networks) -> Stage:
         steps=steps_of(config.student, config.budget),
         init=partial(student_init, nets),
         step=partial(student_step, nets),
+        words=LOG_WORDS,
         checks=(reconstruction_check(config, make),),
         published=PUBLISHED["student"],
         published_with=PUBLISHED_WITH
@@ -598,5 +602,6 @@ def discriminator_stage(nets: Networks) -> Stage:
         steps=steps_of(config.discriminator, config.budget),
         init=partial(discriminator_init, nets),
         step=partial(discriminator_step, nets),
+        words=LOG_WORDS,
         checks=(selection,) if config.select == RULE else (),
     )

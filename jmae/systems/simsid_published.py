@@ -52,6 +52,7 @@ from jmae.system import (
     with_best,
 )
 from jmae.systems.simsid_score import (
+    LOG_WORDS,
     RULE,
     TEACHER,
     Method,
@@ -207,6 +208,7 @@ def joint_stage(nets: Networks) -> Stage:
         steps=steps_of(joint, config.budget),
         init=partial(joint_init, nets),
         step=partial(joint_step, nets),
+        words=LOG_WORDS,
         checks=(reconstruction_check(config, make), *[selection] * (config.select == RULE)),
         phases=(True, *[False] * (joint.critic - 1)),
         pretrained=Pretrained(use="instead", load=released_weights),

@@ -43,6 +43,21 @@ WORDS = {
     "kl": "Kullback-Leibler divergence between the image and the student's reconstruction",
     "kl_teacher": "Kullback-Leibler divergence between the image and the teacher's reconstruction",
 }
+LOG_WORDS = {
+    "mse": "mean squared error",
+    "distillation": "distance of the student's layers from the teacher's",
+    "adversarial": "how easily the discriminator tells the student's images from real ones",
+    "discriminator": "loss of the discriminator",
+    "accuracy": "share that the discriminator judges right (0.5 is chance)",
+    "real": "mean logit of real images",
+    "fake": "mean logit of reconstructions",
+    "check_mse": "mean squared error of held-out images",
+    "check_kl": "Kullback-Leibler divergence of held-out images",
+    "check_kl_histogram": "the same of their histograms",
+    "check_auroc": "AUROC of the labelled images of val",
+    **{f"overwritten_level_{i}": f"share of slots overwritten, level {i}" for i in range(4)},
+    **{f"written_level_{i}": f"share of slots written, level {i}" for i in range(4)},
+}
 DEVIATION = 0.2  # deviation of each image with data.normalise=image; the mean is 0.5
 TEACHER = "reconstruction by the teacher"  # the picture of both methods
 RULE = "auroc"  # the rule of `select` that both methods have

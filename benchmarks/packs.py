@@ -9,11 +9,13 @@ another budget than 1 are left out. benchmarks/results/packs/PACK.jsonl keeps th
 the manifest's test rows. So runs of several machines and days come into one table.
 
 Each method has its primary score, which its recipe fixed before the run. Figures are means over the method's seeds,
-with 95 % intervals over patients. Differences are those to the best closed form that learns from normal images alone,
-and to "ridge, unlabelled", over the same draws of patients. The best is chosen on the same cases, which favours it.
-These closed forms (jmae.baselines) see the images at the size of the recipe `autoencoder:small`. "ridge, unlabelled"
-learns from unlabelled images too, as AMAE does. Where an evaluation has closed forms under the method's own score and
-masks (jmae.rivals), the best of them stands beside the method.
+with 95 % intervals over patients. A line "METHOD, as published" has the score of the paper, where the recipe has
+another one (`PUBLISHED`). Differences are those to the best closed form that learns from normal images alone, to the
+best trained rival, and to "ridge, unlabelled", over the same draws of patients. The best are chosen on the same cases,
+which favours them. These closed forms (jmae.baselines) see the images at the size of the recipe `autoencoder:small`.
+"ridge, unlabelled" learns from unlabelled images too, as AMAE does. Where an evaluation has closed forms under the
+method's own score and masks (jmae.rivals), the best of them stands beside the method. "explained" is the share of the
+variance of hidden patches of held-out normals that the network explains.
 
 benchmarks/results/packs.json keeps the table.
 """
@@ -41,6 +43,8 @@ from jmae.run_folder import write_text
 RESULTS = Path(__file__).parent / "results" / "packs.json"
 KEPT = RESULTS.with_suffix("")
 MIXED = "ridge, unlabelled"  # a closed form that learns from more than normal images
+PUBLISHED = {"amae": "stage2", "simsid": "simsid"}  # the paper's score, where another one is primary
+PAIRED = ("difference", "to_trained", "to_mixed")  # figures with their intervals
 Entry = Mapping[str, Any]
 """A run: its method and seed, and what `entry_of` gives."""
 
@@ -80,6 +84,7 @@ def entry_of(folder: Path, rows: Sequence[Row]) -> dict[str, Any] | None:
             f"{folder}: no score of {len(missing)} cases, such as {missing[0]}: evaluate it on the manifest"
         )
     primary = run.metrics["primary"]
+    other = PUBLISHED.get(run.config["system"], primary)
     rivals = {
         name.split(":")[0]: entry["image"]["auroc"]
         for name, entry in run.metrics["baselines"].items()
@@ -90,7 +95,9 @@ def entry_of(folder: Path, rows: Sequence[Row]) -> dict[str, Any] | None:
         "settings": settings(run.config),
         "cases": cases_digest(rows),
         "rivals": rivals,
+        "explained": (run.metrics.get("explained") or {}).get("the network"),
         "scores": [float(f"{run.cases[row.id][1]:.6g}") for row in rows],
+        "published": [float(f"{float(run.table[row.id][other]):.6g}") for row in rows] if other != primary else None,
     }
 
 
@@ -155,38 +162,48 @@ def same_score(runs: Sequence[Entry]) -> tuple[str, float] | None:
 def compared(
     runs: Mapping[str, Sequence[Entry]], forms: Mapping[str, np.ndarray], rows: Sequence[Row]
 ) -> dict[str, Any]:
-    """The figures of each method and closed form, and their differences to the best closed form of normals alone."""
+    """The figures of each method and closed form, and their differences to the best closed form of normals alone, to
+    the best trained rival and to `MIXED`."""
     labels, patients = np.array([row.label for row in rows], bool), [row.patient for row in rows]
+    published = {f"{name}, as published": [run for run in each if run.get("published")] for name, each in runs.items()}
     scores = {name: np.array([run["scores"] for run in each]) for name, each in runs.items()}
+    scores |= {name: np.array([run["published"] for run in each]) for name, each in published.items() if each}
     scores |= {name: values[None] for name, values in forms.items()}
     auroc = {name: float(np.mean([metrics.auroc(labels, one) for one in seeds])) for name, seeds in scores.items()}
     best = max((name for name in forms if name != MIXED), key=lambda name: auroc[name])
+    trained = max((name for name in runs if name.startswith("rivals.")), key=lambda name: auroc[name], default=None)
+    others = dict(zip(PAIRED, (best, trained, MIXED if MIXED in forms else None), strict=True))
     chance = np.zeros(len(rows))  # a constant score has an AUROC of 1/2 in each draw, so a difference to it is a figure
     paired = partial(metrics.paired_difference, labels=labels, patients=patients)
     out: dict[str, Any] = {}
     for name, seeds in scores.items():
         above, (low, high) = paired(metrics.auroc, scores=seeds, others=chance)
-        difference, interval = paired(metrics.auroc, scores=seeds, others=scores[best])
-        mixed, mixed_interval = paired(metrics.auroc, scores=seeds, others=scores.get(MIXED, chance))
+        to = {what: paired(metrics.auroc, scores=seeds, others=scores[one]) for what, one in others.items() if one}
+        explained = [run["explained"] for run in runs.get(name, []) if run.get("explained") is not None]
         each = [metrics.average_precision(labels, one) for one in seeds]
         out[name] = {
-            "trained": name in runs,
-            "seeds": len(seeds) if name in runs else None,
+            "trained": name not in forms,
+            "seeds": len(seeds) if name not in forms else None,
             "auroc": above + 0.5,
             "auroc_ci": (low + 0.5, high + 0.5),
             "ap": float(np.mean(each)),
-            "difference": difference,
-            "difference_ci": interval,
-            "to_mixed": (mixed, *mixed_interval) if MIXED in forms else None,
+            **{what: (to[what][0], *to[what][1]) if what in to else None for what in PAIRED},
             "same_score": same_score(runs.get(name, [])),
+            "explained": float(np.mean(explained)) if explained else None,
         }
-    return {"best_closed_form": best, "n": len(rows), "n_abnormal": int(labels.sum()), "methods": out}
+    return {
+        "best_closed_form": best,
+        "best_trained_rival": trained,
+        "n": len(rows),
+        "n_abnormal": int(labels.sum()),
+        "methods": out,
+    }
 
 
 def rows_of(found: dict[str, Any]) -> Iterator[tuple[Any, ...]]:
     """The rows of the table, the highest AUROC first."""
     ends = lambda interval: f"{interval[0]:.3f} to {interval[1]:.3f}"
-    mixed = lambda one: "{:+.3f}, {:.3f} to {:.3f}".format(*one["to_mixed"]) if one["to_mixed"] else ""
+    above = lambda figure: "{:+.3f}, {:+.3f} to {:+.3f}".format(*figure) if figure else ""
     for name, one in sorted(found["methods"].items(), key=lambda item: -item[1]["auroc"]):
         name = f"**{name}**" if one["trained"] else name
         figures = (f"{one['auroc']:.3f}", ends(one["auroc_ci"]), f"{one['ap']:.3f}")
@@ -195,10 +212,9 @@ def rows_of(found: dict[str, Any]) -> Iterator[tuple[Any, ...]]:
             name,
             one["seeds"] or "",
             *figures,
-            f"{one['difference']:+.3f}",
-            ends(one["difference_ci"]),
-            mixed(one),
+            *(above(one[what]) for what in PAIRED),
             rival,
+            "" if one["explained"] is None else f"{one['explained']:.2f}",
         )
 
 
@@ -226,10 +242,11 @@ def main(argv: Sequence[str]) -> None:
         "AUROC",
         "95 %",
         "AP",
-        f"above {found['best_closed_form']}",
-        "95 %",
+        f"above {found['best_closed_form']}, 95 %",
+        f"above {found['best_trained_rival'] or 'a trained rival'}, 95 %",
         f"above {MIXED}, 95 %",
         "same score, best closed form",
+        "explained",
     )
     write(RESULTS, options.pack, found | {"table": [head, (lines := list(rows_of(found)))]})
     print(table(head, lines))

@@ -39,6 +39,7 @@ def a_run(folder: Path, noise: float, *, ids=IDS, labels=LABELS, patients=None, 
             "dark": {"image": None, "pixel": None},
         },
         "best_rival": {"image": {"name": "5-NN", "of": 1, "auroc": 0.125, "auroc_ci": [-0.011, 0.251]}, "pixel": None},
+        "explained": {"the network": 0.4, "blur": 0.1},
         "seconds_per_case": 0.25,
     }
     (folder / "evaluation").mkdir(parents=True)
@@ -222,9 +223,14 @@ def test_methods_of_a_pack_stand_beside_the_best_closed_form_of_normals_alone(pa
     known = roc_auc_score(LABELS, forms["5-NN"])
     one = found["methods"]["amae"]
     assert found["best_closed_form"] == "5-NN" and (one["seeds"], one["trained"]) == (2, True)
-    assert one["auroc"] == pytest.approx(np.mean(each)) and one["difference"] == pytest.approx(np.mean(each) - known)
+    assert one["auroc"] == pytest.approx(np.mean(each)) and one["difference"][0] == pytest.approx(np.mean(each) - known)
     assert one["auroc_ci"][0] <= one["auroc"] <= one["auroc_ci"][1]
-    assert found["methods"]["5-NN"]["difference_ci"] == (0, 0)
+    assert found["methods"]["5-NN"]["difference"] == (0, 0, 0) == found["methods"]["rivals.ae"]["to_trained"]
+    assert one["to_trained"][0] == pytest.approx(one["auroc"] - found["methods"]["rivals.ae"]["auroc"])
+    assert "amae, as published" not in found["methods"] and one["explained"] == pytest.approx(0.4)
+    reversed_ = [runs["amae"][0] | {"published": [-score for score in runs["amae"][0]["scores"]]}]
+    other = packs.compared({"amae": reversed_}, forms, pack.rows)["methods"]["amae, as published"]
+    assert other["auroc"] == pytest.approx(1 - each[0]) and other["seeds"] == 1 and other["to_trained"] is None
     assert one["to_mixed"][0] == pytest.approx(np.mean(each) - 1) and one["to_mixed"][1] <= one["to_mixed"][0]
     assert next(packs.rows_of(found))[0] == packs.MIXED
 

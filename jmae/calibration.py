@@ -345,8 +345,8 @@ def colours_of(calibration: Calibration | None) -> Scale | None:
         return None
     rare, normals = round(1000 - 10 * PERCENTILES[1]), counted(len(calibration.scores), "held-out normals")
     source = (
-        f"In 19 of 20 maps of {normals}, at most {rare} of 1,000 values is higher than "
-        f"{calibration.high:.3g}, the bright end. The dark end is the middle value of such a map. So a bright place is "
+        f"The bright end is {calibration.high:.3g}. Normal maps hardly go beyond it: in 19 of 20 maps of {normals}, at "
+        f"most {rare} of 1,000 values is higher. The dark end is the middle value of such a map. So a bright place is "
         "rare in normal scans, but its value may be small."
     )
     return Scale(calibration.low, calibration.high, source)

@@ -17,11 +17,15 @@ def doubts(history: Sequence[Mapping[str, Any]], stages: Sequence[Stage]) -> lis
     found = []
     for stage in stages:
         lines = [line for line in history if line.get("stage") == stage.name]
-        for metric, value in stage.nothing.items():
-            named = [line for line in lines if any(key.startswith(metric) for key in line)]
-            last = [x for key, x in (named[-1] if named else {}).items() if key.startswith(metric)]
-            if last and max(last) <= value:
-                found.append(f"the network has learnt little: {stage.words.get(metric, metric)}: {max(last):.2g}")
+        for metric, least in stage.nothing.items():
+            looks = [line for line in lines if any(key.startswith(metric) for key in line)]
+            line = looks[-1] if looks else {}
+            values = [value for key, value in line.items() if key.startswith(metric)]
+            bound = line.get(least, -np.inf) if isinstance(least, str) else least  # earlier runs lack some metrics
+            if values and max(values) <= bound:
+                beside = f", {stage.words.get(least, least)}: {bound:.2g}" if isinstance(least, str) else ""
+                what = f"{stage.words.get(metric, metric)}: {max(values):.2g}{beside}"
+                found.append(f"the network has learnt little: {what}")
         losses = [line["loss"] for line in lines if isinstance(line.get("loss"), float)]
         if spiked(losses):
             usual = np.median(losses[-LINES - 1 : -1])

@@ -210,14 +210,14 @@ def evaluate(
     history = read_history(workdir / "metrics.jsonl")
     optional = {
         "explained": baselines.explained(split_replicates(results, config.replicates)[0], cases, chosen.normals),
+        "left_out": cases.unread,
         "leaks": sorted({row.leak for row in rows if row.leak}),
         "unchecked": unchecked,
         "maskless": why_no_masks(calibration, rate),
         "notes": list(system.notes),
         "printed": beside_published(config, system, rows, workdir, history),
     }
-    evaluation |= {name: value for name, value in optional.items() if value}
-    evaluation |= {"mask": masks.result(), "masked": masks.counts()}
+    evaluation |= {"mask": masks.result(), "masked": masks.counts()} | {k: v for k, v in optional.items() if v}
     if config.evaluation.convergence:
         labelled = [row for row in chosen.rows if row.label is not None]
         if numbers := convergence(config, system, results, labelled, cases):

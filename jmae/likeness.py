@@ -254,5 +254,6 @@ def unlike(traits: Traits | None, kind: Mapping[str, Any] | None) -> str:
             value, low, high = (
                 f"{x:.3g}" if x < 100 else f"{x:.0f}" for x in (numbers[name], max(least, low), min(greatest, high))
             )
-            found.append(f"{words} ({name} {value}, expected {low if low == high else f'{low} to {high}'})")
+            usual = low if low == high else f"{low} to {high}"
+            found.append(words if name == TURNED else f"{words} ({name} {value}, expected {usual})")
     return "; ".join(found)

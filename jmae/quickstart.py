@@ -59,8 +59,7 @@ def main(argv: list[str]) -> int:
     if wrong := recipe.SHARED["budget"].wrong(recipe.typed("budget", budget, 0.25), 2):
         raise InputError(f"--budget={budget} is not {wrong}: write 0.25 for a first impression, 1 for a whole training")
     out, (normals, new) = output_folder(flags.pop("out", "quickstart"), "quickstart"), names
-    found = folders.prepare(None, out, 0, normal=normals, test=new)
-    rows, damaged = found.rows, found.left_out[folders.DAMAGED]
+    rows = folders.prepare(None, out, 0, normal=normals, test=new).rows
     kind = one_rank(rows, read_kinds(rows))
     made = manifest_of(out, rows, f"{normals} and {new}")
     name, why = recipe.suggested(kind)
@@ -74,6 +73,7 @@ def main(argv: list[str]) -> int:
         log(few)
     run = out / "run"
     whole = recipe.typed("config.budget", (given | flags)["config.budget"], 0.25)
+    refuse_other_budget(run, whole)
     log(time_line(run, given["config"], kind, whole, len(rows)))
     commands = [
         ["prepare", "folders", "--normal", normals, "--test", new, "--out", str(out / "data")],
@@ -88,12 +88,17 @@ def main(argv: list[str]) -> int:
         log(f"$ {in_shell(words)}")
         if code := RUN[words[0]](words[1:]):
             return code
-    but = f", without {counted(damaged, 'scans')} that cannot be read" if damaged else ""
-    log(f"{run / 'evaluation' / 'report.html'}: the new scans, from the most to the least suspicious{but}")
+    log(f"{run / 'evaluation' / 'report.html'}: the new scans, from the most to the least suspicious")
     more = [f"--config={chosen}"] * bool(chosen) + [f"--{flag}={value}" for flag, value in flags.items()]
     longer = in_shell(["quickstart", *names, *more, "--budget", "1", "--out", f"{out}-longer"])
     log(f"next: open it; a longer training: {longer}")
     return 0
+
+
+def refuse_other_budget(run: Path, budget: float) -> None:
+    """Raises InputError where the run has begun with another budget."""
+    if (run / "config.json").exists() and (before := recipe.read(run).budget) != budget:
+        raise InputError(f"{run}: began with --budget={before:g}: give this budget, or name another --out")
 
 
 def time_line(run: Path, config: str, kind: str, budget: float, scans: int) -> str:

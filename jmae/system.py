@@ -153,7 +153,7 @@ class Stage:
         words: {metric: what it is, in plain words} for the lines of a training. A metric without words has its name.
             The words of "NAME" hold for "NAME_0", "NAME_1", ... too, one a channel.
         nothing: {metric: value} at or below which the network has learnt nothing, or hardly anything (`jmae.doubts`);
-            of several channels the best counts.
+            of several channels the best counts. In place of a value may stand another metric of the same line.
     """
 
     name: str
@@ -177,7 +177,7 @@ class Stage:
     published: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
     published_with: Mapping[str, Any] = field(default_factory=dict)
     words: Mapping[str, str] = field(default_factory=dict)
-    nothing: Mapping[str, float] = field(default_factory=dict)
+    nothing: Mapping[str, float | str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,6 +3,7 @@
 from collections import Counter
 from contextlib import contextmanager
 from operator import attrgetter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from jmae.data.cases import ArrayFile, Bits, load_cases, smallest_type
 from jmae.data.files import reading
 from jmae.data.manifest import parse_manifest
 from jmae.data.preparation import open_case, prepared_case
-from jmae.errors import exit_code
+from jmae.errors import InputError, exit_code
 from jmae.recipe import parse
 
 
@@ -124,3 +125,29 @@ def test_the_smallest_type_holds_the_values_exactly(values, dtype):
     small = smallest_type(np.float32(values))
     assert small.dtype == dtype
     np.testing.assert_array_equal(small.astype(np.float32), np.float32(values))
+
+
+def test_new_scans_that_are_damaged_are_left_out_and_others_stop_the_command(tmp_path, tools, capsys):
+    manifest = tools.write_set(tmp_path, {("train", 0): 3, ("val", 0): 2, ("test", None): 3, ("test", 0): 1})
+    config, _ = parse(["--config=ppii:smoke", f"--config.data.manifest={manifest}"], "")
+    new, old = (
+        [row for row in parse_manifest(manifest)[0] if row.split == "test" and row.label == x] for x in (None, 0)
+    )
+    (damaged, *others), kept = (Path(row.image[0]) for row in new), Path(old[0].image[0])
+    damaged.write_bytes(damaged.read_bytes()[:60])
+    cases = load_cases(config)
+    assert new[0].id not in {row.id for row in cases.rows} and len(cases.rows) == 8
+    assert len(cases.unread) == 1 and cases.unread[0].startswith(f"{new[0].id}: {damaged}: ")
+    assert f"warning: left out, as it cannot be read: {cases.unread[0]}" in capsys.readouterr().out
+    good = kept.read_bytes()
+    kept.write_bytes(b"")
+    with pytest.raises(InputError, match=f"{kept}: is empty"):
+        load_cases(config)
+    kept.write_bytes(good)
+    others[0].unlink()
+    with pytest.raises(InputError, match=f"{others[0]}: not found"):
+        load_cases(config)
+    for file in others:
+        file.write_bytes(b"")
+    with pytest.raises(InputError, match="is empty"):
+        load_cases(config)

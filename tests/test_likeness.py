@@ -52,7 +52,7 @@ def test_an_image_that_is_turned_or_mirrored_is_named(shape):
     shade = shade.swapaxes(0, 1)
     scan = lambda: image(np.clip(shade + rng.normal(0, 10, shape), 0, 255))
     kind = likeness.kind_of([likeness.traits_of(scan()) for _ in range(30)])
-    what = "would be more like the training images if it were turned or mirrored (gain by turning"
+    what = "would be more like the training images if it were turned or mirrored"
     changed = lambda change: likeness.unlike(likeness.traits_of(scan()._replace(array=change(scan().array))), kind)
     assert changed(lambda array: array) == ""
     for axis in range(len(shape)):

@@ -238,6 +238,13 @@ def test_dice_by_hand():
     assert ppii.dice(prediction, target, 0.9) == 0
 
 
+@pytest.mark.parametrize("threshold", [0.0, 0.3])
+def test_no_map_of_one_value_has_a_higher_dice_than_the_constant(threshold):
+    target = jnp.asarray(np.random.default_rng(0).random((4, 8, 8)) ** 4)
+    tried = [float(ppii.dice(jnp.full_like(target, value), target, threshold)) for value in np.linspace(0.01, 1, 400)]
+    assert float(ppii.dice_of_constant(target, threshold)) == pytest.approx(max(tried), rel=1e-4)
+
+
 # --- scores -----------------------------------------------------------------------------------------------------------
 
 

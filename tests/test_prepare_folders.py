@@ -626,6 +626,15 @@ def test_subfolders_are_named_and_those_called_after_lesions_get_a_caution(tmp_p
     assert f"caution: 7 scans taken as normal, in {place} (and 6 more such folders): " in said
 
 
+def test_folders_that_may_be_classes_are_a_question(tmp_path, capsys):
+    normals = tmp_path / "sorted"
+    for name in ("normal", "train", "pneumonia", "P01", "pneumonia/p2"):
+        picture(normals / name / f"{name[:2]}.png")
+    _, said = prepared(capsys, "folders", f"--normal={normals}", out=tmp_path / "out")
+    what = f"scans taken as normal, of them 1 in {normals}/pneumonia: if one of these folders holds abnormal scans"
+    assert f"caution: {what}, move it out of {normals}" in said
+
+
 def test_a_series_in_a_folder_called_after_lesions_gets_a_caution(tmp_path, capsys):
     series(tmp_path / "normals" / "a", 3, "1.2"), series(tmp_path / "normals" / "positive", 3, "1.3")
     _, said = prepared(capsys, "folders", f"--normal={tmp_path}/normals", out=tmp_path / "out", crops=True)

@@ -24,6 +24,7 @@ from jmae.data.prepare import folders
 from jmae.data.prepare.overview import calibration_share, p_value_line
 from jmae.errors import InputError, exit_code
 from jmae.inputs import cases_of
+from jmae.sealed import seal
 from jmae.system import load_system
 from jmae.tables import counted
 
@@ -78,24 +79,18 @@ def test_the_kind_of_scan_chooses_the_recipe(make, recipe, more, tmp_path, monke
     assert f"time: up to about {minutes} minutes on two CPU cores; longer if other programs use them\n" in said
 
 
-def test_a_new_scan_that_cannot_be_read_is_left_out_and_named(tmp_path, monkeypatch, capsys):
+def test_a_new_scan_that_cannot_be_read_does_not_stop_the_others(tmp_path, monkeypatch, capsys):
     normals, new, out = pictures(tmp_path / "normals", 12, 1), pictures(tmp_path / "new", 3, 2), tmp_path / "out"
-    torn = new / "torn.png"
-    torn.write_bytes((new / "0.png").read_bytes()[:-40])
     (new / "none.png").touch()
     done = dict.fromkeys(quickstart.RUN, lambda argv: 0) | {"prepare": quickstart.prepare_data}
     monkeypatch.setattr(quickstart, "RUN", done)
     assert exit_code(quickstart.main, [str(normals), str(new), f"--out={out}"]) == 0
-    said, manifest = capsys.readouterr(), (out / "data" / "manifest.csv").read_text()
-    assert (
-        "left out: 2 scans of --test that cannot be read" in said.out and "caution: left out: test_none: " in said.out
-    )
-    assert str(torn) in said.out and str(torn) not in manifest and "2.png" in manifest
-    assert "least suspicious, without 2 scans that cannot be read" in said.err
+    caution = f"caution: 1 new scan cannot be read, and training and evaluation leave it out: {new / 'none.png'}\n"
+    assert caution in capsys.readouterr().out
     for file in new.iterdir():
         file.write_bytes(b"")
     assert exit_code(quickstart.main, [str(normals), str(new), f"--out={tmp_path / 'other'}"]) == 2
-    assert len(capsys.readouterr().err.splitlines()) <= 5 and not (tmp_path / "other" / "data").exists()
+    assert len(capsys.readouterr().err.splitlines()) == 4 and not (tmp_path / "other" / "data").exists()
 
 
 def normals(patients: int, scans: int = 1) -> list[Row]:
@@ -246,6 +241,20 @@ def test_the_report_is_named_unless_the_training_stopped(tmp_path, monkeypatch, 
     monkeypatch.setattr(quickstart, "RUN", done | {"train": lambda argv: 130})
     assert exit_code(quickstart.main, [str(normals), str(new), f"--out={out}"]) == 130
     assert "report.html" not in capsys.readouterr().err
+
+
+def test_another_budget_than_that_of_the_run_is_refused_at_once(tmp_path, monkeypatch, capsys):
+    normals, new, out = pictures(tmp_path / "normals", 12, 1), pictures(tmp_path / "new", 2, 2), tmp_path / "out"
+    words = [normals, new, f"--out={out}"]
+    config = recipe.parse(["--config=ppii:small", "--config.budget=0.25"], "")[0]
+    (out / "run").mkdir(parents=True)
+    (out / "run" / "config.json").write_text(seal(json.loads(recipe.to_json(config))))
+    assert started(monkeypatch, *words)[0] == 0
+    capsys.readouterr()
+    assert started(monkeypatch, *words, "--budget=0.5") == (2, [])
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        f"{out}/run: began with --budget=0.25: give this budget, or name another --out"
+    )
 
 
 def test_a_count_of_one_has_no_plural():

@@ -513,6 +513,8 @@ def test_how_many_cases_have_a_mask_is_said_or_why_none_has_one(tmp_path):
     assert three.startswith("3 of 20 cases have a mask. A mask marks where the map lies above 0.01235.")
     assert one.startswith("1 of 20 cases has a mask. ") and none.startswith("None of 20 cases has a mask. ")
     assert "dashed orange line" in three and "dashed orange line" not in none
+    promised = "Of normal cases of the same kind, at most 5 % have a mask, on average."
+    assert promised in mask_sentences(masked(3, 20) | {"alarms": {"rate": 0.05}}) and promised not in three
     assert all("jmae predict writes them as files, ID_mask." in said for said in (three, one, none))
     assert mask_sentences({"maskless": "no masks: 8 held-out normals, 19 are needed"}) == [
         "No masks: 8 held-out normals, 19 are needed."
@@ -555,8 +557,18 @@ def test_the_colours_are_explained_beside_the_first_pictures(tmp_path):
     assert first.count('class="scale"') == 1
     said = colours_of(Calibration(dict.fromkeys("abc", 1.0), 0.1, 0.7)).source
     assert said.startswith(
-        "In 19 of 20 maps of 3 held-out normals, at most 1 of 1,000 values is higher than 0.7, the bright"
+        "The bright end is 0.7. Normal maps hardly go beyond it: in 19 of 20 maps of 3 held-out normals, at most 1 of"
     )
+
+
+def test_scans_that_could_not_be_read_are_named_on_the_first_screen(tmp_path):
+    left = [f"s{i}: /new/s{i}.png: is empty" for i in range(7)]
+    text = write(tmp_path / "r.html", an_evaluation(left_out=left))
+    assert "<b>7 scans could not be read.</b> This page has no score of them: s0: /new/s0.png: is empty; s1:" in text
+    assert "s4.png: is empty; and 2 more." in text and text.index("s4.png") < text.index('<div class="first">')
+    one = write(tmp_path / "one.html", an_evaluation(left_out=left[:1]))
+    assert "<b>1 scan could not be read.</b>" in one and "more." not in one[: one.index('<div class="first">')]
+    assert "could not be read" not in write(tmp_path / "none.html", an_evaluation())
 
 
 def test_a_short_training_is_said_at_the_top_and_names_of_scores_and_pictures_are_explained(tmp_path):
@@ -669,10 +681,10 @@ def test_the_smallest_possible_p_value_is_marked_and_a_missing_one_has_its_reaso
 def test_how_good_the_training_was_stands_on_the_first_screen_in_one_line(tmp_path):
     look = lambda **figures: [*HISTORY, {"stage": "train", "step": 9, **figures}]
     said = lambda history: write(tmp_path / "r.html", an_evaluation(), history=history).split('<div class="first">')[0]
-    dice = "The training: on drawn anomalies the network reaches a Dice of 0.54 (0: it finds none, 1: it marks them "
-    usual = "exactly; on chest X-rays and colonoscopy whole trainings reached 0.55 to 0.75)"
+    dice = "The training: on drawn anomalies the network reaches a Dice of 0.54 (0.31: a map of one value; 1: it marks "
+    usual = "them exactly; on chest X-rays and colonoscopy whole trainings reached 0.55 to 0.75)"
     assert f"<p>{dice}{usual}. Real ones look different.</p>" in said(
-        [*look(best_dice=0.1, dice=0.1), *look(best_dice=0.54, dice=0.5)]
+        [*look(best_dice=0.1, dice=0.1), *look(best_dice=0.54, dice=0.5, dice_of_constant=0.31)]
     )
     shares = "of held-out normals, the network explains this share of the variance of hidden voxels: 0.02"
     assert f"<p>The training: {shares} (0: no better than their mean, 1: perfect).</p>" in said(

@@ -691,7 +691,7 @@ def test_a_line_names_its_figures_in_the_words_of_its_stage_or_else_by_their_nam
 def test_the_systems_say_what_their_figures_are():
     stages = lambda name: load_system(recipe.parse([f"--config={name}:smoke"], "")[0]).stages
     stage = lambda name: stages(name)[-1]
-    assert stage("ppii").words.keys() == {"target", "dice", "best_dice"}
+    assert stage("ppii").words.keys() == {"target", "dice", "dice_of_constant", "best_dice"}
     assert stage("maemi").words.keys() == {"explained_variance"}
     assert all(
         {"accuracy", "fake", "check_mse"} <= one.words.keys() for one in stages("simsid") if one.name != "calibration"

@@ -25,7 +25,7 @@ from jmae.data import duplicates, phantoms
 from jmae.data.crops import Volumes, cache_volume
 from jmae.data.files import Image
 from jmae.data.loader import WORKERS, Images, ImageStore, Samples
-from jmae.data.manifest import LEAKS, Finding, Row, first, held_out, leaks, parse_manifest, summary
+from jmae.data.manifest import LEAKS, Finding, Row, dispensable, first, held_out, leaks, parse_manifest, summary
 from jmae.data.opening import lines_of, open_each
 from jmae.data.preparation import (
     Opened,
@@ -162,6 +162,7 @@ class Cases:
         used = [row for row in rows if row.id in self.trained or row.split in (*scored, "train")]
         self.store: ImageStore | None = None if recipe.is_volume(config) else ImageStore(used, config.data)
         self.traits: dict[str, Traits] = {}  # of the opened cases that training reads, by id
+        self.unread: list[str] = []  # what is wrong with each new scan that is left out
         self._kept: dict[str, KeptCase] = {}
         self._file: ArrayFile | None = None
         self._lock = threading.Lock()
@@ -324,12 +325,18 @@ def _from_manifest(
         soft.extend([row.id] * case.soft)
         cases.take(now[row.id], case)
 
-    of_files = lines_of(open_each(written, workers=WORKERS, use=use, data=data))
+    found = open_each(written, workers=WORKERS, use=use, data=data)
+    spared = dispensable(rows, [one.rows[0] for one in found if one.kind == "unreadable"])
+    cases.unread = lines_of(one for one in found if one.rows[0].id in spared)
+    of_files = lines_of(one for one in found if one.rows[0].id not in spared)
     leaking = [*leaks(rows), *duplicates.in_two_splits(rows, prints)]
     if leaking and not data.allow_leaks:
         problems += first([f"{data.manifest}: {one.what}, or --config.data.allow_leaks=True" for one in leaking])
     if problems := [*problems, *folded(of_files, len(written))]:
         raise InputError("\n".join(problems))
+    for line in folded(cases.unread):
+        log(f"warning: left out, as it cannot be read: {line}")
+    rows = [row for row in rows if row.id not in spared]
     rows = [row._replace(content=prints[row.id].digest.hex()[:16]) if row.id in prints else row for row in rows]
     if colour:
         what = f"made grey: {counted(len(colour), 'colour images')}"

@@ -209,6 +209,15 @@ def held_out(rows: Sequence[Row], share: float) -> Bool[np.ndarray, " n"]:
     return np.array([row.split == "train" and same_name(row.patient or row.id) in held for row in rows], bool)
 
 
+def dispensable(rows: Sequence[Row], unread: Sequence[Row]) -> set[str]:
+    """The ids of those rows, among the `unread` ones, that a command leaves out: new scans whose files are there but
+    damaged. A new scan is of the test and has no label. None is left out where no new scan could be read."""
+    new = {row.id for row in rows if row.split == "test" and row.label is None}
+    if new <= {row.id for row in unread}:
+        return set()
+    return {row.id for row in unread if row.id in new and all(map(os.path.exists, row.image))}
+
+
 def learnable(rows: Sequence[Row]) -> int:
     """The number of normal scans to learn from, with those that `data.calibration` keeps from the training."""
     return sum(row.kept or (row.split == "train" and row.label != 1) for row in rows)

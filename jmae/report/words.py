@@ -103,10 +103,11 @@ def learnt_sentence(history: Sequence[Mapping[str, Any]]) -> str:
     """How well the network has learnt its task, beside nothing and all; "" where the training did not look."""
     for line in reversed(history):
         if "best_dice" in line:
-            reached = f"on drawn anomalies the network reaches a Dice of {line['best_dice']:.2f}"
+            constant = f"{line['dice_of_constant']:.2f}: a map of one value; " if "dice_of_constant" in line else ""
             return (
-                f"The training: {reached} (0: it finds none, 1: it marks them exactly; on chest X-rays and colonoscopy "
-                "whole trainings reached 0.55 to 0.75). Real ones look different."
+                f"The training: on drawn anomalies the network reaches a Dice of {line['best_dice']:.2f} ({constant}1: "
+                "it marks them exactly; on chest X-rays and colonoscopy whole trainings reached 0.55 to 0.75). Real "
+                "ones look different."
             )
         if shares := explained_shares(line):
             reached = f"of held-out normals, the network explains this share of the variance of hidden voxels: {shares}"
@@ -345,7 +346,7 @@ class Notice(NamedTuple):
 
 def notices(evaluation: Mapping[str, Any], config: Mapping[str, Any]) -> list[Notice]:
     """The notices at the top of a page: a short or a doubtful training, few normals to learn from, cases unlike the
-    training images, few held-out normals."""
+    training images, scans that could not be read, few held-out normals."""
     found = []
     if short := short_training(config):
         found.append(Notice("Short training.", f"{short}. {low_dice_sentence(evaluation)}".rstrip()))
@@ -359,6 +360,10 @@ def notices(evaluation: Mapping[str, Any], config: Mapping[str, Any]) -> list[No
         warned = [row for row in evaluation.get("table") or () if row.get("warning")]
         warned.sort(key=lambda row: -math.inf if row["score"] is None else -row["score"])
         found.append(Notice(sentences[0], " ".join(sentences[1:]), [row["id"] for row in warned]))
+    if left := evaluation.get("left_out"):
+        more = f"; and {len(left) - 5} more" if left[5:] else ""
+        title = f"{counted(len(left), 'scans')} could not be read."
+        found.append(Notice(title, f"This page has no score of them: {'; '.join(left[:5])}{more}."))
     if text := no_alarm_sentence(evaluation):
         found.append(Notice("No alarm is possible.", text))
     return found
@@ -392,10 +397,11 @@ def mask_sentences(evaluation: Mapping[str, Any]) -> list[str]:
     found = evaluation.get("masked")
     if not found:
         return []
-    n, of = found["n"], counted(found["of"], "cases")
+    n, of, rate = found["n"], counted(found["of"], "cases"), (evaluation.get("alarms") or {}).get("rate")
     return [
         f"{n} of {of} {'has' if n == 1 else 'have'} a mask." if n else f"None of {of} has a mask.",
         f"A mask marks where the map lies above {found['threshold']:.4g}.",
+        *[f"Of normal cases of the same kind, at most {100 * (rate or 0):.3g} % have a mask, on average."] * bool(rate),
         *["The pictures of the cases show a mask as a dashed orange line."] * bool(n),
         "The evaluation writes no masks; jmae predict writes them as files, ID_mask.",
     ]

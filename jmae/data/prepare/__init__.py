@@ -228,9 +228,9 @@ def prepare(
     refuse_look_alikes(rows, lambda row: f"{row.split} {row.label} {Path(row.image[0]).parent.name}")
     licence = licence or made.licence
     rows = [row._replace(extra={**row.extra, "licence": licence}) for row in rows] if licence else rows
-    kinds, mixed = kinds_of(rows) if name in LAYOUTS else ([], "")
+    kinds, further_cautions = kinds_of(rows) if name in LAYOUTS else ([], [])
     write_manifest(out, rows)
-    cautions += [mixed] if mixed else []
+    cautions += further_cautions
     manifest = out / "manifest.csv"
     found = [
         f"{manifest}: {made.found}: {summary(rows)}; left out: {in_words(left_out)}",

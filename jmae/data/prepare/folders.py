@@ -16,8 +16,8 @@ Instead, --normal DIR and --test DIR name two folders: normal images to train on
 A case is an image file or a folder with one DICOM series. DICOM files may have any name. The id of a case is its path
 below the root, but --test names its cases as `jmae predict` does, by their files. The patient is a hash of DICOM's
 PatientID. Some public sets tell it in their file names. Files of other kinds are counted and reported. A file whose
-header cannot be read is refused by its name, and so is a volume among images. Scans of --test are read as a whole:
-those that cannot be read are left out, with a caution that names them.
+header cannot be read is refused by its name, and so is a volume among images. A scan of --test that cannot be read
+gets a caution: the training and the evaluation leave it out.
 """
 
 import re
@@ -28,12 +28,9 @@ from pathlib import Path
 
 import pydicom
 
-from jmae.data.cases import folded
 from jmae.data.files import is_dicom
-from jmae.data.loader import WORKERS
 from jmae.data.manifest import Row, same_name
 from jmae.data.names import count_unread, names_of
-from jmae.data.opening import lines_of, open_each
 from jmae.data.prepare import Prepared, refuse
 from jmae.data.prepare.masks import bare, is_mask_folder, is_mask_name, sharp, words
 from jmae.data.prepare.patients import KNOWN, by_name, hidden
@@ -54,10 +51,11 @@ NORMAL = ("good", "normal", "healthy", "negative", "0")
 _KINDS = "abnormal lesion lesions tumour tumours tumor tumors disease diseases diseased positive positives pathological"
 ABNORMAL = {*_KINDS.split()}  # words in the name of a folder
 WITHOUT = {"no", "non", "not", "without", "free"}  # words that turn their meaning round
+MOST_CLASSES = 20  # more folders than these are hardly of classes
 NAMED = 5  # subfolders that are named
 IMAGES = ("img", "imgs", "image", "images")  # folders of images inside the folder of a class
+CLEAR = {*NORMAL, *SPLITS, *IMAGES, *ABNORMAL}  # words of folders that leave no question, or that have a caution
 SECONDS_BETWEEN_LINES = 10  # interval of progress lines while files are read
-DAMAGED = "scans of --test that cannot be read"
 
 
 def prepare(root: Path | None, out: Path, seed: int, normal: str = "", test: str = "") -> Prepared:
@@ -66,15 +64,13 @@ def prepare(root: Path | None, out: Path, seed: int, normal: str = "", test: str
         if not normal:
             raise InputError("name the folder: --root=DIR, or --normal=DIR and --test=DIR")
         other: list[Path] = []
-        rows, damaged = list(plain(Path(normal), "train", 0, other)), list[str]()
-        tests = list(plain(Path(test), "test", None, other)) if test else []
-        rows += named_by_predict(readable(tests, damaged), rows) if tests else []
+        rows = list(plain(Path(normal), "train", 0, other))
+        rows += named_by_predict(list(plain(Path(test), "test", None, other)), rows) if test else []
         sources = f"{normal} and {test}" if test else normal
         inner = in_words_of(subfolders(rows, "train", normal) + subfolders(rows, "test", test))
         found = f"{sources}: {counted(len(rows), 'cases')}{inner}; the training cases are taken as normal"
-        left_out = count_unread(other) + Counter({DAMAGED: len(damaged)})
-        cautions = [f"left out: {line}" for line in folded(damaged)] + [called_abnormal(rows, normal)]
-        return Prepared(told_apart(rows), found, left_out, caution="; ".join(filter(None, cautions)))
+        cautions = filter(None, [called_abnormal(rows, normal), called_otherwise(rows, normal)])
+        return Prepared(told_apart(rows), found, count_unread(other), caution="; ".join(cautions))
     if normal or test:
         raise InputError("--root excludes --normal and --test: write either --root or the other two")
     return sorted_folders(root, out)
@@ -192,17 +188,6 @@ def plain(folder: Path, split: str, label: int | None, other: list[Path]) -> Ite
         yield Row(name_of((split, *path.relative_to(folder).parts)), patient, split, label, (str(path),))
 
 
-def readable(rows: Sequence[Row], damaged: list[str]) -> list[Row]:
-    """The rows whose images can be read; adds what is wrong with the others to `damaged`. Raises InputError where none
-    can be read."""
-    problems = [one for one in open_each(rows, workers=WORKERS) if one.kind == "unreadable"]
-    damaged += lines_of(problems)
-    found = {one.rows[0].id for one in problems}
-    if len(found) == len(rows):
-        raise InputError("\n".join(folded(damaged, len(rows))))
-    return [row for row in rows if row.id not in found]
-
-
 def subfolders(rows: Sequence[Row], split: str, folder: str) -> Counter[str]:
     """The number of cases of a split in each folder below that of the split."""
     top = Path(folder).absolute()
@@ -230,6 +215,20 @@ def called_abnormal(rows: Sequence[Row], normal: str) -> str:
     first, more = next(iter(places)), f" (and {len(places) - 1} more such folders)" if len(places) > 1 else ""
     what = f"{counted(places.total(), 'scans')} taken as normal, in {first}{more}"
     return f"{what}: the name of the folder says abnormal: move the scans to the folder of --test, or rename the folder"
+
+
+def called_otherwise(rows: Sequence[Row], normal: str) -> str:
+    """A caution where a few folders below that of the normal cases have names without a digit, as folders of classes
+    have; "" where their names say normal, or without any."""
+    top, found = Path(normal).absolute(), Counter[Path]()
+    for place in (Path(row.image[0]).parent for row in rows if row.split == "train"):
+        name = "/".join(place.relative_to(top).parts[-1:])
+        if name and not re.search(r"\d", name) and not CLEAR & set(words(name)):
+            found[place] += 1
+    if not 0 < len(found) <= MOST_CLASSES:
+        return ""
+    each = in_words_of(Counter({str(Path(normal) / place.relative_to(top)): n for place, n in found.items()}))
+    return f"scans taken as normal{each}: if one of these folders holds abnormal scans, move it out of {normal}"
 
 
 def named_by_predict(tests: list[Row], others: Sequence[Row]) -> list[Row]:

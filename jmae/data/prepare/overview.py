@@ -13,7 +13,7 @@ from jmae.data.cases import folded, kept_apart
 from jmae.data.files import image_size, is_dicom
 from jmae.data.files.guard import named_errors
 from jmae.data.loader import WORKERS
-from jmae.data.manifest import SPLITS, Row, learnable
+from jmae.data.manifest import SPLITS, Row, dispensable, learnable
 from jmae.data.prepare.tree import refuse
 from jmae.data.slices import in_words
 from jmae.errors import InputError
@@ -145,9 +145,9 @@ def is_volume(row: Row) -> bool:
 
 def read_kinds(rows: Sequence[Row]) -> list[tuple[str, str]]:
     """(Kind, size) of each row's image, from the headers of its files. A kind is "images" or "volumes", behind the
-    modality of DICOM.
+    modality of DICOM. It is "" where the header of a new scan cannot be read.
 
-    Raises InputError with a line for each file whose header cannot be read.
+    Raises InputError with a line for each other file whose header cannot be read.
     """
 
     def kind(row: Row) -> tuple[str, str, str]:
@@ -164,7 +164,8 @@ def read_kinds(rows: Sequence[Row]) -> list[tuple[str, str]]:
 
     with ThreadPoolExecutor(WORKERS) as pool:
         found = list(pool.map(kind, rows))
-    refuse([problem for _, _, problem in found if problem])
+    spared = dispensable(rows, [row for row, (_, _, problem) in zip(rows, found, strict=True) if problem])
+    refuse([problem for row, (_, _, problem) in zip(rows, found, strict=True) if problem and row.id not in spared])
     return [(name, size) for name, size, _ in found]
 
 
@@ -178,24 +179,25 @@ def modality_of(files: Iterable[Path]) -> str:
 def one_rank(rows: Sequence[Row], kinds: Sequence[tuple[str, str]]) -> str:
     """ "images" or "volumes", which all rows are by what `read_kinds` found. Raises InputError with one line where some
     rows are of the rarer rank."""
-    ranks = [name.split()[-1] for name, _ in kinds]
-    (usual, n), *_ = Counter(ranks).most_common()
-    what = f"where {n} of {len(rows)} scans are {usual}: move it to a folder of its own kind"
+    ranks = [(row, name.split()[-1]) for row, (name, _) in zip(rows, kinds, strict=True) if name]
+    (usual, n), *_ = Counter(rank for _, rank in ranks).most_common()
+    what = f"where {n} of {len(ranks)} scans are {usual}: move it to a folder of its own kind"
     one = {"images": "an image", "volumes": "a volume"}
-    odd = [f"{row.image[0]}: is {one[rank]}, {what}" for row, rank in zip(rows, ranks, strict=True) if rank != usual]
+    odd = [f"{row.image[0]}: is {one[rank]}, {what}" for row, rank in ranks if rank != usual]
     refuse(folded(odd, most=1))
     return usual
 
 
-def kinds_of(rows: Sequence[Row]) -> tuple[list[str], str]:
-    """(The number of images of each kind and size, a line a split; a caution where a split mixes kinds.)
+def kinds_of(rows: Sequence[Row]) -> tuple[list[str], list[str]]:
+    """(The number of images of each kind and size, a line a split; cautions of damaged scans and of mixed kinds.)
 
     Raises InputError as `read_kinds` and `one_rank` do.
     """
     found = read_kinds(rows)
     one_rank(rows, found)
     kinds, sizes = defaultdict[str, Counter[str]](Counter), defaultdict[str, Counter[str]](Counter)
-    for row, (name, size) in zip(rows, found, strict=True):
+    known = [(row, *kind) for row, kind in zip(rows, found, strict=True) if kind[0]]
+    for row, name, size in known:
         kinds[row.split][name] += 1
         sizes[row.split][size] += bool(size)
     lines, mixed = [], []
@@ -209,8 +211,13 @@ def kinds_of(rows: Sequence[Row]) -> tuple[list[str], str]:
     everywhere = {name for split in kinds for name in kinds[split]}
     if mixed:
         rarest = min(everywhere, key=lambda name: sum(one[name] for one in kinds.values()))
-        file = next(row.image[0] for row, (name, _) in zip(rows, found, strict=True) if name == rarest)
+        file = next(row.image[0] for row, name, _ in known if name == rarest)
         mixed[-1] += f" (one of the {rarest}: {file})"
     if not mixed and len(everywhere) > 1:
         mixed = [f"the splits hold {' and '.join(sorted(everywhere))}"]
-    return lines, f"{'; '.join(mixed)}: a recipe takes images of one kind: check that this is meant" if mixed else ""
+    damaged = [row.image[0] for row, (name, _) in zip(rows, found, strict=True) if not name]
+    them = "it" if len(damaged) == 1 else "them"
+    of = f"{counted(len(damaged), 'new scans')} cannot be read, and training and evaluation leave {them} out"
+    cautions = [f"{of}: {', '.join(damaged[:3])}{', ...' if damaged[3:] else ''}"] if damaged else []
+    kind = "a recipe takes images of one kind: check that this is meant"
+    return lines, cautions + ([f"{'; '.join(mixed)}: {kind}"] if mixed else [])

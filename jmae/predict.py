@@ -465,8 +465,11 @@ def predict_rows(run: Run, rows: Sequence[Row], out: Path, *, further: bool) -> 
         add_line(out / DONE, seal_line(done[row.id]))
     for alike in failed.values():
         if len(alike) > 1:
-            log(f"failed: {printable(alike[0].row.id)} (and {len(alike) - 1} more like it)")
-    return finish(rows, done, [one for alike in failed.values() for one in alike], out, alarm_rate(run.config))
+            log(f"failed: {len(alike) - 1} more for the same reason as {printable(alike[0].row.id)}")
+    failures = [one for alike in failed.values() for one in alike]
+    code = finish(rows, done, failures, out, alarm_rate(run.config))
+    log(f"next: {next_step(failures, bool(done), 'images' if recipe.is_volume(run.config) else 'volumes')}")
+    return code
 
 
 class Failure(NamedTuple):
@@ -613,11 +616,21 @@ def finish(rows: Sequence[Row], done: Mapping[str, Mapping], failed: Sequence[Fa
         log("\n".join(highest(lines, rate)))
     if failed:
         log(f"{len(failed)} of {counted(len(failed) + len(lines), 'cases')} failed: {out / 'failed.csv'}")
-    if not all(one.final for one in failed):
-        log("next: mend them, then the same command with --continue")
-    elif lines:
-        log("next: look at the overlays of the highest scores: ID_overlay.png")
     return 1 if failed else 0
+
+
+def next_step(failed: Sequence[Failure], predicted: bool, other: str) -> str:
+    """What to do next; `other` names the kind of scans that the run does not take."""
+    final = sum(one.final for one in failed)
+    mendable, steps = len(failed) - final, list[str]()
+    if predicted and not mendable:
+        steps.append("look at the overlays of the highest scores: ID_overlay.png")
+    if final:
+        steps.append(f"score {counted(final, other)} with a run of {other} (--workdir)")
+    if mendable:
+        them = f"the other {counted(mendable, 'cases')}" if final else "them"
+        steps.append(f"mend {them}, then the same command with --continue")
+    return "; ".join(steps)
 
 
 if __name__ == "__main__":

@@ -93,12 +93,14 @@ def check_unseen(
     rows = [
         row._replace(leak=row.leak or seen.leak(row, split)) if row.split in (split, "val") else row for row in rows
     ]
-    found = [row.leak for row in rows if row.leak]
+    found = [row for row in rows if row.leak]
     if found and not allow:
         more = f", and {len(found) - 1} more cases were seen in training" if len(found) > 1 else ""
-        raise InputError(f"{manifest}: {found[0]}{more}: leave them out, or --{ALLOW}=True marks the report")
-    for what in found[:20]:
-        log(f"warning: {what}")
+        splits = " and ".join(dict.fromkeys(row.split for row in found))
+        remedy = f"delete such rows of {splits} (those of train may stay), or --{ALLOW}=True marks the report"
+        raise InputError(f"{manifest}: {found[0].leak}{more}: {remedy}")
+    for row in found[:20]:
+        log(f"warning: {row.leak}")
     return rows, unchecked
 
 

@@ -276,7 +276,7 @@ def begin_stage(course: Course, *, first: bool) -> tuple[State, int, dict[str, A
         return state, 0, {}
     if not config.model.weights:
         if stage.pretrained.use == "start":
-            log(f"{stage.name}: from random weights: model.weights names none")
+            log(f"{stage.name}: starts from random weights, as model.weights names no file")
         return state, 0, {}
     state = with_pretrained(config, stage, state, course.workdir)
     if stage.pretrained.use == "start":

@@ -104,7 +104,7 @@ def test_a_recipe_keeps_train_patients_apart(tools, tmp_path):
     assert sum(r.split == "val" for r in load_rows(config(manifest, (16, 16), 1), said.append)) == 0
     held, trained = (next(r for r in rows if r.kept is kept and r.label == 0) for kept in (True, False))
     shutil.copy(held.image[0], trained.image[0])  # no user wrote the split val, so the message names the setting
-    with pytest.raises(InputError, match=r"are identical, and data\.calibration holds out one: leave one out"):
+    with pytest.raises(InputError, match=r"are identical, and data\.calibration holds out one: delete the row of one"):
         load_rows(c, said.append)
 
 

@@ -215,6 +215,7 @@ def test_every_kind_of_finding_is_told_with_its_cases(cases, chests, capsys):
     }
     said = capsys.readouterr().out
     assert "     1  near-identical  the same, resized" in said and "10 findings" in said
+    assert "are identical: keep both in one split, or delete the row of one\n" in said
     alike = "are one image, or two of one patient (correlation "
     assert f"c4 in test ({folder / '4.png'}) and near in train ({folder / 'near.jpg'}) {alike}" in said
     assert "sick is abnormal and in train: move it to val, test or unlabeled\n" in said

@@ -85,6 +85,9 @@ def test_cases_of_another_manifest_that_the_run_has_seen_are_refused_or_marked(t
     assert "unchecked" not in json.loads((tmp_path / "out" / "metrics.json").read_text())
     shutil.rmtree(tmp_path / "out")
 
+    other.write_text(lines.replace("train-0-0.png", "../own/train-0-0.png"))  # in train again
+    assert exit_code(ev.main, arguments) == 0
+    shutil.rmtree(tmp_path / "out")
     for change, problem in (
         (lines.replace("q-test-0-0", "p-train-0-0"), "the patient of test-0-0 is that of train-0-0, train of the run"),
         (
@@ -98,6 +101,8 @@ def test_cases_of_another_manifest_that_the_run_has_seen_are_refused_or_marked(t
         assert exit_code(ev.main, arguments) == 2
         said = capfd.readouterr().err.splitlines()[-1]
         assert problem in said and "--config.data.allow_leaks=True marks the report" in said
+        split = problem.split()[3].split("-")[0]  # of the case
+        assert f": delete such rows of {split} (those of train may stay), or --config" in said
         assert not (tmp_path / "out").exists()
     other.write_text(lines.replace("test-1-1.png", "../own/train-0-0.png"))
     assert exit_code(ev.main, [*arguments, "--config.data.allow_leaks=True"]) == 0

@@ -13,9 +13,9 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from jmae.data import loader
-from jmae.data.cases import folded, load_rows
+from jmae.data.cases import load_rows
 from jmae.data.loader import Images, batches
-from jmae.data.manifest import Row
+from jmae.data.manifest import Row, folded
 from jmae.data.preparation import case_words, open_case, stored_image, usable
 from jmae.data.unlabeled import unlabeled_labels, with_anomaly_ratio
 from jmae.errors import InputError

@@ -211,6 +211,16 @@ def test_all_problems_are_told_at_once_and_many_of_a_kind_are_counted(tmp_path):
     assert sum("label 'x'" in line for line in lines) == 1 and len(lines) == 43
 
 
+def test_one_fault_of_many_rows_is_one_line(tmp_path):
+    row = "a{0},P{0},train,{1},{0}.png,,".format
+    (line,) = problems(manifest(tmp_path, *(row(i, "normal") for i in range(16))))
+    what = "write 0 (normal), 1 (abnormal) or leave it empty"
+    assert line == f"line 2: label 'normal': {what} (and 15 more like it)"
+    lines = problems(manifest(tmp_path, *(row(i, "0" if i < 8 else "normal") for i in range(16))))
+    assert [line.split(":")[0] for line in lines] == ["line 10", "line 11", "line 12"]
+    assert lines[-1].endswith("(and 5 more like it)")
+
+
 def test_duplicate_ids_are_refused_even_where_one_row_is_ignored(tmp_path):
     (line,) = problems(manifest(tmp_path, "a,P,test,0,a.png,,", "b,P,test,0,b.png,,", "a,Q,extra,0,c.png,,"))
     assert line == "id 'a' is in lines 2, 4: give each row its own"
@@ -368,7 +378,7 @@ def test_good_files_have_no_problems(folder):
 @pytest.mark.parametrize(
     "row, words",
     [
-        ("x,P,test,0,none.png,,", ["none.png: not found"]),
+        ("x,P,test,0,none.png,,", ["none.png: not found: check the path, or delete its row"]),
         ("x,P,test,0,bad.png,,", ["bad.png: not readable"]),
         ("x,P,test,0,.,,", ["is a folder"]),
         ("x,P,test,1,a.png,wide.png,", ["wide.png: size (5, 7) differs from (7, 5)"]),

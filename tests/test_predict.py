@@ -575,7 +575,7 @@ def damaged_images(folder: Path) -> list[Path]:
 
 def named(lines: list[str]) -> int:
     """The number of cases that lines "failed: ..." stand for."""
-    more = [re.fullmatch(r"failed: .* \(and (\d+) more like it\)", line) for line in lines]
+    more = [re.fullmatch(r"failed: (\d+) more for the same reason as .*", line) for line in lines]
     return sum(int(found[1]) if found else 1 for found in more)
 
 
@@ -631,7 +631,8 @@ def test_damaged_volumes_are_refused_each_in_a_line_and_the_others_go_on(tmp_pat
     assert all(reason.startswith(path) for path, reason in failed.items())
     said = capfd.readouterr().err.splitlines()
     assert named([line for line in said if line.startswith("failed: ")]) == len(bad)
-    assert said[-1] == "next: mend them, then the same command with --continue"
+    step = "mend the other 10 cases, then the same command with --continue"
+    assert said[-1] == f"next: score 1 image with a run of images (--workdir); {step}"
     assert left(out) == {"good_anomaly.nii.gz", "good_recon.nii.gz", "good_overlay.png", "scores.csv", "failed.csv"}
 
 
@@ -641,11 +642,12 @@ def test_films_for_a_run_of_volumes_fail_in_a_line_and_no_other_try_is_proposed(
     assert run(volumes_run, out, folder) == 1
     said = capfd.readouterr().err.splitlines()
     what = "is an image, where the recipe takes volumes (data.size has 3 axes): for images train one such as"
-    assert said[-4].startswith(f"failed: 0: {files[0]}: {what}")
-    assert said[-3:] == [
-        "failed: 0 (and 5 more like it)",
+    assert said[-5].startswith(f"failed: 0: {files[0]}: {what}")
+    assert said[-4:] == [
+        "failed: 5 more for the same reason as 0",
         "no case was predicted",
         f"6 of 6 cases failed: {out / 'failed.csv'}",
+        "next: score 6 images with a run of images (--workdir)",
     ]
     assert list(table(out / "failed.csv")) == list("012345")
 
@@ -671,7 +673,11 @@ def test_what_is_wrong_with_the_command_is_one_line(images_run, tmp_path, capfd)
         ([f"--workdir={images_run}", str(image)], "no --out: name a folder"),
         ([f"--out={tmp_path / 'out'}", str(image)], "no run folder"),
         ([f"--workdir={tmp_path / 'none'}", f"--out={tmp_path / 'out'}", str(image)], "no config.json"),
-        ([f"--workdir={images_run}", f"--out={tmp_path / 'out'}", "--config.data.size=8,8", str(image)], "is unknown"),
+        ([f"--workdir={images_run}", f"--out={tmp_path / 'out'}", "--config.data.siz=8,8", str(image)], "is unknown"),
+        (
+            [f"--workdir={images_run}", f"--out={tmp_path / 'out'}", "--config.data.size=8,8", str(image)],
+            "--config.data.size is fixed since the training: only --config.evaluation.KEY=VALUE can change a run's",
+        ),
         ([f"--workdir={images_run}", f"--out={tmp_path / 'out'}", "--continu=1", str(image)], "--continue"),
         ([f"--workdir={images_run}", f"--out={tmp_path / 'out'}", str(image), str(image)], "name it once"),
         ([f"--workdir={images_run}", f"--out={tmp_path / 'out'}", f"{image};"], "empty name"),

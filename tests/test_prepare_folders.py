@@ -102,7 +102,21 @@ def test_masks_beside_the_images_of_a_class_and_a_validation_set_are_found(tmp_p
     }
     assert rows["valid_Ungood_img_7"].mask == str(root / "valid/Ungood/label/7.png")
     assert rows["test_Ungood_img_7"].mask == str(root / "test/Ungood/label/7.png")
-    assert "1 abnormal training image," in said and "1 file outside of train" in said
+    assert (
+        "1 abnormal training image," in said and "1 file outside of train, val, test and unlabeled (elsewhere)" in said
+    )
+    assert "no folder test" not in said
+
+
+def test_folders_that_are_no_split_are_named_and_a_missing_test_is_said(tmp_path, capsys):
+    for place in ("train", "normal", "pneumonia", "pneumonia/b"):
+        picture(tmp_path / "sorted" / place / "a.png")
+    _, said = prepared(capsys, "folders", f"--root={tmp_path / 'sorted'}", out=tmp_path / "out")
+    assert "left out: 3 files outside of train, val, test and unlabeled (normal, pneumonia)\n" in said
+    assert "caution: no folder test: put new scans into test, or into test/good and test/DEFECT\n" in said
+    picture(tmp_path / "sorted" / "other" / "a.png")
+    _, said = prepared(capsys, "folders", f"--root={tmp_path / 'sorted'}", out=tmp_path / "two")
+    assert "unlabeled (normal, other, ...)\n" in said
 
 
 def test_one_folder_of_masks_for_all_and_an_image_with_two_masks(tmp_path, capsys):
@@ -343,8 +357,10 @@ def test_dicom_of_any_name_is_found_and_files_that_are_not_read_are_counted(tmp_
     assert {row.image[0].rsplit("/", 1)[1] for row in rows.values()} == {
         *("1.2.840.113619.2.5", "plain", "old.IMA", "odd.name", "x.dcm", "a.png")
     }
-    for count in ("2 .bmp files", "1 .gif file", "1 file without an ending", "1 .db file"):
+    for count in ("2 .bmp files", "1 .gif file", "1 .db file"):
         assert f"{count} (not images, or of a format that is not read)" in said
+    what = "not DICOM: give an image its ending, such as .jpg or .png"
+    assert f"1 file without an ending ({what}), such as {folder / 'README'}" in said
     for path in list(folder.iterdir()):
         if path.suffix not in (".bmp", ".gif"):
             path.unlink()

@@ -12,12 +12,14 @@ import sys
 import time
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import without_clock
+from ml_collections import ConfigDict
 from rich.console import Console
 from test_loggers import events_of
 
@@ -27,7 +29,7 @@ from jmae.data.cases import load_rows
 from jmae.errors import InputError, exit_code
 from jmae.run_folder import CLOCK, add_history, cut_history, read_history
 from jmae.seen import read_seen, write_seen
-from jmae.system import load_system
+from jmae.system import Pretrained, load_system
 from jmae.target import Target, tracing_for
 
 ONE_STAGE = ("variant=mae", "evaluation.maps=false")
@@ -696,6 +698,17 @@ def test_the_systems_say_what_their_figures_are():
     assert all(
         {"accuracy", "fake", "check_mse"} <= one.words.keys() for one in stages("simsid") if one.name != "calibration"
     )
+
+
+def test_a_stage_says_that_it_starts_from_random_weights(monkeypatch, capsys):
+    monkeypatch.setattr(train, "compiled_init", lambda *_: lambda *_: "state")
+    monkeypatch.setattr(checkpoint, "restore", lambda *_, **__: None)
+    stage = SimpleNamespace(name="pretrain", pretrained=Pretrained(use="start"))
+    config = ConfigDict({"replicates": 1, "model": {"weights": ""}})
+    further = dict.fromkeys(("keys", "results", "folder", "identity", "mesh"))
+    course = SimpleNamespace(config=config, stage=stage, tables=[[0]], **further)
+    assert train.begin_stage(course, first=False) == ("state", 0, {})
+    assert capsys.readouterr().err == "pretrain: starts from random weights, as model.weights names no file\n"
 
 
 def test_a_first_step_that_is_shown_again_has_no_pace(monkeypatch, capsys):

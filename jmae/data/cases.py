@@ -10,7 +10,6 @@ import tempfile
 import threading
 import weakref
 import zlib
-from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from functools import cache, partial
@@ -25,7 +24,7 @@ from jmae.data import duplicates, phantoms
 from jmae.data.crops import Volumes, cache_volume
 from jmae.data.files import Image
 from jmae.data.loader import WORKERS, Images, ImageStore, Samples
-from jmae.data.manifest import LEAKS, Finding, Row, dispensable, first, held_out, leaks, parse_manifest, summary
+from jmae.data.manifest import LEAKS, Finding, Row, dispensable, first, folded, held_out, leaks, parse_manifest, summary
 from jmae.data.opening import lines_of, open_each
 from jmae.data.preparation import (
     Opened,
@@ -348,21 +347,6 @@ def _from_manifest(
     cases.rows = marked(rows, leaking)
     log(f"{data.manifest}: {summary(cases.rows, ignored)}")
     return cases
-
-
-def folded(problems: Sequence[str], cases: int = 0, most: int = 3) -> list[str]:
-    """Problems "CASE: FILE: WHAT" or "WHERE: WHAT" of some of the `cases`. At most `most` lines are kept of each WHAT,
-    and one line where all cases have it. The last line of a WHAT says how many more there are."""
-    kinds = [problem.split(": ", 2)[-1] for problem in problems]
-    total, shown, lines = Counter(kinds), Counter[str](), []
-    for problem, kind in zip(problems, kinds, strict=True):
-        shown[kind] += 1
-        keep = 1 if total[kind] == cases else most
-        if shown[kind] < keep or total[kind] <= keep:
-            lines.append(problem)
-        elif shown[kind] == keep:
-            lines.append(f"{problem} (and {total[kind] - keep} more like it)")
-    return lines
 
 
 def marked(rows: Sequence[Row], leaking: Sequence[Finding]) -> list[Row]:

@@ -103,9 +103,9 @@ def in_two_splits(rows: Sequence[Row], prints: Mapping[str, Fingerprint]) -> lis
         near = f"are one image, or two of one patient{further} (correlation {copy.correlation:.2f})"
         alike = "are identical" if copy.correlation == 1 else near
         first, second = (f"{row.id} in {row.listed} ({row.image[0]})" for row in (a, b))
-        what = f"{first} and {second} {alike}: keep both in one split, or leave one out"
+        what = f"{first} and {second} {alike}: keep both in one split, or delete the row of one"
         if a.listed == b.listed:
-            remedy = "leave one out, or give both one patient"
+            remedy = "delete the row of one, or give both one patient"
             what = f"{first} and {second} {alike}, and data.calibration holds out one: {remedy}"
         found.append(Finding("identical" if copy.correlation == 1 else "near-identical", (a, b), what))
     return found

@@ -15,9 +15,10 @@ import hashlib
 import io
 import math
 import os
+import re
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
@@ -125,7 +126,7 @@ def parse_manifest(
         instead = f", only {', '.join(map(repr, other))}" if other else ""
         problems["empty"].append(f"no row of {', '.join(SPLITS)}{instead}: fill the column split")
     told = (lines for kind, lines in problems.items() if kind not in allow)
-    shown = [f"{os.fspath(path)}: {line}" for lines in told for line in first(lines)]
+    shown = [line for lines in told for line in _shown(path, lines, len(rows) + other.total())]
     ignored = {f"rows of other splits ({', '.join(map(_other_split, other))})": other.total()} if other else {}
     return rows, ignored | {what: n for what, n in dropped.items() if n}, shown
 
@@ -146,9 +147,7 @@ def read_cases(path: str | os.PathLike, split: str) -> list[Row]:
         lines_of[rows[-1].id].append(line)
     problems["id"] += _repeated(lines_of)
     if any(problems.values()):
-        raise InputError(
-            "\n".join(f"{os.fspath(path)}: {line}" for lines in problems.values() for line in first(lines))
-        )
+        raise InputError("\n".join(line for lines in problems.values() for line in _shown(path, lines, len(rows))))
     return rows
 
 
@@ -401,10 +400,37 @@ def _boxes(text: str) -> tuple[tuple[float, ...], ...] | None:
     return boxes if rank in (2, 3) and fits else None
 
 
+def _shown(path: str | os.PathLike, lines: Sequence[str], rows: int) -> list[str]:
+    """The problems of one kind in a file with so many rows, each with the file before it; those alike are folded."""
+    kind = lambda line: re.sub(r"^line \d+: ", "", line)
+    return [f"{os.fspath(path)}: {line}" for line in first(folded(lines, rows, kind=kind))]
+
+
 def first(lines: list[str]) -> list[str]:
     """The first 20 lines, and how many more there are."""
     more = len(lines) - SHOWN
     return lines[:SHOWN] + ([f"and {more} more like the line before"] if more > 0 else [])
+
+
+def folded(
+    problems: Sequence[str],
+    cases: int = 0,
+    most: int = 3,
+    kind: Callable[[str], str] = lambda problem: problem.split(": ", 2)[-1],
+) -> list[str]:
+    """Problems "CASE: FILE: WHAT" or "WHERE: WHAT" of some of the `cases`. At most `most` lines are kept of each WHAT,
+    and one line where all cases have it. The last line of a WHAT says how many more there are. `kind` gives the WHAT.
+    """
+    kinds = [kind(problem) for problem in problems]
+    total, shown, lines = Counter(kinds), Counter[str](), []
+    for problem, what in zip(problems, kinds, strict=True):
+        shown[what] += 1
+        keep = 1 if total[what] == cases else most
+        if shown[what] < keep or total[what] <= keep:
+            lines.append(problem)
+        elif shown[what] == keep:
+            lines.append(f"{problem} (and {total[what] - keep} more like it)")
+    return lines
 
 
 def _other_split(name: str) -> str:

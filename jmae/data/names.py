@@ -66,10 +66,11 @@ def count_unread(files: Iterable[Path]) -> Counter[str]:
     in the form of `Prepared.left_out`."""
     kinds = defaultdict[str, list[Path]](list)
     written = cache(names_of_outputs)
-    why = "not images, or of a format that is not read"
     for file in files:
-        kind = f"{file.suffix.lower()} files" if file.suffix else "files without an ending"
+        kind = f"{file.suffix.lower()} files (not images, or of a format that is not read)"
+        if not file.suffix:
+            kind = "files without an ending (not DICOM: give an image its ending, such as .jpg or .png)"
         names = written(file.parent)
         of_jmae = file.name in names or (names and file.suffix in TEXTS)
-        kinds["results of jmae (of runs, evaluations, predictions)" if of_jmae else f"{kind} ({why})"].append(file)
+        kinds["results of jmae (of runs, evaluations, predictions)" if of_jmae else kind].append(file)
     return Counter({f"{kind}, such as {named[0]}": len(named) for kind, named in kinds.items()})

@@ -63,7 +63,7 @@ def _open_row(
     try:
         image = stored_case(row, data, reader)
     except InputError as error:
-        lines += _failures(row.image, reader) or [(_kind(error), str(error))]
+        lines += _failures(row.image, reader) or [_problem(error)]
 
     masks, complete, outside = dict[str, Marked | None](), True, list[str]()
     for name, read in (("lesion", lesion_mask), ("region", region_mask)):
@@ -75,7 +75,7 @@ def _open_row(
                     continue
             masks[name] = read(row, image, data, reader)
         except InputError as error:
-            lines.append((_kind(error), str(error)))
+            lines.append(_problem(error))
             complete = False
     complete = complete and not outside
     lines += [("truth", line) for line in (*_contradictions(row, masks["lesion"], masks["region"]), *outside)]
@@ -85,7 +85,7 @@ def _open_row(
             try:
                 use(row, Opened.of(image, masks["lesion"], masks["region"], reader, complete))
             except InputError as error:
-                lines.append((_kind(error), str(error)))
+                lines.append(_problem(error))
                 image = None  # its shape says nothing more
     lines += _failures([file for file in (*row.pre, *row.post) if file not in reader.tried], reader)
     return (len(image.size), image.array.shape[-1]) if image else None, lines
@@ -114,8 +114,10 @@ def _boxes_outside(row: Row, size: tuple[int, ...]) -> Iterator[str]:
             yield f"{row.image[0]}: box {box} is not inside the image of size {size}: repair it"
 
 
-def _kind(error: InputError) -> str:
-    return "geometry" if isinstance(error, OffGrid) else "unreadable"
+def _problem(error: InputError) -> tuple[str, str]:
+    """(The kind of a finding, its line.)"""
+    further = ", or delete its row" if isinstance(error.__cause__, FileNotFoundError) else ""
+    return "geometry" if isinstance(error, OffGrid) else "unreadable", f"{error}{further}"
 
 
 def _failures(files: Iterable[str], read: ReadFile) -> list[tuple[str, str]]:
@@ -125,5 +127,5 @@ def _failures(files: Iterable[str], read: ReadFile) -> list[tuple[str, str]]:
         try:
             read(file)
         except InputError as error:
-            lines.append(("unreadable", str(error)))
+            lines.append(_problem(error))
     return lines

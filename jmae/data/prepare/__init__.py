@@ -85,8 +85,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-from jmae.data.cases import folded
-from jmae.data.manifest import Row, summary
+from jmae.data.manifest import Row, folded, summary
 from jmae.data.manifest import leaks as leaks_of
 from jmae.data.prepare.masks import refuse_look_alikes
 from jmae.data.prepare.overview import (

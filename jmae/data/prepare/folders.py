@@ -83,13 +83,13 @@ def sorted_folders(root: Path, out: Path, patterns: Sequence[str] = KNOWN) -> Pr
         patterns: regular expressions that find the patient at the start of a file's name.
     """
     rows, masks, left_out = [], list[Path](), Counter[str]()
-    other, ids = list[Path](), dict[Path, str]()
+    other, ids, outside = list[Path](), dict[Path, str](), list[Path]()
     for path in cases(root, other, ids):
         folders = folders_of(path, root)
         if any(is_mask_folder(part) for part in folders) or is_mask_name(stem(path)):
             masks.append(path)
         elif not folders or not (split := split_of(folders[0])):
-            left_out["files outside of train, val, test and unlabeled"] += 1
+            outside.append(path.relative_to(root))
         elif split == "train" and kind_of(folders) not in (None, *NORMAL):
             left_out["abnormal training images"] += 1
         else:
@@ -100,7 +100,7 @@ def sorted_folders(root: Path, out: Path, patterns: Sequence[str] = KNOWN) -> Pr
             patient = by_name(stem(path), split, patterns) or ids.get(path, "")
             name = name_of(path.relative_to(root).parts)
             rows.append(Row(name, patient, split, label, (str(path),), extra=extra))
-    left_out += count_unread(other)
+    left_out += count_unread(other) + in_no_split(outside)
     if not any(row.split == "train" for row in rows):
         inner = sorted({p.parent.name for name in SPLITS for p in root.glob(f"*/{name}")})
         remedy = f"name a folder inside it: {', '.join(inner)}" if inner else "sort the images into train/good and test"
@@ -113,7 +113,16 @@ def sorted_folders(root: Path, out: Path, patterns: Sequence[str] = KNOWN) -> Pr
     bare_ones = sum(row.label == 1 and row.mask is None for row in rows)
     found = counted(len(rows), "cases") + (f", {bare_ones} abnormal ones without a mask" if bare_ones else "")
     left_out["masks of normal or missing images"] = len(masks) - sum(row.mask is not None for row in rows)
-    return Prepared(told_apart(rows), found, left_out)
+    tested = any(row.split == "test" for row in rows)
+    caution = "" if tested else "no folder test: put new scans into test, or into test/good and test/DEFECT"
+    return Prepared(told_apart(rows), found, left_out, caution=caution)
+
+
+def in_no_split(files: Sequence[Path]) -> Counter[str]:
+    """The number of files in no folder of a split, with the first folders, in the form of `Prepared.left_out`."""
+    places = list(dict.fromkeys(file.parts[0] for file in files))
+    named = ", ".join([*places[:2], *["..."] * (len(places) > 2)])
+    return Counter({f"files outside of train, val, test and unlabeled ({named})": len(files)})
 
 
 def split_of(folder: str) -> str | None:

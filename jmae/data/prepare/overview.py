@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pydicom
 
-from jmae.data.cases import folded, kept_apart
+from jmae.data.cases import kept_apart
 from jmae.data.files import image_size, is_dicom
 from jmae.data.files.guard import named_errors
 from jmae.data.loader import WORKERS
-from jmae.data.manifest import SPLITS, Row, dispensable, learnable
+from jmae.data.manifest import SPLITS, Row, dispensable, folded, learnable
 from jmae.data.prepare.tree import refuse
 from jmae.data.slices import in_words
 from jmae.errors import InputError

@@ -47,7 +47,7 @@ def run_of(flags: dict[str, str]) -> tuple[Path, ConfigDict]:
     config = read_run(workdir)
     if other := [flag for flag in flags if flag.startswith("config") and not flag.startswith("config.evaluation.")]:
         known = other[0].removeprefix("config.") in dict(recipe.keys_of(config))
-        what = "is fixed since the training" if known else "is unknown"
+        what = "is fixed by the training" if known else "is unknown"
         raise InputError(f"--{other[0]} {what}: only --config.evaluation.KEY=VALUE can change a run's recipe")
     recipe.override(config, flags, "evaluation.")
     return workdir, config

@@ -304,7 +304,7 @@ def test_a_scan_that_no_export_can_be_like_is_refused_in_one_line(tmp_path, capf
         (["--workdir=w", "--out=o", "--platforms=cpu,abacus"], "--platforms: 'abacus' is none of cpu, cuda"),
         (["--workdir=w", "--out=o", "--size=8,x"], "--size=8,x: whole numbers"),
         (["--workdir=w", "--out=o", "--like=film.png"], "--like is for volumes"),
-        (["--workdir=w", "--out=o", "--config.seed=3"], "--config.seed is unknown"),
+        (["--workdir=w", "--out=o", "--config.seed=3"], "--config.seed is fixed by the training"),
     ],
 )
 def test_wrong_flags_are_one_line(flags, message, tmp_path, monkeypatch, capfd):

@@ -676,7 +676,7 @@ def test_what_is_wrong_with_the_command_is_one_line(images_run, tmp_path, capfd)
         ([f"--workdir={images_run}", f"--out={tmp_path / 'out'}", "--config.data.siz=8,8", str(image)], "is unknown"),
         (
             [f"--workdir={images_run}", f"--out={tmp_path / 'out'}", "--config.data.size=8,8", str(image)],
-            "--config.data.size is fixed since the training: only --config.evaluation.KEY=VALUE can change a run's",
+            "--config.data.size is fixed by the training: only --config.evaluation.KEY=VALUE can change a run's",
         ),
         ([f"--workdir={images_run}", f"--out={tmp_path / 'out'}", "--continu=1", str(image)], "--continue"),
         ([f"--workdir={images_run}", f"--out={tmp_path / 'out'}", str(image), str(image)], "name it once"),

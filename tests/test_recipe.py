@@ -186,8 +186,6 @@ def test_a_command_without_its_recipe_or_run_is_one_line(capsys, tmp_path):
     (tmp_path / "run").mkdir(), (tmp_path / "run" / "config.json").touch()  # as quickstart makes it
     assert exit_code(evaluate.main, [f"--workdir={tmp_path}"]) == 2
     assert f"{tmp_path}: no config.json: name {tmp_path / 'run'}" in capsys.readouterr().err
-    assert exit_code(evaluate.main, [f"--workdir={tmp_path}", "--config.seed=1"]) == 2
-    assert "--config.seed is unknown" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -8,15 +8,18 @@ run was trained on. A case outside a range gets a warning, and no p-value above 
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from jaxtyping import Bool
 from scipy.ndimage import gaussian_filter
 from scipy.special import stdtrit
 
 from jmae.data.files import Image
+from jmae.data.manifest import Row
 from jmae.data.transforms import resize, to_unit
 from jmae.errors import InputError
 from jmae.run_folder import log, write_text
@@ -30,6 +33,7 @@ VALUES = 2**16  # values of an image, evenly spaced, from which the traits of gr
 FACTOR = 2.0  # a size may be so many times smaller or larger than those of the training
 CHANCE = 0.01  # that a further image of a kind lies outside a range of grey values or layout, if these were Gaussian
 LEAST = 0.01  # least standard deviation of a trait on its Gaussian scale
+LEAST_REST = 9  # images beside one that is turned
 SIDE = 16  # of the small images whose mean is the layout of the training
 DETAIL_SIDES = {2: 64, 3: 32}  # of the small images and volumes whose detail is compared
 DETAIL = ("fine detail", "middle detail", "coarse detail")
@@ -132,12 +136,57 @@ def details_of(small: np.ndarray) -> dict[str, float]:
 
 def kind_of(traits: Sequence[Traits]) -> dict[str, Any]:
     """What images have in common: {"images": their number, "ranges": {trait: (least, greatest)}, "layout": their mean,
-    of norm 1}. For the ranges of the traits of `placed`, each image is compared with the mean of the others."""
+    of norm 1}. For the ranges of the traits of `placed`, each image is compared with the mean of the others. An image
+    that is turned (`turned`) widens no range of that trait."""
     total = np.stack([one.layout for one in traits]).sum(0)
     each = [one.numbers | placed(one.layout, _of_norm_1(total - one.layout)) for one in traits]
     names = [name for name in each[0] if all(name in one for one in each)]
-    ranges = {name: range_of(name, np.array([one[name] for one in each])) for name in names}
+    values = {name: np.array([one[name] for one in each]) for name in names}
+    values[TURNED] = values[TURNED][~outliers(values[TURNED])]
+    ranges = {name: range_of(name, values[name]) for name in names}
     return {"images": len(each), "ranges": ranges, "layout": _of_norm_1(total)}
+
+
+def turned(traits: Sequence[Traits]) -> Bool[np.ndarray, " n"]:
+    """Which images would be more like the others if they were turned or mirrored, and stand out by that. All images
+    must have as many axes."""
+    total = np.stack([one.layout for one in traits]).sum(0)
+    return outliers(np.array([placed(one.layout, _of_norm_1(total - one.layout))[TURNED] for one in traits]))
+
+
+def turned_rows(rows: Sequence[Row], traits: Mapping[str, Traits]) -> list[Row]:
+    """The rows of which `turned` is true, among those whose traits are known by id."""
+    known = [row for row in rows if row.id in traits]
+    usual, _ = Counter(traits[row.id].layout.ndim for row in known).most_common(1)[0] if known else (0, 0)
+    known = [row for row in known if traits[row.id].layout.ndim == usual]
+    if not known:
+        return []
+    return [row for row, one in zip(known, turned([traits[row.id] for row in known]), strict=True) if one]
+
+
+def turned_text(row: Row) -> str:
+    """What to do with one of `turned_rows`."""
+    what = "would be more like the other training images if it were turned or mirrored"
+    return f"{row.image[0]}: {what}: look at it, and turn it or delete its row"
+
+
+def outliers(gains: np.ndarray) -> Bool[np.ndarray, " n"]:
+    """Which gains by turning (n,) are above 0 and above the rest. A gain counts as that where the rest, if it was
+    Gaussian, would have such a value with a chance of `CHANCE` over n. The highest is looked at first."""
+    out = np.zeros(len(gains), bool)
+    for i in np.argsort(-gains):
+        rest = gains[~out & (np.arange(len(gains)) != i)]
+        if len(rest) < LEAST_REST or gains[i] <= max(0, _bound(rest, CHANCE / len(gains))):
+            break
+        out[i] = True
+    return out
+
+
+def _bound(rest: np.ndarray, chance: float) -> float:
+    """The end of Student's one-sided prediction interval for one more value."""
+    n = len(rest)
+    reach = float(stdtrit(n - 1, 1 - chance)) * math.sqrt(1 + 1 / n) * max(LEAST, float(rest.std(ddof=1)))
+    return float(rest.mean()) + reach
 
 
 def placed(layout: np.ndarray, mean: np.ndarray) -> dict[str, float]:

@@ -44,10 +44,11 @@ from jmae.cards import write_cards
 from jmae.convergence import check_processes
 from jmae.data.cases import load_cases
 from jmae.data.loader import Images, Samples, batches
+from jmae.data.manifest import folded
 from jmae.doubts import caveats, doubts
 from jmae.errors import InputError, NonFiniteLoss, Stopped, exit_code
 from jmae.evaluate import evaluate
-from jmae.likeness import write_kind
+from jmae.likeness import turned_rows, turned_text, write_kind
 from jmae.loggers import lines_to_loggers, package
 from jmae.pretrained import with_pretrained
 from jmae.preview import preview
@@ -132,6 +133,8 @@ def run(config: ConfigDict, workdir: Path) -> int:
     for note in system.notes:
         log(f"warning: {note}")
     tell_p_values(config, system, rows)
+    for line in folded([turned_text(row) for row in turned_rows(images.rows, cases.traits)]):
+        log(f"warning: {line}")
     train(config, system, images, workdir, cases.samples(watched, crops_on="host") if watched else None)
     write_kind(workdir, [cases.traits[row.id] for row in images.rows if row.id in cases.traits])
     write_seen(workdir, [*(read_seen(source) if source.is_dir() else ()), *images.rows])

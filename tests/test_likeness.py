@@ -66,6 +66,26 @@ def test_no_way_to_lie_is_wrong_where_the_training_images_have_none():
     assert not any("turned" in likeness.unlike(likeness.traits_of(scan()), kind) for _ in range(50))
 
 
+@pytest.mark.parametrize("wrong", [0, 1, 3])
+def test_training_images_upside_down_are_found_and_widen_no_range(wrong):
+    rng = np.random.default_rng(0)
+    rows, columns = np.meshgrid(np.linspace(0, 1, 40), np.linspace(0, 1, 40), indexing="ij")
+    scans = [80 * rows + 40 * rows * columns + rng.normal(60, 8, (40, 40)) for _ in range(40)]
+    traits = [likeness.traits_of(image(scan[::-1] if i < wrong else scan)) for i, scan in enumerate(scans)]
+    assert np.flatnonzero(likeness.turned(traits)).tolist() == list(range(wrong))
+    kind = likeness.kind_of(traits)
+    assert "turned or mirrored" in likeness.unlike(likeness.traits_of(image(scans[-1][::-1])), kind)
+    assert "turned or mirrored" not in likeness.unlike(likeness.traits_of(image(scans[-1])), kind)
+
+
+def test_images_without_a_common_layout_and_few_images_are_never_turned():
+    rng = np.random.default_rng(1)
+    noise = [likeness.traits_of(image(rng.integers(0, 255, (30, 30)))) for _ in range(200)]
+    assert not likeness.turned(noise).any()
+    few = [likeness.traits_of(image(film(i))) for i in range(9)]
+    assert not likeness.turned([*few[:8], likeness.traits_of(image(film(9).T[:, ::-1]))]).any()
+
+
 def test_images_of_the_kind_pass_and_others_are_named(tmp_path):
     likeness.write_kind(tmp_path, [likeness.traits_of(image(film(seed))) for seed in range(40)])
     kind = likeness.read_kind(tmp_path)

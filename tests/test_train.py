@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 from conftest import without_clock
 from ml_collections import ConfigDict
+from PIL import Image
 from rich.console import Console
 from test_loggers import events_of
 
@@ -107,6 +108,25 @@ def test_a_line_is_the_mean_over_its_steps(finished, go, unevaluated, tmp_path):
     for last, line in zip([3, 6, 9, 12, 15, 18, 20], lines, strict=True):
         first = (last - 1) // 3 * 3 + 1
         assert line["step"] == last and line["loss"] == np.mean([loss[k] for k in range(first, last + 1)])
+
+
+def test_a_training_film_upside_down_is_named_before_the_training(monkeypatch, tmp_path, capfd):
+    lines = ["id,split,label,image"]
+    for i in range(14):
+        image = phantoms.draw("chest", "train", i).image[..., 0].astype(np.uint8)
+        Image.fromarray(image[::-1] if i == 3 else image).save(tmp_path / f"{i}.png")
+        lines.append(f"c{i},train,0,{i}.png")
+    (tmp_path / "manifest.csv").write_text("\n".join(lines))
+    monkeypatch.setattr(train, "train", lambda *given: (_ for _ in ()).throw(InputError("the training begins")))
+    words = [
+        "--config=ppii:smoke",
+        f"--config.data.manifest={tmp_path / 'manifest.csv'}",
+        f"--workdir={tmp_path / 'r'}",
+    ]
+    assert exit_code(train.main, words) == 2
+    *_, warning, begins = capfd.readouterr().err.splitlines()
+    assert begins == "the training begins"
+    assert warning.startswith(f"warning: {tmp_path / '3.png'}: would be more like the other training images if it were")
 
 
 @pytest.mark.long

@@ -12,6 +12,7 @@ patient         a patient in two splits
 image           a file in two splits
 identical       an image in two splits under two names
 near-identical  the same, but resized, saved again as JPEG, shifted, cut, mirrored, turned or inverted
+turned          training images that would be more like the others if they were turned or mirrored
 abnormal        abnormal images among the training normals, and abnormal volumes there without a mask or boxes
 
 An abnormal volume with a mask or boxes is a note instead: a recipe can train on its crops outside the lesions
@@ -39,6 +40,7 @@ from jmae.data.preparation import Opened
 from jmae.data.prepare.overview import advice, next_command
 from jmae.data.slices import command
 from jmae.errors import InputError, exit_code
+from jmae.likeness import Traits, traits_of, turned_rows, turned_text
 from jmae.run_folder import write_text
 from jmae.tables import counted
 
@@ -52,6 +54,7 @@ KINDS = {
     "image": "files in two splits",
     "identical": "images in two splits under two names",
     "near-identical": "the same, resized, recompressed or shifted",
+    "turned": "training images upside down, on their side or mirrored",
     "abnormal": "abnormal cases among training normals",
 }
 
@@ -91,15 +94,18 @@ def check(manifest: Path) -> Checked:
     if problems:
         raise InputError("\n".join(problems))
     prints: dict[str, duplicates.Fingerprint] = {}
-    values: list[Finding] = []
+    values, traits = list[Finding](), dict[str, Traits]()
 
     def look(row: Row, case: Opened) -> None:
         prints[row.id] = duplicates.fingerprint(case.image.array)
+        if row.split == "train":
+            traits[row.id] = traits_of(case.image)
         values.extend(of_values(row, case.image.array))
 
     found = open_each(rows, workers=WORKERS, use=look)
     volumes = {name for name, one in prints.items() if one.detail.ndim == 3}
     found += [*values, *leaks(rows), *duplicates.in_two_splits(rows, prints), *abnormal(rows, volumes)]
+    found += [Finding("turned", (row,), turned_text(row)) for row in turned_rows(rows, traits)]
     order = {row.id: i for i, row in enumerate(rows)}
     found.sort(key=lambda one: (list(KINDS).index(one.kind), order[one.rows[0].id], one.what))
     return Checked(rows, summary(rows, ignored), found, [*notes(rows, volumes), *copied(rows, prints)])

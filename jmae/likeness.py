@@ -34,6 +34,7 @@ FACTOR = 2.0  # a size may be so many times smaller or larger than those of the 
 CHANCE = 0.01  # that a further image of a kind lies outside a range of grey values or layout, if these were Gaussian
 LEAST = 0.01  # least standard deviation of a trait on its Gaussian scale
 LEAST_REST = 9  # images beside one that is turned
+LEAST_GAIN = 0.1  # by turning; symmetric images gain less, whichever way they lie
 SIDE = 16  # of the small images whose mean is the layout of the training
 DETAIL_SIDES = {2: 64, 3: 32}  # of the small images and volumes whose detail is compared
 DETAIL = ("fine detail", "middle detail", "coarse detail")
@@ -171,12 +172,12 @@ def turned_text(row: Row) -> str:
 
 
 def outliers(gains: np.ndarray) -> Bool[np.ndarray, " n"]:
-    """Which gains by turning (n,) are above 0 and above the rest. A gain counts as that where the rest, if it was
+    """Which gains by turning (n,) are above `LEAST_GAIN` and above the rest. A gain counts as that where the rest, if it was
     Gaussian, would have such a value with a chance of `CHANCE` over n. The highest is looked at first."""
     out = np.zeros(len(gains), bool)
     for i in np.argsort(-gains):
         rest = gains[~out & (np.arange(len(gains)) != i)]
-        if len(rest) < LEAST_REST or gains[i] <= max(0, _bound(rest, CHANCE / len(gains))):
+        if len(rest) < LEAST_REST or gains[i] <= max(LEAST_GAIN, _bound(rest, CHANCE / len(gains))):
             break
         out[i] = True
     return out
@@ -221,7 +222,7 @@ def range_of(name: str, values: np.ndarray) -> tuple[float, float]:
     ends = scale.back(np.clip(on_scale.mean() + np.array([-reach, reach]), *scale.ends))
     low, high = min(low, float(ends[0])), max(high, float(ends[1]))
     if name == TURNED:
-        return -2.0, high  # and nothing is too upright
+        return -2.0, max(high, LEAST_GAIN)  # and nothing is too upright
     return low, 1.0 if name == LIKENESS else high  # nothing is too alike
 
 

@@ -172,8 +172,8 @@ def turned_text(row: Row) -> str:
 
 
 def outliers(gains: np.ndarray) -> Bool[np.ndarray, " n"]:
-    """Which gains by turning (n,) are above `LEAST_GAIN` and above the rest. A gain counts as that where the rest, if it was
-    Gaussian, would have such a value with a chance of `CHANCE` over n. The highest is looked at first."""
+    """Which gains by turning (n,) are above `LEAST_GAIN` and above the rest. If the rest was Gaussian, it would have so
+    high a value with a chance of `CHANCE` over n. The highest gain is looked at first."""
     out = np.zeros(len(gains), bool)
     for i in np.argsort(-gains):
         rest = gains[~out & (np.arange(len(gains)) != i)]

@@ -57,7 +57,7 @@ def shown(figure: dict) -> str:
 def test_the_figures_of_the_five_systems_are_those_of_the_result_files(system):
     if system == "maemi":
         case = json.loads((RESULTS / "maemi.json").read_text())["mri3d, FLAIR and T1c"]
-        own, baselines = case["pixel"], case["baselines"]
+        own, baselines = case["pixel"], {name: one for name, one in case["baselines"].items() if one}
     else:
         methods = json.loads((RESULTS / "packs.json").read_text())["cxr_peds"]["methods"]
         own = methods["memmc" if system == "memmc_mae" else system]

@@ -30,7 +30,9 @@ WAYS: dict[str, dict[str, dict[str, Any]]] = {
     "memmc_mae": {"plain": {}} | IMAGES | {"tokens": {"evaluation.score": "tokens"}},
     "amae": {"plain": {}} | IMAGES | {"tokens": {"evaluation.discrepancy": "tokens"}},
     # mahalanobis needs four sweeps, and the preset `small` has two
-    "maemi": {"plain": {}} | {name: way for name, way in RESIDUALS.items() if name != "mahalanobis"} | APPEARANCE,
+    "maemi": {"plain": {"evaluation.residual": "none"}}
+    | {name: way for name, way in RESIDUALS.items() if name != "mahalanobis"}
+    | APPEARANCE,
 }
 VOLUME = (96, 96, 40)  # voxels of 1 mm
 

@@ -459,7 +459,7 @@ def _on_first(work: Callable[[], Any]) -> Any:
     return reply["result"]
 
 
-def _lock(workdir: Path, flag: str) -> TextIO:
+def _lock(workdir: Path, flag: str, tries: int = 5) -> TextIO:
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         file = open(workdir / LOCK, "a+", encoding="utf-8", errors="backslashreplace")
@@ -479,7 +479,9 @@ def _lock(workdir: Path, flag: str) -> TextIO:
         raise InputError(f"{workdir}: in use by {holder or 'another process'}: {remedy}")
     if not _is_at(workdir / LOCK, file):  # the process before removed its empty folder meanwhile
         file.close()
-        return _lock(workdir, flag)
+        if tries > 1:
+            return _lock(workdir, flag, tries - 1)
+        raise InputError(f"{workdir}: its lock changes all the time: choose another {flag}")
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}")
     file.flush()

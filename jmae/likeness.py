@@ -33,8 +33,9 @@ VALUES = 2**16  # values of an image, evenly spaced, from which the traits of gr
 FACTOR = 2.0  # a size may be so many times smaller or larger than those of the training
 CHANCE = 0.01  # that a further image of a kind lies outside a range of grey values or layout, if these were Gaussian
 LEAST = 0.01  # least standard deviation of a trait on its Gaussian scale
-LEAST_REST = 9  # images beside one that is turned
-LEAST_GAIN = 0.1  # by turning; symmetric images gain less, whichever way they lie
+LEAST_IMAGES = 10  # fewer do not show which one is turned
+LEAST_GAIN = 0.2  # by turning; symmetric images gain less, whichever way they lie
+SPREADS = 6.0  # median deviations
 SIDE = 16  # of the small images whose mean is the layout of the training
 DETAIL_SIDES = {2: 64, 3: 32}  # of the small images and volumes whose detail is compared
 DETAIL = ("fine detail", "middle detail", "coarse detail")
@@ -137,22 +138,32 @@ def details_of(small: np.ndarray) -> dict[str, float]:
 
 def kind_of(traits: Sequence[Traits]) -> dict[str, Any]:
     """What images have in common: {"images": their number, "ranges": {trait: (least, greatest)}, "layout": their mean,
-    of norm 1}. For the ranges of the traits of `placed`, each image is compared with the mean of the others. An image
-    that is turned (`turned`) widens no range of that trait."""
-    total = np.stack([one.layout for one in traits]).sum(0)
-    each = [one.numbers | placed(one.layout, _of_norm_1(total - one.layout)) for one in traits]
+    of norm 1}. For the ranges of the traits of `placed`, each image is compared with the mean of the others. Images
+    that are `turned` are left out."""
+    traits = [one for one, out in zip(traits, turned(traits), strict=True) if not out]
+    each = [one.numbers | place for one, place in zip(traits, places(traits), strict=True)]
     names = [name for name in each[0] if all(name in one for one in each)]
-    values = {name: np.array([one[name] for one in each]) for name in names}
-    values[TURNED] = values[TURNED][~outliers(values[TURNED])]
-    ranges = {name: range_of(name, values[name]) for name in names}
-    return {"images": len(each), "ranges": ranges, "layout": _of_norm_1(total)}
+    ranges = {name: range_of(name, np.array([one[name] for one in each])) for name in names}
+    return {"images": len(each), "ranges": ranges, "layout": _of_norm_1(np.sum([one.layout for one in traits], 0))}
 
 
 def turned(traits: Sequence[Traits]) -> Bool[np.ndarray, " n"]:
-    """Which images would be more like the others if they were turned or mirrored, and stand out by that. All images
-    must have as many axes."""
-    total = np.stack([one.layout for one in traits]).sum(0)
-    return outliers(np.array([placed(one.layout, _of_norm_1(total - one.layout))[TURNED] for one in traits]))
+    """Which images would be more like the others if they were turned or mirrored, and stand out by that.
+
+    Their gain by turning is above `LEAST_GAIN`, and above the median gain by `SPREADS` median deviations. So up to half
+    of the images may be turned. Fewer than `LEAST_IMAGES` images are none. All images must have as many axes.
+    """
+    if len(traits) < LEAST_IMAGES:
+        return np.zeros(len(traits), bool)
+    gains = np.array([place[TURNED] for place in places(traits)])
+    middle = np.median(gains)
+    return gains > max(LEAST_GAIN, middle + SPREADS * max(LEAST, np.median(np.abs(gains - middle))))
+
+
+def places(traits: Sequence[Traits]) -> list[dict[str, float]]:
+    """`placed` of each image beside the mean of the others."""
+    total = np.sum([one.layout for one in traits], 0)
+    return [placed(one.layout, _of_norm_1(total - one.layout)) for one in traits]
 
 
 def turned_rows(rows: Sequence[Row], traits: Mapping[str, Traits]) -> list[Row]:
@@ -168,26 +179,7 @@ def turned_rows(rows: Sequence[Row], traits: Mapping[str, Traits]) -> list[Row]:
 def turned_text(row: Row) -> str:
     """What to do with one of `turned_rows`."""
     what = "would be more like the other training images if it were turned or mirrored"
-    return f"{row.image[0]}: {what}: look at it, and turn it or delete its row"
-
-
-def outliers(gains: np.ndarray) -> Bool[np.ndarray, " n"]:
-    """Which gains by turning (n,) are above `LEAST_GAIN` and above the rest. If the rest was Gaussian, it would have so
-    high a value with a chance of `CHANCE` over n. The highest gain is looked at first."""
-    out = np.zeros(len(gains), bool)
-    for i in np.argsort(-gains):
-        rest = gains[~out & (np.arange(len(gains)) != i)]
-        if len(rest) < LEAST_REST or gains[i] <= max(LEAST_GAIN, _bound(rest, CHANCE / len(gains))):
-            break
-        out[i] = True
-    return out
-
-
-def _bound(rest: np.ndarray, chance: float) -> float:
-    """The end of Student's one-sided prediction interval for one more value."""
-    n = len(rest)
-    reach = float(stdtrit(n - 1, 1 - chance)) * math.sqrt(1 + 1 / n) * max(LEAST, float(rest.std(ddof=1)))
-    return float(rest.mean()) + reach
+    return f"{row.image[0]}: {what}: look at it, and mend it if it lies the wrong way"
 
 
 def placed(layout: np.ndarray, mean: np.ndarray) -> dict[str, float]:
@@ -195,13 +187,13 @@ def placed(layout: np.ndarray, mean: np.ndarray) -> dict[str, float]:
     turning" is how much larger the product becomes at best if the image is turned or mirrored. It is below 0 where an
     image lies as the others do, about 0 where these lie in many ways, and above 0 for an image upside down."""
     axes = range(layout.ndim)
-    turned = [
+    ways = [
         np.flip(layout.transpose(order), flips)
         for order in itertools.permutations(axes)
         for n in range(layout.ndim + 1)
         for flips in itertools.combinations(axes, n)
     ]
-    own, *others = ((one * mean).sum() for one in turned)
+    own, *others = ((one * mean).sum() for one in ways)
     return {LIKENESS: min(1.0, float(own)), TURNED: float(max(others) - own)}  # rounding may exceed 1
 
 

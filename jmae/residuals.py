@@ -36,6 +36,7 @@ from jmae.errors import InputError
 from jmae.nn.mae import MAE
 from jmae.patches import grid_of, patchify
 from jmae.recipe import Key, is_volume
+from jmae.scoring import case_score_words
 from jmae.system import Fit, Results, fitting_normals
 from jmae.tokens import token_features
 
@@ -76,6 +77,17 @@ VOLUME_KEYS = {
         'connected "part".',
         choices=("mean", "top", "part"),
     ),
+}
+MAPS = {
+    "smoothed": "squared reconstruction error, smoothed before it is squared",
+    "ssim": "lack of structural similarity between image and reconstruction",
+    "mahalanobis": "reconstruction error over the spread of the reconstructions",
+    "feature": "distance between the features of image and reconstruction",
+}
+DIVIDED = {
+    "none": "",
+    "position": ", divided by its mean in held-out normals at the same place",
+    "appearance": ", divided by its mean in held-out normals where the reconstruction looks alike",
 }
 SETTINGS = ("residual", "smooth", "expect", "masks_of")  # that a fit depends on; a system adds its own
 
@@ -120,6 +132,15 @@ def check(config: ConfigDict, masks: int) -> None:
         raise InputError("evaluation.convergence scores with one mask, too few for mahalanobis: set it to 0")
     if e.case_score == "part" and config.select == "aucp":
         raise InputError("select=aucp ranks by a score on the device: set evaluation.case_score to mean or top")
+
+
+def words(config: ConfigDict) -> dict[str, str]:
+    """What the score `evaluation.residual` is, in plain words; {} where it is "none"."""
+    e = config.evaluation
+    if not wanted(config):
+        return {}
+    how = case_score_words(e.case_score, share=e.top, above=e.part_above)
+    return {e.residual: f"{how}; the map is the {MAPS[e.residual]}{DIVIDED[e.expect]}"}
 
 
 # --- evidence ---------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import pytest
 from patients import arguments, write_patients
 
 from jmae import evaluate, predict, train
-from jmae.data.cases import ArrayFile, Bits, load_cases, smallest_type
+from jmae.data.cases import ArrayFile, Bits, Cases, load_cases, smallest_type
 from jmae.data.files import reading
 from jmae.data.manifest import parse_manifest
 from jmae.data.preparation import open_case, prepared_case
@@ -127,7 +127,7 @@ def test_the_smallest_type_holds_the_values_exactly(values, dtype):
     np.testing.assert_array_equal(small.astype(np.float32), np.float32(values))
 
 
-def test_new_scans_that_are_damaged_are_left_out_and_others_stop_the_command(tmp_path, tools, capsys):
+def test_new_scans_that_are_damaged_are_left_out_and_others_stop_the_command(tmp_path, tools, monkeypatch, capsys):
     manifest = tools.write_set(tmp_path, {("train", 0): 3, ("val", 0): 2, ("test", None): 3, ("test", 0): 1})
     config, _ = parse(["--config=ppii:smoke", f"--config.data.manifest={manifest}"], "")
     new, old = (
@@ -139,6 +139,12 @@ def test_new_scans_that_are_damaged_are_left_out_and_others_stop_the_command(tmp
     assert new[0].id not in {row.id for row in cases.rows} and len(cases.rows) == 8
     assert len(cases.unread) == 1 and cases.unread[0].startswith(f"{new[0].id}: {damaged}: ")
     assert f"warning: left out, as it cannot be read: {cases.unread[0]}" in capsys.readouterr().out
+    real = Cases.take
+    monkeypatch.setattr(Cases, "take", lambda *given: (_ for _ in ()).throw(InputError("/tmp: not written")))
+    with pytest.raises(InputError, match="/tmp: not written"):
+        load_cases(config)
+    monkeypatch.setattr(Cases, "take", real)
+    capsys.readouterr()
     good = kept.read_bytes()
     kept.write_bytes(b"")
     with pytest.raises(InputError, match=f"{kept}: is empty"):

@@ -236,19 +236,21 @@ def test_abnormal_training_volumes_with_a_mask_are_a_note_and_images_a_finding(c
     assert len(content["notes"]) == 1 and content["findings"] == []
 
 
-def test_a_training_image_upside_down_is_a_finding(tmp_path, chests, capsys):
+def test_a_training_image_upside_down_is_a_note(tmp_path, chests, capsys):
     rows = [[f"c{i}", "", "train", 0, f"{i}.png", "", ""] for i in range(14)]
     for i, image in enumerate(chests[:14]):
         save(tmp_path / f"{i}.png", image[::-1] if i == 5 else image)
-    assert found((tmp_path, rows)) == {"turned": [["c5"]]}
-    what = "would be more like the other training images if it were turned or mirrored: look at it, and turn it or"
-    assert f"c5: {tmp_path / '5.png'}: {what} delete its row" in capsys.readouterr().out
+    assert run(write((tmp_path, rows))) == 0
+    what = "would be more like the other training images if it were turned or mirrored: look at it, and mend it if it"
+    assert f"note: {tmp_path / '5.png'}: {what} lies the wrong way" in capsys.readouterr().out
 
 
 def test_copies_within_a_split_are_a_note(cases, capsys):
-    cases[1].extend([f"again{i}", "", "train", 0, "0.png", "", ""] for i in range(2))
+    for i in range(2):
+        (cases[0] / f"again{i}.png").write_bytes((cases[0] / "0.png").read_bytes())
+        cases[1].append([f"again{i}", "", "train", 0, f"again{i}.png", "", ""])
     assert run(write(cases)) == 0
-    note = "note: 2 images of train are there before, as again0 is c0: each counts twice"
+    note = "note: train has 2 further copies of its images, such as again0 (a copy of c0)"
     assert note in capsys.readouterr().out
 
 

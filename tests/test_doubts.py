@@ -41,7 +41,7 @@ def test_a_network_that_finds_drawn_anomalies_no_better_than_a_constant_map_is_n
     (stage,) = load_system(config("ppii:smoke")).stages
     line = lambda value, **more: {"stage": "train", "step": 9, "dice": 0.9, "best_dice": value, **more}
     (found,) = doubts([line(0.25, dice_of_constant=0.31)], [stage])
-    assert found.endswith("learnt little: best Dice so far: 0.25, that of the best map of one value: 0.31")
+    assert found.endswith("learnt little: best Dice so far: 0.25, Dice of the best constant map: 0.31")
     assert doubts([line(0.32, dice_of_constant=0.31)], [stage]) == doubts([line(0.01)], [stage]) == []
 
 

@@ -644,7 +644,7 @@ def test_subfolders_are_named_and_those_called_after_lesions_get_a_caution(tmp_p
 
 def test_folders_that_may_be_classes_are_a_question(tmp_path, capsys):
     normals = tmp_path / "sorted"
-    for name in ("normal", "train", "pneumonia", "P01", "pneumonia/p2"):
+    for name in ("normal", "train", "pneumonia", "P01", "pneumonia/p2", "sub-1/anat", "sub-2/anat"):
         picture(normals / name / f"{name[:2]}.png")
     _, said = prepared(capsys, "folders", f"--normal={normals}", out=tmp_path / "out")
     what = f"scans taken as normal, of them 1 in {normals}/pneumonia: if one of these folders holds abnormal scans"

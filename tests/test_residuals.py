@@ -315,3 +315,14 @@ def test_p_values_keep_their_promise_where_other_normals_than_the_fitted_ones_ca
     error = (0.25 * 0.75 / draws) ** 0.5
     assert abs(rate(slice(3, 6)) - 0.25) < 4 * error
     assert rate(slice(0, 3)) > 0.25 + 10 * error
+
+
+def test_the_primary_score_of_a_residual_is_explained():
+    for name in ("maemi:small", "amae:small", "memmc_mae:small"):
+        for residual in residuals.NAMES:
+            words = [
+                f"--config.evaluation.{key}" for key in (f"residual={residual}", "repeats=4")[: 1 + ("maemi" in name)]
+            ]
+            system = load_system(recipe.parse([f"--config={name}", *words], "")[0])
+            assert system.primary == residual and "; the map is the " in system.words[residual]
+    assert load_system(recipe.load("maemi:small")).primary == "smoothed"

@@ -34,6 +34,7 @@ from jmae.data.preparation import (
     prepared_image,
     prepared_volume,
     soft_masks,
+    stored_case,
     usable,
 )
 from jmae.data.unlabeled import labels_given, unlabeled_labels, with_anomaly_ratio
@@ -325,9 +326,11 @@ def _from_manifest(
         cases.take(now[row.id], case)
 
     found = open_each(written, workers=WORKERS, use=use, data=data)
-    spared = dispensable(rows, [one.rows[0] for one in found if one.kind == "unreadable"])
+    unread = [one.rows[0] for one in found if one.kind == "unreadable" and not readable(one.rows[0], data)]
+    spared = dispensable(rows, unread)
     cases.unread = lines_of(one for one in found if one.rows[0].id in spared)
     of_files = lines_of(one for one in found if one.rows[0].id not in spared)
+    rows = [row for row in rows if row.id not in spared]
     leaking = [*leaks(rows), *duplicates.in_two_splits(rows, prints)]
     if leaking and not data.allow_leaks:
         problems += first([f"{data.manifest}: {one.what}, or --config.data.allow_leaks=True" for one in leaking])
@@ -335,7 +338,6 @@ def _from_manifest(
         raise InputError("\n".join(problems))
     for line in folded(cases.unread):
         log(f"warning: left out, as it cannot be read: {line}")
-    rows = [row for row in rows if row.id not in spared]
     rows = [row._replace(content=prints[row.id].digest.hex()[:16]) if row.id in prints else row for row in rows]
     if colour:
         what = f"made grey: {counted(len(colour), 'colour images')}"
@@ -347,6 +349,15 @@ def _from_manifest(
     cases.rows = marked(rows, leaking)
     log(f"{data.manifest}: {summary(cases.rows, ignored)}")
     return cases
+
+
+def readable(row: Row, data: ConfigDict) -> bool:
+    """Whether the image of a row can be read."""
+    try:
+        stored_case(row, data)
+    except InputError:
+        return False
+    return True
 
 
 def marked(rows: Sequence[Row], leaking: Sequence[Finding]) -> list[Row]:

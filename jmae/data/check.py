@@ -12,12 +12,12 @@ patient         a patient in two splits
 image           a file in two splits
 identical       an image in two splits under two names
 near-identical  the same, but resized, saved again as JPEG, shifted, cut, mirrored, turned or inverted
-turned          training images that would be more like the others if they were turned or mirrored
 abnormal        abnormal images among the training normals, and abnormal volumes there without a mask or boxes
 
 An abnormal volume with a mask or boxes is a note instead: a recipe can train on its crops outside the lesions
 (data.normal_crops_only). An image is trained on as a whole, so it must leave `train`. --json also writes everything to
-a file. The command changes no file and loads no network.
+a file. The command changes no file and loads no network. Copies within a split are notes, too, and so are training
+images that lie in another way than the others, such as upside down.
 
 Exit codes: 0 nothing found; 1 findings; 2 the manifest itself is wrong, or the environment.
 """
@@ -54,7 +54,6 @@ KINDS = {
     "image": "files in two splits",
     "identical": "images in two splits under two names",
     "near-identical": "the same, resized, recompressed or shifted",
-    "turned": "training images upside down, on their side or mirrored",
     "abnormal": "abnormal cases among training normals",
 }
 
@@ -105,10 +104,10 @@ def check(manifest: Path) -> Checked:
     found = open_each(rows, workers=WORKERS, use=look)
     volumes = {name for name, one in prints.items() if one.detail.ndim == 3}
     found += [*values, *leaks(rows), *duplicates.in_two_splits(rows, prints), *abnormal(rows, volumes)]
-    found += [Finding("turned", (row,), turned_text(row)) for row in turned_rows(rows, traits)]
     order = {row.id: i for i, row in enumerate(rows)}
     found.sort(key=lambda one: (list(KINDS).index(one.kind), order[one.rows[0].id], one.what))
-    return Checked(rows, summary(rows, ignored), found, [*notes(rows, volumes), *copied(rows, prints)])
+    further = [*notes(rows, volumes), *copied(rows, prints), *map(turned_text, turned_rows(rows, traits))]
+    return Checked(rows, summary(rows, ignored), found, further)
 
 
 def of_values(row: Row, array: np.ndarray) -> Iterator[Finding]:
@@ -140,16 +139,16 @@ def notes(rows: list[Row], volumes: Collection[str]) -> list[str]:
 
 
 def copied(rows: list[Row], prints: Mapping[str, duplicates.Fingerprint]) -> Iterator[str]:
-    """A line for each split that has an image more than once."""
-    groups: dict[tuple[str, bytes], list[Row]] = {}
+    """A line for each split that has several files with one image."""
+    groups: dict[tuple[str, bytes], dict[tuple[str, ...], str]] = {}
     for row in rows:
         if row.id in prints:
-            groups.setdefault((row.split, prints[row.id].digest), []).append(row)
+            groups.setdefault((row.split, prints[row.id].digest), {}).setdefault(row.image, row.id)
     for split in dict.fromkeys(row.split for row in rows):
-        same = [own for (name, _), own in groups.items() if name == split and len(own) > 1]
+        same = [[*own.values()] for (name, _), own in groups.items() if name == split and len(own) > 1]
         if same:
-            n, first, second = sum(map(len, same)) - len(same), *(row.id for row in same[0][:2])
-            yield f"{counted(n, 'images')} of {split} are there before, as {second} is {first}: each counts twice"
+            n, (one, other) = sum(map(len, same)) - len(same), same[0][:2]
+            yield f"{split} has {counted(n, 'further copies')} of its images, such as {other} (a copy of {one})"
 
 
 def table(manifest: Path, checked: Checked) -> str:

@@ -209,8 +209,8 @@ def held_out(rows: Sequence[Row], share: float) -> Bool[np.ndarray, " n"]:
 
 
 def dispensable(rows: Sequence[Row], unread: Sequence[Row]) -> set[str]:
-    """The ids of those rows, among the `unread` ones, that a command leaves out: new scans whose files are there but
-    damaged. A new scan is of the test and has no label. None is left out where no new scan could be read."""
+    """The ids of the `unread` rows that a command leaves out: new scans whose files are there but damaged. A new scan
+    is a row of `test` without a label. None is left out where no new scan could be read."""
     new = {row.id for row in rows if row.split == "test" and row.label is None}
     if new <= {row.id for row in unread}:
         return set()

@@ -103,11 +103,11 @@ def learnt_sentence(history: Sequence[Mapping[str, Any]]) -> str:
     """How well the network has learnt its task, beside nothing and all; "" where the training did not look."""
     for line in reversed(history):
         if "best_dice" in line:
-            constant = f"{line['dice_of_constant']:.2f}: a map of one value; " if "dice_of_constant" in line else ""
+            constant = f"A constant map has {line['dice_of_constant']:.2f}. " if "dice_of_constant" in line else ""
             return (
-                f"The training: on drawn anomalies the network reaches a Dice of {line['best_dice']:.2f} ({constant}1: "
-                "it marks them exactly; on chest X-rays and colonoscopy whole trainings reached 0.55 to 0.75). Real "
-                "ones look different."
+                f"The training: on drawn anomalies the network reaches a Dice of {line['best_dice']:.2f}. {constant}1 "
+                "is perfect. Whole trainings on chest X-rays and colonoscopy reached 0.55 to 0.75. Real anomalies look "
+                "different."
             )
         if shares := explained_shares(line):
             reached = f"of held-out normals, the network explains this share of the variance of hidden voxels: {shares}"
@@ -401,7 +401,7 @@ def mask_sentences(evaluation: Mapping[str, Any]) -> list[str]:
     return [
         f"{n} of {of} {'has' if n == 1 else 'have'} a mask." if n else f"None of {of} has a mask.",
         f"A mask marks where the map lies above {found['threshold']:.4g}.",
-        *[f"Of normal cases of the same kind, at most {100 * (rate or 0):.3g} % have a mask, on average."] * bool(rate),
+        *([f"Of normal cases of the same kind, at most {100 * rate:.3g} % have a mask, on average."] if rate else []),
         *["The pictures of the cases show a mask as a dashed orange line."] * bool(n),
         "The evaluation writes no masks; jmae predict writes them as files, ID_mask.",
     ]

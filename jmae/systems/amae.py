@@ -784,7 +784,7 @@ def build(config: ConfigDict) -> System:
         averaged=primary not in ("stage2", "stage2_nearer", NAME, SIGNED, *residuals.NAMES),  # no means over masks
         fits=fits_of(partial(predicted, networks)),
         notes=tuple(notes),
-        words=WORDS,
+        words=WORDS | residuals.words(config),
     )
     encoders = {name: networks.mae_of for name in names if name in TOKEN_SCORES}
     tokens = token_fits(config, encoders, partial(standardised, config=config))

@@ -313,7 +313,7 @@ def build(config: ConfigDict) -> System:
         sweep=sweep,
         repetitions="repeats",
         fits=residuals.fits(config, partial(batch_evidence, config), "repeats", "mask_ratio", "error", "stride"),
-        words=TOKEN_WORDS | {"maemi": f"{how}; the map is the squared reconstruction error"},
+        words=TOKEN_WORDS | {"maemi": f"{how}; the map is the squared reconstruction error"} | residuals.words(config),
         map_words="values of the map, without a unit"
         if residuals.wanted(config)
         else "squared reconstruction error, in the unit of the prepared image",

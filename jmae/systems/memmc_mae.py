@@ -470,7 +470,7 @@ def build(config: ConfigDict) -> System:
         repetitions="masks",
         averaged=not residuals.wanted(config)
         and (evaluation.average == "all" or evaluation.score == "ms_ssim_product"),
-        words=WORDS,
+        words=WORDS | residuals.words(config),
         **scoring(networks),
     )
     seen = partial(clean, config)

@@ -64,9 +64,9 @@ WORDS = {
     "ppii_highest": "highest value of the map",
 }
 LOG_WORDS = {
-    "target": "share of the image in drawn anomalies",
+    "target": "mean of the drawn label (0 normal, 1 anomalous)",
     "dice": "Dice of drawn anomalies (1 is perfect)",
-    "dice_of_constant": "that of the best map of one value",
+    "dice_of_constant": "Dice of the best constant map",
     "best_dice": "best Dice so far",
 }
 

@@ -53,7 +53,7 @@ LOG_WORDS = {
     "fake": "mean logit of reconstructions",
     "check_mse": "mean squared error of held-out images",
     "check_kl": "Kullback-Leibler divergence of held-out images",
-    "check_kl_histogram": "the same of their histograms",
+    "check_kl_histogram": "Kullback-Leibler divergence of the histograms of held-out images",
     "check_auroc": "AUROC of the labelled images of val",
     **{f"overwritten_level_{i}": f"share of slots overwritten, level {i}" for i in range(4)},
     **{f"written_level_{i}": f"share of slots written, level {i}" for i in range(4)},

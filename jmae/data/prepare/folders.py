@@ -229,11 +229,11 @@ def called_abnormal(rows: Sequence[Row], normal: str) -> str:
 def called_otherwise(rows: Sequence[Row], normal: str) -> str:
     """A caution where a few folders below that of the normal cases have names without a digit, as folders of classes
     have; "" where their names say normal, or without any."""
-    top, found = Path(normal).absolute(), Counter[Path]()
-    for place in (Path(row.image[0]).parent for row in rows if row.split == "train"):
-        name = "/".join(place.relative_to(top).parts[-1:])
-        if name and not re.search(r"\d", name) and not CLEAR & set(words(name)):
-            found[place] += 1
+    top = Path(normal).absolute()
+    places = Counter(Path(row.image[0]).parent for row in rows if row.split == "train")
+    names = Counter(place.name for place in places)  # one that many patients have, as anat of BIDS, is no class
+    clear = lambda name: bool(re.search(r"\d", name)) or names[name] > 1 or bool(CLEAR & set(words(name)))
+    found = {place: n for place, n in places.items() if place != top and not clear(place.name)}
     if not 0 < len(found) <= MOST_CLASSES:
         return ""
     each = in_words_of(Counter({str(Path(normal) / place.relative_to(top)): n for place, n in found.items()}))

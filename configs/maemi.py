@@ -22,8 +22,8 @@ SUGGESTED = {"volumes": "made for volumes, MRI above all; its map is the error o
 # Volumes are standardised over the region, as the air around it differs in size. Only errors of hidden tokens count.
 # Voxels are 2 to 3 mm (`data.spacing`), and the paper's filter of 2 mm is one voxel; below 1 mm set
 # evaluation.filter=3,3,2 for the published score. The difference is smoothed before it is squared: on lesions planted
-# in the brain of `val`, this finds more. To divide by the expected error finds still more, but takes half of the held-out
-# normals. Figures: benchmarks/results/scores.json and maemi.json.
+# in the brain of `val`, this finds more. To divide by the expected error finds still more, but takes half of the
+# held-out normals. Figures: benchmarks/results/scores.json and maemi.json.
 SMALL = {
     "data.size": (32, 32, 8),
     "data.spacing": (),

@@ -371,7 +371,9 @@ def refuse_difference(
     """
     keys = [key for key in dict(saved) | dict(given) if saved.get(key) != given.get(key)]
     if keys:
-        shown = [f"{k}: checkpoint {saved.get(k, 'absent')}, {what} {given.get(k, 'absent')}" for k in keys[:3]]
+        digests = {"rows": "the rows to train on differ", "images": "the images to train on differ"}
+        pair = lambda key: f"{key}: checkpoint {saved.get(key, 'absent')}, {what} {given.get(key, 'absent')}"
+        shown = [digests.get(key) or pair(key) for key in keys[:3]]
         more = f"; and {len(keys) - 3} more" if len(keys) > 3 else ""
         raise InputError(
             f"{path}: saved by another configuration: {'; '.join(shown)}{more}; "

@@ -38,6 +38,7 @@ from jmae.report.page import write_report
 from jmae.report.pictures import Scale, case_pictures, colour_scale, slides, spread_scale
 from jmae.report.words import (
     comparison_rows,
+    few_labels_sentence,
     mask_sentences,
     p_value_sentences,
     patient_rows,
@@ -561,10 +562,18 @@ def test_the_colours_are_explained_beside_the_first_pictures(tmp_path):
     )
 
 
+def test_figures_of_very_few_labelled_cases_have_a_notice(tmp_path):
+    text = write(tmp_path / "r.html", an_evaluation(n_normal=2, n_abnormal=1))
+    what = "<b>Very few cases with a label.</b> The figures are of 2 normal and 1 abnormal. So few say little, and the"
+    assert what in text and text.index(what) < text.index('<div class="first">')
+    for n, k in ((10, 10), (0, 0), (5, 0)):
+        assert few_labels_sentence({"n_normal": n, "n_abnormal": k}) == ""
+
+
 def test_scans_that_could_not_be_read_are_named_on_the_first_screen(tmp_path):
     left = [f"s{i}: /new/s{i}.png: is empty" for i in range(7)]
     text = write(tmp_path / "r.html", an_evaluation(left_out=left))
-    assert "<b>7 scans could not be read.</b> This page has no score of them: s0: /new/s0.png: is empty; s1:" in text
+    assert "<b>7 scans could not be read.</b> This page has no score of: s0: /new/s0.png: is empty; s1:" in text
     assert "s4.png: is empty; and 2 more." in text and text.index("s4.png") < text.index('<div class="first">')
     one = write(tmp_path / "one.html", an_evaluation(left_out=left[:1]))
     assert "<b>1 scan could not be read.</b>" in one and "more." not in one[: one.index('<div class="first">')]

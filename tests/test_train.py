@@ -280,7 +280,7 @@ def test_other_rows_are_refused(finished, tools, tmp_path, capfd):
     run = shutil.copytree(finished, tmp_path / "run")
     arguments = tools.arguments(tools.write_set(tmp_path / "set", counts), run)
     assert exit_code(train.main, arguments) == 2
-    assert "rows: checkpoint" in capfd.readouterr().err
+    assert "the rows to train on differ" in capfd.readouterr().err
 
 
 @pytest.mark.long

@@ -294,7 +294,7 @@ def test_images_that_were_exchanged_under_the_same_ids_are_noticed(tmp_path):
     up = lambda saved: train.saved_identity(course, saved)
     identity = {"recipe": fixed(load()), "rows": digest(ROWS), "images": images_digest(ROWS)}
     assert checkpoint.restore(folder, target, config=identity, brought_up=up)[0] == 2
-    with pytest.raises(InputError, match="images: checkpoint"):
+    with pytest.raises(InputError, match="the images to train on differ"):
         checkpoint.restore(folder, target, config=identity | {"images": images_digest(other)}, brought_up=up)
 
 

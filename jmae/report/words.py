@@ -21,6 +21,7 @@ from jmae.likeness import REMEDY, unlike_text
 from jmae.scoring import few_to_learn, more_normals, too_few_normals
 from jmae.tables import counted
 
+FEW_LABELS = 10  # cases of a class; fewer get a notice
 LEAST_SHARE = 0.1  # of the steps of `small`, below which a training is called short
 SYSTEM_FILES = Path(__file__).parents[1] / "systems"
 
@@ -363,7 +364,9 @@ def notices(evaluation: Mapping[str, Any], config: Mapping[str, Any]) -> list[No
     if left := evaluation.get("left_out"):
         more = f"; and {len(left) - 5} more" if left[5:] else ""
         title = f"{counted(len(left), 'scans')} could not be read."
-        found.append(Notice(title, f"This page has no score of them: {'; '.join(left[:5])}{more}."))
+        found.append(Notice(title, f"This page has no score of: {'; '.join(left[:5])}{more}."))
+    if text := few_labels_sentence(evaluation):
+        found.append(Notice("Very few cases with a label.", text))
     if text := no_alarm_sentence(evaluation):
         found.append(Notice("No alarm is possible.", text))
     return found
@@ -376,6 +379,17 @@ def low_dice_sentence(evaluation: Mapping[str, Any]) -> str:
     if best is None or everything is None:
         return ""
     return f"The best Dice of the map is {best:.3f} here. Calling every pixel a lesion gives {everything:.3f}."
+
+
+def few_labels_sentence(evaluation: Mapping[str, Any]) -> str:
+    """That the figures say little, where a class has fewer than `FEW_LABELS` cases; "" where it has more, or none."""
+    n, k = evaluation.get("n_normal") or 0, evaluation.get("n_abnormal") or 0
+    if not (n and k) or min(n, k) >= FEW_LABELS:
+        return ""
+    return (
+        f"The figures are of {n} normal and {k} abnormal. So few say little, and the intervals are too narrow. Remedy: "
+        f"label {FEW_LABELS} of each or more."
+    )
 
 
 def no_alarm_sentence(evaluation: Mapping[str, Any]) -> str:
@@ -419,7 +433,7 @@ def unlike_sentences(evaluation: Mapping[str, Any]) -> list[str]:
     sentences = [
         f"{unlike_text(unlike['n'], evaluation['n'])} the training images{' (' if labels else ''}"
         f"{', '.join(labels)}{')' if labels else ''}.",
-        "The run did not learn what normal scans of such a kind look like, so their scores say little. The warning at "
+        "The run did not learn what normal scans of such a kind look like, so such scores say little. The warning at "
         f"each case says what differs. Remedy: {REMEDY}.",
     ]
     if alarms:

@@ -309,14 +309,15 @@ def already(words: Sequence[str], manifest: Path) -> Path | None:
 
 
 def figure(evaluation: Mapping[str, Any], place: str) -> tuple[float | None, list[float] | None]:
-    """(A figure of metrics.json, its interval or None). A place is its keys, joined by dots."""
+    """(A figure of metrics.json, its interval or None). A place is its keys, joined by dots; the key "primary" stands
+    for the name of the primary score."""
     *sections, last = place.split(".")
     found: Any = evaluation
     if sections[0] == "printed":  # training values: printed.STAGE.METRIC.EPOCH
         values = {f"printed.{p['stage']}.{p['metric']}.{p['epoch']}": p["ours"] for p in found.get("printed") or ()}
         return values.get(place), None
     for section in sections:
-        found = (found or {}).get(section)
+        found = (found or {}).get(evaluation.get("primary") if section == "primary" else section)
     interval = (found or {}).get(f"{last}_ci")
     return (found or {}).get(last), interval if interval and None not in interval else None
 

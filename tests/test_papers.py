@@ -195,8 +195,10 @@ def test_ours_stand_beside_the_papers_with_the_difference(tmp_path):
     row = ROWS["maemi.table1.duke.maemi"]
     plan = papers.Plan(row, row.recipe, 1, tmp_path, [["train"]], [tmp_path])
     found = {"auroc": 0.7, "auroc_ci": [0.65, 0.8], "ap": None, "ap_ci": [None, None]}
-    evaluation = {"n_normal": 3, "n_abnormal": 4, "patient_means": {"maemi": found}, "leaks": ["a"]}
+    evaluation = {"n_normal": 3, "n_abnormal": 4, "primary": "maemi", "patient_means": {"maemi": found}, "leaks": ["a"]}
     other = evaluation | {"patient_means": {"maemi": found | {"auroc": 0.8, "auroc_ci": [0.75, 0.9]}}}
+    smoothed = evaluation | {"primary": "smoothed", "patient_means": {"maemi": None, "smoothed": found}}
+    assert papers.compared(plan, [smoothed])["figures"]["AUROC, mean of patients"]["ours"] == 0.7
     two = papers.compared(plan, [evaluation, other])["figures"]["AUROC, mean of patients"]
     assert two["ours"] == pytest.approx(0.75) and two["interval"] == pytest.approx([0.7, 0.85])
     assert two["spread"] == pytest.approx(1.96 * 0.1 / 2**0.5)

@@ -150,8 +150,9 @@ def kind_of(traits: Sequence[Traits]) -> dict[str, Any]:
 def turned(traits: Sequence[Traits]) -> Bool[np.ndarray, " n"]:
     """Which images would be more like the others if they were turned or mirrored, and stand out by that.
 
-    Their gain by turning is above `LEAST_GAIN`, and above the median gain by `SPREADS` median deviations. So up to half
-    of the images may be turned. Fewer than `LEAST_IMAGES` images are none. All images must have as many axes.
+    Their gain by turning is above `LEAST_GAIN`, and above the median gain by `SPREADS` median deviations. With medians,
+    several turned images do not hide each other. None is found among fewer than `LEAST_IMAGES` images. All images must
+    have as many axes.
     """
     if len(traits) < LEAST_IMAGES:
         return np.zeros(len(traits), bool)

@@ -416,7 +416,11 @@ def p_value_figures(
       reasons: why there are no p-values, as far as it was said before.
     """
     found: dict[str, Any] = {"alarms": alarms(labels, [line["p_value"] for line in lines], calibration, rate)}
-    calm = {line["id"]: line["p_value"] for line, shown in zip(lines, table, strict=True) if line != shown}
+    calm = {
+        line["id"]: line["p_value"]
+        for line, shown in zip(lines, table, strict=True)
+        if shown["p_value"] != line["p_value"]
+    }
     if calm:
         found["withheld"] = calm  # `fusion.fused_evaluation` reads them
     if not found["alarms"]:

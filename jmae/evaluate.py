@@ -70,7 +70,7 @@ from jmae.figures import (
 from jmae.fitting import fitted_results
 from jmae.fusion import evaluate_several
 from jmae.inference import Scorer, run_of, score_rows
-from jmae.likeness import read_kind, unlike, unlike_counts, without_calm_p_value
+from jmae.likeness import read_kind, shown_line, unlike, unlike_counts
 from jmae.outlines import MaskFigures
 from jmae.processes import join_processes, keep_compiled
 from jmae.progress import at_work
@@ -224,7 +224,7 @@ def evaluate(
             evaluation["convergence"] = numbers
     scores, used = gathered.scores.of(1), None if no_p_values else calibration
     lines = score_lines(chosen.rows, scores, system, used, gathered.notes)
-    table = [without_calm_p_value(line, rate) for line in lines]
+    table = [shown_line(line, rate, len(used.scores) if used else 0) for line in lines]
     evaluation["unlike"] = unlike_counts(lines, table) if kind else None
     evaluation |= p_value_figures(chosen.labels, lines, table, calibration, rate, reasons)
     evaluation |= {"words": dict(system.words), "map_words": system.map_words}

@@ -21,7 +21,7 @@ from scipy.special import ndtri
 
 from jmae import metrics, recipe
 from jmae.errors import InputError
-from jmae.likeness import without_calm_p_value
+from jmae.likeness import shown_line
 from jmae.report.compare import Run, common_cases, labels_of, read_runs, scores_of
 from jmae.run_folder import log, output_folder, write_csv, write_text
 from jmae.sealed import unseal
@@ -78,19 +78,22 @@ def common_normals(calibrations: Mapping[str, Mapping[str, float]]) -> tuple[lis
     return ids, np.array([[scores[name] for name in ids] for scores in calibrations.values()])
 
 
-def fused_line(line: Mapping[str, Any], of_runs: Sequence[Mapping[str, Any]], rate: float) -> dict[str, Any]:
+def fused_line(
+    line: Mapping[str, Any], of_runs: Sequence[Mapping[str, Any]], rate: float, normals: int
+) -> dict[str, Any]:
     """A line of the fused scores.csv, with the warnings of the runs.
 
-    It has no p-value where a run has none for the case, or where `likeness.without_calm_p_value` withholds it.
+    It has no p-value where a run has none for the case, or where `likeness.shown_line` withholds it.
 
     Args:
       line: {"p_value", ...}, of a case.
       of_runs: its line in the scores.csv of each run, with the p-value that the run's warning withholds there.
       rate: the alarm rate.
+      normals: how many were held out.
     """
     warning = "; ".join(dict.fromkeys(filter(None, (own.get("warning") for own in of_runs))))
     p_value = line["p_value"] if all(own.get("p_value") for own in of_runs) else None
-    found = without_calm_p_value({**line, "p_value": p_value, "warning": warning}, rate)
+    found = shown_line({**line, "p_value": p_value, "warning": warning}, rate, normals)
     return {key: "" if value is None else value for key, value in found.items()}
 
 
@@ -163,7 +166,10 @@ def fused_evaluation(workdirs: Sequence[Path], out: Path, *, draws: int = 2000) 
     line = lambda k: {"id": ids[k], "label": int(labels[k]), "score": score[k], "p_value": p[k]}
     own = lambda k: {f"score of {run}": each[r, k] for r, run in enumerate(found["runs"])}
     rate = min(run.config["evaluation"].get("alarm_rate", 0.05) for run in runs)
-    lines = [fused_line(line(k) | own(k), [whole_line(run, ids[k]) for run in runs], rate) for k in range(len(ids))]
+    lines = [
+        fused_line(line(k) | own(k), [whole_line(run, name) for run in runs], rate, normals.shape[1])
+        for k, name in enumerate(ids)
+    ]
     found["unlike"] = {"n": sum(bool(one["warning"]) for one in lines)}
     write_csv(out / "scores.csv", lines)
     write_text(out / "metrics.json", json.dumps(found, indent=1))

@@ -2,7 +2,7 @@
 
 A score ranks cases of one kind. A blank film, a CT slice in a run of chest X-rays or a thumbnail can score low, and its
 p-value then calms for no reason. trained_on.json of a run folder has the range of each trait over the images that the
-run was trained on. A case outside a range gets a warning, and no p-value above the alarm rate (`without_calm_p_value`).
+run was trained on. A case outside a range gets a warning, and no p-value above the alarm rate (`shown_line`).
 `jmae.predict` and `jmae.evaluate` share this rule.
 """
 
@@ -23,6 +23,7 @@ from jmae.data.manifest import Row
 from jmae.data.transforms import resize, to_unit
 from jmae.errors import InputError
 from jmae.run_folder import log, write_text
+from jmae.scoring import too_few_normals
 from jmae.sealed import seal, unseal
 from jmae.tables import counted
 
@@ -247,11 +248,23 @@ def read_kind(workdir: Path) -> dict[str, Any] | None:
         raise InputError(f"{file}: is damaged ({error!r}): delete it; cases then get no warnings") from None
 
 
-def without_calm_p_value(line: Mapping[str, Any], rate: float) -> dict[str, Any]:
-    """A line of scores.csv, {"p_value", "warning", ...}. Where it has a warning, a p-value above the alarm rate `rate`
-    becomes None, as it would calm for no reason."""
-    calm = line["warning"] and line["p_value"] is not None and line["p_value"] > rate
-    return {**line, "p_value": None} if calm else dict(line)
+def shown_line(line: Mapping[str, Any], rate: float, normals: int) -> dict[str, Any]:
+    """A line of scores.csv, {"p_value", "warning", ...}, as the user sees it: with "alarm" behind "p_value".
+
+    "alarm" is 1 for a p-value up to the alarm rate `rate`, else 0; None without a p-value, or where so few `normals`
+    were held out that no p-value can be as low. A warning makes a p-value above the rate None, as it would calm for no
+    reason.
+    """
+    p = line["p_value"]
+    if p is not None and p > rate and line["warning"]:
+        p = None
+    alarm = None if p is None or too_few_normals(normals, rate) else int(p <= rate)
+    first = {name: line[name] for name in ("id", "label", "score") if name in line}
+    return (
+        first
+        | {"p_value": p, "alarm": alarm}
+        | {name: v for name, v in line.items() if name not in (*first, "p_value")}
+    )
 
 
 def unlike_counts(lines: Sequence[Mapping[str, Any]], table: Sequence[Mapping[str, Any]]) -> dict[str, int]:

@@ -22,9 +22,10 @@ recipe has evaluation.reconstruction. The mask marks where the map lies above a 
 evaluation.alarm_rate of normal cases has a mask with anything in it (jmae.outlines). The rate 0.05 needs 19 held-out
 normals. The overlay of a volume shows the axial slice with the highest value.
 
-At the end the terminal shows the highest scores, and --out gets scores.csv: id,label,score,p_value,score_error, further
-scores, and warning. Among the held-out normals and the case itself, the p-value is the share that scores as high
-(jmae.scoring.Calibration). It is empty in five cases:
+At the end the terminal shows the highest scores, and --out gets scores.csv: id,label,score,p_value,alarm,score_error,
+further scores, and warning. Among the held-out normals and the case itself, the p-value is the share that scores as
+high (jmae.scoring.Calibration). The column alarm is 1 where the p-value is at most evaluation.alarm_rate. It is empty
+where so few normals were held out that no p-value can be as low. The p-value is empty in five cases:
 
 - The run is not calibrated.
 - The run was trained or calibrated on the image.
@@ -85,7 +86,7 @@ from jmae.fitting import restore_results
 from jmae.fusion import colours_of_file, common_normals, fused, fused_line, fused_map, scores_of_normals
 from jmae.inference import Scorer, run_of, score_rows
 from jmae.inputs import SPLIT, cases_of, image_of_array, is_image, row_of, sequences, several_cases, with_spacing
-from jmae.likeness import read_kind, remedy, unlike, unlike_text, without_calm_p_value
+from jmae.likeness import read_kind, remedy, shown_line, unlike, unlike_text
 from jmae.outlines import least_voxels, outline
 from jmae.outputs import DONE, read_done
 from jmae.processes import keep_compiled
@@ -206,7 +207,7 @@ class Run(NamedTuple):
             case = self.scorer.prepare(row, stored, inside)
             tell_unlike(self, case)
             (result,) = self.scorer.score([case])
-        line = without_calm_p_value(checked_line(self, row, result), alarm_rate(self.config))
+        line = self.shown(checked_line(self, row, result))
         found = result.written(self.system, ["anomaly", "confidence"])
         maps = found.get("anomaly"), found.get("confidence")
         return Prediction(
@@ -219,6 +220,10 @@ class Run(NamedTuple):
             stored,
             colours_of(self.calibration),
         )
+
+    def shown(self, line: Mapping[str, Any]) -> dict[str, Any]:
+        """A line of scores.csv as the user sees it (`likeness.shown_line`)."""
+        return shown_line(line, alarm_rate(self.config), len(self.calibration.scores) if self.calibration else 0)
 
     def __repr__(self) -> str:
         return f"<a trained run of {self.system.name}: call it with an image>"
@@ -289,7 +294,7 @@ def predict_with_several(workdirs: Sequence[Path], argv: Sequence[str]) -> int:
     for k, name in enumerate(ids):
         own = {f"score of {workdir.name}": run[name]["score"] for workdir, run in zip(workdirs, runs, strict=True)}
         line = {"id": name, "label": "", "score": float(score[k]), "p_value": float(p[k])}
-        lines.append(fused_line(line | own, [run[name] for run in runs], rate))
+        lines.append(fused_line(line | own, [run[name] for run in runs], rate, normals.shape[1]))
         files = [next(iter(sorted(folder.glob(f"{glob.escape(name)}_anomaly.*"))), None) for folder in folders]
         if all(files) and all(scales):
             images = [read_image([str(file)]) for file in files]
@@ -397,11 +402,12 @@ def checked_line(run: Run, row: Row, result: Result) -> dict[str, Any]:
 
 
 def scores_in(folder: Path) -> dict[str, dict[str, Any]]:
-    """The lines of a folder's scores.csv, by id, with the p-values that a warning withholds; {} where no case was
-    predicted."""
+    """The lines of a folder's scores.csv, by id, with the p-values that a warning withholds and with all digits of the
+    score; {} where no case was predicted."""
     if not (folder / "scores.csv").exists():
         return {}
-    whole = {line["id"]: {"p_value": line["p_value"]} for line in read_done(folder / DONE)[1:] if "p_value" in line}
+    done = [line for line in read_done(folder / DONE)[1:] if "p_value" in line]
+    whole = {line["id"]: {"p_value": line["p_value"], "score": line["line"]["score"]} for line in done}
     with open(folder / "scores.csv", newline="", encoding="utf-8") as file:
         return {name: line | whole.get(name, {}) for line in csv.DictReader(file) for name in [plain(line["id"])]}
 
@@ -453,7 +459,7 @@ def predict_rows(run: Run, rows: Sequence[Row], out: Path, *, further: bool) -> 
             fail(row, error)
             continue
         files, whole = write_case(run, result, out, colours), {"p_value": line["p_value"]}
-        line = without_calm_p_value(line, alarm_rate(run.config))
+        line = run.shown(line)
         done[row.id] = {
             "id": row.id,
             "image": list(row.image),

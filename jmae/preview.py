@@ -1,5 +1,8 @@
 """What a training would do, told from the manifest alone: no image is opened."""
 
+import math
+import runpy
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ml_collections import ConfigDict
@@ -9,7 +12,13 @@ from jmae.data import phantoms
 from jmae.data.cases import kept_apart
 from jmae.data.manifest import LEAKS, SPLITS, Row, parse_manifest, summary
 from jmae.errors import InputError
-from jmae.system import load_system, nothing_to_train_on, rows_read
+from jmae.report.words import share_of_small
+from jmae.system import Stage, load_system, nothing_to_train_on, rows_read
+from jmae.tables import counted
+
+MINUTES = 15  # the longest training of a preset `small` with all steps, on two idle CPU cores
+TIMED = ("small", "small3d", "small_colour")  # the presets that this holds for
+COSTLY = ("model.", "data.size", "variant")  # keys that change what a step costs, beside the batches
 
 
 def preview(config: ConfigDict) -> str:
@@ -24,19 +33,46 @@ def preview(config: ConfigDict) -> str:
         if any(counts):
             lines.append("{:<12}{:>8}{:>10}{:>9}".format(split, *counts))
     lines += ["", f"{'stage':<12}{'images':>8}{'batch':>10}{'steps':>9}"]
-    for stage in system.stages:
+    for stage, n, steps in planned(config, system.stages, read):
+        lines.append(f"{stage.name:<12}{n:>8}{stage.batch:>10}{steps:>9}")
+    lines += ["", training_line(config, system.stages, read)]
+    note = (
+        "A stage may keep images back to choose its weights. It takes fewer images where an earlier stage selects them."
+    )
+    lines += [note, "No image was opened (jmae check MANIFEST.csv opens all), nothing was trained."]
+    return "\n".join(lines)
+
+
+def planned(config: ConfigDict, stages: Sequence[Stage], rows: Sequence[Row]) -> Iterator[tuple[Stage, int, int]]:
+    """Each stage, how many images it takes from `rows`, and its steps. Raises InputError where it takes none."""
+    for stage in stages:
         try:
-            n = len(stage.rows(read, {}))
+            n = len(stage.rows(rows, {}))
         except KeyError:  # an earlier stage's result chooses among the rows
             n = sum(row.split in stage.splits for row in rows)
         if not n:
             raise nothing_to_train_on(stage, config)
-        lines.append(f"{stage.name:<12}{n:>8}{stage.batch:>10}{max(1, round(stage.steps(n))):>9}")
-    note = (
-        "A stage may keep images back to choose its weights. It takes fewer images where an earlier stage selects them."
-    )
-    lines += ["", note, "No image was opened (jmae check MANIFEST.csv opens all), nothing was trained."]
-    return "\n".join(lines)
+        yield stage, n, max(1, round(stage.steps(n)))
+
+
+def training_line(config: ConfigDict, stages: Sequence[Stage], rows: Sequence[Row]) -> str:
+    """How many stages and steps a training has, and how long it takes where that is known."""
+    steps = sum(steps for *_, steps in planned(config, stages, rows))
+    what = f"training: {counted(len(stages), 'stages')}, {steps} steps in all"
+    if not like_small(config):
+        return f"{what}; the first steps of each stage show how long it takes"
+    minutes = math.ceil(MINUTES * share_of_small(config))
+    return f"{what}; up to about {counted(minutes, 'minutes')} on two idle CPU cores, without reading and scoring"
+
+
+def like_small(config: ConfigDict) -> bool:
+    """Whether a step costs what it costs in one of the presets `TIMED`."""
+    if config.system not in recipe.SYSTEMS:
+        return False
+    presets = runpy.run_path(str(recipe.RECIPES / f"{config.system}.py"))["PRESETS"]
+    costly = lambda of: {k: v for k, v in recipe.keys_of(of) if k.startswith(COSTLY) or k.endswith(".batch")}
+    timed = [recipe.preset(config.system, presets, name) for name in TIMED if name in presets]
+    return costly(config) in map(costly, timed)
 
 
 def listed_rows(config: ConfigDict) -> tuple[list[Row], dict[str, int]]:

@@ -18,6 +18,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from jmae.errors import InputError
 from jmae.processes import agreement
 from jmae.run_folder import CLOCK, log
+from jmae.tables import counted
 
 SECONDS_BETWEEN_LINES = 10  # where standard error is no terminal
 SILENCE = 10  # seconds after which a step says that it is still at work
@@ -85,13 +86,15 @@ def at_work(what: str | Callable[[], str]) -> Iterator[Callable[[], None]]:
 
 @contextmanager
 def progress(
-    stage: str, start: int, steps: int, words: Mapping[str, str] = MappingProxyType({})
+    stage: str, start: int, steps: int, words: Mapping[str, str] = MappingProxyType({}), later: int = 0
 ) -> Iterator[Callable[[Mapping], None]]:
     """Gives a function that shows a line of metrics: a bar on a terminal, else a plain line now and then.
 
-    `words` are `Stage.words`. A step is compiled before the first line. The pace is measured from that line on.
+    `words` are `Stage.words`; `later` is how many stages follow. A step is compiled before the first line. The pace is
+    measured from that line on.
     """
     console, marks, shown = Console(stderr=True), list[tuple[float, int]](), [-1e9]
+    rest = f", then {counted(later, 'stages')}" if later else ""
     texts = [TextColumn(f"{{task.{name}}}") for name in ("description", "fields[text]")]
     columns = texts[0], BarColumn(BAR), TimeElapsedColumn(), texts[1]
     terminal = console.is_terminal and jax.process_index() == 0
@@ -105,7 +108,7 @@ def progress(
             marks.append((time.monotonic(), step))
             seconds, done = marks[-1][0] - marks[0][0], step - marks[0][1]
             if done and seconds > PACE_AFTER:
-                pace, left = f"{done / seconds:.2f} steps/s", f"{(steps - step) * seconds / done:.0f} s left"
+                pace, left = f"{done / seconds:.2f} steps/s", f"{time_left((steps - step) * seconds / done)}{rest}"
             if terminal:
                 head = "  ".join(filter(None, (f"{stage} {step}/{steps}", left)))
                 text = fitting(filter(None, (*figures[:1], pace, *figures[1:])), console.width - len(head) - BESIDE)
@@ -115,6 +118,11 @@ def progress(
                 log("  ".join(filter(None, (f"{stage} {step}/{steps}", *figures, pace, left))))
 
         yield show
+
+
+def time_left(seconds: float) -> str:
+    """Seconds in words, from two minutes on as minutes."""
+    return f"{seconds:.0f} s left" if seconds < 120 else f"{seconds / 60:.0f} min left"
 
 
 def fitting(texts: Iterable[str], room: int) -> str:

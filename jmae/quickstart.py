@@ -33,6 +33,7 @@ from jmae.data.prepare.overview import (
 )
 from jmae.data.slices import command
 from jmae.errors import InputError, exit_code
+from jmae.preview import MINUTES
 from jmae.run_folder import log, output_folder
 from jmae.tables import counted
 
@@ -46,7 +47,6 @@ def prepare_data(argv: list[str]) -> int:
 
 RUN = {"prepare": prepare_data, "train": train.main, "evaluate": evaluate.main}
 
-MINUTES = 15  # the longest training of a preset `small` with all steps, on two cores
 MINUTES_BESIDE = {"images": 2, "volumes": 5}  # mostly for compilation, by docs/results/speed.md
 A_MINUTE = {"images": 300, "volumes": 20}  # scans that are read and scored in a minute, or more
 

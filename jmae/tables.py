@@ -6,9 +6,12 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 
 def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Rows of equal keys as CSV. Text that a spreadsheet would run as a formula begins with an apostrophe."""
+    """Rows of equal keys as CSV, fractions with nine digits, which is what a float32 holds. Text that a spreadsheet
+    would run as a formula begins with an apostrophe."""
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()
@@ -20,13 +23,15 @@ FORMULA = re.compile(r"'*[=+\-@\t\r]")
 
 
 def harmless(cell: Any) -> Any:
-    """A cell of text with an apostrophe before what would begin a formula; numbers as they are."""
+    """A cell of text with an apostrophe before what would begin a formula; a fraction with nine digits."""
+    if isinstance(cell, (float, np.floating)):
+        return f"{cell:.9g}"
     return f"'{cell}" if isinstance(cell, str) and FORMULA.match(cell) else cell
 
 
 NOUN = re.compile(
     r"\b(case|cell|file|finding|group|image|label|lesion|map|mask|normal|patient|positive|result|row|run|scan|score|"
-    r"sequence|session|slice|subject|volume)s\b"
+    r"sequence|session|slice|stage|subject|volume)s\b"
 )
 
 

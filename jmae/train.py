@@ -51,7 +51,7 @@ from jmae.evaluate import evaluate
 from jmae.likeness import turned_rows, turned_text, write_kind
 from jmae.loggers import lines_to_loggers, package
 from jmae.pretrained import with_pretrained
-from jmae.preview import preview
+from jmae.preview import preview, training_line
 from jmae.processes import join_processes, keep_compiled
 from jmae.programs import (
     compiled_check,
@@ -135,6 +135,7 @@ def run(config: ConfigDict, workdir: Path) -> int:
     tell_p_values(config, system, rows)
     for line in folded([turned_text(row) for row in turned_rows(images.rows, cases.traits)]):
         log(f"warning: {line}")
+    log(training_line(config, system.stages, images.rows))
     train(config, system, images, workdir, cases.samples(watched, crops_on="host") if watched else None)
     write_kind(workdir, [cases.traits[row.id] for row in images.rows if row.id in cases.traits])
     write_seen(workdir, [*(read_seen(source) if source.is_dir() else ()), *images.rows])
@@ -172,7 +173,9 @@ def train(
     checked = {stage.name: [check.rows(images.rows) for check in stage.checks] for stage in system.stages}
     programs: dict[Any, Callable] = {}
     for number, stage in enumerate(system.stages):
-        state = train_stage(config, stage, number, images, results, workdir, checked[stage.name], programs, watched)
+        state = train_stage(
+            config, system.stages, number, images, results, workdir, checked[stage.name], programs, watched
+        )
         results[stage.name] = stage.result(state)
         if stage.table:
             for seed, part in enumerate(split_replicates(results, config.replicates)):
@@ -192,6 +195,7 @@ class Course:
         results: results of the earlier stages.
         identity: recipe, rows and images, with which a checkpoint must agree.
         checked_rows: rows of each of the stage's checks; none: the check does not run.
+        later: how many stages follow.
         watched: samples that the stage only watches; None: there are none.
     """
 
@@ -207,6 +211,7 @@ class Course:
     watched: Samples | None
     mesh: Mesh
     workdir: Path
+    later: int
 
     @property
     def folder(self) -> Path:
@@ -221,7 +226,7 @@ class Course:
 
 def train_stage(
     config: ConfigDict,
-    stage: Stage,
+    stages: Sequence[Stage],
     number: int,
     samples: Samples,
     results: Results,
@@ -230,12 +235,12 @@ def train_stage(
     programs: dict[Any, Callable],
     watched: Samples | None,
 ) -> State:
-    """One stage from its newest sound checkpoint, or from its start, to its last step.
+    """Stage `number`, from its newest sound checkpoint, or from its start, to its last step.
 
     Resume order: 1. rows and steps from the manifest and the earlier stages' results; 2. a fresh state; 3. the newest
     sound checkpoint over it; 4. metrics.jsonl cut back to that step; 5. the data iterator's position.
     """
-    parts = split_replicates(results, config.replicates)
+    stage, parts = stages[number], split_replicates(results, config.replicates)
     tables = [stage.rows(samples.rows, part) for part in parts]
     if not min(len(table) for table in tables):
         raise nothing_to_train_on(stage, config)
@@ -253,6 +258,7 @@ def train_stage(
         watched=watched if stage.watch else None,
         mesh=device_mesh(config.fsdp),
         workdir=workdir,
+        later=len(stages) - number - 1,
     )
     with at_work(f"{stage.name}: making the weights, or reading a checkpoint"):
         state, start, position = begin_stage(course, first=number == 0)
@@ -357,7 +363,7 @@ def take_steps(
     halts = [config.checkpoint_every, *(every for every, *_ in checks)]
     log(f"{name}: {images_read(course)}, steps {start} to {steps}, batch {stage.batch}, compiling")
     with (
-        progress(name, start, steps, stage.words) as show,
+        progress(name, start, steps, stage.words, course.later) as show,
         lines_to_loggers(config, course.workdir, name, start) as draw,
         profiling(config, course.workdir, name) as profile,
         signals() as stopped,

@@ -75,14 +75,15 @@ def test_runs_without_common_normals_are_one_line(tmp_path):
 
 def test_a_fused_line_has_the_warnings_of_the_runs_and_no_calm_p_value_beside_one():
     line = lambda fused, *runs: fusion.fused_line(
-        {"id": "a", "p_value": fused}, [{"p_value": p, "warning": warning} for p, warning in runs], 0.05
+        {"id": "a", "p_value": fused}, [{"p_value": p, "warning": warning} for p, warning in runs], 0.05, 100
     )
-    assert line(0.3, ("0.2", ""), ("0.4", "")) == {"id": "a", "p_value": 0.3, "warning": ""}
+    assert line(0.3, ("0.2", ""), ("0.4", "")) == {"id": "a", "p_value": 0.3, "alarm": 0, "warning": ""}
     assert line(0.3, ("0.2", ""), ("", ""))["p_value"] == ""
-    assert line(0.3, ("0.01", "mean 2"), ("0.4", "")) == {"id": "a", "p_value": "", "warning": "mean 2"}
-    assert line(0.02, ("0.01", "mean 2"), ("0.03", "mean 2")) == {"id": "a", "p_value": 0.02, "warning": "mean 2"}
+    assert line(0.3, ("0.01", "mean 2"), ("0.4", "")) == {"id": "a", "p_value": "", "alarm": "", "warning": "mean 2"}
+    alarm = {"id": "a", "p_value": 0.02, "alarm": 1, "warning": "mean 2"}
+    assert line(0.02, ("0.01", "mean 2"), ("0.03", "mean 2")) == alarm
     assert line(0.02, (0.1, "mean 2"), (0.01, ""))["p_value"] == 0.02, "an alarm, though one run's own is none"
-    assert fusion.fused_line({"p_value": 0.3}, [{"p_value": "0.2"}], 0.05)["warning"] == "", "an older evaluation"
+    assert fusion.fused_line({"p_value": 0.3}, [{"p_value": "0.2"}], 0.05, 100)["warning"] == "", "an older evaluation"
 
 
 def evaluated(folder: Path, normals: np.ndarray, score: float, p_value: float, warning: str, kept: bool) -> Path:

@@ -185,8 +185,16 @@ def test_a_run_without_the_file_has_no_kind_and_a_damaged_file_is_one_line(tmp_p
             likeness.read_kind(tmp_path)
 
 
+def test_a_line_says_whether_its_p_value_is_an_alarm():
+    line = lambda p, warning="", n=100: likeness.shown_line({"id": "a", "p_value": p, "warning": warning}, 0.05, n)
+    assert [line(p)["alarm"] for p in (None, 0.01, 0.05, 0.06)] == [None, 1, 1, 0]
+    assert [line(p, "mean 2")["alarm"] for p in (0.01, 0.06)] == [1, None], "a withheld p-value is no alarm and no calm"
+    assert [line(0.5, n=n)["alarm"] for n in (18, 19)] == [None, 0], "18 normals give no p-value as low"
+    assert list(line(0.5)) == ["id", "p_value", "alarm", "warning"]
+
+
 def test_a_warning_withholds_a_p_value_above_the_alarm_rate_alone():
-    line = lambda p, warning: likeness.without_calm_p_value({"p_value": p, "warning": warning}, 0.05)["p_value"]
+    line = lambda p, warning: likeness.shown_line({"p_value": p, "warning": warning}, 0.05, 100)["p_value"]
     assert [line(p, "") for p in (None, 0.05, 0.9)] == [None, 0.05, 0.9]
     assert [line(p, "mean 2") for p in (None, 0.05, 0.9)] == [None, 0.05, None]
     assert likeness.unlike(likeness.traits_of(image(film(0))), None) == "" == likeness.unlike(None, {})

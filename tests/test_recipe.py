@@ -108,9 +108,14 @@ def test_show_and_dry_run_train_nothing(capsys, tmp_path, monkeypatch):
     assert exit_code(train.main, ["--config=amae:smoke", "--show", "pretrain.steps"]) == 0
     assert capsys.readouterr().out.startswith("pretrain.steps = 20  (")
     assert exit_code(train.main, ["--config=amae:smoke", "--dry-run", "--config.pretrain.batch", "8"]) == 0
-    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    said = capsys.readouterr().out
+    assert "training: 5 stages, 58 steps in all; the first steps of each stage show how long it takes" in said
+    lines = [line.split() for line in said.splitlines()]
     assert ["train", "256", "0", "0"] in lines and ["test", "100", "100", "0"] in lines  # the design's chest phantoms
     assert ["pretrain", "512", "8", "20"] in lines and ["proxy", "256", "32", "10"] in lines
+    half = ["--config=amae:small", "--config.data.phantom=chest", "--config.budget=0.5", "--dry-run"]
+    assert exit_code(train.main, half) == 0
+    assert "; up to about 8 minutes on two idle CPU cores, without" in capsys.readouterr().out
     given = ["--config=amae:smoke", "--dry-run", "--config.data.manifest=nowhere.csv"]
     assert exit_code(train.main, given) == 2 and "nowhere.csv: not readable" in capsys.readouterr().err
     assert exit_code(train.main, ["--config=ppii:smoke", "--dry-run", "--config.data.calibration=0.998"]) == 2

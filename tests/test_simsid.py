@@ -1075,7 +1075,7 @@ def test_a_run_scores_and_shows_where(small_set, tmp_path):
     history = read_history(tmp_path / "metrics.jsonl")
     assert [h["step"] for h in history if h["stage"] == "student" and "check_kl" in h] == [3, 6]
     header = (tmp_path / "evaluation" / "scores.csv").read_text().splitlines()[0]
-    assert header == "id,label,score,p_value,score_error,A,difference,kl,kl_teacher,l1,mse,patches,warning"
+    assert header == "id,label,score,p_value,alarm,score_error,A,difference,kl,kl_teacher,l1,mse,patches,warning"
     assert [h["step"] for h in history if "check_auroc" in h] == [3, 6]
     page = (tmp_path / "evaluation" / "report.html").read_text()
     for name in ("reconstruction by the teacher", "features of the patches", "features for the student"):

@@ -688,6 +688,17 @@ def test_a_narrow_terminal_shows_step_and_time_and_no_cut_figure(monkeypatch):
     assert re.match(r"train 20/3000  \d+ s left .* loss 0\.5000  [\d.]+ steps/s\s*$", last) and "…" not in last
 
 
+def test_a_long_time_left_is_in_minutes_and_later_stages_are_counted(monkeypatch, capsys):
+    monkeypatch.setattr(progress, "PACE_AFTER", 0)
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0)
+    with progress.progress("teacher", 0, 10**6, later=2) as show:
+        for step in (1, 20):
+            time.sleep(0.05)
+            show({"step": step, "loss": 0.5})
+    assert re.search(r" steps/s  \d+ min left, then 2 stages$", capsys.readouterr().err.strip())
+    assert [progress.time_left(seconds) for seconds in (119, 120)] == ["119 s left", "2 min left"]
+
+
 def test_elsewhere_plain_lines_come_now_and_then_and_at_the_end(monkeypatch, capsys):
     monkeypatch.setattr(progress, "PACE_AFTER", 0.5)  # of the first steps no pace is told
     with progress.progress("pretrain", 0, 20) as show:

@@ -366,7 +366,7 @@ def test_failed_cases_of_an_earlier_command_are_not_listed(tmp_path):
     done = {"b": {"image": ["b.png"], "line": {"id": "b", "label": None, "score": 1.0, "p_value": None}}}
     assert (tmp_path / "failed.csv").read_text().startswith("id,image,reason\n'=a,")
     assert predict.finish(rows[1:], done, [], tmp_path, 0.05) == 0 and not (tmp_path / "failed.csv").exists()
-    assert (tmp_path / "scores.csv").read_text() == "id,label,score,p_value\nb,,1.0,\n"
+    assert (tmp_path / "scores.csv").read_text() == "id,label,score,p_value\nb,,1,\n"
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------
@@ -377,7 +377,8 @@ def test_cells_that_a_spreadsheet_would_run_are_quoted_and_come_back(text):
     cell = harmless(text)
     assert plain(cell) == text and not cell.startswith(("=", "+", "-", "@", "\t", "\r"))
     assert harmless(-1.5) == -1.5
-    assert csv_text([{"a": text, "b": -2.0}]).endswith(",-2.0\n")
+    assert csv_text([{"a": text, "b": -2.0}]).endswith(",-2\n")
+    assert csv_text([{"a": float(np.float32(0.1)), "b": np.float32(1 / 3)}]) == "a,b\n0.100000001,0.333333343\n"
 
 
 # --- metrics.jsonl ----------------------------------------------------------------------------------------------------

@@ -689,6 +689,13 @@ def test_cut_pictures_are_refused(tmp_path):
             refused(saved(tmp_path / f"cut_{name}", data[:cut]))
 
 
+def test_a_cut_jpeg_is_called_damaged_in_our_words_with_the_remedy(tmp_path):
+    pillow.fromarray(np.kron(GREY, np.ones((8, 8), np.uint8))).save(tmp_path / "a.jpg")
+    cut = saved(tmp_path / "cut.jpg", (tmp_path / "a.jpg").read_bytes()[:-40])
+    line = refused(cut, "seems damaged or incomplete (the decoder says: image file is truncated")
+    assert line.endswith("): copy or export it again, or leave it out")
+
+
 def test_a_flipped_bit_in_a_png_never_changes_a_value(tmp_path):
     for array in (GREY, DEEP):
         data = png(array)

@@ -76,7 +76,8 @@ def named_errors(path: str | os.PathLike, head: bytearray | None = None) -> Iter
         raise InputError(one_line(where, "may not be read: check its permissions")) from error
     except Exception as error:  # decoders raise anything on damaged files
         why = str(error).strip().split("\n")[0] or type(error).__name__
-        problem = _as_text(head) or f"not readable ({why}): copy or export it again"
+        problem = f"seems damaged or incomplete (the decoder says: {why}): copy or export it again, or leave it out"
+        problem = _as_text(head) or problem
         raise InputError(one_line(path, problem)) from error
 
 

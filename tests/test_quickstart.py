@@ -16,7 +16,7 @@ from jmae import quickstart, recipe
 from jmae.calibration import tell_p_values
 from jmae.checkpoint import refuse_difference
 from jmae.data import prepare
-from jmae.data.cases import kept_apart
+from jmae.data.cases import kept_apart, load_cases
 from jmae.data.manifest import Row
 from jmae.data.names import names_of
 from jmae.data.preparation import soft_masks
@@ -241,6 +241,26 @@ def test_the_report_is_named_unless_the_training_stopped(tmp_path, monkeypatch, 
     monkeypatch.setattr(quickstart, "RUN", done | {"train": lambda argv: 130})
     assert exit_code(quickstart.main, [str(normals), str(new), f"--out={out}"]) == 130
     assert "report.html" not in capsys.readouterr().err
+
+
+def test_the_file_to_move_is_named_where_a_scan_lies_in_both_folders(tmp_path, monkeypatch, capsys):
+    """A row that a user deletes from the manifest would come back from the folders."""
+    normals, new, out = pictures(tmp_path / "normals", 12, 1), pictures(tmp_path / "new", 2, 2), tmp_path / "out"
+    copy = Path(shutil.copy(normals / "3.png", new / "copy.png"))
+
+    def read(argv: list[str]) -> int:
+        load_cases(recipe.parse(argv, "", ["workdir"])[0], print)
+        return 0
+
+    steps = {"prepare": quickstart.prepare_data, "train": read, "evaluate": lambda argv: 0}
+    monkeypatch.setattr(quickstart, "RUN", steps)
+    words = [str(normals), str(new), f"--out={out}"]
+    assert exit_code(quickstart.main, words) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith(f"train_3 in train ({normals / '3.png'}) and copy in test ({copy}) are identical: ")
+    assert f": move {copy} to another folder, then give the same command again, or add --config.data.allow" in line
+    copy.unlink()
+    assert exit_code(quickstart.main, words) == 0
 
 
 def test_another_budget_than_that_of_the_run_is_refused_at_once(tmp_path, monkeypatch, capsys):

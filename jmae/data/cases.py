@@ -44,6 +44,14 @@ from jmae.scoring import more_normals
 from jmae.tables import counted
 
 
+class Leaking(InputError):
+    """The cases of a manifest have problems. `findings` are those of patients and scans in two splits."""
+
+    def __init__(self, message: str, findings: Sequence[Finding]):
+        super().__init__(message)
+        self.findings = findings
+
+
 class Bits(NamedTuple):
     """A mask as packed bits."""
 
@@ -335,7 +343,7 @@ def _from_manifest(
     if leaking and not data.allow_leaks:
         problems += first([f"{data.manifest}: {one.what}, or --config.data.allow_leaks=True" for one in leaking])
     if problems := [*problems, *folded(of_files, len(written))]:
-        raise InputError("\n".join(problems))
+        raise Leaking("\n".join(problems), [] if data.allow_leaks else leaking)
     for line in folded(cases.unread):
         log(f"warning: left out, as it cannot be read: {line}")
     rows = [row._replace(content=prints[row.id].digest.hex()[:16]) if row.id in prints else row for row in rows]

@@ -14,7 +14,7 @@ from pydicom import uid
 from test_files import dicom
 
 from jmae import predict, quickstart, recipe, train
-from jmae.data import prepare
+from jmae.data import check, prepare
 from jmae.data.manifest import parse_manifest
 from jmae.data.opening import open_each
 from jmae.data.prepare import chexpert, folders
@@ -586,14 +586,18 @@ def test_maps_and_overlays_of_jmae_are_no_scans(tmp_path, capsys):
     for name in ("evaluation", "evaluation-val"):  # a run in the folder of the scans
         picture(normals / name / "maps" / "a_anomaly.tif")
     (normals / "config.json").write_text("{}"), (normals / "environment.json").write_text("{}")
-    picture(normals / "e" / "maps" / "a_anomaly.tif"), (normals / "e" / ".lock").touch()  # an evaluation cut short
+    picture(normals / "e" / "maps" / "a_anomaly.tif"), picture(normals / "e" / "maps" / "b_recon.tif")  # cut short
+    (normals / "r" / "cache").mkdir(parents=True)
+    np.save(normals / "r" / "cache" / "a-0123456789abcdef.npy", np.zeros((8, 9)))  # a training cut short
+    picture(normals / "maps" / "c.png"), picture(normals / "maps" / "c_anomaly.png")  # own scans
     rows, said = prepared(capsys, "folders", f"--normal={normals}", out=tmp_path / "out")
-    assert list(rows) == ["train_a", "train_b"]
+    assert list(rows) == ["train_a", "train_b", "train_maps_c", "train_maps_c_anomaly"]
     assert (
-        f"left out: 11 results of jmae (of runs, evaluations, predictions), such as {normals}/a_anomaly.tif\n" in said
+        f"left out: 12 results of jmae (of runs, evaluations, predictions), such as {normals}/a_anomaly.tif\n" in said
     )
     other = []
-    assert [Path(case[0]).name for case in cases_of(str(normals), other, volumes=False)] == ["a.png", "b.png"]
+    found = [Path(case[0]).name for case in cases_of(str(normals), other, volumes=False)]
+    assert found == ["a.png", "b.png", "c.png", "c_anomaly.png"]
     (line,) = refused(capsys, "folders", f"--normal={normals}/e", out=tmp_path / "other")
     assert f"{normals}/e: has no image, but 1 result of jmae (" in line
 
@@ -655,3 +659,28 @@ def test_a_series_in_a_folder_called_after_lesions_gets_a_caution(tmp_path, caps
     series(tmp_path / "normals" / "a", 3, "1.2"), series(tmp_path / "normals" / "positive", 3, "1.3")
     _, said = prepared(capsys, "folders", f"--normal={tmp_path}/normals", out=tmp_path / "out", crops=True)
     assert ": 2 cases; the" in said and f"caution: 1 scan taken as normal, in {tmp_path}/normals/positive: " in said
+
+
+# Paths
+
+
+def test_relative_paths_let_images_and_manifest_move_together(tmp_path, capsys):
+    for name in ("train/good/a.png", "train/good/b.png", "test/good/c.png", "test/bad/d.png", "masks/bad/d.png"):
+        picture(tmp_path / "here" / "scans" / name, mask="masks" in name)
+    rows, _ = prepared(
+        capsys, "folders", "--relative", f"--root={tmp_path}/here/scans", out=tmp_path / "here" / "data" / "mine"
+    )
+    text = (tmp_path / "here" / "data" / "mine" / "manifest.csv").read_text()
+    assert str(tmp_path) not in text and text.count("../../scans/") == 5
+    (tmp_path / "here").rename(tmp_path / "there")
+    moved = tmp_path / "there" / "data" / "mine" / "manifest.csv"
+    assert exit_code(check.main, [str(moved)]) == 0
+    again = [row.mask or row.image[0] for row in parse_manifest(moved)[0]]
+    assert again == [(row.mask or row.image[0]).replace("/here/", "/there/") for row in rows.values()]
+
+
+def test_a_path_in_the_manifest_has_no_way_back(tmp_path, capsys, monkeypatch):
+    picture(tmp_path / "normals" / "a.png"), (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    prepared(capsys, "folders", "--normal=../normals", out=Path("data"))
+    assert f",{tmp_path}/normals/a.png," in Path("data/manifest.csv").read_text()

@@ -112,9 +112,12 @@ def test_prepare_writes_the_manifest_of_two_folders(tmp_path, capsys):
     for name in ("normals/a.png", "normals/b.png", "new/c.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         Image.fromarray(rng.integers(0, 256, (32, 32), np.uint8)).save(tmp_path / name)
-    manifest = jmae.prepare("folders", tmp_path / "data", normal=tmp_path / "normals", test=tmp_path / "new")
+    manifest = jmae.prepare(
+        "folders", tmp_path / "data", normal=tmp_path / "normals", test=tmp_path / "new", relative=True
+    )
     splits = [line.split(",")[2] for line in manifest.read_text().splitlines()[1:]]
     assert splits == ["train", "train", "test"] and "next: jmae train" in capsys.readouterr().out
+    assert ",../normals/a.png," in manifest.read_text()
 
 
 def test_the_notebooks_are_those_of_the_tutorials():

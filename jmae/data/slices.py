@@ -288,18 +288,22 @@ def _write_mask(out: Path | None, case: str, k: int, what: str, mask: np.ndarray
 # --- shared with jmae.data.prepare ------------------------------------------------------------------------------------
 
 
-def command(argv: Sequence[str], usage: str | None, known: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    """(names, {FLAG: VALUE}) of a command line whose words may have any order.
+def command(
+    argv: Sequence[str], usage: str | None, known: Sequence[str], optional: Sequence[str] = ()
+) -> tuple[list[str], dict[str, str]]:
+    """(names, {FLAG: VALUE}) of a command line whose words may have any order. A flag of `optional` has no value, or
+    one behind "=".
 
-    Raises InputError for a flag outside `known` (`recipe.arguments`).
+    Raises InputError for a flag that is neither `known` nor `optional` (`recipe.arguments`).
     """
     names, flags, words = [], [], iter(argv)
     for word in words:
         if word.startswith("-"):
-            flags += [word] if "=" in word or word in ("--help", "-h") else [word, *islice(words, 1)]
+            alone = "=" in word or word in ("--help", "-h") or word.removeprefix("--") in optional
+            flags += [word] if alone else [word, *islice(words, 1)]
         else:
             names.append(word)
-    return names, arguments(flags, usage or "", known)
+    return names, arguments(flags, usage or "", known, optional)
 
 
 def refuse_used(out: Path) -> None:
@@ -321,10 +325,13 @@ def write_png(path: Path, array: np.ndarray) -> str:
     return str(path)
 
 
-def write_manifest(out: Path, rows: Sequence[Row]) -> None:
-    """Writes rows as `out`/manifest.csv in one piece. Paths below `out` become relative to it."""
-    folder = os.path.join(os.path.abspath(out), "")
-    place = lambda path: (path or "").removeprefix(folder)
+def write_manifest(out: Path, rows: Sequence[Row], *, relative: bool = False) -> None:
+    """Writes rows as `out`/manifest.csv in one piece. Paths below `out` become relative to it; with `relative` all."""
+
+    def place(path: str | None) -> str:
+        from_out = os.path.relpath(path, out) if path else ""
+        return os.path.abspath(path) if path and from_out.startswith("..") and not relative else from_out
+
     boxed, contrast = any(row.boxes for row in rows), any(row.pre for row in rows)
     further = [*(["boxes"] if boxed else []), *(["pre", "post"] if contrast else [])]
     extra = list(dict.fromkeys(name for row in rows for name in row.extra))

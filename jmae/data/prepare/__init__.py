@@ -1,5 +1,5 @@
 """python -m jmae.data.prepare folders --normal DIR --test DIR --out DIR [--patient REGEX] [--licence TEXT] [--debug]
-python -m jmae.data.prepare NAME --root DIR --out DIR [--seed 0] [--patient REGEX] [--leaks drop] [--debug]
+python -m jmae.data.prepare NAME --root DIR --out DIR [--seed 0] [--patient REGEX] [--leaks drop] [--relative] [--debug]
 
 Writes a manifest, --out/manifest.csv, and prints what it found and the command that trains on it. The first form takes
 two folders of your own: --normal holds normal scans to train on, --test the scans to look at. The second form takes the
@@ -59,7 +59,7 @@ nnssl       pretrain_data.json of nnssl: volumes without labels. --modality=T1w 
 
 The splits of jsrt, lidc and deeplesion are those of P-PII (Mueller et al., UNSURE 2023). Those of covidx and
 hyper_kvasir are those of MemMC-MAE (Tian et al. 2022), and that of nih is AMAE's (Bozorgtabar et al. 2023). Random
-draws depend on --seed alone. An image that stays where it is has an absolute path in the manifest.
+draws depend on --seed alone.
 
 --patient   A regular expression that finds the patient in an image's path; its groups are joined by _. Without it the
             patient comes from the data set's tables, its file names or DICOM's PatientID (hashed), or is unknown.
@@ -68,6 +68,8 @@ draws depend on --seed alone. An image that stays where it is has an absolute pa
             marked then. A file that is in two splits is always refused. This compares paths; `jmae check` and the
             training also find copies under other names.
 --licence   The licence of your own images, for the column `licence`.
+--relative  Writes all paths relative to the manifest, so that manifest and images can be moved together to another
+            place or computer. Without it an image that is not below --out has an absolute path.
 
 RSNA's ids are of images. Where pneumonia-challenge-dataset-mappings_2018.json lies below --root, covidx and ddad take
 the patients of NIH ChestX-ray14 from it; so do rsna and bmad.
@@ -134,7 +136,8 @@ DATASETS: dict[str, tuple[str, ...]] = {
     "zhanglab": (),
 }
 ALIASES: dict[str, str] = {"mvtec": "folders", "nnu-net": "nnunet"}
-SHARED = ("patient", "leaks", "licence")  # flags of every data set
+SHARED = ("patient", "leaks", "licence")  # flags of every data set, besides `RELATIVE`
+RELATIVE = "relative"
 LEAKS = ("refuse", "drop", "keep")
 
 T = TypeVar("T")
@@ -160,7 +163,7 @@ def main(argv: list[str]) -> int:
 def written(argv: list[str]) -> tuple[str, str]:
     """Does what the command line says, and returns what it prints, as `prepare` does."""
     further = sorted({flag for own_flags in DATASETS.values() for flag in own_flags})
-    names, flags = command(argv, __doc__, ["root", "out", "seed", *SHARED, *further])
+    names, flags = command(argv, __doc__, ["root", "out", "seed", *SHARED, *further], [RELATIVE])
     if len(names) != 1 or "out" not in flags or not {"root", "normal"} & flags.keys():
         raise InputError(
             "name one data set, its folder and a new folder: jmae prepare NAME --root DIR --out DIR, or "
@@ -174,8 +177,9 @@ def written(argv: list[str]) -> tuple[str, str]:
     if wrong := [flag for flag in options if flag not in (*SHARED, *DATASETS[name])]:
         raise InputError(f"--{wrong[0]}: {name} has no such flag: leave it out")
     root, seed = flags.get("root"), typed("seed", flags.get("seed", "0"), 0)
+    relative = typed(RELATIVE, flags.get(RELATIVE, "false"), False)
     with at_work(f"{name}: reading and listing the files"):
-        return prepare(name, Path(root) if root else None, Path(flags["out"]), seed, **options)
+        return prepare(name, Path(root) if root else None, Path(flags["out"]), seed, relative=relative, **options)
 
 
 def prepare(
@@ -187,6 +191,7 @@ def prepare(
     patient: str = "",
     leaks: str = "",
     licence: str = "",
+    relative: bool = False,
     **options: str,
 ) -> tuple[str, str]:
     """Writes the manifest of a data set; returns two texts.
@@ -201,6 +206,7 @@ def prepare(
         leaks: what becomes of a patient in two splits, one of `LEAKS`; "" refuses it in a layout and drops its
             training images in a public set.
         licence: the licence of the images, where the data set does not tell it.
+        relative: whether all paths become relative to the manifest.
         options: flags of this data set (`DATASETS`).
     """
     root, out = root and root.absolute(), out.absolute()
@@ -228,7 +234,7 @@ def prepare(
     licence = licence or made.licence
     rows = [row._replace(extra={**row.extra, "licence": licence}) for row in rows] if licence else rows
     kinds, further_cautions = kinds_of(rows) if name in LAYOUTS else ([], [])
-    write_manifest(out, rows)
+    write_manifest(out, rows, relative=relative)
     cautions += further_cautions
     manifest = out / "manifest.csv"
     found = [

@@ -168,8 +168,8 @@ def steps(folder: Path) -> list[int]:
 
 @contextlib.contextmanager
 def workdir_lock(workdir: Path, flag: str = "--workdir") -> Iterator[None]:
-    """Locks a folder, which `flag` names, for this run. The lock ends with the process, however the process ends. A
-    folder that was made for the lock and has no file at the end is removed.
+    """Locks a folder, which `flag` names, for this run. The lock ends with the process, however the process ends. Its
+    file is removed at the end. A folder that was made for the lock and has no other file is removed, too.
 
     Raises InputError where another run has the lock; the message names its host and process.
     """
@@ -181,20 +181,20 @@ def workdir_lock(workdir: Path, flag: str = "--workdir") -> Iterator[None]:
         yield
     finally:
         for file in files:
-            if new:
-                _remove_empty(workdir, new)
-            file.truncate(0)
+            with contextlib.suppress(OSError):  # another process may write there by now
+                if _is_at(workdir / LOCK, file):
+                    (workdir / LOCK).unlink()  # before the lock ends: whoever takes it then sees that the file is gone
+                if new:
+                    _remove_empty(workdir, new)
             file.close()
 
 
 def _remove_empty(workdir: Path, new: Sequence[Path]) -> None:
-    """Removes a folder with a lock and no other file, and the folders `new` around it that then hold nothing."""
+    """Removes a folder without a file, and the folders `new` around it that then hold nothing."""
     inside = list(os.walk(workdir, topdown=False))
-    if [name for _, _, names in inside for name in names] == [LOCK]:
-        with contextlib.suppress(OSError):  # another process may write there by now
-            (workdir / LOCK).unlink()
-            for folder in (*(Path(base) for base, _, _ in inside[:-1]), *new):
-                os.rmdir(folder)
+    if not any(names for _, _, names in inside):
+        for folder in (*(Path(base) for base, _, _ in inside[:-1]), *new):
+            os.rmdir(folder)
 
 
 # --- writing, on process 0 ---
@@ -479,7 +479,7 @@ def _lock(workdir: Path, flag: str, tries: int = 5) -> TextIO:
     if locked:
         file.close()
         raise InputError(f"{workdir}: in use by {holder or 'another process'}: {remedy}")
-    if not _is_at(workdir / LOCK, file):  # the process before removed its empty folder meanwhile
+    if not _is_at(workdir / LOCK, file):  # the process before ended meanwhile, and removed its file
         file.close()
         if tries > 1:
             return _lock(workdir, flag, tries - 1)

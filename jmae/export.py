@@ -215,7 +215,7 @@ def write(out: Path, programs: dict[str, bytearray], weights: dict[str, np.ndarr
         half.mkdir(parents=True)
         for name, program in programs.items():
             (half / name).write_bytes(program)
-        safetensors.numpy.save_file(weights, half / WEIGHTS)
+        (half / WEIGHTS).write_bytes(safetensors.numpy.save(weights))  # `save_file` lets only the owner read it
         about["sha256"] = {name: sha256(half / name) for name in (*programs, WEIGHTS)}
         (half / ABOUT).write_text(seal(about))
         for name in (*programs, WEIGHTS, ABOUT):  # the last file makes the folder an export

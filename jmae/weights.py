@@ -34,8 +34,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import PyTree
-from safetensors import SafetensorError
-from safetensors.numpy import save_file
+from safetensors.numpy import save as save_tensors
 
 from jmae.errors import InputError, exit_code
 from jmae.nn import simsid_weights
@@ -684,13 +683,13 @@ def save_weights(path: str | os.PathLike, weights: Weights, params: PyTree, part
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         try:
-            save_file(tensors, temporary, {"jmae": json.dumps(about | {"sha256": digest_of(tensors, about)})})
+            digested = {"jmae": json.dumps(about | {"sha256": digest_of(tensors, about)})}
+            temporary.write_bytes(save_tensors(tensors, digested))  # `save_file` lets only the owner read the file
             os.replace(temporary, out)
         finally:
             temporary.unlink(missing_ok=True)
-    except (OSError, SafetensorError) as error:
-        why = getattr(error, "strerror", None) or error
-        raise InputError(line(out, f"cannot be written ({why}): free space or change the folder")) from None
+    except OSError as error:
+        raise InputError(line(out, f"cannot be written ({error.strerror}): free space or change the folder")) from None
 
 
 @at_work("reading and converting the weights")

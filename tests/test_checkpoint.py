@@ -1,3 +1,4 @@
+import contextlib
 import json
 import os
 import random
@@ -5,6 +6,8 @@ import re
 import shutil
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -593,7 +596,7 @@ def test_a_second_run_is_refused_until_the_first_ends_even_by_kill(tmp_path):
         with pytest.raises(InputError, match=f"in use by process {os.getpid()}"):
             with checkpoint.workdir_lock(tmp_path):
                 pass
-    assert (tmp_path / ".lock").read_text() == ""
+    assert not (tmp_path / ".lock").exists()
 
 
 def test_where_locks_are_not_supported_the_name_in_the_file_decides(tmp_path, monkeypatch):
@@ -641,3 +644,38 @@ def test_a_lock_removes_the_folder_that_it_made_where_no_file_was_written(tmp_pa
             file.write_text("") if stays else file.mkdir(exist_ok=True)
         assert (tmp_path / "runs").exists() == stays
         shutil.rmtree(tmp_path / "runs", ignore_errors=True)
+
+
+def test_the_file_of_a_lock_is_gone_after_a_command_that_ended_or_failed(tmp_path):
+    for error in (None, InputError("wrong input"), KeyboardInterrupt()):
+        with contextlib.suppress(InputError, KeyboardInterrupt), checkpoint.workdir_lock(tmp_path):
+            assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+            if error:
+                raise error
+        assert not list(tmp_path.iterdir())
+
+
+def test_a_lock_that_another_run_has_made_anew_is_not_removed(tmp_path):
+    with checkpoint.workdir_lock(tmp_path):
+        (tmp_path / ".lock").unlink()
+        second = checkpoint.workdir_lock(tmp_path)
+        second.__enter__()
+    with pytest.raises(InputError, match="in use by process"), checkpoint.workdir_lock(tmp_path):
+        pass
+    second.__exit__(None, None, None)
+    assert not list(tmp_path.iterdir())
+
+
+def test_one_of_many_at_a_time_has_a_lock_whose_file_comes_and_goes(tmp_path):
+    def work(_):
+        done = 0
+        while done < 25:
+            with contextlib.suppress(InputError), checkpoint.workdir_lock(tmp_path):
+                os.close(os.open(tmp_path / "inside", os.O_CREAT | os.O_EXCL))  # fails if another is inside
+                time.sleep(0)
+                (tmp_path / "inside").unlink()
+                done += 1
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(4)))
+    assert not list(tmp_path.iterdir())

@@ -111,6 +111,13 @@ numpy.savez("found.npz", **{name.replace("/", "."): value for name, value in out
         export.load(tmp_path / "out")
 
 
+def test_all_files_of_an_export_have_the_rights_of_any_other_file(tmp_path):
+    export.write(tmp_path / "out", {export.FUNCTION: bytearray(b"x")}, {"w": np.zeros(3, np.float32)}, {})
+    (tmp_path / "other").write_text("")
+    modes = {path.name: path.stat().st_mode for path in (tmp_path / "out").iterdir()}
+    assert modes == dict.fromkeys((export.FUNCTION, export.WEIGHTS, export.ABOUT), (tmp_path / "other").stat().st_mode)
+
+
 READERS = """
 import sys, jax, numpy, safetensors.numpy, PIL.Image, pydicom, nibabel
 call = jax.jit(jax.export.deserialize(bytearray(open("out/stored.bin", "rb").read())).call)

@@ -116,7 +116,7 @@ def volume(path: Path, seed: int = 0, size=(11, 9, 7), affine=patients.AFFINE) -
 
 def left(out: Path) -> set[str]:
     """All files of a folder of predictions but its record of what is done."""
-    return set(os.listdir(out)) - {predict.DONE, ".lock"} if out.exists() else set()
+    return set(os.listdir(out)) - {predict.DONE} if out.exists() else set()
 
 
 # --- what is written --------------------------------------------------------------------------------------------------

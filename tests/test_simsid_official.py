@@ -324,6 +324,7 @@ def test_weights_of_the_recipe_make_the_official_images(tmp_path, form, capsys):
         file = tmp_path / "simsid.safetensors"
         assert exit_code(weights.main, [str(source), f"--out={file}"]) == 0
         assert "skipped  inpaint_block.conv.weight  no part of the networks" in capsys.readouterr().out
+        assert file.stat().st_mode == (source / "model.pth").stat().st_mode  # others may read it, too
         source = file
     given = ("data.size=32,32", "joint.judge=running", "data.normalise=unit", "select=last")
     c = config(*OFFICIAL, *given, f"model.weights={source}")

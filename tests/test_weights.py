@@ -921,6 +921,7 @@ def test_heads_and_size_are_given_on_the_command_line(tmp_path, capsys):
     source, out = pth(tmp_path / "a.pth", golden("mae3d")), tmp_path / "out.safetensors"
     assert run(source, f"--out={out}", "--heads", 3, "--decoder-heads=4", "--size=32,24,4") == 0
     jax.tree.map(np.testing.assert_array_equal, read_weights(out).leaves, read_weights(source).leaves)
+    assert out.stat().st_mode == source.stat().st_mode  # others may read it, too
     first = out.read_bytes()
     assert run(f"--out={out}", "--heads=3", "--decoder-heads=4", "--size=32,24,4", source) == 0
     assert out.read_bytes() == first
@@ -957,7 +958,7 @@ def test_outputs_that_cannot_be_are_refused_and_the_source_stays(tmp_path, plain
     assert run(plain, *good) == 2 and run(f"--out={tmp_path / 'b.safetensors'}") == 2
     old = tmp_path / "old.safetensors"
     old.write_text("an earlier file")
-    monkeypatch.setattr("jmae.weights.save_file", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
+    monkeypatch.setattr("jmae.weights.save_tensors", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
     assert run(plain, f"--out={old}", *good) == 2
     assert "No space left" in capsys.readouterr().err.splitlines()[-1]
     assert old.read_text() == "an earlier file" and plain.read_bytes() == before

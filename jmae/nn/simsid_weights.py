@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
-from safetensors.numpy import save_file
+from safetensors.numpy import save as save_tensors
 
 from jmae.errors import InputError
 from jmae.tensors import digest_of, line, read_tensors
@@ -173,7 +173,7 @@ def save(out: Path, weights: Weights) -> None:
     temporary = out.with_name(f".{out.name}.tmp")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        save_file(weights.leaves, temporary, about)
+        temporary.write_bytes(save_tensors(weights.leaves, about))  # `save_file` lets only the owner read the file
         os.replace(temporary, out)
     except OSError as error:
         raise InputError(line(out, f"not written ({error.strerror}): free space or change the folder")) from None

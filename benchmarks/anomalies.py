@@ -50,7 +50,8 @@ def first_draw() -> tuple[np.ndarray, np.ndarray, Any, np.ndarray]:
     """(the first image, all images, the patches that `ours` draws for a batch of one, their discs)."""
     import jax
 
-    from jmae.anomalies.interpolation import PRESETS, discs, draw_patches
+    from jmae.anomalies.interpolation import discs, draw_patches
+    from jmae.keys.ppii import PRESETS
 
     pool = images(2)
     preset = PRESETS["released"]._replace(**FIXED)

@@ -6,6 +6,7 @@ A line `> `make docs` completes this page. ...` is for readers of the file, and 
 CONTRIBUTING.md and CHANGELOG.md become pages, too, with their links turned.
 """
 
+import importlib
 import re
 import runpy
 import statistics
@@ -102,7 +103,7 @@ def keys(group: str) -> Iterator[str]:
     if group in common:
         declared, values = common[group], {f"{s}:{p}": v for s in recipe.SYSTEMS for p, v in presets(s).items()}
     else:
-        module = recipe.module_of(group)
+        module = importlib.import_module(f"jmae.keys.{group}")
         further = (getattr(module, name, {}) for name in ("IMAGE_KEYS", "VOLUME_KEYS"))
         declared = dict(module.KEYS) | {key: one for part in further for key, one in part.items()}
         values = presets(group)

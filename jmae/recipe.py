@@ -1,7 +1,8 @@
 """Recipes: the declarations of their keys, `--config NAME[:PRESET]` with its overrides, and their JSON form.
 
 A key is declared once, as a `Key` with its default, bounds, unit and one sentence. The keys of all recipes are declared
-here, a system's own keys as `KEYS` in its module. A recipe file holds presets, the changes of those defaults.
+here, the further keys of the library's systems in `jmae.keys`. A system of your own has them as `KEYS` in its module. A
+recipe file holds presets, the changes of those defaults.
 """
 
 import functools
@@ -327,7 +328,8 @@ def module_of(system: str) -> ModuleType:
         raise InputError(
             unknown if f"{name}.".startswith(f"{missing}.") else f"system {system!r} imports {missing}: install that"
         ) from error
-    if lacking := [part for part in ("KEYS", "build") if not hasattr(module, part)]:
+    parts = ("build",) if system in SYSTEMS else ("KEYS", "build")
+    if lacking := [part for part in parts if not hasattr(module, part)]:
         raise InputError(f"system {system!r}: {module.__name__} has no {lacking[0]}: see the contract in jmae.system")
     return module
 
@@ -335,10 +337,11 @@ def module_of(system: str) -> ModuleType:
 def declarations(system: str, *, volumes: bool) -> dict[str, Key]:
     """The keys of a system's recipes for images or for volumes.
 
-    A key that the system's module declares anew, such as one with another default, replaces the shared one. The module
-    has `KEYS` and, if needed, `IMAGE_KEYS` or `VOLUME_KEYS`.
+    A key that the system declares anew, such as one with another default, replaces the shared one. The system's module
+    has `KEYS` and, if needed, `IMAGE_KEYS` or `VOLUME_KEYS`. A system of the library has them in `jmae.keys`, which
+    imports no JAX.
     """
-    module = module_of(system)
+    module = importlib.import_module(f"jmae.keys.{system}") if system in SYSTEMS else module_of(system)
     further = getattr(module, "VOLUME_KEYS" if volumes else "IMAGE_KEYS", {})
     return {**SHARED, **(VOLUMES if volumes else IMAGES), **module.KEYS, **further}
 

@@ -11,7 +11,6 @@ from jaxtyping import Array, Float
 from jmae.errors import InputError
 
 GREY = (0.2989, 0.5870, 0.1140)  # red, green, blue; IGD's
-BORDERS = ("stretch", "mirror")
 
 Black = float | Float[Array, " c"] | None
 

@@ -6,10 +6,11 @@ scores, all of them pure functions of arrays. `KEYS` declares the recipe keys th
 - **Where the module lies.** A recipe names it by its key `system`. `amae` is jmae/systems/amae.py. Any other name is
   that of a module that Python finds, such as denoising.py in the current folder (`recipe.module_of`).
   docs/tutorials/sixth_system.md writes such a system from its first line to its report.
-- **Keys.** `KEYS` is {"section.name": recipe.Key(default, sentence, bounds)}. All recipes have the keys
-  `recipe.SHARED`, those of images also `recipe.IMAGES`, those of volumes also `recipe.VOLUMES`. A system that declares
-  one of these anew changes its default. The module's `IMAGE_KEYS` hold for recipes of images alone, its `VOLUME_KEYS`
-  for recipes of volumes alone. `build` reads values as `config.section.name`.
+- **Keys.** `KEYS` is {"section.name": recipe.Key(default, sentence, bounds)}; `jmae.keys` has those of the library.
+  All recipes have the keys `recipe.SHARED`, those of images also `recipe.IMAGES`, those of volumes also
+  `recipe.VOLUMES`. A system that declares one of these anew changes its default. The module's `IMAGE_KEYS` hold for
+  recipes of images alone, its `VOLUME_KEYS` for recipes of volumes alone. `build` reads values as
+  `config.section.name`.
 - **Recipe.** A recipe file has `get_config(preset)`, which gives the result of `recipe.preset`.
 - **Arrays.** Images are float32 (b, *size, channels), of `data.size` and `data.channels`. The values of an image go
   from 0 to 1. The values of a volume have the mean `data.mean` and the deviation `data.std`. The length of `data.size`

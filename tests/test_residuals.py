@@ -319,7 +319,7 @@ def test_p_values_keep_their_promise_where_other_normals_than_the_fitted_ones_ca
 
 def test_the_primary_score_of_a_residual_is_explained():
     for name in ("maemi:small", "amae:small", "memmc_mae:small"):
-        for residual in residuals.NAMES:
+        for residual in residuals.MAPS:
             words = [
                 f"--config.evaluation.{key}" for key in (f"residual={residual}", "repeats=4")[: 1 + ("maemi" in name)]
             ]

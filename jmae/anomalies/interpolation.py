@@ -29,33 +29,10 @@ from jmae.anomalies.poisson import (
     mixed_guidance,
     window,
 )
+from jmae.keys.ppii import PRESETS, Preset
 
 TOLERANCE = 1e-3  # a change counts where it crosses a multiple of this number (PII's code)
 RADIUS_DEVIATION = 1.0  # voxels
-SHAPES = ("circular", "elliptic", "rectangular")
-
-
-class Preset(NamedTuple):
-    """The settings in which P-PII's paper and its released file differ. Ranges include their ends."""
-
-    anomalies: tuple[int, int]
-    raters: tuple[int, int]
-    strength: tuple[float, float]  # of the source's differences
-    consistent: bool  # whether the strength is a real number times the number of anomalies, and at least 1
-    gain: float  # factor of the target
-    sequence: bool  # True: patch after patch, each the mean of its raters. False: the mean of all raters' images
-    core: bool  # True: places of the released file, without the last fifth of each axis. False: any place
-
-
-PRESETS = {
-    # The paper gives no strength: 2 to 5 is ours.
-    "paper": Preset((1, 10), (1, 9), (2, 5), False, 1.0, True, False),
-    "released": Preset((10, 19), (1, 9), (10, 19), False, 10.0, False, True),
-    # ours: the average of the released file, at any place, with a strength and a gain for 1 to 10 anomalies. If R of N
-    # images show an anomaly, the average has R / N of it. So strength / anomalies stays in the released range of 0.53
-    # to 1.9.
-    "jmae": Preset((1, 10), (1, 9), (0.53, 1.9), True, 10.0, False, False),
-}
 
 
 # --- FPI and PII ------------------------------------------------------------------------------------------------------

@@ -17,12 +17,11 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PyTree
 
 from jmae.errors import InputError
+from jmae.keys.memmc_mae import GATES
 from jmae.nn.attention import attention
 from jmae.nn.mae import MAE
 from jmae.nn.transformer import Block, layer_norm, linear
 from jmae.sharding import divides, on_each_device
-
-GATES = ("channel", "token")
 
 
 class Gates(nnx.Module):

@@ -47,22 +47,16 @@ from jaxtyping import Key as RandomKey
 from ml_collections import ConfigDict
 
 from jmae.data.manifest import Row
-from jmae.data.unlabeled import UNLABELED_KEYS, ratio_note
+from jmae.data.unlabeled import ratio_note
 from jmae.errors import InputError
+from jmae.keys.autoencoder import VARIANTS
 from jmae.masking import sample_keys
 from jmae.nn.autoencoder import Autoencoder, Denoiser
 from jmae.nn.simsid import pytorch_weights
 from jmae.optim import adam, begin, descend
-from jmae.recipe import Key, is_volume
+from jmae.recipe import is_volume
 from jmae.system import Results, Stage, State, System, network, rows_of, stats_of, steps_of
 
-VARIANTS = {
-    "ae": ("train",),
-    "ae_u": ("train",),
-    "dae": ("train",),
-    "ddad": ("module_a", "module_b"),
-    "ddad_intra": ("module_b",),
-}
 PRIMARY = {"ddad": "ddad_inter"}
 WORDS = {
     "ae": "mean squared error of the reconstruction",
@@ -75,31 +69,6 @@ WORDS = {
     "ddad_error": "mean squared error of module B's mean reconstruction",
 }
 FOREGROUND = 0.01  # sum over channels above which a pixel belongs to the foreground (Kascenas et al.)
-
-KEYS = {
-    "variant": Key("ae", "The rival.", choices=tuple(VARIANTS)),
-    "data.size": Key((64, 64), "Size of an image as the network sees it.", "pixels", least=1),
-    **UNLABELED_KEYS,
-    "model.width": Key(
-        16, "Channels of the autoencoder's first convolution; the others have 2, 4 and 4 times so many."
-    ),
-    "model.hidden": Key(1024, "Units of the dense layers around the bottleneck; DDAD has 2048.", least=1),
-    "model.latent": Key(16, "Numbers of the bottleneck.", least=1),
-    "model.networks": Key(3, "Networks of a module of DDAD.", least=2),
-    "model.uncertain": Key(False, "Whether DDAD's networks are of AE-U; its maps are then divided by the deviation."),
-    "dae.widths": Key((64, 128, 256, 512, 1024), "Channels of the U-Net's levels.", least=1),
-    "dae.noise": Key(0.2, "Deviation of the noise before it is resized, where an image spans 0 to 1.", above=0),
-    "dae.mean": Key(0.0, "Mean of the noise; MedIAnomaly's code has -0.5, as it centres the noise like an image."),
-    "dae.grain": Key(16, "Values of the noise along an axis before it is resized.", least=2),
-    "dae.foreground": Key(
-        True, "Whether noise, loss and maps are of the foreground alone, the pixels above 0.01: for scans on black."
-    ),
-    "train.steps": Key(0, "Steps of a stage; 0: `epochs` counts.", least=0),
-    "train.epochs": Key(250, "Rounds over the stage's rows; 0: `steps` counts.", least=0),
-    "train.batch": Key(64, "Images of a step and network.", least=1),
-    "train.lr": Key(1e-3, "Learning rate.", above=0),
-    "train.betas": Key((0.9, 0.999), "Decay rates of Adam's two moments.", least=0, below=1, length=2),
-}
 
 
 @dataclass(frozen=True, kw_only=True)

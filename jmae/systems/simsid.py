@@ -33,7 +33,7 @@ from jmae.masking import sample_keys
 from jmae.nn.simsid import Encoder, Generator, Inpainting, hierarchy, recall, summaries, write_all
 from jmae.optim import begin, descend
 from jmae.patches import grid_of, unpatchify
-from jmae.recipe import AXES, Key, is_volume
+from jmae.recipe import is_volume
 from jmae.scoring import auroc
 from jmae.sharding import device_gather
 from jmae.system import (
@@ -51,7 +51,7 @@ from jmae.system import (
     steps_of,
     with_best,
 )
-from jmae.systems import simsid_published, simsid_score
+from jmae.systems import simsid_published
 from jmae.systems.simsid_score import (
     LOG_WORDS,
     RULE,
@@ -63,7 +63,6 @@ from jmae.systems.simsid_score import (
     labelled_rows,
     reconstruction_check,
     selecting_splits,
-    stage_keys,
     system,
     training_rows,
 )
@@ -95,79 +94,6 @@ PUBLISHED_WITH: dict[str, Any] = {
     "model.widths": (32, 64, 128, 256),
 }
 """The recipe values for which the report's training values hold."""
-
-# --- keys of the recipe -----------------------------------------------------------------------------------------------
-
-
-def section_keys(name: str, epochs: int) -> dict[str, Key]:
-    """The keys of a stage that gradients train; see `rate`."""
-    falls = "ours: last share of the steps, in which the learning rate falls to 0."
-    return {**stage_keys(name, epochs), f"{name}.cooldown": Key(0.0, falls, least=0, most=1)}
-
-
-KEYS = {
-    "variant": Key(
-        "report",
-        'The method: "report" has the sections teacher, memory, student and discriminator; "official" is the published '
-        "code's, section joint.",
-        choices=("report", "official"),
-    ),
-    **simsid_score.KEYS,
-    # The report's layers fit each other for no other square patch than 16.
-    "model.patch": Key((16, 16), "Size of a patch, a multiple of 2 for each of model.widths.", least=1, length=AXES),
-    "model.widths": Key((32, 64, 128, 256), "Channels of the encoder; the generators have them backwards.", least=1),
-    "model.features": Key(64, "Features of a patch.", least=1),
-    "model.weights": Key(
-        "",
-        "Released or converted weights of SimSID in place of the training (variant=official): a file, or the folder of "
-        "model.pth and discriminator.pth.",
-    ),
-    "model.encoder": Key(
-        "joint",
-        'The encoder: "joint" is trained with the teacher; "frozen_random", as in the listing, stays random.',
-        choices=("joint", "frozen_random"),
-    ),
-    "model.inpainting": Key(True, "Whether features are inpainted; false gives the student the encoder's features."),
-    "model.width": Key(64, "Width of the inpainting transformer.", least=1),
-    "model.depth": Key(2, "Layers of the inpainting transformer.", least=1),
-    "model.heads": Key(8, "Attention heads of the inpainting transformer.", least=1),
-    "model.mlp": Key(256, "Hidden units of the inpainting transformer's MLP.", least=1),
-    "model.dropout": Key(0.1, "Dropout of the inpainting transformer.", least=0, below=1),
-    "model.centre": Key(
-        "retrieved",
-        'Token at the inpainted place: "retrieved" from memory; "raw", the features of the patch; "mask", learned.',
-        choices=("retrieved", "raw", "mask"),
-    ),
-    "model.sigmoid": Key(False, "Whether the generators' images go through a sigmoid."),
-    "memory.levels": Key(
-        3,
-        "Levels of the memory: patches, blocks of 2 patches an axis, the image; 0: no memory, the transformer gets the "
-        "features of the patches.",
-        least=0,
-        most=3,
-    ),
-    "memory.slots": Key(1, "Rows of a place.", least=1),
-    "memory.threshold": Key(0.9, "Cosine similarity below which a row is replaced.", above=0, most=1),
-    "memory.ema": Key(
-        0.0, "Share of the way to the new value at every visit but the first; 0: rows are replaced.", least=0, below=1
-    ),
-    "memory.passes": Key(2, "Passes over the training images in order.", least=1),
-    "memory.batch": Key(16, "Images a step of the memory stage.", least=1),
-    "memory.top_k": Key(5, "Rows that a patch retrieves from a level.", least=1),
-    "memory.temperature": Key(1.0, "Temperature of the retrieval's softmax.", above=0),
-    "memory.weighted": Key(True, "Whether the rows are summed by their weights; false: their plain sum."),
-    "memory.restrict": Key(False, "Whether a patch retrieves from the rows of its own place alone."),
-    **section_keys("teacher", 1000),
-    **section_keys("student", 251),  # the report's last epoch has the number 250, its first one 0
-    "student.distillation": Key(0.1, "Weight of the distillation beside the MSE.", least=0),
-    "student.adversarial": Key(0.0, "Weight of the adversarial loss beside the MSE.", least=0),
-    "student.kept": Key(1.0, "Share of the patches that are inpainted in training; SQUID has 0.95.", above=0, most=1),
-    "student.from_teacher": Key(False, "Whether the student's generator starts as the teacher's."),
-    **section_keys("discriminator", 100),
-    **simsid_published.KEYS,
-}
-IMAGE_KEYS, VOLUME_KEYS = simsid_score.IMAGE_KEYS, simsid_score.VOLUME_KEYS
-
 
 # --- the system -------------------------------------------------------------------------------------------------------
 

@@ -33,7 +33,6 @@ from jmae.nn import simsid_weights
 from jmae.nn.simsid import pytorch_weights
 from jmae.nn.simsid_published import Windows, pytorch_autoencoder
 from jmae.optim import descend
-from jmae.recipe import AXES, Key
 from jmae.scoring import auroc
 from jmae.sharding import device_mean
 from jmae.system import (
@@ -64,61 +63,8 @@ from jmae.systems.simsid_score import (
     laid_out,
     reconstruction_check,
     selecting_splits,
-    stage_keys,
     training_rows,
 )
-
-KEYS = {
-    **stage_keys("joint", 600),
-    "joint.windows": Key((2, 2), "Windows along each axis.", least=1, length=AXES),
-    "joint.widths": Key((32, 64, 128, 256, 512), "Channels of the levels, from the first to the bottleneck.", least=1),
-    "joint.joined": Key(2, "Decoder levels with skips and memories; the windows are joined after them.", least=1),
-    "joint.slots": Key(200, "Rows of a window's memory; 0: no memory, features go on as they are.", least=0),
-    "joint.queue": Key(
-        False,
-        "Whether the bottleneck's memory is a queue of the last training features, as for ZhangLab, not learned.",
-    ),
-    # The released hard shrinkage, of "top 5", zeroes the fifth weight too.
-    "joint.top_k": Key(4, "Rows that a query retrieves.", least=1),
-    "joint.heads": Key(8, "Attention heads of the bottleneck.", least=1),
-    "joint.inpainting": Key(
-        True, "Whether features are inpainted from the windows around; false: the window's own memory alone."
-    ),
-    "joint.norms": Key(
-        "branch",
-        'Norms of the bottleneck: "branch", before the read is added, as released; "sum", after it, as in earlier '
-        "versions of this library.",
-        choices=("branch", "sum"),
-        before="sum",
-    ),
-    "joint.activation": Key(
-        "tanh",
-        'Last activation and range of images: "tanh", [-1, 1] (SimSID); "sigmoid", [0, 1] (SQUID).',
-        choices=("tanh", "sigmoid"),
-    ),
-    "joint.kept": Key(0.9, "Share of the cells that are inpainted in training.", above=0, most=1),
-    "joint.decoder_kept": Key(
-        1.0, "Share of the cells that the decoder's memories replace in training; SQUID has 0.95.", above=0, most=1
-    ),
-    "joint.judge": Key(
-        "image",
-        'Statistics of the discriminator\'s norms when it judges: "image", of each image by itself, as released; '
-        '"running", those of the training.',
-        choices=("image", "running"),
-        before="running",
-    ),
-    "joint.critic": Key(2, "Steps of the discriminator for one of the autoencoder.", "steps", least=1),
-    "joint.lr_least": Key(5e-5, "Least learning rate of the autoencoder.", least=0),
-    "joint.cosine": Key(0.5, "Share of the steps in which its learning rate falls to the least.", above=0),
-    "joint.decay": Key(1e-5, "Weight decay of the autoencoder, a part of its gradient.", least=0),
-    "joint.translation": Key(0.05, "Augmentation: largest move, a share of the edge.", least=0, below=1),
-    "joint.scaling": Key(0.05, "Augmentation: largest change of scale.", least=0, below=1),
-    "joint.weights.reconstruction": Key(10.0, "Weight of the student decoder's MSE."),
-    "joint.weights.teacher": Key(0.01, "Weight of the teacher decoder's MSE."),
-    "joint.weights.distillation": Key(0.001, "Weight of the difference between the decoders' features."),
-    "joint.weights.adversarial": Key(0.005, "Weight of the adversarial loss."),
-    "joint.weights.discriminator": Key(0.005, "Weight of the discriminator's loss."),
-}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,16 +21,16 @@ from ml_collections import ConfigDict
 
 from jmae import optim
 from jmae.data.manifest import Row, held_out
+from jmae.keys.simsid import SCORES
 from jmae.losses import histogram_kl, pixel_kl
 from jmae.nn.conv import on_gpu
 from jmae.nn.simsid import Discriminator
 from jmae.patches import patchify, unpatchify
-from jmae.recipe import AXES, Key, is_volume
+from jmae.recipe import is_volume
 from jmae.run_folder import log
 from jmae.sharding import device_gather
 from jmae.system import Check, Choice, Results, Stage, State, Sweep, System, compute_type, network
 
-SCORES = ("simsid", "difference", "l1", "mse", "patches")
 MAPS = ("l1", "mse", "patches")
 WORDS = {
     "simsid": "by how many standard deviations the discriminator finds the reconstruction less real than those of the "
@@ -61,81 +61,6 @@ LOG_WORDS = {
 DEVIATION = 0.2  # deviation of each image with data.normalise=image; the mean is 0.5
 TEACHER = "reconstruction by the teacher"  # the picture of both methods
 RULE = "auroc"  # the rule of `select` that both methods have
-
-
-# --- keys of the recipe -----------------------------------------------------------------------------------------------
-
-
-def stage_keys(name: str, epochs: int) -> dict[str, Key]:
-    """The keys that each trained stage has."""
-    return {
-        f"{name}.steps": Key(0, "Steps of the stage; 0: `epochs` counts.", "steps", least=0),
-        f"{name}.epochs": Key(epochs, "Epochs of the stage; 0: `steps` counts.", "epochs", least=0),
-        f"{name}.batch": Key(16, "Images a step.", least=1),
-        f"{name}.lr": Key(1e-4, "Learning rate.", above=0),
-        f"{name}.betas": Key((0.5, 0.999), "Decay rates of Adam's moments.", least=0, below=1, length=2),
-    }
-
-
-KEYS = {
-    "select": Key(
-        "auroc",
-        'Which weights judge: "auroc", those with the best AUROC on the labelled images of val; "last"; "aucp", those '
-        "with the highest AUROC of unlabelled rows against known normals.",
-        choices=("auroc", "last", "aucp"),
-    ),
-    "accumulate": Key(1, "1 alone: batch norm and memory are of the whole batch.", least=1),
-    "checkpoint_every": Key(5000, "Steps between two checkpoints.", "steps", least=1),
-    "log_every": Key(64, "Steps between two lines of metrics.jsonl.", "steps", least=1),
-    "data.size": Key((128, 128), "Size of an image, or of a crop of a volume.", "pixels", least=1),
-    "model.discriminator": Key((16, 32, 64, 128, 256), "Channels of the discriminator.", least=1),
-    "model.dtype": Key(
-        "auto",
-        'Arithmetic of the networks; "auto": bfloat16 on accelerators, float32 on the CPU.',
-        choices=("auto", "float32", "bfloat16"),
-    ),
-    "validation.held_out": Key(
-        0.0, "Share of the training patients that is held out for checks; 0: training images.", least=0, below=1
-    ),
-    "validation.every": Key(640, "Steps between two checks.", "steps", least=1),
-    "validation.samples": Key(64, "Images of a check.", least=1),
-    "validation.select_every": Key(
-        0, "Steps between two looks of select=auroc; 0: an epoch, as released.", "steps", least=0
-    ),
-    "evaluation.score": Key("simsid", "The primary score.", choices=SCORES),
-    "evaluation.patch": Key((16, 16), 'Size of a cell of the score "patches".', "pixels", least=1, length=AXES),
-    "evaluation.decision": Key(
-        "accuracy",
-        'Rule of the decision threshold on val; "youden", ours, suits a val of few abnormal cases.',
-        choices=("youden", "accuracy"),
-    ),
-}
-IMAGE_KEYS = {
-    "data.normalise": Key(
-        "unit",
-        '"unit" leaves values in [0, 1] as they are; "image" gives each image mean 0.5 and deviation 0.2; "auto": '
-        '"unit" with variant=official, whose tanh reaches no other values, and "image" otherwise.',
-        choices=("unit", "image", "auto"),
-    ),
-    "evaluation.top": Key(1.0, 'Share of the cells, the highest, that the score "patches" averages.', above=0, most=1),
-}
-VOLUME_KEYS = {
-    "select": Key(
-        "last",
-        'Which weights judge: "last"; "aucp", those with the highest AUROC of unlabelled rows against known normals.',
-        choices=("last", "aucp"),
-    ),
-    "data.normalise": Key(
-        "crop", "Moments by which values are standardised: of the crop, or of the region.", choices=("crop", "region")
-    ),
-    "data.normal_crops_only": Key(
-        False, "Whether abnormal training rows with a mask are used, by crops that touch no lesion, instead of refused."
-    ),
-    "data.region": Key(
-        "", '"nonzero": a row without a region counts its voxels that are not 0.', choices=("", "nonzero")
-    ),
-    "data.least_region": Key(0.0, "Least share of a training crop that lies in the region.", least=0, most=1),
-}
 
 
 # --- the contract of a method -----------------------------------------------------------------------------------------

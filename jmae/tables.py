@@ -4,9 +4,8 @@ import csv
 import io
 import re
 from collections.abc import Mapping, Sequence
+from numbers import Integral, Real
 from typing import Any
-
-import numpy as np
 
 
 def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -24,7 +23,7 @@ FORMULA = re.compile(r"'*[=+\-@\t\r]")
 
 def harmless(cell: Any) -> Any:
     """A cell of text with an apostrophe before what would begin a formula; a fraction with nine digits."""
-    if isinstance(cell, (float, np.floating)):
+    if isinstance(cell, Real) and not isinstance(cell, Integral):  # of Python or NumPy
         return f"{cell:.9g}"
     return f"'{cell}" if isinstance(cell, str) and FORMULA.match(cell) else cell
 

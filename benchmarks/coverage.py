@@ -11,7 +11,7 @@ training. With --expect the score is `evaluation.residual=smoothed` over what he
 these: a run fits it to one half of its held-out normals, and the other half calibrates. Each set then judges normals of
 its own.
 
-`jmae.scoring.Calibration` guarantees that the share b = floor(a (n + 1)) / (n + 1) of normals has a p-value of at most
+`jmae.p_values.Calibration` guarantees that the share b = floor(a (n + 1)) / (n + 1) of normals has a p-value of at most
 a, on average over draws. With D sets, and T test normals in all, the Monte-Carlo error of this average is the root of
 b (1 - b) / (n + 2) / D + b (1 - b) / T. The factor of 1 / D is the variance of Beta(k, n + 1 - k) with
 k = floor(a (n + 1)). With the first set, `jmae.predict` must give the same p-values to the last bit.
@@ -40,8 +40,8 @@ from jmae.data.preparation import Prepared
 from jmae.fitting import finished, measuring, placed
 from jmae.inference import Scorer, restore_stages
 from jmae.inputs import row_of
+from jmae.p_values import Calibration, p_values
 from jmae.results import Result
-from jmae.scoring import Calibration, p_values
 
 RESULTS = Path(__file__).parent / "results" / "coverage.json"
 RATES = (0.05, 0.1, 0.2)
@@ -106,7 +106,7 @@ def judged(run: predict.Run, workdir: Path, n: int, draws: int, tests: int) -> t
         if not number:
             first = run._replace(calibration=Calibration({f"normal {i}": float(s) for i, s in enumerate(normals)}))
             if [predict.checked_line(first, r.case.row, r)["p_value"] for r in results] != of_normals[0].tolist():
-                raise SystemExit("jmae.predict and jmae.scoring.p_values give different p-values: one of them is wrong")
+                raise SystemExit("jmae.predict and jmae.p_values give different p-values: one of them is wrong")
         if time.monotonic() - said > 30:
             said = time.monotonic()
             print(f"{number + 1} of {draws} sets", file=sys.stderr, flush=True)

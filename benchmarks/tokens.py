@@ -192,7 +192,7 @@ def questions(run: Run) -> dict[str, dict[str, np.ndarray]]:
 def figures(folder: Path, subset: str) -> dict[str, Any]:
     """The figures of all scores of a run."""
     from jmae import metrics
-    from jmae.scoring import alarm_threshold
+    from jmae.p_values import alarm_threshold
 
     run = Run(folder)
     rows = run.rows["test"]

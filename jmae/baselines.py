@@ -27,13 +27,13 @@ from jmae.data.preparation import Prepared
 from jmae.data.transforms import area_resize, central
 from jmae.figures import Part, Split
 from jmae.inference import Scorer
-from jmae.progress import at_work
 from jmae.recipe import is_volume
 from jmae.results import Result
 from jmae.rival_scores import CROPS, RivalScores, fitted_rivals, random_crops, some_images
 from jmae.run_folder import log
 from jmae.scoring import top_mean
 from jmae.system import Results, System
+from jmae.waiting import at_work
 from jmae.windows import average, tile
 
 COMPONENTS = 30

@@ -23,10 +23,7 @@ from jmae.figures import patient_key
 from jmae.fitting import fitted_results
 from jmae.inference import Scorer, score_rows
 from jmae.outlines import least_voxels, peak
-from jmae.report import PERCENTILES, Scale
-from jmae.results import Result, map_name
-from jmae.run_folder import log, write_text
-from jmae.scoring import (
+from jmae.p_values import (
     NO_NORMALS,
     Calibration,
     alarm_threshold,
@@ -37,6 +34,9 @@ from jmae.scoring import (
     smallest_p_value,
     too_few_normals,
 )
+from jmae.report import PERCENTILES, Scale
+from jmae.results import Result, map_name
+from jmae.run_folder import log, write_text
 from jmae.sealed import seal, unseal
 from jmae.seen import write_seen
 from jmae.system import Results, System, chosen_on_val, compute_type, fitted_rows, rows_read

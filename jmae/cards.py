@@ -12,8 +12,8 @@ from ml_collections import ConfigDict
 
 from jmae import checkpoint, recipe
 from jmae.data.files import image_size
-from jmae.data.loader import WORKERS
 from jmae.data.manifest import SPLITS, Row
+from jmae.data.opening import WORKERS
 from jmae.data.preparation import phantom
 from jmae.errors import InputError
 from jmae.report import flat_settings, no_curves_reason, result_sentences, system_description

@@ -6,9 +6,9 @@ from typing import Any
 from rich.cells import cell_len, set_cell_size
 
 from jmae import metrics
+from jmae.p_values import smallest_p_value, too_few_normals
 from jmae.report import no_curves_reason
 from jmae.report.words import dice_of_everything, hidden_sentences, mask_sentences, rival_sentences
-from jmae.scoring import smallest_p_value, too_few_normals
 from jmae.tables import counted
 
 MOST = 10  # cases in a terminal

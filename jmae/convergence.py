@@ -22,11 +22,11 @@ from jmae.data.manifest import Row
 from jmae.data.preparation import Prepared
 from jmae.errors import InputError
 from jmae.inference import Scorer, prepared_groups
-from jmae.progress import at_work
 from jmae.results import Result
 from jmae.run_folder import log
 from jmae.system import Results, System, drawn, load_system
 from jmae.tables import counted
+from jmae.waiting import at_work
 
 CLOSE = 0.01  # how far the AUROC of one evaluation may be off
 

@@ -72,17 +72,17 @@ from jmae.fusion import evaluate_several
 from jmae.inference import Scorer, run_of, score_rows
 from jmae.likeness import read_kind, shown_line, unlike, unlike_counts
 from jmae.outlines import MaskFigures
+from jmae.p_values import Calibration
 from jmae.processes import join_processes, keep_compiled
-from jmae.progress import at_work
 from jmae.python import Evaluate
 from jmae.report import Case, one_slice, shown_voxel, slice_side, worth_showing, write_report
 from jmae.results import Result, map_name, report_case
 from jmae.run_folder import log, output_folder, read_environment, read_history, write_csv, write_text
-from jmae.scoring import Calibration
 from jmae.sealed import seal
 from jmae.seen import ALLOW, check_unseen, check_unseen_since
 from jmae.system import System, fitted_rows, load_system, split_replicates
 from jmae.tables import counted
+from jmae.waiting import at_work
 
 
 def main(argv: list[str]) -> int:

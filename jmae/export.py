@@ -71,12 +71,12 @@ from jmae.fitting import restore_results
 from jmae.inference import run_of
 from jmae.inputs import row_of, sequences
 from jmae.passes import each_replicate, seeds_of, sweep_volume
-from jmae.progress import at_work
 from jmae.results import map_name
 from jmae.run_folder import log
 from jmae.sealed import seal, unseal
 from jmae.system import Results, System, load_system
 from jmae.target import portable, target
+from jmae.waiting import at_work
 from jmae.windows import places, tile
 
 __all__ = ["case_words", "export", "load"]

@@ -12,15 +12,15 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from jmae import metrics, recipe
+from jmae.data.listed import in_split
 from jmae.data.manifest import Row
 from jmae.data.preparation import Prepared
 from jmae.data.transforms import central
-from jmae.errors import InputError
 from jmae.lesions import SIZES, Froc, Localisation, lesion_sizes, thirds
-from jmae.progress import at_work
 from jmae.results import map_name
 from jmae.run_folder import log
 from jmae.system import System, rows_read
+from jmae.waiting import at_work
 
 WHOLE = "whole"  # the part that is the split itself
 CENTRAL = 0.8  # share of each axis that the central crop keeps
@@ -55,9 +55,7 @@ class Split(NamedTuple):
 
 def split_of(rows: Sequence[Row], name: str) -> Split:
     """A split of a manifest; raises InputError where it is empty."""
-    chosen = [row for row in rows if row.split == name]
-    if not chosen:
-        raise InputError(f"split {name!r} has no rows: one of {', '.join(sorted({row.split for row in rows}))}")
+    chosen = in_split(rows, name)
     val = [row for row in rows if row.split == "val" != name and row.label is not None]
     normals = [row for row in val if row.label == 0]
     val = val if 0 < len(normals) < len(val) else []

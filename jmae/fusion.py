@@ -4,7 +4,7 @@ The normal score of a run's score s is Phi^-1(F(s)), where F is the distribution
 lowest of n normals has F = k / (n + 1). Between two of them the normal score is linear. Below the lowest and above the
 highest, it goes on with the slope of one per standard deviation. The fused score is the mean of the runs' normal
 scores. Its p-value is that of a conformal test in which the case and the n normals are treated alike: each of the n + 1
-takes its rank among all of them in every run. So the promise of `scoring.Calibration` holds.
+takes its rank among all of them in every run. So the promise of `p_values.Calibration` holds.
 
 A warning of one run withholds a fused p-value above the alarm rate, as it does for a single run. No alarm is lost by
 this, and the promise stays: fewer p-values are given, and none becomes smaller.

@@ -39,9 +39,9 @@ from jmae.data.manifest import Row
 from jmae.data.preparation import prepared_image, prepared_volume
 from jmae.data.transforms import grey, resize, to_unit
 from jmae.errors import InputError, exit_code
-from jmae.progress import at_work
 from jmae.recipe import arguments, check, is_volume, load, module_of, nearest, override, split, typed
 from jmae.run_folder import log
+from jmae.waiting import at_work
 
 SIDE, VOLUME_SIDE = 256, 96  # voxels along each axis of an image, and at most of a volume
 MOST = 20  # draws and images; a PNG of matplotlib has at most 65536 pixels along an axis

@@ -19,13 +19,12 @@ from ml_collections import ConfigDict
 from jmae import checkpoint, recipe
 from jmae.data.cases import Cases
 from jmae.data.files import Image
-from jmae.data.loader import WORKERS
 from jmae.data.manifest import Row
+from jmae.data.opening import WORKERS
 from jmae.data.preparation import Prepared, open_case, prepared_case, soft_masks
 from jmae.errors import InputError
 from jmae.passes import BatchPass, Pass, SweepPass, local_mesh
 from jmae.processes import gather
-from jmae.progress import at_work
 from jmae.results import Result
 from jmae.run_folder import log
 from jmae.run_recipe import read_run
@@ -33,6 +32,7 @@ from jmae.scoring import case_score
 from jmae.sharding import device_mesh, replicated
 from jmae.system import Results, System, stage_keys
 from jmae.tables import counted
+from jmae.waiting import at_work
 
 
 def run_of(flags: dict[str, str]) -> tuple[Path, ConfigDict]:

@@ -22,8 +22,8 @@ from jmae.data.files import Image
 from jmae.data.manifest import Row
 from jmae.data.transforms import resize, to_unit
 from jmae.errors import InputError
+from jmae.p_values import too_few_normals
 from jmae.run_folder import log, write_text
-from jmae.scoring import too_few_normals
 from jmae.sealed import seal, unseal
 from jmae.tables import counted
 

@@ -15,7 +15,7 @@ import optax
 from jaxtyping import Array, Float, Key, PyTree
 from ml_collections import ConfigDict
 
-from jmae.data.transforms import moments_of, random_flip, random_resized_crop
+from jmae.data.augment import moments_of, random_flip, random_resized_crop
 from jmae.masking import hidden, random_mask, sample_keys, visible_tokens
 from jmae.nn.mae import MAE
 from jmae.optim import adamw, begin, descend

@@ -2,7 +2,7 @@
 
 The peak of a map is the highest threshold at which a component of the least size is left. Of n held-out normals the
 threshold is the k-th highest peak, k = floor(rate (n + 1)). A normal case of the same kind then has a mask with any
-component with probability at most `rate`, by the argument of conformal p-values (`scoring.Calibration`).
+component with probability at most `rate`, by the argument of conformal p-values (`p_values.Calibration`).
 """
 
 import math

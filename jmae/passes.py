@@ -18,12 +18,12 @@ from ml_collections import ConfigDict
 
 from jmae.data.preparation import Prepared, case_words
 from jmae.masking import case_keys
-from jmae.progress import at_work
 from jmae.reconstruct import fitting, out_of_memory, too_large
 from jmae.run_folder import log
 from jmae.sharding import device_mesh, inside_mesh, replicated, split
 from jmae.system import Results, Sweep, System
 from jmae.tables import counted
+from jmae.waiting import at_work
 from jmae.windows import average, inside
 
 

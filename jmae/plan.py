@@ -53,12 +53,12 @@ from jmae.gpus import without_cudnn
 from jmae.hlo import Program, Work
 from jmae.passes import padded_origins, scoring_batch, scoring_program, seeds_of, sweep_program
 from jmae.programs import compiled_step, places, steps_of_dispatch
-from jmae.progress import at_work
 from jmae.reconstruct import fitting
 from jmae.run_folder import log, write_text
 from jmae.sharding import device_mesh, replicated, sharded, split
 from jmae.system import Stage, State, Sweep, System, load_system, stage_keys, trained_shape
 from jmae.target import tracing_for
+from jmae.waiting import at_work
 
 ROWS = 1000  # of an assumed manifest; they size what a stage stores for each row (AMAE's margins), and the schedule
 USABLE = 0.75  # share of a GPU's memory that JAX takes unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise

@@ -24,7 +24,7 @@ normals. The overlay of a volume shows the axial slice with the highest value.
 
 At the end the terminal shows the highest scores, and --out gets scores.csv: id,label,score,p_value,alarm,score_error,
 further scores, and warning. Among the held-out normals and the case itself, the p-value is the share that scores as
-high (jmae.scoring.Calibration). The column alarm is 1 where the p-value is at most evaluation.alarm_rate. It is empty
+high (jmae.p_values.Calibration). The column alarm is 1 where the p-value is at most evaluation.alarm_rate. It is empty
 where so few normals were held out that no p-value can be as low. The p-value is empty in five cases:
 
 - The run is not calibrated.
@@ -79,7 +79,7 @@ from jmae.data.files import Image, marks_of, read_image, write_map
 from jmae.data.manifest import PHANTOM, Row, read_cases, wrong_pieces
 from jmae.data.names import count_unread, id_of, names_of, stem_of
 from jmae.data.preparation import OtherRank, Prepared, stored_case
-from jmae.data.slices import command, in_words, lie
+from jmae.data.slices import in_words, lie
 from jmae.doubts import doubts, doubts_line
 from jmae.errors import InputError, exit_code, shortly
 from jmae.fitting import restore_results
@@ -89,17 +89,17 @@ from jmae.inputs import SPLIT, cases_of, image_of_array, is_image, row_of, seque
 from jmae.likeness import read_kind, remedy, shown_line, unlike, unlike_text
 from jmae.outlines import least_voxels, outline
 from jmae.outputs import DONE, read_done
+from jmae.p_values import Calibration
 from jmae.processes import keep_compiled
-from jmae.progress import at_work
 from jmae.report import PERCENTILES, Scale, blend, short_training
 from jmae.results import Result
 from jmae.run_folder import add_line, log, output_folder, read_history, write_bytes, write_csv, write_text
 from jmae.run_recipe import read_run
-from jmae.scoring import Calibration
 from jmae.sealed import seal_line
 from jmae.seen import read_seen
 from jmae.system import System, load_system
 from jmae.tables import counted, plain
+from jmae.waiting import at_work
 
 GIVE = "give a path, a list of paths, or an array of numbers"
 FLAGS = ["workdir", "out", "manifest", "continue", "config"]
@@ -235,7 +235,7 @@ def main(argv: list[str]) -> int:
     if len(workdirs) > 1:
         return predict_with_several([Path(workdir) for workdir in workdirs], rest)
     words = [word for word in argv if word != "--continue"]
-    names, flags = command(words, __doc__, FLAGS)
+    names, flags = recipe.command(words, __doc__, FLAGS)
     if "out" not in flags:
         raise InputError("no --out: name a folder for maps and scores: jmae predict --workdir DIR --out DIR SCAN")
     if bool(names) == ("manifest" in flags):
@@ -279,7 +279,7 @@ def predict_with_several(workdirs: Sequence[Path], argv: Sequence[str]) -> int:
         raise InputError("name a folder: --out=DIR")
     out = output_folder(values[-1], "predictions")
     normals = common_normals({str(workdir): scores_of_normals(workdir) for workdir in workdirs})[1]
-    flags = command([word for word in rest if word != "--continue"], __doc__, FLAGS)[1]
+    flags = recipe.command([word for word in rest if word != "--continue"], __doc__, FLAGS)[1]
     changed = {key: value for key, value in flags.items() if key.startswith("config")}
     rate = min(alarm_rate(run_of({"workdir": str(workdir), **changed})[1]) for workdir in workdirs)
     folders = [out / str(k + 1) for k in range(len(workdirs))]

@@ -3,15 +3,12 @@
 import math
 import runpy
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 from ml_collections import ConfigDict
 
 from jmae import recipe
-from jmae.data import phantoms
-from jmae.data.cases import kept_apart
-from jmae.data.manifest import LEAKS, SPLITS, Row, parse_manifest, summary
-from jmae.errors import InputError
+from jmae.data.listed import listed_rows
+from jmae.data.manifest import SPLITS, Row, summary
 from jmae.report.words import share_of_small
 from jmae.system import Stage, load_system, nothing_to_train_on, rows_read
 from jmae.tables import counted
@@ -73,23 +70,3 @@ def like_small(config: ConfigDict) -> bool:
     costly = lambda of: {k: v for k, v in recipe.keys_of(of) if k.startswith(COSTLY) or k.endswith(".batch")}
     timed = [recipe.preset(config.system, presets, name) for name in TIMED if name in presets]
     return costly(config) in map(costly, timed)
-
-
-def listed_rows(config: ConfigDict) -> tuple[list[Row], dict[str, int]]:
-    """(rows, what was ignored) of the phantom set or the manifest that `config.data` names, no file opened.
-
-    Raises InputError where there is neither, or where the manifest has problems.
-    """
-    data, volumes = config.data, recipe.is_volume(config)
-    if data.manifest:
-        normal_crops_only = volumes and data.normal_crops_only
-        allow = LEAKS if data.allow_leaks else ()
-        file = Path(data.manifest)
-        rows, ignored, problems = parse_manifest(file, crops=volumes, normal_crops_only=normal_crops_only, allow=allow)
-        if problems:
-            raise InputError("\n".join(problems))
-    elif data.phantom:
-        rows, ignored = phantoms.rows(data.phantom), {}
-    else:
-        raise InputError("no data: set --config.data.manifest=MANIFEST.csv, or data.phantom")
-    return (kept_apart(rows, data.calibration) if data.calibration else rows), ignored

@@ -2,7 +2,6 @@
 
 import re
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -19,9 +18,9 @@ from jmae.errors import InputError
 from jmae.processes import agreement
 from jmae.run_folder import CLOCK, log
 from jmae.tables import counted
+from jmae.waiting import at_work
 
 SECONDS_BETWEEN_LINES = 10  # where standard error is no terminal
-SILENCE = 10  # seconds after which a step says that it is still at work
 PACE_AFTER = 3  # seconds of steps before a pace is shown, checkpoints included; the first steps tell little
 SHOWN = 3  # metrics of a line
 BAR = 10  # characters of the bar on a terminal
@@ -61,27 +60,6 @@ def signals() -> Iterator[Callable[[bool], signal.Signals | None]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-@contextmanager
-def at_work(what: str | Callable[[], str]) -> Iterator[Callable[[], None]]:
-    """Logs every `SILENCE` seconds what the block is doing and for how long.
-
-    Yields a function that ends these lines early.
-    """
-    began, ended = time.monotonic(), threading.Event()
-
-    def speak() -> None:
-        while not ended.wait(SILENCE):
-            log(f"{what() if callable(what) else what}, {time.monotonic() - began:.0f} s so far")
-
-    thread = threading.Thread(target=speak, daemon=True)
-    thread.start()
-    try:
-        yield ended.set
-    finally:
-        ended.set()
-        thread.join()
 
 
 @contextmanager

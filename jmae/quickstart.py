@@ -32,7 +32,6 @@ from jmae.data.prepare.overview import (
     read_kinds,
     too_few_to_learn,
 )
-from jmae.data.slices import command
 from jmae.errors import InputError, exit_code
 from jmae.preview import MINUTES
 from jmae.run_folder import log, output_folder
@@ -53,7 +52,7 @@ A_MINUTE = {"images": 300, "volumes": 20}  # scans that are read and scored in a
 
 
 def main(argv: list[str]) -> int:
-    names, flags = command(argv, __doc__, ["budget", "out", "config"])
+    names, flags = recipe.command(argv, __doc__, ["budget", "out", "config"])
     if len(names) != 2:
         raise InputError("name a folder of normal scans and one of new scans: jmae quickstart NORMALS NEW")
     budget = flags.pop("budget", "0.25")

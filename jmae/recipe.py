@@ -431,6 +431,24 @@ def arguments(argv: Sequence[str], usage: str, known: Sequence[str], optional: S
     return out
 
 
+def command(
+    argv: Sequence[str], usage: str | None, known: Sequence[str], optional: Sequence[str] = ()
+) -> tuple[list[str], dict[str, str]]:
+    """(names, {FLAG: VALUE}) of a command line whose words may have any order. A flag of `optional` has no value, or
+    one behind "=".
+
+    Raises InputError for a flag that is neither `known` nor `optional` (`arguments`).
+    """
+    names, flags, words = [], [], iter(argv)
+    for word in words:
+        if word.startswith("-"):
+            alone = "=" in word or word in ("--help", "-h") or word.removeprefix("--") in optional
+            flags += [word] if alone else [word, *islice(words, 1)]
+        else:
+            names.append(word)
+    return names, arguments(flags, usage or "", known, optional)
+
+
 def values_of(argv: Sequence[str], name: str) -> tuple[list[str], list[str]]:
     """(the values of a flag that may stand several times, the other words of a command line)."""
     values, rest, words = list[str](), list[str](), iter(argv)

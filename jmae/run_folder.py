@@ -11,7 +11,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import jax
 from ml_collections import ConfigDict
 
 from jmae import recipe
@@ -32,9 +31,15 @@ FREE = (
 CLOCK = ("time", "step_seconds", "samples_per_second")  # of a line of metrics.jsonl: these differ from run to run
 
 
+def is_first() -> bool:
+    """Whether this is the first process of a run. A process that has not imported JAX is the only one."""
+    jax = sys.modules.get("jax")
+    return jax is None or jax.process_index() == 0
+
+
 def log(line: str) -> None:
     """One line on standard error, of the first process alone."""
-    if jax.process_index() == 0:
+    if is_first():
         print(line, file=sys.stderr, flush=True)
 
 
@@ -65,7 +70,7 @@ def write_text(path: Path, text: str) -> None:
 def write_bytes(path: Path, content: bytes) -> None:
     """Writes a file under a temporary name and renames it: a reader sees the old file or the new one. Of several
     processes the first writes. Raises InputError where that fails."""
-    if jax.process_index() != 0:
+    if not is_first():
         return
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -112,6 +117,8 @@ def recipe_digest(config: ConfigDict) -> str:
 
 def describe_run(config: ConfigDict, workdir: Path) -> None:
     """Writes config.json and environment.json."""
+    import jax  # here: commands that refuse their arguments do not import it
+
     libraries = "jmae jax jaxlib flax optax orbax-checkpoint grain numpy scipy scikit-image".split()
     environment = {
         "python": platform.python_version(),
@@ -181,7 +188,7 @@ def add_history(file: Path, line: Mapping[str, Any]) -> None:
 
 def add_line(file: Path, line: str) -> None:
     """Appends a line to a file, of the first process alone; raises InputError where that fails."""
-    if jax.process_index() != 0:
+    if not is_first():
         return
     try:
         with file.open("a", encoding="utf-8") as out:

@@ -63,7 +63,7 @@ from jmae.programs import (
     skipping,
     steps_of_dispatch,
 )
-from jmae.progress import at_work, profiled_steps, profiling, progress, signals
+from jmae.progress import profiled_steps, profiling, progress, signals
 from jmae.python import Train
 from jmae.run_folder import (
     add_history,
@@ -94,6 +94,7 @@ from jmae.system import (
     stage_keys,
 )
 from jmae.tables import counted
+from jmae.waiting import at_work
 
 CHECK_STEP = 2**40  # a stage's checks take the crops of this step, which no training reaches
 

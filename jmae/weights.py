@@ -40,10 +40,10 @@ from jmae.errors import InputError, exit_code
 from jmae.nn import simsid_weights
 from jmae.nn.mae import MAE
 from jmae.patches import grid_of, sincos_positions
-from jmae.progress import at_work
 from jmae.recipe import arguments, typed
 from jmae.run_folder import log
 from jmae.tensors import Contents, Refused, digest_of, line, naming, read_tensors
+from jmae.waiting import at_work
 
 FORMAT = 1  # format of a converted file; other formats are refused
 MAX_TOKENS = 2**20  # more than any attention can process

@@ -32,12 +32,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jmae import checkpoint, progress, train
+from jmae import checkpoint, train, waiting
 from jmae.errors import exit_code
 from jmae.gpus import without_cudnn
 from jmae.run_folder import CLOCK
 
-progress.SILENCE = 10_000  # a busy machine adds no lines to those that the tests expect
+waiting.SILENCE = 10_000  # a busy machine adds no lines to those that the tests expect
 
 # Tracing leaves many objects and little garbage: it is collected rarely.
 gc.freeze()

@@ -23,9 +23,9 @@ from jmae.data.cases import load_rows
 from jmae.errors import InputError, exit_code
 from jmae.fitting import restore_results
 from jmae.inference import Scorer
+from jmae.p_values import Calibration
 from jmae.predict import load
 from jmae.run_folder import describe_run
-from jmae.scoring import Calibration
 from jmae.sealed import KEY, seal
 from jmae.system import load_system, stage_keys
 

@@ -20,9 +20,9 @@ from jmae.data.preparation import Prepared
 from jmae.data.volumes import Volume
 from jmae.errors import InputError
 from jmae.inference import Scorer
+from jmae.p_values import Calibration
 from jmae.predict import Run
 from jmae.run_folder import write_text
-from jmae.scoring import Calibration
 from jmae.seen import read_seen
 from jmae.system import Fit, Sweep, System, fitted_rows, fitting_normals, train_normals
 from jmae.windows import tile

@@ -14,8 +14,8 @@ from patients import voxel_auroc, write_patients
 
 from configs import memmc_mae as recipe
 from jmae import train
+from jmae.data.augment import random_flip, random_resized_crop
 from jmae.data.files import read_image
-from jmae.data.transforms import random_flip, random_resized_crop
 from jmae.errors import InputError, exit_code
 from jmae.masking import case_keys, fold_in, hidden, random_mask, sample_keys
 from jmae.nn.mae import MAE

@@ -8,7 +8,7 @@ from scipy import ndimage
 from skimage.morphology import area_opening
 
 from jmae import outlines
-from jmae.scoring import alarm_threshold
+from jmae.p_values import alarm_threshold
 
 
 def smooth(seed: int, shape: tuple[int, ...], sigma: float = 1.5) -> np.ndarray:

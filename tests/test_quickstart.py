@@ -16,7 +16,8 @@ from jmae import quickstart, recipe
 from jmae.calibration import tell_p_values
 from jmae.checkpoint import refuse_difference
 from jmae.data import prepare
-from jmae.data.cases import kept_apart, load_cases
+from jmae.data.cases import load_cases
+from jmae.data.listed import kept_apart
 from jmae.data.manifest import Row
 from jmae.data.names import names_of
 from jmae.data.preparation import soft_masks

@@ -21,6 +21,7 @@ from jmae.data import files
 from jmae.data.films import film_of
 from jmae.data.manifest import Row
 from jmae.data.prepare.overview import too_few_to_learn
+from jmae.p_values import Calibration
 from jmae.report.cases import (
     SLICE_BYTES,
     SLICES,
@@ -48,7 +49,7 @@ from jmae.report.words import (
     stage_losses,
     unlike_sentences,
 )
-from jmae.scoring import Calibration, case_score_words
+from jmae.scoring import case_score_words
 from jmae.system import load_system
 
 EVIL = "<script>alert('x')</script>\" onload=\"a()"

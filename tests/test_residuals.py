@@ -18,10 +18,11 @@ from jmae.errors import InputError
 from jmae.inference import Scorer
 from jmae.masking import group_mask, hidden, run_masks
 from jmae.nn.mae import MAE
+from jmae.p_values import p_values
 from jmae.patches import patchify, unpatchify
 from jmae.reconstruct import reconstruct
 from jmae.residuals import Evidence
-from jmae.scoring import case_score, p_values
+from jmae.scoring import case_score
 from jmae.system import fitting_normals, load_system, masked_autoencoder
 
 SIZES = {"2d": ((12, 20), (4, 5), 1), "3d": ((8, 6, 4), (2, 3, 2), 2)}

@@ -24,7 +24,7 @@ from PIL import Image
 from rich.console import Console
 from test_loggers import events_of
 
-from jmae import checkpoint, evaluate, programs, progress, recipe, seen, train
+from jmae import checkpoint, evaluate, programs, progress, recipe, seen, train, waiting
 from jmae.data import loader, phantoms
 from jmae.data.cases import load_rows
 from jmae.errors import InputError, exit_code
@@ -751,9 +751,9 @@ def test_a_first_step_that_is_shown_again_has_no_pace(monkeypatch, capsys):
 
 
 def test_a_long_step_says_every_ten_seconds_that_it_is_still_at_work(monkeypatch, capsys):
-    monkeypatch.setattr(progress, "SILENCE", 0.05)
+    monkeypatch.setattr(waiting, "SILENCE", 0.05)
     done = []
-    with progress.at_work(lambda: f"{len(done)} of 2 cases read"):
+    with waiting.at_work(lambda: f"{len(done)} of 2 cases read"):
         while "1 of 2" not in (said := capsys.readouterr().err):
             done[:] = ["a"]
             time.sleep(0.02)

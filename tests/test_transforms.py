@@ -9,11 +9,12 @@ import scipy.stats
 import skimage.exposure
 from PIL import Image
 
+from jmae.data import augment
 from jmae.data import transforms as tf
 
-crop_resized = jax.jit(tf.crop_resized)
-random_resized_crop = jax.jit(tf.random_resized_crop, static_argnames=("scale", "aspect"))
-random_warp = jax.jit(tf.random_warp, static_argnames=("offset", "degrees", "elastic", "grid", "p"))
+crop_resized = jax.jit(augment.crop_resized)
+random_resized_crop = jax.jit(augment.random_resized_crop, static_argnames=("scale", "aspect"))
+random_warp = jax.jit(augment.random_warp, static_argnames=("offset", "degrees", "elastic", "grid", "p"))
 
 
 def smooth(size, channels=1, seed=0):
@@ -196,7 +197,7 @@ def test_crops_never_leave_the_range_of_their_image():
 
 def boxes(size, scale, aspect, draws=4000):
     keys = jax.random.split(jax.random.key(3), draws)
-    origin, edges = jax.jit(jax.vmap(lambda key: tf.crop_box(key, size, scale, aspect)))(keys)
+    origin, edges = jax.jit(jax.vmap(lambda key: augment.crop_box(key, size, scale, aspect)))(keys)
     return np.asarray(origin), np.asarray(edges)
 
 
@@ -240,7 +241,7 @@ def test_boxes_of_volumes_share_the_volume_and_keep_the_images_proportions():
 
 @pytest.mark.parametrize(("aspect", "edges"), [((3 / 4, 4 / 3), (60, 60)), ((2, 3), (30, 60)), ((0.2, 0.5), (60, 30))])
 def test_where_no_draw_fits_the_largest_centred_box_is_taken(aspect, edges):
-    origin, taken = tf.crop_box(jax.random.key(0), (60, 60), (20, 30), aspect)
+    origin, taken = augment.crop_box(jax.random.key(0), (60, 60), (20, 30), aspect)
     np.testing.assert_array_equal(taken, edges)
     np.testing.assert_array_equal(origin, (60 - np.array(edges)) // 2)
 
@@ -249,7 +250,7 @@ def test_where_no_draw_fits_the_largest_centred_box_is_taken(aspect, edges):
 def test_flips_mirror_each_named_axis_half_of_the_time(size):
     image = np.arange(np.prod(size), dtype=np.float32).reshape(*size, 1)
     keys = jax.random.split(jax.random.key(0), 400)
-    out = np.asarray(jax.jit(jax.vmap(lambda key: tf.random_flip(jnp.asarray(image), key, (0, 1))))(keys))
+    out = np.asarray(jax.jit(jax.vmap(lambda key: augment.random_flip(jnp.asarray(image), key, (0, 1))))(keys))
     forms = [np.flip(image, axes) for axes in ((), (0,), (1,), (0, 1))]
     counts = [sum(np.array_equal(o, form) for o in out) for form in forms]
     assert sum(counts) == 400
@@ -258,7 +259,7 @@ def test_flips_mirror_each_named_axis_half_of_the_time(size):
 
 def test_one_key_moves_an_image_and_its_companion_alike_and_batches_change_nothing():
     image, keys = jnp.asarray(smooth((20, 24))), jax.random.split(jax.random.key(5), 3)
-    move = jax.jit(lambda image, key: tf.random_flip(tf.random_resized_crop(image, key), key, (1,)))
+    move = jax.jit(lambda image, key: augment.random_flip(augment.random_resized_crop(image, key), key, (1,)))
     batch = jax.vmap(move)(jnp.stack([jnp.concatenate([1 - image, image], -1)] * 3), keys)
     for out, key in zip(batch, keys, strict=True):
         np.testing.assert_allclose(out[..., 1:], move(image, key), atol=1e-5)
@@ -271,11 +272,11 @@ def test_compiled_crops_equal_plain_ones_and_another_box_does_not_compile_again(
     @jax.jit
     def crop(image, key):
         traces.append(1)
-        return tf.random_resized_crop(image, key)
+        return augment.random_resized_crop(image, key)
 
     for seed in range(3):
         image, key = jnp.asarray(smooth((16, 16), seed=seed)), jax.random.key(seed)
-        np.testing.assert_allclose(crop(image, key), tf.random_resized_crop(image, key), atol=1e-5)
+        np.testing.assert_allclose(crop(image, key), augment.random_resized_crop(image, key), atol=1e-5)
     assert len(traces) == 1
 
 
@@ -287,7 +288,7 @@ def ramps(size):
 @pytest.mark.parametrize("size", [(13, 11), (7, 6, 5)])
 def test_a_warp_that_is_off_or_never_drawn_is_the_identity(size):
     image = jnp.asarray(smooth(size, 2))
-    assert tf.random_warp(image, jax.random.key(0)) is image
+    assert augment.random_warp(image, jax.random.key(0)) is image
     never = random_warp(image, jax.random.key(0), offset=0.3, degrees=20, elastic=0.1, p=0.0)
     np.testing.assert_array_equal(never, image)
 
@@ -332,7 +333,7 @@ def test_scaling_is_a_resized_crop_of_the_same_share_of_every_edge(size):
 
 @functools.cache
 def many_warps(size, **settings):
-    warp = lambda key, p: tf.random_warp(jnp.asarray(ramps(size)), key, p=p, **settings)
+    warp = lambda key, p: augment.random_warp(jnp.asarray(ramps(size)), key, p=p, **settings)
     return jax.jit(jax.vmap(warp, (0, None)))
 
 
@@ -384,7 +385,7 @@ def test_displacements_are_normal_in_shares_of_each_edge_and_smooth(size):
 @pytest.mark.long
 def test_compiled_and_batched_warps_equal_plain_ones_and_compile_once():
     traces = []
-    warp = lambda image, key: tf.random_warp(image, key, offset=0.3, degrees=10, elastic=0.02)
+    warp = lambda image, key: augment.random_warp(image, key, offset=0.3, degrees=10, elastic=0.02)
 
     @jax.jit
     def batch(images, keys):

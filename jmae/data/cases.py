@@ -23,9 +23,10 @@ from jmae import recipe
 from jmae.data import duplicates, phantoms
 from jmae.data.crops import Volumes, cache_volume
 from jmae.data.files import Image
-from jmae.data.loader import WORKERS, Images, ImageStore, Samples
-from jmae.data.manifest import LEAKS, Finding, Row, dispensable, first, folded, held_out, leaks, parse_manifest, summary
-from jmae.data.opening import lines_of, open_each
+from jmae.data.listed import NO_DATA, kept_apart, leak_lines, parsed_manifest
+from jmae.data.loader import Images, ImageStore, Samples
+from jmae.data.manifest import Finding, Row, dispensable, first, folded, leaks, summary
+from jmae.data.opening import WORKERS, lines_of, open_each
 from jmae.data.preparation import (
     Opened,
     Prepared,
@@ -40,7 +41,6 @@ from jmae.data.preparation import (
 from jmae.data.unlabeled import labels_given, unlabeled_labels, with_anomaly_ratio
 from jmae.errors import InputError
 from jmae.likeness import Traits, traits_of
-from jmae.scoring import more_normals
 from jmae.tables import counted
 
 
@@ -292,7 +292,7 @@ def load_cases(
         log(f"phantoms {data.phantom}: {summary(rows)}")
         cases = Cases(rows, config, folder, scored=scored, trained=_ids(trained, rows))
     else:
-        raise InputError("no data: set --config.data.manifest=MANIFEST.csv, or data.phantom")
+        raise InputError(NO_DATA)
     if data.calibration:
         kept = counted(sum(row.kept for row in cases.rows), "train rows")
         log(f"data.calibration: {kept} kept apart, as normals of val")
@@ -315,10 +315,7 @@ def _from_manifest(
     trained: Callable[[Sequence[Row]], Sequence[Row]] | None,
 ) -> Cases:
     data = config.data
-    crops = recipe.is_volume(config)
-    rows, ignored, problems = parse_manifest(
-        Path(data.manifest), crops=crops, normal_crops_only=crops and data.normal_crops_only, allow=LEAKS
-    )
+    rows, ignored, problems = parsed_manifest(config)
     written = rows
     if data.calibration and not problems:
         rows = kept_apart(rows, data.calibration)  # first: the search for leaks needs the final splits
@@ -341,7 +338,7 @@ def _from_manifest(
     rows = [row for row in rows if row.id not in spared]
     leaking = [*leaks(rows), *duplicates.in_two_splits(rows, prints)]
     if leaking and not data.allow_leaks:
-        problems += first([f"{data.manifest}: {one.what}, or --config.data.allow_leaks=True" for one in leaking])
+        problems += leak_lines(config, leaking)
     if problems := [*problems, *folded(of_files, len(written))]:
         raise Leaking("\n".join(problems), [] if data.allow_leaks else leaking)
     for line in folded(cases.unread):
@@ -375,25 +372,3 @@ def marked(rows: Sequence[Row], leaking: Sequence[Finding]) -> list[Row]:
         for row in one.rows:
             what.setdefault(row.id, []).append(one.what)
     return [row._replace(leak="; ".join(what[row.id])) if row.id in what else row for row in rows]
-
-
-def kept_apart(rows: Sequence[Row], share: float) -> list[Row]:
-    """The rows with `share` of the normal train patients moved to `val`, as normals that calibrate the scores.
-
-    Whole patients move, none of them with a lesion, and their rows are no longer trained on.
-
-    Raises:
-      InputError: `share` is not in [0, 1), or so few patients are left that none moves.
-    """
-    if not 0 <= share < 1:
-        raise InputError(f"data.calibration={share}: is no share of the patients: write 0.1 for a tenth, 0 for none")
-    name = lambda row: row.patient or row.id
-    lesions = {name(row) for row in rows if row.split == "train" and row.label == 1}
-    candidates = [row for row in rows if row.split == "train" and name(row) not in lesions]
-    apart = {row.id for row, moved in zip(candidates, held_out(candidates, share), strict=True) if moved}
-    if not apart:
-        raise InputError(
-            f"data.calibration={share}: of fewer than ten normal patients none is kept from the training: set it to 0 "
-            f"(no p-values then), or {more_normals()}"
-        )
-    return [row._replace(split="val", label=0, kept=True) if row.id in apart else row for row in rows]

@@ -32,13 +32,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jmae import recipe
 from jmae.data import duplicates
-from jmae.data.loader import WORKERS
 from jmae.data.manifest import LEAKS, Finding, Row, first, leaks, parse_manifest, summary
-from jmae.data.opening import open_each
+from jmae.data.opening import WORKERS, open_each
 from jmae.data.preparation import Opened
 from jmae.data.prepare.overview import advice, next_command
-from jmae.data.slices import command
 from jmae.errors import InputError, exit_code
 from jmae.likeness import Traits, traits_of, turned_rows, turned_text
 from jmae.run_folder import write_text
@@ -68,7 +67,7 @@ class Checked(NamedTuple):
 
 
 def main(argv: list[str]) -> int:
-    names, given = command(argv, __doc__, ["json", "manifest"])
+    names, given = recipe.command(argv, __doc__, ["json", "manifest"])
     names += [given["manifest"]] if "manifest" in given else []
     if len(names) != 1:
         raise InputError("name one manifest: jmae check MANIFEST.csv [--json FILE]")

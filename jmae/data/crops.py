@@ -15,8 +15,9 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 from ml_collections import ConfigDict
 
-from jmae.data.loader import SHOWN, WORKERS, Host, code_digest, save_array
+from jmae.data.loader import SHOWN, Host, code_digest, save_array
 from jmae.data.manifest import PHANTOM, Row
+from jmae.data.opening import WORKERS
 from jmae.data.preparation import case_words, prepared_volume
 from jmae.data.volumes import Volume
 from jmae.errors import InputError

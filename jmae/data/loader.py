@@ -21,11 +21,11 @@ from ml_collections import ConfigDict
 
 from jmae.data.files import Image
 from jmae.data.manifest import SPLITS, Row
+from jmae.data.opening import WORKERS
 from jmae.data.preparation import case_words, prepared_image, stored_image
 from jmae.errors import InputError
 from jmae.tables import csv_text
 
-WORKERS = min(16, os.cpu_count() or 1)
 SHOWN = 20  # unusable images that are spelled out
 RETRIES = (0.1, 1.0, 0.0)  # seconds after each try to read a file in mid-training
 QUARANTINED = 0.01  # share of the rows that may turn bad in mid-training

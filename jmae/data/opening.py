@@ -1,5 +1,6 @@
 """Opens every file that rows name, each once, and reports all problems."""
 
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -11,8 +12,9 @@ from jmae.data.files import OffGrid, ReadFile
 from jmae.data.manifest import PHANTOM, Finding, Row
 from jmae.data.preparation import CaseReader, Marked, Opened, boxes_grid, lesion_mask, region_mask, stored_case
 from jmae.errors import InputError
-from jmae.progress import at_work
+from jmae.waiting import at_work
 
+WORKERS = min(16, os.cpu_count() or 1)  # threads that read
 UseCase = Callable[[Row, Opened], object]
 
 

@@ -33,7 +33,6 @@ import shlex
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,14 +40,14 @@ import nibabel as nib
 import numpy as np
 from PIL import Image as pillow
 
+from jmae import recipe
 from jmae.data.files import Image, write_map
-from jmae.data.loader import WORKERS
 from jmae.data.manifest import COLUMNS, PHANTOM, Row, parse_manifest, summary
 from jmae.data.names import ID_BYTES
-from jmae.data.opening import lines_of, open_each
+from jmae.data.opening import WORKERS, lines_of, open_each
 from jmae.data.preparation import Opened, open_case, stored_image
 from jmae.errors import InputError, exit_code
-from jmae.recipe import arguments, suggested, typed
+from jmae.recipe import suggested, typed
 from jmae.run_folder import write_text
 from jmae.tables import counted
 
@@ -96,7 +95,7 @@ class Layout(NamedTuple):
 
 
 def main(argv: list[str]) -> int:
-    names, flags = command(argv, __doc__, ["out", "axis", "margin", "least", "every"])
+    names, flags = recipe.command(argv, __doc__, ["out", "axis", "margin", "least", "every"])
     if len(names) != 1 or "out" not in flags:
         raise InputError("name one manifest and a new folder: jmae slices MANIFEST.csv --out DIR")
     print(cut_manifest(Path(names[0]), Path(flags["out"]), read_options(flags)))
@@ -286,24 +285,6 @@ def _write_mask(out: Path | None, case: str, k: int, what: str, mask: np.ndarray
 
 
 # --- shared with jmae.data.prepare ------------------------------------------------------------------------------------
-
-
-def command(
-    argv: Sequence[str], usage: str | None, known: Sequence[str], optional: Sequence[str] = ()
-) -> tuple[list[str], dict[str, str]]:
-    """(names, {FLAG: VALUE}) of a command line whose words may have any order. A flag of `optional` has no value, or
-    one behind "=".
-
-    Raises InputError for a flag that is neither `known` nor `optional` (`recipe.arguments`).
-    """
-    names, flags, words = [], [], iter(argv)
-    for word in words:
-        if word.startswith("-"):
-            alone = "=" in word or word in ("--help", "-h") or word.removeprefix("--") in optional
-            flags += [word] if alone else [word, *islice(words, 1)]
-        else:
-            names.append(word)
-    return names, arguments(flags, usage or "", known, optional)
 
 
 def refuse_used(out: Path) -> None:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from jmae import recipe
 from jmae.likeness import REMEDY, unlike_text
-from jmae.scoring import few_to_learn, more_normals, too_few_normals
+from jmae.p_values import few_to_learn, more_normals, too_few_normals
 from jmae.tables import counted
 
 FEW_LABELS = 10  # cases of a class; fewer get a notice

@@ -30,8 +30,8 @@ from ml_collections import ConfigDict
 
 from jmae import recipe, residuals
 from jmae.anomalies.anatpaste import anatpaste, jittered, lung_field
+from jmae.data.augment import moments_of
 from jmae.data.manifest import Row
-from jmae.data.transforms import moments_of
 from jmae.data.unlabeled import ratio_note, unlabeled_labels
 from jmae.errors import InputError
 from jmae.keys.amae import DISCREPANCIES, SIGNED, VARIANTS

@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 from ml_collections import ConfigDict
 
 from jmae import residuals
-from jmae.data.transforms import random_flip
+from jmae.data.augment import random_flip
 from jmae.data.volumes import check_settings
 from jmae.errors import InputError
 from jmae.masked import (

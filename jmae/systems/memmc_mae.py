@@ -25,7 +25,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 from ml_collections import ConfigDict
 
 from jmae import recipe, residuals
-from jmae.data.transforms import moments_of
+from jmae.data.augment import moments_of
 from jmae.data.volumes import check_settings
 from jmae.errors import InputError
 from jmae.keys.memmc_mae import SCORES

@@ -25,8 +25,8 @@ from ml_collections import ConfigDict
 from jmae.anomalies.cutpaste import cutpaste
 from jmae.anomalies.interpolation import fpi, pii, ppii
 from jmae.anomalies.nsa import nsa
+from jmae.data.augment import random_flip, random_warp
 from jmae.data.manifest import Row, held_out
-from jmae.data.transforms import random_flip, random_warp
 from jmae.data.volumes import check_settings
 from jmae.errors import InputError
 from jmae.keys.ppii import PRESETS

@@ -87,6 +87,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
+from jmae import recipe
 from jmae.data.manifest import Row, folded, summary
 from jmae.data.manifest import leaks as leaks_of
 from jmae.data.prepare.masks import refuse_look_alikes
@@ -100,12 +101,12 @@ from jmae.data.prepare.overview import (
 from jmae.data.prepare.patients import by_pattern, kept_apart
 from jmae.data.prepare.tables import text_of
 from jmae.data.prepare.tree import refuse
-from jmae.data.slices import command, in_words, refuse_used, write_manifest
+from jmae.data.slices import in_words, refuse_used, write_manifest
 from jmae.errors import InputError, nearest
-from jmae.progress import at_work
 from jmae.recipe import typed
 from jmae.run_folder import output_folder
 from jmae.tables import counted
+from jmae.waiting import at_work
 
 __all__ = ["Prepared", "check_rows", "draw", "main", "prepare", "refuse", "shuffle", "text_of"]
 
@@ -163,7 +164,7 @@ def main(argv: list[str]) -> int:
 def written(argv: list[str]) -> tuple[str, str]:
     """Does what the command line says, and returns what it prints, as `prepare` does."""
     further = sorted({flag for own_flags in DATASETS.values() for flag in own_flags})
-    names, flags = command(argv, __doc__, ["root", "out", "seed", *SHARED, *further], [RELATIVE])
+    names, flags = recipe.command(argv, __doc__, ["root", "out", "seed", *SHARED, *further], [RELATIVE])
     if len(names) != 1 or "out" not in flags or not {"root", "normal"} & flags.keys():
         raise InputError(
             "name one data set, its folder and a new folder: jmae prepare NAME --root DIR --out DIR, or "

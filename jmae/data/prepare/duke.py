@@ -29,8 +29,8 @@ import numpy as np
 import pydicom
 
 from jmae.data.files import is_dicom
-from jmae.data.loader import WORKERS
 from jmae.data.manifest import Row
+from jmae.data.opening import WORKERS
 from jmae.data.prepare import Prepared, refuse
 from jmae.data.prepare.tables import table_of
 from jmae.data.prepare.tree import named, one_file, walk

@@ -9,16 +9,16 @@ from pathlib import Path
 
 import pydicom
 
-from jmae.data.cases import kept_apart
 from jmae.data.files import image_size, is_dicom
 from jmae.data.files.guard import named_errors
-from jmae.data.loader import WORKERS
+from jmae.data.listed import kept_apart
 from jmae.data.manifest import SPLITS, Row, dispensable, folded, learnable
+from jmae.data.opening import WORKERS
 from jmae.data.prepare.tree import refuse
 from jmae.data.slices import in_words
 from jmae.errors import InputError
+from jmae.p_values import RATE, few_to_learn, normals_needed, too_few_normals
 from jmae.recipe import suggested
-from jmae.scoring import RATE, few_to_learn, normals_needed, too_few_normals
 from jmae.tables import counted
 
 LAYOUTS = ("bids", "ddad", "folders", "nnunet")  # whose images are of any kind

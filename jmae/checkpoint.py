@@ -20,7 +20,6 @@ import hashlib
 import json
 import os
 import re
-import shlex
 import shutil
 import socket
 import time
@@ -37,6 +36,7 @@ from jaxtyping import PyTree
 
 from jmae.errors import InputError
 from jmae.outputs import LOCK
+from jmae.run_folder import resuming
 from jmae.sharding import device_mesh, replicated
 
 FORMAT = 1  # format of a step folder; another number is refused
@@ -154,11 +154,6 @@ def refuse_unfinished(folder: Path, step: int, position: dict) -> None:
         raise InputError(
             f"{folder}: stopped at step {step} of {position['steps']}: finish it: {resuming(folder.parents[1])}"
         )
-
-
-def resuming(workdir: Path) -> str:
-    """The command that goes on with the training of a run folder, which has config.json."""
-    return f"jmae train --workdir {shlex.quote(str(workdir))}"
 
 
 def steps(folder: Path) -> list[int]:

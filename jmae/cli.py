@@ -89,6 +89,10 @@ def main(argv: list[str]) -> int:
         print((command == "prepare" and usage_of_set(words[0])) or usage(command))
     else:
         check_flags(command, words)
+        if command in ("train", "evaluate", "predict", "export"):
+            from jmae import asked
+
+            asked.refuse(command, words)
         sys.argv[1:] = [*words, *["--debug"] * ("--debug" in sys.argv)]
         runpy.run_module(f"jmae.{COMMANDS[command][0]}", run_name="__main__", alter_sys=True)
     return 0

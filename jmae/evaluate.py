@@ -31,7 +31,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from jmae import checkpoint, metrics, recipe
+from jmae import asked, checkpoint, metrics, recipe
 from jmae.baselines import Baselines, baselines_of
 from jmae.calibration import (
     ReferenceScores,
@@ -54,7 +54,7 @@ from jmae.data.cases import Cases, load_cases
 from jmae.data.files import write_map
 from jmae.data.manifest import Row, learnable
 from jmae.doubts import caveats, doubts
-from jmae.errors import InputError, exit_code
+from jmae.errors import exit_code
 from jmae.figures import (
     NormalThresholds,
     Part,
@@ -69,7 +69,7 @@ from jmae.figures import (
 )
 from jmae.fitting import fitted_results
 from jmae.fusion import evaluate_several
-from jmae.inference import Scorer, run_of, score_rows
+from jmae.inference import Scorer, score_rows
 from jmae.likeness import read_kind, shown_line, unlike, unlike_counts
 from jmae.outlines import MaskFigures
 from jmae.p_values import Calibration
@@ -77,9 +77,10 @@ from jmae.processes import join_processes, keep_compiled
 from jmae.python import Evaluate
 from jmae.report import Case, one_slice, shown_voxel, slice_side, worth_showing, write_report
 from jmae.results import Result, map_name, report_case
-from jmae.run_folder import log, output_folder, read_environment, read_history, write_csv, write_text
+from jmae.run_folder import log, read_environment, read_history, write_csv, write_text
+from jmae.run_recipe import read_run
 from jmae.sealed import seal
-from jmae.seen import ALLOW, check_unseen, check_unseen_since
+from jmae.seen import check_unseen, check_unseen_since
 from jmae.system import System, fitted_rows, load_system, split_replicates
 from jmae.tables import counted
 from jmae.waiting import at_work
@@ -89,37 +90,24 @@ def main(argv: list[str]) -> int:
     workdirs, rest = recipe.values_of(argv, "workdir")
     if len(workdirs) > 1:
         return evaluate_several([Path(workdir) for workdir in workdirs], rest)
-    flags = recipe.arguments(argv, __doc__, ["workdir", "manifest", "split", "out", "config"])
-    of_run = "manifest" not in flags and not any(flag.startswith("config") for flag in flags)
-    if ALLOW in flags and "manifest" not in flags:
-        raise InputError(f"--{ALLOW} goes with --manifest: the run's own manifest was checked when the run was trained")
-    allow = recipe.typed(ALLOW, flags.pop(ALLOW, "false"), False)
-    workdir, config = run_of(flags)
-    split = flags.get("split", "test")
-    if not of_run and "out" not in flags:
-        what = "--manifest" if "manifest" in flags else "--config.evaluation.KEY"
-        raise InputError(f"{what} goes with --out=DIR: the run's own evaluation stays as it is")
-    if "manifest" in flags:
-        config.data.manifest = flags["manifest"]
-        # The recipe's values hold for the training data alone.
-        neutral = {"anomaly_ratio": -1.0, "unlabeled_size": 0, "unlabeled_labels": "", "calibration": 0.0}
-        neutral["allow_leaks"] = allow
-        config.data.update({key: value for key, value in neutral.items() if key in config.data})
-    out = workdir / ("evaluation" if split == "test" else f"evaluation-{split}")
-    out = output_folder(flags.get("out", out), "evaluation")
+    wanted = asked.evaluation(argv, __doc__)
+    config, workdir, split = wanted.config, wanted.workdir, wanted.split
+    read_run(workdir)  # refuses a config.json that is not that of the checkpoints
     with join_processes():
         keep_compiled()
         system = load_system(config)
         fitted = ("train",) if system.sweep else ("train", "unlabeled")  # splits that the baselines are fitted to
         kept = lambda rows: [row for row in rows if row.split in fitted]
         cases = load_cases(config, log, folder=workdir / "cache", scored=(split, "val"), trained=kept)
-        if "manifest" in flags:
-            rows, unchecked = check_unseen(cases.rows, split, workdir, flags["manifest"], allow=allow)
+        if wanted.manifest:
+            rows, unchecked = check_unseen(cases.rows, split, workdir, wanted.manifest, allow=wanted.allow)
         else:
             rows, unchecked = check_unseen_since(config, cases.rows, workdir)
-        more: dict[str, Any] = {"split": split, "out": out, "of_run": of_run, "unchecked": unchecked, "cases": cases}
+        out, of_run = wanted.out, wanted.of_run
         with locked(workdir, out, of_run):
-            evaluate(config, system, rows, workdir, **more)
+            evaluate(
+                config, system, rows, workdir, split=split, out=out, of_run=of_run, unchecked=unchecked, cases=cases
+            )
     return 0
 
 

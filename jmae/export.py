@@ -61,18 +61,19 @@ import safetensors.numpy
 from jax import export as stablehlo
 from ml_collections import ConfigDict
 
-from jmae import recipe
+from jmae import asked, recipe
+from jmae.asked import HALF
 from jmae.calibration import CALIBRATION, Calibration, read_calibration
 from jmae.data import on_device, volumes_on_device
 from jmae.data.preparation import case_words, usable
 from jmae.data.volumes import Grid, read_volume, whole_grid
 from jmae.errors import InputError, exit_code
 from jmae.fitting import restore_results
-from jmae.inference import run_of
-from jmae.inputs import row_of, sequences
+from jmae.inputs import row_of
 from jmae.passes import each_replicate, seeds_of, sweep_volume
 from jmae.results import map_name
 from jmae.run_folder import log
+from jmae.run_recipe import read_run
 from jmae.sealed import seal, unseal
 from jmae.system import Results, System, load_system
 from jmae.target import portable, target
@@ -81,52 +82,31 @@ from jmae.windows import places, tile
 
 __all__ = ["case_words", "export", "load"]
 STORED, FUNCTION, WEIGHTS, ABOUT = "stored.bin", "function.bin", "weights.safetensors", "export.json"
-PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
-HALF = ".part"  # folder inside of the one that is written
 
 
 def main(argv: list[str]) -> int:
-    given = recipe.arguments(argv, __doc__, ["workdir", "out", "batch", "like", "size", "platforms", "config"])
-    if missing := [name for name in ("workdir", "out") if name not in given]:
-        raise InputError(f"no --{missing[0]}: write --workdir=DIR --out=DIR")
-    workdir, config = run_of(given)
-    system = load_system(config)
-    out = Path(given["out"]).absolute()
-    if out.exists() and (not out.is_dir() or any(path.name != HALF for path in out.iterdir())):
-        raise InputError(f"{out}: is there already and not an empty folder: choose another --out")
-    platforms = tuple(given["platforms"].split(",")) if "platforms" in given else (target().platform,)
-    if wrong := [name for name in platforms if name not in PLATFORMS]:
-        raise InputError(f"--platforms: {wrong[0]!r} is none of {', '.join(PLATFORMS)}")
-    numbers = {name: whole(name, given[name]) for name in ("batch", "size") if name in given}
-    if len(numbers.get("batch", (1,))) > 1:
-        raise InputError(f"--batch={given['batch']}: one number")
-    if "batch" in numbers and system.sweep:
+    wanted = asked.exported(argv, __doc__)
+    read_run(wanted.workdir)  # refuses a config.json that is not that of the checkpoints
+    system = load_system(wanted.config)
+    if wanted.batch and system.sweep:
         raise InputError(
             f"--batch is for images: {system.name} takes one volume; --config.evaluation.batch: its windows"
         )
-    if "like" in given and not system.sweep:
+    if wanted.like and not system.sweep:
         raise InputError(f"--like is for volumes: {system.name} takes images of any size")
     export(
-        config,
+        wanted.config,
         system,
-        workdir,
-        out,
-        batch=sum(numbers.get("batch", ())),
-        size=numbers.get("size", ()),
-        like=sequences(given["like"]) if "like" in given else (),
-        platforms=platforms,
+        wanted.workdir,
+        wanted.out,
+        batch=wanted.batch,
+        size=wanted.size,
+        like=wanted.like,
+        platforms=wanted.platforms or (target().platform,),
     )
     how = "docs/how-to/export.md shows" if system.sweep else "the five lines of jmae export --help show"
     log(f"next: call it as {how}")
     return 0
-
-
-def whole(name: str, text: str) -> tuple[int, ...]:
-    """A flag's numbers, separated by commas; raises InputError where they are not whole and above 0."""
-    parts = text.split(",")
-    if not all(part.isdecimal() and int(part) for part in parts):
-        raise InputError(f"--{name}={text}: whole numbers above 0, separated by commas")
-    return tuple(map(int, parts))
 
 
 def export(

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from jmae import checkpoint, recipe
+from jmae import asked, checkpoint
 from jmae.data.cases import Cases
 from jmae.data.files import Image
 from jmae.data.manifest import Row
@@ -26,7 +26,7 @@ from jmae.errors import InputError
 from jmae.passes import BatchPass, Pass, SweepPass, local_mesh
 from jmae.processes import gather
 from jmae.results import Result
-from jmae.run_folder import log
+from jmae.run_folder import log, resuming
 from jmae.run_recipe import read_run
 from jmae.scoring import case_score
 from jmae.sharding import device_mesh, replicated
@@ -36,20 +36,9 @@ from jmae.waiting import at_work
 
 
 def run_of(flags: dict[str, str]) -> tuple[Path, ConfigDict]:
-    """The run folder that `--workdir` names, and its recipe with the changes of `--config.evaluation.KEY`.
-
-    Raises:
-      InputError: no --workdir, or a change of another section of the recipe.
-    """
-    if "workdir" not in flags:
-        raise InputError("no run folder: write --workdir=DIR")
-    workdir = Path(flags["workdir"])
-    config = read_run(workdir)
-    if other := [flag for flag in flags if flag.startswith("config") and not flag.startswith("config.evaluation.")]:
-        known = other[0].removeprefix("config.") in dict(recipe.keys_of(config))
-        what = "is fixed by the training" if known else "is unknown"
-        raise InputError(f"--{other[0]} {what}: only --config.evaluation.KEY=VALUE can change a run's recipe")
-    recipe.override(config, flags, "evaluation.")
+    """`asked.run_of`; raises InputError also where config.json is not the recipe of the checkpoints."""
+    workdir, config = asked.run_of(flags)
+    read_run(workdir)
     return workdir, config
 
 
@@ -60,7 +49,7 @@ def restore_stages(config: ConfigDict, system: System, workdir: Path) -> Results
     Raises:
       InputError: a stage has no checkpoint, or has not finished.
     """
-    results, resume = dict[str, Any](), checkpoint.resuming(workdir)
+    results, resume = dict[str, Any](), resuming(workdir)
     place = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated(device_mesh()))
     for number, stage in enumerate(system.stages):
         if stage.name not in system.uses:

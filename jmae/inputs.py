@@ -9,15 +9,14 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from jmae.data.files import Image, is_dicom, one_grey
-from jmae.data.manifest import Row
-from jmae.data.names import ENDINGS, count_unread
+from jmae.data.manifest import NEW, Row
+from jmae.data.names import ENDINGS, count_unread, sequences
 from jmae.data.slices import in_words
 from jmae.data.volumes import WORLD
 from jmae.errors import InputError
 from jmae.outputs import names_of_outputs
 from jmae.tables import counted
 
-SPLIT = "predict"  # of the rows, which are in no split
 MOST_CHANNELS = 4  # an array with a longer last axis has no channels there, unless the run takes as many
 
 
@@ -64,17 +63,9 @@ def in_folder(folder: Path, other: list[Path], volumes: bool) -> Iterator[tuple[
             other.append(path)
 
 
-def sequences(word: str) -> tuple[str, ...]:
-    """The absolute paths of "a;b". A file whose name holds a semicolon is one path."""
-    parts = [word] if os.path.exists(word) else [part.strip() for part in word.split(";")]
-    if not all(parts):
-        raise InputError(f"{word!r}: is empty, or has an empty name between semicolons: name a file a sequence")
-    return tuple(os.path.abspath(part) for part in parts)
-
-
 def row_of(name: str, case: tuple[str, ...]) -> Row:
     """A case as a manifest row without further columns."""
-    return Row(name, "", SPLIT, None, case)
+    return Row(name, "", NEW, None, case)
 
 
 def is_image(part: Any, data: ConfigDict) -> bool:

@@ -63,7 +63,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image as pillow
 
-from jmae import checkpoint, recipe
+from jmae import asked, checkpoint, recipe
 from jmae.calibration import (
     alarm_rate,
     colours_of,
@@ -76,8 +76,8 @@ from jmae.calibration import (
 from jmae.console import highest
 from jmae.data.duplicates import content
 from jmae.data.files import Image, marks_of, read_image, write_map
-from jmae.data.manifest import PHANTOM, Row, read_cases, wrong_pieces
-from jmae.data.names import count_unread, id_of, names_of, stem_of
+from jmae.data.manifest import NEW, Row, wrong_pieces
+from jmae.data.names import count_unread, id_of, names_of, sequences, stem_of
 from jmae.data.preparation import OtherRank, Prepared, stored_case
 from jmae.data.slices import in_words, lie
 from jmae.doubts import doubts, doubts_line
@@ -85,7 +85,7 @@ from jmae.errors import InputError, exit_code, shortly
 from jmae.fitting import restore_results
 from jmae.fusion import colours_of_file, common_normals, fused, fused_line, fused_map, scores_of_normals
 from jmae.inference import Scorer, run_of, score_rows
-from jmae.inputs import SPLIT, cases_of, image_of_array, is_image, row_of, sequences, several_cases, with_spacing
+from jmae.inputs import cases_of, image_of_array, is_image, row_of, several_cases, with_spacing
 from jmae.likeness import read_kind, remedy, shown_line, unlike, unlike_text
 from jmae.outlines import least_voxels, outline
 from jmae.outputs import DONE, read_done
@@ -102,7 +102,6 @@ from jmae.tables import counted, plain
 from jmae.waiting import at_work
 
 GIVE = "give a path, a list of paths, or an array of numbers"
-FLAGS = ["workdir", "out", "manifest", "continue", "config"]
 
 
 class Prediction(NamedTuple):
@@ -230,46 +229,26 @@ class Run(NamedTuple):
 
 
 def main(argv: list[str]) -> int:
-    further = "--continue" in argv
     workdirs, rest = recipe.values_of(argv, "workdir")
     if len(workdirs) > 1:
         return predict_with_several([Path(workdir) for workdir in workdirs], rest)
-    words = [word for word in argv if word != "--continue"]
-    names, flags = recipe.command(words, __doc__, FLAGS)
-    if "out" not in flags:
-        raise InputError("no --out: name a folder for maps and scores: jmae predict --workdir DIR --out DIR SCAN")
-    if bool(names) == ("manifest" in flags):
-        wrong = "both scans and --manifest: give one of them" if names else "no scans: name files or folders of scans"
-        raise InputError(
-            f"{wrong}: jmae predict --workdir DIR --out DIR SCAN, or --manifest CASES.csv in place of SCAN"
-        )
-    out = output_folder(flags["out"], "predictions")
-    workdir, config = run_of(flags)
-    if names:
-        refuse_missing([path for name in names for path in sequences(name)])
+    wanted = asked.prediction(argv, __doc__)
+    config, workdir, out, rows = wanted.config, wanted.workdir, wanted.out, wanted.rows
+    read_run(workdir)  # refuses a config.json that is not that of the checkpoints
+    if wanted.names:
         other = list[Path]()
-        cases = [case for name in names for case in cases_of(name, other, volumes=recipe.is_volume(config))]
+        cases = [case for name in wanted.names for case in cases_of(name, other, volumes=recipe.is_volume(config))]
         if other:
             log(f"left out: {in_words(count_unread(other))}")
         rows = [row_of(name, case) for name, case in zip(names_of(cases), cases, strict=True)]
-    else:
-        rows = read_cases(flags["manifest"], SPLIT)
-        refuse_missing([path for row in rows for path in (*row.image, row.region) if path])
     keep_compiled()
     try:
         run = open_run(workdir, config)
         with checkpoint.workdir_lock(out, "--out"):
-            return predict_rows(run, rows, out, further=further)
+            return predict_rows(run, rows, out, further=wanted.further)
     except KeyboardInterrupt:
         log("interrupted: the same command with --continue finishes what is missing")
         return 130
-
-
-def refuse_missing(paths: Sequence[str]) -> None:
-    """Raises InputError where the path of a file is not there, before anything is written."""
-    if gone := [path for path in paths if not path.startswith(PHANTOM) and not os.path.exists(path)]:
-        more = f" (and {len(gone) - 1} more)" if len(gone) > 1 else ""
-        raise InputError(f"{gone[0]}: not found{more}: check the path")
 
 
 def predict_with_several(workdirs: Sequence[Path], argv: Sequence[str]) -> int:
@@ -279,7 +258,7 @@ def predict_with_several(workdirs: Sequence[Path], argv: Sequence[str]) -> int:
         raise InputError("name a folder: --out=DIR")
     out = output_folder(values[-1], "predictions")
     normals = common_normals({str(workdir): scores_of_normals(workdir) for workdir in workdirs})[1]
-    flags = recipe.command([word for word in rest if word != "--continue"], __doc__, FLAGS)[1]
+    flags = recipe.command([word for word in rest if word != "--continue"], __doc__, asked.PREDICT)[1]
     changed = {key: value for key, value in flags.items() if key.startswith("config")}
     rate = min(alarm_rate(run_of({"workdir": str(workdir), **changed})[1]) for workdir in workdirs)
     folders = [out / str(k + 1) for k in range(len(workdirs))]
@@ -334,7 +313,7 @@ def case_of(
         return row, stored
     if isinstance(image, list | tuple) and any(is_image(part, run.config.data) for part in image):
         raise several_cases(image, "arrays", run.config.data)
-    row = Row(id, "", SPLIT, None, (f"array {id or next(run.unnamed)}",))
+    row = Row(id, "", NEW, None, (f"array {id or next(run.unnamed)}",))
     try:
         array = np.asarray(image)
     except ValueError:  # lists of unequal lengths

@@ -9,11 +9,10 @@ from ml_collections import ConfigDict
 from jmae import recipe
 from jmae.data.listed import listed_rows
 from jmae.data.manifest import SPLITS, Row, summary
-from jmae.report.words import share_of_small
+from jmae.report.words import MINUTES, share_of_small
 from jmae.system import Stage, load_system, nothing_to_train_on, rows_read
 from jmae.tables import counted
 
-MINUTES = 15  # the longest training of a preset `small` with all steps, on two idle CPU cores
 TIMED = ("small", "small3d", "small_colour")  # the presets that this holds for
 COSTLY = ("model.", "data.size", "variant")  # keys that change what a step costs, beside the batches
 

@@ -13,16 +13,17 @@ Before the training it says how long all this may take.
 Exit codes: 0 done; 2 the input or the environment is wrong; 3, 130 and 143 as of `jmae train`.
 """
 
+import importlib
 import math
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from jmae import evaluate, recipe, train
+from jmae import recipe
 from jmae.data import prepare
-from jmae.data.cases import Leaking
+from jmae.data.listed import Leaking
 from jmae.data.manifest import Finding, Row, first, parse_manifest
 from jmae.data.prepare import folders
 from jmae.data.prepare.overview import (
@@ -33,7 +34,7 @@ from jmae.data.prepare.overview import (
     too_few_to_learn,
 )
 from jmae.errors import InputError, exit_code
-from jmae.preview import MINUTES
+from jmae.report.words import MINUTES
 from jmae.run_folder import log, output_folder
 from jmae.tables import counted
 
@@ -45,7 +46,12 @@ def prepare_data(argv: list[str]) -> int:
     return 0
 
 
-RUN = {"prepare": prepare_data, "train": train.main, "evaluate": evaluate.main}
+def heavy(command: str) -> Callable[[list[str]], int]:
+    """A command whose module is imported when the command is run, as JAX takes seconds to import."""
+    return lambda argv: importlib.import_module(f"jmae.{command}").main(argv)
+
+
+RUN = {"prepare": prepare_data, "train": heavy("train"), "evaluate": heavy("evaluate")}
 
 MINUTES_BESIDE = {"images": 2, "volumes": 5}  # mostly for compilation, by docs/results/speed.md
 A_MINUTE = {"images": 300, "volumes": 20}  # scans that are read and scored in a minute, or more
@@ -72,12 +78,13 @@ def main(argv: list[str]) -> int:
     if few := too_few_to_learn(rows):
         log(few)
     run = out / "run"
-    whole = recipe.typed("config.budget", (given | flags)["config.budget"], 0.25)
-    refuse_other_budget(run, whole)
-    log(time_line(run, given["config"], kind, whole, len(rows)))
+    settings = [f"--{flag}={value}" for flag, value in (given | flags).items()]
+    recipe.check(config := recipe.parse(settings, "")[0])
+    refuse_other_budget(run, config.budget)
+    log(time_line(run, given["config"], kind, config.budget, len(rows)))
     commands = [
         ["prepare", "folders", "--normal", normals, "--test", new, "--out", str(out / "data")],
-        ["train", *(f"--{flag}={value}" for flag, value in (given | flags).items()), "--workdir", str(run)],
+        ["train", *settings, "--workdir", str(run)],
         ["evaluate", "--workdir", str(run)],
     ]
     log("\n".join(["this stands for three commands:", *(f"  {in_shell(words)}" for words in commands), ""]))

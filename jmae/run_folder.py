@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import platform
+import shlex
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from importlib.metadata import version
@@ -14,7 +15,6 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from jmae import recipe
-from jmae.data.files import is_dicom
 from jmae.data.manifest import Row
 from jmae.data.names import ENDINGS
 from jmae.errors import InputError
@@ -55,8 +55,15 @@ def output_folder(text: str | Path, kind: str) -> Path:
     return folder
 
 
+def resuming(workdir: Path) -> str:
+    """The command that goes on with the training of a run folder, which has config.json."""
+    return f"jmae train --workdir {shlex.quote(str(workdir))}"
+
+
 def first_scan(folder: Path, without: Collection[str]) -> str:
     """The name of the first image file in a folder, or ""; names of `without` do not count."""
+    from jmae.data.files import is_dicom  # here: the readers take a second to import
+
     names = sorted(name for name in (os.listdir(folder) if folder.is_dir() else ()) if name[0] != ".")
     is_scan = lambda name: name not in without and (name.lower().endswith(tuple(ENDINGS)) or is_dicom(folder / name))
     return next((name for name in names if is_scan(name)), "")

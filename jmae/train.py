@@ -38,7 +38,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from jmae import checkpoint, recipe
+from jmae import asked, checkpoint, recipe
 from jmae.calibration import calibrate_run, tell_p_values
 from jmae.cards import write_cards
 from jmae.convergence import check_processes
@@ -75,6 +75,7 @@ from jmae.run_folder import (
     log,
     output_folder,
     read_history,
+    resuming,
     write_csv,
 )
 from jmae.run_recipe import refuse_other_recipe, saved_recipe
@@ -100,7 +101,7 @@ CHECK_STEP = 2**40  # a stage's checks take the crops of this step, which no tra
 
 
 def main(argv: list[str]) -> int:
-    config, flags = recipe.parse(argv, __doc__, ["workdir"], ["dry-run", "show"])
+    config, flags = recipe.parse(argv, __doc__, *asked.TRAIN)
     if "show" in flags:
         print(recipe.explained(config, flags["show"].replace("true", "")))
         return 0
@@ -407,7 +408,7 @@ def take_steps(
                 record.fetch_old(done)
             if stop:
                 where = f"stage {name}, step {done} saved in {course.folder}"
-                raise Stopped(f"stopped by {stop.name}: {where}: to go on: {checkpoint.resuming(course.workdir)}", stop)
+                raise Stopped(f"stopped by {stop.name}: {where}: to go on: {resuming(course.workdir)}", stop)
         profile(done, state)
     return state
 

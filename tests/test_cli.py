@@ -1,6 +1,7 @@
 """The console command: what it lists, answers and passes on, and what it imports for that."""
 
 import ast
+import json
 import runpy
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import pytest
 
 from jmae import __version__, cli, recipe
 from jmae.errors import exit_code
+from jmae.sealed import seal
 
 ROOT = Path(__file__).parents[1]
 HEAVY = "jax flax numpy scipy matplotlib orbax grain nibabel".split()
@@ -62,6 +64,56 @@ def test_help_lists_every_command_with_one_line():
 def test_what_is_wrong_is_said_before_anything_heavy_is_imported(words, line):
     code, out, err, heavy = run(*words)
     assert (code, out, heavy) == (2, "", []) and err.startswith(line) and err.count("\n") == 1
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with scans, manifests and the beginnings of two runs."""
+    path = tmp_path_factory.mktemp("mistakes")
+    (path / "scans").mkdir()
+    (path / "scans" / "0.png").write_bytes(b"")
+    lines = ["0.png,train,0", "1.png,test,1"]
+    (path / "good.csv").write_text("\n".join(["image,split,label", *lines]))
+    (path / "label.csv").write_text("\n".join(["image,split,label", *lines, "2.png,train,normal"]))
+    (path / "column.csv").write_text("image,label\n0.png,0\n")
+    (path / "patient.csv").write_text("\n".join(["image,split,label,patient", *(f"{line},P1" for line in lines)]))
+    for name in ("run", "empty"):
+        config = recipe.parse(["--config=ppii:small", f"--config.data.manifest={path / 'good.csv'}"], "")[0]
+        (path / name / "checkpoints" / ("" if name == "empty" else "train/10")).mkdir(parents=True)
+        (path / name / "config.json").write_text(seal(json.loads(recipe.to_json(config))))
+    return path
+
+
+SMALL = "train --config ppii:small --config."
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (f"{SMALL}bugdet=2", "--config.bugdet is unknown: did you mean --config.budget?"),
+        (f"{SMALL}train.loss=l1", "train.loss is 'l1': one of 'cross_entropy', 'mse'"),
+        (f"{SMALL}data.manifest=@/label.csv", "@/label.csv: line 4: label 'normal': write 0 (normal), 1 (abnormal)"),
+        (f"{SMALL}data.manifest=@/column.csv", "@/column.csv: column 'split' is missing: add it"),
+        (f"{SMALL}data.manifest=@/patient.csv", "@/patient.csv: patient 'P1' is in train and test: keep it in one"),
+        ("train --config ppii:small --show nothing", "--show=nothing: no key of ppii: train?"),
+        ("evaluate --workdir @/run --config.budget=1", "--config.budget is fixed by the training: only --config.eval"),
+        ("evaluate --workdir @/run --split=nonsense", "split 'nonsense' has no rows: one of test, train"),
+        ("evaluate --workdir @/run --config.evaluation.batch=0 --out @/out", "evaluation.batch is 0: 1 or more"),
+        ("evaluate --workdir @/empty", "@/empty: no stage has a checkpoint: train it: jmae train --workdir @/empty"),
+        ("predict --workdir @/run --out @/out @/none.png", "@/none.png: not found: check the path"),
+        ("predict --workdir @/scans --out @/out @/scans", "@/scans: no config.json: name the folder of a run"),
+        ("export --workdir @/run --out @/out --platforms=gpu", "--platforms: 'gpu' is none of cpu, cuda, rocm, tpu"),
+        ("check @/label.csv", "@/label.csv: line 4: label 'normal': write 0 (normal), 1 (abnormal)"),
+        ("slices @/none.csv --out @/out", "@/none.csv: not readable (No such file or directory): check the path"),
+        ("prepare folders --normal @/none --out @/out", "@/none: not a folder: name a folder with images"),
+        ("report @/run --out @/r.html", "@/run: no complete evaluation (No such file or directory): run jmae evaluate"),
+        ("quickstart @/none @/scans --out @/out", "@/none: not a folder: name a folder with images"),
+    ],
+)
+def test_a_mistake_that_recipe_run_or_manifest_show_is_told_before_jax_is_imported(words, line, folder):
+    code, out, err, heavy = run(*words.replace("@", str(folder)).split())
+    assert (code, out) == (2, "") and err.startswith(line.replace("@", str(folder))) and err.count("\n") == 1
+    assert not {"jax", "flax", "orbax", "grain"} & {*heavy} and not (folder / "out").exists()
 
 
 @pytest.mark.parametrize("command", cli.COMMANDS)

@@ -11,6 +11,7 @@ from scipy.sparse.linalg import spsolve
 
 from jmae.anomalies import interpolation as own
 from jmae.anomalies.poisson import edges_of
+from jmae.keys.ppii import SHAPES
 
 SIZES = [(40, 32), (20, 24, 16)]
 PATCH = (0.1, 0.35)
@@ -189,7 +190,7 @@ def test_squares_follow_the_docstring():
     assert p.alpha.min() > 0.05 and p.alpha.max() < 0.95 and abs(p.alpha.mean() - 0.5) < 0.02
 
 
-@pytest.mark.parametrize("shape", own.SHAPES)
+@pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.long_but_first
 def test_discs_lie_in_their_patches_and_touch_the_edge_at_most(shape, size):

@@ -18,11 +18,12 @@ from jmae.data.files import read_image
 from jmae.data.manifest import Row
 from jmae.data.preparation import prepared_image
 from jmae.errors import InputError, exit_code
+from jmae.keys.ppii import BACKBONES
 from jmae.recipe import override
 from jmae.run_folder import read_history
 from jmae.system import load_system
 from jmae.systems import ppii
-from jmae.systems.ppii import BACKBONES, held_out
+from jmae.systems.ppii import held_out
 
 KEY = jax.random.key(0)
 TINY = """

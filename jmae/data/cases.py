@@ -23,7 +23,7 @@ from jmae import recipe
 from jmae.data import duplicates, phantoms
 from jmae.data.crops import Volumes, cache_volume
 from jmae.data.files import Image
-from jmae.data.listed import NO_DATA, kept_apart, leak_lines, parsed_manifest
+from jmae.data.listed import NO_DATA, Leaking, kept_apart, leak_lines, parsed_manifest
 from jmae.data.loader import Images, ImageStore, Samples
 from jmae.data.manifest import Finding, Row, dispensable, first, folded, leaks, summary
 from jmae.data.opening import WORKERS, lines_of, open_each
@@ -42,14 +42,6 @@ from jmae.data.unlabeled import labels_given, unlabeled_labels, with_anomaly_rat
 from jmae.errors import InputError
 from jmae.likeness import Traits, traits_of
 from jmae.tables import counted
-
-
-class Leaking(InputError):
-    """The cases of a manifest have problems. `findings` are those of patients and scans in two splits."""
-
-    def __init__(self, message: str, findings: Sequence[Finding]):
-        super().__init__(message)
-        self.findings = findings
 
 
 class Bits(NamedTuple):

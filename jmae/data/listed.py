@@ -6,12 +6,19 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from jmae import recipe
-from jmae.data import phantoms
 from jmae.data.manifest import LEAKS, Finding, Row, first, held_out, leaks, parse_manifest
 from jmae.errors import InputError
 from jmae.p_values import more_normals
 
 NO_DATA = "no data: set --config.data.manifest=MANIFEST.csv, or data.phantom"
+
+
+class Leaking(InputError):
+    """The cases of a manifest have problems. `findings` are those of patients and scans in two splits."""
+
+    def __init__(self, message: str, findings: Sequence[Finding]):
+        super().__init__(message)
+        self.findings = findings
 
 
 def listed_rows(config: ConfigDict) -> tuple[list[Row], dict[str, int]]:
@@ -21,6 +28,8 @@ def listed_rows(config: ConfigDict) -> tuple[list[Row], dict[str, int]]:
     """
     data = config.data
     if data.phantom and not data.manifest:
+        from jmae.data import phantoms  # here: it imports SciPy, which few commands need so early
+
         rows = phantoms.rows(data.phantom)
         return (kept_apart(rows, data.calibration) if data.calibration else rows), {}
     rows, ignored, problems = parsed_manifest(config)

@@ -36,6 +36,7 @@ SEPARATORS = ",;\t"
 # Columns that may be missing; `boxes_on`, `midline` and `half` stay among the extra ones.
 FURTHER = ("boxes", "pre", "post")
 SPLITS = ("train", "unlabeled", "val", "test")
+NEW = "predict"  # of the rows, which are in no split
 SHOWN = 20  # problems of one kind that are spelled out
 PHANTOM = "phantom:"  # an image that is made, not read
 LEAKS = ("patient leak", "image leak")  # kinds of problems that `parse_manifest` may pass over

@@ -74,3 +74,11 @@ def count_unread(files: Iterable[Path]) -> Counter[str]:
         of_jmae = file.name in names or (names and file.suffix in TEXTS)
         kinds["results of jmae (of runs, evaluations, predictions)" if of_jmae else kind].append(file)
     return Counter({f"{kind}, such as {named[0]}": len(named) for kind, named in kinds.items()})
+
+
+def sequences(word: str) -> tuple[str, ...]:
+    """The absolute paths of "a;b". A file whose name holds a semicolon is one path."""
+    parts = [word] if os.path.exists(word) else [part.strip() for part in word.split(";")]
+    if not all(parts):
+        raise InputError(f"{word!r}: is empty, or has an empty name between semicolons: name a file a sequence")
+    return tuple(os.path.abspath(part) for part in parts)

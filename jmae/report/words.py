@@ -22,6 +22,7 @@ from jmae.p_values import few_to_learn, more_normals, too_few_normals
 from jmae.tables import counted
 
 FEW_LABELS = 10  # cases of a class; fewer get a notice
+MINUTES = 15  # the longest training of a preset `small` with all steps, on two idle CPU cores
 LEAST_SHARE = 0.1  # of the steps of `small`, below which a training is called short
 SYSTEM_FILES = Path(__file__).parents[1] / "systems"
 

@@ -124,8 +124,8 @@ def test_a_training_film_upside_down_is_named_before_the_training(monkeypatch, t
         f"--workdir={tmp_path / 'r'}",
     ]
     assert exit_code(train.main, words) == 2
-    *_, warning, begins = capfd.readouterr().err.splitlines()
-    assert begins == "the training begins"
+    *_, warning, steps, begins = capfd.readouterr().err.splitlines()
+    assert steps.startswith("training: 1 stage, 20 steps in all") and begins == "the training begins"
     assert warning.startswith(f"warning: {tmp_path / '3.png'}: would be more like the other training images if it were")
 
 

@@ -332,12 +332,24 @@ def test_every_cut_of_a_nifti_file_is_refused(tmp_path, name):
         refused(saved(tmp_path / f"cut_{name}", data[:cut]))
 
 
-def test_every_flipped_bit_in_the_body_of_a_gzipped_nifti_is_refused(tmp_path):
+def test_a_flipped_bit_in_the_body_of_a_gzipped_nifti_is_refused_or_changes_nothing(tmp_path):
     data = nifti(tmp_path / "a.nii.gz").read_bytes()
-    for place in RNG.choice(8 * (len(data) - 10), 200, replace=False):
+    for place in np.random.default_rng(0).choice(range(8 * 10, 8 * len(data)), 200, replace=False):
         flipped = bytearray(data)
-        flipped[10 + place // 8] ^= 1 << place % 8
-        refused(saved(tmp_path / "b.nii.gz", bytes(flipped)))
+        flipped[place // 8] ^= 1 << place % 8
+        file = saved(tmp_path / "b.nii.gz", bytes(flipped))
+        if unpacked(flipped) == gzip.decompress(data):  # a stream of other codes may stand for the same bytes
+            assert np.array_equal(read_image(file).array, read_image(tmp_path / "a.nii.gz").array)
+        else:
+            refused(file)
+
+
+def unpacked(data):
+    """What a gzipped file holds; None where it is damaged."""
+    try:
+        return gzip.decompress(data)
+    except (OSError, EOFError, zlib.error):
+        return None
 
 
 def test_gzip_bombs_are_refused_under_a_limit(tmp_path):

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from jmae import recipe
 from jmae.data import prepare
-from jmae.data.listed import Leaking
+from jmae.data.listed import ManifestError
 from jmae.data.manifest import Finding, Row, first, parse_manifest
 from jmae.data.prepare import folders
 from jmae.data.prepare.overview import (
@@ -54,6 +54,7 @@ def heavy(command: str) -> Callable[[list[str]], int]:
 RUN = {"prepare": prepare_data, "train": heavy("train"), "evaluate": heavy("evaluate")}
 
 MINUTES_BESIDE = {"images": 2, "volumes": 5}  # mostly for compilation, by docs/results/speed.md
+MOVED = 5  # files of one patient that are named
 A_MINUTE = {"images": 300, "volumes": 20}  # scans that are read and scored in a minute, or more
 
 
@@ -95,8 +96,8 @@ def main(argv: list[str]) -> int:
         log(f"$ {in_shell(words)}")
         try:
             code = RUN[words[0]](words[1:])
-        except Leaking as error:
-            raise InputError("\n".join(first([*map(move_out, error.findings)])) or str(error)) from None
+        except ManifestError as error:
+            raise InputError("\n".join([*error.problems, *first([*map(move_out, error.leaking)])])) from None
         if code:
             return code
     log(f"{run / 'evaluation' / 'report.html'}: the new scans, from the most to the least suspicious")
@@ -114,10 +115,10 @@ def refuse_other_budget(run: Path, budget: float) -> None:
 
 def move_out(leak: Finding) -> str:
     """A leak with a remedy that lasts: a row that is deleted from the manifest comes back from the folders."""
-    of_new = [row for row in leak.rows if row.split == "test"]
-    file = (of_new or leak.rows)[-1].image[0]
+    of_new = [row.image[0] for row in leak.rows if row.split == "test"] or [leak.rows[-1].image[0]]
+    more = f" and {len(of_new) - MOVED} more" if len(of_new) > MOVED else ""
     again = "then give the same command again, or add --config.data.allow_leaks=True"
-    return f"{leak.what.rpartition(': ')[0]}: move {file} to another folder, {again}"
+    return f"{leak.what.rpartition(': ')[0]}: move {', '.join(of_new[:MOVED])}{more} to another folder, {again}"
 
 
 def time_line(run: Path, config: str, kind: str, budget: float, scans: int) -> str:

@@ -12,6 +12,7 @@ from patients import arguments, write_patients
 from jmae import evaluate, predict, train
 from jmae.data.cases import ArrayFile, Bits, Cases, load_cases, smallest_type
 from jmae.data.files import reading
+from jmae.data.listed import ManifestError, listed_rows
 from jmae.data.manifest import parse_manifest
 from jmae.data.preparation import open_case, prepared_case
 from jmae.errors import InputError, exit_code
@@ -157,3 +158,31 @@ def test_new_scans_that_are_damaged_are_left_out_and_others_stop_the_command(tmp
         file.write_bytes(b"")
     with pytest.raises(InputError, match="is empty"):
         load_cases(config)
+
+
+def test_all_problems_of_a_manifest_are_told_at_once_and_damaged_scans_leak_too(tmp_path, tools):
+    manifest = tools.write_set(tmp_path, {("train", 0): 3, ("test", None): 3})
+    config, _ = parse(["--config=ppii:smoke", f"--config.data.manifest={manifest}"], "")
+    rows = parse_manifest(manifest)[0]
+    old, new = rows[0], rows[-1]
+    text = manifest.read_text().replace(f",{new.patient},", f",{old.patient},")
+    manifest.write_text(text)
+    Path(new.image[0]).write_bytes(b"")
+    said = []
+    for read in (listed_rows, load_cases):
+        with pytest.raises(ManifestError, match=f"patient '{old.patient}' is in train and test") as error:
+            read(config)
+        said.append(str(error.value))
+    assert said[0] == said[1] and [one.rows[-1].id for one in error.value.leaking] == [new.id]
+    lines = text.splitlines()
+    manifest.write_text("\n".join([lines[0], *(line.replace(",0,", ",normal,") for line in lines[1:])]))
+    Path(old.image[0]).write_bytes(b"")
+    with pytest.raises(ManifestError) as error:
+        listed_rows(config)
+    assert ["label 'normal'" in line for line in str(error.value).splitlines()] == [True, True, True, False]
+    with pytest.raises(ManifestError) as error:
+        load_cases(config)
+    *labels, file, leak = str(error.value).splitlines()
+    assert (
+        len(labels) == 3 and file.startswith(f"{old.id}: {old.image[0]}: is empty") and "is in train and test" in leak
+    )

@@ -18,7 +18,7 @@ from jmae.checkpoint import refuse_difference
 from jmae.data import prepare
 from jmae.data.cases import load_cases
 from jmae.data.listed import kept_apart
-from jmae.data.manifest import Row
+from jmae.data.manifest import Finding, Row
 from jmae.data.names import names_of
 from jmae.data.preparation import soft_masks
 from jmae.data.prepare import folders
@@ -260,8 +260,21 @@ def test_the_file_to_move_is_named_where_a_scan_lies_in_both_folders(tmp_path, m
     line = capsys.readouterr().err.splitlines()[-1]
     assert line.startswith(f"train_3 in train ({normals / '3.png'}) and copy in test ({copy}) are identical: ")
     assert f": move {copy} to another folder, then give the same command again, or add --config.data.allow" in line
+    (normals / "0.png").write_bytes((normals / "1.png").read_bytes()[:300])
+    assert exit_code(quickstart.main, words) == 2
+    damaged, moved = capsys.readouterr().err.splitlines()[-2:]
+    assert damaged.startswith(f"train_0: {normals / '0.png'}: ") and f": move {copy} to another" in moved
+    shutil.copy(normals / "2.png", normals / "0.png")
     copy.unlink()
     assert exit_code(quickstart.main, words) == 0
+
+
+def test_all_new_scans_of_a_training_patient_are_named():
+    rows = [Row(f"{i}", "p", "test" if i else "train", None, (f"{i}.png",)) for i in range(9)]
+    line = quickstart.move_out(Finding("patient", tuple(rows[:3]), "patient 'p' is in train and test: keep it"))
+    assert line.startswith("patient 'p' is in train and test: move 1.png, 2.png to another folder, then give the same")
+    line = quickstart.move_out(Finding("patient", tuple(rows), "patient 'p' is in train and test: keep it"))
+    assert ": move 1.png, 2.png, 3.png, 4.png, 5.png and 3 more to another folder, " in line
 
 
 def test_another_budget_than_that_of_the_run_is_refused_at_once(tmp_path, monkeypatch, capsys):

@@ -23,7 +23,7 @@ from jmae import recipe
 from jmae.data import duplicates, phantoms
 from jmae.data.crops import Volumes, cache_volume
 from jmae.data.files import Image
-from jmae.data.listed import NO_DATA, Leaking, kept_apart, leak_lines, parsed_manifest
+from jmae.data.listed import NO_DATA, kept_apart, parsed_manifest, refuse_problems
 from jmae.data.loader import Images, ImageStore, Samples
 from jmae.data.manifest import Finding, Row, dispensable, first, folded, leaks, summary
 from jmae.data.opening import WORKERS, lines_of, open_each
@@ -327,12 +327,9 @@ def _from_manifest(
     spared = dispensable(rows, unread)
     cases.unread = lines_of(one for one in found if one.rows[0].id in spared)
     of_files = lines_of(one for one in found if one.rows[0].id not in spared)
+    leaking = [*leaks(rows), *duplicates.in_two_splits(rows, prints)]  # a damaged scan can tell its patient, too
+    refuse_problems(config, [*problems, *folded(of_files, len(written))], leaking)
     rows = [row for row in rows if row.id not in spared]
-    leaking = [*leaks(rows), *duplicates.in_two_splits(rows, prints)]
-    if leaking and not data.allow_leaks:
-        problems += leak_lines(config, leaking)
-    if problems := [*problems, *folded(of_files, len(written))]:
-        raise Leaking("\n".join(problems), [] if data.allow_leaks else leaking)
     for line in folded(cases.unread):
         log(f"warning: left out, as it cannot be read: {line}")
     rows = [row._replace(content=prints[row.id].digest.hex()[:16]) if row.id in prints else row for row in rows]

@@ -13,18 +13,20 @@ from jmae.p_values import more_normals
 NO_DATA = "no data: set --config.data.manifest=MANIFEST.csv, or data.phantom"
 
 
-class Leaking(InputError):
-    """The cases of a manifest have problems. `findings` are those of patients and scans in two splits."""
+class ManifestError(InputError):
+    """What is wrong with the cases of a manifest: `leaking` are patients and scans in two splits, `problems` the lines
+    of all else."""
 
-    def __init__(self, message: str, findings: Sequence[Finding]):
-        super().__init__(message)
-        self.findings = findings
+    def __init__(self, manifest: str, problems: Sequence[str], leaking: Sequence[Finding]):
+        leak_lines = first([f"{manifest}: {one.what}, or --config.data.allow_leaks=True" for one in leaking])
+        super().__init__("\n".join([*problems, *leak_lines]))
+        self.problems, self.leaking = problems, leaking
 
 
 def listed_rows(config: ConfigDict) -> tuple[list[Row], dict[str, int]]:
     """(rows, what was ignored) of the phantom set or the manifest that `config.data` names.
 
-    Raises InputError where there is neither, or where the manifest has problems.
+    Raises InputError where there is neither, and ManifestError with all problems of the manifest's text.
     """
     data = config.data
     if data.phantom and not data.manifest:
@@ -33,11 +35,9 @@ def listed_rows(config: ConfigDict) -> tuple[list[Row], dict[str, int]]:
         rows = phantoms.rows(data.phantom)
         return (kept_apart(rows, data.calibration) if data.calibration else rows), {}
     rows, ignored, problems = parsed_manifest(config)
-    if problems:
-        raise InputError("\n".join(problems))
-    rows = kept_apart(rows, data.calibration) if data.calibration else rows
-    if (leaking := leaks(rows)) and not data.allow_leaks:
-        raise InputError("\n".join(leak_lines(config, leaking)))
+    if data.calibration and not problems:
+        rows = kept_apart(rows, data.calibration)
+    refuse_problems(config, problems, leaks(rows))
     return rows, ignored
 
 
@@ -50,9 +50,11 @@ def parsed_manifest(config: ConfigDict) -> tuple[list[Row], dict[str, int], list
     return parse_manifest(Path(config.data.manifest), crops=crops, normal_crops_only=normal_crops_only, allow=LEAKS)
 
 
-def leak_lines(config: ConfigDict, leaking: Sequence[Finding]) -> list[str]:
-    """The leaks of a recipe's rows, with the remedies."""
-    return first([f"{config.data.manifest}: {one.what}, or --config.data.allow_leaks=True" for one in leaking])
+def refuse_problems(config: ConfigDict, problems: Sequence[str], leaking: Sequence[Finding]) -> None:
+    """Raises ManifestError where there are problems, or leaks that `data.allow_leaks` does not let pass."""
+    leaking = [] if config.data.allow_leaks else leaking
+    if problems or leaking:
+        raise ManifestError(config.data.manifest, problems, leaking)
 
 
 def in_split(rows: Sequence[Row], name: str) -> list[Row]:

@@ -23,23 +23,33 @@ from jmae.seen import ALLOW
 TRAIN = ["workdir"], ["dry-run", "show"]  # flags of `jmae train`, and those whose value may be missing
 PREDICT = ["workdir", "out", "manifest", "continue", "config"]
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
+EARLY = 2**20  # bytes of a manifest that is read before JAX is imported: a longer one takes as long as the import
 HALF = ".part"  # folder inside of the one that export writes
 
 
 def refuse(command: str, words: Sequence[str]) -> None:
     """Raises InputError for what is wrong with the words of a command."""
-    workdirs, _ = recipe.values_of(words, "workdir")
+    workdirs, rest = recipe.values_of(words, "workdir")
     if command == "train":
         training(words)
-    elif command in ("evaluate", "predict") and len(workdirs) > 1:
+    elif command == "evaluate" and len(workdirs) > 1:  # to fuse evaluations takes no system
         for workdir in workdirs:
-            recipe.read(Path(workdir))
+            recipe.saved_text(Path(workdir))
     elif command in READ:
-        wanted = READ[command](words)
-        if isinstance(wanted, ToEvaluate):
-            in_split(listed_rows(wanted.config)[0], wanted.split)
-        if not any(wanted.workdir.glob("checkpoints/*/*")):
-            raise InputError(f"{wanted.workdir}: no stage has a checkpoint: train it: {resuming(wanted.workdir)}")
+        for of_run in [[f"--workdir={workdir}", *rest] for workdir in workdirs] or [words]:
+            wanted = READ[command](of_run)
+            if isinstance(wanted, ToEvaluate) and is_early(wanted.config.data.manifest):
+                in_split(listed_rows(wanted.config)[0], wanted.split)
+            if isinstance(wanted, ToPredict) and wanted.manifest and is_early(wanted.manifest):
+                listed_cases(wanted.manifest)
+            if not any(wanted.workdir.glob("checkpoints/*/*")):
+                raise InputError(f"{wanted.workdir}: no stage has a checkpoint: train it: {resuming(wanted.workdir)}")
+
+
+def is_early(manifest: str) -> bool:
+    """Whether a manifest is read before JAX is imported, and again afterwards. A pipe gives its text only once."""
+    path = Path(manifest)
+    return not path.exists() or not (path.is_fifo() or path.stat().st_size > EARLY)
 
 
 def training(words: Sequence[str]) -> None:
@@ -49,8 +59,10 @@ def training(words: Sequence[str]) -> None:
         recipe.explained(config, flags["show"].replace("true", ""))
     else:
         recipe.check(config)
-        output_folder(flags.get("workdir", f"runs/{config.system}"), "run")
-        listed_rows(config)
+        if not recipe.typed("dry-run", flags.get("dry-run", "false"), False):
+            output_folder(flags.get("workdir", f"runs/{config.system}"), "run")
+        if is_early(config.data.manifest):
+            listed_rows(config)
 
 
 class ToEvaluate(NamedTuple):
@@ -90,13 +102,13 @@ def evaluation(words: Sequence[str], usage: str = "") -> ToEvaluate:
 
 
 class ToPredict(NamedTuple):
-    """What `jmae predict` is asked for: the names of scans, or the `rows` of a list of cases."""
+    """What `jmae predict` is asked for: the names of scans, or a manifest of cases; the other is empty."""
 
     config: ConfigDict
     workdir: Path
     out: Path
     names: list[str]
-    rows: list[Row]
+    manifest: str
     further: bool
 
 
@@ -113,10 +125,15 @@ def prediction(words: Sequence[str], usage: str = "") -> ToPredict:
         )
     out = output_folder(flags["out"], "predictions")
     workdir, config = run_of(flags)
-    rows = [] if names else read_cases(flags["manifest"], NEW)
     refuse_missing([path for name in names for path in sequences(name)])
+    return ToPredict(config, workdir, out, names, flags.get("manifest", ""), further)
+
+
+def listed_cases(manifest: str) -> list[Row]:
+    """The cases of `jmae predict --manifest`; raises InputError for what is wrong, also where a file is not there."""
+    rows = read_cases(manifest, NEW)
     refuse_missing([path for row in rows for path in (*row.image, row.region) if path])
-    return ToPredict(config, workdir, out, names, rows, further)
+    return rows
 
 
 def refuse_missing(paths: Sequence[str]) -> None:

@@ -233,7 +233,8 @@ def main(argv: list[str]) -> int:
     if len(workdirs) > 1:
         return predict_with_several([Path(workdir) for workdir in workdirs], rest)
     wanted = asked.prediction(argv, __doc__)
-    config, workdir, out, rows = wanted.config, wanted.workdir, wanted.out, wanted.rows
+    config, workdir, out = wanted.config, wanted.workdir, wanted.out
+    rows = asked.listed_cases(wanted.manifest) if wanted.manifest else []
     read_run(workdir)  # refuses a config.json that is not that of the checkpoints
     if wanted.names:
         other = list[Path]()

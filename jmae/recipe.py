@@ -628,18 +628,24 @@ def brought_up(config: ConfigDict) -> ConfigDict:
     return config
 
 
-def read(workdir: Path) -> ConfigDict:
-    """The recipe of a run folder; raises InputError where there is none."""
-    file = workdir / "config.json"
+def saved_text(workdir: Path) -> bytes:
+    """The text of config.json in a run folder; raises InputError where there is none."""
     try:
-        content = unseal(file.read_bytes(), file, None)  # `run_folder.refuse_other_recipe` compares older ones, too
-        if "system" not in content:
-            raise ValueError("it names no system")
-        return brought_up(from_json(json.dumps(content)))
+        return (workdir / "config.json").read_bytes()
     except OSError:
         inside = workdir / "run"  # of quickstart
         remedy = f"name {inside}" if (inside / "config.json").is_file() else "name the folder of a run"
         raise InputError(f"{workdir}: no config.json: {remedy}, as jmae train writes it") from None
+
+
+def read(workdir: Path) -> ConfigDict:
+    """The recipe of a run folder; raises InputError where there is none."""
+    file = workdir / "config.json"
+    try:
+        content = unseal(saved_text(workdir), file, None)  # `run_recipe.refuse_other_recipe` compares older ones, too
+        if "system" not in content:
+            raise ValueError("it names no system")
+        return brought_up(from_json(json.dumps(content)))
     except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
         why = str(error.args[0] if error.args else error).strip("\"'").partition("\\n")[0].partition("\n")[0]
         why = f"it lacks {why}" if isinstance(error, KeyError) else why

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import os
 import runpy
 import subprocess
 import sys
@@ -9,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from jmae import __version__, cli, recipe
-from jmae.errors import exit_code
+from jmae import __version__, asked, cli, recipe
+from jmae.data.manifest import parse_manifest
+from jmae.errors import InputError, exit_code
 from jmae.sealed import seal
 
 ROOT = Path(__file__).parents[1]
@@ -101,6 +103,10 @@ SMALL = "train --config ppii:small --config."
         ("evaluate --workdir @/run --config.evaluation.batch=0 --out @/out", "evaluation.batch is 0: 1 or more"),
         ("evaluate --workdir @/empty", "@/empty: no stage has a checkpoint: train it: jmae train --workdir @/empty"),
         ("predict --workdir @/run --out @/out @/none.png", "@/none.png: not found: check the path"),
+        ("predict --workdir @/run --workdir @/run @/none.png", "no --out: name a folder for maps and scores: jmae pred"),
+        ("predict --workdir @/run --workdir @/run --out @/out @/none.png", "@/none.png: not found: check the path"),
+        ("evaluate --workdir @/run --workdir @/scans --out @/out", "@/scans: no config.json: name the folder of a run"),
+        ("train --config ppii:small --dry-run=maybe", "--dry-run: 'maybe' is not true or false, as False is"),
         ("predict --workdir @/scans --out @/out @/scans", "@/scans: no config.json: name the folder of a run"),
         ("export --workdir @/run --out @/out --platforms=gpu", "--platforms: 'gpu' is none of cpu, cuda, rocm, tpu"),
         ("check @/label.csv", "@/label.csv: line 4: label 'normal': write 0 (normal), 1 (abnormal)"),
@@ -114,6 +120,29 @@ def test_a_mistake_that_recipe_run_or_manifest_show_is_told_before_jax_is_import
     code, out, err, heavy = run(*words.replace("@", str(folder)).split())
     assert (code, out) == (2, "") and err.startswith(line.replace("@", str(folder))) and err.count("\n") == 1
     assert not {"jax", "flax", "orbax", "grain"} & {*heavy} and not (folder / "out").exists()
+
+
+def test_what_a_command_does_not_need_is_not_refused_early(folder, tmp_path, monkeypatch):
+    """A dry run writes nothing, fusing needs no system, and a pipe gives its text only once."""
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text('{"system": "mysys"}')
+    asked.refuse("evaluate", [f"--workdir={tmp_path / 'a'}", f"--workdir={tmp_path / 'b'}", f"--out={tmp_path}"])
+    manifest = f"--config.data.manifest={folder / 'good.csv'}"
+    asked.refuse("train", ["--config=ppii:small", manifest, f"--workdir={folder / 'scans'}", "--dry-run"])
+    reading, writing = os.pipe()
+    os.write(writing, b"image,split\n0.png,train\n1.png,nonsense\n")
+    os.close(writing)
+    asked.refuse("train", ["--config=ppii:small", f"--config.data.manifest=/dev/fd/{reading}", "--dry-run"])
+    asked.refuse("predict", [f"--workdir={folder / 'run'}", f"--manifest=/dev/fd/{reading}", f"--out={tmp_path}"])
+    asked.refuse("evaluate", [f"--workdir={folder / 'run'}", f"--manifest=/dev/fd/{reading}", f"--out={tmp_path}"])
+    assert len(parse_manifest(f"/dev/fd/{reading}")[0]) == 1
+    os.close(reading)
+    wrong = ["train", ["--config=ppii:small", f"--config.data.manifest={folder / 'label.csv'}"]]
+    with pytest.raises(InputError, match="line 4: label 'normal'"):
+        asked.refuse(*wrong)
+    monkeypatch.setattr(asked, "EARLY", 10)
+    asked.refuse(*wrong)
 
 
 @pytest.mark.parametrize("command", cli.COMMANDS)

@@ -78,7 +78,7 @@ from jmae.python import Evaluate
 from jmae.report import Case, one_slice, shown_voxel, slice_side, worth_showing, write_report
 from jmae.results import Result, map_name, report_case
 from jmae.run_folder import log, read_environment, read_history, write_csv, write_text
-from jmae.run_recipe import read_run
+from jmae.run_recipe import refuse_other_config
 from jmae.sealed import seal
 from jmae.seen import check_unseen, check_unseen_since
 from jmae.system import System, fitted_rows, load_system, split_replicates
@@ -92,7 +92,7 @@ def main(argv: list[str]) -> int:
         return evaluate_several([Path(workdir) for workdir in workdirs], rest)
     wanted = asked.evaluation(argv, __doc__)
     config, workdir, split = wanted.config, wanted.workdir, wanted.split
-    read_run(workdir)  # refuses a config.json that is not that of the checkpoints
+    refuse_other_config(workdir)
     with join_processes():
         keep_compiled()
         system = load_system(config)

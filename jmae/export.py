@@ -73,7 +73,7 @@ from jmae.inputs import row_of
 from jmae.passes import each_replicate, seeds_of, sweep_volume
 from jmae.results import map_name
 from jmae.run_folder import log
-from jmae.run_recipe import read_run
+from jmae.run_recipe import refuse_other_config
 from jmae.sealed import seal, unseal
 from jmae.system import Results, System, load_system
 from jmae.target import portable, target
@@ -86,7 +86,7 @@ STORED, FUNCTION, WEIGHTS, ABOUT = "stored.bin", "function.bin", "weights.safete
 
 def main(argv: list[str]) -> int:
     wanted = asked.exported(argv, __doc__)
-    read_run(wanted.workdir)  # refuses a config.json that is not that of the checkpoints
+    refuse_other_config(wanted.workdir)
     system = load_system(wanted.config)
     if wanted.batch and system.sweep:
         raise InputError(

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from jmae import asked, checkpoint
+from jmae import checkpoint
 from jmae.data.cases import Cases
 from jmae.data.files import Image
 from jmae.data.manifest import Row
@@ -27,19 +27,11 @@ from jmae.passes import BatchPass, Pass, SweepPass, local_mesh
 from jmae.processes import gather
 from jmae.results import Result
 from jmae.run_folder import log, resuming
-from jmae.run_recipe import read_run
 from jmae.scoring import case_score
 from jmae.sharding import device_mesh, replicated
 from jmae.system import Results, System, stage_keys
 from jmae.tables import counted
 from jmae.waiting import at_work
-
-
-def run_of(flags: dict[str, str]) -> tuple[Path, ConfigDict]:
-    """`asked.run_of`; raises InputError also where config.json is not the recipe of the checkpoints."""
-    workdir, config = asked.run_of(flags)
-    read_run(workdir)
-    return workdir, config
 
 
 def restore_stages(config: ConfigDict, system: System, workdir: Path) -> Results:

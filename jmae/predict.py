@@ -84,7 +84,7 @@ from jmae.doubts import doubts, doubts_line
 from jmae.errors import InputError, exit_code, shortly
 from jmae.fitting import restore_results
 from jmae.fusion import colours_of_file, common_normals, fused, fused_line, fused_map, scores_of_normals
-from jmae.inference import Scorer, run_of, score_rows
+from jmae.inference import Scorer, score_rows
 from jmae.inputs import cases_of, image_of_array, is_image, row_of, several_cases, with_spacing
 from jmae.likeness import read_kind, remedy, shown_line, unlike, unlike_text
 from jmae.outlines import least_voxels, outline
@@ -94,7 +94,7 @@ from jmae.processes import keep_compiled
 from jmae.report import PERCENTILES, Scale, blend, short_training
 from jmae.results import Result
 from jmae.run_folder import add_line, log, output_folder, read_history, write_bytes, write_csv, write_text
-from jmae.run_recipe import read_run
+from jmae.run_recipe import read_run, refuse_other_config
 from jmae.sealed import seal_line
 from jmae.seen import read_seen
 from jmae.system import System, load_system
@@ -235,7 +235,7 @@ def main(argv: list[str]) -> int:
     wanted = asked.prediction(argv, __doc__)
     config, workdir, out = wanted.config, wanted.workdir, wanted.out
     rows = asked.listed_cases(wanted.manifest) if wanted.manifest else []
-    read_run(workdir)  # refuses a config.json that is not that of the checkpoints
+    refuse_other_config(workdir)
     if wanted.names:
         other = list[Path]()
         cases = [case for name in wanted.names for case in cases_of(name, other, volumes=recipe.is_volume(config))]
@@ -261,7 +261,7 @@ def predict_with_several(workdirs: Sequence[Path], argv: Sequence[str]) -> int:
     normals = common_normals({str(workdir): scores_of_normals(workdir) for workdir in workdirs})[1]
     flags = recipe.command([word for word in rest if word != "--continue"], __doc__, asked.PREDICT)[1]
     changed = {key: value for key, value in flags.items() if key.startswith("config")}
-    rate = min(alarm_rate(run_of({"workdir": str(workdir), **changed})[1]) for workdir in workdirs)
+    rate = min(alarm_rate(asked.run_of({"workdir": str(workdir), **changed})[1]) for workdir in workdirs)
     folders = [out / str(k + 1) for k in range(len(workdirs))]
     codes = [main([f"--workdir={w}", f"--out={f}", *rest]) for w, f in zip(workdirs, folders, strict=True)]
     runs = [scores_in(folder) for folder in folders]

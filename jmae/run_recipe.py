@@ -38,6 +38,12 @@ def refuse_other_recipe(config: ConfigDict, workdir: Path, what: str = "recipe",
             checkpoint.refuse_difference(path, checkpoint.flat({"recipe": theirs}), given, what, remedy)
 
 
+def refuse_other_config(workdir: Path) -> None:
+    """Raises InputError where config.json is not the recipe of the checkpoints. It is read here without the changes of
+    a command."""
+    read_run(workdir)
+
+
 def read_run(workdir: Path) -> ConfigDict:
     """The recipe of a run folder, which must be that of its checkpoints. Raises InputError where it is not."""
     config = recipe.read(workdir)

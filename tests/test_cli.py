@@ -145,6 +145,17 @@ def test_what_a_command_does_not_need_is_not_refused_early(folder, tmp_path, mon
     asked.refuse(*wrong)
 
 
+def test_what_shaped_the_training_data_does_not_shape_other_data(tmp_path):
+    changes = {"anomaly_ratio": 0.5, "unlabeled_size": 8, "unlabeled_labels": "gone.csv", "calibration": 0.5}
+    words = ["--config=amae:small", *(f"--config.data.{key}={value}" for key, value in changes.items())]
+    (tmp_path / "config.json").write_text(seal(json.loads(recipe.to_json(recipe.parse(words, "")[0]))))
+    other = [f"--workdir={tmp_path}", "--manifest=other.csv", f"--out={tmp_path / 'out'}"]
+    data = asked.evaluation(other).config.data
+    assert [data[key] for key in ("manifest", *changes)] == ["other.csv", -1, 0, "", 0]
+    data = asked.evaluation(other[:1]).config.data
+    assert [data[key] for key in changes] == [*changes.values()]
+
+
 @pytest.mark.parametrize("command", cli.COMMANDS)
 def test_the_help_of_a_command_is_read_without_importing_it(command, capsys):
     before = set(sys.modules)

@@ -19,7 +19,7 @@ from PIL import Image as PIL
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from jmae import evaluate as ev
-from jmae import inference, recipe
+from jmae import recipe
 from jmae.data.cases import load_cases, load_rows
 from jmae.data.files import read_image, read_mask
 from jmae.data.loader import Images
@@ -505,12 +505,9 @@ def test_a_subset_that_the_manifest_does_not_know_is_said(tools, tmp_path, capfd
 
 
 @pytest.mark.long
-def test_other_data_go_into_a_folder_of_their_own(finished, tools, tmp_path, monkeypatch):
+def test_other_data_go_into_a_folder_of_their_own(finished, tools, tmp_path):
     manifest = tools.write_set(tmp_path / "set", {("val", 0): 1, ("new", 1): 1, ("test", 0): 2, ("test", 1): 2}, seed=7)
     run = shutil.copytree(finished, tmp_path / "run")
-    trained = recipe.read(run)
-    trained.data.update({"anomaly_ratio": 0.5, "unlabeled_size": 8, "unlabeled_labels": "gone.csv"})
-    monkeypatch.setattr(inference, "read_run", lambda folder: trained)
     before = {path: path.read_bytes() for path in run.rglob("*.json*")}
     arguments = [f"--workdir={run}", f"--manifest={manifest}", "--out", str(tmp_path / "out")]
     assert exit_code(ev.main, arguments) == 0

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from jmae import checkpoint, export, inference, predict, recipe, run_folder, tensors, train
+from jmae import checkpoint, evaluate, export, predict, recipe, run_folder, tensors, train
 from jmae.calibration import CALIBRATION, calibrate, read_calibration
 from jmae.cards import trained_on
 from jmae.data.cases import KeptCase
@@ -83,7 +83,7 @@ def test_a_config_that_is_not_that_of_the_checkpoints_is_refused(tmp_path, key, 
     assert read_run(run).model.heads == 3
     rewrite(run, key, value)
     calls = {
-        "evaluate": lambda: inference.run_of({"workdir": str(run)}),
+        "evaluate": lambda: evaluate.main([f"--workdir={run}"]),
         "predict": lambda: predict.main([f"--workdir={run}", f"--out={tmp_path / 'out'}", __file__]),
         "load": lambda: predict.load(run),
         "export": lambda: export.main([f"--workdir={run}", f"--out={tmp_path / 'out'}"]),

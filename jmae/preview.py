@@ -29,7 +29,9 @@ def preview(config: ConfigDict) -> str:
         if any(counts):
             lines.append("{:<12}{:>8}{:>10}{:>9}".format(split, *counts))
     lines += ["", f"{'stage':<12}{'images':>8}{'batch':>10}{'steps':>9}"]
-    for stage, n, steps in planned(config, system.stages, read):
+    for stage, n, steps in planned(system.stages, read):
+        if not n:
+            raise nothing_to_train_on(stage, config)
         lines.append(f"{stage.name:<12}{n:>8}{stage.batch:>10}{steps:>9}")
     lines += ["", training_line(config, system.stages, read)]
     note = (
@@ -39,21 +41,20 @@ def preview(config: ConfigDict) -> str:
     return "\n".join(lines)
 
 
-def planned(config: ConfigDict, stages: Sequence[Stage], rows: Sequence[Row]) -> Iterator[tuple[Stage, int, int]]:
-    """Each stage, how many images it takes from `rows`, and its steps. Raises InputError where it takes none."""
+def planned(stages: Sequence[Stage], rows: Sequence[Row]) -> Iterator[tuple[Stage, int, int]]:
+    """Each stage, how many images it takes from `rows`, and its steps, as far as these can be told before the
+    training."""
     for stage in stages:
         try:
             n = len(stage.rows(rows, {}))
-        except KeyError:  # an earlier stage's result chooses among the rows
+        except Exception:  # an earlier stage's result, which is not there yet, chooses among the rows
             n = sum(row.split in stage.splits for row in rows)
-        if not n:
-            raise nothing_to_train_on(stage, config)
-        yield stage, n, max(1, round(stage.steps(n)))
+        yield stage, n, max(1, round(stage.steps(n))) if n else 0
 
 
 def training_line(config: ConfigDict, stages: Sequence[Stage], rows: Sequence[Row]) -> str:
     """How many stages and steps a training has, and how long it takes where that is known."""
-    steps = sum(steps for *_, steps in planned(config, stages, rows))
+    steps = sum(steps for *_, steps in planned(stages, rows))
     what = f"training: {counted(len(stages), 'stages')}, {steps} steps in all"
     if not like_small(config):
         return f"{what}; the first steps of each stage show how long it takes"

@@ -315,7 +315,7 @@ def module_of(system: str) -> ModuleType:
 
     `denoising` is denoising.py in the current folder or in a folder of PYTHONPATH; dots go into packages.
 
-    Raises InputError where there is no such module, or it has no `KEYS` and `build`.
+    Raises InputError where there is no such module, or it has no `build`. A module outside the library needs `KEYS`, too.
     """
     unknown = f"system {system!r} is unknown: one of {', '.join(SYSTEMS)}, or a module on Python's path"
     if not all(part.isidentifier() for part in system.split(".")):

@@ -119,7 +119,8 @@ class Stage:
         name: name of the stage, of its checkpoints and of its results.
         splits: splits of the manifest that the stage and its checks read. Rows of other splits are neither
             decoded for training nor counted as seen.
-        rows: (rows of all splits that the system reads, results) -> numbers of the rows to train on.
+        rows: (rows of all splits that the system reads, results) -> numbers of the rows to train on. A preview calls
+            it without results: a stage whose rows depend on an earlier result then raises KeyError.
         batch: samples a step.
         steps: (number of rows) -> number of steps, times `pace` where the stage has one.
         init: (key, results, number of rows) -> the first state.

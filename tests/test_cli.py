@@ -103,7 +103,10 @@ SMALL = "train --config ppii:small --config."
         ("evaluate --workdir @/run --config.evaluation.batch=0 --out @/out", "evaluation.batch is 0: 1 or more"),
         ("evaluate --workdir @/empty", "@/empty: no stage has a checkpoint: train it: jmae train --workdir @/empty"),
         ("predict --workdir @/run --out @/out @/none.png", "@/none.png: not found: check the path"),
-        ("predict --workdir @/run --workdir @/run @/none.png", "no --out: name a folder for maps and scores: jmae pred"),
+        (
+            "predict --workdir @/run --workdir @/run @/none.png",
+            "no --out: name a folder for maps and scores: jmae pred",
+        ),
         ("predict --workdir @/run --workdir @/run --out @/out @/none.png", "@/none.png: not found: check the path"),
         ("evaluate --workdir @/run --workdir @/scans --out @/out", "@/scans: no config.json: name the folder of a run"),
         ("train --config ppii:small --dry-run=maybe", "--dry-run: 'maybe' is not true or false, as False is"),

@@ -36,7 +36,7 @@ def refuse(command: str, words: Sequence[str]) -> None:
         for workdir in workdirs:
             recipe.saved_text(Path(workdir))
     elif command in READ:
-        for of_run in [[f"--workdir={workdir}", *rest] for workdir in workdirs] or [words]:
+        for of_run in [[f"--workdir={workdir}", *rest] for workdir in workdirs] or [[*words]]:
             wanted = READ[command](of_run)
             if isinstance(wanted, ToEvaluate) and is_early(wanted.config.data.manifest):
                 in_split(listed_rows(wanted.config)[0], wanted.split)

@@ -175,13 +175,12 @@ def check_flags(command: str, words: list[str]) -> None:
 
 
 def is_key(command: str, name: str) -> bool:
-    """Whether `--config.NAME` is a flag of a command. The keys of single systems stand in modules that import JAX: so a
-    name with a point is taken for a key, unless it begins with another flag."""
+    """Whether `--config.NAME` is a flag of a command, for some system of the library."""
     from jmae import recipe
 
-    section, point, _ = name.partition(".")
-    of_recipe = section not in flags(command) if point else name in {*recipe.SHARED, "variant"}
-    return of_recipe and any(f"--config.{one}" in usage(command) for one in ("KEY", f"{section}.KEY", name))
+    declared = (recipe.declarations(system, volumes=volumes) for system in recipe.SYSTEMS for volumes in (False, True))
+    forms = ("KEY", f"{name.partition('.')[0]}.KEY", name)
+    return any(name in keys for keys in declared) and any(f"--config.{one}" in usage(command) for one in forms)
 
 
 def completion(words: list[str]) -> str:

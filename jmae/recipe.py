@@ -315,7 +315,7 @@ def module_of(system: str) -> ModuleType:
 
     `denoising` is denoising.py in the current folder or in a folder of PYTHONPATH; dots go into packages.
 
-    Raises InputError where there is no such module, or it has no `build`. A module outside the library needs `KEYS`, too.
+    Raises InputError where there is no such module, or it has no `build`, or outside the library no `KEYS`.
     """
     unknown = f"system {system!r} is unknown: one of {', '.join(SYSTEMS)}, or a module on Python's path"
     if not all(part.isidentifier() for part in system.split(".")):
@@ -434,18 +434,22 @@ def arguments(argv: Sequence[str], usage: str, known: Sequence[str], optional: S
 def command(
     argv: Sequence[str], usage: str | None, known: Sequence[str], optional: Sequence[str] = ()
 ) -> tuple[list[str], dict[str, str]]:
-    """(names, {FLAG: VALUE}) of a command line whose words may have any order. A flag of `optional` has no value, or
-    one behind "=".
+    """(names, {FLAG: VALUE}) of a command line whose words may have any order. A flag of `optional` has no value,
+    or "true" or "false", or one behind "=".
 
     Raises InputError for a flag that is neither `known` nor `optional` (`arguments`).
     """
-    names, flags, words = [], [], iter(argv)
-    for word in words:
-        if word.startswith("-"):
-            alone = "=" in word or word in ("--help", "-h") or word.removeprefix("--") in optional
-            flags += [word] if alone else [word, *islice(words, 1)]
-        else:
+    names, flags, words = list[str](), list[str](), list(argv)
+    while words:
+        word = words.pop(0)
+        if not word.startswith("-"):
             names.append(word)
+            continue
+        alone = "=" in word or word in ("--help", "-h")
+        if word.removeprefix("--") in optional:
+            alone = words[:1] not in (["true"], ["false"])
+        flags += [word] if alone else [word, *words[:1]]
+        words = words if alone else words[1:]
     return names, arguments(flags, usage or "", known, optional)
 
 

@@ -52,6 +52,7 @@ def test_help_lists_every_command_with_one_line():
         (["predict", "image.png", "--config_seed", "3"], "--config_seed is unknown: did you mean --config?"),
         (["train", "--budget", "0.1"], "--budget is unknown: did you mean --config.budget?"),
         (["train", "--pretrain.steps=5"], "--pretrain.steps is unknown: did you mean --config.pretrain.steps?"),
+        (["train", "--pretrain.nothing=5"], "--pretrain.nothing is unknown: did you mean --"),
         (["train", "--variant=stage1"], "--variant is unknown: did you mean --config.variant?"),
         (["predict", "a.png", "--pretrain.steps=5"], "--pretrain.steps is unknown: did you mean --"),
         (["train", "--data.size=64,64"], "--data.size is unknown: did you mean --config.data.size?"),

@@ -672,6 +672,9 @@ def test_relative_paths_let_images_and_manifest_move_together(tmp_path, capsys):
     )
     text = (tmp_path / "here" / "data" / "mine" / "manifest.csv").read_text()
     assert str(tmp_path) not in text and text.count("../../scans/") == 5
+    words = ("--relative", "true", "folders", f"--root={tmp_path}/here/scans")
+    assert prepared(capsys, *words, out=tmp_path / "here" / "data" / "again")[0] == rows
+    assert (tmp_path / "here" / "data" / "again" / "manifest.csv").read_text() == text
     (tmp_path / "here").rename(tmp_path / "there")
     moved = tmp_path / "there" / "data" / "mine" / "manifest.csv"
     assert exit_code(check.main, [str(moved)]) == 0

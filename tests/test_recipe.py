@@ -4,10 +4,12 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from jmae import evaluate, recipe, train
+from jmae import evaluate, preview, recipe, train
+from jmae.data.manifest import Row
 from jmae.errors import InputError, exit_code
 from jmae.system import load_system
 
@@ -101,6 +103,14 @@ def test_a_recipe_explains_its_keys():
     assert section == [line for line in lines[::2] if line.startswith("train.")]
     with pytest.raises(InputError, match=r"^--show=trian: no key of maemi: train\?"):
         recipe.explained(config, "trian")
+
+
+def test_the_line_on_a_training_passes_stages_whose_rows_need_earlier_results():
+    rows = [Row(f"{i}", "", "train", 0, (f"{i}.png",)) for i in range(6)]
+    each = (lambda rows, results: [0, 1], lambda rows, results: results.get("a"), lambda rows, results: [])
+    stages = [SimpleNamespace(splits=("train",), rows=choose, steps=lambda n: 10 // n + n) for choose in each]
+    line = preview.training_line(recipe.parse(["--config=amae:smoke"], "")[0], stages, rows)
+    assert line.startswith("training: 3 stages, 14 steps in all; ")  # 5 + 2, and 1 + 6 of all rows
 
 
 def test_show_and_dry_run_train_nothing(capsys, tmp_path, monkeypatch):

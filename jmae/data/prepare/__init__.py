@@ -1,4 +1,5 @@
-"""python -m jmae.data.prepare folders --normal DIR --test DIR --out DIR [--patient REGEX] [--licence TEXT] [--debug]
+"""python -m jmae.data.prepare folders --normal DIR --test DIR --out DIR [--patient REGEX] [--licence TEXT]
+                            [--relative] [--debug]
 python -m jmae.data.prepare NAME --root DIR --out DIR [--seed 0] [--patient REGEX] [--leaks drop] [--relative] [--debug]
 
 Writes a manifest, --out/manifest.csv, and prints what it found and the command that trains on it. The first form takes

@@ -90,9 +90,9 @@ def main(argv: list[str]) -> int:
     else:
         check_flags(command, words)
         if command in ("train", "evaluate", "predict", "export"):
-            from jmae import asked
+            from jmae import command_words
 
-            asked.refuse(command, words)
+            command_words.refuse_mistakes(command, words)
         sys.argv[1:] = [*words, *["--debug"] * ("--debug" in sys.argv)]
         runpy.run_module(f"jmae.{COMMANDS[command][0]}", run_name="__main__", alter_sys=True)
     return 0

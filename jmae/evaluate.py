@@ -31,7 +31,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from jmae import asked, checkpoint, metrics, recipe
+from jmae import checkpoint, command_words, metrics, recipe
 from jmae.baselines import Baselines, baselines_of
 from jmae.calibration import (
     ReferenceScores,
@@ -90,7 +90,7 @@ def main(argv: list[str]) -> int:
     workdirs, rest = recipe.values_of(argv, "workdir")
     if len(workdirs) > 1:
         return evaluate_several([Path(workdir) for workdir in workdirs], rest)
-    wanted = asked.evaluation(argv, __doc__)
+    wanted = command_words.evaluation_request(argv, __doc__)
     config, workdir, split = wanted.config, wanted.workdir, wanted.split
     refuse_other_config(workdir)
     with join_processes():

@@ -61,9 +61,9 @@ import safetensors.numpy
 from jax import export as stablehlo
 from ml_collections import ConfigDict
 
-from jmae import asked, recipe
-from jmae.asked import HALF
+from jmae import command_words, recipe
 from jmae.calibration import CALIBRATION, Calibration, read_calibration
+from jmae.command_words import UNFINISHED
 from jmae.data import on_device, volumes_on_device
 from jmae.data.preparation import case_words, usable
 from jmae.data.volumes import Grid, read_volume, whole_grid
@@ -85,7 +85,7 @@ STORED, FUNCTION, WEIGHTS, ABOUT = "stored.bin", "function.bin", "weights.safete
 
 
 def main(argv: list[str]) -> int:
-    wanted = asked.exported(argv, __doc__)
+    wanted = command_words.export_request(argv, __doc__)
     refuse_other_config(wanted.workdir)
     system = load_system(wanted.config)
     if wanted.batch and system.sweep:
@@ -189,7 +189,7 @@ def export(
 
 def write(out: Path, programs: dict[str, bytearray], weights: dict[str, np.ndarray], about: dict[str, Any]) -> None:
     """The files of an export in the folder `out`, all or none. Raises InputError where writing fails."""
-    new, half = not out.exists(), out / HALF
+    new, half = not out.exists(), out / UNFINISHED
     try:
         shutil.rmtree(half, ignore_errors=True)
         half.mkdir(parents=True)

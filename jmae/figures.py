@@ -12,9 +12,9 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from jmae import metrics, recipe
-from jmae.data.listed import in_split
 from jmae.data.manifest import Row
 from jmae.data.preparation import Prepared
+from jmae.data.rows import in_split
 from jmae.data.transforms import central
 from jmae.lesions import SIZES, Froc, Localisation, lesion_sizes, thirds
 from jmae.results import map_name

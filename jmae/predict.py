@@ -63,7 +63,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image as pillow
 
-from jmae import asked, checkpoint, recipe
+from jmae import checkpoint, command_words, recipe
 from jmae.calibration import (
     alarm_rate,
     colours_of,
@@ -232,9 +232,9 @@ def main(argv: list[str]) -> int:
     workdirs, rest = recipe.values_of(argv, "workdir")
     if len(workdirs) > 1:
         return predict_with_several([Path(workdir) for workdir in workdirs], rest)
-    wanted = asked.prediction(argv, __doc__)
+    wanted = command_words.prediction_request(argv, __doc__)
     config, workdir, out = wanted.config, wanted.workdir, wanted.out
-    rows = asked.listed_cases(wanted.manifest) if wanted.manifest else []
+    rows = command_words.listed_cases(wanted.manifest) if wanted.manifest else []
     refuse_other_config(workdir)
     if wanted.names:
         other = list[Path]()
@@ -259,9 +259,9 @@ def predict_with_several(workdirs: Sequence[Path], argv: Sequence[str]) -> int:
         raise InputError("name a folder: --out=DIR")
     out = output_folder(values[-1], "predictions")
     normals = common_normals({str(workdir): scores_of_normals(workdir) for workdir in workdirs})[1]
-    flags = recipe.command([word for word in rest if word != "--continue"], __doc__, asked.PREDICT)[1]
+    flags = recipe.command([word for word in rest if word != "--continue"], __doc__, command_words.PREDICT)[1]
     changed = {key: value for key, value in flags.items() if key.startswith("config")}
-    rate = min(alarm_rate(asked.run_of({"workdir": str(workdir), **changed})[1]) for workdir in workdirs)
+    rate = min(alarm_rate(command_words.run_of({"workdir": str(workdir), **changed})[1]) for workdir in workdirs)
     folders = [out / str(k + 1) for k in range(len(workdirs))]
     codes = [main([f"--workdir={w}", f"--out={f}", *rest]) for w, f in zip(workdirs, folders, strict=True)]
     runs = [scores_in(folder) for folder in folders]

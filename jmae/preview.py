@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 from ml_collections import ConfigDict
 
 from jmae import recipe
-from jmae.data.listed import listed_rows
 from jmae.data.manifest import SPLITS, Row, summary
+from jmae.data.rows import listed_rows
 from jmae.report.words import MINUTES, share_of_small
 from jmae.system import Stage, load_system, nothing_to_train_on, rows_read
 from jmae.tables import counted
@@ -29,7 +29,7 @@ def preview(config: ConfigDict) -> str:
         if any(counts):
             lines.append("{:<12}{:>8}{:>10}{:>9}".format(split, *counts))
     lines += ["", f"{'stage':<12}{'images':>8}{'batch':>10}{'steps':>9}"]
-    for stage, n, steps in planned(system.stages, read):
+    for stage, n, steps in stage_plans(system.stages, read):
         if not n:
             raise nothing_to_train_on(stage, config)
         lines.append(f"{stage.name:<12}{n:>8}{stage.batch:>10}{steps:>9}")
@@ -41,7 +41,7 @@ def preview(config: ConfigDict) -> str:
     return "\n".join(lines)
 
 
-def planned(stages: Sequence[Stage], rows: Sequence[Row]) -> Iterator[tuple[Stage, int, int]]:
+def stage_plans(stages: Sequence[Stage], rows: Sequence[Row]) -> Iterator[tuple[Stage, int, int]]:
     """Each stage, how many images it takes from `rows`, and its steps, as far as these can be told before the
     training."""
     for stage in stages:
@@ -54,7 +54,7 @@ def planned(stages: Sequence[Stage], rows: Sequence[Row]) -> Iterator[tuple[Stag
 
 def training_line(config: ConfigDict, stages: Sequence[Stage], rows: Sequence[Row]) -> str:
     """How many stages and steps a training has, and how long it takes where that is known."""
-    steps = sum(steps for *_, steps in planned(stages, rows))
+    steps = sum(steps for *_, steps in stage_plans(stages, rows))
     what = f"training: {counted(len(stages), 'stages')}, {steps} steps in all"
     if not like_small(config):
         return f"{what}; the first steps of each stage show how long it takes"

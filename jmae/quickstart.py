@@ -23,7 +23,6 @@ from pathlib import Path
 
 from jmae import recipe
 from jmae.data import prepare
-from jmae.data.listed import ManifestError
 from jmae.data.manifest import Finding, Row, first, parse_manifest
 from jmae.data.prepare import folders
 from jmae.data.prepare.overview import (
@@ -33,6 +32,7 @@ from jmae.data.prepare.overview import (
     read_kinds,
     too_few_to_learn,
 )
+from jmae.data.rows import ManifestError
 from jmae.errors import InputError, exit_code
 from jmae.report.words import MINUTES
 from jmae.run_folder import log, output_folder
@@ -97,7 +97,7 @@ def main(argv: list[str]) -> int:
         try:
             code = RUN[words[0]](words[1:])
         except ManifestError as error:
-            raise InputError("\n".join([*error.problems, *first([*map(move_out, error.leaking)])])) from None
+            raise InputError("\n".join([*error.problems, *first([*map(move_out, error.leaks)])])) from None
         if code:
             return code
     log(f"{run / 'evaluation' / 'report.html'}: the new scans, from the most to the least suspicious")

@@ -38,7 +38,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from jmae import asked, checkpoint, recipe
+from jmae import checkpoint, command_words, recipe
 from jmae.calibration import calibrate_run, tell_p_values
 from jmae.cards import write_cards
 from jmae.convergence import check_processes
@@ -101,7 +101,7 @@ CHECK_STEP = 2**40  # a stage's checks take the crops of this step, which no tra
 
 
 def main(argv: list[str]) -> int:
-    config, flags = recipe.parse(argv, __doc__, *asked.TRAIN)
+    config, flags = recipe.parse(argv, __doc__, *command_words.TRAIN)
     if "show" in flags:
         print(recipe.explained(config, flags["show"].replace("true", "")))
         return 0

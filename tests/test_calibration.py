@@ -17,9 +17,9 @@ from jmae import calibration as cal
 from jmae import evaluate as ev
 from jmae.data.cases import load_rows
 from jmae.data.files.grids import Geometry
-from jmae.data.listed import kept_apart
 from jmae.data.manifest import Row, leaks
 from jmae.data.preparation import Prepared
+from jmae.data.rows import kept_apart
 from jmae.errors import InputError
 from jmae.inference import Scorer, score_rows
 from jmae.p_values import Calibration, alarm_threshold, colour_ends, p_values

@@ -12,9 +12,9 @@ from patients import arguments, write_patients
 from jmae import evaluate, predict, train
 from jmae.data.cases import ArrayFile, Bits, Cases, load_cases, smallest_type
 from jmae.data.files import reading
-from jmae.data.listed import ManifestError, listed_rows
 from jmae.data.manifest import parse_manifest
 from jmae.data.preparation import open_case, prepared_case
+from jmae.data.rows import ManifestError, listed_rows
 from jmae.errors import InputError, exit_code
 from jmae.recipe import parse
 
@@ -173,7 +173,7 @@ def test_all_problems_of_a_manifest_are_told_at_once_and_damaged_scans_leak_too(
         with pytest.raises(ManifestError, match=f"patient '{old.patient}' is in train and test") as error:
             read(config)
         said.append(str(error.value))
-    assert said[0] == said[1] and [one.rows[-1].id for one in error.value.leaking] == [new.id]
+    assert said[0] == said[1] and [one.rows[-1].id for one in error.value.leaks] == [new.id]
     lines = text.splitlines()
     manifest.write_text("\n".join([lines[0], *(line.replace(",0,", ",normal,") for line in lines[1:])]))
     Path(old.image[0]).write_bytes(b"")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from jmae import __version__, asked, cli, recipe
+from jmae import __version__, cli, command_words, recipe
 from jmae.data.manifest import parse_manifest
 from jmae.errors import InputError, exit_code
 from jmae.sealed import seal
@@ -128,25 +128,27 @@ def test_a_mistake_that_recipe_run_or_manifest_show_is_told_before_jax_is_import
 
 def test_what_a_command_does_not_need_is_not_refused_early(folder, tmp_path, monkeypatch):
     """A dry run writes nothing, fusing needs no system, and a pipe gives its text only once."""
+    refuse = command_words.refuse_mistakes
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text('{"system": "mysys"}')
-    asked.refuse("evaluate", [f"--workdir={tmp_path / 'a'}", f"--workdir={tmp_path / 'b'}", f"--out={tmp_path}"])
+    refuse("evaluate", [f"--workdir={tmp_path / 'a'}", f"--workdir={tmp_path / 'b'}", f"--out={tmp_path}"])
     manifest = f"--config.data.manifest={folder / 'good.csv'}"
-    asked.refuse("train", ["--config=ppii:small", manifest, f"--workdir={folder / 'scans'}", "--dry-run"])
+    refuse("train", ["--config=ppii:small", manifest, f"--workdir={folder / 'scans'}", "--dry-run"])
     reading, writing = os.pipe()
     os.write(writing, b"image,split\n0.png,train\n1.png,nonsense\n")
     os.close(writing)
-    asked.refuse("train", ["--config=ppii:small", f"--config.data.manifest=/dev/fd/{reading}", "--dry-run"])
-    asked.refuse("predict", [f"--workdir={folder / 'run'}", f"--manifest=/dev/fd/{reading}", f"--out={tmp_path}"])
-    asked.refuse("evaluate", [f"--workdir={folder / 'run'}", f"--manifest=/dev/fd/{reading}", f"--out={tmp_path}"])
-    assert len(parse_manifest(f"/dev/fd/{reading}")[0]) == 1
+    pipe = f"/dev/fd/{reading}"
+    refuse("train", ["--config=ppii:small", f"--config.data.manifest={pipe}", "--dry-run"])
+    refuse("predict", [f"--workdir={folder / 'run'}", f"--manifest={pipe}", f"--out={tmp_path}"])
+    refuse("evaluate", [f"--workdir={folder / 'run'}", f"--manifest={pipe}", f"--out={tmp_path}"])
+    assert len(parse_manifest(pipe)[0]) == 1
     os.close(reading)
     wrong = ["train", ["--config=ppii:small", f"--config.data.manifest={folder / 'label.csv'}"]]
     with pytest.raises(InputError, match="line 4: label 'normal'"):
-        asked.refuse(*wrong)
-    monkeypatch.setattr(asked, "EARLY", 10)
-    asked.refuse(*wrong)
+        refuse(*wrong)
+    monkeypatch.setattr(command_words, "EARLY", 10)
+    refuse(*wrong)
 
 
 def test_what_shaped_the_training_data_does_not_shape_other_data(tmp_path):
@@ -154,9 +156,9 @@ def test_what_shaped_the_training_data_does_not_shape_other_data(tmp_path):
     words = ["--config=amae:small", *(f"--config.data.{key}={value}" for key, value in changes.items())]
     (tmp_path / "config.json").write_text(seal(json.loads(recipe.to_json(recipe.parse(words, "")[0]))))
     other = [f"--workdir={tmp_path}", "--manifest=other.csv", f"--out={tmp_path / 'out'}"]
-    data = asked.evaluation(other).config.data
+    data = command_words.evaluation_request(other).config.data
     assert [data[key] for key in ("manifest", *changes)] == ["other.csv", -1, 0, "", 0]
-    data = asked.evaluation(other[:1]).config.data
+    data = command_words.evaluation_request(other[:1]).config.data
     assert [data[key] for key in changes] == [*changes.values()]
 
 

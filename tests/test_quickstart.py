@@ -17,12 +17,12 @@ from jmae.calibration import tell_p_values
 from jmae.checkpoint import refuse_difference
 from jmae.data import prepare
 from jmae.data.cases import load_cases
-from jmae.data.listed import kept_apart
 from jmae.data.manifest import Finding, Row
 from jmae.data.names import names_of
 from jmae.data.preparation import soft_masks
 from jmae.data.prepare import folders
 from jmae.data.prepare.overview import calibration_share, p_value_line
+from jmae.data.rows import kept_apart
 from jmae.errors import InputError, exit_code
 from jmae.inputs import cases_of
 from jmae.sealed import seal

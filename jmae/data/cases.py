@@ -23,7 +23,6 @@ from jmae import recipe
 from jmae.data import duplicates, phantoms
 from jmae.data.crops import Volumes, cache_volume
 from jmae.data.files import Image
-from jmae.data.listed import NO_DATA, kept_apart, parsed_manifest, refuse_problems
 from jmae.data.loader import Images, ImageStore, Samples
 from jmae.data.manifest import Finding, Row, dispensable, first, folded, leaks, summary
 from jmae.data.opening import WORKERS, lines_of, open_each
@@ -38,6 +37,7 @@ from jmae.data.preparation import (
     stored_case,
     usable,
 )
+from jmae.data.rows import NO_DATA, kept_apart, parsed_manifest, refuse_problems
 from jmae.data.unlabeled import labels_given, unlabeled_labels, with_anomaly_ratio
 from jmae.errors import InputError
 from jmae.likeness import Traits, traits_of

@@ -11,10 +11,10 @@ import pydicom
 
 from jmae.data.files import image_size, is_dicom
 from jmae.data.files.guard import named_errors
-from jmae.data.listed import kept_apart
 from jmae.data.manifest import SPLITS, Row, dispensable, folded, learnable
 from jmae.data.opening import WORKERS
 from jmae.data.prepare.tree import refuse
+from jmae.data.rows import kept_apart
 from jmae.data.slices import in_words
 from jmae.errors import InputError
 from jmae.p_values import RATE, few_to_learn, normals_needed, too_few_normals

@@ -1,8 +1,7 @@
 """What the words of a command ask for, read without JAX.
 
-`jmae COMMAND` calls `refuse` before it imports the command. So a mistake is told at once if it shows in the words, in
-the declarations of a recipe, in config.json or in the text of a manifest. The commands read their words by the same
-functions.
+`jmae COMMAND` calls `refuse_mistakes` before it imports the command. So a mistake in the flags, the recipe, config.json
+or the manifest's text is reported at once. The commands read their words by the same functions.
 """
 
 import os
@@ -13,9 +12,9 @@ from typing import NamedTuple
 from ml_collections import ConfigDict
 
 from jmae import recipe
-from jmae.data.listed import in_split, listed_rows
 from jmae.data.manifest import NEW, PHANTOM, Row, read_cases
 from jmae.data.names import sequences
+from jmae.data.rows import in_split, listed_rows
 from jmae.errors import InputError
 from jmae.run_folder import output_folder, resuming
 from jmae.seen import ALLOW
@@ -24,14 +23,14 @@ TRAIN = ["workdir"], ["dry-run", "show"]  # flags of `jmae train`, and those who
 PREDICT = ["workdir", "out", "manifest", "continue", "config"]
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 EARLY = 2**20  # bytes of a manifest that is read before JAX is imported: a longer one takes as long as the import
-HALF = ".part"  # folder inside of the one that export writes
+UNFINISHED = ".part"  # folder inside of the one that export writes
 
 
-def refuse(command: str, words: Sequence[str]) -> None:
+def refuse_mistakes(command: str, words: Sequence[str]) -> None:
     """Raises InputError for what is wrong with the words of a command."""
     workdirs, rest = recipe.values_of(words, "workdir")
     if command == "train":
-        training(words)
+        refuse_training(words)
     elif command == "evaluate" and len(workdirs) > 1:  # to fuse evaluations takes no system
         for workdir in workdirs:
             recipe.saved_text(Path(workdir))
@@ -52,7 +51,7 @@ def is_early(manifest: str) -> bool:
     return not path.exists() or not (path.is_fifo() or path.stat().st_size > EARLY)
 
 
-def training(words: Sequence[str]) -> None:
+def refuse_training(words: Sequence[str]) -> None:
     """Raises InputError for what is wrong with the words of `jmae train`."""
     config, flags = recipe.parse(words, "", *TRAIN)
     if "show" in flags:
@@ -66,8 +65,8 @@ def training(words: Sequence[str]) -> None:
 
 
 class ToEvaluate(NamedTuple):
-    """What `jmae evaluate` is asked for: `manifest` is "" for that of the run, and `of_run` says whether rows and
-    settings are the run's own. `allow` lets rows pass that the run has seen."""
+    """What `jmae evaluate` is asked for. `manifest` is "" for that of the run. `of_run`: neither --manifest nor
+    --config.* is given. `allow`: rows that the run has seen are scored, too."""
 
     config: ConfigDict
     workdir: Path
@@ -78,7 +77,7 @@ class ToEvaluate(NamedTuple):
     allow: bool
 
 
-def evaluation(words: Sequence[str], usage: str = "") -> ToEvaluate:
+def evaluation_request(words: Sequence[str], usage: str = "") -> ToEvaluate:
     """What the words of `jmae evaluate` ask for; raises InputError for what is wrong."""
     flags = recipe.arguments(words, usage, ["workdir", "manifest", "split", "out", "config"])
     of_run = "manifest" not in flags and not any(flag.startswith("config") for flag in flags)
@@ -102,7 +101,8 @@ def evaluation(words: Sequence[str], usage: str = "") -> ToEvaluate:
 
 
 class ToPredict(NamedTuple):
-    """What `jmae predict` is asked for: the names of scans, or a manifest of cases; the other is empty."""
+    """What `jmae predict` is asked for: the names of scans, or a manifest of cases; the other is empty. `further`: the
+    predictions are added to those that `out` has."""
 
     config: ConfigDict
     workdir: Path
@@ -112,7 +112,7 @@ class ToPredict(NamedTuple):
     further: bool
 
 
-def prediction(words: Sequence[str], usage: str = "") -> ToPredict:
+def prediction_request(words: Sequence[str], usage: str = "") -> ToPredict:
     """What the words of `jmae predict` ask for, of one run; raises InputError for what is wrong."""
     further, words = "--continue" in words, [word for word in words if word != "--continue"]
     names, flags = recipe.command(words, usage, PREDICT)
@@ -155,14 +155,14 @@ class ToExport(NamedTuple):
     like: tuple[str, ...]
 
 
-def exported(words: Sequence[str], usage: str = "") -> ToExport:
+def export_request(words: Sequence[str], usage: str = "") -> ToExport:
     """What the words of `jmae export` ask for; raises InputError for what is wrong."""
     flags = recipe.arguments(words, usage, ["workdir", "out", "batch", "like", "size", "platforms", "config"])
     if missing := [name for name in ("workdir", "out") if name not in flags]:
         raise InputError(f"no --{missing[0]}: write --workdir=DIR --out=DIR")
     workdir, config = run_of(flags)
     out = Path(flags["out"]).absolute()
-    if out.exists() and (not out.is_dir() or any(path.name != HALF for path in out.iterdir())):
+    if out.exists() and (not out.is_dir() or any(path.name != UNFINISHED for path in out.iterdir())):
         raise InputError(f"{out}: is there already and not an empty folder: choose another --out")
     platforms = tuple(flags["platforms"].split(",")) if "platforms" in flags else ()
     if wrong := [name for name in platforms if name not in PLATFORMS]:
@@ -202,8 +202,8 @@ def run_of(flags: dict[str, str]) -> tuple[Path, ConfigDict]:
 
 
 READ: dict[str, Callable[[Sequence[str]], ToEvaluate | ToPredict | ToExport]] = {
-    "evaluate": evaluation,
-    "predict": prediction,
-    "export": exported,
+    "evaluate": evaluation_request,
+    "predict": prediction_request,
+    "export": export_request,
 }
 """The function that reads the words of a command with a trained run."""

@@ -14,13 +14,13 @@ NO_DATA = "no data: set --config.data.manifest=MANIFEST.csv, or data.phantom"
 
 
 class ManifestError(InputError):
-    """What is wrong with the cases of a manifest: `leaking` are patients and scans in two splits, `problems` the lines
-    of all else."""
+    """What is wrong with the cases of a manifest: `leaks` are patients and scans in two splits, `problems` the lines of
+    all else."""
 
-    def __init__(self, manifest: str, problems: Sequence[str], leaking: Sequence[Finding]):
-        leak_lines = first([f"{manifest}: {one.what}, or --config.data.allow_leaks=True" for one in leaking])
+    def __init__(self, manifest: str, problems: Sequence[str], leaks: Sequence[Finding]):
+        leak_lines = first([f"{manifest}: {one.what}, or --config.data.allow_leaks=True" for one in leaks])
         super().__init__("\n".join([*problems, *leak_lines]))
-        self.problems, self.leaking = problems, leaking
+        self.problems, self.leaks = problems, leaks
 
 
 def listed_rows(config: ConfigDict) -> tuple[list[Row], dict[str, int]]:

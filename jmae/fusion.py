@@ -25,7 +25,7 @@ from jmae.likeness import shown_line
 from jmae.report.compare import Run, common_cases, labels_of, read_runs, scores_of
 from jmae.run_folder import log, output_folder, write_csv, write_text
 from jmae.sealed import unseal
-from jmae.tables import counted
+from jmae.tables import counted, fraction
 
 Scores = NDArray[np.float64]
 
@@ -43,7 +43,8 @@ def normal_scores(normals: Scores, scores: Scores) -> Scores:
 
 
 def fused(normals: Scores, cases: Scores) -> tuple[Scores, Scores]:
-    """The fused score and the p-value of each case.
+    """The fused score and the p-value of each case, from scores with the digits of scores.csv: where a case and a
+    normal are equal, they stay so.
 
     Args:
       normals: (r, n) scores of the same n held-out normals by r runs.
@@ -51,6 +52,8 @@ def fused(normals: Scores, cases: Scores) -> tuple[Scores, Scores]:
     """
     from scipy.stats import rankdata  # it takes a second to import, and few commands fuse runs
 
+    written = np.vectorize(lambda score: float(fraction(score)), otypes=[float])
+    normals, cases = written(normals), written(cases)
     score = np.mean([normal_scores(own, of_cases) for own, of_cases in zip(normals, cases, strict=True)], 0)
     n, p = normals.shape[1], np.empty(cases.shape[1])
     for j in range(cases.shape[1]):

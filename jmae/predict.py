@@ -382,12 +382,11 @@ def checked_line(run: Run, row: Row, result: Result) -> dict[str, Any]:
 
 
 def scores_in(folder: Path) -> dict[str, dict[str, Any]]:
-    """The lines of a folder's scores.csv, by id, with the p-values that a warning withholds and with all digits of the
-    score; {} where no case was predicted."""
+    """The lines of a folder's scores.csv, by id, with the p-values that a warning withholds; {} where no case was
+    predicted."""
     if not (folder / "scores.csv").exists():
         return {}
-    done = [line for line in read_done(folder / DONE)[1:] if "p_value" in line]
-    whole = {line["id"]: {"p_value": line["p_value"], "score": line["line"]["score"]} for line in done}
+    whole = {line["id"]: {"p_value": line["line"]["p_value"]} for line in read_done(folder / DONE)[1:]}
     with open(folder / "scores.csv", newline="", encoding="utf-8") as file:
         return {name: line | whole.get(name, {}) for line in csv.DictReader(file) for name in [plain(line["id"])]}
 
@@ -438,22 +437,15 @@ def predict_rows(run: Run, rows: Sequence[Row], out: Path, *, further: bool) -> 
         except InputError as error:
             fail(row, error)
             continue
-        files, whole = write_case(run, result, out, colours), {"p_value": line["p_value"]}
-        line = run.shown(line)
-        done[row.id] = {
-            "id": row.id,
-            "image": list(row.image),
-            "of": stamps(row),
-            "files": files,
-            "line": line,
-            **whole,
-        }
+        files = write_case(run, result, out, colours)
+        done[row.id] = {"id": row.id, "image": list(row.image), "of": stamps(row), "files": files, "line": line}
         add_line(out / DONE, seal_line(done[row.id]))
     for alike in failed.values():
         if len(alike) > 1:
             log(f"failed: {len(alike) - 1} more for the same reason as {printable(alike[0].row.id)}")
     failures = [one for alike in failed.values() for one in alike]
-    code = finish(rows, done, failures, out, alarm_rate(run.config))
+    shown = {name: {**one, "line": run.shown(one["line"])} for name, one in done.items()}
+    code = finish(rows, shown, failures, out, alarm_rate(run.config))
     log(f"next: {next_step(failures, bool(done), 'images' if recipe.is_volume(run.config) else 'volumes')}")
     return code
 

@@ -10,11 +10,12 @@ from jmae import recipe
 from jmae.data.manifest import SPLITS, Row, summary
 from jmae.data.rows import listed_rows
 from jmae.report.words import MINUTES, share_of_small
+from jmae.run_folder import FREE
 from jmae.system import Stage, load_system, nothing_to_train_on, rows_read
 from jmae.tables import counted
 
 TIMED = ("small", "small3d", "small_colour")  # the presets that this holds for
-COSTLY = ("model.", "data.size", "variant")  # keys that change what a step costs, beside the batches
+CHEAP = (*FREE, "seed", "budget", "data.phantom", "data.calibration", "data.channels")  # keys that cost no time
 
 
 def preview(config: ConfigDict) -> str:
@@ -67,6 +68,8 @@ def like_small(config: ConfigDict) -> bool:
     if config.system not in recipe.SYSTEMS:
         return False
     presets = runpy.run_path(str(recipe.RECIPES / f"{config.system}.py"))["PRESETS"]
-    costly = lambda of: {k: v for k, v in recipe.keys_of(of) if k.startswith(COSTLY) or k.endswith(".batch")}
+    cheap = lambda key: key in CHEAP or key.startswith("evaluation.")
+    steps = lambda key, value: value > 0 if key.endswith(".steps") else value  # `share_of_small` compares their numbers
+    costly = lambda of: {key: steps(key, value) for key, value in recipe.keys_of(of) if not cheap(key)}
     timed = [recipe.preset(config.system, presets, name) for name in TIMED if name in presets]
     return costly(config) in map(costly, timed)

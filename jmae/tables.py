@@ -9,8 +9,8 @@ from typing import Any
 
 
 def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Rows of equal keys as CSV, fractions with nine digits, which is what a float32 holds. Text that a spreadsheet
-    would run as a formula begins with an apostrophe."""
+    """Rows of equal keys as CSV, with fractions as `fraction` writes them. Text that a spreadsheet would run as a
+    formula begins with an apostrophe."""
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()
@@ -24,12 +24,17 @@ FORMULA = re.compile(r"'*[=+\-@\t\r]")
 def harmless(cell: Any) -> Any:
     """A cell of text with an apostrophe before what would begin a formula; a fraction with nine digits."""
     if isinstance(cell, Real) and not isinstance(cell, Integral):  # of Python or NumPy
-        return f"{cell:.9g}"
+        return fraction(float(cell))
     return f"'{cell}" if isinstance(cell, str) and FORMULA.match(cell) else cell
 
 
+def fraction(number: float) -> str:
+    """A number with nine digits: two different float32 never look the same."""
+    return f"{number:.9g}"
+
+
 NOUN = re.compile(
-    r"\b(case|cell|file|finding|group|image|label|lesion|map|mask|normal|patient|positive|result|row|run|scan|score|"
+    r"\b(case|cell|file|finding|group|image|label|lesion|map|mask|minute|normal|patient|positive|result|row|run|scan|score|"
     r"sequence|session|slice|stage|subject|volume)s\b"
 )
 

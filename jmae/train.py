@@ -137,7 +137,8 @@ def run(config: ConfigDict, workdir: Path) -> int:
     tell_p_values(config, system, rows)
     for line in folded([turned_text(row) for row in turned_rows(images.rows, cases.traits)]):
         log(f"warning: {line}")
-    log(training_line(config, system.stages, images.rows))
+    if not any(workdir.glob("checkpoints/*/*")):
+        log(training_line(config, system.stages, images.rows))
     train(config, system, images, workdir, cases.samples(watched, crops_on="host") if watched else None)
     write_kind(workdir, [cases.traits[row.id] for row in images.rows if row.id in cases.traits])
     write_seen(workdir, [*(read_seen(source) if source.is_dir() else ()), *images.rows])

@@ -26,6 +26,7 @@ from pydicom import uid
 from pydicom.encaps import encapsulate
 
 from jmae.data.files import Image, image_size, read_image, read_mask, write_map
+from jmae.data.files.guard import named_errors
 from jmae.errors import InputError
 
 RNG = np.random.default_rng(0)
@@ -706,6 +707,13 @@ def test_a_cut_jpeg_is_called_damaged_in_our_words_with_the_remedy(tmp_path):
     cut = saved(tmp_path / "cut.jpg", (tmp_path / "a.jpg").read_bytes()[:-40])
     line = refused(cut, "seems damaged or incomplete (the decoder says: image file is truncated")
     assert line.endswith("): copy or export it again, or leave it out")
+
+
+def test_what_is_no_fault_of_a_file_does_not_call_it_damaged(tmp_path):
+    for error in (OSError(errno.EMFILE, "Too many open files"), MemoryError("no memory")):
+        with pytest.raises(InputError) as caught, named_errors(tmp_path / "a.png"):
+            raise error
+        assert "a.png: could not be read (" in str(caught.value) and "damaged" not in str(caught.value)
 
 
 def test_a_flipped_bit_in_a_png_never_changes_a_value(tmp_path):

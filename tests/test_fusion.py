@@ -11,6 +11,7 @@ from scipy.stats import norm
 from jmae import fusion
 from jmae.errors import InputError
 from jmae.run_folder import write_csv
+from jmae.tables import csv_text
 
 
 def test_a_normal_score_is_the_quantile_of_the_rank():
@@ -58,6 +59,13 @@ def test_two_noisy_runs_are_better_fused():
 def test_maps_are_averaged_on_their_own_scales():
     a, b = np.array([[0.0, 2.0]]), np.array([[10.0, 30.0]])
     np.testing.assert_allclose(fusion.fused_map([a, b], [(0, 2), (10, 20)]), [[0, 1.5]])
+
+
+def test_a_case_as_high_as_all_normals_has_p_value_1_though_scores_csv_has_fewer_digits():
+    score = float(np.float32(0.7))  # 0.69999998807...
+    read = float(csv_text([{"score": score}]).split()[1])
+    p = fusion.fused(np.full((2, 19), score), np.full((2, 1), read))[1]
+    assert read < score and p.tolist() == [1.0]
 
 
 def test_runs_without_common_normals_are_one_line(tmp_path):

@@ -126,6 +126,9 @@ def test_show_and_dry_run_train_nothing(capsys, tmp_path, monkeypatch):
     half = ["--config=amae:small", "--config.data.phantom=chest", "--config.budget=0.5", "--dry-run"]
     assert exit_code(train.main, half) == 0
     assert "; up to about 8 minutes on two idle CPU cores, without" in capsys.readouterr().out
+    for longer in ("replicates=8", "adapt.masks=8", "pretrain.batch=64"):
+        assert exit_code(train.main, [*half, f"--config.{longer}"]) == 0
+        assert "how long it takes" in capsys.readouterr().out
     given = ["--config=amae:smoke", "--dry-run", "--config.data.manifest=nowhere.csv"]
     assert exit_code(train.main, given) == 2 and "nowhere.csv: not readable" in capsys.readouterr().err
     assert exit_code(train.main, ["--config=ppii:smoke", "--dry-run", "--config.data.calibration=0.998"]) == 2

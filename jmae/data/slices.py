@@ -310,8 +310,10 @@ def write_manifest(out: Path, rows: Sequence[Row], *, relative: bool = False) ->
     """Writes rows as `out`/manifest.csv in one piece. Paths below `out` become relative to it; with `relative` all."""
 
     def place(path: str | None) -> str:
-        from_out = os.path.relpath(path, out) if path else ""
-        return os.path.abspath(path) if path and from_out.startswith("..") and not relative else from_out
+        if not path or path.startswith(PHANTOM):
+            return path or ""
+        from_out = os.path.relpath(path, out)
+        return os.path.abspath(path) if from_out.startswith("..") and not relative else from_out
 
     boxed, contrast = any(row.boxes for row in rows), any(row.pre for row in rows)
     further = [*(["boxes"] if boxed else []), *(["pre", "post"] if contrast else [])]

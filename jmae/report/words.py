@@ -311,7 +311,7 @@ def short_training(config: Mapping[str, Any]) -> str:
     share, small = share_of_small(config), f"{config.get('system')}:small"
     if share < LEAST_SHARE:
         what = f"{100 * share:.1g} % of the steps of {small}, so scores and maps mean little"
-        why = "small is the shortest preset that is meant to find anomalies; smoke only tries whether everything works"
+        why = "small is the shortest preset that is meant to find anomalies"
         return f"{what} ({why}); for all steps: --config={small} and a new --workdir"
     if budget >= 1:
         return ""

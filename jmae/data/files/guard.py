@@ -77,6 +77,8 @@ def named_errors(path: str | os.PathLike, head: bytearray | None = None) -> Iter
     except Exception as error:  # decoders raise anything on damaged files
         why = str(error).strip().split("\n")[0] or type(error).__name__
         problem = f"seems damaged or incomplete (the decoder says: {why}): copy or export it again, or leave it out"
+        if isinstance(error, MemoryError | ImportError) or getattr(error, "errno", None):  # no fault of the file
+            problem = f"could not be read ({why}): see to this and give the command again"
         problem = _as_text(head) or problem
         raise InputError(one_line(path, problem)) from error
 

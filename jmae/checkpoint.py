@@ -370,10 +370,9 @@ def refuse_difference(
         pair = lambda key: f"{key}: checkpoint {saved.get(key, 'absent')}, {what} {given.get(key, 'absent')}"
         shown = [digests.get(key) or pair(key) for key in keys[:3]]
         more = f"; and {len(keys) - 3} more" if len(keys) > 3 else ""
-        raise InputError(
-            f"{path}: saved by another configuration: {'; '.join(shown)}{more}; "
-            f"remedy: {remedy or 'another --workdir (of quickstart another --out) or the same settings'}"
-        )
+        other, same = ("data", "images") if set(keys) <= set(digests) else ("settings", "settings")
+        folder = f"another --workdir (of quickstart another --out) or the same {same}"
+        raise InputError(f"{path}: saved with other {other}: {'; '.join(shown)}{more}; remedy: {remedy or folder}")
 
 
 # --- arrays ---

@@ -243,7 +243,7 @@ def score_reference(
             remedy = "these are the val rows" if split.name == "val" else "give the manifest val rows of label 0"
             log(f"no held-out normals: IoU at the oracle threshold alone; {remedy}")
     if known and thresholds is None:
-        log("held-out normals: calibration.json has their scores, and nothing has changed since")
+        log("held-out normals: their scores are taken from calibration.json, as nothing has changed")
     if not split.reference or (known and thresholds is None):
         return None, {}
 

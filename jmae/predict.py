@@ -375,7 +375,7 @@ def checked_line(run: Run, row: Row, result: Result) -> dict[str, Any]:
     warning = unlike(result.case.traits, run.kind)
     line = score_line(row, result.scores, run.system, run.calibration, result.score_error, warning)
     if line["p_value"] is not None and (seen := run.seen.get(content(result.case.stored.array))):
-        why = f"it is the image of {seen.id} in {seen.split}, which the run was trained or calibrated on"
+        why = f"the run was trained or calibrated on this image ({seen.id} in {seen.split})"
         log(f"{row.id or row.image[0]}: no p-value: {why}")
         line["p_value"] = None
     return line

@@ -35,9 +35,7 @@ def preview(config: ConfigDict) -> str:
             raise nothing_to_train_on(stage, config)
         lines.append(f"{stage.name:<12}{n:>8}{stage.batch:>10}{steps:>9}")
     lines += ["", training_line(config, system.stages, read)]
-    note = (
-        "A stage may keep images back to choose its weights. It takes fewer images where an earlier stage selects them."
-    )
+    note = "A stage may train on fewer images: some choose its weights, or an earlier stage leaves some out."
     lines += [note, "No image was opened (jmae check MANIFEST.csv opens all), nothing was trained."]
     return "\n".join(lines)
 
@@ -60,7 +58,7 @@ def training_line(config: ConfigDict, stages: Sequence[Stage], rows: Sequence[Ro
     if not like_small(config):
         return f"{what}; the first steps of each stage show how long it takes"
     minutes = math.ceil(MINUTES * share_of_small(config))
-    return f"{what}; up to about {counted(minutes, 'minutes')} on two idle CPU cores, without reading and scoring"
+    return f"{what}; up to about {counted(minutes, 'minutes')} on two idle CPU cores, and more to read and to score"
 
 
 def like_small(config: ConfigDict) -> bool:

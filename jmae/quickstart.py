@@ -101,7 +101,9 @@ def main(argv: list[str]) -> int:
         if code:
             return code
     log(f"{run / 'evaluation' / 'report.html'}: the new scans, from the most to the least suspicious")
-    more = [f"--config={chosen}"] * bool(chosen) + [f"--{flag}={value}" for flag, value in flags.items()]
+    more = [f"--config={chosen.replace(':smoke', ':small')}"] * bool(chosen) + [
+        f"--{flag}={value}" for flag, value in flags.items()
+    ]
     longer = in_shell(["quickstart", *names, *more, "--budget", "1", "--out", f"{out}-longer"])
     log(f"next: open it; a longer training: {longer}")
     return 0

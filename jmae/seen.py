@@ -42,6 +42,21 @@ def read_seen(workdir: Path) -> list[Row]:
         raise InputError(f"{file}: not readable ({error}): delete it and run jmae train again") from None
 
 
+def differences(before: Sequence[Row], now: Sequence[Row]) -> str:
+    """How many images of the splits of `now` were changed, removed or added since `before`, with some ids; "" without
+    any."""
+    splits = {row.split for row in now}
+    old = {row.id: row.content for row in before if row.split in splits}
+    new = {row.id: row.content for row in now}
+    kinds = {
+        "changed": [name for name, content in new.items() if old.get(name) and content and old[name] != content],
+        "removed": [name for name in old if name not in new],
+        "added": [name for name in new if name not in old],
+    }
+    some = lambda ids: ", ".join(ids[:3]) + ", ..." * (len(ids) > 3)
+    return "; ".join(f"{len(ids)} {kind} ({some(ids)})" for kind, ids in kinds.items() if ids)
+
+
 class SeenRows:
     """What a run has seen, by patient, by the image's content and by id."""
 

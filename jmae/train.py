@@ -79,7 +79,7 @@ from jmae.run_folder import (
     write_csv,
 )
 from jmae.run_recipe import refuse_other_recipe, saved_recipe
-from jmae.seen import check_unseen_by_source, read_seen, write_seen
+from jmae.seen import check_unseen_by_source, differences, read_seen, write_seen
 from jmae.sharding import device_mesh, place_batch, place_whole
 from jmae.system import (
     Check,
@@ -139,6 +139,8 @@ def run(config: ConfigDict, workdir: Path) -> int:
         log(f"warning: {line}")
     if not any(workdir.glob("checkpoints/*/*")):
         log(training_line(config, system.stages, images.rows))
+    elif source == workdir and (others := differences(read_seen(workdir), images.rows)):
+        log(f"images to train on since this run began: {others}")
     train(config, system, images, workdir, cases.samples(watched, crops_on="host") if watched else None)
     write_kind(workdir, [cases.traits[row.id] for row in images.rows if row.id in cases.traits])
     write_seen(workdir, [*(read_seen(source) if source.is_dir() else ()), *images.rows])
@@ -281,6 +283,7 @@ def begin_stage(course: Course, *, first: bool) -> tuple[State, int, dict[str, A
     )
     if first:  # only now: `restore` refuses a folder of another configuration, which stays as it is
         describe_run(config, course.workdir)
+        write_seen(course.workdir, course.samples.rows)
     if found:
         start, state, position = found
         return state, start, position

@@ -99,7 +99,7 @@ def test_a_home_made_stage_0_stands_in_the_log_the_figures_the_report_and_the_ca
 ):
     assert json.loads((finished / "evaluation" / "metrics.json").read_text())["notes"] == [amae.HOME_MADE]
     for file in ("evaluation/report.html", "MODEL_CARD.md"):
-        assert "Stage 0 was trained on this run" in (finished / file).read_text()
+        assert "Stage 0 learns from this run" in (finished / file).read_text()
     monkeypatch.setattr(train, "train", lambda *_: None)
     monkeypatch.setattr(train, "evaluate", lambda *_, **__: None)
     assert exit_code(train.main, tools.arguments(small_set, tmp_path / "run")) == 0

@@ -332,7 +332,7 @@ def test_the_summary_counts_every_row_used_or_ignored(tmp_path):
     assert summary(*parse_manifest(manifest(tmp_path, *rows))[:2]) == (
         "train 3 normal (1 patient), unlabeled 1, val 1 normal + 1 abnormal, test 1 abnormal + 1 of unknown label; "
         "3 rows of other splits ('extra', 'unlabelled', meant 'unlabeled'?) ignored; "
-        "6 rows without a patient: not checkable for patients in two splits"
+        "6 rows without a patient: a patient in two splits would not be noticed"
     )
 
 

@@ -384,8 +384,8 @@ def test_images_that_the_run_has_seen_have_no_p_value_under_any_name(tmp_path, m
     found = {name: line["p_value"] for name, line in table(tmp_path / "out" / "scores.csv").items()}
     assert [bool(p) for p in found.values()] == [False] * 6 + [True], found
     said = capfd.readouterr().err
-    assert "it is the image of val-0-3 in val, which the run was trained or calibrated on" in said
-    assert "it is the image of train-0-0 in train" in said
+    assert "the run was trained or calibrated on this image (val-0-3 in val)" in said
+    assert "(train-0-0 in train)" in said
     with pytest.raises(InputError, match="only volumes have a region"):
         jmae.load(workdir)(renamed["test-0-0"], midline="middle")
 

@@ -118,7 +118,7 @@ def test_which_p_value_is_the_smallest_is_said_before_the_training():
     few += "p-value 0.083): give 38 normal scans or more, and keep half of them from the training "
     few += "(data.calibration=0.5)"
     assert p_value_line(normals(30), 0.35) == few
-    enough = "keeps from the training (any share that keeps 19 apart will do)"
+    enough = "keeps from the training (at least 19 are needed for a p-value of 0.05)"
     assert p_value_line(normals(40), 0.5) == f"p-values: from 20 normals that data.calibration {enough}"
     assert p_value_line(normals(9), 0).startswith("p-values: no normal scan is kept from the training")
     val = [row._replace(split="val") for row in normals(19)]

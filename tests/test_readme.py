@@ -22,7 +22,7 @@ def test_the_readme_is_one_screen():
 
 
 def test_the_training_command_is_the_one_that_prepare_prints_for_as_many_scans():
-    n = int(re.search(r"# this line is for (\d+) normal images", README)[1])
+    n = int(re.search(r" fits (\d+) normal images", README)[1])
     proposed = calibration_share([Row(f"{i}", f"{i}", "train", 0, (f"{i}",)) for i in range(n)])
     assert f"--config.data.calibration={proposed:g} " in README
     assert "# prints your training command: take that one" in README

@@ -125,7 +125,7 @@ def test_show_and_dry_run_train_nothing(capsys, tmp_path, monkeypatch):
     assert ["pretrain", "512", "8", "20"] in lines and ["proxy", "256", "32", "10"] in lines
     half = ["--config=amae:small", "--config.data.phantom=chest", "--config.budget=0.5", "--dry-run"]
     assert exit_code(train.main, half) == 0
-    assert "; up to about 8 minutes on two idle CPU cores, without" in capsys.readouterr().out
+    assert "; up to about 8 minutes on two idle CPU cores, and more" in capsys.readouterr().out
     for longer in ("replicates=8", "adapt.masks=8", "pretrain.batch=64"):
         assert exit_code(train.main, [*half, f"--config.{longer}"]) == 0
         assert "how long it takes" in capsys.readouterr().out

@@ -263,7 +263,7 @@ def test_another_configuration_is_refused_and_the_folder_stays_as_it_was(finishe
     run = shutil.copytree(finished, tmp_path / "run")
     before = (run / "config.json").read_bytes()
     code, said = go(run, "adapt.mask_ratio=0.6", "model.width=24")
-    assert code == 2 and "saved by another configuration" in said
+    assert code == 2 and "saved with other settings" in said
     assert "recipe.adapt.mask_ratio: checkpoint 0.75, recipe 0.6" in said
     assert "recipe.model.width: checkpoint 48, recipe 24" in said
     assert (run / "config.json").read_bytes() == before
@@ -280,7 +280,9 @@ def test_other_rows_are_refused(finished, tools, tmp_path, capfd):
     run = shutil.copytree(finished, tmp_path / "run")
     arguments = tools.arguments(tools.write_set(tmp_path / "set", counts), run)
     assert exit_code(train.main, arguments) == 2
-    assert "the rows to train on differ" in capfd.readouterr().err
+    said = capfd.readouterr().err
+    assert "saved with other data: the rows to train on differ" in said and "or the same images" in said
+    assert "images to train on since this run began: 1 removed (train-0-15)" in said
 
 
 @pytest.mark.long

@@ -26,7 +26,7 @@ from jmae.results import Result
 from jmae.run_folder import digest, fixed, images_digest
 from jmae.run_recipe import read_run, refuse_other_recipe
 from jmae.sealed import seal, seal_line, seal_table, unseal, unseal_table
-from jmae.seen import read_seen, write_seen
+from jmae.seen import differences, read_seen, write_seen
 from jmae.system import State
 from jmae.tables import counted, csv_text, harmless, plain
 
@@ -295,6 +295,14 @@ def test_images_that_were_exchanged_under_the_same_ids_are_noticed(tmp_path):
     assert checkpoint.restore(folder, target, config=identity, brought_up=up)[0] == 2
     with pytest.raises(InputError, match="the images to train on differ"):
         checkpoint.restore(folder, target, config=identity | {"images": images_digest(other)}, brought_up=up)
+
+
+def test_images_that_differ_are_counted_with_ids():
+    row = lambda name, content, split="train": Row(name, "", split, 0, (), content=content)
+    before = [row("a", "1"), row("b", "2"), row("c", "3"), row("v", "4", "val")]
+    assert differences(before, before[:3]) == ""
+    now = [row("a", "9"), *(row(name, "2") for name in "bdefg")]
+    assert differences(before, now) == "1 changed (a); 1 removed (c); 4 added (d, e, f, ...)"
 
 
 def test_a_checkpoint_without_digests_of_images_is_continued_and_it_is_said(tmp_path, capfd):

@@ -193,7 +193,7 @@ def summary(rows: Sequence[Row], ignored: Mapping[str, int] = MappingProxyType({
             parts.append(f"{split} {text}" + (f" ({counted(patients, 'patients')})" if patients else ""))
     notes = [f"{counted(n, what)} ignored" for what, n in ignored.items()]
     if blank := sum(not row.patient for row in rows):
-        notes.append(f"{counted(blank, 'rows')} without a patient: not checkable for patients in two splits")
+        notes.append(f"{counted(blank, 'rows')} without a patient: a patient in two splits would not be noticed")
     return "; ".join([", ".join(parts), *notes])
 
 

@@ -312,7 +312,7 @@ def short_training(config: Mapping[str, Any]) -> str:
     if share < LEAST_SHARE:
         what = f"{100 * share:.1g} % of the steps of {small}, so scores and maps mean little"
         why = "small is the shortest preset that is meant to find anomalies"
-        return f"{what} ({why}); for all steps: --config={small} and a new --workdir"
+        return f"{what} ({why}); for all steps: --config={small} and a new --workdir (quickstart: a new --out)"
     if budget >= 1:
         return ""
     return (

@@ -96,7 +96,7 @@ WORDS = TOKEN_WORDS | {
 MEANS = ("mae", "mask_rec", "one_class", "stage2_error")  # primary scores that are means over masks
 TOKEN_SCORES = {"pretrain": "tokens", "module_a": "tokens_a", "module_b": "tokens_b"}  # by the encoder's stage
 HOME_MADE = (
-    "Stage 0 was trained on this run's images instead of the 0.3 million chest X-rays of the paper's checkpoint "
+    "Stage 0 learns from this run's images instead of the 0.3 million chest X-rays of the paper's checkpoint "
     "(model.weights names no file): this run is not the paper's"
 )
 

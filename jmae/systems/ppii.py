@@ -64,7 +64,7 @@ WORDS = {
     "ppii_highest": "highest value of the map",
 }
 LOG_WORDS = {
-    "target": "mean of the drawn label (0 normal, 1 anomalous)",
+    "target": "mean of the target map (0 normal, 1 anomalous)",
     "dice": "Dice of drawn anomalies (1 is perfect)",
     "dice_of_constant": "Dice of the best constant map",
     "best_dice": "best Dice so far",

@@ -122,7 +122,7 @@ def normals_of_val(rows: Sequence[Row]) -> int:
 
 def p_value_line(rows: Sequence[Row], share: float) -> str:
     """Which p-values a run of these rows can give, in a line; `share` is its `data.calibration`."""
-    kept = f"that data.calibration keeps from the training (any share that keeps {NORMALS} apart will do)"
+    kept = f"that data.calibration keeps from the training (at least {NORMALS} are needed for a p-value of 0.05)"
     n, source = normals_of_val(rows), "of val"
     if not n:
         n, source = held_out_by(rows, share), kept

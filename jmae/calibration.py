@@ -150,10 +150,13 @@ def calibrate(
         "fitted": sorted(fitted),
         "inputs": inputs,
     }
-    write_text(workdir / CALIBRATION, seal(content))
+    file, text = workdir / CALIBRATION, seal(content)
+    other = file.exists() and file.read_bytes() != text.encode()
+    write_text(file, text)
     write_seen(workdir, normals)
     normals_said = f"{counted(len(scores), 'held-out normals')} ({smallest_p_value(len(scores))})"
-    log(f"calibrated on {normals_said}: {workdir / CALIBRATION}")
+    anew = " (anew, as the weights, the settings or these normals have changed)" if other else ""
+    log(f"calibrated on {normals_said}: {file}{anew}")
     calibration = Calibration(scores, low, high, tuple(needs), peaks, config.evaluation.mask_least, fitted, inputs)
     if saturated(peaks, rate):
         log(f"warning: {why_no_masks(calibration, rate)}")

@@ -292,7 +292,11 @@ def test_a_run_without_labels_to_test_is_calibrated_too_and_few_normals_are_said
     assert f"warning: {why}: {remedy}\n" in capfd.readouterr().err
     cal.calibrate_run(strict, SYSTEM, rows, tmp_path)  # after the training
     said = capfd.readouterr().err
+    anew = "(anew, as the weights, the settings or these normals have changed)"
     assert "calibrated on 12 held-out normals (smallest possible p-value 0.077): " in said and "give " not in said
+    assert f"calibration.json {anew}\n" in said
+    cal.calibrate_run(strict, SYSTEM, rows, tmp_path)
+    assert "anew" not in capfd.readouterr().err
     assert json.loads((tmp_path / "calibration.json").read_text())["threshold"] is None
     (tmp_path / "calibration.json").unlink()
     cal.calibrate_run(c, SYSTEM, [r for r in rows if r.split != "val"], tmp_path)

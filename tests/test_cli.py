@@ -160,6 +160,11 @@ def test_what_shaped_the_training_data_does_not_shape_other_data(tmp_path):
     assert [data[key] for key in ("manifest", *changes)] == ["other.csv", -1, 0, "", 0]
     data = command_words.evaluation_request(other[:1]).config.data
     assert [data[key] for key in changes] == [*changes.values()]
+    (tmp_path / "config.json").unlink()
+    config = recipe.parse(["--config=amae:small", f"--config.data.manifest={tmp_path / 'moved.csv'}"], "")[0]
+    (tmp_path / "config.json").write_text(seal(json.loads(recipe.to_json(config))))
+    with pytest.raises(InputError, match=r"moved.csv: not found: .* jmae train --workdir .* --config.data.manifest="):
+        command_words.evaluation_request(other[:1])
 
 
 @pytest.mark.parametrize("command", cli.COMMANDS)

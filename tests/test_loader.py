@@ -305,8 +305,8 @@ def test_all_problems_of_a_manifest_come_in_one_list(tmp_path, small_set):
     with pytest.raises(InputError) as caught:
         load_rows(config(manifest=str(tmp_path / "m.csv")), lambda line: None)
     lines = str(caught.value).splitlines()
-    assert len(lines) == 3 and "'P1' is in train and test" in lines[0]
-    assert "missing.png" in lines[1] and "empty.png" in lines[2]
+    assert len(lines) == 3 and "missing.png" in lines[0] and "empty.png" in lines[1]
+    assert "'P1' is in train and test" in lines[2]
 
 
 @pytest.mark.parametrize("name, patient", [("copy", "Q"), ("near", "Q"), ("other", "P0")])

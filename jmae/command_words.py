@@ -97,9 +97,8 @@ def evaluation_request(words: Sequence[str], usage: str = "") -> ToEvaluate:
         config.data.update({key: value for key, value in neutral.items() if key in config.data})
     elif (gone := config.data.manifest) and not os.path.exists(gone):
         moved = f"{resuming(workdir)} --config.data.manifest=MANIFEST.csv"
-        raise InputError(
-            f"{gone}: not found: if it was moved, tell the run its new place (trains nothing anew): {moved}"
-        )
+        scans = "if the scans were moved, too, write it anew first (jmae prepare)"
+        raise InputError(f"{gone}: not found: if it was moved, tell the run its new place: {moved}; {scans}")
     out = workdir / ("evaluation" if split == "test" else f"evaluation-{split}")
     out = output_folder(flags.get("out", out), "evaluation")
     return ToEvaluate(config, workdir, split, out, manifest, of_run, allow)

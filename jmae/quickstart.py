@@ -21,6 +21,8 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from ml_collections import ConfigDict
+
 from jmae import recipe
 from jmae.data import prepare
 from jmae.data.manifest import Finding, Row, first, parse_manifest
@@ -35,7 +37,7 @@ from jmae.data.prepare.overview import (
 from jmae.data.rows import ManifestError
 from jmae.errors import InputError, exit_code
 from jmae.report.words import MINUTES
-from jmae.run_folder import log, output_folder
+from jmae.run_folder import fixed, log, output_folder
 from jmae.tables import counted
 
 
@@ -81,7 +83,7 @@ def main(argv: list[str]) -> int:
     run = out / "run"
     settings = [f"--{flag}={value}" for flag, value in (given | flags).items()]
     recipe.check(config := recipe.parse(settings, "")[0])
-    refuse_other_budget(run, config.budget)
+    refuse_other_settings(run, config)
     log(time_line(run, given["config"], kind, config.budget, len(rows)))
     commands = [
         ["prepare", "folders", "--normal", normals, "--test", new, "--out", str(out / "data")],
@@ -109,10 +111,15 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def refuse_other_budget(run: Path, budget: float) -> None:
-    """Raises InputError where the run has begun with another budget."""
-    if (run / "config.json").exists() and (before := recipe.read(run).budget) != budget:
-        raise InputError(f"{run}: began with --budget={before:g}: give this budget, or name another --out")
+def refuse_other_settings(run: Path, config: ConfigDict) -> None:
+    """Raises InputError where the run has begun with another budget or recipe."""
+    if not (run / "config.json").exists():
+        return
+    if (before := recipe.read(run)).budget != config.budget:
+        raise InputError(f"{run}: began with --budget={before.budget:g}: give this budget, or name another --out")
+    if fixed(before) != fixed(config):
+        what = f"began with another recipe of {before.system}, or with other keys"
+        raise InputError(f"{run}: {what}: give the same --config and --config.KEY, or name another --out")
 
 
 def move_out(leak: Finding) -> str:

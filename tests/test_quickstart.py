@@ -280,10 +280,17 @@ def test_all_new_scans_of_a_training_patient_are_named():
 def test_another_budget_than_that_of_the_run_is_refused_at_once(tmp_path, monkeypatch, capsys):
     normals, new, out = pictures(tmp_path / "normals", 12, 1), pictures(tmp_path / "new", 2, 2), tmp_path / "out"
     words = [normals, new, f"--out={out}"]
-    config = recipe.parse(["--config=ppii:small", "--config.budget=0.25"], "")[0]
+    trained = next(argv for name, *argv in started(monkeypatch, *words)[1] if name == "train")
+    config = recipe.parse(trained, "", ["workdir"])[0]
+    assert config.budget == 0.25
     (out / "run").mkdir(parents=True)
     (out / "run" / "config.json").write_text(seal(json.loads(recipe.to_json(config))))
     assert started(monkeypatch, *words)[0] == 0
+    for other in ("--config=ppii:smoke", "--config=simsid:small", "--config.seed=5"):
+        capsys.readouterr()
+        assert started(monkeypatch, *words, other) == (2, [])
+        assert "run: began with another recipe of ppii, or with other keys: " in capsys.readouterr().err
+    assert started(monkeypatch, *words, "--config.evaluation.pictures=3")[0] == 0
     capsys.readouterr()
     assert started(monkeypatch, *words, "--budget=0.5") == (2, [])
     assert capsys.readouterr().err.splitlines()[-1] == (

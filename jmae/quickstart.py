@@ -118,7 +118,7 @@ def refuse_other_settings(run: Path, config: ConfigDict) -> None:
     if (before := recipe.read(run)).budget != config.budget:
         raise InputError(f"{run}: began with --budget={before.budget:g}: give this budget, or name another --out")
     if fixed(before) != fixed(config):
-        what = f"began with another recipe of {before.system}, or with other keys"
+        what = f"began with other settings (system {before.system})"
         raise InputError(f"{run}: {what}: give the same --config and --config.KEY, or name another --out")
 
 

@@ -289,7 +289,7 @@ def test_another_budget_than_that_of_the_run_is_refused_at_once(tmp_path, monkey
     for other in ("--config=ppii:smoke", "--config=simsid:small", "--config.seed=5"):
         capsys.readouterr()
         assert started(monkeypatch, *words, other) == (2, [])
-        assert "run: began with another recipe of ppii, or with other keys: " in capsys.readouterr().err
+        assert "run: began with other settings (system ppii): " in capsys.readouterr().err
     assert started(monkeypatch, *words, "--config.evaluation.pictures=3")[0] == 0
     capsys.readouterr()
     assert started(monkeypatch, *words, "--budget=0.5") == (2, [])

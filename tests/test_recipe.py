@@ -112,6 +112,13 @@ def test_the_line_on_a_training_passes_stages_whose_rows_need_earlier_results():
     line = preview.training_line(recipe.parse(["--config=amae:smoke"], "")[0], stages, rows)
     assert line.startswith("training: 3 stages, 14 steps in all; ")  # 5 + 2, and 1 + 6 of all rows
 
+    def refusing(rows, results):
+        raise InputError("too few rows")
+
+    stages[1].rows = refusing
+    with pytest.raises(InputError, match="too few rows"):
+        [*preview.stage_plans(stages, rows)]
+
 
 def test_show_and_dry_run_train_nothing(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

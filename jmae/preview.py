@@ -46,11 +46,7 @@ def stage_plans(stages: Sequence[Stage], rows: Sequence[Row]) -> Iterator[tuple[
     for stage in stages:
         try:
             n = len(stage.rows(rows, {}))
-        except (
-            LookupError,
-            TypeError,
-            AttributeError,
-        ):  # an earlier stage's result, which is not there yet, chooses among the rows
+        except (LookupError, TypeError, AttributeError):  # it needs an earlier stage's result, which is not there yet
             n = sum(row.split in stage.splits for row in rows)
         yield stage, n, max(1, round(stage.steps(n))) if n else 0
 

@@ -1,6 +1,7 @@
 """The trained rivals: their networks against PyTorch, losses and maps against NumPy, noise, and two runs."""
 
 import json
+import re
 import shutil
 from functools import cache, partial
 
@@ -193,6 +194,15 @@ def test_networks_of_a_module_learn_as_if_alone():
     for i in range(2):
         part = lambda tree, i=i: jax.tree.map(lambda leaf: leaf[i], tree)
         jax.tree.map(near, part(whole), alone(part(params), part(stats), x[i]))
+
+
+def test_the_networks_of_a_module_are_not_looped_over():
+    """In a loop, and with a kernel for each network, XLA's CPU has slow convolutions."""
+    one, params, stats = setup("variant=ddad_intra")
+    x = images(8).reshape(2, 4, 16, 16, 1)
+    whole = jax.jit(jax.grad(lambda p: autoencoder.loss(one, stats, p, x, x)[0])).lower(params).as_text()
+    assert "stablehlo.convolution" in whole and "stablehlo.while" not in whole
+    assert set(re.findall(r"(?:feature|batch)_group_count = (\d+)", whole)) == {"1"}
 
 
 @pytest.mark.long

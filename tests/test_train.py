@@ -644,6 +644,23 @@ def test_a_stage_is_one_program_for_all_its_batches(programs):
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("platform", ["cpu", "cuda"])
+def test_replicates_on_a_cpu_have_no_convolution_with_a_kernel_for_each(platform):
+    layouts = ("NHWC", "HWIO", "NHWC")
+    value = lambda w, x: jnp.sum(jax.lax.conv_general_dilated(x, w, (1, 1), "SAME", dimension_numbers=layouts) ** 2)
+    slope = lambda w, x, shared: {"slope": jax.grad(value)(w, x) * shared["factor"]}
+    keys = jax.random.split(jax.random.key(0))
+    w, x = jax.random.normal(keys[0], (3, 3, 3, 2, 4)), jax.random.normal(keys[1], (3, 5, 8, 8, 2))
+    shared, axes = {"factor": jnp.float32(2)}, (0, 0, None)
+    with tracing_for(Target(platform)):
+        whole = jax.jit(programs.side_by_side(slope, 3, axes)).lower(w, x, shared)
+    grouped = set(re.findall(r"(?:feature|batch)_group_count = (\d+)", whole.as_text())) - {"1"}
+    assert bool(grouped) == (platform == "cuda")
+    expected = jax.vmap(slope, axes)(w, x, shared)["slope"]
+    np.testing.assert_allclose(whole.compile()(w, x, shared)["slope"], expected, rtol=1e-4, atol=1e-4)
+    assert programs.side_by_side(slope, 1, axes) is slope
+
+
 def test_compiled_programs_are_kept_where_jax_was_told_nothing(tmp_path):
     environment = {k: v for k, v in os.environ.items() if not k.startswith("JAX_")}
     code = (

@@ -116,13 +116,13 @@ def setup_of(config: ConfigDict) -> Setup:
 
 
 def each(function: Callable[[PyTree], PyTree], trees: PyTree, count: int) -> PyTree:
-    """Apply a function to the arrays of each network in turn; a single network needs no loop.
+    """Apply a function to the arrays of each network in turn.
 
-    A loop over networks is one program for any number. On a CPU its body is slower than the same code without a loop.
+    The program holds each network's operations apart: a loop on the device makes a convolution eight times as slow on a
+    CPU, a batch axis of the networks three times.
     """
-    if count > 1:
-        return jax.lax.map(function, trees)
-    return jax.tree.map(lambda x: x[None], function(jax.tree.map(lambda x: x[0], trees)))
+    outs = [function(jax.tree.map(lambda x: x[i], trees)) for i in range(count)]  # noqa: B023
+    return jax.tree.map(lambda *x: jnp.stack(x), *outs)
 
 
 def centred(image: Float[Array, "*b"]) -> Float[Array, "*b"]:

@@ -13,6 +13,7 @@ import operator
 import runpy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from itertools import islice
 from pathlib import Path
 from types import ModuleType
@@ -506,9 +507,23 @@ def override(config: ConfigDict, given: dict[str, str], section: str = "") -> No
     for flag in [name for name in given if name.startswith("config.")]:
         key, text = flag.removeprefix("config."), given.pop(flag)
         if key not in defaults:
-            raise InputError(f"--{flag} is unknown: did you mean --config.{nearest(key, list(defaults))}?")
+            near = " or ".join(f"--config.{one}" for one in similar_keys(key, list(defaults)))
+            remedy = f"did you mean {near}?" if near else "no key is like it; jmae train --show lists all"
+            if any(one.startswith(f"{key}.") for one in defaults):
+                remedy = f"{key} is a section; jmae train --show {key} lists its keys"
+            raise InputError(f"--{flag} is unknown: {remedy}")
         like = declared[key].like if defaults[key] == () and key in declared else defaults[key]
         config.update_from_flattened_dict({key: typed(flag, text, like)})
+
+
+def similar_keys(key: str, known: Sequence[str]) -> list[str]:
+    """Keys that an unknown one may stand for, at most three: first those with its last part."""
+    last = lambda one: one.rpartition(".")[2]
+    of = lambda parts: [one for one in known if last(one) in parts]
+    if same := of([last(key)]):
+        return get_close_matches(key, same, n=1, cutoff=0) if "." in key else same[:3]
+    near = get_close_matches(last(key), [last(one) for one in known], n=1)
+    return of(near)[:3] if near and "." not in key else get_close_matches(key, known, n=1) or of(near)[:3]
 
 
 def explained(config: ConfigDict, name: str = "") -> str:

@@ -3,6 +3,7 @@
     jmae papers SYSTEM.packs.PACK --root data --preset small --seeds 3      # each row trains first
     jmae papers rivals.packs.PACK.ae_u --root data --preset small --seeds 3
     JMAE_DATA=data python -m benchmarks.packs cxr_peds --runs papers
+    JMAE_DATA=data python -m benchmarks.packs cxr_nih --runs papers --subset matched
 
 It trains nothing. It reads the finished runs of the pack in the folder --runs, which `jmae papers` made. Runs of
 another budget than 1 are left out. benchmarks/results/packs/PACK.jsonl keeps the scores of each run, in the order of
@@ -10,12 +11,16 @@ the manifest's test rows. So runs of several machines and days come into one tab
 
 Each method has its primary score, which its recipe fixed before the run. Figures are means over the method's seeds,
 with 95 % intervals over patients. A line "METHOD, as published" has the score of the paper, where the recipe has
-another one (`PUBLISHED`). Differences are those to the best closed form that learns from normal images alone, to the
-best trained rival, and to "ridge, unlabelled", over the same draws of patients. The best are chosen on the same cases,
-which favours them. These closed forms (jmae.baselines) see the images at the size of the recipe `autoencoder:small`.
-"ridge, unlabelled" learns from unlabelled images too, as AMAE does. Where an evaluation has closed forms under the
-method's own score and masks (jmae.rivals), the best of them stands beside the method. "explained" is the share of the
-variance of hidden patches of held-out normals that the network explains.
+another one (`PUBLISHED`). A line "METHOD, WAY" has the evaluation in the folder ways/WAY of each run, which
+`jmae evaluate --workdir RUN --out RUN/ways/WAY --config.evaluation.KEY=VALUE` wrote. With --subset the figures are
+those of the test rows that a column of the manifest marks.
+
+Differences are those to the best closed form that learns from normal images alone, to the best trained rival, and to
+"ridge, unlabelled", over the same draws of patients. The best are chosen on the same cases, which favours them. These
+closed forms (jmae.baselines) see the images at the size of the recipe `autoencoder:small`. "ridge, unlabelled" learns
+from unlabelled images too, as AMAE does. Where an evaluation has closed forms under the method's own score and masks
+(jmae.rivals), the best of them stands beside the method. "explained" is the share of the variance of hidden patches of
+held-out normals that the network explains.
 
 benchmarks/results/packs.json keeps the table.
 """
@@ -62,13 +67,19 @@ def cases_digest(rows: Sequence[Row]) -> str:
 
 
 def finished(folder: Path, pack: str) -> Iterator[tuple[str, int, Path]]:
-    """(method, seed, folder) of each finished run of the pack; a method is the name of a row without the pack."""
+    """(method, seed, folder) of each finished run of the pack, and of each further evaluation of it.
+
+    A method is the name of a row without the pack; a further evaluation has the name of its folder after it.
+    """
     for row in sorted(folder.glob(f"*.packs.{pack}*")):
         if row.name.split(".")[2] == pack:
             name = ".".join(part for part in row.name.split(".") if part not in ("packs", pack))
             for run in sorted(row.glob("seed-*")):
                 if (run / "evaluation" / "metrics.json").exists():
-                    yield name, int(run.name.removeprefix("seed-")), run
+                    seed = int(run.name.removeprefix("seed-"))
+                    yield name, seed, run
+                    for file in sorted(run.glob("ways/*/metrics.json")):
+                        yield f"{name}, {file.parent.name}", seed, file.parent
 
 
 def entry_of(folder: Path, rows: Sequence[Row]) -> dict[str, Any] | None:
@@ -84,7 +95,7 @@ def entry_of(folder: Path, rows: Sequence[Row]) -> dict[str, Any] | None:
             f"{folder}: no score of {len(missing)} cases, such as {missing[0]}: evaluate it on the manifest"
         )
     primary = run.metrics["primary"]
-    other = PUBLISHED.get(run.config["system"], primary)
+    other = primary if folder.parent.name == "ways" else PUBLISHED.get(run.config["system"], primary)
     rivals = {
         name.split(":")[0]: entry["image"]["auroc"]
         for name, entry in run.metrics["baselines"].items()
@@ -136,6 +147,21 @@ def methods(entries: Iterable[Entry], cases: str) -> dict[str, list[Entry]]:
             raise InputError(f"{where} has another recipe than seed {each[0]['seed']}: run both with the same version")
         each.append(entry)
     return found
+
+
+def of_subset(
+    runs: Mapping[str, Sequence[Entry]], rows: Sequence[Row], column: str
+) -> tuple[dict[str, list[Entry]], list[Row]]:
+    """The runs and test rows of the cases that a column of the manifest marks.
+
+    Raises InputError where it marks none. Figures of all cases are left out.
+    """
+    marked = [i for i, row in enumerate(rows) if row.extra.get(column, "") not in ("", "0")]
+    if not marked:
+        raise InputError(f"--subset {column}: the manifest marks no test case in such a column")
+    cut = lambda scores: scores and [scores[i] for i in marked]
+    own = lambda run: {**run, "scores": cut(run["scores"]), "published": cut(run.get("published")), "rivals": {}}
+    return {name: [own(run) for run in each] for name, each in runs.items()}, [rows[i] for i in marked]
 
 
 def closed_forms(config: Any, rows: Sequence[Row], tested: Sequence[Row]) -> dict[str, np.ndarray]:
@@ -221,6 +247,7 @@ def rows_of(found: dict[str, Any]) -> Iterator[tuple[Any, ...]]:
 def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pack")
+    parser.add_argument("--subset", default="", help="column of the manifest that marks the test rows")
     parser.add_argument("--runs", type=Path, default=Path("papers"), help="folder of the runs of `jmae papers`")
     options = parser.parse_args(argv)
     if not (folder := pack(options.pack)):
@@ -235,6 +262,8 @@ def main(argv: Sequence[str]) -> None:
         return
     runs = methods(entries.values(), cases_digest(tested))
     keep(options.pack, entries)
+    if options.subset:
+        runs, tested = of_subset(runs, tested, options.subset)
     found = compared(runs, closed_forms(config, rows, tested), tested)
     head = (
         "method",
@@ -248,7 +277,8 @@ def main(argv: Sequence[str]) -> None:
         "same score, best closed form",
         "explained",
     )
-    write(RESULTS, options.pack, found | {"table": [head, (lines := list(rows_of(found)))]})
+    name = ", ".join([options.pack, *([options.subset] if options.subset else [])])
+    write(RESULTS, name, found | {"table": [head, (lines := list(rows_of(found)))]})
     print(table(head, lines))
 
 

@@ -29,6 +29,7 @@ from jmae.figures import Part, Split
 from jmae.inference import Scorer
 from jmae.recipe import is_volume
 from jmae.results import Result
+from jmae.ridge import ridge
 from jmae.rival_scores import CROPS, RivalScores, fitted_rivals, random_crops, some_images
 from jmae.run_folder import log
 from jmae.scoring import top_mean
@@ -106,8 +107,7 @@ def image_scores(train: NDArray, test: NDArray) -> dict[str, NDArray[np.float64]
 def ridge_scores(normals: NDArray, unlabelled: NDArray, test: NDArray, penalty: float = RIDGE) -> NDArray[np.float64]:
     """Ridge regression of training normals (-1) against all unlabelled images (+1): its value for new images (m,).
 
-    Images are shrunk to 32 x 32 and standardised per image. The solution is closed, with an intercept that has no
-    penalty. No label is used: some unlabelled images are abnormal, and that suffices.
+    Images are shrunk to 32 x 32 and standardised per image.
 
     Args:
         normals: (n, *size, c) at the system's working size.
@@ -116,14 +116,8 @@ def ridge_scores(normals: NDArray, unlabelled: NDArray, test: NDArray, penalty: 
         penalty: lambda, on the squared weights.
     """
     known, mixed, new = (_standardise(_flat(shrink(images, RIDGE_SIDE))) for images in (normals, unlabelled, test))
-    x, y = np.concatenate([known, mixed]), np.repeat([-1.0, 1.0], [len(known), len(mixed)])
-    centre, mean = x.mean(0), y.mean()
-    x, y = x - centre, y - mean
-    if len(x) < x.shape[1]:  # the dual form: a smaller system, the same weights
-        weights = x.T @ np.linalg.solve(x @ x.T + penalty * np.eye(len(x)), y)
-    else:
-        weights = np.linalg.solve(x.T @ x + penalty * np.eye(x.shape[1]), x.T @ y)
-    return (new - centre) @ weights + mean
+    weights, offset = ridge(known, mixed, penalty)
+    return new @ weights + offset
 
 
 def crop_components(volumes: Volumes, crops: int = CROPS) -> tuple[NDArray[np.float32], NDArray[np.float32]]:

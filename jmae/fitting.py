@@ -99,8 +99,9 @@ def finished(config: ConfigDict, system: System, fit: Fit, measured: Sequence[Re
     join = np.concatenate if system.sweep else np.stack
     parts = [without_lesions(system, fit, result) for result in measured]
     joined = jax.tree.map(lambda *each: join(each, 1), *parts)
+    rows = [result.case.row for result in measured]
     trees = [
-        jax.device_get(fit.finish(jax.tree.map(lambda x, r=r: x[r], joined), key))
+        jax.device_get(fit.finish(jax.tree.map(lambda x, r=r: x[r], joined), key, rows))
         for r, key in enumerate(seeds_of(config))
     ]
     return trees[0] if len(trees) == 1 else jax.tree.map(lambda *each: np.stack(each), *trees)
@@ -170,7 +171,8 @@ def shapes(config: ConfigDict, system: System, results: Results, cases: int = 64
             average = jax.eval_shape(system.sweep.score, *given)[0]
             batch = {"average": average, "inside": jax.ShapeDtypeStruct((1, *window), bool)}
         measured = jax.eval_shape(fit.measure, one, batch, key)
-        tree = fit.finish(jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), measured), key)
+        rows = [Row("", "", "train", None, ())] * cases
+        tree = fit.finish(jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), measured), key, rows)
         lead = (config.replicates,) * several
         found[fit.name] = jax.tree.map(lambda x, lead=lead: jax.ShapeDtypeStruct((*lead, *x.shape), x.dtype), tree)
     return found

@@ -306,7 +306,7 @@ def fits(config: ConfigDict, evidence_of: Callable[[Results, Any, Array], Eviden
             name=FIT,
             rows=fitting_normals,
             measure=measure,
-            finish=lambda arrays, key: finished(config, arrays, key),
+            finish=lambda arrays, key, rows: finished(config, arrays, key),
             settings=(*SETTINGS, *further),
             needs="give the manifest normals of val, or train with --config.data.calibration=0.2",
         ),

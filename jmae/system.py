@@ -243,7 +243,7 @@ class Fit:
             holds "image" (b, *window, c), windows as `Sweep.score` gets them. Without crops it holds a volume's
             "average" (1, *size, k), as `Sweep.fuse` gets it, and "inside" (1, *size); sizes differ between volumes, so
             the arrays must not depend on them.
-        finish: (the arrays of all rows or crops, joined along b, on the host; key) -> nested dicts of arrays.
+        finish: (the arrays of all rows or crops, joined along b, on the host; key; the rows) -> nested dicts of arrays.
         crops: windows of each volume that are measured, spread evenly over it, without those that touch a lesion; 0:
             the volume as a whole.
         settings: keys of the section `evaluation` that change what is fitted, without the section's name.
@@ -253,7 +253,7 @@ class Fit:
     name: str
     rows: Callable[[Sequence[Row]], np.ndarray]
     measure: Callable[..., PyTree]
-    finish: Callable[[PyTree, Array], dict[str, Any]]
+    finish: Callable[[PyTree, Array, Sequence[Row]], dict[str, Any]]
     crops: int = 0
     settings: tuple[str, ...] = ()
     needs: str = "give the manifest more normals"

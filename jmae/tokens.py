@@ -26,14 +26,16 @@ from ml_collections import ConfigDict
 from jmae import recipe
 from jmae.data.manifest import Row
 from jmae.errors import InputError
-from jmae.keys.tokens import TOKEN_KEYS
+from jmae.keys.tokens import RIDGE, TOKEN_KEYS
 from jmae.nn.mae import MAE
 from jmae.patches import grid_of, patchify
+from jmae.ridge import standardised_ridge
 from jmae.system import Fit, Results, Rival, System
 from jmae.windows import average
 
 DISTANCE = "distance of the image's tokens from those of normal training images"
 WORDS = {"tokens": f"{DISTANCE}; a token is what the network makes of one patch (a small square or block)"}
+RIDGE_FIT = "token_ridge"  # what the score RIDGE keeps of normal and unlabelled images
 NAME = "tokens"  # of the score, of its map, and of what it learns from normal images
 
 
@@ -323,7 +325,7 @@ def token_fits(
             name=NAME,
             rows=rows,
             measure=measure,
-            finish=lambda arrays, key: {name: keep(np.asarray(tokens)) for name, tokens in arrays.items()},
+            finish=lambda arrays, key, rows: {name: keep(np.asarray(tokens)) for name, tokens in arrays.items()},
             crops=CROPS if volumes else 0,
             settings=tuple(TOKEN_KEYS),
             needs="give the manifest normal rows of split train",
@@ -338,10 +340,16 @@ def learned_by(config: ConfigDict, features: Float[np.ndarray, "n k d"]) -> dict
     return learned(features, near, evaluation.tokens, size=evaluation.bank_size, coreset=coreset, seed=config.seed)
 
 
-def tokens_of(config: ConfigDict, mae: MAE | None, image: Float[Array, "b *size c"]) -> Float[Array, "b k d"]:
-    """The inner tokens of images that are in the network's range; without a network the inner patches themselves."""
+def tokens_of(
+    config: ConfigDict, mae: MAE | None, image: Float[Array, "b *size c"], ring: int | None = None
+) -> Float[Array, "b k d"]:
+    """The inner tokens of images that are in the network's range; without a network the inner patches themselves.
+
+    `ring` takes the place of `evaluation.ring`.
+    """
     patch, evaluation = tuple(config.model.patch), config.evaluation
-    positions, patches = inner(grid_of(image.shape[1:-1], patch), evaluation.ring), patchify(image, patch)
+    ring = evaluation.ring if ring is None else ring
+    positions, patches = inner(grid_of(image.shape[1:-1], patch), ring), patchify(image, patch)
     return token_features(mae, patches, positions, evaluation.layer) if mae else patches[:, positions]
 
 
@@ -368,6 +376,50 @@ def signed_token_score(
     between = lambda d, e: (d - e) / jnp.maximum(d + e, jnp.finfo(jnp.float32).tiny)
     grid = grid_of(size, tuple(config.model.patch))
     return map_of(between(d, e), grid, config.evaluation.ring, size), between(score_of(d), score_of(e))
+
+
+def mean_token(config: ConfigDict, mae: MAE | None, image: Float[Array, "b *size c"]) -> Float[Array, "b d"]:
+    """The mean over the tokens of all positions, of images that are in the network's range."""
+    return jnp.mean(tokens_of(config, mae, image, ring=0), 1)
+
+
+def ridge_fits(
+    config: ConfigDict,
+    mae_of: Callable[[PyTree], MAE | None],
+    stage: str,
+    view: Callable[[Array], Array],
+    rows: Callable[[Sequence[Row]], np.ndarray] | None,
+) -> tuple[Fit, ...]:
+    """The regression of the score `tokens_ridge`, which tells mean tokens of normal from those of unlabelled images;
+    nothing where there is no such score.
+
+    Args:
+        mae_of: parameters -> network.
+        stage: name of the stage that trains the network.
+        view: (images as read) -> images in the network's range.
+        rows: numbers of the normal and of the unlabelled rows; None: there is no such score.
+    """
+    if config.evaluation.tokens == "none" or rows is None:
+        return ()
+
+    def measure(results: Results, batch: PyTree, key: Array) -> dict[str, Array]:
+        return {"mean": mean_token(config, mae_of(results[stage]["params"]), view(batch["image"]))}
+
+    def finish(arrays: PyTree, key: Array, rows: Sequence[Row]) -> dict[str, np.ndarray]:
+        mean, mixed = np.asarray(arrays["mean"]), np.array([row.split == "unlabeled" for row in rows])
+        weights, offset = standardised_ridge(mean[~mixed], mean[mixed])
+        return {"weights": weights.astype(np.float32), "offset": np.asarray(offset, np.float32)}
+
+    needs = "give the manifest normal rows of split train, and rows of split unlabeled"
+    return (Fit(name=RIDGE_FIT, rows=rows, measure=measure, finish=finish, settings=("layer",), needs=needs),)
+
+
+def ridge_score(
+    config: ConfigDict, mae: MAE | None, image: Float[Array, "b *size c"], learned: Mapping[str, Array]
+) -> Float[Array, " b"]:
+    """The score `tokens_ridge` of images that are in the network's range (ours): around -1 like normal images, around 1
+    like the unlabelled ones. It is of an image and has no map."""
+    return mean_token(config, mae, image) @ learned["weights"] + learned["offset"]
 
 
 def sweeping(
@@ -405,6 +457,7 @@ def token_rivals(
     view: Callable[[Array], Array],
     init: Callable[[Array], tuple[PyTree, PyTree]],
     mae_of: Callable[[PyTree], MAE],
+    mixed: Callable[[Sequence[Row]], np.ndarray] | None = None,
 ) -> dict[str, Rival]:
     """Rivals of the encoder in this score: an untrained one, and raw patches without any; none where there is no such
     score.
@@ -413,6 +466,7 @@ def token_rivals(
         system: the system that has the score.
         view: (images as read) -> images in the network's range.
         init, mae_of: those of the network.
+        mixed: `rows` of `ridge_fits`, for that score, too.
     """
     if config.evaluation.tokens == "none":
         return {}
@@ -422,9 +476,11 @@ def token_rivals(
         def score(results: Results, batch: PyTree, key: Array, *, chunk: int | None = None) -> dict[str, Any]:
             mae, image = mae_of(results[stage]["params"]), view(batch["image"])
             found, scores = token_score(config, mae, image, results[NAME][stage])
-            return {"maps": {NAME: found}, "scores": {NAME: scores}}
+            more = {RIDGE: ridge_score(config, mae, image, results[RIDGE_FIT])} if mixed else {}
+            return {"maps": {NAME: found}, "scores": {NAME: scores} | more}
 
-        other = replace(system, primary=NAME, map=NAME, masks=1, fits=token_fits(config, {stage: mae_of}, view))
+        fits = *token_fits(config, {stage: mae_of}, view), *ridge_fits(config, mae_of, stage, view, mixed)
+        other = replace(system, primary=NAME, map=NAME, masks=1, fits=fits)
         if not system.sweep:
             return replace(other, score=score)
         further = sweeping(config, mae_of, stage, view)["further"]

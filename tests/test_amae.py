@@ -9,16 +9,20 @@ import optax
 import pytest
 from drawn import drawn, first_state
 from ml_collections import ConfigDict
+from sklearn.linear_model import Ridge
+from sklearn.preprocessing import StandardScaler
 
 from configs import amae as recipe
 from jmae.data import phantoms
 from jmae.errors import InputError
+from jmae.masked import standardised
 from jmae.masking import case_keys, fold_in, hidden, random_mask, sample_keys
 from jmae.nn.mae import MAE
 from jmae.patches import patchify, unpatchify
 from jmae.reconstruct import masked_loss, reconstruct
 from jmae.system import load_system, network
 from jmae.systems.amae import VARIANTS, pseudo_labels
+from jmae.tokens import token_features
 
 KEY = jax.random.key(0)
 
@@ -260,9 +264,9 @@ def test_tokens_are_signed_by_their_distances_to_normal_images_and_to_module_b_s
     label, confident = pseudo_labels(margin, c.adapt.percentile, c.adapt.percentile_over)
     own = confident & (label == 1)
     assert 0 < own.sum() < cases
-    bank = fits["own_tokens"].finish({"tokens": measured["tokens"], "margin": margin}, None)
+    bank = fits["own_tokens"].finish({"tokens": measured["tokens"], "margin": margin}, None, [])
     normal = fits["tokens"].measure(results, images, None)
-    kept = {"tokens": fits["tokens"].finish(normal, None), "own_tokens": bank}
+    kept = {"tokens": fits["tokens"].finish(normal, None, []), "own_tokens": bank}
     new = batch(3, seed=100)
     out = system.score(results | jax.tree.map(jnp.asarray, kept), new, jax.random.key(0))
     tokens = np.asarray(fits["own_tokens"].measure(results, new, None)["tokens"])
@@ -282,6 +286,39 @@ def test_tokens_are_signed_by_their_distances_to_normal_images_and_to_module_b_s
     )
 
 
+def test_a_ridge_regression_tells_mean_tokens_of_normal_from_those_of_unlabelled_images(trained):
+    """Against scikit-learn, on tokens of all positions; the score has no map."""
+    _, results = trained
+    c = config(**{"evaluation.tokens": "gaussian", "evaluation.layer": 2, "evaluation.discrepancy": "tokens_ridge"})
+    system, rows = load_system(c), [row for row in phantoms.rows("chest") if row.split in ("train", "unlabeled")]
+    (fit,) = (fit for fit in system.fits if fit.name == "token_ridge")
+    chosen = [rows[i] for i in fit.rows(rows)]
+    assert {row.split for row in chosen} == {"train", "unlabeled"} and len(chosen) == len(rows)
+    few = [*chosen[:9], *chosen[-7:]]
+    known, new = batch(16), batch(3, seed=100)
+    learned = fit.finish(fit.measure(results, known, None), None, few)
+    mae, patch = mae_of(c, results["pretrain"]["params"]), (8, 8)
+    view = lambda given: patchify(standardised(given["image"], c), patch)
+    tokens = lambda given: np.asarray(token_features(mae, view(given), np.arange(16), 2), np.float64)
+    scaler = StandardScaler().fit(tokens(known).mean(1))
+    model = Ridge(alpha=c.model.width).fit(scaler.transform(tokens(known).mean(1)), np.repeat([-1, 1], [9, 7]))
+    kept = {"token_ridge": jax.tree.map(jnp.asarray, learned), "tokens": {}}
+    out = system.score(results | kept, new, jax.random.key(0))
+    expected = model.predict(scaler.transform(tokens(new).mean(1)))
+    np.testing.assert_allclose(out["scores"]["tokens_ridge"], expected, rtol=1e-3, atol=1e-4)
+    assert "tokens_ridge" not in out["maps"] and system.map == "tokens"
+    rival = system.rivals["untrained"].system
+    assert {fit.name for fit in rival.fits} == {"tokens", "token_ridge"} and any("scanner" in n for n in system.notes)
+    params = {"encoder": results["pretrain"]}  # a trained encoder in the rival's place has the system's own score
+    fits = {fit.name: fit.finish(fit.measure(params, known, None), None, few) for fit in rival.fits}
+    found = rival.score(params | jax.tree.map(jnp.asarray, fits), new, None)
+    np.testing.assert_allclose(found["scores"]["tokens_ridge"], expected, rtol=1e-3, atol=1e-4)
+    alone = config(**{"variant": "one_class", "evaluation.tokens": "position"})
+    assert "token_ridge" not in {fit.name for fit in load_system(alone).fits}
+    with pytest.raises(InputError, match="set evaluation"):
+        load_system(config(**{"evaluation.discrepancy": "tokens_ridge"}))
+
+
 @pytest.mark.parametrize(
     "changes", [{"variant": "b_perfect", "evaluation.tokens": "position"}, {"evaluation.tokens": "gaussian"}]
 )
@@ -299,7 +336,7 @@ def test_without_pseudo_labels_the_own_images_are_all_of_module_b():
         (fit,) = (fit for fit in load_system(c).fits if fit.name == "own_tokens")
         assert {rows[i].split for i in fit.rows(rows)} == {split}
         tokens = np.random.default_rng(0).normal(size=(5, 4, 3)).astype(np.float32)
-        bank = fit.finish({"tokens": tokens}, None)["bank"]
+        bank = fit.finish({"tokens": tokens}, None, [])["bank"]
         assert {tuple(token) for token in bank.reshape(-1, 3)} == {tuple(token) for token in tokens.reshape(-1, 3)}
 
 

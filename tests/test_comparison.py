@@ -4,6 +4,7 @@ import csv
 import html
 import json
 import re
+import shutil
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -261,6 +262,28 @@ def test_kept_runs_of_other_cases_or_another_recipe_are_refused(pack):
     config = {"seed": 1, "data": {"manifest": "a.csv", "size": 8}, "steps": 5}
     same = config | {"seed": 2, "data": {"manifest": "b.csv", "size": 8}}
     assert packs.settings(config) == packs.settings(same) != packs.settings(config | {"steps": 6})
+
+
+def test_further_evaluations_of_a_run_are_methods_of_their_own(pack):
+    run = pack.folder / "amae.packs.cxr_peds" / "seed-1"
+    shutil.copytree(run / "evaluation", run / "ways" / "tokens")
+    assert ("amae, tokens", 1, run / "ways" / "tokens") in list(packs.finished(pack.folder, "cxr_peds"))
+    runs = kept_runs(pack)
+    assert runs["amae, tokens"][0]["scores"] == runs["amae"][1]["scores"] and len(runs["amae"]) == 2
+
+
+def test_a_subset_has_the_scores_of_its_cases_alone(pack):
+    runs = kept_runs(pack)
+    marked = [SimpleNamespace(**vars(row), extra={"matched": "01"[i % 3 > 0]}) for i, row in enumerate(pack.rows)]
+    some, rows = packs.of_subset(runs, marked, "matched")
+    assert [row.id for row in rows] == [IDS[i] for i in range(24) if i % 3]
+    inside = [i for i in range(24) if i % 3]
+    for name, each in runs.items():
+        for whole, part in zip(each, some[name], strict=True):
+            assert part["scores"] == [whole["scores"][i] for i in inside] and part["published"] is None
+    for column in ("nothing", "id"):
+        with pytest.raises(InputError, match=f"--subset {column}: the manifest marks no test case"):
+            packs.of_subset(runs, marked, column)
 
 
 def test_runs_of_a_part_of_the_steps_are_left_out(pack):

@@ -46,7 +46,7 @@ def image_system(asked=None):
         name="level",
         rows=fitting_normals,
         measure=measure,
-        finish=lambda arrays, key: {"mean": {"image": arrays["image"].mean(0)}},
+        finish=lambda arrays, key, rows: {"mean": {"image": arrays["image"].mean(0)}},
         settings=("masks",),
     )
     return System(name="toy", stages=(), uses=(), primary="far", score=score, fits=(fit,))
@@ -219,7 +219,7 @@ def test_a_fit_to_whole_volumes_sees_their_averages_and_what_lies_inside():
         axes = tuple(range(1, batch["inside"].ndim))
         return {"sum": jnp.sum(batch["average"], axes), "count": jnp.sum(batch["inside"], axes)}
 
-    finish = lambda arrays, key: {"mean": arrays["sum"].sum(0) / arrays["count"].sum()}
+    finish = lambda arrays, key, rows: {"mean": arrays["sum"].sum(0) / arrays["count"].sum()}
     fit = Fit(name="mean", rows=fitting_normals, measure=measure, finish=finish)
     found, rows = volume_run(fit)
     arrays = [volume_case(row).array.reshape(-1, 2) for row in rows]
@@ -228,7 +228,7 @@ def test_a_fit_to_whole_volumes_sees_their_averages_and_what_lies_inside():
 
 def test_a_fit_to_crops_sees_windows_spread_evenly_over_each_volume():
     measure = lambda results, batch, key: {"crops": batch["image"]}
-    fit = Fit(name="crops", rows=fitting_normals, measure=measure, finish=lambda arrays, key: arrays, crops=3)
+    fit = Fit(name="crops", rows=fitting_normals, measure=measure, finish=lambda arrays, key, rows: arrays, crops=3)
     found, rows = volume_run(fit)
     expected = []
     for array in (volume_case(row).array for row in rows):
@@ -241,7 +241,7 @@ def test_a_fit_to_crops_sees_windows_spread_evenly_over_each_volume():
 
 def test_windows_that_touch_a_lesion_are_left_out(monkeypatch):
     measure = lambda results, batch, key: {"crops": batch["image"]}
-    fit = Fit(name="crops", rows=fitting_normals, measure=measure, finish=lambda arrays, key: arrays, crops=3)
+    fit = Fit(name="crops", rows=fitting_normals, measure=measure, finish=lambda arrays, key, rows: arrays, crops=3)
     whole, _ = volume_run(fit)
     plain = volume_case
 

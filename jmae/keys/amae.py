@@ -3,7 +3,7 @@
 from jmae import recipe
 from jmae.keys import residuals
 from jmae.keys.masked import LEAST_RATE, MODEL_KEYS, STANDARDISING_KEYS, TRAINING_KEYS, WEIGHTS_KEYS, declared
-from jmae.keys.tokens import TOKEN_KEYS
+from jmae.keys.tokens import RIDGE, TOKEN_KEYS
 from jmae.keys.unlabeled import UNLABELED_KEYS
 
 VARIANTS = {
@@ -24,6 +24,7 @@ DISCREPANCIES = {
     "nearer": "stage2_nearer",
     "error": "stage2_error",
     SIGNED: SIGNED,
+    RIDGE: RIDGE,
 }
 
 RECONSTRUCTION_KEYS = (
@@ -96,8 +97,9 @@ KEYS = {
         "reconstruction",
         'The primary score: "reconstruction", Eq. 4. Ours: "nearer", the part of Eq. 4 where module B is nearer the '
         'image; "error", the error of A less that of B; "tokens_signed", how much nearer the tokens of module B lie to '
-        'those of its own training images than to those of normal images; "tokens", in every variant, the score of '
-        "the tokens of Stage 0's encoder.",
+        'those of its own training images than to those of normal images; "tokens_ridge", a ridge regression of the '
+        'mean tokens of normal against unlabelled images; "tokens", in every variant, the score of the tokens of '
+        "Stage 0's encoder.",
         choices=(*DISCREPANCIES, "tokens"),
     ),
     **declared("evaluation", TOKEN_KEYS),

@@ -6,6 +6,8 @@ WAYS = ("position", "global", "gaussian", "mahalanobis")
 """What distances compare a token with: the bank of its position; one bank for all positions; the mean and covariance of
 its position; the mean of its position and the covariance of all."""
 
+RIDGE = "tokens_ridge"  # a score
+
 TOKEN_KEYS = {
     "tokens": recipe.Key(
         "none",

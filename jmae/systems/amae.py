@@ -68,9 +68,13 @@ from jmae.system import (
 from jmae.tokens import (
     DISTANCE,
     NAME,
+    RIDGE,
+    RIDGE_FIT,
     TOKEN_KEYS,
     check_tokens,
     learned_by,
+    ridge_fits,
+    ridge_score,
     signed_token_score,
     token_fits,
     token_rivals,
@@ -86,6 +90,8 @@ WORDS = TOKEN_WORDS | {
     "tokens_b": f"{DISTANCE}, by the encoder of module B",
     "tokens_signed": "whether the image's tokens are nearer to those of normal images or to those of the unlabelled "
     "images that look abnormal; a token is what the network makes of one patch (a small square)",
+    "tokens_ridge": "whether the image is like the unlabelled images rather than the normal ones, by what the first "
+    "network makes of it",
     "stage1": "probability of an anomaly, by a classifier of normal images and images with drawn anomalies",
     "stage2": "difference of the reconstructions of the two modules",
     "stage2_error": "reconstruction error of module A less that of module B",
@@ -98,6 +104,11 @@ TOKEN_SCORES = {"pretrain": "tokens", "module_a": "tokens_a", "module_b": "token
 HOME_MADE = (
     "Stage 0 learns from this run's images instead of the 0.3 million chest X-rays of the paper's checkpoint "
     "(model.weights names no file): this run is not the paper's"
+)
+
+MIXED = (
+    "the primary score tells the unlabelled images from the normal training images: any other difference between the "
+    "two, such as another scanner, counts as well"
 )
 
 
@@ -308,6 +319,8 @@ def score(
         banks = results[NAME]["module_b"], results[OWN]
         mae = networks.mae_of(results["module_b"]["params"])
         maps[SIGNED], scores[SIGNED] = signed_token_score(config, mae, image, *banks)
+    if RIDGE_FIT in results:
+        scores[RIDGE] = ridge_score(config, networks.mae_of(results["pretrain"]["params"]), image, results[RIDGE_FIT])
     if "proxy" in names:
         scores["stage1"] = jax.nn.sigmoid(margin_of(networks, results, raw))
     primary, more = primary_of(config), {}
@@ -362,6 +375,11 @@ def error_score(
     return {"maps": maps, "scores": scores}
 
 
+def mixed_rows(config: ConfigDict, rows: Sequence[Row]) -> np.ndarray:
+    """Numbers of the normal training rows and of the unlabelled ones, for the score `tokens_ridge`."""
+    return np.concatenate([rows_of(rows, {}), unlabelled(config, rows, {})])
+
+
 def own_tokens(networks: Networks) -> tuple[Fit, ...]:
     """The bank of module B's own training images, for the score `tokens_signed`; nothing where there is no such score.
 
@@ -380,7 +398,7 @@ def own_tokens(networks: Networks) -> tuple[Fit, ...]:
         margin = {"margin": margin_of(networks, results, image)} if predicted else {}
         return {"tokens": tokens_of(config, mae, standardised(image, config))} | margin
 
-    def finish(arrays: PyTree, key: Key[Array, ""]) -> dict[str, np.ndarray]:
+    def finish(arrays: PyTree, key: Key[Array, ""], rows: Sequence[Row]) -> dict[str, np.ndarray]:
         tokens, adapt = np.asarray(arrays["tokens"]), config.adapt
         if predicted:
             label, confident = pseudo_labels(np.asarray(arrays["margin"]), adapt.percentile, adapt.percentile_over)
@@ -665,8 +683,10 @@ def build(config: ConfigDict) -> System:
     if config.variant == "b_perfect":
         notes.append("variant b_perfect was trained on the hidden labels: it is a control, no method")
     primary = primary_of(config)
-    check_tokens(config, NAME if primary == SIGNED else primary)
-    own = own_tokens(networks)
+    if primary == RIDGE:
+        notes.append(MIXED)
+    check_tokens(config, NAME if primary in (SIGNED, RIDGE) else primary)
+    own, mixed = own_tokens(networks), None if config.variant in NORMALS_ALONE else partial(mixed_rows, config)
     if primary == SIGNED and not own:
         raise InputError(
             f"evaluation.discrepancy={SIGNED} needs evaluation.tokens=position or global, and no variant=b_perfect: "
@@ -678,17 +698,21 @@ def build(config: ConfigDict) -> System:
         stages=tuple(stage for stage in stages(networks) if stage.name in names),
         uses=tuple(name for name in names if name != "labels"),
         primary=primary,
+        map=NAME if primary == RIDGE else "",
         score=partial(score, networks),
         masks=config.evaluation.masks,
         repetitions="masks",
-        averaged=primary not in ("stage2", "stage2_nearer", NAME, SIGNED, *residuals.MAPS),  # no means over masks
+        averaged=primary
+        not in ("stage2", "stage2_nearer", NAME, SIGNED, RIDGE, *residuals.MAPS),  # no means over masks
         fits=fits_of(partial(predicted, networks)),
         notes=tuple(notes),
         words=WORDS | residuals.words(config),
     )
     encoders = {name: networks.mae_of for name in names if name in TOKEN_SCORES}
-    tokens = token_fits(config, encoders, partial(standardised, config=config))
-    rivals = token_rivals(config, system, partial(standardised, config=config), networks.mae_init, networks.mae_of)
+    view = partial(standardised, config=config)
+    tokens = token_fits(config, encoders, view)
+    tokens += ridge_fits(config, networks.mae_of, "pretrain", view, mixed)
+    rivals = token_rivals(config, system, view, networks.mae_init, networks.mae_of, mixed)
     whole = replace(system, fits=(*system.fits, *tokens, *own), rivals=rivals)
     if config.evaluation.residual == "feature":  # only the network has features
         return whole

@@ -1,7 +1,9 @@
-"""Ridge regression of normal against unlabelled images: what it needs of either are rows of numbers.
+"""Ridge regression of normal against unlabelled images, each a row of numbers.
 
-No label is used. Some unlabelled images are abnormal, and that suffices: the value rises in the directions in which the
-unlabelled rows differ from the normal ones. Any other difference between the two, such as another scanner, counts too.
+No label is used: some unlabelled images are abnormal, and that suffices. Elkan and Noto, "Learning classifiers from
+only positive and unlabeled data", KDD 2008, show why: where the known images are a random part of their class, the best
+classifier of known against unlabelled images ranks images as the best one of the two classes does. Any other difference
+between the known and the unlabelled images counts as well, such as another scanner.
 """
 
 import numpy as np

@@ -297,7 +297,7 @@ def test_a_ridge_regression_tells_mean_tokens_of_normal_from_those_of_unlabelled
     few = [*chosen[:9], *chosen[-7:]]
     known, new = batch(16), batch(3, seed=100)
     learned = fit.finish(fit.measure(results, known, None), None, few)
-    mae, patch = mae_of(c, results["pretrain"]["params"]), (8, 8)
+    mae, patch = mae_of(c, results["module_b"]["params"]), (8, 8)
     view = lambda given: patchify(standardised(given["image"], c), patch)
     tokens = lambda given: np.asarray(token_features(mae, view(given), np.arange(16), 2), np.float64)
     scaler = StandardScaler().fit(tokens(known).mean(1))
@@ -309,12 +309,13 @@ def test_a_ridge_regression_tells_mean_tokens_of_normal_from_those_of_unlabelled
     assert "tokens_ridge" not in out["maps"] and system.map == "tokens"
     rival = system.rivals["untrained"].system
     assert {fit.name for fit in rival.fits} == {"tokens", "token_ridge"} and any("scanner" in n for n in system.notes)
-    params = {"encoder": results["pretrain"]}  # a trained encoder in the rival's place has the system's own score
+    params = {"encoder": results["module_b"]}  # a trained encoder in the rival's place has the system's own score
     fits = {fit.name: fit.finish(fit.measure(params, known, None), None, few) for fit in rival.fits}
     found = rival.score(params | jax.tree.map(jnp.asarray, fits), new, None)
     np.testing.assert_allclose(found["scores"]["tokens_ridge"], expected, rtol=1e-3, atol=1e-4)
-    alone = config(**{"variant": "one_class", "evaluation.tokens": "position"})
-    assert "token_ridge" not in {fit.name for fit in load_system(alone).fits}
+    for variant in ("one_class", "mask_rec"):
+        alone = config(**{"variant": variant, "evaluation.tokens": "position"})
+        assert "token_ridge" not in {fit.name for fit in load_system(alone).fits}
     with pytest.raises(InputError, match="set evaluation"):
         load_system(config(**{"evaluation.discrepancy": "tokens_ridge"}))
 

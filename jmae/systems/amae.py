@@ -90,8 +90,8 @@ WORDS = TOKEN_WORDS | {
     "tokens_b": f"{DISTANCE}, by the encoder of module B",
     "tokens_signed": "whether the image's tokens are nearer to those of normal images or to those of the unlabelled "
     "images that look abnormal; a token is what the network makes of one patch (a small square)",
-    "tokens_ridge": "whether the image is like the unlabelled images rather than the normal ones, by what the first "
-    "network makes of it",
+    "tokens_ridge": "whether the image is like the unlabelled images rather than the normal ones, by what module B "
+    "makes of it",
     "stage1": "probability of an anomaly, by a classifier of normal images and images with drawn anomalies",
     "stage2": "difference of the reconstructions of the two modules",
     "stage2_error": "reconstruction error of module A less that of module B",
@@ -320,7 +320,7 @@ def score(
         mae = networks.mae_of(results["module_b"]["params"])
         maps[SIGNED], scores[SIGNED] = signed_token_score(config, mae, image, *banks)
     if RIDGE_FIT in results:
-        scores[RIDGE] = ridge_score(config, networks.mae_of(results["pretrain"]["params"]), image, results[RIDGE_FIT])
+        scores[RIDGE] = ridge_score(config, networks.mae_of(results["module_b"]["params"]), image, results[RIDGE_FIT])
     if "proxy" in names:
         scores["stage1"] = jax.nn.sigmoid(margin_of(networks, results, raw))
     primary, more = primary_of(config), {}
@@ -686,7 +686,7 @@ def build(config: ConfigDict) -> System:
     if primary == RIDGE:
         notes.append(MIXED)
     check_tokens(config, NAME if primary in (SIGNED, RIDGE) else primary)
-    own, mixed = own_tokens(networks), None if config.variant in NORMALS_ALONE else partial(mixed_rows, config)
+    own, mixed = own_tokens(networks), partial(mixed_rows, config) if "module_b" in names else None
     if primary == SIGNED and not own:
         raise InputError(
             f"evaluation.discrepancy={SIGNED} needs evaluation.tokens=position or global, and no variant=b_perfect: "
@@ -711,7 +711,7 @@ def build(config: ConfigDict) -> System:
     encoders = {name: networks.mae_of for name in names if name in TOKEN_SCORES}
     view = partial(standardised, config=config)
     tokens = token_fits(config, encoders, view)
-    tokens += ridge_fits(config, networks.mae_of, "pretrain", view, mixed)
+    tokens += ridge_fits(config, networks.mae_of, "module_b", view, mixed)
     rivals = token_rivals(config, system, view, networks.mae_init, networks.mae_of, mixed)
     whole = replace(system, fits=(*system.fits, *tokens, *own), rivals=rivals)
     if config.evaluation.residual == "feature":  # only the network has features

@@ -26,9 +26,9 @@ SUGGESTED = {"unlabelled images": "the only system that learns from them; AUROC 
 # ours: a small network, trained from nothing on 2 cores, in fixed steps and at higher rates. The rates were chosen on
 # phantoms of another seed; the setting `paper_rate` of benchmarks.accuracy adapts at the paper's rate. Images are
 # standardised one by one, since exposure differs within a set. The mask ratio is 0.75 before adaptation too, since 0.9
-# leaves 6 of 64 patches. The primary score is a ridge regression of module B's mean tokens (jmae/tokens.py). On `val` of
-# adults its AUROC is .767, .818 and .823 (three seeds), where tokens_signed has .655 and stage2_error .600 (one seed).
-# On `val` of children it is .978, and that of tokens_signed .977. Module B takes as many steps as module A: its
+# leaves 6 of 64 patches. The primary score is a ridge regression of module B's mean tokens (jmae/tokens.py). On `val`
+# of adults it has AUROCs of .767, .818 and .823 (three seeds), tokens_signed .655 and stage2_error .600 (one seed). On
+# `val` of children it has .978, and tokens_signed .977. Module B takes as many steps as module A: its
 # stage2_error on phantoms is .911, and with as many epochs .847 [.790, .901].
 SMALL = {
     "data.normalise": "image",

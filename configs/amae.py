@@ -27,7 +27,7 @@ SUGGESTED = {"unlabelled images": "the only system that learns from them; AUROC 
 # phantoms of another seed; the setting `paper_rate` of benchmarks.accuracy adapts at the paper's rate. Images are
 # standardised one by one, since exposure differs within a set. The mask ratio is 0.75 before adaptation too, since 0.9
 # leaves 6 of 64 patches. The primary score is a ridge regression of module B's mean tokens (jmae/tokens.py). On `val`
-# of adults it has AUROCs of .767, .818 and .823 (three seeds), tokens_signed .655 and stage2_error .600 (one seed). On
+# of adults it has AUROCs of .767, .818 and .823. One seed of tokens_signed has .655 there, and stage2_error .600. On
 # `val` of children it has .978, and tokens_signed .977. Module B takes as many steps as module A: its
 # stage2_error on phantoms is .911, and with as many epochs .847 [.790, .901].
 SMALL = {

@@ -306,7 +306,7 @@ def test_a_ridge_regression_tells_mean_tokens_of_normal_from_those_of_unlabelled
     out = system.score(results | kept, new, jax.random.key(0))
     expected = model.predict(scaler.transform(tokens(new).mean(1)))
     np.testing.assert_allclose(out["scores"]["tokens_ridge"], expected, rtol=1e-3, atol=1e-4)
-    assert "tokens_ridge" not in out["maps"] and system.map == "tokens"
+    assert "tokens_ridge" not in out["maps"] and system.map == "tokens_b"
     rival = system.rivals["untrained"].system
     assert {fit.name for fit in rival.fits} == {"tokens", "token_ridge"} and any("scanner" in n for n in system.notes)
     params = {"encoder": results["module_b"]}  # a trained encoder in the rival's place has the system's own score

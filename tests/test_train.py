@@ -643,7 +643,6 @@ def test_a_stage_is_one_program_for_all_its_batches(programs):
     assert programs == [[0, 1], [1, 1], [2, 1], [3, 2]]  # modules A and B share the last, with other earlier results
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("platform", ["cpu", "cuda"])
 def test_replicates_on_a_cpu_have_no_convolution_with_a_kernel_for_each(platform):
     layouts = ("NHWC", "HWIO", "NHWC")
@@ -661,6 +660,7 @@ def test_replicates_on_a_cpu_have_no_convolution_with_a_kernel_for_each(platform
     assert programs.side_by_side(slope, 1, axes) is slope
 
 
+@pytest.mark.long
 def test_compiled_programs_are_kept_where_jax_was_told_nothing(tmp_path):
     environment = {k: v for k, v in os.environ.items() if not k.startswith("JAX_")}
     code = (

@@ -686,7 +686,7 @@ def build(config: ConfigDict) -> System:
     if primary == RIDGE:
         notes.append(MIXED)
     check_tokens(config, NAME if primary in (SIGNED, RIDGE) else primary)
-    own, mixed = own_tokens(networks), partial(mixed_rows, config) if "module_b" in names else None
+    own, mixed = own_tokens(networks), partial(mixed_rows, config) if primary == RIDGE else None
     if primary == SIGNED and not own:
         raise InputError(
             f"evaluation.discrepancy={SIGNED} needs evaluation.tokens=position or global, and no variant=b_perfect: "
@@ -698,7 +698,7 @@ def build(config: ConfigDict) -> System:
         stages=tuple(stage for stage in stages(networks) if stage.name in names),
         uses=tuple(name for name in names if name != "labels"),
         primary=primary,
-        map=NAME if primary == RIDGE else "",
+        map=TOKEN_SCORES["module_b"] if primary == RIDGE else "",
         score=partial(score, networks),
         masks=config.evaluation.masks,
         repetitions="masks",

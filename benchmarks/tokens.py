@@ -130,12 +130,11 @@ def scored(
 
 def ridge(known: np.ndarray, mixed: np.ndarray, new: np.ndarray) -> np.ndarray:
     """Ridge regression of known normals (-1) against mixed images (+1), by rows of values standardised over all: its
-    value for new rows. The dual form: the rows are fewer than the values."""
-    x, y = np.concatenate([known, mixed]).astype(np.float64), np.repeat([-1.0, 1.0], [len(known), len(mixed)])
-    centre, spread = x.mean(0), x.std(0) + 1e-12
-    x, new = (x - centre) / spread, (new - centre) / spread
-    weights = x.T @ np.linalg.solve(x @ x.T + PENALTY * np.eye(len(x)), y - y.mean())
-    return new @ weights + y.mean()
+    value for new rows."""
+    from jmae.ridge import standardised_ridge
+
+    weights, offset = standardised_ridge(known, mixed, PENALTY)
+    return new @ weights + offset
 
 
 def questions(run: Run) -> dict[str, dict[str, np.ndarray]]:

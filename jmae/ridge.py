@@ -33,11 +33,14 @@ def ridge(
 
 
 def standardised_ridge(
-    normal: Float[np.ndarray, "n d"], unlabelled: Float[np.ndarray, "k d"]
+    normal: Float[np.ndarray, "n d"], unlabelled: Float[np.ndarray, "k d"], penalty: float | None = None
 ) -> tuple[Float[np.ndarray, " d"], float]:
-    """The same, of numbers that are first standardised over all rows. The penalty is d, so that it weighs as much at
-    any width. The weights are those of the numbers as they are."""
+    """The same, of numbers that are first standardised over all rows. The weights are those of the numbers as they are.
+
+    Args:
+        penalty: as in `ridge`; None: d, so that it weighs as much at any width.
+    """
     rows = np.concatenate([normal, unlabelled]).astype(np.float64)
     scale = np.maximum(rows.std(0), 1e-12)
-    weights, offset = ridge(normal / scale, unlabelled / scale, rows.shape[1])
+    weights, offset = ridge(normal / scale, unlabelled / scale, rows.shape[1] if penalty is None else penalty)
     return weights / scale, offset

@@ -131,7 +131,7 @@ def plant_lesions(manifest: Path, folder: Path) -> Path:
         rows = list(csv.DictReader(file))
     test = [row for row in rows if row["split"] == "test"]
     for row in rows:
-        row["image"] = str(manifest.parent / row["image"])
+        row["image"] = str((manifest.parent / row["image"]).resolve())
     for row in test[::2]:
         rng = np.random.default_rng(list(row["id"].encode()))
         image = nib.load(row["image"])
@@ -144,7 +144,9 @@ def plant_lesions(manifest: Path, folder: Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         for name, content in ((f"{row['id']}.nii.gz", array), (f"{row['id']}_mask.nii.gz", (inside > 0.5) * 1.0)):
             nib.save(nib.Nifti1Image(content.astype(np.float32), image.affine), folder / name)
-        row["image"], row["mask"] = (str(folder / f"{row['id']}{end}") for end in (".nii.gz", "_mask.nii.gz"))
+        row["image"], row["mask"] = (
+            str((folder / f"{row['id']}{end}").resolve()) for end in (".nii.gz", "_mask.nii.gz")
+        )
         row["label"] = "1"
     return write_manifest(rows, folder)
 

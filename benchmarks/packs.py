@@ -20,7 +20,8 @@ Differences are those to the best closed form that learns from normal images alo
 closed forms (jmae.baselines) see the images at the size of the recipe `autoencoder:small`. "ridge, unlabelled" learns
 from unlabelled images too, as AMAE does. Where an evaluation has closed forms under the method's own score and masks
 (jmae.rivals), the best of them stands beside the method. "explained" is the share of the variance of hidden patches of
-held-out normals that the network explains.
+held-out normals that the network explains. "central" is the AUROC on the central 80 % of each axis: the mean of the map
+there, or the closed form of the cropped images. A score without such a map has none.
 
 benchmarks/results/packs.json keeps the table.
 """
@@ -41,7 +42,9 @@ from benchmarks.timing import table, write
 from jmae import baselines, metrics, recipe
 from jmae.data.cases import Row, load_rows
 from jmae.data.preparation import prepared_image
+from jmae.data.transforms import central
 from jmae.errors import InputError, exit_code
+from jmae.figures import CENTRAL
 from jmae.report.compare import read_run
 from jmae.run_folder import write_text
 
@@ -96,6 +99,8 @@ def entry_of(folder: Path, rows: Sequence[Row]) -> dict[str, Any] | None:
         )
     primary = run.metrics["primary"]
     other = primary if folder.parent.name == "ways" else PUBLISHED.get(run.config["system"], primary)
+    middle = run.metrics["subsets"].get(f"central {CENTRAL:.0%}", {}).get("scores", {})
+    inside = lambda name: middle[name]["image"]["auroc"] if (middle.get(name) or {}).get("image") else None
     rivals = {
         name.split(":")[0]: entry["image"]["auroc"]
         for name, entry in run.metrics["baselines"].items()
@@ -107,6 +112,7 @@ def entry_of(folder: Path, rows: Sequence[Row]) -> dict[str, Any] | None:
         "cases": cases_digest(rows),
         "rivals": rivals,
         "explained": (run.metrics.get("explained") or {}).get("the network"),
+        "central": {name: inside(name) for name in (primary, other)},
         "scores": [float(f"{run.cases[row.id][1]:.6g}") for row in rows],
         "published": [float(f"{float(run.table[row.id][other]):.6g}") for row in rows] if other != primary else None,
     }
@@ -160,13 +166,15 @@ def of_subset(
     if not marked:
         raise InputError(f"--subset {column}: the manifest marks no test case in such a column")
     cut = lambda scores: scores and [scores[i] for i in marked]
-    own = lambda run: {**run, "scores": cut(run["scores"]), "published": cut(run.get("published")), "rivals": {}}
+    gone = {"rivals": {}, "central": {}}
+    own = lambda run: {**run, "scores": cut(run["scores"]), "published": cut(run.get("published")), **gone}
     return {name: [own(run) for run in each] for name, each in runs.items()}, [rows[i] for i in marked]
 
 
-def closed_forms(config: Any, rows: Sequence[Row], tested: Sequence[Row]) -> dict[str, np.ndarray]:
-    """The score of each tested case by each closed form."""
-    images = lambda chosen: np.stack([prepared_image(row, config.data) for row in chosen])
+def closed_forms(config: Any, rows: Sequence[Row], tested: Sequence[Row], share: float = 1) -> dict[str, np.ndarray]:
+    """The score of each tested case by each closed form, on the central `share` of each axis."""
+    middle = lambda image: np.stack([central(channel, share) for channel in np.moveaxis(image, -1, 0)], -1)
+    images = lambda chosen: np.stack([middle(prepared_image(row, config.data)) for row in chosen])
     normals = images([row for row in rows if row.split == "train" and row.label == 0])
     cases = images(tested)
     found = baselines.image_scores(normals, cases)
@@ -185,11 +193,22 @@ def same_score(runs: Sequence[Entry]) -> tuple[str, float] | None:
     return max(means.items(), key=lambda item: item[1]) if means else None
 
 
+def of_crop(runs: Sequence[Entry], published: bool) -> tuple[float, int] | None:
+    """(mean AUROC on the central crop, seeds that have one) of a method; None where no seed has one."""
+    each = [list(run.get("central", {}).values()) for run in runs]
+    found = [figures[-1 if published else 0] for figures in each if figures]
+    there = [auroc for auroc in found if auroc is not None]
+    return (float(np.mean(there)), len(there)) if there else None
+
+
 def compared(
-    runs: Mapping[str, Sequence[Entry]], forms: Mapping[str, np.ndarray], rows: Sequence[Row]
+    runs: Mapping[str, Sequence[Entry]],
+    forms: Mapping[str, np.ndarray],
+    rows: Sequence[Row],
+    cropped: Mapping[str, np.ndarray] | None = None,
 ) -> dict[str, Any]:
     """The figures of each method and closed form, and their differences to the best closed form of normals alone, to
-    the best trained rival and to `MIXED`."""
+    the best trained rival and to `MIXED`. `cropped` has the scores of the closed forms on the central crop."""
     labels, patients = np.array([row.label for row in rows], bool), [row.patient for row in rows]
     published = {f"{name}, as published": [run for run in each if run.get("published")] for name, each in runs.items()}
     scores = {name: np.array([run["scores"] for run in each]) for name, each in runs.items()}
@@ -201,6 +220,9 @@ def compared(
     others = dict(zip(PAIRED, (best, trained, MIXED if MIXED in forms else None), strict=True))
     chance = np.zeros(len(rows))  # a constant score has an AUROC of 1/2 in each draw, so a difference to it is a figure
     paired = partial(metrics.paired_difference, labels=labels, patients=patients)
+    crop = {name: (metrics.auroc(labels, one), 1) for name, one in (cropped or {}).items()}
+    crop |= {name: of_crop(each, False) for name, each in runs.items()}
+    crop |= {name: of_crop(each, True) for name, each in published.items()}
     out: dict[str, Any] = {}
     for name, seeds in scores.items():
         above, (low, high) = paired(metrics.auroc, scores=seeds, others=chance)
@@ -215,6 +237,7 @@ def compared(
             "ap": float(np.mean(each)),
             **{what: (to[what][0], *to[what][1]) if what in to else None for what in PAIRED},
             "same_score": same_score(runs.get(name, [])),
+            "central": crop.get(name),
             "explained": float(np.mean(explained)) if explained else None,
         }
     return {
@@ -233,12 +256,15 @@ def rows_of(found: dict[str, Any]) -> Iterator[tuple[Any, ...]]:
     for name, one in sorted(found["methods"].items(), key=lambda item: -item[1]["auroc"]):
         name = f"**{name}**" if one["trained"] else name
         figures = (f"{one['auroc']:.3f}", ends(one["auroc_ci"]), f"{one['ap']:.3f}")
+        middle, n = one["central"] or (None, 0)
+        of = f" ({n} of {one['seeds']} seeds)" if one["trained"] and n < one["seeds"] else ""
         rival = "{}: {:.3f}".format(*one["same_score"]) if one["same_score"] else ""
         yield (
             name,
             one["seeds"] or "",
             *figures,
             *(above(one[what]) for what in PAIRED),
+            "" if middle is None else f"{middle:.3f}{of}",
             rival,
             "" if one["explained"] is None else f"{one['explained']:.2f}",
         )
@@ -264,7 +290,8 @@ def main(argv: Sequence[str]) -> None:
     keep(options.pack, entries)
     if options.subset:
         runs, tested = of_subset(runs, tested, options.subset)
-    found = compared(runs, closed_forms(config, rows, tested), tested)
+    cropped = {} if options.subset else closed_forms(config, rows, tested, CENTRAL)
+    found = compared(runs, closed_forms(config, rows, tested), tested, cropped)
     head = (
         "method",
         "seeds",
@@ -274,6 +301,7 @@ def main(argv: Sequence[str]) -> None:
         f"above {found['best_closed_form']}, 95 %",
         f"above {found['best_trained_rival'] or 'a trained rival'}, 95 %",
         f"above {MIXED}, 95 %",
+        f"central {CENTRAL:.0%}",
         "same score, best closed form",
         "explained",
     )

@@ -1,11 +1,14 @@
 """The benchmarks' page and tables; no figure of theirs."""
 
+import csv
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import nibabel as nib
+import numpy as np
 import pytest
 
 from benchmarks import against_plan, cpu, maemi
@@ -205,3 +208,21 @@ def test_the_estimate_counts_the_operations_of_the_compiled_step():
     training, scoring = maemi.estimate(config, 744, 100)
     assert training == pytest.approx(124_000 * 4.84e-3 / 3600, rel=0.1)
     assert scoring == pytest.approx(100 * 2400 * maemi.forward_flops(config) / maemi.RATE / 3600)  # 2400 windows each
+
+
+def test_planted_lesions_are_found_from_any_folder(tmp_path, monkeypatch):
+    """Paths of the written manifest hold where the folders were given as relative paths."""
+    monkeypatch.chdir(tmp_path)
+    Path("pack").mkdir()
+    volume = np.random.default_rng(0).normal(100, 10, (20, 20, 12)).astype(np.float32)
+    for name in ("a", "b"):
+        nib.save(nib.Nifti1Image(volume, np.eye(4)), f"pack/{name}.nii.gz")
+    lines = ["id,image,mask,split,label", "a,a.nii.gz,,test,0", "b,b.nii.gz,,test,0"]
+    Path("pack/manifest.csv").write_text("\n".join(lines) + "\n")
+    written = maemi.plant_lesions(Path("pack/manifest.csv"), Path("runs"))
+    planted, normal = csv.DictReader(written.read_text().splitlines())
+    assert (planted["label"], normal["label"]) == ("1", "0")
+    assert Path(planted["image"]) == tmp_path / "runs" / "a.nii.gz"
+    changed = nib.load(planted["image"]).get_fdata() != volume
+    assert changed.any() and nib.load(planted["mask"]).get_fdata().any()
+    np.testing.assert_array_equal(nib.load(normal["image"]).get_fdata(), volume)

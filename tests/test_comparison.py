@@ -218,7 +218,7 @@ def test_methods_of_a_pack_stand_beside_the_best_closed_form_of_normals_alone(pa
     assert {name: len(each) for name, each in runs.items()} == {"amae": 2, "rivals.ae": 1}
     rng = np.random.default_rng(0)
     forms = {"5-NN": LABELS + rng.normal(0, 1, 24), "brightness": rng.normal(0, 1, 24), packs.MIXED: LABELS + 0.0}
-    found = packs.compared(runs, forms, pack.rows)
+    found = packs.compared(runs, forms, pack.rows, {"5-NN": LABELS + 0.0})
     stored = [compare.read_run(pack.folder / "amae.packs.cxr_peds" / f"seed-{seed}") for seed in (0, 1)]
     each = [roc_auc_score(LABELS, compare.scores_of(run, IDS)) for run in stored]
     known = roc_auc_score(LABELS, forms["5-NN"])
@@ -228,6 +228,7 @@ def test_methods_of_a_pack_stand_beside_the_best_closed_form_of_normals_alone(pa
     assert one["auroc_ci"][0] <= one["auroc"] <= one["auroc_ci"][1]
     assert found["methods"]["5-NN"]["difference"] == (0, 0, 0) == found["methods"]["rivals.ae"]["to_trained"]
     assert one["to_trained"][0] == pytest.approx(one["auroc"] - found["methods"]["rivals.ae"]["auroc"])
+    assert found["methods"]["5-NN"]["central"] == (1.0, 1) and found["methods"]["brightness"]["central"] is None
     assert "amae, as published" not in found["methods"] and one["explained"] == pytest.approx(0.4)
     reversed_ = [runs["amae"][0] | {"published": [-score for score in runs["amae"][0]["scores"]]}]
     other = packs.compared({"amae": reversed_}, forms, pack.rows)["methods"]["amae, as published"]
@@ -292,3 +293,12 @@ def test_runs_of_a_part_of_the_steps_are_left_out(pack):
     for budget, kept in ((1.0, True), (0.1, False)):
         (run / "evaluation" / "config.json").write_text(json.dumps(config | {"budget": budget}))
         assert bool(packs.entry_of(run, pack.rows)) == kept
+
+
+def test_figures_of_the_central_crop_stand_beside_each_method():
+    """A mean over the seeds that have one; the last figure is that of the published score."""
+    runs = [{"central": {"own": 0.8, "paper": 0.5}}, {"central": {"own": 0.9, "paper": None}}, {}]
+    assert packs.of_crop(runs, published=False) == (pytest.approx(0.85), 2)
+    assert packs.of_crop(runs, published=True) == (0.5, 1)
+    assert packs.of_crop([{"central": {"own": 0.8}}], published=True) == (0.8, 1)
+    assert packs.of_crop([{}], published=False) is None

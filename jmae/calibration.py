@@ -258,14 +258,14 @@ def read_calibration(
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{file}: is no calibration ({error!r}): delete it and run jmae.evaluate again") from None
     now = json.loads(json.dumps(score_identity(config, system, results)))
-    if weights != now["weights"]:
-        say(f"warning: {file} belongs to other weights: no p-values; run jmae.evaluate again")
-        return None
     settings = settings_before(config) | settings
     retired = {key.removeprefix("evaluation.") for key in recipe.RETIRED} - now["settings"].keys()
     compared = (settings | now["settings"]).keys() - retired
     if other := sorted(k for k in compared if settings.get(k) != now["settings"].get(k)):
         say(f"warning: {file} belongs to another evaluation.{other[0]}: no p-values")
+        return None
+    if weights != now["weights"]:
+        say(f"warning: {file} belongs to other weights: no p-values; run jmae.evaluate again")
         return None
     return Calibration(scores, low, high, needs, peaks, least, fitted, inputs)
 

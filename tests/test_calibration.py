@@ -243,8 +243,9 @@ def test_the_normals_themselves_and_other_settings_or_weights_have_no_p_value(ca
     changed = c.copy_and_resolve_references()
     changed.evaluation.masks = 9
     capfd.readouterr()
-    assert cal.read_calibration(changed, SYSTEM, {}, folder) is None
-    assert "belongs to another evaluation.masks: no p-values" in capfd.readouterr().err
+    for weights in ({}, {"fitted": {"bank": np.ones(2)}}):  # other settings may need another fit: they are the reason
+        assert cal.read_calibration(changed, SYSTEM, weights, folder) is None
+        assert "belongs to another evaluation.masks: no p-values" in capfd.readouterr().err
     assert cal.read_calibration(c, SYSTEM, {"a": {"params": np.ones(2)}}, folder) is None
     assert "belongs to other weights" in capfd.readouterr().err
     changed.evaluation.masks, changed.evaluation.batch = c.evaluation.masks, 1

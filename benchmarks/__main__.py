@@ -98,6 +98,10 @@ PARTS = (
     *(Part("simsid", what) for what in ("phantoms", "volumes")),
     Part("simsid", "cxr_peds", "JMAE_DATA"),
     *(Part("packs", f"{pack} --runs papers", "JMAE_DATA") for pack in ("cxr_peds", "cxr_nih", "endoscopy")),
+    *(
+        Part("border", f"{what} --runs papers", "JMAE_DATA")
+        for what in ("cxr_peds", "cxr_nih", "cxr_nih --subset matched")
+    ),
     Part("systems", "cxr_peds --budget 0.5", "JMAE_DATA"),
     Part("systems", "endoscopy --budget 0.25", "JMAE_DATA"),
     Part("scaling", needs="libtpu"),

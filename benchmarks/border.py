@@ -1,0 +1,118 @@
+"""How much of AMAE's score `tokens_ridge` comes from the border of the films.
+
+    JMAE_DATA=data python -m benchmarks.border cxr_peds --runs papers
+    JMAE_DATA=data python -m benchmarks.border cxr_nih --runs papers
+    JMAE_DATA=data python -m benchmarks.border cxr_nih --runs papers --subset matched
+
+It trains no network. It reads the finished runs of AMAE in the folder --runs, which `jmae papers amae.packs.PACK` made.
+The encoder of module B gets all tokens of a film, or the tokens without one or two rings at the border. It has never
+seen the tokens of these rings then, neither of the films that the regression learns from nor of the film that it
+scores. Beside it stand an untrained encoder with the same tokens, and the ridge regression of the pixels inside.
+
+Figures are means over the runs, with 95 % intervals over patients. "above the pixels" is the paired difference to the
+regression of pixels. benchmarks/results/border.json keeps them.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.packs import MIXED, closed_forms, finished, of_subset, rows_of_manifest
+from benchmarks.runs import pack
+from benchmarks.timing import table, write
+from benchmarks.tokens import BATCH, Run
+from jmae import metrics
+from jmae.errors import exit_code
+from jmae.ridge import standardised_ridge
+
+RESULTS = Path(__file__).parent / "results" / "border.json"
+RINGS = (0, 1, 2)
+ENCODERS = {"AMAE, module B": "module_b", "untrained encoder": "untrained"}
+
+
+def scores_of(run: Run, stage: str, ring: int) -> dict[str, float]:
+    """The score `tokens_ridge` of each test film by its id, without the tokens of `ring` rings at the border."""
+    import jax
+
+    from jmae.masked import standardised
+    from jmae.tokens import tokens_of
+
+    @jax.jit
+    def mean(params: Any, image: Any) -> Any:
+        return tokens_of(run.config, run.networks.mae_of(params), standardised(image, run.config), ring).mean(1)
+
+    def means(rows: str) -> np.ndarray:
+        images, found = run.cases.images(run.rows[rows]), []
+        for start in range(0, len(images.rows), BATCH):
+            numbers = np.minimum(np.arange(start, start + BATCH), len(images.rows) - 1)
+            found.append(np.asarray(mean(run.params[stage], images.image(numbers)))[: len(images.rows) - start])
+        return np.concatenate(found)
+
+    weights, offset = standardised_ridge(means("train"), means("unlabeled"))
+    return dict(zip([row.id for row in run.rows["test"]], means("test") @ weights + offset, strict=True))
+
+
+def measure(manifest: str, folders: Sequence[Path], subset: str) -> list[dict[str, Any]]:
+    """A result for each number of rings and each method."""
+    config, rows, tested = rows_of_manifest(manifest)
+    if subset:
+        _, tested = of_subset({}, tested, subset)
+    labels, patients = np.array([row.label for row in tested], bool), [row.patient for row in tested]
+    runs, found = [Run(folder) for folder in folders], []
+    grid, chance = runs[0].grid, np.zeros(len(tested))
+    for ring in RINGS:
+        inside = 1 - 2 * ring / grid[0]
+        pixels = closed_forms(config, rows, tested, inside)[MIXED][None]
+        for title, stage in {**ENCODERS, "pixels": ""}.items():
+            each = [scores_of(run, stage, ring) for run in runs] if stage else []
+            scores = np.array([[one[row.id] for row in tested] for one in each]) if stage else pixels
+            above = lambda others, s=scores: metrics.paired_difference(
+                metrics.auroc, labels=labels, patients=patients, scores=s, others=others
+            )
+            auroc, (low, high) = above(chance)
+            figures = {"auroc": auroc + 0.5, "auroc_ci": (low + 0.5, high + 0.5), "seeds": len(scores)}
+            less = above(pixels) if stage else None
+            found.append({"rings": ring, "inside": inside, "method": title, **figures, "above_pixels": less})
+    return found
+
+
+def main(argv: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("pack")
+    parser.add_argument("--runs", type=Path, default=Path("papers"), help="folder of the runs of `jmae papers`")
+    parser.add_argument("--subset", default="", help="column of the manifest that marks the test rows")
+    options = parser.parse_args(argv)
+    if not (folder := pack(options.pack)):
+        return
+    folders = [run for method, _, run in finished(options.runs, options.pack) if method == "amae"]
+    if not folders:
+        print(f"not run: {options.runs} has no finished run of AMAE on {options.pack}: train one by jmae papers")
+        return
+    found = measure(str(folder / "manifest.csv"), folders, options.subset)
+    ends = lambda figure: "{:.3f} to {:.3f}".format(*figure)
+    lines = [
+        (
+            one["rings"],
+            f"{one['inside']:.0%}",
+            one["method"],
+            one["seeds"] if one["method"] != "pixels" else "",
+            f"{one['auroc']:.3f}",
+            ends(one["auroc_ci"]),
+            "{:+.3f}, {:+.3f} to {:+.3f}".format(one["above_pixels"][0], *one["above_pixels"][1])
+            if one["above_pixels"]
+            else "",
+        )
+        for one in found
+    ]
+    head = ("rings left out", "inside of each axis", "method", "seeds", "AUROC", "95 %", "above the pixels, 95 %")
+    name = ", ".join([options.pack, *([options.subset] if options.subset else [])])
+    write(RESULTS, name, {"results": found, "table": [head, lines]})
+    print(table(head, lines))
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main, sys.argv[1:]))

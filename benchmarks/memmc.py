@@ -306,20 +306,27 @@ def scores(options: argparse.Namespace) -> None:
 
 
 def frame_maps(scorer: Any, image: Any, name: str) -> np.ndarray:
-    """The primary map of a whole frame: the mean over the windows that cover a pixel."""
+    """The primary map of a whole frame: the mean over the windows that cover a pixel.
+
+    A window of one value, such as a black corner, has no content and is left out. A pixel that such windows alone cover
+    has the lowest value of the frame.
+    """
     from jmae.data.manifest import Row
     from jmae.results import map_name
     from jmae.windows import ends
 
     size, (h, w) = image.array.shape[:2], WINDOW
+    cut = lambda y, x: image._replace(array=image.array[y : y + h, x : x + w])
     corners = [(y - h, x - w) for y in ends(size[0], h, STRIDE[0]) for x in ends(size[1], w, STRIDE[1])]
-    parts = [image._replace(array=image.array[y : y + h, x : x + w]) for y, x in corners]
+    corners = [corner for corner in corners if np.ptp(cut(*corner).array, (0, 1)).any()]
+    parts = [cut(*corner) for corner in corners]
     cases = [scorer.prepare(Row(f"{name} {k}", "", "test", None, (name,)), part) for k, part in enumerate(parts)]
     total, count = np.zeros(size), np.zeros(size)
     for (y, x), result in zip(corners, scorer.score(cases), strict=True):
         total[y : y + h, x : x + w] += result.own_maps()[map_name(scorer.system)][0]
         count[y : y + h, x : x + w] += 1
-    return (total / count).astype(np.float32)
+    found = total / np.maximum(count, 1)
+    return np.where(count > 0, found, found[count > 0].min()).astype(np.float32)
 
 
 def frames(options: argparse.Namespace) -> None:

@@ -366,8 +366,9 @@ def frames(options: argparse.Namespace) -> None:
                     found[name].add(mask, values.astype(np.float32))
                     pixels.setdefault(name, Pooled()).add(mask, values.astype(np.float32))
             thresholds = {"map": pool.percentile(config.evaluation.iou)}
+            finite = lambda part: {k: None if v != v else v for k, v in part.items()}  # one group has no deviation
             result = {
-                name: {"localisation": found[name].result(thresholds.get(name)), "pixel": pixels[name].result()}
+                name: {"localisation": finite(found[name].result(thresholds.get(name))), "pixel": pixels[name].result()}
                 for name in found
             }
             write(RESULTS, title, {"images": len(images), **result})

@@ -83,7 +83,14 @@ PARTS = (
     Part("tokens", "cxr_nih --subset matched", "JMAE_DATA"),
     *(
         Part("scores", f"{pack} --seeds 0 1 2", "JMAE_DATA")
-        for pack in ("cxr_peds", "cxr_nih", "endoscopy", "mri3d", "mri3d_hippo")
+        for pack in (
+            "cxr_peds --only normals",
+            "cxr_peds --only amae memmc_mae ppii simsid",
+            "cxr_nih",
+            "endoscopy",
+            "mri3d",
+            "mri3d_hippo",
+        )
     ),
     *(
         Part("maemi", what, "JMAE_DATA" if "mri3d" in what else "")

@@ -1,16 +1,17 @@
-"""How much of AMAE's score `tokens_ridge` comes from the border of the films.
+"""How much of AMAE's score `tokens_ridge` comes from the border of the images.
 
     JMAE_DATA=data python -m benchmarks.border cxr_peds --runs papers
     JMAE_DATA=data python -m benchmarks.border cxr_nih --runs papers
     JMAE_DATA=data python -m benchmarks.border cxr_nih --runs papers --subset matched
 
 It trains no network. It reads the finished runs of AMAE in the folder --runs, which `jmae papers amae.packs.PACK` made.
-The encoder of module B gets all tokens of a film, or the tokens without one or two rings at the border. It has never
-seen the tokens of these rings then, neither of the films that the regression learns from nor of the film that it
-scores. Beside it stand an untrained encoder with the same tokens, and the ridge regression of the pixels inside.
+The encoder of module B gets all tokens of an image, or the tokens without one or two rings at the border. The inner
+part alone then gives the mean and the deviation that standardise the image, too. So nothing of the border takes part in
+the regression or in the test. But module B has learned from whole images. Beside it stand an untrained encoder with the
+same tokens, and the ridge regression of the pixels of the same inner part.
 
-Figures are means over the runs, with 95 % intervals over patients. "above the pixels" is the paired difference to the
-regression of pixels. benchmarks/results/border.json keeps them.
+Figures are means over the runs, with 95 % intervals over patients. "above the pixels" and "above
+untrained" are paired differences. benchmarks/results/border.json keeps them.
 """
 
 import argparse
@@ -27,6 +28,7 @@ from benchmarks.timing import table, write
 from benchmarks.tokens import BATCH, Run
 from jmae import metrics
 from jmae.errors import exit_code
+from jmae.recipe import read
 from jmae.ridge import standardised_ridge
 
 RESULTS = Path(__file__).parent / "results" / "border.json"
@@ -35,15 +37,18 @@ ENCODERS = {"AMAE, module B": "module_b", "untrained encoder": "untrained"}
 
 
 def scores_of(run: Run, stage: str, ring: int) -> dict[str, float]:
-    """The score `tokens_ridge` of each test film by its id, without the tokens of `ring` rings at the border."""
+    """The score `tokens_ridge` of each test image by its id, without `ring` rings of tokens at the border."""
     import jax
 
     from jmae.masked import standardised
     from jmae.tokens import tokens_of
 
+    (h, w), (y, x) = run.config.data.size, (ring * p for p in run.config.model.patch)
+
     @jax.jit
     def mean(params: Any, image: Any) -> Any:
-        return tokens_of(run.config, run.networks.mae_of(params), standardised(image, run.config), ring).mean(1)
+        image = standardised(image, run.config, whole=image[:, y : h - y, x : w - x])
+        return tokens_of(run.config, run.networks.mae_of(params), image, ring).mean(1)
 
     def means(rows: str) -> np.ndarray:
         images, found = run.cases.images(run.rows[rows]), []
@@ -63,20 +68,22 @@ def measure(manifest: str, folders: Sequence[Path], subset: str) -> list[dict[st
         _, tested = of_subset({}, tested, subset)
     labels, patients = np.array([row.label for row in tested], bool), [row.patient for row in tested]
     runs, found = [Run(folder) for folder in folders], []
-    grid, chance = runs[0].grid, np.zeros(len(tested))
+    each = lambda stage, ring: [scores_of(run, stage, ring) for run in runs]
+    grid, chance, untrained = runs[0].grid, np.zeros(len(tested)), list(ENCODERS)[-1]
     for ring in RINGS:
         inside = 1 - 2 * ring / grid[0]
         pixels = closed_forms(config, rows, tested, inside)[MIXED][None]
-        for title, stage in {**ENCODERS, "pixels": ""}.items():
-            each = [scores_of(run, stage, ring) for run in runs] if stage else []
-            scores = np.array([[one[row.id] for row in tested] for one in each]) if stage else pixels
-            above = lambda others, s=scores: metrics.paired_difference(
+        of = lambda stage, r=ring: np.array([[scores[row.id] for row in tested] for scores in each(stage, r)])
+        scores = {**{title: of(stage) for title, stage in ENCODERS.items()}, "pixels": pixels}
+        for title, one in scores.items():
+            above = lambda others, s=one: metrics.paired_difference(
                 metrics.auroc, labels=labels, patients=patients, scores=s, others=others
             )
             auroc, (low, high) = above(chance)
-            figures = {"auroc": auroc + 0.5, "auroc_ci": (low + 0.5, high + 0.5), "seeds": len(scores)}
-            less = above(pixels) if stage else None
-            found.append({"rings": ring, "inside": inside, "method": title, **figures, "above_pixels": less})
+            figures = {"auroc": auroc + 0.5, "auroc_ci": (low + 0.5, high + 0.5), "seeds": len(one)}
+            figures["above_pixels"] = above(pixels) if title != "pixels" else None
+            figures["above_untrained"] = above(scores[untrained]) if title not in ("pixels", untrained) else None
+            found.append({"rings": ring, "inside": inside, "method": title, **figures})
     return found
 
 
@@ -88,12 +95,14 @@ def main(argv: Sequence[str]) -> None:
     options = parser.parse_args(argv)
     if not (folder := pack(options.pack)):
         return
-    folders = [run for method, _, run in finished(options.runs, options.pack) if method == "amae"]
+    found = finished(options.runs, options.pack)
+    folders = [run for method, _, run in found if method == "amae" and read(run).budget == 1]
     if not folders:
         print(f"not run: {options.runs} has no finished run of AMAE on {options.pack}: train one by jmae papers")
         return
     found = measure(str(folder / "manifest.csv"), folders, options.subset)
     ends = lambda figure: "{:.3f} to {:.3f}".format(*figure)
+    above = lambda figure: "{:+.3f}, {:+.3f} to {:+.3f}".format(figure[0], *figure[1]) if figure else ""
     lines = [
         (
             one["rings"],
@@ -102,13 +111,13 @@ def main(argv: Sequence[str]) -> None:
             one["seeds"] if one["method"] != "pixels" else "",
             f"{one['auroc']:.3f}",
             ends(one["auroc_ci"]),
-            "{:+.3f}, {:+.3f} to {:+.3f}".format(one["above_pixels"][0], *one["above_pixels"][1])
-            if one["above_pixels"]
-            else "",
+            above(one["above_pixels"]),
+            above(one["above_untrained"]),
         )
         for one in found
     ]
-    head = ("rings left out", "inside of each axis", "method", "seeds", "AUROC", "95 %", "above the pixels, 95 %")
+    head = ("rings left out", "inside of each axis", "method", "seeds", "AUROC", "95 %")
+    head += ("above the pixels, 95 %", "above untrained, 95 %")
     name = ", ".join([options.pack, *([options.subset] if options.subset else [])])
     write(RESULTS, name, {"results": found, "table": [head, lines]})
     print(table(head, lines))

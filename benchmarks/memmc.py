@@ -320,6 +320,8 @@ def frame_maps(scorer: Any, image: Any, name: str) -> np.ndarray:
     corners = [(y - h, x - w) for y in ends(size[0], h, STRIDE[0]) for x in ends(size[1], w, STRIDE[1])]
     corners = [corner for corner in corners if np.ptp(cut(*corner).array, (0, 1)).any()]
     parts = [cut(*corner) for corner in corners]
+    if not parts:
+        return np.zeros(size, np.float32)
     cases = [scorer.prepare(Row(f"{name} {k}", "", "test", None, (name,)), part) for k, part in enumerate(parts)]
     total, count = np.zeros(size), np.zeros(size)
     for (y, x), result in zip(corners, scorer.score(cases), strict=True):

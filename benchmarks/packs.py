@@ -20,8 +20,9 @@ Differences are those to the best closed form that learns from normal images alo
 closed forms (jmae.baselines) see the images at the size of the recipe `autoencoder:small`. "ridge, unlabelled" learns
 from unlabelled images too, as AMAE does. Where an evaluation has closed forms under the method's own score and masks
 (jmae.rivals), the best of them stands beside the method. "explained" is the share of the variance of hidden patches of
-held-out normals that the network explains. "central" is the AUROC on the central 80 % of each axis: the mean of the map
-there, or the closed form of the cropped images. A score without such a map has none.
+held-out normals that the network explains. "central" is an AUROC of the central 80 % of each axis. A closed form sees
+the cropped images. A network sees whole images, and the mean of its map on the crop is scored. A score without a map
+has no such figure.
 
 benchmarks/results/packs.json keeps the table.
 """

@@ -29,7 +29,12 @@ WHOLE = {"index.md": "README.md", "contributing.md": "CONTRIBUTING.md", "changel
 """Pages that are files of the repository's top folder."""
 SCRIPTS = {
     **{"amae": ["accuracy", "tokens"], "maemi": ["maemi"], "memmc_mae": ["memmc"], "ppii": ["ppii", "anomalies"]},
-    **{"simsid": ["simsid"], "comparison": ["packs", "systems"], "rivals": ["scores"], "trust": ["coverage", "parity"]},
+    **{
+        "simsid": ["simsid"],
+        "comparison": ["packs", "border", "systems"],
+        "rivals": ["scores"],
+        "trust": ["coverage", "parity"],
+    },
     "speed": ["cpu", "throughput", "masks", "volume", "compile", "loading", "scaling", "demo", "against_plan"],
 }
 """The benchmarks of each page of results; one that is in no list is on the page "trust"."""

@@ -6,15 +6,20 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import jax
 import nibabel as nib
 import numpy as np
 import pytest
 
-from benchmarks import against_plan, cpu, maemi
+from benchmarks import against_plan, border, cpu, maemi
 from benchmarks.__main__ import GPU, PAGE, PARTS, RESULTS, SCRIPTS, page, summary
 from benchmarks.timing import ratio
+from jmae import recipe
+from jmae.systems.amae import networks_of
 
+PARTS_OF_24 = {"train": range(10), "unlabeled": range(10, 20), "test": range(20, 24)}
 MACHINE = {"processor": "P", "cores": 2, "memory_gib": 8.0, "load": 3.14, "environment": {}}
 ABOUT = {"date": "2026-01-02", "machine": MACHINE, "versions": {"jax": "0.10.2"}}
 
@@ -226,3 +231,25 @@ def test_planted_lesions_are_found_from_any_folder(tmp_path, monkeypatch):
     changed = nib.load(planted["image"]).get_fdata() != volume
     assert changed.any() and nib.load(planted["mask"]).get_fdata().any()
     np.testing.assert_array_equal(nib.load(normal["image"]).get_fdata(), volume)
+
+
+def test_the_score_without_the_border_does_not_depend_on_the_border():
+    """Neither by the tokens nor by the numbers that standardise an image."""
+    config = recipe.load("configs/amae.py:smoke")
+    networks, size = networks_of(config), tuple(config.data.size)
+    rng, ring = np.random.default_rng(0), config.model.patch[0]
+    images = rng.uniform(size=(24, *size, config.data.channels)).astype(np.float32)
+    changed = images.copy()
+    for edge in (slice(None, ring), slice(-ring, None)):
+        changed[:, edge], changed[:, :, edge] = rng.uniform(size=2)
+    rows = {name: [SimpleNamespace(id=f"{name}{i}", at=i) for i in r] for name, r in PARTS_OF_24.items()}
+
+    def scores(array, rings):
+        of = lambda rows: SimpleNamespace(rows=rows, image=lambda numbers: array[[rows[i].at for i in numbers]])
+        params = {"module_b": networks.mae_init(jax.random.key(0))[0]}
+        run = SimpleNamespace(config=config, networks=networks, rows=rows, params=params)
+        run.cases = SimpleNamespace(images=of)
+        return np.array(list(border.scores_of(run, "module_b", rings).values()))
+
+    np.testing.assert_allclose(scores(images, 1), scores(changed, 1), atol=1e-5)
+    assert not np.allclose(scores(images, 0), scores(changed, 0), atol=1e-2)

@@ -4,11 +4,12 @@
     JMAE_DATA=data python -m benchmarks.border cxr_nih --runs papers
     JMAE_DATA=data python -m benchmarks.border cxr_nih --runs papers --subset matched
 
-It trains no network. It reads the finished runs of AMAE in the folder --runs, which `jmae papers amae.packs.PACK` made.
-The encoder of module B gets all tokens of an image, or the tokens without one or two rings at the border. The inner
-part alone then gives the mean and the deviation that standardise the image, too. So nothing of the border takes part in
-the regression or in the test. But module B has learned from whole images. Beside it stand an untrained encoder with the
-same tokens, and the ridge regression of the pixels of the same inner part.
+This benchmark trains no network. It reads the finished runs of AMAE in the folder --runs, which
+`jmae papers amae.packs.PACK` made. The encoder of module B gets all tokens of an image, or the tokens without one or
+two rings at the border. The inner part alone then gives the mean and the deviation that standardise the image, too. So
+nothing of the border takes part in the regression or in the test. But module B has learned from whole images. The line
+"standardised as a whole" leaves out the tokens alone, and has no differences: its rivals have less. The score of an untrained encoder and the ridge regression of the
+pixels of the inner part stand beside the score of AMAE.
 
 Figures are means over the runs, with 95 % intervals over patients. "above the pixels" and "above
 untrained" are paired differences. benchmarks/results/border.json keeps them.
@@ -17,27 +18,29 @@ untrained" are paired differences. benchmarks/results/border.json keeps them.
 import argparse
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks.packs import MIXED, closed_forms, finished, of_subset, rows_of_manifest
+from benchmarks.packs import MIXED, closed_forms, finished, of_subset, rows_of_manifest, settings
 from benchmarks.runs import pack
 from benchmarks.timing import table, write
 from benchmarks.tokens import BATCH, Run
 from jmae import metrics
-from jmae.errors import exit_code
+from jmae.errors import InputError, exit_code
 from jmae.recipe import read
 from jmae.ridge import standardised_ridge
 
 RESULTS = Path(__file__).parent / "results" / "border.json"
 RINGS = (0, 1, 2)
-ENCODERS = {"AMAE, module B": "module_b", "untrained encoder": "untrained"}
+AMAE, WHOLE, UNTRAINED = "AMAE, module B", "AMAE, standardised as a whole", "untrained encoder"
 
 
-def scores_of(run: Run, stage: str, ring: int) -> dict[str, float]:
-    """The score `tokens_ridge` of each test image by its id, without `ring` rings of tokens at the border."""
+def scores_of(run: Run, stage: str, ring: int, whole: bool = False) -> dict[str, float]:
+    """The score `tokens_ridge` of each test image by its id, without `ring` rings of tokens at the border; `whole`:
+    of images that are standardised as a whole."""
     import jax
 
     from jmae.masked import standardised
@@ -47,7 +50,7 @@ def scores_of(run: Run, stage: str, ring: int) -> dict[str, float]:
 
     @jax.jit
     def mean(params: Any, image: Any) -> Any:
-        image = standardised(image, run.config, whole=image[:, y : h - y, x : w - x])
+        image = standardised(image, run.config, whole=image if whole else image[:, y : h - y, x : w - x])
         return tokens_of(run.config, run.networks.mae_of(params), image, ring).mean(1)
 
     def means(rows: str) -> np.ndarray:
@@ -67,24 +70,39 @@ def measure(manifest: str, folders: Sequence[Path], subset: str) -> list[dict[st
     if subset:
         _, tested = of_subset({}, tested, subset)
     labels, patients = np.array([row.label for row in tested], bool), [row.patient for row in tested]
-    runs, found = [Run(folder) for folder in folders], []
-    each = lambda stage, ring: [scores_of(run, stage, ring) for run in runs]
-    grid, chance, untrained = runs[0].grid, np.zeros(len(tested)), list(ENCODERS)[-1]
+    runs, found, chance = [Run(folder) for folder in folders], list[dict[str, Any]](), np.zeros(len(tested))
+    trained = lambda run: settings({name: part for name, part in run.config.to_dict().items() if name != "evaluation"})
+    if len({trained(run) for run in runs}) > 1:
+        raise InputError(f"{folders[0]} and others: runs of several recipes: run all with the same version")
     for ring in RINGS:
-        inside = 1 - 2 * ring / grid[0]
-        pixels = closed_forms(config, rows, tested, inside)[MIXED][None]
-        of = lambda stage, r=ring: np.array([[scores[row.id] for row in tested] for scores in each(stage, r)])
-        scores = {**{title: of(stage) for title, stage in ENCODERS.items()}, "pixels": pixels}
+        scores = {
+            AMAE: of_runs(runs, tested, "module_b", ring),
+            WHOLE: of_runs(runs, tested, "module_b", ring, whole=True),
+            UNTRAINED: of_runs(runs, tested, "untrained", ring),
+        }
+        inside = 1 - 2 * ring / runs[0].grid[0]
+        scores["pixels"] = closed_forms(config, rows, tested, inside)[MIXED][None]
         for title, one in scores.items():
-            above = lambda others, s=one: metrics.paired_difference(
-                metrics.auroc, labels=labels, patients=patients, scores=s, others=others
-            )
-            auroc, (low, high) = above(chance)
+            above = partial(metrics.paired_difference, metrics.auroc, labels=labels, patients=patients, scores=one)
+            auroc, (low, high) = above(others=chance)
             figures = {"auroc": auroc + 0.5, "auroc_ci": (low + 0.5, high + 0.5), "seeds": len(one)}
-            figures["above_pixels"] = above(pixels) if title != "pixels" else None
-            figures["above_untrained"] = above(scores[untrained]) if title not in ("pixels", untrained) else None
-            found.append({"rings": ring, "inside": inside, "method": title, **figures})
+            figures["above_pixels"] = above(others=scores["pixels"]) if title in (AMAE, UNTRAINED) else None
+            figures["above_untrained"] = above(others=scores[UNTRAINED]) if title == AMAE else None
+            if ring or title != WHOLE:
+                found.append({"rings": ring, "inside": inside, "method": title, **figures})
     return found
+
+
+def of_runs(runs: Sequence[Run], tested: Sequence[Any], stage: str, ring: int, whole: bool = False) -> np.ndarray:
+    """`scores_of` the tested rows in their order, a row a run.
+
+    Raises InputError where a run's manifest lacks one of them.
+    """
+    each = [scores_of(run, stage, ring, whole) for run in runs]
+    for run, scores in zip(runs, each, strict=True):
+        if missing := [row.id for row in tested if row.id not in scores]:
+            raise InputError(f"{run.folder}: its manifest has no {missing[0]}: the manifest has changed")
+    return np.array([[scores[row.id] for row in tested] for scores in each])
 
 
 def main(argv: Sequence[str]) -> None:
@@ -95,8 +113,8 @@ def main(argv: Sequence[str]) -> None:
     options = parser.parse_args(argv)
     if not (folder := pack(options.pack)):
         return
-    found = finished(options.runs, options.pack)
-    folders = [run for method, _, run in found if method == "amae" and read(run).budget == 1]
+    runs = finished(options.runs, options.pack)
+    folders = [run for method, _, run in runs if method == "amae" and read(run).budget == 1]
     if not folders:
         print(f"not run: {options.runs} has no finished run of AMAE on {options.pack}: train one by jmae papers")
         return

@@ -262,7 +262,8 @@ def read_calibration(
     retired = {key.removeprefix("evaluation.") for key in recipe.RETIRED} - now["settings"].keys()
     compared = (settings | now["settings"]).keys() - retired
     if other := sorted(k for k in compared if settings.get(k) != now["settings"].get(k)):
-        say(f"warning: {file} belongs to another evaluation.{other[0]}: no p-values")
+        key = {"dtype": "model.dtype"}.get(other[0], f"evaluation.{other[0]}")
+        say(f"warning: {file} belongs to another {key}: no p-values")
         return None
     if weights != now["weights"]:
         say(f"warning: {file} belongs to other weights: no p-values; run jmae.evaluate again")

@@ -19,7 +19,7 @@ from benchmarks.timing import ratio
 from jmae import recipe
 from jmae.systems.amae import networks_of
 
-PARTS_OF_24 = {"train": range(10), "unlabeled": range(10, 20), "test": range(20, 24)}
+ROWS_OF_SPLIT = {"train": range(10), "unlabeled": range(10, 20), "test": range(20, 24)}
 MACHINE = {"processor": "P", "cores": 2, "memory_gib": 8.0, "load": 3.14, "environment": {}}
 ABOUT = {"date": "2026-01-02", "machine": MACHINE, "versions": {"jax": "0.10.2"}}
 
@@ -242,7 +242,7 @@ def test_the_score_without_the_border_does_not_depend_on_the_border():
     changed = images.copy()
     for edge in (slice(None, ring), slice(-ring, None)):
         changed[:, edge], changed[:, :, edge] = rng.uniform(size=2)
-    rows = {name: [SimpleNamespace(id=f"{name}{i}", at=i) for i in r] for name, r in PARTS_OF_24.items()}
+    rows = {name: [SimpleNamespace(id=f"{name}{i}", at=i) for i in r] for name, r in ROWS_OF_SPLIT.items()}
 
     def scores(array, rings):
         of = lambda rows: SimpleNamespace(rows=rows, image=lambda numbers: array[[rows[i].at for i in numbers]])

@@ -8,11 +8,12 @@ This benchmark trains no network. It reads the finished runs of AMAE in the fold
 `jmae papers amae.packs.PACK` made. The encoder of module B gets all tokens of an image, or the tokens without one or
 two rings at the border. The inner part alone then gives the mean and the deviation that standardise the image, too. So
 nothing of the border takes part in the regression or in the test. But module B has learned from whole images. The line
-"standardised as a whole" leaves out the tokens alone, and has no differences: its rivals have less. The score of an untrained encoder and the ridge regression of the
-pixels of the inner part stand beside the score of AMAE.
+"standardised as a whole" leaves out the tokens alone. It has no differences, since the rivals do not know the mean and
+deviation of the whole image. The score of an untrained encoder and the ridge regression of the pixels of the inner part
+stand beside the score of AMAE.
 
-Figures are means over the runs, with 95 % intervals over patients. "above the pixels" and "above
-untrained" are paired differences. benchmarks/results/border.json keeps them.
+Figures are means over the runs, with 95 % intervals over patients. "above the pixels" and "above untrained" are
+paired differences. benchmarks/results/border.json keeps them.
 """
 
 import argparse

@@ -76,11 +76,10 @@ def measure(manifest: str, folders: Sequence[Path], subset: str) -> list[dict[st
     if len({trained(run) for run in runs}) > 1:
         raise InputError(f"{folders[0]} and others: runs of several recipes: run all with the same version")
     for ring in RINGS:
-        scores = {
-            AMAE: of_runs(runs, tested, "module_b", ring),
-            WHOLE: of_runs(runs, tested, "module_b", ring, whole=True),
-            UNTRAINED: of_runs(runs, tested, "untrained", ring),
-        }
+        scores = {AMAE: of_runs(runs, tested, "module_b", ring)}
+        if ring:  # without it both are the same
+            scores[WHOLE] = of_runs(runs, tested, "module_b", ring, whole=True)
+        scores[UNTRAINED] = of_runs(runs, tested, "untrained", ring)
         inside = 1 - 2 * ring / runs[0].grid[0]
         scores["pixels"] = closed_forms(config, rows, tested, inside)[MIXED][None]
         for title, one in scores.items():
@@ -89,8 +88,7 @@ def measure(manifest: str, folders: Sequence[Path], subset: str) -> list[dict[st
             figures = {"auroc": auroc + 0.5, "auroc_ci": (low + 0.5, high + 0.5), "seeds": len(one)}
             figures["above_pixels"] = above(others=scores["pixels"]) if title in (AMAE, UNTRAINED) else None
             figures["above_untrained"] = above(others=scores[UNTRAINED]) if title == AMAE else None
-            if ring or title != WHOLE:
-                found.append({"rings": ring, "inside": inside, "method": title, **figures})
+            found.append({"rings": ring, "inside": inside, "method": title, **figures})
     return found
 
 

@@ -196,9 +196,8 @@ def same_score(runs: Sequence[Entry]) -> tuple[str, float] | None:
 
 def of_crop(runs: Sequence[Entry], published: bool) -> tuple[float, int] | None:
     """(mean AUROC on the central crop, seeds that have one) of a method; None where no seed has one."""
-    each = [list(run.get("central", {}).values()) for run in runs]
-    found = [figures[-1 if published else 0] for figures in each if figures]
-    there = [auroc for auroc in found if auroc is not None]
+    of = lambda run, name, auroc: auroc is not None and (name != run["primary"]) == published
+    there = [auroc for run in runs for name, auroc in run.get("central", {}).items() if of(run, name, auroc)]
     return (float(np.mean(there)), len(there)) if there else None
 
 

@@ -79,8 +79,9 @@ PARTS = (
     *(Part("accuracy", what, "JMAE_DATA") for what in ("cxr_peds baselines", "cxr_nih baselines --subsets matched")),
     Part("accuracy", "cxr_peds controls --seeds 0 1 2 3", "JMAE_DATA"),
     *(Part("accuracy", f"phantoms {part} --seeds 0 1 2 3") for part in ("controls", "ratio", "stage0")),
-    Part("tokens", "cxr_peds --seeds 0 1 2", "JMAE_DATA"),
-    Part("tokens", "cxr_nih --subset matched", "JMAE_DATA"),
+    Part("tokens", "cxr_peds --only normals stage2 --seeds 0 1 2", "JMAE_DATA"),
+    Part("tokens", "cxr_peds --only narrow wide deep long --seeds 0", "JMAE_DATA"),
+    Part("tokens", "cxr_nih --subset matched --only normals stage2 --seeds 0", "JMAE_DATA"),
     *(
         Part("scores", f"{pack} --seeds 0 1 2", "JMAE_DATA")
         for pack in (

@@ -25,6 +25,7 @@ benchmarks/results/tokens.json keeps every result by pack, network, budget and s
 
 import argparse
 import csv
+import json
 from collections.abc import Callable, Mapping
 from functools import cache, partial
 from pathlib import Path
@@ -32,7 +33,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.runs import add_options, over_seeds, pack, trained
+from benchmarks.runs import add_options, key_of, over_seeds, pack, trained
 from benchmarks.timing import table, write
 
 RESULTS = Path(__file__).parent / "results" / "tokens.json"
@@ -228,14 +229,18 @@ def main() -> None:
     }
     what = ", ".join([options.pack, *([options.subset] if options.subset else [])])
     extra = partial(figures, subset=options.subset)
-    found = trained(options.out, what, settings, options, folder=options.workdir, extra=extra)
-    rows = []
-    for name, results in found.items():
+    trained(options.out, what, settings, options, folder=options.workdir, extra=extra)
+    there, rows = json.loads(options.out.read_text()), []
+    for name in settings:  # the table has all results of this budget, those of earlier calls included
+        begins = key_of(what, name, options.budget, 0).removesuffix("0")
+        if not (results := [result for key, result in there.items() if key.startswith(begins)]):
+            continue
         for score, parts in results[0]["tokens"].items():
             for view in [v for v in parts if v != "false_alarms"]:
                 auroc, ap = (over_seeds(results, "tokens", score, view, key) for key in ("auroc", "ap"))
-                rows.append((name, score, view, auroc, ap, over_seeds(results, "tokens", score, "false_alarms")))
-    head = ("network", "score", "view", "AUROC", "AP", "false alarms at 5 %")
+                alarms = over_seeds(results, "tokens", score, "false_alarms")
+                rows.append((name, len(results), score, view, auroc, ap, alarms))
+    head = ("network", "seeds", "score", "view", "AUROC", "AP", "false alarms at 5 %")
     write(options.out, f"{what}, budget {options.budget:g}, table", {"table": [head, rows]})
     print(table(head, rows))
 

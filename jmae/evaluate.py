@@ -1,7 +1,7 @@
 """python -m jmae.evaluate --workdir DIR [--manifest MANIFEST.csv] [--split test] [--out DIR]
                          [--config.evaluation.KEY=VALUE ...] [--config.data.allow_leaks=True] [--debug]
 
-Scores a split with a trained run. Writes metrics.json, scores.csv, report.html and the maps.
+Scores a split with a trained run. Writes metrics.json, scores.csv, baselines.csv, report.html and the maps.
 
 Without --out the folder is DIR/evaluation for the split `test`, and DIR/evaluation-SPLIT for another. Another manifest
 or other settings need --out. No case of another manifest may share its patient or its image with the data that the run
@@ -10,7 +10,7 @@ report. Images are compared by all their values. The splits `train` and `unlabel
 that is unlike the training images has a warning, and no p-value above the alarm rate, as in `jmae predict`.
 
 Several runs that are evaluated on the same cases give one answer: --workdir A --workdir B --out DIR writes scores.csv
-and metrics.json of their fused score (jmae.fusion).
+and metrics.json of their fused score, and compares it with each run and with the best of their baselines (jmae.fusion).
 
 Exit codes: 0 done; 2 the input or the environment is wrong.
 """
@@ -23,6 +23,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import repeat
 from pathlib import Path
 from typing import Any
@@ -144,7 +145,7 @@ def evaluate(
     unchecked: str = "",
     cases: Cases | None = None,
 ) -> dict[str, Any]:
-    """Scores a split and writes metrics.json, scores.csv, cases.csv, report.html and maps; returns the metrics.
+    """Scores a split and writes the files of an evaluation (docs/reference/run_folder.md); returns the metrics.
 
     Labels serve figures and thresholds alone, never scores. Where there are several processes, the first writes and
     returns the metrics, and the others return {}.
@@ -192,8 +193,9 @@ def evaluate(
     masks = MaskFigures(mask_threshold(config, calibration), config.evaluation.mask_least)
     kind = read_kind(workdir)
     gathered = gather_results(scorer, chosen, baselines, parts, out, masks, kind)
+    of_baselines = cache(baselines.scores)
     evaluation = split_figures(
-        config, system, chosen, parts, gathered.scores, baselines.scores, thresholds, reference and reference.scores
+        config, system, chosen, parts, gathered.scores, of_baselines, thresholds, reference and reference.scores
     )
     history = read_history(workdir / "metrics.jsonl")
     optional = {
@@ -219,7 +221,7 @@ def evaluate(
     evaluation |= {"doubts": doubts(history, system.stages), "training_normals": learnable(rows) if of_run else None}
     evaluation |= provenance(config, system, chosen.rows, gathered.digests, workdir)
     evaluation |= {"seconds": time.monotonic() - began, "seconds_per_case": gathered.seconds / len(chosen.rows)}
-    write_evaluation(config, chosen, evaluation, table, gathered, calibration, history, workdir, out)
+    write_evaluation(config, chosen, evaluation, table, gathered, of_baselines(1), calibration, history, workdir, out)
     if of_run:
         write_cards(workdir, config, system, rows)
     log(console_summary(evaluation))
@@ -315,13 +317,17 @@ def write_evaluation(
     evaluation: dict[str, Any],
     table: Sequence[Mapping[str, Any]],
     gathered: Gathered,
+    of_baselines: Mapping[str, np.ndarray],  # scores (1, n)
     calibration: Calibration | None,
     history: Sequence[Mapping[str, Any]],
     workdir: Path,
     out: Path,
 ) -> None:
-    """Writes scores.csv, cases.csv, config.json, metrics.json and report.html."""
+    """Writes scores.csv, baselines.csv, cases.csv, config.json, metrics.json and report.html."""
     write_csv(out / "scores.csv", [{k: "" if v is None else v for k, v in line.items()} for line in table])
+    others = {name: [value if np.isfinite(value) else "" for value in each] for name, (each,) in of_baselines.items()}
+    lines = [{"id": row.id} | {name: each[i] for name, each in others.items()} for i, row in enumerate(split.rows)]
+    write_csv(out / "baselines.csv", lines)
     cases = zip(split.rows, gathered.digests, strict=True)
     write_csv(out / "cases.csv", [{"id": row.id, "patient": row.patient, "image": digest} for row, digest in cases])
     write_text(out / "config.json", seal(json.loads(recipe.to_json(config))))  # with the settings of this evaluation

@@ -113,6 +113,37 @@ def fused_map(maps: Sequence[np.ndarray], scales: Sequence[tuple[float, float]])
     return np.asarray(np.mean(scaled, 0), np.float32)
 
 
+def baselines_of(runs: Sequence[Run], ids: Sequence[str]) -> dict[str, Scores]:
+    """The scores (n,) of the runs' baselines on the cases `ids`. A baseline that lacks one of them is left out.
+
+    A rival of the network has other scores in each run. From the second run on its name is then "NAME of RUN".
+    """
+    found = dict[str, Scores]()
+    for run in runs:
+        lines = [run.baselines.get(name, {}) for name in ids]
+        for name in lines[0].keys() - {"id"}:
+            if all(line.get(name) for line in lines):
+                scores = np.array([float(line[name]) for line in lines])
+                same = np.array_equal(found.setdefault(name, scores), scores)
+                found |= {} if same else {f"{name} of {run.name}": scores}
+    return found
+
+
+def best_baseline(
+    labels: NDArray[np.bool_], score: Scores, baselines: Mapping[str, Scores], patients: Sequence[str], draws: int
+) -> dict[str, Any] | None:
+    """How much higher the AUROC of a score is than that of the baseline with the highest one; None without any.
+
+    Returns:
+      {"name", "of" (number of baselines), "auroc", "auroc_ci" (95 %, over patients)}.
+    """
+    if not baselines:
+        return None
+    name = max(sorted(baselines), key=lambda name: metrics.auroc(labels, baselines[name]))
+    auroc, interval = metrics.paired_difference(metrics.auroc, labels, score, baselines[name], patients, draws=draws)
+    return {"name": name, "of": len(baselines), "auroc": auroc, "auroc_ci": interval}
+
+
 def scores_of_normals(workdir: Path) -> dict[str, float]:
     """The score of each held-out normal of a run folder, by id; {} where it is not calibrated."""
     return {str(name): float(score) for name, score in _calibration(workdir).get("scores", {}).items()}
@@ -140,8 +171,8 @@ def _calibration(workdir: Path) -> dict[str, Any]:
 def fused_evaluation(workdirs: Sequence[Path], out: Path, *, draws: int = 2000) -> dict[str, Any]:
     """Fuses the evaluations of several runs on the same cases. Writes scores.csv and metrics.json into `out`.
 
-    The figures are those of the fused score and of each run, and the paired difference of the fused score to each run,
-    with 95 % intervals over patients.
+    The figures are those of the fused score and of each run, and the paired differences of the fused score to each run
+    and to the best baseline of all runs, with 95 % intervals over patients.
 
     Raises:
       InputError: a run is not evaluated or not calibrated, or the runs share no case or no held-out normal.
@@ -166,6 +197,7 @@ def fused_evaluation(workdirs: Sequence[Path], out: Path, *, draws: int = 2000) 
             )
             for run, own in zip(found["runs"], each, strict=True)
         }
+        found["best_baseline"] = best_baseline(labels, score, baselines_of(runs, ids), patients, draws)
     line = lambda k: {"id": ids[k], "label": int(labels[k]), "score": score[k], "p_value": p[k]}
     own = lambda k: {f"score of {run}": each[r, k] for r, run in enumerate(found["runs"])}
     rate = min(run.config["evaluation"].get("alarm_rate", 0.05) for run in runs)
@@ -189,6 +221,11 @@ def evaluate_several(workdirs: Sequence[Path], argv: Sequence[str]) -> int:
         log(f"  {name:<24} AUROC {figures['auroc']:.3f} [{figures['auroc_ci'][0]:.3f}, {figures['auroc_ci'][1]:.3f}]")
     for run, one in found.get("differences", {}).items():
         log(f"  fused less {run}: {one['auroc']:+.3f} [{one['auroc_ci'][0]:+.3f}, {one['auroc_ci'][1]:+.3f}]")
+    if best := found.get("best_baseline"):
+        ends = "[{:+.3f}, {:+.3f}]".format(*best["auroc_ci"])
+        log(f"  fused less the best of {best['of']} baselines, {best['name']}: {best['auroc']:+.3f} {ends}")
+    elif "scores" in found:
+        log("  no baselines: these evaluations have no baselines.csv; evaluate the runs again to compare with them")
     of = counted(found["n"], "cases"), counted(found["held_out_normals"], "held-out normals")
     log(f"{', '.join(of)}: {Path(flags['out']) / 'scores.csv'}")
     return 0

@@ -156,8 +156,8 @@ def evaluated(small_set, tmp_path_factory):
     return [row for row in rows if row.split == "test"], folder / "out", result
 
 
-def table_of(folder: Path) -> list[dict]:
-    with open(folder / "scores.csv", newline="") as file:
+def table_of(folder: Path, name: str = "scores.csv") -> list[dict]:
+    with open(folder / name, newline="") as file:
         return list(csv.DictReader(file))
 
 
@@ -240,6 +240,12 @@ def test_figures_follow_from_the_written_files(evaluated):
         assert figures["auroc"] == pytest.approx(roc_auc_score(labels, scores[name]))
         assert figures["ap"] == pytest.approx(average_precision_score(labels, scores[name]))
         assert figures["auroc_ci"][0] <= figures["auroc"] <= figures["auroc_ci"][1]
+    others = table_of(folder, "baselines.csv")
+    assert [line["id"] for line in others] == [line["id"] for line in table]
+    images = {name: entry for name, entry in result["baselines"].items() if entry["image"]}
+    assert len(images) > 2
+    for name, entry in images.items():
+        assert entry["image"]["auroc"] == pytest.approx(roc_auc_score(labels, [float(line[name]) for line in others]))
     assert result["n"] == len(rows) == result["n_normal"] + result["n_abnormal"]
 
     matched = np.array([row.extra["matched"] not in ("0", "") for row in rows])

@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from scipy.stats import norm
+from sklearn.metrics import roc_auc_score
 
-from jmae import fusion
-from jmae.errors import InputError
+from jmae import evaluate, fusion
+from jmae.errors import InputError, exit_code
 from jmae.run_folder import write_csv
 from jmae.tables import csv_text
 
@@ -126,3 +127,37 @@ def test_a_warning_of_one_run_costs_no_alarm_of_all_runs(tmp_path, kept):
         odd, usual = csv.DictReader(file)
     assert odd["warning"] == "more pixels" and float(usual["p_value"]) > 0.9
     assert (float(odd["p_value"]) <= 0.05) if kept else odd["p_value"] == ""
+
+
+def test_the_fused_score_is_compared_with_the_best_baseline_of_all_runs(tmp_path, capsys):
+    rng, n = np.random.default_rng(0), 40
+    ids, labels = [f"c{i}" for i in range(n)], np.arange(n) % 2
+    contrast, good = rng.normal(size=n), labels * 2 + rng.normal(size=n)
+    others = {  # "raw" belongs to a run's network; one baseline lacks a case
+        "a": {"contrast": contrast, "raw": rng.normal(size=n), "holes": ["", *labels[1:]]},
+        "b": {"contrast": contrast, "raw": good, "holes": ["", *labels[1:]]},
+    }
+    runs, scores = [], labels + rng.normal(size=(2, n))
+    for (name, columns), own in zip(others.items(), scores, strict=True):
+        folder = tmp_path / name
+        evaluated(folder, rng.normal(size=99), 0, 0.5, "", True)
+        lines = [{"id": i, "label": labels[k], "score": own[k], "p_value": 0.5} for k, i in enumerate(ids)]
+        write_csv(folder / "evaluation" / "scores.csv", lines)
+        write_csv(folder / "evaluation" / "cases.csv", [{"id": i, "patient": i, "image": i} for i in ids])
+        lines = [{"id": i} | {key: each[k] for key, each in columns.items()} for k, i in enumerate(ids)]
+        write_csv(folder / "evaluation" / "baselines.csv", lines)
+        runs.append(folder)
+    command = [*(f"--workdir={run}" for run in runs), f"--out={tmp_path / 'out'}"]
+    assert exit_code(evaluate.main, command) == 0
+    found = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    best = found["best_baseline"]
+    assert (best["name"], best["of"]) == ("raw of b", 3)
+    auroc = roc_auc_score(labels, good)
+    assert best["auroc"] == pytest.approx(found["scores"]["fused"]["auroc"] - auroc)
+    assert best["auroc_ci"][0] < best["auroc"] < best["auroc_ci"][1]
+    assert f"  fused less the best of 3 baselines, raw of b: {best['auroc']:+.3f} [" in capsys.readouterr().err
+    (runs[0] / "evaluation" / "baselines.csv").unlink()
+    (runs[1] / "evaluation" / "baselines.csv").unlink()
+    assert exit_code(evaluate.main, command) == 0
+    assert "no baselines: these evaluations have no baselines.csv" in capsys.readouterr().err
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["best_baseline"] is None

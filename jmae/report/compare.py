@@ -41,6 +41,7 @@ class Run(NamedTuple):
     config: Mapping[str, Any]
     environment: Mapping[str, Any]
     table: Mapping[str, Mapping[str, str]]  # id -> line of scores.csv
+    baselines: Mapping[str, Mapping[str, str]]  # id -> line of baselines.csv; {} in an evaluation of an earlier version
 
 
 class Pair(NamedTuple):
@@ -65,6 +66,10 @@ def read_run(folder: Path) -> Run:
         with open(inner / "scores.csv", newline="") as file:
             table = {plain(row["id"]): row for row in csv.DictReader(file)}
         cases = {name: (int(row["label"]), float(row["score"])) for name, row in table.items() if row["label"]}
+        baselines = dict[str, Mapping[str, str]]()
+        if (inner / "baselines.csv").exists():
+            with open(inner / "baselines.csv", newline="") as file:
+                baselines = {plain(row["id"]): row for row in csv.DictReader(file)}
         with open(inner / "cases.csv", newline="") as file:
             case_rows = list(csv.DictReader(file))
         patients = {plain(row["id"]): plain(row["patient"]) for row in case_rows}
@@ -75,7 +80,7 @@ def read_run(folder: Path) -> Run:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, csv.Error, RecursionError) as error:
         why = getattr(error, "strerror", None) or error
         raise InputError(f"{folder}: no complete evaluation ({why}): run jmae evaluate --workdir DIR") from None
-    return Run(folder.name or str(folder), figures, cases, patients, images, config, environment, table)
+    return Run(folder.name or str(folder), figures, cases, patients, images, config, environment, table, baselines)
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:

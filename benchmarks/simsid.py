@@ -61,6 +61,7 @@ PARTS: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
                 "joint.activation": "sigmoid",
                 "joint.kept": 0.95,
                 "joint.decoder_kept": 0.95,
+                "joint.tolerance": 0.005,
                 "model.discriminator": "8,16,32,64,64",
             },
         },

@@ -77,6 +77,7 @@ SQUID = {
     "joint.kept": 0.95,
     "joint.decoder_kept": 0.95,
     "joint.cosine": 1.5,  # 300 epochs
+    "joint.tolerance": 0.005,
     "model.discriminator": (16, 32, 64, 128, 128),
 }
 

@@ -371,8 +371,10 @@ def score_line(
     Monte-Carlo error. `warning` says in what the case is unlike the training images (`likeness.unlike`).
 
     Replicates have masks of their own. So the error of their mean is the root of the sum of the squared errors
-    `score_error` (r,), divided by r.
+    `score_error` (r,), divided by r. Raises InputError where a score is not finite.
     """
+    if bad := [name for name, values in scores.items() if not np.isfinite(values).all()]:
+        raise InputError(f"{row.image[0]}: its score {bad[0]} is not finite: look at its values, or leave it out")
     mean = {name: float(values.mean()) for name, values in scores.items()}
     primary = mean.pop(system.primary)
     p_value = None

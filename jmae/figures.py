@@ -113,7 +113,7 @@ class PixelFigures:
         self.pooled: dict[str, list[metrics.Pooled]] = {}
         self.curves: dict[str, list[Froc]] = {}
         self.overlaps: dict[str, list[Localisation]] = {}
-        self.patient_pools: dict[str, dict[str, metrics.Pooled]] = {}  # of the first replicate
+        self.patient_pools: dict[str, dict[str, list[metrics.Pooled]]] = {}
         self.patients: list[dict[str, Any]] = []
         self.areas: dict[str, float] = {}  # lesion pixels of each abnormal case, on the grid that is scored
 
@@ -131,7 +131,8 @@ class PixelFigures:
             values = [view(value) for value in replicates]
             for pool, value in zip(self._each(self.pooled, name, metrics.Pooled, values), values, strict=True):
                 pool.add(lesion, value, region, sizes)
-            of_patient.setdefault(name, metrics.Pooled()).add(lesion, values[0], region)
+            for pool, value in zip(self._each(of_patient, name, metrics.Pooled, values), values, strict=True):
+                pool.add(lesion, value, region)
             if self.froc:
                 lesions = box_ends(row) if row.boxes and not row.mask and not row.extra.get("boxes_on") else lesion
                 first = name == self.chance and name not in self.curves
@@ -153,7 +154,9 @@ class PixelFigures:
         patient = patient_key(row)
         self.cases_left[patient] -= 1
         if not self.cases_left[patient] and (pools := self.patient_pools.pop(patient, {})):
-            computed = {name: pool.result() for name, pool in with_low_ends(pools).items()}
+            computed = {
+                name: mean_of([pool.result() for pool in of_map]) for name, of_map in with_low_ends(pools).items()
+            }
             self.patients.append({"patient": row.patient or row.id, "figures": computed})
 
     def result(self, name: str, thresholds: Sequence[float] = ()) -> dict[str, Any] | None:
@@ -227,10 +230,10 @@ def box_ends(row: Row) -> list[tuple[tuple[float, float], ...]]:
     return [pair[::-1] if d == 2 else pair for pair in pairs]
 
 
-def with_low_ends(maps: Mapping[str, Any]) -> dict[str, Any]:
+def with_low_ends(maps: Mapping[str, list[metrics.Pooled]]) -> dict[str, list[metrics.Pooled]]:
     """Maps with the other end of each brightness, as which end is abnormal is not known."""
-    lows = {f"low {name}": pooled.negated() for name, pooled in maps.items() if name.startswith("brightness")}
-    return {**maps, **lows}
+    negated = lambda pools: [pool.negated() for pool in pools]
+    return {**maps, **{f"low {name}": negated(pools) for name, pools in maps.items() if name.startswith("brightness")}}
 
 
 def patient_key(row: Row) -> str:
@@ -359,11 +362,14 @@ def named_figures(
     """
     labels, patients = np.array([row.label for row in rows], bool), [row.patient for row in rows]
     out: dict[str, dict[str, Any]] = {}
+    measures = {"auroc": metrics.auroc, "ap": metrics.average_precision}
     for name in [*scores, *(name for name in maps if name not in scores)]:
-        image = [metrics.image_metrics(labels, v, patients, draws=draws) for v in scores.get(name, ())]
-        out[name] = {"image": mean_of(image), "pixel": pixels.result(name, thresholds.get(name, ()))}
-        if len(image) > 1:
-            out[name]["replicates"] = {k: metrics.replicate_summary([e[k] for e in image]) for k in ("auroc", "ap")}
+        values = scores.get(name)
+        image = None if values is None else metrics.image_metrics(labels, values, patients, draws=draws)
+        out[name] = {"image": image, "pixel": pixels.result(name, thresholds.get(name, ()))}
+        if values is not None and len(values) > 1:
+            each = {key: [measure(labels, one) for one in values] for key, measure in measures.items()}
+            out[name]["replicates"] = {key: metrics.replicate_summary(of_all) for key, of_all in each.items()}
     return out
 
 
@@ -479,9 +485,8 @@ def size_figures(
         if used.size == normal.sum():
             continue
         labels, patients = ~normal[used], [rows[i].patient for i in used]
-        each = [metrics.image_metrics(labels, values[used], patients, draws=draws) for values in primary]
         ends = {"least": float(area[third == i].min()), "most": float(area[third == i].max())}
-        found.append({"size": name, **ends, **(mean_of(each) or {})})
+        found.append({"size": name, **ends, **metrics.image_metrics(labels, primary[:, used], patients, draws=draws)})
     return found
 
 
@@ -509,13 +514,11 @@ def image_difference(
         return None
     name = max(aurocs, key=aurocs.__getitem__)
     labels, patients = np.array([row.label for row in rows], bool), [row.patient for row in rows]
-    each = []
-    for values in primary:
-        paired = partial(metrics.paired_difference, labels=labels, scores=values, others=baselines[name][0])
-        auroc, auroc_ci = paired(metrics.auroc, patients=patients, draws=draws)
-        ap, ap_ci = paired(metrics.average_precision, patients=patients, draws=draws)
-        each.append({"auroc": auroc, "auroc_ci": list(auroc_ci), "ap": ap, "ap_ci": list(ap_ci)})
-    return {"name": name, "of": len(aurocs), **(mean_of(each) or {})}
+    paired = partial(metrics.paired_difference, labels=labels, scores=primary, others=baselines[name])
+    auroc, auroc_ci = paired(metrics.auroc, patients=patients, draws=draws)
+    ap, ap_ci = paired(metrics.average_precision, patients=patients, draws=draws)
+    own = {"auroc": auroc, "auroc_ci": list(auroc_ci), "ap": ap, "ap_ci": list(ap_ci)}
+    return {"name": name, "of": len(aurocs), **own}
 
 
 def pixel_difference(evaluation: Mapping[str, Any], draws: int) -> dict[str, Any] | None:

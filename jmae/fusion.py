@@ -1,8 +1,9 @@
 """Several runs, one answer: scores that are calibrated on the same held-out normals become one score, and one p-value.
 
 The normal score of a run's score s is Phi^-1(F(s)), where F is the distribution of the run's held-out normals. The k-th
-lowest of n normals has F = k / (n + 1). Between two of them the normal score is linear. Below the lowest and above the
-highest, it goes on with the slope of one per standard deviation. The fused score is the mean of the runs' normal
+lowest of n normals has F = k / (n + 1). Between two of them the normal score is linear. Above the highest, by d
+standard deviations, it is higher by log(1 + d), and likewise below the lowest. So no single run outweighs all others,
+not even one whose normals all have the same score. The fused score is the mean of the runs' normal
 scores. Its p-value is that of a conformal test in which the case and the n normals are treated alike: each of the n + 1
 takes its rank among all of them in every run. So the promise of `p_values.Calibration` holds.
 
@@ -37,9 +38,9 @@ def normal_scores(normals: Scores, scores: Scores) -> Scores:
         np.searchsorted(ordered, known, "left") + 1 + np.searchsorted(ordered, known, "right")
     ) / 2  # ties: their middle
     level = ndtri(rank / (len(normals) + 1))
-    slope = 1 / max(float(normals.std()), 1e-12)
-    inner = np.interp(scores, known, level)
-    return inner + slope * (np.minimum(scores - known[0], 0) + np.maximum(scores - known[-1], 0))
+    deviation = max(float(normals.std()), 1e-12)
+    outside = lambda distance: np.log1p(np.maximum(distance, 0) / deviation)
+    return np.interp(scores, known, level) + outside(scores - known[-1]) - outside(known[0] - scores)
 
 
 def fused(normals: Scores, cases: Scores) -> tuple[Scores, Scores]:

@@ -104,8 +104,8 @@ def explained_variance(
     """A look at held-out samples (`system.Check`): how much of the variance of hidden voxels the network explains.
 
     1 - (mean squared error) / (variance), over the hidden voxels of all samples, of each channel c:
-    "explained_variance_c". 1 is a perfect prediction. At 0 the prediction is no better than the mean, so that a map of
-    squared errors is little more than the squared distance to the mean.
+    "explained_variance_c". 1 is a perfect prediction. At 0 the prediction is no better than one value, the mean. A map
+    of squared errors is then little more than the squared distance to it.
 
     Args:
         clean: images as read (b, *size, c) -> as the network sees them, without augmentation.
@@ -162,3 +162,21 @@ def standardised(
     """
     mean, std = moments_of(image if whole is None else whole, config.data)
     return jnp.broadcast_to((image - mean) / std, (*image.shape[:-1], config.model.channels))
+
+
+def range_of(
+    image: Float[Array, "b *size c"], config: ConfigDict
+) -> tuple[Float[Array, "b channels"], Float[Array, "b channels"]]:
+    """(value of black, span from black to white) in each channel of `standardised` images.
+
+    Fixed moments have one span for all channels, as IGD's code has for ImageNet's: 4.7579. Where each image has its own
+    moments, each channel has its own span (ours). A channel of low contrast then changes no other channel's similarity.
+    """
+    mean, std = moments_of(image, config.data)
+    n, channels = len(image), config.model.channels
+    flat = lambda value: jnp.broadcast_to(value, (n, *[1] * (image.ndim - 2), channels)).reshape(n, channels)
+    black, white = flat((0 - mean) / std), flat((1 - mean) / std)
+    if config.data.normalise == "image":
+        return black, white - black
+    span = jnp.max(white, 1, keepdims=True) - jnp.min(black, 1, keepdims=True)
+    return black, jnp.broadcast_to(span, black.shape)

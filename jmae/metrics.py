@@ -4,9 +4,10 @@ A higher score is more abnormal. "Called abnormal at t" always means `score >= t
 
 All figures follow from two sorted arrays, the scores of the negatives and those of the positives. AUROC is the rank
 statistic. AP is the mean over positives of the precision at their own score. A threshold that is not the score of a
-positive only adds negatives, so the best Dice and the best Youden index also lie at the score of a positive. Ties need
-no special case, and no array of pixels is argsorted: 10^8 float32 pixels take about 1 GB beside the arrays of the
-caller. Pools of more than `EXACT` pixels are counted in bins and give bounds for the error of AUROC and AP (`Pooled`).
+positive only adds negatives, so the best Dice lies at the score of a positive. So do the best Youden index and the best
+accuracy, unless it is best to call nothing. Ties need no special case, and no array of pixels is argsorted: 10^8
+float32 pixels take about 1 GB beside the arrays of the caller. Pools of more than `EXACT` pixels are counted in bins
+and give bounds for the error of AUROC and AP (`Pooled`).
 
 A figure that needs both classes is nan where one is missing. `json_ready` turns nan into null.
 """
@@ -186,12 +187,16 @@ def pr_curve(labels: ArrayLike, scores: ArrayLike, points: int = 200) -> tuple[N
 def threshold_on(labels_val: ArrayLike, scores_val: ArrayLike, largest: str = "youden") -> float:
     """The threshold with the largest Youden's J = sensitivity + specificity - 1 on validation data.
 
-    With `largest="accuracy"`, the threshold with the largest accuracy. Only scores of abnormal cases are thresholds. Of
-    equally good thresholds the highest is returned, which has the fewest false alarms. nan where a class is missing.
+    With `largest="accuracy"`, the threshold with the largest accuracy. A threshold is the score of an abnormal case, or
+    the next number above all scores, where no other is better than to call nothing. Of equally good thresholds the
+    highest is returned, which has the fewest false alarms. nan where a class is missing.
     """
     ranked = rank(labels_val, scores_val)
     n, p = (ranked.negatives.size, ranked.positives.size) if largest == "youden" else (1, 1)
-    return _best(ranked, lambda tp, fp: tp * n - fp * p)[1]  # in integers, so that ties are exact
+    best, threshold = _best(ranked, lambda tp, fp: tp * n - fp * p)  # in integers, so that ties are exact
+    if best > 0 or math.isnan(threshold):
+        return threshold
+    return float(np.nextafter(max(scores[-1] for scores in ranked), np.inf))  # nothing is called: 0
 
 
 def at_threshold(labels: ArrayLike, scores: ArrayLike, threshold: float) -> dict[str, float]:
@@ -235,17 +240,17 @@ def bootstrap_interval(
     """Bootstrap percentile interval of `auroc` or `average_precision`. It resamples patients with all their images.
 
     Each of `draws` draws takes as many patients as there are, with replacement. A draw that lacks a class is left out.
-    (nan, nan) where no draw has both classes. B. Efron, R. Tibshirani, "An Introduction to the Bootstrap", 1993,
-    chapter 13.
+    (nan, nan) where no draw has both classes. Scores of several seeds, (seeds, cases), have the interval of the mean of
+    their measures. B. Efron, R. Tibshirani, "An Introduction to the Bootstrap", 1993, chapter 13.
 
     Args:
       measure: `auroc` or `average_precision`; ValueError for another function.
       labels, scores, patients: one a case.
       level: the probability that the interval covers.
     """
-    labels, scores = _checked(labels, scores)
-    each = _over_draws(measure, labels, scores)
-    return _percentiles([each(counts) for counts in _drawn(labels, patients, draws, seed)], level)
+    mean = _mean_over_draws(measure, labels, scores)
+    labels = np.asarray(labels).ravel().astype(bool)
+    return _percentiles([mean(counts) for counts in _drawn(labels, patients, draws, seed)], level)
 
 
 def paired_difference(
@@ -264,12 +269,11 @@ def paired_difference(
     Scores of several seeds, (seeds, cases), have the mean of their measures. Both sides have the same draws of
     patients, see `bootstrap_interval`.
     """
-    sides = [[_checked(labels, one) for one in np.atleast_2d(side)] for side in (scores, others)]
-    first, second = ([_over_draws(measure, *one) for one in side] for side in sides)
-    mean = lambda side, counts: np.mean([one(counts) for one in side], 0)
-    each = [mean(first, counts) - mean(second, counts) for counts in _drawn(sides[0][0][0], patients, draws, seed)]
-    ours, theirs = (float(np.mean([measure(*one) for one in side])) for side in sides)
-    return ours - theirs, _percentiles(each, level)
+    first, second = (_mean_over_draws(measure, labels, side) for side in (scores, others))
+    ours, theirs = (np.mean([measure(labels, one) for one in np.atleast_2d(side)]) for side in (scores, others))
+    labels = np.asarray(labels).ravel().astype(bool)
+    each = [first(counts) - second(counts) for counts in _drawn(labels, patients, draws, seed)]
+    return float(ours - theirs), _percentiles(each, level)
 
 
 def _drawn(labels: NDArray[np.bool_], patients: Sequence[Any], draws: int, seed: int) -> Iterator[NDArray[np.int64]]:
@@ -313,6 +317,12 @@ def _over_draws(measure: Measure, labels: NDArray[np.bool_], scores: NDArray[Any
     return each
 
 
+def _mean_over_draws(measure: Measure, labels: ArrayLike, scores: ArrayLike) -> Callable[[NDArray], NDArray]:
+    """As `_over_draws`; of several seeds, (seeds, cases), the mean."""
+    each = [_over_draws(measure, *_checked(labels, one)) for one in np.atleast_2d(scores)]
+    return lambda counts: np.mean([one(counts) for one in each], 0)
+
+
 def _percentiles(parts: Sequence[NDArray], level: float) -> tuple[float, float]:
     values = np.concatenate([*parts, np.zeros(0)])
     if not values.size:
@@ -349,17 +359,19 @@ def replicate_summary(values: Sequence[float]) -> dict[str, Any]:
 def image_metrics(
     labels: ArrayLike, scores: ArrayLike, patients: Sequence[Any], *, draws: int = 2000, seed: int = 0
 ) -> dict[str, Any]:
-    """AUROC and AP of image scores with 95 % intervals over patients, and the numbers of normal and abnormal images."""
-    labels, scores = _checked(labels, scores)
-    ranked = rank(labels, scores)
+    """AUROC and AP of image scores with 95 % intervals over patients, and the numbers of normal and abnormal images.
+
+    Scores of several seeds, (seeds, cases), have the mean of their figures, and its interval.
+    """
+    ranked = [rank(labels, one) for one in np.atleast_2d(scores)]
     interval = lambda f: list(bootstrap_interval(f, labels, scores, patients, draws=draws, seed=seed))
     return {
-        "auroc": _auroc(ranked),
+        "auroc": float(np.mean([_auroc(one) for one in ranked])),
         "auroc_ci": interval(auroc),
-        "ap": _average_precision(ranked),
+        "ap": float(np.mean([_average_precision(one) for one in ranked])),
         "ap_ci": interval(average_precision),
-        "n_normal": ranked.negatives.size,
-        "n_abnormal": ranked.positives.size,
+        "n_normal": ranked[0].negatives.size,
+        "n_abnormal": ranked[0].positives.size,
     }
 
 

@@ -369,8 +369,6 @@ def tell_unlike(run: Run, case: Prepared) -> None:
 
 def checked_line(run: Run, row: Row, result: Result) -> dict[str, Any]:
     """A line of scores.csv, before a warning withholds its p-value; raises InputError where a score is not finite."""
-    if bad := [name for name, values in result.scores.items() if not np.isfinite(values).all()]:
-        raise InputError(f"{row.image[0]}: its score {bad[0]} is not finite: look at its values, or leave it out")
     assert result.case.stored
     warning = unlike(result.case.traits, run.kind)
     line = score_line(row, result.scores, run.system, run.calibration, result.score_error, warning)

@@ -68,7 +68,7 @@ class Evidence(NamedTuple):
     residual: Float[Array, "b *size c"]  # mean of prediction less image; 0 where no mask hides the voxel
     variance: Float[Array, "b *size c"]  # of the predictions
     black: Float[Array, "b c"]  # value of black
-    span: Float[Array, " b"]  # from black to white
+    span: Float[Array, "b c"]  # from black to white
     size: tuple[Any, ...]  # true size of the images; beyond it they are filled up
     features: Float[Array, " b *size"] | None = None  # the measure "feature"
 
@@ -120,7 +120,7 @@ def evidence(
     image: Float[Array, "b *size c"],
     found: Mapping[str, Array],
     black: Float[Array, "b c"],
-    span: Float[Array, " b"],
+    span: Float[Array, "b c"],
     mae: MAE | None = None,
     patch: tuple[int, ...] = (),
 ) -> Evidence:
@@ -153,8 +153,7 @@ def volume_evidence(
     prediction = parts[3] / jnp.where(parts[0] > TINY, parts[0], 1)
     axes = range(1, inside.ndim)
     size = tuple(jnp.sum(jnp.any(inside, tuple(a for a in (0, *axes) if a != axis))) for axis in axes)
-    n = len(averages)
-    black, span = jnp.full((n, c), low, jnp.float32), jnp.full(n, high - low, jnp.float32)
+    black, span = (jnp.full((len(averages), c), value, jnp.float32) for value in (low, high - low))
     features = parts[4][..., 0] if config.evaluation.residual == "feature" else None
     return Evidence(prediction - mean, mean, variance, black, span, size, features)
 

@@ -12,7 +12,8 @@ from jmae.errors import InputError
 
 GREY = (0.2989, 0.5870, 0.1140)  # red, green, blue; IGD's
 
-Black = float | Float[Array, " c"] | None
+Values = float | Float[Array, " c"]  # of all channels, or of each
+Black = Values | None
 
 
 def _per_axis(value: int | Sequence[int], rank: int) -> tuple[int, ...]:
@@ -79,7 +80,7 @@ def _similarity(
     y: Float[Array, "b c *size"],
     window: tuple[int, ...],
     sigma: float,
-    data_range: float | Float[Array, ""],
+    data_range: Values,
     k: tuple[float, float],
     black: Black,
 ) -> tuple[Float[Array, "b c *n"], Float[Array, "b c *n"]]:
@@ -98,11 +99,12 @@ def _similarity(
     var_x, var_y, var_d = (
         jnp.maximum(square - m**2, 0) for square, m in ((square_x, mean_x), (square_y, mean_y), (square_d, mean_d))
     )
-    c1, c2 = (k[0] * data_range) ** 2, (k[1] * data_range) ** 2
+    of_channels = lambda values: jnp.reshape(values, (1, -1, *[1] * len(window)))
+    c1, c2 = ((share * of_channels(data_range)) ** 2 for share in k)
     structure = 1 - var_d / (var_x + var_y + c2)
     if black is None:
         return structure, structure
-    mean = mean - jnp.reshape(black, (1, -1, *[1] * len(window)))
+    mean = mean - of_channels(black)
     return (1 - mean_d**2 / ((mean_x + mean) ** 2 + (mean_y + mean) ** 2 + c1)) * structure, structure
 
 
@@ -112,7 +114,7 @@ def _scales(
     window: int | Sequence[int],
     sigma: float,
     weights: Sequence[float],
-    data_range: float | Float[Array, ""],
+    data_range: Values,
     k: tuple[float, float],
     pool: int | Sequence[int],
     black: Black,
@@ -138,7 +140,7 @@ def ms_ssim(
     window: int | Sequence[int],
     sigma: float,
     weights: Sequence[float],
-    data_range: float | Float[Array, ""],
+    data_range: Values,
     k: tuple[float, float] = (0.01, 0.03),
     pool: int | Sequence[int] = 2,
     black: Black = 0.0,
@@ -156,7 +158,7 @@ def ms_ssim(
         window: edge of the Gaussian window in voxels at every scale, odd; one value, or one for each axis.
         sigma: the window's standard deviation in voxels.
         weights: w_1 .. w_M, the finest scale first; as many scales as weights.
-        data_range: largest minus smallest possible value of images, in their unit.
+        data_range: largest minus smallest possible value of images, in their unit; for all channels or for each.
         k: K1 and K2; luminance is stabilised by (K1 * data_range)^2, contrast by (K2 * data_range)^2.
         pool: number of voxels in the mean that makes a voxel of the next scale; one value, or one for each axis. 1
             leaves an axis unchanged: with pool (2, 2, 1), a volume of 32 x 32 x 8 has 3 scales with window 3.
@@ -179,7 +181,7 @@ def ms_ssim_map(
     window: int | Sequence[int],
     sigma: float,
     weights: Sequence[float],
-    data_range: float | Float[Array, ""],
+    data_range: Values,
     k: tuple[float, float] = (0.01, 0.03),
     pool: int | Sequence[int] = 2,
     black: Black = 0.0,
@@ -197,15 +199,15 @@ def ms_ssim_map(
     the window around it. At a coarser scale it is the window around the voxel that contains it.
 
     Args:
-        channel_weights: one for each channel, divided by their sum. By default grey weights for three channels (red,
-            green, blue), else equal weights.
+        channel_weights: one for each channel, divided by their sum. By default grey weights for the three channels of
+            2D images (red, green, blue), as IGD has; else equal weights. Sequences of volumes are no colours.
         window, sigma, weights, data_range, k, pool, black: as for `ms_ssim`.
 
     Raises:
         InputError: as `check_ssim` does.
     """
     c = x.shape[-1]
-    share = np.asarray(channel_weights or (GREY if c == 3 else (1,) * c), np.float32)
+    share = np.asarray(channel_weights or (GREY if c == 3 and x.ndim == 4 else (1,) * c), np.float32)
     total, mirror = jnp.zeros(x.shape[:-1], jnp.float32), border == "mirror"
     scales = _scales(x, y, window, sigma, weights, data_range, k, pool, black, mirror)
     at, sizes = [np.arange(n) for n in x.shape[1:-1]], x.shape[1:-1]  # voxels of a mirrored scale that contain those

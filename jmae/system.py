@@ -378,17 +378,19 @@ def with_best(state: State, rule: str) -> State:
     return state.replace(stats=state.stats | {"best": {**last_weights(state), rule: jnp.float32(-1)}})
 
 
-def keep_best(state: State, rule: str, value: Array, **more: Array) -> State:
+def keep_best(state: State, rule: str, value: Array, *, tolerance: float = 0.0, **more: Array) -> State:
     """The state with its weights as the best, where their value is not below that of the best so far.
 
     Args:
         rule: name of the rule, as `with_best` has it.
         value: value of the state's last weights; higher is better.
+        tolerance: how far below the highest value so far it may be.
         more: further numbers to keep with the weights, such as their step.
     """
     best = state.stats["best"]
-    new = {**last_weights(state), rule: value.astype(jnp.float32), **more}
-    better = value >= best[rule]
+    highest = jnp.where(value > best[rule], value, best[rule]).astype(jnp.float32)
+    new = {**last_weights(state), rule: highest, **more}
+    better = value >= best[rule] - tolerance
     best = jax.tree.map(lambda new, old: jnp.where(better, new, old), new, best)
     return state.replace(stats=state.stats | {"best": best})
 

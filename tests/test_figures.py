@@ -40,6 +40,21 @@ def test_sizes_need_normals_and_three_lesions_and_equal_lesions_are_one_size():
     assert (one["size"], one["least"], one["most"], one["n_abnormal"]) == ("small", 2, 2, 3)
 
 
+def test_the_figures_of_a_patient_are_means_over_replicates():
+    rng, rows = np.random.default_rng(0), [case("a", 1), case("b", 1)]
+    figures, expected = PixelFigures(rows), []
+    for row in rows:
+        lesion = rng.random((9, 8)) < 0.3
+        maps = [rng.normal(size=(9, 8)) + sign * 2 * lesion for sign in (1, -1, -1)]  # two of three are inverted
+        figures.add(row, Truth(lesion, None, 1.0), {"map": maps, "brightness": maps[:1]})
+        figures.close(row)
+        expected.append([roc_auc_score(lesion.ravel(), m.ravel()) for m in maps])
+    found = figures.per_patient("map", ["map"])
+    np.testing.assert_allclose([one["auroc"] for one in found], np.mean(expected, 1))
+    lows = [one["baselines"]["low brightness"]["auroc"] for one in found]
+    np.testing.assert_allclose(lows, [1 - first for first, *_ in expected])
+
+
 @pytest.mark.parametrize("shape", [(17, 13), (9, 8, 6)])
 def test_pixels_have_aupro_and_lesions_their_size_on_the_scored_grid(shape):
     rng = np.random.default_rng(0)

@@ -21,11 +21,16 @@ def test_a_normal_score_is_the_quantile_of_the_rank():
     np.testing.assert_allclose(fusion.normal_scores(normals, np.array([1.0, 2, 3, 10])), expected)
     middle, low, high = fusion.normal_scores(normals, np.array([6.5, -1.0, 14.0]))
     assert middle == pytest.approx(expected[2:].mean())
-    assert low == pytest.approx(expected[0] - 2 / normals.std()) and high == pytest.approx(
-        expected[3] + 4 / normals.std()
-    )
+    assert low == pytest.approx(expected[0] - np.log1p(2 / normals.std()))
+    assert high == pytest.approx(expected[3] + np.log1p(4 / normals.std()))
     tied = fusion.normal_scores(np.array([1.0, 1.0, 2.0]), np.array([1.0]))
     assert tied == pytest.approx(norm.ppf(1.5 / 4))
+
+
+def test_a_run_whose_normals_are_all_equal_does_not_decide_alone():
+    normals = np.array([np.zeros(20), np.linspace(0, 1, 20)])
+    score, _ = fusion.fused(normals, np.array([[0.5, 0.0], [-20.0, 40.0]]))
+    assert np.abs(score).max() < 20
 
 
 def test_fusing_one_run_keeps_its_order_and_its_p_values():

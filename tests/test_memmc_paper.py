@@ -20,6 +20,7 @@ from jmae import train
 from jmae.data.loader import Images
 from jmae.data.manifest import Row
 from jmae.errors import InputError, exit_code
+from jmae.masked import range_of, standardised
 from jmae.masking import case_keys, fold_in, hidden, random_mask
 from jmae.nn.mae import MAE
 from jmae.nn.memory import MultiLevelMAE
@@ -30,12 +31,34 @@ from jmae.report.cases import Case
 from jmae.report.pictures import Scale, case_pictures
 from jmae.ssim import ms_ssim_map
 from jmae.system import load_system, masked_autoencoder, trained_shape
+from jmae.systems.memmc_mae import dissimilarity
 from jmae.weights import read_weights, save_weights
 
 ONE = dict(window=5, sigma=1.5, weights=(1.0,), data_range=1.0)
 
 
 # --- 1 and 3: luminance and border ------------------------------------------------------------------------------------
+
+
+def test_a_channel_of_low_contrast_does_not_mute_the_others():
+    """Of images that are standardised one by one, the same lesion in red has the same map, however flat blue is."""
+    c = config("data.normalise=image", "data.channels=3", "model.channels=3", "evaluation.luminance=none")
+    rng = np.random.default_rng(0)
+    plain = rng.normal(size=(1, 24, 16, 3)) * [0.15, 0.15, 1.0] + 0.5
+    lesion = np.zeros((24, 16, 3), np.float32)
+    lesion[8:14, 4:10, 0] = 2.0
+
+    def found(contrast: float) -> tuple[np.ndarray, np.ndarray]:
+        image = jnp.asarray(plain * [1, 1, contrast] + [0, 0, 0.5 - 0.5 * contrast], jnp.float32)
+        (black, span), x = range_of(image, c), standardised(image, c)
+        hide = jnp.ones(x.shape[:-1], bool)
+        out = dissimilarity(c.evaluation, x, x + lesion, hide, black=black, span=span)
+        return np.asarray(out["map"]), np.asarray(span[0] * image.std((0, 1, 2)))
+
+    normal, spans = found(0.15)
+    np.testing.assert_allclose(spans, 1, rtol=1e-5)
+    assert normal.max() > 0.05
+    np.testing.assert_allclose(found(0.01)[0], normal, rtol=1e-4, atol=1e-5)
 
 
 def luminance_by_hand(x, y, c1):

@@ -143,18 +143,46 @@ def test_the_threshold_maximises_youdens_j_and_ties_go_to_the_highest():
     for labels, scores in random_cases(30):
         n, p = (~labels).sum(), labels.sum()
         force = [(tp * n - fp * p, t) for t, tp, fp in thresholds_by_force(labels, scores)]
-        best = max(j for j, _ in force)
-        positives = [t for j, t in force if j == best and t in scores[labels]]
-        assert metrics.threshold_on(labels, scores) == max(positives)
+        best, found = max(j for j, _ in force), metrics.threshold_on(labels, scores)
+        if best > 0:
+            assert found == max(t for j, t in force if j == best and t in scores[labels])
+        else:
+            assert found > scores.max()
     assert metrics.threshold_on([0, 1, 0, 1], [1.0, 2.0, 3.0, 4.0]) == 4.0  # J = 1/2 at 2 and at 4
 
 
 def test_the_threshold_may_maximise_accuracy():
     for labels, scores in random_cases(30):
-        at = {t: sk.accuracy_score(labels, scores >= t) for t in set(scores[labels])}
+        none = np.nextafter(scores.max(), scores.dtype.type(np.inf))
+        at = {t: sk.accuracy_score(labels, scores >= t) for t in {*scores[labels], none}}
         assert metrics.threshold_on(labels, scores, "accuracy") == max(t for t in at if at[t] == max(at.values()))
     few = [0, 0, 0, 0, 0, 0, 1, 1], [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 5.5, 6.5]
     assert (metrics.threshold_on(*few, "accuracy"), metrics.threshold_on(*few)) == (6.5, 5.5)
+
+
+def test_where_nothing_is_better_than_to_call_nothing_the_threshold_lies_above_all_scores():
+    labels, scores = np.arange(100) < 5, np.arange(100.0)  # the abnormal cases have the lowest scores
+    for rule in ("accuracy", "youden"):
+        t = metrics.threshold_on(labels, scores, rule)
+        assert scores.max() < t < scores.max() + 1e-6
+    assert metrics.at_threshold(labels, scores, t)["accuracy"] == 0.95
+
+
+def test_scores_of_several_seeds_have_the_interval_of_their_mean():
+    rng, labels = np.random.default_rng(0), np.arange(60) % 2
+    scores, patients = labels + rng.normal(size=(3, 60)), [str(i // 2) for i in range(60)]
+    found = metrics.image_metrics(labels, scores, patients, draws=300)
+    each = [metrics.image_metrics(labels, one, patients, draws=300) for one in scores]
+    assert found["auroc"] == pytest.approx(np.mean([one["auroc"] for one in each]))
+    assert found["ap"] == pytest.approx(np.mean([one["ap"] for one in each]))
+    draws = np.random.default_rng(0).integers(30, size=(300, 30))  # patients, with both their cases
+    for key, measure in (("auroc_ci", sk.roc_auc_score), ("ap_ci", sk.average_precision_score)):
+        by_hand = []
+        for drawn in draws:
+            cases = np.concatenate([2 * drawn, 2 * drawn + 1])
+            by_hand.append(np.mean([measure(labels[cases], one[cases]) for one in scores]))
+        np.testing.assert_allclose(found[key], np.quantile(by_hand, [0.025, 0.975]))
+    assert found["auroc_ci"][1] - found["auroc_ci"][0] < np.mean([np.ptp(one["auroc_ci"]) for one in each])
 
 
 def test_decisions_at_a_threshold_are_those_of_scikit_learn():

@@ -379,6 +379,7 @@ def test_presets_of_the_published_configurations():
         stage = load_system(c).stages[0]
         assert (c.variant, c.joint.queue, c.joint.slots, c.joint.top_k) == ("official", True, 200, 4)
         assert (c.joint.activation, c.joint.kept, c.joint.decoder_kept) == (activation, *kept)
+        assert c.joint.tolerance == (0.005 if c is squid else 0), "half a point of AUROC, in SQUID's main.py"
         assert c.model.discriminator == widths and stage.steps(160) == 10 * epochs
         # The cosine reaches its least rate, a tenth, after 300 epochs.
         rate = lambda epoch, c=c, n=10 * epochs: simsid_published.rate(c.joint, 10 * epoch, n)

@@ -114,6 +114,23 @@ def test_channels_merge_by_their_weights():
     np.testing.assert_allclose(mapped(*grey), each[1], atol=1e-6)
 
 
+def test_each_channel_can_have_its_own_range():
+    x, y = pairs(3, (24, 32), 3)
+    spans, own = np.array([0.5, 2.0, 9.0], np.float32), {k: v for k, v in SMALL.items() if k != "data_range"}
+    of_all = jax.jit(lambda x, y: (ms_ssim(x, y, **own, data_range=spans), ms_ssim_map(x, y, **own, data_range=spans)))
+    each = [scored_and_mapped(x[..., [j]], y[..., [j]], **own, data_range=float(s)) for j, s in enumerate(spans)]
+    score, image = of_all(x, y)
+    np.testing.assert_allclose(score, np.mean([score for score, _ in each], 0), atol=1e-6)
+    expected = sum(w * image for w, (_, image) in zip((0.2989, 0.5870, 0.1140), each, strict=True)) / 0.9999
+    np.testing.assert_allclose(image, expected, atol=1e-6)
+
+
+def test_sequences_of_volumes_weigh_equally():
+    x, y = pairs(2, (19, 17, 18), 3)
+    each = [scored_and_mapped(x[..., [j]], y[..., [j]], **SMALL)[1] for j in range(3)]
+    np.testing.assert_allclose(scored_and_mapped(x, y, **SMALL)[1], np.mean(each, 0), atol=1e-6)
+
+
 @pytest.mark.parametrize("size", [(24, 32), (19, 17, 18)])
 def test_equal_images_score_exactly_one_and_a_pasted_block_stands_out(size):
     x, _ = pairs(3, size, 1)

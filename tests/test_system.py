@@ -14,7 +14,7 @@ from jmae.nn.transformer import Block
 from jmae.nn.unet import Convs
 from jmae.programs import compiled_init
 from jmae.sharding import device_mesh
-from jmae.system import network, stage_keys
+from jmae.system import State, best_weights, keep_best, network, stage_keys
 
 
 def equal(a, b) -> bool:
@@ -55,3 +55,15 @@ def test_training_does_not_import_what_draws_before_it_draws():
     program = "import sys, jmae.train, jmae.evaluate; print(*({'matplotlib', 'scipy.stats', 'torch'} & {*sys.modules}))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert not done.stdout.strip()
+
+
+@pytest.mark.parametrize(("tolerance", "chosen"), [(0.0, 1), (0.05, 3)])
+def test_weights_that_are_hardly_worse_than_the_best_may_replace_them(tolerance, chosen):
+    """The best value stays the measure: weight 2 is too low, 3 is near the best, 4 is near 3 alone."""
+    params = lambda k: {"w": jnp.float32(k)}
+    best = {"params": params(-1), "stats": {}, "auroc": jnp.float32(-1)}
+    state = State(params=params(-1), opt=(), stats={"best": best}, step=jnp.int32(0))
+    for k, value in enumerate((0.7, 0.9, 0.8, 0.86, 0.82, float("nan"))):
+        state = keep_best(state.replace(params=params(k)), "auroc", jnp.float32(value), tolerance=tolerance)
+    assert best_weights({"params": params(9), "stats": state.stats}, "auroc")["params"]["w"] == chosen
+    assert state.stats["best"]["auroc"] == jnp.float32(0.9)

@@ -95,6 +95,9 @@ PUBLISHED_KEYS = {
     "joint.decay": Key(1e-5, "Weight decay of the autoencoder, a part of its gradient.", least=0),
     "joint.translation": Key(0.05, "Augmentation: largest move, a share of the edge.", least=0, below=1),
     "joint.scaling": Key(0.05, "Augmentation: largest change of scale.", least=0, below=1),
+    "joint.tolerance": Key(
+        0.0, "How far the AUROC of chosen weights may be below the best one so far.", least=0, below=1
+    ),
     "joint.weights.reconstruction": Key(10.0, "Weight of the student decoder's MSE."),
     "joint.weights.teacher": Key(0.01, "Weight of the teacher decoder's MSE."),
     "joint.weights.distillation": Key(0.001, "Weight of the difference between the decoders' features."),

@@ -38,6 +38,7 @@ from jmae.keys.amae import DISCREPANCIES, SIGNED, VARIANTS
 from jmae.masked import (
     Training,
     crop_and_flip,
+    range_of,
     standardised,
     start,
     train_step,
@@ -263,14 +264,11 @@ def evidence(
     networks: Networks, found: Reconstruction, results: Results, raw: Float[Array, "b *size c"]
 ) -> residuals.Evidence:
     """What a reconstruction by a predictor of normal images says of images, for `evaluation.residual`."""
-    config, n = networks.config, len(raw)
-    mean, std = moments_of(raw, config.data)
-    flat = lambda value: jnp.broadcast_to(value, (n, *[1] * (raw.ndim - 2), config.model.channels)).reshape(n, -1)
-    black, white = flat((0 - mean) / std), flat((1 - mean) / std)
+    config = networks.config
     feature = config.evaluation.residual == "feature"
     mae = networks.mae_of(results[normal_error(config)[0]]["params"]) if feature else None
-    span = jnp.max(white, 1) - jnp.min(black, 1)
-    return residuals.evidence(standardised(raw, config), found.measured, black, span, mae, tuple(config.model.patch))
+    patch = tuple(config.model.patch)
+    return residuals.evidence(standardised(raw, config), found.measured, *range_of(raw, config), mae, patch)
 
 
 def batch_evidence(

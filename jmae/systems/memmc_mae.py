@@ -7,7 +7,7 @@ paper leaves open: meshed-memory-transformer (memory, gates), facebookresearch/m
 
 One stage, `train`: masked reconstruction. Score: multi-scale structural dissimilarity of the image and its
 reconstructions under several masks. The rows of the paper's ablation are `model.memory` (0: none), `model.mc_decoder`
-and `model.long_skips`. [D] marks a value that the paper leaves open.
+and `model.long_skips`. `jmae.keys.memmc_mae` marks by [D] what the paper leaves open.
 """
 
 from collections.abc import Callable
@@ -31,6 +31,7 @@ from jmae.errors import InputError
 from jmae.keys.memmc_mae import SCORES
 from jmae.masked import (
     crop_and_flip,
+    range_of,
     standardised,
     start,
     train_step,
@@ -99,18 +100,14 @@ def view(config: ConfigDict, image: Float[Array, "b *size c"], keys: Key[Array, 
 # --- score ------------------------------------------------------------------------------------------------------------
 
 
-def range_of(
+def ends_of(
     config: ConfigDict, image: Float[Array, "b *size c"]
-) -> tuple[Float[Array, "b channels"], Float[Array, " b"]]:
-    """(value of black in each channel, span of the values) that each image can have in the network's range."""
-    n, channels = len(image), config.model.channels
-    if recipe.is_volume(config):
-        low, high = config.data.clip
-        return jnp.full((n, channels), low), jnp.full(n, high - low)
-    mean, std = moments_of(image, config.data)
-    flat = lambda value: jnp.broadcast_to(value, (n, *[1] * (image.ndim - 2), channels)).reshape(n, channels)
-    black, bright = flat((0 - mean) / std), flat((1 - mean) / std)
-    return black, jnp.max(bright, 1) - jnp.min(black, 1)  # ImageNet's moments: 4.7579, as IGD's
+) -> tuple[Float[Array, "b channels"], Float[Array, "b channels"]]:
+    """(value of black, span of the values) that each channel of an image can have in the network's range."""
+    if not recipe.is_volume(config):
+        return range_of(image, config)
+    (low, high), shape = config.data.clip, (len(image), config.model.channels)
+    return jnp.full(shape, low), jnp.full(shape, high - low)
 
 
 def dissimilarity(
@@ -120,7 +117,7 @@ def dissimilarity(
     hidden: Bool[Array, " b *size"],
     *,
     black: Float[Array, "b c"],
-    span: Float[Array, " b"],
+    span: Float[Array, "b c"],
 ) -> dict[str, Array]:
     """How unlike its reconstruction under one mask each image is.
 
@@ -141,7 +138,7 @@ def dissimilarity(
         own = similarity | {"data_range": span, "black": 0.0 if standard else black}
         own |= {"black": None} if evaluation.luminance == "none" else {}
         d = ms_ssim_map(x[None], y[None], border=evaluation.border, **own)[0]
-        d = d if not share else (1 - share) * d + share * jnp.mean(jnp.abs(x - y), -1) / span
+        d = d if not share else (1 - share) * d + share * jnp.mean(jnp.abs(x - y) / span, -1)
         return d, 1 - ms_ssim(x[None], y[None], **own)[0]
 
     weight = jnp.where(hidden, 1.0, VISIBLE) if evaluation.average == "hidden" else jnp.ones(hidden.shape)
@@ -180,7 +177,7 @@ def reconstructed(
     config, evaluation = networks.config, networks.config.evaluation
     patch = tuple(config.model.patch)
     image = clean(config, raw)
-    black, span = range_of(config, raw)
+    black, span = ends_of(config, raw)
     further = residuals.wanted(config)
 
     def measure(image: Array, made: Array, hidden: Array) -> dict[str, Array]:
@@ -213,7 +210,7 @@ def evidence(
     feature = config.evaluation.residual == "feature"
     mae = networks.mae_of(results["train"]["params"]) if feature else None
     patch = tuple(config.model.patch)
-    return residuals.evidence(standardised(raw, config), found.measured, *range_of(config, raw), mae, patch)
+    return residuals.evidence(standardised(raw, config), found.measured, *range_of(raw, config), mae, patch)
 
 
 def score(

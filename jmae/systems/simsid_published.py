@@ -349,4 +349,4 @@ def joint_look(nets: Networks, state: State, batch: PyTree, results: Results) ->
     weights = last_weights(state)
     one = lambda image: judged_by(nets, weights, made_by(nets, weights, image[None]))[0]
     value = auroc(-jax.lax.map(one, batch["image"], batch_size=nets.config.joint.batch), batch["label"])
-    return keep_best(state, RULE, value), {"check_auroc": value}
+    return keep_best(state, RULE, value, tolerance=nets.config.joint.tolerance), {"check_auroc": value}

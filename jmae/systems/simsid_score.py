@@ -39,7 +39,6 @@ WORDS = {
     "difference": "as simsid, for how much less real the image is than its reconstruction",
     "l1": "mean absolute error of the reconstruction",
     "mse": "mean squared error of the reconstruction",
-    "patches": "reconstruction error of the worst tenth of the patches",
     "kl": "Kullback-Leibler divergence between the image and the student's reconstruction",
     "kl_teacher": "Kullback-Leibler divergence between the image and the teacher's reconstruction",
 }
@@ -61,6 +60,13 @@ LOG_WORDS = {
 DEVIATION = 0.2  # deviation of each image with data.normalise=image; the mean is 0.5
 TEACHER = "reconstruction by the teacher"  # the picture of both methods
 RULE = "auroc"  # the rule of `select` that both methods have
+
+
+def words(config: ConfigDict) -> dict[str, str]:
+    """What each score is, in plain words."""
+    top = config.evaluation.top
+    worst = "" if top == 1 else f", the mean of the worst {100 * top:.3g} % of them"
+    return WORDS | {"patches": f"squared mean error of each patch{worst}"}
 
 
 # --- the contract of a method -----------------------------------------------------------------------------------------
@@ -113,7 +119,7 @@ def system(config: ConfigDict, method: Method) -> System:
         primary_uses=tuple(names[: names.index(choice) + 1]) if primary in MAPS else (),
         best=(RULE,),
         choice=Choice(stage=choice, stand_ins=partial(stand_ins, config)),
-        words=WORDS,
+        words=words(config),
         **scoring,
     )
 

@@ -1,9 +1,10 @@
 """How many random masks, samples or sweeps a score needs: its AUROC against their number, with its standard error.
 
 `evaluation.convergence=R` scores the labelled cases R more times with each number 1, 2, 4, ... up to the recipe's, each
-time with other masks. Where the score of an image is a mean over masks, one program scores single masks, and the means
-are taken here. For another score of images, such as AMAE's Eq. 4, each number has its program. The number of sweeps
-over volumes is an argument of one program. The cost is R scorings of the split in the first case, else up to 2 R.
+time with other masks. Where the score of an image is a mean over independent masks or samples, one program scores
+single ones, and the means are taken here. Masks that all images share come in rounds, whose masks are not independent.
+For these, and for another score of images, such as AMAE's Eq. 4, each number has its program. The number of sweeps over
+volumes is an argument of one program. The cost is R scorings of the split in the first case, else up to 2 R.
 """
 
 import math
@@ -142,7 +143,7 @@ def planned_draws(
     if system.sweep:
         single = scorer(1)
         return [Draw(n, f"draw {d}", single, n) for n in numbers for d in range(times)]
-    if system.averaged:
+    if system.averaged and not (what == "masks" and config.evaluation.masks_of == "run"):
         single = scorer(1)
         return [Draw(1, f"draw {d}", single) for d in range(times * numbers[-1])]
     return [Draw(n, f"draw {d}", one) for n, one in ((n, scorer(n)) for n in numbers) for d in range(times)]

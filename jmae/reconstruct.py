@@ -26,8 +26,9 @@ class Reconstruction(NamedTuple):
     measured: PyTree  # mean over the masks of the results of `measure`
     first: Float[Array, "b *size c"]  # reconstruction under the first mask
     first_hidden: Bool[Array, " b *size"]  # what the first mask hides
-    # Means over voxels of `error` and of `measured`, one of each round of masks where there are several whole rounds,
-    # else one of each mask. They are independent, or nearly so. Their spread tells the Monte-Carlo error of their mean.
+    # Means over voxels of `error` and of `measured`, one of each whole round of masks, or of each mask where images
+    # have masks of their own. They are independent, so that their spread tells the Monte-Carlo error of the mean. The
+    # masks of one round are not: a round hides every token equally often. (b, 0) with less than a round.
     errors: Float[Array, "b r"]
     measures: PyTree
 
@@ -145,8 +146,8 @@ def reconstruct(
         found, each = jax.lax.scan(add, zeros, numbers)
         each = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(len(image), -1)[:, :masks], each)
     in_round = groups_of(patches.shape[1], visible) if keys.ndim == 0 else 1
-    if masks % in_round == 0 and masks > in_round:
-        each = jax.tree.map(lambda x: jnp.mean(x.reshape(len(image), -1, in_round), 2), each)
+    rounds = masks // in_round
+    each = jax.tree.map(lambda x: jnp.mean(x[:, : rounds * in_round].reshape(len(image), rounds, in_round), 2), each)
     # Moments of the difference to the input, not of the pixels: no cancellation where the variance is small.
     (mean, squares, measured), (of_first, hidden_first) = found
     return Reconstruction(

@@ -92,6 +92,8 @@ def check(config: ConfigDict, masks: int) -> None:
         raise InputError(f"evaluation.residual=mahalanobis needs a spread over masks: {masks} are too few, take 4")
     if e.residual == "mahalanobis" and e.convergence:
         raise InputError("evaluation.convergence scores with one mask, too few for mahalanobis: set it to 0")
+    if e.expect != "none" and config.select == "aucp":
+        raise InputError("select=aucp: evaluation.expect is fitted after the training: take select=last or expect=none")
     if e.case_score == "part" and config.select == "aucp":
         raise InputError("select=aucp ranks by a score on the device: set evaluation.case_score to mean or top")
 
@@ -255,17 +257,24 @@ def bins_of(config: ConfigDict, of: Evidence) -> Array:
 
 
 def sums_of(config: ConfigDict, of: Evidence, inside: Bool[Array, " b *size"] | None = None) -> dict[str, Array]:
-    """What a fit measures in images: r itself ("position"), or its sums and counts in each bin ("appearance")."""
+    """What a fit measures in images: r itself ("position"), or its sums and counts in each bin ("appearance").
+
+    The sums of large volumes are those of slabs along the first axis: one float32 sum of 10^7 numbers is 2 % off.
+    """
     r = measured(config, of)
     if config.evaluation.expect == "position":
         return {"r": jnp.mean(r, -1)}
     bins = bins_of(config, of)[..., : r.shape[-1]]
-    counted = jnp.ones(r.shape[:-1]) if inside is None else inside.astype(jnp.float32)
+    counted = jnp.ones(r.shape[:-1], bool) if inside is None else inside.astype(bool)
 
     def one(r: Array, bins: Array, counted: Array) -> tuple[Array, Array]:
-        add = lambda values, bins: jnp.zeros(BINS**2).at[bins.reshape(-1)].add(values.reshape(-1))
-        each = jax.vmap(add, (-1, -1))
-        return each(r * counted[..., None], bins), each(jnp.broadcast_to(counted[..., None], r.shape), bins)
+        def add(values: Array, bins: Array) -> Array:
+            slabs = jnp.zeros((len(values), BINS**2), values.dtype)
+            rows = jnp.arange(len(values))[:, None]
+            return slabs.at[rows, bins.reshape(len(bins), -1)].add(values.reshape(len(values), -1)).sum(0)
+
+        each, used = jax.vmap(add, (-1, -1)), jnp.broadcast_to(counted[..., None], r.shape)
+        return each(jnp.where(used, r, 0), bins), each(used.astype(jnp.int32), bins)
 
     total, count = jax.vmap(one)(r, bins, counted)
     return {"total": total, "count": count}

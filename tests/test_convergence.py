@@ -104,16 +104,18 @@ def drawn_scores(config, system, rows):
     return co.averaged(co.draw_scores(system, draws, rows), NUMBERS)
 
 
-@pytest.mark.parametrize("averaged", [True, False])
-def test_draws_are_independent_and_single_masks_are_scored_by_one_program(fake, averaged):
+@pytest.mark.parametrize(("averaged", "masks_of"), [(True, "case"), (True, "run"), (False, "case")])
+def test_draws_are_independent_and_independent_masks_are_scored_by_one_program(fake, averaged, masks_of):
     config, rows, asked = fake
+    config.evaluation.masks_of = masks_of
+    single = averaged and masks_of == "case"
     draws = drawn_scores(config, replace(load_system(config), averaged=averaged), rows)
-    assert asked == ([1] if averaged else NUMBERS)
-    assert [len(each) for each in draws.values()] == ([18, 9, 4, 3] if averaged else [3] * 4)
+    assert asked == ([1] if single else NUMBERS)
+    assert [len(each) for each in draws.values()] == ([18, 9, 4, 3] if single else [3] * 4)
     for number, each in draws.items():
         values = np.concatenate([np.ravel(scores) for scores in each])
         assert len(np.unique(values)) == values.size, number
-    if averaged:
+    if single:
         np.testing.assert_allclose(draws[6][1], np.mean(draws[1][6:12], 0))
 
 

@@ -9,6 +9,7 @@ import pytest
 from scipy.sparse import lil_matrix
 from scipy.sparse.linalg import spsolve
 
+from configs import ppii as recipe
 from jmae.anomalies import interpolation as own
 from jmae.anomalies.poisson import edges_of
 from jmae.keys.ppii import SHAPES
@@ -188,6 +189,50 @@ def test_squares_follow_the_docstring():
     assert (p.edges[uncut, 0] == p.edges[uncut, 1]).all() and uncut.mean() > 0.7
     assert (p.corner >= 0).all() and (p.corner + p.edges <= 512).all()
     assert p.alpha.min() > 0.05 and p.alpha.max() < 0.95 and abs(p.alpha.mean() - 0.5) < 0.02
+
+
+def test_half_widths_of_a_flat_volume_follow_each_axis():
+    draw = jax.vmap(lambda key: own.draw_square(key, (32, 40, 16), (0.1, 0.4), 1.0))
+    p = jax.tree.map(np.asarray, draw(jax.random.split(jax.random.key(0), 500)))
+    uncut = (p.corner > 0).all(1) & (p.corner + p.edges < (32, 40, 16)).all(1)
+    edges = p.edges[uncut]
+    assert (edges[:, 0] == edges[:, 1]).all() and edges[:, 0].max() > 16 and set(edges[:, 2]) == {4, 6, 8, 10}
+    assert (np.diff(edges[np.lexsort((edges[:, 2], edges[:, 0])), 2]) >= 0).all(), "one quantile for all axes"
+    image = jnp.asarray(images((32, 40, 16), 2))
+    out, target, _ = own.pii(image[0], image[1], jax.random.key(1), half=(0.1, 0.4))
+    assert np.isfinite(out).all() and (np.asarray(target) > 0).sum() > 50
+
+
+@pytest.mark.parametrize("preset", ["small", "phantom", "small3d", "phantom3d"])
+def test_presets_train_on_discs_of_more_than_a_few_pixels(preset):
+    c = recipe.get_config(preset)
+    patch, chosen = tuple(c.anomaly.patch), own.PRESETS["paper"]
+    n, size = tuple(int(m) for m in edges_of(c.data.size, patch)[1]), tuple(c.data.size)
+    p = own.draw_patches(jax.random.key(0), size, 2, None, chosen._replace(anomalies=(99, 99)), patch=patch, core=0.8)
+    sizes = np.asarray(own.discs(p, n, c.anomaly.shape)).sum(tuple(range(2, 2 + len(size))))
+    assert np.quantile(sizes, 0.05) >= 3 and np.median(sizes) >= 20
+
+
+def test_places_of_the_released_file_are_left_where_no_place_fits_them():
+    """An edge of 0.4 n or more leaves no first voxel in [edge, 0.8 n - edge): any place is taken."""
+    keys = jax.random.split(jax.random.key(0), 200)
+    small = jax.tree.map(
+        np.asarray,
+        jax.vmap(
+            lambda key: own.draw_patches(key, (60, 60), 2, None, own.PRESETS["released"], patch=(0.1, 0.3), core=0.8)
+        )(keys),
+    )
+    assert (small.corner >= small.edges).all() and (small.corner < 48 - small.edges).all()
+    large = jax.tree.map(
+        np.asarray,
+        jax.vmap(
+            lambda key: own.draw_patches(key, (60, 60), 2, None, own.PRESETS["released"], patch=(0.5, 0.8), core=1.0)
+        )(keys),
+    )
+    whole = large.edges >= 30  # not cut off by the border
+    room = (60 - large.edges)[whole]
+    assert large.corner[whole].min() == 0 and (large.corner[whole] == room).any()
+    assert abs((large.corner[whole] / room).mean() - 0.5) < 0.02
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -49,14 +49,14 @@ class Square(NamedTuple):
 def draw_square(key: PRNGKeyArray, size: tuple[int, ...], half: tuple[float, float], core: float) -> Square:
     """Draws a rectangle.
 
-    - half width, the same for all axes: h ~ U{round(half[0] n) ... round(half[1] n) - 1}, at least 2; n is the shortest
-      side;
+    - half width, the same for the first two axes: h ~ U{round(half[0] n) ... round(half[1] n) - 1}, at least 2; n is
+      the shorter of these sides. A third axis has the same quantile for its own side (ours: windows may be flat);
     - centre: uniform over the central share `core` of each axis; the image's border cuts off the rectangle;
     - alpha ~ U(0.05, 0.95).
     """
     u = jax.random.uniform(key, (2 + len(size),))
     least, most = widths(size, half)
-    half_width = least + jnp.floor(u[0] * (most - least + 1)).astype(jnp.int32)
+    half_width = least + jnp.floor(u[0] * (most - least + 1)).astype(jnp.int32)  # (d,)
     n = np.array(size)
     first, last = central_share(size, core)
     centre = first + jnp.floor(u[2:] * (last - first)).astype(jnp.int32)
@@ -70,16 +70,23 @@ def central_share(size: tuple[int, ...], share: float) -> tuple[np.ndarray, np.n
     return first, last
 
 
-def widths(size: tuple[int, ...], half: tuple[float, float]) -> tuple[int, int]:
-    """The least and the greatest half width of `draw_square`."""
-    least, most = (round(share * min(size)) for share in half)
-    return max(least, 2), max(most - 1, least, 2)
+def widths(size: tuple[int, ...], half: tuple[float, float]) -> tuple[np.ndarray, np.ndarray]:
+    """The least and the greatest half width (d,) of `draw_square`."""
+    sides = np.array([min(size[:2])] * 2 + list(size[2:]))
+    least, most = (np.round(share * sides).astype(int) for share in half)
+    least = np.maximum(least, 2)
+    return least, np.maximum(most - 1, least)
+
+
+def largest_edges(size: tuple[int, ...], half: tuple[float, float]) -> tuple[int, ...]:
+    """The greatest edges of `draw_square`."""
+    return tuple(int(2 * most) for most in widths(size, half)[1])
 
 
 def apply_fpi(
-    image: Float[Array, "*size c"], source: Float[Array, "*size c"], p: Square, *, most: int
+    image: Float[Array, "*size c"], source: Float[Array, "*size c"], p: Square, *, most: tuple[int, ...]
 ) -> tuple[Float[Array, "*size c"], Float[Array, "*size"], dict[str, Any]]:
-    """(1 - alpha) image + alpha source inside the rectangle, which has at most `most` voxels on each axis.
+    """(1 - alpha) image + alpha source inside the rectangle, which has at most `most` voxels on an axis.
 
     The target is alpha where the image changes.
     """
@@ -87,7 +94,7 @@ def apply_fpi(
 
 
 def apply_pii(
-    image: Float[Array, "*size c"], source: Float[Array, "*size c"], p: Square, *, most: int
+    image: Float[Array, "*size c"], source: Float[Array, "*size c"], p: Square, *, most: tuple[int, ...]
 ) -> tuple[Float[Array, "*size c"], Float[Array, "*size"], dict[str, Any]]:
     """Eq. 1 to 4 inside the rectangle's outer ring, clipped to the range of the image.
 
@@ -98,12 +105,12 @@ def apply_pii(
 
 
 def _paste(
-    image: Array, source: Array, p: Square, most: int, how: Any, clipped: bool = False
+    image: Array, source: Array, p: Square, n: tuple[int, ...], how: Any, clipped: bool = False
 ) -> tuple[Array, Array, dict[str, Any]]:
-    n, size = (most,) * (image.ndim - 1), image.shape[:-1]
+    size = image.shape[:-1]
     axes = tuple(range(len(size)))
     whole, other = grow(image, n), grow(source, n)
-    inside = [jnp.arange(most) < edge for edge in p.edges]
+    inside = [jnp.arange(most) < edge for most, edge in zip(n, p.edges, strict=True)]
     t, s = window(whole, p.corner, n), window(other, p.corner, n)
     part = how(t, s, jnp.prod(jnp.stack(jnp.meshgrid(*inside, indexing="ij")), axis=0))
     out = crop_to(add_part(whole, part, p.corner), size)
@@ -124,7 +131,7 @@ def fpi(
 ) -> tuple[Float[Array, "*size c"], Float[Array, "*size"], dict[str, Any]]:
     """Foreign patch interpolation: `draw_square` (its docstring states the distributions), then `apply_fpi`."""
     size = image.shape[:-1]
-    return apply_fpi(image, source, draw_square(key, size, half, core), most=2 * widths(size, half)[1])
+    return apply_fpi(image, source, draw_square(key, size, half, core), most=largest_edges(size, half))
 
 
 @jax.jit(static_argnames=("half", "core"))
@@ -138,7 +145,7 @@ def pii(
 ) -> tuple[Float[Array, "*size c"], Float[Array, "*size"], dict[str, Any]]:
     """Poisson image interpolation: `draw_square` (its docstring states the distributions), then `apply_pii`."""
     size = image.shape[:-1]
-    return apply_pii(image, source, draw_square(key, size, half, core), most=2 * widths(size, half)[1])
+    return apply_pii(image, source, draw_square(key, size, half, core), most=largest_edges(size, half))
 
 
 # --- P-PII ------------------------------------------------------------------------------------------------------------
@@ -176,7 +183,8 @@ def draw_patches(
     - source of a patch: uniform over the sources but number `image_number`, which is the image itself;
     - edge of a patch on each axis: ~ U{round(patch[0] n) ... round(patch[1] n) - 1}, at least 3;
     - centre in the source: uniform over the central share `core` of each axis; the border cuts off the patch;
-    - place in the image: uniform where the patch fits. With `preset.core` the first voxel is ~ U[edge, core n - edge);
+    - place in the image: uniform where the patch fits. With `preset.core` the first voxel is ~ U[edge, core n - edge)
+      on each axis where that interval is not empty (ours: an edge of 0.4 n or more leaves none);
     - raters of a patch: R ~ U{preset.raters}. The centre of a rater's disc is ~ N(edge / 2, edge / 12), its half widths
       are ~ N(edge / 2, 1) / 2. Both are truncated to whole voxels;
     - strength of a rater: ~ U{preset.strength}, a whole number where both ends are whole, else a real number. With
@@ -194,12 +202,13 @@ def draw_patches(
     edges = whole(u[:, :d], least[None], most[None])
     first, last = central_share(size, core)
     centre = whole(u[:, d : 2 * d], first[None], last[None] - 1)
-    low, high = jnp.maximum(centre - edges // 2, 0), jnp.minimum(centre - edges // 2 + edges, n)
-    edges = high - low
+    cut, end = jnp.maximum(centre - edges // 2, 0), jnp.minimum(centre - edges // 2 + edges, n)
+    edges = end - cut
     if preset.core:
-        end = np.floor(core * n).astype(int)
-        corner = whole(u[:, 2 * d : 3 * d], edges, jnp.maximum(end - edges - 1, edges))
-        corner = jnp.minimum(corner, n - edges)
+        beyond = np.floor(core * n).astype(int)
+        fits = edges < beyond - edges
+        low, high = jnp.where(fits, edges, 0), jnp.where(fits, beyond - edges - 1, n - edges)
+        corner = whole(u[:, 2 * d : 3 * d], low, high)
     else:
         corner = whole(u[:, 2 * d : 3 * d], 0, n - edges)
     which = whole(u[:, 3 * d], 0, sources - 1 - (image_number is not None))
@@ -217,7 +226,7 @@ def draw_patches(
     return Patches(
         number=number,
         which=which,
-        cut=low,
+        cut=cut,
         corner=corner,
         edges=edges,
         raters=number_of_raters,
@@ -230,17 +239,22 @@ def draw_patches(
 
 
 def discs(p: Patches, n: tuple[int, ...], shape: str) -> Bool[Array, "a r *n"]:
-    """True inside each rater's disc. A disc lies inside its patch; the narrowest axis gives its radius.
+    """True inside each rater's disc. A disc lies inside its patch; the narrower axis gives its radius.
 
-    An ellipse has a half width for each axis, and is turned in the plane of the first two axes. A rectangle has the
-    same half widths, and is not turned.
+    In volumes the narrower of the first two axes gives the radius in their plane. The third axis has a half width of
+    its own (ours): windows are flat, and a sphere in them would be a voxel or two. An ellipse has a half width for each
+    axis, and is turned in the plane of the first two axes. A rectangle has the same half widths, and is not turned.
     """
     room = jnp.minimum(p.centre, p.edges[:, None] - 1 - p.centre)
     radius = jnp.maximum(jnp.minimum(p.radius, room), 0)
     wide = lambda x: x.reshape(*x.shape[:2], *(1,) * len(n), *x.shape[2:])
     offset = jnp.stack(jnp.meshgrid(*map(jnp.arange, n), indexing="ij"), -1)[None, None] - wide(p.centre)
-    if shape == "circular":
+    if shape == "circular" and len(n) == 2:
         return jnp.sum(offset**2, -1) <= wide(radius.min(-1) ** 2)
+    if shape == "circular":
+        flat = jnp.broadcast_to(radius[..., :2].min(-1, keepdims=True), radius[..., :2].shape)
+        half = jnp.maximum(jnp.concatenate([flat, radius[..., 2:]], -1), 0.5)  # a half width of 0 is one voxel
+        return jnp.sum((offset / wide(half)) ** 2, -1) <= 1
     if shape == "rectangular":
         return jnp.all(jnp.abs(offset) <= wide(radius), -1)
     cos, sin = wide(jnp.cos(p.turn)), wide(jnp.sin(p.turn))

@@ -93,7 +93,7 @@ WORDS = TOKEN_WORDS | {
     "images that look abnormal; a token is what the network makes of one patch (a small square)",
     "tokens_ridge": "whether the image is like the unlabelled images rather than the normal ones, by what module B "
     "makes of it",
-    "stage1": "probability of an anomaly, by a classifier of normal images and images with drawn anomalies",
+    "stage1": "log odds of an anomaly, by a classifier of normal images and images with drawn anomalies",
     "stage2": "difference of the reconstructions of the two modules",
     "stage2_error": "reconstruction error of module A less that of module B",
     "stage2_nearer": "difference of the reconstructions where module B is nearer to the image",
@@ -320,7 +320,7 @@ def score(
     if RIDGE_FIT in results:
         scores[RIDGE] = ridge_score(config, networks.mae_of(results["module_b"]["params"]), image, results[RIDGE_FIT])
     if "proxy" in names:
-        scores["stage1"] = jax.nn.sigmoid(margin_of(networks, results, raw))
+        scores["stage1"] = margin_of(networks, results, raw)  # a probability would be 1 for all clear anomalies
     primary, more = primary_of(config), {}
     if primary in MEANS:
         each = passes["pretrain" if primary == "mae" else "module_a"].errors

@@ -93,8 +93,8 @@ KEYS = {
     ),
     "anomaly.half": Key(
         (0.05, 0.2),
-        "Least and greatest half edge of the squares of pii and fpi.",
-        "shares of the shortest edge",
+        "Least and greatest half edge of the squares of pii and fpi; along a third axis, shares of that axis.",
+        "shares of the image's shorter edge",
         above=0,
         most=1,
         length=2,

@@ -77,11 +77,19 @@ PARTS = (
     Part("accuracy", "cxr_peds", "JMAE_DATA"),
     Part("accuracy", "cxr_nih --subsets matched --only stage2", "JMAE_DATA"),
     *(Part("accuracy", what, "JMAE_DATA") for what in ("cxr_peds baselines", "cxr_nih baselines --subsets matched")),
-    Part("accuracy", "cxr_peds controls --seeds 0 1 2 3", "JMAE_DATA"),
+    *(
+        Part("accuracy", f"cxr_peds controls --only {settings} --seeds 0 1 2 3", "JMAE_DATA")
+        for settings in ("stage2 b_perfect b_normals one_class", "percentile_all equal_epochs paper_rate jitter")
+    ),
     *(Part("accuracy", f"phantoms {part} --seeds 0 1 2 3") for part in ("controls", "ratio", "stage0")),
-    Part("tokens", "cxr_peds --only normals stage2 --seeds 0 1 2", "JMAE_DATA"),
-    Part("tokens", "cxr_peds --only narrow wide deep long --seeds 0", "JMAE_DATA"),
-    Part("tokens", "cxr_nih --subset matched --only normals stage2 --seeds 0", "JMAE_DATA"),
+    *(
+        Part("tokens", what, "JMAE_DATA")
+        for what in (
+            "cxr_peds --only normals --seeds 0 1 2",
+            *(f"cxr_peds --only {networks} --seeds 0" for networks in ("stage2", "long", "narrow wide deep")),
+            "cxr_nih --subset matched --only normals stage2 --seeds 0",
+        )
+    ),
     *(
         Part("scores", f"{pack} --seeds 0 1 2", "JMAE_DATA")
         for pack in (

@@ -55,8 +55,8 @@ def region_words(pixel: Mapping[str, Any]) -> str:
 
 
 def size_words(sizes: Sequence[Mapping[str, Any]]) -> str:
-    """The AUROC of cases with small, medium and large lesions."""
-    each = (f"{one['size']} (up to {one['most']:.0f} pixels) {one['auroc']:.3f}" for one in sizes)
+    """The AUROC of cases with small, medium and large lesions, in pixels of the grid that is scored."""
+    each = (f"{one['size']} (up to {one['most']:.0f} pixels as scored) {one['auroc']:.3f}" for one in sizes)
     return f"AUROC by the size of the lesions: {', '.join(each)}"
 
 

@@ -21,6 +21,7 @@ from scipy.special import stdtrit
 from jmae.data.files import Image
 from jmae.data.manifest import Row
 from jmae.data.transforms import resize, to_unit
+from jmae.data.volumes import directions
 from jmae.errors import InputError
 from jmae.p_values import too_few_normals
 from jmae.run_folder import log, write_text
@@ -39,6 +40,8 @@ LEAST_GAIN = 0.15  # by turning; symmetric images gain less, whichever way they 
 SPREADS = 6.0  # median deviations
 SIDE = 16  # of the small images whose mean is the layout of the training
 DETAIL_SIDES = {2: 64, 3: 32}  # of the small images and volumes whose detail is compared
+AXES = "PLS"  # directions in which volumes with a position are compared, in whatever order a file stores them
+PLACED = (LIKENESS, TURNED, "roughness")  # traits that depend on the directions
 DETAIL = ("fine detail", "middle detail", "coarse detail")
 SIZES = ("smallest axis", "largest axis", "ratio of the axes", "millimetres along the largest axis")
 """Traits that are compared by a factor."""
@@ -88,16 +91,26 @@ class Traits(NamedTuple):
 
     numbers: dict[str, float]  # by trait
     layout: np.ndarray  # float32 (SIDE, SIDE, ...): the image made small, with mean 0 and norm 1
+    axes: str = ""  # directions of `layout`; "": those of the file
 
 
-def traits_of(stored: Image) -> Traits:
+def traits_of(stored: Image, axes: str = AXES) -> Traits:
     """The traits of an image as stored.
+
+    A volume with a position is looked at in the directions `axes`, so that they don't depend on the order in which a
+    file stores it. With "" it stays as it is stored.
 
     The grey values of an image go from 0 to 1 first. Those of a volume go from its 1st to its 99th percentile, as
     scanners differ in scale. "roughness" is the mean difference of neighbours along the first axis, in deviations.
     `details_of` gives three more traits.
     """
-    array, size = stored.array, stored.size
+    array, spacing = stored.array, stored.spacing
+    axes = axes if array.ndim == 4 and stored.affine is not None else ""
+    if axes and stored.affine is not None:
+        own, flipped = directions(stored.affine, axes)
+        array = np.flip(array.transpose(*own, 3), tuple(axis for axis, flip in enumerate(flipped) if flip))
+        spacing = spacing and tuple(spacing[axis] for axis in own)
+    size = array.shape[:-1]
     step = max(1, math.ceil((array.size / VALUES) ** (1 / len(size))))
     thin = np.asarray(array[tuple(slice(None, None, step) for _ in size)], np.float32)
     thin = np.where(np.isfinite(thin), thin, 0)
@@ -118,12 +131,12 @@ def traits_of(stored: Image) -> Traits:
         "share of black": float((values <= 0.02).mean()),
         "roughness": float(np.abs(np.diff(values, axis=0)).mean() / max(deviation, 1e-6)),
     }
-    if len(size) == 3 and stored.spacing:
-        numbers[SIZES[-1]] = max(n * mm for n, mm in zip(size, stored.spacing, strict=True))
+    if len(size) == 3 and spacing:
+        numbers[SIZES[-1]] = max(n * mm for n, mm in zip(size, spacing, strict=True))
     grey = values.mean(-1, keepdims=True)
     numbers |= details_of(resize(grey, (DETAIL_SIDES[len(size)],) * len(size))[..., 0])
     small = resize(grey, (SIDE,) * len(size))[..., 0]
-    return Traits(numbers, _of_norm_1(small - small.mean()))
+    return Traits(numbers, _of_norm_1(small - small.mean()), axes)
 
 
 def details_of(small: np.ndarray) -> dict[str, float]:
@@ -139,13 +152,17 @@ def details_of(small: np.ndarray) -> dict[str, float]:
 
 def kind_of(traits: Sequence[Traits]) -> dict[str, Any]:
     """What images have in common: {"images": their number, "ranges": {trait: (least, greatest)}, "layout": their mean,
-    of norm 1}. For the ranges of the traits of `placed`, each image is compared with the mean of the others. Images
-    that are `turned` are left out."""
+    of norm 1, "axes": its directions}.
+
+    For the ranges of the traits of `placed`, each image is compared with the mean of the others. Images that are
+    `turned` are left out.
+    """
     traits = [one for one, out in zip(traits, turned(traits), strict=True) if not out]
     each = [one.numbers | place for one, place in zip(traits, places(traits), strict=True)]
     names = [name for name in each[0] if all(name in one for one in each)]
     ranges = {name: range_of(name, np.array([one[name] for one in each])) for name in names}
-    return {"images": len(each), "ranges": ranges, "layout": _of_norm_1(np.sum([one.layout for one in traits], 0))}
+    layout = _of_norm_1(np.sum([one.layout for one in traits], 0))
+    return {"images": len(each), "ranges": ranges, "layout": layout, "axes": traits[0].axes}
 
 
 def turned(traits: Sequence[Traits]) -> Bool[np.ndarray, " n"]:
@@ -241,7 +258,8 @@ def read_kind(workdir: Path) -> dict[str, Any] | None:
         layout = np.array(kind["layout"], np.float32)
         if layout.shape not in ((SIDE,) * 2, (SIDE,) * 3):
             raise ValueError(f"a layout of {layout.shape}")
-        return {"images": int(kind["images"]), "ranges": ranges, "layout": layout}
+        axes = str(kind.get("axes", ""))  # an earlier version compared volumes as they were stored
+        return {"images": int(kind["images"]), "ranges": ranges, "layout": layout, "axes": axes}
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -299,7 +317,9 @@ def unlike(traits: Traits | None, kind: Mapping[str, Any] | None) -> str:
     numbers, layout = dict(traits.numbers), traits.layout
     if numbers["deviation"] == 0:
         return "all its values are equal"
-    if layout.shape == kind["layout"].shape:
+    if traits.axes != kind.get("axes", ""):
+        numbers = {name: value for name, value in numbers.items() if name not in PLACED}
+    elif layout.shape == kind["layout"].shape:
         numbers |= placed(layout, kind["layout"])
     found = []
     for name, (low, high) in kind["ranges"].items():

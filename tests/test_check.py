@@ -245,6 +245,35 @@ def test_a_training_image_upside_down_is_a_note(tmp_path, chests, capsys):
     assert f"note: {tmp_path / '5.png'}: {what} lies the wrong way" in capsys.readouterr().out
 
 
+def test_copies_with_different_labels_are_a_finding(cases, capsys):
+    for name, label in (("again", 0), ("sick", 1)):
+        (cases[0] / f"{name}.png").write_bytes((cases[0] / "4.png").read_bytes())
+        cases[1].append([name, "", "test", label, f"{name}.png", "", ""])
+    assert found(cases) == {"truth": [["c4", "sick"]]}
+    said = capsys.readouterr().out
+    assert "c4 is normal and sick is abnormal, but their images are equal: find out which label is right" in said
+
+
+@pytest.mark.parametrize(("last", "told"), [((2.0, 1.0, 1.05), ""), ((6.0, 1.0, 1.5), "1 x 1 to 1.5 x 2 to 6 mm")])
+def test_training_volumes_of_different_voxels_are_a_note(tmp_path, capsys, last, told):
+    rng, rows = np.random.default_rng(0), []
+    for i, spacing in enumerate([(1.0, 1.0, 2.0), (1.0, 2.0, 1.0), last]):
+        nib.save(nib.Nifti1Image(rng.random((8, 9, 10), np.float32), np.diag([*spacing, 1])), tmp_path / f"{i}.nii.gz")
+        rows.append([f"v{i}", "", "train", 0, f"{i}.nii.gz", "", ""])
+    assert run(write((tmp_path, rows))) == 0
+    said = capsys.readouterr().out
+    assert ("note: voxels of training volumes differ, " in said) == bool(told) and told in said
+
+
+def test_the_command_has_the_channels_of_a_4d_file(tmp_path, capsys):
+    rng, rows = np.random.default_rng(0), []
+    for i in range(3):
+        nib.save(nib.Nifti1Image(rng.random((8, 9, 10, 4), np.float32), np.eye(4)), tmp_path / f"{i}.nii.gz")
+        rows.append([f"v{i}", "", "train", 0, f"{i}.nii.gz", "", ""])
+    assert run(write((tmp_path, rows))) == 0
+    assert "--config.data.channels=4" in capsys.readouterr().out
+
+
 def test_copies_within_a_split_are_a_note(cases, capsys):
     for i in range(2):
         (cases[0] / f"again{i}.png").write_bytes((cases[0] / "0.png").read_bytes())

@@ -201,6 +201,10 @@ def test_a_colour_film_is_made_grey_and_three_sequences_are_not(tmp_path):
     assert prepared_volume(row("film"), data).array.shape == (9, 8, 1)
     with pytest.raises(InputError, match="channels: 3 where the recipe has 1"):
         prepared_volume(row("t1", "t2", "fs"), data)
+    np.save(tmp_path / "volume.npy", rng.random((9, 8, 6, 3), np.float32))
+    one_file = Row("case", "", "train", 0, (str(tmp_path / "volume.npy"),), None)
+    with pytest.raises(InputError, match="channels: 3 where the recipe has 1"):
+        prepared_volume(one_file, config(**{"data.size": (6, 5, 4)}).data)
 
 
 def test_crops_are_cut_on_the_devices_where_those_of_all_processes_hold_the_set(rows, tmp_path, monkeypatch):

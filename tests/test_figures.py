@@ -79,5 +79,5 @@ def test_the_console_marks_the_best_dice_and_names_the_sizes():
     assert region_words({"aupro": 0.25, "dice_best": 0.5}) == "  AUPRO@0.3 0.250  best Dice (upper bound) 0.500"
     assert region_words({"aupro": None, "dice_best": 0.5}) == "  best Dice (upper bound) 0.500"
     sizes = [{"size": "small", "most": 12.4, "auroc": 0.5}, {"size": "large", "most": 99.0, "auroc": 0.75}]
-    expected = "small (up to 12 pixels) 0.500, large (up to 99 pixels) 0.750"
+    expected = "small (up to 12 pixels as scored) 0.500, large (up to 99 pixels as scored) 0.750"
     assert size_words(sizes) == f"AUROC by the size of the lesions: {expected}"

@@ -544,6 +544,16 @@ def dicom(path, array=STORED, syntax=uid.ExplicitVRLittleEndian, frame=None, met
     return path
 
 
+def test_a_dicom_file_of_8_bits_has_the_range_of_a_png_of_the_same_pixels(tmp_path):
+    """A rescale slope, another sign or more bits give it another range, or none."""
+    array = np.arange(8, 8 + 6 * 7, dtype=np.uint8).reshape(6, 7)
+    bits = lambda **tags: read(dicom(tmp_path / "a.dcm", array, **tags)).bits
+    assert bits() == bits(RescaleSlope=1, RescaleIntercept=0) == bits(PhotometricInterpretation="MONOCHROME1") == 8
+    assert bits(RescaleSlope=2, RescaleIntercept=0) is bits(RescaleSlope=1, RescaleIntercept=-100) is None
+    assert bits(PixelRepresentation=1) is bits(BitsStored=7) is None
+    assert read(dicom(tmp_path / "b.dcm")).bits is None
+
+
 @pytest.mark.parametrize("syntax", [*NATIVE, uid.RLELossless, uid.JPEG2000Lossless])
 def test_dicom_values_in_every_lossless_syntax(tmp_path, syntax):
     path = tmp_path / "a.dcm"

@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 
+import nibabel as nib
 import numpy as np
 import pytest
 from scipy import ndimage, stats
@@ -26,7 +27,7 @@ def film(seed: int, shape=(60, 50)) -> np.ndarray:
 
 def test_traits_are_those_of_numpy():
     array = np.random.default_rng(0).integers(0, 256, (40, 30))
-    numbers, layout = likeness.traits_of(image(array))
+    numbers, layout, _ = likeness.traits_of(image(array))
     unit = array / 255
     assert numbers["smallest axis"] == 30 and numbers["ratio of the axes"] == 40 / 30 and numbers["channels"] == 1
     assert numbers["mean"] == pytest.approx(unit.mean(), abs=1e-6)
@@ -43,6 +44,37 @@ def test_a_volume_does_not_depend_on_the_scale_of_its_scanner():
     assert one.numbers == pytest.approx(other.numbers, rel=1e-4)
     assert one.numbers["millimetres along the largest axis"] == 75
     np.testing.assert_allclose(one.layout, other.layout, atol=1e-5)
+
+
+def test_a_volume_with_a_position_is_looked_at_in_one_direction_however_it_is_stored(tmp_path):
+    """Another order of storage changes nothing. The same array with another affine lies another way."""
+    rng = np.random.default_rng(0)
+    shade = sum((k + 2) * axis for k, axis in enumerate(np.meshgrid(*(np.linspace(0, 20, n) for n in (30, 20, 25)))))
+    scan = lambda: np.clip(shade + rng.normal(0, 10, shade.shape), 0, 255).astype(np.float32)
+    affine = np.diag([1.0, 2.0, 3.0, 1.0])
+    read = lambda nifti: Image(
+        np.asarray(nifti.dataobj, np.float32)[..., None], nifti.header.get_zooms(), nifti.affine, None
+    )
+    base = nib.Nifti1Image(scan(), affine)
+    as_stored = [likeness.traits_of(read(nib.Nifti1Image(scan(), affine))) for _ in range(30)]
+    likeness.write_kind(tmp_path, as_stored)
+    kind = likeness.read_kind(tmp_path)
+    expected = likeness.traits_of(read(base))
+    assert expected.axes == kind["axes"] == "PLS" and likeness.unlike(expected, kind) == ""
+    for code in ("LAS", "SPR", "PIL", "ARS"):
+        way = nib.orientations.axcodes2ornt(code)
+        other = base.as_reoriented(nib.orientations.ornt_transform(nib.io_orientation(affine), way))
+        assert nib.aff2axcodes(other.affine) == tuple(code)
+        found = likeness.traits_of(read(other))
+        assert found.numbers == pytest.approx(expected.numbers, rel=1e-4)
+        np.testing.assert_allclose(found.layout, expected.layout, atol=1e-5)
+        assert likeness.unlike(found, kind) == ""
+        as_it_is = likeness.traits_of(read(other), "")
+        assert as_it_is.axes == "" and likeness.unlike(as_it_is, kind) == "", "no direction is known: not compared"
+    upside_down = nib.Nifti1Image(np.asarray(base.dataobj), affine @ np.diag([1, 1, -1, 1]))
+    assert "if it were turned or mirrored" in likeness.unlike(likeness.traits_of(read(upside_down)), kind)
+    del kind["axes"]  # of an earlier version, which looked at the array as it was stored
+    assert likeness.unlike(likeness.traits_of(read(upside_down)), kind) == ""
 
 
 @pytest.mark.parametrize("shape", [(60, 50), (30, 20, 25)])

@@ -174,7 +174,7 @@ class Cases:
         if not case.complete:
             return
         if row.id in self.trained:
-            self.traits[row.id] = traits_of(case.image)
+            self.traits[row.id] = traits_of(case.image, data.get("axes", ""))
         if self.store:
             self.store.put(row, case.image)
             if row.split in self.scored:
@@ -318,7 +318,8 @@ def _from_manifest(
 
     def use(row: Row, case: Opened) -> None:
         prints[row.id] = duplicates.fingerprint(case.image.array)
-        colour.extend([row.id] * (case.image.array.shape[-1] == 3 and data.channels == 1))
+        shape = case.image.array.shape
+        colour.extend([row.id] * (len(shape) == 3 and shape[-1] == 3 and data.channels == 1))
         soft.extend([row.id] * case.soft)
         cases.take(now[row.id], case)
 

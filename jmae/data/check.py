@@ -92,20 +92,22 @@ def check(manifest: Path) -> Checked:
     if problems:
         raise InputError("\n".join(problems))
     prints: dict[str, duplicates.Fingerprint] = {}
-    values, traits = list[Finding](), dict[str, Traits]()
+    values, traits, voxels = list[Finding](), dict[str, Traits](), set[tuple[float, ...]]()
 
     def look(row: Row, case: Opened) -> None:
         prints[row.id] = duplicates.fingerprint(case.image.array)
         if row.split == "train":
             traits[row.id] = traits_of(case.image)
+            if len(case.image.size) == 3 and case.image.spacing:
+                voxels.add(case.image.spacing)
         values.extend(of_values(row, case.image.array))
 
     found = open_each(rows, workers=WORKERS, use=look)
     volumes = {name for name, one in prints.items() if one.detail.ndim == 3}
-    found += [*values, *leaks(rows), *duplicates.in_two_splits(rows, prints), *abnormal(rows, volumes)]
+    found += [*values, *contradictions(rows, prints), *leaks(rows), *duplicates.in_two_splits(rows, prints), *abnormal(rows, volumes)]
     order = {row.id: i for i, row in enumerate(rows)}
     found.sort(key=lambda one: (list(KINDS).index(one.kind), order[one.rows[0].id], one.what))
-    further = [*notes(rows, volumes), *copied(rows, prints), *map(turned_text, turned_rows(rows, traits))]
+    further = [*notes(rows, volumes), *spacings(voxels), *copied(rows, prints), *map(turned_text, turned_rows(rows, traits))]
     return Checked(rows, summary(rows, ignored), found, further)
 
 
@@ -135,6 +137,28 @@ def notes(rows: list[Row], volumes: Collection[str]) -> list[str]:
     n = sum(row.split == "train" and row.label == 1 for row in marked)
     what = f"{counted(n, 'abnormal volumes')} in train with a mask or boxes"
     return [f"{what}: set --config.data.normal_crops_only=True, or move them"] if n else []
+
+
+def contradictions(rows: list[Row], prints: Mapping[str, duplicates.Fingerprint]) -> Iterator[Finding]:
+    """Copies of one image that have different labels."""
+    groups: dict[bytes, list[Row]] = {}
+    for row in rows:
+        if row.id in prints and row.label is not None and not row.extra.get("half"):
+            groups.setdefault(prints[row.id].digest, []).append(row)
+    for same in groups.values():
+        normal, abnormal = (next((row for row in same if row.label == label), None) for label in (0, 1))
+        if normal and abnormal:
+            what = f"{normal.id} is normal and {abnormal.id} is abnormal, but their images are equal"
+            yield Finding("truth", (normal, abnormal), f"{what}: find out which label is right, and drop a row")
+
+
+def spacings(found: Collection[tuple[float, ...]]) -> list[str]:
+    """A line where training volumes differ in their voxels by more than a tenth."""
+    ends = [(min(axis), max(axis)) for axis in zip(*map(sorted, found), strict=True)] if found else []
+    if all(high <= 1.1 * low for low, high in ends):
+        return []
+    words = " x ".join(f"{low:.3g}" if low == high else f"{low:.3g} to {high:.3g}" for low, high in ends)
+    return [f"voxels of training volumes differ, {words} mm: give one spacing, as --config.data.spacing=1,1,1"]
 
 
 def copied(rows: list[Row], prints: Mapping[str, duplicates.Fingerprint]) -> Iterator[str]:

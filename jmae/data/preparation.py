@@ -182,7 +182,7 @@ class OtherRank(InputError):
 
 
 def usable(row: Row, stored: Image, data: ConfigDict) -> np.ndarray:
-    """A row's array as stored; a colour image becomes grey where one channel is asked for. With data.nonfinite="zero",
+    """A row's array as stored; a 2D colour image becomes grey where one channel is asked for. With data.nonfinite="zero",
     values that are not finite are 0 in a volume, and the lowest value of an image.
 
     Raises InputError that names the file where the array has another number of channels or axes, values that are not
@@ -193,7 +193,7 @@ def usable(row: Row, stored: Image, data: ConfigDict) -> np.ndarray:
         one, usual, kind = ("an image", "volumes", "images") if array.ndim == 3 else ("a volume", "images", "volumes")
         what = f"is {one}, where the recipe takes {usual} (data.size has {len(size)} axes)"
         raise OtherRank(f"{row.image[0]}: {what}: for {kind} train one such as {suggested(kind)[0]}:small")
-    if array.shape[-1] == 3 and channels == 1 and len(row.image) == 1:
+    if array.ndim == 3 and array.shape[-1] == 3 and channels == 1 and len(row.image) == 1:
         array = grey(array)
     if array.shape[-1] != channels:
         raise InputError(
@@ -364,7 +364,7 @@ def prepared_case(
         subtraction=subtraction,
         moments=moments,
         film=None if volume else partial(film_of, stored, data.window),
-        traits=traits_of(case.image),
+        traits=traits_of(case.image, data.get("axes", "")),
     )
 
 

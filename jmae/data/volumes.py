@@ -405,10 +405,7 @@ def whole_grid(stored: Image, data: ConfigDict, name: str) -> Grid:
                 f"{name}: is no volume with a position, so that data.axes={data.axes} would be guessed: save it as "
                 "NIfTI or DICOM series, or keep the file's own axes by --config.data.axes="
             )
-        nearest = nearest_axes(stored.affine)
-        own_axes = tuple(nearest[WORLD[letter][0]] for letter in data.axes)
-        towards = zip(own_axes, (WORLD[letter] for letter in data.axes), strict=True)
-        flipped = tuple(bool(stored.affine[world, own] * sign < 0) for own, (world, sign) in towards)
+        own_axes, flipped = directions(stored.affine, data.axes)
     own = [own_size[axis] for axis in own_axes]
     spacing = None if stored.spacing is None else tuple(stored.spacing[axis] for axis in own_axes)
     full, step = tuple(own), (1.0,) * rank
@@ -426,6 +423,14 @@ def whole_grid(stored: Image, data: ConfigDict, name: str) -> Grid:
         step = tuple(1.0 if keep else s for keep, s in zip(kept, step, strict=True))
         spacing = tuple(old * s for old, s in zip(spacing, step, strict=True))
     return Grid(own_size, own_axes, flipped, full, step, (0,) * rank, full, spacing, stored.affine)
+
+
+def directions(affine: np.ndarray, axes: str) -> tuple[tuple[int, ...], tuple[bool, ...]]:
+    """(own axis, whether it is flipped) of each of the directions `axes`, such as "PLS"."""
+    nearest = nearest_axes(affine)
+    own_axes = tuple(nearest[WORLD[letter][0]] for letter in axes)
+    towards = zip(own_axes, (WORLD[letter] for letter in axes), strict=True)
+    return own_axes, tuple(bool(affine[world, own] * sign < 0) for own, (world, sign) in towards)
 
 
 def nearest_axes(affine: np.ndarray) -> tuple[int, ...]:

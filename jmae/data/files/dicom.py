@@ -69,7 +69,17 @@ def read_dicom(file: IO[bytes], length: int) -> Header:
         file.seek(0)
         return _dicom_values(pydicom.dcmread(file, force=True))
 
-    return Header(size, decode, spacing=check_spacing(spacing) if spacing else None, tags=header)
+    return Header(
+        size, decode, spacing=check_spacing(spacing) if spacing else None, tags=header, bits=_full_bits(header)
+    )
+
+
+def _full_bits(header: pydicom.Dataset) -> int | None:
+    """8 where the values are those of 8 bits without a rescale, as in a PNG of the same pixels; else None."""
+    slope, intercept = header.get("RescaleSlope"), header.get("RescaleIntercept")
+    plain = slope in (None, 1) and intercept in (None, 0) and not header.get("ModalityLUTSequence")
+    unsigned = int(header.get("PixelRepresentation") or 0) == 0
+    return 8 if plain and unsigned and int(header.get("BitsStored") or 0) == 8 else None
 
 
 def _dicom_values(dataset: pydicom.Dataset) -> np.ndarray:

@@ -32,7 +32,7 @@ class Image(NamedTuple):
     array: np.ndarray
     spacing: tuple[float, ...] | None  # mm per axis of `size`; for projection DICOM at the detector
     affine: np.ndarray | None  # (4, 4) voxel -> RAS mm; None where the file tells no position, never made up
-    bits: int | None  # 8 or 16 where the values fill that unsigned range: PNG, JPEG, TIFF, integer arrays
+    bits: int | None  # 8 or 16 where the values fill that unsigned range: PNG, JPEG, TIFF, integer arrays, 8-bit DICOM
     header: nib.Nifti1Header | None = None  # of a NIfTI input: a map takes its geometry from it, code by code
     sequences: tuple["Image", ...] = ()  # as read, where their grids differ; `array` has them on the first grid
 

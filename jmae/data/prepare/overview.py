@@ -1,5 +1,6 @@
 """What `prepare` prints: how many cases of each kind there are, and the command that comes next."""
 
+import contextlib
 import os
 import shlex
 from collections import Counter, defaultdict
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pydicom
 
-from jmae.data.files import image_size, is_dicom
+from jmae.data.files import image_size, is_dicom, read_image
 from jmae.data.files.guard import named_errors
 from jmae.data.manifest import SPLITS, Row, dispensable, folded, learnable
 from jmae.data.opening import WORKERS
@@ -66,7 +67,7 @@ def next_command(name: str, file: Path, rows: Sequence[Row], recipe: str, flags:
         share = calibration_share(rows)
         given += [f"--config.data.calibration={share:g}"] if share else []
     if (volumes or len(rows[0].image) > 1) and "data.channels" not in flags:
-        given.append(f"--config.data.channels={len(rows[0].image)}")
+        given.append(f"--config.data.channels={channels_of(rows[0])}")
     if any(row.split == "train" and row.label == 1 for row in rows):
         given.append("--config.data.normal_crops_only=True")
     given += ["--config.data.allow_leaks=True"] if allow_leaks else []
@@ -77,6 +78,14 @@ def next_command(name: str, file: Path, rows: Sequence[Row], recipe: str, flags:
             f"--workdir {shlex.quote(f'runs/{file.absolute().parent.name}')}",
         ]
     )
+
+
+def channels_of(row: Row) -> int:
+    """The channels of a case: its files, or those in its one file. 1 where the file cannot be read."""
+    if len(row.image) == 1:
+        with contextlib.suppress(InputError):
+            return read_image(row.image).array.shape[-1]
+    return len(row.image)
 
 
 def kind_of_data(rows: Sequence[Row]) -> str:

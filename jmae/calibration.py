@@ -50,6 +50,7 @@ SETTINGS_WITHOUT_EFFECT = (
     "batch chunk subsets maps reconstruction draws froc froc_rule froc_least froc_overlap iou alarm_rate convergence "
     "decision mask_least rivals pictures"
 ).split()
+DEFINITION = 2  # of the scores: one more where the same weights and settings give other scores than before
 LOWEST = float(np.finfo(np.float32).min)  # stands for the peak of a map without any component of the least size
 Say = Callable[[str], None]
 
@@ -95,7 +96,7 @@ def inputs_digest(case: Prepared) -> str:
 def digest_of_normals(config: ConfigDict, inputs: Iterable[str]) -> str:
     """The digest of the `inputs_digest` of the normals that calibrate a run, of the settings in calibration.json that
     change no score, and of this version of jmae."""
-    settings = [__version__, repr(alarm_rate(config)), repr(float(config.evaluation.mask_least))]
+    settings = [__version__, str(DEFINITION), repr(alarm_rate(config)), repr(float(config.evaluation.mask_least))]
     return hashlib.sha256("\n".join([*settings, *inputs]).encode()).hexdigest()[:16]
 
 
@@ -262,6 +263,9 @@ def read_calibration(
     retired = {key.removeprefix("evaluation.") for key in recipe.RETIRED} - now["settings"].keys()
     compared = (settings | now["settings"]).keys() - retired
     if other := sorted(k for k in compared if settings.get(k) != now["settings"].get(k)):
+        if "definition" in other:
+            say(f"warning: {file} has the scores of another version of jmae: no p-values; run jmae.evaluate again")
+            return None
         key = {"dtype": "model.dtype"}.get(other[0], f"evaluation.{other[0]}")
         say(f"warning: {file} belongs to another {key}: no p-values")
         return None
@@ -303,7 +307,8 @@ def score_identity(config: ConfigDict, system: System, results: Results) -> dict
         hashed.update(np.ascontiguousarray(leaf).tobytes())
     precision = str(jnp.dtype(compute_type(config))) if "dtype" in config.get("model", {}) else ""
     settings = {key: value for key, value in config.evaluation.items() if key not in SETTINGS_WITHOUT_EFFECT}
-    return {"weights": hashed.hexdigest(), "settings": {"score": system.primary, "dtype": precision} | settings}
+    own = {"score": system.primary, "dtype": precision, "definition": DEFINITION}
+    return {"weights": hashed.hexdigest(), "settings": own | settings}
 
 
 def mask_threshold(config: ConfigDict, calibration: Calibration | None) -> float | None:

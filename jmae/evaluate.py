@@ -221,7 +221,7 @@ def evaluate(
     evaluation |= {"doubts": doubts(history, system.stages), "training_normals": learnable(rows) if of_run else None}
     evaluation |= provenance(config, system, chosen.rows, gathered.digests, workdir)
     evaluation |= {"seconds": time.monotonic() - began, "seconds_per_case": gathered.seconds / len(chosen.rows)}
-    write_evaluation(config, chosen, evaluation, table, gathered, of_baselines(1), calibration, history, workdir, out)
+    write_evaluation(config, chosen, evaluation, table, gathered, of_baselines(1.0), calibration, history, workdir, out)
     if of_run:
         write_cards(workdir, config, system, rows)
     log(console_summary(evaluation))

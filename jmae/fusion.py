@@ -2,8 +2,8 @@
 
 The normal score of a run's score s is Phi^-1(F(s)), where F is the distribution of the run's held-out normals. The k-th
 lowest of n normals has F = k / (n + 1). Between two of them the normal score is linear. Above the highest, by d
-standard deviations, it is higher by log(1 + d), and likewise below the lowest. So no single run outweighs all others,
-not even one whose normals all have the same score. The fused score is the mean of the runs' normal
+standard deviations, it is higher by log(1 + d), and likewise below the lowest. Where all normals have one score, it is
+higher by 1. So one run hardly outweighs all others. The fused score is the mean of the runs' normal
 scores. Its p-value is that of a conformal test in which the case and the n normals are treated alike: each of the n + 1
 takes its rank among all of them in every run. So the promise of `p_values.Calibration` holds.
 
@@ -38,9 +38,9 @@ def normal_scores(normals: Scores, scores: Scores) -> Scores:
         np.searchsorted(ordered, known, "left") + 1 + np.searchsorted(ordered, known, "right")
     ) / 2  # ties: their middle
     level = ndtri(rank / (len(normals) + 1))
-    deviation = max(float(normals.std()), 1e-12)
-    outside = lambda distance: np.log1p(np.maximum(distance, 0) / deviation)
-    return np.interp(scores, known, level) + outside(scores - known[-1]) - outside(known[0] - scores)
+    deviation = float(normals.std()) if np.ptp(normals) else 0.0  # rounding gives equal numbers a deviation
+    beyond = lambda distance: np.log1p(np.maximum(distance, 0) / deviation) if deviation else (distance > 0) * 1.0
+    return np.interp(scores, known, level) + beyond(scores - known[-1]) - beyond(known[0] - scores)
 
 
 def fused(normals: Scores, cases: Scores) -> tuple[Scores, Scores]:
@@ -121,10 +121,10 @@ def baselines_of(runs: Sequence[Run], ids: Sequence[str]) -> dict[str, Scores]:
     """
     found = dict[str, Scores]()
     for run in runs:
-        lines = [run.baselines.get(name, {}) for name in ids]
-        for name in lines[0].keys() - {"id"}:
-            if all(line.get(name) for line in lines):
-                scores = np.array([float(line[name]) for line in lines])
+        lines = [(run.baselines or {}).get(name, {}) for name in ids]
+        for name in lines[0]:
+            if all(name in line for line in lines):
+                scores = np.array([line[name] for line in lines])
                 same = np.array_equal(found.setdefault(name, scores), scores)
                 found |= {} if same else {f"{name} of {run.name}": scores}
     return found
@@ -136,13 +136,15 @@ def best_baseline(
     """How much higher the AUROC of a score is than that of the baseline with the highest one; None without any.
 
     Returns:
-      {"name", "of" (number of baselines), "auroc", "auroc_ci" (95 %, over patients)}.
+      {"name", "of" (number of baselines; "low NAME" is the other end of NAME), "auroc", "auroc_ci" (95 %, over
+      patients)}.
     """
     if not baselines:
         return None
-    name = max(sorted(baselines), key=lambda name: metrics.auroc(labels, baselines[name]))
+    name = max(sorted(baselines), key=lambda one: metrics.auroc(labels, baselines[one]))
     auroc, interval = metrics.paired_difference(metrics.auroc, labels, score, baselines[name], patients, draws=draws)
-    return {"name": name, "of": len(baselines), "auroc": auroc, "auroc_ci": interval}
+    number = len({one.removeprefix("low ") for one in baselines})
+    return {"name": name, "of": number, "auroc": auroc, "auroc_ci": interval}
 
 
 def scores_of_normals(workdir: Path) -> dict[str, float]:
@@ -185,6 +187,7 @@ def fused_evaluation(workdirs: Sequence[Path], out: Path, *, draws: int = 2000) 
     score, p = fused(normals, each)
     labels, patients = labels_of(runs[0], ids), [runs[0].patients[name] for name in ids]
     found: dict[str, Any] = {"runs": [run.name for run in runs], "n": len(ids), "held_out_normals": normals.shape[1]}
+    found["without_baselines"] = [run.name for run in runs if run.baselines is None]
     if labels.any() and not labels.all():
         figures = {"fused": score} | dict(zip(found["runs"], each, strict=True))
         found["scores"] = {name: metrics.image_metrics(labels, s, patients, draws=draws) for name, s in figures.items()}
@@ -225,8 +228,9 @@ def evaluate_several(workdirs: Sequence[Path], argv: Sequence[str]) -> int:
     if best := found.get("best_baseline"):
         ends = "[{:+.3f}, {:+.3f}]".format(*best["auroc_ci"])
         log(f"  fused less the best of {best['of']} baselines, {best['name']}: {best['auroc']:+.3f} {ends}")
-    elif "scores" in found:
-        log("  no baselines: these evaluations have no baselines.csv; evaluate the runs again to compare with them")
+    if "scores" in found and found["without_baselines"]:
+        names = ", ".join(found["without_baselines"])
+        log(f"  without baselines.csv: {names}: evaluate again to compare with the baselines")
     of = counted(found["n"], "cases"), counted(found["held_out_normals"], "held-out normals")
     log(f"{', '.join(of)}: {Path(flags['out']) / 'scores.csv'}")
     return 0

@@ -259,7 +259,8 @@ def bins_of(config: ConfigDict, of: Evidence) -> Array:
 def sums_of(config: ConfigDict, of: Evidence, inside: Bool[Array, " b *size"] | None = None) -> dict[str, Array]:
     """What a fit measures in images: r itself ("position"), or its sums and counts in each bin ("appearance").
 
-    The sums of large volumes are those of slabs along the first axis: one float32 sum of 10^7 numbers is 2 % off.
+    The sums of large volumes are those of slabs along the first axis. One float32 sum of 10^7 numbers is several per
+    cent off.
     """
     r = measured(config, of)
     if config.evaluation.expect == "position":

@@ -255,6 +255,17 @@ def test_the_normals_themselves_and_other_settings_or_weights_have_no_p_value(ca
     old["of"]["settings"]["filter"] = [3, 3, 2]  # a key that had no effect, of an earlier version
     (tmp_path / "calibration.json").write_text(json.dumps(old))
     assert cal.read_calibration(c, SYSTEM, {}, tmp_path).scores
+    del old["of"]["settings"]["definition"]  # of a version whose scores were others
+    (tmp_path / "calibration.json").write_text(json.dumps(old))
+    assert cal.read_calibration(c, SYSTEM, {}, tmp_path) is None
+    assert "has the scores of another version of jmae: no p-values; run jmae.evaluate" in capfd.readouterr().err
+
+
+def test_a_score_that_is_not_finite_is_refused_with_and_without_a_label():
+    for label in (None, 0, 1):
+        row, scores = Row("a", "", "test", label, ("a.png",)), {"bright": np.array([1.0, np.nan])}
+        with pytest.raises(InputError, match=r"a\.png: its score bright is not finite"):
+            cal.score_line(row, scores, SYSTEM, None)
 
 
 def test_damaged_calibrations_and_rates_are_refused_in_one_line(calibrated, tmp_path):

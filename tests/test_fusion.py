@@ -29,8 +29,9 @@ def test_a_normal_score_is_the_quantile_of_the_rank():
 
 def test_a_run_whose_normals_are_all_equal_does_not_decide_alone():
     normals = np.array([np.zeros(20), np.linspace(0, 1, 20)])
-    score, _ = fusion.fused(normals, np.array([[0.5, 0.0], [-20.0, 40.0]]))
-    assert np.abs(score).max() < 20
+    score, p = fusion.fused(normals, np.array([[0.001, 0.0], [-0.1, 8.0]]))
+    assert score[0] < score[1] and p[0] > p[1]
+    assert fusion.normal_scores(normals[0], np.array([-3.0, 0.0, 3.0])).tolist() == [-1.0, 0.0, 1.0]
 
 
 def test_fusing_one_run_keeps_its_order_and_its_p_values():
@@ -138,8 +139,8 @@ def test_the_fused_score_is_compared_with_the_best_baseline_of_all_runs(tmp_path
     rng, n = np.random.default_rng(0), 40
     ids, labels = [f"c{i}" for i in range(n)], np.arange(n) % 2
     contrast, good = rng.normal(size=n), labels * 2 + rng.normal(size=n)
-    others = {  # "raw" belongs to a run's network; one baseline lacks a case
-        "a": {"contrast": contrast, "raw": rng.normal(size=n), "holes": ["", *labels[1:]]},
+    others = {  # "raw" belongs to a run's network; one baseline lacks a case, and one is the other end of another
+        "a": {"contrast": contrast, "low contrast": -contrast, "raw": rng.normal(size=n), "holes": ["", *labels[1:]]},
         "b": {"contrast": contrast, "raw": good, "holes": ["", *labels[1:]]},
     }
     runs, scores = [], labels + rng.normal(size=(2, n))
@@ -161,8 +162,12 @@ def test_the_fused_score_is_compared_with_the_best_baseline_of_all_runs(tmp_path
     assert best["auroc"] == pytest.approx(found["scores"]["fused"]["auroc"] - auroc)
     assert best["auroc_ci"][0] < best["auroc"] < best["auroc_ci"][1]
     assert f"  fused less the best of 3 baselines, raw of b: {best['auroc']:+.3f} [" in capsys.readouterr().err
-    (runs[0] / "evaluation" / "baselines.csv").unlink()
-    (runs[1] / "evaluation" / "baselines.csv").unlink()
+    files = [run / "evaluation" / "baselines.csv" for run in runs]
+    files[0].write_text(files[0].read_text().replace("c1,", "c1,x"))
+    assert exit_code(evaluate.main, command) == 2
+    assert f"{runs[0]}: no complete evaluation (could not convert" in capsys.readouterr().err
+    for file in files:
+        file.unlink()
     assert exit_code(evaluate.main, command) == 0
-    assert "no baselines: these evaluations have no baselines.csv" in capsys.readouterr().err
+    assert "without baselines.csv: a, b: evaluate again to compare" in capsys.readouterr().err
     assert json.loads((tmp_path / "out" / "metrics.json").read_text())["best_baseline"] is None

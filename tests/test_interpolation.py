@@ -203,13 +203,14 @@ def test_half_widths_of_a_flat_volume_follow_each_axis():
     assert np.isfinite(out).all() and (np.asarray(target) > 0).sum() > 50
 
 
+@pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("preset", ["small", "phantom", "small3d", "phantom3d"])
-def test_presets_train_on_discs_of_more_than_a_few_pixels(preset):
+def test_presets_train_on_discs_of_more_than_a_few_pixels(preset, shape):
     c = recipe.get_config(preset)
     patch, chosen = tuple(c.anomaly.patch), own.PRESETS["paper"]
     n, size = tuple(int(m) for m in edges_of(c.data.size, patch)[1]), tuple(c.data.size)
     p = own.draw_patches(jax.random.key(0), size, 2, None, chosen._replace(anomalies=(99, 99)), patch=patch, core=0.8)
-    sizes = np.asarray(own.discs(p, n, c.anomaly.shape)).sum(tuple(range(2, 2 + len(size))))
+    sizes = np.asarray(own.discs(p, n, shape)).sum(tuple(range(2, 2 + len(size))))
     assert np.quantile(sizes, 0.05) >= 3 and np.median(sizes) >= 20
 
 

@@ -184,7 +184,7 @@ def draw_patches(
     - edge of a patch on each axis: ~ U{round(patch[0] n) ... round(patch[1] n) - 1}, at least 3;
     - centre in the source: uniform over the central share `core` of each axis; the border cuts off the patch;
     - place in the image: uniform where the patch fits. With `preset.core` the first voxel is ~ U[edge, core n - edge)
-      on each axis where that interval is not empty (ours: an edge of 0.4 n or more leaves none);
+      on each axis where that interval is not empty (ours: an edge of core n / 2 or more leaves none);
     - raters of a patch: R ~ U{preset.raters}. The centre of a rater's disc is ~ N(edge / 2, edge / 12), its half widths
       are ~ N(edge / 2, 1) / 2. Both are truncated to whole voxels;
     - strength of a rater: ~ U{preset.strength}, a whole number where both ends are whole, else a real number. With
@@ -261,7 +261,8 @@ def discs(p: Patches, n: tuple[int, ...], shape: str) -> Bool[Array, "a r *n"]:
     first, second = offset[..., 0], offset[..., 1]
     turned = [cos * first - sin * second, sin * first + cos * second]
     turned += [offset[..., k] for k in range(2, len(n))]
-    radius = jnp.maximum(jnp.minimum(radius, room.min(-1, keepdims=True)), 0)  # so that it fits at any angle
+    plane = jnp.minimum(radius[..., :2], room[..., :2].min(-1, keepdims=True))  # so that it fits at any angle
+    radius = jnp.concatenate([plane, radius[..., 2:]], -1)
     return jnp.sum((jnp.stack(turned, -1) / wide(jnp.maximum(radius, 0.5))) ** 2, -1) <= 1
 
 

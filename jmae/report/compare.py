@@ -41,7 +41,7 @@ class Run(NamedTuple):
     config: Mapping[str, Any]
     environment: Mapping[str, Any]
     table: Mapping[str, Mapping[str, str]]  # id -> line of scores.csv
-    baselines: Mapping[str, Mapping[str, str]]  # id -> line of baselines.csv; {} in an evaluation of an earlier version
+    baselines: Mapping[str, Mapping[str, float]] | None  # id -> score by name; None in an earlier version's evaluation
 
 
 class Pair(NamedTuple):
@@ -66,10 +66,7 @@ def read_run(folder: Path) -> Run:
         with open(inner / "scores.csv", newline="") as file:
             table = {plain(row["id"]): row for row in csv.DictReader(file)}
         cases = {name: (int(row["label"]), float(row["score"])) for name, row in table.items() if row["label"]}
-        baselines = dict[str, Mapping[str, str]]()
-        if (inner / "baselines.csv").exists():
-            with open(inner / "baselines.csv", newline="") as file:
-                baselines = {plain(row["id"]): row for row in csv.DictReader(file)}
+        baselines = read_baselines(inner / "baselines.csv") if (inner / "baselines.csv").exists() else None
         with open(inner / "cases.csv", newline="") as file:
             case_rows = list(csv.DictReader(file))
         patients = {plain(row["id"]): plain(row["patient"]) for row in case_rows}
@@ -81,6 +78,15 @@ def read_run(folder: Path) -> Run:
         why = getattr(error, "strerror", None) or error
         raise InputError(f"{folder}: no complete evaluation ({why}): run jmae evaluate --workdir DIR") from None
     return Run(folder.name or str(folder), figures, cases, patients, images, config, environment, table, baselines)
+
+
+def read_baselines(path: Path) -> dict[str, dict[str, float]]:
+    """The scores of baselines.csv, by the case's id and the baseline's name; an empty cell is left out."""
+    with open(path, newline="") as file:
+        return {
+            plain(row["id"]): {name: float(score) for name, score in row.items() if name != "id" and score}
+            for row in csv.DictReader(file)
+        }
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:

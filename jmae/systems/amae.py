@@ -238,7 +238,7 @@ def proxy_step(
 
 
 def margin_of(networks: Networks, results: Results, image: Float[Array, "b *size c"]) -> Float[Array, " b"]:
-    """Logit abnormal less logit normal of h_0(f_0(x)); its sigmoid is Stage 1's score softmax(h_0(f_0(x)))_1."""
+    """Logit abnormal less logit normal of h_0(f_0(x)); its sigmoid is Stage 1's probability softmax(h_0(f_0(x)))_1."""
     head = networks.head_of(results["proxy"]["params"], results["proxy"]["stats"])
     logits = head(features(networks, results["pretrain"]["params"], image), train=False)
     return logits[:, 1] - logits[:, 0]

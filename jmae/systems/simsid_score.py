@@ -65,8 +65,8 @@ RULE = "auroc"  # the rule of `select` that both methods have
 def words(config: ConfigDict) -> dict[str, str]:
     """What each score is, in plain words."""
     top = config.evaluation.top
-    worst = "" if top == 1 else f", the mean of the worst {100 * top:.3g} % of them"
-    return WORDS | {"patches": f"squared mean error of each patch{worst}"}
+    which = "all patches" if top == 1 else f"the worst {100 * top:.3g} % of the patches"
+    return WORDS | {"patches": f"mean of the squared mean errors of {which}"}
 
 
 # --- the contract of a method -----------------------------------------------------------------------------------------

@@ -72,8 +72,15 @@ def settings_of(what: str) -> dict[str, dict[str, Any]]:
 
 def data_of(what: str) -> tuple[str, ...]:
     """The packs of a part; "" stands for phantoms, "mri3d slices" for the slices of that pack."""
-    named = {"generators": ("cxr_nih", "endoscopy", "mri3d slices"), "strength": ("cxr_nih",), "volumes": ("mri3d",)}
-    return named | {"phantoms": ("",), "table1": ("endoscopy",), "table2": ("endoscopy",), "tables": SETS}[what]
+    return {
+        "phantoms": ("",),
+        "generators": ("cxr_nih", "endoscopy", "mri3d slices"),
+        "strength": ("cxr_nih",),
+        "table1": ("endoscopy",),
+        "table2": ("endoscopy",),
+        "volumes": ("mri3d",),
+        "tables": SETS,
+    }[what]
 
 
 def slices(manifest: Path, folder: Path) -> Path:

@@ -11,7 +11,7 @@ from skimage import measure
 from test_interpolation import images
 
 from benchmarks.anomalies import pii_sparse
-from benchmarks.ppii import settings_of
+from benchmarks.ppii import arguments_of, data_of, settings_of
 from configs import ppii as recipe
 from jmae import gallery
 from jmae.anomalies import interpolation as own
@@ -25,7 +25,7 @@ from jmae.lesions import POINTS, Froc, Localisation, random_map_like, sensitivit
 from jmae.losses import gaussian_kl, hierarchical_loss
 from jmae.metrics import auroc
 from jmae.nn.phiseg import PHiSeg
-from jmae.recipe import from_json, override, read, to_json
+from jmae.recipe import from_json, override, parse, read, to_json
 from jmae.system import load_system, network, stats_of
 
 KEY = jax.random.key(0)
@@ -405,3 +405,15 @@ def test_every_row_of_the_paper_s_tables_is_a_setting():
     strengths = {changes["anomaly.paper.strength"] for changes in settings_of("strength").values()}
     assert {"2,2", "19,19"} <= strengths
     assert all(changes["anomaly.paper.gain"] == 10.0 for changes in settings_of("strength").values())
+
+
+@pytest.mark.parametrize("what", ["phantoms", "generators", "strength", "table1", "table2", "volumes", "tables"])
+def test_each_part_of_the_benchmark_has_data_and_recipes(what, tmp_path, monkeypatch):
+    monkeypatch.setenv("JMAE_DATA", str(tmp_path))
+    for data in data_of(what):
+        for folder in (data.split()[0] if data else "", "slices"):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            (tmp_path / folder / "manifest.csv").write_text("id,split,label,image\n")
+        for changes in settings_of(what).values():
+            config, _ = parse(arguments_of(what, data, changes, tmp_path), "")
+            assert all(config.system == "ppii" and name.split(".")[0] in config for name in changes)

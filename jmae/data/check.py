@@ -104,10 +104,21 @@ def check(manifest: Path) -> Checked:
 
     found = open_each(rows, workers=WORKERS, use=look)
     volumes = {name for name, one in prints.items() if one.detail.ndim == 3}
-    found += [*values, *contradictions(rows, prints), *leaks(rows), *duplicates.in_two_splits(rows, prints), *abnormal(rows, volumes)]
+    found += [
+        *values,
+        *contradictions(rows, prints),
+        *leaks(rows),
+        *duplicates.in_two_splits(rows, prints),
+        *abnormal(rows, volumes),
+    ]
     order = {row.id: i for i, row in enumerate(rows)}
     found.sort(key=lambda one: (list(KINDS).index(one.kind), order[one.rows[0].id], one.what))
-    further = [*notes(rows, volumes), *spacings(voxels), *copied(rows, prints), *map(turned_text, turned_rows(rows, traits))]
+    further = [
+        *notes(rows, volumes),
+        *spacings(voxels),
+        *copied(rows, prints),
+        *map(turned_text, turned_rows(rows, traits)),
+    ]
     return Checked(rows, summary(rows, ignored), found, further)
 
 

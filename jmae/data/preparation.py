@@ -182,8 +182,8 @@ class OtherRank(InputError):
 
 
 def usable(row: Row, stored: Image, data: ConfigDict) -> np.ndarray:
-    """A row's array as stored; a 2D colour image becomes grey where one channel is asked for. With data.nonfinite="zero",
-    values that are not finite are 0 in a volume, and the lowest value of an image.
+    """A row's array as stored; a 2D colour image becomes grey where one channel is asked for. With
+    data.nonfinite="zero", values that are not finite are 0 in a volume, and the lowest value of an image.
 
     Raises InputError that names the file where the array has another number of channels or axes, values that are not
     finite, or one value all over. A network rebuilds one value without an error: its score would say "normal".

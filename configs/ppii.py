@@ -43,7 +43,7 @@ SMALL = FROC | {
 # ours: the soft composites of `jmae`, on images that are not equalised, find the phantoms' soft lesions best of what
 # was tried on their `val`.
 PHANTOM = SMALL | {"data.phantom": "chest", "variant": "jmae", "data.equalise": False, "anomaly.patch": (0.3, 0.9)}
-SMALL3D = SMALL | {"data.size": (32, 32, 8), "anomaly.patch": (0.3, 0.9)}
+SMALL3D = SMALL | {"data.size": (32, 32, 8), "anomaly.patch": (0.3, 0.7)}
 
 PRESETS = {
     "paper": FROC,

@@ -135,8 +135,8 @@ def test_a_difference_is_a_mean_over_replicates_and_that_of_maps_over_patients()
     assert found["name"] == name and found["of"] == 2
     assert found["auroc"] == pytest.approx(np.mean([roc_auc_score(labels, v) for v in primary]) - auroc[name])
     each = []
-    for drawn in np.random.default_rng(0).integers(20, size=(200, 20)):  # patients, with both their cases
-        cases = np.concatenate([2 * drawn, 2 * drawn + 1])
+    for draw in np.random.default_rng(0).integers(20, size=(200, 20)):  # patients, with both their cases
+        cases = np.concatenate([2 * draw, 2 * draw + 1])
         of = lambda values, cases=cases: roc_auc_score(labels[cases], values[cases])
         each.append(np.mean([of(v) for v in primary]) - of(baselines[name][0]))
     np.testing.assert_allclose(found["auroc_ci"], np.quantile(each, (0.025, 0.975)))

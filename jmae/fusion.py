@@ -174,8 +174,8 @@ def _calibration(workdir: Path) -> dict[str, Any]:
 def fused_evaluation(workdirs: Sequence[Path], out: Path, *, draws: int = 2000) -> dict[str, Any]:
     """Fuses the evaluations of several runs on the same cases. Writes scores.csv and metrics.json into `out`.
 
-    The figures are those of the fused score and of each run, and the paired differences of the fused score to each run
-    and to the best baseline of all runs, with 95 % intervals over patients.
+    The figures are those of the fused score and of each run. Beside them stand the paired differences of the fused
+    score to each run, and to the best baseline of all runs. Intervals are of 95 %, over patients.
 
     Raises:
       InputError: a run is not evaluated or not calibrated, or the runs share no case or no held-out normal.

@@ -1,11 +1,11 @@
 """python -m jmae.data.check MANIFEST.csv [--json FILE] [--debug]
 python -m jmae.data.check --manifest MANIFEST.csv [--json FILE] [--debug]
 
-Opens every file that a manifest names and prints a table of what is wrong, kind by kind:
+Opens every file that a manifest names and prints a table of what is wrong, kind by kind.
 
 unreadable      missing, damaged or foreign files
 geometry        masks, regions and channels on another grid than their image; images of another rank or channel count
-truth           masks, boxes and regions that contradict the label, or mark nothing
+truth           masks, boxes and regions that contradict the label, or mark nothing; one image with two labels
 not finite      images with NaN or Inf
 constant        images, or channels of them, that have one value
 patient         a patient in two splits
@@ -16,8 +16,8 @@ abnormal        abnormal images among the training normals, and abnormal volumes
 
 An abnormal volume with a mask or boxes is a note instead: a recipe can train on its crops outside the lesions
 (data.normal_crops_only). An image is trained on as a whole, so it must leave `train`. --json also writes everything to
-a file. The command changes no file and loads no network. Copies within a split are notes, too, and so are training
-images that lie in another way than the others, such as upside down.
+a file. The command changes no file and loads no network. Copies within a split are notes, too. So are training images
+that lie in another way than the others, such as upside down, and training volumes whose voxels differ in size.
 
 Exit codes: 0 nothing found; 1 findings; 2 the manifest itself is wrong, or the environment.
 """
@@ -46,7 +46,7 @@ from jmae.tables import counted
 KINDS = {
     "unreadable": "files that cannot be read",
     "geometry": "grids, ranks or channels that do not fit",
-    "truth": "masks, boxes or regions against the label",
+    "truth": "masks, boxes, regions or copies against the label",
     "not finite": "images with NaN or Inf",
     "constant": "images or channels of one value",
     "patient": "patients in two splits",
